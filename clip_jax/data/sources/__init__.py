@@ -1,0 +1,1 @@
+"""One file a format: random access, a length, a key for each sample."""

@@ -1,0 +1,1 @@
+"""What CLIP papers report, computed on the training mesh."""

@@ -1,0 +1,1 @@
+"""Contrastive losses over the global batch: pure functions of features."""

@@ -1,0 +1,1 @@
+"""The towers as pure functions of nested dicts; the only place that knows Flax."""

@@ -1,0 +1,145 @@
+"""The image tower as a vision transformer (CLIP paper, 2.4)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from clip_jax.models.layers import (
+    MLP,
+    Activation,
+    BlockConfig,
+    BlockInit,
+    Einsum,
+    LayerNorm,
+    Remat,
+    Transformer,
+    uniform,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer. The defaults are ViT-B/32's."""
+
+    image_size: int = 224  # pixels, square
+    patch_size: int = 32  # pixels
+    width: int = 768  # channels of the residual stream
+    depth: int = 12  # blocks
+    num_heads: int = 12  # attention heads
+    mlp_ratio: float = 4.0  # MLP width / width
+    pool: Literal["class_token", "mean", "map"] = "class_token"  # map: SigLIP's attention pooling
+    class_token: bool = True  # prepend a learned token (class_token pooling needs it)
+    pre_norm: bool = True  # LayerNorm before the first block
+    patch_bias: bool = False  # bias in the patch projection
+    projection: bool = True  # project to embed_dim (without it, width must equal embed_dim)
+    activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
+    norm_epsilon: float = 1e-5  # LayerNorm's ε
+    layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
+
+    def __post_init__(self) -> None:
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"vision.image_size={self.image_size} is smaller than one patch "
+                f"(vision.patch_size={self.patch_size})."
+            )
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"vision.width={self.width} is not divisible by vision.num_heads={self.num_heads}."
+            )
+        if self.pool == "class_token" and not self.class_token:
+            raise ValueError(
+                "vision.pool='class_token' needs vision.class_token=True (or pool='mean')."
+            )
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + self.class_token
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens, then a residual MLP (SigLIP's "MAP" head)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        c = self.config
+        heads = (c.num_heads, c.width // c.num_heads)
+        init = uniform(c.width**-0.5)
+        latent = self.param("latent", nn.initializers.normal(c.width**-0.5), (1, 1, c.width))
+        q = Einsum("BLD,DNK->BLNK", (c.width, *heads), heads, init, init, name="q")(
+            jnp.broadcast_to(latent.astype(x.dtype), (x.shape[0], 1, c.width))
+        )
+        kv = Einsum("BLD,DSNK->BLSNK", (c.width, 2, *heads), (2, *heads), init, init, name="kv")(x)
+        x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])
+        x = Einsum("BLNK,NKD->BLD", (*heads, c.width), (c.width,), init, init, name="proj")(x)
+        mlp = MLP(c.mlp_width, c.activation, BlockInit.image(c.width, c.mlp_width), name="mlp")
+        return (x + mlp(LayerNorm(c.norm_epsilon, name="norm")(x)))[:, 0]
+
+
+class ViT(nn.Module):
+    """Patches, a class token, positions, a transformer, pooling, a projection."""
+
+    config: ViTConfig
+    embed_dim: int
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+        c = self.config
+        if images.shape[1:] != (c.image_size, c.image_size, 3):
+            raise ValueError(
+                f"images have shape {images.shape}; this model needs "
+                f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
+            )
+        patch, scale = c.patch_size, c.width**-0.5
+
+        # Pixels beyond the last whole patch are not seen, as in a strided convolution (SO400M@384).
+        side = c.image_size // patch * patch
+        x = rearrange(images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch)
+        x = Einsum(
+            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
+            uniform((patch * patch * 3) ** -0.5), name="conv1",
+        )(x)  # fmt: skip
+        if c.class_token:
+            token = self.param("class_embedding", nn.initializers.normal(scale), (c.width,))
+            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width))
+            x = jnp.concatenate([token, x], axis=1)
+        positions = self.param(
+            "positional_embedding", nn.initializers.normal(scale), (c.num_tokens, c.width)
+        )
+        x = x + positions.astype(x.dtype)
+        if c.pre_norm:
+            x = LayerNorm(c.norm_epsilon, name="ln_pre")(x)
+        block = BlockConfig(
+            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
+            BlockInit.image(c.width, c.mlp_width), c.layer_scale,
+        )  # fmt: skip
+        x, _ = Transformer(block, c.depth, self.remat, name="transformer")(x)
+
+        # OpenAI normalises after pooling, SigLIP before. The class token alone: the same numbers.
+        ln_post = LayerNorm(c.norm_epsilon, name="ln_post")
+        match c.pool:
+            case "class_token":
+                x = ln_post(x[:, 0])
+            case "mean":
+                x = ln_post(x[:, int(c.class_token) :].mean(axis=1))
+            case "map":
+                x = AttentionPool(c, name="attn_pool")(ln_post(x))
+        if c.projection:
+            proj = self.param("proj", nn.initializers.normal(scale), (c.width, self.embed_dim))
+            x = jnp.einsum("BD,DE->BE", x, proj.astype(x.dtype))
+        return x

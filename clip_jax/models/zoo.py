@@ -1,0 +1,155 @@
+"""Architectures as data.
+
+OpenAI's names (`ViT-B/32`) are OpenAI's released models, with QuickGELU; open_clip's names
+(`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`.
+Sources: CLIP paper, tables 19 and 20; open_clip's model configurations.
+"""
+
+from dataclasses import replace
+
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.layers import Activation
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+
+def _clip(
+    embed_dim: int,
+    vision: ViTConfig,
+    text: TextConfig,
+    activation: Activation = "gelu",
+) -> CLIPConfig:
+    vision = replace(vision, activation=activation)
+    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=replace(text, activation=activation))
+
+
+def _vit(
+    patch: int, width: int, depth: int = 12, *, heads: int | None = None, size: int = 224,
+    mlp: float = 4.0,
+) -> ViTConfig:  # fmt: skip
+    return ViTConfig(
+        image_size=size, patch_size=patch, width=width, depth=depth,
+        num_heads=heads or width // 64, mlp_ratio=mlp,
+    )  # fmt: skip
+
+
+def _text(width: int, depth: int = 12) -> TextConfig:
+    return TextConfig(width=width, depth=depth, num_heads=width // 64)
+
+
+def _clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
+    """CLIPA: mean pooling, no pre-norm; 32 tokens of BERT's vocabulary, not causal."""
+    vision = replace(vision, pool="mean", pre_norm=False)
+    text = replace(text, context_length=32, vocab_size=32_000, causal=False, pool="last")
+    return _clip(embed_dim, vision, text)
+
+
+def _siglip(
+    width: int,
+    depth: int,
+    heads: int,
+    patch: int,
+    size: int,
+    *,
+    length: int = 64,
+    mlp: float = 4.0,
+    vocab: int = 32_000,
+) -> CLIPConfig:
+    """SigLIP: attention pooling, sigmoid loss with a bias, towers of the same width."""
+    vision = ViTConfig(
+        image_size=size, patch_size=patch, width=width, depth=depth, num_heads=heads,
+        mlp_ratio=mlp, pool="map", class_token=False, pre_norm=False, patch_bias=True,
+        projection=False, activation="gelu", norm_epsilon=1e-6,
+    )  # fmt: skip
+    text = TextConfig(
+        context_length=length, vocab_size=vocab, width=width, depth=depth, num_heads=heads,
+        mlp_ratio=mlp, causal=False, pool="last", projection_bias=True, activation="gelu",
+        norm_epsilon=1e-6,
+    )  # fmt: skip
+    return CLIPConfig(
+        embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0
+    )
+
+
+_B32, _B16 = _vit(32, 768), _vit(16, 768)
+_L14, _L14_336 = _vit(14, 1024, 24), _vit(14, 1024, 24, size=336)
+_L16 = _vit(16, 1024, 24)
+_H14, _H14_336 = _vit(14, 1280, 32, heads=16), _vit(14, 1280, 32, heads=16, size=336)
+_H16 = _vit(16, 1280, 32, heads=16)
+_g14 = _vit(14, 1408, 40, heads=16, mlp=4.3637)
+_bigG14 = _vit(14, 1664, 48, heads=16, mlp=4.9231)
+_bigG14_336 = replace(_bigG14, image_size=336)
+_T512, _T640, _T768, _T1024, _T1280 = (
+    _text(512), _text(640), _text(768), _text(1024, 24), _text(1280, 32),
+)  # fmt: skip
+
+ARCHITECTURES: dict[str, CLIPConfig] = {
+    "ViT-B/32": _clip(512, _B32, _T512, "quick_gelu"),
+    "ViT-B/16": _clip(512, _B16, _T512, "quick_gelu"),
+    "ViT-L/14": _clip(768, _L14, _T768, "quick_gelu"),
+    "ViT-L/14@336px": _clip(768, _L14_336, _T768, "quick_gelu"),
+    "ViT-S-32-alt": _clip(256, _vit(32, 384), _text(256, 10)),
+    "ViT-S-32": _clip(384, _vit(32, 384), _text(384)),
+    "ViT-M-32-alt": _clip(384, _vit(32, 512), _text(384)),
+    "ViT-M-32": _clip(512, _vit(32, 512), _T512),
+    "ViT-S-16-alt": _clip(256, _vit(16, 384), _text(256, 10)),
+    "ViT-S-16": _clip(384, _vit(16, 384), _text(384)),
+    "ViT-M-16-alt": _clip(384, replace(_vit(16, 512), layer_scale=1e-4), _text(384)),
+    "ViT-M-16": _clip(512, _vit(16, 512), _T512),
+    "ViT-B-32": _clip(512, _B32, _T512),
+    "ViT-B-32-quickgelu": _clip(512, _B32, _T512, "quick_gelu"),
+    "ViT-B-32-256": _clip(512, replace(_B32, image_size=256), _T512),
+    "ViT-B-32-plus-256": _clip(640, _vit(32, 896, size=256), _T640),
+    "ViT-B-16": _clip(512, _B16, _T512),
+    "ViT-B-16-quickgelu": _clip(512, _B16, _T512, "quick_gelu"),
+    "ViT-B-16-plus": _clip(640, _vit(16, 896), _T640),
+    "ViT-B-16-plus-240": _clip(640, _vit(16, 896, size=240), _T640),
+    "ViT-B-16-SigLIP": _siglip(768, 12, 12, 16, 224),
+    "ViT-B-16-SigLIP-256": _siglip(768, 12, 12, 16, 256),
+    "ViT-B-16-SigLIP-i18n-256": _siglip(768, 12, 12, 16, 256, vocab=250_000),
+    "ViT-B-16-SigLIP-384": _siglip(768, 12, 12, 16, 384),
+    "ViT-B-16-SigLIP-512": _siglip(768, 12, 12, 16, 512),
+    "ViT-L-16": _clip(768, _L16, _T768),
+    "ViT-L-16-320": _clip(768, replace(_L16, image_size=320), _T768),
+    "ViT-L-16-SigLIP-256": _siglip(1024, 24, 16, 16, 256),
+    "ViT-L-16-SigLIP-384": _siglip(1024, 24, 16, 16, 384),
+    "ViT-L-14": _clip(768, _L14, _T768),
+    "ViT-L-14-quickgelu": _clip(768, _L14, _T768, "quick_gelu"),
+    "ViT-L-14-280": _clip(768, replace(_L14, image_size=280), _T768),
+    "ViT-L-14-336": _clip(768, _L14_336, _T768),
+    "ViT-L-14-336-quickgelu": _clip(768, _L14_336, _T768, "quick_gelu"),
+    "ViT-L-14-CLIPA": _clipa(768, _L14, _T768),
+    "ViT-L-14-CLIPA-336": _clipa(768, _L14_336, _T768),
+    "ViT-SO400M-14-SigLIP": _siglip(1152, 27, 16, 14, 224, length=16, mlp=3.7362),
+    "ViT-SO400M-14-SigLIP-384": _siglip(1152, 27, 16, 14, 384, mlp=3.7362),
+    "ViT-H-16": _clip(1024, _H16, _T1024),
+    "ViT-H-14": _clip(1024, _H14, _T1024),
+    "ViT-H-14-quickgelu": _clip(1024, _H14, _T1024, "quick_gelu"),
+    "ViT-H-14-336": _clip(1024, _H14_336, _T1024),
+    "ViT-H-14-378-quickgelu": _clip(
+        1024, replace(_H14, image_size=378), _T1024, "quick_gelu"
+    ),
+    "ViT-H-14-CLIPA": _clipa(1024, _H14, _T1024),
+    "ViT-H-14-CLIPA-336": _clipa(1024, _H14_336, _T1024),
+    "ViT-g-14": _clip(1024, _g14, _T1024),
+    "ViT-g-14-336": _clip(1024, replace(_g14, image_size=336), _T1024),
+    "ViT-bigG-14": _clip(1280, _bigG14, _T1280),
+    "ViT-bigG-14-336": _clip(1280, _bigG14_336, _T1280),
+    "ViT-bigG-14-CLIPA": _clipa(1280, _bigG14, _T1280),
+    "ViT-bigG-14-CLIPA-336": _clipa(1280, _bigG14_336, _T1280),
+    "ViT-e-14": _clip(
+        1280, _vit(14, 1792, 56, heads=16, mlp=8.5715), _text(1280, 36)
+    ),
+}  # fmt: skip
+
+
+def get(name: str) -> CLIPConfig:
+    """Look an architecture up by name. KeyError lists the names that come close."""
+    if name not in ARCHITECTURES:
+        import difflib
+
+        close = difflib.get_close_matches(name, ARCHITECTURES, n=5, cutoff=0.3)
+        raise KeyError(
+            f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?"
+        )
+    return ARCHITECTURES[name]

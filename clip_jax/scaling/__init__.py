@@ -1,0 +1,1 @@
+"""Pure functions of numbers: FLOPs, fits, plots."""
