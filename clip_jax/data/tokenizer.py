@@ -1,0 +1,199 @@
+"""CLIP's byte-level BPE over lower-cased text (paper, 2.4), with the ids of OpenAI's tokenizer.
+
+Text is cleaned as OpenAI's is (ftfy, HTML unescaped twice, whitespace collapsed, lower case), split
+into words at whitespace, and each word's ids are looked up; only words never met before reach the
+splitting pattern and the Rust BPE.
+"""
+
+import functools
+import gzip
+import html
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import ftfy
+import numpy as np
+import regex
+from jaxtyping import Int32, Integer
+from tokenizers.models import BPE
+
+START_OF_TEXT = "<|startoftext|>"
+END_OF_TEXT = "<|endoftext|>"
+WORD_END = "</w>"
+FULL_VOCAB_SIZE = 49_408
+
+# What is in every vocabulary: a letter for each byte, each byte at a word's end, the two markers.
+_SMALLEST_VOCAB_SIZE = 2 * 256 + 2
+_MAX_CACHED_WORDS = 1 << 19  # about 150 MB; then the cache starts afresh
+_MAX_CACHED_LETTERS = 64  # longer words are rarely met twice
+
+# OpenAI's pattern. `regex` and not `re` or the Rust one: what is a letter, a number, a space and an
+# upper-case form of another letter ("'ſ" is a form of "'s") must be decided as OpenAI's code does.
+_PIECES = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>"
+    r"|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+
+def _byte_letters() -> dict[int, str]:
+    """Map each byte to the letter that stands for it, in the vocabulary's order: printable
+    Latin-1 for itself, the others from U+0100 on (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+_LETTERS = _byte_letters()
+_BYTES = {letter: byte for byte, letter in _LETTERS.items()}
+
+
+def _read_merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` merges of CLIP's file; its first line is a header."""
+    path = resources.files("clip_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
+    with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+        pairs = (line.split() for line in itertools.islice(lines, 1, count + 1))
+        return [(left, right) for left, right in pairs]
+
+
+def clean(text: str) -> str:
+    """Repair mojibake, unescape HTML twice, lower the case, as OpenAI does before tokenizing.
+
+    Whitespace is left to the caller, who splits at it.
+    """
+    # Nothing to repair in printable ASCII without an HTML entity; ftfy would take longer to find
+    # that out than all the rest takes. tests/peers compares both ways.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return text.lower()
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to CLIP's token ids.
+
+    A smaller `vocab_size` keeps only the first merges of the same list, so a small model gets a
+    small vocabulary: words fall into more pieces, end-of-text stays the highest id (OpenAI's
+    pooling by argmax needs that).
+
+    Cheap to construct and to pickle: the vocabulary is read at the first use. Threads may share it.
+    Raises ValueError for a `vocab_size` outside [514, 49408].
+    """
+
+    vocab_size: int = FULL_VOCAB_SIZE
+
+    def __post_init__(self) -> None:
+        if not _SMALLEST_VOCAB_SIZE <= self.vocab_size <= FULL_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size={self.vocab_size}: CLIP's tokenizer has {_SMALLEST_VOCAB_SIZE} "
+                f"(bytes only) to {FULL_VOCAB_SIZE} ids; set the text model's vocab_size in between"
+            )
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size}  # not the cache: workers fill their own
+
+    def __call__(
+        self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
+    ) -> Int32[np.ndarray, "B L"]:
+        """Token ids of each text between start-of-text and end-of-text, then zeros.
+
+        A text with more than `context_length` ids raises ValueError, or loses its tail if
+        `truncate` (end-of-text stays last). A text that is not a str raises TypeError.
+        """
+        if context_length < 2:
+            raise ValueError(
+                f"context_length={context_length}: at least 2 are needed, start and end of text"
+            )
+        if isinstance(texts, str):
+            texts = [texts]
+        ids = np.zeros((len(texts), context_length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            text_ids = self._encode(text, context_length)
+            if len(text_ids) > context_length:
+                if not truncate:
+                    shown = text if len(text) <= 200 else f"{text[:200]}…"
+                    raise ValueError(
+                        f"the text {shown!r} has more than context_length={context_length} ids; "
+                        "shorten it, or give truncate=True"
+                    )
+                del text_ids[context_length:]
+                text_ids[-1] = self.end_of_text
+            row[: len(text_ids)] = text_ids
+        return ids
+
+    def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
+        """Cleaned text of one row of ids: without start-of-text, up to the first end-of-text."""
+        tokens = self._tokens
+        found = itertools.takewhile(lambda i: i != self.end_of_text, (int(i) for i in ids))
+        joined = "".join(tokens[i] for i in found if i != self.start_of_text)
+        data = bytes(_BYTES[letter] for letter in joined)
+        return data.decode("utf-8", errors="replace").replace(WORD_END, " ").rstrip()
+
+    @property
+    def start_of_text(self) -> int:
+        return self.vocab_size - 2
+
+    @property
+    def end_of_text(self) -> int:
+        return self.vocab_size - 1
+
+    @functools.cached_property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs to join, the most urgent first; with `vocab`, what a `tokenizer.json` holds."""
+        return _read_merges(self.vocab_size - _SMALLEST_VOCAB_SIZE)
+
+    @functools.cached_property
+    def vocab(self) -> dict[str, int]:
+        """Token to id, in the order of ids."""
+        letters = list(_LETTERS.values())
+        ends = [letter + WORD_END for letter in letters]
+        merged = [left + right for left, right in self.merges]
+        return {t: i for i, t in enumerate([*letters, *ends, *merged, START_OF_TEXT, END_OF_TEXT])}
+
+    @functools.cached_property
+    def _tokens(self) -> list[str]:
+        return list(self.vocab)
+
+    @functools.cached_property
+    def _bpe(self) -> BPE:
+        return BPE(self.vocab, self.merges, end_of_word_suffix=WORD_END, cache_capacity=0)
+
+    @functools.cached_property
+    def _cache(self) -> dict[str, list[int]]:
+        return {}
+
+    def _encode(self, text: object, enough: int) -> list[int]:
+        """All ids of a text; of a long one more than `enough`, and not much more."""
+        if not isinstance(text, str):
+            raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.200}")
+        cache = self._cache
+        ids = [self.start_of_text]
+        for word in clean(text).split():
+            word_ids = cache.get(word)
+            if word_ids is None:
+                word_ids = self._encode_word(word)
+            ids += word_ids
+            if len(ids) > enough:
+                break
+        ids.append(self.end_of_text)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids = [i for piece in _PIECES.findall(word) for i in self._encode_piece(piece)]
+        if len(word) <= _MAX_CACHED_LETTERS:
+            if len(self._cache) >= _MAX_CACHED_WORDS:
+                self._cache.clear()
+            self._cache[word] = ids
+        return ids
+
+    def _encode_piece(self, piece: str) -> Iterator[int]:
+        if piece in (START_OF_TEXT, END_OF_TEXT):
+            yield self.vocab[piece]
+            return
+        letters = "".join(_LETTERS[byte] for byte in piece.encode())
+        for token in self._bpe.tokenize(letters):
+            yield token.id
