@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from clip_jax.models.layers import DType, Remat
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class CLIPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     init_logit_scale: float = 1 / 0.07  # inverse temperature at the start (SigLIP: 10)
     init_logit_bias: float | None = None  # SigLIP: −10; None: no bias
+    image_mean: tuple[float, float, float] = OPENAI_MEAN  # of RGB in [0, 1], subtracted
+    image_std: tuple[float, float, float] = OPENAI_STD  # of RGB in [0, 1], divided by
     dtype: DType = "bfloat16"  # of the matmuls; parameters, norms and softmax are float32
     remat: Remat = "none"  # what the backward pass recomputes: nothing, all, or all but matmuls
 
@@ -80,6 +85,11 @@ class CLIP:
         tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
         return Towers(c).init(key, images, tokens)["params"]
 
+    def normalize(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Scale pixels to [0, 1], then by the model's mean and standard deviation of each channel."""
+        c = self.config
+        return (images.astype(jnp.float32) / 255 - jnp.array(c.image_mean)) / jnp.array(c.image_std)
+
     def encode_image(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         """Embed normalised images `[B, H, W, 3]`."""
         features = Towers(self.config).apply({"params": params}, images, method="encode_image")
@@ -89,6 +99,11 @@ class CLIP:
         """Embed token ids `[B, L]`, L at most the context length."""
         features = Towers(self.config).apply({"params": params}, tokens, method="encode_text")
         return features.astype(jnp.float32)
+
+
+def l2_normalize(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Scale vectors to unit length."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def count(params: Params) -> int:

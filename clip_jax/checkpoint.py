@@ -1,0 +1,81 @@
+"""Orbax checkpoints: the state and the data position in one atomic unit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+
+
+class Checkpoints:
+    """`<workdir>/checkpoints/<step>/`, written in the background.
+
+    A checkpoint exists whole or not at all: Orbax writes beside it and renames (on buckets: marks
+    it as committed), so a process killed while saving leaves the one before.
+    """
+
+    def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
+        self._manager = ocp.CheckpointManager(
+            epath.Path(directory),
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policies.AnySavePolicy(
+                    [
+                        policies.FixedIntervalPolicy(config.every_steps),
+                        policies.PreemptionCheckpointingPolicy(),
+                    ]
+                ),
+                preservation_policy=policies.LatestN(config.keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Return the newest complete checkpoint's step, None when there is none."""
+        return self._manager.latest_step()
+
+    def should_save(self, step: int) -> bool:
+        """Say whether this step is due, or the platform has announced a preemption."""
+        return step != self.latest_step() and self._manager.should_save(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Say whether all processes agreed to stop at this step. Ask at every step."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, step: int, state: Any, position: dict[str, int]) -> None:
+        """Save now, unless this step is saved already. Returns when the arrays are copied."""
+        if step != self.latest_step():
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+            )
+            self._manager.save(step, args=items, force=True)
+
+    def restore(self, state: Any, shardings: Any, step: int) -> tuple[Any, dict[str, int]]:
+        """Read a state of the given shapes onto the given shardings, and its data position."""
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+        )
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore()
+            ),
+        )
+        return items["state"], items["position"]
+
+    def wait(self) -> None:
+        """Block until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and release the background threads."""
+        self._manager.close()

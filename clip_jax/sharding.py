@@ -1,0 +1,213 @@
+"""The device mesh and the one table that says how every parameter lies on it.
+
+Read the table as: path → the names of its dimensions → (through `DIMENSIONS`) mesh axes. It is
+strict both ways: a parameter without a row and a row without a parameter are errors that name it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.vit import ViTConfig
+
+BATCH_AXES = ("data", "fsdp")
+DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each axis; at most one may be −1: what is left."""
+
+    data: int = -1  # batch split, parameters copied
+    fsdp: int = 1  # batch split, parameters and optimizer state split too
+    tensor: int = 1  # heads and MLP channels split
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"mesh sizes must be positive, at most one of them -1, got data={self.data}, "
+                f"fsdp={self.fsdp}, tensor={self.tensor}."
+            )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices (default: all) as `data × fsdp × tensor`, every axis Auto."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = -math.prod(sizes)
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not use "
+            f"all {len(devices)} devices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
+        )
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Count the pieces that a global batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """ValueError unless the mesh can split the global batch evenly."""
+    shards = batch_shards(mesh)
+    if batch_size % shards:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be split over {shards} batch shards "
+            f"(mesh data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}); choose a multiple of "
+            f"{shards} with --batch-size, or another mesh."
+        )
+
+
+# A block's parameters; `depth` is the scanned axis and is never split.
+BLOCK = {
+    "ln_1/scale": "depth -",
+    "ln_1/bias": "depth -",
+    "attn/in_proj/kernel": "depth D S N K",
+    "attn/in_proj/bias": "depth S N K",
+    "attn/out_proj/kernel": "depth N K D",
+    "attn/out_proj/bias": "depth -",
+    "ln_2/scale": "depth -",
+    "ln_2/bias": "depth -",
+    "mlp/c_fc/kernel": "depth D F",
+    "mlp/c_fc/bias": "depth F",
+    "mlp/c_proj/kernel": "depth F D",
+    "mlp/c_proj/bias": "depth -",
+}
+TEXT = {
+    "token_embedding": "V D",
+    "positional_embedding": "L D",
+    "ln_final/scale": "-",
+    "ln_final/bias": "-",
+    "text_projection": "D E",
+}
+VIT = {
+    "conv1/kernel": "P Q C D",
+    "positional_embedding": "L D",
+    "ln_post/scale": "-",
+    "ln_post/bias": "-",
+}
+VIT_MAP_POOL = {
+    "attn_pool/latent": "- - D",
+    "attn_pool/q/kernel": "D N K",
+    "attn_pool/q/bias": "N K",
+    "attn_pool/kv/kernel": "D S N K",
+    "attn_pool/kv/bias": "S N K",
+    "attn_pool/proj/kernel": "N K D",
+    "attn_pool/proj/bias": "-",
+    "attn_pool/norm/scale": "-",
+    "attn_pool/norm/bias": "-",
+    "attn_pool/mlp/c_fc/kernel": "D F",
+    "attn_pool/mlp/c_fc/bias": "F",
+    "attn_pool/mlp/c_proj/kernel": "F D",
+    "attn_pool/mlp/c_proj/bias": "-",
+}
+
+
+def table(config: CLIPConfig) -> dict[str, str]:
+    """Return path → dimension names for the parameters of one architecture."""
+    rows = {"logit_scale": ""}
+    if config.init_logit_bias is not None:
+        rows["logit_bias"] = ""
+    rows |= _under("text", TEXT) | _under("text/transformer/resblocks", BLOCK)
+    if config.text.projection_bias:
+        rows["text/text_projection_bias"] = "-"
+    return rows | vit_rows(config.vision)
+
+
+def vit_rows(vision: ViTConfig) -> dict[str, str]:
+    """Return the rows of a vision transformer with its options."""
+    rows = VIT | {f"transformer/resblocks/{path}": names for path, names in BLOCK.items()}
+    if vision.layer_scale is not None:
+        gammas = ("ls_1/gamma", "ls_2/gamma")
+        rows |= {f"transformer/resblocks/{path}": "depth -" for path in gammas}
+    if vision.class_token:
+        rows["class_embedding"] = "-"
+    if vision.pre_norm:
+        rows |= {"ln_pre/scale": "-", "ln_pre/bias": "-"}
+    if vision.patch_bias:
+        rows["conv1/bias"] = "-"
+    if vision.pool == "map":
+        rows |= VIT_MAP_POOL
+    if vision.projection:
+        rows["proj"] = "D E"
+    return _under("visual", rows)
+
+
+def _under(prefix: str, rows: dict[str, str]) -> dict[str, str]:
+    return {f"{prefix}/{path}": names for path, names in rows.items()}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Write a tree path as `visual/conv1/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_shardings(config: CLIPConfig, params: Params, mesh: Mesh) -> Params:
+    """Look every parameter up in the table. Arrays or shapes in, NamedShardings out."""
+    rows = table(config)
+    used = set()
+
+    def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        name = path_name(path)
+        if name not in rows:
+            raise ValueError(f"parameter {name} {x.shape} has no row in sharding.table.")
+        used.add(name)
+        dims = rows[name].split()
+        if len(dims) != len(x.shape):
+            raise ValueError(f"parameter {name} {x.shape} does not fit its row {rows[name]!r}.")
+        axes = []
+        for dim, size in zip(dims, x.shape, strict=True):
+            axis = DIMENSIONS.get(dim)
+            if axis and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} {x.shape}: dimension {dim}={size} cannot be split over mesh axis "
+                    f"{axis}={mesh.shape[axis]}; change --mesh.{axis}."
+                )
+            axes.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, params)
+    if unused := rows.keys() - used:
+        raise ValueError(f"rows of sharding.table match no parameter: {sorted(unused)}.")
+    return shardings
+
+
+def like_params(tree: Any, shardings: Params, mesh: Mesh) -> Any:
+    """Shard whatever mirrors the parameters (moments, averages) as they are; scalars are copied.
+
+    Raises ValueError for an array whose path does not end in a parameter's path.
+    """
+    flat = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+
+    def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        if not np.ndim(x):
+            return replicated(mesh)
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            if (name := "/".join(parts[start:])) in flat:
+                return flat[name]
+        raise ValueError(f"{'/'.join(parts)} {x.shape} mirrors no parameter.")
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
