@@ -89,7 +89,7 @@ def train_step(
 def jit_step(
     model: CLIP, optim: OptimConfig, steps: int, loss: LossConfig, mesh: Mesh, shardings: State
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """Compile `train_step` with the state's shardings pinned on both sides and its memory reused."""
+    """Compile `train_step`: the state's shardings pinned on both sides, its memory reused."""
     step = functools.partial(
         train_step, model=model, optim=optim, steps=steps, loss=loss, mesh=mesh
     )

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_jax.models.layers import DType, Remat
+from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
 
@@ -24,7 +25,7 @@ class CLIPConfig:
     """Two towers and the embedding space they share."""
 
     embed_dim: int = 512  # dimensions of the shared space
-    vision: ViTConfig = field(default_factory=ViTConfig)
+    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     init_logit_scale: float = 1 / 0.07  # inverse temperature at the start (SigLIP: 10)
     init_logit_bias: float | None = None  # SigLIP: −10; None: no bias
@@ -34,7 +35,11 @@ class CLIPConfig:
     remat: Remat = "none"  # what the backward pass recomputes: nothing, all, or all but matmuls
 
     def __post_init__(self) -> None:
-        if not self.vision.projection and self.vision.width != self.embed_dim:
+        if (
+            isinstance(self.vision, ViTConfig)
+            and not self.vision.projection
+            and self.vision.width != self.embed_dim
+        ):
             raise ValueError(
                 f"vision.projection=False needs vision.width={self.vision.width} to equal "
                 f"embed_dim={self.embed_dim}."
@@ -48,7 +53,8 @@ class Towers(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.visual = ViT(c.vision, c.embed_dim, c.remat)
+        tower = ModifiedResNet if isinstance(c.vision, ResNetConfig) else ViT
+        self.visual = tower(c.vision, c.embed_dim, c.remat)
         self.text = TextTransformer(c.text, c.embed_dim, c.dtype, c.remat)
         scale = math.log(c.init_logit_scale)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), ())
@@ -56,8 +62,13 @@ class Towers(nn.Module):
             bias = nn.initializers.constant(c.init_logit_bias)
             self.logit_bias = self.param("logit_bias", bias, ())
 
-    def encode_image(self, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
-        return self.visual(images.astype(self.config.dtype))
+    def encode_image(
+        self, images: Float[Array, "B H W C"], *, train: bool = False
+    ) -> Float[Array, "B E"]:
+        images = images.astype(self.config.dtype)
+        if isinstance(self.config.vision, ResNetConfig):
+            return self.visual(images, train=train)
+        return self.visual(images)
 
     def encode_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         return self.text(tokens)
@@ -73,7 +84,8 @@ class CLIP:
     """The model's functions for one architecture; hashable, so that `jit` can take it as static.
 
     Parameters are plain nested float32 dicts: `visual`, `text`, `logit_scale` (its logarithm, as
-    OpenAI stores it) and, for SigLIP, `logit_bias`. Features come back unnormalised, in float32.
+    OpenAI stores it) and, for SigLIP, `logit_bias`; for a ResNet also `batch_stats`, BatchNorm's
+    running statistics, which no gradient trains. Features come back unnormalised, in float32.
     """
 
     config: CLIPConfig
@@ -83,21 +95,34 @@ class CLIP:
         c = self.config
         images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3))
         tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
-        return Towers(c).init(key, images, tokens)["params"]
+        variables = Towers(c).init(key, images, tokens)
+        return variables.pop("params") | variables
 
     def normalize(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Scale pixels to [0, 1], then by the model's mean and standard deviation of each channel."""
+        """Scale pixels to [0, 1], then by the model's mean and standard deviation."""
         c = self.config
         return (images.astype(jnp.float32) / 255 - jnp.array(c.image_mean)) / jnp.array(c.image_std)
 
     def encode_image(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         """Embed normalised images `[B, H, W, 3]`."""
-        features = Towers(self.config).apply({"params": params}, images, method="encode_image")
+        features = Towers(self.config).apply(_variables(params), images, method="encode_image")
         return features.astype(jnp.float32)
+
+    def encode_image_train(
+        self, params: Params, images: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B E"], Params]:
+        """Embed normalised images as in training: BatchNorm takes its statistics from the batch.
+
+        Returns features and the new `batch_stats` (for a ViT empty: there is nothing to write).
+        """
+        features, updates = Towers(self.config).apply(
+            _variables(params), images, train=True, method="encode_image", mutable=["batch_stats"]
+        )
+        return features.astype(jnp.float32), updates.get("batch_stats", {})
 
     def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Embed token ids `[B, L]`, L at most the context length."""
-        features = Towers(self.config).apply({"params": params}, tokens, method="encode_text")
+        features = Towers(self.config).apply(_variables(params), tokens, method="encode_text")
         return features.astype(jnp.float32)
 
 
@@ -106,6 +131,24 @@ def l2_normalize(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
+def _variables(params: Params) -> Params:
+    """Sort our one tree into Flax's collections."""
+    trainable, batch_stats = split_batch_stats(params)
+    return {"params": trainable, "batch_stats": batch_stats}
+
+
+def split_batch_stats(params: Params) -> tuple[Params, Params]:
+    """Part a tree into what gradients train and BatchNorm's statistics (for a ViT empty)."""
+    trainable = {name: tree for name, tree in params.items() if name != "batch_stats"}
+    return trainable, params.get("batch_stats", {})
+
+
+def join_batch_stats(trainable: Params, batch_stats: Params) -> Params:
+    """Undo `split_batch_stats`."""
+    return {**trainable, "batch_stats": batch_stats} if batch_stats else trainable
+
+
 def count(params: Params) -> int:
-    """Count the parameters of a tree (arrays or shapes)."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    """Count the parameters of a tree (arrays or shapes), running statistics left out."""
+    trainable, _ = split_batch_stats(params)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
