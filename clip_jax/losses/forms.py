@@ -1,0 +1,50 @@
+"""The forms of the losses: one function, computed in less and less memory."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from clip_jax.losses.pairs import Side, Statistics, accuracy, compare, summarise
+from clip_jax.losses.sigmoid import SigmoidConfig
+from clip_jax.losses.softmax import SoftmaxConfig
+
+Config = SoftmaxConfig | SigmoidConfig
+Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+
+
+def conclude(
+    config: Config, image: Statistics, text: Statistics, scale: Float[Array, ""]
+) -> Result:
+    """Average loss and accuracies over the pairs whose statistics are given."""
+    metrics = {
+        "image_to_text_accuracy": accuracy(image).mean(),
+        "text_to_image_accuracy": accuracy(text).mean(),
+    }
+    return config.losses(image, text, scale).mean(), jax.lax.stop_gradient(metrics)
+
+
+def dense(
+    config: Config,
+    image: Side,
+    text: Side,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    mesh: Mesh | None,
+    axes: tuple[str, ...],
+) -> Result:
+    """Hold each device's rows of the logits, [B / devices, B]; differentiated by JAX itself."""
+    if mesh is not None:
+
+        def place(x: Any, spec: P) -> Any:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+        image, text = place(image, P(axes)), place(text, P())
+    pairs = compare(image, text, config.precision)
+    if mesh is not None:
+        pairs = place(pairs, P(axes, None))
+    terms = config.terms(pairs, scale, bias)
+    rows, columns = summarise(pairs, terms, scale, 1), summarise(pairs, terms, scale, 0)
+    return conclude(config, rows, columns, scale)

@@ -1,0 +1,104 @@
+"""What every contrastive loss needs to know of the B × B logits, one row or column at a time.
+
+A loss is written once, on `Statistics`; the forms of `forms.py` only gather them differently.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Form = Literal["auto", "dense", "blocked", "ring"]
+Precision = Literal["default", "high", "highest"]
+
+# The cosine of a masked pair. Finite: a block in which a whole row is masked gives no ∞ − ∞, and
+# what it sums up vanishes as soon as it is merged with a block that holds a real cosine.
+MASKED = -1e30
+
+
+class Statistics(NamedTuple):
+    """What a loss needs of each row (or each column) of the similarity matrix: one entry per row.
+
+    Relative to one `top` all other fields are sums, so blocks join by `merge`, devices by `psum`.
+    Everything is kept as cosines, not logits: at a scale of 100 a logit is rounded to 4e-6, while
+    scale · (cosine − top) is not, and no fusion of the scaling can break a tie.
+    """
+
+    top: Array  # the largest cosine
+    ties: Array  # how many cosines reach it
+    positive: Array  # the cosine of the pair itself
+    exp_sum: Array  # Σ exp(scale · (cosine − top))
+    term_sum: Array  # Σ of what the loss adds up itself
+    count: Array  # how many pairs are not masked
+
+
+class Pairs(NamedTuple):
+    """A block of the similarity matrix: image rows × text columns."""
+
+    cosine: Float[Array, "R C"]  # MASKED where not valid
+    positive: Bool[Array, "R C"]  # image and text are one pair
+    valid: Bool[Array, "R C"]  # pairs that take part in the loss
+
+
+class Side(NamedTuple):
+    """Images or texts, with who they are."""
+
+    features: Float[Array, "B E"]
+    index: Int[Array, " B"]  # position in the global batch
+    caption_ids: Int[Array, " B"] | None  # given: other pairs with the same id are masked
+
+
+def compare(image: Side, text: Side, precision: Precision) -> Pairs:
+    """Compare every image with every text."""
+    cosine = jnp.einsum("RE,CE->RC", image.features, text.features, precision=precision)
+    positive = image.index[:, None] == text.index[None, :]
+    if image.caption_ids is None or text.caption_ids is None:
+        return Pairs(cosine, positive, jnp.ones_like(positive))
+    valid = positive | (image.caption_ids[:, None] != text.caption_ids[None, :])
+    return Pairs(jnp.where(valid, cosine, MASKED), positive, valid)
+
+
+def summarise(
+    pairs: Pairs, terms: Float[Array, "R C"], scale: Float[Array, ""], axis: Literal[0, 1]
+) -> Statistics:
+    """Reduce a block over its columns (axis 1: one entry per image) or rows (axis 0: per text)."""
+    # `top` cancels out of every loss; without its gradient the others stay exact at ties too.
+    top = jax.lax.stop_gradient(pairs.cosine.max(axis))
+    below = pairs.cosine - jnp.expand_dims(top, axis)
+    dtype = below.dtype
+    return Statistics(
+        top=top,
+        ties=(below == 0).sum(axis, dtype=dtype),
+        positive=jnp.where(pairs.positive, pairs.cosine, 0).sum(axis),
+        exp_sum=jnp.exp(scale * below).sum(axis),
+        term_sum=jnp.where(pairs.valid, terms, 0).sum(axis),
+        count=pairs.valid.sum(axis, dtype=dtype),
+    )
+
+
+def nothing(size: int, dtype: jnp.dtype) -> Statistics:
+    """Return the statistics of `size` rows of which no pair has been seen."""
+    zero = jnp.zeros(size, dtype)
+    return Statistics(zero + MASKED, zero, zero, zero, zero, zero)
+
+
+def rebase(x: Statistics, top: Float[Array, " B"], scale: Float[Array, ""]) -> Statistics:
+    """Express statistics relative to another, no smaller `top`."""
+    ties = jnp.where(x.top == top, x.ties, 0)
+    return x._replace(top=top, ties=ties, exp_sum=x.exp_sum * jnp.exp(scale * (x.top - top)))
+
+
+def merge(x: Statistics, y: Statistics, scale: Float[Array, ""]) -> Statistics:
+    """Join the statistics of the same rows over two disjoint sets of columns."""
+    top = jnp.maximum(x.top, y.top)
+    x, y = rebase(x, top, scale), rebase(y, top, scale)
+    return Statistics(top, *(a + b for a, b in zip(x[1:], y[1:], strict=True)))
+
+
+def accuracy(x: Statistics) -> Float[Array, " B"]:
+    """Credit 1 where the pair's own cosine is the largest, 1/k where k of them tie for it.
+
+    So a collapsed model (all cosines equal) scores 1/B, chance, and neither 0 nor 1.
+    """
+    return jnp.where(x.positive == x.top, 1 / x.ties, 0)

@@ -1,0 +1,55 @@
+"""SigLIP: every image-text pair is one yes-or-no question (Zhai et al. 2023, algorithm 1)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clip_jax.losses.pairs import Form, Pairs, Precision, Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidConfig:
+    """Binary cross-entropy of all B² pairs, summed, divided by B; needs `logit_bias`."""
+
+    form: Form = "auto"  # how it is computed; all forms give one result
+    block_size: int = 1024  # text columns handled at a time by blocked and ring
+    budget_mib: int = 256  # auto: what logits (dense) or gathered features (blocked) may take
+    precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
+    mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
+    label_smoothing: float = 0.0  # targets 1 and 0 become 1 − s/2 and s/2
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"loss.block_size={self.block_size}: at least 1 column is needed.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing} is not in [0, 1).")
+
+    def terms(
+        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Float[Array, "R C"]:
+        """Return what `Statistics.term_sum` adds up: the loss of every pair."""
+        logits = scale * pairs.cosine + bias
+        signed = jnp.where(pairs.positive, logits, -logits)
+        return jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
+
+    def losses(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
+    ) -> Float[Array, " B"]:
+        """Return the loss of each image with all texts; the text's statistics add nothing."""
+        return image.term_sum
+
+    def gradient(
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
+        """Return d Σ losses / d logits on a block."""
+        logits = scale * pairs.cosine + bias
+        sign = jnp.where(pairs.positive, 1.0, -1.0)
+        gradient = sign * (self.label_smoothing / 2 - jax.nn.sigmoid(-sign * logits))
+        return jnp.where(pairs.valid, gradient, 0)

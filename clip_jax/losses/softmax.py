@@ -1,0 +1,63 @@
+"""InfoNCE: softmax over the global batch, both ways (Radford et al. 2021, figure 3)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clip_jax.losses.pairs import Form, Pairs, Precision, Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig:
+    """Cross-entropy of each image among all texts and of each text among all images, averaged."""
+
+    form: Form = "auto"  # how it is computed; all forms give one result
+    block_size: int = 1024  # text columns handled at a time by blocked and ring
+    budget_mib: int = 256  # auto: what logits (dense) or gathered features (blocked) may take
+    precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
+    mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
+    label_smoothing: float = 0.0  # share of the target spread evenly over all unmasked pairs
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"loss.block_size={self.block_size}: at least 1 column is needed.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing} is not in [0, 1).")
+
+    def terms(
+        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Float[Array, "R C"]:
+        """Return what `Statistics.term_sum` adds up: the cosines, for label smoothing."""
+        return pairs.cosine
+
+    def losses(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
+    ) -> Float[Array, " B"]:
+        """Return the loss of each pair from the statistics of its image and its text."""
+        return (self._cross_entropy(image, scale) + self._cross_entropy(text, scale)) / 2
+
+    def _cross_entropy(self, x: Statistics, scale: Float[Array, ""]) -> Float[Array, " B"]:
+        loss = scale * (x.top - x.positive) + jnp.log(x.exp_sum)
+        if self.label_smoothing:
+            loss += self.label_smoothing * scale * (x.positive - x.term_sum / x.count)
+        return loss
+
+    def gradient(
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
+        """Return d Σ losses / d logits on a block: predicted minus target probabilities."""
+        image = Statistics(*(field[:, None] for field in image))
+        text = Statistics(*(field[None, :] for field in text))
+        predicted = jnp.exp(scale * (pairs.cosine - image.top)) / image.exp_sum
+        predicted += jnp.exp(scale * (pairs.cosine - text.top)) / text.exp_sum
+        target = 2 * (1 - self.label_smoothing) * pairs.positive
+        if self.label_smoothing:
+            even = 1 / image.count + 1 / text.count
+            target += self.label_smoothing * jnp.where(pairs.valid, even, 0)
+        return (predicted - target) / 2
