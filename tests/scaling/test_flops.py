@@ -1,0 +1,157 @@
+"""FLOPs against open_clip's profile, the scaling paper's table, and what XLA counts."""
+
+import csv
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clip_jax.models import layers, zoo
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.scaling import flops
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+RESNETS = {  # layers, width, image size, embed_dim: CLIP paper, table 19
+    "RN50": ((3, 4, 6, 3), 64, 224, 1024),
+    "RN101": ((3, 4, 23, 3), 64, 224, 512),
+    "RN50x4": ((4, 6, 10, 6), 80, 288, 640),
+    "RN50x16": ((6, 8, 18, 8), 96, 384, 768),
+    "RN50x64": ((3, 15, 36, 10), 128, 448, 1024),
+}
+
+
+def rows(file: str) -> list[dict[str, str]]:
+    with (GOLDEN / file).open() as table:
+        return list(csv.DictReader(table))
+
+
+def architecture(name: str) -> str:
+    """The scaling paper calls bigG "G"; two of its sizes are not in open_clip's own list."""
+    return name.replace("ViT-G", "ViT-bigG")
+
+
+def config_of(name: str) -> CLIPConfig | None:
+    if name == "ViT-e-14-336":
+        e = zoo.get("ViT-e-14")
+        return replace(e, vision=replace(e.vision, image_size=336))
+    return zoo.ARCHITECTURES.get(architecture(name))
+
+
+def assert_close(ours: int, printed: str, tolerance: float) -> None:
+    """Within the tolerance, or nothing but the table's rounding to two decimals."""
+    ours, theirs = ours / 1e9, float(printed)
+    assert abs(ours / theirs - 1) < tolerance or abs(ours - theirs) < 0.0051, (ours, theirs)
+
+
+def test_every_vit_of_open_clips_profile_within_a_tenth_of_a_percent():
+    checked = 0
+    for row in rows("model_profile.csv"):
+        config = config_of(row["model"])
+        if config is None or "resnet" in type(config.vision).__name__.lower():
+            continue
+        ours = flops.forward(config)
+        assert ours.total / 1e9 == pytest.approx(float(row["gflops"]), rel=1e-3), row["model"]
+        assert_close(ours.image, row["image_gflops"], 1e-3)
+        assert_close(ours.text, row["text_gflops"], 1e-3)
+        checked += 1
+    assert checked == 44
+
+
+def test_every_vit_of_the_scaling_paper_within_a_fifth_of_a_percent():
+    checked = 0
+    for row in rows("arch_info_gmacs.csv"):
+        if not row["model"].startswith("ViT"):
+            continue
+        config = config_of(row["model"])
+        assert config is not None, row["model"]
+        ours = flops.forward(config, "fvcore")
+        assert ours.total / 1e9 == pytest.approx(float(row["gmacs"]), rel=2e-3), row["model"]
+        assert_close(ours.image, row["image_gmacs"], 2e-3)
+        assert_close(ours.text, row["text_gmacs"], 2e-3)
+        checked += 1
+    assert checked == 24
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_every_resnet_row_within_one_percent(name: str):
+    for file, convention, image in (
+        ("model_profile.csv", "matmul", "image_gflops"),
+        ("arch_info_gmacs.csv", "fvcore", "image_gmacs"),
+    ):
+        for row in rows(file):
+            if row["model"].removesuffix("-quickgelu") == name:
+                ours = flops.resnet(*RESNETS[name], queries=None).weigh(convention) / 1e9
+                assert ours == pytest.approx(float(row[image]), rel=1e-2)
+
+
+SMALL = CLIPConfig(
+    embed_dim=256,
+    vision=ViTConfig(image_size=64, patch_size=16, width=512, depth=3, num_heads=8),
+    text=TextConfig(context_length=24, vocab_size=64, width=384, depth=3, num_heads=6),
+    dtype="float32",
+)
+SIGLIP = replace(
+    SMALL,
+    vision=replace(SMALL.vision, pool="map", class_token=False, pre_norm=False),
+    text=replace(SMALL.text, causal=False, pool="last"),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "locked"), [(SMALL, ()), (SIGLIP, ("image",))], ids=["class token", "map, locked"]
+)
+def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked, monkeypatch):
+    # XLA counts the body of a scan once, so the scan must be unrolled.
+    monkeypatch.setattr(layers.nn, "scan", functools.partial(layers.nn.scan, unroll=3))
+    model, batch = CLIP(config), 8
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((batch, 24), jnp.int32)
+
+    def loss(params, images, tokens):
+        image, text = model.encode_image(params, images), model.encode_text(params, tokens)
+        if "image" in locked:
+            image = jax.lax.stop_gradient(image)
+        logits = image @ text.T
+        return -jnp.diag(jax.nn.log_softmax(logits) + jax.nn.log_softmax(logits, axis=0)).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, images, tokens).compile()
+    counted = compiled.cost_analysis()["flops"]
+    assert flops.training(config, batch, locked=locked).total == pytest.approx(counted, rel=0.03)
+
+
+def test_each_option_takes_what_it_says():
+    config = zoo.get("ViT-B-16")
+    plain = flops.forward(config)
+    dropped = flops.forward(config, patch_dropout=0.5)
+    assert dropped.text == plain.text
+    assert dropped.image == flops.vit(config.vision, 512, 0.5).weigh("matmul")
+    assert 0.48 < dropped.image / plain.image < 0.51
+    larger = flops.forward(config, image_size=384)
+    assert larger.image == flops.forward(
+        replace(config, vision=replace(config.vision, image_size=384))
+    ).image  # fmt: skip
+    assert flops.forward(config, text_length=16).text < plain.text * 16 / 77
+    assert flops.forward(config, "no_attention").total < plain.total
+    step = flops.training(config, 1024, locked=("image",))
+    assert (step.image, step.text) == (1024 * plain.image, 3 * 1024 * plain.text)
+    assert step.loss == 2 * 2 * 1024**2 * 512
+    assert flops.training(config, 1024).loss == 3 * 2 * 1024**2 * 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_length": 78}, "between 1 and text.context_length=77"),
+        ({"patch_dropout": 1.0}, "patch_dropout=1.0"),
+        ({"image_size": 8}, "smaller than one patch"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        flops.forward(zoo.get("ViT-B-32"), **options)
