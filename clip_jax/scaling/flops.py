@@ -11,12 +11,17 @@ A convention changes a number by up to a factor of two, so each has a name:
 
 MFU divides the `matmul` count of a training step (3 × forward, recomputation not counted, even the
 patch projection's unneeded input gradient counted) by the chips' peak.
+
+One thing is not a convention but a waste: open_clip's attention pool of a ResNet lets every place
+of the map query and uses the mean token's answer alone. `forward` counts it, to be comparable with
+published numbers; `training`, and so MFU, counts the one query that is needed, and computed here.
 """
 
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -92,7 +97,7 @@ def forward(
       ValueError: a size that the architecture cannot take.
     """
     return Flops(
-        _image(config, image_size, patch_dropout).weigh(convention),
+        _image(config, image_size, patch_dropout, queries=None).weigh(convention),
         _text(config, text_length).weigh(convention),
     )
 
@@ -121,26 +126,30 @@ def training(
       patch_dropout: share of the patches dropped after the patch projection (FLIP).
       locked: towers that take no gradient.
     """
-    pair = forward(
-        config, convention, image_size=image_size, text_length=text_length,
-        patch_dropout=patch_dropout,
-    )  # fmt: skip
+    image = _image(config, image_size, patch_dropout, queries=1).weigh(convention)
+    text = _text(config, text_length).weigh(convention)
     similarity = Operations(macs=batch_size * batch_size * config.embed_dim).weigh(convention)
     # Each locked tower spares the loss one of its two gradients.
     return TrainingFlops(
-        image=batch_size * pair.image * (1 if "image" in locked else 1 + BACKWARD),
-        text=batch_size * pair.text * (1 if "text" in locked else 1 + BACKWARD),
+        image=batch_size * image * (1 if "image" in locked else 1 + BACKWARD),
+        text=batch_size * text * (1 if "text" in locked else 1 + BACKWARD),
         loss=similarity * (1 + BACKWARD - len(set(locked))),
     )
 
 
-def _image(config: CLIPConfig, image_size: int | None, patch_dropout: float) -> Operations:
+def _image(
+    config: CLIPConfig, image_size: int | None, patch_dropout: float, queries: int | None
+) -> Operations:
     vision = config.vision
     if image_size is not None:
         vision = replace(vision, image_size=image_size)
     if not 0 <= patch_dropout < 1:
         raise ValueError(f"patch_dropout={patch_dropout} must be at least 0 and less than 1.")
-    return vit(vision, config.embed_dim, patch_dropout)
+    if isinstance(vision, ViTConfig):
+        return vit(vision, config.embed_dim, patch_dropout)
+    if patch_dropout:
+        raise ValueError(f"patch_dropout={patch_dropout}: a ResNet has no patches; set it to 0.")
+    return resnet(vision, config.embed_dim, queries)
 
 
 def _text(config: CLIPConfig, text_length: int | None) -> Operations:
@@ -194,26 +203,18 @@ def text_transformer(config: TextConfig, embed_dim: int, tokens: int) -> Operati
     return ends.plus(transformer(tokens, c.width, c.mlp_width, c.depth))
 
 
-def resnet(
-    layers: tuple[int, ...], width: int, image_size: int, embed_dim: int, *, queries: int | None = 1
-) -> Operations:
-    """Count CLIP's ModifiedResNet, for one image (CLIP's `ModifiedResNet`: OpenAI's model.py).
+def resnet(config: ResNetConfig, embed_dim: int, queries: int | None = 1) -> Operations:
+    """Count the image tower as a modified ResNet, for one image.
 
-    Args:
-      layers: bottleneck blocks per stage.
-      width: channels after the stem (64 for RN50).
-      image_size: pixels, a multiple of 32.
-      embed_dim: of the shared space.
-      queries: tokens that query in the attention pool. Only the mean token's answer is used, so
-        one is enough, and what we compute; `None` counts all of them, as open_clip computes and
-        the published profiles count (5% more for RN50).
+    `queries` is how many tokens query in the attention pool: the one whose answer is used, or all
+    (None) as in published profiles, which is 5% more for RN50.
     """
-    size, inputs = image_size // 2, width
+    width, size = config.width, config.image_size // 2
     # Stem: three 3×3 convolutions, the first with stride 2, then 2×2 average pooling.
     macs = 9 * size**2 * (3 * (width // 2) + (width // 2) ** 2 + width // 2 * width)
     batch_norm = size**2 * 2 * width
-    size //= 2
-    for stage, blocks in enumerate(layers):
+    size, inputs = size // 2, width
+    for stage, blocks in enumerate(config.layers):
         planes = width * 2**stage
         outputs = 4 * planes
         for block in range(blocks):

@@ -11,18 +11,12 @@ import pytest
 
 from clip_jax.models import layers, zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.scaling import flops
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-RESNETS = {  # layers, width, image size, embed_dim: CLIP paper, table 19
-    "RN50": ((3, 4, 6, 3), 64, 224, 1024),
-    "RN101": ((3, 4, 23, 3), 64, 224, 512),
-    "RN50x4": ((4, 6, 10, 6), 80, 288, 640),
-    "RN50x16": ((6, 8, 18, 8), 96, 384, 768),
-    "RN50x64": ((3, 15, 36, 10), 128, 448, 1024),
-}
 
 
 def rows(file: str) -> list[dict[str, str]]:
@@ -52,7 +46,7 @@ def test_every_vit_of_open_clips_profile_within_a_tenth_of_a_percent():
     checked = 0
     for row in rows("model_profile.csv"):
         config = config_of(row["model"])
-        if config is None or "resnet" in type(config.vision).__name__.lower():
+        if config is None or not isinstance(config.vision, ViTConfig):
             continue
         ours = flops.forward(config)
         assert ours.total / 1e9 == pytest.approx(float(row["gflops"]), rel=1e-3), row["model"]
@@ -77,16 +71,17 @@ def test_every_vit_of_the_scaling_paper_within_a_fifth_of_a_percent():
     assert checked == 24
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_every_resnet_row_within_one_percent(name: str):
-    for file, convention, image in (
-        ("model_profile.csv", "matmul", "image_gflops"),
-        ("arch_info_gmacs.csv", "fvcore", "image_gmacs"),
-    ):
-        for row in rows(file):
-            if row["model"].removesuffix("-quickgelu") == name:
-                ours = flops.resnet(*RESNETS[name], queries=None).weigh(convention) / 1e9
-                assert ours == pytest.approx(float(row[image]), rel=1e-2)
+def test_every_resnet_row_within_one_percent():
+    checked = 0
+    for row in rows("model_profile.csv") + rows("arch_info_gmacs.csv"):
+        if not row["model"].startswith("RN"):
+            continue
+        convention, unit = ("matmul", "gflops") if "gflops" in row else ("fvcore", "gmacs")
+        ours = flops.forward(zoo.get(row["model"]), convention)
+        for count, column in zip((ours.total, *ours), ("", "image_", "text_"), strict=True):
+            assert count / 1e9 == pytest.approx(float(row[column + unit]), rel=1e-2)
+        checked += 1
+    assert checked == 11
 
 
 SMALL = CLIPConfig(
@@ -102,8 +97,13 @@ SIGLIP = replace(
 )
 
 
+RESNET = replace(SMALL, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=32))
+
+
 @pytest.mark.parametrize(
-    ("config", "locked"), [(SMALL, ()), (SIGLIP, ("image",))], ids=["class token", "map, locked"]
+    ("config", "locked"),
+    [(SMALL, ()), (SIGLIP, ("image",)), (RESNET, ("image",))],
+    ids=["class token", "map pooling", "ResNet"],
 )
 def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked, monkeypatch):
     # XLA counts the body of a scan once, so the scan must be unrolled.
@@ -123,6 +123,12 @@ def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked, monkeyp
     compiled = jax.jit(jax.grad(loss)).lower(params, images, tokens).compile()
     counted = compiled.cost_analysis()["flops"]
     assert flops.training(config, batch, locked=locked).total == pytest.approx(counted, rel=0.03)
+
+
+def test_training_a_resnet_counts_the_one_query_that_is_used():
+    config = zoo.get("RN50")
+    pool = flops.training(config, 1).image / flops.forward(config).image / 3
+    assert pool == pytest.approx(1 - 0.0521, abs=1e-4)
 
 
 def test_each_option_takes_what_it_says():
@@ -155,3 +161,8 @@ def test_each_option_takes_what_it_says():
 def test_impossible_sizes_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         flops.forward(zoo.get("ViT-B-32"), **options)
+
+
+def test_a_resnet_has_no_patches_to_drop():
+    with pytest.raises(ValueError, match="no patches"):
+        flops.forward(zoo.get("RN50"), patch_dropout=0.5)
