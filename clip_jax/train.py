@@ -87,7 +87,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     writer = Writer(workdir, start) if lead else None
     skipped_path = workdir / "skipped.jsonl"
     keep_until(skipped_path, start)
-    step_flops = flops.training(config.model, config.batch_size)
+    step_flops = flops.training(config.model, config.batch_size).total
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
     result = json.loads(text) if (text := _read(workdir / "result.json")) else {}
