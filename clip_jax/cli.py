@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted after saving.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,6 @@ commands:
 
 def train(args: Sequence[str]) -> int:
     """train a model from a config file: clip-jax train configs/digits.py"""
-    import tyro
-
     from clip_jax.config import Config, load_config
 
     path, rest = _config_path(args)
@@ -33,18 +32,18 @@ def train(args: Sequence[str]) -> int:
     default = load_config(path) if path else Config()
 
     @dataclass(frozen=True, kw_only=True)
-    class Train:
-        config: tyro.conf.OmitArgPrefixes[Config]
+    class Run(Config):
         workdir: Path  # where the run lives; the same command again resumes it
 
-    run = _parse(Train, rest, "train CONFIG", train,
-                 Train(config=default, workdir=Path("runs") / Path(path or "config").stem))  # fmt: skip
+    default = Run(**_fields(default), workdir=Path("runs") / Path(path or "config").stem)
+    given = _fields(_parse(Run, rest, "train CONFIG", train, default))
+    workdir = given.pop("workdir")
 
     from clip_jax.train import Diverged, Preempted
     from clip_jax.train import train as run_training
 
     try:
-        run_training(run.config, run.workdir)
+        run_training(Config(**given), workdir)
     except Diverged as error:
         return _say(str(error), code=1)
     except Preempted as error:
@@ -62,7 +61,13 @@ def _config_path(args: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(args)
 
 
-def _parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None) -> Any:
+def _fields(instance: Any) -> dict[str, Any]:
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+
+
+def _parse(
+    kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None
+) -> Any:
     """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
     import tyro
 

@@ -3,14 +3,11 @@
 import functools
 import json
 import math
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from clip_jax import sharding
 from clip_jax.checkpoint import Checkpoints
@@ -139,7 +136,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                     continue
                 values = dict(evaluator.run(model, state.params, mesh))
                 result.update(values)
-                display.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+                display.line(
+                    f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+                )
                 if writer:
                     writer.write(step, values)
 

@@ -56,7 +56,7 @@ def _text_encoder(model: CLIP, mesh: Mesh) -> Callable:
 def _in_batches(
     encode: Callable, params: Params, rows: np.ndarray, mesh: Mesh, batch_size: int
 ) -> np.ndarray:
-    """Run `encode` over equal batches; the last one is filled with copies that are cut off again."""
+    """Run `encode` over equal batches; the last is filled with copies, cut off again."""
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(rows)) // shards) * shards
     placed = sharding.batch_sharding(mesh)
@@ -68,5 +68,3 @@ def _in_batches(
         batch = jax.make_array_from_callback(batch.shape, placed, batch.__getitem__)
         features.append(np.asarray(encode(params, batch))[: batch_size - padding])
     return np.concatenate(features)
-
-
