@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -35,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def uniform(limit: float) -> Init:
     """U(−limit, limit); PyTorch's Linear default is `uniform(fan_in**-0.5)`."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
     return init

@@ -1,7 +1,8 @@
 """Architectures as data.
 
 OpenAI's names (`ViT-B/32`) are OpenAI's released models, with QuickGELU; open_clip's names
-(`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`.
+(`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`. Both call
+their ResNets `RN50`: here that is OpenAI's, `RN50-quickgelu` the same, and `RN50-gelu` open_clip's.
 Sources: CLIP paper, tables 19 and 20; open_clip's model configurations.
 """
 
@@ -9,17 +10,19 @@ from dataclasses import replace
 
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
 def _clip(
     embed_dim: int,
-    vision: ViTConfig,
+    vision: ViTConfig | ResNetConfig,
     text: TextConfig,
     activation: Activation = "gelu",
 ) -> CLIPConfig:
-    vision = replace(vision, activation=activation)
+    if isinstance(vision, ViTConfig):
+        vision = replace(vision, activation=activation)
     return CLIPConfig(embed_dim=embed_dim, vision=vision, text=replace(text, activation=activation))
 
 
@@ -31,6 +34,10 @@ def _vit(
         image_size=size, patch_size=patch, width=width, depth=depth,
         num_heads=heads or width // 64, mlp_ratio=mlp,
     )  # fmt: skip
+
+
+def _resnet(layers: tuple[int, int, int, int], width: int, size: int) -> ResNetConfig:
+    return ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // 64)
 
 
 def _text(width: int, depth: int = 12) -> TextConfig:
@@ -141,6 +148,18 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
         1280, _vit(14, 1792, 56, heads=16, mlp=8.5715), _text(1280, 36)
     ),
 }  # fmt: skip
+
+_RESNETS = {
+    "RN50": (1024, _resnet((3, 4, 6, 3), 64, 224), _T512),
+    "RN101": (512, _resnet((3, 4, 23, 3), 64, 224), _T512),
+    "RN50x4": (640, _resnet((4, 6, 10, 6), 80, 288), _T640),
+    "RN50x16": (768, _resnet((6, 8, 18, 8), 96, 384), _T768),
+    "RN50x64": (1024, _resnet((3, 15, 36, 10), 128, 448), _text(1024, 12)),
+}
+for _name, _parts in _RESNETS.items():
+    ARCHITECTURES[_name] = _clip(*_parts, "quick_gelu")
+    ARCHITECTURES[f"{_name}-quickgelu"] = ARCHITECTURES[_name]
+    ARCHITECTURES[f"{_name}-gelu"] = _clip(*_parts)
 
 
 def get(name: str) -> CLIPConfig:

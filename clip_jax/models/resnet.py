@@ -1,0 +1,234 @@
+"""The image tower as a modified ResNet with attention pooling (CLIP paper, 2.4 and table 19)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from clip_jax.models.layers import Einsum, Init, Remat, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """A modified ResNet: three-convolution stem, blur before stride, attention pooling.
+
+    The defaults are RN50's. The activation is always ReLU; QuickGELU is the text tower's.
+    """
+
+    image_size: int = 224  # pixels, square
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks per stage
+    width: int = 64  # channels after the stem; the last stage has 32 × as many
+    num_heads: int = 32  # heads of the attention pooling
+    batch_norm_group: int | None = None  # samples normalised together in training; None: all
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.image_size % 32:
+            raise ValueError(
+                f"vision.image_size={self.image_size} is not a multiple of 32, "
+                "the stride of a ResNet."
+            )
+        if self.output_width % self.num_heads:
+            raise ValueError(
+                f"32 × vision.width={self.width} is not divisible by "
+                f"vision.num_heads={self.num_heads}."
+            )
+        if self.batch_norm_group is not None and self.batch_norm_group < 1:
+            raise ValueError(
+                f"vision.batch_norm_group={self.batch_norm_group} must be at least 1 sample "
+                "(None: the whole batch)."
+            )
+
+    @property
+    def output_width(self) -> int:
+        """Channels of the last stage, where the attention pooling works."""
+        return self.width * 32
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that the attention pooling sees: the mean and every place of the last map."""
+        return (self.image_size // 32) ** 2 + 1
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's running statistics, in float32.
+
+    In training the statistics are those of the global batch or, with `group`, of every `group`
+    samples in order of the batch, so that they depend on no mesh. The running mean and variance
+    move by 0.1 towards the batch's (the groups' average); the variance that runs is unbiased, the
+    one that normalises is not.
+    """
+
+    train: bool
+    group: int | None = None
+    scale_init: Init = nn.initializers.ones
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        x32 = x.astype(jnp.float32)
+        if not self.train:
+            x32 = (x32 - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon)
+            return (x32 * scale + bias).astype(x.dtype)
+
+        group = self.group or x.shape[0]
+        count = group * x.shape[1] * x.shape[2]
+        if x.shape[0] % group or count < 2:
+            raise ValueError(
+                f"a batch of shape {x.shape} cannot be normalised in groups of {group}: the batch "
+                "must be a multiple of vision.batch_norm_group, a group more than one value."
+            )
+        x32 = rearrange(x32, "(G B) H W C -> G B H W C", B=group)
+        mean = x32.mean((1, 2, 3), keepdims=True)
+        x32 = x32 - mean
+        var = jnp.square(x32).mean((1, 2, 3), keepdims=True)
+        running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean((0, 1, 2, 3))
+        unbiased = var.mean((0, 1, 2, 3)) * (count / (count - 1))
+        running_var.value = 0.9 * running_var.value + 0.1 * unbiased
+        x32 = x32 * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+        return rearrange(x32, "G B H W C -> (G B) H W C").astype(x.dtype)
+
+
+def conv(x: Array, channels: int, size: int, *, stride: int = 1, name: str) -> Array:
+    """A convolution without bias, padded by half its size, drawn as PyTorch draws it."""
+    init = uniform((x.shape[-1] * size * size) ** -0.5)
+    return nn.Conv(
+        channels, (size, size), stride, padding=size // 2, use_bias=False, dtype=x.dtype,
+        kernel_init=init, name=name,
+    )(x)  # fmt: skip
+
+
+def avg_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
+    """Average over squares of `size` pixels."""
+    return reduce(x, "B (h P) (w Q) C -> B h w C", "mean", P=size, Q=size) if size > 1 else x
+
+
+class Downsample(nn.Module):
+    """The shortcut where the shape changes: blur by `stride`, then 1 × 1 convolution and norm."""
+
+    channels: int
+    stride: int
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        x = conv(avg_pool(x, self.stride), self.channels, 1, name="0")
+        return self.norm(name="1")(x)
+
+
+class Bottleneck(nn.Module):
+    """1 × 1, 3 × 3, blur, 1 × 1 around a shortcut; the last gain starts at zero."""
+
+    planes: int
+    stride: int
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        channels = 4 * self.planes
+        y = nn.relu(self.norm(name="bn1")(conv(x, self.planes, 1, name="conv1")))
+        y = nn.relu(self.norm(name="bn2")(conv(y, self.planes, 3, name="conv2")))
+        y = conv(avg_pool(y, self.stride), channels, 1, name="conv3")
+        y = self.norm(scale_init=nn.initializers.zeros, name="bn3")(y)
+        if self.stride > 1 or x.shape[-1] != channels:
+            x = Downsample(channels, self.stride, self.norm, name="downsample")(x)
+        return nn.relu(x + y)
+
+
+def save_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The remat policy that "dots" means here: a ResNet's matmuls are convolutions."""
+    return primitive is jax.lax.conv_general_dilated_p
+
+
+class Stage(nn.Module):
+    """A run of blocks of one width; the first changes the resolution."""
+
+    planes: int
+    depth: int
+    stride: int
+    norm: Callable[..., nn.Module]
+    remat: Remat
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        block = Bottleneck
+        if self.remat != "none":
+            policies = {
+                "full": jax.checkpoint_policies.nothing_saveable,
+                "dots": save_convolutions,
+            }
+            block = nn.remat(Bottleneck, policy=policies[self.remat])
+        for i in range(self.depth):
+            x = block(self.planes, self.stride if i == 0 else 1, self.norm, name=str(i))(x)
+        return x
+
+
+class AttentionPool2d(nn.Module):
+    """Attention whose one query is the mean over all places of the map, as OpenAI pools."""
+
+    config: ResNetConfig
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B E"]:
+        c = self.config
+        width = c.output_width
+        heads = (c.num_heads, width // c.num_heads)
+        normal, linear_bias = nn.initializers.normal(width**-0.5), uniform(width**-0.5)
+
+        x = rearrange(x, "B H W D -> B (H W) D")
+        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
+        positions = self.param("positional_embedding", normal, (c.num_tokens, width))
+        x = x + positions.astype(x.dtype)
+        q, k, v = (
+            Einsum("BLD,DNK->BLNK", (width, *heads), heads, normal, linear_bias, name=name)(tokens)
+            for name, tokens in (("q_proj", x[:, :1]), ("k_proj", x), ("v_proj", x))
+        )
+        x = jax.nn.dot_product_attention(q, k, v)[:, 0]
+        return Einsum(
+            "BNK,NKE->BE", (*heads, self.embed_dim), (self.embed_dim,), normal, linear_bias,
+            name="c_proj",
+        )(x)  # fmt: skip
+
+
+class ModifiedResNet(nn.Module):
+    """Stem, four stages, attention pooling. Images `[B, H, W, 3]` to features `[B, E]`."""
+
+    config: ResNetConfig
+    embed_dim: int
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B H W C"], *, train: bool = False
+    ) -> Float[Array, "B E"]:
+        c = self.config
+        if images.shape[1:] != (c.image_size, c.image_size, 3):
+            raise ValueError(
+                f"images have shape {images.shape}; this model needs "
+                f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
+            )
+
+        def norm(**kwargs: Any) -> nn.Module:
+            return BatchNorm(train, c.batch_norm_group, **kwargs)
+
+        x = conv(images, c.width // 2, 3, stride=2, name="conv1")
+        x = nn.relu(norm(name="bn1")(x))
+        x = nn.relu(norm(name="bn2")(conv(x, c.width // 2, 3, name="conv2")))
+        x = nn.relu(norm(name="bn3")(conv(x, c.width, 3, name="conv3")))
+        x = avg_pool(x, 2)
+        for i, depth in enumerate(c.layers):
+            stage = Stage(
+                c.width * 2**i, depth, 1 if i == 0 else 2, norm, self.remat, name=f"layer{i + 1}"
+            )
+            x = stage(x)
+        return AttentionPool2d(c, self.embed_dim, name="attnpool")(x)
