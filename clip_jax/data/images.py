@@ -1,0 +1,286 @@
+"""Pixels for CLIP (paper, 2.4: a random square crop from resized images is the augmentation).
+
+Two orders, both on purpose. `Preprocess`, for finished weights, does what OpenAI's preprocessing
+does to the pixel: resize and crop in the image's own mode, then convert to RGB. Training converts
+to RGB first (`decode`), so that crops are cheap and all modes are treated alike. The two agree on
+RGB images. In both, EXIF orientation is *not* applied, alpha is dropped, 16-bit gray is cut off at
+255, and of an animation the first frame counts, as in OpenAI's and open_clip's code.
+"""
+
+import contextlib
+import functools
+import io
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Channels = tuple[float, float, float]
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "squash", "longest"]
+Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
+ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+
+_MAX_RESIZED_PIXELS = 1 << 24  # as an intermediate result; at 224 pixels, 334 times as long as wide
+
+# What is read from files and bytes. Not everything that Pillow knows: its EPS reader, for one,
+# would run Ghostscript on whatever the web holds.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF"),
+    *("JPEG2000", "PPM", "TGA", "ICO", "PCX", "DDS", "QOI"),
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used, and in one word why (`reason`)."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, str(self).removeprefix(f"{self.reason}: "))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Any image to the input of finished weights; the defaults are OpenAI's."""
+
+    image_size: int = 224  # pixels, height and width
+    mean: Channels = OPENAI_MEAN  # of pixels in [0, 1], by channel
+    std: Channels = OPENAI_STD
+    interpolation: Interpolation = "bicubic"
+    # shortest: shorter side to image_size, centre crop (OpenAI). squash: both sides, whatever the
+    # shape. longest: longer side to image_size, black bars (both from open_clip).
+    resize_mode: ResizeMode = "shortest"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size}: must be at least 1 pixel")
+        if not min(self.std) > 0:
+            raise ValueError(f"std={self.std}: must be positive in every channel")
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
+        if self.resize_mode not in ("shortest", "squash", "longest"):
+            raise ValueError(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
+
+    def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
+        """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
+        encoded image's bytes or path. Raises ImageError."""
+        with _opened(image) as opened:
+            pixels = _to_rgb(self._resize(opened))
+        scaled = np.asarray(pixels, np.float32) / np.float32(255)
+        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        size, resample = self.image_size, RESAMPLING[self.interpolation]
+        if self.resize_mode == "squash":
+            return image.resize((size, size), resample)
+        if self.resize_mode == "shortest":
+            return _crop_of_resized(image, size, resample)
+        longer = max(image.size)
+        width, height = (max(1, round(side * size / longer)) for side in image.size)
+        resized = image.resize((width, height), resample)
+        left, top = (width - size + 1) // 2, (height - size + 1) // 2  # negative: black bars
+        return resized.crop((left, top, left + size, top + size))
+
+
+def preprocess(
+    image: ImageLike,
+    size: int = 224,
+    *,
+    mean: Channels = OPENAI_MEAN,
+    std: Channels = OPENAI_STD,
+    interpolation: Interpolation = "bicubic",
+) -> Float32[np.ndarray, "H W 3"]:
+    """Do what OpenAI's preprocessing does, channels last; see `Preprocess`."""
+    return Preprocess(image_size=size, mean=mean, std=std, interpolation=interpolation)(image)
+
+
+def decode(data: bytes | str | os.PathLike) -> Image.Image:
+    """Read an encoded image, given as bytes or path, as RGB. Raises ImageError."""
+    with _opened(data) as image:
+        return _to_rgb(image)
+
+
+def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Shorter side of an RGB image to `size` pixels (bicubic), the square in its middle."""
+    return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
+
+
+def random_square_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A random square of an RGB image, `size` pixels wide (bicubic).
+
+    Without `scale` as in the paper: shorter side to `size`, then the square's place is random.
+    With `scale` as open_clip does, by default with (0.9, 1.0): a rectangle with that share of the
+    area and sides between 3:4 and 4:3, squeezed to the square.
+    """
+    if scale is None:
+        return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC, rng))
+    box = _random_box(image.width, image.height, rng, scale)
+    return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _crop_of_resized(
+    image: Image.Image,
+    size: int,
+    resample: Image.Resampling,
+    rng: np.random.Generator | None = None,
+) -> Image.Image:
+    """Bring the shorter side to `size`; crop a square, at random with `rng`, else the middle."""
+    short, long = sorted(image.size)
+    resized_long = size * long // short
+    spare = resized_long - size
+    # round: halves go to the even number, as in torchvision's CenterCrop
+    offset = round(spare / 2) if rng is None else int(rng.integers(spare + 1))
+    wide = image.width > image.height
+    left, top = (offset, 0) if wide else (0, offset)
+    if size * resized_long > _MAX_RESIZED_PIXELS:
+        # A sliver of an image: its resized form would fill the memory. Resizing only the crop's
+        # part is the same up to the rounding of its border to float32.
+        start, end = (edge * long / resized_long for edge in (offset, offset + size))
+        box = (start, 0, end, short) if wide else (0, start, short, end)
+        return image.resize((size, size), resample, box=box)
+    resized = image.resize((resized_long, size) if wide else (size, resized_long), resample)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw as torchvision's RandomResizedCrop: ten tries to fit a rectangle into the image, else
+    the largest one in the middle that is no longer than 4:3."""
+    flattest = 4 / 3
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(-math.log(flattest), math.log(flattest)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return (int(left), int(top), int(left) + w, int(top) + h)
+    w, h = min(width, round(height * flattest)), min(height, round(width * flattest))
+    left, top = (width - w) // 2, (height - h) // 2
+    return (left, top, left + w, top + h)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(source: ImageLike) -> Iterator[Image.Image]:
+    """Open an image for the block; whatever goes wrong in it becomes an ImageError."""
+    with _QUIET, contextlib.ExitStack() as stack:
+        try:
+            image = _open(source, stack)
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    "too large", f"{image.width} x {image.height} pixels; limit {MAX_PIXELS:,}"
+                )
+            if not image.width * image.height:
+                raise ImageError("empty", f"{image.width} x {image.height} pixels")
+            image.load()
+            yield image
+        except ImageError:
+            raise
+        except Image.UnidentifiedImageError as error:
+            raise ImageError("not an image", f"none of {', '.join(_formats())}") from error
+        except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
+            raise ImageError(_reason(error), f"{error or type(error).__name__}") from error
+
+
+def _open(source: ImageLike, stack: contextlib.ExitStack) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("empty", "0 bytes")
+        file = io.BytesIO(source)
+    else:
+        try:
+            file = stack.enter_context(epath.Path(source).open("rb"))
+        except OSError as error:
+            raise ImageError("unreadable", f"{error.strerror or error}: {source}") from error
+    return Image.open(file, formats=_formats())
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[:, :, 0]
+    gray = array.ndim == 2 and array.dtype in (np.bool_, np.uint8, np.uint16, np.int32)
+    color = array.ndim == 3 and array.shape[-1] in (3, 4) and array.dtype == np.uint8
+    if not (gray or color):
+        raise ImageError(
+            "not an image",
+            f"array {array.dtype}{list(array.shape)}; give uint8 [H, W, 3] with values 0 to 255 "
+            "(or [H, W], [H, W, 4]; 16-bit gray as uint16 [H, W])",
+        )
+    if not array.size:
+        raise ImageError("empty", f"array of shape {list(array.shape)}")
+    return Image.fromarray(array)
+
+
+def _reason(error: Exception) -> Reason:
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+        return "too large"
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "truncated"
+    return "corrupt"
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Of FORMATS those that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+class _Quiet:
+    """Silence Pillow's warnings (metadata, palettes, large sizes) while any thread is inside.
+
+    `warnings.catch_warnings` alone would let threads restore each other's filters.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
