@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.losses.captions import caption_ids
 from clip_jax.losses.forms import Config, Result, dense
-from clip_jax.losses.pairs import Side
+from clip_jax.losses.pairs import Form, Side
 from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
+from clip_jax.losses.streamed import Route, streamed
 
 __all__ = ["SigmoidConfig", "SoftmaxConfig", "caption_ids", "contrastive_loss"]
 
@@ -55,4 +56,35 @@ def contrastive_loss(
     index = jnp.arange(batch)
     ids = caption_ids if config.mask_same_caption else None
     image, text = Side(image_features, index, ids), Side(text_features, index, ids)
-    return dense(config, image, text, logit_scale, logit_bias, mesh if shards > 1 else None, axes)
+    mesh = mesh if shards > 1 else None
+    form = choose_form(config, batch, image_features.shape[1], shards)
+    if form == "dense":
+        return dense(config, image, text, logit_scale, logit_bias, mesh, axes)
+    ring = 1 if form == "blocked" or mesh is None else devices_per_slice(mesh, axes)
+    route = Route(axes, shards, ring)
+    return streamed(config, image, text, logit_scale, logit_bias, mesh, route)
+
+
+def choose_form(config: Config, batch: int, embed_dim: int, shards: int) -> Form:
+    """Resolve `auto`: dense while a device's logits fit the budget, then blocked, else ring."""
+    budget = config.budget_mib * 2**20 / 4  # float32s
+    if config.form != "auto":
+        return config.form
+    if batch**2 // shards <= budget:
+        return "dense"
+    return "blocked" if batch * embed_dim <= budget or shards == 1 else "ring"
+
+
+def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """Count the neighbours along `axes` that fast links join; 1 if slices are not in order.
+
+    Devices of one TPU slice share a `slice_index`; other backends have none and count as one.
+    """
+    others = tuple(axis for axis in mesh.axis_names if axis not in axes)
+    order = [mesh.axis_names.index(axis) for axis in (*axes, *others)]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    devices = mesh.devices.transpose(order).reshape(shards, -1)
+    slices = [[getattr(device, "slice_index", 0) for device in row] for row in devices]
+    ring = slices.count(slices[0])
+    in_order = all(row == slices[i - i % ring] for i, row in enumerate(slices))
+    return ring if shards % ring == 0 and in_order else 1

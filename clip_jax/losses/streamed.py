@@ -1,0 +1,186 @@
+"""The blocked and the ring form: the similarity matrix is visited in blocks and never held.
+
+Each device keeps its images and sees all texts, some gathered (blocked: all of them), the others
+passed around a ring of devices. Texts carry their statistics along, and backward their gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from clip_jax.losses.forms import Config, Result, conclude
+from clip_jax.losses.pairs import Side, Statistics, compare, merge, nothing, rebase, summarise
+
+# images, found = visit(images, texts, found): compare this device's images with some texts, given
+# what has been found so far about either.
+Visit = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How texts reach the devices along `axes`: in rings of `ring`, gathered across the rings."""
+
+    axes: tuple[str, ...]
+    shards: int  # devices along `axes`
+    ring: int  # neighbours in one ring; 1: everything is gathered, `shards`: nothing is
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The devices at the same place of every ring, which exchange their texts."""
+        return [list(range(place, self.shards, self.ring)) for place in range(self.ring)]
+
+    def gather(self, x: Any) -> Any:
+        """Collect the texts of the same place in all rings, [B / ring]."""
+        if self.ring == self.shards:
+            return x
+
+        def collect(a: Array) -> Array:
+            return lax.all_gather(a, self.axes, axis_index_groups=self.groups, tiled=True)
+
+        return jax.tree.map(collect, x)
+
+    def sum_home(self, x: Float[Array, "B E"]) -> Float[Array, "b E"]:
+        """Add up what all rings found about gathered texts; each device keeps its own texts."""
+        if self.ring == self.shards:
+            return x
+        return lax.psum_scatter(x, self.axes, axis_index_groups=self.groups, tiled=True)
+
+    def merge_home(self, x: Statistics, scale: Float[Array, ""]) -> Statistics:
+        """`sum_home` for statistics."""
+        if self.ring == self.shards:
+            return x
+
+        def exchange(a: Array) -> Array:
+            a = a.reshape(self.shards // self.ring, -1)
+            return lax.all_to_all(a, self.axes, 0, 0, axis_index_groups=self.groups, tiled=True)
+
+        x = jax.tree.map(exchange, x)
+        top = x.top.max(0)
+        return Statistics(top, *(field.sum(0) for field in rebase(x, top, scale)[1:]))
+
+    def mean(self, x: Any) -> Any:
+        """Average over all devices."""
+        return lax.pmean(x, self.axes) if self.shards > 1 else x
+
+    def pass_on(self, x: Any) -> Any:
+        """Hand over to the next device of the ring and receive from the one before."""
+        hops = [(i, i - i % self.ring + (i + 1) % self.ring) for i in range(self.shards)]
+        return jax.tree.map(lambda a: lax.ppermute(a, self.axes, hops), x)
+
+    def around(self, visit: Visit, images: Any, texts: Any, found: Any) -> tuple[Any, Any]:
+        """Take every image to every text of the ring; what is found about a text comes home."""
+        if self.ring == 1:
+            return visit(images, texts, found)
+
+        def turn(state: Any, _: None) -> tuple[Any, None]:
+            images, texts, found = state
+            coming = self.pass_on(texts)  # waits for nothing computed here, so both can overlap
+            images, found = visit(images, texts, found)
+            return (images, coming, self.pass_on(found)), None
+
+        (images, _, found), _ = lax.scan(turn, (images, texts, found), length=self.ring)
+        return images, found
+
+
+def by_blocks(visit: Visit, size: int) -> Visit:
+    """Turn a visit to some texts into one to any number of them, `size` at a time."""
+
+    def visit_all(images: Any, texts: Any, found: Any) -> tuple[Any, Any]:
+        length = len(jax.tree.leaves(found)[0])
+        cut = length - length % size
+        parts = []
+        if cut:
+            blocks = jax.tree.map(lambda a: a[:cut].reshape(-1, size, *a.shape[1:]), (texts, found))
+            images, part = lax.scan(lambda carry, block: visit(carry, *block), images, blocks)
+            parts.append(jax.tree.map(lambda a: a.reshape(cut, *a.shape[2:]), part))
+        if cut < length:
+            images, part = visit(images, *jax.tree.map(lambda a: a[cut:], (texts, found)))
+            parts.append(part)
+        return images, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+    return visit_all
+
+
+def streamed(
+    config: Config,
+    image: Side,
+    text: Side,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    mesh: Mesh | None,
+    route: Route,
+) -> Result:
+    """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""
+    batch = len(image.index)
+
+    def forward(image: Side, text: Side, scale: Array, bias: Array) -> tuple[Result, Any]:
+        def visit(rows: Statistics, text: Side, columns: Statistics) -> tuple[Any, Any]:
+            pairs = compare(image, text, config.precision)
+            terms = config.terms(pairs, scale, bias)
+            rows = merge(rows, summarise(pairs, terms, scale, 1), scale)
+            return rows, merge(columns, summarise(pairs, terms, scale, 0), scale)
+
+        texts = route.gather(text)
+        rows, columns = (nothing(len(x.index), x.features.dtype) for x in (image, texts))
+        rows, columns = route.around(by_blocks(visit, config.block_size), rows, texts, columns)
+        columns = route.merge_home(columns, scale)
+        return route.mean(conclude(config, rows, columns, scale)), (rows, columns)
+
+    def backward(
+        image: Side, text: Side, scale: Array, bias: Array, rows: Statistics, columns: Statistics
+    ) -> tuple[Array, Array, Array, Array]:
+        def visit(sums: Any, texts: Any, d_text: Array) -> tuple[Any, Array]:
+            d_image, d_scale, d_bias = sums
+            text, columns = texts
+            pairs = compare(image, text, config.precision)
+            d_logits = config.gradient(pairs, rows, columns, scale, bias)
+            d_image += jnp.einsum("RC,CE->RE", d_logits, text.features, precision=config.precision)
+            d_text += jnp.einsum("RC,RE->CE", d_logits, image.features, precision=config.precision)
+            d_scale += (d_logits * pairs.cosine).sum()
+            return (d_image, d_scale, d_bias + d_logits.sum()), d_text
+
+        texts = route.gather((text, columns))
+        sums = (jnp.zeros_like(image.features), jnp.zeros_like(scale), jnp.zeros_like(bias))
+        d_text = jnp.zeros_like(texts[0].features)
+        sums, d_text = route.around(by_blocks(visit, config.block_size), sums, texts, d_text)
+        d_image, d_scale, d_bias = sums
+        d_image, d_text = d_image * scale / batch, route.sum_home(d_text) * scale / batch
+        d_scale, d_bias = route.mean((d_scale, d_bias))
+        return d_image, d_text, d_scale / len(image.index), d_bias / len(image.index)
+
+    if mesh is not None:
+        # The replicated results come from a psum, which check_vma need not prove: nothing
+        # differentiates through these maps, whose derivative is `backward`.
+        rows = P(route.axes)
+        shard = functools.partial(
+            jax.shard_map, mesh=mesh, axis_names=set(route.axes), check_vma=False
+        )
+        sides = (rows, rows, P(), P())
+        forward = shard(forward, in_specs=sides, out_specs=(P(), rows))
+        backward = shard(backward, in_specs=(*sides, rows, rows), out_specs=sides)
+
+    # The custom derivative is outside the shard_map. Inside it, the cotangent of the replicated
+    # loss would reach each device divided by their number.
+    @jax.custom_vjp
+    def loss(image: Side, text: Side, scale: Array, bias: Array) -> Result:
+        return forward(image, text, scale, bias)[0]
+
+    def loss_fwd(*inputs: Any) -> tuple[Result, Any]:
+        result, statistics = forward(*inputs)
+        return result, (*inputs, *statistics)
+
+    def loss_bwd(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+        d_loss, _ = cotangent  # the metrics have no gradient
+        d_image, d_text, d_scale, d_bias = (d_loss * d for d in backward(*residuals))
+        return Side(d_image, None, None), Side(d_text, None, None), d_scale, d_bias
+
+    loss.defvjp(loss_fwd, loss_bwd)
+    return loss(image, text, scale, bias)
