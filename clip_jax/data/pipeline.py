@@ -1,0 +1,229 @@
+"""One endless order of samples, the same whatever the number of threads and processes.
+
+A sample's position is its place in that order: batch t of B samples holds positions t·B to
+(t+1)·B, process p of P the p-th contiguous part of it. Each epoch is a new permutation of the
+source. Everything random in a sample comes from (seed, position), so the step number says all that
+a resumed run needs to know.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+from clip_jax.data.digits import DigitsConfig, DigitsSource
+from clip_jax.data.images import ImageError, center_crop, decode, random_square_crop
+from clip_jax.data.sources import SampleError, Source
+from clip_jax.data.sources.table import TableConfig, TableSource
+
+_MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
+_MIN_JUDGED = 256  # samples before the share of bad ones is judged
+_SHOWN_REASONS = 3
+
+Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pairs come from and how they are read."""
+
+    source: DigitsConfig | TableConfig = field(default_factory=DigitsConfig)
+    seed: int = 0  # of the order, the crops and the choice of captions
+    crop: Literal["random", "center"] = "random"  # which square of the resized image
+    threads: int = 2  # that read and decode; 0: none, in the caller's thread
+    prefetch: int = 2  # batches made ahead of need
+    max_bad_share: float = 0.05  # of samples that cannot be read, before the run stops
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data.seed={self.seed} must be from 0 to 2^32 - 1")
+        if self.threads < 0:
+            raise ValueError(f"data.threads={self.threads} must be at least 0")
+        if self.prefetch < 1:
+            raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={self.max_bad_share} must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of one global batch."""
+
+    image: UInt8[np.ndarray, "B H W 3"]
+    text: Int32[np.ndarray, "B L"]
+    index: Int64[np.ndarray, " B"]  # global positions
+    keys: list[str]  # of the samples used
+    skipped: list[dict[str, Any]]  # position, key, reason of those that could not be
+
+
+@dataclass(frozen=True)
+class _Sample:
+    image: UInt8[np.ndarray, "H W 3"]
+    caption: str
+    position: int
+    key: str
+    skipped: list[dict[str, Any]]
+
+
+def build(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenize,
+    image_size: int,
+    context_length: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Pipeline":
+    """Open the source. `batch_size` is global; ValueError for what cannot be read or split."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+        )
+    source = open_source(config.source, image_size)
+    return Pipeline(
+        config,
+        _Loader(source, config, image_size),
+        lambda texts: tokenizer(texts, context_length, True),
+        batch_size=batch_size,
+        part=(process_index, process_count),
+    )
+
+
+def open_source(config: DigitsConfig | TableConfig, image_size: int) -> Source:
+    """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
+    match config:
+        case DigitsConfig():
+            return DigitsSource(config, image_size)
+        case TableConfig():
+            return TableSource(config)
+
+
+class Pipeline:
+    """Endless batches over one source, from any step on."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        loader: "_Loader",
+        tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]],
+        *,
+        batch_size: int,
+        part: tuple[int, int],
+    ) -> None:
+        self._config, self._loader, self._tokenize = config, loader, tokenize
+        self._batch_size, self._part = batch_size, part
+        self.num_samples = len(loader.source)  # in one epoch
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batch number `start_step` and all after it. Close the iterator to end its threads.
+
+        Raises ValueError once clearly more than `max_bad_share` of the samples were bad.
+        """
+        import grain
+
+        config = self._config
+        index, count = self._part
+        ahead = grain.ReadOptions(
+            num_threads=config.threads,
+            prefetch_buffer_size=max(config.prefetch, config.threads),
+        )
+        stream = (
+            grain.MapDataset.range(self.num_samples)
+            .seed(config.seed)
+            .shuffle()  # epoch by epoch; before `repeat`, so that an epoch has each sample once
+            .repeat()
+            .map_with_index(self._loader)  # before `batch`: one thread makes one batch
+            .batch(self._batch_size // count, drop_remainder=True, batch_fn=list)
+            .map(self._collate)[index::count][start_step:]
+            .to_iter_dataset(ahead)
+        )
+        bad = _BadShare(config.max_bad_share)
+        with contextlib.closing(iter(stream)) as batches:
+            for batch in batches:
+                bad.judge(batch)
+                yield batch
+
+    def _collate(self, samples: list[_Sample]) -> Batch:
+        return Batch(
+            image=np.stack([sample.image for sample in samples]),
+            text=self._tokenize([sample.caption for sample in samples]),
+            index=np.array([sample.position for sample in samples], np.int64),
+            keys=[sample.key for sample in samples],
+            skipped=[event for sample in samples for event in sample.skipped],
+        )
+
+
+class _Loader:
+    """A sample of a position: the record that the order puts there, or the next good one."""
+
+    def __init__(self, source: Source, config: DataConfig, image_size: int) -> None:
+        self.source = source
+        self._seed, self._crop, self._image_size = config.seed, config.crop, image_size
+
+    def __call__(self, position: int, record: int) -> _Sample:
+        skipped = []
+        count = len(self.source)
+        for offset in range(min(count, _MAX_REPLACEMENTS)):
+            candidate = (record + offset) % count
+            # Each try draws the same numbers, however many the tries before it used.
+            rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
+            try:
+                image, caption = self._load(candidate, rng)
+            except SampleError as error:
+                key = self.source.key(candidate)
+                skipped.append({"position": position, "key": key, "reason": str(error)})
+            else:
+                return _Sample(image, caption, position, self.source.key(candidate), skipped)
+        raise ValueError(
+            f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
+            f"{skipped[0]['reason']}. Repair the data or change data.source"
+        )
+
+    def _load(
+        self, record: int, rng: np.random.Generator
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        image, caption = self.source.load(record, rng)
+        if not caption.strip():
+            raise SampleError("caption is empty")
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
+        if isinstance(image, np.ndarray):
+            return image, caption
+        try:
+            picture = decode(image)
+        except ImageError as error:
+            raise SampleError(str(error)) from error
+        if self._crop == "center":
+            return center_crop(picture, self._image_size), caption
+        return random_square_crop(picture, self._image_size, rng), caption
+
+
+class _BadShare:
+    """Counts bad samples and stops the run when they are too many."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._seen = self._bad = 0
+        self._first: list[dict[str, Any]] = []
+
+    def judge(self, batch: Batch) -> None:
+        self._seen += len(batch.keys)
+        self._bad += len({event["position"] for event in batch.skipped})
+        self._first += batch.skipped[: _SHOWN_REASONS - len(self._first)]
+        expected = self._limit * self._seen
+        # Three standard deviations, since a share just below the limit strays above it by chance.
+        if self._seen < _MIN_JUDGED or self._bad <= expected + 3 * math.sqrt(expected):
+            return
+        reasons = "; ".join(f"{event['key']}: {event['reason']}" for event in self._first)
+        raise ValueError(
+            f"{self._bad} of the first {self._seen} samples could not be read, more than "
+            f"data.max_bad_share={self._limit:g}. The first: {reasons}. Repair the data, or raise "
+            "data.max_bad_share to go on without them"
+        )

@@ -1,0 +1,131 @@
+import json
+
+import numpy as np
+import pytest
+
+from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.table import TableConfig, TableSource
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_rows_in_order_with_quotes_and_newlines(suffix, write_pairs, tmp_path):
+    table = write_pairs(tmp_path, 7, suffix)
+    source = TableSource(TableConfig(path=str(table)))
+    assert len(source) == 7
+    for i in range(7):
+        image, caption = source.load(i, RNG)
+        (file,) = (tmp_path / "images").glob(f"{i:04d}.*")
+        assert image == file.read_bytes()
+        assert caption.endswith(f'",\nnumber {i}')
+        assert source.key(i) == f"{i + 1}:images/{file.name}"
+
+
+def test_paths_are_relative_to_the_table(write_pairs, tmp_path, monkeypatch):
+    table = write_pairs(tmp_path / "set", 1)
+    monkeypatch.chdir(tmp_path / "set" / "images")
+    assert TableSource(TableConfig(path=f"../{table.name}")).load(0, RNG)[0]
+
+
+def test_absolute_paths_and_other_columns(write_pairs, tmp_path):
+    write_pairs(tmp_path / "set", 1)
+    (image,) = (tmp_path / "set" / "images").iterdir()
+    table = tmp_path / "t.tsv"
+    table.write_text(f"id\ttitle\tfilepath\n9\tein Bild — ä\t{image}\n", encoding="utf-8-sig")
+    config = TableConfig(path=str(table), image_column="filepath", caption_column="title")
+    source = TableSource(config)
+    assert source.load(0, RNG) == (image.read_bytes(), "ein Bild — ä")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_missing_column_names_those_found(suffix, write_pairs, tmp_path):
+    table = write_pairs(tmp_path, 2, suffix)
+    with pytest.raises(ValueError, match=r"no column 'text', only 'image', 'caption'.*caption_col"):
+        TableSource(TableConfig(path=str(table), caption_column="text"))
+    with pytest.raises(ValueError, match=r"no column 'file'.*data\.source\.image_column"):
+        TableSource(TableConfig(path=str(table), image_column="file"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, r"no table at .*none\.csv; set data\.source\.path"),
+        ("pairs.xlsx", b"x", r"ends in '\.xlsx'; data\.source\.path takes \.csv, \.tsv"),
+        ("empty.csv", b"", r"no column 'image', only none"),
+        ("header.csv", b"image,caption\n", r"has no rows"),
+        ("empty.jsonl", b"", r"is empty"),
+        ("blank.jsonl", b"\n\n", r"no column 'image', only none"),
+        ("lines.jsonl", b"nothing\n[1]\n", r"no column 'image', only none"),
+    ],
+)
+def test_unusable_tables(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        TableSource(TableConfig(path=str(tmp_path / name)))
+
+
+def test_bad_csv_rows_are_samples_with_a_reason(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    table = tmp_path / "t.csv"
+    table.write_bytes(
+        b"image,caption\na.png,good\na.png\na.png,bad \xff\xfe\n\xff.png,name\n,no image\n"
+        b"gone.png,lost\na.png,one,two\na\x00.png,nul\n.,folder\n"
+    )
+    source = TableSource(TableConfig(path=str(table)))
+    reasons = []
+    for i in range(len(source)):
+        try:
+            reasons.append(source.load(i, RNG)[1])
+        except SampleError as error:
+            reasons.append(str(error))
+        assert source.key(i).startswith(f"{i + 1}:")
+    wanted = [
+        "good",
+        "caption is not UTF-8",
+        "image path is not UTF-8",
+        "image path is empty",
+        "image file: No such file",
+        "image file: ",
+        "image file: Is a directory",
+        "row has 1 cells, the header 2: 'a.png'",
+        "row has 3 cells, the header 2: 'a.png,one,two'",
+    ]
+    assert len(reasons) == len(wanted)
+    for reason, start in zip(reasons, wanted, strict=True):
+        assert reason.startswith(start), reason
+
+
+def test_bad_json_lines_are_samples_with_a_reason(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    good = json.dumps({"image": "a.png", "caption": "gut"}).encode()
+    lines = [
+        (b"\xef\xbb\xbf" + good, "gut"),
+        (b"{broken", "line is not JSON"),
+        (b'{"image": "a.png", "caption": "\xff"}', "line is not JSON in UTF-8"),
+        (b'{"image": "a.png", "caption": 7}', "caption is int"),
+        (b'{"image": "a.png", "caption": null}', "caption is missing"),
+        (b'{"caption": "x"}', "image path is missing"),
+        (b"[1, 2]", "line is a JSON list"),
+        (b"[" * 100_000, "line is not JSON"),
+        (good, "gut"),
+    ]
+    table = tmp_path / "t.jsonl"
+    table.write_bytes(b"\n\n".join(line for line, _ in lines))
+    source = TableSource(TableConfig(path=str(table)))
+    assert len(source) == len(lines)
+    for i, (_, start) in enumerate(lines):
+        try:
+            reason = source.load(i, RNG)[1]
+        except SampleError as error:
+            reason = str(error)
+        assert reason.startswith(start), (i, reason)
+        assert source.key(i).startswith(f"{i + 1}:")
+
+
+def test_an_open_quote_is_said(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text('image,caption\na.png,"open\n' + "b.png,x\n" * 300_000)
+    with pytest.raises(ValueError, match=r"t\.csv.*does not parse.*A quote that never closes"):
+        TableSource(TableConfig(path=str(table)))

@@ -1,0 +1,193 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from clip_jax.data import digits
+from clip_jax.data.digits import (
+    HELD_OUT_JITTER,
+    DigitsConfig,
+    DigitsSource,
+    Jitter,
+    evaluation_set,
+    number_split,
+    number_words,
+    prompts,
+    render,
+    scan_split,
+)
+
+STILL = Jitter(**{field.name: 0.0 for field in dataclasses.fields(Jitter)})
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fifth_of_the_numbers_is_never_seen(k, seed):
+    seen, unseen = number_split(k, seed)
+    assert sorted(seen + unseen) == list(range(10**k))
+    assert len(unseen) == 10**k // 5
+    for place in range(k):
+        assert {f"{number:0{k}d}"[place] for number in seen} == set("0123456789")
+    assert (seen, unseen) == number_split(k, seed)
+    assert unseen != number_split(k, seed + 1)[1]
+
+
+def test_all_one_digit_numbers_are_seen():
+    assert number_split(1) == (list(range(10)), [])
+
+
+def test_scans_are_split_by_writers_pages():
+    train, held_out = scan_split()
+    assert sorted([*train, *held_out]) == list(range(1797))
+    assert len(held_out) == 388
+    labels = digits._scans()[1]
+    assert set(labels[held_out]) == set(labels[train]) == set(range(10))
+    # A page begins with the digits in order, three times.
+    for start, _ in digits._HELD_OUT_PAGES:
+        assert labels[start : start + 30].tolist() == [*range(10)] * 3
+
+
+@pytest.mark.parametrize(
+    ("number", "k", "words"),
+    [
+        (42, 2, "forty-two"),
+        (7, 2, "zero seven"),
+        (0, 2, "zero zero"),
+        (10, 2, "ten"),
+        (90, 2, "ninety"),
+        (13, 3, "zero thirteen"),
+        (300, 3, "three hundred"),
+        (4217, 4, "four thousand two hundred seventeen"),
+        (40, 4, "zero zero forty"),
+        (815_019, 6, "eight hundred fifteen thousand nineteen"),
+    ],
+)
+def test_number_words(number, k, words):
+    assert number_words(number, k) == words
+
+
+def test_no_two_numbers_share_a_caption():
+    captions = [set(prompts(number, 3)) for number in range(1000)]
+    assert len(set().union(*captions)) == sum(map(len, captions))
+    assert len(captions[42]) == len(digits.TEMPLATES)
+
+
+def test_captions_of_one_number():
+    captions = prompts(42, 2)
+    assert "a photo of the number forty-two" in captions
+    assert "the digits 4 2 in handwriting" in captions
+    assert {"forty-two", "42", "a handwritten 42", "four two"} <= set(captions)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_without_jitter_the_scans_stand_side_by_side(k):
+    """Image pixels are scan pixels where a digit's share of the width is 8 pixels."""
+    chosen = scan_split()[0][:k]
+    image = render(chosen, np.random.default_rng(0), 8 * k, STILL)
+    top = 4 * (k - 1)
+    ink = (1 - image[top : top + 8, :, 0] / 255) / 0.9
+    wanted = np.concatenate(list(digits._scans()[0][chosen]), axis=1)
+    assert np.corrcoef(ink.ravel(), wanted.ravel())[0, 1] > 0.98
+    blank = np.concatenate([image[: max(top - 1, 0)], image[top + 9 :]])
+    assert (blank >= 250).all()  # the enlargement overshoots a little
+
+
+@pytest.mark.parametrize("size", [16, 24, 33])
+def test_same_numbers_drawn_same_image(size):
+    chosen = scan_split()[0][[3, 5]]
+    first, again, other = (
+        render(chosen, np.random.default_rng(seed), size, Jitter()) for seed in (1, 1, 2)
+    )
+    assert first.shape == (size, size, 3)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Jitter)])
+def test_every_strength_does_something(name):
+    chosen = scan_split()[0][[3, 5]]
+    jitter = dataclasses.replace(STILL, **{name: getattr(Jitter(), name)})
+    plain = render(chosen, np.random.default_rng(0), 24, STILL)
+    changed = render(chosen, np.random.default_rng(0), 24, jitter)
+    assert np.abs(changed.astype(int) - plain).mean() > 1
+
+
+def test_thickness_adds_and_removes_ink():
+    chosen = scan_split()[0][:1]
+    thick = dataclasses.replace(STILL, thickness=1.0)
+    darkness = [
+        255 - render(chosen, np.random.default_rng(seed), 24, thick).mean() for seed in range(20)
+    ]
+    plain = 255 - render(chosen, np.random.default_rng(0), 24, STILL).mean()
+    assert min(darkness) < 0.9 * plain
+    assert max(darkness) > 1.1 * plain
+
+
+def test_source_of_the_training_split():
+    source = DigitsSource(DigitsConfig(samples=200), 16)
+    seen, _ = number_split(2)
+    keys = [source.key(i) for i in range(len(source))]
+    assert len(keys) == len(set(keys)) == 200
+    for i in (0, 79, 80, 199):
+        image, caption = source.load(i, np.random.default_rng(i))
+        assert image.shape == (16, 16, 3)
+        assert caption in prompts(seen[i % 80], 2)
+        assert keys[i].startswith(f"{seen[i % 80]:02d}/")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_uses_its_own_scans(split, monkeypatch):
+    used = set()
+
+    def watch(scans, rng, image_size, jitter):
+        used.update(scans.tolist())
+        assert (jitter == HELD_OUT_JITTER) == (split == "test")
+        return np.zeros((image_size, image_size, 3), np.uint8)
+
+    monkeypatch.setattr(digits, "render", watch)
+    source = DigitsSource(DigitsConfig(split=split), 16)
+    for i in range(2000):
+        source.load(i, np.random.default_rng(i))
+    train, held_out = map(set, scan_split())
+    own, foreign = (train, held_out) if split == "train" else (held_out, train)
+    assert not used & foreign
+    assert len(used) > 0.9 * len(own)
+
+
+def test_evaluation_set_is_fixed_and_held_out(monkeypatch):
+    config = DigitsConfig(jitter=STILL, split_seed=5)
+    images, labels = evaluation_set(config, [42, 7], 3, 24)
+    assert images.shape == (6, 24, 24, 3)
+    assert labels.tolist() == [42, 42, 42, 7, 7, 7]
+    alone, _ = evaluation_set(DigitsConfig(), [7], 3, 24)
+    np.testing.assert_array_equal(images[3:], alone)
+    for first, second in itertools.combinations(images, 2):
+        assert (first != second).any()
+
+    used = set()
+    monkeypatch.setattr(
+        digits, "render", lambda scans, *_: used.update(scans.tolist()) or images[0]
+    )
+    evaluation_set(config, range(100), 5, 24)
+    assert used <= set(scan_split()[1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"digits": 0}, "digits=0: numbers have 1 to 6"), ({"samples": 0}, "samples=0: an epoch")],
+)
+def test_wrong_config(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DigitsConfig(**wrong)
+
+
+def test_handwriting_is_recognisable():
+    """A linear classifier fitted on training renderings reads most held-out digits."""
+    from sklearn.linear_model import RidgeClassifier
+
+    source = DigitsSource(DigitsConfig(digits=1, jitter=HELD_OUT_JITTER), 12)
+    images = np.stack([source.load(i, np.random.default_rng(i))[0] for i in range(800)])
+    held_out, labels = evaluation_set(DigitsConfig(digits=1), range(10), 30, 12)
+    model = RidgeClassifier(alpha=100).fit(images[..., 0].reshape(800, -1), np.arange(800) % 10)
+    assert model.score(held_out[..., 0].reshape(len(labels), -1), labels) > 0.8
