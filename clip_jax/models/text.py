@@ -30,7 +30,10 @@ class TextConfig:
     num_heads: int = 8  # attention heads
     mlp_ratio: float = 4.0  # MLP width / width
     causal: bool = True  # a token sees only what stands before it
-    pool: Literal["argmax", "last"] = "argmax"  # argmax: end of text has the highest id
+    # Which token's state stands for the text. argmax: the highest id, which is end of text in
+    # CLIP's vocabulary; eos: the first eos_token_id (where ids were added above it).
+    pool: Literal["argmax", "eos", "last"] = "argmax"
+    eos_token_id: int = 49_407  # read by pool="eos" alone
     projection_bias: bool = False  # bias in the projection (SigLIP)
     activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
     norm_epsilon: float = 1e-5  # LayerNorm's ε
@@ -75,8 +78,13 @@ class TextTransformer(nn.Module):
         )
         x, _ = Transformer(block, c.depth, self.remat, name="transformer")(x, mask)
 
-        # OpenAI's reading of "end of text": the position of the highest token id.
-        end = tokens.argmax(axis=-1) if c.pool == "argmax" else jnp.full(len(tokens), length - 1)
+        match c.pool:
+            case "argmax":  # OpenAI's reading of "end of text"
+                end = tokens.argmax(axis=-1)
+            case "eos":
+                end = (tokens == c.eos_token_id).argmax(axis=-1)
+            case "last":
+                end = jnp.full(len(tokens), length - 1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = LayerNorm(c.norm_epsilon, name="ln_final")(x)
         projection = self.param(

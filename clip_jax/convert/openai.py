@@ -1,0 +1,353 @@
+"""OpenAI's format: the released TorchScript archives, and the same names as a plain state dict."""
+
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.convert.files import Tensors, written_whole
+from clip_jax.convert.state_dict import Row, from_params, norm, to_params
+from clip_jax.convert.weights import (
+    DType,
+    Weights,
+    cast,
+    count_blocks,
+    default_inputs,
+    known_heads,
+    mlp_ratio,
+    shape_of,
+    square_side,
+)
+from clip_jax.data.images import Preprocess
+from clip_jax.models import zoo
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.layers import Activation
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+# Buffers of OpenAI's archives that repeat what shapes say.
+SIZES = ("input_resolution", "context_length", "vocab_size")
+COUNTER = "num_batches_tracked"  # BatchNorm's; counts updates and is read by nothing
+
+
+def block_rows(ours: str, theirs: str, layer_scale: bool = False) -> list[Row]:
+    """Rows of a stack of residual blocks."""
+    rows = [
+        *norm(f"{ours}/ln_1", f"{theirs}.ln_1"),
+        Row(f"{ours}/attn/in_proj/kernel", f"{theirs}.attn.in_proj_weight", "(S N K) D -> D S N K"),
+        Row(f"{ours}/attn/in_proj/bias", f"{theirs}.attn.in_proj_bias", "(S N K) -> S N K"),
+        Row(f"{ours}/attn/out_proj/kernel", f"{theirs}.attn.out_proj.weight", "D (N K) -> N K D"),
+        Row(f"{ours}/attn/out_proj/bias", f"{theirs}.attn.out_proj.bias"),
+        *norm(f"{ours}/ln_2", f"{theirs}.ln_2"),
+        Row(f"{ours}/mlp/c_fc/kernel", f"{theirs}.mlp.c_fc.weight", "F D -> D F"),
+        Row(f"{ours}/mlp/c_fc/bias", f"{theirs}.mlp.c_fc.bias"),
+        Row(f"{ours}/mlp/c_proj/kernel", f"{theirs}.mlp.c_proj.weight", "D F -> F D"),
+        Row(f"{ours}/mlp/c_proj/bias", f"{theirs}.mlp.c_proj.bias"),
+    ]
+    if layer_scale:
+        rows += [Row(f"{ours}/ls_{i}/gamma", f"{theirs}.ls_{i}.gamma") for i in (1, 2)]
+    return rows
+
+
+def vit_rows(vision: ViTConfig) -> list[Row]:
+    """Rows of a vision transformer with a class token."""
+    rows = [
+        Row("visual/conv1/kernel", "visual.conv1.weight", "D C P Q -> P Q C D"),
+        Row("visual/class_embedding", "visual.class_embedding"),
+        Row("visual/positional_embedding", "visual.positional_embedding"),
+        *norm("visual/ln_post", "visual.ln_post"),
+        Row("visual/proj", "visual.proj"),
+        *block_rows(
+            "visual/transformer/resblocks", "visual.transformer.resblocks.{}",
+            vision.layer_scale is not None,
+        ),
+    ]  # fmt: skip
+    if vision.pre_norm:
+        rows += norm("visual/ln_pre", "visual.ln_pre")
+    return rows
+
+
+def resnet_rows(vision: ResNetConfig) -> list[Row]:
+    """Rows of a modified ResNet, the running statistics among them."""
+    convs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+    places = [(f"visual/{c}", f"visual/{b}") for c, b in convs]
+    for stage, depth in enumerate(vision.layers, 1):
+        for block in range(depth):
+            prefix = f"visual/layer{stage}/{block}"
+            places += [(f"{prefix}/{c}", f"{prefix}/{b}") for c, b in convs]
+            if block == 0:
+                places.append((f"{prefix}/downsample/0", f"{prefix}/downsample/1"))
+    rows = []
+    for conv, bn in places:
+        theirs = bn.replace("/", ".")
+        rows += [
+            Row(f"{conv}/kernel", f"{conv.replace('/', '.')}.weight", "D C P Q -> P Q C D"),
+            *norm(bn, theirs),
+            Row(f"batch_stats/{bn}/mean", f"{theirs}.running_mean"),
+            Row(f"batch_stats/{bn}/var", f"{theirs}.running_var"),
+        ]
+    pool = "visual/attnpool"
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rows += [
+            Row(f"{pool}/{name}/kernel", f"visual.attnpool.{name}.weight", "(N K) D -> D N K"),
+            Row(f"{pool}/{name}/bias", f"visual.attnpool.{name}.bias", "(N K) -> N K"),
+        ]
+    return [
+        *rows,
+        Row(f"{pool}/positional_embedding", "visual.attnpool.positional_embedding"),
+        Row(f"{pool}/c_proj/kernel", "visual.attnpool.c_proj.weight", "E (N K) -> N K E"),
+        Row(f"{pool}/c_proj/bias", "visual.attnpool.c_proj.bias"),
+    ]
+
+
+def text_rows() -> list[Row]:
+    """Rows of the text tower and the logit scale."""
+    return [
+        Row("text/token_embedding", "token_embedding.weight"),
+        Row("text/positional_embedding", "positional_embedding"),
+        *block_rows("text/transformer/resblocks", "transformer.resblocks.{}"),
+        *norm("text/ln_final", "ln_final"),
+        Row("text/text_projection", "text_projection"),
+        Row("logit_scale", "logit_scale"),
+    ]
+
+
+def rows(config: CLIPConfig) -> list[Row]:
+    """The whole table."""
+    vision = config.vision
+    image = resnet_rows(vision) if isinstance(vision, ResNetConfig) else vit_rows(vision)
+    return image + text_rows()
+
+
+def infer(
+    tensors: Tensors,
+    source: str,
+    *,
+    activation: Activation | None = None,
+    architecture: str | None = None,
+) -> CLIPConfig:
+    """Read the architecture off the tensors.
+
+    No tensor shows the activation and the number of heads. OpenAI's files are known by their
+    buffers: QuickGELU and 64 channels a head. Elsewhere the architecture of these sizes tells the
+    heads, or `architecture` names it; the activation has to be given. ValueError asks for it.
+    """
+    openai = all(name in tensors for name in SIZES)
+    vision = _infer_resnet(tensors, source) if _is_resnet(tensors) else _infer_vit(tensors, source)
+    length, width = shape_of(tensors, "positional_embedding", 2, source)
+    _, embed_dim = shape_of(tensors, "text_projection", 2, source)
+    hidden, _ = shape_of(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, source)
+    text = TextConfig(
+        context_length=length,
+        vocab_size=shape_of(tensors, "token_embedding.weight", 2, source)[0],
+        width=width,
+        depth=count_blocks(tensors, "transformer.resblocks."),
+        num_heads=_heads(width),
+        mlp_ratio=mlp_ratio(width, hidden),
+    )
+    config = CLIPConfig(embed_dim=embed_dim, vision=vision, text=text)
+    if not openai:
+        known = zoo.get(architecture) if architecture else known_heads(config)
+        if known is None:
+            raise ValueError(
+                f"{source} has no configuration and its sizes are no published model's, so its "
+                "number of attention heads is unknown. Put an open_clip_config.json beside it, or "
+                "name the architecture (--architecture, see clip_jax.available_models())."
+            )
+        activation = activation or (known.text.activation if architecture else None)
+        if activation is None:
+            raise ValueError(
+                f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
+                "and those called -quickgelu) or GELU (most of open_clip's), and the wrong one "
+                "costs accuracy without an error. Say --activation quick_gelu or gelu."
+            )
+        text = replace(text, num_heads=known.text.num_heads)
+        vision = replace(vision, num_heads=known.vision.num_heads)
+    activation = activation or "quick_gelu"
+    if isinstance(vision, ViTConfig):
+        vision = replace(vision, activation=activation)
+    return replace(config, vision=vision, text=replace(text, activation=activation))
+
+
+def _is_resnet(tensors: Tensors) -> bool:
+    return any(name.startswith("visual.layer1.") for name in tensors)
+
+
+def _heads(width: int) -> int:
+    """OpenAI's rule: 64 channels a head (a placeholder where it does not divide)."""
+    return width // 64 if width % 64 == 0 else 1
+
+
+def _infer_vit(tensors: Tensors, source: str) -> ViTConfig:
+    width, _, patch, _ = shape_of(tensors, "visual.conv1.weight", 4, source)
+    positions, _ = shape_of(tensors, "visual.positional_embedding", 2, source)
+    block = "visual.transformer.resblocks."
+    hidden, _ = shape_of(tensors, f"{block}0.mlp.c_fc.weight", 2, source)
+    return ViTConfig(
+        image_size=square_side(positions - 1, "visual.positional_embedding", source) * patch,
+        patch_size=patch,
+        width=width,
+        depth=count_blocks(tensors, block),
+        num_heads=_heads(width),
+        mlp_ratio=mlp_ratio(width, hidden),
+        pre_norm="visual.ln_pre.weight" in tensors,
+        layer_scale=1e-4 if f"{block}0.ls_1.gamma" in tensors else None,
+    )
+
+
+def _infer_resnet(tensors: Tensors, source: str) -> ResNetConfig:
+    width, *_ = shape_of(tensors, "visual.layer1.0.conv1.weight", 4, source)
+    positions, _ = shape_of(tensors, "visual.attnpool.positional_embedding", 2, source)
+    layers = tuple(count_blocks(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    side = square_side(positions - 1, "visual.attnpool.positional_embedding", source)
+    return ResNetConfig(
+        image_size=side * 32,
+        layers=layers,
+        width=width,
+        num_heads=_heads(width * 32),
+    )
+
+
+def without_bookkeeping(tensors: Tensors) -> Tensors:
+    """Drop what is no weight: repeated sizes and BatchNorm's counters."""
+    return {
+        name: x for name, x in tensors.items() if name not in SIZES and not name.endswith(COUNTER)
+    }
+
+
+def read(
+    tensors: Tensors,
+    source: str,
+    *,
+    activation: Activation | None = None,
+    architecture: str | None = None,
+) -> Weights:
+    """Read a state dict under OpenAI's names; see `infer` for what has to be told."""
+    config = infer(tensors, source, activation=activation, architecture=architecture)
+    params = to_params(rows(config), without_bookkeeping(tensors), config, source)
+    preprocess, tokenizer = default_inputs(config)
+    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
+
+
+def check(weights: Weights) -> None:
+    """ValueError that lists what OpenAI's format has no words for."""
+    config, vision, text = weights.config, weights.config.vision, weights.config.text
+    wrong = {
+        "init_logit_bias": config.init_logit_bias is not None,
+        "text.activation": text.activation != "quick_gelu",
+        "text.num_heads (one per 64 channels)": text.width != text.num_heads * 64,
+        "text.mlp_ratio": text.mlp_width != text.width * 4,
+        "text.causal": not text.causal,
+        "text.pool": text.pool != "argmax",
+        "text.projection_bias": text.projection_bias,
+        "text.norm_epsilon": text.norm_epsilon != 1e-5,
+        "preprocess": weights.preprocess != Preprocess(image_size=config.vision.image_size),
+        "tokenizer": weights.tokenizer != default_inputs(config)[1],
+    }
+    if isinstance(vision, ResNetConfig):
+        wrong["vision.num_heads (one per 64 channels)"] = vision.width * 32 != vision.num_heads * 64
+    else:
+        wrong |= {
+            "vision.activation": vision.activation != "quick_gelu",
+            "vision.image_size (whole patches)": vision.image_size % vision.patch_size != 0,
+            "vision.num_heads (one per 64 channels)": vision.width != vision.num_heads * 64,
+            "vision.mlp_ratio": vision.mlp_width != vision.width * 4,
+            "vision.pool": vision.pool != "class_token",
+            "vision.pre_norm": not vision.pre_norm,
+            "vision.patch_bias": vision.patch_bias,
+            "vision.projection": not vision.projection,
+            "vision.layer_scale": vision.layer_scale is not None,
+            "vision.norm_epsilon": vision.norm_epsilon != 1e-5,
+        }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(
+            f"OpenAI's format cannot express this model's {', '.join(found)}; "
+            "its loader assumes the released models' values. Try --to open-clip or clip-jax."
+        )
+
+
+_KEPT_FLOAT32 = re.compile(
+    r"(.*\.)?(ln_\w+|bn\d|downsample\.1)\.\w+|(.*\.)?(class|positional)_embedding"
+    r"|token_embedding\.weight|logit_scale"
+)
+
+
+def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
+    """Return the state dict under OpenAI's names, with the buffers of the released files.
+
+    `dtype` "float16" halves what OpenAI's files have halved: matrices, convolutions and their
+    biases, not norms and embeddings. None keeps every array's own. ValueError if the model cannot
+    be expressed.
+    """
+    check(weights)
+    config = weights.config
+    tensors = from_params(rows(config), weights.params)
+    for name, array in tensors.items():
+        kept = dtype == "float16" and _KEPT_FLOAT32.fullmatch(name)
+        tensors[name] = cast(array, "float32" if kept else dtype)
+    text = config.text
+    sizes = (config.vision.image_size, text.context_length, text.vocab_size)
+    return {
+        **tensors,
+        **counters(tensors),
+        **{n: np.array(x) for n, x in zip(SIZES, sizes, strict=True)},
+    }
+
+
+def counters(tensors: Tensors) -> Tensors:
+    """Return the counters that PyTorch's BatchNorm keeps beside each running variance, at zero."""
+    end = "running_var"
+    names = [name.removesuffix(end) + COUNTER for name in tensors if name.endswith(end)]
+    return {name: np.array(0) for name in names}
+
+
+def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | None = None) -> None:
+    """Write the archive that `clip.load` of openai-clip reads; `plain`: a state dict instead.
+
+    The archive holds the weights and no program: `clip.load(path)` builds its own model from them,
+    `clip.load(path, jit=True)` has nothing to run. The one place that needs torch.
+    """
+    tensors = to_tensors(weights, dtype)
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            "writing OpenAI's .pt needs PyTorch: pip install torch, or choose --to open-clip or "
+            "hugging-face, which do not."
+        ) from error
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        if plain:
+            torch.save({name: torch_tensor(x) for name, x in tensors.items()}, partial)
+            return
+        root = torch.nn.Module()
+        for name, array in tensors.items():
+            *parents, last = name.split(".")
+            module = root
+            for part in parents:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            if array.dtype.kind == "f" and "running_" not in last:
+                parameter = torch.nn.Parameter(torch_tensor(array), requires_grad=False)
+                module.register_parameter(last, parameter)
+            else:
+                module.register_buffer(last, torch_tensor(array))
+        with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
+            warnings.simplefilter("ignore")
+            torch.jit.script(root).save(str(partial))
+
+
+def torch_tensor(array: np.ndarray) -> Any:
+    """Return a torch tensor of the same bits, its own memory. Knows bfloat16."""
+    import torch
+
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

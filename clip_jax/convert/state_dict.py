@@ -1,0 +1,162 @@
+"""A conversion is a table: our path, their tensors' names, and how the axes move."""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+
+from clip_jax.convert.files import Tensors
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+
+_SHOWN = 10  # tensors that an error lists
+
+Shape = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One parameter of ours and what it is called elsewhere.
+
+    `{}` in their name stands for the number of a block, our leading axis. Several names are stacked
+    on a first axis before `axes` applies. `axes` reads "theirs -> ours"; empty: nothing moves.
+    """
+
+    ours: str
+    theirs: str | tuple[str, ...]
+    axes: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    @property
+    def sides(self) -> list[str]:
+        return [side.strip() for side in self.axes.split("->")]
+
+    def sizes(self, shape: Shape) -> dict[str, int]:
+        """Return the size of every axis, given the shape of one block of ours."""
+        return dict(zip(self.sides[1].split(), shape, strict=True)) if self.axes else {}
+
+    def their_shape(self, shape: Shape) -> Shape:
+        """Return the shape of each of their tensors, given that of one block of ours."""
+        if not self.axes:
+            return shape
+        sizes = self.sizes(shape)
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.sides[0])
+        theirs = tuple(math.prod(sizes[a] for a in (g or one).split()) for g, one in groups)
+        return theirs[1:] if len(self.names) > 1 else theirs
+
+    def to_ours(self, arrays: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+        array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+        return rearrange(array, self.axes, **self.sizes(shape)) if self.axes else array
+
+    def to_theirs(self, array: np.ndarray) -> list[np.ndarray]:
+        if self.axes:
+            array = rearrange(array, " -> ".join(reversed(self.sides)), **self.sizes(array.shape))
+        return list(array) if len(self.names) > 1 else [array]
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+    """Rows of a LayerNorm's gain and bias."""
+    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+@functools.lru_cache(maxsize=32)
+def param_shapes(config: CLIPConfig) -> dict[str, Shape]:
+    """Return path → shape of an architecture's parameters; nothing is allocated."""
+    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    return {path: x.shape for path, x in flatten(shapes).items()}
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """Write nested dicts as `visual/conv1/kernel` → array."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        path = f"{prefix}/{name}" if prefix else name
+        flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """Undo `flatten`."""
+    params: Params = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)[name] = value
+    return params
+
+
+def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
+    """Turn their tensors into our nested dict, in the dtypes they have.
+
+    Raises ValueError that lists missing, surplus and misshapen tensors with both shapes.
+    """
+    shapes = param_shapes(config)
+    rows = list(rows)
+    _check_rows(rows, shapes)
+    _check_tensors(_their_shapes(rows, shapes), tensors, source)
+    flat = {}
+    for row in rows:
+        shape = shapes[row.ours]
+        if "{}" in row.names[0]:
+            blocks = [[tensors[n.format(i)] for n in row.names] for i in range(shape[0])]
+            flat[row.ours] = np.stack([row.to_ours(arrays, shape[1:]) for arrays in blocks])
+        else:
+            flat[row.ours] = row.to_ours([tensors[n] for n in row.names], shape)
+    return unflatten(flat)
+
+
+def from_params(rows: Iterable[Row], params: Params) -> Tensors:
+    """Turn our nested dict into their tensors, in the dtypes it has."""
+    flat = flatten(params)
+    rows = list(rows)
+    _check_rows(rows, flat)
+    tensors: Tensors = {}
+    for row in rows:
+        array = np.asarray(flat[row.ours])
+        blocks = enumerate(array) if "{}" in row.names[0] else [("", array)]
+        for i, block in blocks:
+            for name, theirs in zip(row.names, row.to_theirs(block), strict=True):
+                tensors[name.format(i)] = theirs
+    return tensors
+
+
+def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Shape]:
+    expected = {}
+    for row in rows:
+        shape = shapes[row.ours]
+        for name in row.names:
+            if "{}" in name:
+                theirs = row.their_shape(shape[1:])
+                expected |= {name.format(i): theirs for i in range(shape[0])}
+            else:
+                expected[name] = row.their_shape(shape)
+    return expected
+
+
+def _check_rows(rows: Sequence[Row], ours: dict[str, Any]) -> None:
+    if left := {row.ours for row in rows} ^ set(ours):
+        raise ValueError(f"the table of conversion and the model disagree about {sorted(left)}.")
+
+
+def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) -> None:
+    complaints = [
+        *(f"{n}: missing, {list(s)} needed" for n, s in expected.items() if n not in tensors),
+        *(f"{n}: surplus, {list(x.shape)}" for n, x in tensors.items() if n not in expected),
+        *(
+            f"{n}: {list(tensors[n].shape)} found, {list(s)} needed"
+            for n, s in expected.items()
+            if n in tensors and tensors[n].shape != s
+        ),
+    ]
+    if complaints:
+        more = len(complaints) - _SHOWN
+        raise ValueError(
+            f"{source} does not fit the architecture; {len(complaints)} tensors differ:\n  "
+            + "\n  ".join(complaints[:_SHOWN])
+            + (f"\n  and {more} more" if more > 0 else "")
+        )

@@ -1,0 +1,367 @@
+"""PyTorch's pickles read as data: nothing in them is ever imported, called or executed.
+
+A small interpreter knows the few instructions that `torch.save` and TorchScript write. It builds
+plain containers and records of tensors; a class of `__torch__` becomes an inert bag of attributes.
+Everything else, by name or by instruction, is refused. Sizes, offsets and strides are checked
+against the storages that the file holds before an array is made, and arrays are views of the file.
+"""
+
+import io
+import math
+import pickletools
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from clip_jax.convert.torch_archive import read_archive
+
+_MAX_PICKLE = 8 << 20  # bytes; the structure of a large checkpoint takes one or two
+_MAX_OBJECTS = 1_000_000
+_MAX_PATH = 500  # characters of a tensor's name
+_MAX_DIMS = 16
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+_DTYPES: dict[str, Any] = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+
+
+@dataclass
+class Inert:
+    """An object of a class that TorchScript defined: its attributes, without its class."""
+
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A class or function that the pickle asks for."""
+
+    module: str
+    name: str
+
+    @property
+    def is_script_class(self) -> bool:
+        return self.module == "__torch__" or self.module.startswith("__torch__.")
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: Any
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
+    """Read the tensors of a file that `torch.save` or `torch.jit.save` wrote, by name.
+
+    Both pickle containers (zip, and the older stream) and TorchScript archives. Values that are
+    not tensors are dropped; of a training checkpoint the `state_dict` is read. Raises ValueError.
+    """
+    try:
+        content, storages = _read_zip(buffer) if _is_zip(buffer) else _read_stream(buffer)
+        return _views(content, storages, len(buffer))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except (IndexError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as error:
+        raise ValueError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
+
+
+def _is_zip(buffer: memoryview) -> bool:
+    return bytes(buffer[:4]) == b"PK\x03\x04"
+
+
+def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
+    entries = read_archive(buffer)
+    if "data.pkl" not in entries:
+        raise ValueError("a zip archive without data.pkl: PyTorch did not write it.")
+    if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
+        raise ValueError("it is big-endian; only little-endian files are read.")
+    content, _ = _Reader(entries["data.pkl"]).read()
+    storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
+    return content, storages
+
+
+def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
+    """Read the container of before 2020: five pickles, then every storage's length and bytes."""
+    at = 0
+    parts = []
+    for i in range(5):
+        part, length = _Reader(buffer[at:]).read()
+        parts.append(part)
+        at += length
+        if i == 0 and part != _LEGACY_MAGIC:
+            raise ValueError("a pickle, but not one that torch.save wrote.")
+    _, protocol, system, content, keys = parts
+    if protocol != _LEGACY_PROTOCOL or not system.get("little_endian", False):
+        raise ValueError("it is of a PyTorch version or a byte order that is not read.")
+    if not isinstance(keys, list) or any(type(key) is not str for key in keys):
+        raise ValueError("its list of storages is damaged.")
+    tensors = _walk(content, "", [0])
+    sizes = {t.storage.key: np.dtype(t.storage.dtype).itemsize for t in tensors.values()}
+    storages: dict[str, memoryview] = {}
+    for key in keys:
+        (numel,) = struct.unpack_from("<q", buffer, at)
+        start, end = at + 8, at + 8 + numel * sizes.get(key, 1)
+        if numel < 0 or end > len(buffer):
+            raise ValueError(
+                f"it is truncated: a storage of {numel} values ends at byte {end} of {len(buffer)}."
+            )
+        storages[key] = buffer[start:end]
+        at = end
+    return content, storages
+
+
+def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dict[str, np.ndarray]:
+    tensors = _walk(_state_dict(content), "", [0])
+    if not tensors:
+        raise ValueError("it holds no tensors.")
+    total = sum(math.prod(t.shape) * np.dtype(t.storage.dtype).itemsize for t in tensors.values())
+    if total > file_size:
+        raise ValueError(
+            f"it has {file_size} bytes and claims {total} bytes of tensors: they share storage."
+        )
+    return {path: _view(tensor, storages, path) for path, tensor in tensors.items()}
+
+
+def _state_dict(content: Any) -> Any:
+    """Of a training checkpoint, the model's part."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        return content["state_dict"]
+    return content
+
+
+def _walk(content: Any, path: str, seen: list[int]) -> dict[str, _Tensor]:
+    """Collect tensors by their path of attributes. `seen` counts, since objects may recur."""
+    if isinstance(content, _Tensor):
+        return {path: content}
+    items = content.attributes if isinstance(content, Inert) else content
+    found: dict[str, _Tensor] = {}
+    if isinstance(items, dict):
+        for key, value in items.items():
+            seen[0] += 1
+            if seen[0] > _MAX_OBJECTS or len(path) > _MAX_PATH:
+                raise ValueError("its objects are nested too deep, or are too many.")
+            if isinstance(key, str):
+                found |= _walk(value, f"{path}.{key[:_MAX_PATH]}" if path else key, seen)
+    return found
+
+
+def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.ndarray:
+    storage = tensor.storage
+    what = f"tensor {path} of shape {list(tensor.shape)}"
+    if storage.key not in storages:
+        raise ValueError(f"{what} lies in storage {storage.key[:99]}, which the file lacks.")
+    data = storages[storage.key]
+    dtype = np.dtype(storage.dtype)
+    if storage.numel * dtype.itemsize != len(data):
+        raise ValueError(
+            f"{what} lies in storage {storage.key[:99]} of {storage.numel} {dtype.name} values; "
+            f"the file has {len(data)} bytes for it."
+        )
+    numel = math.prod(tensor.shape)
+    last = tensor.offset + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    if numel and (last >= storage.numel or numel > storage.numel):
+        raise ValueError(
+            f"{what}, offset {tensor.offset} and strides {list(tensor.strides)} leaves its storage "
+            f"of {storage.numel} values."
+        )
+    if not numel:
+        return np.zeros(0, dtype)
+    flat = np.frombuffer(data, np.uint8).view(dtype)[tensor.offset :]
+    strides = [stride * dtype.itemsize for stride in tensor.strides]
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    """What torch._utils._rebuild_tensor and _rebuild_tensor_v2 are given."""
+    numbers = (offset, *shape, *strides)
+    if (
+        not isinstance(storage, _Storage)
+        or not isinstance(shape, tuple)
+        or not isinstance(strides, tuple)
+        or len(shape) != len(strides)
+        or len(shape) > _MAX_DIMS
+        or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers)
+    ):
+        raise ValueError("a tensor has an impossible offset, shape or stride.")
+    return _Tensor(storage, offset, shape, strides)
+
+
+class _Reader:
+    """One pickle: a stack, a memo, and the instructions that are allowed."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.data = bytes(buffer[: _MAX_PICKLE + 1])
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def read(self) -> tuple[Any, int]:
+        """Return the object and the length of its pickle in bytes."""
+        stream = io.BytesIO(self.data)
+        for opcode, argument, position in pickletools.genops(stream):
+            if opcode.name == "STOP":
+                return self.stack.pop(), stream.tell()
+            if position is None or position >= _MAX_PICKLE:
+                break
+            self.step(opcode.name, argument)
+        raise ValueError(f"its pickle does not end within {_MAX_PICKLE} bytes.")
+
+    def step(self, opcode: str, argument: Any) -> None:
+        stack = self.stack
+        if opcode in _CONSTANTS:
+            stack.append(_CONSTANTS[opcode]())
+        elif opcode in _LITERALS:
+            stack.append(argument)
+        elif opcode in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif opcode == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif opcode in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif opcode == "MARK":
+            self.marks.append(len(stack))
+        elif opcode in ("TUPLE", "LIST", "DICT"):
+            items = self.pop_mark()
+            pairs = zip(items[::2], items[1::2], strict=True)
+            value = {"TUPLE": tuple, "LIST": list}[opcode](items) if opcode != "DICT" else {}
+            stack.append(value)
+            if opcode == "DICT":
+                self.set_items(pairs)
+        elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(opcode[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif opcode in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if opcode == "APPEND" else self.pop_mark()
+            if type(stack[-1]) is not list:
+                raise ValueError(f"its pickle appends to a {type(stack[-1]).__name__}.")
+            stack[-1].extend(items)
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.pop_mark()
+            self.set_items(zip(items[::2], items[1::2], strict=True))
+        elif opcode == "GLOBAL":
+            stack.append(self.find(*argument.split(" ", 1)))
+        elif opcode == "STACK_GLOBAL":
+            name, module = stack.pop(), stack.pop()
+            stack.append(self.find(module, name))
+        elif opcode in ("REDUCE", "NEWOBJ"):
+            arguments, what = stack.pop(), stack.pop()
+            stack.append(self.make(what, arguments))
+        elif opcode == "BUILD":
+            self.build(stack.pop(), stack[-1])
+        elif opcode == "BINPERSID":
+            stack.append(self.storage(stack.pop()))
+        elif opcode not in ("PROTO", "FRAME"):
+            raise ValueError(f"its pickle uses {opcode}, which files of tensors do not need.")
+
+    def pop_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def set_items(self, pairs: Any) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise ValueError(f"its pickle sets items of a {type(target).__name__}.")
+        for key, value in pairs:
+            if type(key) not in (str, int):  # hashing nested tuples can take for ever
+                raise ValueError(f"it has a dict with a {type(key).__name__} as key.")
+            target[key] = value
+
+    def find(self, module: Any, name: Any) -> _Name:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("its pickle asks for something without a name.")
+        found = _Name(module, name)
+        if found.is_script_class or (found.module, found.name) in _MAKERS:
+            return found
+        if found.module in ("torch", "torch.storage") and found.name in _DTYPES:
+            return found
+        raise ValueError(
+            f"its pickle asks for {module[:99]}.{name[:99]}, which is refused: a pickle can run "
+            "any program. Save the state dict alone (torch.save(model.state_dict(), path), or as "
+            "safetensors)."
+        )
+
+    def make(self, what: Any, arguments: Any) -> Any:
+        if not isinstance(what, _Name) or not isinstance(arguments, tuple):
+            raise ValueError(f"its pickle calls a {type(what).__name__}.")
+        if what.is_script_class:
+            return Inert()
+        if (what.module, what.name) not in _MAKERS:
+            raise ValueError(f"its pickle calls {what.module}.{what.name}.")
+        return _MAKERS[what.module, what.name](*arguments)
+
+    def build(self, state: Any, target: Any) -> None:
+        if isinstance(target, Inert):
+            if not isinstance(state, dict):
+                raise ValueError("it has an object whose state is not a dict.")
+            target.attributes = state  # not a copy: many objects may be given one state
+        elif not isinstance(target, dict | _Tensor):  # what is set there says nothing of tensors
+            raise ValueError(f"its pickle sets the state of a {type(target).__name__}.")
+
+    def storage(self, reference: Any) -> _Storage:
+        kind, storage_type, key, _, numel, *view = reference
+        if (
+            kind != "storage"
+            or not isinstance(storage_type, _Name)
+            or storage_type.name not in _DTYPES
+            or type(key) is not str
+            or type(numel) is not int
+            or not 0 <= numel < 1 << 60
+            or any(v is not None for v in view)
+        ):
+            raise ValueError("it has a storage that is not described as torch.save does.")
+        return _Storage(_DTYPES[storage_type.name], key, numel)
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+_LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINBYTES",
+    "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
+}  # fmt: skip
+# What may be called, and what is done instead.
+_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): lambda *_: {},
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch", "Size"): lambda size: size,
+    ("torch", "device"): lambda *_: None,
+    ("torch.jit._pickle", "restore_type_tag"): lambda value, *_: value,
+    **{("torch.jit._pickle", name): lambda value: value for name in _LISTS},
+}
