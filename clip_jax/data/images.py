@@ -133,7 +133,8 @@ def random_square_crop(
 
     Without `scale` as in the paper: shorter side to `size`, then the square's place is random.
     With `scale` as open_clip does, by default with (0.9, 1.0): a rectangle with that share of the
-    area and sides between 3:4 and 4:3, squeezed to the square.
+    area and sides between 3:4 and 4:3, squeezed to the square. (At (0.9, 1.0) no such rectangle
+    fits into a 3:2 photograph; open_clip then takes its middle 4:3, each time the same.)
     """
     if scale is None:
         return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC, rng))
