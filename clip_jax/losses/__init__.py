@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.captions import caption_ids
 from clip_jax.losses.forms import Config, Result, dense
 from clip_jax.losses.pairs import Form, Side
@@ -13,7 +14,13 @@ from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
 from clip_jax.losses.streamed import Route, streamed
 
-__all__ = ["SigmoidConfig", "SoftmaxConfig", "caption_ids", "contrastive_loss"]
+__all__ = [
+    "SigmoidConfig",
+    "SoftmaxConfig",
+    "cached_value_and_grad",
+    "caption_ids",
+    "contrastive_loss",
+]
 
 
 def contrastive_loss(
