@@ -16,13 +16,12 @@ from clip_jax.convert.weights import (
     cast,
     count_blocks,
     default_inputs,
-    known_heads,
     mlp_ratio,
+    same_sizes,
     shape_of,
     square_side,
 )
 from clip_jax.data.images import Preprocess
-from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -150,14 +149,10 @@ def infer(
         mlp_ratio=mlp_ratio(width, hidden),
     )
     config = CLIPConfig(embed_dim=embed_dim, vision=vision, text=text)
-    if not openai:
-        known = zoo.get(architecture) if architecture else known_heads(config)
-        if known is None:
-            raise ValueError(
-                f"{source} has no configuration and its sizes are no published model's, so its "
-                "number of attention heads is unknown. Put an open_clip_config.json beside it, or "
-                "name the architecture (--architecture, see clip_jax.available_models())."
-            )
+    if openai:
+        activation = "quick_gelu"
+    else:
+        known = same_sizes(config, architecture, source)
         activation = activation or (known.text.activation if architecture else None)
         if activation is None:
             raise ValueError(
@@ -167,7 +162,6 @@ def infer(
             )
         text = replace(text, num_heads=known.text.num_heads)
         vision = replace(vision, num_heads=known.vision.num_heads)
-    activation = activation or "quick_gelu"
     if isinstance(vision, ViTConfig):
         vision = replace(vision, activation=activation)
     return replace(config, vision=vision, text=replace(text, activation=activation))

@@ -102,12 +102,27 @@ _PUBLISHED_RATIOS = sorted(
 )
 
 
-def known_heads(config: CLIPConfig) -> CLIPConfig | None:
-    """Take the numbers of heads, which no tensor shows, from the architecture of these shapes."""
+def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLIPConfig:
+    """Return the published architecture of these sizes: it has what no tensor shows, the heads.
+
+    With `architecture` that one, which has to fit. ValueError if there is none.
+    """
+    if architecture is not None:
+        known = zoo.get(architecture)
+        if type(known.vision) is not type(config.vision) or _sizes(known) != _sizes(config):
+            raise ValueError(
+                f"{source} is no {architecture}: its towers have widths, depths and MLP widths "
+                f"{_sizes(config)}, that architecture has {_sizes(known)}."
+            )
+        return known
     for known in zoo.ARCHITECTURES.values():
         if type(known.vision) is type(config.vision) and _sizes(known) == _sizes(config):
             return known
-    return None
+    raise ValueError(
+        f"{source} has no configuration and its sizes are no published model's, so its number of "
+        "attention heads is unknown. Put an open_clip_config.json beside it, or convert it where "
+        "its configuration is known."
+    )
 
 
 def _sizes(config: CLIPConfig) -> tuple[object, ...]:

@@ -1,0 +1,92 @@
+"""CLIP's tokenizer as Hugging Face's `tokenizer.json` and `tokenizer_config.json`."""
+
+from pathlib import Path
+
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers.models import BPE
+
+from clip_jax.convert.files import read_json, write_json
+from clip_jax.convert.weights import TokenizerConfig
+from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, WORD_END, Tokenizer
+
+_PIECES = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+def write_tokenizer(folder: Path, config: TokenizerConfig) -> None:
+    """Write the two files that `CLIPProcessor.from_pretrained` needs to tokenize and to pad.
+
+    Padding is end-of-text, as Hugging Face's CLIP does it: the end is read at its first place, so
+    features are those of our zeros. (Its "!" has id 0, but as a padding token it would also be
+    taken out of texts.) Hugging Face applies no ftfy and unescapes no HTML.
+    """
+    tokenizer = config.build()
+    content = HubTokenizer(
+        BPE(
+            vocab=tokenizer.vocab,
+            merges=tokenizer.merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=WORD_END,
+            unk_token=END_OF_TEXT,
+        )
+    )
+    content.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    content.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    content.decoder = decoders.ByteLevel()
+    content.post_processor = processors.RobertaProcessing(
+        (END_OF_TEXT, tokenizer.end_of_text),
+        (START_OF_TEXT, tokenizer.start_of_text),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    content.add_special_tokens([START_OF_TEXT, END_OF_TEXT])
+    (folder / "tokenizer.json").write_text(content.to_str(pretty=False))
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": config.context_length,
+        "bos_token": START_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "do_lower_case": True,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
+    """Say whether a folder's tokenizer files hold CLIP's vocabulary and merges of that size."""
+    found = _read_vocab(folder)
+    if found is None:
+        return False
+    try:
+        tokenizer = Tokenizer(vocab_size)
+    except ValueError:
+        return False
+    vocab, merges = found
+    return vocab == tokenizer.vocab and merges == tokenizer.merges
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder has tokenizer files at all."""
+    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
+
+
+def _read_vocab(folder: Path) -> tuple[dict, list[tuple[str, ...]]] | None:
+    if (folder / "tokenizer.json").exists():
+        model = read_json(folder / "tokenizer.json").get("model")
+        if not isinstance(model, dict):
+            return None
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+        return model.get("vocab", {}), [tuple(pair) for pair in merges]
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return read_json(folder / "vocab.json"), [tuple(pair) for pair in merges]
+    return None
