@@ -9,10 +9,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Features = tuple[Float[Array, "B E"], Float[Array, "B E"]]
+Encode = Callable[[Any, Any, Array], tuple[Features, Any]]
 
 
 def cached_value_and_grad(
-    encode: Callable[[Any, Any, Array], Features],
+    encode: Encode,
     loss_fn: Callable[[Any, Array, Array], tuple[Array, Any]],
     params: Any,
     batch: Any,
@@ -21,12 +22,13 @@ def cached_value_and_grad(
     *,
     group_size: int = 1,
 ) -> tuple[tuple[Array, Any], Any]:
-    """Compute ((loss, aux), gradient) of `loss_fn(params, *features)`, encoding chunk by chunk.
+    """Differentiate `loss_fn(params, *features) -> (loss, aux)`, encoding chunk by chunk.
 
-    `encode(params, chunk, key)` gives image and text features of a chunk of `batch`, a tree of
-    arrays [B, ...]. It runs twice per chunk, each time with the same key, so dropout repeats
-    itself; only features [B, E] and one chunk's activations are held. The result is exactly that
-    of one big batch whose chunks are encoded with these keys; `loss_fn` sees the batch's order.
+    `encode(params, chunk, key)` gives ((image features, text features), statistics) of a chunk of
+    `batch`, a tree of arrays [B, ...]. It runs twice per chunk, each time with the same key, so
+    dropout repeats itself; only features [B, E] and one chunk's activations are held. Returns
+    ((loss, (aux, statistics averaged over the chunks)), gradient), exactly those of one big batch
+    whose chunks are encoded with these keys; `loss_fn` sees the batch's own order.
 
     A chunk takes every `num_chunks`-th run of `group_size` rows (those that share a BatchNorm).
     With B sharded contiguously and `num_chunks` · `group_size` a divisor of the rows per device,
@@ -47,16 +49,19 @@ def cached_value_and_grad(
         )
     chunks = jax.tree.map(split, batch), jax.random.split(key, num_chunks)
 
-    _, features = lax.scan(lambda _, chunk: (None, encode(params, *chunk)), None, chunks)
+    _, (features, statistics) = lax.scan(
+        lambda _, chunk: (None, encode(params, *chunk)), None, chunks
+    )
     features = jax.tree.map(join, features)
+    statistics = jax.tree.map(lambda x: x.mean(0), statistics)
 
     grad_fn = jax.value_and_grad(lambda p, f: loss_fn(p, *f), argnums=(0, 1), has_aux=True)
-    value, (grads, d_features) = grad_fn(params, features)
+    (loss, aux), (grads, d_features) = grad_fn(params, features)
 
     def pull_back(grads: Any, inputs: Any) -> tuple[Any, None]:
         chunk, d_chunk = inputs
-        _, vjp = jax.vjp(lambda p: encode(p, *chunk), params)
+        _, vjp = jax.vjp(lambda p: encode(p, *chunk)[0], params)
         return jax.tree.map(lambda a, b: a + b, grads, *vjp(d_chunk)), None
 
     grads, _ = lax.scan(pull_back, grads, (chunks, jax.tree.map(split, d_features)))
-    return value, grads
+    return (loss, (aux, statistics)), grads

@@ -37,10 +37,11 @@ def setting(mesh: Mesh) -> tuple[dict, dict]:
 
 
 @jax.checkpoint
-def encode(params: dict, chunk: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def encode(params: dict, chunk: dict, key: jax.Array) -> Any:
     keep = jax.random.bernoulli(key, 0.5, (PIXELS,))  # patch dropout of a chunk
     hidden = jnp.tanh(jnp.where(keep, chunk["image"], 0) @ params["image"])
-    return hidden @ params["image_out"], jnp.tanh(chunk["text"]) @ params["text"]
+    features = hidden @ params["image_out"], jnp.tanh(chunk["text"]) @ params["text"]
+    return features, {"running_mean": hidden.mean(0)}
 
 
 def loss_for(mesh: Mesh, form: str) -> Any:
@@ -69,12 +70,15 @@ def test_equals_one_big_batch(mesh: Mesh, num_chunks: int, group_size: int) -> N
 
     def big(params: dict) -> Any:
         chunk_of_row = np.arange(BATCH) // group_size % num_chunks
-        features = [jnp.zeros((BATCH, EMBED))] * 2
+        features, means = [jnp.zeros((BATCH, EMBED))] * 2, []
         for chunk, chunk_key in enumerate(jax.random.split(key, num_chunks)):
             rows = np.flatnonzero(chunk_of_row == chunk)
-            found = encode(params, {name: a[rows] for name, a in batch.items()}, chunk_key)
+            part = {name: a[rows] for name, a in batch.items()}
+            found, statistics = encode(params, part, chunk_key)
+            means.append(statistics["running_mean"])
             features = [a.at[rows].set(b) for a, b in zip(features, found, strict=True)]
-        return loss_for(mesh, "ring")(params, *features)
+        loss, metrics = loss_for(mesh, "ring")(params, *features)
+        return loss, (metrics, {"running_mean": sum(means) / num_chunks})
 
     want = jax.jit(jax.value_and_grad(big, has_aux=True))(params)
     got = cached(mesh, "ring", num_chunks, group_size)(params, batch, key)
