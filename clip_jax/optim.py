@@ -36,20 +36,23 @@ class OptimConfig:
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine to the final rate at `steps`.
 
-    Raises ValueError when the warm-up is longer than the run.
+    The first step already moves (rate = peak / warm-up), as in open_clip. Raises ValueError when
+    the warm-up is longer than the run.
     """
-    if config.warmup_steps >= steps:
+    warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+    if warmup >= steps:
         raise ValueError(
-            f"optim.warmup_steps={config.warmup_steps} leaves nothing of steps={steps}; "
+            f"optim.warmup_steps={warmup} leaves nothing of steps={steps}; "
             "shorten the warm-up or train longer."
         )
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-        end_value=config.final_learning_rate,
-    )
+
+    def rate(step: Any) -> Any:
+        rising = peak * (step + 1) / max(warmup, 1)
+        progress = (step - warmup) / (steps - warmup)
+        falling = final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return rate
 
 
 def decay_mask(params: Params) -> Any:

@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 
 BATCH_AXES = ("data", "fsdp")
@@ -124,6 +125,16 @@ VIT_MAP_POOL = {
     "attn_pool/mlp/c_proj/bias": "-",
 }
 
+RESNET_POOL = {
+    "attnpool/positional_embedding": "L D",
+    "attnpool/c_proj/kernel": "N K E",
+    "attnpool/c_proj/bias": "E",
+} | {
+    f"attnpool/{name}_proj/{part}": names
+    for name in "qkv"
+    for part, names in (("kernel", "D N K"), ("bias", "N K"))
+}
+
 
 def table(config: CLIPConfig) -> dict[str, str]:
     """Return path → dimension names for the parameters of one architecture."""
@@ -133,7 +144,29 @@ def table(config: CLIPConfig) -> dict[str, str]:
     rows |= _under("text", TEXT) | _under("text/transformer/resblocks", BLOCK)
     if config.text.projection_bias:
         rows["text/text_projection_bias"] = "-"
+    if isinstance(config.vision, ResNetConfig):
+        return rows | resnet_rows(config.vision)
     return rows | vit_rows(config.vision)
+
+
+def resnet_rows(vision: ResNetConfig) -> dict[str, str]:
+    """Return the rows of a ResNet: the last two stages, 95% of its weights, are split."""
+    norms = [f"bn{i}" for i in (1, 2, 3)]
+    kernels = {f"conv{i}/kernel": "P Q C O" for i in (1, 2, 3)}
+    for stage, depth in enumerate(vision.layers, start=1):
+        names = "P Q C D" if stage > 2 else "P Q C O"
+        for i in range(depth):
+            block = f"layer{stage}/{i}"
+            kernels |= {f"{block}/conv{j}/kernel": names for j in (1, 2, 3)}
+            norms += [f"{block}/bn{j}" for j in (1, 2, 3)]
+            if i == 0:
+                kernels[f"{block}/downsample/0/kernel"] = names
+                norms.append(f"{block}/downsample/1")
+    parameters = {f"{norm}/{part}": "-" for norm in norms for part in ("scale", "bias")}
+    statistics = {f"{norm}/{part}": "-" for norm in norms for part in ("mean", "var")}
+    return _under("visual", kernels | parameters | RESNET_POOL) | _under(
+        "batch_stats/visual", statistics
+    )
 
 
 def vit_rows(vision: ViTConfig) -> dict[str, str]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from clip_jax import sharding
 from clip_jax.losses import SigmoidConfig, SoftmaxConfig, caption_ids, contrastive_loss
-from clip_jax.models.clip import CLIP, Params, l2_normalize
+from clip_jax.models.clip import CLIP, Params, join_batch_stats, l2_normalize, split_batch_stats
 from clip_jax.optim import OptimConfig, make_optimizer, schedule
 
 Batch = dict[str, Any]  # "image": uint8 [B, H, W, 3], "text": int32 [B, L]
@@ -35,7 +35,8 @@ class State:
 def init_state(key: Array, model: CLIP, optimizer: optax.GradientTransformation) -> State:
     """Draw parameters and start the optimizer at step 0."""
     params = model.init(key)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    trainable, _ = split_batch_stats(params)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
 
 def state_shardings(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -47,21 +48,28 @@ def state_shardings(model: CLIP, optimizer: optax.GradientTransformation, mesh: 
 
 
 def compute_loss(
-    params: Params, batch: Batch, *, model: CLIP, loss: LossConfig, mesh: Mesh
-) -> tuple[Float[Array, ""], Metrics]:
-    """Compute the contrastive loss of one global batch; every other pair is a negative."""
-    image_features = l2_normalize(model.encode_image(params, model.normalize(batch["image"])))
-    text_features = l2_normalize(model.encode_text(params, batch["text"]))
-    return contrastive_loss(
+    trainable: Params, batch_stats: Params, batch: Batch, *, model: CLIP, loss: LossConfig,
+    mesh: Mesh,
+) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:  # fmt: skip
+    """Compute the contrastive loss of one global batch; every other pair is a negative.
+
+    Returns the loss, and with it the metrics and BatchNorm's new statistics.
+    """
+    params = join_batch_stats(trainable, batch_stats)
+    images = model.normalize(batch["image"])
+    image_features, batch_stats = model.encode_image_train(params, images)
+    text_features = model.encode_text(params, batch["text"])
+    value, metrics = contrastive_loss(
         loss,
-        image_features,
-        text_features,
+        l2_normalize(image_features),
+        l2_normalize(text_features),
         jnp.exp(params["logit_scale"]),
         params.get("logit_bias"),
         caption_ids=caption_ids(batch["text"]),
         mesh=mesh,
         axes=sharding.BATCH_AXES,
     )
+    return value, (metrics, batch_stats)
 
 
 def train_step(
@@ -69,21 +77,24 @@ def train_step(
     mesh: Mesh,
 ) -> tuple[State, Metrics]:  # fmt: skip
     """Take one step: towers, global similarity, loss, gradients, update."""
+    trainable, batch_stats = split_batch_stats(state.params)
+    objective = jax.value_and_grad(
+        functools.partial(compute_loss, model=model, loss=loss, mesh=mesh), has_aux=True
+    )
+    (value, (metrics, batch_stats)), grads = objective(trainable, batch_stats, batch)
     optimizer = make_optimizer(optim, steps)
-    objective = functools.partial(compute_loss, batch=batch, model=model, loss=loss, mesh=mesh)
-    (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
     cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable
-    params["logit_scale"] = jnp.minimum(params["logit_scale"], cap)
+    trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
     metrics |= {
         "loss": value,
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
-        "logit_scale": jnp.exp(params["logit_scale"]),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(trainable),
+        "logit_scale": jnp.exp(trainable["logit_scale"]),
         "learning_rate": schedule(optim, steps)(state.step),
     }
-    return State(state.step + 1, params, opt_state), metrics
+    return State(state.step + 1, join_batch_stats(trainable, batch_stats), opt_state), metrics
 
 
 def jit_step(

@@ -1,25 +1,17 @@
-"""Write the golden files anew: `python tests/golden/generate.py`. Say in the commit why they moved."""
+"""Write the golden files anew: `python -m tests.golden.generate`. Say in the commit why they moved."""
 
 import json
 from pathlib import Path
 
 import jax
 
+jax.config.update("jax_platforms", "cpu")
+
+from tests import test_step  # noqa: E402
+from tests.models.test_clip import parameter_tree  # noqa: E402
+
 HERE = Path(__file__).parent
 
-
-def parameter_tree() -> None:
-    from tests.models.test_clip import TINY
-
-    from clip_jax.models.clip import CLIP
-
-    params = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
-    tree = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): list(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
-    (HERE / "parameter_tree.json").write_text(json.dumps(tree, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    parameter_tree()
+    for name, value in {"parameter_tree": parameter_tree(), "step": test_step.golden()}.items():
+        (HERE / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
