@@ -1,3 +1,41 @@
 """CLIP in JAX: `load`, `tokenize`, `available_models`."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from clip_jax.load import load
+
 __version__ = "0.1.0"
+__all__ = ["available_models", "load", "tokenize"]
+
+
+def available_models() -> list[str]:
+    """List the architectures known by name; OpenAI's own names stand for OpenAI's models."""
+    from clip_jax.models.zoo import ARCHITECTURES
+
+    return list(ARCHITECTURES)
+
+
+def tokenize(
+    texts: "str | Sequence[str]", context_length: int = 77, truncate: bool = False
+) -> "np.ndarray":
+    """Turn texts into OpenAI's token ids, int32 `[B, context_length]`, zero-padded.
+
+    ValueError for a text that is too long, unless `truncate`, which keeps the end of text.
+    """
+    from clip_jax.data.tokenizer import Tokenizer
+
+    return Tokenizer()(texts, context_length, truncate)
+
+
+def __getattr__(name: str) -> Any:
+    # `import clip_jax` stays light: jax and what loads models come with the first use.
+    if name == "load":
+        from clip_jax.load import load
+
+        return load
+    raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")

@@ -23,7 +23,7 @@ from clip_jax.sharding import MeshConfig
 class Config:
     """One training run."""
 
-    seed: int = 0  # of the parameters and of the order of the data
+    seed: int = 0  # of the parameters; the data has its own, data.seed
     steps: int = 10_000  # updates in the whole run
     batch_size: int = 1_024  # image-text pairs per step over all devices
     model: CLIPConfig = field(default_factory=CLIPConfig)

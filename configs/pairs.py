@@ -8,7 +8,6 @@ below log(batch size) = 6.2 within the first thousand steps if the captions desc
 """
 
 import dataclasses
-from pathlib import Path
 
 from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
@@ -24,7 +23,7 @@ def get_config() -> Config:
         steps=20_000,
         batch_size=512,
         model=dataclasses.replace(zoo.get("ViT-S-16"), remat="dots"),
-        data=DataConfig(source=TableConfig(path=Path("pairs.csv")), threads=8),
+        data=DataConfig(source=TableConfig(path="pairs.csv"), threads=8),
         loss=SoftmaxConfig(mask_same_caption=True),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=1_000, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=1_000),

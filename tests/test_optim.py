@@ -18,7 +18,7 @@ def test_warm_up_is_linear_and_the_cosine_ends_at_the_final_rate():
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="optim.warmup_steps=10 leaves nothing of steps=10"):
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps=10 leaves nothing of steps=10"):
         schedule(OptimConfig(warmup_steps=10), 10)
 
 

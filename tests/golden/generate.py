@@ -1,4 +1,4 @@
-"""Write the golden files anew: `python -m tests.golden.generate`. Say in the commit why they moved."""
+"""Write the golden files anew: `python -m tests.golden.generate`. Say why in the commit."""
 
 import json
 from pathlib import Path
