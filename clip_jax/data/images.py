@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -189,7 +189,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(source: ImageLike) -> Iterator[Image.Image]:
+def _opened(source: ImageLike) -> Generator[Image.Image]:
     """Open an image for the block; whatever goes wrong in it becomes an ImageError."""
     with _QUIET, contextlib.ExitStack() as stack:
         try:

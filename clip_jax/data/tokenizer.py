@@ -26,11 +26,12 @@ FULL_VOCAB_SIZE = 49_408
 
 # What is in every vocabulary: a letter for each byte, each byte at a word's end, the two markers.
 _SMALLEST_VOCAB_SIZE = 2 * 256 + 2
-_MAX_CACHED_WORDS = 1 << 19  # about 150 MB; then the cache starts afresh
+_MAX_CACHED_WORDS = 1 << 19  # about 160 MB; then the cache starts afresh
 _MAX_CACHED_LETTERS = 64  # longer words are rarely met twice
 
 # OpenAI's pattern. `regex` and not `re` or the Rust one: what is a letter, a number, a space and an
 # upper-case form of another letter ("'ſ" is a form of "'s") must be decided as OpenAI's code does.
+# (Its quirk: U+0345, a mark whose upper case is a letter, fits no alternative and is dropped.)
 _PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>"
     r"|'s|'t|'re|'ve|'m|'ll|'d"

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data.tokenizer import Tokenizer, clean
@@ -118,9 +118,12 @@ def test_decode_ends_at_the_end_of_text():
     assert TOKENIZER.decode([49406]) == ""
 
 
+@settings(derandomize=True, deadline=None)
+@example("Í\x85")  # once repaired the one character that OpenAI's pattern drops, U+0345
 @given(st.text(max_size=60))
 def test_any_text_has_ids_that_decode_to_it(text):
     ids = TOKENIZER(text, context_length=2_000)[0]
     assert ids[0] == TOKENIZER.start_of_text
     if "<|" not in text:  # markers in the text end it
-        assert TOKENIZER.decode(ids).replace(" ", "") == "".join(clean(text).split())
+        kept = clean(text).replace("\u0345", "")
+        assert TOKENIZER.decode(ids).replace(" ", "") == "".join(kept.split())
