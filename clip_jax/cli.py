@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted
 """
 
 import dataclasses
+import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ def train(args: Sequence[str]) -> int:
     """train a model from a config file: clip-jax train configs/digits.py"""
     from clip_jax.config import Config, load_config
 
-    path, rest = _config_path(args)
+    path = _leading(args)[0] if _leading(args) else None
+    rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help"} & set(rest):
         raise ValueError("train needs a config file: clip-jax train configs/digits.py")
     default = load_config(path) if path else Config()
@@ -51,14 +54,82 @@ def train(args: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train}
+def evaluate(args: Sequence[str]) -> int:
+    """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL"""
+    from clip_jax.evaluate import EvaluateConfig
+    from clip_jax.evaluate import evaluate as run_evaluation
+
+    config, as_json = _command(EvaluateConfig, args, ("model",), evaluate)
+    values = run_evaluation(config)
+    _print(values, as_json, "\n".join(f"{name:<28} {value:.4f}" for name, value in values.items()))
+    return 0
 
 
-def _config_path(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split the config file, the first argument, from the flags."""
-    if args and not args[0].startswith("-"):
-        return args[0], list(args[1:])
-    return None, list(args)
+def convert(args: Sequence[str]) -> int:
+    """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
+    from clip_jax.load import ConvertConfig
+    from clip_jax.load import convert as run_conversion
+
+    config, as_json = _command(ConvertConfig, args, ("source", "destination"), convert)
+    found = run_conversion(config)
+    if found is None:
+        _print({"destination": str(config.destination)}, as_json, f"wrote {config.destination}")
+        return 0
+    values = dataclasses.asdict(found) | {"max_relative_difference": found.max_relative_difference}
+    _print(values, as_json, "\n".join(f"{name:<24} {value}" for name, value in values.items()))
+    return 0 if found.passed else 1
+
+
+def scale(args: Sequence[str]) -> int:
+    """scaling laws: clip-jax scale collect RUN ..., clip-jax scale fit TABLE"""
+    from clip_jax import scale as scaling
+
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb == "fit":
+        config, as_json = _command(scaling.FitConfig, rest, ("table",), scale, "scale fit")
+        result = scaling.fit(config)
+        _print(result, as_json, scaling.describe(result))
+    elif verb == "collect":
+        paths = _leading(rest)
+        rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
+        config, as_json = _command(scaling.CollectConfig, rest, (), scale, "scale collect")
+        result = scaling.collect(config)
+        _print(result, as_json, f"{result['rows']} runs in {result['table']}")
+        for line in result["skipped"]:
+            print(f"left out: {line}", file=sys.stderr)
+    else:
+        raise ValueError(f"scale needs one of fit, collect; got {verb or 'nothing'!r}.")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "scale": scale,
+}
+
+
+def _leading(args: Sequence[str]) -> list[str]:
+    """Return what stands before the first flag."""
+    return list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+
+
+def _command(
+    kind: Any, args: Sequence[str], positional: Sequence[str], command: Callable, verb: str = ""
+) -> tuple[Any, bool]:
+    """Read a command's config, its first fields by position; say whether --json was given."""
+    rest = [arg for arg in args if arg != "--json"]
+    values = _leading(rest)[: len(positional)]
+    names = positional[: len(values)]
+    flags = [part for pair in zip(names, values, strict=True) for part in (f"--{pair[0]}", pair[1])]
+    verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
+    config = _parse(kind, [*flags, *rest[len(values) :]], f"{verb} [--json]", command)
+    return config, len(rest) < len(args)
+
+
+def _print(values: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(values) if as_json else text)
 
 
 def _fields(instance: Any) -> dict[str, Any]:
@@ -76,7 +147,7 @@ def _parse(
         prog=f"clip-jax {verb}",
         description=(command.__doc__ or "").strip(),
         args=list(args),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
         **({} if default is None else {"default": default}),
     )
 

@@ -3,7 +3,6 @@
 A config file is Python with `get_config() -> Config`; flags override its fields by name.
 """
 
-import dataclasses
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.losses import SigmoidConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.serialize import to_dict
 from clip_jax.optim import OptimConfig
 from clip_jax.sharding import MeshConfig
 
@@ -61,16 +61,6 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
     return config
-
-
-def to_dict(config: Any) -> Any:
-    """Write nested dataclasses as JSON values; each says its type, since fields may be unions."""
-    if dataclasses.is_dataclass(config):
-        values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **values}
-    if isinstance(config, tuple | list):
-        return [to_dict(x) for x in config]
-    return str(config) if isinstance(config, Path) else config
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -11,11 +11,12 @@ import jax
 
 from clip_jax import sharding
 from clip_jax.checkpoint import Checkpoints
-from clip_jax.config import Config, check_resumable, to_dict
+from clip_jax.config import Config, check_resumable
 from clip_jax.data.pipeline import Batch, build
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.metrics import Clock, Display, Writer, keep_until, peak_memory, replace_text
 from clip_jax.models.clip import CLIP, count
+from clip_jax.models.serialize import to_dict
 from clip_jax.optim import make_optimizer
 from clip_jax.scaling import flops
 from clip_jax.scaling.chips import peak_flops
