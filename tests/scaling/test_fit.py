@@ -49,6 +49,14 @@ def test_the_published_predictions():
     assert predicted.low[1] < 1 - 0.785 < predicted.high[1]
 
 
+@pytest.mark.parametrize("through", ["frontier", "all"])
+def test_a_single_run_is_less_certain_than_the_law(through: fits.Through):
+    found = fit("power", published("imagenet1k_acc1", True), through)
+    run, law = (f(np.array(190.97), np.array(68e9)) for f in (found.predict, found.curve))
+    assert run.error == law.error
+    assert run.low < law.low < law.error < law.high < run.high
+
+
 def test_all_points_and_the_frontier_differ():
     runs = published("imagenet1k_acc1", True)
     assert round(float(fit("power", runs, "all").law.alpha), 3) == -0.101

@@ -71,7 +71,7 @@ def test_every_vit_of_the_scaling_paper_within_a_fifth_of_a_percent():
     assert checked == 24
 
 
-def test_every_resnet_row_within_one_percent():
+def test_every_resnet_row_within_a_fifth_of_a_percent():
     checked = 0
     for row in rows("model_profile.csv") + rows("arch_info_gmacs.csv"):
         if not row["model"].startswith("RN"):
@@ -79,7 +79,7 @@ def test_every_resnet_row_within_one_percent():
         convention, unit = ("matmul", "gflops") if "gflops" in row else ("fvcore", "gmacs")
         ours = flops.forward(zoo.get(row["model"]), convention)
         for count, column in zip((ours.total, *ours), ("", "image_", "text_"), strict=True):
-            assert count / 1e9 == pytest.approx(float(row[column + unit]), rel=1e-2)
+            assert_close(count, row[column + unit], 2e-3)
         checked += 1
     assert checked == 11
 
