@@ -8,6 +8,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from clip_jax.models.clip import CLIP, Params
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -79,3 +81,29 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and release the background threads."""
         self._manager.close()
+
+
+def restore_params(directory: epath.PathLike, model: CLIP) -> Params:
+    """Read the newest checkpoint's parameters alone, whatever mesh they were trained on.
+
+    Raises ValueError if there is no complete checkpoint.
+    """
+    directory = epath.Path(directory).absolute()
+    steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+    if not steps:
+        raise ValueError(f"{directory} holds no checkpoint: the run has saved nothing yet.")
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        {"params": jax.eval_shape(model.init, jax.random.key(0))},
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            directory / str(max(steps)) / "state",
+            args=ocp.args.PyTreeRestore(
+                target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]

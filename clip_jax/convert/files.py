@@ -53,7 +53,7 @@ def _read_shards(path: Path) -> Tensors:
         raise ValueError(f"{path} has no weight_map from tensor to file.")
     tensors: Tensors = {}
     for file in sorted(set(places.values())):
-        if Path(file).name != file or file.endswith(".json"):
+        if Path(file).name != file or file == ".." or file.endswith(".json"):
             raise ValueError(f"{path} names {file!r}, which is not a file beside it.")
         tensors |= read_tensors(path.parent / file)
     if missing := sorted(set(places) - set(tensors)):

@@ -13,6 +13,7 @@ from clip_jax.convert.weights import (
     Weights,
     cast,
     mlp_ratio,
+    tokenizer_size,
 )
 from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
@@ -200,10 +201,11 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
 
 
 def _read_tokenizer(folder: Path, text: TextConfig) -> TokenizerConfig:
-    clip = not has_tokenizer(folder) or is_clip_tokenizer(folder, text.vocab_size)
+    vocab_size = tokenizer_size(text)
+    clip = not has_tokenizer(folder) or is_clip_tokenizer(folder, vocab_size)
     return TokenizerConfig(
         name="clip" if clip else f"{folder.name}/tokenizer.json",
-        vocab_size=text.vocab_size,
+        vocab_size=vocab_size,
         context_length=text.context_length,
         clean="lower" if clip else "whitespace",
     )
@@ -255,7 +257,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 def _config(weights: Weights, tensors: Tensors) -> dict[str, Any]:
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     names = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-    eos = text.eos_token_id if text.pool == "eos" else text.vocab_size - 1
+    eos = tokenizer_size(text) - 1
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -285,7 +287,7 @@ def _config(weights: Weights, tensors: Tensors) -> dict[str, Any]:
             "hidden_act": names[text.activation],
             "layer_norm_eps": text.norm_epsilon,
             "projection_dim": config.embed_dim,
-            "bos_token_id": text.vocab_size - 2,
+            "bos_token_id": eos - 1,
             "eos_token_id": eos,
             "pad_token_id": eos,
         },

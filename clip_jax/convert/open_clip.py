@@ -7,7 +7,7 @@ from clip_jax.convert import openai
 from clip_jax.convert.files import Tensors, read_json, write_json, write_safetensors
 from clip_jax.convert.state_dict import Row, from_params, to_params
 from clip_jax.convert.tokenizer_json import is_clip_tokenizer, write_tokenizer
-from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast
+from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast, tokenizer_size
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizer import FULL_VOCAB_SIZE
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
@@ -149,12 +149,13 @@ def _text(section: _Settings, quick_gelu: bool) -> TextConfig:
 def _tokenizer(section: _Settings, text: TextConfig, folder: Path) -> TokenizerConfig:
     options = section.get("tokenizer_kwargs", {}, dict)
     name = section.get("hf_tokenizer_name", "clip", str) or "clip"
+    vocab_size = tokenizer_size(text)
     section.used |= {"tokenizer_mode"}
     clean = options.get("clean", "lower" if name == "clip" else "whitespace")
-    if name != "clip" and clean == "lower" and is_clip_tokenizer(folder, text.vocab_size):
+    if name != "clip" and clean == "lower" and is_clip_tokenizer(folder, vocab_size):
         name = "clip"
     return TokenizerConfig(
-        name=name, vocab_size=text.vocab_size, context_length=text.context_length, clean=clean
+        name=name, vocab_size=vocab_size, context_length=text.context_length, clean=clean
     )
 
 

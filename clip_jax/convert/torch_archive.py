@@ -69,16 +69,16 @@ def _central_directory(buffer: memoryview) -> list[tuple[str, int, int, int, int
     """List (name, method, flags, packed size, size, offset of the local header)."""
     tail = bytes(buffer[-(22 + 0xFFFF) :])
     end = tail.rfind(_END)
-    if end < 0:
+    if end < 0 or len(tail) - end < 22:
         raise ValueError("a truncated zip archive: its directory is missing.")
-    count, _, size, offset = struct.unpack_from("<HHII", tail, end + 8)
+    count, total, size, offset = struct.unpack_from("<HHII", tail, end + 8)
     end += len(buffer) - len(tail)
     if end >= 20 and buffer[end - 20 : end - 16] == _LOCATOR_64:
         (end_64,) = struct.unpack_from("<Q", buffer, end - 12)
         if buffer[end_64 : end_64 + 4] != _END_64:
             raise ValueError("a damaged zip archive: its zip64 directory is missing.")
-        count, _, size, offset = struct.unpack_from("<QQQQ", buffer, end_64 + 24)
-    if count > _MAX_ENTRIES or offset + size > len(buffer):
+        count, total, size, offset = struct.unpack_from("<QQQQ", buffer, end_64 + 24)
+    if count != total or count > _MAX_ENTRIES or offset + size > len(buffer):
         raise ValueError(
             f"a damaged zip archive: {count} entries (at most {_MAX_ENTRIES}) in a "
             f"directory that ends at byte {offset + size} of {len(buffer)}."

@@ -20,8 +20,9 @@ import numpy as np
 from clip_jax.convert.torch_archive import read_archive
 
 _MAX_PICKLE = 8 << 20  # bytes; the structure of a large checkpoint takes one or two
-_MAX_OBJECTS = 1_000_000
-_MAX_PATH = 500  # characters of a tensor's name
+_MAX_OBJECTS = 100_000  # a checkpoint has some thousand tensors
+_MAX_DEPTH = 64  # of nested modules
+_MAX_NAME = 200  # characters
 _MAX_DIMS = 16
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -62,7 +63,7 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: Any
+    dtype: np.dtype
     key: str
     numel: int
 
@@ -86,7 +87,7 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
         return _views(content, storages, len(buffer))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except (IndexError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as error:
+    except (IndexError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise ValueError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
 
 
@@ -109,9 +110,12 @@ def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
     """Read the container of before 2020: five pickles, then every storage's length and bytes."""
     at = 0
     parts = []
+    sizes: dict[str, int] = {}
     for i in range(5):
-        part, length = _Reader(buffer[at:]).read()
+        reader = _Reader(buffer[at:])
+        part, length = reader.read()
         parts.append(part)
+        sizes |= reader.item_sizes
         at += length
         if i == 0 and part != _LEGACY_MAGIC:
             raise ValueError("a pickle, but not one that torch.save wrote.")
@@ -120,8 +124,6 @@ def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
         raise ValueError("it is of a PyTorch version or a byte order that is not read.")
     if not isinstance(keys, list) or any(type(key) is not str for key in keys):
         raise ValueError("its list of storages is damaged.")
-    tensors = _walk(content, "", [0])
-    sizes = {t.storage.key: np.dtype(t.storage.dtype).itemsize for t in tensors.values()}
     storages: dict[str, memoryview] = {}
     for key in keys:
         (numel,) = struct.unpack_from("<q", buffer, at)
@@ -136,10 +138,10 @@ def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
 
 
 def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dict[str, np.ndarray]:
-    tensors = _walk(_state_dict(content), "", [0])
+    tensors = _find_tensors(_state_dict(content))
     if not tensors:
         raise ValueError("it holds no tensors.")
-    total = sum(math.prod(t.shape) * np.dtype(t.storage.dtype).itemsize for t in tensors.values())
+    total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if total > file_size:
         raise ValueError(
             f"it has {file_size} bytes and claims {total} bytes of tensors: they share storage."
@@ -154,19 +156,26 @@ def _state_dict(content: Any) -> Any:
     return content
 
 
-def _walk(content: Any, path: str, seen: list[int]) -> dict[str, _Tensor]:
-    """Collect tensors by their path of attributes. `seen` counts, since objects may recur."""
-    if isinstance(content, _Tensor):
-        return {path: content}
-    items = content.attributes if isinstance(content, Inert) else content
+def _find_tensors(content: Any) -> dict[str, _Tensor]:
+    """Collect tensors by their path of attributes. Bounded, since objects may hold themselves."""
     found: dict[str, _Tensor] = {}
-    if isinstance(items, dict):
-        for key, value in items.items():
-            seen[0] += 1
-            if seen[0] > _MAX_OBJECTS or len(path) > _MAX_PATH:
-                raise ValueError("its objects are nested too deep, or are too many.")
+    todo: list[tuple[str, Any, int]] = [("", content, 0)]
+    seen = 0
+    while todo:
+        path, value, depth = todo.pop()
+        seen += 1
+        if isinstance(value, _Tensor):
+            found[path] = value
+        items = value.attributes if isinstance(value, Inert) else value
+        if not isinstance(items, dict):
+            continue
+        if seen + len(todo) + len(items) > _MAX_OBJECTS or depth > _MAX_DEPTH:
+            raise ValueError("its objects are nested too deep, or are too many.")
+        for key, child in items.items():
             if isinstance(key, str):
-                found |= _walk(value, f"{path}.{key[:_MAX_PATH]}" if path else key, seen)
+                if len(key) > _MAX_NAME:
+                    raise ValueError(f"it has a name of {len(key)} characters.")
+                todo.append((f"{path}.{key}" if path else key, child, depth + 1))
     return found
 
 
@@ -176,7 +185,7 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
     if storage.key not in storages:
         raise ValueError(f"{what} lies in storage {storage.key[:99]}, which the file lacks.")
     data = storages[storage.key]
-    dtype = np.dtype(storage.dtype)
+    dtype = storage.dtype
     if storage.numel * dtype.itemsize != len(data):
         raise ValueError(
             f"{what} lies in storage {storage.key[:99]} of {storage.numel} {dtype.name} values; "
@@ -221,6 +230,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.item_sizes: dict[str, int] = {}  # bytes of a value, by storage
 
     def read(self) -> tuple[Any, int]:
         """Return the object and the length of its pickle in bytes."""
@@ -338,7 +348,9 @@ class _Reader:
             or any(v is not None for v in view)
         ):
             raise ValueError("it has a storage that is not described as torch.save does.")
-        return _Storage(_DTYPES[storage_type.name], key, numel)
+        dtype = np.dtype(_DTYPES[storage_type.name])
+        self.item_sizes[key] = dtype.itemsize
+        return _Storage(dtype, key, numel)
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {

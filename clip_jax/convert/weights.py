@@ -13,6 +13,7 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 Cleaning = Literal["lower", "whitespace", "canonicalize"]
@@ -51,13 +52,18 @@ class Weights:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
+def tokenizer_size(text: TextConfig) -> int:
+    """Return how many ids the tokenizer has: up to the end of text, which may have ids above it."""
+    return text.eos_token_id + 1 if text.pool == "eos" else text.vocab_size
+
+
 def default_inputs(config: CLIPConfig) -> tuple[Preprocess, TokenizerConfig]:
     """Return OpenAI's way to make inputs, for a model's image size and vocabulary."""
     preprocess = Preprocess(
         image_size=config.vision.image_size, mean=config.image_mean, std=config.image_std
     )
     tokenizer = TokenizerConfig(
-        vocab_size=config.text.vocab_size, context_length=config.text.context_length
+        vocab_size=tokenizer_size(config.text), context_length=config.text.context_length
     )
     return preprocess, tokenizer
 

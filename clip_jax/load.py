@@ -1,0 +1,154 @@
+"""A finished model from wherever it lies: a run, our folder, OpenAI's, open_clip's, Hugging Face's.
+
+Also the conversion between these formats, with proof.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from clip_jax.checkpoint import restore_params
+from clip_jax.convert.formats import Format, read_weights, write_weights
+from clip_jax.convert.positions import resize_positions
+from clip_jax.convert.verify import Verification, verify
+from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast, default_inputs
+from clip_jax.data.images import ImageLike, Preprocess
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.layers import Activation
+from clip_jax.models.serialize import from_dict
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to use: its functions, its weights, and how its inputs are made.
+
+    `model.clip.encode_image(model.params, images)` is the pure function underneath.
+    """
+
+    config: CLIPConfig
+    params: Params
+    image_preprocess: Preprocess
+    tokenizer_config: TokenizerConfig
+
+    @property
+    def clip(self) -> CLIP:
+        return CLIP(self.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokenizer_config.build()
+
+    def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int32[Any, "B L"]:
+        """Turn texts into token ids; a text that is too long is an error, or cut."""
+        return self.tokenizer(texts, self.config.text.context_length, truncate)
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Any, "B H W C"]:
+        """Turn images of any kind, or one, into the model's input."""
+        many = images if isinstance(images, list | tuple) else [images]
+        return np.stack([self.image_preprocess(image) for image in many])
+
+    def encode_image(self, images: Float[Any, "B H W C"]) -> Float[Array, "B E"]:
+        """Embed what `preprocess` returns; features are not normalised."""
+        return _encode(self.clip, "encode_image", self.params, jnp.asarray(images))
+
+    def encode_text(self, tokens: Int32[Any, "B L"]) -> Float[Array, "B E"]:
+        """Embed what `tokenize` returns; features are not normalised."""
+        return _encode(self.clip, "encode_text", self.params, jnp.asarray(tokens))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(clip: CLIP, method: str, params: Params, inputs: Array) -> Float[Array, "B E"]:
+    return getattr(clip, method)(params, inputs)
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    image_size: int | None = None,
+    activation: Activation | None = None,
+    architecture: str | None = None,
+) -> Model:
+    """Load a model from a run's work directory, a model folder or a foreign file.
+
+    `dtype` is that of the computation. `image_size` other than the model's resizes its positions.
+    `activation` and `architecture` answer what a bare file of tensors cannot say; the error that
+    asks for them explains. Foreign files are read as data: nothing in them is executed.
+    """
+    weights = _read(Path(path), image_size, activation, architecture)
+    params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
+    config = replace(weights.config, dtype=dtype)
+    return Model(config, params, weights.preprocess, weights.tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert, to what, and whether to prove it."""
+
+    source: Path  # a run's work directory, a model folder, or a file (.pt, .bin, .safetensors)
+    destination: Path  # folder to write; with --to openai a file
+    to: Format  # whose format
+    plain: bool = False  # with --to openai: a state dict, not the TorchScript archive
+    verify: bool = False  # load the result with its own library and compare (needs the peers)
+    dtype: DType | None = None  # of the tensors written; by default as they are
+    image_size: int | None = None  # pixels; positions are resized to it
+    activation: Activation | None = None  # asked for where a file does not say it
+    architecture: str | None = None  # asked for where a file does not say it
+    overwrite: bool = False  # replace what is at the destination
+
+
+def convert(config: ConvertConfig) -> Verification | None:
+    """Write a model in another format; with `verify` return how far the peer's numbers are off.
+
+    Raises ValueError when the source cannot be read, the format cannot express the model, or
+    something is at the destination already.
+    """
+    source, destination = config.source, config.destination
+    if source.exists() and destination.exists() and source.resolve() == destination.resolve():
+        raise ValueError(f"{source} is both source and destination; choose another destination.")
+    occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
+    if occupied and not config.overwrite:
+        raise ValueError(f"something is at {destination} already; say --overwrite True to replace.")
+    if config.to == "openai" and destination.is_dir():
+        raise ValueError(f"{destination} is a directory; --to openai writes a file, such as x.pt.")
+    if config.to != "openai" and destination.is_file():
+        raise ValueError(f"{destination} is a file; --to {config.to} writes a folder.")
+    weights = _read(source, config.image_size, config.activation, config.architecture)
+    write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
+    if not config.verify:
+        return None
+    return verify(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
+
+
+def _read(
+    path: Path, image_size: int | None, activation: Activation | None, architecture: str | None
+) -> Weights:
+    if _is_run(path):
+        weights = _read_run(path)
+    else:
+        weights = read_weights(path, activation=activation, architecture=architecture)
+    if image_size in (None, weights.config.vision.image_size):
+        return weights
+    return resize_positions(weights, image_size)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+
+
+def _read_run(workdir: Path) -> Weights:
+    """Read the newest checkpoint's weights; the optimizer's state is left where it is."""
+    content = json.loads((workdir / "config.json").read_text())
+    config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
+    params = jax.tree.map(np.asarray, restore_params(workdir / "checkpoints", CLIP(config)))
+    preprocess, tokenizer = default_inputs(config)
+    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
