@@ -159,13 +159,14 @@ def streamed(
     if mesh is not None:
         # The replicated results come from a psum, which check_vma need not prove: nothing
         # differentiates through these maps, whose derivative is `backward`.
-        rows = P(route.axes)
         shard = functools.partial(
             jax.shard_map, mesh=mesh, axis_names=set(route.axes), check_vma=False
         )
+        rows = P(route.axes)
         sides = (rows, rows, P(), P())
-        forward = shard(forward, in_specs=sides, out_specs=(P(), rows))
-        backward = shard(backward, in_specs=(*sides, rows, rows), out_specs=sides)
+        # Outside a jit, a shard_map that leaves other axes automatic needs its own.
+        forward = jax.jit(shard(forward, in_specs=sides, out_specs=(P(), rows)))
+        backward = jax.jit(shard(backward, in_specs=(*sides, rows, rows), out_specs=sides))
 
     # The custom derivative is outside the shard_map. Inside it, the cotangent of the replicated
     # loss would reach each device divided by their number.

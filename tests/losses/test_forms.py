@@ -75,9 +75,8 @@ def test_a_ring_stays_inside_a_slice() -> None:
     assert ring([0] * 12 + [1] * 4) == 1
 
 
-@pytest.mark.parametrize("ring", [1, 2, 4])
-def test_rings_gather_from_each_other(mesh: Mesh, ring: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(clip_jax.losses, "devices_per_slice", lambda *_: ring)
+def test_rings_gather_from_each_other(mesh: Mesh, monkeypatch: Any) -> None:
+    monkeypatch.setattr(clip_jax.losses, "devices_per_slice", lambda *_: 2)  # four rings
     inputs = unit(0, 48), unit(1, 48), jnp.float32(20), jnp.float32(-10)
 
     def grads(form: str) -> Any:
