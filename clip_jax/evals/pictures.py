@@ -39,7 +39,7 @@ def contact_sheet(
                 fontweight="bold" if j == 0 else "normal",
             )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")  # texts stand outside the axes
 
 
 def with_probabilities(
