@@ -1,0 +1,334 @@
+"""Every format there and back, bit for bit, measured on files; and what each cannot express."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from clip_jax.convert import hugging_face, open_clip, openai
+from clip_jax.convert.files import read_tensors, write_safetensors
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.positions import resize_positions
+from clip_jax.convert.state_dict import flatten, param_shapes
+from clip_jax.data.images import Preprocess
+from clip_jax.models import zoo
+from clip_jax.models.clip import CLIP
+
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def assert_same(a, b):
+    """The same bits, dtypes and settings."""
+    assert (a.config, a.preprocess, a.tokenizer) == (b.config, b.preprocess, b.tokenizer)
+    a, b = flatten(a.params), flatten(b.params)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        assert a[path].tobytes() == b[path].tobytes(), path
+
+
+def cast(weights, dtype):
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return replace(weights, params=jax.tree.map(lambda x: x.astype(kind), weights.params))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_our_folder(tmp_path, weights, dtype):
+    weights = cast(weights, dtype)
+    write_weights(weights, tmp_path, "clip-jax")
+    assert_same(read_weights(tmp_path), weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_open_clip(tmp_path, weights, dtype):
+    weights = cast(weights, dtype)
+    write_weights(weights, tmp_path, "open-clip")
+    assert_same(read_weights(tmp_path), weights)
+    assert_same(read_weights(tmp_path / "open_clip_model.safetensors"), weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["vit", "gelu", "eos"])
+def test_hugging_face(tmp_path, make_weights, name, dtype):
+    weights = cast(make_weights(name), dtype)
+    write_weights(weights, tmp_path, "hugging-face")
+    assert_same(read_weights(tmp_path), weights)
+    assert_same(read_weights(tmp_path / "model.safetensors"), weights)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_openai(tmp_path, make_weights, name, dtype):
+    """The names alone; tests/peers has the archive, which needs torch to write."""
+    weights = make_weights(name)
+    tensors = openai.to_tensors(weights, dtype)
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    again = read_weights(tmp_path / "x.safetensors")
+    if dtype is None:
+        assert_same(again, weights)
+    back = openai.to_tensors(again)
+    assert back.keys() == tensors.keys()
+    for path in tensors:
+        np.testing.assert_array_equal(back[path], tensors[path], strict=True)
+    assert {str(x.dtype) for n, x in tensors.items() if "ln_" in n or "bn" in n} <= {
+        "float32", "int64",
+    }  # fmt: skip
+    assert tensors["text_projection"].dtype == (dtype or "float32")
+
+
+def test_dtype_is_a_choice(tmp_path, make_weights):
+    write_weights(make_weights("vit"), tmp_path, "clip-jax", dtype="float16")
+    again = read_weights(tmp_path)
+    assert {x.dtype.name for x in flatten(again.params).values()} == {"float16"}
+
+
+def test_transposed_arrays_are_written_as_they_read(tmp_path):
+    """safetensors writes the memory of an array, not its values, unless told."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    write_safetensors(tmp_path / "x.safetensors", {"x": x, "scalar": np.float32(3)}, {})
+    tensors = read_tensors(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(tensors["x"], x)
+    assert tensors["scalar"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in zoo.ARCHITECTURES if "SigLIP" not in n],
+)
+def test_every_architecture_has_its_table(name):
+    """Rows and parameters agree, whole: nothing is left out and nothing is twice."""
+    config = zoo.get(name)
+    table = open_clip.table(config)
+    ours = [row.ours for row in table]
+    assert sorted(ours) == sorted(param_shapes(config))
+    names = [n for row in table for n in row.names]
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------ what a format cannot say
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "to", "match"),
+    [
+        ("resnet", {}, "hugging-face", "CLIPModel has no ResNet"),
+        ("options", {}, "hugging-face", r"init_logit_bias \(SigLIP\), vision.pool, vision.pre_no"),
+        ("options", {}, "openai", "init_logit_bias, text.activation"),
+        ("gelu", {}, "openai", "text.activation, vision.activation"),
+        ("eos", {}, "openai", "text.pool"),
+        ("vit", {"preprocess": Preprocess(image_size=32, interpolation="bilinear")}, "openai",
+         "preprocess"),
+        ("vit", {"preprocess": Preprocess(image_size=32, resize_mode="longest")}, "hugging-face",
+         "resize_mode"),
+    ],
+)  # fmt: skip
+def test_a_format_says_what_it_cannot_express(tmp_path, make_weights, name, change, to, match):
+    weights = replace(make_weights(name), **change)
+    with pytest.raises(ValueError, match=match):
+        write_weights(weights, tmp_path / "x", to)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "tower", "change", "match"),
+    [
+        ("openai", "vision", {"num_heads": 4}, r"vision.num_heads \(one per 64"),
+        ("openai", "text", {"num_heads": 2}, r"text.num_heads \(one per 64"),
+        ("openai", "vision", {"mlp_ratio": 3.0}, "vision.mlp_ratio"),
+        ("open-clip", "vision", {"activation": "gelu"}, "one tower with QuickGELU"),
+        ("open-clip", "vision", {"patch_bias": True}, "vision.patch_bias"),
+        ("hugging-face", "text", {"causal": False}, "text.causal"),
+    ],
+)
+def test_options_that_a_loader_assumes(tmp_path, make_weights, to, tower, change, match):
+    weights = make_weights("vit")
+    part = replace(getattr(weights.config, tower), **change)
+    weights = replace(weights, config=replace(weights.config, **{tower: part}))
+    with pytest.raises(ValueError, match=match):
+        write_weights(weights, tmp_path / "x", to)
+
+
+# ------------------------------------------------------------------ what a file does not say
+
+
+def test_quick_gelu_is_asked_for(tmp_path, make_weights, monkeypatch):
+    weights = make_weights("gelu")
+    # A published model of these sizes, so that only the activation is unknown.
+    monkeypatch.setitem(zoo.ARCHITECTURES, "small", weights.config)
+    write_safetensors(tmp_path / "x.safetensors", open_clip.to_tensors(weights), {})
+    with pytest.raises(ValueError, match=r"does not say whether .* QuickGELU"):
+        read_weights(tmp_path / "x.safetensors")
+    assert_same(read_weights(tmp_path / "x.safetensors", activation="gelu"), weights)
+    assert_same(read_weights(tmp_path / "x.safetensors", architecture="small"), weights)
+    quick = read_weights(tmp_path / "x.safetensors", activation="quick_gelu")
+    assert quick.config.vision.activation == quick.config.text.activation == "quick_gelu"
+    with pytest.raises(ValueError, match="is no ViT-B/32: its towers have widths"):
+        read_weights(tmp_path / "x.safetensors", architecture="ViT-B/32")
+
+
+def test_heads_are_asked_for(tmp_path, make_weights):
+    write_safetensors(tmp_path / "x.safetensors", open_clip.to_tensors(make_weights("gelu")), {})
+    with pytest.raises(ValueError, match="number of attention heads is unknown"):
+        read_weights(tmp_path / "x.safetensors", activation="gelu")
+
+
+def test_heads_come_from_the_published_model():
+    """ViT-H/14 has 16 heads of 80 channels: OpenAI's rule of 64 would give 20."""
+    config = zoo.get("ViT-H-14")
+    tensors = {}
+    for row in open_clip.table(config):
+        shape = param_shapes(config)[row.ours]
+        for name in row.names:
+            stacked = "{}" in name
+            array = np.broadcast_to(np.float16(0), row.their_shape(shape[1:] if stacked else shape))
+            tensors |= {name.format(i): array for i in range(shape[0] if stacked else 1)}
+    found = openai.infer(tensors, "x", activation="gelu")
+    assert found.vision.num_heads == 16
+    assert found == config
+
+
+def test_a_contradiction_is_an_error(tmp_path, make_weights):
+    write_weights(make_weights("vit"), tmp_path, "open-clip")
+    with pytest.raises(ValueError, match="says that its activation is quick_gelu, not gelu"):
+        read_weights(tmp_path, activation="gelu")
+
+
+def test_mismatches_are_listed(tmp_path, make_weights):
+    """Missing, surplus and misshapen tensors, the first ten, with both shapes."""
+    write_weights(make_weights("vit"), tmp_path, "open-clip")
+    path = tmp_path / "open_clip_model.safetensors"
+    tensors = read_tensors(path)
+    tensors["extra"] = np.zeros(3, np.float32)
+    del tensors["logit_scale"]
+    tensors["ln_final.bias"] = np.zeros(7, np.float32)
+    write_safetensors(path, tensors, {})
+    with pytest.raises(ValueError, match="3 tensors differ") as error:
+        read_weights(tmp_path)
+    assert "logit_scale: missing, [] needed" in str(error.value)
+    assert "extra: surplus, [3]" in str(error.value)
+    assert "ln_final.bias: [7] found, [64] needed" in str(error.value)
+    for i in range(20):
+        tensors[f"extra{i}"] = np.zeros(3, np.float32)
+    write_safetensors(path, tensors, {})
+    with pytest.raises(ValueError, match="and 13 more"):
+        read_weights(tmp_path)
+
+
+def test_a_setting_that_we_do_not_have(tmp_path, make_weights):
+    write_weights(make_weights("vit"), tmp_path, "open-clip")
+    path = tmp_path / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    for section, name, value, match in [
+        ("vision_cfg", "qk_norm", True, "vision_cfg.qk_norm=True is not supported"),
+        ("vision_cfg", "pool_type", "avg", "final_ln_after_pool=False is not supported"),
+        ("vision_cfg", "timm_model_name", "convnext_base", "timm_model_name='convnext_base'"),
+        ("text_cfg", "embed_cls", True, "text_cfg.embed_cls=True is not supported"),
+        ("text_cfg", "hf_model_name", "roberta", "hf_model_name='roberta' is not supported"),
+        ("text_cfg", "width", "64", "text_cfg.width is '64', of the wrong type"),
+    ]:
+        changed = json.loads(json.dumps(content))
+        changed["model_cfg"][section][name] = value
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=match):
+            read_weights(tmp_path)
+
+
+def test_wrapped_names(tmp_path, make_weights):
+    """What DistributedDataParallel, torch.compile and open_clip's custom towers add to names."""
+    weights = make_weights("vit")
+    write_weights(weights, tmp_path, "open-clip")
+    path = tmp_path / "open_clip_model.safetensors"
+    tensors = read_tensors(path)
+    text = ("transformer.", "token_embedding.", "positional", "ln_final.", "text_projection")
+    for rename in (
+        lambda n: f"module.{n}",
+        lambda n: f"module._orig_mod.{n}",
+        lambda n: f"text.{n}" if n.startswith(text) else n,
+    ):
+        write_safetensors(path, {rename(n): x for n, x in tensors.items()}, {})
+        assert_same(read_weights(tmp_path), weights)
+
+
+def test_hugging_face_reads_both_ends_of_text(tmp_path, make_weights):
+    weights = make_weights("vit")
+    hugging_face.write(weights, tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for eos, pool in ((2, "argmax"), (599, "argmax"), (550, "eos")):
+        content["text_config"]["eos_token_id"] = eos
+        path.write_text(json.dumps(content))
+        assert read_weights(tmp_path).config.text.pool == pool
+
+
+def test_settings_of_old_hugging_face_files(tmp_path, make_weights):
+    """`text_config_dict` held what counted; position ids were saved as tensors."""
+    weights = make_weights("vit")
+    hugging_face.write(weights, tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["text_config_dict"] = content["text_config"]
+    content["text_config"] = {"hidden_size": 512}
+    path.write_text(json.dumps(content))
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = np.arange(16)[None]
+    write_safetensors(tmp_path / "model.safetensors", tensors, {})
+    assert_same(read_weights(tmp_path), weights)
+
+
+def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path, make_weights):
+    hugging_face.write(make_weights("vit"), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+    path.write_text(json.dumps(content))
+    weights = read_weights(tmp_path)
+    assert weights.tokenizer.name.endswith("tokenizer.json")
+    with pytest.raises(ValueError, match="this model needs the tokenizer"):
+        weights.tokenizer.build()
+
+
+def test_the_manifest_is_checked(tmp_path, make_weights):
+    write_weights(make_weights("vit"), tmp_path, "clip-jax")
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content["image_activation"] == content["text_activation"] == "quick_gelu"
+    assert content["padding_id"] == 0
+    assert content["case_folding"] is True
+    for name, value, match in [
+        ("text_activation", "gelu", "says text_activation='gelu', but config.json means"),
+        ("text_pooling", "last", "says text_pooling='last'"),
+        ("image_size", 64, "says image_size=64; the model has 32"),
+        ("interpolation", "nearest", "must be one of"),
+        ("version", 2, "version 2; 'clip-jax', version 1 is read"),
+    ]:
+        path.write_text(json.dumps({**content, name: value}))
+        with pytest.raises(ValueError, match=match):
+            read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit", 64), ("vit", 24), ("resnet", 96)])
+def test_positions_resize(make_weights, name, size):
+    weights = resize_positions(make_weights(name), size)
+    assert weights.config.vision.image_size == weights.preprocess.image_size == size
+    params = jax.tree.map(jnp.asarray, weights.params)
+    model = CLIP(replace(weights.config, dtype="float32"))
+    features = jax.eval_shape(model.encode_image, params, jnp.zeros((1, size, size, 3)))
+    assert features.shape == (1, 48)
+
+
+def test_positions_of_another_size_keep_the_class_token(make_weights):
+    before = make_weights("vit")
+    after = resize_positions(before, 64)
+    old = before.params["visual"]["positional_embedding"]
+    new = after.params["visual"]["positional_embedding"]
+    np.testing.assert_array_equal(new[0], old[0])
+    assert new.shape == (65, 128)
+    # Bicubic interpolation keeps means where the image is not near its border.
+    assert abs(new[1:].mean() - old[1:].mean()) < 0.05
+    np.testing.assert_array_equal(resize_positions(after, 64).params["visual"]["proj"],
+                                  before.params["visual"]["proj"])  # fmt: skip
