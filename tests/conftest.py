@@ -1,8 +1,20 @@
 """Eight simulated devices for every test, and a generator that compiles quickly."""
 
+import importlib.util
+
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
 jax.config.update("jax_default_prng_impl", "rbg")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were left out for want of the PyTorch CLIPs, and how to get them."""
+    if importlib.util.find_spec("torch") is None:
+        terminalreporter.write_line(
+            "left out: tests/peers (comparisons with the PyTorch CLIPs); "
+            "pip install -e '.[test,peers]' on Python 3.11 brings them"
+        )
