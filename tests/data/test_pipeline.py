@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -76,10 +77,11 @@ def test_a_batch_is_what_the_step_takes():
 
 
 @pytest.mark.parametrize("process_count", [2, 3, 4])
-def test_processes_hold_the_parts_of_the_same_batches(process_count):
-    whole = take(digits(), 7)
+@pytest.mark.parametrize("start", [0, 4])
+def test_processes_hold_the_parts_of_the_same_batches(process_count, start):
+    whole = take(digits(), 7)[start:]
     parts = [
-        take(digits(), 7, process_index=p, process_count=process_count)
+        take(digits(), 7 - start, start=start, process_index=p, process_count=process_count)
         for p in range(process_count)
     ]
     for batch, part in zip(whole, zip(*parts, strict=True), strict=True):
@@ -252,9 +254,17 @@ def test_an_error_in_a_thread_reaches_the_caller(threads, monkeypatch):
         take(digits(threads=threads), 1)
 
 
-def test_closing_ends_the_threads():
+def test_closing_ends_the_threads_and_their_work(monkeypatch):
+    loaded = []
+
+    def load(self, index, rng):
+        loaded.append(index)
+        time.sleep(0.002)
+        return np.zeros((8, 8, 3), np.uint8), "a caption"
+
+    monkeypatch.setattr(DigitsSource, "load", load)
     before = set(threading.enumerate())
-    batches = open_pipeline(digits(threads=3)).batches(0)
+    batches = open_pipeline(digits(threads=3, prefetch=100)).batches(0)
     next(batches)
     started = set(threading.enumerate()) - before
     assert started
@@ -262,6 +272,7 @@ def test_closing_ends_the_threads():
     for thread in started:
         thread.join(timeout=10)
         assert not thread.is_alive()
+    assert len(loaded) < 50 * 12  # of the 101 batches that were asked for
 
 
 @pytest.mark.parametrize("end", ["", "raise RuntimeError('stop')"])
