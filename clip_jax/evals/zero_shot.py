@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals.evaluator import encode_texts
@@ -22,15 +22,50 @@ def classifier(
         [prompt for group in prompts for prompt in group], text.context_length, truncate=True
     )
     features = encode_texts(model, params, tokens, mesh)
-    ends = np.cumsum([len(group) for group in prompts])
-    means = np.stack([group.mean(axis=0) for group in np.split(features, ends[:-1])])
+    return average(features, [len(group) for group in prompts])
+
+
+def average(
+    features: Float[np.ndarray, "prompts E"], counts: Sequence[int]
+) -> Float[np.ndarray, "classes E"]:
+    """Average each class's run of rows (`counts` long) and scale to unit length."""
+    groups = np.split(features, np.cumsum(counts)[:-1])
+    means = np.stack([group.mean(axis=0) for group in groups])
     return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def ranks_of_own(
+    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"]
+) -> Int[np.ndarray, "B"]:
+    """Rank each row's own label among its logits, 1 the best; ties count against."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    return (logits >= own).sum(axis=1)
 
 
 def top_k_accuracy(
     logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"], k: int = 1
 ) -> float:
     """Return the share of rows whose label is among their k largest logits; ties count against."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    better_or_tied = (logits >= own).sum(axis=1)
-    return float((better_or_tied <= k).mean())
+    return float((ranks_of_own(logits, labels) <= k).mean())
+
+
+def classification(
+    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"]
+) -> dict[str, float]:
+    """Return `acc1`, `acc5` and `mean_per_class_recall`, CLIP_benchmark's names.
+
+    Fewer than five classes have no `acc5`; classes without a sample do not count in the mean.
+    """
+    right = ranks_of_own(logits, labels) == 1
+    per_class = np.bincount(labels, right) / np.maximum(np.bincount(labels), 1)
+    values = {"acc1": top_k_accuracy(logits, labels, 1)}
+    if logits.shape[1] >= 5:
+        values["acc5"] = top_k_accuracy(logits, labels, 5)
+    return values | {"mean_per_class_recall": float(per_class[np.unique(labels)].mean())}
+
+
+def average_precision(scores: Float[np.ndarray, "B"], truth: Bool[np.ndarray, "B"]) -> float:
+    """Return the mean, over the true samples, of the precision among those ranked as high."""
+    ordered = truth[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    return float(precision[ordered].sum() / max(ordered.sum(), 1))
