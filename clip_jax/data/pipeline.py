@@ -8,7 +8,7 @@ a resumed run needs to know.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,13 @@ from jaxtyping import Int32, Int64, UInt8
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.images import ImageError, center_crop, decode, random_square_crop
 from clip_jax.data.sources import SampleError, Source
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.data.sources.folder import FolderConfig, FolderSource
+from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
+from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
 from clip_jax.data.sources.table import TableConfig, TableSource
+from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
 
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples before the share of bad ones is judged
@@ -27,11 +33,23 @@ _SHOWN_REASONS = 3
 Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
 
 
+SourceConfig = (
+    DigitsConfig
+    | TableConfig
+    | TarConfig
+    | FolderConfig
+    | ParquetConfig
+    | ArrayRecordConfig
+    | TfdsConfig
+    | SavedDatasetConfig
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where pairs come from and how they are read."""
 
-    source: DigitsConfig | TableConfig = field(default_factory=DigitsConfig)
+    source: SourceConfig = field(default_factory=DigitsConfig)
     seed: int = 0  # of the order, the crops and the choice of captions
     crop: Literal["random", "center"] = "random"  # which square of the resized image
     threads: int = 2  # that read and decode; 0: none, in the caller's thread
@@ -94,13 +112,25 @@ def build(
     )
 
 
-def open_source(config: DigitsConfig | TableConfig, image_size: int) -> Source:
+def open_source(config: SourceConfig, image_size: int) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
     match config:
         case DigitsConfig():
             return DigitsSource(config, image_size)
         case TableConfig():
             return TableSource(config)
+        case TarConfig():
+            return TarSource(config)
+        case FolderConfig():
+            return FolderSource(config)
+        case ParquetConfig():
+            return ParquetSource(config)
+        case ArrayRecordConfig():
+            return ArrayRecordSource(config)
+        case TfdsConfig():
+            return TfdsSource(config)
+        case SavedDatasetConfig():
+            return SavedDatasetSource(config)
 
 
 class Pipeline:
@@ -119,8 +149,8 @@ class Pipeline:
         self._batch_size, self._part = batch_size, part
         self.num_samples = len(loader.source)  # in one epoch
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batch number `start_step` and all after it. Close the iterator to end its threads.
+    def batches(self, start_step: int = 0) -> Generator[Batch]:
+        """Batch number `start_step` and all after it. Close the generator to end its threads.
 
         Raises ValueError once clearly more than `max_bad_share` of the samples were bad.
         """

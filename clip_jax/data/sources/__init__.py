@@ -1,6 +1,7 @@
 """One file a format: random access, a length, a key for each sample."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,3 +30,22 @@ class Source(Protocol):
         SampleError if the sample cannot be read.
         """
         ...
+
+
+def caption_of(value: Any, rng: np.random.Generator) -> str:
+    """Text of a cell: a string, UTF-8 bytes, or a sequence of them, of which one is drawn.
+
+    A single text draws nothing, so that a sample looks the same in every format.
+    """
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
+        if not len(value):
+            raise SampleError("caption is missing: the list is empty")
+        value = value[0] if len(value) == 1 else value[int(rng.integers(len(value)))]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise SampleError(f"caption is not UTF-8: {error.reason} at {error.start}") from error
+    if not isinstance(value, str):
+        raise SampleError(f"caption is {'missing' if value is None else type(value).__name__}")
+    return value
