@@ -23,10 +23,11 @@ class Evaluator(Protocol):
 
 def encode_images(
     model: CLIP, params: Params, images: UInt8[np.ndarray, "B H W C"], mesh: Mesh, *,
-    batch_size: int = 256,
+    batch_size: int = 256, normalize: bool = True,
 ) -> Float[np.ndarray, "B E"]:  # fmt: skip
-    """Embed images, unit length, in the given order, on every process alike."""
-    return _in_batches(_image_encoder(model, mesh), params, images, mesh, batch_size)
+    """Embed images, unit length unless told otherwise, in order, on every process alike."""
+    encode = _image_encoder(model, mesh, normalize)
+    return _in_batches(encode, params, images, mesh, batch_size)
 
 
 def encode_texts(
@@ -38,9 +39,10 @@ def encode_texts(
 
 
 @functools.lru_cache(maxsize=8)
-def _image_encoder(model: CLIP, mesh: Mesh) -> Callable:
+def _image_encoder(model: CLIP, mesh: Mesh, normalize: bool) -> Callable:
     def encode(params: Params, images: jax.Array) -> jax.Array:
-        return l2_normalize(model.encode_image(params, model.normalize(images)))
+        features = model.encode_image(params, model.normalize(images))
+        return l2_normalize(features) if normalize else features
 
     return jax.jit(encode, out_shardings=sharding.replicated(mesh))
 

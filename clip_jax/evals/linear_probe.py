@@ -1,0 +1,287 @@
+"""Linear probe (CLIP paper, A.3), few-shot probe and nearest neighbours on frozen features.
+
+Logistic regression minimises  Σ cross-entropy + λ/2 ‖W‖²  with an unpenalised intercept, which is
+scikit-learn's objective at C = 1/λ. The same problem is solved in better coordinates: features are
+centred and turned onto their principal axes, which changes neither objective nor optimum, and each
+axis is scaled by the curvature expected there, so that L-BFGS needs tens of steps, not hundreds.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from clip_jax import sharding
+from clip_jax.evals.evaluator import encode_images
+from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.vit import ViTConfig
+
+LAMBDAS = np.logspace(-6, 6, 96)  # the paper's grid
+_COARSE_STEP = 16  # of the grid's indices, in the first round of the search
+_CHECK_EVERY = 8  # L-BFGS steps between looks at the objective
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A fitted classifier of raw features."""
+
+    weights: Float[np.ndarray, "D classes"]
+    bias: Float[np.ndarray, " classes"]
+    objective: float  # Σ cross-entropy + λ/2 ‖W‖² on the training data
+    steps: int  # of L-BFGS
+
+    def predict(self, features: Float[np.ndarray, "B D"]) -> Int[np.ndarray, " B"]:
+        return (features @ self.weights + self.bias).argmax(axis=1)
+
+    def accuracy(
+        self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]
+    ) -> float:  # fmt: skip
+        return float((self.predict(features) == labels).mean())
+
+
+class Problem:
+    """One training set on the mesh; `fit` solves it for any λ, going on from the last solution."""
+
+    def __init__(
+        self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], mesh: Mesh,
+        *, classes: int | None = None,
+    ) -> None:  # fmt: skip
+        count = len(features)
+        self._classes = int(labels.max()) + 1 if classes is None else classes
+        if count != len(labels) or count < 2 or labels.min() < 0 or labels.max() >= self._classes:
+            raise ValueError(
+                f"{count} features need as many labels (got {len(labels)}), two at least, in 0 to "
+                f"{self._classes - 1}."
+            )
+        features = np.asarray(features, np.float32)
+        self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+        centred = features - self._mean
+        spread, axes = np.linalg.eigh(centred.T @ centred)
+        self._axes, spread = axes.astype(np.float32), np.maximum(spread, 0)
+        # Curvature of the cross-entropy at uniform predictions: p(1 - p) of each class.
+        self._curvature = spread * (1 / self._classes) * (1 - 1 / self._classes)
+
+        shards = sharding.batch_shards(mesh)
+        padded = -(-count // shards) * shards
+        split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+        def place(rows: np.ndarray) -> Array:
+            filled = np.zeros((padded, *rows.shape[1:]), rows.dtype)
+            filled[:count] = rows
+            return jax.make_array_from_callback(filled.shape, split, filled.__getitem__)
+
+        self._data = (
+            place(centred @ self._axes), place(labels.astype(np.int32)), place(np.ones(count, bool))
+        )  # fmt: skip
+        self._count, self._whole = count, whole
+        self._start = np.zeros((features.shape[1] + 1, self._classes), np.float32)
+
+    def fit(self, strength: float, *, max_steps: int = 1_000, tolerance: float = 1e-6) -> Probe:
+        """Solve for λ = `strength`, until eight steps lower the objective by less than
+        `tolerance` of itself."""
+        scale = np.append((self._curvature + strength) / self._count, 1 / self._classes) ** -0.5
+        scale = jax.device_put(scale[:, None].astype(np.float32), self._whole)
+        start = jax.device_put(self._start, self._whole)
+        weights, value, steps = _solve(
+            start / scale, scale, np.float32(strength / self._count), *self._data,
+            np.int32(max_steps), np.float32(tolerance),
+        )  # fmt: skip
+        solution = np.asarray(weights)
+        self._start = solution
+        turned = self._axes @ solution[:-1]
+        bias = solution[-1] - self._mean @ turned
+        return Probe(turned, bias, float(value) * self._count, int(steps))
+
+
+def _objective(
+    scaled: Float[Array, "D1 classes"],
+    scale: Float[Array, "D1 1"],
+    strength: Float[Array | np.float32, ""],
+    features: Float[Array, "B D"],
+    labels: Int[Array, " B"],
+    real: Bool[Array, " B"],
+) -> Float[Array, ""]:
+    """Mean cross-entropy + λ/2n ‖W‖² of weights `scaled × scale`, whose last row is the bias."""
+    weights = scaled * scale
+    logits = jnp.einsum("BD,DV->BV", features, weights[:-1], precision="highest") + weights[-1]
+    # log(1 + Σ exp(others − own)): log Σ exp − own loses all digits of a nearly solved sample.
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    others = jnp.where(labels[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits - own)
+    losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
+    return (losses * real).sum() / real.sum() + strength / 2 * jnp.square(weights[:-1]).sum()
+
+
+@jax.jit
+def _solve(
+    scaled: Float[Array, "D1 classes"],
+    scale: Float[Array, "D1 1"],
+    strength: Float[Array | np.float32, ""],
+    features: Float[Array, "B D"],
+    labels: Int[Array, " B"],
+    real: Bool[Array, " B"],
+    max_steps: Int[Array | np.int32, ""],
+    tolerance: Float[Array | np.float32, ""],
+) -> tuple[Float[Array, "D1 classes"], Float[Array, ""], Int[Array, ""]]:
+    solver = optax.lbfgs(memory_size=10)
+
+    def objective(x: Array) -> Array:
+        return _objective(x, scale, strength, features, labels, real)
+
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry: Any) -> Any:
+        x, state, before, count, _ = carry
+        value, grad = value_and_grad(x, state=state)
+        updates, state = solver.update(
+            grad, state, x, value=value, grad=grad, value_fn=objective
+        )  # fmt: skip
+        # Progress since the last look; looks are rare, since a single step may stand still.
+        looking = count % _CHECK_EVERY == 0
+        going = ~looking | (before - value > tolerance * jnp.abs(value))
+        before = jnp.where(looking, value, before)
+        return optax.apply_updates(x, updates), state, before, count + 1, going
+
+    def unfinished(carry: Any) -> Array:
+        return carry[4] & (carry[3] < max_steps)
+
+    start = (scaled, solver.init(scaled), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(True))
+    x, _, _, count, _ = jax.lax.while_loop(unfinished, step, start)
+    return x * scale, objective(x), count
+
+
+def search(
+    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
+    validation: tuple[Float[np.ndarray, "V D"], Int[np.ndarray, " V"]],
+    mesh: Mesh,
+    *,
+    lambdas: Sequence[float] | Float[np.ndarray, " lambdas"] = LAMBDAS,
+) -> float:
+    """Return the λ with the best validation accuracy: a coarse grid, then finer around its peak.
+
+    Equal accuracies go to the larger λ, the simpler model. Large λ come first in each round, since
+    the solution of one is the next one's start.
+    """
+    lambdas = np.asarray(lambdas)
+    problem = Problem(*train, mesh, classes=int(max(train[1].max(), validation[1].max())) + 1)
+    found: dict[int, float] = {}
+    step = min(_COARSE_STEP, len(lambdas))
+    ask = {*range(0, len(lambdas), step), len(lambdas) - 1}
+    while True:
+        for index in sorted(ask - found.keys(), reverse=True):
+            found[index] = problem.fit(float(lambdas[index])).accuracy(*validation)
+        best = max(found, key=lambda i: (found[i], i))
+        if step == 1:
+            return float(lambdas[best])
+        step = max(step // 2, 1)
+        ask = {i for i in (best - step, best + step) if 0 <= i < len(lambdas)}
+
+
+def linear_probe(
+    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
+    validation: tuple[Float[np.ndarray, "V D"], Int[np.ndarray, " V"]],
+    test: tuple[Float[np.ndarray, "T D"], Int[np.ndarray, " T"]],
+    mesh: Mesh,
+    *,
+    shots: Sequence[int] = (),
+    seed: int = 0,
+) -> dict[str, float]:
+    """Search λ on the validation split, fit on train + validation, and measure on the test split.
+
+    With `shots` also `few_shot/{k}`: so many samples of each class, drawn by `seed`, at that λ.
+    """
+    strength = search(train, validation, mesh)
+    classes = int(max(part[1].max() for part in (train, validation, test))) + 1
+    both = tuple(np.concatenate(pair) for pair in zip(train, validation, strict=True))
+    probe = Problem(*both, mesh, classes=classes).fit(strength)
+    values = {"linear_probe/acc1": probe.accuracy(*test), "linear_probe/lambda": strength}
+    for k in shots:
+        rng = np.random.default_rng([seed, k])
+        some = few_per_class(both[1], k, rng)
+        few = Problem(both[0][some], both[1][some], mesh, classes=classes).fit(strength)
+        values[f"few_shot/{k}"] = few.accuracy(*test)
+    return values
+
+
+def few_per_class(
+    labels: Int[np.ndarray, " B"], k: int, rng: np.random.Generator
+) -> Int[np.ndarray, " some"]:
+    """Draw the indices of k samples of each class. ValueError names a class that has fewer."""
+    counts = np.bincount(labels)
+    scarce = np.flatnonzero((counts > 0) & (counts < k))
+    if len(scarce):
+        raise ValueError(f"class {scarce[0]} has {counts[scarce[0]]} samples, {k} are asked for.")
+    order = rng.permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.cumsum(counts) - counts
+    return np.concatenate([by_class[s : s + k] for s, n in zip(starts, counts, strict=True) if n])
+
+
+def nearest_neighbours(
+    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
+    test_features: Float[np.ndarray, "T D"],
+    mesh: Mesh,
+    *,
+    k: int = 20,
+    batch_size: int = 1_024,
+) -> Int[np.ndarray, " T"]:
+    """Label each test row by the vote of its k nearest training rows in cosine similarity.
+
+    Equal votes go to the smallest label, as in scikit-learn.
+    """
+    features, labels = train
+    if not 1 <= k <= len(features):
+        raise ValueError(f"k={k} neighbours must be from 1 to the {len(features)} training rows.")
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-min(batch_size, len(test_features)) // shards) * shards
+    whole = sharding.replicated(mesh)
+    known = jax.device_put(_unit(features), whole), jax.device_put(labels.astype(np.int32), whole)
+    found = []
+    for start in range(0, len(test_features), batch_size):
+        part = _unit(test_features[start : start + batch_size])
+        rows = np.zeros((batch_size, part.shape[1]), np.float32)
+        rows[: len(part)] = part
+        placed = jax.make_array_from_callback(
+            rows.shape, sharding.batch_sharding(mesh), rows.__getitem__
+        )
+        votes = _vote(placed, *known, k, int(labels.max()) + 1, mesh)
+        found.append(np.asarray(votes)[: len(part)])
+    return np.concatenate(found)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _vote(
+    rows: Float[Array, "T D"], known: Float[Array, "B D"], labels: Int[Array, " B"],
+    k: int, classes: int, mesh: Mesh,
+) -> Int[Array, " T"]:  # fmt: skip
+    _, nearest = jax.lax.top_k(jnp.einsum("TD,BD->TB", rows, known, precision="highest"), k)
+    votes = jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1).argmax(1)
+    return jax.lax.with_sharding_constraint(votes, sharding.replicated(mesh))
+
+
+def _unit(rows: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
+    rows = np.asarray(rows, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def probe_features(
+    model: CLIP, params: Params, images: UInt8[np.ndarray, "B H W C"], mesh: Mesh, *,
+    batch_size: int = 256,
+) -> Float[np.ndarray, "B D"]:  # fmt: skip
+    """Embed images for a probe: a ViT's features before the projection, a ResNet's embeddings.
+
+    They are the paper's choice. Lengths are kept: the probe sees what the tower puts out.
+    """
+    config = model.config
+    if isinstance(config.vision, ViTConfig) and config.vision.projection:
+        vision = replace(config.vision, projection=False)
+        model = CLIP(replace(config, embed_dim=vision.width, vision=vision))
+        visual = {name: x for name, x in params["visual"].items() if name != "proj"}
+        params = {**params, "visual": visual}
+    return encode_images(model, params, images, mesh, batch_size=batch_size, normalize=False)
