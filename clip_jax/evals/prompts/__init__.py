@@ -1,0 +1,162 @@
+"""Class names and templates as published, and what phrasing does to accuracy.
+
+The data files are CLIP_benchmark's (see NOTICE), ImageNet's names and its 80 templates OpenAI's.
+Sensitivity and greedy selection follow OpenAI's prompt-engineering notebook.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.evals.evaluator import encode_texts
+from clip_jax.models.clip import CLIP, Params
+
+PLAIN_TEMPLATE = "a photo of a {c}."
+
+
+@functools.cache
+def _data(file: str) -> dict[str, list[str]]:
+    text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
+    return {name: list(dict.fromkeys(rows)) if file == "templates.json" else rows
+            for name, rows in json.loads(text).items()}  # fmt: skip
+
+
+def class_names(data_set: str) -> list[str] | None:
+    """Return the published class names in the order of the labels; None where there are none."""
+    return _data("class_names.json").get(data_set)
+
+
+def templates(data_set: str) -> list[str] | None:
+    """Return the published templates, with `{c}` where the class goes; None without any."""
+    return _data("templates.json").get(data_set)
+
+
+@functools.cache
+def imagenet_wnids() -> list[str]:
+    """Return WordNet's ids of ImageNet's classes, which are the names of its folders, in order."""
+    text = resources.files(__package__).joinpath("imagenet_wnids.json").read_text()
+    return json.loads(text)
+
+
+def fill(template: str, name: str) -> str:
+    """Put a class name where the template says `{c}` or `{}`."""
+    return template.replace("{c}", name).replace("{}", name)
+
+
+def read_templates(path: Path) -> list[str]:
+    """Read one template a line. ValueError for a line without a place for the class."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    for number, line in enumerate(lines, start=1):
+        if "{c}" not in line and "{}" not in line:
+            raise ValueError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
+    if not lines:
+        raise ValueError(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
+    return lines
+
+
+def template_features(
+    model: CLIP, params: Params, templates: Sequence[str], names: Sequence[str], mesh: Mesh
+) -> Float[np.ndarray, "templates classes E"]:
+    """Embed every class name in every template, unit length."""
+    text = model.config.text
+    rows = [fill(template, name) for template in templates for name in names]
+    tokens = Tokenizer(text.vocab_size)(rows, text.context_length, truncate=True)
+    features = encode_texts(model, params, tokens, mesh)
+    return features.reshape(len(templates), len(names), -1)
+
+
+def ensemble(
+    features: Float[np.ndarray, "templates classes E"],
+) -> Float[np.ndarray, "classes E"]:
+    """Average over templates and scale to unit length: the zero-shot classifier."""
+    mean = features.mean(axis=0)
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the phrasing matters: top-1 accuracies."""
+
+    of_template: dict[str, float]  # each alone
+    ensemble: float  # of all of them
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.of_template.values())))
+
+    @property
+    def spread(self) -> float:
+        """Best minus worst template."""
+        return max(self.of_template.values()) - min(self.of_template.values())
+
+    @property
+    def gain(self) -> float:
+        """What the ensemble adds to a template's mean accuracy."""
+        return self.ensemble - self.mean
+
+    def values(self) -> dict[str, float]:
+        return {
+            "templates/mean": self.mean, "templates/spread": self.spread,
+            "templates/ensemble": self.ensemble, "templates/gain": self.gain,
+        }  # fmt: skip
+
+
+def sensitivity(
+    image_features: Float[np.ndarray, "B E"],
+    labels: Int[np.ndarray, " B"],
+    features: Float[np.ndarray, "templates classes E"],
+    templates: Sequence[str],
+) -> Sensitivity:
+    """Measure every template alone and all together."""
+    alone = {
+        template: _accuracy(image_features, labels, weights)
+        for template, weights in zip(templates, features, strict=True)
+    }
+    return Sensitivity(alone, _accuracy(image_features, labels, ensemble(features)))
+
+
+def greedy_selection(
+    image_features: Float[np.ndarray, "B E"],
+    labels: Int[np.ndarray, " B"],
+    features: Float[np.ndarray, "templates classes E"],
+) -> list[int]:
+    """Choose templates for validation images: the best one, then whichever helps most, while any
+    does. Returns their indices in that order."""
+    chosen: list[int] = []
+    best = -1.0
+    while len(chosen) < len(features):
+        rest = [i for i in range(len(features)) if i not in chosen]
+        found = [_accuracy(image_features, labels, ensemble(features[[*chosen, i]])) for i in rest]
+        if max(found) <= best:
+            break
+        best = max(found)
+        chosen.append(rest[int(np.argmax(found))])
+    return chosen
+
+
+def order_accuracy(
+    image_features: Float[np.ndarray, "B E"],
+    right: Float[np.ndarray, "B E"],
+    wrong: Float[np.ndarray, "B E"],
+) -> float:
+    """Return how often an image is nearer to the right text than to the same words in another
+    order (ARO, arXiv:2210.01936; SugarCrepe, arXiv:2306.14610). Ties count against."""
+    own, other = ((image_features * texts).sum(axis=1) for texts in (right, wrong))
+    return float((own > other).mean())
+
+
+def _accuracy(
+    image_features: Float[np.ndarray, "B E"],
+    labels: Int[np.ndarray, " B"],
+    weights: Float[np.ndarray, "classes E"],
+) -> float:
+    return float(((image_features @ weights.T).argmax(axis=1) == labels).mean())
