@@ -128,7 +128,7 @@ def test_equals_the_textbook(loss: str, form: str, mesh: str, options: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("block_size", [1, 4, 6, 7, 12, 47, 48, 1000])
+@pytest.mark.parametrize("block_size", [1, 7, 12, 1000])
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("form", ["blocked", "ring"])
 @pytest.mark.parametrize("loss", LOSSES)
