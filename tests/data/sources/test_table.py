@@ -32,7 +32,7 @@ def test_absolute_paths_and_other_columns(write_pairs, tmp_path):
     write_pairs(tmp_path / "set", 1)
     (image,) = (tmp_path / "set" / "images").iterdir()
     table = tmp_path / "t.tsv"
-    table.write_text(f"id\ttitle\tfilepath\n9\tein Bild — ä\t{image}\n", encoding="utf-8-sig")
+    table.write_text(f"filepath\tid\ttitle\n{image}\t9\tein Bild — ä\n", encoding="utf-8-sig")
     config = TableConfig(path=str(table), image_column="filepath", caption_column="title")
     source = TableSource(config)
     assert source.load(0, RNG) == (image.read_bytes(), "ein Bild — ä")
@@ -129,3 +129,15 @@ def test_an_open_quote_is_said(tmp_path):
     table.write_text('image,caption\na.png,"open\n' + "b.png,x\n" * 300_000)
     with pytest.raises(ValueError, match=r"t\.csv.*does not parse.*A quote that never closes"):
         TableSource(TableConfig(path=str(table)))
+
+
+def test_newlines_in_quotes_across_blocks(tmp_path):
+    """Arrow reads in blocks of a megabyte; a block may end within a caption."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    lines = "\n".join(map(str, range(1000)))
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n" + f'a.png,"{lines}"\n' * 1000)
+    source = TableSource(TableConfig(path=str(table)))
+    assert len(source) == 1000
+    for i in (0, 500, 999):
+        assert source.load(i, RNG) == (b"x", lines)
