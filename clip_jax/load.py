@@ -5,6 +5,8 @@ Also the conversion between these formats, with proof.
 
 import functools
 import json
+import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +15,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
+from rich.console import Console
+from rich.progress import track
 
+from clip_jax import sharding
 from clip_jax.checkpoint import restore_params
 from clip_jax.convert.formats import Format, read_weights, write_weights
 from clip_jax.convert.positions import resize_positions
@@ -53,16 +59,52 @@ class Model:
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Any, "B H W C"]:
         """Turn images of any kind, or one, into the model's input."""
-        many = images if isinstance(images, list | tuple) else [images]
+        many = images if isinstance(images, list | tuple) else [typing.cast(ImageLike, images)]
         return np.stack([self.image_preprocess(image) for image in many])
 
-    def encode_image(self, images: Float[Any, "B H W C"]) -> Float[Array, "B E"]:
-        """Embed what `preprocess` returns; features are not normalised."""
-        return _encode(self.clip, "encode_image", self.params, jnp.asarray(images))
+    @functools.cached_property
+    def _placed(self) -> tuple[Mesh, Params]:
+        """All devices of this process, and the parameters copied to each."""
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
+        return mesh, jax.device_put(self.params, sharding.replicated(mesh))
 
-    def encode_text(self, tokens: Int32[Any, "B L"]) -> Float[Array, "B E"]:
-        """Embed what `tokenize` returns; features are not normalised."""
-        return _encode(self.clip, "encode_text", self.params, jnp.asarray(tokens))
+    def encode_image(
+        self, images: Float[Any, "B H W C"], *, batch_size: int = 64
+    ) -> Float[Array, "B E"]:
+        """Embed what `preprocess` returns, `batch_size` at a time; features are not normalised."""
+        return self._in_batches("encode_image", np.asarray(images), batch_size)
+
+    def encode_text(
+        self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
+    ) -> Float[Array, "B E"]:
+        """Embed what `tokenize` returns, `batch_size` at a time; features are not normalised."""
+        return self._in_batches("encode_text", np.asarray(tokens), batch_size)
+
+    def _in_batches(self, method: str, rows: np.ndarray, batch_size: int) -> Float[Array, "B E"]:
+        """Run over all local devices; a terminal sees the progress of more than a few batches."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        mesh, params = self._placed
+        placed = sharding.batch_sharding(mesh)
+        features = np.empty((len(rows), self.config.embed_dim), np.float32)
+        starts = range(0, len(rows), batch_size)
+        hidden = len(starts) < 8 or not sys.stderr.isatty()
+        for start in track(starts, method, console=Console(stderr=True), disable=hidden):
+            batch = rows[start : start + batch_size]
+            padding = padded_size(len(batch), sharding.batch_shards(mesh), batch_size) - len(batch)
+            padded = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])
+            encoded = _encode(self.clip, method, params, jax.device_put(padded, placed))
+            features[start : start + len(batch)] = np.asarray(encoded)[: len(batch)]
+        return jnp.asarray(features)
+
+
+def padded_size(rows: int, shards: int, batch_size: int) -> int:
+    """Return how many rows to compute for `rows`: a power of two for each of `shards` devices.
+
+    No more than the full batch takes; so a batch size is compiled for few shapes.
+    """
+    full, each = -(-batch_size // shards), -(-rows // shards)
+    return shards * min(full, 1 << (each - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -117,7 +159,7 @@ def convert(config: ConvertConfig) -> Verification | None:
         raise ValueError(f"{source} is both source and destination; choose another destination.")
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not config.overwrite:
-        raise ValueError(f"something is at {destination} already; say --overwrite True to replace.")
+        raise ValueError(f"something is at {destination} already; say --overwrite to replace it.")
     if config.to == "openai" and destination.is_dir():
         raise ValueError(f"{destination} is a directory; --to openai writes a file, such as x.pt.")
     if config.to != "openai" and destination.is_file():
