@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,10 @@ class Towers(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        tower = ModifiedResNet if isinstance(c.vision, ResNetConfig) else ViT
-        self.visual = tower(c.vision, c.embed_dim, c.remat)
+        if isinstance(c.vision, ResNetConfig):
+            self.visual = ModifiedResNet(c.vision, c.embed_dim, c.remat)
+        else:
+            self.visual = ViT(c.vision, c.embed_dim, c.remat)
         self.text = TextTransformer(c.text, c.embed_dim, c.dtype, c.remat)
         scale = math.log(c.init_logit_scale)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), ())
@@ -66,12 +68,34 @@ class Towers(nn.Module):
         self, images: Float[Array, "B H W C"], *, train: bool = False
     ) -> Float[Array, "B E"]:
         images = images.astype(self.config.dtype)
-        if isinstance(self.config.vision, ResNetConfig):
+        if isinstance(self.visual, ModifiedResNet):
             return self.visual(images, train=train)
         return self.visual(images)
 
     def encode_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         return self.text(tokens)
+
+    def image_tokens(
+        self, images: Float[Array, "B H W C"], layer: int, norm: bool
+    ) -> Float[Array, "B L D"]:
+        if not isinstance(self.visual, ViT):
+            raise ValueError("tokens of the image tower need a vision transformer, not a ResNet.")
+        index = _layer(layer, self.visual.config.depth, "vision")
+        images = images.astype(self.config.dtype)
+        last, every = self.visual.tokens(images, collect=index is not None)
+        x = last if every is None or index is None else every[index]
+        return self.visual.ln_post(x) if norm else x
+
+    def pool_image(self, states: Float[Array, "B L D"]) -> Float[Array, "B E"]:
+        return self.visual.pool(states.astype(self.config.dtype))
+
+    def text_tokens(
+        self, tokens: Int[Array, "B L"], layer: int, norm: bool
+    ) -> Float[Array, "B L D"]:
+        index = _layer(layer, self.config.text.depth, "text")
+        last, every = self.text.states(tokens, collect=index is not None)
+        x = last if every is None or index is None else every[index]
+        return self.text.ln_final(x) if norm else x
 
     def __call__(
         self, images: Float[Array, "B H W C"], tokens: Int[Array, "B L"]
@@ -95,7 +119,7 @@ class CLIP:
         c = self.config
         images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3))
         tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
-        variables = Towers(c).init(key, images, tokens)
+        variables = cast(Params, Towers(c).init(key, images, tokens))
         return variables.pop("params") | variables
 
     def normalize(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -105,8 +129,7 @@ class CLIP:
 
     def encode_image(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         """Embed normalised images `[B, H, W, 3]`."""
-        features = Towers(self.config).apply(_variables(params), images, method="encode_image")
-        return features.astype(jnp.float32)
+        return self._apply(params, images, method="encode_image").astype(jnp.float32)
 
     def encode_image_train(
         self, params: Params, images: Float[Array, "B H W C"]
@@ -122,8 +145,45 @@ class CLIP:
 
     def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Embed token ids `[B, L]`, L at most the context length."""
-        features = Towers(self.config).apply(_variables(params), tokens, method="encode_text")
-        return features.astype(jnp.float32)
+        return self._apply(params, tokens, method="encode_text").astype(jnp.float32)
+
+    def image_tokens(
+        self, params: Params, images: Float[Array, "B H W C"], layer: int = -1, norm: bool = False
+    ) -> Float[Array, "B L D"]:
+        """Return the states after one block of a vision transformer, class token first if it has.
+
+        `layer` counts from 0 or, negative, from the end (LLaVA takes −2); `norm` applies `ln_post`.
+        """
+        states = self._apply(params, images, layer, norm, method="image_tokens")
+        return states.astype(jnp.float32)
+
+    def pool_image(self, params: Params, states: Float[Array, "B L D"]) -> Float[Array, "B E"]:
+        """Embed what `image_tokens` returns without `norm`, as `encode_image` does at the end."""
+        return self._apply(params, states, method="pool_image").astype(jnp.float32)
+
+    def text_tokens(
+        self, params: Params, tokens: Int[Array, "B L"], layer: int = -1, norm: bool = False
+    ) -> Float[Array, "B L D"]:
+        """Return the states of all tokens after one block; `norm` applies `ln_final`.
+
+        Diffusion models condition on these: Stable Diffusion 1 on the last block's with `norm`, 2
+        on layer −2 with `norm`, XL on layer −2 as it is.
+        """
+        states = self._apply(params, tokens, layer, norm, method="text_tokens")
+        return states.astype(jnp.float32)
+
+    def _apply(self, params: Params, *args: Any, method: str) -> Array:
+        return cast(Array, Towers(self.config).apply(_variables(params), *args, method=method))
+
+
+def _layer(layer: int, depth: int, tower: str) -> int | None:
+    """Return the block's index, None for the last, whose output needs no collecting."""
+    if not -depth <= layer < depth:
+        raise ValueError(
+            f"layer={layer}: the {tower} tower has {depth} blocks, 0 to {depth - 1} "
+            f"or −{depth} to −1."
+        )
+    return None if layer in (-1, depth - 1) else layer
 
 
 def l2_normalize(x: Float[Array, "... E"]) -> Float[Array, "... E"]:

@@ -159,11 +159,11 @@ class MLP(nn.Module):
 class LayerScale(nn.Module):
     """A learned gain per channel (CaiT's)."""
 
-    init: float
+    initial: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gamma = self.param("gamma", nn.initializers.constant(self.init), (x.shape[-1],))
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
         return x * gamma.astype(x.dtype)
 
 
@@ -198,11 +198,13 @@ class Transformer(nn.Module):
     config: BlockConfig
     depth: int
     remat: Remat = "none"
-    collect: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "L L"] | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "L L"] | None = None,
+        collect: bool = False,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
         block = Block
         if self.remat != "none":
@@ -218,5 +220,5 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
-        )(self.config, self.collect, name="resblocks")
+        )(self.config, collect, name="resblocks")
         return stack(x, mask)

@@ -97,49 +97,71 @@ class ViT(nn.Module):
     embed_dim: int
     remat: Remat = "none"
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        patch, scale = c.patch_size, c.width**-0.5
+        self.conv1 = Einsum(
+            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
+            uniform((patch * patch * 3) ** -0.5),
+        )  # fmt: skip
+        normal = nn.initializers.normal(scale)
+        if c.class_token:
+            self.class_embedding = self.param("class_embedding", normal, (c.width,))
+        self.positional_embedding = self.param(
+            "positional_embedding", normal, (c.num_tokens, c.width)
+        )
+        if c.pre_norm:
+            self.ln_pre = LayerNorm(c.norm_epsilon)
+        block = BlockConfig(
+            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
+            BlockInit.image(c.width, c.mlp_width), c.layer_scale,
+        )  # fmt: skip
+        self.transformer = Transformer(block, c.depth, self.remat)
+        self.ln_post = LayerNorm(c.norm_epsilon)
+        if c.pool == "map":
+            self.attn_pool = AttentionPool(c)
+        if c.projection:
+            self.proj = self.param("proj", normal, (c.width, self.embed_dim))
+
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+        return self.pool(self.tokens(images)[0])
+
+    def tokens(
+        self, images: Float[Array, "B H W C"], collect: bool = False
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
+        """Return the last block's states, the class token's first; with `collect` every block's."""
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
             raise ValueError(
                 f"images have shape {images.shape}; this model needs "
                 f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
             )
-        patch, scale = c.patch_size, c.width**-0.5
+        patch = c.patch_size
 
         # Pixels beyond the last whole patch are not seen, as in a strided convolution (SO400M@384).
         side = c.image_size // patch * patch
         x = rearrange(images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch)
-        x = Einsum(
-            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
-            uniform((patch * patch * 3) ** -0.5), name="conv1",
-        )(x)  # fmt: skip
+        x = self.conv1(x)
         if c.class_token:
-            token = self.param("class_embedding", nn.initializers.normal(scale), (c.width,))
-            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.width))
+            token = self.class_embedding.astype(x.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], 1, c.width))
             x = jnp.concatenate([token, x], axis=1)
-        positions = self.param(
-            "positional_embedding", nn.initializers.normal(scale), (c.num_tokens, c.width)
-        )
-        x = x + positions.astype(x.dtype)
+        x = x + self.positional_embedding.astype(x.dtype)
         if c.pre_norm:
-            x = LayerNorm(c.norm_epsilon, name="ln_pre")(x)
-        block = BlockConfig(
-            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
-            BlockInit.image(c.width, c.mlp_width), c.layer_scale,
-        )  # fmt: skip
-        x, _ = Transformer(block, c.depth, self.remat, name="transformer")(x)
+            x = self.ln_pre(x)
+        return self.transformer(x, collect=collect)
 
+    def pool(self, x: Float[Array, "B L D"]) -> Float[Array, "B E"]:
+        """Norm, pool and project the states of all tokens."""
+        c = self.config
         # OpenAI normalises after pooling, SigLIP before. The class token alone: the same numbers.
-        ln_post = LayerNorm(c.norm_epsilon, name="ln_post")
         match c.pool:
             case "class_token":
-                x = ln_post(x[:, 0])
+                x = self.ln_post(x[:, 0])
             case "mean":
-                x = ln_post(x[:, int(c.class_token) :].mean(axis=1))
+                x = self.ln_post(x[:, int(c.class_token) :].mean(axis=1))
             case "map":
-                x = AttentionPool(c, name="attn_pool")(ln_post(x))
+                x = self.attn_pool(self.ln_post(x))
         if c.projection:
-            proj = self.param("proj", nn.initializers.normal(scale), (c.width, self.embed_dim))
-            x = jnp.einsum("BD,DE->BE", x, proj.astype(x.dtype))
+            x = jnp.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
         return x
