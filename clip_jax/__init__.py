@@ -1,5 +1,7 @@
 """CLIP in JAX: `load`, `tokenize`, `available_models`."""
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,10 +34,21 @@ def tokenize(
     return Tokenizer()(texts, context_length, truncate)
 
 
-def __getattr__(name: str) -> Any:
-    # `import clip_jax` stays light: jax and what loads models come with the first use.
-    if name == "load":
+class _Package(types.ModuleType):
+    """`clip_jax.load` is the function: importing the module of that name must not put it here.
+
+    It is looked up at the first use, so that `import clip_jax` brings neither jax nor Flax.
+    """
+
+    @property
+    def load(self) -> Any:
         from clip_jax.load import load
 
         return load
-    raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")
+
+    @load.setter
+    def load(self, module: types.ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package
