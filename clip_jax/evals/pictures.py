@@ -1,5 +1,6 @@
 """Pictures that let a person see what the model sees and says."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def contact_sheet(
     columns: int = 8,
     title: str = "",
 ) -> None:
-    """Draw images in a grid, each above its lines of text; a wrong one's first line is red."""
+    """Draw images in a grid, each above its lines of text.
+
+    With `right` the first line is the answer: bold, and red where it is wrong.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,10 +40,54 @@ def contact_sheet(
             axis.text(
                 0.5, -0.04 - 0.14 * j, line, transform=axis.transAxes, ha="center", va="top",
                 fontsize=7, color="tab:red" if wrong else "black",
-                fontweight="bold" if j == 0 else "normal",
+                fontweight="bold" if j == 0 and right is not None else "normal",
             )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")  # texts stand outside the axes
+
+
+def similarity_matrix(
+    path: Path,
+    similarity: Float[np.ndarray, "texts images"],
+    images: Sequence[UInt8[np.ndarray, "H W C"]],
+    texts: Sequence[str],
+    *,
+    title: str = "",
+) -> None:
+    """Draw cosine similarities: a row for each text, a column under each image.
+
+    Texts are wrapped, and cut after three lines.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = similarity.shape
+    figure = Figure(
+        figsize=(0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), dpi=110, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=10)
+    cells = axis.imshow(similarity, cmap="viridis")
+    for (row, column), value in np.ndenumerate(similarity):
+        red, green, blue, _ = cells.cmap(cells.norm(value))
+        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        axis.text(
+            column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
+            color="white" if dark else "black",
+        )  # fmt: skip
+    for column, image in enumerate(images):
+        place = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
+        axis.imshow(image, extent=place, interpolation="nearest")
+    axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -1.52), xticks=[])
+    labels = ["\n".join(textwrap.wrap(text, 40)[:3]) for text in texts]
+    axis.set_yticks(range(rows), labels, fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    bar = figure.colorbar(cells, ax=axis, shrink=0.6, label="cosine similarity")
+    bar.outline.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")  # long texts reach beyond the layout
 
 
 def with_probabilities(

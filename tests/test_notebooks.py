@@ -1,0 +1,78 @@
+"""The notebooks run from top to bottom and are the same in both of their files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+STEPS = 16
+
+# Libraries of the kernel's own, not ours.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def pictures(notebook: nbformat.NotebookNode) -> list[Any]:
+    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
+    """Run a notebook in a folder; return what it printed and the pictures that it drew."""
+    # The kernel is another process in another directory: it must find this checkout.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as in conftest.py
+    notebook = read(name)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+    ).execute()
+    printed = "".join(output.get("text", "") for output in outputs(notebook))
+    return printed, pictures(notebook)
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("quickstart", 4), ("scaling", 3)])
+def test_both_files_say_the_same_and_outputs_are_saved(name: str, drawn: int):
+    notebook, text = read(name), jupytext.read(NOTEBOOKS / f"{name}.py")
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [
+        (c.cell_type, c.source) for c in text.cells
+    ]
+    assert len(pictures(notebook)) == drawn
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
+
+
+def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # It trains under the root that it finds above its folder: here one without earlier runs.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", str(STEPS))
+    printed, drawn = execute("quickstart", tmp_path, monkeypatch)
+    assert len(drawn) == 4
+    assert "80 numbers to train on; 20 never shown" in printed
+    workdir = tmp_path / "runs" / f"quickstart-{STEPS}"
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["step"] == STEPS
+    assert f"unseen numbers  top-1 {result['zero_shot/unseen/top1']:.1%}" in printed
+    assert "own caption nearest: " in printed
+    assert "scribbled twelve" in printed
+
+
+def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
+    printed, drawn = execute("scaling", NOTEBOOKS, monkeypatch)
+    assert "ImageNet                              LAION  -0.1114   5.858" in printed
+    assert "OpenAI  -0.2378   211.7" in printed
+    assert "ViT-bigG-14@68B: 81.9%" in printed
+    assert "not determined by these runs" in printed
+    assert len(drawn) == 3
