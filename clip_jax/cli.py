@@ -65,6 +65,35 @@ def evaluate(args: Sequence[str]) -> int:
     return 0
 
 
+def predict(args: Sequence[str]) -> int:
+    """label images zero-shot: clip-jax predict MODEL --images photos --labels cat dog"""
+    from clip_jax.predict import PredictConfig
+    from clip_jax.predict import predict as run_prediction
+
+    config, as_json = _command(PredictConfig, args, ("model",), predict)
+    results = run_prediction(config)
+    lines = [
+        f"{result['image']:<32} "
+        + "  ".join(f"{x['label']} {x['probability']:.1%}" for x in result["labels"][:5])
+        for result in results
+    ]
+    _print(results, as_json, "\n".join(lines))
+    return 0
+
+
+def embed(args: Sequence[str]) -> int:
+    """embed a folder, table or tars to Parquet: clip-jax embed MODEL SOURCE OUTPUT"""
+    from clip_jax.predict import EmbedConfig
+    from clip_jax.predict import embed as run_embedding
+
+    config, as_json = _command(EmbedConfig, args, ("model", "source", "output"), embed)
+    result = run_embedding(config)
+    for line in result["skipped"]:
+        print(f"skipped {line['key']}: {line['reason']}", file=sys.stderr)
+    _print(result, as_json, f"{result['images']} images in {result['output']}")
+    return 0
+
+
 def convert(args: Sequence[str]) -> int:
     """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
     from clip_jax.load import ConvertConfig
@@ -105,6 +134,8 @@ def scale(args: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
+    "embed": embed,
     "convert": convert,
     "scale": scale,
 }

@@ -1,0 +1,193 @@
+"""predict, embed and search on a tiny model: answers, errors, and kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clip_jax.cli import main
+from clip_jax.convert.formats import write_weights
+from clip_jax.convert.weights import Weights, default_inputs
+from clip_jax.load import load
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from tests.runs import ROOT
+
+TINY = CLIPConfig(
+    embed_dim=16,
+    vision=ViTConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2),
+    text=TextConfig(vocab_size=520, context_length=12, width=32, depth=1, num_heads=2),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a folder of 200 small images, two of them broken."""
+    path = tmp_path_factory.mktemp("predict")
+    params = jax.tree.map(np.asarray, jax.jit(CLIP(TINY).init)(jax.random.key(0)))
+    preprocess, tokenizer = default_inputs(TINY)
+    weights = Weights(config=TINY, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    write_weights(weights, path / "model", "clip-jax")
+    rng = np.random.default_rng(0)
+    (path / "photos/inner").mkdir(parents=True)
+    for i in range(200):
+        image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
+        image.save(path / "photos" / ("inner" if i % 2 else "") / f"{i:03d}.png")
+    (path / "photos/017-broken.png").write_bytes(b"not an image")
+    (path / "photos/inner/empty.jpg").write_bytes(b"")
+    return path
+
+
+def code(args):
+    """The exit code; tyro, which checks flags, exits by itself."""
+    try:
+        return main(args)
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def rows(output):
+    """All rows of all files, in order of their index."""
+    return pa.concat_tables(map(pq.read_table, sorted(output.glob("rows-*.parquet"))))
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(folder, tmp_path, capsys):
+    images = [folder / "photos" / name for name in ("000.png", "017-broken.png", "002.png")]
+    sheet = tmp_path / "sheet.png"
+    args = ["--images", *map(str, images), "--labels", "cat", "dog", "a", "--template", "see {}"]
+    assert main(["predict", str(folder / "model"), *args, "--sheet", str(sheet), "--json"]) == 0
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    assert "017-broken.png: not an image" in printed.err
+    assert [result["image"] for result in results] == [str(images[0]), str(images[2])]
+    model = load(folder / "model")
+    image = np.asarray(model.encode_image(model.preprocess([images[0], images[2]])))
+    text = np.asarray(model.encode_text(model.tokenize(["see cat", "see dog", "see a"])))
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+    expected = np.asarray(jax.nn.softmax(image @ text.T / 0.07))
+    for result, row in zip(results, expected, strict=True):
+        found = {x["label"]: x["probability"] for x in result["labels"]}
+        np.testing.assert_allclose([found[x] for x in ("cat", "dog", "a")], row, rtol=1e-3)
+        assert [*found.values()] == sorted(found.values(), reverse=True)
+    with Image.open(sheet) as picture:
+        assert picture.width > 200
+
+
+def test_a_table_is_printed(folder, capsys):
+    args = ["--images", str(folder / "photos/inner"), "--labels", "cat", "dog"]
+    assert main(["predict", str(folder / "model"), *args]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 100
+    assert "empty.jpg: not an image" in printed.err
+    assert "cat" in printed.out
+    assert "%" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--labels", "cat"], "no images in nothing"),
+        (["--images", "MODEL", "--labels", "cat"], "no images in"),
+        (["--images", "nowhere.png", "--labels", "cat"], "none of the 1 images could be read"),
+        (["--images", "x.png"], "give at least one label"),
+        (["--images", "x.png", "--labels", "cat", " "], "none empty"),
+        (["--images", "x.png", "--labels", "cat", "--template", "a"], "has no {}"),
+    ],
+)
+def test_wrong_use_of_predict_exits_with_2(folder, args, says, capsys):
+    args = [str(folder / "model") if arg == "MODEL" else arg for arg in args]
+    assert code(["predict", str(folder / "model"), *args]) == 2
+    error = capsys.readouterr().err
+    assert says in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_embeddings_are_the_models_with_their_keys(folder, tmp_path, capsys):
+    model, photos = str(folder / "model"), folder / "photos"
+    for part in ("1/2", "2/2"):
+        args = ["--part", part, "--rows-per-file", "30", "--json"]
+        assert main(["embed", model, str(photos), str(tmp_path / "out"), *args]) == 0
+    printed = capsys.readouterr()
+    assert "017-broken.png: not an image" in printed.err
+    assert sum(json.loads(line)["images"] for line in printed.out.splitlines()) == 200
+    table = rows(tmp_path / "out")
+    keys = table["key"].to_pylist()
+    assert len(set(keys)) == len(keys) == 200
+    assert keys == sorted(keys)
+    found = np.stack(table["embedding"].to_numpy())
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    loaded = load(folder / "model")
+    expected = np.asarray(loaded.encode_image(loaded.preprocess([photos / key for key in keys])))
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_table_of_pairs_is_embedded(folder, tmp_path):
+    lines = [f"photos/{i:03d}.png,number {i}" for i in range(0, 10, 2)]
+    (folder / "pairs.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+    args = [str(folder / "model"), str(folder / "pairs.csv"), str(tmp_path / "out")]
+    assert main(["embed", *args]) == 0
+    assert rows(tmp_path / "out")["key"].to_pylist()[:2] == ["1:photos/000.png", "2:photos/002.png"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["nowhere", "OUT"], "no images at nowhere"),
+        (["PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),
+        (["PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),
+        (["PHOTOS", "DONE", "--batch-size", "7"], "batch_size=64, now 7"),
+    ],
+)
+def test_wrong_use_of_embed_exits_with_2(folder, tmp_path, args, says, capsys):
+    model, photos = str(folder / "model"), str(folder / "pairs")
+    (folder / "pairs").mkdir(exist_ok=True)
+    Image.new("RGB", (9, 9)).save(folder / "pairs/a.png")
+    places = {"PHOTOS": photos, "OUT": str(tmp_path / "out"), "DONE": str(tmp_path / "done")}
+    assert main(["embed", model, photos, places["DONE"]]) == 0
+    assert code(["embed", model, *(places.get(arg, arg) for arg in args)]) == 2
+    error = capsys.readouterr().err
+    assert says in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(output):
+        command = ["embed", str(folder / "model"), str(folder / "photos"), str(output)]
+        command += ["--rows-per-file", "2"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "clip_jax", *command], env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    killed = tmp_path / "killed"
+    chance = random.Random()
+    for kill in range(1, 4):
+        process = start(killed)
+        while len(list(killed.glob("rows-*"))) < 20 * kill and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it finished before it was killed"
+    assert start(killed).wait() == 0
+    assert start(tmp_path / "whole").wait() == 0
+    assert rows(killed).equals(rows(tmp_path / "whole"))
+    assert rows(killed).num_rows == 200
