@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 USAGE = """\
@@ -56,12 +57,13 @@ def train(args: Sequence[str]) -> int:
 
 def evaluate(args: Sequence[str]) -> int:
     """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL"""
+    from clip_jax.evals.report import to_table
     from clip_jax.evaluate import EvaluateConfig
     from clip_jax.evaluate import evaluate as run_evaluation
 
     config, as_json = _command(EvaluateConfig, args, ("model",), evaluate)
     values = run_evaluation(config)
-    _print(values, as_json, "\n".join(f"{name:<28} {value:.4f}" for name, value in values.items()))
+    _print(values, as_json, to_table(values))
     return 0
 
 
@@ -91,6 +93,17 @@ def embed(args: Sequence[str]) -> int:
     for line in result["skipped"]:
         print(f"skipped {line['key']}: {line['reason']}", file=sys.stderr)
     _print(result, as_json, f"{result['images']} images in {result['output']}")
+    return 0
+
+
+def search(args: Sequence[str]) -> int:
+    """search an embedded folder: clip-jax search MODEL EMBEDDINGS --text 'a red bicycle'"""
+    from clip_jax.predict import SearchConfig
+    from clip_jax.predict import search as run_search
+
+    config, as_json = _command(SearchConfig, args, ("model", "embeddings"), search)
+    results = run_search(config)
+    _print(results, as_json, "\n".join(f"{x['similarity']:.4f}  {x['key']}" for x in results))
     return 0
 
 
@@ -136,6 +149,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "predict": predict,
     "embed": embed,
+    "search": search,
     "convert": convert,
     "scale": scale,
 }
@@ -147,7 +161,7 @@ def _leading(args: Sequence[str]) -> list[str]:
 
 
 def _command(
-    kind: Any, args: Sequence[str], positional: Sequence[str], command: Callable, verb: str = ""
+    kind: Any, args: Sequence[str], positional: Sequence[str], command: FunctionType, verb: str = ""
 ) -> tuple[Any, bool]:
     """Read a command's config, its first fields by position; say whether --json was given."""
     rest = [arg for arg in args if arg != "--json"]

@@ -30,7 +30,8 @@ class DigitsEvalConfig:
 
 
 class DigitsEvaluator:
-    """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1` and their top-5s."""
+    """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1`, top-5s, and `order`: how often 42
+    is nearer to the captions of 42 than to those of 24."""
 
     def __init__(self, config: DigitsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
@@ -43,7 +44,7 @@ class DigitsEvaluator:
 
     def run(self, model: CLIP, params: Params, mesh: Mesh) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
-        weights = self._classifier(model, params, mesh)
+        weights, k = self._classifier(model, params, mesh), self.config.source.digits
         for name, numbers in self._splits.items():
             if not numbers:
                 continue
@@ -51,6 +52,11 @@ class DigitsEvaluator:
             logits = encode_images(model, params, images, mesh) @ weights.T
             yield f"zero_shot/{name}/top1", top_k_accuracy(logits, labels, 1)
             yield f"zero_shot/{name}/top5", top_k_accuracy(logits, labels, 5)
+            backwards = np.array([int(f"{n:0{k}d}"[::-1]) for n in labels])
+            pairs = np.flatnonzero(backwards != labels)  # 42 and 24, not 77
+            if len(pairs):
+                own, other = logits[pairs, labels[pairs]], logits[pairs, backwards[pairs]]
+                yield f"zero_shot/{name}/order", float((own > other).mean())
 
     def draw(self, model: CLIP, params: Params, mesh: Mesh, directory: Path) -> None:
         """Write `predictions.png`: held-out images with their three best labels."""

@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped
 
 from clip_jax import sharding
 from clip_jax.models.clip import CLIP, Params, l2_normalize
@@ -22,7 +22,7 @@ class Evaluator(Protocol):
 
 
 def encode_images(
-    model: CLIP, params: Params, images: UInt8[np.ndarray, "B H W C"], mesh: Mesh, *,
+    model: CLIP, params: Params, images: Shaped[np.ndarray, "B H W C"], mesh: Mesh, *,
     batch_size: int = 256, normalize: bool = True,
 ) -> Float[np.ndarray, "B E"]:  # fmt: skip
     """Embed images, unit length unless told otherwise, in order, on every process alike."""
@@ -41,7 +41,9 @@ def encode_texts(
 @functools.lru_cache(maxsize=8)
 def _image_encoder(model: CLIP, mesh: Mesh, normalize: bool) -> Callable:
     def encode(params: Params, images: jax.Array) -> jax.Array:
-        features = model.encode_image(params, model.normalize(images))
+        if images.dtype == np.uint8:
+            images = model.normalize(images)
+        features = model.encode_image(params, images)
         return l2_normalize(features) if normalize else features
 
     return jax.jit(encode, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,148 @@
+"""Results for people and for other programs: a table, CLIP_benchmark's CSV, Markdown, pictures."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clip_jax.data.images import ImageLike, center_crop, decode
+from clip_jax.evals.datasets import Labelled
+from clip_jax.evals.measure import Outcome
+from clip_jax.evals.pictures import contact_sheet, with_probabilities
+from clip_jax.evals.suite import OPENAI, SUITE
+
+COLUMNS = (
+    "dataset", "model", "pretrained", "task", "language", "acc1", "acc5", "mean_per_class_recall",
+    "image_retrieval_recall@5", "text_retrieval_recall@5",
+)  # fmt: skip
+_METRIC = {row.name: row.metric for row in SUITE}
+_WORST = 12  # classes of the confusion matrix
+
+
+def main_metric(name: str, values: Mapping[str, float]) -> str:
+    """Return the metric by which the CLIP paper reports a data set."""
+    usual = "acc1" if "acc1" in values else "image_retrieval_recall@5"
+    metric = _METRIC.get(name, usual)
+    return metric if metric in values else usual
+
+
+def to_csv(outcomes: Mapping[str, Outcome], model: str) -> str:
+    """Write one row a data set in CLIP_benchmark's columns, further metrics after them."""
+    rows = []
+    for name, outcome in outcomes.items():
+        kind = "zeroshot_classification" if "acc1" in outcome.values else "zeroshot_retrieval"
+        rows.append({"dataset": name, "model": model, "pretrained": model, "task": kind,
+                     "language": "en", **outcome.values})  # fmt: skip
+    extra = sorted({key for row in rows for key in row} - set(COLUMNS))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*COLUMNS, *extra], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def to_markdown(outcomes: Mapping[str, Outcome], model: str) -> str:
+    """Write the main metric of each data set, OpenAI's models beside where they are published."""
+    lines = [
+        f"| data set | metric | {model} | OpenAI B/32 | OpenAI B/16 | OpenAI L/14 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, outcome in outcomes.items():
+        metric = main_metric(name, outcome.values)
+        numbers = [outcome.values[metric], *OPENAI.get(name, (None,) * 3)]
+        cells = ["" if x is None else f"{100 * x:.1f}" for x in numbers]
+        lines.append(f"| {name} | {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_table(values: Mapping[str, float]) -> str:
+    """Draw names and numbers for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("evaluation")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4f}")
+    file = io.StringIO()
+    Console(file=file, width=100, color_system=None).print(table)
+    return file.getvalue().rstrip()
+
+
+def write(
+    directory: Path, values: Mapping[str, float], outcomes: Mapping[str, Outcome], model: str
+) -> None:
+    """Write `result.json`, and of data sets `results.csv` and `results.md`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "result.json").write_text(json.dumps(dict(values), indent=1))
+    if outcomes:
+        (directory / "results.csv").write_text(to_csv(outcomes, model))
+        (directory / "results.md").write_text(to_markdown(outcomes, model))
+
+
+def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
+    """Draw `classes.png`, `confusion.png` of the worst classes and `errors.png`."""
+    if outcome.logits is None or outcome.labels is None or outcome.indices is None:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    directory.mkdir(parents=True, exist_ok=True)
+    names, labels, found = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
+    present = np.unique(labels)
+    accuracy = np.array([(found[labels == c] == c).mean() for c in present])
+    order = np.argsort(accuracy, kind="stable")
+
+    # Every class, the worst first; names only while a person can read them.
+    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.bar(range(len(present)), accuracy[order], width=1.0 if len(present) > 60 else 0.8)
+    axis.set(ylabel="accuracy", ylim=(0, 1), title=f"{len(present)} classes, the worst first")
+    if len(present) <= 60:
+        shown = [names[present[i]] for i in order]
+        axis.set_xticks(range(len(present)), shown, rotation=90, fontsize=6)
+    else:
+        axis.set_xlabel("class")
+    figure.savefig(directory / "classes.png")
+
+    # The worst classes against what they are taken for.
+    worst = present[order[:_WORST]]
+    columns = np.union1d(worst, found[np.isin(labels, worst)])
+    counts = np.array([[((labels == r) & (found == c)).sum() for c in columns] for r in worst])
+    busiest = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[: 2 * _WORST])
+    columns, counts = columns[busiest], counts[:, busiest]
+    size = (2.5 + 0.35 * len(columns), 2.5 + 0.3 * len(worst))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.imshow(counts, cmap="Blues")
+    for (row, column), value in np.ndenumerate(counts):
+        if value:
+            dark = value > counts.max() / 2
+            axis.text(column, row, value, ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")  # fmt: skip
+    axis.set_xticks(range(len(columns)), [names[c] for c in columns], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(worst)), [names[c] for c in worst], fontsize=7)
+    axis.set(xlabel="taken for", ylabel="is", title="The worst classes")
+    figure.savefig(directory / "confusion.png")
+
+    wrong = np.flatnonzero(found != labels)
+    wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # from all over: data sets lie class by class
+    if len(wrong):
+        pictures = [center_crop(_picture(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
+        lines = [[*with_probabilities(outcome.logits[i], names), f"is: {names[labels[i]]}"]
+                 for i in wrong]  # fmt: skip
+        contact_sheet(directory / "errors.png", pictures, lines, right=[False] * len(wrong),
+                      title="Errors: the three nearest classes and the right one")  # fmt: skip
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image).convert("RGB")
+    return image.convert("RGB") if isinstance(image, Image.Image) else decode(image)

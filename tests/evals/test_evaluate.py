@@ -1,0 +1,171 @@
+"""`clip-jax evaluate` on data sets of every layout, on one and eight devices, with a real model."""
+
+import csv
+import io
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax import sharding
+from clip_jax.cli import main
+from clip_jax.convert.folder import write as write_model
+from clip_jax.convert.weights import Weights, default_inputs
+from clip_jax.evals import measure
+from clip_jax.evals.datasets import open_folder, open_webdataset
+from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.load import load
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+CLASSES = ("dark", "grey", "light", "red", "blue", "green")
+COLOURS = ((10,) * 3, (120,) * 3, (240,) * 3, (220, 20, 20), (20, 20, 220), (20, 200, 20))
+
+
+def encoded(colour, rng):
+    pixels = np.clip(np.array(colour) + rng.normal(0, 25, (20, 14, 3)), 0, 255)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = CLIPConfig(
+        embed_dim=16,
+        vision=ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
+        text=TextConfig(vocab_size=600, context_length=16, width=16, depth=1, num_heads=2),
+        dtype="float32",
+    )
+    rng = np.random.default_rng(0)  # quicker than compiling the initialisation
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
+        jax.eval_shape(CLIP(config).init, jax.random.key(0)),
+    )
+    preprocess, tokenizer = default_inputs(config)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    write_model(Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer),
+                path)  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """41 images in six folders, one that is none; the same in tars; captions of some."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    members, captions = [], {"images": [], "annotations": []}
+    for label in sorted(range(6), key=lambda c: CLASSES[c]):
+        folder = root / "mine" / CLASSES[label]
+        folder.mkdir(parents=True)
+        for i in range(7 - (label == 0)):
+            content = encoded(COLOURS[label], rng)
+            (folder / f"{i}.png").write_bytes(content)
+            members.append((content, sorted(CLASSES).index(CLASSES[label])))
+            captions["images"].append({"id": len(members), "file_name": f"{folder}/{i}.png"})
+            captions["annotations"] += [
+                {"image_id": len(members), "caption": f"{CLASSES[label]} {i} {j}"}
+                for j in range(1 + i % 3)
+            ]
+    (root / "mine" / "grey" / "broken.png").write_bytes(b"not an image")
+    (root / "tars" / "test").mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(root / "tars" / "test" / f"{shard}.tar", "w") as file:
+            for i, (content, label) in list(enumerate(members))[shard::2]:
+                for name, body in ((f"{i:03d}.png", content), (f"{i:03d}.cls", b"%d" % label)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(body)
+                    file.addfile(info, io.BytesIO(body))
+    (root / "tars" / "classnames.txt").write_text("\n".join(sorted(CLASSES)))
+    (root / "tars" / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.")
+    (root / "flickr30k" / "images").mkdir(parents=True)
+    (root / "flickr30k" / "flickr30k_test_karpathy.json").write_text(json.dumps(captions))
+    return root
+
+
+def encoder(model, devices, **sizes):
+    loaded = load(model)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:devices])
+    params = jax.device_put(loaded.params, sharding.replicated(mesh))
+    return measure.Encoder(
+        loaded.clip, params, mesh, loaded.image_preprocess, lambda t: loaded.tokenize(t, True)
+    )
+
+
+def test_a_folder_gives_the_same_numbers_on_any_mesh(model, data, monkeypatch):
+    monkeypatch.setattr(measure, "_STREAMED", 17)
+    folder = open_folder(data / "mine")
+    one = measure.classify(folder, encoder(model, 1))
+    assert len(one.labels) == 41
+    assert one.skipped[0].startswith("image ")
+    assert one.logits.std(axis=0).min() > 3e-3  # images differ far beyond the tolerance below
+    for devices, sizes in ((8, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2})):
+        other = measure.classify(folder, encoder(model, devices, **sizes))
+        assert other.values == pytest.approx(one.values, abs=1e-6)
+        np.testing.assert_allclose(other.logits, one.logits, atol=1e-5)
+        np.testing.assert_array_equal(other.labels, one.labels)
+
+
+def test_tars_give_the_numbers_of_the_folder(model, data):
+    tars = measure.classify(open_webdataset(data / "tars"), encoder(model, 8))
+    folder = measure.classify(open_folder(data / "mine"), encoder(model, 8))
+    assert sorted(tars.labels) == sorted(folder.labels)
+    assert tars.values == pytest.approx(folder.values, abs=1e-6)
+
+
+def test_the_command_writes_tables_and_pictures(model, data, tmp_path, capsys):
+    templates = tmp_path / "mine.txt"
+    templates.write_text("a photo of a {c}.\n{c}\nthe colour {c}\n")
+    out = tmp_path / "out"
+    args = ["--dataset", f"folder:{data / 'mine'}", "--templates", str(templates)]
+    assert main(["evaluate", str(model), *args, "--output", str(out), "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert "mine: image" in printed.err  # the broken one
+    assert values == json.loads((out / "result.json").read_text())
+    assert {f"mine/{name}" for name in ("acc1", "acc5", "mean_per_class_recall",
+            "templates/spread", "templates/gain")} <= values.keys()  # fmt: skip
+    row, = csv.DictReader(io.StringIO((out / "results.csv").read_text()))  # fmt: skip
+    assert (row["dataset"], row["task"], row["model"]) == (
+        "mine",
+        "zeroshot_classification",
+        "tiny",
+    )
+    assert float(row["acc1"]) == values["mine/acc1"]
+    assert f"| mine | acc1 | {100 * values['mine/acc1']:.1f} |" in (out / "results.md").read_text()
+    for name in ("classes", "confusion", "errors"):
+        with Image.open(out / "mine" / f"{name}.png") as picture:
+            assert picture.width > 200
+
+
+def test_a_suite_runs_what_is_there_and_names_the_rest(model, data, capsys):
+    args = ["--suite", "clip", "--data-dir", str(data), "--json"]
+    assert main(["evaluate", str(model), *args]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert {name.partition("/")[0] for name in values} == {"flickr30k"}
+    assert 0 < values["flickr30k/text_retrieval_recall@10"] < 1
+    assert "left out: cifar10 is not in" in printed.err
+    assert "tensorflow_datasets build cifar10" in printed.err
+
+
+def test_wrong_use_is_explained(model, tmp_path, capsys):
+    for args, says in (
+        (["--dataset", "nonsense"], "no data set 'nonsense'"),
+        (["--dataset", "zip:x"], "is of no known kind"),
+        (["--dataset", "folder:nowhere"], "there is no folder nowhere"),
+        (["--suite", "clip", "--data-dir", str(tmp_path)], "none of the suite's 31 data sets"),
+    ):
+        assert main(["evaluate", str(model), *args]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_digits_measure_word_order(model):
+    config = DigitsEvalConfig(per_number=1, max_numbers=9)
+    parts = encoder(model, 8)
+    values = dict(config.make().run(parts.model, parts.params, parts.mesh))
+    for split in ("seen", "unseen"):
+        assert 0 <= values[f"zero_shot/{split}/order"] <= 1
