@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from PIL import Image
 
+from clip_jax.data.embeddings import Embeddings
 from clip_jax.data.images import ImageError, ImageLike, center_crop, decode
 from clip_jax.data.sources import SampleError, Source
 from clip_jax.evals.pictures import contact_sheet
@@ -307,3 +308,54 @@ def open_images(
         f"no images at {source}; it takes a folder, a .csv, .tsv or .jsonl, or tars "
         "(data/{00000..00041}.tar)."
     )
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The images of an embedded folder that are closest to a text or an image."""
+
+    model: Path  # the model that embedded them
+    embeddings: Path  # folder that `clip-jax embed` wrote
+    text: str = ""  # what to look for, in words
+    image: Path | None = None  # what to look for, as an image
+    top: int = 10  # how many to return
+    index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
+    sheet: Path | None = None  # picture of what was found
+
+    def __post_init__(self) -> None:
+        if bool(self.text.strip()) == bool(self.image):
+            raise ValueError("search needs one of --text and --image, and no empty text.")
+        if self.top < 1:
+            raise ValueError(f"top={self.top} must be at least 1.")
+
+
+def search(config: SearchConfig) -> list[dict[str, Any]]:
+    """Return `key`, `similarity` (cosine) and `index` in the source of the best, best first."""
+    embeddings = Embeddings(config.embeddings)
+    model = load(config.model)
+    width = embeddings.vectors.shape[1]
+    if width != model.config.embed_dim:
+        raise ValueError(
+            f"{config.embeddings} has vectors of {width} dimensions, {config.model} makes "
+            f"{model.config.embed_dim}; search with the model that embedded the images."
+        )
+    if config.image:
+        query = _unit(model.encode_image(model.preprocess([config.image])))[0]
+    else:
+        query = _unit(model.encode_text(model.tokenize([config.text], truncate=True)))[0]
+    find = embeddings.exact if config.index == "exact" else embeddings.approximate
+    results = []
+    for row, similarity in zip(*find(query, config.top), strict=True):
+        index, key = embeddings.row(int(row))
+        results.append({"key": key, "similarity": float(similarity), "index": index})
+    if config.sheet:
+        told = json.loads((config.embeddings / "embed.json").read_text())
+        source = open_images(told["source"], told["image_column"], told["caption_column"])
+        rng = np.random.default_rng(0)
+        tiles = [center_crop(_rgb(source.load(x["index"], rng)[0]), TILE) for x in results]
+        lines = [[f"{x['similarity']:.3f}", x["key"][-24:]] for x in results]
+        contact_sheet(config.sheet, tiles, lines, columns=5, title=config.text)
+    return results

@@ -18,6 +18,7 @@ from PIL import Image
 from clip_jax.cli import main
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_inputs
+from clip_jax.data.embeddings import Embeddings, nearest
 from clip_jax.load import load
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
@@ -191,3 +192,86 @@ def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path):
     assert start(tmp_path / "whole").wait() == 0
     assert rows(killed).equals(rows(tmp_path / "whole"))
     assert rows(killed).num_rows == 200
+
+
+@pytest.fixture(scope="module")
+def embedded(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("search") / "out"
+    assert main(["embed", str(folder / "model"), str(folder / "photos"), str(output)]) == 0
+    return output
+
+
+def test_an_image_finds_itself_and_a_text_what_numpy_finds(folder, embedded, tmp_path, capsys):
+    model, sheet = str(folder / "model"), tmp_path / "sheet.png"
+    args = ["search", model, str(embedded)]
+    capsys.readouterr()
+    assert main([*args, "--image", str(folder / "photos/000.png"), "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)[0]
+    assert best["key"] == "000.png"
+    assert best["similarity"] == pytest.approx(1, abs=1e-5)
+    loaded = load(folder / "model")
+    query = np.asarray(loaded.encode_text(loaded.tokenize(["a red bicycle"])))[0]
+    table = rows(embedded)
+    similarities = np.stack(table["embedding"].to_numpy()) @ (query / np.linalg.norm(query))
+    expected = np.argsort(-similarities, kind="stable")[:5]
+    text = ["--text", "a red bicycle", "--top", "5"]
+    assert main([*args, *text, "--sheet", str(sheet), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [x["key"] for x in found] == [table["key"][int(i)].as_py() for i in expected]
+    with Image.open(sheet) as picture:
+        assert picture.width > 400
+    assert main([*args, *text]) == 0
+    assert capsys.readouterr().out.split()[1] == found[0]["key"]
+
+
+def test_a_changed_folder_is_laid_out_anew(embedded, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    file = next(embedded.glob("rows-*"))
+    (copy / "rows-0.parquet").write_bytes(file.read_bytes())
+    assert len(Embeddings(copy)) == 200
+    (copy / "rows-1.parquet").write_bytes(file.read_bytes())
+    assert len(Embeddings(copy)) == 400
+
+
+@pytest.mark.parametrize("count", [1, 10, 500])
+def test_blocks_find_what_one_product_finds(count, monkeypatch):
+    monkeypatch.setattr("clip_jax.data.embeddings.BLOCK", 64)
+    rng = np.random.default_rng(count)
+    vectors = rng.integers(-2, 3, (300, 3)).astype(np.float32)  # with many ties
+    query = rng.integers(-2, 3, 3).astype(np.float32)
+    found, similarities = nearest(vectors, query, count)
+    expected = np.argsort(-(vectors @ query), kind="stable")[:count]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(similarities, (vectors @ query)[expected])
+
+
+def test_usearch_finds_the_same(folder, embedded, capsys):
+    pytest.importorskip("usearch")
+    capsys.readouterr()
+    args = ["search", str(folder / "model"), str(embedded), "--text", "a red bicycle", "--json"]
+    assert main([*args, "--index", "usearch"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(args) == 0
+    exact = json.loads(capsys.readouterr().out)
+    assert len({x["key"] for x in found} & {x["key"] for x in exact}) >= 9
+    assert found[0]["similarity"] == pytest.approx(exact[0]["similarity"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["EMPTY", "--text", "x"], "no embeddings in"),
+        (["OUT"], "needs one of --text and --image"),
+        (["OUT", "--text", " "], "needs one of --text and --image"),
+        (["OUT", "--text", "x", "--top", "0"], "top=0 must be at least 1"),
+        (["OUT", "--image", "nowhere.png"], "unreadable: No such file or directory: nowhere.png"),
+    ],
+)
+def test_wrong_use_of_search_exits_with_2(folder, embedded, tmp_path, args, says, capsys):
+    places = {"EMPTY": str(tmp_path), "OUT": str(embedded)}
+    args = [places.get(arg, arg) for arg in args]
+    assert code(["search", str(folder / "model"), *args]) == 2
+    error = capsys.readouterr().err
+    assert says in " ".join(error.split())
+    assert "Traceback" not in error
