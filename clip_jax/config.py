@@ -42,7 +42,11 @@ class Config:
 
 
 # What may change between a run and its resumption: it alters no update.
-RESUMABLE = ("mesh", "checkpoint", "evals", "report_every", "data.threads", "data.prefetch")
+RESUMABLE = (
+    *("mesh", "checkpoint", "evals", "report_every"),
+    *("data.workers", "data.threads", "data.prefetch"),
+    *("data.source.members", "data.source.phases"),  # of a mixture: see MixtureConfig
+)
 
 
 def load_config(path: str | Path) -> Config:

@@ -36,6 +36,8 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
 
+_FLATTEST = 4 / 3  # of random crops with a scale, as torchvision's
+
 _MAX_RESIZED_PIXELS = 1 << 24  # as an intermediate result; at 224 pixels, 334 times as long as wide
 
 # What is read from files and bytes. Not everything that Pillow knows: its EPS reader, for one,
@@ -118,6 +120,36 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
         return _to_rgb(image)
 
 
+def read_crop(
+    data: bytes,
+    size: int,
+    rng: np.random.Generator | None = None,
+    scale: tuple[float, float] | None = None,
+    *,
+    scaled: bool = True,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode and crop in one: at random with `rng`, else the middle. Raises ImageError.
+
+    With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop then still has at least
+    `size` pixels a side; the choice of the crop does not depend on it.
+    """
+    with _opened(data, load=False) as image:
+        full = image.size
+        smallest = min(full)
+        if rng is not None and scale is not None:
+            smallest = min(smallest, math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST))
+        factor = next((f for f in (8, 4, 2) if smallest >= f * size), 1)
+        if scaled and factor > 1:
+            image.draft(None, (full[0] // factor, full[1] // factor))  # only JPEG's does anything
+        # Sizes are rounded up: the last column of an odd image is half empty.
+        reduced = (tuple(-(-side // f) for side in full) == image.size for f in (1, 2, 4, 8))
+        factor = 2 ** list(reduced).index(True)
+        rgb = _to_rgb(image)
+    if rng is None or scale is None:
+        return np.array(_crop_of_resized(rgb, size, Image.Resampling.BICUBIC, rng, full, factor))
+    return _resized_box(rgb, size, _random_box(*full, rng, scale), factor)
+
+
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     """Shorter side of an RGB image to `size` pixels (bicubic), the square in its middle."""
     return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
@@ -139,7 +171,19 @@ def random_square_crop(
     if scale is None:
         return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC, rng))
     box = _random_box(image.width, image.height, rng, scale)
-    return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    return _resized_box(image, size, box, 1)
+
+
+def _resized_box(
+    image: Image.Image, size: int, box: tuple[int, int, int, int], factor: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Bring a box of the full image, of which `image` is 1 / `factor`, to a square."""
+    if factor == 1:
+        return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    left, top, right, bottom = (edge / factor for edge in box)
+    return np.array(
+        image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    )
 
 
 def _crop_of_resized(
@@ -147,18 +191,26 @@ def _crop_of_resized(
     size: int,
     resample: Image.Resampling,
     rng: np.random.Generator | None = None,
+    full: tuple[int, int] | None = None,
+    factor: int = 1,
 ) -> Image.Image:
-    """Bring the shorter side to `size`; crop a square, at random with `rng`, else the middle."""
-    short, long = sorted(image.size)
+    """Bring the shorter side to `size`; crop a square, at random with `rng`, else the middle.
+
+    `full` is the size of the image that was reduced by `factor` to this one, if it was.
+    """
+    full = full or image.size
+    short, long = sorted(full)
     resized_long = size * long // short
     spare = resized_long - size
     # round: halves go to the even number, as in torchvision's CenterCrop
     offset = round(spare / 2) if rng is None else int(rng.integers(spare + 1))
-    wide = image.width > image.height
+    wide = full[0] > full[1]
     left, top = (offset, 0) if wide else (0, offset)
-    if size * resized_long > _MAX_RESIZED_PIXELS:
-        # A sliver of an image: its resized form would fill the memory. Resizing only the crop's
-        # part is the same up to the rounding of its border to float32.
+    if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
+        # Of a reduced image the border lies between pixels; the resized form of a sliver would
+        # fill the memory. Resizing only the crop's part is the same up to the rounding of its
+        # border to float32.
+        short, long = short / factor, long / factor
         start, end = (edge * long / resized_long for edge in (offset, offset + size))
         box = (start, 0, end, short) if wide else (0, start, short, end)
         return image.resize((size, size), resample, box=box)
@@ -171,15 +223,14 @@ def _random_box(
 ) -> tuple[int, int, int, int]:
     """Draw as torchvision's RandomResizedCrop: ten tries to fit a rectangle into the image, else
     the largest one in the middle that is no longer than 4:3."""
-    flattest = 4 / 3
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(-math.log(flattest), math.log(flattest)))
+        ratio = math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return (int(left), int(top), int(left) + w, int(top) + h)
-    w, h = min(width, round(height * flattest)), min(height, round(width * flattest))
+    w, h = min(width, round(height * _FLATTEST)), min(height, round(width * _FLATTEST))
     left, top = (width - w) // 2, (height - h) // 2
     return (left, top, left + w, top + h)
 
@@ -189,7 +240,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(source: ImageLike) -> Generator[Image.Image]:
+def _opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
     """Open an image for the block; whatever goes wrong in it becomes an ImageError."""
     with _QUIET, contextlib.ExitStack() as stack:
         try:
@@ -200,7 +251,8 @@ def _opened(source: ImageLike) -> Generator[Image.Image]:
                 )
             if not image.width * image.height:
                 raise ImageError("empty", f"{image.width} x {image.height} pixels")
-            image.load()
+            if load:
+                image.load()
             yield image
         except ImageError:
             raise

@@ -7,6 +7,7 @@ a resumed run needs to know.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.images import ImageError, center_crop, decode, random_square_crop
+from clip_jax.data.augment import AugmentConfig, augment
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.images import ImageError, read_crop
+from clip_jax.data.mixture import MixtureConfig, MixtureSource
 from clip_jax.data.sources import SampleError, Source
-from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
-from clip_jax.data.sources.folder import FolderConfig, FolderSource
-from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
-from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
-from clip_jax.data.sources.table import TableConfig, TableSource
-from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
+from clip_jax.data.sources.any import SingleConfig, open_single
 
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples before the share of bad ones is judged
@@ -33,16 +30,7 @@ _SHOWN_REASONS = 3
 Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
 
 
-SourceConfig = (
-    DigitsConfig
-    | TableConfig
-    | TarConfig
-    | FolderConfig
-    | ParquetConfig
-    | ArrayRecordConfig
-    | TfdsConfig
-    | SavedDatasetConfig
-)
+SourceConfig = SingleConfig | MixtureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +40,10 @@ class DataConfig:
     source: SourceConfig = field(default_factory=DigitsConfig)
     seed: int = 0  # of the order, the crops and the choice of captions
     crop: Literal["random", "center"] = "random"  # which square of the resized image
+    crop_scale: tuple[float, float] | None = None  # random ones: share of the area, not the paper's
+    scaled_decode: bool = True  # JPEGs at 1/2, 1/4 or 1/8 where the crop keeps its size
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    workers: int = 0  # processes that read and decode, each with its threads; 0: none
     threads: int = 2  # that read and decode; 0: none, in the caller's thread
     prefetch: int = 2  # batches made ahead of need
     max_bad_share: float = 0.05  # of samples that cannot be read, before the run stops
@@ -61,6 +53,10 @@ class DataConfig:
             raise ValueError(f"data.seed={self.seed} must be from 0 to 2^32 - 1")
         if self.threads < 0:
             raise ValueError(f"data.threads={self.threads} must be at least 0")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} must be at least 0")
+        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"data.crop_scale={self.crop_scale} must rise and lie in (0, 1]")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
         if not 0 <= self.max_bad_share <= 1:
@@ -102,35 +98,27 @@ def build(
         raise ValueError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
-    source = open_source(config.source, image_size)
     return Pipeline(
         config,
-        _Loader(source, config, image_size),
-        lambda texts: tokenizer(texts, context_length, True),
+        _Loader(config, image_size),
+        functools.partial(_tokenized, tokenizer, context_length),
         batch_size=batch_size,
         part=(process_index, process_count),
     )
 
 
+def _tokenized(
+    tokenizer: Tokenize, context_length: int, texts: Sequence[str]
+) -> Int32[np.ndarray, "B L"]:
+    return tokenizer(texts, context_length, True)
+
+
 def open_source(config: SourceConfig, image_size: int) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
-    match config:
-        case DigitsConfig():
-            return DigitsSource(config, image_size)
-        case TableConfig():
-            return TableSource(config)
-        case TarConfig():
-            return TarSource(config)
-        case FolderConfig():
-            return FolderSource(config)
-        case ParquetConfig():
-            return ParquetSource(config)
-        case ArrayRecordConfig():
-            return ArrayRecordSource(config)
-        case TfdsConfig():
-            return TfdsSource(config)
-        case SavedDatasetConfig():
-            return SavedDatasetSource(config)
+    if isinstance(config, MixtureConfig):
+        members = [open_single(member.source, image_size) for member in config.members]
+        return MixtureSource(config, members)
+    return open_single(config, image_size)
 
 
 class Pipeline:
@@ -162,16 +150,26 @@ class Pipeline:
             num_threads=config.threads,
             prefetch_buffer_size=max(config.prefetch, config.threads),
         )
+        source = self._loader.source
+        if isinstance(source, MixtureSource):
+            order = source.order(config.seed)
+        else:
+            # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
+            order = grain.MapDataset.range(self.num_samples).seed(config.seed).shuffle().repeat()
         stream = (
-            grain.MapDataset.range(self.num_samples)
-            .seed(config.seed)
-            .shuffle()  # epoch by epoch; before `repeat`, so that an epoch has each sample once
-            .repeat()
-            .map_with_index(self._loader)  # before `batch`: one thread makes one batch
+            order.map_with_index(self._loader)  # before `batch`: one thread makes one batch
             .batch(self._batch_size // count, drop_remainder=True, batch_fn=list)
             .map(self._collate)[index::count][start_step:]
             .to_iter_dataset(ahead)
         )
+        if config.workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # Grain's processes read flags, and we have none
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+            )
         bad = _BadShare(config.max_bad_share)
         with contextlib.closing(iter(stream)) as batches:
             for batch in batches:
@@ -191,9 +189,13 @@ class Pipeline:
 class _Loader:
     """A sample of a position: the record that the order puts there, or the next good one."""
 
-    def __init__(self, source: Source, config: DataConfig, image_size: int) -> None:
-        self.source = source
-        self._seed, self._crop, self._image_size = config.seed, config.crop, image_size
+    def __init__(self, config: DataConfig, image_size: int) -> None:
+        self.source = open_source(config.source, image_size)
+        self._config, self._image_size = config, image_size
+
+    def __reduce__(self) -> Any:
+        # A worker opens the source itself: open files and mapped memory do not travel.
+        return _Loader, (self._config, self._image_size)
 
     def __call__(self, position: int, record: int) -> _Sample:
         skipped = []
@@ -201,7 +203,7 @@ class _Loader:
         for offset in range(min(count, _MAX_REPLACEMENTS)):
             candidate = (record + offset) % count
             # Each try draws the same numbers, however many the tries before it used.
-            rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
+            rng = np.random.Generator(np.random.Philox(key=[self._config.seed, position]))
             try:
                 image, caption = self._load(candidate, rng)
             except SampleError as error:
@@ -224,15 +226,20 @@ class _Loader:
             caption.encode()
         except UnicodeEncodeError as error:
             raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
+        config = self._config
         if isinstance(image, np.ndarray):
             return image, caption
         try:
-            picture = decode(image)
+            pixels = read_crop(
+                image,
+                self._image_size,
+                rng if config.crop == "random" else None,
+                config.crop_scale,
+                scaled=config.scaled_decode,
+            )
         except ImageError as error:
             raise SampleError(str(error)) from error
-        if self._crop == "center":
-            return center_crop(picture, self._image_size), caption
-        return random_square_crop(picture, self._image_size, rng), caption
+        return augment(pixels, rng, config.augment), caption
 
 
 class _BadShare:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import pipeline
+from clip_jax.data import mixture, pipeline
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.table import TableConfig
@@ -95,6 +95,35 @@ def test_threads_do_not_matter(threads, write_pairs, tmp_path):
     found = take(table(path, threads=threads, prefetch=3), 6, batch_size=8)
     for first, second in zip(wanted, found, strict=True):
         assert_same(first, second)
+
+
+def test_workers_do_not_matter(write_pairs, tmp_path):
+    """Three processes, one of them resumed, with a bad file: same batches, same events."""
+    path = write_pairs(tmp_path, 20)
+    (tmp_path / "images/0003.png").write_bytes(b"not an image")
+    source = {"path": path, "max_bad_share": 1.0, "crop_scale": (0.3, 1.0)}
+    augment = pipeline.AugmentConfig(flip=0.5, color_jitter=0.5, grayscale=0.5)
+    wanted = take(table(**source, augment=augment), 7, batch_size=8)
+    for workers, start in ((1, 0), (3, 2)):
+        config = table(**source, augment=augment, workers=workers, threads=1)
+        found = take(config, 5, start=start, batch_size=8)
+        for first, second in zip(wanted[start : start + 5], found, strict=True):
+            assert_same(first, second)
+    assert any(batch.skipped for batch in wanted)
+
+
+def test_a_mixture_with_workers_is_the_mixture(write_pairs, tmp_path):
+    path = write_pairs(tmp_path, 20)
+    members = tuple(
+        mixture.MemberConfig(source=source, weight=weight)
+        for source, weight in ((TableConfig(path=str(path)), 1.0), (DigitsConfig(samples=9), 2.0))
+    )
+    config = DataConfig(source=mixture.MixtureConfig(members=members))
+    wanted = take(config, 6)
+    found = take(dataclasses.replace(config, workers=2, threads=0), 4, start=2)
+    for first, second in zip(wanted[2:], found, strict=True):
+        assert_same(first, second)
+    assert {key[0] for key in wanted[0].keys} == {"0", "1"}
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 123])
@@ -297,6 +326,8 @@ print("read", flush=True)
     ("wrong", "message"),
     [
         ({"seed": -1}, r"data\.seed=-1 must be from 0"),
+        ({"workers": -1}, r"data\.workers=-1 must be at least 0"),
+        ({"crop_scale": (1.0, 0.9)}, r"data\.crop_scale=\(1\.0, 0\.9\) must rise"),
         ({"threads": -1}, r"data\.threads=-1 must be at least 0"),
         ({"prefetch": 0}, r"data\.prefetch=0 must be at least 1"),
         ({"max_bad_share": 5.0}, r"data\.max_bad_share=5\.0 must be from 0 to 1"),
