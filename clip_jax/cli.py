@@ -107,17 +107,6 @@ def search(args: Sequence[str]) -> int:
     return 0
 
 
-def search(args: Sequence[str]) -> int:
-    """search an embedded folder: clip-jax search MODEL EMBEDDINGS --text 'a red bicycle'"""
-    from clip_jax.predict import SearchConfig
-    from clip_jax.predict import search as run_search
-
-    config, as_json = _command(SearchConfig, args, ("model", "embeddings"), search)
-    results = run_search(config)
-    _print(results, as_json, "\n".join(f"{x['similarity']:.4f}  {x['key']}" for x in results))
-    return 0
-
-
 def convert(args: Sequence[str]) -> int:
     """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
     from clip_jax.load import ConvertConfig
@@ -160,7 +149,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "predict": predict,
     "embed": embed,
-    "search": search,
     "search": search,
     "convert": convert,
     "scale": scale,
