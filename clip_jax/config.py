@@ -12,6 +12,7 @@ from typing import Any
 from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.losses import SigmoidConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.serialize import to_dict
@@ -32,7 +33,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evals: tuple[DigitsEvalConfig, ...] = ()
+    evals: tuple[DigitsEvalConfig | PairsEvalConfig, ...] = ()
     report_every: int = 100  # steps between reports in metrics.jsonl, TensorBoard and terminal
 
     def __post_init__(self) -> None:
