@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -138,11 +138,12 @@ def fit(config: FitConfig) -> dict[str, Any]:
         if compute > EXTRAPOLATION * runs.compute.max()
     ]
     if config.budget is not None:
-        additive = (
-            found if config.form == "additive" else fits.fit("additive", runs, "all", **options)
+        additive = cast(
+            fits.BootstrapFit,  # only a power law is a line
+            found if config.form == "additive" else fits.fit("additive", runs, "all", **options),
         )
         names = config.candidates or tuple(dict.fromkeys(named.model))
-        result["budget"] = _spend(config, additive, names, sizes)
+        result["budget"] = _spend(config.budget, config.metric_is, additive, names, sizes)
     if config.plot is not None:
         reach = max([1.6 * runs.compute.max(), *(1.6 * c for c, _ in predicted.values())])
         page = plots.figure(
@@ -196,44 +197,46 @@ def _both(prediction: fits.Prediction, metric_is: str) -> dict[str, Any]:
 
 
 def _held(held: fits.HoldOut) -> dict[str, Any]:
+    rows = zip(held.runs.compute, held.runs.error, *np.stack(held.predicted), strict=True)
     return {
         "mean_relative_error": float(np.abs(held.relative_error).mean()),
         "inside_interval": int(held.within.sum()),
         "runs": [
             {
-                "compute": float(held.runs.compute[i]),
-                "error": float(held.runs.error[i]),
-                "predicted": float(held.predicted.error[i]),
-                "interval": [float(held.predicted.low[i]), float(held.predicted.high[i])],
+                "compute": float(compute),
+                "error": float(error),
+                "predicted": float(predicted),
+                "interval": [float(low), float(high)],
             }
-            for i in range(len(held.runs.error))
+            for compute, error, predicted, low, high in rows
         ],
     }
 
 
 def _spend(
-    config: FitConfig,
+    budget: float,
+    metric_is: str,
     additive: fits.BootstrapFit,
     names: tuple[str, ...],
     sizes: Mapping[str, float],
 ) -> dict[str, Any]:
     """Say which model serves a budget best, by the law that is additive in size and samples."""
     of_names = np.array([_size(name, sizes) for name in names])
-    choice = fits.allocate(additive, config.budget / TRAINING_FLOPS, of_names)
-    options = []
+    choice = fits.allocate(additive, budget / TRAINING_FLOPS, of_names)
+    predicted, options = np.stack(choice.predicted), []
     for i, name in enumerate(names):
-        prediction = fits.Prediction(*(value[i] for value in choice.predicted))
-        samples = config.budget / TRAINING_FLOPS / of_names[i]
+        prediction = fits.Prediction(*predicted[:, i])
+        samples = budget / TRAINING_FLOPS / of_names[i]
         options.append(
             {
                 "model": name,
                 "samples": float(samples),
-                **_both(prediction, config.metric_is),
+                **_both(prediction, metric_is),
                 "share_of_draws": float(choice.share[i]),
             }
         )
     return {
-        "training_flops": config.budget,
+        "training_flops": budget,
         "model": names[choice.best],
         "samples": choice.samples,
         "options": options,

@@ -5,7 +5,7 @@ The format is told by a file's content, not by its name. Nothing needs torch, no
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) ->
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path) -> Generator[Path]:
     """A path to write to, renamed to `path` at the end, so that no half of a file stays behind."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

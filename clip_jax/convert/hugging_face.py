@@ -1,5 +1,6 @@
 """Hugging Face's format: a folder that `CLIPModel` and `CLIPProcessor` load."""
 
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from clip_jax.convert.weights import (
     mlp_ratio,
     tokenizer_size,
 )
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import Channels, Interpolation, Preprocess
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -33,7 +34,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _LEGACY_EOS = 2  # a wrong id that stood in the configurations; Hugging Face reads it as "argmax"
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _POSITION_IDS = "embeddings.position_ids"  # buffers of old files
 
 
@@ -193,8 +194,8 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
         )
     return Preprocess(
         image_size=size,
-        mean=tuple(map(float, content.get("image_mean", OPENAI_MEAN))),
-        std=tuple(map(float, content.get("image_std", OPENAI_STD))),
+        mean=typing.cast(Channels, tuple(map(float, content.get("image_mean", OPENAI_MEAN)))),
+        std=typing.cast(Channels, tuple(map(float, content.get("image_std", OPENAI_STD)))),
         interpolation=kinds[resample],
         resize_mode=mode,
     )
@@ -255,7 +256,8 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 
 def _config(weights: Weights, tensors: Tensors) -> dict[str, Any]:
-    config, vision, text = weights.config, weights.config.vision, weights.config.text
+    config, text = weights.config, weights.config.text
+    vision = typing.cast(ViTConfig, config.vision)  # see `check`
     names = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     eos = tokenizer_size(text) - 1
     return {

@@ -1,5 +1,6 @@
 """open_clip's format: OpenAI's names with more options, beside an `open_clip_config.json`."""
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ from clip_jax.convert.files import Tensors, read_json, write_json, write_safeten
 from clip_jax.convert.state_dict import Row, from_params, to_params
 from clip_jax.convert.tokenizer_json import is_clip_tokenizer, write_tokenizer
 from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast, tokenizer_size
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import Channels, Preprocess
 from clip_jax.data.tokenizer import FULL_VOCAB_SIZE
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig
+from clip_jax.models.text import Pool, TextConfig
 from clip_jax.models.vit import ViTConfig
 
 CONFIG_NAME = "open_clip_config.json"
@@ -122,7 +123,7 @@ def _vision(section: _Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
 
 
 def _text(section: _Settings, quick_gelu: bool) -> TextConfig:
-    pools = {"argmax": "argmax", "eos": "eos", "last": "last"}
+    pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
     pool = section.get("pool_type", "argmax", str)
     eos = section.get("eos_id", 2, int)
     if pool not in pools or section.get("proj_type", "linear", str) != "linear":
@@ -159,6 +160,10 @@ def _tokenizer(section: _Settings, text: TextConfig, folder: Path) -> TokenizerC
     )
 
 
+def _channels(section: _Settings, name: str, default: Channels) -> Channels:
+    return typing.cast(Channels, tuple(map(float, section.get(name, default, (list, tuple)))))
+
+
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess, TokenizerConfig]:
     """Read `open_clip_config.json`. ValueError names a setting that we do not have."""
     content = read_json(path)
@@ -168,8 +173,8 @@ def read_config(path: Path) -> tuple[CLIPConfig, Preprocess, TokenizerConfig]:
     text = _Settings(top.get("text_cfg", {}, dict), f"{path}: text_cfg")
     pixels = _Settings(content.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
     bias = top.get("init_logit_bias", None, (float, int))
-    mean = tuple(map(float, pixels.get("mean", OPENAI_MEAN, (list, tuple))))
-    std = tuple(map(float, pixels.get("std", OPENAI_STD, (list, tuple))))
+    mean = _channels(pixels, "mean", OPENAI_MEAN)
+    std = _channels(pixels, "std", OPENAI_STD)
     text_config = _text(text, quick_gelu)
     tokenizer = _tokenizer(text, text_config, path.parent)
     config = CLIPConfig(

@@ -1,6 +1,7 @@
 """OpenAI's format: the released TorchScript archives, and the same names as a plain state dict."""
 
 import re
+import typing
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +201,7 @@ def _infer_resnet(tensors: Tensors, source: str) -> ResNetConfig:
     side = square_side(positions - 1, "visual.attnpool.positional_embedding", source)
     return ResNetConfig(
         image_size=side * 32,
-        layers=layers,
+        layers=typing.cast(tuple[int, int, int, int], layers),
         width=width,
         num_heads=_heads(width * 32),
     )

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _need(module: str, package: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Peers warn of their own age."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -148,8 +148,8 @@ def _openai_outputs(path: Path, plain: bool, images: np.ndarray, tokens: np.ndar
             # openai-clip 1.0.1 takes `packaging` from there; new setuptools no longer has it.
             import packaging.version
 
-            stub = types.ModuleType("pkg_resources")
-            stub.packaging = packaging  # ty: ignore[unresolved-attribute]
+            stub: Any = types.ModuleType("pkg_resources")
+            stub.packaging = packaging
             sys.modules.setdefault("pkg_resources", stub)
         import clip
         import torch

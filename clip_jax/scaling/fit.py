@@ -144,7 +144,8 @@ class BootstrapFit(NamedTuple):
         """Evaluate every draw: `[draws, ...]`."""
         size, samples = np.broadcast_arrays(np.asarray(size, float), np.asarray(samples, float))
         shape = (-1, *(1,) * size.ndim)
-        return type(self.draws)(*(p.reshape(shape) for p in self.draws))(size, samples)
+        draws = type(self.draws)(*(np.reshape(p, shape) for p in self.draws))
+        return np.asarray(draws(size, samples))
 
 
 Fit = LineFit | BootstrapFit
@@ -199,18 +200,18 @@ def fit(
         return LineFit(PowerLaw(line.slope, np.exp(line.intercept)), runs, line)
 
     once = np.ones((1, len(runs.error)))
-    point = law(*(p[0] for p in _estimate(law, runs, once, edges)))
+    point = law(*np.stack(_estimate(law, runs, once, edges))[:, 0])
     counts = np.random.default_rng(seed).multinomial(
         len(runs.error), np.full(len(runs.error), 1 / len(runs.error)), draws
     )
-    resampled = _estimate(law, runs, counts.astype(float), edges)
-    usable = np.isfinite(np.stack(resampled)).all(axis=0)  # a draw may hold one bin alone
+    resampled = np.stack(_estimate(law, runs, counts.astype(float), edges))
+    usable = np.isfinite(resampled).all(axis=0)  # a draw may hold one bin alone
     residual = np.log(fitted.error / point(fitted.size, fitted.samples))
     freedom = len(fitted.error) - len(law._fields)
     return BootstrapFit(
         law=point,
         fitted=fitted,
-        draws=law(*(p[usable] for p in resampled)),
+        draws=law(*resampled[:, usable]),
         noise=float(np.sqrt(np.square(residual).sum() / freedom)),
         freedom=freedom,
     )
@@ -352,7 +353,7 @@ def allocate(fit: BootstrapFit, compute: float, sizes: Float[np.ndarray, "sizes"
     """
     samples = compute / sizes
     predicted = fit.predict(sizes, samples)
-    best = int(predicted.error.argmin())
+    best = int(np.argmin(predicted.error))
     choices = fit.curves(sizes, samples).argmin(axis=1)
     share = np.bincount(choices, minlength=len(sizes)) / len(choices)
     return Choice(best, float(samples[best]), predicted, share)

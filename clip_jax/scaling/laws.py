@@ -97,4 +97,5 @@ def frontier(
 def pareto(runs: Runs) -> Bool[np.ndarray, "n"]:
     """Say which runs no other beats with as little compute."""
     as_cheap = runs.compute[None] <= runs.compute[:, None]
-    return ~(as_cheap & (runs.error[None] < runs.error[:, None])).any(axis=1)
+    better = runs.error[None] < runs.error[:, None]
+    return ~np.any(as_cheap & better, axis=1)

@@ -15,7 +15,7 @@ Figure = Any
 
 MARKERS = "osD^vPX*<>"
 INK, OTHERS = "#222222", ("#c1440e", "#00798c", "#6b4c9a", "#7a7a00")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.spines.top": False,
