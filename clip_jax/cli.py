@@ -144,6 +144,16 @@ def scale(args: Sequence[str]) -> int:
     return 0
 
 
+def prepare(args: Sequence[str]) -> int:
+    """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect only looks"""
+    from clip_jax.data import writer
+
+    config, as_json = _command(writer.PrepareConfig, args, ("source", "destination"), prepare)
+    result = writer.inspect(config) if config.inspect else writer.prepare(config)
+    _print(result, as_json, json.dumps(result, indent=2, ensure_ascii=False))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -151,6 +161,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "embed": embed,
     "search": search,
     "convert": convert,
+    "prepare": prepare,
     "scale": scale,
 }
 
