@@ -51,6 +51,8 @@ def directory(tmp_path_factory):
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path / f"{i}.png")
         lines.append(f"{i}.png,picture number {i}")
+    (path / "photos").mkdir()
+    shutil.copy(path / "0.png", path / "photos")
     (path / "pairs.csv").write_text("\n".join(lines) + "\n")
     return path
 
@@ -76,7 +78,7 @@ def run(directory, arguments):
 def test_every_block_runs(directory):
     bash = shutil.which("bash")
     outputs = [run(directory, [bash, "-c", SHIMS + block]) for block in blocks("bash")]
-    assert len(outputs) == 7
+    assert len(outputs) == 8
     assert any("zero_shot/unseen/top1" in output for output in outputs)
     assert any("alpha         -0.1114" in output for output in outputs)
     for block in blocks("python"):
