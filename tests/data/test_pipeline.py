@@ -165,6 +165,38 @@ def test_every_sample_once_an_epoch(samples, per_process, process_counts, data):
         assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
 
 
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    samples=st.integers(1, 40),
+    per_process=st.integers(1, 5),
+    before=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
+    after=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
+    data=st.data(),
+)
+def test_every_sample_once_an_epoch_with_workers(samples, per_process, before, after, data):
+    """Stopped at a random batch and resumed with other processes and workers."""
+    batch_size = 4 * per_process
+    steps = -(-3 * samples // batch_size)
+    stop = data.draw(st.integers(0, steps))
+    keys = []
+    for start, end, (count, workers) in ((0, stop, before), (stop, steps, after)):
+        parts = [
+            take(
+                digits(samples, threads=0, workers=workers),
+                end - start,
+                start=start,
+                batch_size=batch_size,
+                process_index=p,
+                process_count=count,
+            )
+            for p in range(count)
+        ]
+        keys += [key for part in zip(*parts, strict=True) for key in join(part).keys]
+    for epoch in range(3):
+        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+
+
 def test_epochs_and_seeds_differ_in_order():
     first, second = (batch.keys for batch in take(digits(), 2, batch_size=60))
     assert sorted(first) == sorted(second)

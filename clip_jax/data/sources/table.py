@@ -111,7 +111,9 @@ class _Delimited:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             columns = next(csv.reader(file, delimiter=delimiter), [])
         _check_columns(path, columns, config)
-        names = [config.image_column, config.caption_column]
+        names = [
+            name.encode().decode("latin-1") for name in (config.image_column, config.caption_column)
+        ]
         self._malformed: list[str] = []
 
         def keep(row: Any) -> str:
@@ -124,7 +126,13 @@ class _Delimited:
         try:
             with pyarrow.csv.open_csv(
                 path,
-                pyarrow.csv.ReadOptions(use_threads=False),
+                # Bytes as Latin-1 letters: Arrow would lose a malformed row that is not UTF-8.
+                pyarrow.csv.ReadOptions(
+                    use_threads=False,
+                    encoding="latin-1",
+                    column_names=[name.encode().decode("latin-1") for name in columns],
+                    skip_rows_after_names=1,
+                ),
                 pyarrow.csv.ParseOptions(
                     delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep
                 ),
@@ -145,7 +153,9 @@ class _Delimited:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if index >= len(self._images):
             raise SampleError(self._malformed[index - len(self._images)])
-        return self._images[index].as_py(), self._captions[index].as_py()
+        cells = (self._images[index].as_py(), self._captions[index].as_py())
+        image, caption = (cell and cell.decode().encode("latin-1") for cell in cells)
+        return image, caption
 
 
 class _JsonLines:
