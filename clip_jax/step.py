@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def train_step(
     (value, (metrics, batch_stats)), grads = objective(trainable, batch_stats, batch)
     optimizer = make_optimizer(optim, steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-    trainable = optax.apply_updates(trainable, updates)
+    trainable = cast(Params, optax.apply_updates(trainable, updates))
     cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable
     trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
     metrics |= {

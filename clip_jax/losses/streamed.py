@@ -121,7 +121,7 @@ def streamed(
     """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""
     batch = len(image.index)
 
-    def forward(image: Side, text: Side, scale: Array, bias: Array) -> tuple[Result, Any]:
+    def local_forward(image: Side, text: Side, scale: Array, bias: Array) -> tuple[Result, Any]:
         def visit(rows: Statistics, text: Side, columns: Statistics) -> tuple[Any, Any]:
             pairs = compare(image, text, config.precision)
             terms = config.terms(pairs, scale, bias)
@@ -134,7 +134,7 @@ def streamed(
         columns = route.merge_home(columns, scale)
         return route.mean(conclude(config, rows, columns, scale)), (rows, columns)
 
-    def backward(
+    def local_backward(
         image: Side, text: Side, scale: Array, bias: Array, rows: Statistics, columns: Statistics
     ) -> tuple[Array, Array, Array, Array]:
         def visit(sums: Any, texts: Any, d_text: Array) -> tuple[Any, Array]:
@@ -156,6 +156,7 @@ def streamed(
         d_scale, d_bias = route.mean((d_scale, d_bias))
         return d_image, d_text, d_scale / len(image.index), d_bias / len(image.index)
 
+    forward, backward = local_forward, local_backward
     if mesh is not None:
         # The replicated results come from a psum, which check_vma need not prove: nothing
         # differentiates through these maps, whose derivative is `backward`.
@@ -165,8 +166,8 @@ def streamed(
         rows = P(route.axes)
         sides = (rows, rows, P(), P())
         # Outside a jit, a shard_map that leaves other axes automatic needs its own.
-        forward = jax.jit(shard(forward, in_specs=sides, out_specs=(P(), rows)))
-        backward = jax.jit(shard(backward, in_specs=(*sides, rows, rows), out_specs=sides))
+        forward = jax.jit(shard(local_forward, in_specs=sides, out_specs=(P(), rows)))
+        backward = jax.jit(shard(local_backward, in_specs=(*sides, rows, rows), out_specs=sides))
 
     # The custom derivative is outside the shard_map. Inside it, the cotangent of the replicated
     # loss would reach each device divided by their number.
@@ -181,7 +182,8 @@ def streamed(
     def loss_bwd(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
         d_loss, _ = cotangent  # the metrics have no gradient
         d_image, d_text, d_scale, d_bias = (d_loss * d for d in backward(*residuals))
-        return Side(d_image, None, None), Side(d_text, None, None), d_scale, d_bias
+        none: Any = None  # integers have no gradient
+        return Side(d_image, none, none), Side(d_text, none, none), d_scale, d_bias
 
     loss.defvjp(loss_fwd, loss_bwd)
     return loss(image, text, scale, bias)
