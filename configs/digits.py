@@ -24,7 +24,7 @@ from clip_jax.optim import OptimConfig
 def get_config() -> Config:
     digits = DigitsConfig(digits=2)
     return Config(
-        steps=1_600,
+        steps=1_300,
         batch_size=128,
         model=CLIPConfig(
             embed_dim=64,
