@@ -26,8 +26,8 @@ def contact_sheet(
 
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = 1.35 + 0.16 * max(map(len, lines))
-    figure = Figure(figsize=(1.5 * columns, height * rows + 0.4), dpi=110, layout="constrained")
+    height = 1.45 + 0.2 * max(map(len, lines))
+    figure = Figure(figsize=(1.5 * columns, height * rows + 0.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
@@ -63,7 +63,7 @@ def similarity_matrix(
 
     rows, columns = similarity.shape
     figure = Figure(
-        figsize=(0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), dpi=110, layout="constrained"
+        figsize=(0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), dpi=100, layout="constrained"
     )
     FigureCanvasAgg(figure)
     axis = figure.subplots()
