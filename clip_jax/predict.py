@@ -347,7 +347,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
     else:
         query = _unit(model.encode_text(model.tokenize([config.text], truncate=True)))[0]
     find = embeddings.exact if config.index == "exact" else embeddings.approximate
-    results = []
+    results: list[dict[str, Any]] = []
     for row, similarity in zip(*find(query, config.top), strict=True):
         index, key = embeddings.row(int(row))
         results.append({"key": key, "similarity": float(similarity), "index": index})

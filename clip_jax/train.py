@@ -197,8 +197,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- pictures, last words
     for evaluator in evaluators:
-        if lead and hasattr(evaluator, "draw"):
-            evaluator.draw(model, state.params, mesh, workdir / "evals")
+        draw = getattr(evaluator, "draw", None)
+        if lead and draw:
+            draw(model, state.params, mesh, workdir / "evals")
     minutes = clock.elapsed() / 60
     display.line(
         f"done in {minutes:.1f} min: {workdir} (metrics.jsonl, result.json, evals/, checkpoints/). "

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
@@ -39,7 +39,7 @@ def ranks(
         raise ValueError(f"image_of_text must lie in 0 to {num_images - 1}, the images given.")
     captioned = np.bincount(image_of_text, minlength=num_images)
     if not captioned.all():
-        raise ValueError(f"image {captioned.argmin()} has no caption; leave such images out.")
+        raise ValueError(f"image {np.argmin(captioned)} has no caption; leave such images out.")
 
     shards = sharding.batch_shards(mesh)
     chunk = min(_TEXTS, -(-num_texts // shards)) * shards
@@ -47,7 +47,7 @@ def ranks(
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def place(
-        rows: np.ndarray, fill: bool | float, *, length: int = chunk, on: object = split
+        rows: np.ndarray, fill: bool | float, *, length: int = chunk, on: NamedSharding = split
     ) -> Array:
         filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
         filled[: len(rows)] = rows

@@ -24,7 +24,7 @@ PLAIN_TEMPLATE = "a photo of a {c}."
 
 @functools.cache
 def _data(file: str) -> dict[str, list[str]]:
-    text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
+    text = resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
     return {name: list(dict.fromkeys(rows)) if file == "templates.json" else rows
             for name, rows in json.loads(text).items()}  # fmt: skip
 
@@ -42,7 +42,7 @@ def templates(data_set: str) -> list[str] | None:
 @functools.cache
 def imagenet_wnids() -> list[str]:
     """Return WordNet's ids of ImageNet's classes, which are the names of its folders, in order."""
-    text = resources.files(__package__).joinpath("imagenet_wnids.json").read_text()
+    text = resources.files(__name__).joinpath("imagenet_wnids.json").read_text()
     return json.loads(text)
 
 
