@@ -82,11 +82,12 @@ print(f"{len(seen)} numbers to train on; {len(unseen)} never shown: {unseen}")
 # %% [markdown]
 # ## Training
 #
-# The same as `clip-jax train configs/digits.py`, with more frequent reports for the curves below.
+# As `clip-jax train configs/digits.py`, with a warm-up that is an eighth of the run however short
+# that is, and more frequent reports for the curves below.
 # Run again, this cell finds its checkpoint and goes on from there; stop it whenever you like.
 #
-# The outputs saved in this notebook are of a short run of 400 steps, a quarter of the config's, on
-# a busy machine (its images per second are low). It reads about half of the numbers, often with the
+# The outputs saved in this notebook are of a short run of 400 steps, under a third of the config's,
+# on a busy machine (its images per second are low). It reads about half of the numbers, often with the
 # digits swapped: which digits comes first, which order later. The whole run reads nearly all.
 
 # %%
@@ -190,7 +191,7 @@ for number in (12, 21, 27, 72):
 # What lies in the work directory, and where to go from here:
 #
 # ```
-# clip-jax evaluate runs/quickstart-1600            the accuracies again, from the checkpoint
-# clip-jax convert runs/quickstart-1600 exported --to hugging-face
-# clip-jax train configs/pairs.py --data.source.path pairs.csv      your own pairs
+# clip-jax evaluate WORKDIR                               the accuracies again, from the checkpoint
+# clip-jax convert WORKDIR exported --to hugging-face     the weights, elsewhere
+# clip-jax train configs/pairs.py --data.source.path pairs.csv     your own pairs
 # ```
