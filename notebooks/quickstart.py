@@ -87,7 +87,7 @@ print(f"{len(seen)} numbers to train on; {len(unseen)} never shown: {unseen}")
 # Run again, this cell finds its checkpoint and goes on from there; stop it whenever you like.
 #
 # The outputs saved in this notebook are of a short run of 400 steps, under a third of the config's,
-# on a busy machine (its images per second are low). It reads about half of the numbers, often with the
+# on a busy machine (its images per second are low). It reads half of the numbers, some with the
 # digits swapped: which digits comes first, which order later. The whole run reads nearly all.
 
 # %%
