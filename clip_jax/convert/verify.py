@@ -1,6 +1,7 @@
 """Proof of a conversion: the peer loads the result, both run on the same inputs."""
 
 import contextlib
+import functools
 import importlib.util
 import sys
 import types
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from clip_jax.convert import folder, openai
 from clip_jax.convert.formats import Format
@@ -60,21 +62,19 @@ def random_inputs(config: CLIPConfig, seed: int = 0) -> tuple[np.ndarray, np.nda
 
 def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) -> Outputs:
     """Run our model in float32."""
-    model = CLIP(replace(config, dtype="float32"))
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), params)
-
-    @jax.jit
-    def run(params: Params, images: Any, tokens: Any) -> tuple[Any, Any, Any]:
-        image_features = model.encode_image(params, images)
-        text_features = model.encode_text(params, tokens)
-        logits = l2_normalize(image_features) @ l2_normalize(text_features).T
-        logits = logits * jnp.exp(params["logit_scale"]) + params.get("logit_bias", 0.0)
-        return image_features, text_features, logits
-
     with jax.default_matmul_precision("highest"):
-        found = run(params, jnp.asarray(images), jnp.asarray(tokens))
-    names = ("image_features", "text_features", "logits")
-    return {name: np.asarray(x) for name, x in zip(names, found, strict=True)}
+        found = _run(CLIP(replace(config, dtype="float32")), params, images, tokens)
+    return {name: np.asarray(x) for name, x in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(model: CLIP, params: Params, images: Array, tokens: Array) -> dict[str, Array]:
+    image_features = model.encode_image(params, images)
+    text_features = model.encode_text(params, tokens)
+    logits = l2_normalize(image_features) @ l2_normalize(text_features).T
+    logits = logits * jnp.exp(params["logit_scale"]) + params.get("logit_bias", 0.0)
+    return {"image_features": image_features, "text_features": text_features, "logits": logits}
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -144,7 +144,8 @@ def _quiet() -> Generator[None]:
 def _openai_outputs(path: Path, plain: bool, images: np.ndarray, tokens: np.ndarray) -> Outputs:
     _need("clip", "openai-clip")
     with _quiet():
-        if importlib.util.find_spec("pkg_resources") is None:
+        known = "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources")
+        if not known:
             # openai-clip 1.0.1 takes `packaging` from there; new setuptools no longer has it.
             import packaging.version
 
