@@ -13,7 +13,7 @@ class SoftmaxConfig:
     """Cross-entropy of each image among all texts and of each text among all images, averaged."""
 
     form: Form = "auto"  # how it is computed; all forms give one result
-    block_size: int = 1024  # text columns handled at a time by blocked and ring
+    block_size: int = 512  # text columns handled at a time by blocked and ring
     budget_mib: int = 256  # auto: what logits (dense) or gathered features (blocked) may take
     precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
     mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
