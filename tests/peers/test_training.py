@@ -18,6 +18,7 @@ from clip_jax.convert.weights import Weights
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, make_optimizer, schedule
@@ -25,10 +26,16 @@ from clip_jax.step import init_state, jit_step, state_shardings
 
 STEPS, BATCH = 20, 32
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.2, b2=0.98, eps=1e-6)
+# Rounding moves some of a ResNet's activations across the edge of a ReLU, which moves its float32
+# gradients by up to 1% (PyTorch's against its own in float64 as well as ours), and Adam's first
+# steps take their signs alone. The lower rate keeps that below the bounds, which are the ViT's.
+RESNET_OPTIM = dataclasses.replace(OPTIM, learning_rate=1e-5)
 TEXT = TextConfig(context_length=12, vocab_size=500, width=64, depth=2, num_heads=1)
 VIT = ViTConfig(image_size=64, patch_size=16, width=128, depth=2, num_heads=2)
+RESNET = ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=16, num_heads=8)
 CONFIGS = {
     "vit": CLIPConfig(embed_dim=48, vision=VIT, text=TEXT, dtype="float32"),
+    "resnet": CLIPConfig(embed_dim=48, vision=RESNET, text=TEXT, dtype="float32"),
 }
 
 
@@ -41,7 +48,7 @@ def batches():
         yield {"image": image, "text": text}
 
 
-def train_there(open_clip, config: CLIPConfig, model) -> list[float]:
+def train_there(open_clip, config: CLIPConfig, optim: OptimConfig, model) -> list[float]:
     """Train as open_clip's own main.py and train.py do, one process, float32."""
     # Its rule for weight decay, from main.py.
     named = list(model.named_parameters())
@@ -52,11 +59,11 @@ def train_there(open_clip, config: CLIPConfig, model) -> list[float]:
     include = [p for _, p in named if not any(p is q for q in exclude)]
     optimizer = torch.optim.AdamW(
         [{"params": exclude, "weight_decay": 0.0},
-         {"params": include, "weight_decay": OPTIM.weight_decay}],
-        lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps,
+         {"params": include, "weight_decay": optim.weight_decay}],
+        lr=optim.learning_rate, betas=(optim.b1, optim.b2), eps=optim.eps,
     )  # fmt: skip
     loss_fn = open_clip.ClipLoss()
-    rate = schedule(OPTIM, STEPS)
+    rate = schedule(optim, STEPS)
     mean, std = (torch.tensor(x) for x in (config.image_mean, config.image_std))
     losses = []
     model.train()
@@ -75,17 +82,17 @@ def train_there(open_clip, config: CLIPConfig, model) -> list[float]:
     return losses
 
 
-def train_here(config: CLIPConfig, params) -> tuple[list[float], Tensors]:
+def train_here(config: CLIPConfig, optim: OptimConfig, params) -> tuple[list[float], Tensors]:
     """Train with the step that runs on pods."""
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    model, optimizer = CLIP(config), make_optimizer(OPTIM, STEPS)
+    model, optimizer = CLIP(config), make_optimizer(optim, STEPS)
     shardings = state_shardings(model, optimizer, mesh)
     shapes = jax.eval_shape(
         functools.partial(init_state, model=model, optimizer=optimizer), jax.random.key(0)
     )
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     state = jax.device_put(dataclasses.replace(state, params=params), shardings)
-    step = jit_step(model, OPTIM, STEPS, SoftmaxConfig(), mesh, shardings)
+    step = jit_step(model, optim, STEPS, SoftmaxConfig(), mesh, shardings)
     losses = []
     for batch in batches():
         state, metrics = step(state, batch)
@@ -94,41 +101,41 @@ def train_here(config: CLIPConfig, params) -> tuple[list[float], Tensors]:
     return losses, conversion.to_tensors(found)
 
 
-@pytest.mark.parametrize("name", ["vit"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_training(open_clip, monkeypatch, name):
-    config = CONFIGS[name]
+    config, optim = CONFIGS[name], RESNET_OPTIM if name == "resnet" else OPTIM
     start = Weights(config=config, params=jax.tree.map(  # only its settings are used
         lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(CLIP(config).init, jax.random.key(0))
     ))  # fmt: skip
     torch.manual_seed(0)
     model = open_clip.CLIP(**conversion._model_cfg(start))
-    # The published initialisation silences the last norm of every block: nothing to compare.
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    # Not at rest, as after some training: zeros would hide branches and leave nothing to compare.
+    with torch.no_grad():
+        for key, x in model.named_parameters():
+            if ".bn" in key and key.endswith("weight"):
+                x.uniform_(0.5, 1.5)
+            elif not x.any():
+                x.normal_(0, 0.1)
     monkeypatch.setitem(zoo.ARCHITECTURES, "small", config)
     tensors = {n: x.detach().numpy().copy() for n, x in model.state_dict().items()}
     weights = read_openai_names(tensors, "open_clip", architecture="small")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = train_there(open_clip, config, model)
-    ours, found = train_here(config, weights.params)
+        theirs = train_there(open_clip, config, optim, model)
+    ours, found = train_here(config, optim, weights.params)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    assert theirs[-1] < theirs[0]
 
-    moved = 0.0
     for key, expected in model.state_dict().items():
         if key.endswith("num_batches_tracked"):
             continue
-        a, b = found[key].astype(np.float64), expected.numpy().astype(np.float64)
+        start, a, b = (x.astype(np.float64) for x in (tensors[key], found[key], expected.numpy()))
         # The exact gradient of a key's bias is zero, and Adam scales rounding to full steps.
         if key.endswith("in_proj_bias"):
             width = len(b) // 3
-            a, b = (np.delete(x, np.s_[width : 2 * width]) for x in (a, b))
+            start, a, b = (np.delete(x, np.s_[width : 2 * width]) for x in (start, a, b))
         elif key.endswith("attnpool.k_proj.bias"):
             continue
         assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), key
-        moved = max(moved, np.linalg.norm(b - tensors[key].reshape(-1)[: b.size].reshape(b.shape))
-                    / np.linalg.norm(b))  # fmt: skip
-    assert moved > 0.1
+        # What was learned, too: the start alone would agree where the rate is small.
+        assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b - start), key
