@@ -52,6 +52,8 @@ def parameters(config):
             return np.ones(x.shape, np.float32)
         if path[-1].key == "logit_scale":
             return np.float32(np.log(10))
+        if path[-1].key == "logit_bias":  # near zero, negatives and positives cancel to rounding
+            return np.float32(-3)
         scale = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.2
         return (scale * rng.standard_normal(x.shape)).astype(np.float32)
 
