@@ -27,20 +27,14 @@ commands:
 
 def train(args: Sequence[str]) -> int:
     """train a model from a config file: clip-jax train configs/digits.py"""
-    from clip_jax.config import Config, load_config
-
-    path = _leading(args)[0] if _leading(args) else None
-    rest = list(args[1:] if path else args)
-    if path is None and not {"-h", "--help"} & set(rest):
-        raise ValueError("train needs a config file: clip-jax train configs/digits.py")
-    default = load_config(path) if path else Config()
+    from clip_jax.config import Config
 
     @dataclass(frozen=True, kw_only=True)
     class Run(Config):
         workdir: Path  # where the run lives; the same command again resumes it
 
-    default = Run(**_fields(default), workdir=Path("runs") / Path(path or "config").stem)
-    given = _fields(_parse(Run, rest, "train CONFIG", train, default))
+    path = _leading(args)[0] if _leading(args) else "config"
+    given = _fields(_run_config(Run, args, train, "train", workdir=Path("runs") / Path(path).stem))
     workdir = given.pop("workdir")
 
     from clip_jax.train import Diverged, Preempted
@@ -107,6 +101,16 @@ def search(args: Sequence[str]) -> int:
     return 0
 
 
+def demo(args: Sequence[str]) -> int:
+    """serve a page that labels and searches: clip-jax demo MODEL --embeddings EMBEDDINGS"""
+    from clip_jax.demo import DemoConfig
+    from clip_jax.demo import demo as serve
+
+    config, _ = _command(DemoConfig, args, ("model",), demo)
+    serve(config)
+    return 0
+
+
 def convert(args: Sequence[str]) -> int:
     """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
     from clip_jax.load import ConvertConfig
@@ -154,15 +158,33 @@ def prepare(args: Sequence[str]) -> int:
     return 0
 
 
+def bench(args: Sequence[str]) -> int:
+    """measure this machine: clip-jax bench input CONFIG"""
+    from clip_jax import bench as benches
+
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb not in benches.BENCHES:
+        raise ValueError(
+            f"bench needs one of {', '.join(benches.BENCHES)}; got {verb or 'nothing'!r}."
+        )
+    kind, measure, describe = benches.BENCHES[verb]
+    flags = [arg for arg in rest if arg != "--json"]
+    result = measure(_run_config(kind, flags, bench, f"bench {verb}"))
+    _print(result, len(flags) < len(rest), describe(result))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
     "embed": embed,
     "search": search,
+    "demo": demo,
     "convert": convert,
     "prepare": prepare,
     "scale": scale,
+    "bench": bench,
 }
 
 
@@ -182,6 +204,20 @@ def _command(
     verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
     config = _parse(kind, [*flags, *rest[len(values) :]], f"{verb} [--json]", command)
     return config, len(rest) < len(args)
+
+
+def _run_config(
+    kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
+) -> Any:
+    """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
+    from clip_jax.config import Config, load_config
+
+    path = _leading(args)[0] if _leading(args) else None
+    rest = list(args[1:] if path else args)
+    if path is None and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"{verb} needs a config file: clip-jax {verb} configs/digits.py")
+    default = load_config(path) if path else Config()
+    return _parse(kind, rest, f"{verb} CONFIG", command, kind(**_fields(default), **defaults))
 
 
 def _print(values: Any, as_json: bool, text: str) -> None:

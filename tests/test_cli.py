@@ -52,6 +52,8 @@ def test_training_needs_neither_tensorflow_nor_torch_nor_matplotlib():
         (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "no.csv"], "no.csv"),
         (["evaluate", "nowhere"], "there is no nowhere"),
         (["scale", "nonsense"], "scale needs one of fit, collect"),
+        (["bench", "nonsense"], "bench needs one of input"),
+        (["bench", "input"], "bench input needs a config file"),
     ],
 )
 def test_wrong_use_is_one_message_and_exit_code_2(args, says, capsys, tmp_path):

@@ -1,0 +1,41 @@
+"""What `clip-jax bench` prints."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.bench import InputBench, measure_input
+from clip_jax.cli import main
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.table import TableConfig
+from tests.runs import DIGITS, ROOT
+
+QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]
+
+
+def test_input_of_images_has_every_stage(tmp_path, capsys):
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "a.jpg,a photo\n" * 9)
+    flags = ["--data.source.path", str(tmp_path / "pairs.csv"), "--data.augment.flip", "0.5"]
+    assert main(["bench", "input", str(ROOT / "configs/pairs.py"), *QUICK, *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["samples_per_second"] > 0
+    assert list(result["stages"]) == ["read", "decode and crop", "augment", "tokenize"]
+    assert result["limit"] == "decode and crop"
+    assert all(0 < s["computing"] < 1.1 for s in result["stages"].values())
+
+
+def test_input_says_which_stage_limits_and_what_to_do(capsys):
+    assert main(["bench", "input", str(DIGITS), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "limit: read; " in printed
+    assert "--data." in printed
+
+
+def test_input_that_cannot_be_read(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "gone.jpg,a photo\n" * 9)
+    source = TableConfig(path=str(tmp_path / "pairs.csv"))
+    with pytest.raises(ValueError, match=r"none of 1024 samples of data\.source"):
+        measure_input(InputBench(data=DataConfig(source=source), seconds=0.1))
