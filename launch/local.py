@@ -1,0 +1,112 @@
+"""Rehearse a pod on this machine: n processes with m simulated devices each run one command.
+
+    python launch/local.py --processes 2 --devices 4 train configs/digits.py --workdir runs/two
+
+Everything after the options is a clip-jax command line. Each process's lines are marked with its
+number. When one process ends badly, the others are given `--grace` seconds, then killed; the cause
+is the last line. SIGTERM and Ctrl-C are passed on to all. Exit code: that of the process that
+failed first (128 + the signal's number if a signal killed it). `--restarts N` starts all again, at
+most N times, unless the run is done (0), misused (2) or was told to stop (3).
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+DONE, WRONG_USE, PREEMPTED = 0, 2, 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=4, help="simulated, of each process")
+    parser.add_argument("--grace", type=float, default=20, help="seconds for the others to end")
+    parser.add_argument("--restarts", type=int, default=0)
+    parser.add_argument("--module", default="clip_jax", help="run by `python -m` in each process")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    if not options.command or min(options.processes, options.devices) < 1:
+        parser.error("give at least one process, one device, and a clip-jax command")
+    for attempt in range(options.restarts + 1):
+        code, cause = run(options)
+        if code in (DONE, WRONG_USE, PREEMPTED) or attempt == options.restarts:
+            break
+        print(f"launch: {cause}; starting again ({attempt + 1} of {options.restarts})", flush=True)
+    if code:
+        print(f"launch: {cause}", file=sys.stderr, flush=True)
+    return code
+
+
+def run(options: argparse.Namespace) -> tuple[int, str]:
+    """Run all processes to their end; return the exit code and, if it isn't 0, the cause."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes, last_words = [], [""] * options.processes
+    for index in range(options.processes):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(options.devices),
+            "CLIP_JAX_COORDINATOR": f"localhost:{port}",
+            "CLIP_JAX_PROCESS_COUNT": str(options.processes),
+            "CLIP_JAX_PROCESS_INDEX": str(index),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", options.module, *options.command], env=environment,
+                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            )
+        )  # fmt: skip
+        print(f"launch: process {index} is pid {processes[-1].pid}", flush=True)
+
+    def copy(index: int) -> None:
+        for line in processes[index].stdout:
+            print(f"[{index}] {line}", end="", flush=True)
+            last_words[index] = line.strip() or last_words[index]
+
+    copies = [threading.Thread(target=copy, args=(i,)) for i in range(options.processes)]
+    for thread in copies:
+        thread.start()
+
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    failed, deadline = None, float("inf")
+    while any(process.poll() is None for process in processes):
+        bad = [i for i, process in enumerate(processes) if process.poll()]
+        if bad and failed is None:
+            # A process that JAX aborted, because another died, is no cause.
+            failed = min(bad, key=lambda i: processes[i].returncode == -signal.SIGABRT)
+            deadline = time.monotonic() + options.grace
+        if time.monotonic() > deadline and processes[failed].returncode != PREEMPTED:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.05)
+    for thread in copies:
+        thread.join()
+    codes = [process.returncode for process in processes]
+    if failed is None and any(codes):  # all in the same moment
+        failed = min(range(len(codes)), key=lambda i: (not codes[i], codes[i] == -signal.SIGABRT))
+    if failed is None:
+        return DONE, ""
+    code = codes[failed]
+    if code < 0:
+        return 128 - code, f"process {failed} was killed by {signal.Signals(-code).name}"
+    return code, f"process {failed} ended first, with exit code {code}: {last_words[failed]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

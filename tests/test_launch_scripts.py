@@ -1,0 +1,244 @@
+"""The launchers for clusters: linted, valid, and run against commands that only pretend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.runs import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+# The part of JobSet's schema (v1alpha2) that a file here may use; the jobs inside are Kubernetes'.
+JOB_SET = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["replicatedJobs"],
+            "additionalProperties": False,
+            "properties": {
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "rules": {
+                            "type": "array",
+                            "maxItems": 20,
+                            "items": {
+                                "type": "object",
+                                "required": ["action"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "action": {
+                                        "enum": [
+                                            "FailJobSet",
+                                            "RestartJobSet",
+                                            "RestartJobSetAndIgnoreMaxRestarts",
+                                        ]
+                                    },
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {
+                                            "enum": [
+                                                "BackoffLimitExceeded",
+                                                "DeadlineExceeded",
+                                                "FailedIndexes",
+                                                "MaxFailedIndexesExceeded",
+                                                "PodFailurePolicy",
+                                            ]
+                                        },
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "template"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": {"type": "object", "required": ["spec"]},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def jobs(document):
+    """A JobSet's jobs, as Kubernetes gets them."""
+    jsonschema.validate(document, JOB_SET)
+    for replicated in document["spec"]["replicatedJobs"]:
+        yield {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": replicated["name"]},
+            **replicated["template"],
+        }
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    done = subprocess.run(
+        ["shellcheck", str(script)], capture_output=True, text=True, check=False, env=with_venv()
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["gke.yaml", "gke_array.yaml"])
+def test_the_yaml_is_what_kubernetes_takes(name):
+    document = yaml.safe_load((LAUNCH / name).read_text())
+    found = list(jobs(document))
+    assert found
+    for job in found:
+        kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+        rules = job["spec"]["podFailurePolicy"]["rules"]
+        assert [rule["onExitCodes"]["values"] for rule in rules] == [[2]]
+        containers = job["spec"]["template"]["spec"]["containers"]
+        names = [rule["onExitCodes"]["containerName"] for rule in rules]
+        assert names == [container["name"] for container in containers]
+
+
+def test_a_misspelt_field_is_found():
+    document = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
+    job = next(jobs(document))
+    job["spec"]["backofLimit"] = job["spec"].pop("backoffLimit")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_no_launcher_says_what_is_trained():
+    for path in LAUNCH.iterdir():
+        if path.is_file() and path.name != "README.md":
+            text = path.read_text()
+            for word in ("--optim.", "--batch-size", "--steps", "--model.", "--data."):
+                assert word not in text, (path.name, word)
+
+
+def with_venv(**more):
+    """The environment, with what pip installed beside Python found first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path} | more
+
+
+def pretend(directory, name, body):
+    """Put a command into `directory` that notes its arguments and does what `body` says."""
+    path = directory / name
+    path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "$CALLS"\n{body}\n')
+    path.chmod(0o755)
+
+
+GCLOUD = r"""
+case "$*" in
+  *describe*) cat "$STATE" 2>/dev/null || exit 1 ;;
+  *"queued-resources create"*) echo ACTIVE > "$STATE" ;;
+  *"queued-resources delete"*) rm -f "$STATE" ;;
+  *ssh*clip-jax*train*)
+    code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
+    if [ "$code" = 137 ]; then echo SUSPENDED > "$STATE"; fi  # preempted
+    for one in 0 1; do echo "clip-jax exit code $code"; done ;;
+esac
+"""
+
+
+def tpu_vm(tmp_path, codes, *arguments):
+    """Run the script against a pretended cloud whose attempts end with these exit codes."""
+    pretend(tmp_path, "gcloud", GCLOUD)
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    environment = with_venv(
+        CALLS=str(tmp_path / "calls"), STATE=str(tmp_path / "state"),
+        CODES=str(tmp_path / "codes"), ZONE="z", TYPE="v5litepod-16", POLL="0",
+    )  # fmt: skip
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "tpu_vm.sh"), *arguments],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    calls = tmp_path / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+TRAIN = ["up", "train", "configs/vit_l14.py", "--workdir", "gs://b/runs/l14"]
+
+
+def test_tpu_vm_starts_again_until_the_run_is_done(tmp_path):
+    done, calls = tpu_vm(tmp_path, [134, 137, 0], *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert sum("ssh" in call and " train " in call for call in calls) == 3
+    assert sum("queued-resources create" in call for call in calls) == 2  # once more: preempted
+    assert "queued-resources delete clip" in calls[-1]
+
+
+def test_tpu_vm_does_not_start_what_is_wrong_again(tmp_path):
+    done, calls = tpu_vm(tmp_path, [2, 0], *TRAIN)
+    assert done.returncode == 2
+    assert sum("ssh" in call and " train " in call for call in calls) == 1
+    assert "exit code 2 means" in done.stderr
+
+
+def test_tpu_vm_gives_up_what_ends_at_once(tmp_path):
+    done, calls = tpu_vm(tmp_path, [1, 1, 1, 0], *TRAIN)
+    assert done.returncode == 1
+    assert sum("ssh" in call and " train " in call for call in calls) == 3
+
+
+def test_tpu_vm_wants_a_bucket(tmp_path):
+    done, calls = tpu_vm(tmp_path, [], "up", "train", "configs/vit_l14.py", "--workdir", "runs/l14")
+    assert done.returncode == 2
+    assert "gs://" in done.stderr
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued", "ends"),
+    [(0, 0, False, 0), (2, 0, False, 2), (3, 0, True, 0), (137, 7, True, 0), (1, 100, False, 1)],
+)
+def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, requeued, ends):
+    pretend(tmp_path, "srun", 'shift; "$@"; code=$?; [ "$code" = 2 ] && exit 137; exit "$code"')
+    pretend(tmp_path, "clip-jax", f"exit {code}")
+    pretend(tmp_path, "scontrol", "")
+    environment = with_venv(
+        CALLS=str(tmp_path / "calls"), SLURM_JOB_ID="42", SLURM_RESTART_COUNT=str(restarts)
+    )
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN[1:]],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    calls = (tmp_path / "calls").read_text()
+    assert ("scontrol requeue 42" in calls) == requeued, done.stdout
+    assert done.returncode == ends
+    assert "clip-jax train configs/vit_l14.py --workdir gs://b/runs/l14 --processes" in calls
+    assert not (tmp_path / "42.wrong").exists()
+
+
+def test_a_slurm_array_takes_its_part(tmp_path):
+    pretend(tmp_path, "clip-jax", "")
+    environment = with_venv(
+        CALLS=str(tmp_path / "calls"), SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="1",
+        SLURM_ARRAY_TASK_MAX="8",
+    )  # fmt: skip
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    script = ["bash", str(LAUNCH / "slurm_array.sbatch"), "embed", "m", "photos", "out"]
+    subprocess.run(script, env=environment, check=True)
+    assert (tmp_path / "calls").read_text() == "clip-jax embed m photos out --part 3/8\n"
