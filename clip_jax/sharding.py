@@ -4,20 +4,25 @@ Read the table as: path → the names of its dimensions → (through `DIMENSIONS
 strict both ways: a parameter without a row and a row without a parameter are errors that name it.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.layers import Layout
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
 BATCH_AXES = ("data", "fsdp")
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
 
@@ -39,35 +44,111 @@ class MeshConfig:
             )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange devices (default: all) as `data × fsdp × tensor`, every axis Auto."""
-    devices = jax.devices() if devices is None else list(devices)
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Return the devices along each axis. ValueError unless all are used."""
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(devices // known, 1)
+    if math.prod(sizes) != devices:
         raise ValueError(
             f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not use "
-            f"all {len(devices)} devices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
+            f"all {devices} devices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
-    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices (default: all) as `data × fsdp × tensor`, every axis Auto."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(devices))
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1 or devices[0].platform != "tpu":
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif sizes[0] % len(slices):
+        raise ValueError(
+            f"mesh data={sizes[0]} must be a multiple of the {len(slices)} slices, between which "
+            "only the data axis may lie; change --mesh.data, --mesh.fsdp or --mesh.tensor."
+        )
+    else:
+        array = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1), devices,
+            allow_split_physical_axes=True,
+        )  # fmt: skip
     return Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: AnyMesh) -> int:
     """Count the pieces that a global batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def data_part(mesh: Mesh) -> tuple[int, int]:
+    """Return which part of every global batch this process reads, and how many parts there are.
+
+    Processes whose devices hold the same rows (those that share a row by `tensor`) read the same
+    part. ValueError if the processes hold unequal or overlapping parts.
+    """
+    owners = mesh.devices.reshape(batch_shards(mesh), -1)
+    rows: dict[int, set[int]] = {}
+    for shard, devices in enumerate(owners):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(owners):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes unequal parts of a batch; "
+            "choose --mesh.tensor so that one divides the other: it and the devices of a process."
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows over the batch axes, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
+    """Split activations by rows and nothing else, and gather the parameters that they meet.
+
+    Left alone, the compiler may follow the parameters instead: activations split by channel over
+    `fsdp`, summed over the mesh at every matmul.
+    """
+    rows = PartitionSpec(BATCH_AXES)
+    split = PartitionSpec(None, DIMENSIONS["D"])
+
+    # As a shard_map, so that the table's gradient is summed to where the table lies. Unchecked,
+    # the sum over `data` comes last and is of the shards alone.
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(split, rows), out_specs=rows,
+        axis_names=set(BATCH_AXES), check_vma=False,
+    )  # fmt: skip
+    def lookup(table: Float[Array, "V d"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return jax.lax.all_gather(table, DIMENSIONS["D"], axis=1, tiled=True)[ids]
+
+    place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
+    return Layout(place, lookup, _attend(mesh, backend))
+
+
+def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable:
+    if backend != "splash":
+        return attention.cudnn if backend == "cudnn" else attention.xla
+    heads = PartitionSpec(BATCH_AXES, None, DIMENSIONS["N"], None)
+    interpret = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+    def attend(q: Array, k: Array, v: Array, mask: attention.Mask) -> Array:
+        # The compiler cannot split a kernel, so each device gets its own rows and heads.
+        kernel = functools.partial(attention.splash, mask=mask, interpret=interpret)
+        return jax.shard_map(
+            kernel, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False
+        )(q, k, v)
+
+    return attend
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -98,19 +179,19 @@ BLOCK = {
 }
 TEXT = {
     "token_embedding": "V D",
-    "positional_embedding": "L D",
+    "positional_embedding": "L -",
     "ln_final/scale": "-",
     "ln_final/bias": "-",
     "text_projection": "D E",
 }
 VIT = {
     "conv1/kernel": "P Q C D",
-    "positional_embedding": "L D",
+    "positional_embedding": "L -",
     "ln_post/scale": "-",
     "ln_post/bias": "-",
 }
 VIT_MAP_POOL = {
-    "attn_pool/latent": "- - D",
+    "attn_pool/latent": "- - -",
     "attn_pool/q/kernel": "D N K",
     "attn_pool/q/bias": "N K",
     "attn_pool/kv/kernel": "D S N K",
@@ -126,7 +207,7 @@ VIT_MAP_POOL = {
 }
 
 RESNET_POOL = {
-    "attnpool/positional_embedding": "L D",
+    "attnpool/positional_embedding": "L -",
     "attnpool/c_proj/kernel": "N K E",
     "attnpool/c_proj/bias": "E",
 } | {
@@ -197,7 +278,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(config: CLIPConfig, params: Params, mesh: Mesh) -> Params:
+def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params:
     """Look every parameter up in the table. Arrays or shapes in, NamedShardings out."""
     rows = table(config)
     used = set()
@@ -227,7 +308,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: Mesh) -> Params:
     return shardings
 
 
-def like_params(tree: Any, shardings: Params, mesh: Mesh) -> Any:
+def like_params(tree: Any, shardings: Params, mesh: AnyMesh) -> Any:
     """Shard whatever mirrors the parameters (moments, averages) as they are; scalars are copied.
 
     Raises ValueError for an array whose path does not end in a parameter's path.

@@ -19,6 +19,7 @@ __all__ = [
     "SoftmaxConfig",
     "cached_value_and_grad",
     "caption_ids",
+    "choose_form",
     "contrastive_loss",
 ]
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
-from clip_jax.models.layers import DType, Remat
+from clip_jax.models.attention import Backend
+from clip_jax.models.layers import DType, Layout, Remat
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
@@ -32,7 +33,10 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = OPENAI_MEAN  # of RGB in [0, 1], subtracted
     image_std: tuple[float, float, float] = OPENAI_STD  # of RGB in [0, 1], divided by
     dtype: DType = "bfloat16"  # of the matmuls; parameters, norms and softmax are float32
-    remat: Remat = "none"  # what the backward pass recomputes: nothing, all, or all but matmuls
+    # What the backward pass computes again: nothing, all, all but queries, keys, values and what
+    # attention makes of them, or all but the matmuls with weights.
+    remat: Remat = "none"
+    attention: Backend = "xla"  # in training; cudnn: GPUs, bfloat16; splash: TPUs, many tokens
 
     def __post_init__(self) -> None:
         if (
@@ -50,14 +54,15 @@ class Towers(nn.Module):
     """Both towers and the logit scale under one tree of parameters."""
 
     config: CLIPConfig
+    layout: Layout = Layout()
 
     def setup(self) -> None:
         c = self.config
         if isinstance(c.vision, ResNetConfig):
-            self.visual = ModifiedResNet(c.vision, c.embed_dim, c.remat)
+            self.visual = ModifiedResNet(c.vision, c.embed_dim, c.remat, self.layout)
         else:
-            self.visual = ViT(c.vision, c.embed_dim, c.remat)
-        self.text = TextTransformer(c.text, c.embed_dim, c.dtype, c.remat)
+            self.visual = ViT(c.vision, c.embed_dim, c.remat, self.layout)
+        self.text = TextTransformer(c.text, c.embed_dim, c.dtype, c.remat, self.layout)
         scale = math.log(c.init_logit_scale)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), ())
         if c.init_logit_bias is not None:
@@ -65,12 +70,16 @@ class Towers(nn.Module):
             self.logit_bias = self.param("logit_bias", bias, ())
 
     def encode_image(
-        self, images: Float[Array, "B H W C"], *, train: bool = False
+        self,
+        images: Float[Array, "B H W C"],
+        keys: Key[Array, " B"] | None = None,
+        *,
+        train: bool = False,
     ) -> Float[Array, "B E"]:
         images = images.astype(self.config.dtype)
         if isinstance(self.visual, ModifiedResNet):
             return self.visual(images, train=train)
-        return self.visual(images)
+        return self.visual(images, keys)
 
     def encode_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         return self.text(tokens)
@@ -113,6 +122,7 @@ class CLIP:
     """
 
     config: CLIPConfig
+    layout: Layout = Layout()  # on which mesh; the model itself knows none
 
     def init(self, key: Array) -> Params:
         """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
@@ -132,15 +142,17 @@ class CLIP:
         return self._apply(params, images, method="encode_image").astype(jnp.float32)
 
     def encode_image_train(
-        self, params: Params, images: Float[Array, "B H W C"]
+        self, params: Params, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B E"], Params]:
         """Embed normalised images as in training: BatchNorm takes its statistics from the batch.
 
-        Returns features and the new `batch_stats` (for a ViT empty: there is nothing to write).
+        With `keys`, one for each image, a ViT drops patches as its config says. Returns features
+        and the new `batch_stats` (for a ViT empty: there is nothing to write).
         """
-        features, updates = Towers(self.config).apply(
-            _variables(params), images, train=True, method="encode_image", mutable=["batch_stats"]
-        )
+        features, updates = Towers(self.config, self.layout).apply(
+            _variables(params), images, keys, train=True, method="encode_image",
+            mutable=["batch_stats"],
+        )  # fmt: skip
         return features.astype(jnp.float32), updates.get("batch_stats", {})
 
     def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
@@ -173,7 +185,9 @@ class CLIP:
         return states.astype(jnp.float32)
 
     def _apply(self, params: Params, *args: Any, method: str) -> Array:
-        return cast(Array, Towers(self.config).apply(_variables(params), *args, method=method))
+        return cast(
+            Array, Towers(self.config, self.layout).apply(_variables(params), *args, method=method)
+        )
 
 
 def _layer(layer: int, depth: int, tower: str) -> int | None:

@@ -6,19 +6,31 @@ Dimension key of the repository, in signatures and in einsum strings alike:
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from clip_jax.models import attention
+
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
 Init = Callable[..., Array]
+
+
+class Layout(NamedTuple):
+    """How arrays lie on a mesh, which the model does not know (`sharding.layout` does)."""
+
+    place: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
+    lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
+    attend: Callable[[Array, Array, Array, attention.Mask], Array] = attention.xla
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -77,6 +89,7 @@ class BlockConfig(NamedTuple):
     epsilon: float  # LayerNorm's
     init_fns: BlockInit
     layer_scale: float | None = None  # initial gain of both residual branches; None: no gains
+    layout: Layout = Layout()
 
 
 class LayerNorm(nn.Module):
@@ -117,6 +130,7 @@ class Attention(nn.Module):
 
     num_heads: int
     init_fns: BlockInit
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(
@@ -128,8 +142,9 @@ class Attention(nn.Module):
             "BLD,DSNK->BLSNK", (width, 3, *heads), (3, *heads), self.init_fns.in_proj,
             name="in_proj",
         )(x)  # fmt: skip
+        qkv = checkpoint_name(qkv, "qkv")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        x = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+        x = checkpoint_name(self.layout.attend(q, k, v, mask), "attended")
         return Einsum(
             "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj, name="out_proj"
         )(x)
@@ -178,14 +193,14 @@ class Block(nn.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "L L"] | None
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | None]:
         c = self.config
-        attn = Attention(c.num_heads, c.init_fns, name="attn")
+        attn = Attention(c.num_heads, c.init_fns, c.layout, name="attn")
         mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
         ls_1 = ls_2 = lambda x: x
         if c.layer_scale is not None:
             ls_1 = LayerScale(c.layer_scale, name="ls_1")
             ls_2 = LayerScale(c.layer_scale, name="ls_2")
-        x = x + ls_1(attn(LayerNorm(c.epsilon, name="ln_1")(x), mask))
-        x = x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x)))
+        x = c.layout.place(x + ls_1(attn(LayerNorm(c.epsilon, name="ln_1")(x), mask)))
+        x = c.layout.place(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
         return x, x if self.collect else None
 
 
@@ -210,6 +225,9 @@ class Transformer(nn.Module):
         if self.remat != "none":
             policies = {
                 "full": jax.checkpoint_policies.nothing_saveable,
+                # 4 widths a token instead of 9 for "dots"; of a block's four projections, two
+                # are computed again: the attention's output and the MLP's first.
+                "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             }
             # Inside a scan XLA cannot merge the recomputation away: no CSE barrier needed.
@@ -221,4 +239,4 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=self.depth,
         )(self.config, collect, name="resblocks")
-        return stack(x, mask)
+        return stack(self.config.layout.place(x), mask)

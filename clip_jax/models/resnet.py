@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from clip_jax.models.layers import Einsum, Init, Remat, uniform
+from clip_jax.models.layers import Einsum, Init, Layout, Remat, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,7 @@ class Stage(nn.Module):
     stride: int
     norm: Callable[..., nn.Module]
     remat: Remat
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
@@ -164,11 +165,13 @@ class Stage(nn.Module):
         if self.remat != "none":
             policies = {
                 "full": jax.checkpoint_policies.nothing_saveable,
+                "attention": jax.checkpoint_policies.nothing_saveable,  # its blocks have none
                 "dots": save_convolutions,
             }
             block = nn.remat(Bottleneck, policy=policies[self.remat])
         for i in range(self.depth):
             x = block(self.planes, self.stride if i == 0 else 1, self.norm, name=str(i))(x)
+            x = self.layout.place(x)
         return x
 
 
@@ -206,6 +209,7 @@ class ModifiedResNet(nn.Module):
     config: ResNetConfig
     embed_dim: int
     remat: Remat = "none"
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(
@@ -225,10 +229,11 @@ class ModifiedResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         x = nn.relu(norm(name="bn2")(conv(x, c.width // 2, 3, name="conv2")))
         x = nn.relu(norm(name="bn3")(conv(x, c.width, 3, name="conv3")))
-        x = avg_pool(x, 2)
+        x = self.layout.place(avg_pool(x, 2))
         for i, depth in enumerate(c.layers):
             stage = Stage(
-                c.width * 2**i, depth, 1 if i == 0 else 2, norm, self.remat, name=f"layer{i + 1}"
-            )
+                c.width * 2**i, depth, 1 if i == 0 else 2, norm, self.remat, self.layout,
+                name=f"layer{i + 1}",
+            )  # fmt: skip
             x = stage(x)
         return AttentionPool2d(c, self.embed_dim, name="attnpool")(x)

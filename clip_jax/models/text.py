@@ -13,6 +13,7 @@ from clip_jax.models.layers import (
     BlockInit,
     DType,
     LayerNorm,
+    Layout,
     Remat,
     Transformer,
     uniform,
@@ -58,6 +59,7 @@ class TextTransformer(nn.Module):
     embed_dim: int
     dtype: DType
     remat: Remat = "none"
+    layout: Layout = Layout()
 
     def setup(self) -> None:
         c = self.config
@@ -68,8 +70,9 @@ class TextTransformer(nn.Module):
             "positional_embedding", nn.initializers.normal(0.01), (c.context_length, c.width)
         )
         block = BlockConfig(
-            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon, BlockInit.text(c.width, c.depth)
-        )
+            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
+            BlockInit.text(c.width, c.depth), layout=self.layout,
+        )  # fmt: skip
         self.transformer = Transformer(block, c.depth, self.remat)
         self.ln_final = LayerNorm(c.norm_epsilon)
         self.text_projection = self.param(
@@ -93,7 +96,7 @@ class TextTransformer(nn.Module):
             raise ValueError(
                 f"tokens have length {length}, more than text.context_length={c.context_length}."
             )
-        x = self.token_embedding[tokens] + self.positional_embedding[:length]
+        x = self.layout.lookup(self.token_embedding, tokens) + self.positional_embedding[:length]
         mask = jnp.tril(jnp.ones((length, length), bool)) if c.causal else None
         return self.transformer(x.astype(self.dtype), mask, collect)
 

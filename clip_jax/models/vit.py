@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from clip_jax.models.layers import (
     MLP,
@@ -16,6 +16,7 @@ from clip_jax.models.layers import (
     BlockInit,
     Einsum,
     LayerNorm,
+    Layout,
     Remat,
     Transformer,
     uniform,
@@ -40,12 +41,17 @@ class ViTConfig:
     activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
     norm_epsilon: float = 1e-5  # LayerNorm's ε
     layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
+    patch_dropout: float = 0.0  # share of the patches that a training step does not see (FLIP)
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"vision.image_size={self.image_size} is smaller than one patch "
                 f"(vision.patch_size={self.patch_size})."
+            )
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(
+                f"vision.patch_dropout={self.patch_dropout} must be from 0 to below 1."
             )
         if self.width % self.num_heads:
             raise ValueError(
@@ -67,6 +73,16 @@ class ViTConfig:
     @property
     def num_tokens(self) -> int:
         return self.num_patches + self.class_token
+
+
+def drop_patches(
+    x: Float[Array, "B L D"], keys: Key[Array, " B"], rate: float
+) -> Float[Array, "B l D"]:
+    """Keep a random choice of each image's patches, at least one; an image's key alone decides."""
+    kept = max(round(x.shape[1] * (1 - rate)), 1)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (x.shape[1],)))(keys)
+    _, indices = jax.lax.top_k(noise, kept)
+    return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
 class AttentionPool(nn.Module):
@@ -96,6 +112,7 @@ class ViT(nn.Module):
     config: ViTConfig
     embed_dim: int
     remat: Remat = "none"
+    layout: Layout = Layout()
 
     def setup(self) -> None:
         c = self.config
@@ -114,7 +131,7 @@ class ViT(nn.Module):
             self.ln_pre = LayerNorm(c.norm_epsilon)
         block = BlockConfig(
             c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
-            BlockInit.image(c.width, c.mlp_width), c.layer_scale,
+            BlockInit.image(c.width, c.mlp_width), c.layer_scale, self.layout,
         )  # fmt: skip
         self.transformer = Transformer(block, c.depth, self.remat)
         self.ln_post = LayerNorm(c.norm_epsilon)
@@ -123,13 +140,21 @@ class ViT(nn.Module):
         if c.projection:
             self.proj = self.param("proj", normal, (c.width, self.embed_dim))
 
-    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
-        return self.pool(self.tokens(images)[0])
+    def __call__(
+        self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
+    ) -> Float[Array, "B E"]:
+        return self.pool(self.tokens(images, keys=keys)[0])
 
     def tokens(
-        self, images: Float[Array, "B H W C"], collect: bool = False
+        self,
+        images: Float[Array, "B H W C"],
+        collect: bool = False,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
-        """Return the last block's states, the class token's first; with `collect` every block's."""
+        """Return the last block's states, the class token's first; with `collect` every block's.
+
+        With `keys`, one for each image, patches are dropped as the config says.
+        """
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
             raise ValueError(
@@ -147,6 +172,9 @@ class ViT(nn.Module):
             token = jnp.broadcast_to(token, (x.shape[0], 1, c.width))
             x = jnp.concatenate([token, x], axis=1)
         x = x + self.positional_embedding.astype(x.dtype)
+        if keys is not None and c.patch_dropout:
+            patches = drop_patches(x[:, int(c.class_token) :], keys, c.patch_dropout)
+            x = jnp.concatenate([x[:, : int(c.class_token)], patches], axis=1)
         if c.pre_norm:
             x = self.ln_pre(x)
         return self.transformer(x, collect=collect)
