@@ -1,0 +1,77 @@
+"""The least time that a training step can take: what compute, memory and links cost at their peaks.
+
+The parts overlap at best, so the longest of them bounds the step, and with it the MFU.
+"""
+
+from typing import Literal, NamedTuple
+
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.scaling import flops
+from clip_jax.scaling.chips import Chip
+
+# What a float32 matmul costs in bf16 passes of the matrix unit.
+PASSES: dict[str, int] = {"default": 1, "high": 3, "highest": 6}
+# Per chip and direction, bytes/s, between slices: Google's pages on v5e and v6e give it per pod of
+# 256 chips (6.4 and 25.6 Tbit/s). Not known of the others.
+NETWORK = {"TPU v5e": 3.125e9, "TPU v6e": 12.5e9}
+
+
+class Bounds(NamedTuple):
+    """Seconds of one step by part; None: not known."""
+
+    compute: float
+    memory: float | None
+    interconnect: float | None
+    network: float | None
+
+    @property
+    def step(self) -> float:
+        """The step takes no less."""
+        return max(x for x in self if x is not None)
+
+
+def executed_flops(
+    config: CLIPConfig, batch_size: int, precision: str, form: Literal["dense", "blocked", "ring"]
+) -> float:
+    """Count what the devices compute in one step, with what is computed again, in bf16 passes.
+
+    Args:
+      config: the architecture with its remat policy.
+      batch_size: pairs in the global batch.
+      precision: of the similarity's matmuls.
+      form: of the loss; blocked and ring compute the logits again for the gradient.
+    """
+    training = flops.training(config, batch_size)
+    forward = flops.forward(config).total
+    again = {
+        "none": 0,
+        "full": forward,
+        "dots": forward - flops.forward(config, "no_attention").total,  # attention is not saved
+    }.get(config.remat, 0)
+    loss = training.loss * PASSES[precision] * (1 if form == "dense" else 4 / 3)
+    return training.image + training.text + batch_size * again + loss
+
+
+def bounds(
+    chip: Chip, devices: int, flops_: float, memory_bytes: float | None,
+    interconnect_bytes: float | None, network_bytes: float,
+) -> Bounds:  # fmt: skip
+    """Divide work by peaks.
+
+    Args:
+      chip: peaks; `interconnect_bandwidth` is of both directions together, half of it inwards.
+      devices: JAX devices, of which `chip.devices` make a chip.
+      flops_: of all devices in one step.
+      memory_bytes: that one device reads and writes.
+      interconnect_bytes: that one device receives within its slice.
+      network_bytes: that one device receives from other slices.
+    """
+    inwards = chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2 / chip.devices
+    network = NETWORK.get(chip.name)
+    return Bounds(
+        compute=flops_ / devices / (chip.peak_flops / chip.devices),
+        memory=memory_bytes and memory_bytes / (chip.hbm_bandwidth / chip.devices),
+        interconnect=None if interconnect_bytes is None or not inwards
+        else interconnect_bytes / inwards,
+        network=0.0 if not network_bytes else network and network_bytes * chip.devices / network,
+    )  # fmt: skip
