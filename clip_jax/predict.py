@@ -1,15 +1,17 @@
 """Use a finished model: zero-shot labels for images, a folder embedded, a folder searched."""
 
+import functools
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,15 +20,16 @@ from PIL import Image
 
 from clip_jax.data.embeddings import Embeddings
 from clip_jax.data.images import ImageError, ImageLike, center_crop, decode
-from clip_jax.data.sources import SampleError, Source
+from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.images import Images, absolute, image_files, open_images
 from clip_jax.evals.pictures import contact_sheet
-from clip_jax.evals.zero_shot import average
 from clip_jax.load import Model, load
 from clip_jax.metrics import Display, replace_text
 
-SUFFIXES = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif")}
 DTYPE = Literal["float32", "bfloat16"]
 TILE = 112  # pixels of a picture on a contact sheet
+LINE = 26  # letters that fit below it
+SHEET = 240  # pictures on a sheet at most
 
 
 # ------------------------------------------------------------------------------------ predict
@@ -40,19 +43,12 @@ class PredictConfig:
     images: tuple[Path, ...] = ()  # files, or folders of them
     labels: tuple[str, ...] = ()  # the classes to choose from
     template: str = "a photo of a {}."  # sentence around each label; {} alone: the label as it is
-    sheet: Path | None = None  # picture of the images with their three best labels
+    sheet: Path | None = None  # picture of the images (the first 240) with their best labels
     batch_size: int = 64  # images at a time
     dtype: DTYPE = "float32"  # of the computation
 
     def __post_init__(self) -> None:
-        if not self.labels or not all(label.strip() for label in self.labels):
-            raise ValueError(
-                f"labels={list(self.labels)}: give at least one label and none empty (--labels)."
-            )
-        if "{}" not in self.template:
-            raise ValueError(
-                f"template={self.template!r} has no {{}} where the label goes (--template)."
-            )
+        check_labels(self.labels, self.template)
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
@@ -60,53 +56,72 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
     Unreadable images are named on standard error. ValueError if no image is left.
     """
-    paths = list(_image_files(config.images))
+    paths = list(image_files(config.images))
     if not paths:
         given = ", ".join(map(str, config.images)) or "nothing"
         raise ValueError(f"no images in {given}; --images takes files and folders of images.")
     model = load(config.model, dtype=config.dtype)
-    prompts = [config.template.replace("{}", label) for label in config.labels]
-    texts = _unit(model.encode_text(model.tokenize(prompts, truncate=True)))
-    classes = average(texts, [1] * len(texts))
-    scale = float(np.exp(model.params["logit_scale"]))
+    classes = embed_labels(model, config.labels, config.template)
     results, tiles = [], []
     for read, features, skipped in _embedded(
         model, paths, lambda path: path, config.batch_size, keep=config.sheet is not None
     ):
         for path, reason in skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        for (path, tile), row in zip(read, features @ classes.T * scale, strict=True):
-            odds = np.exp(row - row.max())
-            best = sorted(zip(odds / odds.sum(), config.labels, strict=True), key=lambda x: -x[0])
+        shares = probabilities(model, features, classes)
+        for (path, tile), row in zip(read, shares, strict=True):
+            best = sorted(zip(row, config.labels, strict=True), key=lambda x: -x[0])
             labels = [{"label": label, "probability": float(share)} for share, label in best]
             results.append({"image": str(path), "labels": labels})
-            tiles.append(tile)
+            tiles += [tile] if len(tiles) < SHEET else []
     if not results:
         raise ValueError(f"none of the {len(paths)} images could be read.")
     if config.sheet:
         lines = [
-            [f"{x['label']}  {x['probability']:.0%}" for x in result["labels"][:3]]
-            for result in results
+            [
+                _fit(Path(result["image"]).name),
+                *(f"{_fit(x['label'], 5)} {x['probability']:.0%}" for x in result["labels"][:3]),
+            ]
+            for result in results[:SHEET]
         ]
-        contact_sheet(config.sheet, tiles, lines)
+        title = "" if len(results) <= SHEET else f"the first {SHEET} of {len(results)} images"
+        contact_sheet(config.sheet, tiles, lines, title=title)
     return results
 
 
-def _image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as given, folders in alphabetical order with what is in them."""
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(
-                Path(folder) / name
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-                if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-            )
-        else:
-            yield path
+def _fit(text: str, taken: int = 0) -> str:
+    """Keep both ends of a text that is too long for a line, of which some is `taken`."""
+    room = LINE - taken
+    return text if len(text) <= room else f"{text[: room // 2 - 1]}…{text[-(room // 2) :]}"
 
 
-def _unit(features: Any) -> Float[np.ndarray, "B E"]:
+def check_labels(labels: Sequence[str], template: str) -> None:
+    """Raise ValueError if there is no label, an empty one, or no place for it in the template."""
+    if not labels or not all(label.strip() for label in labels):
+        raise ValueError(f"labels={list(labels)}: give at least one label and none empty.")
+    if "{}" not in template:
+        raise ValueError(f"template={template!r} has no {{}} where the label goes.")
+
+
+def embed_labels(
+    model: Model, labels: Sequence[str], template: str
+) -> Float[np.ndarray, "classes E"]:
+    """Embed each label in its sentence, at unit length."""
+    prompts = [template.replace("{}", label) for label in labels]
+    return unit(model.encode_text(model.tokenize(prompts, truncate=True)))
+
+
+def probabilities(
+    model: Model, images: Float[np.ndarray, "B E"], classes: Float[np.ndarray, "classes E"]
+) -> Float[np.ndarray, "B classes"]:
+    """Softmax of the scaled similarities of unit-length embeddings."""
+    logits = images @ classes.T * float(np.exp(model.params["logit_scale"]))
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def unit(features: Any) -> Float[np.ndarray, "B E"]:
+    """Scale rows to unit length."""
     rows = np.asarray(features)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
@@ -137,7 +152,7 @@ def _embedded(
         features = np.empty((0, model.config.embed_dim), np.float32)
         if good:
             pixels = np.stack([x[0] for _, x in good])
-            features = _unit(model.encode_image(pixels, batch_size=batch_size))
+            features = unit(model.encode_image(pixels, batch_size=batch_size))
         return [(item, x[1]) for item, x in good], features, bad
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -169,7 +184,6 @@ class EmbedConfig:
     output: Path  # folder for rows-*.parquet with the columns index, key, embedding
     part: str = "1/1"  # which of how many parts of the work this process takes: 1/4 to 4/4
     image_column: str = "image"  # of a table: the image's path
-    caption_column: str = "caption"  # of a table
     rows_per_file: int = 1024  # images a file; a kill loses at most as many
     batch_size: int = 64  # images at a time
     dtype: DTYPE = "float32"  # of the computation
@@ -187,18 +201,17 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     Every file appears whole or not at all and its name says which rows it holds, so whatever was
     killed goes on where it stopped.
     """
-    source = open_images(config.source, config.image_column, config.caption_column)
-    _check_manifest(config, len(source))
+    source = open_images(config.source, config.image_column)
+    model = load(config.model, dtype=config.dtype)
+    _check_manifest(config, model, len(source))
     number, parts = _part(config.part)
     first, end = ((i * len(source)) // parts for i in (number - 1, number))
     starts = range(first, end, config.rows_per_file)
-    model = None
     display = Display(end - first)
     for start in starts:
         stop = min(start + config.rows_per_file, end)
         path = config.output / f"rows-{start:010d}-{stop:010d}.parquet"
         if not path.exists():
-            model = model or load(config.model, dtype=config.dtype)
             _write_rows(path, model, source, range(start, stop), config.batch_size)
         display.advance(stop - first)
     display.close()
@@ -210,12 +223,9 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
 
-def _write_rows(path: Path, model: Model, source: Source, rows: range, batch_size: int) -> None:
-    rng = np.random.default_rng(0)  # draws among captions, which are not looked at
+def _write_rows(path: Path, model: Model, source: Images, rows: range, batch_size: int) -> None:
     indices, features, skipped = [], [], []
-    for read, found, failed in _embedded(
-        model, rows, lambda index: source.load(index, rng)[0], batch_size
-    ):
+    for read, found, failed in _embedded(model, rows, source.image, batch_size):
         indices += [index for index, _ in read]
         features.append(found)
         skipped += [{"key": source.key(index), "reason": reason} for index, reason in failed]
@@ -241,17 +251,22 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def _check_manifest(config: EmbedConfig, rows: int) -> None:
+def _check_manifest(config: EmbedConfig, model: Model, rows: int) -> None:
     """Say what the folder holds; ValueError if it holds something else already."""
     wanted = {
-        "model": str(config.model), "source": config.source, "rows": rows, "dtype": config.dtype,
-        "parts": _part(config.part)[1], "rows_per_file": config.rows_per_file,
-        "batch_size": config.batch_size, "image_column": config.image_column,
-        "caption_column": config.caption_column,
+        "model": os.path.abspath(config.model), "source": absolute(config.source), "rows": rows,
+        "dtype": config.dtype, "parts": _part(config.part)[1],
+        "rows_per_file": config.rows_per_file, "batch_size": config.batch_size,
+        "image_column": config.image_column, "weights": _sample(model),
     }  # fmt: skip
     path = config.output / "embed.json"
     if path.exists():
         there = json.loads(path.read_text())
+        if there | {"weights": wanted["weights"]} == wanted != there:
+            raise ValueError(
+                f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
+                "another output."
+            )
         for name, value in wanted.items():
             if there.get(name) != value:
                 raise ValueError(
@@ -263,51 +278,10 @@ def _check_manifest(config: EmbedConfig, rows: int) -> None:
     replace_text(path, json.dumps(wanted, indent=1))
 
 
-class FolderImages:
-    """Images of a folder by path, captions or not."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._names = [path.relative_to(folder).as_posix() for path in _image_files([folder])]
-        if not self._names:
-            raise ValueError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}).")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def key(self, index: int) -> str:
-        """The image's path in the folder."""
-        return self._names[index].encode(errors="surrogateescape").decode(errors="replace")
-
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the file's bytes; the text is empty."""
-        try:
-            return (self._folder / self._names[index]).read_bytes(), ""
-        except OSError as error:
-            raise SampleError(f"unreadable: {error.strerror}") from error
-
-
-def open_images(
-    source: str, image_column: str = "image", caption_column: str = "caption"
-) -> Source:
-    """Open a folder of images, a table of pairs or a pattern of tars."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return FolderImages(path)
-    if source.endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
-        from clip_jax.data.sources.table import TableConfig, TableSource
-
-        return TableSource(
-            TableConfig(path=source, image_column=image_column, caption_column=caption_column)
-        )
-    if source.endswith((".tar", ".tar.gz", ".tgz")):
-        from clip_jax.data.sources.tar import TarConfig, TarSource
-
-        return TarSource(TarConfig(path=source))
-    raise ValueError(
-        f"no images at {source}; it takes a folder, a .csv, .tsv or .jsonl, or tars "
-        "(data/{00000..00041}.tar)."
-    )
+def _sample(model: Model) -> list[float]:
+    """One number of each of the image tower's parameters: it tells models and checkpoints apart."""
+    leaves = map(np.asarray, jax.tree.leaves(model.params["visual"]))
+    return [float(x.flat[x.size // 2]) for x in leaves]
 
 
 # ------------------------------------------------------------------------------------- search
@@ -334,28 +308,62 @@ class SearchConfig:
 
 def search(config: SearchConfig) -> list[dict[str, Any]]:
     """Return `key`, `similarity` (cosine) and `index` in the source of the best, best first."""
-    embeddings = Embeddings(config.embeddings)
-    model = load(config.model)
-    width = embeddings.vectors.shape[1]
-    if width != model.config.embed_dim:
-        raise ValueError(
-            f"{config.embeddings} has vectors of {width} dimensions, {config.model} makes "
-            f"{model.config.embed_dim}; search with the model that embedded the images."
-        )
-    if config.image:
-        query = _unit(model.encode_image(model.preprocess([config.image])))[0]
-    else:
-        query = _unit(model.encode_text(model.tokenize([config.text], truncate=True)))[0]
-    find = embeddings.exact if config.index == "exact" else embeddings.approximate
-    results: list[dict[str, Any]] = []
-    for row, similarity in zip(*find(query, config.top), strict=True):
-        index, key = embeddings.row(int(row))
-        results.append({"key": key, "similarity": float(similarity), "index": index})
+    found = Searcher(load(config.model), config.embeddings)
+    results = found.search(config.image or config.text, config.top, config.index)
     if config.sheet:
-        told = json.loads((config.embeddings / "embed.json").read_text())
-        source = open_images(told["source"], told["image_column"], told["caption_column"])
-        rng = np.random.default_rng(0)
-        tiles = [center_crop(_rgb(source.load(x["index"], rng)[0]), TILE) for x in results]
-        lines = [[f"{x['similarity']:.3f}", x["key"][-24:]] for x in results]
-        contact_sheet(config.sheet, tiles, lines, columns=5, title=config.text)
+        tiles = [center_crop(found.picture(x["index"]), TILE) for x in results[:SHEET]]
+        lines = [[f"{x['similarity']:.3f}", _fit(x["key"])] for x in results]
+        title = config.text or str(config.image)
+        contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
     return results
+
+
+class Searcher:
+    """An embedded folder beside its model. ValueError if another model embedded it."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self._embeddings = Embeddings(folder)
+        if not (folder / "embed.json").is_file():
+            raise ValueError(f"{folder} has no embed.json; clip-jax embed writes it.")
+        self._told = json.loads((folder / "embed.json").read_text())
+        sample = _sample(model)
+        # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
+        if len(sample) != len(self._told["weights"]) or not np.allclose(
+            sample, self._told["weights"], rtol=1 / 128, atol=1e-6
+        ):
+            raise ValueError(
+                f"the embeddings in {folder} are another model's: {self._told['model']} made them. "
+                "Search with that, or embed the images anew."
+            )
+
+    def search(
+        self, query: str | Path, top: int, index: Literal["exact", "usearch"] = "exact"
+    ) -> list[dict[str, Any]]:
+        """Find what is closest to a text, or to the image at a path; see `search`."""
+        if isinstance(query, Path):
+            features = self._model.encode_image(self._model.preprocess([query]))
+        else:
+            features = self._model.encode_text(self._model.tokenize([query], truncate=True))
+        find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
+        results: list[dict[str, Any]] = []
+        for row, similarity in zip(*find(unit(features)[0], top), strict=True):
+            number, key = self._embeddings.row(int(row))
+            results.append({"key": key, "similarity": float(similarity), "index": number})
+        return results
+
+    @functools.cached_property
+    def _images(self) -> Images:
+        try:
+            return open_images(self._told["source"], self._told["image_column"])
+        except ValueError as error:
+            raise ValueError(
+                f"the images that {self._folder} was made from are not where they were: {error}"
+            ) from error
+
+    def picture(self, index: int) -> Image.Image:
+        """Read an image that was found, by its `index`; gray if it is no longer there."""
+        try:
+            return decode(self._images.image(index))
+        except (SampleError, ImageError):
+            return Image.new("RGB", (TILE, TILE), "gray")

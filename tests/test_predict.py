@@ -1,11 +1,14 @@
 """predict, embed and search on a tiny model: answers, errors, and kills."""
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import jax
@@ -16,30 +19,17 @@ import pytest
 from PIL import Image
 
 from clip_jax.cli import main
-from clip_jax.convert.formats import write_weights
-from clip_jax.convert.weights import Weights, default_inputs
 from clip_jax.data.embeddings import Embeddings, nearest
 from clip_jax.load import load
-from clip_jax.models.clip import CLIP, CLIPConfig
-from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig
 from tests.runs import ROOT
-
-TINY = CLIPConfig(
-    embed_dim=16,
-    vision=ViTConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2),
-    text=TextConfig(vocab_size=520, context_length=12, width=32, depth=1, num_heads=2),
-)
+from tests.tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model and a folder of 200 small images, two of them broken."""
     path = tmp_path_factory.mktemp("predict")
-    params = jax.tree.map(np.asarray, jax.jit(CLIP(TINY).init)(jax.random.key(0)))
-    preprocess, tokenizer = default_inputs(TINY)
-    weights = Weights(config=TINY, params=params, preprocess=preprocess, tokenizer=tokenizer)
-    write_weights(weights, path / "model", "clip-jax")
+    write_tiny_model(path / "model")
     rng = np.random.default_rng(0)
     (path / "photos/inner").mkdir(parents=True)
     for i in range(200):
@@ -142,10 +132,58 @@ def test_a_table_of_pairs_is_embedded(folder, tmp_path):
     assert rows(tmp_path / "out")["key"].to_pylist()[:2] == ["1:photos/000.png", "2:photos/002.png"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_table_needs_no_captions(folder, tmp_path, suffix):
+    names = ["photos/000.png", "photos/017-broken.png", "photos/002.png"]
+    lines = [json.dumps({"file": name}) for name in names]
+    if suffix == "csv":
+        lines = ["file,size", *(f"{name},9" for name in names)]
+    (folder / f"files.{suffix}").write_text("\n".join(lines) + "\n")
+    args = [str(folder / "model"), str(folder / f"files.{suffix}"), str(tmp_path / "out")]
+    assert main(["embed", *args, "--image-column", "file"]) == 0
+    assert rows(tmp_path / "out")["key"].to_pylist() == ["1:photos/000.png", "3:photos/002.png"]
+
+
+def test_tars_give_the_folders_embeddings(folder, tmp_path, capsys):
+    """With captions and without; what is broken is named by shard and member."""
+    names = ["000", "002", "017-broken", "004"]
+    for shard, members in enumerate((names[:2], names[2:])):
+        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
+            for name in members:
+                tar.add(folder / "photos" / f"{name}.png", f"{name}.png")
+                if name == "000":
+                    caption = tarfile.TarInfo(f"{name}.txt")
+                    caption.size = 5
+                    tar.addfile(caption, io.BytesIO(b"seven"))
+    pattern, model = str(tmp_path / "{00000..00001}.tar"), str(folder / "model")
+    assert main(["embed", model, pattern, str(tmp_path / "out"), "--rows-per-file", "3"]) == 0
+    printed = capsys.readouterr()
+    assert "3 images" in printed.out
+    assert f"skipped {tmp_path}/00001.tar:017-broken: not an image" in printed.err
+    table = rows(tmp_path / "out")
+    assert table["index"].to_pylist() == [0, 1, 3]
+    assert table["key"].to_pylist() == [
+        f"{tmp_path}/{name}" for name in ("00000.tar:000", "00000.tar:002", "00001.tar:004")
+    ]
+    assert main(["embed", model, str(folder / "photos"), str(tmp_path / "whole")]) == 0
+    whole = rows(tmp_path / "whole")
+    expected = dict(zip(whole["key"].to_pylist(), whole["embedding"].to_numpy(), strict=True))
+    for name, found in zip(("000", "002", "004"), table["embedding"].to_numpy(), strict=True):
+        np.testing.assert_allclose(found, expected[f"{name}.png"], atol=1e-6)
+    sheet = tmp_path / "sheet.png"
+    args = ["search", model, str(tmp_path / "out"), "--text", "x", "--sheet", str(sheet)]
+    assert main(args) == 0
+    assert sheet.exists()
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["nowhere", "OUT"], "no images at nowhere"),
+        (["missing.csv", "OUT"], "no table at"),
+        (["missing.tar", "OUT"], "1 shards of missing.tar are missing"),
+        (["missing-*.tar", "OUT"], "nothing matches"),
+        (["EMPTY", "OUT"], "has no images"),
         (["PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),
         (["PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),
         (["PHOTOS", "DONE", "--batch-size", "7"], "batch_size=64, now 7"),
@@ -156,6 +194,8 @@ def test_wrong_use_of_embed_exits_with_2(folder, tmp_path, args, says, capsys):
     (folder / "pairs").mkdir(exist_ok=True)
     Image.new("RGB", (9, 9)).save(folder / "pairs/a.png")
     places = {"PHOTOS": photos, "OUT": str(tmp_path / "out"), "DONE": str(tmp_path / "done")}
+    places["EMPTY"] = str(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
     assert main(["embed", model, photos, places["DONE"]]) == 0
     assert code(["embed", model, *(places.get(arg, arg) for arg in args)]) == 2
     error = capsys.readouterr().err
@@ -222,6 +262,48 @@ def test_an_image_finds_itself_and_a_text_what_numpy_finds(folder, embedded, tmp
         assert picture.width > 400
     assert main([*args, *text]) == 0
     assert capsys.readouterr().out.split()[1] == found[0]["key"]
+
+
+def test_another_models_embeddings_are_refused(folder, embedded, tmp_path, capsys):
+    write_tiny_model(tmp_path / "other", seed=1)
+    assert main(["search", str(tmp_path / "other"), str(embedded), "--text", "x"]) == 2
+    assert f"{folder / 'model'} made them" in capsys.readouterr().err
+    args = ["embed", str(tmp_path / "other"), str(folder / "photos"), str(embedded)]
+    assert main(args) == 2
+    assert "holds embeddings with model=" in capsys.readouterr().err
+
+
+def test_a_run_that_trained_on_does_not_resume_its_embeddings(folder, tmp_path, capsys):
+    write_tiny_model(tmp_path / "model")
+    args = ["embed", str(tmp_path / "model"), str(folder / "photos"), str(tmp_path / "out")]
+    assert main(args) == 0
+    shutil.rmtree(tmp_path / "model")
+    write_tiny_model(tmp_path / "model", seed=1)
+    assert main(args) == 2
+    assert "another checkpoint" in capsys.readouterr().err
+
+
+def test_the_same_weights_in_float16_may_search(folder, embedded, tmp_path, capsys):
+    half = str(tmp_path / "half")
+    args = ["convert", str(folder / "model"), half, "--to", "clip-jax", "--dtype", "float16"]
+    assert main(args) == 0
+    capsys.readouterr()
+    image = str(folder / "photos/000.png")
+    assert main(["search", half, str(embedded), "--image", image, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)[0]
+    assert best["key"] == "000.png"
+    assert best["similarity"] > 0.999
+
+
+def test_pictures_that_are_gone_are_said(folder, tmp_path, capsys):
+    shutil.copytree(folder / "photos/inner", tmp_path / "photos")
+    args = [str(folder / "model"), str(tmp_path / "photos"), str(tmp_path / "out")]
+    assert main(["embed", *args]) == 0
+    args = ["search", args[0], args[2], "--text", "x", "--sheet", str(tmp_path / "sheet.png")]
+    (tmp_path / "photos/001.png").unlink()
+    shutil.move(tmp_path / "photos", tmp_path / "moved")
+    assert main(args) == 2
+    assert "are not where they were" in capsys.readouterr().err
 
 
 def test_a_changed_folder_is_laid_out_anew(embedded, tmp_path):

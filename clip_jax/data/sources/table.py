@@ -23,7 +23,7 @@ class TableConfig:
 
     path: str  # .csv or .tsv with a header, or .jsonl; images relative to its folder
     image_column: str = "image"  # column of the image's path
-    caption_column: str = "caption"  # column of the text
+    caption_column: str = "caption"  # column of the text; empty: none, for images alone
 
 
 class TableSource:
@@ -62,14 +62,15 @@ class TableSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the image file's bytes and the caption; nothing here is random."""
-        image, caption = (
-            _text(cell, name)
-            for cell, name in zip(self._rows[index], ("image path", "caption"), strict=True)
-        )
+        return self.image(index), _text(self._rows[index][1], "caption")
+
+    def image(self, index: int) -> bytes:
+        """Get the image file's bytes."""
+        image = _text(self._rows[index][0], "image path")
         if not image:
             raise SampleError("image path is empty")
         try:
-            return (self._folder / image).read_bytes(), caption
+            return (self._folder / image).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or str(error)
             raise SampleError(f"image file: {reason}: {image!r:.300}") from error
@@ -89,7 +90,7 @@ def _text(cell: Any, name: str) -> str:
 def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
     for option in ("image_column", "caption_column"):
         name = getattr(config, option)
-        if name not in columns:
+        if name not in columns and (name or option == "image_column"):
             raise ValueError(
                 f"{path} has no column {name!r}, only {', '.join(map(repr, columns)) or 'none'}; "
                 f"set data.source.{option}"
@@ -112,7 +113,9 @@ class _Delimited:
             columns = next(csv.reader(file, delimiter=delimiter), [])
         _check_columns(path, columns, config)
         names = [
-            name.encode().decode("latin-1") for name in (config.image_column, config.caption_column)
+            name.encode().decode("latin-1")
+            for name in (config.image_column, config.caption_column)
+            if name
         ]
         self._malformed: list[str] = []
 
@@ -145,17 +148,18 @@ class _Delimited:
             raise ValueError(
                 f"{path} (data.source.path) does not parse: {error}. A quote that never closes?"
             ) from error
-        self._images, self._captions = (table[name] for name in names)
+        self._columns = [table[name] for name in names]
 
     def __len__(self) -> int:
-        return len(self._images) + len(self._malformed)
+        return len(self._columns[0]) + len(self._malformed)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if index >= len(self._images):
-            raise SampleError(self._malformed[index - len(self._images)])
-        cells = (self._images[index].as_py(), self._captions[index].as_py())
-        image, caption = (cell and cell.decode().encode("latin-1") for cell in cells)
-        return image, caption
+        whole = len(self._columns[0])
+        if index >= whole:
+            raise SampleError(self._malformed[index - whole])
+        cells = [column[index].as_py() for column in self._columns]
+        image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
+        return image, caption[0] if caption else None
 
 
 class _JsonLines:

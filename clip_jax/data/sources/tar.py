@@ -77,20 +77,28 @@ class TarSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the image member's bytes and the text; a list of texts in a .json draws one."""
+        image, text = self._read(index, "image", self._caption)
+        return image, self._text(text, rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the image member's bytes."""
+        return self._read(index, "image")[0]
+
+    def _read(self, index: int, *names: str) -> list[bytes]:
         shard, rows, row = self._find(index)
         wanted = []
-        for name in ("image", self._caption):
+        for name in names:
             offset = rows[f"{name}_offset"][row].as_py()
             if offset is None:
                 raise SampleError(f"no .{'/.'.join(IMAGES) if name == 'image' else name} member")
             wanted.append((offset, rows[f"{name}_size"][row].as_py()))
         try:
-            image, text = files.read_ranges(shard, wanted)
+            found = files.read_ranges(shard, wanted)
         except OSError as error:
             raise SampleError(f"shard: {error.strerror or error}") from error
-        if (len(image), len(text)) != (wanted[0][1], wanted[1][1]):
+        if [len(member) for member in found] != [size for _, size in wanted]:
             raise SampleError("shard ended before the member did: it changed during the run")
-        return image, self._text(text, rng)
+        return found
 
     def _text(self, member: bytes, rng: np.random.Generator) -> str:
         if self._caption == "txt":
