@@ -1,10 +1,12 @@
-"""What this machine does a second: `clip-jax bench input CONFIG`, one function a sub-command.
+"""What this machine does a second: `clip-jax bench input | step | loss CONFIG`, a function each.
 
 Each takes a run's config with a few fields more and returns the object that `--json` prints.
 """
 
+import dataclasses
 import functools
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -12,14 +14,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from clip_jax import pod, sharding
 from clip_jax.config import Config
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.pipeline import build, open_source
 from clip_jax.data.sources import SampleError
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.metrics import peak_memory
+from clip_jax.models.clip import CLIP
+from clip_jax.optim import make_optimizer
+from clip_jax.scaling import flops
+from clip_jax.scaling.chips import mfu
+from clip_jax.step import init_state, jit_step, state_shardings
 
 _WARM = 64  # samples before the stages are timed
 _MOST_BAD = 1000  # samples in a row
@@ -170,6 +181,129 @@ def _advice(result: dict[str, Any]) -> str:
     return "more --data.workers share the interpreter less"
 
 
+# ------------------------------------------------------------------------------- step and loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeBench(Config):
+    """A run's training step, or its loss alone, on made-up data: no input, no files."""
+
+    warmup: int = 3  # calls before the timed ones, the compiling one not counted
+    rounds: int = 7  # timed; the median counts
+    calls: int = 3  # a round: the device never waits for the host within one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0 or self.rounds < 1 or self.calls < 1:
+            raise ValueError(
+                f"warmup={self.warmup} must not be below 0, rounds={self.rounds} and "
+                f"calls={self.calls} not below 1"
+            )
+
+
+def measure_step(config: ComputeBench) -> dict[str, Any]:
+    """Whole training steps: samples and images a second, MFU (None on a CPU), memory.
+
+    `peak_bytes` is the device's own count where it keeps one, else what the compiled step needs.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
+    model, optimizer = CLIP(config.model), make_optimizer(config.optim, config.steps)
+    shardings = state_shardings(model, optimizer, mesh)
+    init = functools.partial(init_state, model=model, optimizer=optimizer)
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+    batch = jax.device_put(_made_up(config), sharding.batch_sharding(mesh))
+    _say(f"compiling the step for {mesh.size} devices ...")
+    start = time.perf_counter()
+    step = jit_step(model, config.optim, config.steps, config.loss, mesh, shardings)
+    compiled = step.lower(state, batch).compile()
+    compiling = time.perf_counter() - start
+
+    def take() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics["loss"]
+
+    work = flops.training(config.model, config.batch_size).total
+    return _measure(config, mesh, take, work, pod.peak(compiled)) | {"compile_seconds": compiling}
+
+
+def measure_loss(config: ComputeBench) -> dict[str, Any]:
+    """The loss alone with its metrics and all gradients, from features that lie as in the step."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
+    names = [field.name for field in dataclasses.fields(pod.Request)]
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    request = pod.Request(topology="", **values)
+    compiled = pod.compile_loss(request, mesh)
+    rng = np.random.default_rng(config.seed)
+    shape = (config.batch_size, config.model.embed_dim)
+    features = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    wide = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in features]
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    scale = np.float32(config.model.init_logit_scale)
+    bias = np.float32(config.model.init_logit_bias or 0)
+    ids = np.arange(config.batch_size, dtype=np.int32)
+    inputs = jax.device_put((*wide, scale, bias, ids), (rows, rows, whole, whole, rows))
+    work = flops.training(config.model, config.batch_size).loss
+    result = _measure(config, mesh, lambda: compiled(*inputs), work, pod.peak(compiled))
+    return result | {"form": pod.loss_form(request, mesh)}
+
+
+def _made_up(config: Config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(config.seed)
+    size, text = config.model.vision.image_size, config.model.text
+    tokens = rng.integers(1, text.vocab_size - 1, (config.batch_size, text.context_length))
+    tokens[:, -1] = text.vocab_size - 1  # the end of text
+    pixels = (config.batch_size, size, size, 3)
+    return {"image": rng.integers(0, 256, pixels, np.uint8), "text": tokens.astype(np.int32)}
+
+
+def _measure(
+    config: ComputeBench, mesh: Mesh, call: Callable[[], Any], work: int, compiled_peak: int
+) -> dict[str, Any]:
+    for _ in range(config.warmup):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(config.rounds):
+        start = time.perf_counter()
+        result = None
+        for _ in range(config.calls):
+            result = call()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / config.calls)
+    seconds, device = statistics.median(times), jax.devices()[0].device_kind
+    return {
+        "samples_per_second": config.batch_size / seconds,
+        "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
+        "seconds": seconds,
+        "seconds_fastest": min(times),
+        "mfu": mfu(float(work), seconds, mesh.size, device),
+        "peak_bytes": peak_memory() or compiled_peak,
+        "model_flops": work,
+        "batch_size": config.batch_size,
+        "devices": mesh.size,
+        "device_kind": device,
+        "mesh": dict(mesh.shape),
+    }
+
+
+def describe_compute(result: dict[str, Any]) -> str:
+    """Say it in words."""
+    share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
+    rate = result["samples_per_second_per_device"]
+    return "\n".join(
+        [
+            f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
+            f"batch {result['batch_size']:,}",
+            f"{result['seconds']:.4f} s a call (median; fastest {result['seconds_fastest']:.4f})",
+            f"{result['samples_per_second']:,.1f} pairs/s, {rate:,.1f} a device{share}",
+            f"{result['model_flops'] / result['seconds'] / 1e12:.3g} TFLOP/s of the model's own",
+            f"memory {result['peak_bytes'] / 2**20:,.0f} MiB a device",
+        ]
+    )
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -178,4 +312,6 @@ def _say(text: str) -> None:
 Bench = tuple[type[Config], Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], str]]
 BENCHES: dict[str, Bench] = {
     "input": (InputBench, measure_input, describe_input),
+    "step": (ComputeBench, measure_step, describe_compute),
+    "loss": (ComputeBench, measure_loss, describe_compute),
 }

@@ -148,6 +148,24 @@ def scale(args: Sequence[str]) -> int:
     return 0
 
 
+def plan(args: Sequence[str]) -> int:
+    """what a run takes on a pod you don't have: clip-jax plan CONFIG --topology v5e:16x16"""
+    from clip_jax.plan import PlanConfig
+    from clip_jax.plan import plan as make_plan
+    from clip_jax.scaling.pods import compare, describe
+
+    as_json = "--json" in args
+    rest = [arg for arg in args if arg != "--json"]
+    plans = make_plan(_run_config(PlanConfig, rest, plan, "plan"))
+    values = plans[0].to_json()
+    text = describe(plans[0])
+    if len(plans) > 1:
+        values["compared"] = [x.to_json() for x in plans[1:]]
+        text += "\n" + compare(plans)
+    _print(values, as_json, text)
+    return 0
+
+
 def prepare(args: Sequence[str]) -> int:
     """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect only looks"""
     from clip_jax.data import writer
@@ -159,7 +177,7 @@ def prepare(args: Sequence[str]) -> int:
 
 
 def bench(args: Sequence[str]) -> int:
-    """measure this machine: clip-jax bench input CONFIG"""
+    """measure this machine: clip-jax bench input CONFIG, bench step CONFIG, bench loss CONFIG"""
     from clip_jax import bench as benches
 
     verb, rest = (args[0], args[1:]) if args else ("", [])
@@ -183,6 +201,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "convert": convert,
     "prepare": prepare,
+    "plan": plan,
     "scale": scale,
     "bench": bench,
 }

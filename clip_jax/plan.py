@@ -181,11 +181,9 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
     while left and (high is None or high - low > max(8, low // 16)):
         fixed = found.bytes_per_device["parameters"] + found.bytes_per_device["optimizer"]
         each = max(found.bytes_per_device["total"] - fixed, 1) / (found.batch_size // shards)
-        guess = int((found.hbm_bytes * 0.97 - fixed) / each)
-        guess = max(guess // 8 * 8, 1)
-        if high is None:
-            guess = min(max(guess, low + 8), 4 * low)
-        elif not low < guess < high:
+        guess = int((found.hbm_bytes - fixed) / each) // 8 * 8
+        guess = max(guess, low + max(8, low // 64 * 8))  # memory is not quite a straight line
+        if high and guess >= high:
             guess = (low + high) // 2 // 8 * 8 or (low + high) // 2
             if not low < guess < high:
                 break

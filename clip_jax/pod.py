@@ -74,8 +74,8 @@ def is_tpu(topology: str) -> bool:
 
 def count_devices(topology: str, slices: int = 1) -> int:
     """Count JAX devices."""
-    size = math.prod(int(x) for x in topology.partition(":")[2].split("x"))
-    return size * slices * chip_of(topology).devices
+    chip = chip_of(topology)
+    return math.prod(int(x) for x in topology.partition(":")[2].split("x")) * slices * chip.devices
 
 
 def compile_step(request: Request) -> Facts:

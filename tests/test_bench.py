@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.bench import InputBench, measure_input
+from clip_jax.bench import InputBench, describe_compute, measure_input
 from clip_jax.cli import main
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.table import TableConfig
-from tests.runs import DIGITS, ROOT
+from tests.runs import DIGITS, FLAGS, ROOT
 
 QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]
 
@@ -39,3 +39,16 @@ def test_input_that_cannot_be_read(tmp_path):
     source = TableConfig(path=str(tmp_path / "pairs.csv"))
     with pytest.raises(ValueError, match=r"none of 1024 samples of data\.source"):
         measure_input(InputBench(data=DataConfig(source=source), seconds=0.1))
+
+
+@pytest.mark.parametrize("what", ["step", "loss"])
+def test_step_and_loss_are_timed(what, capsys):
+    command = ["bench", what, str(DIGITS), *FLAGS, "--warmup", "0", "--rounds", "2"]
+    assert main([*command, "--calls", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["samples_per_second"] == pytest.approx(16 / result["seconds"])
+    assert result["devices"] == 8
+    assert result["mfu"] is None  # of a CPU no peak is known
+    assert result["peak_bytes"] > 0
+    assert result["seconds_fastest"] <= result["seconds"]
+    assert "pairs/s" in describe_compute(result)

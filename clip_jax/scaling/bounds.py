@@ -49,12 +49,12 @@ def executed_flops(
         "dots": forward - flops.forward(config, "no_attention").total,  # attention is not saved
     }.get(config.remat, 0)
     loss = training.loss * PASSES[precision] * (1 if form == "dense" else 4 / 3)
-    return training.image + training.text + batch_size * again + loss
+    return float(training.image + training.text + batch_size * again + loss)
 
 
 def bounds(
-    chip: Chip, devices: int, flops_: float, memory_bytes: float | None,
-    interconnect_bytes: float | None, network_bytes: float,
+    chip: Chip, devices: int, flops_: float, memory_bytes: int | float | None,
+    interconnect_bytes: int | float | None, network_bytes: int | float,
 ) -> Bounds:  # fmt: skip
     """Divide work by peaks.
 

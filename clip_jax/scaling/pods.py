@@ -42,7 +42,7 @@ class Plan:
     form: str  # of the loss
     hbm_bytes: float  # of one device
     bytes_per_device: dict[str, int]  # by part, and the total
-    model_flops_per_step: float  # of all devices, nothing recomputed
+    model_flops_per_step: int  # of all devices, nothing recomputed
     collectives: list[dict[str, Any]]
     seconds: dict[str, float | None]  # the least time of each part; None: not known
     step_seconds_bound: float | None
