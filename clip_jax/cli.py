@@ -172,7 +172,7 @@ def prepare(args: Sequence[str]) -> int:
 
     config, as_json = _command(writer.PrepareConfig, args, ("source", "destination"), prepare)
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
-    _print(result, as_json, json.dumps(result, indent=2, ensure_ascii=False))
+    _print(result, as_json, writer.describe(result))
     return 0
 
 

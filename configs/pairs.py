@@ -1,4 +1,4 @@
-"""Your own image-caption table: a CSV, TSV or JSONL with an image path and a caption in each row.
+"""Your own image-text pairs: a table of image paths and captions, tars, Parquet, or a folder.
 
     clip-jax train configs/pairs.py --data.source.path pairs.csv
 
@@ -12,7 +12,7 @@ import dataclasses
 from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.sources.table import TableConfig
+from clip_jax.data.sources.any import PathConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -23,7 +23,7 @@ def get_config() -> Config:
         steps=20_000,
         batch_size=512,
         model=dataclasses.replace(zoo.get("ViT-S-16"), remat="dots"),
-        data=DataConfig(source=TableConfig(path="pairs.csv"), threads=8),
+        data=DataConfig(source=PathConfig(path="pairs.csv"), threads=8),
         loss=SoftmaxConfig(mask_same_caption=True),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=1_000, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=1_000),

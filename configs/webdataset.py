@@ -4,9 +4,9 @@
 
 The first start indexes the shards (100,000 samples a second and core, where the disk allows) and
 keeps the index beside them; gzip is refused, since it has no random access. A config's source is
-chosen by its type: put ArrayRecordConfig, ParquetConfig, FolderConfig, TfdsConfig,
-SavedDatasetConfig or TableConfig (all in clip_jax/data/sources/) in TarConfig's place to read
-another format. Model and batch are those of OpenAI's ViT-B/32: 32,768 pairs a step, for a pod.
+chosen by its type: PathConfig in TarConfig's place reads any format, the other types in
+clip_jax/data/sources/ have more to set, and MixtureConfig joins several of them by weight. Model
+and batch are those of OpenAI's ViT-B/32: 32,768 pairs a step, for a pod.
 """
 
 import dataclasses

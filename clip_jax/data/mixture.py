@@ -11,7 +11,7 @@ from clip_jax.data.sources import Source
 from clip_jax.data.sources.any import SingleConfig
 
 _BLOCK = 4096  # samples in which the weights are kept exactly; their resolution
-_ENDLESS = 1 << 53
+ENDLESS = 1 << 53  # positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class MixtureSource:
             for number, member in enumerate(self._members)
         ]
         starts = [0, *self._ends.tolist()]
-        return grain.MapDataset.range(_ENDLESS).map(_Order(self._phases, starts, orders))
+        return grain.MapDataset.range(ENDLESS).map(_Order(self._phases, starts, orders))
 
 
 class _Order:

@@ -8,6 +8,8 @@ a resumed run needs to know.
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +21,11 @@ from jaxtyping import Int32, Int64, UInt8
 from clip_jax.data.augment import AugmentConfig, augment
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, read_crop
-from clip_jax.data.mixture import MixtureConfig, MixtureSource
+from clip_jax.data.mixture import ENDLESS, MixtureConfig, MixtureSource
 from clip_jax.data.sources import SampleError, Source
 from clip_jax.data.sources.any import SingleConfig, open_single
 
+_PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples before the share of bad ones is judged
 _SHOWN_REASONS = 3
@@ -137,6 +140,13 @@ class Pipeline:
         self._batch_size, self._part = batch_size, part
         self.num_samples = len(loader.source)  # in one epoch
 
+    def fingerprint(self) -> str:
+        """Hash the source: how many samples it has, and the keys of a hundred, evenly spread."""
+        count = self.num_samples
+        indices = sorted({i * count // 100 for i in range(100)})
+        named = [str(count), *(self._loader.source.key(i) for i in indices)] if count else ["0"]
+        return hashlib.sha256("\n".join(named).encode("utf-8", "replace")).hexdigest()[:12]
+
     def batches(self, start_step: int = 0) -> Generator[Batch]:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
 
@@ -145,22 +155,25 @@ class Pipeline:
         import grain
 
         config = self._config
-        index, count = self._part
-        ahead = grain.ReadOptions(
-            num_threads=config.threads,
-            prefetch_buffer_size=max(config.prefetch, config.threads),
-        )
         source = self._loader.source
         if isinstance(source, MixtureSource):
             order = source.order(config.seed)
         else:
             # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
             order = grain.MapDataset.range(self.num_samples).seed(config.seed).shuffle().repeat()
+        own = self._batch_size // self._part[1]
+        number = _num_pieces(own)
+        make = _Pieces(self._loader, self._tokenize, order, self._batch_size, self._part, number)
+        # A thread makes a piece of a batch, so that the first is soon there and few are in memory.
+        ahead = config.prefetch * number
         stream = (
-            order.map_with_index(self._loader)  # before `batch`: one thread makes one batch
-            .batch(self._batch_size // count, drop_remainder=True, batch_fn=list)
-            .map(self._collate)[index::count][start_step:]
-            .to_iter_dataset(ahead)
+            grain.MapDataset.range(ENDLESS)
+            .map(make)[start_step * number :]
+            .to_iter_dataset(
+                grain.ReadOptions(
+                    num_threads=config.threads, prefetch_buffer_size=max(ahead, config.threads)
+                )
+            )
         )
         if config.workers:
             from absl import flags
@@ -168,22 +181,71 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():  # Grain's processes read flags, and we have none
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+                grain.MultiprocessingOptions(
+                    config.workers, per_worker_buffer_size=-(-ahead // config.workers)
+                )
             )
         bad = _BadShare(config.max_bad_share)
-        with contextlib.closing(iter(stream)) as batches:
-            for batch in batches:
+        with contextlib.closing(iter(stream)) as pieces:
+            while True:
+                batch = _join(list(itertools.islice(pieces, number)))
                 bad.judge(batch)
                 yield batch
 
-    def _collate(self, samples: list[_Sample]) -> Batch:
-        return Batch(
-            image=np.stack([sample.image for sample in samples]),
-            text=self._tokenize([sample.caption for sample in samples]),
+
+def _num_pieces(size: int) -> int:
+    """In how many equal pieces of a few dozen samples a batch is made; one if there are none."""
+    found = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
+    return found if size // found >= _PIECE[0] else 1
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a worker says of a piece besides its arrays, which come through shared memory."""
+
+    index: Int64[np.ndarray, " B"]
+    keys: list[str]
+    skipped: list[dict[str, Any]]
+
+
+_Piece = tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, "B L"], _Told]
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Makes the i-th of the pieces, `number` a batch, of which this process has a part."""
+
+    load: "_Loader"
+    tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
+    order: Any  # record of a position
+    batch_size: int
+    part: tuple[int, int]
+    number: int
+
+    def __call__(self, i: int) -> _Piece:
+        step, piece = divmod(i, self.number)
+        own = self.batch_size // self.part[1]
+        size = own // self.number
+        first = step * self.batch_size + self.part[0] * own + piece * size
+        samples = [self.load(at, int(self.order[at])) for at in range(first, first + size)]
+        told = _Told(
             index=np.array([sample.position for sample in samples], np.int64),
             keys=[sample.key for sample in samples],
             skipped=[event for sample in samples for event in sample.skipped],
         )
+        texts = self.tokenize([sample.caption for sample in samples])
+        return np.stack([sample.image for sample in samples]), texts, told
+
+
+def _join(pieces: list[_Piece]) -> Batch:
+    images, texts, told = zip(*pieces, strict=True)
+    return Batch(
+        image=np.concatenate(images),  # a copy, also of one piece: shared memory is given back
+        text=np.concatenate(texts),
+        index=np.concatenate([one.index for one in told]),
+        keys=[key for one in told for key in one.keys],
+        skipped=[event for one in told for event in one.skipped],
+    )
 
 
 class _Loader:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 
 class SampleError(Exception):
@@ -32,15 +32,51 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class StoredSource(Source, Protocol):
+    """A source of files' bytes, with all captions of an image: what `clip-jax prepare` copies."""
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image. Raises SampleError."""
+        ...
+
+    def captions(self, index: int) -> list[str]:
+        """Get all captions. Raises SampleError."""
+        ...
+
+
+@runtime_checkable
+class ScoredSource(Protocol):
+    """A source with numbers beside its pairs, such as a CLIP score."""
+
+    def scores(self, column: str) -> Float64[np.ndarray, " N"]:
+        """Get a column, NaN where a value is missing. ValueError if there is no such column."""
+        ...
+
+
 def caption_of(value: Any, rng: np.random.Generator) -> str:
     """Text of a cell: a string, UTF-8 bytes, or a sequence of them, of which one is drawn.
 
     A single text draws nothing, so that a sample looks the same in every format.
     """
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
-        if not len(value):
-            raise SampleError("caption is missing: the list is empty")
-        value = value[0] if len(value) == 1 else value[int(rng.integers(len(value)))]
+    values = _several(value)
+    return _text(values[0] if len(values) == 1 else values[int(rng.integers(len(values)))])
+
+
+def captions_of(value: Any) -> list[str]:
+    """All texts of a cell."""
+    return [_text(one) for one in _several(value)]
+
+
+def _several(value: Any) -> Sequence[Any] | np.ndarray:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        return [value]
+    if not len(value):
+        raise SampleError("caption is missing: the list is empty")
+    return value
+
+
+def _text(value: Any) -> str:
     if isinstance(value, bytes):
         try:
             return value.decode()

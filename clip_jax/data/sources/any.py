@@ -1,5 +1,10 @@
 """Any one source: the configs there are, and what opens each."""
 
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.sources import Source
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
@@ -10,8 +15,27 @@ from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
 
+_SUFFIXES: dict[str, Any] = {
+    **dict.fromkeys((".tar", ".gz", ".tgz"), TarConfig),  # which says why it reads no gzip
+    ".array_record": ArrayRecordConfig,
+    ".parquet": ParquetConfig,
+    **dict.fromkeys((".csv", ".tsv", ".jsonl", ".ndjson"), TableConfig),
+}
+_OF_FOLDERS = (".tar", ".array_record", ".parquet")  # what a folder may hold, in this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """Pairs in whatever format the path's ending says, or what is in the folder."""
+
+    path: str  # tars, Parquet, ArrayRecord, a table; a folder of those, of TFDS, of images
+    image_column: str = ""  # where the format has columns; empty: its default
+    caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
+
+
 SingleConfig = (
-    DigitsConfig
+    PathConfig
+    | DigitsConfig
     | TableConfig
     | TarConfig
     | FolderConfig
@@ -25,6 +49,8 @@ SingleConfig = (
 def open_single(config: SingleConfig, image_size: int) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
     match config:
+        case PathConfig():
+            return open_single(guess_source(config), image_size)
         case DigitsConfig():
             return DigitsSource(config, image_size)
         case TableConfig():
@@ -41,3 +67,33 @@ def open_single(config: SingleConfig, image_size: int) -> Source:
             return TfdsSource(config)
         case SavedDatasetConfig():
             return SavedDatasetSource(config)
+
+
+def guess_source(config: PathConfig) -> SingleConfig:
+    """Tell the format by a path's ending, or by what a folder holds. ValueError if neither does."""
+    path = config.path
+    folder = Path(path).expanduser()
+    kind = _SUFFIXES.get(Path(path).suffix)
+    inside = [suffix for suffix in _OF_FOLDERS if any(folder.glob(f"*{suffix}"))]
+    if kind is None and (folder / "state.json").is_file():
+        kind = SavedDatasetConfig
+    elif kind is None and (folder / "dataset_info.json").is_file():
+        kind = TfdsConfig
+    elif kind is None and inside:
+        kind, path = _SUFFIXES[inside[0]], f"{path.rstrip('/')}/*{inside[0]}"
+    elif kind is None and folder.is_dir():
+        kind = FolderConfig
+    if kind is None:
+        raise ValueError(
+            f"{path} (data.source.path) is no source: give files that end in "
+            f"{', '.join(_SUFFIXES)}, or a folder of such files, of images, of save_to_disk or of "
+            "a TFDS version"
+        )
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    given = {name: value for name, value in columns.items() if value}
+    if kind is TarConfig and config.caption_column:
+        given["caption"], given["caption_key"] = "json", given.pop("caption_column")
+    names = {field.name for field in dataclasses.fields(kind)}
+    if not given.keys() <= names:
+        raise ValueError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
+    return kind(path=path, **given)

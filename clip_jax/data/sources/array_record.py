@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, caption_of, files
+from clip_jax.data.sources import SampleError, caption_of, captions_of, files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +67,29 @@ class ArrayRecordSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the encoded image and the caption."""
+        features = self._features(index)
+        return self._image(features), caption_of(features.get(self._config.caption_column), rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image."""
+        return self._image(self._features(index))
+
+    def captions(self, index: int) -> list[str]:
+        """Get all values of the caption's feature."""
+        return captions_of(self._features(index).get(self._config.caption_column))
+
+    def _features(self, index: int) -> dict[str, list[bytes]]:
         shard, place = self._find(index)
         try:
-            features = decode_example(self._shards[shard][place])
+            return decode_example(self._shards[shard][place])
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise SampleError(f"record cannot be read: {error}") from error
+
+    def _image(self, features: dict[str, list[bytes]]) -> bytes:
         image = features.get(self._config.image_column)
         if not image:
             raise SampleError(f"image is missing: no feature {self._config.image_column!r}")
-        return image[0], caption_of(features.get(self._config.caption_column), rng)
+        return image[0]
 
 
 def _is_missing(path: str) -> bool:

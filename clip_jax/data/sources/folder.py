@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, caption_of
+from clip_jax.data.sources import SampleError, captions_of
 from clip_jax.data.sources.tar import IMAGES
 
 
@@ -43,11 +43,20 @@ class FolderSource:
         return self._names[index].encode(errors="surrogateescape").decode(errors="replace")
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the image file's bytes and the text file's content."""
-        image = self._folder / self._names[index]
-        try:
-            return image.read_bytes(), caption_of(image.with_suffix(".txt").read_bytes(), rng)
-        except OSError as error:
-            raise SampleError(
-                f"{Path(error.filename or image).suffix}: {error.strerror}"
-            ) from error
+        """Get the image file's bytes and the text file's content; nothing here is random."""
+        return self.image(index), self.captions(index)[0]
+
+    def image(self, index: int) -> bytes:
+        """Get the image file's bytes."""
+        return _read(self._folder / self._names[index])
+
+    def captions(self, index: int) -> list[str]:
+        """Get the text file's content, one caption."""
+        return captions_of(_read((self._folder / self._names[index]).with_suffix(".txt")))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"{path.suffix}: {error.strerror}") from error

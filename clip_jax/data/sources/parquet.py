@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float64
 
-from clip_jax.data.sources import SampleError, caption_of, files
+from clip_jax.data.sources import SampleError, caption_of, captions_of, files, scores
 
 _OPEN_GROUPS = 8  # row groups kept in memory; each thread works in one at a time
 
@@ -75,15 +76,33 @@ class ParquetSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the encoded image and the caption."""
+        table, row = self._row(index)
+        return pair_of(table, self._columns, row, rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image."""
+        table, row = self._row(index)
+        return image_of(table, self._columns[0], row)
+
+    def captions(self, index: int) -> list[str]:
+        """Get all texts of the caption's cell."""
+        table, row = self._row(index)
+        return captions_of(cell(table, self._columns[1], row))
+
+    def scores(self, column: str) -> Float64[np.ndarray, " N"]:
+        """Get a column of numbers from all files."""
+        return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
+
+    def _row(self, index: int) -> tuple[pa.Table, int]:
+        """Table of the row group, and row in it."""
         group, row = self._find(index)
         with self._lock:
             reading = self._reading.setdefault(group, threading.Lock())
         try:
             with reading:  # else every thread that wants this group would decode it
-                table = self._read(group)
+                return self._read(group), row
         except (OSError, pa.ArrowException) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
-        return pair_of(table, self._columns, row, rng)
 
 
 def check_columns(path: str, schema: pa.Schema, image_column: str, caption_column: str) -> None:
@@ -100,17 +119,23 @@ def pair_of(
     table: pa.Table, columns: list[str], row: int, rng: np.random.Generator
 ) -> tuple[bytes, str]:
     """Image bytes and caption of a row of an Arrow table."""
-    image, caption = (_cell(table[name], name, row) for name in columns)
+    return image_of(table, columns[0], row), caption_of(cell(table, columns[1], row), rng)
+
+
+def image_of(table: pa.Table, column: str, row: int) -> bytes:
+    """Image bytes of a row of an Arrow table."""
+    image = cell(table, column, row)
     if isinstance(image, dict):  # Hugging Face's Image feature
         image = image.get("bytes")
     if not isinstance(image, bytes):
         what = "missing" if image is None else f"{type(image).__name__}, not encoded bytes"
         raise SampleError(f"image is {what}")
-    return image, caption_of(caption, rng)
+    return image
 
 
-def _cell(column: pa.ChunkedArray, name: str, row: int) -> Any:
+def cell(table: pa.Table, name: str, row: int) -> Any:
+    """A value as Python's; SampleError for text that is not UTF-8."""
     try:
-        return column[row].as_py()
+        return table[name][row].as_py()
     except UnicodeDecodeError as error:
         raise SampleError(f"{name} is not UTF-8: {error.reason} at {error.start}") from error

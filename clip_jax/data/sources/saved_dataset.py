@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64
 
-from clip_jax.data.sources.parquet import check_columns, pair_of
+from clip_jax.data.sources import captions_of, scores
+from clip_jax.data.sources.parquet import cell, check_columns, image_of, pair_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,9 @@ class SavedDatasetSource:
             names = [file["filename"] for file in state["_data_files"]]
             if state.get("_indices_data_files"):
                 raise ValueError("it keeps an order of its own: call flatten_indices() first")
-            parts = []
-            for name in names:
-                table = pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all()
-                check_columns(name, table.schema, config.image_column, config.caption_column)
-                parts.append(table.select([config.image_column, config.caption_column]))
+            parts = [pa.ipc.open_stream(pa.memory_map(str(folder / n))).read_all() for n in names]
+            for name, part in zip(names, parts, strict=True):
+                check_columns(name, part.schema, config.image_column, config.caption_column)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(
                 f"{folder} is no usable folder of save_to_disk: {error}; see data.source.path"
@@ -66,3 +66,18 @@ class SavedDatasetSource:
         """Get the encoded image and the caption."""
         part, row = self._find(index)
         return pair_of(self._parts[part], self._columns, row, rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image."""
+        part, row = self._find(index)
+        return image_of(self._parts[part], self._columns[0], row)
+
+    def captions(self, index: int) -> list[str]:
+        """Get all texts of the caption's cell."""
+        part, row = self._find(index)
+        return captions_of(cell(self._parts[part], self._columns[1], row))
+
+    def scores(self, column: str) -> Float64[np.ndarray, " N"]:
+        """Get a column of numbers from all files."""
+        parts = zip(self._names, self._parts, strict=True)
+        return np.concatenate([scores.numbers(name, part, column) for name, part in parts])

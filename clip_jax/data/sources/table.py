@@ -64,6 +64,10 @@ class TableSource:
         """Get the image file's bytes and the caption; nothing here is random."""
         return self.image(index), _text(self._rows[index][1], "caption")
 
+    def captions(self, index: int) -> list[str]:
+        """Get the one caption of the row."""
+        return [_text(self._rows[index][1], "caption")]
+
     def image(self, index: int) -> bytes:
         """Get the image file's bytes."""
         image = _text(self._rows[index][0], "image path")

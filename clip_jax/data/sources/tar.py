@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64
 
-from clip_jax.data.sources import SampleError, caption_of, files
+from clip_jax.data.sources import SampleError, caption_of, captions_of, files, scores
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif")
 TEXTS = ("txt", "json", "cls")
@@ -78,11 +79,24 @@ class TarSource:
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the image member's bytes and the text; a list of texts in a .json draws one."""
         image, text = self._read(index, "image", self._caption)
-        return image, self._text(text, rng)
+        return image, caption_of(self._value(text), rng)
 
     def image(self, index: int) -> bytes:
         """Get the image member's bytes."""
         return self._read(index, "image")[0]
+
+    def captions(self, index: int) -> list[str]:
+        """Get the text, or all texts of a list in a .json."""
+        return captions_of(self._value(self._read(index, self._caption)[0]))
+
+    def scores(self, column: str) -> Float64[np.ndarray, " N"]:
+        """Get a column of img2dataset's Parquet files beside the shards, by the members' keys."""
+        found = []
+        for shard, rows in zip(self._shards, self._rows, strict=True):
+            paths = (key.decode(errors="replace") for key in rows["key"].to_pylist())
+            keys = [path.rpartition("/")[2] for path in paths]
+            found.append(scores.beside_tar(shard, keys, column))
+        return np.concatenate(found)
 
     def _read(self, index: int, *names: str) -> list[bytes]:
         shard, rows, row = self._find(index)
@@ -100,9 +114,10 @@ class TarSource:
             raise SampleError("shard ended before the member did: it changed during the run")
         return found
 
-    def _text(self, member: bytes, rng: np.random.Generator) -> str:
+    def _value(self, member: bytes) -> Any:
+        """What `caption_of` takes."""
         if self._caption == "txt":
-            return caption_of(member, rng)
+            return member
         if self._caption == "json":
             try:
                 fields = json.loads(member)
@@ -110,8 +125,8 @@ class TarSource:
                 raise SampleError(f".json is not JSON in UTF-8: {error}") from error
             if not isinstance(fields, dict):
                 raise SampleError(f".json is a {type(fields).__name__}, not an object")
-            return caption_of(fields.get(self._caption_key), rng)
-        label = caption_of(member, rng).strip()
+            return fields.get(self._caption_key)
+        label = captions_of(member)[0].strip()
         if not self._classes:
             return label
         if not (label.isascii() and label.isdigit() and int(label) < len(self._classes)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, caption_of
+from clip_jax.data.sources import SampleError, caption_of, captions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +58,33 @@ class TfdsSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the encoded image and the caption."""
+        example = self._example(index)
+        return self._image(example), caption_of(self._caption(example), rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image."""
+        return self._image(self._example(index))
+
+    def captions(self, index: int) -> list[str]:
+        """Get all texts of the caption's feature."""
+        return captions_of(self._caption(self._example(index)))
+
+    def _example(self, index: int) -> dict[str, Any]:
         try:
-            example = self._examples[index]
+            return self._examples[index]
         except (OSError, ValueError, RuntimeError) as error:
             raise SampleError(f"example cannot be read: {error}") from error
+
+    def _image(self, example: dict[str, Any]) -> bytes:
         image = example[self._config.image_column]
         if isinstance(image, np.ndarray) and image.ndim == 0:
             image = image.item()
         if not isinstance(image, bytes):
             raise SampleError(f"image is {type(image).__name__}, not encoded bytes")
-        return image, caption_of(_plain(example[self._config.caption_column]), rng)
+        return image
 
-
-def _plain(caption: Any) -> Any:
-    if isinstance(caption, dict):  # a sequence of {"text": ...}, as in coco_captions
-        caption = next(iter(caption.values()), [])
-    if isinstance(caption, np.ndarray):
-        return caption.tolist()
-    return caption
+    def _caption(self, example: dict[str, Any]) -> Any:
+        caption = example[self._config.caption_column]
+        if isinstance(caption, dict):  # a sequence of {"text": ...}, as in coco_captions
+            caption = next(iter(caption.values()), [])
+        return caption.tolist() if isinstance(caption, np.ndarray) else caption
