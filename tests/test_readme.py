@@ -78,7 +78,7 @@ def run(directory, arguments):
 def test_every_block_runs(directory):
     bash = shutil.which("bash")
     outputs = [run(directory, [bash, "-c", SHIMS + block]) for block in blocks("bash")]
-    assert len(outputs) == 8
+    assert len(outputs) == 9
     assert any("zero_shot/unseen/top1" in output for output in outputs)
     assert any("alpha         -0.1114" in output for output in outputs)
     for block in blocks("python"):
