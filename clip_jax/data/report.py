@@ -48,7 +48,7 @@ class Statistics:
         self._examples.setdefault(reason, f"{key}: {error}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and an example by reason, and histograms."""
+        """Counts and an example by reason, histograms, least and largest values."""
         return {
             "counts": dict(self._counts),
             "examples": self._examples,
@@ -58,6 +58,11 @@ class Statistics:
                 .tolist()
                 for name, edges in _EDGES.items()
             },
+            "extremes": {
+                name: [float(min(values)), float(max(values))]
+                for name, values in self._values.items()
+                if values
+            },
         }
 
 
@@ -66,28 +71,34 @@ def merged(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     histograms = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in _EDGES.items()}
+    extremes: dict[str, list[float]] = {}
     for shard in shards:
         counts.update(shard["counts"])
         examples = shard["examples"] | examples
         for name, histogram in shard["histograms"].items():
             histograms[name] += np.array(histogram)
+        for name, (low, high) in shard["extremes"].items():
+            before = extremes.get(name, [low, high])
+            extremes[name] = [min(low, before[0]), max(high, before[1])]
     return {
         "counts": dict(counts.most_common()),
         "examples": examples,
         "quantiles": {
             name: {
-                f"{share:.0%}": _quantile(histogram, _EDGES[name], share) for share in _QUANTILES
+                f"{share:.0%}": _quantile(histograms[name], _EDGES[name], share, *extremes[name])
+                for share in _QUANTILES
             }
-            for name, histogram in histograms.items()
-            if histogram.any()
+            for name in extremes
         },
         "histograms": {name: histogram.tolist() for name, histogram in histograms.items()},
     }
 
 
-def _quantile(histogram: np.ndarray, edges: np.ndarray, share: float) -> float:
+def _quantile(
+    histogram: np.ndarray, edges: np.ndarray, share: float, low: float, high: float
+) -> float:
     below = np.concatenate([[0], np.cumsum(histogram)])
-    return round(float(np.interp(share * below[-1], below, edges)), 2)
+    return float(np.clip(np.interp(share * below[-1], below, edges), low, high))
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -124,6 +124,7 @@ def test_the_report_adds_up(source, tmp_path):
     assert report["examples"]["image side"].endswith("00000.tar:00: image side: 10 pixels")
     assert all(sum(counts) == 16 for counts in report["histograms"].values())
     assert report["quantiles"]["shorter side, pixels"]["50%"] == pytest.approx(18, rel=0.12)
+    assert all(6 <= value <= 7 for value in report["quantiles"]["caption, characters"].values())
     for name in ("report.png", "contact_sheet.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 100
