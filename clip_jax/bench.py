@@ -215,7 +215,10 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     batch = jax.device_put(_made_up(config), sharding.batch_sharding(mesh))
     _say(f"compiling the step for {mesh.size} devices ...")
     start = time.perf_counter()
-    step = jit_step(model, config.optim, config.steps, config.loss, mesh, shardings)
+    step = jit_step(
+        model, config.optim, config.steps, config.loss, mesh, shardings,
+        accumulation=config.accumulation, seed=config.seed,
+    )  # fmt: skip
     compiled = step.lower(state, batch).compile()
     compiling = time.perf_counter() - start
 
@@ -224,7 +227,12 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
         state, metrics = compiled(state, batch)
         return metrics["loss"]
 
-    work = flops.training(config.model, config.batch_size).total
+    work = flops.training(
+        config.model,
+        config.batch_size,
+        patch_dropout=getattr(config.model.vision, "patch_dropout", 0.0),
+        locked=config.optim.locked,
+    ).total
     return _measure(config, mesh, take, work, pod.peak(compiled)) | {"compile_seconds": compiling}
 
 

@@ -25,7 +25,7 @@ from clip_jax.scaling.bounds import bounds, executed_flops
 from clip_jax.scaling.pods import Plan
 
 COMPILES = 8  # of --fit, at most
-REMAT: tuple[Remat, ...] = ("none", "dots", "full")  # cheapest first
+REMAT: tuple[Remat, ...] = ("none", "dots", "attention", "full")  # cheapest first
 # What the compiled program is made of; the cache forgets when one of these files changes.
 CODE = ("models", "losses", "optim.py", "sharding.py", "step.py", "pod.py", "scaling/hlo.py")
 Compile = Callable[[Request], Facts]
@@ -110,14 +110,20 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
     """Turn what the compiler says into memory, times, the MFU's bound, and the price of the run."""
     chip = pod.chip_of(config.topology)
     devices = pod.count_devices(config.topology, config.slices)
-    model_flops = flops.training(config.model, config.batch_size).total
+    model_flops = flops.training(
+        config.model,
+        config.batch_size,
+        patch_dropout=getattr(config.model.vision, "patch_dropout", 0.0),
+        locked=config.optim.locked,
+    ).total
     known = {name: facts[name] for name in ("parameters", "optimizer", "batch", "loss")}
     rest = facts["peak_bytes"] - sum(known.values())
     seconds = None
     if facts["fits"]:
         executed = executed_flops(
-            config.model, config.batch_size, config.loss.precision, facts["form"]
-        )
+            config.model, config.batch_size, precision=config.loss.precision, form=facts["form"],
+            accumulation=config.accumulation, locked=config.optim.locked,
+        )  # fmt: skip
         seconds = bounds(
             chip, devices, executed, facts["hbm_traffic"],
             sum(x["received"] for x in facts["collectives"])

@@ -46,6 +46,7 @@ class Request:
     topology: str  # v5e:16x16
     slices: int = 1
     batch_size: int
+    accumulation: int = 1
     model: CLIPConfig
     loss: SoftmaxConfig | SigmoidConfig
     optim: OptimConfig
@@ -111,19 +112,23 @@ def facts(request: Request, devices: list[jax.Device]) -> Facts:
     mesh = sharding.make_mesh(request.mesh, devices)
     state, batch = shapes(request, mesh)
     model, shardings = CLIP(request.model), jax.tree.map(lambda x: x.sharding, state)
-    step = jit_step(model, request.optim, STEPS, request.loss, mesh, shardings)
+    step = jit_step(
+        model, request.optim, STEPS, request.loss, mesh, shardings,
+        accumulation=request.accumulation,
+    )  # fmt: skip
     start = time.perf_counter()
+    held = parts(state, batch)
     result: Facts = {
         "mesh": dict(mesh.shape),
         "form": loss_form(request, mesh),
         "versions": f"jax {jax.__version__}",
-        **parts(state, batch),
+        **held,
         "loss": peak(compile_loss(request, mesh)),
     }
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if (needed := needed_bytes(str(error))) is None:
+        if (needed := needed_bytes(str(error), sum(held.values()))) is None:
             raise
         return result | {
             "fits": False,
@@ -141,16 +146,16 @@ def facts(request: Request, devices: list[jax.Device]) -> Facts:
     }
 
 
-def needed_bytes(message: str) -> int | None:
-    """Read from the compiler's complaint what a step would take; None: it complains of another."""
+def needed_bytes(message: str, held: int) -> int | None:
+    """Read from the compiler's complaint what a step would take; None: it complains of another.
+
+    `held` is what lies on a device anyway: the earliest complaint speaks of the rest alone.
+    """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    for pattern in (
-        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
-        r"temporaries \(([\d.]+)([KMGT])\)",
-    ):
-        if found := re.search(pattern, message):
-            return int(float(found[1]) * units[found[2]])
-    return None
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    rest = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    found = whole or rest
+    return found and int(float(found[1]) * units[found[2]]) + (0 if whole else held)
 
 
 def shapes(request: Request, mesh: Mesh | AbstractMesh) -> tuple[Any, Any]:
@@ -244,7 +249,7 @@ def estimate(request: Request) -> Facts:
     held = parts(*shapes(request, mesh))
     rows = request.batch_size // sharding.batch_shards(mesh)
     model = request.model
-    saved = {"none": 32, "dots": 20, "full": 2}.get(model.remat, 20)
+    saved = {"none": 32, "dots": 20, "attention": 10, "full": 2}[model.remat]
     towers = [(model.text.context_length, model.text)]
     if hasattr(model.vision, "num_tokens") and hasattr(model.vision, "depth"):
         towers.append((model.vision.num_tokens, model.vision))
@@ -252,7 +257,7 @@ def estimate(request: Request) -> Facts:
     for tokens, tower in towers:
         scores = 6 * tower.num_heads * tokens if model.remat == "none" else 0  # logits, weights
         per_token = saved * tower.width + scores
-        activations += rows * tokens * tower.depth * per_token
+        activations += rows // request.accumulation * tokens * tower.depth * per_token
     form = loss_form(request, mesh)
     features = 2 * request.batch_size * model.embed_dim * 4
     logits = rows * request.batch_size * 4 if form == "dense" else 0

@@ -31,7 +31,13 @@ class Bounds(NamedTuple):
 
 
 def executed_flops(
-    config: CLIPConfig, batch_size: int, precision: str, form: Literal["dense", "blocked", "ring"]
+    config: CLIPConfig,
+    batch_size: int,
+    *,
+    precision: str,
+    form: Literal["dense", "blocked", "ring"],
+    accumulation: int = 1,
+    locked: tuple[flops.Tower, ...] = (),
 ) -> float:
     """Count what the devices compute in one step, with what is computed again, in bf16 passes.
 
@@ -40,16 +46,41 @@ def executed_flops(
       batch_size: pairs in the global batch.
       precision: of the similarity's matmuls.
       form: of the loss; blocked and ring compute the logits again for the gradient.
+      accumulation: more than one chunk encodes every pair twice.
+      locked: towers that take no gradient, and so recompute nothing.
     """
-    training = flops.training(config, batch_size)
-    forward = flops.forward(config).total
-    again = {
-        "none": 0,
-        "full": forward,
-        "dots": forward - flops.forward(config, "no_attention").total,  # attention is not saved
-    }.get(config.remat, 0)
+    vision, dropout = config.vision, getattr(config.vision, "patch_dropout", 0.0)
+    training = flops.training(config, batch_size, patch_dropout=dropout, locked=locked)
+    forward = flops.forward(config, patch_dropout=dropout)
+    matmuls = flops.forward(config, "no_attention", patch_dropout=dropout)
+    ratios = {"image": getattr(vision, "mlp_ratio", None), "text": config.text.mlp_ratio}
+    again = 0.0
+    for tower in ("image", "text"):
+        if tower not in locked:
+            whole, plain = getattr(forward, tower), getattr(matmuls, tower)
+            again += recomputed(config.remat, whole, plain, ratios[tower])
+    if accumulation > 1:
+        again += forward.total
     loss = training.loss * PASSES[precision] * (1 if form == "dense" else 4 / 3)
     return float(training.image + training.text + batch_size * again + loss)
+
+
+def recomputed(remat: str, whole: int, plain: int, mlp_ratio: float | None) -> int | float:
+    """Count what a tower computes again backward.
+
+    `whole` is its forward pass, `plain` the same without attention's products; `mlp_ratio` is None
+    for a ResNet. What each policy saves stands in `models/layers.py`.
+    """
+    match remat:
+        case "full":
+            return whole
+        case "attention" if mlp_ratio is not None:  # of a block's 4 + 2r widths², 1 + r
+            return plain * (1 + mlp_ratio) / (4 + 2 * mlp_ratio) + (whole - plain) / 2
+        case "attention":
+            return whole
+        case "dots":
+            return 0 if mlp_ratio is None else whole - plain
+    return 0
 
 
 def bounds(
