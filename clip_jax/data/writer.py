@@ -32,6 +32,7 @@ from clip_jax.data.sources.array_record import (
     ArrayRecordSource,
     encode_example,
 )
+from clip_jax.data.sources.files import BadShards
 
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
@@ -47,6 +48,7 @@ class PrepareConfig(FilterConfig):
     inspect: bool = False  # only show the first samples and statistics, and draw a contact sheet
     image_column: str = ""  # where the source has columns; empty: the format's default
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
+    bad_shards: BadShards = "error"  # of the source: missing, truncated or damaged ones
     part: str = "1/1"  # which of how many parts of the work this process takes: 1/4 to 4/4
     samples_per_shard: int = 10_000  # of the source; what is dropped leaves a shard smaller
     threads: int = 0  # that read, check and write, each a shard; 0: one a core
@@ -143,8 +145,9 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _open(config: PrepareConfig) -> StoredSource:
-    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    source = open_single(PathConfig(path=config.source, **columns), image_size=1)
+    names = ("image_column", "caption_column", "bad_shards")
+    how = {name: getattr(config, name) for name in names}
+    source = open_single(PathConfig(path=config.source, **how), image_size=1)
     assert isinstance(source, StoredSource), config.source  # what has a path never draws
     return source
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.sources import Source
+from clip_jax.data.sources import Source, files
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.data.sources.folder import FolderConfig, FolderSource
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
@@ -31,6 +31,7 @@ class PathConfig:
     path: str  # tars, Parquet, ArrayRecord, a table; a folder of those, of TFDS, of images
     image_column: str = ""  # where the format has columns; empty: its default
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
+    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
 
 
 SingleConfig = (
@@ -96,4 +97,6 @@ def guess_source(config: PathConfig) -> SingleConfig:
     names = {field.name for field in dataclasses.fields(kind)}
     if not given.keys() <= names:
         raise ValueError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
+    if "bad_shards" in names:
+        given["bad_shards"] = config.bad_shards
     return kind(path=path, **given)

@@ -22,6 +22,7 @@ class ArrayRecordConfig:
     path: str  # data/*.array_record
     image_column: str = "image"  # feature with the encoded image
     caption_column: str = "caption"  # feature with one or several texts
+    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
 
 
 class ArrayRecordSource:
@@ -29,32 +30,21 @@ class ArrayRecordSource:
 
     def __init__(self, config: ArrayRecordConfig) -> None:
         paths = files.expand(config.path)
-        missing = [path for path in paths if _is_missing(path)]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} shards of data.source.path={config.path} are missing: "
-                f"{files.listed(missing)}"
-            )
-        try:
-            with ThreadPoolExecutor() as threads:
-                self._shards = list(threads.map(self._open, paths))
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"data.source.path={config.path} is no ArrayRecord, or not whole: {error}"
-            ) from error
+        with ThreadPoolExecutor() as threads:
+            opened = list(threads.map(_open, paths))
+        bad = [shard for shard in opened if isinstance(shard, str)]
+        files.settle(config.path, bad, "no ArrayRecord, or not whole", config.bad_shards)
+        self._shards = [shard for shard in opened if not isinstance(shard, str)]
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         if not len(self):
             raise ValueError(f"{config.path} has no records; data.source.path needs at least one")
-        self._paths, self._config = paths, config
-
-    @staticmethod
-    def _open(path: str) -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        return ArrayRecordDataSource(path)
+        self._config = config
+        self._paths = [
+            path for path, one in zip(paths, opened, strict=True) if not isinstance(one, str)
+        ]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def _find(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -92,12 +82,19 @@ class ArrayRecordSource:
         return image[0]
 
 
-def _is_missing(path: str) -> bool:
+def _open(path: str) -> Any:
+    """An open shard, or its name and what is wrong with it."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     try:
         files.stat(path)
+        shard = ArrayRecordDataSource(path)
+        len(shard)  # reads the end, where the index is
     except FileNotFoundError:
-        return True
-    return False
+        return f"{path} (missing)"
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        return f"{path} ({error})"
+    return shard
 
 
 # -------------------------------------------------------------------------------- tf.train.Example

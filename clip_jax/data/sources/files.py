@@ -2,14 +2,20 @@
 
 import glob
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _SHOWN = 5
+_NEAR = 1 << 16  # bytes between ranges: sooner transferred than asked for in a second request
+
+BadShards = Literal["error", "skip"]
+
+_log = logging.getLogger(__name__)
 
 
 def is_remote(path: str) -> bool:
@@ -68,6 +74,17 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards) -> None:
+    """Name shards that cannot be read (each with its reason, if any): ValueError, or a warning."""
+    shards = list(shards)
+    if not shards:
+        return
+    message = f"{len(shards)} shards of data.source.path={pattern} are {what}: {listed(shards)}"
+    if bad_shards == "error":
+        raise ValueError(f"{message}. Repair them, or set data.source.bad_shards to skip")
+    _log.warning("%s; skipped", message)
+
+
 def stat(path: str) -> tuple[int, float]:
     """Size in bytes and, on this machine, time of the last change. FileNotFoundError."""
     if is_remote(path):
@@ -84,9 +101,16 @@ def open_file(path: str) -> Any:
 
 
 def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """Bytes (offset, size) of one file; fewer where the file ends sooner."""
+    """Bytes (offset, size) of one file; fewer where the file ends sooner.
+
+    Of a bucket in one request where the ranges are near each other, as a pair's members are.
+    """
     if is_remote(path):
         system = _filesystem(path)
+        start, end = min(at for at, _ in ranges), max(at + size for at, size in ranges)
+        if end - start <= sum(size for _, size in ranges) + _NEAR:
+            whole = system.cat_file(path, start=start, end=end)
+            return [whole[at - start : at - start + size] for at, size in ranges]
         return [system.cat_file(path, start=at, end=at + size) for at, size in ranges]
     with open(path, "rb", buffering=0) as file:
         return [os.pread(file.fileno(), size, at) for at, size in ranges]

@@ -6,6 +6,7 @@ Face writes image sets, that is bearable; for fast reading `clip-jax prepare` it
 
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Float64
 
 from clip_jax.data.sources import SampleError, caption_of, captions_of, files, scores
 
+_THREADS = 16  # that read the files' ends
 _OPEN_GROUPS = 8  # row groups kept in memory; each thread works in one at a time
 
 
@@ -26,24 +28,28 @@ class ParquetConfig:
     path: str  # data/*.parquet, data/{00000..00041}.parquet
     image_column: str = "image"  # encoded images, or structs with `bytes` (Hugging Face)
     caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
+    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
 
 
 class ParquetSource:
     """One pair a row, in the order of files and rows. ValueError for files not usable."""
 
     def __init__(self, config: ParquetConfig) -> None:
-        self._paths = files.expand(config.path)
+        paths = files.expand(config.path)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            read = list(threads.map(_metadata, paths))
+        bad = [one for one in read if isinstance(one, str)]
+        files.settle(config.path, bad, "not usable", config.bad_shards)
+        good = [
+            (path, one) for path, one in zip(paths, read, strict=True) if not isinstance(one, str)
+        ]
+        self._paths = [path for path, _ in good]
+        self._metadata = [metadata for _, metadata in good]
         self._columns = [config.image_column, config.caption_column]
-        self._metadata, groups, sizes = [], [], []
-        for number, path in enumerate(self._paths):
-            try:
-                with files.open_file(path) as file:
-                    metadata = pq.read_metadata(file)
-                schema = metadata.schema.to_arrow_schema()
-            except (OSError, pa.ArrowException) as error:
-                raise ValueError(f"{path} (data.source.path) is not usable: {error}") from error
+        groups, sizes = [], []
+        for number, (path, metadata) in enumerate(good):
+            schema = metadata.schema.to_arrow_schema()
             check_columns(path, schema, config.image_column, config.caption_column)
-            self._metadata.append(metadata)
             groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self._groups, self._ends = groups, np.cumsum(sizes, dtype=np.int64)
@@ -103,6 +109,17 @@ class ParquetSource:
                 return self._read(group), row
         except (OSError, pa.ArrowException) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
+
+
+def _metadata(path: str) -> Any:
+    """What a file's end says, or its name and what is wrong with it."""
+    try:
+        with files.open_file(path) as file:
+            metadata = pq.read_metadata(file)
+        metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
+        return f"{path} ({error})"
+    return metadata
 
 
 def check_columns(path: str, schema: pa.Schema, image_column: str, caption_column: str) -> None:

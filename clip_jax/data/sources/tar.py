@@ -6,7 +6,6 @@ beside the shards or in a folder of your choice; a shard that changes is read an
 
 import hashlib
 import json
-import logging
 import os
 import zlib
 from collections.abc import Iterator
@@ -34,8 +33,6 @@ _SCHEMA = pa.schema(
     + [(f"{name}_{what}", pa.int64()) for name in _COLUMNS for what in ("offset", "size")]
 )
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TarConfig:
@@ -46,7 +43,7 @@ class TarConfig:
     caption_key: str = "caption"  # of a .json
     class_names: str = ""  # file with one class name a line, for .cls; empty: the number itself
     index: str = ""  # folder for the index; empty: where the first shard is
-    bad_shards: Literal["error", "skip"] = "error"  # missing, truncated or damaged ones
+    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
 
 
 class TarSource:
@@ -153,7 +150,7 @@ def _open_index(config: TarConfig) -> tuple[list[str], list[pa.RecordBatch]]:
     with ThreadPoolExecutor(_THREADS) as threads:
         stats = list(threads.map(_stat, shards))
     missing = [shard for shard, found in zip(shards, stats, strict=True) if found is None]
-    _refuse(config, missing, "missing")
+    files.settle(config.path, missing, "missing", config.bad_shards)
     present = [
         (shard, found) for shard, found in zip(shards, stats, strict=True) if found is not None
     ]
@@ -171,7 +168,8 @@ def _open_index(config: TarConfig) -> tuple[list[str], list[pa.RecordBatch]]:
 
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(zip(present, threads.map(rows_of, present), strict=True))
-    _refuse(config, [rows for _, rows in found if isinstance(rows, str)], "not usable")
+    bad = [rows for _, rows in found if isinstance(rows, str)]
+    files.settle(config.path, bad, "not usable", config.bad_shards)
     good = [(*item, rows) for item, rows in found if isinstance(rows, pa.RecordBatch)]
     if good:
         try:
@@ -189,15 +187,6 @@ def _stat(shard: str) -> tuple[int, float] | None:
         return files.stat(shard)
     except FileNotFoundError:
         return None
-
-
-def _refuse(config: TarConfig, shards: list[str], what: str) -> None:
-    if not shards:
-        return
-    message = f"{len(shards)} shards of {config.path} are {what}: {files.listed(shards)}"
-    if config.bad_shards == "error":
-        raise ValueError(f"{message}. Repair them, or set data.source.bad_shards to skip")
-    _log.warning("%s; skipped", message)
 
 
 def index_path(config: TarConfig, shards: list[str]) -> str:

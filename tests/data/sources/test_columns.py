@@ -1,5 +1,6 @@
 """Parquet, Arrow, ArrayRecord, TFDS and folders: what is refused, what is a bad sample."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax.data.sources import SampleError
+from clip_jax.data.sources import SampleError, StoredSource
+from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.array_record import (
     ArrayRecordConfig,
     ArrayRecordSource,
@@ -68,20 +70,47 @@ def test_several_captions_and_bad_cells(tmp_path):
             source.load(row + 1, np.random.default_rng(0))
 
 
-def test_a_truncated_parquet_is_named(tmp_path):
+@pytest.mark.parametrize(("name", "cut"), [("parquet", 7), ("array_record", 70_000)])
+def test_a_truncated_shard_is_named_or_skipped(name, cut, tmp_path, caplog):
+    config, source = formats.FORMATS[name](tmp_path, PAIRS), OPEN[name][1]
+    whole = len(source(config))
+    path = tmp_path / f"1.{name}"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(ValueError, match=rf"1 shards of .*/1\.{name} \(.*bad_shards to skip"):
+        source(config)
+    skipping = source(dataclasses.replace(config, bad_shards="skip"))
+    assert 0 < len(skipping) < whole
+    assert f"1.{name} (" in caplog.text
+    for index in range(len(skipping)):
+        text = skipping.load(index, np.random.default_rng(0))[1]
+        assert text in {text for _, _, text in PAIRS}
+        assert f"/1.{name}:" not in skipping.key(index)
+    path.unlink()
+    there = dataclasses.replace(config, path=str(tmp_path / f"{{0,1}}.{name}"))
+    with pytest.raises(ValueError, match=rf"1\.{name} \("):
+        source(there)
+
+
+def test_parquet_in_a_bucket(tmp_path):
+    import fsspec
+
     formats.parquet(tmp_path, PAIRS)
-    path = tmp_path / "0.parquet"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"0\.parquet \(data\.source\.path\) is not usable"):
-        ParquetSource(ParquetConfig(path=str(tmp_path / "*.parquet")))
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/parquet/{path.name}", path.read_bytes())
+    source = open_single(PathConfig(path="memory://parquet/*.parquet"), 1)
+    assert len(source) == 50
+    assert source.load(49, np.random.default_rng(0)) == (b"image 49", "text 49")
 
 
-def test_a_truncated_array_record_is_refused(tmp_path):
-    config = formats.array_record(tmp_path, PAIRS)
-    path = tmp_path / "1.array_record"
-    path.write_bytes(path.read_bytes()[:-70_000])
-    with pytest.raises(ValueError, match=r"is no ArrayRecord, or not whole"):
-        ArrayRecordSource(config)
+def test_images_and_all_captions_of_every_format(tmp_path):
+    for name, write in formats.FORMATS.items():
+        (tmp_path / name).mkdir()
+        source = open_single(write(tmp_path / name, PAIRS[:3]), 1)
+        assert isinstance(source, StoredSource), name
+        assert [(source.image(i), source.captions(i)) for i in range(3)] == [
+            (image, [text]) for _, image, text in PAIRS[:3]
+        ]
 
 
 def test_of_several_splits_one_must_be_chosen(tmp_path):

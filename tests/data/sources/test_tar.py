@@ -166,6 +166,22 @@ def test_shards_in_a_bucket(tmp_path):
     assert len(memory.glob("/bucket/*.arrow")) == 1
 
 
+def test_a_pair_in_a_bucket_costs_one_request(monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/far/a", bytes(range(256)) * 1000)
+    asked = []
+    read = type(memory).cat_file
+    monkeypatch.setattr(
+        type(memory), "cat_file", lambda *args, **how: asked.append(how) or read(*args, **how)
+    )
+    assert files.read_ranges("memory://far/a", [(1024, 2), (4, 3)]) == [b"\0\1", b"\4\5\6"]
+    assert len(asked) == 1
+    assert files.read_ranges("memory://far/a", [(0, 2), (255_999, 9)]) == [b"\0\1", b"\xff"]
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize(
     ("pattern", "paths"),
     [
@@ -184,7 +200,9 @@ def test_twenty_thousand_samples_a_second_are_indexed(tmp_path):
     write_tar(tmp_path / "a.tar", members)
     start = time.process_time()  # of this process: other work on the machine does not count
     assert index_shard(str(tmp_path / "a.tar")).num_rows == 3000
-    assert 3000 / (time.process_time() - start) > 20_000
+    rate = 3000 / (time.process_time() - start)
+    print(f"{rate:,.0f} samples/s indexed")
+    assert rate > 20_000
 
 
 def test_a_million_samples_start_within_five_seconds(tmp_path, write_pairs):
@@ -200,7 +218,7 @@ def test_a_million_samples_start_within_five_seconds(tmp_path, write_pairs):
     size = files.stat(shards[0])
     path = tar.index_path(config, files.expand(config.path))
     tar.write_index(path, [(shard, size, rows) for shard in shards])
-    start = time.process_time()
+    start, wall = time.process_time(), time.perf_counter()
     tracemalloc.start()
     pipeline = build(
         DataConfig(source=config),
@@ -214,6 +232,8 @@ def test_a_million_samples_start_within_five_seconds(tmp_path, write_pairs):
     (batch,) = itertools.islice(batches, 1)
     batches.close()
     assert batch.skipped == []
-    assert time.process_time() - start < 5
+    seconds, wall = time.process_time() - start, time.perf_counter() - wall
+    print(f"first batch after {seconds:.2f} s of CPU, {wall:.2f} s")
+    assert seconds < 5
     assert tracemalloc.get_traced_memory()[1] < 50e6  # the index stays on disk
     tracemalloc.stop()
