@@ -1,8 +1,23 @@
 """`python -m clip_jax` is the console script `clip-jax`."""
 
+import os
 import sys
 
-from clip_jax.cli import main
+
+def main() -> int:
+    """Run the command, in a process whose `malloc` asks for huge pages.
+
+    XLA's CPU backend takes its work space anew at every step; on pages of 4 KiB the faults cost a
+    small model up to a fifth of its time (BENCHMARKS.md). glibc reads its tunables before Python
+    begins, so the process starts itself again, once; whoever sets GLIBC_TUNABLES keeps theirs.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from clip_jax.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

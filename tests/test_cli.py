@@ -1,12 +1,14 @@
 """What a person types, and what they are told."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
+from clip_jax.__main__ import main as console_script
 from clip_jax.cli import main
 from tests.runs import DIGITS, ROOT
 
@@ -51,7 +53,7 @@ def test_training_needs_neither_tensorflow_nor_torch_nor_matplotlib():
         (["train", str(DIGITS), "--steps", "10"], "optim.warmup_steps=200 leaves nothing"),
         (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "no.csv"], "no.csv"),
         (["evaluate", "nowhere"], "there is no nowhere"),
-        (["scale", "nonsense"], "scale needs one of fit, collect"),
+        (["scale", "nonsense"], "scale needs one of ladder, collect, fit"),
         (["bench", "nonsense"], "bench needs one of input"),
         (["bench", "input"], "bench input needs a config file"),
     ],
@@ -94,3 +96,16 @@ def test_json_goes_to_standard_output_alone(capsys):
     assert main(["scale", "fit", table, "--where", "upstream_dataset=LAION*", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"alpha", "beta", "points"} <= result.keys()
+
+
+def test_the_console_script_starts_itself_once_with_huge_pages(monkeypatch):
+    started = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "execv", lambda path, argv: started.append((path, argv)))
+    monkeypatch.setattr(sys, "argv", ["clip-jax", "--version"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert console_script() == 0
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert console_script() == 0
+    assert len(started) == 1
