@@ -1,5 +1,9 @@
 """Orbax checkpoints: the state and the data position in one atomic unit."""
 
+import functools
+import json
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.clip import CLIP, Params, split_batch_stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Checkpoints:
         """Say whether all processes agreed to stop at this step. Ask at every step."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: Any, position: dict[str, int]) -> None:
+    def save(self, step: int, state: Any, position: dict[str, int | float]) -> None:
         """Save now, unless this step is saved already. Returns when the arrays are copied."""
         if step != self.latest_step():
             items = ocp.args.Composite(
@@ -61,7 +65,7 @@ class Checkpoints:
             )
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, state: Any, shardings: Any, step: int) -> tuple[Any, dict[str, int]]:
+    def restore(self, state: Any, shardings: Any, step: int) -> tuple[Any, dict[str, int | float]]:
         """Read a state of the given shapes onto the given shardings, and its data position."""
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
@@ -83,27 +87,56 @@ class Checkpoints:
         self._manager.close()
 
 
+def count_start(path: epath.Path, step: int) -> int:
+    """Note in a file that the run begins at `step`; return how often in a row it began there."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    starts = earlier["starts"] + 1 if earlier.get("step") == step else 1
+    path.write_text(json.dumps({"step": step, "starts": starts}))
+    return starts
+
+
 def restore_params(directory: epath.PathLike, model: CLIP) -> Params:
     """Read the newest checkpoint's parameters alone, whatever mesh they were trained on.
 
-    Raises ValueError if there is no complete checkpoint.
+    Where the run keeps an average of its weights (optim.ema_decay), that. Raises ValueError if
+    there is no complete checkpoint.
     """
     directory = epath.Path(directory).absolute()
     steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
     if not steps:
         raise ValueError(f"{directory} holds no checkpoint: the run has saved nothing yet.")
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
+    shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        {"params": jax.eval_shape(model.init, jax.random.key(0))},
+        jax.eval_shape(model.init, jax.random.key(0)),
     )
+    trainable, batch_stats = split_batch_stats(shapes)
     with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = directory / str(max(steps)) / "state"
+        average = _average_in(checkpointer.metadata(saved).item_metadata.tree)
+        target: Any = {"params": shapes}
+        if average:  # of what is trained, to which BatchNorm's statistics belong
+            target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
+            target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
         restored = checkpointer.restore(
-            directory / str(max(steps)) / "state",
+            saved,
             args=ocp.args.PyTreeRestore(
                 target,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(target),
                 partial_restore=True,
             ),
         )
-    return restored["params"]
+    found = functools.reduce(operator.getitem, average, restored) if average else {}
+    return restored.get("params", {}) | found
+
+
+def _average_in(saved: Any) -> tuple[str, ...]:
+    """Return where in a saved state the average of the weights lies; () if there is none."""
+    optimizer = saved.get("opt_state")
+    for path in (("ema",), ("inner", "ema")):  # the latter where updates may be skipped
+        tree = optimizer
+        for name in path:
+            tree = tree.get(name) if isinstance(tree, Mapping) else None
+        if tree:
+            return ("opt_state", *path)
+    return ()

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,17 @@ def train(args: Sequence[str]) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Run(Config):
-        workdir: Path  # where the run lives; the same command again resumes it
+        workdir: str  # where the run lives, or gs://...; the same command again resumes it
 
     path = _leading(args)[0] if _leading(args) else "config"
-    given = _fields(_run_config(Run, args, train, "train", workdir=Path("runs") / Path(path).stem))
+    given = _fields(_run_config(Run, args, train, "train", workdir=f"runs/{Path(path).stem}"))
     workdir = given.pop("workdir")
 
+    from clip_jax import processes
     from clip_jax.train import Diverged, Preempted
     from clip_jax.train import train as run_training
 
+    processes.start(given["processes"])
     try:
         run_training(Config(**given), workdir)
     except Diverged as error:
@@ -293,10 +296,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.", code=2)
     try:
-        return COMMANDS[args[0]](args[1:])
+        return _together(COMMANDS[args[0]](args[1:]))
     except (ValueError, KeyError) as error:
         if not _ours(error):
-            raise
-        return _say(str(error.args[0] if error.args else error), code=2)
+            return _failed(error)
+        return _together(_say(str(error.args[0] if error.args else error), code=2))
     except KeyboardInterrupt:
-        return _say("interrupted; the newest checkpoint is intact.", code=130)
+        return _together(_say("interrupted; the newest checkpoint is intact.", code=130))
+    except Exception as error:
+        return _failed(error)
+
+
+def _together(code: int) -> int:
+    """Return the exit code; with other processes that may wait for this one, leave at once."""
+    processes = sys.modules.get("clip_jax.processes")  # none is there without it
+    return processes.leave(code) if processes and code not in (0, 3) else code
+
+
+def _failed(error: Exception) -> int:
+    """Let Python report a bug, unless its way out is through other processes."""
+    processes = sys.modules.get("clip_jax.processes")
+    if not processes or processes.is_alone():
+        raise error
+    traceback.print_exception(error)
+    return _together(1)

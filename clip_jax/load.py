@@ -31,6 +31,7 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.models.serialize import from_dict
+from clip_jax.optim import TOWERS, Tower
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,42 @@ def load(
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
     config = replace(weights.config, dtype=dtype)
     return Model(config, params, weights.preprocess, weights.tokenizer)
+
+
+def starting_params(
+    path: str | Path, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
+) -> Params:
+    """Read the weights with which a training of the architecture `config` can begin, in float32.
+
+    Positions are fitted: the image tower's resized to its image size, the text tower's cut to its
+    context length. With one tower alone, neither the other nor the logit scale is returned.
+    Raises ValueError that names the first parameter whose shape is another.
+    """
+    weights = _read(Path(path), config.vision.image_size, None, None)
+    params = dict(weights.params)
+    text, length = params["text"], config.text.context_length
+    params["text"] = text | {"positional_embedding": text["positional_embedding"][:length]}
+    names = [TOWERS[tower] for tower in towers]
+    if "image" in towers and "batch_stats" in params:
+        names.append("batch_stats")
+    if set(towers) == set(TOWERS):
+        names = list(params)
+    expected = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    taken = {name: params[name] for name in names}
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {sharding.path_name(path): x.shape for path, x in leaves}
+
+    has, needs = shapes(taken), shapes({name: expected.get(name, {}) for name in taken})
+    for name in sorted(has.keys() | needs.keys()):
+        if has.get(name) != needs.get(name):
+            raise ValueError(
+                f"init_from={str(path)!r} has {name} {has.get(name, 'not at all')}, and the model "
+                f"needs {needs.get(name, 'none')}: give the same architecture under --model, or "
+                "take one tower with --init-towers."
+            )
+    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
 
 
 @dataclass(frozen=True, kw_only=True)

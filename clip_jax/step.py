@@ -41,9 +41,11 @@ class State:
     opt_state: Any  # Optax's
 
 
-def init_state(key: Array, model: CLIP, optimizer: optax.GradientTransformation) -> State:
-    """Draw parameters and start the optimizer at step 0."""
-    params = model.init(key)
+def init_state(
+    key: Array, model: CLIP, optimizer: optax.GradientTransformation, given: Params | None = None
+) -> State:
+    """Draw parameters, except those given, and start the optimizer at step 0."""
+    params = model.init(key) | (given or {})
     trainable, _ = split_batch_stats(params)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
