@@ -41,7 +41,7 @@ def main(seconds: float, folders: list[str]) -> None:
         max_bad_share=1.0,
     )
     config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, flip=0.5))
-    how = {"image_size": 32, "context_length": 32, "batch_size": 256}
+    how = {"image_size": 64, "context_length": 32, "batch_size": 256}
     batches = build(config, tokenizer=Tokenizer(), **how).batches()
     next(batches)  # the worker is there
     start, samples, held = time.perf_counter(), 0, []

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -135,34 +136,48 @@ def test_resumed_at_a_step_the_stream_goes_on(start, write_pairs, tmp_path):
         assert_same(first, second)
 
 
+def assert_once_an_epoch(samples, batch_size, before, after, pieces, data):
+    """Stopped at a random batch and resumed with other numbers of processes and workers."""
+    steps = -(-3 * samples // batch_size)
+    stop = data.draw(st.integers(0, steps))
+    keys = []
+    with mock.patch.object(pipeline, "_PIECE", pieces):
+        for start, end, (count, workers) in ((0, stop, before), (stop, steps, after)):
+            parts = [
+                take(
+                    # No threads: beartype draws from `random` in them, which hypothesis minds.
+                    digits(samples, threads=0, workers=workers),
+                    end - start,
+                    start=start,
+                    batch_size=batch_size,
+                    process_index=p,
+                    process_count=count,
+                )
+                for p in range(count)
+            ]
+            keys += [key for part in zip(*parts, strict=True) for key in join(part).keys]
+    for epoch in range(3):
+        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+    whole = take(digits(samples, threads=0), steps, batch_size=batch_size)
+    assert keys == [key for batch in whole for key in batch.keys]
+
+
+PIECES = st.sampled_from([(8, 64), (1, 3)])  # at least and at most so many samples
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     samples=st.integers(1, 40),
     per_process=st.integers(1, 5),
-    process_counts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    counts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    pieces=PIECES,
     data=st.data(),
 )
-def test_every_sample_once_an_epoch(samples, per_process, process_counts, data):
-    """Also where epochs end within a batch, and the number of processes changes at a resume."""
-    batch_size = per_process * np.lcm(*process_counts).item()
-    steps = -(-3 * samples // batch_size)
-    stop = data.draw(st.integers(0, steps))
-    keys = []
-    for start, end, count in zip((0, stop), (stop, steps), process_counts, strict=True):
-        parts = [
-            take(
-                digits(samples, threads=0),  # beartype draws from `random`, hypothesis minds that
-                end - start,
-                start=start,
-                batch_size=batch_size,
-                process_index=p,
-                process_count=count,
-            )
-            for p in range(count)
-        ]
-        keys += [key for part in zip(*parts, strict=True) for key in join(part).keys]
-    for epoch in range(3):
-        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+def test_every_sample_once_an_epoch(samples, per_process, counts, pieces, data):
+    """Also where epochs end within a batch, and where a batch is made in pieces."""
+    batch_size = per_process * np.lcm(*counts).item()
+    before, after = ((count, 0) for count in counts)
+    assert_once_an_epoch(samples, batch_size, before, after, pieces, data)
 
 
 @pytest.mark.slow
@@ -172,29 +187,11 @@ def test_every_sample_once_an_epoch(samples, per_process, process_counts, data):
     per_process=st.integers(1, 5),
     before=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
     after=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
+    pieces=PIECES,
     data=st.data(),
 )
-def test_every_sample_once_an_epoch_with_workers(samples, per_process, before, after, data):
-    """Stopped at a random batch and resumed with other processes and workers."""
-    batch_size = 4 * per_process
-    steps = -(-3 * samples // batch_size)
-    stop = data.draw(st.integers(0, steps))
-    keys = []
-    for start, end, (count, workers) in ((0, stop, before), (stop, steps, after)):
-        parts = [
-            take(
-                digits(samples, threads=0, workers=workers),
-                end - start,
-                start=start,
-                batch_size=batch_size,
-                process_index=p,
-                process_count=count,
-            )
-            for p in range(count)
-        ]
-        keys += [key for part in zip(*parts, strict=True) for key in join(part).keys]
-    for epoch in range(3):
-        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+def test_every_sample_once_an_epoch_with_workers(samples, per_process, before, after, pieces, data):
+    assert_once_an_epoch(samples, 4 * per_process, before, after, pieces, data)
 
 
 def test_epochs_and_seeds_differ_in_order():
