@@ -215,7 +215,7 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     batch = jax.device_put(_made_up(config), sharding.batch_sharding(mesh))
     _say(f"compiling the step for {mesh.size} devices ...")
     start = time.perf_counter()
-    step = jit_step(
+    step: Any = jit_step(
         model, config.optim, config.steps, config.loss, mesh, shardings,
         accumulation=config.accumulation, seed=config.seed,
     )  # fmt: skip

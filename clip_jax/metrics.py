@@ -1,7 +1,6 @@
 """Where numbers go: `metrics.jsonl`, TensorBoard, the terminal; and the clock behind them."""
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import tensorboardX
@@ -243,7 +242,7 @@ def profile_range(steps: str) -> tuple[int, int]:
 class Display:
     """A progress bar on a terminal, plain lines elsewhere; always on standard error."""
 
-    def __init__(self, total: int, start: int = 0, stream: io.TextIOBase | None = None) -> None:
+    def __init__(self, total: int, start: int = 0, stream: IO[str] | None = None) -> None:
         stream = stream or sys.stderr
         # Left to itself, rich writes HTML outputs under Jupyter, whatever the stream.
         self._console = Console(file=stream, highlight=False, soft_wrap=True, force_jupyter=False)

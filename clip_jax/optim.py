@@ -111,7 +111,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def scale_towers(image: float, text: float) -> optax.GradientTransformation:
     """Multiply the updates of either tower; what belongs to neither (the scale) stays."""
 
-    def update(updates: Params, _: Any) -> Params:
+    def update(updates: Any, _: Any) -> Any:
         return updates | {
             TOWERS[tower]: jax.tree.map(lambda x, rate=rate: rate * x, updates[TOWERS[tower]])
             for tower, rate in (("image", image), ("text", text))
@@ -146,13 +146,11 @@ class AverageState(NamedTuple):
 def average(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
     """Keep an exponential moving average of the weights, in float32."""
 
-    def init(params: Params) -> AverageState:
+    def init(params: Any) -> AverageState:
         return AverageState(inner.init(params), jax.tree.map(jnp.copy, params))
 
-    def update(
-        grads: Params, state: AverageState, params: Params | None = None
-    ) -> tuple[Params, AverageState]:
-        updates, after = inner.update(grads, state.inner, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        updates, after = inner.update(updates, state.inner, params)
         new = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, state.ema, new)
         return updates, AverageState(after, ema)
@@ -177,20 +175,18 @@ def guard(inner: optax.GradientTransformation, ratio: float) -> optax.GradientTr
     compiled step, so that all devices and hosts decide alike.
     """
 
-    def init(params: Params) -> GuardState:
+    def init(params: Any) -> GuardState:
         # Four arrays: the step gives its memory back, and may give none back twice.
         return GuardState(
             inner.init(params), jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))
         )
 
-    def update(
-        grads: Params, state: GuardState, params: Params | None = None
-    ) -> tuple[Params, GuardState]:
-        norm = optax.tree.norm(grads)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, GuardState]:
+        norm = optax.tree.norm(updates)
         usual = state.usual_norm / (1 - USUAL_DECAY ** jnp.maximum(state.updates, 1))
         usual = jnp.where(state.updates < USUAL_UPDATES, jnp.inf, usual)
         good = jnp.isfinite(norm) & (norm <= ratio * usual)
-        updates, after = inner.update(grads, state.inner, params)
+        updates, after = inner.update(updates, state.inner, params)
         done = GuardState(
             after,
             USUAL_DECAY * state.usual_norm + (1 - USUAL_DECAY) * norm,

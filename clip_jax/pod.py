@@ -112,7 +112,7 @@ def facts(request: Request, devices: list[jax.Device]) -> Facts:
     mesh = sharding.make_mesh(request.mesh, devices)
     state, batch = shapes(request, mesh)
     model, shardings = CLIP(request.model), jax.tree.map(lambda x: x.sharding, state)
-    step = jit_step(
+    step: Any = jit_step(
         model, request.optim, STEPS, request.loss, mesh, shardings,
         accumulation=request.accumulation,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def estimate(request: Request) -> Facts:
     rows = request.batch_size // sharding.batch_shards(mesh)
     model = request.model
     saved = {"none": 32, "dots": 20, "attention": 10, "full": 2}[model.remat]
-    towers = [(model.text.context_length, model.text)]
+    towers: list[tuple[int, Any]] = [(model.text.context_length, model.text)]
     if hasattr(model.vision, "num_tokens") and hasattr(model.vision, "depth"):
         towers.append((model.vision.num_tokens, model.vision))
     activations = 0

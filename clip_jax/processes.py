@@ -70,7 +70,7 @@ def start(config: ProcessesConfig) -> None:
     """
     _set_flags()
     explicit = {name: os.environ.get(name, "") for name in _EXPLICIT}
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "heartbeat_timeout_seconds": config.heartbeat_seconds,
         "shutdown_timeout_seconds": 60,
     }
@@ -150,7 +150,9 @@ def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
     By default not on a CPU, whose programs fit the very machine that compiled them. Whoever has
     set JAX's own variable (JAX_COMPILATION_CACHE_DIR) keeps it. Before anything is compiled.
     """
-    if jax.config.jax_compilation_cache_dir or (folder is None and jax.default_backend() == "cpu"):
+    if jax.config.values["jax_compilation_cache_dir"] or (
+        folder is None and jax.default_backend() == "cpu"
+    ):
         return
     folder = folder or f"{os.fspath(workdir)}/compilation_cache"
     jax.config.update("jax_compilation_cache_dir", folder)

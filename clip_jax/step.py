@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax import sharding
@@ -59,7 +60,7 @@ def state_shardings(model: CLIP, optimizer: optax.GradientTransformation, mesh: 
 
 
 def encode(
-    trainable: Params, batch_stats: Params, batch: Batch, *, model: CLIP, mesh: AnyMesh,
+    trainable: Params, batch_stats: Params, batch: Batch, *, model: CLIP, mesh: Mesh,
     locked: tuple[Tower, ...] = (), key: Array | None = None,
 ) -> tuple[Features, Params]:  # fmt: skip
     """Embed both sides of a batch at unit length; return them and BatchNorm's new statistics.
@@ -88,7 +89,7 @@ def _row_keys(key: Array, rows: Int[Array, " B"]) -> Key[Array, " B"]:
 
 def compare(
     trainable: Params, image_features: Float[Array, "B E"], text_features: Float[Array, "B E"], *,
-    text: Int[Array, "B L"], loss: LossConfig, mesh: AnyMesh,
+    text: Int[Array, "B L"], loss: LossConfig, mesh: Mesh,
 ) -> tuple[Float[Array, ""], Metrics]:  # fmt: skip
     """Compute the contrastive loss of one global batch; every other pair is a negative."""
     return contrastive_loss(
@@ -105,7 +106,7 @@ def compare(
 
 def compute_loss(
     trainable: Params, batch_stats: Params, batch: Batch, *, model: CLIP, loss: LossConfig,
-    mesh: AnyMesh, locked: tuple[Tower, ...] = (), key: Array | None = None,
+    mesh: Mesh, locked: tuple[Tower, ...] = (), key: Array | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:  # fmt: skip
     """Compute the loss of one global batch, and with it metrics and BatchNorm's new statistics."""
     features, batch_stats = encode(
@@ -117,7 +118,7 @@ def compute_loss(
 
 def train_step(
     state: State, batch: Batch, *, model: CLIP, optim: OptimConfig, steps: int, loss: LossConfig,
-    mesh: AnyMesh, accumulation: int = 1, seed: int = 0,
+    mesh: Mesh, accumulation: int = 1, seed: int = 0,
 ) -> tuple[State, Metrics]:  # fmt: skip
     """Take one step: towers, global similarity, loss, gradients, update.
 
@@ -131,7 +132,7 @@ def train_step(
         # Threefry, whatever the default: the rows' keys must give the same under vmap.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
         batch = batch | {"row": jnp.arange(len(batch["text"]))}
-    options = {"model": model, "mesh": mesh, "locked": optim.locked, "key": key}
+    options: dict[str, Any] = {"model": model, "mesh": mesh, "locked": optim.locked, "key": key}
     if accumulation == 1:
         objective = jax.value_and_grad(
             functools.partial(compute_loss, loss=loss, **options), has_aux=True
@@ -173,7 +174,7 @@ def train_step(
 
 
 def jit_step(
-    model: CLIP, optim: OptimConfig, steps: int, loss: LossConfig, mesh: AnyMesh, shardings: State,
+    model: CLIP, optim: OptimConfig, steps: int, loss: LossConfig, mesh: Mesh, shardings: State,
     *, accumulation: int = 1, seed: int = 0,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:  # fmt: skip
     """Compile `train_step`: the state's shardings pinned on both sides, its memory reused."""

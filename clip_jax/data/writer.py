@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +283,7 @@ def _report(folder: Path, shards: Sequence[_Shard]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def _whole(path: Path) -> Generator[Path]:
     """A path to write to; it becomes `path` if the block ends well, and otherwise nothing."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:

@@ -176,9 +176,9 @@ def _times(plan: Plan) -> Table:
 
 
 def _text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=110)
-    console.print(table)
-    return console.file.getvalue().rstrip()
+    stream = io.StringIO()
+    Console(file=stream, width=110).print(table)
+    return stream.getvalue().rstrip()
 
 
 def draw(plans: Sequence[Plan], path: Path) -> None:
