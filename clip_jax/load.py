@@ -175,13 +175,14 @@ class ConvertConfig:
 
     source: Path  # a run's work directory, a model folder, or a file (.pt, .bin, .safetensors)
     destination: Path  # folder to write; with --to openai a file
-    to: Format  # whose format
+    to: Format  # whose format to write
     plain: bool = False  # with --to openai: a state dict, not the TorchScript archive
-    verify: bool = False  # load the result with its own library and compare (needs the peers)
+    # load the result with its own library (extra `peers`), compare; exit code 1 above 1e-5
+    verify: bool = False
     dtype: DType | None = None  # of the tensors written; by default as they are
     image_size: int | None = None  # pixels; positions are resized to it
-    activation: Activation | None = None  # asked for where a file does not say it
-    architecture: str | None = None  # asked for where a file does not say it
+    activation: Activation | None = None  # of a bare file of tensors, which does not say it
+    architecture: str | None = None  # such as ViT-H-14, of a bare file whose sizes no model has
     overwrite: bool = False  # replace what is at the destination
 
 
@@ -202,7 +203,10 @@ def convert(config: ConvertConfig) -> Verification | None:
     if config.to != "openai" and destination.is_file():
         raise ValueError(f"{destination} is a file; --to {config.to} writes a folder.")
     weights = _read(source, config.image_size, config.activation, config.architecture)
-    write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
+    try:
+        write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
+    except OSError as error:
+        raise ValueError(f"{destination} cannot be written: {error.strerror or error}.") from error
     if not config.verify:
         return None
     return verify(weights, destination, config.to, plain=config.plain, dtype=config.dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import zipfile
 
 import jax
@@ -147,6 +148,7 @@ def test_a_run_that_saved_nothing(tmp_path):
         ("new", ["--to", "clip-jax", "--plain"], "--plain is a choice of --to openai"),
         ("new", ["--to", "openai"], "OpenAI's format cannot express"),
         ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
+        ("out/file/new", ["--to", "clip-jax"], "cannot be written: Not a directory"),
     ],
 )
 def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says):
@@ -159,6 +161,25 @@ def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says)
     assert len(error.strip().split("\n")) == 1
     assert says in error
     assert (tmp_path / "out/file").read_text() == "here"
+
+
+def test_another_format_in_the_same_folder(run, tmp_path):
+    """What is written last is what is read, not the mark that another format left."""
+    workdir, _, params = run
+    kinds = ["clip-jax", "hugging-face", "open-clip", "hugging-face", "clip-jax", "open-clip"]
+    for to in kinds:
+        convert(ConvertConfig(source=workdir, destination=tmp_path, to=to, overwrite=True))
+        (tmp_path / "notes.txt").write_text("mine")
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path).params, params)
+        assert (tmp_path / "manifest.json").exists() == (to == "clip-jax")
+        assert (tmp_path / "open_clip_config.json").exists() == (to == "open-clip")
+        assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "x.pt")
+    assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "clip-jax"]) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 class Attack:

@@ -46,6 +46,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "image_mean": list(weights.preprocess.mean),
         "image_std": list(weights.preprocess.std),
         "embed_dim": config.embed_dim,
+        **({"batches_tracked": weights.batches_tracked} if weights.batches_tracked else {}),
     }
 
 
@@ -81,6 +82,9 @@ def read(folder: Path) -> Weights:
         params=params,
         preprocess=_from(said, folder, Preprocess, _PREPROCESS),
         tokenizer=_from(said, folder, TokenizerConfig, _TOKENIZER),
+        batches_tracked=from_dict(
+            int, said.get("batches_tracked", 0), f"{folder / MANIFEST_NAME}: batches_tracked"
+        ),
     )
     for name, value in manifest(weights).items():
         if said.get(name) != value:

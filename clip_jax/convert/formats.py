@@ -9,6 +9,12 @@ from clip_jax.convert.weights import DType, Weights
 from clip_jax.models.layers import Activation
 
 Format = Literal["openai", "open-clip", "hugging-face", "clip-jax"]
+# By which a folder is told to be of a format; beside those of another one they would mislead.
+_MARKS = {
+    "open-clip": {open_clip.CONFIG_NAME, open_clip.WEIGHTS_NAME},
+    "hugging-face": {"config.json", hugging_face.WEIGHTS_NAME},
+    "clip-jax": {folder.MANIFEST_NAME, folder.CONFIG_NAME, folder.WEIGHTS_NAME},
+}
 
 
 def read_weights(
@@ -64,7 +70,10 @@ def _is_hugging_face(path: Path) -> bool:
 def write_weights(
     weights: Weights, path: Path, to: Format, *, plain: bool = False, dtype: DType | None = None
 ) -> None:
-    """Write a model in one of the formats. ValueError if the format cannot express it."""
+    """Write a model in one of the formats. ValueError if the format cannot express it.
+
+    In a folder that held another format's files, those by which it was known are removed.
+    """
     if plain and to != "openai":
         raise ValueError(f"--plain is a choice of --to openai; --to {to} has no such form.")
     match to:
@@ -76,3 +85,6 @@ def write_weights(
             hugging_face.write(weights, path, dtype=dtype)
         case "clip-jax":
             folder.write(weights, path, dtype=dtype)
+    if to in _MARKS:
+        for name in set().union(*_MARKS.values()) - _MARKS[to]:
+            (path / name).unlink(missing_ok=True)

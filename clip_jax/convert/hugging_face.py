@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.convert.files import Tensors, read_json, read_tensors, write_json, write_safetensors
+from clip_jax.convert.settings import channels_of, count_of, number_of, said_in
 from clip_jax.convert.state_dict import Row, from_params, norm, to_params
 from clip_jax.convert.tokenizer_json import has_tokenizer, is_clip_tokenizer, write_tokenizer
 from clip_jax.convert.weights import (
@@ -16,7 +17,7 @@ from clip_jax.convert.weights import (
     mlp_ratio,
     tokenizer_size,
 )
-from clip_jax.data.images import Channels, Interpolation, Preprocess
+from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -91,7 +92,8 @@ def read(folder: Path) -> Weights:
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
     tensors = {n: x for n, x in read_tensors(path).items() if not n.endswith(_POSITION_IDS)}
-    config = _read_config(content, str(folder / "config.json"))
+    with said_in(folder / "config.json"):
+        config = _read_config(content, str(folder / "config.json"))
     preprocess = _read_preprocess(folder, config)
     config = replace(config, image_mean=preprocess.mean, image_std=preprocess.std)
     params = to_params(TABLE, tensors, config, str(path))
@@ -103,26 +105,32 @@ def read(folder: Path) -> Weights:
     )
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(content: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     """Return a tower's settings; in old files what `…_dict` says holds."""
-    return {**(content.get(name) or {}), **(content.get(f"{name}_dict") or {})}
+    found: dict[str, Any] = {}
+    for key in (name, f"{name}_dict"):
+        part = content.get(key) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{source}: {key} is {part!r:.99}; an object is needed.")
+        found |= part
+    return found
 
 
 def _read_config(content: dict[str, Any], source: str) -> CLIPConfig:
-    vision, text = _section(content, "vision_config"), _section(content, "text_config")
+    vision = _section(content, "vision_config", source)
+    text = _section(content, "text_config", source)
 
-    def get(section: dict[str, Any], name: str, default: Any) -> Any:
-        value = section.get(name, default)
-        if type(value) is not type(default) and not (
-            isinstance(default, float) and type(value) is int
-        ):
-            raise ValueError(f"{source}: {name} is {value!r}, of the wrong type.")
-        return value
+    def get(section: dict[str, Any], name: str, default: int) -> int:
+        return count_of(section.get(name, default), f"{source}: {name}")
+
+    def epsilon(section: dict[str, Any]) -> float:
+        return number_of(section.get("layer_norm_eps", 1e-5), f"{source}: layer_norm_eps", True)
 
     def activation(section: dict[str, Any]) -> Activation:
-        name = get(section, "hidden_act", "quick_gelu")
-        if name not in _ACTIVATIONS:
-            raise ValueError(f"{source}: hidden_act={name!r}; known are {sorted(_ACTIVATIONS)}.")
+        name = section.get("hidden_act", "quick_gelu")
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            known = sorted(_ACTIVATIONS)
+            raise ValueError(f"{source}: hidden_act={name!r:.99}; known are {known}.")
         return _ACTIVATIONS[name]
 
     if get(vision, "num_channels", 3) != 3:
@@ -142,7 +150,7 @@ def _read_config(content: dict[str, Any], source: str) -> CLIPConfig:
             num_heads=get(vision, "num_attention_heads", 12),
             mlp_ratio=mlp_ratio(width, get(vision, "intermediate_size", 3072)),
             activation=activation(vision),
-            norm_epsilon=float(get(vision, "layer_norm_eps", 1e-5)),
+            norm_epsilon=epsilon(vision),
         ),
         text=TextConfig(
             context_length=get(text, "max_position_embeddings", 77),
@@ -154,7 +162,7 @@ def _read_config(content: dict[str, Any], source: str) -> CLIPConfig:
             pool="argmax" if argmax else "eos",
             eos_token_id=TextConfig.eos_token_id if argmax else eos,
             activation=activation(text),
-            norm_epsilon=float(get(text, "layer_norm_eps", 1e-5)),
+            norm_epsilon=epsilon(text),
         ),
     )
 
@@ -176,26 +184,28 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
         mode = "shortest"
     else:
         raise ValueError(
-            f"{path}: size={resize}, crop_size={crop}, do_center_crop={cropped} is not supported "
-            f"for an image size of {size}."
+            f"{path}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
+            f"is not supported for an image size of {size}."
         )
     kinds = {number: name for name, number in _RESAMPLE.items()}
     resample = content.get("resample", _RESAMPLE["bicubic"])
-    scale = content.get("rescale_factor", 1 / 255)
+    scale = number_of(content.get("rescale_factor", 1 / 255), f"{path}: rescale_factor")
     steps = ("do_resize", "do_rescale", "do_normalize")
     if (
-        resample not in kinds
+        type(resample) is not int
+        or resample not in kinds
         or abs(scale * 255 - 1) > 1e-6
         or not all(content.get(step, True) for step in steps)
     ):
         raise ValueError(
-            f"{path}: resample={resample}, rescale_factor={scale} or a step that is left out "
+            f"{path}: resample={resample!r:.99}, rescale_factor={scale} or a step that is left out "
             f"({', '.join(steps)}) is not supported."
         )
+    mean, std = content.get("image_mean"), content.get("image_std")
     return Preprocess(
         image_size=size,
-        mean=typing.cast(Channels, tuple(map(float, content.get("image_mean", OPENAI_MEAN)))),
-        std=typing.cast(Channels, tuple(map(float, content.get("image_std", OPENAI_STD)))),
+        mean=OPENAI_MEAN if mean is None else channels_of(mean, f"{path}: image_mean"),
+        std=OPENAI_STD if std is None else channels_of(std, f"{path}: image_std", True),
         interpolation=kinds[resample],
         resize_mode=mode,
     )

@@ -6,10 +6,18 @@ from typing import Any
 
 from clip_jax.convert import openai
 from clip_jax.convert.files import Tensors, read_json, write_json, write_safetensors
+from clip_jax.convert.settings import Settings, channels_of, count_of, number_of, one_of, said_in
 from clip_jax.convert.state_dict import Row, from_params, to_params
 from clip_jax.convert.tokenizer_json import is_clip_tokenizer, write_tokenizer
-from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast, tokenizer_size
-from clip_jax.data.images import Channels, Preprocess
+from clip_jax.convert.weights import (
+    Cleaning,
+    DType,
+    TokenizerConfig,
+    Weights,
+    cast,
+    tokenizer_size,
+)
+from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
 from clip_jax.data.tokenizer import FULL_VOCAB_SIZE
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.layers import Activation
@@ -37,32 +45,7 @@ _INERT = {
 }  # fmt: skip
 
 
-class _Settings:
-    """One section of the JSON: what is taken from it, and at the end what nobody asked for."""
-
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r}; an object is needed.")
-        self.values, self.where, self.used = values, where, set(_INERT)
-
-    def get(self, name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
-        self.used.add(name)
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{self.where}.{name} is {value!r}.")
-        if not isinstance(value, kind):
-            raise ValueError(f"{self.where}.{name} is {value!r}, of the wrong type.")
-        return value
-
-    def finish(self) -> None:
-        for name, value in self.values.items():
-            if name not in self.used and value not in (None, False, 0, "", {}, []):
-                raise ValueError(f"{self.where}.{name}={value!r} is not supported by clip_jax.")
-
-
-def _activation(section: _Settings, quick_gelu: bool) -> Activation:
+def _activation(section: Settings, quick_gelu: bool) -> Activation:
     options = section.get("act_kwargs", {}, dict)
     if quick_gelu and not options:
         return "quick_gelu"
@@ -71,73 +54,76 @@ def _activation(section: _Settings, quick_gelu: bool) -> Activation:
     if not quick_gelu and options == {"approximate": "tanh"}:
         return "gelu_tanh"
     raise ValueError(
-        f"{section.where}.act_kwargs={options} with quick_gelu={quick_gelu} is not supported."
+        f"{section.where}.act_kwargs={options!r:.99} with quick_gelu={quick_gelu} is not supported."
     )
 
 
-def _epsilon(section: _Settings) -> float:
+def _epsilon(section: Settings) -> float:
     options = section.get("norm_kwargs", {}, dict)
-    if set(options) - {"eps"} or not isinstance(options.get("eps", 1e-5), float | int):
-        raise ValueError(f"{section.where}.norm_kwargs={options}: only eps is supported.")
-    return float(options.get("eps", 1e-5))
+    if set(options) - {"eps"}:
+        raise ValueError(f"{section.where}.norm_kwargs={options!r:.99}: only eps is supported.")
+    return number_of(options.get("eps", 1e-5), f"{section.where}.norm_kwargs.eps", True)
 
 
-def _vision(section: _Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
-    layers = section.get("layers", 12, (int, list))
-    width = section.get("width", 768, int)
-    head_width = section.get("head_width", 64, int)
-    image_size = section.get("image_size", 224, (int, list))
-    if isinstance(image_size, list):
-        if len(set(image_size)) != 1:
-            raise ValueError(f"{section.where}.image_size={image_size}: images must be square.")
-        image_size = image_size[0]
+def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
+    layers = section.get("layers", 12, object)
+    width = section.count("width", 768)
+    head_width = section.count("head_width", 64)
+    size = section.get("image_size", 224, object)
+    if isinstance(size, list):
+        if len(size) != 2 or size[0] != size[1]:
+            raise ValueError(f"{section.where}.image_size={size!r:.99}: images must be square.")
+        size = size[0]
+    image_size = count_of(size, f"{section.where}.image_size")
     if isinstance(layers, list):
         section.used |= {"patch_size", "mlp_ratio"}
-        if len(layers) != 4:
-            raise ValueError(f"{section.where}.layers={layers}: a ResNet has four stages.")
-        return ResNetConfig(
-            image_size=image_size, layers=tuple(layers), width=width,
-            num_heads=width * 32 // head_width,
-        )  # fmt: skip
+        if len(layers) != 4 or any(type(x) is not int or not 1 <= x <= 200 for x in layers):
+            raise ValueError(
+                f"{section.where}.layers={layers!r:.99}: a ResNet has four stages of 1 to 200 "
+                "blocks."
+            )
+        stages = typing.cast(tuple[int, int, int, int], tuple(layers))
+        heads = max(width * 32 // head_width, 1)
+        return ResNetConfig(image_size=image_size, layers=stages, width=width, num_heads=heads)
     pool = section.get("pool_type", "tok", str)
     ln_after = section.get("final_ln_after_pool", False, bool)
     if pool not in ("tok", "avg") or (pool == "avg" and not ln_after):
         raise ValueError(
-            f"{section.where}.pool_type={pool!r} with final_ln_after_pool={ln_after} is not "
+            f"{section.where}.pool_type={pool!r:.99} with final_ln_after_pool={ln_after} is not "
             "supported: clip_jax normalises after pooling."
         )
-    scale = section.get("ls_init_value", None, float)
+    scale = section.get("ls_init_value", None, object)
     return ViTConfig(
         image_size=image_size,
-        patch_size=section.get("patch_size", 16, int),
+        patch_size=section.count("patch_size", 16),
         width=width,
-        depth=layers,
-        num_heads=width // head_width,
-        mlp_ratio=float(section.get("mlp_ratio", 4.0, (float, int))),
+        depth=count_of(layers, f"{section.where}.layers"),
+        num_heads=max(width // head_width, 1),
+        mlp_ratio=section.number("mlp_ratio", 4.0),
         pool="class_token" if pool == "tok" else "mean",
         pre_norm=not section.get("no_ln_pre", False, bool),
         activation=_activation(section, quick_gelu),
         norm_epsilon=_epsilon(section),
-        layer_scale=scale,
+        layer_scale=None if scale is None else number_of(scale, f"{section.where}.ls_init_value"),
     )
 
 
-def _text(section: _Settings, quick_gelu: bool) -> TextConfig:
+def _text(section: Settings, quick_gelu: bool) -> TextConfig:
     pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
     pool = section.get("pool_type", "argmax", str)
-    eos = section.get("eos_id", 2, int)
+    eos = section.count("eos_id", 2)
     if pool not in pools or section.get("proj_type", "linear", str) != "linear":
         raise ValueError(
-            f"{section.where}: pool_type={pool!r} with proj_type="
-            f"{section.values.get('proj_type')!r} is not supported."
+            f"{section.where}: pool_type={pool!r:.99} with proj_type="
+            f"{section.values.get('proj_type')!r:.99} is not supported."
         )
     return TextConfig(
-        context_length=section.get("context_length", 77, int),
-        vocab_size=section.get("vocab_size", FULL_VOCAB_SIZE, int),
-        width=section.get("width", 512, int),
-        depth=section.get("layers", 12, int),
-        num_heads=section.get("heads", 8, int),
-        mlp_ratio=float(section.get("mlp_ratio", 4.0, (float, int))),
+        context_length=section.count("context_length", 77),
+        vocab_size=section.count("vocab_size", FULL_VOCAB_SIZE),
+        width=section.count("width", 512),
+        depth=section.count("layers", 12),
+        num_heads=section.count("heads", 8),
+        mlp_ratio=section.number("mlp_ratio", 4.0),
         causal=not section.get("no_causal_mask", False, bool),
         pool=pools[pool],
         eos_token_id=eos if pool == "eos" else TextConfig.eos_token_id,
@@ -147,12 +133,13 @@ def _text(section: _Settings, quick_gelu: bool) -> TextConfig:
     )
 
 
-def _tokenizer(section: _Settings, text: TextConfig, folder: Path) -> TokenizerConfig:
+def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerConfig:
     options = section.get("tokenizer_kwargs", {}, dict)
     name = section.get("hf_tokenizer_name", "clip", str) or "clip"
     vocab_size = tokenizer_size(text)
     section.used |= {"tokenizer_mode"}
     clean = options.get("clean", "lower" if name == "clip" else "whitespace")
+    clean = one_of(clean, f"{section.where}.tokenizer_kwargs.clean", Cleaning)
     if name != "clip" and clean == "lower" and is_clip_tokenizer(folder, vocab_size):
         name = "clip"
     return TokenizerConfig(
@@ -160,40 +147,45 @@ def _tokenizer(section: _Settings, text: TextConfig, folder: Path) -> TokenizerC
     )
 
 
-def _channels(section: _Settings, name: str, default: Channels) -> Channels:
-    return typing.cast(Channels, tuple(map(float, section.get(name, default, (list, tuple)))))
-
-
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess, TokenizerConfig]:
     """Read `open_clip_config.json`. ValueError names a setting that we do not have."""
     content = read_json(path)
-    top = _Settings(content.get("model_cfg", content), f"{path}: model_cfg")
+    with said_in(path):
+        return _read_config(content, path)
+
+
+def _read_config(
+    content: dict[str, Any], path: Path
+) -> tuple[CLIPConfig, Preprocess, TokenizerConfig]:
+    top = Settings(content.get("model_cfg", content), f"{path}: model_cfg")
     quick_gelu = top.get("quick_gelu", False, bool)
-    vision = _Settings(top.get("vision_cfg", {}, dict), f"{path}: vision_cfg")
-    text = _Settings(top.get("text_cfg", {}, dict), f"{path}: text_cfg")
-    pixels = _Settings(content.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
-    bias = top.get("init_logit_bias", None, (float, int))
-    mean = _channels(pixels, "mean", OPENAI_MEAN)
-    std = _channels(pixels, "std", OPENAI_STD)
+    vision = Settings(top.get("vision_cfg", {}, dict), f"{path}: vision_cfg", _INERT)
+    text = Settings(top.get("text_cfg", {}, dict), f"{path}: text_cfg", _INERT)
+    pixels = Settings(content.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
+    bias = top.get("init_logit_bias", None, object)
+    mean = channels_of(pixels.get("mean", OPENAI_MEAN, object), f"{pixels.where}.mean")
+    std = channels_of(pixels.get("std", OPENAI_STD, object), f"{pixels.where}.std", True)
     text_config = _text(text, quick_gelu)
     tokenizer = _tokenizer(text, text_config, path.parent)
     config = CLIPConfig(
-        embed_dim=top.get("embed_dim", 512, int),
+        embed_dim=top.count("embed_dim", 512),
         vision=_vision(vision, quick_gelu),
         text=text_config,
         init_logit_scale=10.0 if bias is not None else 1 / 0.07,
-        init_logit_bias=None if bias is None else float(bias),
+        init_logit_bias=None if bias is None else number_of(bias, f"{top.where}.init_logit_bias"),
         image_mean=mean,
         image_std=std,
     )
-    interpolation = pixels.get("interpolation", "bicubic", str)
+    interpolation = pixels.get("interpolation", "bicubic", object)
+    if interpolation == "random":  # in training; open_clip evaluates such a model with bicubic
+        interpolation = "bicubic"
+    resize_mode = pixels.get("resize_mode", "shortest", object)
     preprocess = Preprocess(
         image_size=config.vision.image_size,
         mean=mean,
         std=std,
-        # open_clip evaluates with bicubic where training drew one at random.
-        interpolation="bicubic" if interpolation == "random" else interpolation,
-        resize_mode=pixels.get("resize_mode", "shortest", str),
+        interpolation=one_of(interpolation, f"{pixels.where}.interpolation", Interpolation),
+        resize_mode=one_of(resize_mode, f"{pixels.where}.resize_mode", ResizeMode),
     )
     top.used |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale"}
     pixels.used |= {"size", "mode", "fill_color"}
@@ -249,7 +241,13 @@ def read(
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
     params = to_params(table(config), weights, config, source)
-    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    return Weights(
+        config=config,
+        params=params,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        batches_tracked=openai.batches_tracked(tensors),
+    )
 
 
 def _flat_names(tensors: Tensors) -> Tensors:
@@ -266,10 +264,16 @@ def _flat_names(tensors: Tensors) -> Tensors:
 def check(weights: Weights) -> None:
     """ValueError that lists what open_clip has no settings for."""
     vision, text = weights.config.vision, weights.config.text
-    wrong = {}
+    # A tokenizer of our own is written as Hugging Face's, which can only pad with end of text.
+    own = weights.tokenizer.name == "clip" and weights.tokenizer.vocab_size != FULL_VOCAB_SIZE
+    wrong = {
+        f"padding with id 0 in a vocabulary of {weights.tokenizer.vocab_size}, which "
+        "text.causal=False and text.pool='last' see": own
+        and (not text.causal or text.pool == "last")
+    }
     if isinstance(vision, ViTConfig):
         quick = (vision.activation == "quick_gelu", text.activation == "quick_gelu")
-        wrong = {
+        wrong |= {
             "one tower with QuickGELU": quick[0] != quick[1],
             "vision.class_token=False": not vision.class_token,
             "vision.pool": vision.pool == "map",
@@ -287,7 +291,8 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under open_clip's names. ValueError if it cannot be expressed."""
     check(weights)
     tensors = from_params(table(weights.config), weights.params)
-    return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)
+    counters = openai.counters(tensors, weights.batches_tracked)
+    return {n: cast(x, dtype) for n, x in tensors.items()} | counters
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:

@@ -32,6 +32,7 @@ from clip_jax.models.vit import ViTConfig
 # Buffers of OpenAI's archives that repeat what shapes say.
 SIZES = ("input_resolution", "context_length", "vocab_size")
 COUNTER = "num_batches_tracked"  # BatchNorm's; counts updates and is read by nothing
+MASK = "attn_mask"  # the text tower's, which tracing puts into an archive; causal, as we compute it
 
 
 def block_rows(ours: str, theirs: str, layer_scale: bool = False) -> list[Row]:
@@ -208,10 +209,18 @@ def _infer_resnet(tensors: Tensors, source: str) -> ResNetConfig:
 
 
 def without_bookkeeping(tensors: Tensors) -> Tensors:
-    """Drop what is no weight: repeated sizes and BatchNorm's counters."""
+    """Drop what is no weight: repeated sizes, BatchNorm's counters, masks."""
     return {
-        name: x for name, x in tensors.items() if name not in SIZES and not name.endswith(COUNTER)
+        name: x
+        for name, x in tensors.items()
+        if name not in SIZES and name.rpartition(".")[2] not in (COUNTER, MASK)
     }
+
+
+def batches_tracked(tensors: Tensors) -> int:
+    """Return what BatchNorm's counters say: the updates so far, 0 without any."""
+    counts = [x for name, x in tensors.items() if name.endswith(COUNTER)]
+    return max((int(x) for x in counts if x.shape == () and x.dtype.kind in "iu"), default=0)
 
 
 def read(
@@ -225,7 +234,13 @@ def read(
     config = infer(tensors, source, activation=activation, architecture=architecture)
     params = to_params(rows(config), without_bookkeeping(tensors), config, source)
     preprocess, tokenizer = default_inputs(config)
-    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    return Weights(
+        config=config,
+        params=params,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        batches_tracked=batches_tracked(tensors),
+    )
 
 
 def check(weights: Weights) -> None:
@@ -288,16 +303,16 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     sizes = (config.vision.image_size, text.context_length, text.vocab_size)
     return {
         **tensors,
-        **counters(tensors),
+        **counters(tensors, weights.batches_tracked),
         **{n: np.array(x) for n, x in zip(SIZES, sizes, strict=True)},
     }
 
 
-def counters(tensors: Tensors) -> Tensors:
-    """Return the counters that PyTorch's BatchNorm keeps beside each running variance, at zero."""
+def counters(tensors: Tensors, count: int) -> Tensors:
+    """Return the counters that PyTorch's BatchNorm keeps beside each running variance."""
     end = "running_var"
     names = [name.removesuffix(end) + COUNTER for name in tensors if name.endswith(end)]
-    return {name: np.array(0) for name in names}
+    return {name: np.array(count) for name in names}
 
 
 def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | None = None) -> None:

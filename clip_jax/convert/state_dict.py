@@ -98,6 +98,12 @@ def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source:
     shapes = param_shapes(config)
     rows = list(rows)
     _check_rows(rows, shapes)
+    deepest = max((shapes[row.ours][0] for row in rows if "{}" in row.names[0]), default=0)
+    if deepest > len(tensors):  # before a name is made for each
+        raise ValueError(
+            f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
+            f"has {len(tensors)} tensors."
+        )
     _check_tensors(_their_shapes(rows, shapes), tensors, source)
     flat = {}
     for row in rows:

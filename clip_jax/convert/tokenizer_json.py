@@ -1,6 +1,7 @@
 """CLIP's tokenizer as Hugging Face's `tokenizer.json` and `tokenizer_config.json`."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HubTokenizer
@@ -78,15 +79,16 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
 
 
-def _read_vocab(folder: Path) -> tuple[dict, list[tuple[str, ...]]] | None:
+def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:
     if (folder / "tokenizer.json").exists():
         model = read_json(folder / "tokenizer.json").get("model")
-        if not isinstance(model, dict):
+        merges = model.get("merges") if isinstance(model, dict) else None
+        if not isinstance(model, dict) or not isinstance(merges, list):
             return None
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-        return model.get("vocab", {}), [tuple(pair) for pair in merges]
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+        return model.get("vocab"), [tuple(pair) for pair in pairs if isinstance(pair, list)]
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         return read_json(folder / "vocab.json"), [tuple(pair) for pair in merges]
     return None

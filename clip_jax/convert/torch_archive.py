@@ -22,7 +22,7 @@ def map_file(path: Path) -> memoryview:
     """Map a file read-only. ValueError says what it is instead of a file."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory; a file is needed.")
-    if not path.exists():
+    if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"there is no file {path}.")
     with path.open("rb") as file:
         if not file.seek(0, 2):

@@ -50,6 +50,7 @@ class Weights:
     params: Params  # NumPy arrays in the file's dtypes, so that nothing is lost on the way
     preprocess: Preprocess = field(default_factory=Preprocess)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    batches_tracked: int = 0  # BatchNorm's counter in PyTorch's files; no number depends on it
 
 
 def tokenizer_size(text: TextConfig) -> int:

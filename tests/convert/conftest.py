@@ -29,7 +29,7 @@ CONFIGS = {
         ),
         text=replace(
             TEXT, activation="gelu", causal=False, pool="last", projection_bias=True,
-            context_length=9, num_heads=4, mlp_ratio=3.0,
+            context_length=9, num_heads=4, mlp_ratio=3.0, vocab_size=49_408,
         ),
         init_logit_scale=10.0, init_logit_bias=-10.0,
     ),

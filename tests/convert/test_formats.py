@@ -60,6 +60,24 @@ def test_hugging_face(tmp_path, make_weights, name, dtype):
     assert_same(read_weights(tmp_path / "model.safetensors"), weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        *((name, "open-clip") for name in ("vit", "gelu", "eos", "resnet")),
+        *((name, "hugging-face") for name in ("vit", "gelu", "eos")),
+    ],
+)
+def test_files_come_back_byte_for_byte(tmp_path, make_weights, name, to, dtype):
+    """Our folder → another format → our folder: every file of it (tests/peers has OpenAI's)."""
+    weights = replace(make_weights(name), batches_tracked=7 if name == "resnet" else 0)
+    write_weights(cast(weights, dtype), tmp_path / "before", "clip-jax")
+    write_weights(read_weights(tmp_path / "before"), tmp_path / "there", to)
+    write_weights(read_weights(tmp_path / "there"), tmp_path / "after", "clip-jax")
+    for path in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_openai(tmp_path, make_weights, name, dtype):
@@ -141,6 +159,8 @@ def test_a_format_says_what_it_cannot_express(tmp_path, make_weights, name, chan
         ("openai", "vision", {"mlp_ratio": 3.0}, "vision.mlp_ratio"),
         ("open-clip", "vision", {"activation": "gelu"}, "one tower with QuickGELU"),
         ("open-clip", "vision", {"patch_bias": True}, "vision.patch_bias"),
+        ("open-clip", "text", {"causal": False}, "padding with id 0 in a vocabulary of 600"),
+        ("open-clip", "text", {"pool": "last"}, "padding with id 0 in a vocabulary of 600"),
         ("hugging-face", "text", {"causal": False}, "text.causal"),
     ],
 )
@@ -228,7 +248,7 @@ def test_a_setting_that_we_do_not_have(tmp_path, make_weights):
         ("vision_cfg", "timm_model_name", "convnext_base", "timm_model_name='convnext_base'"),
         ("text_cfg", "embed_cls", True, "text_cfg.embed_cls=True is not supported"),
         ("text_cfg", "hf_model_name", "roberta", "hf_model_name='roberta' is not supported"),
-        ("text_cfg", "width", "64", "text_cfg.width is '64', of the wrong type"),
+        ("text_cfg", "width", "64", "text_cfg.width is '64'; a whole number"),
     ]:
         changed = json.loads(json.dumps(content))
         changed["model_cfg"][section][name] = value
