@@ -327,13 +327,18 @@ class DigitsSource:
 
 
 def evaluation_set(
-    config: DigitsConfig, numbers: Sequence[int], per_number: int, image_size: int
+    config: DigitsConfig,
+    numbers: Sequence[int],
+    per_number: int,
+    image_size: int,
+    hands: Literal["held out", "training"] = "held out",
 ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]:
     """So many images of each number in held-out handwriting, and the numbers themselves as labels.
 
-    Always the same images for the same number; only `config.digits` matters.
+    Always the same images for the same number; only `config.digits` matters. A probe learns from
+    the same kind of images in the training writers' `hands`.
     """
-    writer = _Writer(scan_split()[1], HELD_OUT_JITTER, image_size)
+    writer = _Writer(scan_split()[hands == "held out"], HELD_OUT_JITTER, image_size)
     images = []
     for number in numbers:
         rng = np.random.Generator(np.random.Philox(key=[_EVALUATION_KEY, number]))

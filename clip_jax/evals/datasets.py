@@ -4,11 +4,18 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Int8
+
+from clip_jax.data import digits
 from clip_jax.data.images import ImageLike
 from clip_jax.evals import prompts
 
+Split = Literal["train", "validation", "test"]
+
+_SPLITS = ("train", "val", "validation", "valid", "test")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 
 
@@ -30,6 +37,20 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Tagged:
+    """Images with any number of classes: `load` gives 1 for each that is there, −1 for the others,
+    and 0 where only objects too difficult to count are of it."""
+
+    names: Sequence[str]
+    templates: Sequence[str]
+    count: int
+    load: Callable[[int], tuple[ImageLike, Int8[np.ndarray, " classes"]]]
+
+    def __iter__(self) -> Iterator[tuple[ImageLike, Int8[np.ndarray, " classes"]]]:
+        return map(self.load, range(self.count))
+
+
+@dataclass(frozen=True)
 class Captioned:
     """Images with one or several captions each."""
 
@@ -40,36 +61,73 @@ class Captioned:
         return map(self.load, range(self.count))
 
 
-def open_folder(path: Path, *, name: str = "", names_file: Path | None = None) -> Labelled:
+@dataclass(frozen=True)
+class Contrasted:
+    """Images with a right and a wrong caption: `load` gives both, the right one first."""
+
+    count: int
+    load: Callable[[int], tuple[ImageLike, tuple[str, str]]]
+    groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
+    in_mean: Callable[[str, int], bool]  # whether a group of so many cases counts in the mean
+    name_groups: bool = False  # whether there are few enough to report each
+
+    def __iter__(self) -> Iterator[tuple[ImageLike, tuple[str, str]]]:
+        return map(self.load, range(self.count))
+
+
+Data = Labelled | Tagged | Captioned | Contrasted
+
+
+def split_folder(path: Path, split: Split) -> Path | None:
+    """Return where a folder keeps a split; None where it has none.
+
+    Either `train`, `val` and `test` lie in it, or it is the test split itself. Without `test` the
+    images of `val` are the test, as ImageNet's are.
+    """
+    train, test = path / "train", path / "test"
+    validation = next((f for n in _SPLITS[1:4] if (f := path / n).is_dir()), None)
+    if split == "train":
+        return train if train.is_dir() else None
+    if split == "validation":
+        return validation if test.is_dir() else None
+    if test.is_dir():
+        return test
+    return validation if train.is_dir() else path
+
+
+def open_folder(path: Path, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
     """Open a folder in ImageFolder's layout: one folder a class, in the order of their names.
 
-    Classes are called by `names_file` (default: `classnames.txt` in the folder, one a line); by
-    OpenAI's names where the folders are ImageNet's WordNet ids or numbers of its classes; else as
-    the folders are. `name` is the data set's, for its published templates. ValueError for a folder
-    without classes and for a wrong number of names.
+    Classes are called by `classnames.txt` in the folder (of a split: or beside it), one a line;
+    else by `names`; else as published where the folders are the WordNet ids of ImageNet's classes
+    or numbers of those of the data set `name`; else as the folders are. `name` also decides on
+    templates. ValueError for a folder without classes and for a wrong number of names.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
     folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(folders) < 2:
         raise ValueError(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
-    wnids, imagenet = prompts.imagenet_wnids(), prompts.class_names("imagenet1k") or []
-    numbers = {wnid: number for number, wnid in enumerate(wnids)}
-    if len(folders) == len(imagenet) and all(folder.isdigit() for folder in folders):
-        folders.sort(key=int)  # ImageNetV2
-        names = imagenet
-    elif all(folder in numbers for folder in folders):
-        names = [imagenet[numbers[folder]] for folder in folders]
-    else:
-        names = [_spaced(folder) for folder in folders]
-    names_file = names_file or path / "classnames.txt"
-    if names_file.exists():
-        names = _lines(names_file)
-        if len(names) != len(folders):
-            raise ValueError(
-                f"{names_file} has {len(names)} names, but {path} has {len(folders)} folders of "
-                "classes; it needs one a line, in the order of the folders' names."
-            )
+    imagenet = prompts.class_names("imagenet1k") or []
+    wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
+    numbers = all(folder.isdigit() for folder in folders)
+    if numbers:
+        folders.sort(key=int)
+    published = prompts.class_names(name) or imagenet  # ImageNetV2's folders are numbers, too
+    beside = [path, path.parent] if path.name in _SPLITS else [path]
+    listed = next((f for f in beside if (f / "classnames.txt").is_file()), None)
+    if listed:
+        names = _lines(listed / "classnames.txt")
+    elif names is None and numbers and len(folders) == len(published):
+        names = published
+    elif names is None:
+        names = [wnids.get(folder) or _spaced(folder) for folder in folders]
+    if len(names) != len(folders):
+        where = listed / "classnames.txt" if listed else "its published list"
+        raise ValueError(
+            f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
+            "it needs one a line, in the order of the folders' names."
+        )
     files = [
         (file, label)
         for label, folder in enumerate(folders)
@@ -86,8 +144,6 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
 
     `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` stand beside.
     """
-    import numpy as np
-
     from clip_jax.data.sources.tar import TarConfig, TarSource
 
     kind = path / "dataset_type.txt"
@@ -122,6 +178,44 @@ def open_tfds(
 
     Class names are the builder's unless given. ValueError for a split or feature that is not there.
     """
+    builder, examples = _open_tfds(path, split, image, label)
+    feature = builder.info.features[label]
+    if names is None:
+        names = [_spaced(name) for name in feature.names]
+    if len(names) != feature.num_classes:
+        raise ValueError(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
+
+    def load(index: int) -> tuple[ImageLike, int]:
+        example = examples[index]
+        return _encoded(example[image]), int(example[label])
+
+    return Labelled(names, templates, len(examples), load)
+
+
+def open_tfds_voc(
+    path: Path, *, split: str, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,)
+) -> Tagged:
+    """Open TFDS's `voc/2007`, whose images have any number of the 20 classes."""
+    builder, examples = _open_tfds(path, split, "image", "labels_no_difficult")
+    names = builder.info.features["labels"].feature.names
+
+    def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
+        example = examples[index]
+        truth = np.full(len(names), -1, np.int8)
+        truth[np.asarray(example["labels"], np.int64)] = 0
+        truth[np.asarray(example["labels_no_difficult"], np.int64)] = 1
+        return _encoded(example["image"]), truth
+
+    return Tagged(names, templates, len(examples), load)
+
+
+def tfds_splits(path: Path) -> Sequence[str]:
+    """Return the names of a prepared TFDS builder's splits."""
+    content = json.loads((path / "dataset_info.json").read_text())
+    return [split["name"] for split in content.get("splits", [])]
+
+
+def _open_tfds(path: Path, split: str, image: str, label: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(str(path))
@@ -131,19 +225,12 @@ def open_tfds(
     ):  # fmt: skip
         if wanted.partition("[")[0] not in there:
             raise ValueError(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
-    feature = builder.info.features[label]
-    if names is None:
-        names = [_spaced(name) for name in feature.names]
-    if len(names) != feature.num_classes:
-        raise ValueError(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
-    examples = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+    decoders = {image: tfds.decode.SkipDecoding()}
+    return builder, builder.as_data_source(split=split, decoders=decoders)
 
-    def load(index: int) -> tuple[ImageLike, int]:
-        example = examples[index]
-        encoded = example[image]
-        return encoded if isinstance(encoded, bytes) else encoded.item(), int(example[label])
 
-    return Labelled(names, templates, len(examples), load)
+def _encoded(image: Any) -> bytes:
+    return image if isinstance(image, bytes) else image.item()
 
 
 def open_captions(annotations: Path, images: Path) -> Captioned:
@@ -166,6 +253,57 @@ def open_captions(annotations: Path, images: Path) -> Captioned:
     return Captioned(len(rows), rows.__getitem__)
 
 
+def open_voc(path: Path, *, split: Split) -> Tagged:
+    """Open `VOCdevkit/VOC2007`: `ImageSets/Main/{class}_{split}.txt` and `JPEGImages`.
+
+    ValueError where lists are missing or differ in their images.
+    """
+    part = {"train": "train", "validation": "val", "test": "test"}[split]
+    lists = sorted((path / "ImageSets" / "Main").glob(f"*_{part}.txt"))
+    if not lists:
+        raise ValueError(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
+    rows = [[line.split() for line in _lines(file) if line.strip()] for file in lists]
+    images = [row[0] for row in rows[0]]
+    for file, found in zip(lists, rows, strict=True):
+        if [row[0] for row in found] != images:
+            raise ValueError(f"{file} lists other images than {lists[0]}.")
+    truth = np.array([[row[1] for row in found] for found in rows]).astype(np.int8).T
+    names = [file.name.removesuffix(f"_{part}.txt") for file in lists]
+
+    def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
+        return path / "JPEGImages" / f"{images[index]}.jpg", truth[index]
+
+    return Tagged(names, _templates("voc2007"), len(images), load)
+
+
+# Of the digits' captions, those that say the number in words.
+_DIGITS_TEMPLATES = (
+    "{c}", "a photo of the number {c}", "the number {c} on paper", "a handwritten {c}",
+    "somebody wrote {c}",
+)  # fmt: skip
+
+
+def open_digits(
+    config: digits.DigitsConfig, split: Split, *, per_number: int, image_size: int
+) -> Labelled:
+    """Draw the digits that ship inside as images of classes, every number one.
+
+    Train and validation are in the training writers' hands, test in those held out. Probes are
+    shown every number, also those that the model itself never was.
+    """
+    numbers = list(range(10**config.digits))
+    hands = "held out" if split == "test" else "training"
+    count = 2 * per_number if split != "test" else per_number
+    images, labels = digits.evaluation_set(config, numbers, count, image_size, hands)
+    if split != "test":
+        mine = np.arange(len(labels)) % 2 == (split == "train")
+        images, labels = images[mine], labels[mine]
+    names = [digits.number_words(number, config.digits) for number in numbers]
+    return Labelled(
+        names, _DIGITS_TEMPLATES, len(labels), lambda i: (images[i], int(labels[i]))
+    )  # fmt: skip
+
+
 def _templates(name: str) -> Sequence[str]:
     return prompts.templates(name) or (prompts.PLAIN_TEMPLATE,)
 
@@ -177,4 +315,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _spaced(name: str) -> str:
-    return name.replace("_", " ")
+    """Turn a folder's or TFDS's name into words: SUN397's `/a/apse/indoor` is "apse indoor"."""
+    if name[:1] == name[2:3] == "/":
+        name = name[3:]
+    return name.replace("_", " ").replace("/", " ")

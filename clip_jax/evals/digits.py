@@ -23,6 +23,7 @@ class DigitsEvalConfig:
     source: DigitsConfig = field(default_factory=DigitsConfig)  # whose numbers and split
     per_number: int = 20  # images of each number
     max_numbers: int = 1_000  # of the seen and of the unseen ones; all are classes all the same
+    max_prompts: int | None = None  # of each class; None: every caption. 10,000 classes take long
     every_steps: int = 500  # steps between evaluations; the last step always counts
 
     def make(self) -> "DigitsEvaluator":
@@ -88,8 +89,8 @@ class DigitsEvaluator:
     def _classifier(
         self, model: CLIP, params: Params, mesh: Mesh
     ) -> Float[np.ndarray, "classes E"]:
-        k = self.config.source.digits
-        return classifier(model, params, [digits.prompts(n, k) for n in self._numbers], mesh)
+        k, most = self.config.source.digits, self.config.max_prompts
+        return classifier(model, params, [digits.prompts(n, k)[:most] for n in self._numbers], mesh)
 
     def _images(self, numbers: list[int], image_size: int) -> tuple[np.ndarray, np.ndarray]:
         return digits.evaluation_set(

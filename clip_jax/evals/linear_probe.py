@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clip_jax import sharding
 from clip_jax.evals.evaluator import encode_images
@@ -37,8 +37,11 @@ class Probe:
     objective: float  # Σ cross-entropy + λ/2 ‖W‖² on the training data
     steps: int  # of L-BFGS
 
+    def logits(self, features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B classes"]:
+        return features @ self.weights + self.bias
+
     def predict(self, features: Float[np.ndarray, "B D"]) -> Int[np.ndarray, " B"]:
-        return (features @ self.weights + self.bias).argmax(axis=1)
+        return self.logits(features).argmax(axis=1)
 
     def accuracy(
         self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]
@@ -162,6 +165,7 @@ def search(
     mesh: Mesh,
     *,
     lambdas: Sequence[float] | Float[np.ndarray, " lambdas"] = LAMBDAS,
+    classes: int | None = None,
 ) -> float:
     """Return the λ with the best validation accuracy: a coarse grid, then finer around its peak.
 
@@ -169,7 +173,8 @@ def search(
     the solution of one is the next one's start.
     """
     lambdas = np.asarray(lambdas)
-    problem = Problem(*train, mesh, classes=int(max(train[1].max(), validation[1].max())) + 1)
+    classes = classes or int(max(train[1].max(), validation[1].max())) + 1
+    problem = Problem(*train, mesh, classes=classes)
     found: dict[int, float] = {}
     step = min(_COARSE_STEP, len(lambdas))
     ask = {*range(0, len(lambdas), step), len(lambdas) - 1}
@@ -181,32 +186,6 @@ def search(
             return float(lambdas[best])
         step = max(step // 2, 1)
         ask = {i for i in (best - step, best + step) if 0 <= i < len(lambdas)}
-
-
-def linear_probe(
-    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
-    validation: tuple[Float[np.ndarray, "V D"], Int[np.ndarray, " V"]],
-    test: tuple[Float[np.ndarray, "T D"], Int[np.ndarray, " T"]],
-    mesh: Mesh,
-    *,
-    shots: Sequence[int] = (),
-    seed: int = 0,
-) -> dict[str, float]:
-    """Search λ on the validation split, fit on train + validation, and measure on the test split.
-
-    With `shots` also `few_shot/{k}`: so many samples of each class, drawn by `seed`, at that λ.
-    """
-    strength = search(train, validation, mesh)
-    classes = int(max(part[1].max() for part in (train, validation, test))) + 1
-    both = tuple(np.concatenate(pair) for pair in zip(train, validation, strict=True))
-    probe = Problem(*both, mesh, classes=classes).fit(strength)
-    values = {"linear_probe/acc1": probe.accuracy(*test), "linear_probe/lambda": strength}
-    for k in shots:
-        rng = np.random.default_rng([seed, k])
-        some = few_per_class(both[1], k, rng)
-        few = Problem(both[0][some], both[1][some], mesh, classes=classes).fit(strength)
-        values[f"few_shot/{k}"] = few.accuracy(*test)
-    return values
 
 
 def few_per_class(
@@ -271,7 +250,7 @@ def _unit(rows: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
 
 
 def probe_features(
-    model: CLIP, params: Params, images: UInt8[np.ndarray, "B H W C"], mesh: Mesh, *,
+    model: CLIP, params: Params, images: Shaped[np.ndarray, "B H W C"], mesh: Mesh, *,
     batch_size: int = 256,
 ) -> Float[np.ndarray, "B D"]:  # fmt: skip
     """Embed images for a probe: a ViT's features before the projection, a ResNet's embeddings.

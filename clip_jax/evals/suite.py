@@ -2,23 +2,39 @@
 
 A data set is looked for under one root, by name: CLIP_benchmark's WebDataset layout
 (`NAME/test/*.tar`, or `wds_NAME`), a folder of classes (`NAME/test/CLASS/` or `NAME/CLASS/`),
-or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
+or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`). Beside them stand the
+pairs that a model without a sense of order or composition cannot tell apart (ARO, SugarCrepe).
 """
 
+import csv
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from clip_jax.evals import prompts
+from clip_jax.evals.compositions import open_aro, open_sugar_crepe
 from clip_jax.evals.datasets import (
     Captioned,
+    Contrasted,
+    Data,
     Labelled,
     Missing,
+    Split,
+    Tagged,
     open_captions,
     open_folder,
     open_tfds,
+    open_tfds_voc,
+    open_voc,
     open_webdataset,
+    split_folder,
+    tfds_splits,
 )  # fmt: skip
+
+# Columns of openai_results.csv (see NOTICE).
+OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
 @dataclass(frozen=True)
@@ -26,13 +42,14 @@ class DataSet:
     """One row of the suite."""
 
     name: str  # CLIP_benchmark's
-    classes: int  # 0: captions
+    classes: int = 0  # 0: texts instead of classes
     tfds: str = ""  # builder[/config]; empty: TFDS has none that works without TensorFlow
-    split: str = "test"  # TFDS's
-    label: str = "label"  # TFDS's feature
+    split: Split = "test"  # TFDS's for the test
     metric: str = "acc1"  # the paper's choice
-    published_names: bool = False  # TFDS's order of classes is that of the published names
-    like: str = ""  # whose names and templates; empty: its own
+    published: bool = False  # TFDS's order of classes is that of the published names
+    folders: tuple[str, str] = ("", "")  # first and last, where theirs is; numbered ones always are
+    named_like: str = ""  # whose published names TFDS's order has; empty: its own
+    like: str = ""  # whose templates, and names unless said otherwise; empty: its own
     source: str = ""  # where a folder of it comes from
 
     @property
@@ -41,93 +58,141 @@ class DataSet:
 
 
 _MEAN = "mean_per_class_recall"
+_R5 = "image_retrieval_recall@5"
 SUITE = (
-    DataSet("imagenet1k", 1_000, "imagenet2012", "validation", published_names=True),
-    DataSet("imagenetv2", 1_000, "imagenet_v2", published_names=True, like="imagenet1k"),
+    DataSet("imagenet1k", 1_000, "imagenet2012", "validation", published=True),
+    DataSet("imagenetv2", 1_000, "imagenet_v2", published=True, like="imagenet1k"),
     DataSet("imagenet-a", 200, like="imagenet1k", source="hendrycks/natural-adv-examples"),
     DataSet("imagenet-r", 200, like="imagenet1k", source="hendrycks/imagenet-r"),
-    DataSet("imagenet_sketch", 1_000, "imagenet_sketch", published_names=True, like="imagenet1k"),
+    DataSet("imagenet_sketch", 1_000, "imagenet_sketch", published=True, like="imagenet1k"),
     DataSet("objectnet", 113, like="imagenet1k", source="objectnet.dev"),
     DataSet("cifar10", 10, "cifar10"),
     DataSet("cifar100", 100, "cifar100"),
     DataSet("food101", 101, "food101", "validation"),
+    DataSet("birdsnap", 500, source="thomasberg.org/datasets/birdsnap"),
     DataSet("sun397", 397, "sun397"),
     DataSet("cars", 196, "cars196"),
     DataSet("fgvc_aircraft", 100, metric=_MEAN, source="robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
     DataSet("voc2007", 20, source="CLIP_benchmark's export: objects cut out by their boxes"),
+    DataSet("voc2007_multilabel", 20, "voc/2007", metric="mean_average_precision_11",
+            like="voc2007", source="host.robots.ox.ac.uk/pascal/VOC/voc2007"),
     DataSet("dtd", 47, "dtd"),
-    DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published_names=True),
-    DataSet("caltech101", 102, "caltech101", metric=_MEAN),
-    DataSet("flowers", 102, "oxford_flowers102", metric=_MEAN, published_names=True),
-    DataSet("mnist", 10, "mnist", published_names=True),
-    DataSet("fer2013", 7, source="kaggle.com/datasets/msambare/fer2013"),
+    DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published=True),
+    DataSet("caltech101", 102, "caltech101", metric=_MEAN, published=True,
+            named_like="caltech101_vtab", folders=("BACKGROUND_Google", "yin_yang")),
+    DataSet("flowers", 102, "oxford_flowers102", metric=_MEAN, published=True),
+    DataSet("mnist", 10, "mnist", published=True),
+    DataSet("fer2013", 7, folders=("angry", "surprise"),
+            source="kaggle.com/datasets/msambare/fer2013"),
     DataSet("stl10", 10, "stl10"),
-    DataSet("eurosat", 10, "eurosat/rgb", "train", published_names=True),
+    DataSet("eurosat", 10, "eurosat/rgb", "train", published=True,
+            folders=("AnnualCrop", "SeaLake")),
     DataSet("resisc45", 45, "resisc45", "train"),
     DataSet("gtsrb", 43, source="benchmark.ini.rub.de"),
     DataSet("kitti_closest_vehicle_distance", 4, source="CLIP_benchmark's export"),
-    DataSet("country211", 211, source="github.com/openai/CLIP/blob/main/data/country211.md"),
-    DataSet("pcam", 2, "patch_camelyon", published_names=True),
+    DataSet("country211", 211, folders=("AD", "ZW"),
+            source="github.com/openai/CLIP/blob/main/data/country211.md"),
+    DataSet("pcam", 2, "patch_camelyon", published=True),
+    DataSet("ucf101", 101, source="crcv.ucf.edu/data/UCF101.php: the middle frame of each video"),
     DataSet("clevr_count_all", 8, source="CLIP_benchmark's export: counts of 3 to 10"),
-    DataSet("svhn", 10, "svhn_cropped", published_names=True),
+    DataSet("svhn", 10, "svhn_cropped", published=True),
+    DataSet("hateful_memes", 2, metric="roc_auc",
+            source="hatefulmemeschallenge.com, by label: 0 harmless, 1 hateful"),
     DataSet("renderedsst2", 2, source="github.com/openai/CLIP/blob/main/data/rendered-sst2.md"),
-    DataSet("mscoco_captions", 0, metric="image_retrieval_recall@5",
+    DataSet("mscoco_captions", metric=_R5,
             source="cocodataset.org (val2014) and coco_test_karpathy.json"),
-    DataSet("flickr30k", 0, metric="image_retrieval_recall@5",
-            source="Flickr30k's images and flickr30k_test_karpathy.json"),
+    DataSet("flickr30k", metric=_R5, source="Flickr30k's images and flickr30k_test_karpathy.json"),
+    DataSet("aro_relation", metric="acc_macro", source="visual_genome_relation.json and images/ of "
+            "github.com/mertyg/vision-language-models-are-bows"),
+    DataSet("aro_attribution", metric="acc_macro", source="visual_genome_attribution.json and "
+            "images/ of github.com/mertyg/vision-language-models-are-bows"),
+    DataSet("sugar_crepe", metric="acc", source="the .json of github.com/RAIVNLab/sugar-crepe and "
+            "COCO's val2017/"),
 )  # fmt: skip
 
-# Measured with OpenAI's weights by Cherti et al. (CVPR 2023), see NOTICE: B/32, B/16, L/14.
-OPENAI = {
-    "imagenet1k": (0.63334, 0.68352, 0.75490),
-    "imagenetv2": (0.55960, 0.61880, 0.69680),
-    "imagenet-a": (0.31373, 0.50067, 0.70680),
-    "imagenet-r": (0.69320, 0.77667, 0.87870),
-    "imagenet_sketch": (0.42304, 0.48144, 0.59624),
-    "objectnet": (0.44175, 0.55443, 0.69080),
-    "mscoco_captions": (0.55846, 0.58369, 0.61084),
-    "flickr30k": (0.83380, 0.85540, 0.87160),
-}
+
+def published(name: str) -> tuple[float, ...]:
+    """Return what OpenAI's `OPENAI_MODELS` reach on a data set, by open_clip's measurement."""
+    return _published().get(name, ())
 
 
-def open_data_set(row: DataSet, root: Path) -> Labelled | Captioned:
+@functools.cache
+def _published() -> dict[str, tuple[float, ...]]:
+    text = resources.files("clip_jax.evals").joinpath("openai_results.csv").read_text()
+    rows = csv.reader(text.splitlines()[1:])
+    return {name: tuple(float(x) for x in values) for name, _, *values in rows}
+
+
+def open_data_set(row: DataSet, root: Path, split: Split = "test") -> Data:
     """Find one data set under `root`. Missing says where it was looked for and how to get it.
 
     ValueError when what is there has another number of classes than the data set.
     """
-    data = _find(row, root)
-    if isinstance(data, Labelled) and len(data.names) != row.classes:
+    data = _find(row, root, split)
+    if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
         raise ValueError(f"{row.name} has {row.classes} classes, the one in {root} "
                          f"{len(data.names)}.")  # fmt: skip
     return data
 
 
-def _find(row: DataSet, root: Path) -> Labelled | Captioned:
+def _find(row: DataSet, root: Path, split: Split) -> Data:
+    there = False
     for folder in (root / row.name, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
-        if any((folder / "test").glob("*.tar")):
-            return open_webdataset(folder)
+        part = split_folder(folder, split)
+        if part and any(part.glob("*.tar")):
+            return open_webdataset(folder, split=part.name)
+        there |= any((folder / "test").glob("*.tar"))
     if not row.classes:
-        return _find_captions(row, root / row.name)
+        return _find_texts(row, root, split)
+    if row.metric == "mean_average_precision_11":
+        for folder in (root / row.name, root / "VOCdevkit" / "VOC2007"):
+            if (folder / "ImageSets").is_dir():
+                return open_voc(folder, split=split)
     if row.tfds and (versions := sorted((root / row.tfds).glob("*/dataset_info.json"))):
-        names = prompts.class_names(row.prompts) if row.published_names else None
-        return open_tfds(
-            versions[-1].parent, split=row.split, label=row.label, names=names,
-            templates=_templates(row),
-        )  # fmt: skip
-    for folder in (root / row.name / "test", root / row.name):
-        if folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir()):
-            return open_folder(folder, name=row.prompts)
+        folder = versions[-1].parent
+        name = row.split if split == "test" else split
+        taken = split != "test" and name == row.split  # EuroSAT's only split is the test here
+        if not taken and name in tfds_splits(folder):
+            if row.metric == "mean_average_precision_11":
+                return open_tfds_voc(folder, split=name, templates=_templates(row))
+            names = prompts.class_names(row.named_like or row.prompts) if row.published else None
+            return open_tfds(folder, split=name, names=names, templates=_templates(row))
+        raise Missing(f"{row.name}: {folder} has no {split} split apart from its test.")
+    folder = split_folder(root / row.name, split) if (root / row.name).is_dir() else None
+    if folder and any(entry.is_dir() for entry in folder.iterdir()):
+        return open_folder(folder, name=row.prompts, names=_names_of_folders(row, folder))
+    there |= (root / row.name).is_dir()
+    if there and split != "test":
+        raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
     raise Missing(_advice(row, root))
 
 
-def _find_captions(row: DataSet, folder: Path) -> Captioned:
-    annotations = sorted(folder.glob("*test_karpathy.json"))
-    images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
-    if not annotations or not images:
-        raise Missing(
-            f"{row.name}: put {row.source} in {folder}, the images in val2014/ or images/ there."
-        )
-    return open_captions(annotations[0], images[0])
+def _names_of_folders(row: DataSet, folder: Path) -> Sequence[str] | None:
+    """Return the published names where the folders are the ones that they stand for."""
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    matches = (found[0], found[-1]) == row.folders and len(found) == row.classes
+    return prompts.class_names(row.prompts) if matches else None
+
+
+def _find_texts(row: DataSet, root: Path, split: Split) -> Captioned | Contrasted:
+    folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
+    if split != "test":
+        raise Missing(f"{row.name} has no {split} split.")
+    if row.name.startswith("aro_"):
+        file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
+        for place in (folder, parent):
+            if (place / file).is_file():
+                return open_aro(place / file, place / "images")
+    elif row.name == "sugar_crepe":
+        if any(folder.glob("*.json")):
+            return open_sugar_crepe(folder)
+    elif annotations := sorted(folder.glob("*test_karpathy.json")):
+        images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
+        return open_captions(annotations[0], images[0])
+    raise Missing(
+        f"{row.name}: put {row.source} in {folder}"
+        + (", the images in val2014/ or images/ there." if row.metric == _R5 else ".")
+    )
 
 
 def _templates(row: DataSet) -> Sequence[str]:
@@ -141,9 +206,12 @@ def _advice(row: DataSet, root: Path) -> str:
             f"python -m tensorflow_datasets build {row.tfds} --data_dir {root} "
             "--file_format array_record"
         )
-    ways.append(
-        f"a folder for each class in {root / row.name}/test"
-        + (f" (from {row.source})" if row.source else "")
-    )
-    ways.append(f"CLIP_benchmark's tars in {root / row.name}/test")
+    if row.metric == "mean_average_precision_11":
+        ways.append(f"VOC2007 from {row.source} as {root}/VOCdevkit/VOC2007")
+    else:
+        ways.append(
+            f"a folder for each class in {root / row.name}/test"
+            + (f" (from {row.source})" if row.source else "")
+        )
+        ways.append(f"CLIP_benchmark's tars in {root / row.name}/test")
     return f"{row.name} is not in {root}: " + "; or ".join(ways) + "."

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from clip_jax import sharding
-from clip_jax.evals import alignment, linear_probe
-from clip_jax.evals.evaluator import encode_images
+from clip_jax.evals import alignment, linear_probe, zero_shot
+from clip_jax.evals.evaluator import encode_images, encode_texts
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
@@ -36,7 +36,12 @@ def numbers(mesh) -> dict[str, float]:
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     labels = rng.integers(0, 3, 53)
     votes = linear_probe.nearest_neighbours((images[:40], labels[:40]), images[40:], mesh, k=5)
+    tokens = rng.integers(1, 600, (7 * 3, 8), np.int32)
+    weights = zero_shot.average(encode_texts(model, params, tokens, mesh, batch_size=10), [3] * 7)
+    nearest = (images @ weights.T).argmax(axis=1)
+    classes = np.where(rng.random(53) < 0.5, nearest, rng.integers(0, 7, 53))
     return {
+        **zero_shot.classification(images @ weights.T, classes),
         **retrieval(images, texts, owner, mesh),
         **alignment.diagnostics(images, texts[:53], 10.0, mesh, pool=13),
         "probe": linear_probe.Problem(images, labels, mesh).fit(1.0).objective,

@@ -1,16 +1,15 @@
-"""Layouts on disk, each with a small stand-in; and every row of the suite against its names."""
+"""Layouts on disk, each with a small stand-in."""
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import decode
-from clip_jax.evals import prompts, suite
-from clip_jax.evals.datasets import Captioned, Missing, open_captions, open_folder
+from clip_jax.evals.datasets import open_captions, open_digits, open_folder, split_folder
 
 
 def encoded(seed=0, size=(20, 14)):
@@ -25,17 +24,6 @@ def write_folder(path, classes, per_class=2):
         (path / name).mkdir(parents=True)
         for i in range(per_class):
             (path / name / f"{i}.png").write_bytes(encoded(number * per_class + i))
-
-
-def write_tars(path, members, shards=2):
-    (path / "test").mkdir(parents=True)
-    for shard in range(shards):
-        with tarfile.open(path / "test" / f"{shard}.tar", "w") as file:
-            for key, (kind, text) in list(members.items())[shard::shards]:
-                for name, content in ((f"{key}.png", encoded()), (f"{key}.{kind}", text.encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    file.addfile(info, io.BytesIO(content))
 
 
 def test_a_folder_is_named_by_its_folders(tmp_path):
@@ -88,31 +76,33 @@ def test_cocos_format(tmp_path):
         open_captions(path, tmp_path)
 
 
-@pytest.mark.parametrize("row", suite.SUITE, ids=lambda row: row.name)
-def test_every_data_set_opens_and_its_classes_are_counted(row, tmp_path):
-    """A stand-in where the suite looks for it, as many classes as the data set has."""
-    with pytest.raises(Missing, match=row.name):
-        suite.open_data_set(row, tmp_path)
-    folder = tmp_path / row.name
-    if not row.classes:
-        (folder / "images").mkdir(parents=True)
-        (folder / "images" / "a.png").write_bytes(encoded())
-        content = {"images": [{"id": 0, "file_name": "a.png"}],
-                   "annotations": [{"image_id": 0, "caption": "noise"}]}  # fmt: skip
-        (folder / "x_test_karpathy.json").write_text(json.dumps(content))
-        data = suite.open_data_set(row, tmp_path)
-        assert isinstance(data, Captioned)
-        assert [texts for _, texts in data] == [["noise"]]
-        return
-    names = prompts.class_names(row.prompts)
-    if names and row.prompts == row.name:
-        assert len(names) == row.classes
-    assert prompts.templates(row.prompts)
-    write_folder(folder / "test", [f"class_{i:04d}" for i in range(row.classes)], 0)
-    (folder / "test" / "class_0001" / "x.png").write_bytes(encoded())
-    data = suite.open_data_set(row, tmp_path)
-    assert (len(data.names), data.count) == (row.classes, 1)
-    assert [label for _, label in data] == [1]
-    (folder / "test" / "one_more").mkdir()
-    with pytest.raises(ValueError, match=f"{row.name} has {row.classes} classes"):
-        suite.open_data_set(row, tmp_path)
+def test_splits_lie_in_a_folder_or_are_it(tmp_path):
+    assert split_folder(tmp_path, "test") == tmp_path
+    assert split_folder(tmp_path, "train") is None
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    assert split_folder(tmp_path, "test") == tmp_path / "val"  # as ImageNet's
+    assert split_folder(tmp_path, "validation") is None
+    (tmp_path / "test").mkdir()
+    found = [split_folder(tmp_path, split) for split in ("train", "validation", "test")]
+    assert found == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
+
+
+def test_a_splits_names_may_stand_beside_it(tmp_path):
+    write_folder(tmp_path / "test", ["a", "b"], 1)
+    (tmp_path / "classnames.txt").write_text("ant\nbee\n")
+    assert list(open_folder(tmp_path / "test").names) == ["ant", "bee"]
+    write_folder(tmp_path / "other", ["a", "b"], 1)
+    assert list(open_folder(tmp_path / "other").names) == ["a", "b"]
+
+
+def test_the_digits_are_a_data_set():
+    config = DigitsConfig(digits=1)
+    train, validation, test = (
+        open_digits(config, split, per_number=2, image_size=12)
+        for split in ("train", "validation", "test")
+    )
+    assert list(test.names[:3]) == ["zero", "one", "two"]
+    for data in (train, validation, test):
+        assert sorted(label for _, label in data) == sorted(2 * list(range(10)))
+    assert len({image.tobytes() for data in (train, validation, test) for image, _ in data}) == 60

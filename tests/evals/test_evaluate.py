@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 
 import jax
@@ -17,6 +18,8 @@ from clip_jax.convert.weights import Weights, default_inputs
 from clip_jax.evals import measure
 from clip_jax.evals.datasets import open_folder, open_webdataset
 from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.report import to_markdown
+from clip_jax.evals.suite import SUITE
 from clip_jax.load import load
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
@@ -95,23 +98,27 @@ def encoder(model, devices, **sizes):
     )
 
 
+def classify(data, encoder):
+    return measure.classify(data, measure.embed(data, encoder), encoder)
+
+
 def test_a_folder_gives_the_same_numbers_on_any_mesh(model, data, monkeypatch):
     monkeypatch.setattr(measure, "_STREAMED", 17)
     folder = open_folder(data / "mine")
-    one = measure.classify(folder, encoder(model, 1))
+    one = classify(folder, encoder(model, 1))
     assert len(one.labels) == 41
     assert one.skipped[0].startswith("image ")
     assert one.logits.std(axis=0).min() > 3e-3  # images differ far beyond the tolerance below
     for devices, sizes in ((8, {}), (8, {"data": 2, "fsdp": 2, "tensor": 2})):
-        other = measure.classify(folder, encoder(model, devices, **sizes))
+        other = classify(folder, encoder(model, devices, **sizes))
         assert other.values == pytest.approx(one.values, abs=1e-6)
         np.testing.assert_allclose(other.logits, one.logits, atol=1e-5)
         np.testing.assert_array_equal(other.labels, one.labels)
 
 
 def test_tars_give_the_numbers_of_the_folder(model, data):
-    tars = measure.classify(open_webdataset(data / "tars"), encoder(model, 8))
-    folder = measure.classify(open_folder(data / "mine"), encoder(model, 8))
+    tars = classify(open_webdataset(data / "tars"), encoder(model, 8))
+    folder = classify(open_folder(data / "mine"), encoder(model, 8))
     assert sorted(tars.labels) == sorted(folder.labels)
     assert tars.values == pytest.approx(folder.values, abs=1e-6)
 
@@ -141,6 +148,135 @@ def test_the_command_writes_tables_and_pictures(model, data, tmp_path, capsys):
             assert picture.width > 200
 
 
+@pytest.fixture(scope="module")
+def splits(data, tmp_path_factory):
+    """The folder of `data` as a training split, half of it as a test split too."""
+    root = tmp_path_factory.mktemp("splits") / "colours"
+    for folder in (data / "mine").iterdir():
+        for split, files in (("train", "[0-6].png"), ("test", "[1-3].png")):
+            (root / split / folder.name).mkdir(parents=True)
+            for file in folder.glob(files):
+                shutil.copy(file, root / split / folder.name)
+    return root
+
+
+def test_every_task_on_a_folder_with_splits(model, splits, tmp_path, capsys):
+    templates = tmp_path / "mine.txt"
+    templates.write_text("a photo of a {c}.\n{c}\nthe colour {c}\n")
+    out = tmp_path / "out"
+    args = ["--dataset", f"folder:{splits}", "--templates", str(templates), "--output", str(out)]
+    tasks = ["--tasks", "zero-shot", "templates", "probe", "few-shot", "neighbours", "alignment"]
+    assert main(["evaluate", str(model), *args, *tasks, "--shots", "4", "9", "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    names = {"acc1", "linear_probe/acc1", "linear_probe/lambda", "few_shot/4",
+             "neighbours/acc1", "templates/spread", "templates/gain", "templates/selected",
+             "template/{c}", "template/the colour {c}"}  # fmt: skip
+    assert {f"colours/{name}" for name in names} <= values.keys()
+    assert "colours: few-shot of 9 left out: a class has fewer" in printed.err
+    assert "colours: alignment is for images with captions" in printed.err
+    chosen = (out / "colours" / "templates.txt").read_text().splitlines()
+    assert f"chosen on validation images: {'; '.join(chosen)}" in printed.err
+    rows = list(csv.reader((out / "colours" / "templates.csv").open()))
+    assert rows[0] == ["template", "acc1"]
+    assert {row[0]: float(row[1]) for row in rows[1:]} == {
+        name.removeprefix("colours/template/"): value
+        for name, value in values.items() if name.startswith("colours/template/")
+    }  # fmt: skip
+    tasks = {row["task"]: row for row in csv.DictReader((out / "results.csv").open())}
+    assert float(tasks["linear_probe"]["lp_acc1"]) == values["colours/linear_probe/acc1"]
+    assert tasks["zeroshot_classification"]["lp_acc1"] == ""
+    assert "| colours | linear_probe/acc1 | " in (out / "results.md").read_text()
+
+
+def test_the_digits_take_every_task(model, capsys):
+    few = ["--digits.per-number", "1", "--digits.source.digits", "1", "--pool", "16"]
+    tasks = ["--tasks", "zero-shot", "templates", "neighbours", "alignment"]
+    assert main(["evaluate", str(model), *few, *tasks, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert {"zero_shot/seen/top1", "digits/templates/gain", "digits/neighbours/acc1",
+            "info_nce", "modality_gap"} <= values.keys()  # fmt: skip
+
+
+def test_a_task_without_its_split_is_named_and_the_others_run(model, data, capsys):
+    args = ["--dataset", f"folder:{data / 'mine'}", "--tasks", "zero-shot", "probe", "templates"]
+    assert main(["evaluate", str(model), *args, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "mine/acc1" in json.loads(printed.out)
+    assert f"probe left out: {data / 'mine'} has no train split" in printed.err
+    assert "templates left out: mine has not two templates" in printed.err
+    assert main(["evaluate", str(model), *args[:2], "--tasks", "probe"]) == 2
+    assert "nothing could be measured with --tasks probe" in capsys.readouterr().err
+
+
+def test_pairs_that_differ_in_order(model, data, tmp_path, capsys):
+    files = sorted((data / "mine").glob("*/1.png"))
+    cases = [
+        {"image_path": str(file), "bbox_x": 1, "bbox_y": 1, "bbox_w": 9, "bbox_h": 9,
+         "true_caption": f"{file.parent.name} on white", "relation_name": "on",
+         "false_caption": f"white on {file.parent.name}"} for file in files
+    ]  # fmt: skip
+    path = tmp_path / "visual_genome_relation.json"
+    path.write_text(json.dumps(cases))
+    assert main(["evaluate", str(model), "--dataset", f"aro:{path}", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert set(values) == {"visual_genome_relation/acc", "visual_genome_relation/acc_macro"}
+
+    # The same by hand: the nearer of the two captions.
+    parts, loaded = encoder(model, 1), load(model)
+    crops = [Image.open(file).crop((1, 1, 10, 10)) for file in files]
+    images = measure.encode_images(
+        parts.model, parts.params, np.stack([loaded.image_preprocess(x) for x in crops]), parts.mesh
+    )
+    own, other = (
+        (images * parts.texts([case[f"{kind}_caption"] for case in cases])).sum(axis=1)
+        for kind in ("true", "false")
+    )
+    assert values["visual_genome_relation/acc"] == pytest.approx((own > other).mean())
+
+
+def test_voc_is_measured_by_eleven_points(model, data, tmp_path, capsys):
+    folder = tmp_path / "voc2007_multilabel"
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "JPEGImages").mkdir()
+    files = sorted((data / "mine").glob("*/[1-3].png"))
+    for number, file in enumerate(files):
+        shutil.copy(file, folder / "JPEGImages" / f"{number:06d}.jpg")  # Pillow looks inside
+    for place in range(20):
+        marks = "".join(f"{i:06d} {1 if i % 20 == place else -1:2d}\n" for i in range(len(files)))
+        (folder / "ImageSets" / "Main" / f"class{place:02d}_test.txt").write_text(marks)
+    out = tmp_path / "out"
+    args = ["--dataset", "voc2007_multilabel", "--data-dir", str(tmp_path), "--output", str(out)]
+    assert main(["evaluate", str(model), *args, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    names = {"mean_average_precision", "mean_average_precision_11"}
+    assert set(values) == {f"voc2007_multilabel/{name}" for name in names}
+    found = 100 * values["voc2007_multilabel/mean_average_precision_11"]
+    row = f"| voc2007_multilabel | mean_average_precision_11 | {found:.1f} |"
+    assert row in (out / "results.md").read_text()
+
+
+def test_captions_are_aligned(model, data, capsys):
+    args = ["--dataset", "flickr30k", "--data-dir", str(data), "--tasks", "alignment"]
+    assert main(["evaluate", str(model), *args, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["flickr30k/info_nce_pool"] == 41
+    assert {"flickr30k/alignment", "flickr30k/modality_gap"} <= values.keys()
+
+
+def test_published_numbers_stand_beside(tmp_path):
+    outcome = measure.Outcome(
+        "zeroshot_classification", {"acc1": 0.5, "mean_per_class_recall": 0.4}
+    )
+    probe = measure.Outcome("linear_probe", {"linear_probe/acc1": 0.8})
+    rows = to_markdown([("pets", outcome), ("cifar10", outcome), ("cifar10", probe)], "mine")
+    assert rows.splitlines()[2:] == [
+        "| pets | mean_per_class_recall | 40.0 | 85.3 | 87.0 | 88.9 | 93.2 | 93.7 |",
+        "| cifar10 | acc1 | 50.0 | 71.6 | 89.8 | 90.8 | 95.6 | 94.9 |",
+        "| cifar10 | linear_probe/acc1 | 80.0 |  |  |  |  |  |",
+    ]
+
+
 def test_a_suite_runs_what_is_there_and_names_the_rest(model, data, capsys):
     args = ["--suite", "clip", "--data-dir", str(data), "--json"]
     assert main(["evaluate", str(model), *args]) == 0
@@ -157,10 +293,23 @@ def test_wrong_use_is_explained(model, tmp_path, capsys):
         (["--dataset", "nonsense"], "no data set 'nonsense'"),
         (["--dataset", "zip:x"], "is of no known kind"),
         (["--dataset", "folder:nowhere"], "there is no folder nowhere"),
-        (["--suite", "clip", "--data-dir", str(tmp_path)], "none of the suite's 31 data sets"),
+        (
+            ["--suite", "clip", "--data-dir", str(tmp_path)],
+            f"none of the suite's {len(SUITE)} data sets",
+        ),
     ):
         assert main(["evaluate", str(model), *args]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), [(["--shots", "0"], "shots=(0,)"), (["--pool", "1"], "pool=1 must be at")]
+)
+def test_wrong_numbers_are_explained(args, says, model, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(model), *args])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_digits_measure_word_order(model):

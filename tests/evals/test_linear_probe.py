@@ -71,13 +71,6 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
     assert min(accuracies) < max(accuracies)
 
 
-def test_the_whole_probe_and_few_shots(digits):
-    values = probe.linear_probe(*digits, mesh_of(8), shots=(1, 16))
-    assert values["linear_probe/acc1"] > 0.95
-    assert 0.3 < values["few_shot/1"] < values["few_shot/16"] < values["linear_probe/acc1"]
-    assert values["linear_probe/lambda"] in probe.LAMBDAS
-
-
 def test_few_per_class_draws_evenly_and_names_what_is_scarce():
     labels = np.array([0, 3, 3, 0, 1, 1, 1, 3])
     some = probe.few_per_class(labels, 2, np.random.default_rng(0))

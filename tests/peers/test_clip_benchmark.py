@@ -8,11 +8,17 @@ import torch
 
 from clip_jax import sharding
 from clip_jax.evals import zero_shot
+from clip_jax.evals.compositions import composition
+from clip_jax.evals.datasets import Contrasted
 from clip_jax.evals.retrieval import retrieval
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+    from clip_benchmark.metrics import (
+        image_caption_selection,
+        zeroshot_classification,
+        zeroshot_retrieval,
+    )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer's, about its own calls
 
@@ -104,3 +110,29 @@ def test_average_precision():
     ).numpy()
     ours = [zero_shot.average_precision(scores[:, c], truth[:, c]) for c in range(11)]
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_right_caption_against_the_wrong_one():
+    rng = np.random.default_rng(4)
+    images = unit(rng.standard_normal((307, 16))).astype(np.float32)
+    right, wrong = (
+        unit(images + noise * rng.standard_normal((307, 16))).astype(np.float32)
+        for noise in (0.9, 1.0)
+    )
+    pairs = list(zip(right, wrong, strict=True))
+    batches = [  # images are [B, C, H, W]: the features are one pixel's channels
+        (torch.tensor(images[part])[:, :, None, None], [pairs[i] for i in part])
+        for part in np.array_split(np.arange(307), 4)
+    ]
+
+    class Flat(Features):
+        def encode_image(self, x):
+            return x[:, :, 0, 0]
+
+    theirs = image_caption_selection.evaluate(
+        Flat(), batches, lambda rows: torch.tensor(np.stack(rows)), "cpu", amp=False
+    )
+    data = Contrasted(307, lambda i: ("", ("", "")), ["all"] * 307, lambda *_: True)
+    won = (images * right).sum(axis=1) > (images * wrong).sum(axis=1)
+    assert 0.4 < theirs["text_acc"] < 0.9
+    assert composition(won, data.groups, data)["acc"] == pytest.approx(theirs["text_acc"], abs=1e-6)

@@ -1,0 +1,129 @@
+"""Images with a right caption and one of the same words or objects that is wrong.
+
+ARO (Yuksekgonul et al., 2023, arXiv:2210.01936): relations and attributes of Visual Genome, turned
+round. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with one thing replaced,
+swapped or added.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from clip_jax.data.images import ImageLike, decode
+from clip_jax.evals.datasets import Contrasted
+
+_FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
+
+# Relations that ARO leaves out of its mean, because turned round they hold as well, or as little.
+# fmt: off
+_SYMMETRIC = frozenset((
+    "adjusting", "attached to", "between", "bigger than", "biting", "boarding", "brushing",
+    "chewing", "cleaning", "climbing", "close to", "coming from", "coming out of", "contain",
+    "crossing", "dragging", "draped over", "drinking", "drinking from", "driving", "driving down",
+    "driving on", "eating from", "eating in", "enclosing", "exiting", "facing", "filled with",
+    "floating in", "floating on", "flying", "flying above", "flying in", "flying over",
+    "flying through", "full of", "going down", "going into", "going through", "grazing in",
+    "growing in", "growing on", "guiding", "hanging from", "hanging in", "hanging off",
+    "hanging over", "higher than", "holding onto", "hugging", "in between", "jumping off",
+    "jumping on", "jumping over", "kept in", "larger than", "leading", "leaning over", "leaving",
+    "licking", "longer than", "looking in", "looking into", "looking out", "looking over",
+    "looking through", "lying next to", "lying on top of", "making", "mixed with", "mounted on",
+    "moving", "on the back of", "on the edge of", "on the front of", "on the other side of",
+    "opening", "painted on", "parked at", "parked beside", "parked by", "parked in",
+    "parked in front of", "parked near", "parked next to", "perched on", "petting", "piled on",
+    "playing", "playing in", "playing on", "playing with", "pouring", "reaching for", "reading",
+    "reflected on", "riding on", "running in", "running on", "running through", "seen through",
+    "sitting behind", "sitting beside", "sitting by", "sitting in front of", "sitting near",
+    "sitting next to", "sitting under", "skiing down", "skiing on", "sleeping in", "sleeping on",
+    "smiling at", "sniffing", "splashing", "sprinkled on", "stacked on", "standing against",
+    "standing around", "standing behind", "standing beside", "standing in front of",
+    "standing near", "standing next to", "staring at", "stuck in", "surrounding", "swimming in",
+    "swinging", "talking to", "topped with", "touching", "traveling down", "traveling on", "tying",
+    "typing on", "underneath", "wading in", "waiting for", "walking across", "walking by",
+    "walking down", "walking next to", "walking through", "working in", "working on", "worn on",
+    "wrapped around", "wrapped in", "by", "of", "near", "next to", "with", "beside",
+    "on the side of", "around",
+))
+# fmt: on
+
+
+def open_aro(annotations: Path, images: Path) -> Contrasted:
+    """Open `visual_genome_relation.json` or `visual_genome_attribution.json`.
+
+    A case is the part of the image that its box holds. ValueError for a file of another shape.
+    """
+    cases = json.loads(annotations.read_text(encoding="utf-8"))
+    try:
+        rows = [
+            (
+                images / case["image_path"],
+                tuple(int(case[f"bbox_{side}"]) for side in "xywh"),
+                (case["true_caption"], case["false_caption"]),
+                case["relation_name"] if "relation_name" in case else "_".join(case["attributes"]),
+            )
+            for case in cases
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{annotations} is not in ARO's format: a list of cases with image_path, bbox_x, "
+            "bbox_y, bbox_w, bbox_h, true_caption, false_caption and relation_name or attributes "
+            f"({error!r})."
+        ) from error
+    relations = bool(cases) and "relation_name" in cases[0]
+
+    def load(index: int) -> tuple[ImageLike, tuple[str, str]]:
+        path, (x, y, width, height), captions, _ = rows[index]
+        image: Image.Image = decode(path)
+        return image.crop((x, y, x + width, y + height)), captions
+
+    def in_mean(group: str, count: int) -> bool:
+        return group not in _SYMMETRIC if relations else count >= _FEWEST
+
+    return Contrasted(len(rows), load, [row[3] for row in rows], in_mean)
+
+
+def open_sugar_crepe(folder: Path) -> Contrasted:
+    """Open SugarCrepe's files (`swap_obj.json`, ...) with COCO's images in `val2017/` or `images/`.
+
+    ValueError for a file of another shape.
+    """
+    images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            rows += [
+                (images / case["filename"], (case["caption"], case["negative_caption"]), file.stem)
+                for case in (content.values() if isinstance(content, dict) else content)
+            ]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is not in SugarCrepe's format: cases with filename, caption and "
+                f"negative_caption ({error!r})."
+            ) from error
+    if not rows:
+        raise ValueError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
+    return Contrasted(
+        len(rows), lambda i: rows[i][:2], [row[2] for row in rows], lambda *_: True, True
+    )
+
+
+def composition(
+    won: Bool[np.ndarray, " cases"], groups: Sequence[str], data: Contrasted
+) -> dict[str, float]:
+    """Return the share of cases won, `acc`, and its mean over groups, `acc_macro` (ARO's number).
+
+    Also `acc/GROUP` where there are few. Without a group that counts, there is no mean.
+    """
+    values = {"acc": float(won.mean())}
+    members = {group: np.array([g == group for g in groups]) for group in sorted(set(groups))}
+    counted = [won[of].mean() for name, of in members.items() if data.in_mean(name, int(of.sum()))]
+    if counted:
+        values["acc_macro"] = float(np.mean(counted))
+    if data.name_groups:
+        values |= {f"acc/{group}": float(won[of].mean()) for group, of in members.items()}
+    return values
