@@ -25,6 +25,18 @@ commands:
 `clip-jax COMMAND --help` says what a command takes.
 """
 
+SCALE_USAGE = """\
+usage: clip-jax scale VERB [...]
+
+Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law.
+
+  ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: the price)
+  collect RUN ...    gather finished runs into one table
+  fit TABLE          fit a law, with intervals; predict runs, spend a budget, draw
+
+`clip-jax scale VERB --help` says what a verb takes.
+"""
+
 
 def train(args: Sequence[str]) -> int:
     """train a model from a config file: clip-jax train configs/digits.py"""
@@ -34,8 +46,10 @@ def train(args: Sequence[str]) -> int:
     class Run(Config):
         workdir: str  # where the run lives, or gs://...; the same command again resumes it
 
-    path = _leading(args)[0] if _leading(args) else "config"
-    given = _fields(_run_config(Run, args, train, "train", workdir=f"runs/{Path(path).stem}"))
+    path = Path(_leading(args)[0] if _leading(args) else "config")
+    # A run's own config.json means that run.
+    workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
+    given = _fields(_run_config(Run, args, train, "train", workdir=str(workdir)))
     workdir = given.pop("workdir")
 
     from clip_jax import processes
@@ -130,10 +144,15 @@ def convert(args: Sequence[str]) -> int:
 
 
 def scale(args: Sequence[str]) -> int:
-    """scaling laws: clip-jax scale collect RUN ..., clip-jax scale fit TABLE"""
+    """scaling laws: clip-jax scale ladder SPEC, scale collect RUN ..., scale fit TABLE"""
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb in ("-h", "--help"):
+        print(SCALE_USAGE)
+        return 0
+    if verb == "ladder":
+        return _ladder(rest)
     from clip_jax import scale as scaling
 
-    verb, rest = (args[0], args[1:]) if args else ("", [])
     if verb == "fit":
         config, as_json = _command(scaling.FitConfig, rest, ("table",), scale, "scale fit")
         result = scaling.fit(config)
@@ -147,8 +166,29 @@ def scale(args: Sequence[str]) -> int:
         for line in result["skipped"]:
             print(f"left out: {line}", file=sys.stderr)
     else:
-        raise ValueError(f"scale needs one of fit, collect; got {verb or 'nothing'!r}.")
+        raise ValueError(f"scale needs one of ladder, collect, fit; got {verb or 'nothing'!r}.")
     return 0
+
+
+def _ladder(args: Sequence[str]) -> int:
+    from clip_jax.jobs import Stopped
+    from clip_jax.ladder import LadderCommand, climb
+
+    config, as_json = _command(LadderCommand, args, ("spec",), scale, "scale ladder")
+    stream = sys.stderr if as_json else sys.stdout
+    try:
+        result = climb(config, lambda line: print(line, file=stream, flush=True))
+    except Stopped as stopped:
+        return _say(str(stopped), code=3)
+    if as_json:
+        print(json.dumps(result))
+    failures = [point for point in result["points"] if point["failure"]]
+    for point in failures:
+        print(f"failed: {point['name']}: {point['failure']}", file=sys.stderr)
+    left = [point for point in result["points"] if not point["done"]]
+    if not left:
+        print(f"next: clip-jax scale collect {result['root']}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def plan(args: Sequence[str]) -> int:

@@ -76,6 +76,7 @@ class FitConfig:
     draws: int = 1_000  # of the bootstrap
     seed: int = 0  # of the bootstrap
     hold_out: float | None = None  # fit runs below this compute (forward GMACs), predict the others
+    hold_out_samples: str | None = None  # the same with pairs seen, such as 12.8B
     predict: tuple[str, ...] = ()  # MODEL@SAMPLES, such as ViT-L-14@12.8B
     budget: float | None = None  # training FLOPs: which model, how many samples?
     candidates: tuple[str, ...] = ()  # models that a budget chooses from; default: the table's
@@ -85,6 +86,8 @@ class FitConfig:
         for name, least in (("bins", 3), ("draws", 100)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.hold_out is not None and self.hold_out_samples is not None:
+            raise ValueError("give hold_out or hold_out_samples, not both.")
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
@@ -117,9 +120,15 @@ def fit(config: FitConfig) -> dict[str, Any]:
     }
     if isinstance(found.law, PowerLaw):
         result |= {name: result["parameters"][name]["value"] for name in ("alpha", "beta")}
+    held = None
     if config.hold_out is not None:
         held = runs.compute >= config.hold_out
-        result["hold_out"] = _held(fits.hold_out(config.form, runs, held, through, **options))
+    elif config.hold_out_samples is not None:
+        # Runs see whole batches: as many samples as were asked for, up to rounding.
+        held = runs.samples >= 0.99 * table.parse_count(config.hold_out_samples)
+    if held is not None:
+        tested = fits.hold_out(config.form, runs, held, through, **options)
+        result["hold_out"] = _held(tested, int((~held).sum()))
 
     sizes = _sizes(rows)
     asked = {wanted: _asked(wanted, sizes) for wanted in config.predict}
@@ -196,9 +205,10 @@ def _both(prediction: fits.Prediction, metric_is: str) -> dict[str, Any]:
     return both
 
 
-def _held(held: fits.HoldOut) -> dict[str, Any]:
+def _held(held: fits.HoldOut, fitted: int) -> dict[str, Any]:
     rows = zip(held.runs.compute, held.runs.error, *np.stack(held.predicted), strict=True)
     return {
+        "fitted": fitted,
         "mean_relative_error": float(np.abs(held.relative_error).mean()),
         "inside_interval": int(held.within.sum()),
         "runs": [
@@ -270,8 +280,9 @@ def describe(result: Mapping[str, Any]) -> str:
     if "hold_out" in result:
         held = result["hold_out"]
         lines.append(
-            f"held out: {len(held['runs'])} runs predicted to {held['mean_relative_error']:.1%} on "
-            f"average, {held['inside_interval']} of them inside the 95% interval"
+            f"held out: {len(held['runs'])} runs predicted from the {held['fitted']} others, off "
+            f"by {held['mean_relative_error']:.1%} on average, {held['inside_interval']} of them "
+            "inside the 95% interval"
         )
     for wanted, prediction in result["predictions"].items():
         lines.append(f"{wanted}: {_words(prediction)}")

@@ -1,24 +1,33 @@
 """Every config that ships traces a step, without computing it."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from clip_jax import sharding
-from clip_jax.config import load_config
+from clip_jax.config import Config, load_config
+from clip_jax.ladder import grid, load_ladder
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import make_optimizer
 from clip_jax.step import init_state, train_step
 from tests.runs import ROOT
 
 
+def read(path: Path) -> Config:
+    """A config, or of a ladder the run of the least FLOPs."""
+    if not path.stem.startswith("ladder_"):
+        return load_config(path)
+    return min(grid(load_ladder(path), Path("runs")), key=lambda p: p.training_flops).config
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
 )
 def test_a_step_traces(path):
-    config = load_config(path)
+    config = read(path)
     model, optimizer = CLIP(config.model), make_optimizer(config.optim, config.steps)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     sharding.check_batch_size(config.batch_size, mesh)

@@ -1,0 +1,58 @@
+"""The grid of the LAION and DataComp papers: ViT-S/32 to H/14, 1.28M to 34B pairs seen.
+
+    clip-jax scale ladder configs/ladder_datacomp.py --dry-run
+    clip-jax scale ladder configs/ladder_datacomp.py --jobs 0       # writes the runs' configs
+    clip-jax train runs/ladder_datacomp/ViT-B-32@128M-seed0/config.json
+
+Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs and hundreds of
+thousands of dollars, its small corner (`--only 'ViT-[SMB]-32@*M-*'`) hundreds. On a pod every host
+runs the third command, or each slice its `--part i/n` of the ladder; the same command resumes.
+
+Batches are DataComp's (4,096 for its small and medium scale, 8,192 large) and those of Cherti et
+al. (88,064). So are the rates to within a factor: DataComp 5e-4 and 1e-3 (xlarge), Cherti et al.
+1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU and dollars are
+assumptions, on-demand list prices of 2025; put your own.
+"""
+
+import dataclasses
+
+from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.config import Config
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.ladder import HardwareConfig, LadderConfig, RulesConfig
+from clip_jax.models import zoo
+from clip_jax.optim import OptimConfig
+
+MODELS = ("ViT-S-32", "ViT-M-32", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14")
+SAMPLES = {  # pairs seen: pairs a step
+    1_280_000: 1_024,
+    12_800_000: 4_096,
+    128_000_000: 4_096,
+    1_280_000_000: 8_192,
+    2_560_000_000: 88_064,
+    12_800_000_000: 88_064,
+    34_000_000_000: 88_064,
+}
+
+
+def get_ladder() -> LadderConfig:
+    held_out = DataConfig(source=TarConfig(path="held_out/*.tar"), crop="center", threads=16)
+    return LadderConfig(
+        base=Config(
+            batch_size=88_064,
+            data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
+            optim=OptimConfig(learning_rate=1e-3, warmup_steps=2_000),
+            checkpoint=CheckpointConfig(every_steps=1_000),
+            evals=(PairsEvalConfig(data=held_out, pairs=32_768, every_steps=10_000),),
+        ),
+        models={name: dataclasses.replace(zoo.get(name), remat="dots") for name in MODELS},
+        samples=tuple(SAMPLES),
+        batch_sizes=tuple(SAMPLES.values()),
+        rules=RulesConfig(batch_exponent=0.25, reference_width=768, width_exponent=-0.5),
+        hardware=(
+            HardwareConfig(chip="TPU v5e", chips=256, mfu=0.45, price=1.20, start_seconds=300),
+            HardwareConfig(chip="H100 SXM", chips=64, mfu=0.40, price=3.00, start_seconds=300),
+        ),
+    )

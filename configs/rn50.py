@@ -1,0 +1,39 @@
+"""ResNet-50 as OpenAI trained it: three-convolution stem, anti-aliased strides, attention pool.
+
+    clip-jax train configs/rn50.py --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan configs/rn50.py --topology v5e:16x16
+
+Hardware: one v5e-256 slice; COST Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of
+400M pairs are 390,625 steps of 32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine
+to zero, scale capped at 100, random square crops alone. For ResNets β2 is 0.999 and ε 1e-8.
+BatchNorm's statistics are those of 128 samples at a time, a device's share on that slice (OpenAI's
+were local too), so that they depend on no mesh.
+Expected: 59.8% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the
+released weights).
+"""
+
+import dataclasses
+
+from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.config import Config
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.tar import TarConfig
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.models import zoo
+from clip_jax.optim import OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        steps=390_625,
+        batch_size=32_768,
+        model=dataclasses.replace(
+            zoo.get("RN50"),
+            vision=dataclasses.replace(zoo.get("RN50").vision, batch_norm_group=128),
+            remat="dots",
+        ),
+        data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
+        loss=SoftmaxConfig(),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=2_000, b2=0.999, eps=1e-8),
+        checkpoint=CheckpointConfig(every_steps=1_000),
+    )

@@ -1,0 +1,34 @@
+"""ViT-H/14, 986M parameters, at the CLIP paper's batch.
+
+    clip-jax train configs/vit_h14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan configs/vit_h14.py --topology v5p:4x4x8
+
+Hardware: 128 v5p chips, parameters and optimizer split over 8; COST
+Recipe: Cherti et al. 2023 for LAION-2B: rate 5e-4, warm-up 2,000 steps, 34.7B samples at a batch of
+79,104 on 824 A100s; here 32,768, so 1,060,000 steps see as many.
+Expected: 78.0% zero-shot top-1 on ImageNet on LAION-2B (theirs).
+"""
+
+import dataclasses
+
+from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.config import Config
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.tar import TarConfig
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.models import zoo
+from clip_jax.optim import OptimConfig
+from clip_jax.sharding import MeshConfig
+
+
+def get_config() -> Config:
+    return Config(
+        steps=1_060_000,
+        batch_size=32_768,
+        model=dataclasses.replace(zoo.get("ViT-H-14"), remat="dots"),
+        data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
+        loss=SoftmaxConfig(),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=2_000),
+        mesh=MeshConfig(fsdp=8),
+        checkpoint=CheckpointConfig(every_steps=1_000),
+    )
