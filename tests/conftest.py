@@ -12,9 +12,14 @@ jax.config.update("jax_default_prng_impl", "rbg")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tests were left out for want of the PyTorch CLIPs, and how to get them."""
+    """Say which tests were left out for want of an extra, and how to get it."""
     if importlib.util.find_spec("torch") is None:
         terminalreporter.write_line(
             "left out: tests/peers (comparisons with the PyTorch CLIPs); "
             "pip install -e '.[test,peers]' on Python 3.11 brings them"
+        )
+    if any(importlib.util.find_spec(name) is None for name in ("gradio", "playwright")):
+        terminalreporter.write_line(
+            "left out: tests/browser (the page of `clip-jax demo` in a headless Chromium); "
+            "pip install -e '.[test,browser]' and a Chromium bring them"
         )

@@ -53,6 +53,11 @@ def directory(tmp_path_factory):
         lines.append(f"{i}.png,picture number {i}")
     (path / "photos").mkdir()
     shutil.copy(path / "0.png", path / "photos")
+    for place in ("train", "test"):
+        for animal in ("cat", "dog"):
+            (path / "animals" / place / animal).mkdir(parents=True)
+            for i in range(4):
+                shutil.copy(path / f"{i}.png", path / "animals" / place / animal)
     (path / "pairs.csv").write_text("\n".join(lines) + "\n")
     return path
 

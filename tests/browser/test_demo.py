@@ -1,0 +1,163 @@
+"""`clip-jax demo` as a person meets it: a process, and its page in a headless Chromium.
+
+Screenshots lie in pytest's temporary directory: `pytest tests/browser --basetemp screenshots`.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from clip_jax.cli import main
+from clip_jax.data.embeddings import Embeddings
+from clip_jax.load import load
+from clip_jax.predict import PredictConfig, predict
+from tests.runs import ROOT
+from tests.tiny import write_tiny_model
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+COLORS = ("red", "lime", "blue", "yellow", "black", "white")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, six pictures and their embeddings."""
+    path = tmp_path_factory.mktemp("demo")
+    write_tiny_model(path / "model")
+    (path / "photos").mkdir()
+    for color in COLORS:
+        Image.new("RGB", (60, 40), color).save(path / "photos" / f"{color}.png")
+    (path / "broken.png").write_bytes(b"not an image")
+    places = [str(path / name) for name in ("model", "photos", "embeddings")]
+    assert main(["embed", *places]) == 0
+    return path
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """The page, served by a process of its own until the tests are over."""
+    port = free_port()
+    command = [sys.executable, "-m", "clip_jax", "demo", str(folder / "model")]
+    process = subprocess.Popen(
+        [*command, "--embeddings", str(folder / "embeddings"), "--port", str(port)],
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(folder / "tmp")},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        assert process.poll() is None, process.stdout.read()
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield url
+    process.send_signal(2)  # as Ctrl-C does
+    assert process.wait(30) in (0, 130)
+
+
+@pytest.fixture
+def page(address):
+    """A page that may talk to this machine alone, and fails the test if it asks for more."""
+    outside = []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: outside.append(request.url))
+        page.goto(address)
+        yield page
+        browser.close()
+    assert [url for url in outside if not re.match(rf"{address}|data:|blob:", url)] == []
+
+
+def test_an_image_and_labels_become_bars(folder, page, tmp_path):
+    page.locator("input[type=file]").first.set_input_files(folder / "photos/red.png")
+    page.get_by_label("Labels, one a line").fill("a cat\n\n  seven \nred")
+    page.get_by_role("button", name="Label", exact=True).click()
+    bars = page.get_by_test_id("label-output-value")
+    expect(bars).not_to_be_empty()
+    page.screenshot(path=tmp_path / "label.png")
+    expected = predict(
+        PredictConfig(
+            model=folder / "model",
+            images=(folder / "photos/red.png",),
+            labels=("a cat", "seven", "red"),
+        )
+    )[0]["labels"]
+    assert bars.inner_text().strip() == expected[0]["label"]
+    shown = page.locator("[data-testid$='-confidence-set'], .confidence-set")
+    assert shown.count() == 3
+    for row, best in zip(shown.all(), expected, strict=True):
+        assert best["label"] in row.inner_text()
+        assert f"{best['probability']:.0%}" in row.inner_text()
+
+
+def test_a_text_becomes_the_closest_images(folder, page, tmp_path):
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("What to look for").fill("a red bicycle")
+    page.get_by_label("What to look for").press("Enter")
+    captions = page.locator(".caption-label")
+    expect(captions).to_have_count(len(COLORS))
+    page.screenshot(path=tmp_path / "search.png")
+    model = load(folder / "model")
+    text = np.asarray(model.encode_text(model.tokenize(["a red bicycle"])))[0]
+    embeddings = Embeddings(folder / "embeddings")
+    rows, similarities = embeddings.exact(text / np.linalg.norm(text), 12)
+    expected = [
+        f"{similarity:.3f} {embeddings.row(int(row))[1]}"
+        for row, similarity in zip(rows, similarities, strict=True)
+    ]
+    assert [" ".join(text.split()) for text in captions.all_inner_texts()] == expected
+    for image in page.locator(".thumbnail-item img").all():
+        assert image.evaluate("image => image.complete && image.naturalWidth") == 60
+
+
+@pytest.mark.parametrize(
+    ("labels", "image", "says"),
+    [
+        ("cat", None, "Drop an image first."),
+        (" \n", "photos/red.png", "give at least one label"),
+        ("cat", "broken.png", ""),
+    ],
+)
+def test_what_is_missing_is_said_on_the_page(folder, page, tmp_path, labels, image, says):
+    if image:
+        page.locator("input[type=file]").first.set_input_files(folder / image)
+    page.get_by_label("Labels, one a line").fill(labels)
+    page.get_by_role("button", name="Label", exact=True).click()
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text(says)
+    page.screenshot(path=tmp_path / "said.png")
+
+
+def test_it_is_served_to_this_machine_alone(address):
+    port = int(address.rpartition(":")[2])
+    # Another of this machine's addresses: 0.0.0.0 would answer for it.
+    with (
+        pytest.raises(ConnectionRefusedError),
+        socket.create_connection(("127.0.0.2", port), timeout=2),
+    ):
+        pass
+
+
+def test_a_port_that_is_taken_is_one_message(folder, address, capsys):
+    port = address.rpartition(":")[2]
+    assert main(["demo", str(folder / "model"), "--port", port]) == 2
+    assert f"cannot serve at 127.0.0.1:{port}" in capsys.readouterr().err
