@@ -61,9 +61,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Return numbers by name, `DATASET/METRIC`; those of the digits as in `result.json`.
 
     A data set of the suite that is not on disk is named on standard error with how to get it, and
-    the others run; so is a task that a data set lacks a split for. Raises ValueError where nothing
-    is left and for a data set that cannot be read.
+    the others run; so is one whose images cannot be read, and a task that a data set lacks a split
+    for. Raises ValueError where nothing is left and for files of another shape. `output` is written
+    after each data set.
     """
+    templates = prompts.read_templates(config.templates) if config.templates else None
     chosen = _data_sets(config)
     model = load(config.model)
     mesh = sharding.make_mesh(config.mesh)
@@ -77,18 +79,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     tasks: list[Task] = list(dict.fromkeys(config.tasks))
     if not chosen:
         values |= _digits(config, encoder)
-        tasks = [task for task in tasks if task not in ("zero-shot", "alignment")]
+        # As a data set they also have templates and pictures, for those who want them.
+        done = {"alignment"} if templates or config.output else {"alignment", "zero-shot"}
+        tasks = [task for task in tasks if task not in done]
         opened = functools.partial(
             datasets.open_digits,
             config.digits.source,
             per_number=config.digits.per_number,
             image_size=model.config.vision.image_size,
         )
-        chosen = {"digits": _with_templates(opened, config)}
+        chosen = {"digits": opened}
 
     for name, open_split in chosen.items():
-        splits = measure.Splits(name, open_split, encoder)
-        for outcome in _outcomes(splits, tasks, config):
+        splits = measure.Splits(name, _with_templates(open_split, templates), encoder)
+        try:
+            found = list(_outcomes(splits, tasks, config))
+        except ValueError as error:
+            if len(chosen) == 1:
+                raise
+            _say(f"left out: {name}: {error}")
+            continue
+        for outcome in found:
             outcomes.append((name, outcome))
             values |= {f"{name}/{metric}": value for metric, value in outcome.values.items()}
             if outcome.task == "templates":
@@ -101,10 +112,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             data = splits.open("test")
             if config.output and lead and isinstance(data, datasets.Labelled):
                 report.draw(config.output / name, data, outcome)
+        if config.output and lead and values:
+            report.write(config.output, values, outcomes, config.model.name)
     if not values:
         raise ValueError(f"nothing could be measured with --tasks {' '.join(config.tasks)}.")
-    if config.output and lead:
-        report.write(config.output, values, outcomes, config.model.name)
     return values
 
 
@@ -145,9 +156,12 @@ def _data_sets(config: EvaluateConfig) -> dict[str, Callable[[datasets.Split], d
     kind, _, path = config.dataset.partition(":")
     if path:
         where = Path(path)
-        opened = functools.partial(_open_own, kind, where)
-        name = where.absolute().name if where.is_dir() else where.stem
-        return {name: _with_templates(opened, config)}
+        opened = functools.cache(functools.partial(_open_own, kind, where))
+        try:
+            opened("test")  # wrong use is said before a model is loaded
+        except datasets.Missing as error:
+            raise ValueError(str(error)) from error
+        return {where.absolute().name if where.is_dir() else where.stem: opened}
     rows = [row for row in suite.SUITE if config.dataset in ("", row.name)]
     if not rows:
         raise ValueError(
@@ -158,13 +172,15 @@ def _data_sets(config: EvaluateConfig) -> dict[str, Callable[[datasets.Split], d
         return {}
     found, missing = {}, []
     for row in rows:
+        opened = functools.cache(functools.partial(suite.open_data_set, row, config.data_dir))
         try:
-            suite.open_data_set(row, config.data_dir)
+            opened("test")
         except datasets.Missing as error:
             missing.append(str(error))
         else:
-            opened = functools.partial(suite.open_data_set, row, config.data_dir)
-            found[row.name] = _with_templates(opened, config)
+            found[row.name] = opened
+    if config.dataset and missing:
+        raise ValueError(missing[0])
     if not found:
         raise ValueError(
             f"none of the suite's {len(rows)} data sets is in {config.data_dir} (--data-dir). "
@@ -176,16 +192,13 @@ def _data_sets(config: EvaluateConfig) -> dict[str, Callable[[datasets.Split], d
 
 
 def _with_templates(
-    open_split: Callable[[datasets.Split], datasets.Data], config: EvaluateConfig
+    open_split: Callable[[datasets.Split], datasets.Data], templates: Sequence[str] | None
 ) -> Callable[[datasets.Split], datasets.Data]:
-    """Put the templates of `--templates` in the place of a data set's own."""
-    if config.templates is None:
-        return open_split
-    templates = prompts.read_templates(config.templates)
+    """Put the templates of `--templates`, if any, in the place of a data set's own."""
 
     def opened(split: datasets.Split) -> datasets.Data:
         data = open_split(split)
-        if isinstance(data, datasets.Labelled | datasets.Tagged):
+        if templates and isinstance(data, datasets.Labelled | datasets.Tagged):
             return replace(data, templates=templates)
         return data
 
@@ -210,7 +223,7 @@ def _open_own(kind: str, path: Path, split: datasets.Split) -> datasets.Data:
         raise datasets.Missing(f"{path} has no {split} split; put it in {path / split}.")
     if kind == "folder":
         return datasets.open_folder(part, name=path.absolute().name)
-    return datasets.open_webdataset(path, split=part.name)
+    return datasets.open_webdataset(path, split="test" if part == path else part.name)
 
 
 def _digits(config: EvaluateConfig, encoder: measure.Encoder) -> dict[str, float]:

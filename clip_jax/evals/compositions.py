@@ -5,7 +5,6 @@ round. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with o
 swapped or added.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from clip_jax.data.images import ImageLike, decode
-from clip_jax.evals.datasets import Contrasted
+from clip_jax.evals.datasets import Contrasted, read_json
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
@@ -56,7 +55,7 @@ def open_aro(annotations: Path, images: Path) -> Contrasted:
 
     A case is the part of the image that its box holds. ValueError for a file of another shape.
     """
-    cases = json.loads(annotations.read_text(encoding="utf-8"))
+    cases = read_json(annotations)
     try:
         rows = [
             (
@@ -94,7 +93,7 @@ def open_sugar_crepe(folder: Path) -> Contrasted:
     images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
     rows = []
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         try:
             rows += [
                 (images / case["filename"], (case["caption"], case["negative_caption"]), file.stem)

@@ -146,6 +146,8 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
     """
     from clip_jax.data.sources.tar import TarConfig, TarSource
 
+    if not any((path / split).glob("*.tar")):
+        raise ValueError(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
     kind = path / "dataset_type.txt"
     captions = kind.exists() and kind.read_text().strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
@@ -238,7 +240,7 @@ def open_captions(annotations: Path, images: Path) -> Captioned:
 
     ValueError for a file of another shape. Images without a caption are left out.
     """
-    content = json.loads(annotations.read_text())
+    content = read_json(annotations)
     try:
         files = {row["id"]: row["file_name"] for row in content["images"]}
         captions: dict[Any, list[str]] = {}
@@ -251,6 +253,14 @@ def open_captions(annotations: Path, images: Path) -> Captioned:
         ) from error
     rows = [(images / files[key], texts) for key, texts in captions.items()]
     return Captioned(len(rows), rows.__getitem__)
+
+
+def read_json(path: Path) -> Any:
+    """Read a file of annotations. ValueError where it is not there or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def open_voc(path: Path, *, split: Split) -> Tagged:

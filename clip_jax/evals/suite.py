@@ -139,7 +139,7 @@ def _find(row: DataSet, root: Path, split: Split) -> Data:
     there = False
     for folder in (root / row.name, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
         part = split_folder(folder, split)
-        if part and any(part.glob("*.tar")):
+        if part and part != folder and any(part.glob("*.tar")):
             return open_webdataset(folder, split=part.name)
         there |= any((folder / "test").glob("*.tar"))
     if not row.classes:

@@ -57,15 +57,6 @@ def test_greedy_selection_leaves_out_what_harms(task):
     assert 2 not in chosen
 
 
-def test_order(task):
-    images, labels, features = task
-    right, wrong = features[0][labels], features[0][(labels + 1) % 7]
-    found = prompts.order_accuracy(images, right, wrong)
-    assert 0.8 < found < 1
-    assert prompts.order_accuracy(images, wrong, right) == pytest.approx(1 - found)
-    assert prompts.order_accuracy(images, right, right) == 0
-
-
 def test_template_files(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("a photo of a {c}.\n\nart of {}\n")

@@ -12,12 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
-
-from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.evals.evaluator import encode_texts
-from clip_jax.models.clip import CLIP, Params
 
 PLAIN_TEMPLATE = "a photo of a {c}."
 
@@ -53,25 +48,17 @@ def fill(template: str, name: str) -> str:
 
 def read_templates(path: Path) -> list[str]:
     """Read one template a line. ValueError for a line without a place for the class."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line]
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if "{c}" not in line and "{}" not in line:
             raise ValueError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
     if not lines:
         raise ValueError(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
     return lines
-
-
-def template_features(
-    model: CLIP, params: Params, templates: Sequence[str], names: Sequence[str], mesh: Mesh
-) -> Float[np.ndarray, "templates classes E"]:
-    """Embed every class name in every template, unit length."""
-    text = model.config.text
-    rows = [fill(template, name) for template in templates for name in names]
-    tokens = Tokenizer(text.vocab_size)(rows, text.context_length, truncate=True)
-    features = encode_texts(model, params, tokens, mesh)
-    return features.reshape(len(templates), len(names), -1)
 
 
 def ensemble(
@@ -141,17 +128,6 @@ def greedy_selection(
         best = max(found)
         chosen.append(rest[int(np.argmax(found))])
     return chosen
-
-
-def order_accuracy(
-    image_features: Float[np.ndarray, "B E"],
-    right: Float[np.ndarray, "B E"],
-    wrong: Float[np.ndarray, "B E"],
-) -> float:
-    """Return how often an image is nearer to the right text than to the same words in another
-    order (ARO, arXiv:2210.01936; SugarCrepe, arXiv:2306.14610). Ties count against."""
-    own, other = ((image_features * texts).sum(axis=1) for texts in (right, wrong))
-    return float((own > other).mean())
 
 
 def _accuracy(
