@@ -2,6 +2,7 @@
 `clip-jax evaluate MODEL`."""
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     lead = jax.process_index() == 0
     tasks: list[Task] = list(dict.fromkeys(config.tasks))
     if not chosen:
+        _warn_of_other_numbers(config)
         values |= _digits(config, encoder)
         # As a data set they also have templates and pictures, for those who want them.
         done = {"alignment"} if templates or config.output else {"alignment", "zero-shot"}
@@ -242,6 +244,21 @@ def _digits(config: EvaluateConfig, encoder: measure.Encoder) -> dict[str, float
         )
         values |= pairs.make().run(model, params, mesh)
     return values
+
+
+def _warn_of_other_numbers(config: EvaluateConfig) -> None:
+    """Say so where a run has learned other numbers than those that it is asked about."""
+    try:
+        learned = json.loads((config.model / "config.json").read_text())["data"]["source"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no run
+    for name in ("digits", "split_seed"):
+        asked = getattr(config.digits.source, name)
+        if learned.get(name, asked) != asked:
+            _say(
+                f"the run was trained with data.source.{name}={learned[name]}, this measures "
+                f"--digits.source.{name.replace('_', '-')} {asked}"
+            )
 
 
 def _say(line: str) -> None:

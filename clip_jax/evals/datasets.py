@@ -11,6 +11,7 @@ from jaxtyping import Int8
 
 from clip_jax.data import digits
 from clip_jax.data.images import ImageLike
+from clip_jax.data.sources import SampleError
 from clip_jax.evals import prompts
 
 Split = Literal["train", "validation", "test"]
@@ -162,11 +163,14 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
 
         return Captioned(len(source), load_captions)
 
+    names = _lines(path / "classnames.txt")
+
     def load(index: int) -> tuple[ImageLike, int]:
         image, label = source.load(index, rng)
+        if not (label.isascii() and label.isdigit() and int(label) < len(names)):
+            raise SampleError(f".cls is {label!r:.40}, not a number below {len(names)}")
         return image, int(label)
 
-    names = _lines(path / "classnames.txt")
     templates = path / "zeroshot_classification_templates.txt"
     chosen = prompts.read_templates(templates) if templates.exists() else _templates("")
     return Labelled(names, chosen, len(source), load)

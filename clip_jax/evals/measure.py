@@ -3,16 +3,19 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from clip_jax.data.images import ImageError, ImageLike
+from clip_jax.data.sources import SampleError
 from clip_jax.evals import prompts
 from clip_jax.evals.alignment import POOL, diagnostics
 from clip_jax.evals.compositions import composition
@@ -209,28 +212,31 @@ def embed(
     """
     encode = probe_features if before_projection else encode_images
     features, indices, answers, skipped = [], [], [], []
-    images: list[np.ndarray] = []
 
-    def flush() -> None:
-        if images:
-            pixels = np.stack(images)
-            features.append(encode(encoder.model, encoder.params, pixels, encoder.mesh))
-            images.clear()
-
-    hidden = not sys.stderr.isatty()
-    console = Console(stderr=True)
-    for index in track(range(data.count), what, console=console, disable=hidden, transient=True):
+    def read(index: int) -> tuple[np.ndarray, Any] | str:
         try:
             image, answer = data.load(index)
-            images.append(encoder.preprocess(image))
-        except ImageError as error:
-            skipped.append(f"image {index}: {error}")
-            continue
-        indices.append(index)
-        answers.append(answer)
-        if len(images) == _STREAMED:
-            flush()
-    flush()
+            return encoder.preprocess(image), answer
+        except (ImageError, SampleError) as error:
+            return f"image {index}: {error}"
+
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    bar = Progress(console=console, disable=hidden, transient=True)
+    with bar, ThreadPoolExecutor() as threads:
+        task = bar.add_task(what, total=data.count)
+        for start in range(0, data.count, _STREAMED):
+            part, images = range(start, min(start + _STREAMED, data.count)), []
+            for index, found in zip(part, threads.map(read, part), strict=True):
+                bar.advance(task)
+                if isinstance(found, str):
+                    skipped.append(found)
+                    continue
+                images.append(found[0])
+                answers.append(found[1])
+                indices.append(index)
+            if images:
+                pixels = np.stack(images)
+                features.append(encode(encoder.model, encoder.params, pixels, encoder.mesh))
     if not features:
         raise ValueError(f"none of {data.count} images can be read; the first: {skipped[:1]}.")
     return Embedded(np.concatenate(features), np.array(indices), answers, skipped)

@@ -21,10 +21,12 @@ from clip_jax.evals.datasets import open_folder, open_webdataset
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.report import to_markdown
 from clip_jax.evals.suite import SUITE
+from clip_jax.evaluate import EvaluateConfig, _warn_of_other_numbers
 from clip_jax.load import load
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from tests.data.formats import write_tar
 
 CLASSES = ("dark", "grey", "light", "red", "blue", "green")
 COLOURS = ((10,) * 3, (120,) * 3, (240,) * 3, (220, 20, 20), (20, 20, 220), (20, 200, 20))
@@ -121,6 +123,22 @@ def test_tars_give_the_numbers_of_the_folder(model, data):
     folder = classify(open_folder(data / "mine"), encoder(model, 8))
     assert sorted(tars.labels) == sorted(folder.labels)
     assert tars.values == pytest.approx(folder.values, abs=1e-6)
+
+
+def test_a_bad_label_in_a_tar_is_skipped_and_named(model, tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("dark\nlight\n")
+    image = encoded(COLOURS[0], np.random.default_rng(0))
+    members = [(f"{i}.png", image) for i in range(4)]
+    members += [("0.cls", b"1"), ("1.cls", b"2"), ("2.cls", b"x")]
+    write_tar(tmp_path / "test" / "0.tar", sorted(members))
+    images = measure.embed(open_webdataset(tmp_path), encoder(model, 1))
+    assert images.answers == [1]
+    assert images.skipped == [
+        "image 1: .cls is '2', not a number below 2",
+        "image 2: .cls is 'x', not a number below 2",
+        "image 3: no .cls member",
+    ]
 
 
 def test_the_command_writes_tables_and_pictures(model, data, tmp_path, capsys):
@@ -328,6 +346,17 @@ def test_wrong_numbers_are_explained(args, says, model, capsys):
         main(["evaluate", str(model), *args])
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_run_that_learned_other_numbers_is_told_apart(tmp_path, capsys):
+    config = EvaluateConfig(model=tmp_path)
+    for digits, says in ((2, ""), (4, "data.source.digits=4, this measures --digits.source.dig")):
+        learned = {"data": {"source": {"digits": digits, "split_seed": 0}}}
+        (tmp_path / "config.json").write_text(json.dumps(learned))
+        _warn_of_other_numbers(config)
+        said = capsys.readouterr().err
+        assert says in said
+        assert bool(says) == bool(said)
 
 
 def test_digits_measure_word_order(model):
