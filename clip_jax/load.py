@@ -232,6 +232,9 @@ def _read_run(workdir: Path) -> Weights:
     """Read the newest checkpoint's weights; the optimizer's state is left where it is."""
     content = json.loads((workdir / "config.json").read_text())
     config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
+    # How it was trained is no part of the finished model, and no other format keeps it.
+    rest = {name: getattr(CLIPConfig, name) for name in ("dtype", "remat", "attention")}
+    config = replace(config, **rest)
     params = jax.tree.map(np.asarray, restore_params(workdir / "checkpoints", CLIP(config)))
     preprocess, tokenizer = default_inputs(config)
     return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import os
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,8 @@ def resnet_run(tmp_path_factory):
 
 def write_run(model, workdir):
     """Write a work directory as `train` leaves it, at step 2; return its parameters too."""
-    config = Config(model=model, steps=2, optim=OptimConfig(warmup_steps=1))
+    trained = dataclasses.replace(model, dtype="float32", remat="dots")
+    config = Config(model=trained, steps=2, optim=OptimConfig(warmup_steps=1))
     optimizer = make_optimizer(config.optim, config.steps)
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), CLIP(config.model), optimizer))
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def write_run(model, workdir):
         state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), shapes)
         checkpoints.save(step, state, {"samples": step})
     checkpoints.close()
-    return workdir, config.model, state.params
+    return workdir, model, state.params
 
 
 def test_a_run_is_loaded(run):
@@ -79,14 +79,16 @@ def test_a_run_is_loaded(run):
 
 @pytest.mark.parametrize("name", ["run", "resnet_run"])
 def test_a_run_converts_and_comes_back(name, request, tmp_path):
-    """Through our folder and open_clip's (and Hugging Face's, for a ViT), bit for bit."""
+    """Through our folder and open_clip's (and Hugging Face's, for a ViT), byte for byte."""
     source, _, params = request.getfixturevalue(name)
-    formats = ["clip-jax", "open-clip"] + ["hugging-face"] * (name == "run")
-    for to in formats:
-        destination = tmp_path / to
+    formats = ["clip-jax", "open-clip"] + ["hugging-face"] * (name == "run") + ["clip-jax"]
+    for i, to in enumerate(formats):
+        destination = tmp_path / str(i)
         assert convert(ConvertConfig(source=source, destination=destination, to=to)) is None
         source = destination
         jax.tree.map(np.testing.assert_array_equal, load(source).params, params)
+    for path in (tmp_path / "0").iterdir():
+        assert (source / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_verification_of_our_own_folder(run, tmp_path, capsys):
@@ -180,41 +182,6 @@ def test_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "x.pt")
     assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "clip-jax"]) == 2
     assert "there is no file" in capsys.readouterr().err
-
-
-class Attack:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("kind", ["pickle", "zip bomb", "zeros", "truncated", "directory"])
-def test_hostile_files_exit_with_2(tmp_path, capsys, kind):
-    """One message, no traceback, nothing executed; tests/convert/test_hostile.py has them all."""
-    import pickle
-
-    source, marker = tmp_path / "x.pt", tmp_path / "executed"
-    payload = pickle.dumps(Attack(exec, (f"open({str(marker)!r}, 'w')",)), protocol=2)
-    if kind == "directory":
-        source.mkdir()
-    elif kind == "zeros":
-        source.write_bytes(bytes(1 << 20))
-    elif kind == "truncated":
-        source.write_bytes(b"PK\x03\x04" + bytes(100))
-    else:
-        method = zipfile.ZIP_DEFLATED if kind == "zip bomb" else zipfile.ZIP_STORED
-        with zipfile.ZipFile(source, "w", method) as archive:
-            archive.writestr("x/data.pkl", payload)
-            archive.writestr("x/data/0", bytes(1 << 22))
-    assert main(["convert", str(source), str(tmp_path / "out"), "--to", "clip-jax"]) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    assert len(error.strip().split("\n")) == 1
-    assert "x.pt" in error
-    assert not marker.exists()
-    assert not (tmp_path / "out").exists()
 
 
 def test_default_inputs_are_the_models():

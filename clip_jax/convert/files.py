@@ -93,7 +93,10 @@ def written_whole(path: Path) -> Generator[Path]:
     """A path to write to, renamed to `path` at the end, so that no half of a file stays behind."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors' files are for their owner alone
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -113,6 +113,13 @@ def test_transposed_arrays_are_written_as_they_read(tmp_path):
     assert tensors["scalar"].shape == ()
 
 
+def test_files_are_as_open_as_any_other(tmp_path):
+    """safetensors alone would make them readable by their owner only."""
+    write_safetensors(tmp_path / "x.safetensors", {"x": np.zeros(1)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize(
     "name",
     [n for n in zoo.ARCHITECTURES if "SigLIP" not in n],

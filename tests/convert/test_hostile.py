@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_jax.cli import main
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights
 
@@ -336,6 +337,52 @@ def test_other_zips(tmp_path):
     refuse(zip_of(tmp_path / "x.pt", [("word/document.xml", b"x")]), "data.pkl")
     big = [("a/data.pkl", state_dict(tensor())), ("a/data/0", bytes(24)), ("a/byteorder", b"big")]
     refuse(zip_of(tmp_path / "x.pt", big), "big-endian")
+
+
+# ------------------------------------------------------------------ on the command line
+
+
+def hostile(kind: str, path: Path, marker: Path) -> None:
+    if kind == "pickle":
+        save(path, pickle.dumps(Attack(exec, (f"open({str(marker)!r}, 'w')",)), protocol=2))
+    elif kind == "a view that leaves its storage":
+        save(path, state_dict(tensor((1 << 40, 3), (3, 1))))
+    elif kind == "a storage that is not there":
+        save(path, state_dict(tensor((1 << 40, 3), (3, 1), numel=3 << 40)))
+    elif kind == "truncated":
+        whole = save(path, state_dict(tensor())).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "zip bomb":
+        entries = [("a/data.pkl", state_dict(tensor(numel=1 << 24))), ("a/data/0", bytes(1 << 26))]
+        zip_of(path, entries, compression=zipfile.ZIP_DEFLATED)
+    elif kind == "compressed tensors":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", state_dict(tensor()))
+            archive.writestr("a/data/0", bytes(24), compress_type=zipfile.ZIP_DEFLATED)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "zeros":
+        path.write_bytes(bytes(1 << 20))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["pickle", "a view that leaves its storage", "a storage that is not there", "truncated",
+     "zip bomb", "compressed tensors", "directory", "zeros"],
+)  # fmt: skip
+def test_the_command_says_one_line_and_exits_with_2(tmp_path, capsys, kind):
+    path, marker = tmp_path / "x.pt", tmp_path / "executed"
+    hostile(kind, path, marker)
+    tracemalloc.start()
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "clip-jax"]) == 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+    assert peak < MAX_MEMORY
 
 
 # ------------------------------------------------------------------ what is no model at all

@@ -70,8 +70,11 @@ def leaves(value, path=()):
         yield from leaves(value[0], (*path, 0))
 
 
-@pytest.mark.parametrize(("to", "file"), [(to, f) for to, files in FILES.items() for f in files])
-@pytest.mark.parametrize("name", ["vit", "eos"])
+@pytest.mark.parametrize(
+    ("name", "to", "file"),
+    [("vit", to, file) for to, files in FILES.items() for file in files]
+    + [("eos", "hugging-face", "config.json"), ("eos", "open-clip", "open_clip_config.json")],
+)
 def test_every_value_wrong_in_turn(tmp_path, make_weights, name, to, file):
     """It is read all the same, or a ValueError of ours says in few words which file is wrong."""
     write_weights(make_weights(name), tmp_path, to)
