@@ -68,7 +68,7 @@ photographs = {
     "coffee": "a cup of coffee with a spoon",
     "grass": "grass from above",
     "hubble_deep_field": "galaxies in the night sky",
-    "rocket": "a rocket at night on its launch pad",
+    "rocket": "a rocket on its launch pad",
 }
 photos = [getattr(skimage.data, name)() for name in photographs]
 seen = model.preprocess(photos)
@@ -139,9 +139,10 @@ Image(pictures / "predictions.png")
 # %% [markdown]
 # ## Several prompts for each class
 #
-# The same number can be said in thirteen ways. Each way alone is a classifier. Better is the mean
-# of all, taken in embedding space and scaled to unit length, which costs nothing afterwards: there
-# is still one vector for each class.
+# The same number can be said in thirteen ways. Each way alone is a classifier, and which is best
+# you would not know without labelled images. The mean of all, taken in embedding space and scaled
+# to unit length, is about as good as the best, and costs nothing afterwards: there is still one
+# vector for each class.
 
 # %%
 accuracies = {
@@ -200,13 +201,13 @@ page = Figure(figsize=(5, 3), dpi=90, layout="constrained")
 axes = page.subplots()
 for name in inputs:
     axes.plot([1, 4, 16], [found[name, shots] for shots in (1, 4, 16)], "o-", label=name)
-axes.axhline(together, color="tab:orange", linestyle="--", label="zero-shot")
+axes.axhline(together, color="black", linestyle="--", linewidth=1, label="zero-shot")
 axes.set_xscale("log", base=2)
 axes.set(xticks=[1, 4, 16], xticklabels=[1, 4, 16], ylim=(0, 1))
 axes.set(xlabel="labelled images of each number", title="Top-1 on held-out writers")
 axes.yaxis.set_major_formatter("{x:.0%}")
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, fontsize=8)
+axes.legend(frameon=False, fontsize=8, loc="lower right")
 display(page)
 
 # %% [markdown]

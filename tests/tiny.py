@@ -18,9 +18,9 @@ TINY = CLIPConfig(
 )
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> None:
+def write_tiny_model(folder: Path, seed: int = 0, config: CLIPConfig = TINY) -> None:
     """Write a model folder with random weights."""
-    params = jax.tree.map(np.asarray, jax.jit(CLIP(TINY).init)(jax.random.key(seed)))
-    preprocess, tokenizer = default_inputs(TINY)
-    weights = Weights(config=TINY, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    params = jax.tree.map(np.asarray, jax.jit(CLIP(config).init)(jax.random.key(seed)))
+    preprocess, tokenizer = default_inputs(config)
+    weights = Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
     write_weights(weights, folder, "clip-jax")
