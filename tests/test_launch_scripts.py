@@ -242,3 +242,62 @@ def test_a_slurm_array_takes_its_part(tmp_path):
     script = ["bash", str(LAUNCH / "slurm_array.sbatch"), "embed", "m", "photos", "out"]
     subprocess.run(script, env=environment, check=True)
     assert (tmp_path / "calls").read_text() == "clip-jax embed m photos out --part 3/8\n"
+
+
+def local(tmp_path, body, *options):
+    """Run launch/local.py with processes that are no JAX but do what `body` says."""
+    (tmp_path / "pretended.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "index = int(os.environ['CLIP_JAX_PROCESS_INDEX'])\n" + body
+    )
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / "local.py"), "--module", "pretended", *options, "train"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_local_gives_each_process_its_place_and_devices(tmp_path):
+    names = ("CLIP_JAX_PROCESS_COUNT", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")
+    body = f"print(sys.argv[1], *(os.environ[name] for name in {names}))\n"
+    done = local(tmp_path, body, "--processes", "3", "--devices", "2")
+    assert done.returncode == 0
+    said = [line for line in done.stdout.splitlines() if not line.startswith("launch:")]
+    assert sorted(said) == [f"[{index}] train 3 2 cpu" for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last"),
+    [
+        ("sys.exit(3)", 3, "launch: process 0 ended first, with exit code 3:"),
+        (
+            "index == 1 and sys.exit('no disk')\ntime.sleep(60)", 1,
+            "launch: process 1 ended first, with exit code 1: no disk",
+        ),
+        (
+            "index == 1 and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 137,
+            "launch: process 1 was killed by SIGKILL",
+        ),
+        # JAX aborts those that wait for a dead process; they are no cause.
+        (
+            "dead = pathlib.Path(__file__).with_name('dead')\n"
+            "while index == 0 and not dead.exists(): time.sleep(0.01)\n"
+            "index == 1 and dead.touch()\n"
+            "os.kill(os.getpid(), signal.SIGABRT if index == 0 else signal.SIGKILL)", 137,
+            "launch: process 1 was killed by SIGKILL",
+        ),
+    ],
+    ids=["preempted", "an exception", "killed", "aborted by JAX"],
+)  # fmt: skip
+def test_local_ends_all_and_names_the_cause_last(tmp_path, body, code, last):
+    done = local(tmp_path, body, "--grace", "0.2")
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].strip() == last
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1), (3, 1), (0, 1)])
+def test_local_starts_again_what_may_be(tmp_path, code, starts):
+    body = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\nsys.exit({code})"
+    done = local(tmp_path, body, "--processes", "1", "--restarts", "2")
+    assert done.returncode == code
+    assert len((tmp_path / "starts").read_text()) == starts
