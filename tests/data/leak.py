@@ -1,9 +1,10 @@
 """Read batches for some seconds, and print how much memory the process tree held on the way.
 
-    python tests/data/leak.py SECONDS FOLDER [FOLDER ...]
+    python tests/data/leak.py SECONDS RATE FOLDER [FOLDER ...]
 
-All folders in one mixture. Prints samples read and the bytes of main process and worker together
-(proportional set size: a page that both have counts once), measured at every hundredth of the time.
+All folders in one mixture, at no more than RATE samples a second (inf: as fast as it goes).
+Prints samples read and the bytes of main process and worker together (proportional set size: a
+page that both have counts once), measured at every hundredth of the time.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ def tree_bytes() -> int:
     return total
 
 
-def main(seconds: float, folders: list[str]) -> None:
+def main(seconds: float, rate: float, folders: list[str]) -> None:
     members = tuple(MemberConfig(source=PathConfig(path=folder)) for folder in folders)
     config = DataConfig(
         source=MixtureConfig(members=members),
@@ -53,9 +54,10 @@ def main(seconds: float, folders: list[str]) -> None:
             held.append(tree_bytes())
         if passed > seconds:
             break
+        time.sleep(max(samples / rate - passed, 0))
     batches.close()
     print(json.dumps({"samples": samples, "bytes": held}))
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), sys.argv[2:])
+    main(float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

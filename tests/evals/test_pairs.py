@@ -1,4 +1,4 @@
-"""Held-out pairs during training: the same numbers each time and on every mesh."""
+"""Held-out pairs during training; `test_processes` has what they share on every mesh."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
-def test_any_mesh_gives_the_same_numbers():
+def test_the_numbers_are_the_same_each_time():
     model = CLIP(
         CLIPConfig(
             embed_dim=16,
@@ -28,15 +28,12 @@ def test_any_mesh_gives_the_same_numbers():
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
     evaluator = PairsEvalConfig(pairs=37, pool=13).make()
-    values = []
-    for devices in (1, 8, 8):
-        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
-        placed = jax.device_put(params, sharding.replicated(mesh))
-        values.append(dict(evaluator.run(model, placed, mesh)))
-    assert values[1] == values[2]
-    assert values[0] == pytest.approx(values[1], rel=1e-4)
-    assert 1 < values[0]["info_nce"] < 5
-    assert {"modality_gap", "image_retrieval_recall@5"} <= values[0].keys()
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    placed = jax.device_put(params, sharding.replicated(mesh))
+    first, second = (dict(evaluator.run(model, placed, mesh)) for _ in range(2))
+    assert first == second
+    assert 1 < first["info_nce"] < 5
+    assert {"modality_gap", "image_retrieval_recall@5"} <= first.keys()
 
 
 def test_a_run_may_have_both_kinds():
