@@ -22,7 +22,7 @@ from rich.progress import track
 
 from clip_jax import sharding
 from clip_jax.checkpoint import restore_params
-from clip_jax.convert.formats import Format, read_weights, write_weights
+from clip_jax.convert.formats import Format, check_said, read_weights, write_weights
 from clip_jax.convert.positions import resize_positions
 from clip_jax.convert.verify import Verification, verify
 from clip_jax.convert.weights import DType, TokenizerConfig, Weights, cast, default_inputs
@@ -217,6 +217,7 @@ def _read(
 ) -> Weights:
     if _is_run(path):
         weights = _read_run(path)
+        check_said(weights, path, activation, architecture)
     else:
         weights = read_weights(path, activation=activation, architecture=architecture)
     if image_size in (None, weights.config.vision.image_size):

@@ -150,6 +150,9 @@ def test_a_run_that_saved_nothing(tmp_path):
         ("new", ["--to", "clip-jax", "--plain"], "--plain is a choice of --to openai"),
         ("new", ["--to", "openai"], "OpenAI's format cannot express"),
         ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
+        ("new", ["--to", "clip-jax", "--activation", "gelu"], "its activation is quick_gelu, not"),
+        ("new", ["--to", "clip-jax", "--architecture", "ViT-H-14"], "is no ViT-H-14: its towers"),
+        ("new", ["--to", "clip-jax", "--architecture", "ViT"], "no architecture 'ViT'; did"),
         ("out/file/new", ["--to", "clip-jax"], "cannot be written: Not a directory"),
     ],
 )

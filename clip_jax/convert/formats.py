@@ -5,7 +5,7 @@ from typing import Literal
 
 from clip_jax.convert import folder, hugging_face, open_clip, openai
 from clip_jax.convert.files import read_json, read_tensors
-from clip_jax.convert.weights import DType, Weights
+from clip_jax.convert.weights import DType, Weights, same_sizes
 from clip_jax.models.layers import Activation
 
 Format = Literal["openai", "open-clip", "hugging-face", "clip-jax"]
@@ -26,12 +26,21 @@ def read_weights(
     says it itself, a contradiction raises ValueError.
     """
     weights = _read(path, activation, architecture)
+    check_said(weights, path, activation, architecture)
+    return weights
+
+
+def check_said(
+    weights: Weights, path: Path, activation: Activation | None, architecture: str | None
+) -> None:
+    """ValueError if what was told of a model is not what its format says."""
     said = weights.config.text.activation
     if activation not in (None, said):
         raise ValueError(
             f"{path} says that its activation is {said}, not {activation}; leave out --activation."
         )
-    return weights
+    if architecture is not None:
+        same_sizes(weights.config, architecture, str(path))
 
 
 def _read(path: Path, activation: Activation | None, architecture: str | None) -> Weights:

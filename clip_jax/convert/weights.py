@@ -115,7 +115,10 @@ def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLI
     With `architecture` that one, which has to fit. ValueError if there is none.
     """
     if architecture is not None:
-        known = zoo.get(architecture)
+        try:
+            known = zoo.get(architecture)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
         if type(known.vision) is not type(config.vision) or _sizes(known) != _sizes(config):
             raise ValueError(
                 f"{source} is no {architecture}: its towers have widths, depths and MLP widths "
