@@ -28,7 +28,6 @@ from clip_jax.metrics import Display, replace_text
 
 DTYPE = Literal["float32", "bfloat16"]
 TILE = 112  # pixels of a picture on a contact sheet
-LINE = 26  # letters that fit below it
 SHEET = 240  # pictures on a sheet at most
 
 
@@ -79,20 +78,14 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     if config.sheet:
         lines = [
             [
-                _fit(Path(result["image"]).name),
-                *(f"{_fit(x['label'], 5)} {x['probability']:.0%}" for x in result["labels"][:3]),
+                Path(result["image"]).name,
+                *(f"{x['label']} {x['probability']:.0%}" for x in result["labels"][:3]),
             ]
             for result in results[:SHEET]
         ]
         title = "" if len(results) <= SHEET else f"the first {SHEET} of {len(results)} images"
         contact_sheet(config.sheet, tiles, lines, title=title)
     return results
-
-
-def _fit(text: str, taken: int = 0) -> str:
-    """Keep both ends of a text that is too long for a line, of which some is `taken`."""
-    room = LINE - taken
-    return text if len(text) <= room else f"{text[: room // 2 - 1]}…{text[-(room // 2) :]}"
 
 
 def check_labels(labels: Sequence[str], template: str) -> None:
@@ -312,7 +305,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
     results = found.search(config.image or config.text, config.top, config.index)
     if config.sheet:
         tiles = [center_crop(found.picture(x["index"]), TILE) for x in results[:SHEET]]
-        lines = [[f"{x['similarity']:.3f}", _fit(x["key"])] for x in results]
+        lines = [[f"{x['similarity']:.3f}", x["key"]] for x in results]
         title = config.text or str(config.image)
         contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
     return results

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
+LINE = 22  # bold letters that fit below
+
 
 def contact_sheet(
     path: Path,
@@ -17,7 +20,7 @@ def contact_sheet(
     columns: int = 8,
     title: str = "",
 ) -> None:
-    """Draw images in a grid, each above its lines of text.
+    """Draw images in a grid, each above its lines of text, of which long ones keep their ends.
 
     With `right` the first line is the answer: bold, and red where it is wrong.
     """
@@ -26,16 +29,24 @@ def contact_sheet(
 
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = 1.45 + 0.2 * max(map(len, lines))
-    figure = Figure(figsize=(1.5 * columns, height * rows + 0.4), dpi=100, layout="constrained")
+    space = 0.1 + 0.2 * max(map(len, lines))  # for the texts, which no layout may squeeze
+    top = 0.4 if title else 0.1
+    width, height = 1.5 * columns, (TILE + space) * rows + top
+    figure = Figure(figsize=(width, height), dpi=100)
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    grid = {
+        "left": 0, "right": 1 - 0.08 / width, "wspace": 0.08 / TILE,
+        "bottom": space / height, "top": 1 - top / height, "hspace": space / TILE,
+    }  # fmt: skip
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid))
     for axis in axes:
         axis.axis("off")
     for i, (axis, image, text) in enumerate(zip(axes, images, lines, strict=False)):
         axis.imshow(image, interpolation="nearest")
         for j, line in enumerate(text):
+            if len(line) > LINE:
+                line = f"{line[: LINE // 2 - 1]}…{line[-LINE // 2 :]}"
             wrong = j == 0 and right is not None and not right[i]
             axis.text(
                 0.5, -0.04 - 0.14 * j, line, transform=axis.transAxes, ha="center", va="top",

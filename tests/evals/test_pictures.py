@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_jax.evals.pictures import similarity_matrix
+from clip_jax.evals.pictures import contact_sheet, similarity_matrix
 
 
 def test_similarity_matrix_has_a_column_for_each_image_and_room_for_long_texts(tmp_path: Path):
@@ -17,3 +17,14 @@ def test_similarity_matrix_has_a_column_for_each_image_and_room_for_long_texts(t
     red = (picture == (255, 0, 0)).all(-1).any(0)
     assert (np.diff(red.astype(int)) == 1).sum() == 12  # side by side
     assert (picture[:, 0] == 255).all()  # no text is cut off at the left
+
+
+def test_long_lines_of_neighbours_do_not_meet(tmp_path: Path):
+    images = [np.zeros((32, 32, 3), np.uint8)] * 8
+    for name, text in (("short", "seven  5%"), ("long", "two thousand and seventy-seven  5%")):
+        contact_sheet(tmp_path / f"{name}.png", images, [[text] * 4] * 8, right=[True] * 8)
+    widths = []
+    for name in ("short", "long"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            widths.append(picture.width)
+    assert widths[1] < widths[0] + 10
