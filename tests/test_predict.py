@@ -181,7 +181,7 @@ def test_tars_give_the_folders_embeddings(folder, tmp_path, capsys):
     [
         (["nowhere", "OUT"], "no images at nowhere"),
         (["missing.csv", "OUT"], "no table at"),
-        (["missing.tar", "OUT"], "1 shards of missing.tar are missing"),
+        (["missing.tar", "OUT"], "path=missing.tar are missing"),
         (["missing-*.tar", "OUT"], "nothing matches"),
         (["EMPTY", "OUT"], "has no images"),
         (["PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),
