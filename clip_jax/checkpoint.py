@@ -111,21 +111,27 @@ def restore_params(directory: epath.PathLike, model: CLIP) -> Params:
         jax.eval_shape(model.init, jax.random.key(0)),
     )
     trainable, batch_stats = split_batch_stats(shapes)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = directory / str(max(steps)) / "state"
-        average = _average_in(checkpointer.metadata(saved).item_metadata.tree)
+    # Of a whole step's handler, not of the state's alone, which would miss a file and warn.
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), position=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        saved = directory / str(max(steps))
+        average = _average_in(checkpointer.metadata(saved).item_metadata["state"].tree)
         target: Any = {"params": shapes}
         if average:  # of what is trained, to which BatchNorm's statistics belong
             target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
             target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
         restored = checkpointer.restore(
             saved,
-            args=ocp.args.PyTreeRestore(
-                target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                )
             ),
-        )
+        )["state"]
     found = functools.reduce(operator.getitem, average, restored) if average else {}
     return restored.get("params", {}) | found
 
