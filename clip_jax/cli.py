@@ -37,6 +37,18 @@ Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law
 `clip-jax scale VERB --help` says what a verb takes.
 """
 
+BENCH_USAGE = """\
+usage: clip-jax bench VERB CONFIG [...]
+
+What this machine does a second, with a run's config.
+
+  input    samples of each stage of reading, of the whole pipeline, and what limits it
+  step     training steps on made-up data: pairs, MFU, memory (CPU, GPU, TPU)
+  loss     the loss alone with its gradients
+
+`clip-jax bench VERB --help` says what a verb takes.
+"""
+
 
 def train(args: Sequence[str]) -> int:
     """train a model from a config file: clip-jax train configs/digits.py"""
@@ -224,6 +236,9 @@ def bench(args: Sequence[str]) -> int:
     from clip_jax import bench as benches
 
     verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb in ("-h", "--help"):
+        print(BENCH_USAGE)
+        return 0
     if verb not in benches.BENCHES:
         raise ValueError(
             f"bench needs one of {', '.join(benches.BENCHES)}; got {verb or 'nothing'!r}."
