@@ -81,6 +81,8 @@ def build(config: DemoConfig) -> Any:
                 # A path, so that the pixels are what `clip-jax predict` sees.
                 image = gr.Image(label="Image", type="filepath", image_mode=None, height=320,
                                  sources=["upload", "clipboard"], buttons=[])  # fmt: skip
+                # What the file holds is ours to read, or to refuse in one sentence.
+                image.preprocess = lambda file: file and file.path
                 lines = gr.Textbox(label="Labels, one a line", lines=4)
                 template = gr.Textbox(label="Sentence around each", value="a photo of a {}.")
                 button = gr.Button("Label", variant="primary")

@@ -25,6 +25,9 @@ from tests.runs import ROOT
 from tests.tiny import write_tiny_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+# The browser itself asks for nothing outside either.
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync --no-first-run"
 COLORS = ("red", "lime", "blue", "yellow", "black", "white")
 
 
@@ -50,11 +53,14 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def address(folder):
-    """The page, served by a process of its own until the tests are over."""
+    """The page, served as the README says, by a process of its own until the tests are over."""
     port = free_port()
-    command = [sys.executable, "-m", "clip_jax", "demo", str(folder / "model")]
+    readme = (ROOT / "README.md").read_text()
+    line = re.search(r"^clip-jax (demo \S+ --embeddings) \S+$", readme, re.M)[1]
+    command = line.replace("runs/digits", str(folder / "model")).split()
+    command += [str(folder / "embeddings"), "--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--embeddings", str(folder / "embeddings"), "--port", str(port)],
+        [sys.executable, "-m", "clip_jax", *command],
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(folder / "tmp")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -70,6 +76,7 @@ def address(folder):
     yield url
     process.send_signal(2)  # as Ctrl-C does
     assert process.wait(30) in (0, 130)
+    process.stdout.close()
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def page(address):
     """A page that may talk to this machine alone, and fails the test if it asks for more."""
     outside = []
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1100, "height": 800})
         page.set_default_timeout(60_000)
         page.on("request", lambda request: outside.append(request.url))
@@ -134,7 +141,7 @@ def test_a_text_becomes_the_closest_images(folder, page, tmp_path):
     [
         ("cat", None, "Drop an image first."),
         (" \n", "photos/red.png", "give at least one label"),
-        ("cat", "broken.png", ""),
+        ("cat", "broken.png", "not an image"),
     ],
 )
 def test_what_is_missing_is_said_on_the_page(folder, page, tmp_path, labels, image, says):
@@ -144,6 +151,8 @@ def test_what_is_missing_is_said_on_the_page(folder, page, tmp_path, labels, ima
     page.get_by_role("button", name="Label", exact=True).click()
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text(says)
+    expect(toast).to_be_in_viewport()
+    page.wait_for_timeout(500)  # it fades in
     page.screenshot(path=tmp_path / "said.png")
 
 
@@ -157,7 +166,13 @@ def test_it_is_served_to_this_machine_alone(address):
         pass
 
 
-def test_a_port_that_is_taken_is_one_message(folder, address, capsys):
+def test_a_port_that_is_taken_is_one_message(folder, address):
     port = address.rpartition(":")[2]
-    assert main(["demo", str(folder / "model"), "--port", port]) == 2
-    assert f"cannot serve at 127.0.0.1:{port}" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_jax", "demo", str(folder / "model"), "--port", port],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"cannot serve at 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
