@@ -81,7 +81,7 @@ def drop_patches(
     """Keep a random choice of each image's patches, at least one; an image's key alone decides."""
     kept = max(round(x.shape[1] * (1 - rate)), 1)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (x.shape[1],)))(keys)
-    _, indices = jax.lax.top_k(noise, kept)
+    indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would be gathered from all devices
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
