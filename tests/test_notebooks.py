@@ -1,6 +1,11 @@
-"""The notebooks run from top to bottom and are the same in both of their files."""
+"""The notebooks run from top to bottom and are the same in both of their files.
 
+`tests/peers/test_notebook.py` runs `convert`, which needs PyTorch.
+"""
+
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +13,8 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
+
+from tests.tiny import TINY, write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -43,7 +50,9 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[s
     return printed, pictures(notebook)
 
 
-@pytest.mark.parametrize(("name", "drawn"), [("quickstart", 4), ("scaling", 3)])
+@pytest.mark.parametrize(
+    ("name", "drawn"), [("quickstart", 4), ("zero_shot", 5), ("convert", 2), ("scaling", 3)]
+)
 def test_both_files_say_the_same_and_outputs_are_saved(name: str, drawn: int):
     notebook, text = read(name), jupytext.read(NOTEBOOKS / f"{name}.py")
     assert [(c.cell_type, c.source) for c in notebook.cells] == [
@@ -67,6 +76,20 @@ def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"unseen numbers  top-1 {result['zero_shot/unseen/top1']:.1%}" in printed
     assert "own caption nearest: " in printed
     assert "scribbled twelve" in printed
+
+
+def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = dataclasses.replace(TINY.text, vocab_size=4_096, context_length=32)
+    write_tiny_model(tmp_path / "model", config=dataclasses.replace(TINY, text=text))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")  # its pictures go to runs/ beside it
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_MODEL", str(tmp_path / "model"))
+    printed, drawn = execute("zero_shot", tmp_path, monkeypatch)
+    assert len(drawn) == 5
+    assert "ViTConfig, 16 pixels, 16 dimensions" in printed
+    assert "own description nearest: " in printed
+    shares = dict(re.findall(r"^(\w+ +\d+) of each +([\d.]+)%$", printed, re.M))
+    assert shares.keys() == {f"{x:8} {n:2}" for x in ("features", "pixels") for n in (1, 4, 16)}
+    assert float(shares["pixels   16"]) == pytest.approx(72.4, abs=1)  # of any model
 
 
 def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
