@@ -1,10 +1,15 @@
 """Eight simulated devices for every test, and a generator that compiles quickly."""
 
 import importlib.util
+import os
 
 import jax
 import pytest
 
+# Devices that wait for each other for 40 s abort the process: a busy machine takes longer.
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_cpu_collective_call_terminate_timeout_seconds=300", os.environ.get("XLA_FLAGS", "")]
+)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
