@@ -32,7 +32,8 @@ PODS = [  # config, topology, slices, batch if not the config's
 def make(name: str, topology: str, slices: int, batch: int | None) -> Plan:
     config = load_config(ROOT / f"configs/{name}.py")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    values |= {"batch_size": batch} if batch else {}
+    if batch:  # as many samples
+        values |= {"batch_size": batch, "steps": config.steps * config.batch_size // batch}
     return plan(PlanConfig(**values, topology=topology, slices=slices))[0]
 
 

@@ -121,7 +121,7 @@ def test_a_mixture_with_workers_is_the_mixture(write_pairs, tmp_path):
     )
     config = DataConfig(source=mixture.MixtureConfig(members=members))
     wanted = take(config, 6)
-    found = take(dataclasses.replace(config, workers=2, threads=0), 4, start=2)
+    found = take(dataclasses.replace(config, workers=1, threads=0), 4, start=2)
     for first, second in zip(wanted[2:], found, strict=True):
         assert_same(first, second)
     assert {key[0] for key in wanted[0].keys} == {"0", "1"}
@@ -165,7 +165,7 @@ def assert_once_an_epoch(samples, batch_size, before, after, pieces, data):
 PIECES = st.sampled_from([(8, 64), (1, 3)])  # at least and at most so many samples
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     samples=st.integers(1, 40),
     per_process=st.integers(1, 5),
