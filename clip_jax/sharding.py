@@ -6,11 +6,13 @@ strict both ways: a parameter without a row and a row without a parameter are er
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -120,19 +122,30 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
     `fsdp`, summed over the mesh at every matmul.
     """
     rows = PartitionSpec(BATCH_AXES)
-    split = PartitionSpec(None, DIMENSIONS["D"])
+    width, words = DIMENSIONS["D"], DIMENSIONS["V"]
+    # In a shard_map a parameter's gradient is summed to where the parameter lies. Unchecked, the
+    # sum over `data` comes last and is of the shards alone.
+    mapped = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
 
-    # As a shard_map, so that the table's gradient is summed to where the table lies. Unchecked,
-    # the sum over `data` comes last and is of the shards alone.
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(split, rows), out_specs=rows,
-        axis_names=set(BATCH_AXES), check_vma=False,
-    )  # fmt: skip
-    def lookup(table: Float[Array, "V d"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return jax.lax.all_gather(table, DIMENSIONS["D"], axis=1, tiled=True)[ids]
+    @functools.partial(mapped, in_specs=(PartitionSpec(words, width), rows))
+    def lookup(table: Float[Array, "v d"], ids: Int[Array, "b L"]) -> Float[Array, "b L D"]:
+        table = jax.lax.all_gather(table, width, axis=1, tiled=True)
+        found = ids - jax.lax.axis_index(words) * table.shape[0]
+        mine = (found >= 0) & (found < table.shape[0])  # each device knows some of the words
+        return jax.lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, found, 0)], 0), words)
+
+    def einsum(equation: str, x: Array, kernel: Array) -> Array:
+        names = re.split(",|->", equation)[1]
+        axis = names.index("D")
+
+        @functools.partial(mapped, in_specs=(rows, PartitionSpec(*[None] * axis, width)))
+        def local(x: Array, kernel: Array) -> Array:
+            return jnp.einsum(equation, x, jax.lax.all_gather(kernel, width, axis=axis, tiled=True))
+
+        return local(x, kernel)
 
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
-    return Layout(place, lookup, _attend(mesh, backend))
+    return Layout(place, lookup, _attend(mesh, backend), einsum)
 
 
 def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable:

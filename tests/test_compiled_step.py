@@ -64,9 +64,15 @@ def faults(text: Text, mesh, config: CLIPConfig = CONFIG) -> list[str]:
     """Say which exchanges of a compiled step are not allowed."""
     state, _, placed = shapes(config, mesh)
     tensor = mesh.shape["tensor"]
-    split, whole = set(), set()  # shapes as the compiler may write them: any order, no depth
+    split, whole, unsplit = set(), set(), set()  # shapes in any order, without depth
     for x, place in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed.params), strict=True):
-        for dims in (x.shape, x.shape[1:]):
+        if "fsdp" in place.spec:  # as it lies, but for fsdp
+            spec = [*place.spec, *[None] * len(x.shape)]
+            dims = [
+                d // tensor if a == "tensor" else d for d, a in zip(x.shape, spec, strict=False)
+            ]
+            unsplit |= {_dims(tuple(dims)), _dims(tuple(dims[1:]))}
+        for dims in (x.shape, x.shape[1:]):  # as the compiler may split it over tensor, too
             (split if "fsdp" in place.spec else whole).add(_dims(dims))
             parts = [d // tensor if d % tensor == 0 else d for d in dims]
             for i in range(len(dims)):
@@ -82,7 +88,8 @@ def faults(text: Text, mesh, config: CLIPConfig = CONFIG) -> list[str]:
                 (dims in split and x.axes == ("fsdp",)) or (dims in features and batch_axes)
             ):
                 found.append(f"gather of {shape.dims} over {x.axes}: {x.source}")
-            if x.kind == "all-reduce" and "data" in x.axes and dims in split - whole:
+            copied = split if "fsdp" in x.axes else unsplit  # or it may be of the shards alone
+            if x.kind == "all-reduce" and "data" in x.axes and dims in copied - whole:
                 found.append(f"replicated gradient {shape.dims} over {x.axes}: {x.source}")
     return found
 
@@ -115,13 +122,13 @@ def wrong_tokens(mesh, monkeypatch) -> Text:
     good = sharding.layout(mesh)
     everywhere = NamedSharding(mesh, P())
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=everywhere)
-    monkeypatch.setattr(sharding, "layout", lambda _: Layout(place, good.lookup))
+    monkeypatch.setattr(sharding, "layout", lambda *_: Layout(place, good.lookup))
     return compiled_step(mesh)
 
 
 def left_alone(mesh, monkeypatch) -> Text:
     """Nothing said about activations: the compiler follows the parameters."""
-    monkeypatch.setattr(sharding, "layout", lambda _: Layout())
+    monkeypatch.setattr(sharding, "layout", lambda *_: Layout())
     return compiled_step(mesh)
 
 

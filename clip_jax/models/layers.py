@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     place: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
     attend: Callable[[Array, Array, Array, attention.Mask], Array] = attention.xla
+    einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # x [B, ...], kernel split by D alone
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -115,11 +116,12 @@ class Einsum(nn.Module):
     bias_shape: tuple[int, ...] | None
     kernel_init: Init
     bias_init: Init = nn.initializers.zeros
+    einsum: Callable[[str, Array, Array], Array] = jnp.einsum
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, self.shape).astype(x.dtype)
-        y = jnp.einsum(self.equation, x, kernel)
+        y = self.einsum(self.equation, x, kernel)
         if self.bias_shape is None:
             return y
         return y + self.param("bias", self.bias_init, self.bias_shape).astype(x.dtype)

@@ -112,7 +112,7 @@ class TextTransformer(nn.Module):
                 end = jnp.full(len(tokens), tokens.shape[1] - 1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = self.ln_final(x)
-        x = jnp.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
+        x = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
         if c.projection_bias:
             x = x + self.text_projection_bias.astype(x.dtype)
         return x

@@ -119,7 +119,7 @@ class ViT(nn.Module):
         patch, scale = c.patch_size, c.width**-0.5
         self.conv1 = Einsum(
             "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
-            uniform((patch * patch * 3) ** -0.5),
+            uniform((patch * patch * 3) ** -0.5), einsum=self.layout.einsum,
         )  # fmt: skip
         normal = nn.initializers.normal(scale)
         if c.class_token:
@@ -191,5 +191,5 @@ class ViT(nn.Module):
             case "map":
                 x = self.attn_pool(self.ln_post(x))
         if c.projection:
-            x = jnp.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
+            x = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
         return x
