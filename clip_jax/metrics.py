@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import tensorboardX
@@ -242,13 +242,14 @@ def profile_range(steps: str) -> tuple[int, int]:
 class Display:
     """A progress bar on a terminal, plain lines elsewhere; always on standard error."""
 
-    def __init__(self, total: int, start: int = 0, stream: IO[str] | None = None) -> None:
-        stream = stream or sys.stderr
+    def __init__(self, total: int, start: int = 0, quiet: bool = False) -> None:
         # Left to itself, rich writes HTML outputs under Jupyter, whatever the stream.
-        self._console = Console(file=stream, highlight=False, soft_wrap=True, force_jupyter=False)
+        self._console = Console(
+            file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True, force_jupyter=False
+        )
         self._total = total
         self._progress = None
-        if stream.isatty():
+        if sys.stderr.isatty() and not quiet:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),

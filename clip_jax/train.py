@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import math
 import signal
@@ -106,7 +105,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
         )
 
     # ---------------------------------------------------------------- state
-    display = Display(config.steps, start, None if lead else io.StringIO())
+    display = Display(config.steps, start, quiet=not lead)
     watchdog = processes.Watchdog(
         config.processes.watchdog_minutes,
         f"The newest checkpoint in {workdir} is intact: the same command goes on from it.",

@@ -1,6 +1,5 @@
 """Files of a run, on a disk and in a bucket; the clock; what people see."""
 
-import io
 import json
 import math
 import sys
@@ -120,14 +119,13 @@ def test_a_profile_lands_in_the_work_directory(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_under_jupyter_lines_go_to_the_stream_and_not_into_the_page(monkeypatch):
+def test_under_jupyter_lines_go_to_the_stream_and_not_into_the_page(monkeypatch, capsys):
     shell = type("ZMQInteractiveShell", (), {})
     monkeypatch.setattr("builtins.get_ipython", shell, raising=False)
     shown = []
     fake = type(sys)("IPython.display")
     fake.display = lambda *args, **kwargs: shown.append(args)
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
-    stream = io.StringIO()
-    Display(10, stream=stream).line("step 1")
-    assert stream.getvalue() == "step 1\n"
+    Display(10).line("step 1")
+    assert capsys.readouterr().err == "step 1\n"
     assert not shown

@@ -67,7 +67,7 @@ def directory(tmp_path_factory):
 
 
 def run(directory, arguments):
-    tiny = [*FLAGS, "--steps", "6", "--evals.0.every-steps", "6"]
+    tiny = [*FLAGS, "--steps", "6", "--evals.0.every-steps", "6", "--model.vision.depth", "2"]
     environment = os.environ | {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
