@@ -87,8 +87,9 @@ def run(directory, arguments):
 def test_every_block_runs(directory):
     bash = shutil.which("bash")
     outputs = [run(directory, [bash, "-c", SHIMS + block]) for block in blocks("bash")]
-    assert len(outputs) == 10
+    assert len(outputs) == 11
     assert any("zero_shot/unseen/top1" in output for output in outputs)
+    assert any("held out: 9 runs predicted from the 27 others" in output for output in outputs)
     assert any("alpha         -0.1114" in output for output in outputs)
     similarities, shapes = (
         run(directory, [sys.executable, "-c", block]) for block in blocks("python")
