@@ -95,7 +95,7 @@ def test_every_block_runs(directory):
         run(directory, [sys.executable, "-c", block]) for block in blocks("python")
     )
     assert re.fullmatch(r"\[\[\S+\s+\S+\]\]\n", similarities)  # one image, two texts
-    assert shapes == "(1, 5, 16) (1, 16, 16, 3)\n"
+    assert shapes == "(1, 17, 16) (1, 16, 16, 3)\n"
 
 
 def test_the_two_commands_are_there_word_for_word():

@@ -199,8 +199,8 @@ def test_patch_dropout_and_chunks_keep_rows_on_their_devices():
     text = step.lower(state, batch(FLIP)).compile().as_text()
     gathered = re.findall(r"\w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     dims = {tuple(sorted(int(n) for n in shape.split(",") if n != "1")) for shape in gathered}
-    # Vectors, features (by chunks too: [8, 2, 16]), and the table of words.
-    assert dims <= {(16,), (16, 16), (2, 8, 16), (32, 520)}
+    # Vectors, features (by chunks too: [8, 2, 16]), words, patches and projections.
+    assert dims <= {(16,), (16, 16), (2, 8, 16), (32, 520), (3, 8, 8, 32), (16, 32)}
     assert {(16,), (32, 520)} < dims
     assert "all-to-all" not in text
     assert "collective-permute" not in text
