@@ -107,7 +107,7 @@ class ParquetSource:
         try:
             with reading:  # else every thread that wants this group would decode it
                 return self._read(group), row
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
 
 
@@ -116,9 +116,12 @@ def _metadata(path: str) -> Any:
     try:
         with files.open_file(path) as file:
             metadata = pq.read_metadata(file)
-        metadata.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException) as error:
+        _ = metadata.schema.to_arrow_schema().names
+        rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         return f"{path} ({error})"
+    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+        return f"{path} (row groups of {rows} rows, and {metadata.num_rows} in all)"
     return metadata
 
 
