@@ -26,7 +26,7 @@ class Job(NamedTuple):
     command: list[str]
     directory: Path  # of `log.txt`, what the process prints, and of `lock`, which it holds
     is_done: Callable[[], bool]  # whether the work is there
-    weight: int | float  # how long it takes beside the others
+    weight: float  # how long it takes beside the others
 
 
 class _Running(NamedTuple):

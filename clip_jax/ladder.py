@@ -83,7 +83,7 @@ class HardwareConfig:
         if self.chips < 1:
             raise ValueError(f"hardware.chips={self.chips} must be at least 1.")
 
-    def hours(self, training_flops: int | float) -> float:
+    def hours(self, training_flops: float) -> float:
         """Estimate the hours of one point: the one place where FLOPs become time."""
         peak = self.peak_flops or chips.chips()[self.chip].peak_flops
         seconds = training_flops / (self.chips * peak * self.mfu) + self.start_seconds

@@ -52,7 +52,7 @@ def get_ladder() -> LadderConfig:
         batch_sizes=tuple(SAMPLES.values()),
         rules=RulesConfig(batch_exponent=0.25, reference_width=768, width_exponent=-0.5),
         hardware=(
-            HardwareConfig(chip="TPU v5e", chips=256, mfu=0.45, price=1.20, start_seconds=300.0),
-            HardwareConfig(chip="H100 SXM", chips=64, mfu=0.40, price=3.00, start_seconds=300.0),
+            HardwareConfig(chip="TPU v5e", chips=256, mfu=0.45, price=1.20, start_seconds=300),
+            HardwareConfig(chip="H100 SXM", chips=64, mfu=0.40, price=3.00, start_seconds=300),
         ),
     )

@@ -69,5 +69,5 @@ def get_ladder() -> LadderConfig:
         samples=(12_288, 24_576, 49_152, 98_304),
         seeds=(0, 1, 2),
         rules=RulesConfig(reference_width=32, width_exponent=-0.5),
-        hardware=(HardwareConfig(chip="CPU core", peak_flops=50e9, mfu=0.3, start_seconds=40.0),),
+        hardware=(HardwareConfig(chip="CPU core", peak_flops=50e9, mfu=0.3, start_seconds=40),),
     )

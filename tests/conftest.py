@@ -23,6 +23,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             "left out: tests/peers (comparisons with the PyTorch CLIPs); "
             "pip install -e '.[test,peers]' on Python 3.11 brings them"
         )
+    if importlib.util.find_spec("libtpu") is None:
+        terminalreporter.write_line(
+            "left out: compiling for TPUs (a flag test, slow ones of plan and loss memory); "
+            "pip install -e '.[test,tpu]' brings them"
+        )
     if any(importlib.util.find_spec(name) is None for name in ("gradio", "playwright")):
         terminalreporter.write_line(
             "left out: tests/browser (the page of `clip-jax demo` in a headless Chromium); "

@@ -39,7 +39,7 @@ def ladder(**changes) -> LadderConfig:
 
 def test_every_point_follows_the_rules():
     rules = RulesConfig(
-        batch_exponent=0.5, reference_width=16, width_exponent=-1.0, max_warmup_share=0.2
+        batch_exponent=0.5, reference_width=16, width_exponent=-1, max_warmup_share=0.2
     )
     points = grid(ladder(batch_sizes=(16, 64), seeds=(0, 7), rules=rules), Path("root"))
     assert [point.name for point in points] == [
@@ -73,17 +73,17 @@ def test_a_ladder_that_makes_no_sense_is_told(changes, says):
 
 
 def test_hours_and_dollars_follow_from_the_peak():
-    v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, price=1.2, start_seconds=360.0)
+    v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, price=1.2, start_seconds=360)
     hours = v5e.hours(256 * 197e12 * 0.5 * 3600)  # one hour of work
     assert hours == pytest.approx(1.1)
     assert v5e.dollars(hours) == pytest.approx(1.1 * 256 * 1.2)
     core = HardwareConfig(chip="CPU core", peak_flops=1e10, mfu=0.5)
     assert core.hours(3.6e13) == pytest.approx(2)
-    assert core.dollars(2.0) is None
+    assert core.dollars(2) is None
     with pytest.raises(ValueError, match="'TPU v9' is none of TPU v3, TPU v4, TPU v5e"):
         HardwareConfig(chip="TPU v9")
     with pytest.raises(ValueError, match=r"mfu=40.*at most 1"):
-        HardwareConfig(mfu=40.0)
+        HardwareConfig(mfu=40)
 
 
 def test_the_published_grid_costs_what_the_published_table_says():

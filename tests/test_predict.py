@@ -329,7 +329,6 @@ def test_blocks_find_what_one_product_finds(count, monkeypatch):
 
 
 def test_usearch_finds_the_same(folder, embedded, capsys):
-    pytest.importorskip("usearch")
     capsys.readouterr()
     args = ["search", str(folder / "model"), str(embedded), "--text", "a red bicycle", "--json"]
     assert main([*args, "--index", "usearch"]) == 0

@@ -124,11 +124,13 @@ def test_slices_lie_along_data_alone(monkeypatch):
 
     def hybrid(shape, between, devices, **_):
         seen.update(shape=shape, between=between)
-        raise NotImplementedError
+        return np.array(devices, object).reshape(4, 4, 1)
 
     monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
-    with pytest.raises(NotImplementedError):
-        make_mesh.__wrapped__(MeshConfig(fsdp=4), chips)
+    mesh = make_mesh.__wrapped__(MeshConfig(fsdp=4), chips)
+    assert mesh.shape == {"data": 4, "fsdp": 4, "tensor": 1}
+    for row in mesh.devices[:, :, 0]:  # what fsdp gathers stays in a slice
+        assert len({chip.slice_index for chip in row}) == 1
     assert seen == {"shape": (2, 4, 1), "between": (2, 1, 1)}
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
         make_mesh.__wrapped__(MeshConfig(fsdp=16), chips)

@@ -46,7 +46,7 @@ def parse_count(text: str) -> float:
     return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
 
 
-def short(number: int | float) -> str:
+def short(number: float) -> str:
     """Write a count in two digits: 13B, 2.6B, 400M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= 0.995 * unit:

@@ -58,7 +58,8 @@ def assert_same(format, pairs, expected, folder, steps, batch_size):
         for name in ("image", "text", "index"):
             assert getattr(wanted, name).tobytes() == getattr(found, name).tobytes(), name
         assert found.skipped == []
-        assert len(set(found.keys)) == len(found.keys)
+        seen = set(zip(found.index // count, found.keys, strict=True))
+        assert len(seen) == len(found.keys)  # once an epoch
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
@@ -70,9 +71,11 @@ def test_two_hundred_pairs_are_the_same_batches_in_every_format(format, referenc
 def test_two_thousand_pairs_are_the_same_batches_in_every_format(photographs, tmp_path):
     pairs = make_pairs(photographs, 2000)
     (tmp_path / "reference").mkdir()
-    expected = read(formats.table(tmp_path / "reference", pairs), 16, 250)  # two epochs
+    expected = read(
+        formats.table(tmp_path / "reference", pairs), 17, 256
+    )  # some batches lie in two epochs
     for format in formats.FORMATS:
-        assert_same(format, pairs, expected, tmp_path / format, 16, 250)
+        assert_same(format, pairs, expected, tmp_path / format, 17, 256)
 
 
 def test_tfds_is_read_without_tensorflow(reference, tmp_path):

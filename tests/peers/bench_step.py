@@ -3,7 +3,8 @@
     python tests/peers/bench_step.py [batch size]
 
 Both in one process, alternating, each with all cores; the median of the rounds counts. A step is
-the whole update (both towers, loss, gradients, AdamW) on pixels that are already in memory.
+the whole update (both towers, loss, gradients, AdamW) on pixels that are already in memory. Before
+that, clip_jax's towers alone: forward, and forward with backward.
 """
 
 import dataclasses
@@ -53,6 +54,28 @@ def ours(data: dict[str, np.ndarray]) -> Callable[[], float]:
     return run
 
 
+def print_towers(data: dict[str, np.ndarray]) -> None:
+    """Print the seconds of each tower alone."""
+    from clip_jax.models import zoo
+    from clip_jax.models.clip import CLIP
+
+    model = CLIP(dataclasses.replace(zoo.get("ViT-B-32"), dtype="float32"))
+    params = jax.jit(model.init)(jax.random.key(0))
+    pixels = np.float32(data["image"]) / 255
+    for name, encode, x in (
+        ("image", model.encode_image, pixels),
+        ("text", model.encode_text, data["text"]),
+    ):
+        gradient = jax.grad(lambda params, x, encode=encode: encode(params, x).sum())
+        for what, function in (("forward", encode), ("forward and backward", gradient)):
+            times, jitted = [], jax.jit(function)
+            for _ in range(3):  # the first compiles
+                start = time.perf_counter()
+                jax.block_until_ready(jitted(params, x))
+                times.append(time.perf_counter() - start)
+            print(f"{name} tower, {what}: {min(times[1:]):.2f} s", flush=True)
+
+
 def open_clip(data: dict[str, np.ndarray]) -> Callable[[], float]:
     import open_clip
     import torch
@@ -88,6 +111,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     size = int(sys.argv[1]) if len(sys.argv) > 1 else BATCH
     data = batch(size)
+    print_towers(data)
     runs = {"open_clip": open_clip(data), "clip_jax": ours(data)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # compiles, allocates

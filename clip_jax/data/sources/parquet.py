@@ -121,7 +121,7 @@ def _metadata(path: str) -> Any:
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         return f"{path} ({error})"
     if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
-        return f"{path} (row groups of {rows} rows, and {metadata.num_rows} in all)"
+        return f"{path} ({metadata.num_rows} rows by its end, {sum(rows)} by its row groups)"
     return metadata
 
 
