@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Layout
-from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.resnet import SPLIT_STAGES, ResNetConfig
 from clip_jax.models.vit import ViTConfig
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
@@ -135,17 +135,37 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
         return jax.lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, found, 0)], 0), words)
 
     def einsum(equation: str, x: Array, kernel: Array) -> Array:
-        names = re.split(",|->", equation)[1]
-        axis = names.index("D")
+        left, right, out = re.split(",|->", equation)
+        summed = [DIMENSIONS[n] for n in left if n in right and n not in out and n in "NF"]
 
-        @functools.partial(mapped, in_specs=(rows, PartitionSpec(*[None] * axis, width)))
+        def whole(names: str) -> PartitionSpec:  # rows over the batch axes, channels not split
+            axes = {"B": BATCH_AXES, "D": None}
+            return PartitionSpec(*(axes.get(n, DIMENSIONS.get(n)) for n in names))
+
+        kernel_spec = PartitionSpec(*(DIMENSIONS.get(n) for n in right))
+
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(whole(left), kernel_spec), out_specs=whole(out),
+            check_vma=False,
+        )  # fmt: skip
         def local(x: Array, kernel: Array) -> Array:
-            return jnp.einsum(equation, x, jax.lax.all_gather(kernel, width, axis=axis, tiled=True))
+            if "D" in right:
+                kernel = jax.lax.all_gather(kernel, width, axis=right.index("D"), tiled=True)
+            y = jnp.einsum(equation, x, kernel)
+            return jax.lax.psum(y, summed) if summed else y
+
+        return local(x, kernel)
+
+    def conv(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+        @functools.partial(mapped, in_specs=(rows, PartitionSpec(None, None, None, width)))
+        def local(x: Array, kernel: Array) -> Array:
+            kernel = jax.lax.all_gather(kernel, width, axis=3, tiled=True)
+            return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
         return local(x, kernel)
 
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
-    return Layout(place, lookup, _attend(mesh, backend), einsum)
+    return Layout(place, lookup, _attend(mesh, backend), einsum, conv)
 
 
 def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable:
@@ -244,11 +264,11 @@ def table(config: CLIPConfig) -> dict[str, str]:
 
 
 def resnet_rows(vision: ResNetConfig) -> dict[str, str]:
-    """Return the rows of a ResNet: the last two stages, 95% of its weights, are split."""
+    """Return the rows of a ResNet, of which the late stages are split."""
     norms = [f"bn{i}" for i in (1, 2, 3)]
     kernels = {f"conv{i}/kernel": "P Q C O" for i in (1, 2, 3)}
     for stage, depth in enumerate(vision.layers, start=1):
-        names = "P Q C D" if stage > 2 else "P Q C O"
+        names = "P Q C D" if stage in SPLIT_STAGES else "P Q C O"
         for i in range(depth):
             block = f"layer{stage}/{i}"
             kernels |= {f"{block}/conv{j}/kernel": names for j in (1, 2, 3)}

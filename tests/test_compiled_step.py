@@ -64,14 +64,16 @@ def faults(text: Text, mesh, config: CLIPConfig = CONFIG) -> list[str]:
     """Say which exchanges of a compiled step are not allowed."""
     state, _, placed = shapes(config, mesh)
     tensor = mesh.shape["tensor"]
-    split, whole, unsplit = set(), set(), set()  # shapes in any order, without depth
+    split, whole, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
     for x, place in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed.params), strict=True):
         if "fsdp" in place.spec:  # as it lies, but for fsdp
+            sizes = {"fsdp": mesh.shape["fsdp"], "tensor": tensor}
             spec = [*place.spec, *[None] * len(x.shape)]
-            dims = [
-                d // tensor if a == "tensor" else d for d, a in zip(x.shape, spec, strict=False)
-            ]
-            unsplit |= {_dims(tuple(dims)), _dims(tuple(dims[1:]))}
+            pairs = list(zip(x.shape, spec, strict=False))
+            shard = tuple(d // sizes.get(axis, 1) for d, axis in pairs)
+            copy = tuple(d // tensor if axis == "tensor" else d for d, axis in pairs)
+            shards |= {_dims(shard), _dims(shard[1:])}
+            unsplit |= {_dims(copy), _dims(copy[1:])}
         for dims in (x.shape, x.shape[1:]):  # as the compiler may split it over tensor, too
             (split if "fsdp" in place.spec else whole).add(_dims(dims))
             parts = [d // tensor if d % tensor == 0 else d for d in dims]
@@ -88,7 +90,7 @@ def faults(text: Text, mesh, config: CLIPConfig = CONFIG) -> list[str]:
                 (dims in split and x.axes == ("fsdp",)) or (dims in features and batch_axes)
             ):
                 found.append(f"gather of {shape.dims} over {x.axes}: {x.source}")
-            copied = split if "fsdp" in x.axes else unsplit  # or it may be of the shards alone
+            copied = split if "fsdp" in x.axes else unsplit - shards
             if x.kind == "all-reduce" and "data" in x.axes and dims in copied - whole:
                 found.append(f"replicated gradient {shape.dims} over {x.axes}: {x.source}")
     return found

@@ -17,7 +17,7 @@ from clip_jax.models.clip import CLIP
 from clip_jax.optim import OptimConfig, make_optimizer
 from clip_jax.plan import COMPILES, PlanConfig, assess, fit, plan
 from clip_jax.pod import Request
-from clip_jax.scaling import flops
+from clip_jax.scaling import flops, hlo
 from clip_jax.scaling.pods import compare, describe
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import init_state, state_shardings
@@ -92,6 +92,23 @@ def test_facts_of_a_compiled_step():
     parts = {(x["kind"], *x["axes"], x["part"]) for x in found["collectives"]}
     assert ("all-gather", "fsdp", "image tower, forward") in parts
     assert ("all-gather", "data", "fsdp", "loss, forward") in parts
+
+
+def test_exchanges_between_slices_are_read():
+    """The TPU compiler writes them as transfers of one chip with its likes on the other slices."""
+    transfer = "u32[], token[]) recv(%a), channel_id={}, frontend_attributes={{{}}}"
+    name = '_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{}"'
+    lines = [
+        f"  %r{i} = (f32[{dims}]{{1,0}}, " + transfer.format(i, name.format(kind))
+        for i, (dims, kind) in enumerate([("8,128", "ALL_REDUCE"), ("16,16", "ALL_GATHER")])
+    ]
+    text = "\n".join(["HloModule step", "ENTRY %main (a: f32[]) -> f32[] {", *lines, "}"])
+    gathered, reduced = hlo.collectives(text, {"data": 4, "fsdp": 2, "tensor": 1}, 2)
+    assert (gathered.kind, reduced.kind) == ("all-gather", "all-reduce")
+    assert reduced.axes == gathered.axes == ("data",)
+    assert reduced.received_from_slices == 8 * 128 * 4  # half sent away, half got back, twice
+    assert gathered.received_from_slices == 16 * 16 * 4 // 2
+    assert reduced.received == gathered.received == 0
 
 
 def test_times_bound_the_step_and_price_the_run():

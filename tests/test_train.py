@@ -24,7 +24,8 @@ from tests.runs import DIGITS, FLAGS, ROOT, tiny_digits
 
 
 def rows(workdir, name="metrics.jsonl"):
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    lines = (workdir / name).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # one may be half written
 
 
 def losses(workdir):

@@ -31,7 +31,8 @@ class Layout(NamedTuple):
     place: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
     attend: Callable[[Array, Array, Array, attention.Mask], Array] = attention.xla
-    einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # x [B, ...], kernel split by D alone
+    einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # of x [B, ...] and a kernel
+    conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel split by D
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:

@@ -1,5 +1,6 @@
 """The image tower as a modified ResNet with attention pooling (CLIP paper, 2.4 and table 19)."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ class ResNetConfig:
         return (self.image_size // 32) ** 2 + 1
 
 
+SPLIT_STAGES = (3, 4)  # whose kernels, 95% of the weights, are split over a mesh
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running statistics, in float32.
 
@@ -98,12 +102,20 @@ class BatchNorm(nn.Module):
         return rearrange(x32, "G B H W C -> (G B) H W C").astype(x.dtype)
 
 
-def conv(x: Array, channels: int, size: int, *, stride: int = 1, name: str) -> Array:
+def conv(
+    x: Array,
+    channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    convolve: Callable[..., Array] = jax.lax.conv_general_dilated,
+    name: str,
+) -> Array:
     """A convolution without bias, padded by half its size, drawn as PyTorch draws it."""
     init = uniform((x.shape[-1] * size * size) ** -0.5)
     return nn.Conv(
         channels, (size, size), stride, padding=size // 2, use_bias=False, dtype=x.dtype,
-        kernel_init=init, name=name,
+        kernel_init=init, conv_general_dilated=convolve, name=name,
     )(x)  # fmt: skip
 
 
@@ -118,10 +130,11 @@ class Downsample(nn.Module):
     channels: int
     stride: int
     norm: Callable[..., nn.Module]
+    conv: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
-        x = conv(avg_pool(x, self.stride), self.channels, 1, name="0")
+        x = self.conv(avg_pool(x, self.stride), self.channels, 1, name="0")
         return self.norm(name="1")(x)
 
 
@@ -131,16 +144,17 @@ class Bottleneck(nn.Module):
     planes: int
     stride: int
     norm: Callable[..., nn.Module]
+    conv: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         channels = 4 * self.planes
-        y = nn.relu(self.norm(name="bn1")(conv(x, self.planes, 1, name="conv1")))
-        y = nn.relu(self.norm(name="bn2")(conv(y, self.planes, 3, name="conv2")))
-        y = conv(avg_pool(y, self.stride), channels, 1, name="conv3")
+        y = nn.relu(self.norm(name="bn1")(self.conv(x, self.planes, 1, name="conv1")))
+        y = nn.relu(self.norm(name="bn2")(self.conv(y, self.planes, 3, name="conv2")))
+        y = self.conv(avg_pool(y, self.stride), channels, 1, name="conv3")
         y = self.norm(scale_init=nn.initializers.zeros, name="bn3")(y)
         if self.stride > 1 or x.shape[-1] != channels:
-            x = Downsample(channels, self.stride, self.norm, name="downsample")(x)
+            x = Downsample(channels, self.stride, self.norm, self.conv, name="downsample")(x)
         return nn.relu(x + y)
 
 
@@ -156,6 +170,7 @@ class Stage(nn.Module):
     depth: int
     stride: int
     norm: Callable[..., nn.Module]
+    conv: Callable[..., Array]
     remat: Remat
     layout: Layout
 
@@ -170,7 +185,8 @@ class Stage(nn.Module):
             }
             block = nn.remat(Bottleneck, policy=policies[self.remat])
         for i in range(self.depth):
-            x = block(self.planes, self.stride if i == 0 else 1, self.norm, name=str(i))(x)
+            stride = self.stride if i == 0 else 1
+            x = block(self.planes, stride, self.norm, self.conv, name=str(i))(x)
             x = self.layout.place(x)
         return x
 
@@ -180,6 +196,7 @@ class AttentionPool2d(nn.Module):
 
     config: ResNetConfig
     embed_dim: int
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B E"]:
@@ -193,13 +210,21 @@ class AttentionPool2d(nn.Module):
         positions = self.param("positional_embedding", normal, (c.num_tokens, width))
         x = x + positions.astype(x.dtype)
         q, k, v = (
-            Einsum("BLD,DNK->BLNK", (width, *heads), heads, normal, linear_bias, name=name)(tokens)
+            Einsum(
+                "BLD,DNK->BLNK",
+                (width, *heads),
+                heads,
+                normal,
+                linear_bias,
+                self.layout.einsum,
+                name=name,
+            )(tokens)
             for name, tokens in (("q_proj", x[:, :1]), ("k_proj", x), ("v_proj", x))
         )
         x = jax.nn.dot_product_attention(q, k, v)[:, 0]
         return Einsum(
             "BNK,NKE->BE", (*heads, self.embed_dim), (self.embed_dim,), normal, linear_bias,
-            name="c_proj",
+            self.layout.einsum, name="c_proj",
         )(x)  # fmt: skip
 
 
@@ -230,10 +255,12 @@ class ModifiedResNet(nn.Module):
         x = nn.relu(norm(name="bn2")(conv(x, c.width // 2, 3, name="conv2")))
         x = nn.relu(norm(name="bn3")(conv(x, c.width, 3, name="conv3")))
         x = self.layout.place(avg_pool(x, 2))
+        split = functools.partial(conv, convolve=self.layout.conv)
         for i, depth in enumerate(c.layers):
             stage = Stage(
-                c.width * 2**i, depth, 1 if i == 0 else 2, norm, self.remat, self.layout,
+                c.width * 2**i, depth, 1 if i == 0 else 2, norm,
+                split if i + 1 in SPLIT_STAGES else conv, self.remat, self.layout,
                 name=f"layer{i + 1}",
             )  # fmt: skip
             x = stage(x)
-        return AttentionPool2d(c, self.embed_dim, name="attnpool")(x)
+        return AttentionPool2d(c, self.embed_dim, self.layout, name="attnpool")(x)

@@ -198,6 +198,14 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
     computations, entry = parse(text)
     for visit in walk(computations, entry):
         for x in visit.computation.values():
+            if between := re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes):
+                # Over the network from the same chip of every other slice, which lie along data.
+                if x.opcode == "recv":
+                    found[visit.name, x.name] = Collective(
+                        between[1].lower().replace("_", "-"), x.shapes[:1], ("data",), slices,
+                        slices, visit.times, "",
+                    )  # fmt: skip
+                continue
             kind = x.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
