@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted
 import dataclasses
 import itertools
 import json
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -337,10 +339,27 @@ def _ours(error: BaseException) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(
-        f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
-    )
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return _together(code)
+    except (ValueError, KeyError) as error:
+        if not _ours(error):
+            return _failed(error)
+        return _together(_say(str(error.args[0] if error.args else error), code=2))
+    except KeyboardInterrupt:
+        return _together(_say("interrupted; the newest checkpoint is intact.", code=130))
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return _together(141)  # as a shell reports SIGPIPE
+        return _failed(error)
+
+
+def _run(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
+        listing = "\n".join(
+            f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
+        )
         print(USAGE.format(commands=listing))
         return 0
     if args[0] == "--version":
@@ -350,16 +369,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.", code=2)
-    try:
-        return _together(COMMANDS[args[0]](args[1:]))
-    except (ValueError, KeyError) as error:
-        if not _ours(error):
-            return _failed(error)
-        return _together(_say(str(error.args[0] if error.args else error), code=2))
-    except KeyboardInterrupt:
-        return _together(_say("interrupted; the newest checkpoint is intact.", code=130))
-    except Exception as error:
-        return _failed(error)
+    return COMMANDS[args[0]](args[1:])
+
+
+def _unread() -> bool:
+    """Say whether the reader of the output, `head` say, has left; if so, drop the rest of it."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLERR)
+    if left := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _together(code: int) -> int:

@@ -23,6 +23,17 @@ def test_help_names_every_command_and_is_quick():
     assert {"train", "evaluate", "convert", "scale"} <= set(done.stdout.split())
 
 
+def test_a_reader_who_has_enough_ends_the_command_quietly():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_jax", "--help"],
+        cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, clip_jax; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

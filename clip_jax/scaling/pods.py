@@ -98,7 +98,10 @@ def describe(plan: Plan) -> str:
             f"a step takes at least {plan.step_seconds_bound:.4f} s: MFU ≤ {plan.mfu_bound:.1%}"
         )
     cost = "" if plan.price is None else f", price {plan.price:,.0f}"
-    end.append(f"{plan.steps:,} steps at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}")
+    end.append(
+        f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
+        f"at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}"
+    )
     return "\n".join([*lines, *map(_text, tables), *end])
 
 
