@@ -18,7 +18,7 @@
 # other. Afterwards any words are a classifier: the nearest text wins. Here this happens in small,
 # with data that ships inside: real handwritten digits, two side by side, captioned in varied words.
 #
-# Training takes about 5 minutes on two CPU cores that do nothing else. To see only how everything
+# Training takes 2 to 5 minutes on two CPU cores that do nothing else. To see only how everything
 # goes, set the environment variable `CLIP_JAX_NOTEBOOK_STEPS` to 100 before you start (less than a
 # minute): the same pictures, of a model that has not learned to read yet.
 

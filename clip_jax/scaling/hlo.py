@@ -166,13 +166,18 @@ class Visit(NamedTuple):
     computation: Computation
     times: int
     fused: bool  # within a fusion, whose memory traffic is the fusion's
+    source: str  # where in the program the fusion comes from
 
 
 def walk(
-    computations: Mapping[str, Computation], name: str, times: int = 1, fused: bool = False
+    computations: Mapping[str, Computation],
+    name: str,
+    times: int = 1,
+    fused: bool = False,
+    source: str = "",
 ) -> Iterator[Visit]:
     """Visit all computations that a step runs, with how often it does."""
-    yield Visit(name, computations[name], times, fused)
+    yield Visit(name, computations[name], times, fused, source)
     for instruction in computations[name].values():
         if instruction.opcode == "while":
             times_inside = times * _trips(instruction, computations)
@@ -182,7 +187,8 @@ def walk(
             keys = ("to_apply", "calls", "true_computation", "false_computation")
             for called in _called(instruction, *keys):
                 inside = fused or instruction.opcode == "fusion"
-                yield from walk(computations, called, times, inside)
+                caller = _source(instruction) or source
+                yield from walk(computations, called, times, inside, caller)
 
 
 def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Collective]:
@@ -210,8 +216,9 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             if kind not in KINDS:
                 continue
             groups = _groups(x.attributes, devices)
-            source = re.search(r'op_name="([^"]*)"', x.attributes)
             shapes = _moved(x, kind, visit.computation)
+            if visit.name.startswith("all-reduce-scatter"):  # and the slice that is kept, as one
+                kind = "reduce-scatter"
             # TPUs fuse one exchange with several computations that hide it: one channel, once.
             channel = re.search(r"channel_id=(\d+)", x.attributes)
             key = (channel and channel[1], kind, shapes) if visit.fused else (visit.name, x.name)
@@ -219,10 +226,15 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             found[key] = Collective(
                 kind, shapes, _axes(groups, mesh), groups.shape[1],
                 len(np.unique(groups[0] * slices // devices)), times,
-                source[1] if source else "",
+                _source(x) or visit.source,
             )  # fmt: skip
     moving = [x for x in found.values() if x.group_size > 1]
     return sorted(moving, key=lambda x: (-x.received, x.kind, x.source))
+
+
+def _source(x: Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', x.attributes)
+    return found[1] if found else ""
 
 
 def _moved(x: Instruction, kind: str, computation: Computation) -> tuple[Shape, ...]:
