@@ -3,10 +3,11 @@
     clip-jax train configs/vit_b32.py --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan configs/vit_b32.py --topology v5e:16x16
 
-Hardware: one v5e-256 slice, batch and parameters split by data alone; COST Recipe: CLIP paper,
-section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of 32,768; AdamW with
-weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100, random square crops
-alone.
+Hardware: one v5e-256 slice, batch and parameters split by data alone; 8 hours at 40% MFU, $2,400 at
+$1.20 a chip-hour.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
+32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
+random square crops alone.
 Expected: 63% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the released
 weights: 63.3%); 62.5% with as many samples of LAION-2B (Cherti et al. 2023).
 """

@@ -3,7 +3,8 @@
     clip-jax train configs/vit_bigg14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan configs/vit_bigg14.py --topology v5p:8x8x8
 
-Hardware: 512 v5p chips, parameters and optimizer split over 16; COST
+Hardware: 512 v5p chips, parameters and optimizer split over 16; 13 days at 40% MFU, $692,000 at
+$4.20 a chip-hour.
 Recipe: that of ViT-H/14 (Cherti et al. 2023) at a batch of 65,536; half the rate, a longer warm-up,
 β2 0.95 and clipping at norm 1 are our choices against the loss spikes of large models. 34B samples
 are 520,000 steps.

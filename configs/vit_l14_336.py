@@ -3,7 +3,7 @@
     clip-jax train configs/vit_l14_336.py --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan configs/vit_l14_336.py --topology v5e:16x16
 
-Hardware: one v5e-256 slice; COST
+Hardware: one v5e-256 slice; 7 hours at 40% MFU, $2,000 at $1.20 a chip-hour.
 Recipe: CLIP paper, section 2.5 and table 20: one epoch of 400M pairs, 12,207 steps, at 336 pixels
 and a rate of 2e-5. The weights it starts from are those of vit_l14, with the positions resized;
 from scratch it is of little use. The warm-up of 500 steps is ours.
