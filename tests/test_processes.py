@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.config import check_processes_agree
-from clip_jax.processes import GPU_FLAGS, TPU_FLAGS, ProcessesConfig
+from clip_jax.processes import CPU_FLAGS, GPU_FLAGS, TPU_FLAGS, ProcessesConfig
 from clip_jax.sharding import MeshConfig, data_part, make_mesh
 from clip_jax.train import train
 from tests.runs import ROOT, tiny_digits
@@ -143,8 +143,8 @@ def run(code, **environment):
     )  # fmt: skip
 
 
-def test_the_gpu_flags_are_known_to_xla():
-    flags = " ".join(f"--{name}={value}" for name, value in GPU_FLAGS.items())
+def test_the_gpu_and_cpu_flags_are_known_to_xla():
+    flags = " ".join(f"--{name}={value}" for name, value in (GPU_FLAGS | CPU_FLAGS).items())
     code = "import jax; jax.numpy.zeros(1)"
     assert run(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").returncode == 0
     unknown = run(code, XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true", JAX_PLATFORMS="cpu")
@@ -165,6 +165,25 @@ def test_the_tpu_flags_are_known_to_libtpu():
     assert known.returncode == 0, known.stderr
     unknown = run(code, LIBTPU_INIT_ARGS=flags + " --xla_tpu_no_such_flag=true", **environment)
     assert unknown.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({"JAX_NUM_CPU_DEVICES": "1"}, False),
+        ({"JAX_NUM_CPU_DEVICES": "8"}, True),
+        ({"CLIP_JAX_COORDINATOR": "localhost:1"}, True),
+        ({"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "tpu"}, False),
+    ],
+)
+def test_simulated_devices_take_their_collectives_in_one_order(environment, several, monkeypatch):
+    for name in ("XLA_FLAGS", "CLIP_JAX_COORDINATOR", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes._set_flags()
+    assert all((name in os.environ["XLA_FLAGS"]) == several for name in CPU_FLAGS)
 
 
 def test_flags_of_the_environment_win(monkeypatch):
