@@ -6,14 +6,21 @@ import os
 import jax
 import pytest
 
-# As `clip_jax.processes` asks for: or devices may wait for each other in a circle.
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")]
-)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
 jax.config.update("jax_default_prng_impl", "rbg")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
+    # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
+    flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
+    if config.option.markexpr == "not slow":
+        # LLVM's optimisations take a third of the compile time, and tests compile more than they
+        # compute. XLA's own passes stay; the slow tests run all as users do.
+        flags.append("--xla_backend_optimization_level=0")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -72,6 +72,7 @@ def run(directory, arguments):
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",  # compiles quickly, as in conftest.py
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TINY": " ".join(tiny),
