@@ -98,7 +98,11 @@ def _set_flags() -> None:
     platforms = os.environ.get("JAX_PLATFORMS", "cuda")
     if Path("/dev/nvidiactl").exists() and ("cuda" in platforms or "gpu" in platforms):
         chosen.append(("XLA_FLAGS", GPU_FLAGS))
-    several = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1 or os.environ.get(_EXPLICIT[0])
+    several = (
+        int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1
+        or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or os.environ.get(_EXPLICIT[0])
+    )
     if several and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         chosen.append(("XLA_FLAGS", CPU_FLAGS))
     for variable, flags in chosen:

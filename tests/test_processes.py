@@ -173,6 +173,7 @@ def test_the_tpu_flags_are_known_to_libtpu():
         ({"JAX_NUM_CPU_DEVICES": "1"}, False),
         ({"JAX_NUM_CPU_DEVICES": "8"}, True),
         ({"CLIP_JAX_COORDINATOR": "localhost:1"}, True),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
         ({"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "tpu"}, False),
     ],
 )
