@@ -247,7 +247,12 @@ def bench(args: Sequence[str]) -> int:
         )
     kind, measure, describe = benches.BENCHES[verb]
     flags = [arg for arg in rest if arg != "--json"]
-    result = measure(_run_config(kind, flags, bench, f"bench {verb}"))
+    config = _run_config(kind, flags, bench, f"bench {verb}")
+    if verb != "input":  # which computes on no device
+        from clip_jax import processes
+
+        processes.start(config.processes)  # with the flags that training takes
+    result = measure(config)
     _print(result, len(flags) < len(rest), describe(result))
     return 0
 

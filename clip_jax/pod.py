@@ -219,16 +219,19 @@ def peak(compiled: Any) -> int:
 
 def collective(x: hlo.Collective) -> Facts:
     """Write a collective as JSON, with the part of the step that it belongs to."""
-    tower = next((name for name in ("visual", "text") if f"/{name}" in x.source), None)
-    backward = "transpose(" in x.source
-    if tower:
-        part = f"{'image' if tower == 'visual' else 'text'} tower"
+    direction = "backward" if "transpose(" in x.source else "forward"
+    if "/visual" in x.source:
+        part = f"image tower, {direction}"
+    elif "/text" in x.source:
+        part = f"text tower, {direction}"
+    elif "jvp(" in x.source:
+        part = f"loss, {direction}"
     else:
-        part = "loss" if "jvp(" in x.source else "update"
+        part = "update" if x.source else "unnamed"  # by the compiler
     return {
         "kind": x.kind,
         "axes": list(x.axes),
-        "part": part if part == "update" else f"{part}, {'backward' if backward else 'forward'}",
+        "part": part,
         "times": x.times,
         "bytes": x.bytes,
         "received": x.received,
