@@ -1,43 +1,117 @@
-"""Attention by backend: one function of queries, keys and values, computed in three ways."""
+"""Attention by backend: one function of queries, keys and values, computed in several ways."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
-Backend = Literal["xla", "cudnn", "splash"]
-Mask = Bool[Array, "L L"] | None  # None: every token sees every token; else the causal one
+from clip_jax.models.short_attention import MAX_LENGTH, vmem_bytes
+from clip_jax.refused import Refused
 
+Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
+# Queries, keys and values: [B, L, S·N·K], as the projection's matmul leaves them, or, where heads
+# lie on several devices, [B, L, S, N, K]. Attention makes of them [B, L, N·K] or [B, L, N, K].
+QKV = Float[Array, "B L *SNK"]
+Lengths = Int[Array, " B"] | None  # real tokens of each row, the others behind them; None: all
+
+# Of one core, by JAX's name of the chip; earlier ones have 16.
+VMEM_MIB = {
+    "TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128,
+    "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64,
+}  # fmt: skip
 _LANES = 128  # of a TPU's vector unit: splash takes head dims and lengths in multiples of it
+SPLASH_LENGTH = 577  # tokens from which splash reads less of memory than XLA
 _BLOCK = 512  # tokens of a splash block at most
 
 
+def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> Backend:
+    """Choose what `auto` is on a device of the mesh, which holds that many heads of each row.
+
+    TPUs: with `short`, compiled for v5e and not run, a step of ViT-B/16 moves 50 GB of HBM where it
+    moved 118 with XLA's attention, of ViT-L/14 137 where it moved 429; BENCHMARKS.md has more.
+    Heads of other sizes than 64 compile, but take a row at a time and are not compared with XLA's
+    yet: they stay XLA's unless asked for. Where VMEM is too small for a sequence, splash is ahead
+    of XLA from about 577 tokens. GPUs from generation 8.0: cuDNN's kernel, which holds no scores;
+    compiled for H100, not run.
+    """
+    platform = getattr(device, "platform", "cpu")  # None: a mesh of numbers, on which nothing runs
+    if platform == "tpu":
+        room = VMEM_MIB.get(device.device_kind, 16) * 2**20
+        if dim == 64 and length <= MAX_LENGTH and vmem_bytes(length, heads, dim) <= room:
+            return "short"
+        return "splash" if length >= SPLASH_LENGTH else "xla"
+    is_new = platform == "gpu" and float(device.compute_capability) >= 8
+    if is_new and jnp.dtype(dtype).itemsize == 2 and dim % 8 == 0 and dim <= 128:
+        return "cudnn"
+    return "xla"
+
+
 def xla(
-    q: Float[Array, "B L N K"], k: Float[Array, "B L N K"], v: Float[Array, "B L N K"], mask: Mask
-) -> Float[Array, "B L N K"]:
-    """Leave it to XLA, on any device: the least memory traffic up to about 77 tokens."""
-    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+    qkv: QKV,
+    heads: int,
+    causal: bool = False,
+    lengths: Lengths = None,
+    keys: Bool[Array, "B L"] | None = None,
+) -> Float[Array, "B L *NK"]:
+    """Leave it to XLA, on any device. With `causal` a token sees none behind it.
+
+    Here as in every backend, rows of tokens past `lengths` are undefined. `keys` names the tokens
+    that are seen, wherever they stand.
+    """
+    q, k, v = _parts(qkv, heads)
+    mask = None if keys is None else keys[:, None, None, :]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths
+    )
+    return _like(out, qkv)
+
+
+def cached(
+    qkv: QKV, heads: int, cache: Float[Array, "B T S N K"], place: Int[Array, ""]
+) -> tuple[Float[Array, "B L *NK"], Float[Array, "B T S N K"]]:
+    """Let one token see itself and those before it, whose keys and values are cached.
+
+    Its own are put into the cache at `place`, and the cache is returned.
+    """
+    q, k, v = _parts(qkv, heads)
+    new = jnp.stack([k, v], axis=2).astype(cache.dtype)
+    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, place, axis=1)
+    seen = (jnp.arange(cache.shape[1]) <= place)[None, None, None, :]
+    out = jax.nn.dot_product_attention(q, cache[:, :, 0], cache[:, :, 1], mask=seen)
+    return _like(out, qkv), cache
 
 
 def cudnn(
-    q: Float[Array, "B L N K"], k: Float[Array, "B L N K"], v: Float[Array, "B L N K"], mask: Mask
-) -> Float[Array, "B L N K"]:
-    """NVIDIA's fused kernel, which holds no [L, L]: GPUs of the 8.0 generation on, bfloat16."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"model.attention='cudnn' computes in 16 bits, not in {q.dtype}; "
+    qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None
+) -> Float[Array, "B L *NK"]:
+    """NVIDIA's fused kernel, which holds no [L, L]: GPUs of the 8.0 generation on, bfloat16.
+
+    An odd length gets one token more, which none of the real ones sees: JAX's training takes even
+    ones alone.
+    """
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Refused(
+            f"model.attention='cudnn' computes in 16 bits, not in {qkv.dtype}; "
             "set --model.dtype bfloat16 or --model.attention xla."
         )
-    return jax.nn.dot_product_attention(q, k, v, is_causal=mask is not None, implementation="cudnn")
+    batch, length = qkv.shape[:2]
+    if length % 2:
+        qkv = jnp.pad(qkv, ((0, 0), (0, 1), *((0, 0),) * (qkv.ndim - 2)))
+        if lengths is None and not causal:  # causal: nothing sees the token behind the last
+            lengths = jnp.full(batch, length, jnp.int32)
+    q, k, v = _parts(qkv, heads)
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return _like(out, qkv)[:, :length]
 
 
 def splash(
-    q: Float[Array, "B L N K"], k: Float[Array, "B L N K"], v: Float[Array, "B L N K"], mask: Mask,
-    *, interpret: bool = False,
-) -> Float[Array, "B L N K"]:  # fmt: skip
-    """TPU's kernel, which holds no [L, L]: ahead of XLA from about 577 tokens on.
+    qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None, *, interpret: bool = False
+) -> Float[Array, "B L *NK"]:
+    """JAX's kernel for TPU, which holds no [L, L]: for sequences that `short` cannot hold.
 
     Arrays of one device: the compiler cannot split a kernel (`sharding.layout` does). `interpret`
     runs it slowly on a CPU.
@@ -45,13 +119,14 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    _, length, heads, dim = q.shape
+    parts = _parts(qkv, heads)
+    batch, length, _, dim = parts[0].shape
     padded = -(-length // _LANES) * _LANES
     block = max(size for size in range(_LANES, _BLOCK + 1, _LANES) if padded % size == 0)
     pad = ((0, 0), (0, 0), (0, padded - length), (0, -dim % _LANES))
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), pad) for x in (q * dim**-0.5, k, v))
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), pad) for x in parts)
     shape = (padded, padded)
-    of_head = masks.FullMask(shape) if mask is None else masks.CausalMask(shape)
+    of_head = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([of_head] * heads), head_shards=1, q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
@@ -60,7 +135,19 @@ def splash(
         ),
         interpret=interpret,
     )  # fmt: skip
-    real = np.arange(padded) < length  # padding is a segment of its own: no real token sees it
-    segments = kernels.SegmentIds(*(jnp.asarray(real, jnp.int32),) * 2)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
-    return out[:, :, :length, :dim].swapaxes(1, 2)
+    if lengths is None:
+        lengths = jnp.full(batch, length, jnp.int32)
+    # Padding is a segment of its own: no real token sees it.
+    real = (jnp.arange(padded) < lengths[:, None]).astype(jnp.int32)
+    out = jax.vmap(kernel)(q * dim**-0.5, k, v, kernels.SegmentIds(real, real))
+    return _like(out[:, :, :length, :dim].swapaxes(1, 2), qkv)
+
+
+def _parts(qkv: QKV, heads: int) -> list[Float[Array, "B L N K"]]:
+    split = qkv.reshape(*qkv.shape[:2], 3, heads, -1)
+    return [split[:, :, third] for third in range(3)]
+
+
+def _like(out: Float[Array, "B L N K"], qkv: QKV) -> Float[Array, "B L *NK"]:
+    """Put the heads' channels in one axis if they came so."""
+    return out if qkv.ndim == 5 else out.reshape(*out.shape[:2], -1)

@@ -15,14 +15,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.models import attention
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "attention", "dots"]
+# What is kept for the backward pass, which computes the rest again; from all of it on down.
+Remat = Literal["none", "hidden", "residual", "attention", "full", "dots"]
+# By name; with it, how many widths of a token. Means and variances of norms are two numbers.
+KEPT = {
+    "hidden": ("moments", "qkv", "attended", "residual", "hidden"),  # 9: norms, activations again
+    "residual": ("moments", "qkv", "attended", "residual"),  # 5: and the MLP's first
+    "attention": ("moments", "qkv", "attended"),  # 4: and attention's output
+    "full": (),  # all
+}
+KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
 Init = Callable[..., Array]
+_ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
+KV = Float[Array, "B T S N K"]  # keys and values of T tokens
 
 
 class Layout(NamedTuple):
@@ -30,9 +41,10 @@ class Layout(NamedTuple):
 
     place: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
-    attend: Callable[[Array, Array, Array, attention.Mask], Array] = attention.xla
+    attend: Callable[[Array, int, bool], Array] = attention.xla  # of qkv, heads, causal or not
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # of x [B, ...] and a kernel
     conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel split by D
+    whole_heads: bool = True  # every device has all of them
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -91,7 +103,9 @@ class BlockConfig(NamedTuple):
     epsilon: float  # LayerNorm's
     init_fns: BlockInit
     layer_scale: float | None = None  # initial gain of both residual branches; None: no gains
+    causal: bool = False  # a token sees none behind it
     layout: Layout = Layout()
+    mlp: bool = True  # False: the attention branch alone
 
 
 class LayerNorm(nn.Module):
@@ -104,9 +118,55 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        x32 = x32 - x32.mean(-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
+        x32 = x32 - checkpoint_name(x32.mean(-1), "moments")[..., None]
+        variance = checkpoint_name(jnp.square(x32).mean(-1), "moments")[..., None]
+        x32 = x32 * jax.lax.rsqrt(variance + self.epsilon)
         return (x32 * scale + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def affine(
+    x: Float[Array, "*B D"], kernel: Float[Array, "..."], bias: Float[Array, "..."]
+) -> Float[Array, "*B F"]:
+    """x·kernel + bias, the kernel's axes taken as two, with gradients as compilers take them best.
+
+    The bias's is a product: as a sum over rows a TPU takes seven times as long as to read it. The
+    kernel's is finished as a matrix: given the parameter's axes, the compiler would write the
+    output's gradient anew for them.
+    """
+    return x @ kernel.reshape(x.shape[-1], -1) + bias.reshape(-1)
+
+
+def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    return affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    x, kernel, bias = kept
+    dkernel, dbias = jax.lax.platform_dependent(x, dy, cpu=_flat_sums, default=_sums)
+    if kernel.ndim > 2:
+        dkernel = jax.lax.optimization_barrier(dkernel)
+    dx = dy @ kernel.reshape(x.shape[-1], -1).T
+    return dx, dkernel.reshape(kernel.shape), dbias.reshape(bias.shape)
+
+
+def _sums(x: Array, dy: Array) -> tuple[Array, Array]:
+    rows = tuple(range(x.ndim - 1))
+    over_rows = ((rows, rows), ((), ()))
+    dkernel = jax.lax.dot_general(x, dy, over_rows)
+    if dy.dtype == jnp.float32:  # whose products a TPU rounds
+        return dkernel, dy.sum(rows)
+    ones = jnp.ones((*dy.shape[:-1], _ONES), dy.dtype)
+    return dkernel, jax.lax.dot_general(ones, dy, over_rows)[0]
+
+
+def _flat_sums(x: Array, dy: Array) -> tuple[Array, Array]:
+    """Give XLA's CPU compiler matrices: of more axes it writes transposed copies."""
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return x.T @ dy, jnp.ones(len(dy), dy.dtype) @ dy
+
+
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Einsum(nn.Module):
@@ -118,14 +178,20 @@ class Einsum(nn.Module):
     kernel_init: Init
     bias_init: Init = nn.initializers.zeros
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum
+    # All axes but rows and tokens are one: the compiler lays arrays of many axes out otherwise than
+    # kernels read them.
+    flat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, self.shape).astype(x.dtype)
-        y = self.einsum(self.equation, x, kernel)
-        if self.bias_shape is None:
-            return y
-        return y + self.param("bias", self.bias_init, self.bias_shape).astype(x.dtype)
+        bias = None
+        if self.bias_shape is not None:
+            bias = self.param("bias", self.bias_init, self.bias_shape).astype(x.dtype)
+        if not self.flat:
+            y = self.einsum(self.equation, x, kernel)
+            return y if bias is None else y + bias
+        return x @ kernel.reshape(x.shape[-1], -1) if bias is None else affine(x, kernel, bias)
 
 
 class Attention(nn.Module):
@@ -133,24 +199,40 @@ class Attention(nn.Module):
 
     num_heads: int
     init_fns: BlockInit
+    causal: bool
     layout: Layout = Layout()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "L L"] | None
-    ) -> Float[Array, "B L D"]:
+        self,
+        x: Float[Array, "B L D"],
+        keys: Bool[Array, "B L"] | None = None,
+        cache: KV | None = None,
+        place: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], KV | None]:
+        """Attend to all tokens, to those that `keys` names, or to what a cache holds.
+
+        With `cache` x is one token, whose keys and values are put at `place`; it sees those up to
+        there. Returns the cache with it.
+        """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         qkv = Einsum(
             "BLD,DSNK->BLSNK", (width, 3, *heads), (3, *heads), self.init_fns.in_proj,
-            name="in_proj",
+            flat=self.layout.whole_heads, name="in_proj",
         )(x)  # fmt: skip
         qkv = checkpoint_name(qkv, "qkv")
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        x = checkpoint_name(self.layout.attend(q, k, v, mask), "attended")
-        return Einsum(
-            "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj, name="out_proj"
-        )(x)
+        if cache is not None and place is not None:
+            x, cache = attention.cached(qkv, self.num_heads, cache, place)
+        elif keys is not None:  # which no kernel takes
+            x = attention.xla(qkv, self.num_heads, self.causal, keys=keys)
+        else:
+            x = self.layout.attend(qkv, self.num_heads, self.causal)
+        x = Einsum(
+            "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj,
+            flat=self.layout.whole_heads, name="out_proj",
+        )(checkpoint_name(x, "attended"))  # fmt: skip
+        return x, cache
 
 
 class MLP(nn.Module):
@@ -165,12 +247,12 @@ class MLP(nn.Module):
         width, mlp_width = x.shape[-1], self.mlp_width
         x = Einsum(
             "...D,DF->...F", (width, mlp_width), (mlp_width,), self.init_fns.c_fc,
-            uniform(width**-0.5), name="c_fc",
+            uniform(width**-0.5), flat=True, name="c_fc",
         )(x)  # fmt: skip
-        x = ACTIVATIONS[self.activation](x)
+        x = ACTIVATIONS[self.activation](checkpoint_name(x, "hidden"))
         return Einsum(
             "...F,FD->...D", (mlp_width, width), (width,), self.init_fns.c_proj,
-            uniform(mlp_width**-0.5), name="c_proj",
+            uniform(mlp_width**-0.5), flat=True, name="c_proj",
         )(x)  # fmt: skip
 
 
@@ -186,60 +268,83 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+
+    Beside x it returns the cache if it is given one (see `Attention`), with `collect` x again.
+    """
 
     config: BlockConfig
     collect: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "L L"] | None
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | None]:
+        self,
+        x: Float[Array, "B L D"],
+        cache: KV | None = None,
+        keys: Bool[Array, "B L"] | None = None,
+        place: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | KV | None]:
         c = self.config
-        attn = Attention(c.num_heads, c.init_fns, c.layout, name="attn")
-        mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
+        attn = Attention(c.num_heads, c.init_fns, c.causal, c.layout, name="attn")
         ls_1 = ls_2 = lambda x: x
         if c.layer_scale is not None:
             ls_1 = LayerScale(c.layer_scale, name="ls_1")
             ls_2 = LayerScale(c.layer_scale, name="ls_2")
-        x = c.layout.place(x + ls_1(attn(LayerNorm(c.epsilon, name="ln_1")(x), mask)))
-        x = c.layout.place(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
-        return x, x if self.collect else None
+        y, cache = attn(LayerNorm(c.epsilon, name="ln_1")(x), keys, cache, place)
+        x = c.layout.place(x + ls_1(y))
+        x = checkpoint_name(x, "residual")
+        if c.mlp:
+            mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
+            x = c.layout.place(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
+        return x, x if self.collect else cache
+
+
+def scanned(
+    block: type[nn.Module], depth: int, remat: Remat, unroll: int, broadcast: int
+) -> Callable[..., nn.Module]:
+    """Stack a block: its parameters get a leading axis of length `depth`.
+
+    A block takes x, then what each has of its own (stacked likewise; None: nothing), then
+    `broadcast` arguments that all share. `unroll` blocks are one turn of the loop: the compiler
+    sees through from one to the next.
+    """
+    if remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+        # A loop keeps XLA from merging the recomputation away: no barrier needed.
+        block = nn.remat(block, prevent_cse=unroll > 1, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, *(nn.broadcast,) * broadcast),
+        length=depth,
+        unroll=min(unroll, depth),
+    )
 
 
 class Transformer(nn.Module):
     """A stack of blocks, scanned: every parameter has a leading axis of length `depth`.
 
-    Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`.
+    Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`; with
+    `cache`, `[depth, B, T, S, N, K]`, the caches instead. `keys` names the tokens that are seen.
     """
 
     config: BlockConfig
     depth: int
     remat: Remat = "none"
+    unroll: int = 1
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        mask: Bool[Array, "L L"] | None = None,
         collect: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
-        block = Block
-        if self.remat != "none":
-            policies = {
-                "full": jax.checkpoint_policies.nothing_saveable,
-                # 4 widths a token instead of 9 for "dots"; of a block's four projections, two
-                # are computed again: the attention's output and the MLP's first.
-                "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            }
-            # Inside a scan XLA cannot merge the recomputation away: no CSE barrier needed.
-            block = nn.remat(Block, prevent_cse=False, policy=policies[self.remat])
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )(self.config, collect, name="resblocks")
-        return stack(self.config.layout.place(x), mask)
+        *,
+        keys: Bool[Array, "B L"] | None = None,
+        cache: Float[Array, "depth B T S N K"] | None = None,
+        place: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Array | None]:
+        stack = scanned(Block, self.depth, self.remat, self.unroll, broadcast=2)(
+            self.config, collect, name="resblocks"
+        )
+        return stack(self.config.layout.place(x), cache, keys, place)

@@ -11,7 +11,8 @@ from einops import rearrange, reduce
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from clip_jax.models.layers import Einsum, Init, Layout, Remat, uniform
+from clip_jax.models.layers import KEPT, Einsum, Init, Layout, Remat, uniform
+from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +29,20 @@ class ResNetConfig:
     batch_norm_group: int | None = None  # samples normalised together in training; None: all
 
     def __post_init__(self) -> None:
-        if self.image_size <= 0 or self.image_size % 32:
-            raise ValueError(
+        check_ranges(
+            self, "vision.",
+            image_size="[1, inf)", layers="[1, inf)", width="[2, inf)", num_heads="[1, inf)",
+            batch_norm_group="[1, inf)",
+        )  # fmt: skip
+        if self.image_size % 32:
+            raise Refused(
                 f"vision.image_size={self.image_size} is not a multiple of 32, "
                 "the stride of a ResNet."
             )
         if self.output_width % self.num_heads:
-            raise ValueError(
+            raise Refused(
                 f"32 × vision.width={self.width} is not divisible by "
                 f"vision.num_heads={self.num_heads}."
-            )
-        if self.batch_norm_group is not None and self.batch_norm_group < 1:
-            raise ValueError(
-                f"vision.batch_norm_group={self.batch_norm_group} must be at least 1 sample "
-                "(None: the whole batch)."
             )
 
     @property
@@ -87,7 +88,7 @@ class BatchNorm(nn.Module):
         group = self.group or x.shape[0]
         count = group * x.shape[1] * x.shape[2]
         if x.shape[0] % group or count < 2:
-            raise ValueError(
+            raise Refused(
                 f"a batch of shape {x.shape} cannot be normalised in groups of {group}: the batch "
                 "must be a multiple of vision.batch_norm_group, a group more than one value."
             )
@@ -159,7 +160,7 @@ class Bottleneck(nn.Module):
 
 
 def save_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The remat policy that "dots" means here: a ResNet's matmuls are convolutions."""
+    """The remat policy that "hidden" means here: what convolutions give."""
     return primitive is jax.lax.conv_general_dilated_p
 
 
@@ -178,12 +179,10 @@ class Stage(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         block = Bottleneck
         if self.remat != "none":
-            policies = {
-                "full": jax.checkpoint_policies.nothing_saveable,
-                "attention": jax.checkpoint_policies.nothing_saveable,  # its blocks have none
-                "dots": save_convolutions,
-            }
-            block = nn.remat(Bottleneck, policy=policies[self.remat])
+            policy = jax.checkpoint_policies.nothing_saveable
+            if KEPT[self.remat] == KEPT["hidden"]:
+                policy = save_convolutions
+            block = nn.remat(Bottleneck, policy=policy)
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
             x = block(self.planes, stride, self.norm, self.conv, name=str(i))(x)
@@ -242,7 +241,7 @@ class ModifiedResNet(nn.Module):
     ) -> Float[Array, "B E"]:
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise ValueError(
+            raise Refused(
                 f"images have shape {images.shape}; this model needs "
                 f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
             )

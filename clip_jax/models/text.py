@@ -1,12 +1,14 @@
 """The text tower: a causal transformer read at the end-of-text token (CLIP paper, 2.4)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.decoder import Cache, CrossTransformer, MaMMUTConfig
 from clip_jax.models.layers import (
     Activation,
     BlockConfig,
@@ -18,8 +20,35 @@ from clip_jax.models.layers import (
     Transformer,
     uniform,
 )  # fmt: skip
+from clip_jax.refused import Refused, check_ranges
 
-Pool = Literal["argmax", "eos", "last"]
+Pool = Literal["argmax", "eos", "last", "class_token", "mean"]
+
+
+Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How texts become token ids: a vocabulary and its rules. Another rule gives other ids."""
+
+    # clip: OpenAI's BPE, which ships inside, with OpenAI's rules; else the path of a tokenizer.json
+    # or a sentencepiece model, local or in a bucket. Empty: weights that came without theirs.
+    file: str = "clip"
+    # Before the vocabulary sees a text. lower: the case. whitespace: repair mojibake and HTML, one
+    # space between words. punctuation: lower, drop ASCII punctuation (SigLIP in Hugging Face).
+    # canonicalize: repair, and that (SigLIP in open_clip). clip: repair, lower.
+    clean: Cleaning = "clip"
+    begin_id: int | None = None  # put before each text; None: nothing
+    end_id: int | None = None  # put after each text; None: nothing
+    pad_id: int = 0  # fills up to the context length
+    pad_side: Literal["right", "left"] = "right"  # where the padding stands
+    cut: Literal["keep_end", "drop_end"] = "keep_end"  # of a text that is too long
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "text.tokenizer.", begin_id="[0, inf)", end_id="[0, inf)", pad_id="[0, inf)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,32 +63,79 @@ class TextConfig:
     mlp_ratio: float = 4.0  # MLP width / width
     causal: bool = True  # a token sees only what stands before it
     # Which token's state stands for the text. argmax: the highest id, which is end of text in
-    # CLIP's vocabulary; eos: the first eos_token_id (where ids were added above it).
+    # CLIP's vocabulary; eos: the first eos_token_id (where ids were added above it); class_token: a
+    # learned token behind all others (CoCa); mean: all positions', padding included (MaMMUT).
     pool: Pool = "argmax"
+    # The class token sees no padding. False: it sees the first of it instead of itself, an error
+    # in open_clip with which its released CoCa were trained.
+    correct_class_mask: bool = True
     eos_token_id: int = 49_407  # read by pool="eos" alone
+    projection: bool = True  # project to embed_dim (without it, width must equal embed_dim)
     projection_bias: bool = False  # bias in the projection (SigLIP)
     activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
     norm_epsilon: float = 1e-5  # LayerNorm's ε
+    tokenizer: TokenizerConfig = TokenizerConfig()  # whose ids the embedding has rows for
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self, "text.",
+            context_length="[2, inf)", vocab_size="[1, inf)", width="[1, inf)", depth="[1, inf)",
+            num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
+            eos_token_id="[0, inf)", norm_epsilon="(0, inf)",
+        )  # fmt: skip
         if self.width % self.num_heads:
-            raise ValueError(
+            raise Refused(
                 f"text.width={self.width} is not divisible by text.num_heads={self.num_heads}."
             )
+        if self.projection_bias and not self.projection:
+            raise Refused("text.projection_bias=True needs text.projection=True.")
+
+    @property
+    def num_positions(self) -> int:
+        return self.context_length + (self.pool == "class_token")
+
+    @property
+    def clip_vocab_size(self) -> int:
+        """How many ids CLIP's BPE has here: up to the end of text, which may have others above."""
+        return self.eos_token_id + 1 if self.pool == "eos" else self.vocab_size
+
+    @property
+    def begin_id(self) -> int | None:
+        """The id before each text; CLIP's vocabulary ends with it and the end of text."""
+        own = self.tokenizer.file == "clip"
+        return self.clip_vocab_size - 2 if own else self.tokenizer.begin_id
+
+    @property
+    def end_id(self) -> int | None:
+        """The id behind each text."""
+        own = self.tokenizer.file == "clip"
+        return self.clip_vocab_size - 1 if own else self.tokenizer.end_id
 
     @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
 
+    def block(self, layout: Layout) -> BlockConfig:
+        """What the tower's blocks are made of."""
+        return BlockConfig(
+            self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
+            BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
+        )  # fmt: skip
+
 
 class TextTransformer(nn.Module):
-    """Token and position embeddings, a transformer, the end-of-text state, a projection."""
+    """Token and position embeddings, a transformer, the end-of-text state, a projection.
+
+    With `decoder` it is MaMMUT's, whose second run writes captions.
+    """
 
     config: TextConfig
     embed_dim: int
     dtype: DType
     remat: Remat = "none"
+    unroll: int = 1
     layout: Layout = Layout()
+    decoder: MaMMUTConfig | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -67,17 +143,25 @@ class TextTransformer(nn.Module):
             "token_embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width)
         )
         self.positional_embedding = self.param(
-            "positional_embedding", nn.initializers.normal(0.01), (c.context_length, c.width)
+            "positional_embedding", nn.initializers.normal(0.01), (c.num_positions, c.width)
         )
-        block = BlockConfig(
-            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
-            BlockInit.text(c.width, c.depth), layout=self.layout,
-        )  # fmt: skip
-        self.transformer = Transformer(block, c.depth, self.remat)
+        if c.pool == "class_token":
+            self.class_embedding = self.param(
+                "class_embedding", nn.initializers.normal(0.01), (c.width,)
+            )
+        block = c.block(self.layout)
+        if self.decoder is None:
+            self.transformer = Transformer(block, c.depth, self.remat, self.unroll)
+        else:
+            each = self.decoder.cross_every
+            self.transformer = CrossTransformer(
+                block, c.depth // each, each, self.decoder.first_mlp, self.remat, self.unroll
+            )
         self.ln_final = LayerNorm(c.norm_epsilon)
-        self.text_projection = self.param(
-            "text_projection", nn.initializers.normal(c.width**-0.5), (c.width, self.embed_dim)
-        )
+        if c.projection:
+            self.text_projection = self.param(
+                "text_projection", nn.initializers.normal(c.width**-0.5), (c.width, self.embed_dim)
+            )
         if c.projection_bias:
             self.text_projection_bias = self.param(
                 "text_projection_bias", uniform(c.width**-0.5), (self.embed_dim,)
@@ -88,19 +172,65 @@ class TextTransformer(nn.Module):
 
     def states(
         self, tokens: Int[Array, "B L"], collect: bool = False
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
-        """Return the last block's states; with `collect` every block's too."""
+    ) -> tuple[Float[Array, "B l D"], Float[Array, "depth B l D"] | None]:
+        """Return the last block's states, a class token's behind the text's.
+
+        With `collect` every block's too.
+        """
+        c = self.config
+        x = self.embed(tokens)
+        if isinstance(self.transformer, CrossTransformer):
+            if collect:
+                raise Refused("states of single blocks of MaMMUT's text tower are not kept.")
+            return self.transformer(x, causal=c.causal)[0], None
+        if c.pool != "class_token":
+            return self.transformer(x, collect)
+        real, one = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
+        token = self.class_embedding + self.positional_embedding[tokens.shape[1]]
+        token = jnp.broadcast_to(token.astype(x.dtype), (*tokens.shape[:1], 1, c.width))
+        return self.transformer(
+            jnp.concatenate([x, token], axis=1),
+            collect,
+            keys=jnp.concatenate([real, one] if c.correct_class_mask else [one, real], axis=1),
+        )
+
+    def embed(
+        self, tokens: Int[Array, "B L"], place: Int[Array, ""] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Look tokens up, and add the positions from the first or from `place` on."""
         c = self.config
         length = tokens.shape[1]
         if length > c.context_length:
-            raise ValueError(
+            raise Refused(
                 f"tokens have length {length}, more than text.context_length={c.context_length}."
             )
-        x = self.layout.lookup(self.token_embedding, tokens) + self.positional_embedding[:length]
-        mask = jnp.tril(jnp.ones((length, length), bool)) if c.causal else None
-        return self.transformer(x.astype(self.dtype), mask, collect)
+        positions = self.positional_embedding[:length]
+        if place is not None:
+            positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, place, length)
+        return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
 
-    def pool(self, x: Float[Array, "B L D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
+    def step(
+        self, tokens: Int[Array, "B 1"], cache: Float[Array, "depth B T S N K"],
+        place: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "depth B T S N K"] | None]:  # fmt: skip
+        """Return the states of one more token, and the cache with it."""
+        tower = cast(Transformer, self.transformer)
+        return tower(self.embed(tokens, place), cache=cache, place=place)
+
+    def decode(
+        self,
+        tokens: Int[Array, "R L"],
+        image: Float[Array, "B M D"] | None,
+        cache: Cache | None = None,
+        place: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "R L D"], Cache | None]:
+        """Run MaMMUT's tower as a decoder; see `CrossTransformer`."""
+        x = self.embed(tokens, place)
+        tower = cast(CrossTransformer, self.transformer)
+        x, cache = tower(x, image, cache=cache, place=place)
+        return self.ln_final(x), cache
+
+    def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Take the state that stands for the text, norm and project it."""
         c = self.config
         match c.pool:
@@ -108,11 +238,15 @@ class TextTransformer(nn.Module):
                 end = tokens.argmax(axis=-1)
             case "eos":
                 end = (tokens == c.eos_token_id).argmax(axis=-1)
-            case "last":
-                end = jnp.full(len(tokens), tokens.shape[1] - 1)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = self.ln_final(x)
-        x = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
+            case _:
+                end = jnp.full(tokens.shape[:1], x.shape[1] - 1)
+        if c.pool == "mean":
+            x = self.ln_final(x).mean(axis=1)
+        else:
+            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+            x = self.ln_final(x)
+        if c.projection:
+            x = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
         if c.projection_bias:
             x = x + self.text_projection_bias.astype(x.dtype)
         return x

@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.layers import (
     MLP,
     Activation,
@@ -21,6 +22,7 @@ from clip_jax.models.layers import (
     Transformer,
     uniform,
 )  # fmt: skip
+from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,11 @@ class ViTConfig:
     depth: int = 12  # blocks
     num_heads: int = 12  # attention heads
     mlp_ratio: float = 4.0  # MLP width / width
-    pool: Literal["class_token", "mean", "map"] = "class_token"  # map: SigLIP's attention pooling
+    # mean: of the patches; mean_all: and the class token (MaMMUT); map: SigLIP's attention pooling;
+    # queries: CoCa's, of which the first is the embedding and the others are the decoder's.
+    pool: Literal["class_token", "mean", "mean_all", "map", "queries"] = "class_token"
+    pool_queries: int = 256  # of pool="queries", the embedding's included
+    pool_heads: int = 8  # attention heads of pool="queries"
     class_token: bool = True  # prepend a learned token (class_token pooling needs it)
     pre_norm: bool = True  # LayerNorm before the first block
     patch_bias: bool = False  # bias in the patch projection
@@ -44,21 +50,24 @@ class ViTConfig:
     patch_dropout: float = 0.0  # share of the patches that a training step does not see (FLIP)
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self, "vision.",
+            image_size="[1, inf)", patch_size="[1, inf)", width="[1, inf)", depth="[1, inf)",
+            num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
+            pool_queries="[2, inf)", pool_heads="[1, inf)",
+            norm_epsilon="(0, inf)", layer_scale="(-inf, inf)", patch_dropout="[0, 1)",
+        )  # fmt: skip
         if self.image_size < self.patch_size:
-            raise ValueError(
+            raise Refused(
                 f"vision.image_size={self.image_size} is smaller than one patch "
                 f"(vision.patch_size={self.patch_size})."
             )
-        if not 0 <= self.patch_dropout < 1:
-            raise ValueError(
-                f"vision.patch_dropout={self.patch_dropout} must be from 0 to below 1."
-            )
         if self.width % self.num_heads:
-            raise ValueError(
+            raise Refused(
                 f"vision.width={self.width} is not divisible by vision.num_heads={self.num_heads}."
             )
         if self.pool == "class_token" and not self.class_token:
-            raise ValueError(
+            raise Refused(
                 "vision.pool='class_token' needs vision.class_token=True (or pool='mean')."
             )
 
@@ -71,15 +80,25 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def kept_patches(self) -> int:
+        """Patches that a training step sees, at least one."""
+        return max(round(self.num_patches * (1 - self.patch_dropout)), 1)
+
+    @property
     def num_tokens(self) -> int:
         return self.num_patches + self.class_token
 
+    def caption_tokens(self, patches: int) -> int:
+        """Tokens that a caption decoder attends to, of so many patches."""
+        if self.pool == "queries":
+            return self.pool_queries - 1
+        return patches + (self.class_token and self.pool in ("map", "mean_all"))
+
 
 def drop_patches(
-    x: Float[Array, "B L D"], keys: Key[Array, " B"], rate: float
+    x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int
 ) -> Float[Array, "B l D"]:
-    """Keep a random choice of each image's patches, at least one; an image's key alone decides."""
-    kept = max(round(x.shape[1] * (1 - rate)), 1)
+    """Keep a random choice of each image's patches; an image's key alone decides."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, (x.shape[1],)))(keys)
     indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would be gathered from all devices
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
@@ -106,12 +125,29 @@ class AttentionPool(nn.Module):
         return (x + mlp(LayerNorm(c.norm_epsilon, name="norm")(x)))[:, 0]
 
 
+class QueryPool(nn.Module):
+    """Learned queries attend to all tokens (CoCa's "attentional pooler", as in open_clip)."""
+
+    config: ViTConfig
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B Q E"]:
+        c = self.config
+        query = self.param("query", nn.initializers.normal(1.0), (c.pool_queries, self.embed_dim))
+        query = LayerNorm(c.norm_epsilon, name="ln_q")(query.astype(x.dtype))
+        init = uniform(self.embed_dim**-0.5)
+        attn = CrossAttention(c.pool_heads, init, init, name="attn")
+        return attn(query[None], LayerNorm(c.norm_epsilon, name="ln_k")(x))[0]
+
+
 class ViT(nn.Module):
     """Patches, a class token, positions, a transformer, pooling, a projection."""
 
     config: ViTConfig
     embed_dim: int
     remat: Remat = "none"
+    unroll: int = 1
     layout: Layout = Layout()
 
     def setup(self) -> None:
@@ -131,14 +167,17 @@ class ViT(nn.Module):
             self.ln_pre = LayerNorm(c.norm_epsilon)
         block = BlockConfig(
             c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
-            BlockInit.image(c.width, c.mlp_width), c.layer_scale, self.layout,
+            BlockInit.image(c.width, c.mlp_width), c.layer_scale, layout=self.layout,
         )  # fmt: skip
-        self.transformer = Transformer(block, c.depth, self.remat)
+        self.transformer = Transformer(block, c.depth, self.remat, self.unroll)
         self.ln_post = LayerNorm(c.norm_epsilon)
         if c.pool == "map":
             self.attn_pool = AttentionPool(c)
+        if c.pool == "queries":
+            self.attn_pool = QueryPool(c, self.embed_dim)
         if c.projection:
-            self.proj = self.param("proj", normal, (c.width, self.embed_dim))
+            width = self.embed_dim if c.pool == "queries" else c.width
+            self.proj = self.param("proj", normal, (width, self.embed_dim))
 
     def __call__(
         self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
@@ -157,7 +196,7 @@ class ViT(nn.Module):
         """
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise ValueError(
+            raise Refused(
                 f"images have shape {images.shape}; this model needs "
                 f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
             )
@@ -173,7 +212,7 @@ class ViT(nn.Module):
             x = jnp.concatenate([token, x], axis=1)
         x = x + self.positional_embedding.astype(x.dtype)
         if keys is not None and c.patch_dropout:
-            patches = drop_patches(x[:, int(c.class_token) :], keys, c.patch_dropout)
+            patches = drop_patches(x[:, int(c.class_token) :], keys, c.kept_patches)
             x = jnp.concatenate([x[:, : int(c.class_token)], patches], axis=1)
         if c.pre_norm:
             x = self.ln_pre(x)
@@ -181,15 +220,28 @@ class ViT(nn.Module):
 
     def pool(self, x: Float[Array, "B L D"]) -> Float[Array, "B E"]:
         """Norm, pool and project the states of all tokens."""
+        return self.pool_and_tokens(x)[0]
+
+    def pool_and_tokens(
+        self, x: Float[Array, "B L D"]
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B M C"]]:
+        """Return, beside what `pool` does, the tokens that a caption decoder attends to."""
         c = self.config
+        tokens = x[:, int(c.class_token) :]
         # OpenAI normalises after pooling, SigLIP before. The class token alone: the same numbers.
         match c.pool:
             case "class_token":
-                x = self.ln_post(x[:, 0])
+                x, tokens = self.ln_post(x[:, 0]), self.ln_post(tokens)
             case "mean":
-                x = self.ln_post(x[:, int(c.class_token) :].mean(axis=1))
+                x = self.ln_post(tokens.mean(axis=1))
+            case "mean_all":
+                x, tokens = self.ln_post(x.mean(axis=1)), x
             case "map":
-                x = self.attn_pool(self.ln_post(x))
+                tokens = self.ln_post(x)
+                x = self.attn_pool(tokens)
+            case "queries":
+                x = self.ln_post(self.attn_pool(x))
+                x, tokens = x[:, 0], x[:, 1:]
         if c.projection:
             x = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
-        return x
+        return x, tokens

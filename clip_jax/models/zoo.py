@@ -3,16 +3,20 @@
 OpenAI's names (`ViT-B/32`) are OpenAI's released models, with QuickGELU; open_clip's names
 (`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`. Both call
 their ResNets `RN50`: here that is OpenAI's, `RN50-quickgelu` the same, and `RN50-gelu` open_clip's.
-Sources: CLIP paper, tables 19 and 20; open_clip's model configurations.
+MetaCLIP 2's (`worldwide`) have its own names, SigLIP's and CoCa's open_clip's, MaMMUT's LAION's.
+Sources: CLIP paper, tables 19 and 20; open_clip's and MetaCLIP's model configurations; big_vision.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
 
 
 def _clip(
@@ -51,33 +55,92 @@ def _clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
     return _clip(embed_dim, vision, text)
 
 
+class _Tower(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    mlp: float = 4.0
+
+
+_BASE, _LARGE = _Tower(768, 12, 12), _Tower(1024, 24, 16)
+_SO400M, _GIANT = _Tower(1152, 27, 16, 3.7362), _Tower(1536, 40, 16)
+
+
 def _siglip(
-    width: int,
-    depth: int,
-    heads: int,
+    vision: _Tower,
     patch: int,
     size: int,
     *,
+    text: _Tower | None = None,
     length: int = 64,
-    mlp: float = 4.0,
     vocab: int = 32_000,
+    projection: bool = True,
 ) -> CLIPConfig:
-    """SigLIP: attention pooling, sigmoid loss with a bias, towers of the same width."""
-    vision = ViTConfig(
-        image_size=size, patch_size=patch, width=width, depth=depth, num_heads=heads,
-        mlp_ratio=mlp, pool="map", class_token=False, pre_norm=False, patch_bias=True,
-        projection=False, activation="gelu", norm_epsilon=1e-6,
-    )  # fmt: skip
-    text = TextConfig(
-        context_length=length, vocab_size=vocab, width=width, depth=depth, num_heads=heads,
-        mlp_ratio=mlp, causal=False, pool="last", projection_bias=True, activation="gelu",
+    """SigLIP: attention pooling, sigmoid loss with a bias, towers of the same width by default.
+
+    Tanh GELU in both towers, with which all released weights were trained (big_vision; open_clip
+    computes some of them with exact GELU).
+    """
+    text = text or vision
+    image_tower = ViTConfig(
+        image_size=size, patch_size=patch, width=vision.width, depth=vision.depth,
+        num_heads=vision.heads, mlp_ratio=vision.mlp, pool="map", class_token=False,
+        pre_norm=False, patch_bias=True, projection=False, activation="gelu_tanh",
         norm_epsilon=1e-6,
     )  # fmt: skip
+    text_tower = TextConfig(
+        context_length=length, vocab_size=vocab, width=text.width, depth=text.depth,
+        num_heads=text.heads, mlp_ratio=text.mlp, causal=False, pool="last",
+        projection=projection, projection_bias=projection, activation="gelu_tanh",
+        norm_epsilon=1e-6,
+    )  # fmt: skip
+    half = (0.5, 0.5, 0.5)
     return CLIPConfig(
-        embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0
-    )
+        embed_dim=vision.width, vision=image_tower, text=text_tower, init_logit_scale=10.0,
+        init_logit_bias=-10.0, image_mean=half, image_std=half,
+    )  # fmt: skip
 
 
+def _worldwide(
+    embed_dim: int,
+    vision: ViTConfig,
+    text: TextConfig,
+    activation: Activation = "gelu",
+    *,
+    mt5: bool = False,
+) -> CLIPConfig:
+    """MetaCLIP 2: XLM-V's vocabulary, or mT5's, and the first end of text by its id."""
+    vocab, eos = (250_000, 1) if mt5 else (901_629, 2)
+    text = replace(text, vocab_size=vocab, pool="eos", eos_token_id=eos)
+    return _clip(embed_dim, vision, text, activation)
+
+
+def _coca(
+    embed_dim: int,
+    vision: ViTConfig,
+    width: int,
+    heads: int,
+    *,
+    queries: bool = True,
+    vocab: int = 49_408,
+) -> CLIPConfig:
+    """CoCa, as released by open_clip: with its error in the class token's mask."""
+    vision = replace(vision, pool="queries" if queries else "class_token")
+    text = TextConfig(
+        context_length=76, vocab_size=vocab, width=width, num_heads=heads, pool="class_token",
+        correct_class_mask=False,
+    )  # fmt: skip
+    return replace(_clip(embed_dim, vision, text), decoder=CoCaConfig(num_heads=heads))
+
+
+def _mammut(vision: ViTConfig, text: TextConfig, first_mlp: bool) -> CLIPConfig:
+    """MaMMUT, as LAION trained it: pooled by the mean of all tokens, on both sides."""
+    vision = replace(vision, pool="mean_all")
+    text = replace(text, pool="mean", causal=False, projection=False)
+    return replace(_clip(text.width, vision, text), decoder=MaMMUTConfig(first_mlp=first_mlp))
+
+
+_GEMMA = 256_000  # words of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
 _L14, _L14_336 = _vit(14, 1024, 24), _vit(14, 1024, 24, size=336)
 _L16 = _vit(16, 1024, 24)
@@ -111,15 +174,23 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-B-16-quickgelu": _clip(512, _B16, _T512, "quick_gelu"),
     "ViT-B-16-plus": _clip(640, _vit(16, 896), _T640),
     "ViT-B-16-plus-240": _clip(640, _vit(16, 896, size=240), _T640),
-    "ViT-B-16-SigLIP": _siglip(768, 12, 12, 16, 224),
-    "ViT-B-16-SigLIP-256": _siglip(768, 12, 12, 16, 256),
-    "ViT-B-16-SigLIP-i18n-256": _siglip(768, 12, 12, 16, 256, vocab=250_000),
-    "ViT-B-16-SigLIP-384": _siglip(768, 12, 12, 16, 384),
-    "ViT-B-16-SigLIP-512": _siglip(768, 12, 12, 16, 512),
+    "ViT-B-16-SigLIP": _siglip(_BASE, 16, 224),
+    "ViT-B-16-SigLIP-256": _siglip(_BASE, 16, 256),
+    "ViT-B-16-SigLIP-i18n-256": _siglip(_BASE, 16, 256, vocab=250_000),
+    "ViT-B-16-SigLIP-384": _siglip(_BASE, 16, 384),
+    "ViT-B-16-SigLIP-512": _siglip(_BASE, 16, 512),
+    "ViT-B-32-SigLIP2-256": _siglip(_BASE, 32, 256, vocab=_GEMMA),
+    "ViT-B-16-SigLIP2": _siglip(_BASE, 16, 224, vocab=_GEMMA),
+    "ViT-B-16-SigLIP2-256": _siglip(_BASE, 16, 256, vocab=_GEMMA),
+    "ViT-B-16-SigLIP2-384": _siglip(_BASE, 16, 384, vocab=_GEMMA),
+    "ViT-B-16-SigLIP2-512": _siglip(_BASE, 16, 512, vocab=_GEMMA),
     "ViT-L-16": _clip(768, _L16, _T768),
     "ViT-L-16-320": _clip(768, replace(_L16, image_size=320), _T768),
-    "ViT-L-16-SigLIP-256": _siglip(1024, 24, 16, 16, 256),
-    "ViT-L-16-SigLIP-384": _siglip(1024, 24, 16, 16, 384),
+    "ViT-L-16-SigLIP-256": _siglip(_LARGE, 16, 256),
+    "ViT-L-16-SigLIP-384": _siglip(_LARGE, 16, 384),
+    "ViT-L-16-SigLIP2-256": _siglip(_LARGE, 16, 256, vocab=_GEMMA),
+    "ViT-L-16-SigLIP2-384": _siglip(_LARGE, 16, 384, vocab=_GEMMA),
+    "ViT-L-16-SigLIP2-512": _siglip(_LARGE, 16, 512, vocab=_GEMMA),
     "ViT-L-14": _clip(768, _L14, _T768),
     "ViT-L-14-quickgelu": _clip(768, _L14, _T768, "quick_gelu"),
     "ViT-L-14-280": _clip(768, replace(_L14, image_size=280), _T768),
@@ -127,8 +198,20 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-L-14-336-quickgelu": _clip(768, _L14_336, _T768, "quick_gelu"),
     "ViT-L-14-CLIPA": _clipa(768, _L14, _T768),
     "ViT-L-14-CLIPA-336": _clipa(768, _L14_336, _T768),
-    "ViT-SO400M-14-SigLIP": _siglip(1152, 27, 16, 14, 224, length=16, mlp=3.7362),
-    "ViT-SO400M-14-SigLIP-384": _siglip(1152, 27, 16, 14, 384, mlp=3.7362),
+    "ViT-SO400M-14-SigLIP": _siglip(_SO400M, 14, 224, length=16),
+    "ViT-SO400M-14-SigLIP-378": _siglip(_SO400M, 14, 378),
+    "ViT-SO400M-14-SigLIP-384": _siglip(_SO400M, 14, 384),
+    "ViT-SO400M-16-SigLIP-i18n-256": _siglip(
+        _SO400M, 16, 256, vocab=250_000, projection=False
+    ),
+    "ViT-SO400M-14-SigLIP2": _siglip(_SO400M, 14, 224, vocab=_GEMMA),
+    "ViT-SO400M-14-SigLIP2-378": _siglip(_SO400M, 14, 378, vocab=_GEMMA),
+    "ViT-SO400M-14-SigLIP2-384": _siglip(_SO400M, 14, 384, vocab=_GEMMA),
+    "ViT-SO400M-16-SigLIP2-256": _siglip(_SO400M, 16, 256, vocab=_GEMMA),
+    "ViT-SO400M-16-SigLIP2-384": _siglip(_SO400M, 16, 384, vocab=_GEMMA),
+    "ViT-SO400M-16-SigLIP2-512": _siglip(_SO400M, 16, 512, vocab=_GEMMA),
+    "ViT-gopt-16-SigLIP2-256": _siglip(_GIANT, 16, 256, text=_SO400M, vocab=_GEMMA),
+    "ViT-gopt-16-SigLIP2-384": _siglip(_GIANT, 16, 384, text=_SO400M, vocab=_GEMMA),
     "ViT-H-16": _clip(1024, _H16, _T1024),
     "ViT-H-14": _clip(1024, _H14, _T1024),
     "ViT-H-14-quickgelu": _clip(1024, _H14, _T1024, "quick_gelu"),
@@ -147,7 +230,37 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-e-14": _clip(
         1280, _vit(14, 1792, 56, heads=16, mlp=8.5715), _text(1280, 36)
     ),
+    "ViT-S-16-worldwide": _worldwide(384, _vit(16, 384), _text(384)),
+    "ViT-S-16-384-worldwide": _worldwide(384, _vit(16, 384, size=384), _text(384)),
+    "ViT-S-16-mT5-worldwide": _worldwide(384, _vit(16, 384), _text(384), mt5=True),
+    "ViT-M-16-worldwide": _worldwide(512, _vit(16, 512), _T512),
+    "ViT-M-16-384-worldwide": _worldwide(512, _vit(16, 512, size=384), _T512),
+    "ViT-M-16-mT5-worldwide": _worldwide(512, _vit(16, 512), _T512, mt5=True),
+    "ViT-B-32-worldwide": _worldwide(512, _B32, _T512),
+    "ViT-B-32-384-worldwide": _worldwide(512, replace(_B32, image_size=384), _T512),
+    "ViT-B-32-mT5-worldwide": _worldwide(512, _B32, _T512, mt5=True),
+    "ViT-B-16-worldwide": _worldwide(512, _B16, _T512),
+    "ViT-B-16-384-worldwide": _worldwide(512, replace(_B16, image_size=384), _T512),
+    "ViT-L-14-worldwide": _worldwide(768, _L14, _T768),
+    "ViT-H-14-quickgelu-worldwide": _worldwide(1024, _H14, _T1024, "quick_gelu"),
+    "ViT-H-14-378-worldwide": _worldwide(1024, replace(_H14, image_size=378), _T1024),
+    "ViT-bigG-14-worldwide": _worldwide(1280, _bigG14, _T1280),
+    "ViT-bigG-14-378-worldwide": _worldwide(1280, replace(_bigG14, image_size=378), _T1280),
+    "coca_ViT-B-32": _coca(512, _B32, 512, 8),
+    "coca_ViT-L-14": _coca(768, _L14, 768, 12),
+    "coca_base": _coca(512, _vit(18, 768, size=288), 768, 12, queries=False, vocab=64_000),
 }  # fmt: skip
+
+for _patch in (14, 16, 32):
+    for _size, _width, _depth, _heads, _words, _first_mlp in (
+        ("S", 384, 12, 6, _text(384), False),
+        ("M", 512, 12, 8, _T512, False),
+        ("B", 768, 12, 12, _T768 if _patch == 16 else _T512, _patch == 16),
+        ("L", 1024, 24, 16, _T768, True),
+        ("H", 1280, 32, 16, _T1024, True),
+    ):
+        _tower = _vit(_patch, _width, _depth, heads=_heads)
+        ARCHITECTURES[f"mammut_ViT-{_size}-{_patch}"] = _mammut(_tower, _words, _first_mlp)
 
 _RESNETS = {
     "RN50": (1024, _resnet((3, 4, 6, 3), 64, 224), _T512),
@@ -163,12 +276,10 @@ for _name, _parts in _RESNETS.items():
 
 
 def get(name: str) -> CLIPConfig:
-    """Look an architecture up by name. KeyError lists the names that come close."""
+    """Look an architecture up by name. Refused lists the names that come close."""
     if name not in ARCHITECTURES:
         import difflib
 
         close = difflib.get_close_matches(name, ARCHITECTURES, n=5, cutoff=0.3)
-        raise KeyError(
-            f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?"
-        )
+        raise Refused(f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?")
     return ARCHITECTURES[name]

@@ -1,8 +1,11 @@
-"""The towers: counts against the published tables, causality, pooling, remat, a golden tree."""
+"""The towers: counts against the published tables, causality, pooling, remat, a golden tree;
+tokens and layers of both, and gradients that reach the pixels."""
 
 import csv
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,18 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig, Params, count
+from clip_jax.models import layers, zoo
+from clip_jax.models.clip import CLIP, CLIPConfig, Params, count, l2_normalize
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
+from tests.conftest import TINY, parameter_tree
 
 HERE = Path(__file__).parent
-TINY = CLIPConfig(
-    embed_dim=16,
-    vision=ViTConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2),
-    text=TextConfig(vocab_size=520, context_length=10, width=32, depth=2, num_heads=2),
-    dtype="float32",
-)
 
 
 def vision(**options) -> CLIPConfig:
@@ -33,6 +33,7 @@ def init(config: CLIPConfig) -> tuple[CLIP, Params]:
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
+@functools.cache
 def image_grads(config: CLIPConfig) -> Params:
     """Gradients of some function of the image features, by every parameter of the image tower."""
     model = CLIP(config)
@@ -55,6 +56,26 @@ def published_counts() -> dict[str, tuple[float, float, float]]:
         }
 
 
+@pytest.mark.parametrize("sums", [layers._sums, layers._flat_sums])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_gradients_of_a_linear_map_are_exact(dtype, bound, sums, monkeypatch):
+    """As a TPU and as a CPU sums them; in bfloat16 the results alone are rounded."""
+    monkeypatch.setattr(layers, "_flat_sums", sums)
+    rng = np.random.default_rng(0)
+    shapes = (2, 50, 24), (24, 5, 8), (5, 8), (2, 50, 40)
+    x, kernel, bias, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    y, back = jax.vjp(layers.affine, x, kernel, bias)
+    got = y, *back(dy)
+    axes = kernel.shape, bias.shape
+    x, kernel, bias, dy = (np.float64(a) for a in (x, kernel, bias, dy))
+    kernel, bias = kernel.reshape(24, 40), bias.reshape(40)
+    dkernel, dbias = np.einsum("BLD,BLF->DF", x, dy), dy.sum((0, 1))
+    expected = x @ kernel + bias, dy @ kernel.T, dkernel.reshape(axes[0]), dbias.reshape(axes[1])
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        assert np.abs(np.float64(a) - b).max() <= bound * np.abs(b).max()
+
+
 @pytest.mark.parametrize("name", published_counts())
 def test_parameter_counts_are_the_published_ones(name):
     params = jax.eval_shape(CLIP(zoo.get(name)).init, jax.random.key(0))
@@ -67,20 +88,14 @@ def test_parameter_counts_are_the_published_ones(name):
 
 def test_every_vision_transformer_of_the_zoo_has_a_published_count_or_a_sibling():
     unlisted = {n for n in zoo.ARCHITECTURES if n.startswith("ViT")} - published_counts().keys()
+    # Those of SigLIP and MetaCLIP 2 are counted against their own libraries, in tests/peers.
+    unlisted = {n for n in unlisted if not re.search("SigLIP|worldwide", n)}
     assert unlisted == {"ViT-L-14-336-quickgelu", "ViT-H-14-336", "ViT-g-14-336", "ViT-bigG-14-336"}
 
 
 def test_an_unknown_architecture_names_its_neighbours():
-    with pytest.raises(KeyError, match="ViT-B-32"):
+    with pytest.raises(Refused, match="ViT-B-32"):
         zoo.get("ViT-B32")
-
-
-def parameter_tree() -> dict[str, list[int]]:
-    params = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): list(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
 
 
 def test_the_tree_of_parameters_is_the_public_format():
@@ -125,7 +140,7 @@ def test_options_run_and_reach_every_parameter(config):
         assert np.abs(grad).max() > 0, path
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "hidden"])
 def test_remat_changes_nothing(remat):
     plain, again = image_grads(TINY), image_grads(dataclasses.replace(TINY, remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, again)
@@ -180,3 +195,109 @@ def test_wrong_shapes_are_named():
         model.encode_text(params, jnp.zeros((1, 11), jnp.int32))
     with pytest.raises(ValueError, match=r"vision.num_heads=5"):
         ViTConfig(num_heads=5)
+
+
+# ------------------------------------------------------------------ tokens and layers
+
+
+TOKENS = jnp.array([[518, 5, 6, 519, 0, 0, 0, 0, 0, 0], [518, 7, 519, 0, 0, 0, 0, 0, 0, 0]])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("layer", "norm"))
+def run(model, method, *args, **options):
+    return getattr(model, method)(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return run(CLIP(TINY), "init", jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+
+
+def shallower(config, params, tower, depth):
+    """The same model with a tower's last blocks taken away, and what is left of `params`."""
+    field = {"visual": "vision", "text": "text"}[tower]
+    part = dataclasses.replace(getattr(config, field), depth=depth)
+    blocks = jax.tree.map(lambda x: x[:depth], params[tower]["transformer"])
+    params = params | {tower: params[tower] | {"transformer": blocks}}
+    return CLIP(dataclasses.replace(config, **{field: part})), params
+
+
+@pytest.mark.parametrize("pool", ["class_token", "map"])
+def test_pooled_image_tokens_are_the_features_of_a_tower_that_ends_there(images, pool):
+    config = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, pool=pool))
+    model = CLIP(config)
+    params = run(model, "init", jax.random.key(0))
+    for layer, depth in ((-1, 2), (0, 1), (-2, 1)):
+        states = run(model, "image_tokens", params, images, layer=layer)
+        assert states.shape == (2, 5, 32)
+        ended, fewer = shallower(config, params, "visual", depth)
+        features = run(ended, "encode_image", fewer, images)
+        np.testing.assert_allclose(run(model, "pool_image", params, states), features, atol=1e-5)
+
+
+def test_text_tokens_are_causal_and_their_end_is_the_feature(params):
+    model = CLIP(TINY)
+    for layer, depth in ((-1, 2), (0, 1), (-2, 1)):
+        states = run(model, "text_tokens", params, TOKENS, layer=layer, norm=True)
+        assert states.shape == (2, 10, 32)
+        ended, fewer = shallower(TINY, params, "text", depth)
+        features = run(ended, "encode_text", fewer, TOKENS)
+        at_end = states[np.arange(2), [3, 2]] @ params["text"]["text_projection"]
+        np.testing.assert_allclose(at_end, features, atol=1e-5)
+    last, again = (
+        run(model, "text_tokens", params, tokens, layer=-1, norm=True)
+        for tokens in (TOKENS, TOKENS.at[:, 3:].set(9))
+    )
+    np.testing.assert_allclose(again[:, :3], last[:, :3], atol=1e-6)
+    assert np.abs(again[:, 3:] - last[:, 3:]).max() > 1e-3
+
+
+def test_norm_is_the_towers_own(params, images):
+    model = CLIP(TINY)
+    plain, normed = (
+        run(model, "image_tokens", params, images, layer=1, norm=norm) for norm in (False, True)
+    )
+    mean, variance = plain.mean(-1, keepdims=True), plain.var(-1, keepdims=True)
+    np.testing.assert_allclose(normed, (plain - mean) / np.sqrt(variance + 1e-5), atol=1e-5)
+
+
+def test_vmap_over_images_is_the_batch(params, images):
+    model = CLIP(TINY)
+    one = jax.jit(jax.vmap(lambda image: model.encode_image(params, image[None])[0]))
+    features = run(model, "encode_image", params, images)
+    np.testing.assert_allclose(one(images), features, atol=1e-5)
+
+
+def test_following_the_gradient_of_the_pixels_raises_the_similarity(params, images):
+    """Guidance: the image moves towards a text."""
+    model = CLIP(TINY)
+    text = l2_normalize(run(model, "encode_text", params, TOKENS[:1]))[0]
+
+    @jax.jit
+    @jax.value_and_grad
+    def similarity(image):
+        return l2_normalize(model.encode_image(params, image[None]))[0] @ text
+
+    image, seen = images[0], []
+    for _ in range(12):
+        value, gradient = similarity(image)
+        seen.append(float(value))
+        image = image + 0.5 * gradient / jnp.linalg.norm(gradient)
+    assert np.all(np.diff(seen) > 0)
+    assert seen[-1] > seen[0] + 0.1
+
+
+def test_what_does_not_exist_is_said(params, images):
+    with pytest.raises(ValueError, match="layer=2: the vision tower has 2 blocks"):
+        CLIP(TINY).image_tokens(params, images, 2)
+    with pytest.raises(ValueError, match="layer=-3: the text tower has 2 blocks"):
+        CLIP(TINY).text_tokens(params, TOKENS, -3)
+    resnet = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=4, num_heads=2)
+    model = CLIP(dataclasses.replace(TINY, vision=resnet))
+    with pytest.raises(ValueError, match="vision transformer, not a ResNet"):
+        model.image_tokens(run(model, "init", jax.random.key(0)), jnp.zeros((1, 32, 32, 3)))

@@ -118,7 +118,7 @@ def test_evaluation_uses_what_training_stored(params, images):
     assert np.linalg.norm(before - features) > 0.5 * np.linalg.norm(features)
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["hidden", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_number(params, images, remat):
     trainable, stats = split_batch_stats(params)
 

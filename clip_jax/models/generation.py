@@ -1,0 +1,189 @@
+"""Write captions: one compiled loop over tokens, with keys and values kept, whatever the way."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Integer
+
+from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.decoder import Caption
+from clip_jax.models.text import TextConfig
+from clip_jax.refused import Refused, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How captions are written."""
+
+    # greedy: the most probable token each time. sample: drawn; the seed alone decides, not the
+    # other images. beams: the most probable caption that a search of this width meets.
+    method: Literal["greedy", "sample", "beams"] = "greedy"
+    max_length: int = 30  # tokens, begin and end of text included; the last is the end
+    min_length: int = 5  # tokens, the begin included, before the end may come
+    top_k: int | None = None  # sample: from so many tokens; None: of any rank
+    top_p: float | None = None  # sample: from the fewest that together have this probability
+    temperature: float = 1.0  # sample: divides the logits
+    seed: int = 0  # sample
+    beams: int = 4  # captions followed at a time
+    length_penalty: float = 1.0  # beams: log probability is divided by tokens to this power
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "generation.",
+            max_length="[2, inf)", min_length="[1, inf)", top_k="[1, inf)", top_p="(0, 1]",
+            temperature="(0, inf)", seed="[0, 4294967295]", beams="[1, inf)",
+            length_penalty="[0, inf)",
+        )  # fmt: skip
+        if self.min_length >= self.max_length:
+            raise Refused(
+                f"generation.min_length={self.min_length} must be less than "
+                f"generation.max_length={self.max_length}."
+            )
+
+
+def generate(
+    clip: CLIP,
+    params: Params,
+    image_tokens: Float[Array, "B M C"],
+    config: GenerationConfig = GenerationConfig(),
+    seed: Integer[Array, ""] | None = None,
+) -> Int[Array, "B L"]:
+    """Write a caption for each image: ids from begin to end of text, then padding.
+
+    As in open_clip's `generate`, a row also ends with the padding id, should it be written. `seed`
+    stands for the config's: another is then the same program. Refused if the model has no decoder,
+    or not so many positions.
+    """
+    text = clip.config.text
+    clip.needs_decoder()
+    if config.max_length > text.context_length:
+        raise Refused(
+            f"generation.max_length={config.max_length} is more than the model's "
+            f"text.context_length={text.context_length}."
+        )
+    if config.method == "beams":
+        return _search(clip, params, image_tokens, config)
+    choose = functools.partial(_choose, config=config, seed=config.seed if seed is None else seed)
+    return _write(clip, params, image_tokens, config, choose)
+
+
+def begin_and_end(text: TextConfig) -> tuple[int, int]:
+    """Return the ids around each text. Refused if its tokenizer has none."""
+    if text.begin_id is None or text.end_id is None:
+        raise Refused(
+            f"captions begin and end with an id, and text.tokenizer has begin_id={text.begin_id}, "
+            f"end_id={text.end_id}."
+        )
+    return text.begin_id, text.end_id
+
+
+def _choose(
+    logits: Float[Array, "B V"], place: Int[Array, ""], *, config: GenerationConfig, seed: Any
+) -> Int[Array, " B"]:
+    if config.method == "greedy":
+        return logits.argmax(-1)
+    if config.top_k is not None:
+        least = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if config.top_p is not None:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)
+        kept = jnp.where(before < config.top_p, order, jnp.inf)  # the first always
+        logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
+    # One noise for all rows: what an image gets does not depend on the others. Threefry, whatever
+    # the default.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
+    noise = jax.random.gumbel(key, logits.shape[-1:])
+    return (logits / config.temperature + noise).argmax(-1)
+
+
+def _write(
+    clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig, choose: Any
+) -> Int[Array, "B L"]:
+    text, length = clip.config.text, config.max_length
+    (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
+    rows = len(image_tokens)
+
+    def extend(ids: Array, logits: Array, place: Array, done: Array) -> tuple[Array, Array]:
+        """Put the token that follows the one at `place` into its row."""
+        is_end = jnp.arange(logits.shape[-1]) == end
+        logits = jnp.where(is_end & (place + 1 < config.min_length), -jnp.inf, logits)
+        chosen = jnp.where(place + 2 == length, end, choose(logits, place))
+        chosen = jnp.where(done, pad, chosen).astype(ids.dtype)
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], place + 1, axis=1)
+        return ids, done | (chosen == end) | (chosen == pad)
+
+    def body(state: Any) -> Any:
+        ids, place, done, cache = state
+        token = jax.lax.dynamic_index_in_dim(ids, place, axis=1, keepdims=False)
+        logits, cache = clip.decode_next(params, token, None, cache, place)
+        ids, done = extend(ids, logits, place, done)
+        return ids, place + 1, done, cache
+
+    ids = jnp.full((rows, length), pad, jnp.int32).at[:, 0].set(begin)
+    first = jnp.zeros((), jnp.int32)
+    cache = clip.empty_cache(rows, length)
+    logits, cache = clip.decode_next(params, ids[:, 0], image_tokens, cache, first)
+    ids, done = extend(ids, logits, first, jnp.zeros(rows, bool))
+    state = (ids, first + 1, done, cache)
+    return jax.lax.while_loop(lambda s: (s[1] < length - 1) & ~s[2].all(), body, state)[0]
+
+
+def _search(
+    clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig
+) -> Int[Array, "B L"]:
+    """Beam search, which ends when nothing can beat what has been found."""
+    text, length, count = clip.config.text, config.max_length, config.beams
+    (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
+    images = len(image_tokens)
+
+    def extend(state: Any, logits: Array, cache: Caption) -> Any:
+        ids, place, scores, best_ids, best, _ = state
+        gains = jax.nn.log_softmax(logits).reshape(images, count, -1)
+        vocabulary = jnp.arange(gains.shape[-1])
+        # What ends here,
+        ended = (scores + gains[:, :, end]) / (place + 1.0) ** config.length_penalty
+        ended = jnp.where(place + 1 < config.min_length, -jnp.inf, ended)
+        winner = ended.argmax(1)
+        found = jnp.take_along_axis(ids, winner[:, None, None], axis=1)[:, 0]
+        found = found.at[:, place + 1].set(end)
+        score = ended.max(1)
+        best_ids = jnp.where((score > best)[:, None], found, best_ids)
+        best = jnp.maximum(score, best)
+        # and what goes on.
+        gains = jnp.where((vocabulary == end) | (vocabulary == pad), -jnp.inf, gains)
+        total = (scores[:, :, None] + gains).reshape(images, -1)
+        scores, chosen = jax.lax.top_k(total, count)
+        parents, tokens = jnp.divmod(chosen, len(vocabulary))
+        ids = jnp.take_along_axis(ids, parents[:, :, None], axis=1)
+        ids = ids.at[:, :, place + 1].set(tokens.astype(ids.dtype))
+        cache = _reorder(cache, (parents + count * jnp.arange(images)[:, None]).ravel())
+        return ids, place + 1, scores, best_ids, best, cache
+
+    def body(state: Any) -> Any:
+        ids, place, *_, cache = state
+        token = jax.lax.dynamic_index_in_dim(ids, place, axis=2, keepdims=False).ravel()
+        return extend(state, *clip.decode_next(params, token, None, cache, place))
+
+    def goes_on(state: Any) -> Array:
+        _, place, scores, _, best, _ = state
+        attainable = scores[:, 0] / (length - 1.0) ** config.length_penalty
+        return (place < length - 1) & (best < attainable).any()
+
+    ids = jnp.full((images, count, length), pad, jnp.int32).at[:, :, 0].set(begin)
+    first = jnp.zeros((), jnp.int32)
+    scores = jnp.full((images, count), -jnp.inf).at[:, 0].set(0)  # all begin alike: one of them
+    cache = clip.empty_cache(images * count, length)
+    begun = clip.decode_next(params, ids[:, :, 0].ravel(), image_tokens, cache, first)
+    start = (ids, first, scores, ids[:, 0], jnp.full(images, -jnp.inf), None)
+    return jax.lax.while_loop(goes_on, body, extend(start, *begun))[3]
+
+
+def _reorder(cache: Caption, rows: Int[Array, " R"]) -> Caption:
+    """Give each row the keys and values of another; the images' are those of all their rows."""
+    own = tuple(kv[:, rows] for kv in cache.decoder.own)
+    text = None if cache.text is None else cache.text[:, rows]
+    return Caption(text, cache.decoder._replace(own=own))

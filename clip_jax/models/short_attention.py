@@ -1,0 +1,286 @@
+"""Attention over short sequences for TPU: a Pallas kernel that holds a whole sequence in VMEM.
+
+It reads the fused projection as the matmul leaves it and writes what the output's projection reads;
+scores never reach HBM, and the backward pass keeps queries, keys and values alone.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+MAX_LENGTH = 1024  # tokens
+
+_LANES = 128  # of a vector register
+_ROWS = 8  # of a program: what lies in one register's sublanes
+_HIDDEN = -1e30  # the score of a key that is not seen
+
+Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
+Split = Callable[[Callable[..., Array], int], Callable[..., Array]]  # a kernel, its output's rank
+
+
+def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
+    """Estimate what a program takes of VMEM in the backward pass, the larger of both."""
+    width = _up(heads * dim, _LANES)
+    scores = _up(length, 16) * _up(length, _LANES) * 4
+    if _fills_registers(heads, dim):
+        tokens = length * _ROWS
+        blocks, spread = tokens * (4 * _LANES + 3 * width) * itemsize, 7 * tokens * _LANES * 4
+    else:
+        blocks, spread = _up(length, 16) * 7 * width * itemsize, 0
+    return 2 * blocks + spread + 8 * scores + (4 << 20)  # one is computed, one on its way
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def short(
+    qkv: Float[Array, "B L *SNK"], lengths: Lengths, heads: int, causal: bool, split: Split,
+    interpret: bool,
+) -> Float[Array, "B L *NK"]:  # fmt: skip
+    """Attend with that many heads on a device; `split` gives each its rows and heads.
+
+    The channels of qkv may be one axis, as the projection's matmul leaves them, or three; the
+    output's are alike. Tokens past a row's length are undefined. No custom gradient lies inside a
+    map over devices: backward, too, is split.
+    """
+    return _short_forward(qkv, lengths, heads, causal, split, interpret)[0]
+
+
+def _short_forward(
+    qkv: Array, lengths: Lengths, heads: int, causal: bool, split: Split, interpret: bool
+) -> tuple[Array, tuple[Array, Lengths]]:
+    call = functools.partial(_call, _forward, heads=heads, causal=causal, interpret=interpret)
+    ndim = {3: 3, 5: 4}[qkv.ndim]
+    return split(call, ndim)(qkv, *_given(lengths)), (qkv, lengths)
+
+
+def _short_backward(
+    heads: int, causal: bool, split: Split, interpret: bool, kept: tuple[Array, Lengths],
+    gradient: Array,
+) -> tuple[Array, None]:  # fmt: skip
+    qkv, lengths = kept
+    call = functools.partial(_call, _backward, heads=heads, causal=causal, interpret=interpret)
+    return split(call, qkv.ndim)(qkv, gradient, *_given(lengths)), None
+
+
+short.defvjp(_short_forward, _short_backward)
+
+
+def _given(lengths: Lengths) -> tuple[Array, ...]:
+    return () if lengths is None else (lengths,)
+
+
+def _call(
+    kernel: Callable, qkv: Array, *rest: Array, heads: int, causal: bool, interpret: bool
+) -> Array:
+    """Run a kernel over what one device has: queries, keys and values and what goes with them."""
+    batch, length = qkv.shape[:2]
+    lengths = [x for x in rest if x.ndim == 1]
+    wide = [x.reshape(batch, length, -1) for x in (qkv, *rest) if x.ndim > 1]
+    width = wide[0].shape[2] // 3
+    dim, backward = width // heads, len(wide) > 1
+    run = _by_token if _fills_registers(heads, dim) else _by_row
+    products = 5 if backward else 2  # of two [L, K], each of 2 L² K operations a head
+    out_width = 3 * width if backward else width
+    result = run(
+        functools.partial(kernel, dim=dim), lengths, wide, out_width, heads, causal,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=products * 2 * batch * length * length * width,
+            bytes_accessed=sum(x.size for x in wide) * qkv.dtype.itemsize
+            + batch * length * out_width * qkv.dtype.itemsize,
+            transcendentals=batch * heads * length * length,
+        ),
+        interpret=interpret,
+        name="short_attention" + ("_backward" if backward else "_forward"),
+    )  # fmt: skip
+    if backward:
+        return result.reshape(qkv.shape)
+    return result if qkv.ndim == 3 else result.reshape(batch, length, heads, dim)
+
+
+def _fills_registers(heads: int, dim: int) -> bool:
+    return _LANES % dim == 0 and heads * dim % _LANES == 0
+
+
+def _by_token(
+    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    causal: bool, **options: Any,
+) -> Array:  # fmt: skip
+    """Run over [L, B, W], as XLA lays such arrays out: a register holds one token of eight rows.
+
+    A program takes 128 channels of eight rows. What it reads is spread in float32, of which one
+    row's tokens can be read at a stride; 16-bit numbers are packed in pairs of rows.
+    """
+    batch, length, width3 = wide[0].shape
+    rows, groups = min(batch, _ROWS), width3 // 3 // _LANES
+    more = -batch % rows
+    lengths = [jnp.pad(x, (0, more)) for x in lengths]
+    wide = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, more), (0, 0))) for x in wide]
+    inputs, outputs = 2 + len(wide), out_width * 3 // width3
+
+    def body(*refs: Any) -> None:
+        refs, scratch = refs[: -inputs - outputs], refs[-inputs - outputs :]
+        *known, out_ref = refs
+        ins, first = known[len(lengths) :], pl.program_id(0) * rows
+        for ref, spread in zip(ins, scratch[:inputs], strict=True):
+            spread[...] = ref[...].astype(jnp.float32).reshape(spread.shape)
+
+        def row(i: Any, _: Any) -> Any:
+            seen = _seen(length, causal, *(ref[first + i] for ref in known[: len(lengths)]))
+            at = pl.ds(i, length, stride=rows)
+            values = [x[at, :].astype(out_ref.dtype) for x in scratch[:inputs]]
+            for spread, x in zip(scratch[inputs:], kernel(*values, seen=seen), strict=True):
+                spread[at, :] = x
+            return 0
+
+        jax.lax.fori_loop(0, rows, row, 0, unroll=_unrolled(length, rows))
+        for third, spread in enumerate(scratch[inputs:]):
+            at = pl.multiple_of((third * groups + pl.program_id(1)) * _LANES, _LANES)
+            block = spread[...].reshape(length, rows, _LANES)
+            out_ref[:, :, pl.ds(at, _LANES)] = block.astype(out_ref.dtype)
+
+    def read(third: int) -> pl.BlockSpec:  # q, k and v lie `groups` apart
+        return pl.BlockSpec((length, rows, _LANES), lambda i, g: (0, i, third * groups + g))
+
+    result = pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct((length, batch + more, out_width), wide[0].dtype),
+        grid=((batch + more) // rows, groups),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
+        + [read(third) for third in (0, 1, 2, 0)[:inputs]],
+        # All channels, for the gradients of q, k and v lie far apart; it leaves after the last.
+        out_specs=pl.BlockSpec((length, rows, out_width), lambda i, g: (0, i, 0)),
+        scratch_shapes=[pltpu.VMEM((length * rows, _LANES), jnp.float32)] * (inputs + outputs),
+        **options,
+    )(*lengths, wide[0], wide[0], *wide)
+    return result.swapaxes(0, 1)[:batch]
+
+
+def _by_row(
+    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    causal: bool, **options: Any,
+) -> Array:  # fmt: skip
+    """Run over [B, L, W]: heads of any size, a row at a time with all of them."""
+    batch, length, width3 = wide[0].shape
+    dim = width3 // 3 // heads
+
+    def body(*refs: Any) -> None:
+        *known, out_ref = refs
+        qkv_ref, *rest = known[len(lengths) :]
+        row = pl.program_id(0)
+        seen = _seen(length, causal, *(ref[row] for ref in known[: len(lengths)]))
+        for head in range(heads):
+            at = [pl.ds((third * heads + head) * dim, dim) for third in range(3)]
+            values = [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in rest]
+            for place, x in zip(at, kernel(*values, seen=seen), strict=False):
+                out_ref[0, :, place] = x.astype(out_ref.dtype)
+
+    def block(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, length, width), lambda i, _: (i, 0, 0))
+
+    return pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct((batch, length, out_width), wide[0].dtype),
+        grid=(batch, 1),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
+        + [block(x.shape[2]) for x in wide],
+        out_specs=block(out_width),
+        **options,
+    )(*lengths, *wide)
+
+
+def _unrolled(length: int, rows: int) -> int:
+    """Choose how many rows a loop's turn takes: few scores leave the matrix unit waiting."""
+    fitting = [n for n in (1, 2, 4, 8) if rows % n == 0 and n * length * length <= 160_000]
+    return max(fitting, default=1)
+
+
+def _up(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _forward(q: Array, k: Array, v: Array, *, dim: int, seen: Array | None) -> list[Array]:
+    """Attend with the heads that lie side by side in [L, W]."""
+    parts, heads = [], _heads(q, dim)
+    for own in heads:
+        weights = _weights(_only(q, own), k, dim, seen)
+        parts.append(_dot(weights.astype(v.dtype), v, 0, 0))
+    return [_join(parts, heads)]
+
+
+def _backward(
+    q: Array, k: Array, v: Array, do: Array, *, dim: int, seen: Array | None
+) -> list[Array]:
+    """Find the gradients of q, k and v from the output's."""
+    parts, heads = [], _heads(q, dim)
+    for own in heads:
+        weights = _weights(_only(q, own), k, dim, seen)
+        dweights = _dot(v, _only(do, own), 1, 1)
+        inner = (weights * dweights).sum(0, keepdims=True)
+        dscores = (weights * (dweights - inner) * dim**-0.5).astype(q.dtype)
+        # This order keeps the matrix unit busiest, by the compiler's schedule.
+        dv, dk = _dot(weights.astype(do.dtype), do, 1, 0), _dot(dscores, q, 1, 0)
+        parts.append((_dot(dscores, k, 0, 0), dk, dv))
+    return [_join(x, heads) for x in zip(*parts, strict=True)]
+
+
+def _heads(x: Array, dim: int) -> list[tuple[int, int] | None]:
+    """List the lanes of each head in [L, W]; None: there is one alone.
+
+    A product with the others' lanes at zero costs the matrix unit what a narrow one does, and
+    nothing has to be shifted.
+    """
+    width = x.shape[1]
+    return [None] if width == dim else [(at, at + dim) for at in range(0, width, dim)]
+
+
+def _only(x: Array, own: tuple[int, int] | None, others: Array | float = 0) -> Array:
+    """Keep a head's own lanes and put something else into the others."""
+    if own is None:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where((lane >= own[0]) & (lane < own[1]), x, jnp.asarray(others, x.dtype))
+
+
+def _join(parts: Sequence[Array], heads: list[tuple[int, int] | None]) -> Array:
+    """Take from each head's product its own lanes."""
+    out, *rest = parts
+    for x, own in zip(rest, heads[1:], strict=True):
+        out = _only(x, own, out)
+    return out
+
+
+def _seen(length: int, causal: bool, real: Array | None = None) -> Bool[Array, "K Q"] | None:
+    """Whether a query sees a key; None: always."""
+    shape = (length, length)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    seen = key <= jax.lax.broadcasted_iota(jnp.int32, shape, 1) if causal else None
+    if real is None:
+        return seen
+    return key < real if seen is None else seen & (key < real)
+
+
+def _weights(q: Array, k: Array, dim: int, seen: Array | None) -> Float[Array, "K Q"]:
+    """Softmax of one head's scores in float32, keys first: sums run over rows, not over lanes."""
+    scores = _dot(k, q, 1, 1)
+    if seen is not None:
+        scores = jnp.where(seen, scores, _HIDDEN)
+    weights = jnp.exp((scores - scores.max(0, keepdims=True)) * dim**-0.5)
+    return weights * (1 / weights.sum(0, keepdims=True))
+
+
+def _dot(a: Array, b: Array, axis: int, other: int) -> Array:
+    """Sum over one axis of each, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((axis,), (other,)), ((), ())),
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Captions: greedy as one would write them by hand, beams against all captions there are, draws
+that depend on the seed alone."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.models.clip import CLIP
+from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.refused import Refused
+from tests.conftest import COCA, MAMMUT, batch, parameters
+
+replace = dataclasses.replace
+PAD, BEGIN, END = 0, 518, 519
+
+
+def model_and_images(config, size=4):
+    model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
+    images = model.normalize(jnp.asarray(batch(config)["image"][:size]))
+    return model, params, jax.jit(model.encode_image_and_tokens)(params, images)[1]
+
+
+def write(model, params, image_tokens, config, seed=0):
+    run = jax.jit(lambda p, x, s: generate(model, p, x, config, s))
+    return np.asarray(run(params, image_tokens, jnp.uint32(seed)))
+
+
+@pytest.mark.parametrize("config", [COCA, MAMMUT], ids=["coca", "mammut"])
+def test_greedy_takes_the_best_token_of_the_uncached_decoder(config):
+    model, params, image_tokens = model_and_images(config)
+    length, least = 9, 4
+    got = write(model, params, image_tokens, GenerationConfig(max_length=length, min_length=least))
+    decode = jax.jit(model.decode_text)
+    ids = np.zeros((4, config.text.context_length), np.int32)
+    ids[:, 0], done = BEGIN, np.zeros(4, bool)
+    for place in range(length - 1):
+        logits = np.array(decode(params, ids, image_tokens)[:, place])
+        if place + 1 < least:
+            logits[:, END] = -np.inf
+        chosen = np.full(4, END) if place + 2 == length else logits.argmax(1)
+        ids[:, place + 1] = np.where(done, PAD, chosen)
+        done |= np.isin(ids[:, place + 1], [PAD, END])
+    np.testing.assert_array_equal(got, ids[:, :length])
+
+
+TOY = replace(COCA, text=replace(COCA.text, vocab_size=6))  # 4 begins, 5 ends
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_beams_find_the_best_of_all_captions(penalty):
+    model, params, image_tokens = model_and_images(TOY, 2)
+    length, least = 6, 3
+    captions = [
+        (4, *words, 5, *(PAD,) * (length - count - 2))
+        for count in range(least - 1, length - 1)
+        for words in itertools.product([1, 2, 3, 4], repeat=count)
+    ]
+    rows = np.array(captions, np.int32)
+    config = GenerationConfig(
+        method="beams", beams=4 ** (length - 2), length_penalty=penalty, max_length=length,
+        min_length=least,
+    )  # fmt: skip
+    got = write(model, params, image_tokens, config)
+    for image in range(2):
+        tokens = jnp.repeat(image_tokens[image : image + 1], len(rows), axis=0)
+        logits = jax.jit(model.decode_text)(params, rows, tokens)
+        gains = np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(logits))[:, :-1], rows[:, 1:, None], axis=2
+        )[..., 0]
+        counts = (rows[:, 1:] != PAD).sum(1)
+        scores = np.where(rows[:, 1:] != PAD, gains, 0).sum(1) / counts**penalty
+        np.testing.assert_array_equal(got[image], rows[scores.argmax()])
+
+
+def test_one_beam_of_any_length_is_greedy_where_the_end_is_far():
+    model, params, image_tokens = model_and_images(COCA)
+    kernel = params["decoder"]["vocab_projection"].at[:, END].set(0)
+    params["decoder"] |= {"vocab_projection": kernel}
+    limits = {"max_length": 6, "min_length": 5}
+    greedy = write(model, params, image_tokens, GenerationConfig(**limits))
+    beam = write(model, params, image_tokens, GenerationConfig(method="beams", beams=1, **limits))
+    np.testing.assert_array_equal(beam[:, :5], greedy[:, :5])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param({"top_k": 5, "top_p": 0.9, "temperature": 0.8}, id="both"),
+        pytest.param({"top_p": 0.6}, id="top_p", marks=pytest.mark.slow),
+    ],
+)
+def test_draws_depend_on_the_seed_alone(method):
+    model, params, image_tokens = model_and_images(COCA, 8)
+    config = GenerationConfig(method="sample", max_length=9, **method)
+    got = write(model, params, image_tokens, config)
+    np.testing.assert_array_equal(write(model, params, image_tokens, config), got)
+    assert (write(model, params, image_tokens, config, seed=1) != got).any()
+    # In another company, and on a mesh.
+    np.testing.assert_array_equal(write(model, params, image_tokens[3:5], config), got[3:5])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    np.testing.assert_array_equal(
+        write(model, params, jax.device_put(image_tokens, rows), config), got
+    )
+
+
+def test_draws_follow_the_distribution_that_is_left():
+    """Of many seeds: frequencies of the first token among its three best, or its most probable."""
+    model, params, image_tokens = model_and_images(COCA, 1)
+    cache = model.empty_cache(1, 3)
+    begin = jnp.array([BEGIN])
+    logits, _ = model.decode_next(params, begin, image_tokens, cache, jnp.int32(0))
+    logits = np.asarray(logits[0], np.float64)
+    logits[END] = -np.inf  # may not come yet
+    for method, few in (({"top_k": 3}, 3), ({"top_p": 0.05}, None)):
+        config = GenerationConfig(method="sample", max_length=3, min_length=2, **method)
+        draw = jax.jit(jax.vmap(lambda s: generate(model, params, image_tokens, config, s)[0, 1]))  # noqa: B023
+        drawn = np.asarray(draw(jnp.arange(2_000, dtype=jnp.uint32)))
+        order = np.argsort(-logits)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        few = few or int((np.cumsum(p[order]) - p[order] < 0.05).sum())
+        kept = order[:few]
+        assert set(drawn) <= set(kept)
+        shares = np.array([(drawn == token).mean() for token in kept])
+        np.testing.assert_allclose(shares, p[kept] / p[kept].sum(), atol=0.05)
+
+
+def test_what_cannot_be_written_is_refused():
+    with pytest.raises(Refused, match="min_length=6 must be less than"):
+        GenerationConfig(max_length=6, min_length=6)
+    model, params, image_tokens = model_and_images(COCA, 1)
+    with pytest.raises(Refused, match="context_length=10"):
+        generate(model, params, image_tokens, GenerationConfig(max_length=11))
+    tokenizer = replace(COCA.text.tokenizer, file="x.json")
+    model = CLIP(replace(COCA, text=replace(COCA.text, tokenizer=tokenizer)))
+    with pytest.raises(Refused, match="begin_id=None"):
+        generate(model, params, image_tokens, GenerationConfig(max_length=6))
