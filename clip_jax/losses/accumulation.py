@@ -8,31 +8,32 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-Features = tuple[Float[Array, "B E"], Float[Array, "B E"]]
-Encode = Callable[[Any, Any, Array], tuple[Features, Any]]
+from clip_jax.refused import Refused
+
+Features = tuple[Float[Array, "B ..."], ...]
+Encode = Callable[[Any, Any], tuple[Features, Any]]
 
 
 def cached_value_and_grad(
     encode: Encode,
-    loss_fn: Callable[[Any, Array, Array], tuple[Array, Any]],
+    loss_fn: Callable[..., tuple[Array, Any]],
     params: Any,
     batch: Any,
     num_chunks: int,
-    key: Array,
     *,
     group_size: int = 1,
 ) -> tuple[tuple[Array, Any], Any]:
     """Differentiate `loss_fn(params, *features) -> (loss, aux)`, encoding chunk by chunk.
 
-    `encode(params, chunk, key)` gives ((image features, text features), statistics) of a chunk of
-    `batch`, a tree of arrays [B, ...]. It runs twice per chunk, each time with the same key, so
-    dropout repeats itself; only features [B, E] and one chunk's activations are held. Returns
-    ((loss, (aux, statistics averaged over the chunks)), gradient), exactly those of one big batch
-    whose chunks are encoded with these keys; `loss_fn` sees the batch's own order.
+    `encode(params, chunk)` gives ((image features, text features, ...), statistics) of a chunk of
+    `batch`, a tree of arrays [B, ...]. It runs twice per chunk, so what it draws must follow from
+    the chunk; only features [B, E] and one chunk's activations are held. Returns ((loss, (aux,
+    statistics averaged over the chunks)), gradient), exactly those of one big batch; `loss_fn` sees
+    the batch's own order.
 
     A chunk takes every `num_chunks`-th run of `group_size` rows (those that share a BatchNorm).
     With B sharded contiguously and `num_chunks` · `group_size` a divisor of the rows per device,
-    every device so keeps its own rows. Raises ValueError if B isn't divisible by that product.
+    every device so keeps its own rows. Raises Refused if B isn't divisible by that product.
     """
 
     def split(x: Array) -> Array:
@@ -43,14 +44,14 @@ def cached_value_and_grad(
 
     size = len(jax.tree.leaves(batch)[0])
     if size % (num_chunks * group_size):
-        raise ValueError(
+        raise Refused(
             f"A batch of {size} does not divide into {num_chunks} chunks of whole groups of "
             f"{group_size}: change the batch size or the number of chunks."
         )
-    chunks = jax.tree.map(split, batch), jax.random.split(key, num_chunks)
+    chunks = jax.tree.map(split, batch)
 
     _, (features, statistics) = lax.scan(
-        lambda _, chunk: (None, encode(params, *chunk)), None, chunks
+        lambda _, chunk: (None, encode(params, chunk)), None, chunks
     )
     features = jax.tree.map(join, features)
     statistics = jax.tree.map(lambda x: x.mean(0), statistics)
@@ -60,7 +61,7 @@ def cached_value_and_grad(
 
     def pull_back(grads: Any, inputs: Any) -> tuple[Any, None]:
         chunk, d_chunk = inputs
-        _, vjp = jax.vjp(lambda p: encode(p, *chunk)[0], params)
+        _, vjp = jax.vjp(lambda p: encode(p, chunk)[0], params)
         return jax.tree.map(lambda a, b: a + b, grads, *vjp(d_chunk)), None
 
     grads, _ = lax.scan(pull_back, grads, (chunks, jax.tree.map(split, d_features)))

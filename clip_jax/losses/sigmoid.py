@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip_jax.losses.pairs import Form, Pairs, Precision, Statistics
+from clip_jax.refused import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,9 @@ class SigmoidConfig:
     label_smoothing: float = 0.0  # targets 1 and 0 become 1 − s/2 and s/2
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"loss.block_size={self.block_size}: at least 1 column is needed.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss.label_smoothing={self.label_smoothing} is not in [0, 1).")
+        check_ranges(
+            self, "loss.", block_size="[1, inf)", budget_mib="[0, inf)", label_smoothing="[0, 1)"
+        )
 
     def terms(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]

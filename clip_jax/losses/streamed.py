@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from clip_jax.losses.forms import Config, Result, conclude
 from clip_jax.losses.pairs import Side, Statistics, compare, merge, nothing, rebase, summarise
 
-# images, found = visit(images, texts, found): compare this device's images with some texts, given
-# what has been found so far about either.
+# images, columns = visit(images, texts, columns): compare this device's images with some texts,
+# given what is known so far of either.
 Visit = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -48,7 +48,7 @@ class Route:
         return jax.tree.map(collect, x)
 
     def sum_home(self, x: Float[Array, "B E"]) -> Float[Array, "b E"]:
-        """Add up what all rings found about gathered texts; each device keeps its own texts."""
+        """Add up what all rings have for gathered texts; each device keeps its own texts."""
         if self.ring == self.shards:
             return x
         return lax.psum_scatter(x, self.axes, axis_index_groups=self.groups, tiled=True)
@@ -75,34 +75,36 @@ class Route:
         hops = [(i, i - i % self.ring + (i + 1) % self.ring) for i in range(self.shards)]
         return jax.tree.map(lambda a: lax.ppermute(a, self.axes, hops), x)
 
-    def around(self, visit: Visit, images: Any, texts: Any, found: Any) -> tuple[Any, Any]:
-        """Take every image to every text of the ring; what is found about a text comes home."""
+    def around(self, visit: Visit, images: Any, texts: Any, columns: Any) -> tuple[Any, Any]:
+        """Take every image to every text of the ring; what becomes known of a text comes home."""
         if self.ring == 1:
-            return visit(images, texts, found)
+            return visit(images, texts, columns)
 
         def turn(state: Any, _: None) -> tuple[Any, None]:
-            images, texts, found = state
+            images, texts, columns = state
             coming = self.pass_on(texts)  # waits for nothing computed here, so both can overlap
-            images, found = visit(images, texts, found)
-            return (images, coming, self.pass_on(found)), None
+            images, columns = visit(images, texts, columns)
+            return (images, coming, self.pass_on(columns)), None
 
-        (images, _, found), _ = lax.scan(turn, (images, texts, found), length=self.ring)
-        return images, found
+        (images, _, columns), _ = lax.scan(turn, (images, texts, columns), length=self.ring)
+        return images, columns
 
 
 def by_blocks(visit: Visit, size: int) -> Visit:
     """Turn a visit to some texts into one to any number of them, `size` at a time."""
 
-    def visit_all(images: Any, texts: Any, found: Any) -> tuple[Any, Any]:
-        length = len(jax.tree.leaves(found)[0])
+    def visit_all(images: Any, texts: Any, columns: Any) -> tuple[Any, Any]:
+        length = len(jax.tree.leaves(columns)[0])
         cut = length - length % size
         parts = []
         if cut:
-            blocks = jax.tree.map(lambda a: a[:cut].reshape(-1, size, *a.shape[1:]), (texts, found))
+            blocks = jax.tree.map(
+                lambda a: a[:cut].reshape(-1, size, *a.shape[1:]), (texts, columns)
+            )
             images, part = lax.scan(lambda carry, block: visit(carry, *block), images, blocks)
             parts.append(jax.tree.map(lambda a: a.reshape(cut, *a.shape[2:]), part))
         if cut < length:
-            images, part = visit(images, *jax.tree.map(lambda a: a[cut:], (texts, found)))
+            images, part = visit(images, *jax.tree.map(lambda a: a[cut:], (texts, columns)))
             parts.append(part)
         return images, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 

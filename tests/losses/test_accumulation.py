@@ -21,6 +21,9 @@ def make_mesh(size: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+KEY = jax.random.key(1, impl="threefry2x32")  # the same under vmap
+
+
 def setting(mesh: Mesh) -> tuple[dict, dict]:
     draw = np.random.default_rng(0).normal
     params = {
@@ -31,13 +34,15 @@ def setting(mesh: Mesh) -> tuple[dict, dict]:
     }
     batch = {"image": draw(size=(BATCH, PIXELS)), "text": draw(size=(BATCH, TOKENS))}
     params, batch = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, batch))
+    batch["row"] = np.arange(BATCH)
     rows, whole = NamedSharding(mesh, P(AXES)), NamedSharding(mesh, P())
     return jax.device_put(params, whole), jax.device_put(batch, rows)
 
 
 @jax.checkpoint
-def encode(params: dict, chunk: dict, key: jax.Array) -> Any:
-    keep = jax.random.bernoulli(key, 0.5, (PIXELS,))  # patch dropout of a chunk
+def encode(params: dict, chunk: dict) -> Any:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, chunk["row"])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (PIXELS,)))(keys)  # patch dropout
     hidden = jnp.tanh(jnp.where(keep, chunk["image"], 0) @ params["image"])
     features = hidden @ params["image_out"], jnp.tanh(chunk["text"]) @ params["text"]
     return features, {"running_mean": hidden.mean(0)}
@@ -54,9 +59,9 @@ def loss_for(mesh: Mesh, form: str) -> Any:
 
 
 def cached(mesh: Mesh, form: str, num_chunks: int, group_size: int) -> Any:
-    def f(params: dict, batch: dict, key: jax.Array) -> Any:
+    def f(params: dict, batch: dict) -> Any:
         return cached_value_and_grad(
-            encode, loss_for(mesh, form), params, batch, num_chunks, key, group_size=group_size
+            encode, loss_for(mesh, form), params, batch, num_chunks, group_size=group_size
         )
 
     return jax.jit(f)
@@ -68,22 +73,21 @@ def cached(mesh: Mesh, form: str, num_chunks: int, group_size: int) -> Any:
 def test_equals_one_big_batch(devices: int, num_chunks: int, group_size: int) -> None:
     mesh = make_mesh(devices)
     params, batch = setting(mesh)
-    key = jax.random.key(1)
 
     def big(params: dict) -> Any:
         chunk_of_row = np.arange(BATCH) // group_size % num_chunks
         features, means = [jnp.zeros((BATCH, EMBED))] * 2, []
-        for chunk, chunk_key in enumerate(jax.random.split(key, num_chunks)):
+        for chunk in range(num_chunks):
             rows = np.flatnonzero(chunk_of_row == chunk)
             part = {name: a[rows] for name, a in batch.items()}
-            found, statistics = encode(params, part, chunk_key)
+            found, statistics = encode(params, part)
             means.append(statistics["running_mean"])
             features = [a.at[rows].set(b) for a, b in zip(features, found, strict=True)]
         loss, metrics = loss_for(mesh, "ring")(params, *features)
         return loss, (metrics, {"running_mean": sum(means) / num_chunks})
 
     want = jax.jit(jax.value_and_grad(big, has_aux=True))(params)
-    got = cached(mesh, "ring", num_chunks, group_size)(params, batch, key)
+    got = cached(mesh, "ring", num_chunks, group_size)(params, batch)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
@@ -91,7 +95,7 @@ def test_equals_one_big_batch(devices: int, num_chunks: int, group_size: int) ->
 def test_devices_keep_their_rows() -> None:
     mesh = make_mesh(8)
     params, batch = setting(mesh)
-    text = cached(mesh, "dense", 4, 2).lower(params, batch, jax.random.key(0)).compile().as_text()
+    text = cached(mesh, "dense", 4, 2).lower(params, batch).compile().as_text()
     assert "all-to-all" not in text
     assert "collective-permute" not in text
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))
@@ -101,4 +105,4 @@ def test_devices_keep_their_rows() -> None:
 def test_uneven_chunks_are_refused() -> None:
     params, batch = {"logit_scale": 0.0}, {"image": jnp.zeros((12, 2))}
     with pytest.raises(ValueError, match="12 does not divide into 8 chunks"):
-        cached_value_and_grad(encode, lambda p, *f: (0, {}), params, batch, 8, jax.random.key(0))
+        cached_value_and_grad(encode, lambda p, *f: (0, {}), params, batch, 8)

@@ -1,6 +1,7 @@
-"""Memory of the loss alone, compiled for a TPU slice; run as a script it prints the table.
+"""Memory of the loss alone, compiled for a TPU slice, and the ÷N trap as it stands in jax: the
+reason for the shape of `losses/streamed.py`.
 
-The rows of "Loss memory" in BENCHMARKS.md: `python tests/losses/test_memory.py`.
+Run as a script it prints the rows of "Loss memory" in BENCHMARKS.md.
 """
 
 import functools
@@ -9,22 +10,22 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.losses import SigmoidConfig, SoftmaxConfig, contrastive_loss
 
 TOPOLOGY, EMBED = "v5e:2x4", 512
 
 
 def peak_mib(loss: str, form: str, batch: int) -> float:
     """Peak MiB per device of value, metrics and gradient in float32; features stay sharded."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from clip_jax.losses import SigmoidConfig, SoftmaxConfig, contrastive_loss
-
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -54,8 +55,28 @@ def test_ring_of_eight_times_the_batch_takes_less_than_dense(loss: str) -> None:
     assert ring < dense
 
 
+@jax.custom_vjp
+def local_loss(x: jax.Array) -> jax.Array:
+    return lax.psum((x**2).sum(), "data")
+
+
+local_loss.defvjp(lambda x: (local_loss(x), x), lambda x, cotangent: (2 * x * cotangent,))
+
+
+def test_custom_vjp_inside_a_shard_map_divides_by_the_shards() -> None:
+    """Here for whoever moves it inside; if this fails, jax has changed and `streamed` may too."""
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+
+    loss = jax.shard_map(local_loss, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+    value, slope = jax.jit(jax.value_and_grad(lambda w: loss(w * x)))(3.0)
+    assert value == 9 * 140
+    assert slope == pytest.approx(6 * 140 / 8)
+
+
 if __name__ == "__main__":
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     every = [
         f"{loss}/{case}"
         for loss in ("softmax", "sigmoid")

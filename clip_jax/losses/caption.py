@@ -1,0 +1,195 @@
+"""The caption loss: cross-entropy of each token given the image and those before it.
+
+The vocabulary is large, so its logits are never held for all positions: forward and backward visit
+them some positions at a time, and the backward computes them again.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from clip_jax.refused import Refused, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """What the caption loss counts beside the contrastive one; read where a model has a decoder."""
+
+    weight: float = 2.0  # of the caption loss, per token (CoCa: 2)
+    contrastive_weight: float = 1.0  # of the contrastive loss
+    chunk_size: int = 2_048  # positions of a device whose logits are held at a time
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "caption.", weight="[0, inf)", contrastive_weight="[0, inf)",
+            chunk_size="[1, inf)",
+        )  # fmt: skip
+        if not self.weight and not self.contrastive_weight:
+            raise Refused(
+                "caption.weight=0 with caption.contrastive_weight=0: nothing would train."
+            )
+
+
+class Axes(NamedTuple):
+    """Which mesh axes split the rows, the kernel's width and its words."""
+
+    rows: tuple[str, ...]
+    width: str
+    words: str
+
+
+def caption_loss(
+    states: Float[Array, "B L D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B L"],
+    *,
+    pad_id: int,
+    chunk_size: int,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+) -> Float[Array, " B"]:
+    """Return each row's Σ −log p(label) over the positions whose label is no padding.
+
+    p is the softmax of `states · kernel`, in float32; matmuls are of the states' dtype. On a mesh
+    rows are split over `axes.rows` and the kernel as the parameter that it is. The derivative is
+    our own: memory is that of the logits of `chunk_size` positions, and of one kernel.
+    """
+    options = {"pad_id": pad_id, "chunk": chunk_size}
+    if mesh is None or axes is None:
+        forward = functools.partial(_forward, words=None, **options)
+        backward = functools.partial(_backward, words=None, **options)
+    else:
+        width, words = axes.width, axes.words
+        others = tuple(axis for axis in axes.rows if axis != width)
+
+        def whole(kernel: Array, states: Array) -> Array:
+            return lax.all_gather(kernel.astype(states.dtype), width, axis=0, tiled=True)
+
+        def local_forward(states: Array, kernel: Array, labels: Array) -> Any:
+            return _forward(states, whole(kernel, states), labels, words=words, **options)
+
+        def local_backward(states: Array, kernel: Array, *more: Array) -> Any:
+            d_states, d_kernel = _backward(
+                states, whole(kernel, states), *more, words=words, **options
+            )
+            return d_states, lax.psum_scatter(lax.psum(d_kernel, others), width, tiled=True)
+
+        rows, table = P(axes.rows), P(width, words)
+        shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        inputs = (rows, table, rows)
+        # As in `streamed`, the custom derivative is outside the shard_map.
+        forward = jax.jit(shard(local_forward, in_specs=inputs, out_specs=(rows, rows)))
+        backward = jax.jit(
+            shard(local_backward, in_specs=(*inputs, rows, rows), out_specs=(rows, table))
+        )
+
+    @jax.custom_vjp
+    def loss(states: Array, kernel: Array, labels: Array) -> Array:
+        return forward(states, kernel, labels)[0]
+
+    def loss_fwd(states: Array, kernel: Array, labels: Array) -> tuple[Array, Any]:
+        value, normalizer = forward(states, kernel, labels)
+        return value, (states, kernel, labels, normalizer)
+
+    def loss_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+        return *backward(*residuals, cotangent), None  # integers have no gradient
+
+    loss.defvjp(loss_fwd, loss_bwd)
+    return loss(states, kernel, labels)
+
+
+def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
+    """Count the positions that the loss is averaged over, at least one."""
+    return jnp.maximum((labels != pad_id).sum(), 1).astype(jnp.float32)
+
+
+def _forward(
+    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"], *,
+    words: str | None, pad_id: int, chunk: int,
+) -> tuple[Float[Array, " B"], Float[Array, "B L"]]:  # fmt: skip
+    """Return each row's loss and each position's log Σ exp; `words`: the axis of other words."""
+    kernel = kernel.astype(states.dtype)
+
+    def visit(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        states, labels = chunk
+        logits = _logits(states, kernel)
+        top = logits.max(-1) if words is None else lax.pmax(logits.max(-1), words)
+        total = jnp.exp(logits - top[:, None]).sum(-1)
+        label = jnp.where(_is_label(labels, logits.shape[1], words), logits, 0).sum(-1)
+        if words is not None:
+            total, label = lax.psum((total, label), words)
+        normalizer = top + jnp.log(total)
+        return None, (normalizer - label, normalizer)
+
+    _, (losses, normalizer) = _by_chunks(visit, None, (states, labels), chunk, pad_id)
+    return jnp.where(labels != pad_id, losses, 0).sum(1), normalizer
+
+
+def _backward(
+    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"],
+    normalizer: Float[Array, "B L"], d_rows: Float[Array, " B"], *,
+    words: str | None, pad_id: int, chunk: int,
+) -> tuple[Float[Array, "B L D"], Float[Array, "D V"]]:  # fmt: skip
+    weights = jnp.where(labels != pad_id, d_rows[:, None], 0)
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32)
+    kernel = kernel.astype(states.dtype)
+
+    def visit(d_kernel: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        states, labels, normalizer, weights = chunk
+        logits = _logits(states, kernel)
+        d_logits = jnp.exp(logits - normalizer[:, None])
+        d_logits -= _is_label(labels, logits.shape[1], words)
+        d_logits = (d_logits * weights[:, None]).astype(states.dtype)
+        d_kernel += _product("ND,NV->DV", states, d_logits)
+        d_states = _product("NV,DV->ND", d_logits, kernel)
+        if words is not None:
+            d_states = lax.psum(d_states, words)
+        return d_kernel, d_states.astype(states.dtype)
+
+    chunks = (states, labels, normalizer, weights)
+    d_kernel, d_states = _by_chunks(visit, d_kernel, chunks, chunk, pad_id)
+    return d_states, d_kernel
+
+
+def _logits(states: Float[Array, "N D"], kernel: Float[Array, "D V"]) -> Float[Array, "N V"]:
+    return _product("ND,DV->NV", states, kernel)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _is_label(labels: Int[Array, " N"], count: int, words: str | None) -> Bool[Array, "N V"]:
+    first = 0 if words is None else lax.axis_index(words) * count
+    return labels[:, None] == first + jnp.arange(count)
+
+
+def _by_chunks(
+    visit: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: tuple[Array, ...], size: int,
+    pad_id: int,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Scan over arrays [B, L, ...], `size` positions at a time; the last are filled up."""
+    batch, length = arrays[0].shape[:2]
+    count = batch * length
+    size = min(size, count)
+    missing = -count % size
+
+    def split(x: Array) -> Array:
+        fill = pad_id if jnp.issubdtype(x.dtype, jnp.integer) else 0
+        x = x.reshape(count, *x.shape[2:])
+        x = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+        return x.reshape(-1, size, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])[:count].reshape(batch, length, *x.shape[2:])
+
+    carry, found = lax.scan(visit, carry, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, found)
