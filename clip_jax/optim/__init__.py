@@ -1,0 +1,221 @@
+"""Optimizers and schedules of their rate: AdamW as the CLIP paper trains (section 2.5, tables 18
+and 19), LAMB, Adafactor, Muon."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clip_jax.models.clip import Params
+from clip_jax.optim.adafactor import Adafactor, scale_by_adafactor
+from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
+from clip_jax.optim.matrices import Rows
+from clip_jax.optim.muon import Muon, scale_by_muon, split
+from clip_jax.optim.wrappers import (
+    TOWERS,
+    GuardState,
+    Tower,
+    average,
+    averaged,
+    descend,
+    guard,
+    lock,
+    scale_layers,
+    scale_towers,
+)
+from clip_jax.refused import Refused, check_ranges
+
+__all__ = [
+    "LAMB",
+    "TOWERS",
+    "Adafactor",
+    "AdamW",
+    "Constant",
+    "CoolDown",
+    "Cosine",
+    "GuardState",
+    "InverseSqrt",
+    "Muon",
+    "OptimConfig",
+    "Tower",
+    "averaged",
+    "decay_mask",
+    "make_optimizer",
+    "schedule",
+]
+
+NO_DECAY = frozenset(
+    # Gains, biases and scalars. OpenAI's code decays only tensors of two or more axes, so the
+    # class token, a vector, is left out with them.
+    {"scale", "bias", "gamma", "logit_scale", "logit_bias", "class_embedding"}
+    | {"text_projection_bias"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Half a cosine from the peak to the final rate at the last step: the CLIP paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The peak to the end: a trunk, from which cool-downs branch (arXiv:2506.04598)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoolDown:
+    """The peak, and over the last steps down to the final rate."""
+
+    steps: int  # that the cool-down takes, counted from the end of the run
+    # linear; sqrt: 1 − √progress, steep at first (Hägele et al. 2024, arXiv:2405.18392); power:
+    # (1 − progress)^power, open_clip's.
+    shape: Literal["linear", "sqrt", "power"] = "linear"
+    power: float = 1.0  # of the shape of that name
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "optim.schedule.", steps="[1, inf)", power="(0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """peak × √(timescale / (timescale + steps since the warm-up)): no end is built in."""
+
+    timescale: int = 10_000  # steps after which the rate has fallen to 71%
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "optim.schedule.", timescale="[1, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Two moments of every element: the CLIP paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights follow from gradients. The defaults are the paper's for ViT-B."""
+
+    optimizer: AdamW | LAMB | Adafactor | Muon = AdamW()
+
+    learning_rate: float = 5e-4  # peak, after the warm-up
+    final_learning_rate: float = 0.0  # at the last step, where the schedule falls to it
+    warmup_steps: int = 2_000  # linear from zero
+    schedule: Cosine | Constant | CoolDown | InverseSqrt = Cosine()  # after the warm-up
+    weight_decay: float = 0.2  # on weights that are not gains or biases; decoupled, × learning rate
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.98  # decay of the second moment (paper: 0.98 for ViT, 0.999 for ResNet)
+    eps: float = 1e-6  # paper: 1e-6 for ViT, 1e-8 for ResNet
+    clip_norm: float | None = None  # global gradient norm; None: no clipping
+    max_logit_scale: float = 100.0  # cap on exp(logit_scale)
+    first_moment: Literal["float32", "bfloat16"] = "float32"  # storage of the first moment
+    image_rate: float = 1.0  # the image tower's learning rate, as a multiple of learning_rate
+    text_rate: float = 1.0  # the text tower's
+    # Each layer's rate, as a multiple of the next one's: for fine-tuning, where the first layers
+    # should keep what they have (0.65 to 0.9; BEiT, arXiv:2106.08254).
+    layer_decay: float = 1.0
+    locked: tuple[Tower, ...] = ()  # towers that keep their weights (LiT: image)
+    ema_decay: float | None = None  # of an average of the weights, which is evaluated; None: none
+    # Skip an update whose gradient norm isn't finite, or is this many times the usual; None: stop
+    # at the first that isn't finite.
+    skip_norm_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "optim.",
+            learning_rate="[0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)",
+            weight_decay="[0, inf)", b1="[0, 1)", b2="[0, 1)", eps="(0, inf)",
+            clip_norm="(0, inf)", max_logit_scale="(0, inf)", image_rate="[0, inf)",
+            text_rate="[0, inf)", layer_decay="(0, 1]", ema_decay="[0, 1)",
+            skip_norm_ratio="(1, inf)",
+        )  # fmt: skip
+        if set(self.locked) == set(TOWERS):
+            raise Refused("optim.locked holds both towers: nothing but a scale would train.")
+
+
+def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
+    """Return the learning rate of each step, counted from 0: linear warm-up, then the schedule.
+
+    The first step already moves (rate = peak / warm-up), as in open_clip. Raises Refused where the
+    warm-up or the cool-down is longer than the run.
+    """
+    warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+    kind = config.schedule
+    if warmup >= steps:
+        raise Refused(
+            f"optim.warmup_steps={warmup} leaves nothing of steps={steps}; "
+            "shorten the warm-up or train longer."
+        )
+    if isinstance(kind, CoolDown) and warmup + kind.steps > steps:
+        raise Refused(
+            f"optim.schedule.steps={kind.steps} of cool-down after optim.warmup_steps={warmup} are "
+            f"more than steps={steps}; shorten one, or train longer."
+        )
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        match kind:
+            case Cosine():
+                progress = (step - warmup) / (steps - warmup)
+                left = 0.5 * (1 + math.cos(math.pi * progress))
+            case Constant():
+                return peak
+            case CoolDown():
+                progress = max(step - (steps - kind.steps), 0) / kind.steps
+                power = kind.power if kind.shape == "power" else 1.0
+                left = 1 - math.sqrt(progress) if kind.shape == "sqrt" else (1 - progress) ** power
+            case InverseSqrt():
+                return peak * math.sqrt(kind.timescale / (kind.timescale + step - warmup))
+        return final + (peak - final) * left
+
+    return rate
+
+
+def decay_mask(params: Params) -> Any:
+    """True where weight decay applies, judged by the parameter's own name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+
+
+def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformationExtraArgs:
+    """Build the gradient transformation: optional clipping, the optimizer, decay, learning rates.
+
+    Around them, where asked for: locked towers, averaged weights, skipped updates. Its `update`
+    takes the step's learning rate as `rate`: the compiled step knows no schedule. `rows` name the
+    dimensions of every parameter (`models.dimensions.table`).
+    """
+    moments = {"b1": config.b1, "b2": config.b2}
+    adam = functools.partial(
+        optax.scale_by_adam, **moments, eps=config.eps, mu_dtype=jnp.dtype(config.first_moment)
+    )
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    match config.optimizer:
+        case AdamW():
+            parts = [adam(), decay]
+        case LAMB():
+            parts = [adam(), decay, scale_by_trust_ratio(rows, decay_mask)]
+        case Adafactor() as kind:
+            scale = scale_by_adafactor(kind, rows, **moments, first_moment=config.first_moment)
+            parts = [scale, decay]
+        case Muon() as kind:
+            scale = scale_by_muon(kind, rows, eps=config.eps, first_moment=config.first_moment)
+            rest = optax.chain(adam(nesterov=kind.nesterov), decay, optax.scale(kind.adam_rate))
+            parts = [split(optax.chain(scale, decay), rest, rows)]
+    optimizer = optax.chain(*parts, descend())
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if (config.image_rate, config.text_rate) != (1.0, 1.0):
+        optimizer = optax.chain(optimizer, scale_towers(config.image_rate, config.text_rate))
+    if config.layer_decay < 1:
+        optimizer = optax.chain(optimizer, scale_layers(config.layer_decay, rows))
+    if config.locked:
+        optimizer = lock(optimizer, config.locked)
+    if config.ema_decay is not None:
+        optimizer = average(optimizer, config.ema_decay)
+    if config.skip_norm_ratio is not None:
+        optimizer = guard(optimizer, config.skip_norm_ratio)
+    return optimizer

@@ -1,0 +1,44 @@
+"""LAMB's trust ratio (You et al. 2020, arXiv:1904.00962, algorithm 2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from clip_jax.optim.matrices import Rows, with_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class LAMB:
+    """AdamW, each update as long as its layer's weights × the rate. Moments as AdamW's."""
+
+
+def scale_by_trust_ratio(
+    rows: Rows, adapts: Callable[[Any], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Give each update the length of what it updates; a layer of a stack has its own.
+
+    `adapts(params)` is True for the parameters that this holds for. Where a length is zero, the
+    ratio is 1.
+    """
+
+    def scaled(names: list[str], update: Array, param: Array, adapt: bool) -> Array:
+        if not adapt:
+            return update
+        axes = tuple(i for i, name in enumerate(names) if name != "depth")
+        length, of_update = (_norm(x, axes) for x in (param, update))
+        known = (length > 0) & (of_update > 0)
+        return update * jnp.where(known, length / jnp.where(known, of_update, 1), 1)
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        return with_names(rows, scaled, updates, params, adapts(params)), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _norm(x: Array, axes: tuple[int, ...]) -> Float[Array, "..."]:
+    return jnp.sqrt(jnp.sum(jax.lax.square(x), axes, keepdims=True))

@@ -1,0 +1,185 @@
+"""What stands around an optimizer: its rate, towers and layers apart, averages, skipped updates."""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from clip_jax.models.clip import Params
+from clip_jax.optim.matrices import Rows, path_of
+
+Tower = Literal["image", "text"]
+TOWERS = {"image": "visual", "text": "text"}  # where in the parameters
+USUAL_DECAY = 0.99  # of the running mean of gradient norms that says what is usual
+USUAL_UPDATES = 100  # before which nothing is unusual
+# What stands before a tower's first layer.
+INPUTS = frozenset({"token_embedding", "positional_embedding", "class_embedding", "ln_pre"})
+STEM = frozenset({"conv1", "conv2", "conv3", "bn1", "bn2", "bn3"})
+
+
+def descend() -> optax.GradientTransformationExtraArgs:
+    """Go against the gradient by the learning rate, which is given with it."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        del params
+        updates = jax.tree.map(lambda x: -extra["rate"] * x, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_towers(image: float, text: float) -> optax.GradientTransformation:
+    """Multiply the updates of either tower; what belongs to neither (the scale) stays."""
+
+    def update(updates: Any, _: Any) -> Any:
+        return updates | {
+            TOWERS[tower]: jax.tree.map(lambda x, rate=rate: rate * x, updates[TOWERS[tower]])
+            for tower, rate in (("image", image), ("text", text))
+        }
+
+    return optax.stateless(update)
+
+
+def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
+    """Multiply updates by decay^(layers above): of a tower, 1 after the last, decay in the last.
+
+    What stands before the first layer (words, positions, patches, a ResNet's stem) counts as one
+    more. The layers of a ResNet are its blocks; what belongs to no tower stays.
+    """
+    blocks = sorted({block for path in rows if (block := _block(path))})
+
+    def update(updates: Any, _: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        depths = {
+            path[0].key: len(x) for path, x in leaves if rows[path_of(path)].startswith("depth")
+        }
+
+        def scaled(path: tuple[Any, ...], x: Array) -> Array:
+            name = path_of(path)
+            tower, *inside = name.split("/")
+            depth = depths.get(tower, len(blocks))
+            if rows[name].startswith("depth"):
+                above = depth - jnp.arange(depth).reshape(-1, *[1] * (x.ndim - 1))
+            elif block := _block(name):
+                above = depth - blocks.index(block)
+            elif inside and inside[0] in INPUTS | STEM:
+                above = depth + 1
+            else:
+                above = 0
+            return decay**above * x
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
+    return optax.stateless(update)
+
+
+def _block(path: str) -> tuple[int, int] | None:
+    """Stage and number of a ResNet's block, of `visual/layer2/3/conv1/kernel`."""
+    match = re.match(r"visual/layer(\d+)/(\d+)/", path)
+    return match and (int(match[1]), int(match[2]))
+
+
+def lock(
+    inner: optax.GradientTransformationExtraArgs, towers: tuple[Tower, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """Give no update to some towers, nor moments in memory."""
+
+    names = [TOWERS[tower] for tower in towers]
+
+    def locked(tree: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in names, tree)
+
+    def others(tree: Params) -> Any:
+        return jax.tree.map(lambda x: not x, locked(tree))
+
+    return optax.chain(optax.masked(inner, others), optax.masked(optax.set_to_zero(), locked))
+
+
+class AverageState(NamedTuple):
+    """Beside the optimizer's state, a slow copy of the parameters."""
+
+    inner: Any
+    ema: Params
+
+
+def average(
+    inner: optax.GradientTransformationExtraArgs, decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """Keep an exponential moving average of the weights, in float32."""
+
+    def init(params: Any) -> AverageState:
+        return AverageState(inner.init(params), jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, AverageState]:
+        updates, after = inner.update(updates, state.inner, params, **extra)
+        new = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, state.ema, new)
+        return updates, AverageState(after, ema)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class GuardState(NamedTuple):
+    """Beside the optimizer's state, what is usual and what was skipped."""
+
+    inner: Any
+    usual_norm: Float[Array, ""]  # running mean of the norms of updates done, not yet corrected
+    updates: Int[Array, ""]  # done
+    skipped: Int[Array, ""]  # in all
+    skipped_in_a_row: Int[Array, ""]
+
+
+def guard(
+    inner: optax.GradientTransformationExtraArgs, ratio: float
+) -> optax.GradientTransformationExtraArgs:
+    """Leave parameters and state as they are where the gradient's norm is not finite or unusual.
+
+    Unusual is more than `ratio` times the running mean. Decided from the global gradient in the
+    compiled step, so that all devices and hosts decide alike.
+    """
+
+    def init(params: Any) -> GuardState:
+        # Four arrays: the step gives its memory back, and may give none back twice.
+        return GuardState(
+            inner.init(params), jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, GuardState]:
+        norm = optax.tree.norm(updates)
+        usual = state.usual_norm / (1 - USUAL_DECAY ** jnp.maximum(state.updates, 1))
+        usual = jnp.where(state.updates < USUAL_UPDATES, jnp.inf, usual)
+        good = jnp.isfinite(norm) & (norm <= ratio * usual)
+        updates, after = inner.update(updates, state.inner, params, **extra)
+        done = GuardState(
+            after,
+            USUAL_DECAY * state.usual_norm + (1 - USUAL_DECAY) * norm,
+            state.updates + 1,
+            state.skipped,
+            jnp.zeros((), jnp.int32),
+        )
+        not_done = state._replace(
+            skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1
+        )
+        state = jax.tree.map(lambda new, old: jnp.where(good, new, old), done, not_done)
+        return jax.tree.map(lambda x: jnp.where(good, x, 0), updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged(opt_state: Any, params: Params) -> Params:
+    """Return the parameters to evaluate: the average where the optimizer keeps one."""
+    inner = opt_state.inner if isinstance(opt_state, GuardState) else opt_state
+    return params | inner.ema if isinstance(inner, AverageState) else params

@@ -1,0 +1,71 @@
+"""Adafactor beside big_vision's formula in float64, layer by layer."""
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.models.clip import CLIP
+from clip_jax.models.dimensions import table
+from clip_jax.optim import Adafactor, OptimConfig, make_optimizer
+from clip_jax.sharding import path_name
+from tests.conftest import RATE, TINY, UPDATES, beginning, gradients, layers, optimized
+
+
+def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):
+    """Shazeer and Stern's factored moment (algorithm 4) under Zhai et al.'s changes."""
+    param, mean = param.astype(np.float64), np.zeros(param.shape)
+    order = np.argsort(param.shape)
+    is_factored = param.ndim > 1 and param.shape[order[-2]] >= min_size
+    row = column = full = 0.0
+    for step in range(UPDATES):
+        g = gradients[step].astype(np.float64)
+        square = g**2 + 1e-30
+        decay = min(cap, 1 - (step + 1.0) ** -0.8)
+        if is_factored:
+            second, first = int(order[-2]), int(order[-1])
+            row = decay * row + (1 - decay) * square.mean(first)
+            column = decay * column + (1 - decay) * square.mean(second)
+            own = second - (second > first)
+            nu = np.expand_dims(row / row.mean(own, keepdims=True), first)
+            nu = nu * np.expand_dims(column, second)
+        else:
+            full = decay * full + (1 - decay) * square
+            nu = full
+        mean = b1 * mean + (1 - b1) * g / np.sqrt(nu)
+        param = param - RATE * (mean + weight_decay * param)
+    return param
+
+
+@pytest.mark.parametrize("min_size", [8, 32])
+def test_each_layer_is_big_visions(min_size):
+    optim = OptimConfig(optimizer=Adafactor(min_size=min_size), b2=0.9, weight_decay=0.2)
+    apart = "depth S"
+    params, steps = layers(beginning(), apart=apart), layers(gradients(), apart=apart)
+    got = layers(optimized(optim), apart=apart)
+    kernels = ("kernel", "proj", "text_projection", "token_embedding", "positional_embedding")
+    for name, param in params.items():
+        decays = bool(set(kernels) & set(name.split("/")))
+        expected = by_formula(
+            param, steps[name], b1=optim.b1, cap=0.9, min_size=min_size,
+            weight_decay=0.2 if decays else 0.0,
+        )  # fmt: skip
+        moved = np.abs(expected - param).max()
+        assert np.abs(got[name] - expected).max() <= 1e-5 * moved + 2e-7 * np.abs(param).max(), name
+
+
+def test_it_holds_a_momentum_and_little_more():
+    params = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
+    rows = table(TINY)
+    optim = OptimConfig(optimizer=Adafactor(), first_moment="bfloat16")
+    state, *_ = jax.eval_shape(make_optimizer(optim, rows).init, params)
+    moments = {
+        name: {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for name, tree in state._asdict().items()
+    }
+    assert {str(x.dtype) for x in moments["mu"].values()} == {"bfloat16"}
+    block = "text/transformer/resblocks"
+    assert moments["nu_row"][f"{block}/mlp/c_fc/kernel"].shape == (2, 32, 1)
+    assert moments["nu_col"][f"{block}/mlp/c_fc/kernel"].shape == (2, 1, 128)
+    assert moments["nu_row"][f"{block}/attn/in_proj/kernel"].shape == (2, 32, 3, 2, 16)  # 16 < 32
+    assert f"{block}/attn/in_proj/kernel" not in moments["nu_col"]
+    assert moments["nu_row"]["logit_scale"].shape == ()
