@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
+from clip_jax.refused import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -20,11 +22,8 @@ class AugmentConfig:
     grayscale: float = 0.0  # probability; SimCLR has 0.2
 
     def __post_init__(self) -> None:
-        for name in ("flip", "color_jitter", "grayscale", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.augment.{name}={getattr(self, name)} must be from 0 to 1")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"data.augment.hue={self.hue} must be from 0 to 0.5")
+        names = ("flip", "color_jitter", "grayscale", "brightness", "contrast", "saturation")
+        check_ranges(self, "data.augment.", **dict.fromkeys(names, "[0, 1]"), hue="[0, 0.5]")
 
 
 def augment(

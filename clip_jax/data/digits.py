@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
+from clip_jax.refused import Refused, check_ranges
+
 _MAX_DIGITS = 6
 _NEVER_SEEN_SHARE = 0.2
 
@@ -80,6 +82,13 @@ class Jitter:
     tint: float = 0.1  # largest difference between the paper's colour channels, as a fraction
     noise: float = 0.04  # standard deviation of the pixels' noise, as a fraction of white
 
+    def __post_init__(self) -> None:
+        shares = ("scale", "stretch", "shift", "fade", "drift", "shade", "tint", "noise")
+        check_ranges(
+            self, "jitter.", **dict.fromkeys(shares, "[0, 1)"),
+            rotation="[0, 360]", shear="[0, inf)", elastic="[0, inf)", thickness="[0, 1]",
+        )  # fmt: skip
+
 
 # The exam stays the same however the training is tuned.
 HELD_OUT_JITTER = Jitter(
@@ -110,13 +119,12 @@ class DigitsConfig:
 
     def __post_init__(self) -> None:
         _check_digits(self.digits)
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: an epoch needs at least 1 pair")
+        check_ranges(self, "source.", samples="[1, inf)", split_seed="[0, inf)")
 
 
 def _check_digits(digits: int) -> None:
     if not 1 <= digits <= _MAX_DIGITS:
-        raise ValueError(f"digits={digits}: numbers have 1 to {_MAX_DIGITS} digits")
+        raise Refused(f"digits={digits}: numbers have 1 to {_MAX_DIGITS} digits")
 
 
 def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -133,7 +141,7 @@ def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
         order = rng.permutation(count)
         unseen, seen = np.split(order, [int(_NEVER_SEEN_SHARE * count)])
         places = [np.unique(seen // 10**place % 10) for place in range(digits)]
-        if all(len(found) == 10 for found in places):
+        if all(len(own) == 10 for own in places):
             return sorted(seen.tolist()), sorted(unseen.tolist())
 
 

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float32, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
+
+from clip_jax import files
+from clip_jax.refused import Refused, check_ranges
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,7 +50,7 @@ FORMATS = (
 )
 
 
-class ImageError(ValueError):
+class ImageError(Refused):
     """An image that cannot be used, and in one word why (`reason`)."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -68,26 +70,29 @@ class Preprocess:
     std: Channels = OPENAI_STD
     interpolation: Interpolation = "bicubic"
     # shortest: shorter side to image_size, centre crop (OpenAI). squash: both sides, whatever the
-    # shape. longest: longer side to image_size, black bars (both from open_clip).
+    # shape. longest: longer side to image_size, bars beside it (both from open_clip).
     resize_mode: ResizeMode = "shortest"
+    fill: int = 0  # of the bars, in every channel: 0 black, 255 white
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size}: must be at least 1 pixel")
-        if not min(self.std) > 0:
-            raise ValueError(f"std={self.std}: must be positive in every channel")
+        check_ranges(self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)")
         if self.interpolation not in RESAMPLING:
-            raise ValueError(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
+            raise Refused(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
         if self.resize_mode not in ("shortest", "squash", "longest"):
-            raise ValueError(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
+            raise Refused(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
+        if not 0 <= self.fill <= 255:
+            raise Refused(f"fill={self.fill}: must be from 0 to 255")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
         encoded image's bytes or path. Raises ImageError."""
-        with _opened(image) as opened:
-            pixels = _to_rgb(self._resize(opened))
-        scaled = np.asarray(pixels, np.float32) / np.float32(255)
+        scaled = self.pixels(image).astype(np.float32) / np.float32(255)
         return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+        """The same before it is normalised: what a device normalises, at a quarter of the bytes."""
+        with _opened(image) as opened:
+            return np.asarray(_to_rgb(self._resize(opened)))
 
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
@@ -98,8 +103,10 @@ class Preprocess:
         longer = max(image.size)
         width, height = (max(1, round(side * size / longer)) for side in image.size)
         resized = image.resize((width, height), resample)
-        left, top = (width - size + 1) // 2, (height - size + 1) // 2  # negative: black bars
-        return resized.crop((left, top, left + size, top + size))
+        left, top = (size - width) // 2, (size - height) // 2
+        border = (left, top, size - width - left, size - height - top)
+        bands = len(resized.getbands())
+        return ImageOps.expand(resized, border, (self.fill,) * bands if bands > 1 else self.fill)
 
 
 def preprocess(
@@ -118,6 +125,12 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
     """Read an encoded image, given as bytes or path, as RGB. Raises ImageError."""
     with _opened(data) as image:
         return _to_rgb(image)
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Read an encoded image's width and height, but not its pixels. Raises ImageError."""
+    with _opened(data, load=False) as image:
+        return image.size
 
 
 def read_crop(
@@ -272,8 +285,10 @@ def _open(source: ImageLike, stack: contextlib.ExitStack) -> Image.Image:
             raise ImageError("empty", "0 bytes")
         file = io.BytesIO(source)
     else:
+        if os.path.exists(source) and not os.path.isfile(source):  # a pipe would never end
+            raise ImageError("unreadable", f"a folder, a pipe or a device: {source}")
         try:
-            file = stack.enter_context(epath.Path(source).open("rb"))
+            file = stack.enter_context(files.open_file(source))
         except OSError as error:
             raise ImageError("unreadable", f"{error.strerror or error}: {source}") from error
     return Image.open(file, formats=_formats())

@@ -1,5 +1,6 @@
 """Several sources in one stream by weight, each in its own shuffled order."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from clip_jax.data.sources import Source
+from clip_jax.data.order import Equal, Lanes, Run, StretchOrder, joined
+from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
 from clip_jax.data.sources.any import SingleConfig
+from clip_jax.refused import Refused, check_ranges
 
 _BLOCK = 4096  # samples in which the weights are kept exactly; their resolution
 ENDLESS = 1 << 53  # positions
@@ -21,6 +24,9 @@ class MemberConfig:
     source: SingleConfig
     weight: float = 1.0  # its share of the samples, relative to the other members'
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.source.members.", weight="[0, inf)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
@@ -28,6 +34,9 @@ class PhaseConfig:
 
     from_sample: int  # steps done × batch size
     weights: tuple[float, ...]  # one a member, in their order; 0: not read
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.source.phases.", from_sample="[0, inf)", weights="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +50,14 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         starts = [0, *(phase.from_sample for phase in self.phases)]
         if not self.members:
-            raise ValueError("data.source.members is empty: a mixture needs at least one")
+            raise Refused("data.source.members is empty: a mixture needs at least one")
         if starts != sorted(starts):
-            raise ValueError(f"data.source.phases start at {starts[1:]}; they must rise from 0")
+            raise Refused(f"data.source.phases start at {starts[1:]}; they must rise from 0")
         for weights in (self.weights, *(phase.weights for phase in self.phases)):
-            if len(weights) != len(self.members) or min(weights) < 0 or not sum(weights) > 0:
-                raise ValueError(
+            if len(weights) != len(self.members) or not sum(weights) > 0:
+                raise Refused(
                     f"weights {weights} of data.source: needs {len(self.members)}, one a member, "
-                    "none negative, not all 0"
+                    "not all 0"
                 )
 
     @property
@@ -57,13 +66,10 @@ class MixtureConfig:
         return tuple(member.weight for member in self.members)
 
 
-class _Phase:
-    """Which member each position has, in blocks that repeat, and how often it was had before."""
+class _Pattern:
+    """Which member each sample of a block has, and how many of it the block gave before."""
 
-    def __init__(
-        self, start: int, weights: Sequence[float], before: Int64[np.ndarray, " members"]
-    ) -> None:
-        self.start, self.before = start, before
+    def __init__(self, weights: Sequence[float]) -> None:
         exact = np.asarray(weights, np.float64) / sum(weights) * _BLOCK
         self.counts = np.floor(exact).astype(np.int64)
         largest_rests = np.argsort(self.counts - exact, kind="stable")
@@ -73,18 +79,35 @@ class _Phase:
         self.member = np.repeat(np.arange(len(weights)), self.counts)[order]
         self.rank = np.concatenate([np.arange(count) for count in self.counts])[order]
 
+
+@dataclass(frozen=True)
+class _Phase:
+    """A pattern that repeats from a position on, and what each member gave before."""
+
+    start: int
+    before: Int64[np.ndarray, " members"]
+    pattern: _Pattern
+
     def at(self, position: int) -> tuple[int, int]:
         """Member, and how many samples it gave before."""
         block, place = divmod(position - self.start, _BLOCK)
-        member = int(self.member[place])
-        done = self.before[member] + block * self.counts[member] + self.rank[place]
+        member = int(self.pattern.member[place])
+        done = self.before[member] + block * self.pattern.counts[member] + self.pattern.rank[place]
         return member, int(done)
 
     def given(self, position: int) -> Int64[np.ndarray, " members"]:
         """How many samples each member gave before a position."""
         block, place = divmod(position - self.start, _BLOCK)
-        rest = np.bincount(self.member[:place], minlength=len(self.counts))
-        return self.before + block * self.counts + rest
+        rest = np.bincount(self.pattern.member[:place], minlength=len(self.before))
+        return self.before + block * self.pattern.counts + rest
+
+
+def _phases(starts: Sequence[int], patterns: Sequence[_Pattern]) -> list[_Phase]:
+    """Phases that begin at these positions, of a batch or of one lane of it."""
+    phases = [_Phase(0, np.zeros_like(patterns[0].counts), patterns[0])]
+    for start, pattern in zip(starts[1:], patterns[1:], strict=True):
+        phases.append(_Phase(start, phases[-1].given(start), pattern))
+    return phases
 
 
 class MixtureSource:
@@ -93,10 +116,9 @@ class MixtureSource:
     def __init__(self, config: MixtureConfig, members: Sequence[Source]) -> None:
         self._members = members
         self._ends = np.cumsum([len(member) for member in members], dtype=np.int64)
-        self._phases = [_Phase(0, config.weights, np.zeros(len(members), np.int64))]
-        for phase in config.phases:
-            given = self._phases[-1].given(phase.from_sample)
-            self._phases.append(_Phase(phase.from_sample, phase.weights, given))
+        self._begins = [0, *(phase.from_sample for phase in config.phases)]
+        weights = [config.weights, *(phase.weights for phase in config.phases)]
+        self._patterns = [_Pattern(one) for one in weights]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -126,7 +148,100 @@ class MixtureSource:
             for number, member in enumerate(self._members)
         ]
         starts = [0, *self._ends.tolist()]
-        return grain.MapDataset.range(ENDLESS).map(_Order(self._phases, starts, orders))
+        phases = _phases(self._begins, self._patterns)
+        return grain.MapDataset.range(ENDLESS).map(_Order(phases, starts, orders))
+
+    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+        """The members', one member after the other; none for those that have none."""
+        return np.concatenate([stretches_of(member) for member in self._members])
+
+    def size(self, first: int, last: int) -> int:
+        """The member's bytes."""
+        member, own = self._find(first)
+        source = self._members[member]
+        return source.size(own, own + last - first) if isinstance(source, StretchSource) else 0
+
+    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+        """Get the member's records."""
+        number, own = self._find(first)
+        member = self._members[number]
+        if not isinstance(member, StretchSource):
+            return [Record(self.key(first), 0, functools.partial(member.load, own))]
+        return [
+            record
+            if isinstance(record, SampleError)
+            else record._replace(key=f"{number}/{record.key}")
+            for record in member.fetch(own, own + last - first)
+        ]
+
+    def lane_order(self, seed: int, lanes: Lanes, window: int) -> "LaneMixture":
+        """The order in stretches: each lane has its own place in each member."""
+        orders = [
+            StretchOrder(
+                stretches_of(member),
+                seed=(seed + number) % 2**32,
+                window=window,
+                shares=Equal(lanes, len(member)),
+            )
+            for number, member in enumerate(self._members)
+        ]
+        begins = [lanes.before(start) for start in self._begins]
+        return LaneMixture([0, *self._ends.tolist()], orders, begins, self._patterns)
+
+
+class LaneMixture:
+    """What each lane reads of a mixture: members by the lane's own place, alike in all lanes."""
+
+    def __init__(
+        self,
+        starts: list[int],
+        orders: list[StretchOrder],
+        begins: list[Int64[np.ndarray, " lanes"]],
+        patterns: list[_Pattern],
+    ) -> None:
+        self._starts, self._orders = starts, orders
+        self._begins, self._patterns = begins, patterns
+        self._lanes: dict[int, list[_Phase]] = {}
+
+    def at(self, lane: int, place: int, count: int) -> Run:
+        """The records at `count` places of a lane."""
+        phases = self._of(lane)
+        runs = []
+        while count:
+            number = max(i for i, phase in enumerate(phases) if phase.start <= place)
+            end = phases[number + 1].start if number + 1 < len(phases) else ENDLESS
+            here = min(count, end - place)
+            runs.append(self._in_phase(phases[number], lane, place, here))
+            place, count = place + here, count - here
+        return joined(runs)
+
+    def reach(self, lane: int) -> int:
+        """Places of the lane in which a piece is begun and ended, at most."""
+        shares = [pattern.counts / _BLOCK for pattern in self._patterns]
+        return max(
+            int(order.reach(lane) / min(share[number] for share in shares if share[number])) + 1
+            for number, order in enumerate(self._orders)
+            if any(share[number] for share in shares)
+        )
+
+    def _of(self, lane: int) -> list[_Phase]:
+        if lane not in self._lanes:
+            begins = [int(begin[lane]) for begin in self._begins]
+            self._lanes[lane] = _phases(begins, self._patterns)
+        return self._lanes[lane]
+
+    def _in_phase(self, phase: _Phase, lane: int, place: int, count: int) -> Run:
+        members = phase.pattern.member[(np.arange(place, place + count) - phase.start) % _BLOCK]
+        given = phase.given(place)
+        joined = Run(*(np.empty(count, np.int64) for _ in Run._fields))
+        for member in np.unique(members):
+            here = np.flatnonzero(members == member)
+            run = self._orders[member].at(lane, int(given[member]), len(here))
+            start = self._starts[member]
+            shifted = (run.record + start, run.epoch, run.first + start, run.last + start)
+            for array, values in zip(joined, shifted, strict=True):
+                array[here] = values
+        return joined
 
 
 class _Order:

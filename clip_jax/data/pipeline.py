@@ -11,21 +11,26 @@ import functools
 import hashlib
 import itertools
 import math
+import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 
+from clip_jax import files
+from clip_jax.data import growth
 from clip_jax.data.augment import AugmentConfig, augment
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.mixture import ENDLESS, MixtureConfig, MixtureSource
-from clip_jax.data.sources import SampleError, Source
+from clip_jax.data.order import LaneOrder, Lanes, OfPositions, StretchOrder
+from clip_jax.data.pieces import Batch, GlobalPieces, LanePieces, Sample, join
+from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
 from clip_jax.data.sources.any import SingleConfig, open_single
+from clip_jax.refused import Refused, check_ranges
 
-_PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples before the share of bad ones is judged
 _SHOWN_REASONS = 3
@@ -50,40 +55,20 @@ class DataConfig:
     threads: int = 2  # that read and decode; 0: none, in the caller's thread
     prefetch: int = 2  # batches made ahead of need
     max_bad_share: float = 0.05  # of samples that cannot be read, before the run stops
+    order: Literal["auto", "global", "stretches"] = "auto"  # stretches: many samples a request, of
+    # files read from front to back; global: any sample next; auto: stretches in buckets
+    window: int = 1024  # stretches, of the whole batch, among which their order shuffles
+    read_ahead_mib: int = 4096  # of stretches that a process holds, read and not yet used
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"data.seed={self.seed} must be from 0 to 2^32 - 1")
-        if self.threads < 0:
-            raise ValueError(f"data.threads={self.threads} must be at least 0")
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} must be at least 0")
-        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"data.crop_scale={self.crop_scale} must rise and lie in (0, 1]")
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share={self.max_bad_share} must be from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This process's part of one global batch."""
-
-    image: UInt8[np.ndarray, "B H W 3"]
-    text: Int32[np.ndarray, "B L"]
-    index: Int64[np.ndarray, " B"]  # global positions
-    keys: list[str]  # of the samples used
-    skipped: list[dict[str, Any]]  # position, key, reason of those that could not be
-
-
-@dataclass(frozen=True)
-class _Sample:
-    image: UInt8[np.ndarray, "H W 3"]
-    caption: str
-    position: int
-    key: str
-    skipped: list[dict[str, Any]]
+        check_ranges(
+            self, "data.",
+            seed="[0, 4294967295]", threads="[0, inf)", workers="[0, inf)", crop_scale="(0, 1]",
+            prefetch="[1, inf)", max_bad_share="[0, 1]", window="[1, inf)",
+            read_ahead_mib="[1, inf)",
+        )  # fmt: skip
+        if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
+            raise Refused(f"data.crop_scale={self.crop_scale} must rise")
 
 
 def build(
@@ -96,14 +81,14 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Pipeline":
-    """Open the source. `batch_size` is global; ValueError for what cannot be read or split."""
+    """Open the source. `batch_size` is global; Refused for what cannot be read or split."""
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise Refused(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
     return Pipeline(
         config,
-        _Loader(config, image_size),
+        _Loader(config, image_size, (process_index, process_count)),
         functools.partial(_tokenized, tokenizer, context_length),
         batch_size=batch_size,
         part=(process_index, process_count),
@@ -116,12 +101,15 @@ def _tokenized(
     return tokenizer(texts, context_length, True)
 
 
-def open_source(config: SourceConfig, image_size: int) -> Source:
-    """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
+def open_source(config: SourceConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> Source:
+    """Open what a source's config describes; sources that draw do so in `image_size` pixels.
+
+    `part` is which of several processes' this is: they share the building of an index.
+    """
     if isinstance(config, MixtureConfig):
-        members = [open_single(member.source, image_size) for member in config.members]
+        members = [open_single(member.source, image_size, part) for member in config.members]
         return MixtureSource(config, members)
-    return open_single(config, image_size)
+    return open_single(config, image_size, part)
 
 
 class Pipeline:
@@ -139,36 +127,40 @@ class Pipeline:
         self._config, self._loader, self._tokenize = config, loader, tokenize
         self._batch_size, self._part = batch_size, part
         self.num_samples = len(loader.source)  # in one epoch
+        self.order = _settled_order(config, loader.source)
+        if self.order == "stretches":
+            Lanes(batch_size, part)
+            _check_budget(config, cast(StretchSource, loader.source), part[1])
 
     def fingerprint(self) -> str:
-        """Hash the source: how many samples it has, and the keys of a hundred, evenly spread."""
+        """Hash the source: how many samples it has, the keys of a hundred, evenly spread, and
+        the stretches in which they are read."""
         count = self.num_samples
         indices = sorted({i * count // 100 for i in range(100)})
         named = [str(count), *(self._loader.source.key(i) for i in indices)] if count else ["0"]
-        return hashlib.sha256("\n".join(named).encode("utf-8", "replace")).hexdigest()[:12]
+        digest = hashlib.sha256("\n".join(named).encode("utf-8", "replace"))
+        if self.order == "stretches":
+            digest.update(stretches_of(self._loader.source).tobytes())
+        return digest.hexdigest()[:12]
 
-    def batches(self, start_step: int = 0) -> Generator[Batch]:
+    def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
 
-        Raises ValueError once clearly more than `max_bad_share` of the samples were bad.
+        After the steps `doubled_at` a batch is twice as many of the first ones, joined: the order
+        stays, and of several processes each has its rows of every one. Raises Refused once clearly
+        more than `max_bad_share` of the samples were bad.
         """
         import grain
 
         config = self._config
-        source = self._loader.source
-        if isinstance(source, MixtureSource):
-            order = source.order(config.seed)
-        else:
-            # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
-            order = grain.MapDataset.range(self.num_samples).seed(config.seed).shuffle().repeat()
-        own = self._batch_size // self._part[1]
-        number = _num_pieces(own)
-        make = _Pieces(self._loader, self._tokenize, order, self._batch_size, self._part, number)
+        first = growth.samples_after(1, doubled_at, start_step)
+        make = self._in_lanes(first) if self.order == "stretches" else self._globally()
+        number = make.number
         # A thread makes a piece of a batch, so that the first is soon there and few are in memory.
-        ahead = config.prefetch * number
+        ahead = config.prefetch * number << len(doubled_at)
         stream = (
             grain.MapDataset.range(ENDLESS)
-            .map(make)[start_step * number :]
+            .map(make)[first * number :]
             .to_iter_dataset(
                 grain.ReadOptions(
                     num_threads=config.threads, prefetch_buffer_size=max(ahead, config.threads)
@@ -183,105 +175,119 @@ class Pipeline:
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(
                     config.workers, per_worker_buffer_size=-(-ahead // config.workers)
-                )
+                ),
+                worker_init_fn=_leave_interrupts,
             )
         bad = _BadShare(config.max_bad_share)
-        with contextlib.closing(iter(stream)) as pieces:
-            while True:
-                batch = _join(list(itertools.islice(pieces, number)))
+        with contextlib.closing(iter(stream)) as pieces, contextlib.closing(make):
+            for step in itertools.count(start_step):
+                times = growth.batch_after(1, doubled_at, step)
+                batch = join(list(itertools.islice(pieces, number * times)))
                 bad.judge(batch)
                 yield batch
 
+    def _globally(self) -> GlobalPieces:
+        import grain
 
-def _num_pieces(size: int) -> int:
-    """In how many equal pieces of a few dozen samples a batch is made; one if there are none."""
-    found = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
-    return found if size // found >= _PIECE[0] else 1
+        source, seed = self._loader.source, self._config.seed
+        if isinstance(source, MixtureSource):
+            order = source.order(seed)
+        else:
+            # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
+            order = grain.MapDataset.range(self.num_samples).seed(seed).shuffle().repeat()
+        return GlobalPieces(self._loader, self._tokenize, order, self._batch_size, self._part)
 
-
-@dataclass(frozen=True)
-class _Told:
-    """What a worker says of a piece besides its arrays, which come through shared memory."""
-
-    index: Int64[np.ndarray, " B"]
-    keys: list[str]
-    skipped: list[dict[str, Any]]
-
-
-_Piece = tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, "B L"], _Told]
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Makes the i-th of the pieces, `number` a batch, of which this process has a part."""
-
-    load: "_Loader"
-    tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
-    order: Any  # record of a position
-    batch_size: int
-    part: tuple[int, int]
-    number: int
-
-    def __call__(self, i: int) -> _Piece:
-        step, piece = divmod(i, self.number)
-        own = self.batch_size // self.part[1]
-        size = own // self.number
-        first = step * self.batch_size + self.part[0] * own + piece * size
-        samples = [self.load(at, int(self.order[at])) for at in range(first, first + size)]
-        told = _Told(
-            index=np.array([sample.position for sample in samples], np.int64),
-            keys=[sample.key for sample in samples],
-            skipped=[event for sample in samples for event in sample.skipped],
+    def _in_lanes(self, start_step: int) -> LanePieces:
+        config, lanes = self._config, Lanes(self._batch_size, self._part)
+        return LanePieces(
+            self._loader,
+            self._tokenize,
+            functools.partial(_lane_order, config.seed, lanes, config.window),
+            lanes,
+            workers=max(1, config.workers),
+            start=start_step,
+            budget=config.read_ahead_mib << 20,
         )
-        texts = self.tokenize([sample.caption for sample in samples])
-        return np.stack([sample.image for sample in samples]), texts, told
 
 
-def _join(pieces: list[_Piece]) -> Batch:
-    images, texts, told = zip(*pieces, strict=True)
-    return Batch(
-        image=np.concatenate(images),  # a copy, also of one piece: shared memory is given back
-        text=np.concatenate(texts),
-        index=np.concatenate([one.index for one in told]),
-        keys=[key for one in told for key in one.keys],
-        skipped=[event for one in told for event in one.skipped],
-    )
+def _lane_order(seed: int, lanes: Lanes, window: int, source: Source) -> LaneOrder:
+    if isinstance(source, MixtureSource):
+        return source.lane_order(seed, lanes, window)
+    shares = OfPositions(lanes, len(source))
+    return StretchOrder(stretches_of(source), seed=seed, window=window, shares=shares)
+
+
+def _settled_order(config: DataConfig, source: Source) -> Literal["global", "stretches"]:
+    """The order that a run begins with. Refused for stretches of a source that has none."""
+    members = config.source.members if isinstance(config.source, MixtureConfig) else ()
+    paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
+    together = isinstance(source, StretchSource) and len(source.stretches()) < len(source)
+    if config.order == "auto":
+        return "stretches" if together and any(map(files.is_remote, paths)) else "global"
+    if config.order == "stretches" and not together:
+        raise Refused(
+            "data.order=stretches needs files with many records in each: tars, Parquet, "
+            "ArrayRecord. clip-jax prepare writes such files; data.order=global reads any"
+        )
+    return config.order
+
+
+def _check_budget(config: DataConfig, source: StretchSource, parts: int) -> None:
+    """Refuse a budget below what the window holds: reading would stand still, or exceed it."""
+    stretches, total = len(source.stretches()), source.size(0, len(source))
+    window = min(config.window, stretches)
+    # Stretches of the window are half used, on average; a window of all begins with all.
+    need = total / stretches * window / parts * (0.6 if window < stretches else 1.0)
+    if need > config.read_ahead_mib << 20:
+        raise Refused(
+            f"data.read_ahead_mib={config.read_ahead_mib} is too little: of data.window="
+            f"{config.window} stretches of {total / stretches / 2**20:.1f} MiB, each of {parts} "
+            f"processes holds {need / 2**20:,.0f} MiB. Raise it, lower data.window (a new run then "
+            "shuffles less), or write the data anew with clip-jax prepare, in shorter stretches"
+        )
 
 
 class _Loader:
     """A sample of a position: the record that the order puts there, or the next good one."""
 
-    def __init__(self, config: DataConfig, image_size: int) -> None:
-        self.source = open_source(config.source, image_size)
+    def __init__(self, config: DataConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> None:
+        self.source = open_source(config.source, image_size, part)
         self._config, self._image_size = config, image_size
 
     def __reduce__(self) -> Any:
         # A worker opens the source itself: open files and mapped memory do not travel.
         return _Loader, (self._config, self._image_size)
 
-    def __call__(self, position: int, record: int) -> _Sample:
+    def __call__(
+        self, position: int, record: int, fetched: Record | SampleError | None = None
+    ) -> Sample:
+        """Load the record, unless it was `fetched` already, or the next good one."""
         skipped = []
         count = len(self.source)
         for offset in range(min(count, _MAX_REPLACEMENTS)):
             candidate = (record + offset) % count
             # Each try draws the same numbers, however many the tries before it used.
             rng = np.random.Generator(np.random.Philox(key=[self._config.seed, position]))
+            here = None if offset else fetched
             try:
-                image, caption = self._load(candidate, rng)
+                image, caption = self._load(candidate, here, rng)
             except SampleError as error:
-                key = self.source.key(candidate)
+                key = here.key if isinstance(here, Record) else self.source.key(candidate)
                 skipped.append({"position": position, "key": key, "reason": str(error)})
             else:
-                return _Sample(image, caption, position, self.source.key(candidate), skipped)
-        raise ValueError(
+                key = here.key if isinstance(here, Record) else self.source.key(candidate)
+                return Sample(image, caption, position, key, skipped)
+        raise Refused(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
             f"{skipped[0]['reason']}. Repair the data or change data.source"
         )
 
     def _load(
-        self, record: int, rng: np.random.Generator
+        self, record: int, fetched: Record | SampleError | None, rng: np.random.Generator
     ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        image, caption = self.source.load(record, rng)
+        if isinstance(fetched, SampleError):
+            raise fetched
+        image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
         if not caption.strip():
             raise SampleError("caption is empty")
         try:
@@ -304,6 +310,11 @@ class _Loader:
         return augment(pixels, rng, config.augment), caption
 
 
+def _leave_interrupts(*_: int) -> None:
+    """Ignore Ctrl-C in a worker: a terminal sends it to all, and the training answers for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _BadShare:
     """Counts bad samples and stops the run when they are too many."""
 
@@ -321,7 +332,7 @@ class _BadShare:
         if self._seen < _MIN_JUDGED or self._bad <= expected + 3 * math.sqrt(expected):
             return
         reasons = "; ".join(f"{event['key']}: {event['reason']}" for event in self._first)
-        raise ValueError(
+        raise Refused(
             f"{self._bad} of the first {self._seen} samples could not be read, more than "
             f"data.max_bad_share={self._limit:g}. The first: {reasons}. Repair the data, or raise "
             "data.max_bad_share to go on without them"

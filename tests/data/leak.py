@@ -1,10 +1,9 @@
-"""Read batches for some seconds, and print how much memory the process tree held on the way.
+"""Read batches, and print how much memory the process tree held on the way.
 
-    python tests/data/leak.py SECONDS RATE FOLDER [FOLDER ...]
+    python tests/data/leak.py SAMPLES FOLDER [FOLDER ...]
 
-All folders in one mixture, at no more than RATE samples a second (inf: as fast as it goes).
-Prints samples read and the bytes of main process and worker together (proportional set size: a
-page that both have counts once), measured at every hundredth of the time.
+All folders in one mixture. Prints the bytes of main process and worker together (proportional set
+size: a page that both have counts once), measured at every hundredth of the samples.
 """
 
 import dataclasses
@@ -12,13 +11,12 @@ import gc
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 from clip_jax.data.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.any import PathConfig
-from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.tokenizers.clip import ClipTokenizer
 
 
 def tree_bytes() -> int:
@@ -32,7 +30,7 @@ def tree_bytes() -> int:
     return total
 
 
-def main(seconds: float, rate: float, folders: list[str]) -> None:
+def main(samples: int, folders: list[str]) -> None:
     members = tuple(MemberConfig(source=PathConfig(path=folder)) for folder in folders)
     config = DataConfig(
         source=MixtureConfig(members=members),
@@ -43,21 +41,17 @@ def main(seconds: float, rate: float, folders: list[str]) -> None:
     )
     config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, flip=0.5))
     how = {"image_size": 64, "context_length": 32, "batch_size": 256}
-    batches = build(config, tokenizer=Tokenizer(), **how).batches()
+    batches = build(config, tokenizer=ClipTokenizer(), **how).batches()
     next(batches)  # the worker is there
-    start, samples, held = time.perf_counter(), 0, []
-    for batch in batches:
-        samples += len(batch.keys)
-        passed = time.perf_counter() - start
-        if passed > len(held) * seconds / 100:
+    seen, held = 0, []
+    while seen < samples:
+        seen += len(next(batches).keys)
+        if seen > len(held) * samples / 100:
             gc.collect()
             held.append(tree_bytes())
-        if passed > seconds:
-            break
-        time.sleep(max(samples / rate - passed, 0))
     batches.close()
-    print(json.dumps({"samples": samples, "bytes": held}))
+    print(json.dumps(held))
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), sys.argv[2:])

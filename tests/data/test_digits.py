@@ -175,7 +175,10 @@ def test_evaluation_set_is_fixed_and_held_out(monkeypatch):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"digits": 0}, "digits=0: numbers have 1 to 6"), ({"samples": 0}, "samples=0: an epoch")],
+    [
+        ({"digits": 0}, "digits=0: numbers have 1 to 6"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
+    ],
 )
 def test_wrong_config(wrong, message):
     with pytest.raises(ValueError, match=message):

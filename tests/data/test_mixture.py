@@ -1,12 +1,20 @@
 """Mixtures: shares, each member's own position, and weights that change on the way."""
 
 import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig
+from tests.conftest import ROOT
+from tests.data.conftest import FORMATS, make_pairs
 
 
 class Numbers:
@@ -86,12 +94,46 @@ def test_samples_are_the_members():
     ("wrong", "message"),
     [
         (lambda: MixtureConfig(), "members is empty"),
-        (lambda: mixture((1, -1)), "none negative"),
+        (lambda: mixture((1, -1)), "weight=-1.* at least 0"),
         (lambda: mixture((0, 0)), "not all 0"),
         (lambda: mixture((1,), (PhaseConfig(from_sample=1, weights=(1.0, 1.0)),)), "needs 1"),
-        (lambda: mixture((1,), (PhaseConfig(from_sample=-1, weights=(1.0,)),)), "must rise"),
+        (lambda: mixture((1,), (PhaseConfig(from_sample=-1, weights=(1.0,)),)), "from_sample=-1"),
     ],
 )
 def test_wrong_config(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+# ------------------------------------------------------------------ memory
+
+
+def grown(samples, photographs, folder):
+    """By which part memory grew, from the second tenth of the samples to the last one.
+
+    Six formats at once, with a worker process and threads, and with images that cannot be read.
+    """
+    pairs = [*make_pairs(photographs, 500), ("broken.jpg", b"no image", "a caption")]
+    folders = []
+    for name in ("tar", "table", "parquet", "array_record", "saved_dataset", "tfds"):
+        (folder / name).mkdir()
+        config = FORMATS[name](folder / name, pairs)
+        folders.append(config.path)
+    command = [sys.executable, str(Path(__file__).with_name("leak.py")), str(samples), *folders]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    held = json.loads(done.stdout)
+    assert len(held) > 40
+    tenth = len(held) // 10
+    before, after = (statistics.median(part) for part in (held[tenth : 2 * tenth], held[-tenth:]))
+    growth = after / before - 1
+    print(f"{samples:,} samples, {before / 2**20:.1f} MiB, grown by {growth:.2%}")
+    return growth
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("samples", [15_000, 300_000])
+def test_memory_stays_flat(samples, photographs, tmp_path):
+    """What leaks does so by sample, however fast they come."""
+    assert grown(samples, photographs, tmp_path) < 0.02

@@ -1,6 +1,5 @@
 import csv
 import dataclasses
-import itertools
 import subprocess
 import sys
 import threading
@@ -12,58 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import mixture, pipeline
+from clip_jax.data import mixture, pieces, pipeline
 from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.pipeline import DataConfig, build
+from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.table import TableConfig
-from clip_jax.data.tokenizer import Tokenizer
+from tests.data.conftest import TOKENIZER, assert_same, digits, join, open_pipeline, table, take
 
-TOKENIZER = Tokenizer(1024)
 ORDER_OF_TEN = [1, 2, 4, 5, 9, 7, 8, 6, 0, 3], [9, 6, 1, 8, 2, 0, 3, 5, 4, 7]
-
-
-def open_pipeline(config, batch_size=12, process_index=0, process_count=1):
-    return build(
-        config,
-        tokenizer=TOKENIZER,
-        image_size=8,
-        context_length=16,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
-
-
-def take(config, count, start=0, **how):
-    batches = open_pipeline(config, **how).batches(start)
-    try:
-        return list(itertools.islice(batches, count))
-    finally:
-        batches.close()
-
-
-def digits(samples=60, **fields):
-    return DataConfig(source=DigitsConfig(samples=samples), **fields)
-
-
-def table(path, **fields):
-    return DataConfig(source=TableConfig(path=str(path)), **fields)
-
-
-def assert_same(first, second):
-    for field in dataclasses.fields(first):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        np.testing.assert_array_equal(a, b, err_msg=field.name)
-
-
-def join(parts):
-    """The global batch of the processes' parts."""
-    return pipeline.Batch(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text")),
-        np.concatenate([part.index for part in parts]),
-        [key for part in parts for key in part.keys],
-        [event for part in parts for event in part.skipped],
-    )
 
 
 def test_a_batch_is_what_the_step_takes():
@@ -87,6 +41,21 @@ def test_processes_hold_the_parts_of_the_same_batches(process_count, start):
     ]
     for batch, part in zip(whole, zip(*parts, strict=True), strict=True):
         assert_same(batch, join(part))
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_a_batch_that_doubles_is_those_of_the_first_size_joined(start):
+    """In the order of the data, from any step on; each process has its rows of every one."""
+    single, doubled_at = take(digits(), 2 + 2 + 4), (2, 3)
+    wanted = [*single[:2], join(single[2:4]), join(single[4:8])][start:]
+    count = len(wanted)
+    for first, second in zip(wanted, take(digits(), count, start, doubled_at), strict=True):
+        assert_same(first, second)
+    parts = [
+        take(digits(), count, start, doubled_at, process_index=p, process_count=2) for p in (0, 1)
+    ]
+    for batch, part in zip(wanted, zip(*parts, strict=True), strict=True):
+        assert sorted(join(part).index.tolist()) == batch.index.tolist()
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -136,12 +105,12 @@ def test_resumed_at_a_step_the_stream_goes_on(start, write_pairs, tmp_path):
         assert_same(first, second)
 
 
-def assert_once_an_epoch(samples, batch_size, before, after, pieces, data):
+def assert_once_an_epoch(samples, batch_size, before, after, sizes, data):
     """Stopped at a random batch and resumed with other numbers of processes and workers."""
     steps = -(-3 * samples // batch_size)
     stop = data.draw(st.integers(0, steps))
     keys = []
-    with mock.patch.object(pipeline, "_PIECE", pieces):
+    with mock.patch.object(pieces, "_PIECE", sizes):
         for start, end, (count, workers) in ((0, stop, before), (stop, steps, after)):
             parts = [
                 take(
@@ -170,14 +139,14 @@ PIECES = st.sampled_from([(8, 64), (1, 3)])  # at least and at most so many samp
     samples=st.integers(1, 40),
     per_process=st.integers(1, 5),
     counts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    pieces=PIECES,
+    sizes=PIECES,
     data=st.data(),
 )
-def test_every_sample_once_an_epoch(samples, per_process, counts, pieces, data):
+def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, data):
     """Also where epochs end within a batch, and where a batch is made in pieces."""
     batch_size = per_process * np.lcm(*counts).item()
     before, after = ((count, 0) for count in counts)
-    assert_once_an_epoch(samples, batch_size, before, after, pieces, data)
+    assert_once_an_epoch(samples, batch_size, before, after, sizes, data)
 
 
 @pytest.mark.slow
@@ -187,11 +156,11 @@ def test_every_sample_once_an_epoch(samples, per_process, counts, pieces, data):
     per_process=st.integers(1, 5),
     before=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
     after=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3])),
-    pieces=PIECES,
+    sizes=PIECES,
     data=st.data(),
 )
-def test_every_sample_once_an_epoch_with_workers(samples, per_process, before, after, pieces, data):
-    assert_once_an_epoch(samples, 4 * per_process, before, after, pieces, data)
+def test_every_sample_once_an_epoch_with_workers(samples, per_process, before, after, sizes, data):
+    assert_once_an_epoch(samples, 4 * per_process, before, after, sizes, data)
 
 
 def test_epochs_and_seeds_differ_in_order():
@@ -337,8 +306,8 @@ def test_closing_ends_the_threads_and_their_work(monkeypatch):
 def test_the_process_ends_with_batches_in_flight(end):
     code = f"""
 from clip_jax.data.pipeline import DataConfig, build
-from clip_jax.data.tokenizer import Tokenizer
-pipeline = build(DataConfig(threads=2, prefetch=8), tokenizer=Tokenizer(1024), image_size=16,
+from clip_jax.data.tokenizers.clip import ClipTokenizer
+pipeline = build(DataConfig(threads=2, prefetch=8), tokenizer=ClipTokenizer(1024), image_size=16,
                  context_length=16, batch_size=64)
 batches = pipeline.batches(0)
 next(batches)

@@ -1,10 +1,16 @@
 """One file a format: random access, a length, a key for each sample."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64, Int64, UInt8
+
+from clip_jax import files
+from clip_jax.files import Place
+from clip_jax.refused import Refused
 
 
 class SampleError(Exception):
@@ -45,12 +51,45 @@ class StoredSource(Source, Protocol):
         ...
 
 
+class Record(NamedTuple):
+    """One sample as it lies in its file, read together with its neighbours."""
+
+    key: str
+    size: int  # bytes
+    load: Callable[[np.random.Generator], tuple[bytes | UInt8[np.ndarray, "H W 3"], str]]
+    pair: Callable[[], tuple[bytes, list[str]]] | None = None  # image and all captions; SampleError
+
+
+@runtime_checkable
+class StretchSource(Source, Protocol):
+    """A source whose records lie together in files, so that one request reads many."""
+
+    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+        """How many records each stretch holds, in the order of the records."""
+        ...
+
+    def size(self, first: int, last: int) -> int:
+        """Bytes of the records from `first` to before `last`, which are of one stretch."""
+        ...
+
+    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+        """Read records of one stretch in one go. Raises SampleError where none can be read."""
+        ...
+
+
+def stretches_of(source: Source) -> Int64[np.ndarray, " stretches"]:
+    """A source's stretches; each record is one where they lie apart."""
+    if isinstance(source, StretchSource):
+        return source.stretches()
+    return np.ones(len(source), np.int64)
+
+
 @runtime_checkable
 class ScoredSource(Protocol):
     """A source with numbers beside its pairs, such as a CLIP score."""
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column, NaN where a value is missing. ValueError if there is no such column."""
+        """Get a column, NaN where a value is missing. Refused if there is no such column."""
         ...
 
 
@@ -60,12 +99,12 @@ def caption_of(value: Any, rng: np.random.Generator) -> str:
     A single text draws nothing, so that a sample looks the same in every format.
     """
     values = _several(value)
-    return _text(values[0] if len(values) == 1 else values[int(rng.integers(len(values)))])
+    return text_of(values[0] if len(values) == 1 else values[int(rng.integers(len(values)))])
 
 
 def captions_of(value: Any) -> list[str]:
     """All texts of a cell."""
-    return [_text(one) for one in _several(value)]
+    return [text_of(one) for one in _several(value)]
 
 
 def _several(value: Any) -> Sequence[Any] | np.ndarray:
@@ -76,12 +115,37 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
     return value
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        try:
+def check_column(path: str | Place, name: str, names: Sequence[str], option: str = "") -> None:
+    """Refused unless exactly one column has the name; `option` says where to give another."""
+    if (count := names.count(name)) != 1:
+        what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
+        advice = f"; set data.source.{option}" if option else ""
+        raise Refused(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
+
+
+def read_file(path: Place, what: str) -> bytes:
+    """Read a whole file. SampleError for one that is not there, and for what never ends."""
+    try:
+        if not files.is_remote(path):
+            kind = os.stat(path).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise SampleError(f"{what}: a pipe or a device, not a file: {str(path)!r:.300}")
+        return files.read(path)
+    except Refused:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SampleError(f"{what}: {reason}: {str(path)!r:.300}") from error
+
+
+def text_of(value: Any, name: str = "caption") -> str:
+    """A string, or UTF-8 bytes as one. SampleError for what is neither."""
+    try:
+        if isinstance(value, bytes):
             return value.decode()
-        except UnicodeDecodeError as error:
-            raise SampleError(f"caption is not UTF-8: {error.reason} at {error.start}") from error
-    if not isinstance(value, str):
-        raise SampleError(f"caption is {'missing' if value is None else type(value).__name__}")
-    return value
+        if isinstance(value, str):
+            value.encode()  # a JSON may hold half a letter, which nobody can write down
+            return value
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise SampleError(f"{name} is not UTF-8: {error.reason} at {error.start}") from error
+    raise SampleError(f"{name} is {'missing' if value is None else type(value).__name__}")

@@ -2,18 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from clip_jax import files
 from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.sources import Source, files
+from clip_jax.data.sources import Source
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.data.sources.folder import FolderConfig, FolderSource
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
+from clip_jax.data.sources.shards import BadShards
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
+from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig, TfdsSource
+from clip_jax.refused import Refused
 
 _SUFFIXES: dict[str, Any] = {
     **dict.fromkeys((".tar", ".gz", ".tgz"), TarConfig),  # which says why it reads no gzip
@@ -31,7 +33,7 @@ class PathConfig:
     path: str  # tars, Parquet, ArrayRecord, a table; a folder of those, of TFDS, of images
     image_column: str = ""  # where the format has columns; empty: its default
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
-    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
+    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
 
 
 SingleConfig = (
@@ -47,17 +49,20 @@ SingleConfig = (
 )
 
 
-def open_single(config: SingleConfig, image_size: int) -> Source:
-    """Open what a source's config describes; sources that draw do so in `image_size` pixels."""
+def open_single(config: SingleConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> Source:
+    """Open what a source's config describes; sources that draw do so in `image_size` pixels.
+
+    `part` is which of several processes' this is: they share the building of an index.
+    """
     match config:
         case PathConfig():
-            return open_single(guess_source(config), image_size)
+            return open_single(guess_source(config), image_size, part)
         case DigitsConfig():
             return DigitsSource(config, image_size)
         case TableConfig():
             return TableSource(config)
         case TarConfig():
-            return TarSource(config)
+            return TarSource(config, part)
         case FolderConfig():
             return FolderSource(config)
         case ParquetConfig():
@@ -65,27 +70,29 @@ def open_single(config: SingleConfig, image_size: int) -> Source:
         case ArrayRecordConfig():
             return ArrayRecordSource(config)
         case TfdsConfig():
-            return TfdsSource(config)
+            return (TfdsBucketSource if files.is_remote(config.path) else TfdsSource)(config)
         case SavedDatasetConfig():
             return SavedDatasetSource(config)
 
 
 def guess_source(config: PathConfig) -> SingleConfig:
-    """Tell the format by a path's ending, or by what a folder holds. ValueError if neither does."""
+    """Tell the format by a path's ending, or by what a folder holds. Refused if neither does."""
     path = config.path
-    folder = Path(path).expanduser()
-    kind = _SUFFIXES.get(Path(path).suffix)
-    inside = [suffix for suffix in _OF_FOLDERS if any(folder.glob(f"*{suffix}"))]
-    if kind is None and (folder / "state.json").is_file():
-        kind = SavedDatasetConfig
-    elif kind is None and (folder / "dataset_info.json").is_file():
-        kind = TfdsConfig
-    elif kind is None and inside:
-        kind, path = _SUFFIXES[inside[0]], f"{path.rstrip('/')}/*{inside[0]}"
-    elif kind is None and folder.is_dir():
-        kind = FolderConfig
+    folder = files.place(path)
+    kind = _SUFFIXES.get(folder.suffix)
+    if kind is None and folder.is_dir():
+        names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
+        inside = [s for s in _OF_FOLDERS if any(name.endswith(s) for name in names)]
+        if "state.json" in names:
+            kind = SavedDatasetConfig
+        elif "dataset_info.json" in names:
+            kind = TfdsConfig
+        elif inside:
+            kind, path = _SUFFIXES[inside[0]], f"{path.rstrip('/')}/*{inside[0]}"
+        else:
+            kind = FolderConfig
     if kind is None:
-        raise ValueError(
+        raise Refused(
             f"{path} (data.source.path) is no source: give files that end in "
             f"{', '.join(_SUFFIXES)}, or a folder of such files, of images, of save_to_disk or of "
             "a TFDS version"
@@ -96,7 +103,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
         given["caption"], given["caption_key"] = "json", given.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
     if not given.keys() <= names:
-        raise ValueError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
+        raise Refused(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
     if "bad_shards" in names:
         given["bad_shards"] = config.bad_shards
     return kind(path=path, **given)

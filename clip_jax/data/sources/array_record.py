@@ -2,17 +2,26 @@
 
 A record is a tf.train.Example with the features `image` (encoded), `caption` (one or several texts)
 and `key`, so that other programs read it too. Each record is a group of its own: a random one
-costs one read.
+costs one read. On a disk array_record's own reader reads them; it opens no URLs.
 """
 
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
-from clip_jax.data.sources import SampleError, caption_of, captions_of, files
+from clip_jax import files
+from clip_jax.data.sources import Record, SampleError, caption_of, captions_of
+from clip_jax.data.sources.array_record_file import ArrayRecordFile
+from clip_jax.data.sources.shards import BadShards, Places, settle
+from clip_jax.refused import Refused
+
+_THREADS = 64  # that read the files' ends
+_STRETCH = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,78 +31,133 @@ class ArrayRecordConfig:
     path: str  # data/*.array_record
     image_column: str = "image"  # feature with the encoded image
     caption_column: str = "caption"  # feature with one or several texts
-    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
+    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
 
 
 class ArrayRecordSource:
-    """One pair a record, in the order of shards and records. ValueError for shards not usable."""
+    """One pair a record, in the order of shards and records. Refused for shards not usable."""
 
     def __init__(self, config: ArrayRecordConfig) -> None:
         paths = files.expand(config.path)
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(_THREADS) as threads:
             opened = list(threads.map(_open, paths))
         bad = [shard for shard in opened if isinstance(shard, str)]
-        files.settle(config.path, bad, "no ArrayRecord, or not whole", config.bad_shards)
+        settle(config.path, bad, "no ArrayRecord, or not whole", config.bad_shards)
         self._shards = [shard for shard in opened if not isinstance(shard, str)]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._places = Places(len(shard) for shard in self._shards)
         if not len(self):
-            raise ValueError(f"{config.path} has no records; data.source.path needs at least one")
+            raise Refused(f"{config.path} has no records; data.source.path needs at least one")
         self._config = config
-        self._paths = [
-            path for path, one in zip(paths, opened, strict=True) if not isinstance(one, str)
-        ]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._places)
 
-    def _find(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+        """Records of each stretch: whole groups, some MiB of a shard by its records' mean size."""
+        counts = [np.zeros(0, np.int64)]
+        for shard in filter(len, self._shards):
+            groups = round(_STRETCH / (shard.end / len(shard) * shard.group))
+            each = max(1, groups) * shard.group
+            counts.append(np.diff(np.append(np.arange(0, len(shard), each), len(shard))))
+        return np.concatenate(counts)
+
+    @functools.cached_property
+    def _bytes(self) -> tuple[Int64[np.ndarray, " edges"], Int64[np.ndarray, " edges"]]:
+        """Records and bytes before each shard, and in all."""
+        shards = list(filter(len, self._shards))
+        return np.cumsum([0, *map(len, shards)]), np.cumsum([0, *(one.end for one in shards)])
+
+    def size(self, first: int, last: int) -> int:
+        """Bytes of these records, by the mean of their shard."""
+        return int(np.diff(np.interp([first, last], *self._bytes))[0])
+
+    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+        """Read records of one shard by one request."""
+        return [
+            Record(
+                self.key(first + i),
+                len(record),
+                functools.partial(self._pair, record),
+                functools.partial(self._whole, record),
+            )
+            for i, record in enumerate(self._read(first, last))
+        ]
 
     def key(self, index: int) -> str:
         """Shard and number of the record."""
-        shard, place = self._find(index)
-        return f"{self._paths[shard]}:{place}"
+        shard, place = self._places.find(index)
+        return f"{self._shards[shard].path}:{place}"
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the encoded image and the caption."""
-        features = self._features(index)
-        return self._image(features), caption_of(features.get(self._config.caption_column), rng)
+        return self._pair(*self._read(index, index + 1), rng)
 
     def image(self, index: int) -> bytes:
         """Get the encoded image."""
-        return self._image(self._features(index))
+        return self._image(self._features(*self._read(index, index + 1)))
 
     def captions(self, index: int) -> list[str]:
         """Get all values of the caption's feature."""
-        return captions_of(self._features(index).get(self._config.caption_column))
+        (record,) = self._read(index, index + 1)
+        return captions_of(self._features(record).get(self._config.caption_column))
 
-    def _features(self, index: int) -> dict[str, list[bytes]]:
-        shard, place = self._find(index)
+    def _pair(self, record: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
+        features = self._features(record)
+        return self._image(features), caption_of(features.get(self._config.caption_column), rng)
+
+    def _whole(self, record: bytes) -> tuple[bytes, list[str]]:
+        features = self._features(record)
+        captions = captions_of(features.get(self._config.caption_column))
+        return self._image(features), captions
+
+    def _features(self, record: bytes) -> dict[str, Any]:
+        return decode_example(record)
+
+    def _read(self, first: int, last: int) -> Sequence[bytes]:
+        shard, place = self._places.find(first)
         try:
-            return decode_example(self._shards[shard][place])
+            return self._shards[shard].read(place, place + last - first)
+        except Refused:
+            raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise SampleError(f"record cannot be read: {error}") from error
 
-    def _image(self, features: dict[str, list[bytes]]) -> bytes:
+    def _image(self, features: dict[str, Any]) -> bytes:
         image = features.get(self._config.image_column)
         if not image:
             raise SampleError(f"image is missing: no feature {self._config.image_column!r}")
         return image[0]
 
 
-def _open(path: str) -> Any:
-    """An open shard, or its name and what is wrong with it."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+class _OnDisk(ArrayRecordFile):
+    """Read by array_record, which compares hashes too and reads every kind of chunk."""
 
+    def __init__(self, path: str) -> None:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        super().__init__(path)
+        self._records: Any = ArrayRecordDataSource(path)
+
+    def read(self, first: int, last: int) -> Sequence[bytes]:
+        if last == first + 1:
+            return [self._records[first]]
+        return self._records.__getitems__(range(first, last))
+
+
+def _open(path: str) -> ArrayRecordFile | str:
+    """An open shard, or its name and what is wrong with it."""
     try:
-        files.stat(path)
-        shard = ArrayRecordDataSource(path)
-        len(shard)  # reads the end, where the index is
+        if not files.is_remote(path):
+            return _OnDisk(path)
+        shard = ArrayRecordFile(path)
     except FileNotFoundError:
         return f"{path} (missing)"
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
+    except Refused:
+        raise
+    except (OSError, ValueError, IndexError) as error:
         return f"{path} ({error})"
+    if shard.transposed:
+        return f"{path} (transposed, which is read on a disk only: clip-jax prepare it there)"
     return shard
 
 
@@ -140,11 +204,11 @@ def encode_example(features: dict[str, list[bytes]]) -> bytes:
 
 
 def decode_example(record: bytes) -> dict[str, list[bytes]]:
-    """Bytes features by name. ValueError if it is no tf.train.Example."""
+    """Bytes features by name. SampleError if it is no tf.train.Example."""
     from google.protobuf.message import DecodeError
 
     try:
         example = _example().FromString(record)
     except DecodeError as error:
-        raise ValueError(f"not a tf.train.Example: {error}") from error
+        raise SampleError(f"record is no tf.train.Example: {error}") from error
     return {e.key: list(e.value.bytes_list.value) for e in example.features.feature}

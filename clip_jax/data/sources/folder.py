@@ -1,13 +1,13 @@
 """A folder of images, each with its caption in a .txt of the same name."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, captions_of
-from clip_jax.data.sources.tar import IMAGES
+from clip_jax import files
+from clip_jax.data.sources import captions_of, read_file
+from clip_jax.data.sources.tar_members import IMAGES
+from clip_jax.refused import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +18,20 @@ class FolderConfig:
 
 
 class FolderSource:
-    """One pair an image, by path in alphabetical order. ValueError if there is no image."""
+    """One pair an image, by path in alphabetical order. Refused if there is no image."""
 
     def __init__(self, config: FolderConfig) -> None:
-        self._folder = Path(config.path).expanduser()
+        self._folder = files.place(config.path)
         if not self._folder.is_dir():
-            raise ValueError(f"no folder at {self._folder.absolute()}; set data.source.path")
-        self._names = sorted(
-            os.path.relpath(os.path.join(folder, name), self._folder)
-            for folder, _, names in os.walk(self._folder, followlinks=True)
-            for name in names
-            if name.rpartition(".")[2].lower() in IMAGES and not name.startswith(".")
-        )
+            raise Refused(f"no folder at {config.path}; set data.source.path")
+        paths = map(files.place, files.walk(self._folder))
+        self._names = [
+            path.relative_to(self._folder).as_posix()
+            for path in paths
+            if path.suffix.lower()[1:] in IMAGES and not path.name.startswith(".")
+        ]
         if not self._names:
-            raise ValueError(
+            raise Refused(
                 f"{self._folder} has no images ({', '.join(IMAGES)}); set data.source.path"
             )
 
@@ -48,15 +48,10 @@ class FolderSource:
 
     def image(self, index: int) -> bytes:
         """Get the image file's bytes."""
-        return _read(self._folder / self._names[index])
+        path = self._folder / self._names[index]
+        return read_file(path, path.suffix)
 
     def captions(self, index: int) -> list[str]:
         """Get the text file's content, one caption."""
-        return captions_of(_read((self._folder / self._names[index]).with_suffix(".txt")))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError(f"{path.suffix}: {error.strerror}") from error
+        text = (self._folder / self._names[index]).with_suffix(".txt")
+        return captions_of(read_file(text, ".txt"))

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from clip_jax.data.sources import SampleError, files
+from clip_jax import files
+from clip_jax.data.sources import read_file
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.files import Place
+from clip_jax.refused import Refused
 
 SUFFIXES = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif")}
 
@@ -30,16 +32,16 @@ class Images(Protocol):
 def open_images(source: str, image_column: str = "image") -> Images:
     """Open a folder of images, a table with a column of paths, or a pattern of tars.
 
-    Captions need not be there. ValueError if there is no such source or no image in it.
+    Captions need not be there. Refused if there is no such source or no image in it.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return FolderImages(path)
     if source.endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
         return TableSource(TableConfig(path=source, image_column=image_column, caption_column=""))
     if source.endswith((".tar", ".tar.gz", ".tgz")):
         return TarSource(TarConfig(path=source))
-    raise ValueError(
+    path = files.place(source)
+    if path.is_dir():
+        return FolderImages(path)
+    raise Refused(
         f"no images at {source}; it takes a folder, a .csv, .tsv or .jsonl, or tars "
         "(data/{00000..00041}.tar)."
     )
@@ -50,16 +52,13 @@ def absolute(source: str) -> str:
     return source if files.is_remote(source) else os.path.abspath(os.path.expanduser(source))
 
 
-def image_files(paths: Iterable[Path]) -> Iterator[Path]:
+def image_files(paths: Iterable[Place]) -> Iterator[Place]:
     """Files as given, folders in alphabetical order with what is in them."""
     for path in paths:
         if path.is_dir():
-            yield from sorted(
-                Path(folder) / name
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-                if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-            )
+            for file in sorted(map(files.place, files.walk(path))):
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                    yield file
         else:
             yield path
 
@@ -67,11 +66,11 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
 class FolderImages:
     """Images of a folder and the folders in it, by path."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self._folder = folder
         self._names = [path.relative_to(folder).as_posix() for path in image_files([folder])]
         if not self._names:
-            raise ValueError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}).")
+            raise Refused(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}).")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -82,7 +81,4 @@ class FolderImages:
 
     def image(self, index: int) -> bytes:
         """Get the file's bytes."""
-        try:
-            return (self._folder / self._names[index]).read_bytes()
-        except OSError as error:
-            raise SampleError(f"unreadable: {error.strerror}") from error
+        return read_file(self._folder / self._names[index], "unreadable")

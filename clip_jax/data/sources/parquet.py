@@ -4,7 +4,9 @@ Parquet has no random access: a row costs its row group. With row groups of 100 
 Face writes image sets, that is bearable; for fast reading `clip-jax prepare` it first.
 """
 
+import errno
 import functools
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +15,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
-from clip_jax.data.sources import SampleError, caption_of, captions_of, files, scores
+from clip_jax import files
+from clip_jax.data.sources import (
+    Record,
+    SampleError,
+    caption_of,
+    captions_of,
+    check_column,
+    scores,
+)
+from clip_jax.data.sources.shards import BadShards, Places, settle
+from clip_jax.refused import Refused
 
 _THREADS = 16  # that read the files' ends
 _OPEN_GROUPS = 8  # row groups kept in memory; each thread works in one at a time
@@ -28,18 +40,18 @@ class ParquetConfig:
     path: str  # data/*.parquet, data/{00000..00041}.parquet
     image_column: str = "image"  # encoded images, or structs with `bytes` (Hugging Face)
     caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
-    bad_shards: files.BadShards = "error"  # missing, truncated or damaged ones
+    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
 
 
 class ParquetSource:
-    """One pair a row, in the order of files and rows. ValueError for files not usable."""
+    """One pair a row, in the order of files and rows. Refused for files not usable."""
 
     def __init__(self, config: ParquetConfig) -> None:
         paths = files.expand(config.path)
         with ThreadPoolExecutor(_THREADS) as threads:
             read = list(threads.map(_metadata, paths))
         bad = [one for one in read if isinstance(one, str)]
-        files.settle(config.path, bad, "not usable", config.bad_shards)
+        settle(config.path, bad, "not usable", config.bad_shards)
         good = [
             (path, one) for path, one in zip(paths, read, strict=True) if not isinstance(one, str)
         ]
@@ -52,30 +64,71 @@ class ParquetSource:
             check_columns(path, schema, config.image_column, config.caption_column)
             groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        self._groups, self._ends = groups, np.cumsum(sizes, dtype=np.int64)
+        self._groups, self._places = groups, Places(sizes)
+        self._sizes = np.array(sizes, np.int64)
         if not len(self):
-            raise ValueError(f"{config.path} has no rows; data.source.path needs at least one")
+            raise Refused(f"{config.path} has no rows; data.source.path needs at least one")
         self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
         self._read = functools.lru_cache(maxsize=_OPEN_GROUPS)(self._read_group)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def _find(self, index: int) -> tuple[int, int]:
-        """Number of the row group, and row in it."""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        return group, index - (int(self._ends[group - 1]) if group else 0)
+        return len(self._places)
 
     def _read_group(self, group: int) -> pa.Table:
+        """Read a row group, its columns and what lies between them by one request."""
         number, place = self._groups[group]
-        with files.open_file(self._paths[number]) as source:
-            file = pq.ParquetFile(source, metadata=self._metadata[number])
-            return file.read_row_group(place, columns=self._columns, use_threads=False)
+        begin, end = self._span(group)
+        (data,) = files.read_ranges(self._paths[number], [(begin, end - begin)])
+        file = pq.ParquetFile(_Part(data, begin), metadata=self._metadata[number])
+        return file.read_row_group(place, columns=self._columns, use_threads=False)
+
+    def _span(self, group: int) -> tuple[int, int]:
+        """Where the bytes of a row group's columns begin and end."""
+        number, place = self._groups[group]
+        row_group = self._metadata[number].row_group(place)
+        spans = []
+        for i in range(row_group.num_columns):
+            column = row_group.column(i)
+            if column.path_in_schema.partition(".")[0] in self._columns:
+                starts = (column.dictionary_page_offset, column.data_page_offset)
+                begin = min(start for start in starts if start)
+                spans.append((begin, begin + column.total_compressed_size))
+        return min(begin for begin, _ in spans), max(end for _, end in spans)
+
+    @functools.cached_property
+    def _edges(self) -> Int64[np.ndarray, " edges"]:
+        """Bytes before each row group, and in all."""
+        spans = map(self._span, range(len(self._groups)))
+        return np.cumsum([0, *(end - begin for begin, end in spans)])
+
+    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+        """Rows of each row group."""
+        return self._sizes
+
+    def size(self, first: int, last: int) -> int:
+        """Bytes of the row groups in which these lie."""
+        before = np.concatenate([[0], np.cumsum(self._sizes)])
+        return int(np.diff(np.interp([first, last], before, self._edges))[0])
+
+    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+        """Read rows of one row group, which costs the whole of it."""
+        group, row = self._places.find(first)
+        table = self._table(group).slice(row, last - first)
+        size = table.nbytes // len(table)
+        return [
+            Record(
+                self.key(first + i),
+                size,
+                functools.partial(pair_of, table, self._columns, i),
+                functools.partial(_whole, table, self._columns, i),
+            )
+            for i in range(last - first)
+        ]
 
     def key(self, index: int) -> str:
         """File and row."""
-        group, row = self._find(index)
+        group, row = self._places.find(index)
         number, place = self._groups[group]
         before = sum(self._metadata[number].row_group(g).num_rows for g in range(place))
         return f"{self._paths[number]}:{before + row}"
@@ -101,14 +154,35 @@ class ParquetSource:
 
     def _row(self, index: int) -> tuple[pa.Table, int]:
         """Table of the row group, and row in it."""
-        group, row = self._find(index)
+        group, row = self._places.find(index)
+        return self._table(group), row
+
+    def _table(self, group: int) -> pa.Table:
         with self._lock:
             reading = self._reading.setdefault(group, threading.Lock())
         try:
             with reading:  # else every thread that wants this group would decode it
-                return self._read(group), row
+                return self._read(group)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
+
+
+class _Part(io.BytesIO):
+    """Bytes of a file from `begin` on, at their places in it."""
+
+    def __init__(self, data: bytes, begin: int) -> None:
+        super().__init__(data)
+        self._begin = begin
+
+    def tell(self) -> int:
+        return self._begin + super().tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET:
+            offset -= self._begin
+            if offset < 0:
+                raise OSError(errno.EINVAL, "a column begins before what its file says")
+        return self._begin + super().seek(offset, whence)
 
 
 def _metadata(path: str) -> Any:
@@ -126,13 +200,9 @@ def _metadata(path: str) -> Any:
 
 
 def check_columns(path: str, schema: pa.Schema, image_column: str, caption_column: str) -> None:
-    """ValueError names the option of a column that the file lacks, and the columns it has."""
-    for option, name in (("image_column", image_column), ("caption_column", caption_column)):
-        if name not in schema.names:
-            raise ValueError(
-                f"{path} has no column {name!r}, only {', '.join(map(repr, schema.names))}; set "
-                f"data.source.{option}"
-            )
+    """Refused names the option of a column that the file lacks or has twice."""
+    check_column(path, image_column, schema.names, "image_column")
+    check_column(path, caption_column, schema.names, "caption_column")
 
 
 def pair_of(
@@ -140,6 +210,11 @@ def pair_of(
 ) -> tuple[bytes, str]:
     """Image bytes and caption of a row of an Arrow table."""
     return image_of(table, columns[0], row), caption_of(cell(table, columns[1], row), rng)
+
+
+def _whole(table: pa.Table, columns: list[str], row: int) -> tuple[bytes, list[str]]:
+    captions = captions_of(cell(table, columns[1], row))
+    return image_of(table, columns[0], row), captions
 
 
 def image_of(table: pa.Table, column: str, row: int) -> bytes:

@@ -10,10 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError
+from clip_jax import files
+from clip_jax.data.sources import (
+    SampleError,
+    caption_of,
+    captions_of,
+    check_column,
+    read_file,
+    text_of,
+)
+from clip_jax.refused import Refused
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson")
+_BLOCKS = (1 << 20, 1 << 24, 1 << 30)  # bytes of a CSV read at once: a row must lie in one
 _PEEK_LINES = 100  # of a JSONL, to learn which columns it has
 
 
@@ -27,25 +37,23 @@ class TableConfig:
 
 
 class TableSource:
-    """One pair a row. ValueError if the file, a column or every row is missing."""
+    """One pair a row. Refused if the file, a column or every row is missing."""
 
     def __init__(self, config: TableConfig) -> None:
-        path = Path(config.path).expanduser()
+        path = files.place(config.path)
         if not path.is_file():
-            raise ValueError(
-                f"no table at {path.absolute()}; set data.source.path to a .csv, .tsv or .jsonl"
+            raise Refused(
+                f"no table at {config.path}; set data.source.path to a .csv, .tsv or .jsonl"
             )
-        if path.suffix in _DELIMITERS:
-            self._rows: _Delimited | _JsonLines = _Delimited(path, config)
-        elif path.suffix in _LINES:
-            self._rows = _JsonLines(path, config)
-        else:
-            raise ValueError(
-                f"{path} ends in {path.suffix!r}; data.source.path takes "
-                f"{', '.join([*_DELIMITERS, *_LINES])}"
+        kinds = {**dict.fromkeys(_DELIMITERS, _Delimited), **dict.fromkeys(_LINES, _JsonLines)}
+        if path.suffix not in kinds:
+            raise Refused(
+                f"{path} ends in {path.suffix!r}; data.source.path takes {', '.join(kinds)}"
             )
+        with files.local(path) as here:
+            self._rows: _Delimited | _JsonLines = kinds[path.suffix](here, config)
         if not len(self._rows):
-            raise ValueError(f"{path} has no rows; data.source.path needs at least one pair")
+            raise Refused(f"{path} has no rows; data.source.path needs at least one pair")
         self._folder = path.parent
 
     def __len__(self) -> int:
@@ -57,48 +65,30 @@ class TableSource:
             image, _ = self._rows[index]
         except SampleError:
             return f"{index + 1}:"
-        shown = image.decode(errors="replace") if isinstance(image, bytes) else image
-        return f"{index + 1}:{shown}"
+        shown = image if isinstance(image, bytes) else str(image).encode(errors="replace")
+        return f"{index + 1}:{shown.decode(errors='replace')}"
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the image file's bytes and the caption; nothing here is random."""
-        return self.image(index), _text(self._rows[index][1], "caption")
+        """Get the image file's bytes and the caption, of a JSONL's list one."""
+        return self.image(index), caption_of(self._rows[index][1], rng)
 
     def captions(self, index: int) -> list[str]:
-        """Get the one caption of the row."""
-        return [_text(self._rows[index][1], "caption")]
+        """Get the caption of the row, of a JSONL's list all."""
+        return captions_of(self._rows[index][1])
 
     def image(self, index: int) -> bytes:
         """Get the image file's bytes."""
-        image = _text(self._rows[index][0], "image path")
+        image = text_of(self._rows[index][0], "image path")
         if not image:
             raise SampleError("image path is empty")
-        try:
-            return (self._folder / image).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or str(error)
-            raise SampleError(f"image file: {reason}: {image!r:.300}") from error
-
-
-def _text(cell: Any, name: str) -> str:
-    if isinstance(cell, bytes):
-        try:
-            return cell.decode()
-        except UnicodeDecodeError as error:
-            raise SampleError(f"{name} is not UTF-8: {error.reason} at {error.start}") from error
-    if not isinstance(cell, str):
-        raise SampleError(f"{name} is {'missing' if cell is None else type(cell).__name__}")
-    return cell
+        where = files.place(image) if files.is_remote(image) else self._folder / image
+        return read_file(where, "image file")
 
 
 def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
-    for option in ("image_column", "caption_column"):
-        name = getattr(config, option)
-        if name not in columns and (name or option == "image_column"):
-            raise ValueError(
-                f"{path} has no column {name!r}, only {', '.join(map(repr, columns)) or 'none'}; "
-                f"set data.source.{option}"
-            )
+    check_column(path, config.image_column, columns, "image_column")
+    if config.caption_column:
+        check_column(path, config.caption_column, columns, "caption_column")
 
 
 class _Delimited:
@@ -130,7 +120,8 @@ class _Delimited:
             )
             return "skip"
 
-        try:
+        def read(block_size: int) -> pa.Table:
+            self._malformed.clear()
             with pyarrow.csv.open_csv(
                 path,
                 # Bytes as Latin-1 letters: Arrow would lose a malformed row that is not UTF-8.
@@ -139,6 +130,7 @@ class _Delimited:
                     encoding="latin-1",
                     column_names=[name.encode().decode("latin-1") for name in columns],
                     skip_rows_after_names=1,
+                    block_size=block_size,
                 ),
                 pyarrow.csv.ParseOptions(
                     delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep
@@ -147,11 +139,22 @@ class _Delimited:
                     include_columns=names, column_types=dict.fromkeys(names, pa.binary())
                 ),
             ) as reader:
-                table = reader.read_all()
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{path} (data.source.path) does not parse: {error}. A quote that never closes?"
-            ) from error
+                return reader.read_all()
+
+        size = path.stat().st_size
+        for block_size in _BLOCKS:
+            try:
+                # Arrow takes the rest of the file for one long cell, if that fits in a block.
+                if size <= block_size and _is_left_open(path, delimiter):
+                    raise pa.ArrowInvalid("it ends within quotes")
+                table = read(block_size)
+                break
+            except pa.ArrowInvalid as error:
+                if "block" not in str(error) or size <= block_size or block_size == _BLOCKS[-1]:
+                    raise Refused(
+                        f"{path} (data.source.path) does not parse: {error}. A quote that never "
+                        "closes?"
+                    ) from error
         self._columns = [table[name] for name in names]
 
     def __len__(self) -> int:
@@ -166,12 +169,26 @@ class _Delimited:
         return image, caption[0] if caption else None
 
 
+def _is_left_open(path: Path, delimiter: str) -> bool:
+    """Say whether the file ends within quotes."""
+    limit = csv.field_size_limit(_BLOCKS[-1])
+    try:
+        with path.open(newline="", encoding="latin-1") as file:
+            for _ in csv.reader(file, delimiter=delimiter, strict=True):
+                pass
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    finally:
+        csv.field_size_limit(limit)
+    return False
+
+
 class _JsonLines:
     """The file stays on disk, mapped; in memory is where each line starts."""
 
     def __init__(self, path: Path, config: TableConfig) -> None:
         if not path.stat().st_size:
-            raise ValueError(f"{path} is empty; data.source.path needs at least one pair")
+            raise Refused(f"{path} is empty; data.source.path needs at least one pair")
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         buffer = np.frombuffer(self._bytes, np.uint8)

@@ -1,12 +1,15 @@
 """TensorFlow Datasets without TensorFlow: sets prepared as array_record or Parquet."""
 
+import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clip_jax import files
 from clip_jax.data.sources import SampleError, caption_of, captions_of
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.refused import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,33 +22,38 @@ class TfdsConfig:
     caption_column: str = "caption"  # Text feature, or a sequence of texts
 
 
+def _builder(config: TfdsConfig) -> Any:
+    """Open a version's folder. Refused where it is none, or lacks what is asked for."""
+    import tensorflow_datasets as tfds
+
+    folder = files.place(config.path)
+    if not (folder / "dataset_info.json").is_file():
+        raise Refused(
+            f"no dataset_info.json in {folder}; set data.source.path to the version's folder "
+            "of a prepared TFDS builder, such as .../coco_captions/1.1.0"
+        )
+    builder: Any = tfds.builder_from_directory(str(folder))
+    features = list(builder.info.features)
+    for option in ("image_column", "caption_column"):
+        if getattr(config, option) not in features:
+            raise Refused(
+                f"{folder} has no feature {getattr(config, option)!r}, only "
+                f"{', '.join(map(repr, features))}; set data.source.{option}"
+            )
+    if config.split not in builder.info.splits:
+        raise Refused(
+            f"{folder} has no split {config.split!r}, only "
+            f"{', '.join(map(repr, builder.info.splits))}; set data.source.split"
+        )
+    return builder
+
+
 class TfdsSource:
-    """One pair an example, images as they were stored. ValueError for folders not usable."""
+    """One pair an example, images as they were stored. Refused for folders not usable."""
 
     def __init__(self, config: TfdsConfig) -> None:
-        import tensorflow_datasets as tfds
-
-        folder = Path(config.path).expanduser()
-        if not (folder / "dataset_info.json").is_file():
-            raise ValueError(
-                f"no dataset_info.json in {folder}; set data.source.path to the version's folder "
-                "of a prepared TFDS builder, such as .../coco_captions/1.1.0"
-            )
-        builder: Any = tfds.builder_from_directory(str(folder))
-        features = list(builder.info.features)
-        for option in ("image_column", "caption_column"):
-            if getattr(config, option) not in features:
-                raise ValueError(
-                    f"{folder} has no feature {getattr(config, option)!r}, only "
-                    f"{', '.join(map(repr, features))}; set data.source.{option}"
-                )
-        if config.split not in builder.info.splits:
-            raise ValueError(
-                f"{folder} has no split {config.split!r}, only "
-                f"{', '.join(map(repr, builder.info.splits))}; set data.source.split"
-            )
-        self._examples = builder.as_data_source(
-            split=config.split, decoders={config.image_column: tfds.decode.SkipDecoding()}
+        self._examples = _builder(config).as_data_source(
+            split=config.split, decoders=_as_stored(config)
         )
         self._config = config
 
@@ -76,15 +84,58 @@ class TfdsSource:
             raise SampleError(f"example cannot be read: {error}") from error
 
     def _image(self, example: dict[str, Any]) -> bytes:
-        image = example[self._config.image_column]
-        if isinstance(image, np.ndarray) and image.ndim == 0:
-            image = image.item()
+        image = _bytes(example[self._config.image_column])
         if not isinstance(image, bytes):
             raise SampleError(f"image is {type(image).__name__}, not encoded bytes")
         return image
 
     def _caption(self, example: dict[str, Any]) -> Any:
-        caption = example[self._config.caption_column]
-        if isinstance(caption, dict):  # a sequence of {"text": ...}, as in coco_captions
-            caption = next(iter(caption.values()), [])
-        return caption.tolist() if isinstance(caption, np.ndarray) else caption
+        return _texts(example[self._config.caption_column])
+
+
+class TfdsBucketSource(ArrayRecordSource):
+    """The examples of a builder's folder in a bucket, which TFDS itself does not read there."""
+
+    def __init__(self, config: TfdsConfig) -> None:
+        info = _builder(config).info
+        if info.file_format.value != "array_record":
+            raise Refused(
+                f"{config.path} is stored as {info.file_format.value}; in a bucket a set of TFDS "
+                'is read as array_record: build it with file_format="array_record", or read it '
+                "from a disk"
+            )
+        super().__init__(
+            ArrayRecordConfig(
+                path=f"{config.path.rstrip('/')}/*-{config.split}.array_record*",
+                image_column=config.image_column,
+                caption_column=config.caption_column,
+            )
+        )
+        self._example = functools.partial(
+            info.features.deserialize_example_np, decoders=_as_stored(config)
+        )
+
+    def _features(self, record: bytes) -> dict[str, Any]:
+        try:
+            example = self._example(record)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise SampleError(f"example cannot be read: {error}") from error
+        image, caption = self._config.image_column, self._config.caption_column
+        return {image: [_bytes(example[image])], caption: _texts(example[caption])}
+
+
+def _as_stored(config: TfdsConfig) -> dict[str, Any]:
+    """Tell TFDS to leave images encoded."""
+    import tensorflow_datasets as tfds
+
+    return {config.image_column: tfds.decode.SkipDecoding()}
+
+
+def _bytes(image: Any) -> Any:
+    return image.item() if isinstance(image, np.ndarray) and image.ndim == 0 else image
+
+
+def _texts(caption: Any) -> Any:
+    if isinstance(caption, dict):  # a sequence of {"text": ...}, as in coco_captions
+        caption = next(iter(caption.values()), [])
+    return caption.tolist() if isinstance(caption, np.ndarray) else caption

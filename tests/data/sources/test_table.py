@@ -1,10 +1,12 @@
 import json
+import os
 
 import numpy as np
 import pytest
 
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.table import TableConfig, TableSource
+from clip_jax.refused import Refused
 
 RNG = np.random.default_rng(0)
 
@@ -131,6 +133,16 @@ def test_an_open_quote_is_said(tmp_path):
         TableSource(TableConfig(path=str(table)))
 
 
+def test_an_open_quote_is_said_in_a_small_file_too(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text('image,caption\na.png,"open\nb.png,x\n')
+    with pytest.raises(Refused, match="ends within quotes"):
+        TableSource(TableConfig(path=str(table)))
+    table.write_text('image,caption\na.png,5" wide\nb.png,"6"" wide"\nc.png,"7" wide\n')
+    source = TableSource(TableConfig(path=str(table)))
+    assert [source.captions(i)[0][0] for i in range(3)] == ["5", "6", "7"]
+
+
 def test_newlines_in_quotes_across_blocks(tmp_path):
     """Arrow reads in blocks of a megabyte; a block may end within a caption."""
     (tmp_path / "a.png").write_bytes(b"x")
@@ -141,3 +153,50 @@ def test_newlines_in_quotes_across_blocks(tmp_path):
     assert len(source) == 1000
     for i in (0, 500, 999):
         assert source.load(i, RNG) == (b"x", lines)
+
+
+def test_a_list_of_captions_draws_one_and_gives_all(tmp_path, write_pairs):
+    table = write_pairs(tmp_path, 1, ".jsonl")
+    row = json.loads(table.read_text())
+    table.write_text(json.dumps(row | {"caption": ["one", "two", "three"]}))
+    source = TableSource(TableConfig(path=str(table)))
+    drawn = {source.load(0, np.random.default_rng(i))[1] for i in range(20)}
+    assert drawn == {"one", "two", "three"}
+    assert source.captions(0) == ["one", "two", "three"]
+
+
+def test_half_a_letter_is_named_and_does_not_leave_the_source(tmp_path, write_pairs):
+    table = write_pairs(tmp_path, 1, ".jsonl")
+    row = json.loads(table.read_text())
+    table.write_text(json.dumps(row | {"caption": "a \ud800"}) + "\n" + '{"image": "\\ud800.png"}')
+    source = TableSource(TableConfig(path=str(table)))
+    with pytest.raises(SampleError, match="caption is not UTF-8: surrogates not allowed at 2"):
+        source.captions(0)
+    with pytest.raises(SampleError, match="image path is not UTF-8"):
+        source.image(1)
+    assert source.key(1) == "2:?.png"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_caption_longer_than_what_is_read_at_once(suffix, tmp_path, write_pairs):
+    table = write_pairs(tmp_path, 2, suffix)
+    sign = "," if suffix == ".csv" else "\t"
+    with table.open("a") as file:
+        file.write(f'images/0000.png{sign}"{"word " * 600_000}"\n')
+    source = TableSource(TableConfig(path=str(table)))
+    assert [len(source.captions(i)[0]) for i in range(3)][2] == 3_000_000
+
+
+def test_a_pipe_in_the_place_of_an_image_is_named(tmp_path, write_pairs):
+    table = write_pairs(tmp_path, 1)
+    (tmp_path / "images/0000.png").unlink()
+    os.mkfifo(tmp_path / "images/0000.png")
+    with pytest.raises(SampleError, match=r"image file: a pipe or a device.*0000\.png"):
+        TableSource(TableConfig(path=str(table))).image(0)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption,caption\na.png,b,c\n")
+    with pytest.raises(Refused, match=r"2 columns 'caption' among 'image', 'caption', 'caption'"):
+        TableSource(TableConfig(path=str(table)))

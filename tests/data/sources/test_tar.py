@@ -1,23 +1,27 @@
 """Tars: what an index holds, what is refused and why, and how fast it goes."""
 
+import functools
 import itertools
 import json
 import os
 import tarfile
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_jax import files
 from clip_jax.data.pipeline import DataConfig, build
-from clip_jax.data.sources import SampleError, files, tar
-from clip_jax.data.sources.tar import TarConfig, TarSource, index_shard
-from clip_jax.data.tokenizer import Tokenizer
-
-from ..formats import write_tar
+from clip_jax.data.sources import SampleError, tar_index
+from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.data.sources.tar_index import Shard, index_shard
+from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.refused import Refused
+from tests.data.conftest import write_tar
 
 RNG = np.random.default_rng(0)
 
@@ -94,6 +98,24 @@ def test_missing_members_and_bad_text_are_samples_with_a_reason(tmp_path):
     assert reason(source, 2).startswith("caption is not UTF-8")
 
 
+def test_names_with_dots_of_their_own_are_counted(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [*pair("1"), *pair("a.b"), ("1.seg.png", b"another stream")])
+    write_tar(tmp_path / "b.tar", [*pair("2"), ("2.npy", b""), ("d.ir/3.jpg", b"x")])
+    for _ in range(2):  # from the tars, and from the index
+        caplog.clear()
+        assert len(open_tar(tmp_path / "*.tar")) == 3
+        assert "3 members of 1 shards, such as a.b.jpg, are ignored" in caplog.text
+
+
+def test_sizes_of_thousands_of_digits_are_damage(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        member = tarfile.TarInfo("1.jpg")
+        member.pax_headers = {"size": "9" * 5000}
+        file.addfile(member)
+    with pytest.raises(Refused, match="whose size is no number"):
+        open_tar(tmp_path / "a.tar")
+
+
 def test_gzip_is_refused_with_a_reason(tmp_path):
     write_tar(tmp_path / "packed.tar", [])
     os.remove(tmp_path / "packed.tar")
@@ -134,52 +156,156 @@ def test_img2dataset_counts_are_checked(tmp_path):
     assert len(open_tar(tmp_path / "0.tar")) == 2
 
 
-def test_the_index_is_built_once_and_follows_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def indexed(monkeypatch):
+    """Shards whose headers are read, in turn."""
+    read = []
+    index = tar_index.index_shard
+    monkeypatch.setattr(
+        tar_index, "index_shard", lambda shard, size: read.append(shard) or index(shard, size)
+    )
+    return read
+
+
+def test_the_index_is_built_once_and_follows_changes(tmp_path, indexed):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", pair("a", b"old"))
-    read = []
-    index = index_shard
-    monkeypatch.setattr(tar, "index_shard", lambda shard: read.append(shard) or index(shard))
     kept = tmp_path / "elsewhere"
     for _ in range(2):
         assert len(open_tar(tmp_path / "{0..2}.tar", index=str(kept))) == 3
-    assert len(read) == 3
+    assert len(indexed) == 3
     write_tar(tmp_path / "1.tar", pair("a", b"new") + pair("b"))
     source = open_tar(tmp_path / "{0..2}.tar", index=str(kept))
     assert (len(source), source.load(1, RNG)[0]) == (4, b"new")
-    assert read[3:] == [f"{tmp_path}/1.tar"]
-    (file,) = kept.iterdir()
-    file.write_bytes(file.read_bytes()[:-100])  # not whole: built again
+    assert indexed[3:] == [f"{tmp_path}/1.tar"]
+    (summary,) = kept.glob("*.arrow")
+    rows = sorted(kept.glob("*/*.arrow"))
+    assert len(rows) == 3
+    for file in (summary, rows[2]):
+        file.write_bytes(file.read_bytes()[:-100])  # not whole: built again
     assert len(open_tar(tmp_path / "{0..2}.tar", index=str(kept))) == 4
+    assert indexed[4:] == [f"{tmp_path}/2.tar"]
 
 
-def test_shards_in_a_bucket(tmp_path):
-    import fsspec
+def test_a_shard_that_was_bad_is_read_again(tmp_path, indexed):
+    write_tar(tmp_path / "0.tar", pair("a"))
+    write_tar(tmp_path / "1.tar", pair("a"))
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:700])
+    for _ in range(2):
+        with pytest.raises(Refused, match=r"1\.tar \(truncated"):
+            open_tar(tmp_path / "*.tar")
+    (tmp_path / "1.tar").write_bytes(whole)
+    assert len(open_tar(tmp_path / "*.tar")) == 2
+    assert indexed.count(f"{tmp_path}/0.tar") == 1
 
-    memory = fsspec.filesystem("memory")
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("caption", ["txt", "json"])
+def test_a_stretch_holds_what_its_samples_are(format, caption, tmp_path, monkeypatch):
+    """Read in one go, whole or in part, samples are as those read one by one, faults included."""
+    monkeypatch.setattr(tar_index, "_STRETCH", 20_000)
+    long = "m" * 120 if format != tarfile.USTAR_FORMAT else "m"
+    for shard in range(2):
+        members = [("readme.md", b"x" * 700)]
+        for i in range(20):
+            fields = json.dumps({"caption": [f"{shard}", f"{i}"]}).encode()
+            members += [(f"{long}{i}.npy", b"z"), (f"{long}{i}.json", fields)]
+            members += pair(f"{long}{i}", bytes([i]) * (1 + 300 * i), f"{shard} {i}".encode())
+            members += [(f"only-{i}.jpg", b"y")] * (i % 7 == 0)
+        write_tar(tmp_path / f"{shard}.tar", members, format=format)
+    source = open_tar(tmp_path / "*.tar", caption=caption)
+    counts = source.stretches()
+    assert counts.sum() == len(source)
+    assert len(counts) >= 8
+    ends = np.cumsum(counts)
+    spans = [(int(end - count), int(end)) for end, count in zip(ends, counts, strict=True)]
+    spans += [(first + 1, last) for first, last in spans if last - first > 1]
+    for first, last in spans:
+        for index, record in zip(range(first, last), source.fetch(first, last), strict=True):
+            assert record.key == source.key(index)
+            rngs = [np.random.default_rng(index) for _ in range(2)]
+            try:
+                wanted = source.load(index, rngs[0])
+            except SampleError as error:
+                wanted = error
+            try:
+                found = record.load(rngs[1])
+            except SampleError as error:
+                found = error
+            assert str(wanted) == str(found)
+    assert source.size(0, len(source)) == sum(source.size(*span) for span in spans[: len(counts)])
+
+
+def test_a_shard_that_changed_is_bad_samples(tmp_path):
+    write_tar(tmp_path / "0.tar", [m for i in range(4) for m in pair(f"{i}", b"x" * 999)])
+    source = open_tar(tmp_path / "0.tar")
+    write_tar(
+        tmp_path / "0.tar", [m for i in range(4) for m in pair(f"{i}")] + pair("5", b"y" * 9999)
+    )
+    with pytest.raises(SampleError, match="shard changed: truncated"):
+        source.fetch(0, 4)
+    (tmp_path / "0.tar").write_bytes(b"x" * 20_000)
+    with pytest.raises(SampleError, match="no tar header"):
+        source.fetch(0, 4)
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(SampleError, match="No such file"):
+        source.fetch(0, 4)
+
+
+def test_processes_share_the_building_of_an_index(tmp_path, gs, indexed, monkeypatch):
+    """Each shard's headers are read once in all, by small ranges; a killed one loses its own."""
+    monkeypatch.setattr(tar_index, "_LOOK", 0.05)
+    for i in range(9):
+        write_tar(tmp_path / "a.tar", [m for n in range(3) for m in pair(f"{n}", b"x" * 50_000)])
+        files.write_whole(f"{gs.url}/{i}.tar", (tmp_path / "a.tar").read_bytes())
+    pattern = f"{gs.url}/{{0..8}}.tar"
+    assert tar_index.open_index(pattern, "", "error", (1, 4), wait=False) is None
+    assert len(indexed) == 2
+    gs.server.requests()
+    with ThreadPoolExecutor() as threads:
+        parts = [(number, 4) for number in range(4)]
+        found = list(threads.map(functools.partial(TarSource, TarConfig(path=pattern)), parts))
+    assert [len(source) for source in found] == [27] * 4
+    assert sorted(indexed) == sorted(f"{gs.url}/{i}.tar" for i in range(9))
+    asked = [one for one in gs.server.requests() if ".tar" in one["path"] and one["bytes"]]
+    assert sum(one["bytes"] for one in asked) < 9 * 50_000
+    gs.server.requests()
+    assert len(TarSource(TarConfig(path=pattern), (2, 4))) == 27
+    assert len(gs.server.requests()) <= 3  # a listing, and the file of all shards
+    assert len(indexed) == 9
+
+
+@pytest.mark.slow
+def test_the_index_of_a_large_set_opens_soon(tmp_path):
+    """41,455 shards of 10,000 samples: counts and stretches alone."""
+    shards = [
+        Shard(f"gs://b/{i:05d}.tar", (10**9, 0.0), np.arange(51) * 20_000_000, np.full(50, 200))
+        for i in range(41_455)
+    ]
+    path = str(tmp_path / "all.arrow")
+    tar_index.write_summary(path, shards)
+    del shards
+    start = time.process_time()
+    tracemalloc.start()
+    index = tar_index.TarIndex([(one, "") for one in tar_index.read_summary(path)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"{time.process_time() - start:.1f} s of CPU, {peak / 1e6:.0f} MB")
+    assert len(index.places) == 414_550_000
+    assert index.stretch(414_549_999)[0] == 41_454
+    assert time.process_time() - start < 30
+    assert peak < 1e9
+
+
+def test_shards_in_a_bucket(tmp_path, bucket):
     write_tar(tmp_path / "a.tar", pair("a", b"x" * 2000, b"one") + pair("b", b"y", b"two"))
-    memory.pipe("/bucket/0.tar", (tmp_path / "a.tar").read_bytes())
+    files.write_whole(f"{bucket.url}/a/0.tar", (tmp_path / "a.tar").read_bytes())
     for _ in range(2):  # the second time with its index
-        source = open_tar("memory://bucket/*.tar")
+        source = open_tar(f"{bucket.url}/a/*.tar")
         assert source.load(0, RNG) == (b"x" * 2000, "one")
         assert source.load(1, RNG) == (b"y", "two")
-    assert len(memory.glob("/bucket/*.arrow")) == 1
-
-
-def test_a_pair_in_a_bucket_costs_one_request(monkeypatch):
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe("/far/a", bytes(range(256)) * 1000)
-    asked = []
-    read = type(memory).cat_file
-    monkeypatch.setattr(
-        type(memory), "cat_file", lambda *args, **how: asked.append(how) or read(*args, **how)
-    )
-    assert files.read_ranges("memory://far/a", [(1024, 2), (4, 3)]) == [b"\0\1", b"\4\5\6"]
-    assert len(asked) == 1
-    assert files.read_ranges("memory://far/a", [(0, 2), (255_999, 9)]) == [b"\0\1", b"\xff"]
-    assert len(asked) == 3
+    assert len(files.expand(f"{bucket.url}/a/*.arrow")) == 1
 
 
 @pytest.mark.parametrize(
@@ -199,7 +325,8 @@ def test_twenty_thousand_samples_a_second_are_indexed(tmp_path):
     members = [m for i in range(3000) for m in pair(f"{i:09d}", b"x" * 2000)]
     write_tar(tmp_path / "a.tar", members)
     start = time.process_time()  # of this process: other work on the machine does not count
-    assert index_shard(str(tmp_path / "a.tar")).num_rows == 3000
+    size = os.path.getsize(tmp_path / "a.tar")
+    assert index_shard(str(tmp_path / "a.tar"), size).num_rows == 3000
     rate = 3000 / (time.process_time() - start)
     print(f"{rate:,.0f} samples/s indexed")
     assert rate > 20_000
@@ -214,15 +341,21 @@ def test_a_million_samples_start_within_five_seconds(tmp_path, write_pairs):
     for shard in shards[1:]:
         os.link(shards[0], shard)
     config = TarConfig(path=str(tmp_path / "{0..99}.tar"))
-    rows = pa.Table.from_batches([index_shard(shards[0])] * 500).combine_chunks().to_batches()[0]
     size = files.stat(shards[0])
-    path = tar.index_path(config, files.expand(config.path))
-    tar.write_index(path, [(shard, size, rows) for shard in shards])
+    rows = index_shard(shards[0], size[0])
+    rows = pa.Table.from_batches([rows] * 500).combine_chunks().to_batches()[0]
+    name = tar_index.index_name(files.expand(config.path))
+    entries = [Shard(shard, size, range(0, 5_000_001, 50_000), [100] * 100) for shard in shards]
+    (tmp_path / "rows").mkdir()
+    for number, entry in enumerate(entries):
+        tar_index.write_rows(f"{tmp_path}/rows/{number:05d}.arrow", entry, rows)
+    (tmp_path / "rows").rename(name)
+    tar_index.write_summary(f"{name}.arrow", entries)
     start, wall = time.process_time(), time.perf_counter()
     tracemalloc.start()
     pipeline = build(
         DataConfig(source=config),
-        tokenizer=Tokenizer(1024),
+        tokenizer=ClipTokenizer(1024),
         image_size=16,
         context_length=16,
         batch_size=8,

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data.tokenizer import Tokenizer, clean
+from clip_jax.data.tokenizers.clean import CLEANING
+from clip_jax.data.tokenizers.clip import ClipTokenizer
 
-TOKENIZER = Tokenizer()
+TOKENIZER = ClipTokenizer()
 
 # By openai-clip 1.0.1; tests/peers/test_tokenizer.py compares many more with it.
 GOLDEN = {
@@ -74,12 +75,12 @@ def test_a_text_must_be_a_str():
 @pytest.mark.parametrize("size", [0, 513, 49_409])
 def test_vocab_size_outside_the_merges_is_an_error(size):
     with pytest.raises(ValueError, match=rf"vocab_size={size}.*514.*49408"):
-        Tokenizer(size)
+        ClipTokenizer(size)
 
 
 @pytest.mark.parametrize("size", [514, 515, 2_000, 20_000, 49_408])
 def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
-    small = Tokenizer(size)
+    small = ClipTokenizer(size)
     assert len(small.vocab) == size
     assert list(small.vocab.values()) == list(range(size))
     assert len(small.merges) == size - 514
@@ -92,8 +93,8 @@ def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
 
 
 def test_the_cache_changes_nothing(monkeypatch):
-    monkeypatch.setattr("clip_jax.data.tokenizer._MAX_CACHED_WORDS", 3)
-    tokenizer = Tokenizer()
+    monkeypatch.setattr("clip_jax.data.tokenizers.clip._MAX_CACHED_WORDS", 3)
+    tokenizer = ClipTokenizer()
     text = "a b c d e f g a b c d e f g don't don't " + "x" * 100
     first, again = tokenizer(text), tokenizer(text)
     np.testing.assert_array_equal(first, again)
@@ -125,5 +126,5 @@ def test_any_text_has_ids_that_decode_to_it(text):
     ids = TOKENIZER(text, context_length=2_000)[0]
     assert ids[0] == TOKENIZER.start_of_text
     if "<|" not in text:  # markers in the text end it
-        kept = clean(text).replace("\u0345", "")
+        kept = CLEANING["clip"](text).replace("\u0345", "")
         assert TOKENIZER.decode(ids).replace(" ", "") == "".join(kept.split())

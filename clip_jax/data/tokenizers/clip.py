@@ -7,17 +7,19 @@ splitting pattern and the Rust BPE.
 
 import functools
 import gzip
-import html
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-import ftfy
 import numpy as np
 import regex
 from jaxtyping import Int32, Integer
 from tokenizers.models import BPE
+
+from clip_jax.data.tokenizers.clean import CLEANING, repaired
+from clip_jax.models.text import Cleaning
+from clip_jax.refused import Refused
 
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -55,26 +57,14 @@ _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
 
 def _read_merges(count: int) -> list[tuple[str, str]]:
     """The first `count` merges of CLIP's file; its first line is a header."""
-    path = resources.files("clip_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
+    path = resources.files("clip_jax.data.tokenizers") / "bpe_simple_vocab_16e6.txt.gz"
     with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
         pairs = (line.split() for line in itertools.islice(lines, 1, count + 1))
         return [(left, right) for left, right in pairs]
 
 
-def clean(text: str) -> str:
-    """Repair mojibake, unescape HTML twice, lower the case, as OpenAI does before tokenizing.
-
-    Whitespace is left to the caller, who splits at it.
-    """
-    # Nothing to repair in printable ASCII without an HTML entity; ftfy would take longer to find
-    # that out than all the rest takes. tests/peers compares both ways.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text.lower()
-
-
 @dataclass(frozen=True)
-class Tokenizer:
+class ClipTokenizer:
     """Text to CLIP's token ids.
 
     A smaller `vocab_size` keeps only the first merges of the same list, so a small model gets a
@@ -82,31 +72,36 @@ class Tokenizer:
     pooling by argmax needs that).
 
     Cheap to construct and to pickle: the vocabulary is read at the first use. Threads may share it.
-    Raises ValueError for a `vocab_size` outside [514, 49408].
+    Raises Refused for a `vocab_size` outside [514, 49408].
     """
 
     vocab_size: int = FULL_VOCAB_SIZE
+    clean: Cleaning = "clip"
 
     def __post_init__(self) -> None:
         if not _SMALLEST_VOCAB_SIZE <= self.vocab_size <= FULL_VOCAB_SIZE:
-            raise ValueError(
+            raise Refused(
                 f"vocab_size={self.vocab_size}: CLIP's tokenizer has {_SMALLEST_VOCAB_SIZE} "
-                f"(bytes only) to {FULL_VOCAB_SIZE} ids; set the text model's vocab_size in between"
+                f"(bytes only) to {FULL_VOCAB_SIZE} ids; set the text model's vocab_size between, "
+                "or give the vocabulary that it has: text.tokenizer.file."
             )
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"vocab_size": self.vocab_size}  # not the cache: workers fill their own
+    def __getstate__(self) -> dict[str, object]:
+        return {
+            "vocab_size": self.vocab_size,
+            "clean": self.clean,
+        }  # not the cache: workers fill their own
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
     ) -> Int32[np.ndarray, "B L"]:
         """Token ids of each text between start-of-text and end-of-text, then zeros.
 
-        A text with more than `context_length` ids raises ValueError, or loses its tail if
+        A text with more than `context_length` ids raises Refused, or loses its tail if
         `truncate` (end-of-text stays last). A text that is not a str raises TypeError.
         """
         if context_length < 2:
-            raise ValueError(
+            raise Refused(
                 f"context_length={context_length}: at least 2 are needed, start and end of text"
             )
         if isinstance(texts, str):
@@ -117,7 +112,7 @@ class Tokenizer:
             if len(text_ids) > context_length:
                 if not truncate:
                     shown = text if len(text) <= 200 else f"{text[:200]}…"
-                    raise ValueError(
+                    raise Refused(
                         f"the text {shown!r} has more than context_length={context_length} ids; "
                         "shorten it, or give truncate=True"
                     )
@@ -129,8 +124,8 @@ class Tokenizer:
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
         """Cleaned text of one row of ids: without start-of-text, up to the first end-of-text."""
         tokens = self._tokens
-        found = itertools.takewhile(lambda i: i != self.end_of_text, (int(i) for i in ids))
-        joined = "".join(tokens[i] for i in found if i != self.start_of_text)
+        inside = itertools.takewhile(lambda i: i != self.end_of_text, (int(i) for i in ids))
+        joined = "".join(tokens[i] for i in inside if i != self.start_of_text)
         data = bytes(_BYTES[letter] for letter in joined)
         return data.decode("utf-8", errors="replace").replace(WORD_END, " ").rstrip()
 
@@ -173,7 +168,7 @@ class Tokenizer:
             raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.200}")
         cache = self._cache
         ids = [self.start_of_text]
-        for word in clean(text).split():
+        for word in self._words(text):
             word_ids = cache.get(word)
             if word_ids is None:
                 word_ids = self._encode_word(word)
@@ -182,6 +177,11 @@ class Tokenizer:
                 break
         ids.append(self.end_of_text)
         return ids
+
+    def _words(self, text: str) -> list[str]:
+        if self.clean == "clip":  # whose spaces are those that it is split at
+            return repaired(text).lower().split()
+        return CLEANING[self.clean](text).split()
 
     def _encode_word(self, word: str) -> list[int]:
         ids = [i for piece in _PIECES.findall(word) for i in self._encode_piece(piece)]

@@ -1,0 +1,202 @@
+"""Stretches of files, fetched before their records are needed: by several requests at once, within
+a budget of bytes, and each record given up when it is used."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from clip_jax.data.order import LaneOrder, Run
+from clip_jax.data.sources import Record, SampleError, StretchSource
+
+_REQUESTS = 16  # at once: of 4 MiB in 100 ms each, 640 MiB a second
+_AHEAD = 16  # part of the budget for samples from what is waited for to what is read: 256 MiB
+_LOOK = 0.1  # seconds after which room is looked for, where nobody says that there is some
+
+_Key = tuple[int, int]  # epoch, and first record of a piece
+
+
+@dataclass
+class _Piece:
+    """Records of one request, and what is still to come of them."""
+
+    key: _Key
+    last: int
+    used: set[int]  # records that were used before a run was resumed
+    size: int  # bytes held: expected ones until the records are there
+    records: list[Record | SampleError | None] | None = None  # None: not there yet
+
+    @property
+    def count(self) -> int:
+        return self.last - self.key[1]
+
+
+class ReadAhead:
+    """Records of some lanes, from a step on. Close it to end its threads."""
+
+    def __init__(
+        self,
+        source: StretchSource,
+        order: LaneOrder,
+        lanes: Sequence[int],
+        *,
+        width: int,
+        start: int,
+        budget: int,
+    ) -> None:
+        """`width` is a lane's places in a batch, `start` the first step, `budget` in bytes."""
+        self._source, self._order, self._lanes, self._width = source, order, lanes, width
+        self._start, self._budget = start, budget
+        records = width * len(lanes)  # a step
+        size = max(source.size(0, len(source)) / len(source) * records, 1)
+        self._ahead = max(2, min(int(budget / _AHEAD / size), len(source) // records))  # steps
+        self._lock = threading.Lock()
+        self._arrived, self._room, self._work = (threading.Condition(self._lock) for _ in range(3))
+        self._pieces: dict[_Key, _Piece] = {}
+        self._left: dict[_Key, int] = {}  # records of each that are still to be taken
+        self._queue: deque[_Piece] = deque()
+        self._held = 0  # bytes that are there, or asked for
+        self._demanded = start  # the newest step that somebody waits for
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._used, self._waited = 0, 0.0  # since they were last asked for
+        for work in (self._plan, *[self._fetch] * _REQUESTS):
+            threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
+
+    def run(self, step: int, lane: int) -> Run:
+        """The records of a lane's part of a batch."""
+        return self._order.at(lane, step * self._width, self._width)
+
+    def take(self, step: int, record: int, key: _Key) -> Record:
+        """Wait for a record; each is there once an epoch. Raises SampleError if it is a bad one."""
+        start = time.perf_counter()
+        with self._lock:
+            if step > self._demanded:
+                self._demanded = step
+                self._room.notify()
+            while (piece := self._pieces.get(key)) is None or piece.records is None:
+                if self._failure or self._closed:
+                    raise self._failure or InterruptedError("reading has ended")
+                self._arrived.wait()
+            fetched = piece.records[record - key[1]]
+            assert fetched is not None, (record, key)  # else the order gave it twice
+            self._give_up(piece, record - key[1])
+            self._left[key] -= 1
+            if not self._left[key]:
+                del self._left[key], self._pieces[key]
+                self._room.notify()
+            self._waited += time.perf_counter() - start
+            if isinstance(fetched, SampleError):
+                raise fetched
+            self._used += fetched.size
+        return fetched
+
+    def usage(self) -> tuple[int, float]:
+        """Return bytes used and seconds waited since the last call."""
+        with self._lock:
+            usage = self._used, self._waited
+            self._used, self._waited = 0, 0.0
+        return usage
+
+    def close(self) -> None:
+        """End the threads; of a request under way nobody waits for the answer."""
+        with self._lock:
+            self._closed = True
+            for condition in (self._arrived, self._room, self._work):
+                condition.notify_all()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # goes to whoever waits for a record
+            with self._lock:
+                self._failure = self._failure or error
+                self._arrived.notify_all()
+
+    def _give_up(self, piece: _Piece, place: int) -> None:
+        """Hold a record no longer."""
+        assert piece.records is not None
+        fetched, piece.records[place] = piece.records[place], None
+        if isinstance(fetched, Record):
+            piece.size -= fetched.size
+            self._held -= fetched.size
+
+    # --------------------------------------------------------------------- in threads of its own
+
+    def _plan(self) -> None:
+        """Queue pieces in the order in which they are needed, as far as the budget goes."""
+        used = self._used_before()
+        to_plan: dict[_Key, int] = {}  # places of begun pieces that no planned step has had
+        step = self._start
+        while True:
+            for lane in self._lanes:
+                run = self.run(step, lane)
+                places = zip(run.epoch.tolist(), run.first.tolist(), run.last.tolist(), strict=True)
+                for epoch, first, last in places:
+                    key = (epoch, first)
+                    if key not in to_plan:
+                        piece = self._begin(key, last, used.pop(key, set()))
+                        to_plan[key] = piece.count - len(piece.used)
+                        if not self._queued(piece, step, to_plan[key]):
+                            return
+                    to_plan[key] -= 1
+                    if not to_plan[key]:
+                        del to_plan[key]
+            step += 1
+
+    def _used_before(self) -> dict[_Key, set[int]]:
+        """Records that were used of pieces which earlier steps have begun."""
+        used: dict[_Key, set[int]] = {}
+        for lane in self._lanes:
+            place = self._start * self._width
+            back = min(place, self._order.reach(lane))
+            run = self._order.at(lane, place - back, back) if back else None
+            for i in range(back):
+                assert run is not None
+                key = (int(run.epoch[i]), int(run.first[i]))
+                used.setdefault(key, set()).add(int(run.record[i]))
+        return used
+
+    def _begin(self, key: _Key, last: int, used: set[int]) -> _Piece:
+        first = key[1]
+        size = self._source.size(first, last) * (last - first - len(used)) // (last - first)
+        return _Piece(key, last, used, size)
+
+    def _queued(self, piece: _Piece, step: int, left: int) -> bool:
+        """Queue a piece once there is room, or somebody waits for its step; False when closed."""
+        with self._lock:
+            while not self._closed and step > self._demanded:
+                near = step <= self._demanded + self._ahead
+                if near and self._held + piece.size <= self._budget:
+                    break
+                self._room.wait(_LOOK)
+            self._held += piece.size
+            self._left[piece.key] = left
+            self._pieces[piece.key] = piece
+            self._queue.append(piece)
+            self._work.notify()
+            return not self._closed
+
+    def _fetch(self) -> None:
+        while True:
+            with self._lock:
+                while not self._queue and not self._closed:
+                    self._work.wait()
+                if self._closed:
+                    return
+                piece = self._queue.popleft()
+            first = piece.key[1]
+            try:
+                records: list[Record | SampleError | None] = [
+                    *self._source.fetch(first, piece.last)
+                ]
+            except SampleError as error:
+                records = [error] * piece.count
+            with self._lock:
+                size = sum(record.size for record in records if isinstance(record, Record))
+                self._held += size - piece.size
+                piece.size, piece.records = size, records
+                for record in piece.used:
+                    self._give_up(piece, record - first)
+                self._arrived.notify_all()

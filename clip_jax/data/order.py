@@ -1,0 +1,272 @@
+"""An order that reads in long stretches: records that lie together come near each other in time.
+
+Place j of a batch belongs to lane j div width, and a process has whole lanes. In each epoch the
+stretches are permuted, and their concatenation is cut where each lane's share of the epoch ends: a
+record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, a piece's
+records are spread evenly at random over as many places as `window` stretches have, around the
+piece's own place and mirrored at the lane's ends; their order is that of these places. So a lane
+reads forward, and each of its next records may come from any of `window` pieces.
+
+The random numbers are SplitMix64 (Steele, Lea and Flood, 2014) of (seed, epoch, record), by whole
+arrays, and not a library's, whose streams may change.
+"""
+
+import bisect
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64, Int64, UInt64
+
+from clip_jax.refused import Refused
+
+_LANES = (16, 512)  # at most: in small batches, and in the largest
+_TINY = 64  # a batch in which each place is a lane: any number of processes divides it
+_WIDTH = 16  # places, so that a lane's share of a batch is worth a thread's while
+_CHUNK = 1024  # places of a lane whose order is found at once, at least
+_KEPT = 6  # chunks of a lane: those who read ahead are not where those are who wait
+_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's
+_TIES = np.uint64(20)  # low bits of a random number that place a record in its part of the spread
+
+
+def count_lanes(batch_size: int) -> int:
+    """Return how many lanes a batch has: it follows from its size alone, and divides it.
+
+    As many as 16 places each allow, and a multiple of the odd part of the size where there is one,
+    so that any usual number of processes divides it.
+    """
+    if batch_size <= _TINY:
+        return batch_size
+    most = min(_LANES[1], max(_LANES[0], batch_size // _WIDTH))
+    divisors = [n for n in range(1, most + 1) if batch_size % n == 0]
+    odd = batch_size // (batch_size & -batch_size)
+    return max((n for n in divisors if n % odd == 0), default=divisors[-1])
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes of a batch, and those that one of several processes has."""
+
+    batch_size: int
+    part: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.count % self.part[1]:
+            raise Refused(
+                f"batch_size={self.batch_size} is read in {self.count} lanes, which "
+                f"{self.part[1]} processes do not divide; choose a batch size that is 16 times a "
+                "multiple of the processes, or data.order=global"
+            )
+
+    @functools.cached_property
+    def count(self) -> int:
+        return count_lanes(self.batch_size)
+
+    @property
+    def width(self) -> int:
+        """Places of a batch in a lane."""
+        return self.batch_size // self.count
+
+    @property
+    def own(self) -> range:
+        """Numbers of this process's lanes."""
+        each = self.count // self.part[1]
+        return range(self.part[0] * each, (self.part[0] + 1) * each)
+
+    def before(self, position: int) -> Int64[np.ndarray, " lanes"]:
+        """How many of the positions before this one each lane has."""
+        batches, place = divmod(position, self.batch_size)
+        rest = place - np.arange(self.count, dtype=np.int64) * self.width
+        return batches * self.width + np.clip(rest, 0, self.width)
+
+
+class Run(NamedTuple):
+    """Records at places of a lane that follow each other, and the piece that each lies in."""
+
+    record: Int64[np.ndarray, " places"]
+    epoch: Int64[np.ndarray, " places"]
+    first: Int64[np.ndarray, " places"]  # record of the piece
+    last: Int64[np.ndarray, " places"]  # the one after it
+
+
+@runtime_checkable
+class LaneOrder(Protocol):
+    """What each lane reads."""
+
+    def at(self, lane: int, place: int, count: int) -> Run:
+        """The records at the places from `place` on: how many the lane had before."""
+        ...
+
+    def reach(self, lane: int) -> int:
+        """Places of the lane in which a piece is begun and ended, at most."""
+        ...
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """One run of several that follow each other."""
+    return (
+        runs[0]
+        if len(runs) == 1
+        else Run(*(np.concatenate(arrays) for arrays in zip(*runs, strict=True)))
+    )
+
+
+# What each lane has had of a source when an epoch of it begins. The shares of all lanes in an epoch
+# add up to its length.
+Shares = Callable[[int], Int64[np.ndarray, " lanes"]]
+
+
+@dataclass(frozen=True)
+class OfPositions:
+    """Epoch e is exactly the positions from e to e + 1 times the length."""
+
+    lanes: Lanes
+    length: int
+
+    def __call__(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
+        return self.lanes.before(epoch * self.length)
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Lanes take equal parts, up to one record: where a lane stands says it alone, as the members
+    of a mixture need, whose later weights are not known yet."""
+
+    lanes: Lanes
+    length: int
+
+    def __call__(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
+        return (epoch * self.length + np.arange(self.lanes.count)) // self.lanes.count
+
+
+class StretchOrder:
+    """The order of one source whose records lie in stretches of `sizes`."""
+
+    def __init__(
+        self, sizes: Int64[np.ndarray, " stretches"], *, seed: int, window: int, shares: Any
+    ) -> None:
+        """`window` is in stretches, over all lanes."""
+        self._arguments = (sizes, seed, window, shares)
+        self._sizes, self._seed, self._shares = sizes, seed, shares
+        self._firsts = np.cumsum(sizes) - sizes
+        self._length = int(sizes.sum())
+        lanes = shares.lanes.count
+        self._spread = max(1, window // lanes) * self._length / len(sizes)  # places
+        self._chunks: dict[int, list[tuple[int, Run]]] = {}  # of each lane: first place, records
+        self._epoch = functools.lru_cache(maxsize=2)(self._permuted)
+
+    def __reduce__(self) -> Any:
+        sizes, seed, window, shares = self._arguments
+        made = functools.partial(StretchOrder, seed=seed, window=window, shares=shares)
+        return made, (sizes,)
+
+    def at(self, lane: int, place: int, count: int) -> Run:
+        """The records at `count` places of a lane."""
+        runs = []
+        while count:
+            start, chunk = self._chunk_with(lane, place)
+            at = place - start
+            runs.append(Run(*(array[at : at + count] for array in chunk)))
+            place, count = place + len(runs[-1].record), count - len(runs[-1].record)
+        return joined(runs)
+
+    def reach(self, lane: int) -> int:
+        """Places of the lane in which a piece is begun and ended, at most."""
+        longest = self._length // self._shares.lanes.count + self._shares.lanes.width + 1
+        return min(longest, int(1.2 * self._spread) + _CHUNK)
+
+    def _chunk_with(self, lane: int, place: int) -> tuple[int, Run]:
+        """The chunk that holds a place, and the place at which it starts."""
+        kept = self._chunks.get(lane, [])
+        for start, run in kept:
+            if start <= place < start + len(run.record):
+                return start, run
+        most = (place + 1) * self._shares.lanes.count + self._shares.lanes.batch_size
+        epochs = range(most // self._length + 2)
+        epoch = bisect.bisect_right(epochs, place, key=lambda e: int(self._shares(e)[lane])) - 1
+        before, after = (int(self._shares(e)[lane]) for e in (epoch, epoch + 1))
+        length = after - before
+        chunks = max(1, int(length / max(self._spread, _CHUNK)))
+        number = (place - before) * chunks // length
+        while True:
+            start, run = self._chunk(epoch, lane, number, chunks)
+            if place - before < start:
+                number -= 1
+            elif place - before >= start + len(run.record):
+                number += 1
+            else:
+                self._chunks[lane] = [(before + start, run), *kept[: _KEPT - 1]]
+                return before + start, run
+
+    def _permuted(self, epoch: int) -> tuple[Any, Any, Any]:
+        """The stretches of an epoch in their order, where each ends, and where lanes are cut."""
+        order = np.argsort(_random(self._seed, epoch, 0, np.arange(len(self._sizes))))
+        ends = np.cumsum(self._sizes[order])
+        shares = self._shares(epoch + 1) - self._shares(epoch)
+        return order, ends, np.concatenate([[0], np.cumsum(shares)])
+
+    def _chunk(self, epoch: int, lane: int, number: int, chunks: int) -> tuple[int, Run]:
+        """Those of a lane's records whose spread places lie in one of equal parts of the lane."""
+        order, ends, cuts = self._epoch(epoch)
+        start, stop = int(cuts[lane]), int(cuts[lane + 1])
+        length = stop - start
+        spread = self._spread if self._spread < length else 2.0 * length
+        low, high = (length * n / chunks for n in (number, number + 1))
+        # No place is farther than half the spread from its piece's middle.
+        reach = (low - spread / 2, high + spread / 2)
+        begin, end = (start + int(min(max(edge, 0), length)) for edge in reach)
+        inside = slice(
+            np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end, "right") + 1
+        )
+        pieces = order[inside]
+        tops = np.minimum(ends[inside], stop)
+        lows = np.maximum(ends[inside] - self._sizes[pieces], start)
+        firsts = self._firsts[pieces] + lows - (ends[inside] - self._sizes[pieces])
+        sizes = tops - lows
+        owner = np.repeat(np.arange(len(pieces)), sizes)
+        inner = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        records = firsts[owner] + inner
+        middles = lows - start + sizes / 2
+        random = _random(self._seed, epoch, 1, records)
+        places = _spread(random, owner, sizes, middles, spread, length)
+        earlier = int(lows[0]) - start + int(np.count_nonzero(places < low))
+        chosen = np.flatnonzero((places >= low) & ((places < high) | (number == chunks - 1)))
+        chosen = chosen[np.argsort(places[chosen], kind="stable")]
+        firsts, lasts = firsts[owner[chosen]], (firsts + sizes)[owner[chosen]]
+        return earlier, Run(records[chosen], np.full(len(chosen), epoch), firsts, lasts)
+
+
+def _spread(
+    random: UInt64[np.ndarray, " N"],
+    owner: Int64[np.ndarray, " N"],
+    sizes: Int64[np.ndarray, " pieces"],
+    middles: Float64[np.ndarray, " pieces"],
+    spread: float,
+    length: int,
+) -> Float64[np.ndarray, " N"]:
+    """Places for the records of pieces, each piece's in random order and evenly far apart."""
+    part = (owner.astype(np.uint64) << np.uint64(64 - 24)) | (random >> np.uint64(24))
+    ranks = np.empty(len(owner), np.int64)
+    ranks[np.argsort(part, kind="stable")] = np.arange(len(owner))
+    ranks -= np.repeat(np.cumsum(sizes) - sizes, sizes)
+    jitter = (random & ((np.uint64(1) << _TIES) - np.uint64(1))) / float(1 << int(_TIES))
+    places = np.abs(middles[owner] + ((ranks + jitter) / sizes[owner] - 0.5) * spread)
+    return np.minimum(places, 2.0 * length - places)
+
+
+def _random(
+    seed: int, epoch: int, stream: int, index: Int64[np.ndarray, " N"]
+) -> UInt64[np.ndarray, " N"]:
+    """SplitMix64 of a stream of its own for each seed and epoch."""
+    key = np.zeros(1, np.uint64)
+    for number in (seed, epoch, stream):
+        key = _mix(key + np.uint64(_GAMMA) + np.uint64(number))
+    return _mix(index.astype(np.uint64) * np.uint64(_GAMMA) + key)
+
+
+def _mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

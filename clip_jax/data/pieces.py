@@ -1,0 +1,217 @@
+"""Batches put together of pieces, each made by one thread.
+
+In the global order a piece is a few dozen samples. In the order of stretches it is a lane's part of
+the batch, and a worker process has whole lanes: it alone reads their stretches.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+from clip_jax import bucket
+from clip_jax.data.ahead import ReadAhead
+from clip_jax.data.order import LaneOrder, Lanes
+from clip_jax.data.sources import Record, SampleError, Source
+
+_PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was asked of buckets, and how long threads waited for them."""
+
+    requests: int = 0
+    bytes_read: int = 0
+    bytes_used: int = 0
+    seconds_waited: float = 0.0
+
+    def __add__(self, other: "Reading") -> "Reading":
+        return Reading(
+            self.requests + other.requests,
+            self.bytes_read + other.bytes_read,
+            self.bytes_used + other.bytes_used,
+            self.seconds_waited + other.seconds_waited,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of one global batch."""
+
+    image: UInt8[np.ndarray, "B H W 3"]
+    text: Int32[np.ndarray, "B L"]
+    index: Int64[np.ndarray, " B"]  # global positions
+    keys: list[str]  # of the samples used
+    skipped: list[dict[str, Any]]  # position, key, reason of those that could not be
+    reading: Reading = field(default_factory=Reading, compare=False)  # since the batch before
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a batch."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    caption: str
+    position: int
+    key: str
+    skipped: list[dict[str, Any]]
+
+
+@runtime_checkable
+class Load(Protocol):
+    """Makes the sample of a position from the record that the order puts there."""
+
+    source: Source
+
+    def __call__(
+        self, position: int, record: int, fetched: Record | SampleError | None = None
+    ) -> Sample: ...
+
+
+Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What a worker says of a piece besides its arrays, which come through shared memory."""
+
+    index: Int64[np.ndarray, " B"]
+    keys: list[str]
+    skipped: list[dict[str, Any]]
+    reading: Reading
+
+
+Piece = tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, "B L"], _Notes]
+NoPiece = tuple[()]  # and not None, which Grain would leave out
+
+
+def _piece(samples: Sequence[Sample], tokenize: Tokenize, reading: Reading) -> Piece:
+    notes = _Notes(
+        index=np.array([sample.position for sample in samples], np.int64),
+        keys=[sample.key for sample in samples],
+        skipped=[event for sample in samples for event in sample.skipped],
+        reading=reading,
+    )
+    texts = tokenize([sample.caption for sample in samples])
+    return np.stack([sample.image for sample in samples]), texts, notes
+
+
+def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
+    """Put a batch together."""
+    images, texts, notes = zip(*filter(None, pieces), strict=True)
+    return Batch(
+        image=np.concatenate(images),  # a copy, also of one piece: shared memory is given back
+        text=np.concatenate(texts),
+        index=np.concatenate([one.index for one in notes]),
+        keys=[key for one in notes for key in one.keys],
+        skipped=[event for one in notes for event in one.skipped],
+        reading=sum((one.reading for one in notes), Reading()),
+    )
+
+
+@dataclass(frozen=True)
+class GlobalPieces:
+    """Makes the i-th of the pieces, `number` a batch, of which this process has a part."""
+
+    load: Load
+    tokenize: Tokenize
+    order: Any  # record of a position
+    batch_size: int
+    part: tuple[int, int]
+
+    @property
+    def number(self) -> int:
+        """In how many equal pieces of a few dozen samples a batch is made; one if in none."""
+        size = self.batch_size // self.part[1]
+        number = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
+        return number if size // number >= _PIECE[0] else 1
+
+    def __call__(self, i: int) -> Piece:
+        step, piece = divmod(i, self.number)
+        own = self.batch_size // self.part[1]
+        size = own // self.number
+        first = step * self.batch_size + self.part[0] * own + piece * size
+        samples = [self.load(at, int(self.order[at])) for at in range(first, first + size)]
+        return _piece(samples, self.tokenize, Reading(*bucket.requested()))
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
+
+@dataclass(frozen=True)
+class LanePieces:
+    """Makes pieces of `number` a batch, each a lane's part; some are empty, so that workers, which
+    take pieces in turn, have the same lanes in every batch."""
+
+    load: Load
+    tokenize: Tokenize
+    make_order: Callable[[Source], LaneOrder]
+    lanes: Lanes
+    workers: int
+    start: int  # step
+    budget: int  # bytes read ahead
+    _ahead: "_Opened" = field(default_factory=lambda: _Opened())
+
+    @property
+    def number(self) -> int:
+        """Pieces a batch."""
+        return -(-len(self.lanes.own) // self.workers) * self.workers
+
+    def __call__(self, i: int) -> Piece | NoPiece:
+        step, place = divmod(i, self.number)
+        own = self.lanes.own
+        if place >= len(own):
+            return ()
+        ahead = self._ahead.get(lambda: self._open(own[i % self.workers :: self.workers]))
+        lane, width = own[place], self.lanes.width
+        first = step * self.lanes.batch_size + lane * width
+        run = ahead.run(step, lane)
+        samples = []
+        for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
+            try:
+                fetched = ahead.take(step, int(record), (int(epoch), int(piece)))
+            except SampleError as error:
+                fetched = error
+            samples.append(self.load(at, int(record), fetched))
+        return _piece(samples, self.tokenize, Reading(*bucket.requested(), *ahead.usage()))
+
+    def _open(self, lanes: Sequence[int]) -> ReadAhead:
+        source: Any = self.load.source
+        return ReadAhead(
+            source,
+            self.make_order(source),
+            lanes,
+            width=self.lanes.width,
+            start=self.start,
+            budget=self.budget // self.workers,
+        )
+
+    def close(self) -> None:
+        """End what reads ahead in this process."""
+        self._ahead.close()
+
+
+class _Opened:
+    """What one process has open: it does not travel to another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ahead: ReadAhead | None = None
+
+    def __reduce__(self) -> Any:
+        return _Opened, ()
+
+    def get(self, make: Callable[[], ReadAhead]) -> ReadAhead:
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = make()
+            return self._ahead
+
+    def close(self) -> None:
+        with self._lock:
+            if self._ahead is not None:
+                self._ahead.close()

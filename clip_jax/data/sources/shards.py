@@ -1,0 +1,48 @@
+"""What shards have in common: where a row lies, and what to say of shards that cannot be read."""
+
+import logging
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+
+from clip_jax.refused import Refused
+
+BadShards = Literal["error", "skip"]
+
+_SHOWN = 5
+
+_log = logging.getLogger(__name__)
+
+
+class Places:
+    """Where each of a source's rows lies: its shards' rows, one shard after the other."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self._ends = np.cumsum(list(sizes), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def find(self, index: int) -> tuple[int, int]:
+        """Number of the shard, and of the row in it."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of many names, for a message."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards) -> None:
+    """Name shards that cannot be read (each with its reason, if any): Refused, or a warning."""
+    shards = list(shards)
+    if not shards:
+        return
+    message = f"{len(shards)} shards of data.source.path={pattern} are {what}: {listed(shards)}"
+    if bad_shards == "error":
+        raise Refused(f"{message}. Repair them, or set data.source.bad_shards to skip")
+    _log.warning("%s; skipped", message)

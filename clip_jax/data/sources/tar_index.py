@@ -1,0 +1,373 @@
+"""The index of tars: how many samples each shard has, which stretches they lie in, and where.
+
+A file holds all shards' counts and stretches, which a source keeps in memory. In a folder of the
+same name each shard's rows are a file, read when a row is needed. Rows are written as they are
+found, so that several processes share the work and a killed one loses what it was at.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clip_jax import files
+from clip_jax.data.sources.shards import BadShards, Places, settle
+from clip_jax.data.sources.tar_members import TEXTS, members, samples
+from clip_jax.refused import Refused
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 16  # that read headers: waiting takes most of the time
+_THREADS_REMOTE = 64
+_AT_ONCE = 1 << 16  # bytes of a header's read: what a disk's system reads anyway
+_AT_ONCE_REMOTE = 1 << 12  # a header, a caption and the next header
+_STRETCH = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
+_OPEN = 256  # shards whose rows are in memory, or mapped
+_LOOK = 2.0  # seconds between looks at what other processes have written
+_SAID = 60.0  # seconds between lines on who is waited for
+_SCHEMA = pa.schema(
+    [("key", pa.binary())]
+    + [(f"{name}_{what}", pa.int64()) for name in ("image", *TEXTS) for what in ("offset", "size")]
+)
+_SHARDS = pa.schema(
+    {
+        "shard": pa.string(),
+        "size": pa.int64(),
+        "time": pa.float64(),
+        "edges": pa.list_(pa.int64()),
+        "counts": pa.list_(pa.int32()),
+        "ignored": pa.string(),
+        "failure": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index says of one tar."""
+
+    path: str
+    stat: tuple[int, float]  # its size and time
+    edges: Sequence[int] | np.ndarray  # bytes at which its stretches begin, and where the last ends
+    counts: Sequence[int] | np.ndarray  # samples of each stretch
+    ignored: str = ""  # JSON: how many members are ignored, and one of them
+    failure: str = ""  # why it cannot be used
+
+
+class TarIndex:
+    """All usable shards: their stretches, and their rows on demand."""
+
+    def __init__(self, shards: Sequence[tuple[Shard, str]]) -> None:
+        """Each with the file of its rows."""
+        self.paths = [shard.path for shard, _ in shards]
+        self._rows = [rows for _, rows in shards]
+        self.places = Places(sum(shard.counts) for shard, _ in shards)
+        none = np.zeros(0, np.int64)
+        self.counts = np.concatenate([none, *(np.array(one.counts, np.int64) for one, _ in shards)])
+        begins = [np.array(one.edges[:-1], np.int64) for one, _ in shards]
+        self._begins = np.concatenate([none, *begins])
+        self._ends = np.concatenate(
+            [none, *(np.array(one.edges[1:], np.int64) for one, _ in shards)]
+        )
+        self._shard = np.repeat(np.arange(len(shards)), [len(one) for one in begins])
+        self._firsts = np.cumsum(self.counts) - self.counts
+        self._before = np.cumsum(self._ends - self._begins) - (self._ends - self._begins)
+        self.rows = functools.lru_cache(maxsize=_OPEN)(self._read_rows)
+
+    def stretch(self, record: int) -> tuple[int, int, int, int, int]:
+        """Of the stretch that holds a record: its shard, first and last byte, first and last."""
+        at = int(np.searchsorted(self._firsts, record, side="right")) - 1
+        first = int(self._firsts[at])
+        edges = int(self._begins[at]), int(self._ends[at])
+        return int(self._shard[at]), *edges, first, first + int(self.counts[at])
+
+    def bytes_before(self, record: int) -> int:
+        """About how many bytes the records before this one have."""
+        if record >= len(self.places):
+            return int(np.sum(self._ends - self._begins))
+        at = int(np.searchsorted(self._firsts, record, side="right")) - 1
+        inside = (record - int(self._firsts[at])) / int(self.counts[at])
+        return int(self._before[at]) + int(inside * int(self._ends[at] - self._begins[at]))
+
+    def _read_rows(self, shard: int) -> pa.RecordBatch:
+        return read_rows(self._rows[shard])
+
+
+# ------------------------------------------------------------------------------------ building
+
+
+def open_index(
+    path: str, folder: str, bad_shards: BadShards, part: tuple[int, int] = (0, 1), wait: bool = True
+) -> TarIndex | None:
+    """Open the index of the shards that `path` stands for, after building what is missing of it.
+
+    `folder` may be empty. Of what is missing in a bucket this process builds its part; then it
+    waits for the others', or returns None if something is missing still. Refused for bad shards.
+    """
+    shards = files.expand(path)
+    name = index_name(shards, folder)
+    stats = files.stats(shards)
+    missing = [shard for shard, stat in zip(shards, stats, strict=True) if stat is None]
+    settle(path, missing, "missing", bad_shards)
+    present = [(s, stat) for s, stat in zip(shards, stats, strict=True) if stat is not None]
+    known = read_summary(f"{name}.arrow")
+    good = [(one.path, one.stat) for one in known if not one.failure]
+    if good != present:
+        try:
+            files.make_folder(name)
+            by_shard = {(one.path, one.stat): one for one in known}
+            shared = files.is_remote(name)
+            known = _complete(name, present, by_shard, part if shared else (0, 1), wait)
+        except OSError as error:
+            raise Refused(
+                f"the index of {path} cannot be written to {name}: {error}; set "
+                "data.source.index to a folder that can be written"
+            ) from error
+        if known is None:
+            return None
+    bad = [f"{one.path} ({one.failure})" for one in known if one.failure]
+    settle(path, bad, "not usable", bad_shards)
+    _say_ignored(known)
+    return TarIndex([(one, _rows_file(name, i)) for i, one in enumerate(known) if not one.failure])
+
+
+def index_name(shards: list[str], folder: str = "") -> str:
+    """Path of the index of these shards, without an ending: its name depends on theirs."""
+    digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12]
+    folder = os.path.expanduser(folder or str(shards[0]).rpartition("/")[0] or ".")
+    return f"{folder}/clip_jax_index_{digest}"
+
+
+def _rows_file(name: str, number: int) -> str:
+    return f"{name}/{number:05d}.arrow"
+
+
+def _complete(
+    name: str,
+    present: list[tuple[str, tuple[int, float]]],
+    known: dict[Any, Shard],
+    part: tuple[int, int],
+    wait: bool,
+) -> list[Shard] | None:
+    """Index this part's shards, wait for the other parts', and write what all say."""
+    indexed: dict[int, Shard] = {}
+    written = {os.path.basename(path) for path in files.walk(name)}
+
+    def one(number: int) -> Shard:
+        shard, stat = present[number]
+        file = _rows_file(name, number)
+        there = os.path.basename(file) in written
+        if there and (shard, stat) in known and not known[shard, stat].failure:
+            return known[shard, stat]
+        kept = read_shard(file) if there else None
+        if kept is None or (kept.path, kept.stat) != (shard, stat) or kept.failure:
+            kept = _index_and_write(shard, stat, file)
+        return kept
+
+    own = range(part[0], len(present), part[1])
+    threads = _THREADS_REMOTE if files.is_remote(name) else _THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        indexed.update(zip(own, pool.map(one, own), strict=True))
+        said = time.monotonic()
+        while len(indexed) < len(present):
+            rest = [number for number in range(len(present)) if number not in indexed]
+            written = {os.path.basename(path) for path in files.walk(name)}
+            there = [n for n in rest if os.path.basename(_rows_file(name, n)) in written]
+            read = pool.map(read_shard, [_rows_file(name, n) for n in there])
+            indexed |= {
+                number: shard
+                for number, shard in zip(there, read, strict=True)
+                if shard is not None and (shard.path, shard.stat) == present[number]
+            }
+            if len(indexed) == len(present):
+                break
+            if not wait:
+                return None
+            if time.monotonic() > said + _SAID:
+                said = time.monotonic()
+                _log.warning("waiting for %d shards that others index", len(present) - len(indexed))
+            time.sleep(_LOOK)
+    entries = [indexed[number] for number in range(len(present))]
+    if part[0] == 0 or not wait:
+        write_summary(f"{name}.arrow", entries)
+    return entries
+
+
+def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
+    try:
+        rows = index_shard(path, stat[0])
+        content = json.loads(rows.schema.metadata[b"stretches"])
+        ignored = rows.schema.metadata.get(b"ignored", b"").decode()
+        shard = Shard(path, stat, content["edges"], content["counts"], ignored)
+    except (Refused, OSError) as error:
+        shard = Shard(path, stat, [0], [], "", str(error))
+        rows = pa.RecordBatch.from_pydict({name: [] for name in _SCHEMA.names}, schema=_SCHEMA)
+    write_rows(file, shard, rows)
+    return shard
+
+
+def write_rows(file: str, shard: Shard, rows: pa.RecordBatch) -> None:
+    """Write one shard's rows; their metadata say of which, and what the summary holds of it."""
+    fields = shard.__dict__ | {"edges": list(shard.edges), "counts": list(shard.counts)}
+    schema = _SCHEMA.with_metadata({"shard": json.dumps(fields)})
+    with pa.BufferOutputStream() as out:
+        with pa.ipc.new_file(out, schema) as writer:
+            writer.write_batch(rows.replace_schema_metadata(schema.metadata))
+        content = out.getvalue()
+    files.write_whole(file, lambda target: target.write(content))
+
+
+def read_rows(file: str) -> pa.RecordBatch:
+    """Rows of one shard, mapped where they are on disk. OSError, or ArrowInvalid for another's."""
+    return _reader(file).get_batch(0)
+
+
+def read_shard(file: str) -> Shard | None:
+    """What a file of rows says of its shard; None if it is not there or not whole."""
+    try:
+        reader = _reader(file)
+        if not reader.schema.equals(_SCHEMA):
+            return None
+        content = json.loads(reader.schema.metadata[b"shard"])
+    except (OSError, pa.ArrowInvalid, TypeError, KeyError):
+        return None
+    return Shard(**content | {"stat": tuple(content["stat"])})
+
+
+def _reader(file: str) -> Any:
+    if files.is_remote(file):
+        with files.open_file(file) as opened:
+            return pa.ipc.open_file(pa.py_buffer(opened.read()))
+    return pa.ipc.open_file(pa.memory_map(file))
+
+
+def write_summary(path: str, shards: Sequence[Shard]) -> None:
+    """Write what all shards' files say of them."""
+    columns = {
+        "shard": [one.path for one in shards],
+        "size": [one.stat[0] for one in shards],
+        "time": [one.stat[1] for one in shards],
+        "edges": [list(one.edges) for one in shards],
+        "counts": [list(one.counts) for one in shards],
+        "ignored": [one.ignored for one in shards],
+        "failure": [one.failure for one in shards],
+    }
+    batch = pa.RecordBatch.from_pydict(columns, schema=_SHARDS)
+    with pa.BufferOutputStream() as out:
+        with pa.ipc.new_file(out, _SHARDS) as writer:
+            writer.write_batch(batch)
+        content = out.getvalue()
+    files.write_whole(path, lambda target: target.write(content))
+
+
+def read_summary(path: str) -> list[Shard]:
+    """Read what `write_summary` wrote; empty if it isn't there or not whole."""
+    try:
+        reader = _reader(path)
+        if reader.schema != _SHARDS:
+            return []
+        batch = reader.get_batch(0)
+    except (OSError, pa.ArrowInvalid):
+        return []
+    names, sizes, times = (batch[name].to_pylist() for name in ("shard", "size", "time"))
+    edges, counts = (_lists(batch[name]) for name in ("edges", "counts"))
+    said = batch["ignored"].to_pylist(), batch["failure"].to_pylist()
+    stats = list(zip(sizes, times, strict=True))
+    return [Shard(*one) for one in zip(names, stats, edges, counts, *said, strict=True)]
+
+
+def _lists(column: Any) -> list[np.ndarray]:
+    """Arrays of a column of lists, which share its memory."""
+    offsets = column.offsets.to_pylist()
+    values = column.values.to_numpy()
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def _say_ignored(shards: Sequence[Shard]) -> None:
+    """Say what lies in the shards and is read by nobody."""
+    notes = [json.loads(one.ignored) for one in shards if one.ignored]
+    if notes:
+        _log.warning(
+            "%d members of %d shards, such as %s, are ignored: in WebDataset a name ends at its "
+            "first dot. Name them without further dots",
+            sum(count for count, _ in notes), len(notes), notes[0][1],
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- one shard
+
+
+def index_shard(shard: str, size: int) -> pa.RecordBatch:
+    """Find the samples of one tar. Refused says why it cannot be used, and from which byte.
+
+    The metadata say which stretches they lie in, and how many images and texts lie in it whose
+    names have dots of their own.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    edges, ignored = [], []
+
+    def read(at: int, count: int) -> bytes:
+        return files.read_ranges(shard, [(at, min(count, size - at))])[0] if at < size else b""
+
+    if str(shard).endswith((".gz", ".tgz")) or read(0, 2) == b"\x1f\x8b":
+        raise Refused(
+            "is compressed with gzip, which has no random access; gunzip it (JPEGs hardly "
+            "shrink anyway)"
+        )
+    at_once = _AT_ONCE_REMOTE if files.is_remote(shard) else _AT_ONCE
+    for sample in samples(members(read, 0, size + 1, size, at_once), ignored):
+        columns["key"].append(sample.key)
+        for kind in ("image", *TEXTS):
+            offset, length = sample.places.get(kind, (None, None))
+            columns[f"{kind}_offset"].append(offset)
+            columns[f"{kind}_size"].append(length)
+        edges.append(sample.start)
+        end = sample.end
+    expected = _expected(shard)
+    if expected is not None and len(edges) != expected:
+        raise Refused(f"has {len(edges)} samples, img2dataset counted {expected}")
+    metadata = {"stretches": json.dumps(_stretches([*edges, end] if edges else [0]))}
+    if ignored:
+        metadata["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
+    rows = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+    return rows.replace_schema_metadata(metadata)
+
+
+def _stretches(edges: list[int]) -> dict[str, list[int]]:
+    """Cut a shard at samples, in about equal parts of some MiB."""
+    places = np.array(edges)
+    parts = max(1, round((edges[-1] - edges[0]) / _STRETCH))
+    marks = edges[0] + np.arange(1, parts) * (edges[-1] - edges[0]) / parts
+    cuts = np.unique([0, *np.searchsorted(places, marks), len(edges) - 1])
+    return {"edges": places[cuts].tolist(), "counts": np.diff(cuts).tolist()}
+
+
+def _expected(shard: str) -> int | None:
+    """How many samples img2dataset says that it wrote, in a file beside the tar."""
+    stem = str(shard).removesuffix(".tar")
+    try:
+        with files.open_file(f"{stem}_stats.json") as file:
+            return int(json.load(file)["successes"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Refused(f"{PurePosixPath(stem).name}_stats.json is no img2dataset's") from error
+    try:
+        import pyarrow.parquet
+
+        with files.open_file(f"{stem}.parquet") as file:
+            status = pyarrow.parquet.read_table(file, columns=["status"])["status"].to_pylist()
+    except (FileNotFoundError, pa.ArrowInvalid):  # no such file, or another's, without `status`
+        return None
+    return status.count("success") if status else None

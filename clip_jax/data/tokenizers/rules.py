@@ -1,0 +1,95 @@
+"""From ids of words to rows of a batch: begin and end of text, cut, padding."""
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from clip_jax.data.tokenizers.clean import CLEANING
+from clip_jax.models.text import TokenizerConfig
+from clip_jax.refused import Refused
+
+_SHOWN = 200  # letters of a text in a message
+
+
+@dataclass(frozen=True)
+class FileTokenizer(abc.ABC):
+    """Text to the ids of a vocabulary's file. Cheap to pickle: each process reads the file."""
+
+    config: TokenizerConfig
+
+    def __post_init__(self) -> None:
+        check_ids(self.config, self.vocab_size, self.config.file)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"config": self.config}
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """How many ids a model needs."""
+
+    @abc.abstractmethod
+    def _encode(self, cleaned: list[str]) -> list[list[int]]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def __call__(
+        self, texts: str | Sequence[str], context_length: int, truncate: bool = False
+    ) -> Int32[np.ndarray, "B L"]:
+        """Token ids of each text, by the rules of `config`. Refused for a text that is too long."""
+        return to_rows(texts, self._encode, self.config, context_length, truncate)
+
+    def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
+        """Text of one row of ids, without begin, end and padding."""
+        rules = {self.config.begin_id, self.config.end_id, self.config.pad_id}
+        return self._decode([int(i) for i in ids if int(i) not in rules])
+
+
+def to_rows(
+    texts: str | Sequence[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    config: TokenizerConfig,
+    context_length: int,
+    truncate: bool,
+) -> Int32[np.ndarray, "B L"]:
+    """Clean texts, encode them, and apply a vocabulary's rules.
+
+    Refused for a text that is too long, unless `truncate`.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    begin = [] if config.begin_id is None else [config.begin_id]
+    end = [] if config.end_id is None else [config.end_id]
+    room = context_length - len(begin) - len(end)
+    if room < 0:
+        raise Refused(f"context_length={context_length}: begin and end of text do not fit.")
+    ids = np.full((len(texts), context_length), config.pad_id, np.int32)
+    clean = CLEANING[config.clean]
+    for row, text, words in zip(ids, texts, encode([clean(x) for x in texts]), strict=True):
+        if len(words) > room:
+            if not truncate:
+                shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+                raise Refused(
+                    f"the text {shown!r} has more than context_length={context_length} ids; "
+                    "shorten it, or give truncate=True"
+                )
+            kept = words[:room] if config.cut == "keep_end" else words
+        else:
+            kept = words
+        whole = [*begin, *kept, *end][:context_length]
+        if config.pad_side == "right":
+            row[: len(whole)] = whole
+        else:
+            row[context_length - len(whole) :] = whole
+    return ids
+
+
+def check_ids(config: TokenizerConfig, size: int, source: str) -> None:
+    """Refused if a rule names an id that a vocabulary of `size` does not have."""
+    for name in ("begin_id", "end_id", "pad_id"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < size:
+            raise Refused(f"text.tokenizer.{name}={value} is no id of {source}, which has {size}.")

@@ -1,0 +1,39 @@
+"""A vocabulary in a sentencepiece model: SigLIP's unigram, Gemma's BPE with byte fallback."""
+
+import functools
+
+from sentencepiece import SentencePieceProcessor
+
+from clip_jax.data.tokenizers.rules import FileTokenizer
+from clip_jax.data.tokenizers.vocabulary import read_vocabulary
+from clip_jax.refused import Refused
+
+
+def load(file: str) -> SentencePieceProcessor:
+    """Read a sentencepiece model. Refused says what is wrong with it."""
+    data = read_vocabulary(file)
+    try:
+        return SentencePieceProcessor(model_proto=data)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise Refused(
+            f"{file} is neither a tokenizer.json nor a sentencepiece model: {error!s:.200}"
+        ) from error
+
+
+class SentencePieceTokenizer(FileTokenizer):
+    """Text to the ids of a sentencepiece model."""
+
+    @functools.cached_property
+    def _model(self) -> SentencePieceProcessor:
+        return load(self.config.file)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return self._model.get_piece_size()
+
+    def _encode(self, cleaned: list[str]) -> list[list[int]]:
+        return self._model.encode(cleaned)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)

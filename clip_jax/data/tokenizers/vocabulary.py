@@ -1,0 +1,76 @@
+"""The file of a vocabulary: read from disk or bucket, told by its content, kept with a model."""
+
+import dataclasses
+import hashlib
+
+from clip_jax import files
+from clip_jax.models.text import TokenizerConfig
+from clip_jax.refused import Refused
+
+JSON_NAME = "tokenizer.json"
+SENTENCEPIECE_NAME = "tokenizer.model"
+NAMES = (JSON_NAME, SENTENCEPIECE_NAME)
+_LARGEST = 256 << 20  # bytes; 901,629 words take about 50 million
+
+
+def read_vocabulary(file: str) -> bytes:
+    """Read a vocabulary's file whole. Refused if there is none, or it is longer than any."""
+    try:
+        size, _ = files.stat(file)
+        if size > _LARGEST:
+            raise Refused(f"{file} has {size} bytes; no vocabulary is that long.")
+        return files.read(file)
+    except OSError as error:
+        raise Refused(
+            f"{file} cannot be read ({error.strerror or error}): text.tokenizer.file is a "
+            "tokenizer.json or a sentencepiece model."
+        ) from error
+
+
+def is_json(data: bytes) -> bool:
+    """Say whether a vocabulary is a `tokenizer.json`."""
+    return data[:64].lstrip()[:1] == b"{"
+
+
+def keep(config: TokenizerConfig, folder: str) -> str:
+    """Copy a vocabulary's file into a folder; return the name it has there.
+
+    CLIP's, which ships inside, needs no copy. Refused if another vocabulary is kept there already.
+    """
+    if config.file in ("", "clip"):
+        return config.file
+    data = read_vocabulary(config.file)
+    name = JSON_NAME if is_json(data) else SENTENCEPIECE_NAME
+    path = f"{folder.rstrip('/')}/{name}"
+    try:
+        before = read_vocabulary(path)
+    except Refused:
+        files.write_whole(path, data)
+        return name
+    if before != data:
+        raise Refused(f"{path} is another vocabulary than {config.file}.")
+    return name
+
+
+def digest(config: TokenizerConfig) -> str:
+    """Say in few letters which vocabulary it is, so that processes can agree on one."""
+    if config.file in ("", "clip"):
+        return config.file
+    return hashlib.sha256(read_vocabulary(config.file)).hexdigest()[:16]
+
+
+def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> None:
+    """Refused that names the difference, if weights were trained with other ids than `ours`.
+
+    Weights that came without their vocabulary cannot say.
+    """
+    for field in dataclasses.fields(ours):
+        values = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name == "file" and not {"clip", ""} & set(values):
+            values = read_vocabulary(ours.file), read_vocabulary(theirs.file)
+        if theirs.file and values[0] != values[1]:
+            raise Refused(
+                f"{source} has the words of other ids: its text.tokenizer.{field.name} is "
+                f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
+                "Give it the same tokenizer, or take the image tower alone with --init-towers."
+            )

@@ -1,0 +1,184 @@
+"""The order in stretches: each record once an epoch, from any step on, near its neighbours."""
+
+import math
+import pickle
+import time
+from unittest import mock
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_jax.data import order
+from clip_jax.data.order import Equal, Lanes, OfPositions, StretchOrder, count_lanes
+
+ORDER_OF_TWELVE = [7, 0, 4, 11, 8, 9, 3, 1, 6, 10, 5, 2]
+
+
+def in_stretches(sizes, batch_size, *, seed=0, window=8, shares=OfPositions):
+    sizes = np.array(sizes, np.int64)
+    shares = shares(Lanes(batch_size), int(sizes.sum()))
+    return StretchOrder(sizes, seed=seed, window=window, shares=shares)
+
+
+def read(made, batch_size, start, steps, part=(0, 1)):
+    """Records and pieces of a process's part of some batches: [steps, places]."""
+    lanes = Lanes(batch_size, part)
+    runs = [made.at(lane, start * lanes.width, steps * lanes.width) for lane in lanes.own]
+    return [
+        np.stack([array.reshape(steps, lanes.width) for array in arrays], 1).reshape(steps, -1)
+        for arrays in zip(*runs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "lanes"),
+    [
+        (1, 1),
+        (12, 12),
+        (64, 64),
+        (72, 9),
+        (256, 16),
+        (1000, 50),
+        (1024, 64),
+        (1536, 96),
+        (4096, 256),
+        (32768, 512),
+    ],
+)
+def test_lanes_follow_from_the_batch(batch_size, lanes):
+    assert count_lanes(batch_size) == lanes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    batch_size=st.sampled_from([1, 2, 6, 12, 20, 48, 64, 96, 256, 1003]),
+    window=st.sampled_from([1, 16, 64, 1024]),
+    chunk=st.sampled_from([1, 13, 1024]),
+    data=st.data(),
+)
+def test_every_record_once_an_epoch(sizes, batch_size, window, chunk, data):
+    """In the epochs' exact positions, and alike where one stops and goes on with processes."""
+    count = sum(sizes)
+    steps = -(-3 * count // batch_size)
+    with mock.patch.object(order, "_CHUNK", chunk):
+        whole = read(in_stretches(sizes, batch_size, window=window), batch_size, 0, steps)
+        divisors = [n for n in range(1, 9) if count_lanes(batch_size) % n == 0]
+        stop = data.draw(st.integers(0, steps - 1))
+        processes = data.draw(st.sampled_from(divisors))
+        resumed = pickle.loads(pickle.dumps(in_stretches(sizes, batch_size, window=window)))
+        parts = [
+            read(resumed, batch_size, stop, steps - stop, part=(process, processes))
+            for process in range(processes)
+        ]
+    for array, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(array[stop:], np.concatenate(pieces, axis=1))
+    record, epoch, first, last = (array.reshape(-1) for array in whole)
+    for number in range(3):
+        inside = slice(number * count, (number + 1) * count)
+        assert sorted(record[inside]) == list(range(count))
+        assert set(epoch[inside]) == {number}
+    assert ((first <= record) & (record < last)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    batch_size=st.sampled_from([1, 6, 12, 20, 64, 256]),
+    start=st.integers(0, 300),
+)
+def test_equal_shares_give_every_record_once(sizes, batch_size, start):
+    """The shares of all lanes in an epoch hold each record once, whatever each lane has had."""
+    count, lanes = sum(sizes), Lanes(batch_size)
+    made = in_stretches(sizes, batch_size, shares=Equal)
+    shares = Equal(lanes, count)
+    epoch = start // count
+    records = []
+    for lane in range(lanes.count):
+        first, last = int(shares(epoch)[lane]), int(shares(epoch + 1)[lane])
+        if last > first:
+            records += made.at(lane, first, last - first).record.tolist()
+    assert sorted(records) == list(range(count))
+
+
+def test_a_piece_is_read_by_one_lane_in_one_go():
+    """A lane's cut divides a stretch in two; there are no more pieces, and none reaches farther
+    than the window."""
+    sizes, batch_size, window = np.full(400, 50), 64, 64
+    made = in_stretches(sizes, batch_size, window=window)
+    steps = int(sizes.sum()) // batch_size
+    lanes = Lanes(batch_size)
+    _, _, first, _ = read(made, batch_size, 0, steps)
+    owners = {}
+    for lane in range(lanes.count):
+        own = first.reshape(steps, lanes.count, lanes.width)[:, lane].reshape(-1)
+        for piece in np.unique(own):
+            places = np.flatnonzero(own == piece)
+            assert (
+                places[-1] - places[0] <= 1.2 * window / lanes.count * 50
+            )  # ranks, of places that jitter
+            owners.setdefault(piece, []).append(lane)
+    assert all(len(found) == 1 for found in owners.values())
+    assert len(owners) <= len(sizes) + lanes.count - 1
+
+
+def test_epochs_and_seeds_differ_in_order():
+    first, again, other = (
+        read(in_stretches([5] * 20, 100, seed=seed), 100, step, 1)[0].tolist()
+        for seed, step in ((0, 0), (0, 1), (1, 0))
+    )
+    assert first != again
+    assert first != other
+
+
+def test_the_order_is_a_public_format():
+    """A checkpoint only knows its step: another order would repeat and lose samples on resume."""
+    records = read(in_stretches([3] * 4, 2), 2, 0, 6)[0].reshape(-1)
+    assert records.tolist() == ORDER_OF_TWELVE
+
+
+def test_processes_that_do_not_divide_the_lanes():
+    with pytest.raises(ValueError, match=r"in 16 lanes, which 3 processes do not divide"):
+        Lanes(256, (0, 3))
+
+
+def test_a_sample_costs_microseconds():
+    """Of 414 million in seven million stretches."""
+    made = in_stretches(np.full(7_000_000, 60), 32768, window=1024)
+    read(made, 32768, 0, 1, part=(0, 64))  # the epoch's permutation, a second or two
+    start = time.process_time()
+    read(made, 32768, 1, 256, part=(0, 64))
+    assert (time.process_time() - start) / (256 * 512) < 5e-6
+
+
+CLASSES = 1000
+
+
+def of_one_class(labels):
+    counts = np.bincount(labels)
+    return np.count_nonzero(counts), int((counts * (counts - 1) // 2).sum())
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1024, 20), (32768, 2)])
+def test_sorted_data_are_mixed(batch_size, steps):
+    """Photographs sorted by class, in stretches of 60: batches much like the global order's."""
+    each = 1280
+    count = CLASSES * each
+    made = in_stretches(np.full(count // 60 + 1, 60), batch_size, window=1024)
+    every = count // batch_size // steps
+    shuffled = grain.MapDataset.range(count).seed(0).shuffle()
+    found = []
+    for step in range(0, steps * every, every):
+        ours = read(made, batch_size, step, 1)[0][0] // each
+        places = range(step * batch_size, (step + 1) * batch_size)
+        theirs = np.array([shuffled[place] for place in places]) // each
+        found.append(of_one_class(ours) + of_one_class(theirs))
+    distinct, pairs, global_distinct, global_pairs = np.mean(found, axis=0)
+    assert distinct > 0.7 * global_distinct
+    assert pairs < 2 * global_pairs
+    assert math.isclose(
+        global_distinct, CLASSES * (1 - (1 - 1 / CLASSES) ** batch_size), rel_tol=0.05
+    )

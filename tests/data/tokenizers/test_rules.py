@@ -1,0 +1,156 @@
+"""A vocabulary's rules, each on texts that show it; and files that are no vocabulary."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.data.tokenizers.clean import CLEANING
+from clip_jax.models.text import TextConfig, TokenizerConfig
+from tests import vocabularies
+
+TEXT = TextConfig(context_length=8, vocab_size=1_000, width=8, num_heads=1, pool="last")
+KINDS = {
+    "sentencepiece_model": "tokenizer.model", "byte_fallback": "tokenizer.json",
+    "wordpiece": "tokenizer.json", "unigram": "tokenizer.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {kind: str(getattr(vocabularies, kind)(folder / kind)) for kind in KINDS}
+
+
+def make(**rules):
+    return make_tokenizer(replace(TEXT, tokenizer=TokenizerConfig(**rules)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_begin_end_padding_and_cut(files, kind):
+    plain = make(file=files[kind], clean="lower", pad_id=3)("a photo", 20)[0]
+    words = plain[plain != 3].tolist()
+    assert 1 < len(words) <= 16
+    rules = {"file": files[kind], "clean": "lower", "begin_id": 2, "end_id": 1, "pad_id": 3}
+    whole = [2, *words, 1]
+    fill = [3] * (20 - len(whole))
+    assert make(**rules)("a photo", 20)[0].tolist() == [*whole, *fill]
+    assert make(**rules, pad_side="left")("a photo", 20)[0].tolist() == [*fill, *whole]
+    short = len(whole) - 1
+    assert make(**rules)("a photo", short, True)[0].tolist() == [2, *words[:-1], 1]
+    dropped = make(**rules, cut="drop_end")("a photo", short, True)[0].tolist()
+    assert dropped == [2, *words]
+    with pytest.raises(ValueError, match=f"'a photo' has more than context_length={short} ids"):
+        make(**rules)("a photo", short)
+    with pytest.raises(ValueError, match="do not fit"):
+        make(**rules)("a photo", 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_come_back_and_tokenizers_travel(files, kind):
+    """Through a pickle that holds the rules alone, as to the processes that read data."""
+    tokenizer = make(file=files[kind], clean="lower", begin_id=2, end_id=1, pad_id=0)
+    ids = tokenizer(["a photo of the cat", ""], 40)
+    assert tokenizer.decode(ids[0]) == "a photo of the cat"
+    data = pickle.dumps(tokenizer)
+    assert len(data) < 1_000
+    np.testing.assert_array_equal(pickle.loads(data)(["a photo of the cat", ""], 40), ids)
+
+
+def test_cleaning():
+    text = "A two_words,  PHOTO! &amp;amp; schÃ¶n\tΑΣ"
+    cleaned = {name: rule(text) for name, rule in CLEANING.items()}
+    assert cleaned == {
+        "none": text,
+        "lower": "a two_words,  photo! &amp;amp; schã¶n\tασ",  # letter by letter
+        "whitespace": "A two_words, PHOTO! & schön ΑΣ",
+        "punctuation": "a twowords photo ampamp schã¶n ας",
+        "canonicalize": "a two words photo schön ας",
+        "clip": "a two_words, photo! & schön ας",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "match"),
+    [
+        ({"vocab_size": 50}, {}, r"has \d+ ids, more than text.vocab_size=50"),
+        ({"pool": "argmax"}, {}, "text.pool='argmax' takes the state of the highest id"),
+        ({"pool": "eos", "eos_token_id": 7}, {}, "eos_token_id=7 is not text.tokenizer.end_id=1"),
+        ({}, {"begin_id": 5_000}, "text.tokenizer.begin_id=5000 is no id of"),
+        ({}, {"pad_id": 9_999}, "text.tokenizer.pad_id=9999 is no id of"),
+        ({}, {"file": ""}, "weights came without its vocabulary"),
+        ({}, {"file": "nowhere.json"}, "nowhere.json cannot be read"),
+    ],
+)
+def test_rules_that_would_be_wrong_in_silence(files, text, rules, match):
+    config = TokenizerConfig(**{"file": files["unigram"], "end_id": 1, **rules})
+    with pytest.raises(ValueError, match=match):
+        make_tokenizer(replace(TEXT, **text, tokenizer=config))
+
+
+LIES = {
+    "text": b"no vocabulary at all",
+    "nothing": b"",
+    "another JSON": b'{"a": 1}',
+    "deep": b'{"a":' * 100_000,
+    "ids beyond any table": json.dumps(
+        {"model": {"type": "BPE", "vocab": {"a": 4_294_967_295}, "merges": []}}
+    ).encode(),
+    "merges of other words": json.dumps(
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a c"]}}
+    ).encode(),
+    "an unknown word that is none": json.dumps(
+        {"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}
+    ).encode(),
+    "letters that are no letters": b'{"\xff\xfe": 1}',
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_files_that_lie(tmp_path, name):
+    path = tmp_path / "words"
+    path.write_bytes(LIES[name])
+    with pytest.raises(ValueError, match="words") as error:
+        make(file=str(path))
+    assert type(error.value).__name__ == "Refused"
+    assert len(str(error.value)) < 600
+
+
+def test_a_sentencepiece_model_with_damage(tmp_path, files):
+    """Truncated or flipped: read or refused, at once and without harm."""
+    whole = vocabulary.read_vocabulary(files["sentencepiece_model"])
+    rng = np.random.default_rng(0)
+    refused = 0
+    for i, at in enumerate(rng.integers(1, len(whole), 30)):
+        path = tmp_path / f"{i}.model"
+        path.write_bytes(whole[:at] if i % 2 else whole[:at] + b"\xff" * 8 + whole[at + 8 :])
+        try:
+            make(file=str(path))("a photo", 8, True)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017
+    assert refused > 5
+
+
+def test_size_is_bounded_before_it_is_read(tmp_path):
+    path = tmp_path / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="no vocabulary is that long"):
+        make(file=str(path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_kept(tmp_path, files, kind):
+    config = TokenizerConfig(file=files[kind])
+    assert vocabulary.keep(config, str(tmp_path)) == KINDS[kind]
+    assert vocabulary.keep(config, str(tmp_path)) == KINDS[kind]  # again, as at a resumption
+    kept = (tmp_path / KINDS[kind]).read_bytes()
+    assert kept == vocabulary.read_vocabulary(files[kind])
+    assert vocabulary.keep(TokenizerConfig(), str(tmp_path)) == "clip"
+    (tmp_path / KINDS[kind]).write_bytes(kept + b" ")
+    with pytest.raises(ValueError, match="is another vocabulary than"):
+        vocabulary.keep(config, str(tmp_path))
