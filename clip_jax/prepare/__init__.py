@@ -1,0 +1,1 @@
+"""Pairs made ready for training: filtered, without duplicates, in shards that are read fast."""

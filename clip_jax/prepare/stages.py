@@ -1,0 +1,329 @@
+"""The stages of preparing, each a function of options and one task: here and on Ray the same."""
+
+import functools
+import hashlib
+import io
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from clip_jax import files
+from clip_jax.data.images import size_of
+from clip_jax.data.sources import Record, SampleError, StoredSource, StretchSource
+from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.sources.array_record import decode_example, encode_example
+from clip_jax.files import Place
+from clip_jax.loading import Model, load, unit
+from clip_jax.prepare import buckets, contamination, near
+from clip_jax.prepare.contamination import EvaluationImages
+from clip_jax.prepare.filters import Contaminated, Filter, Pair
+from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
+from clip_jax.prepare.report import Statistics
+from clip_jax.tasks import Counted
+
+ROWS = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])  # of pairs that pass alone
+SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, by their bytes
+REPEATED = np.dtype([("index", "<u8"), ("of", "<u8")])  # an image, and the earlier one
+
+CANDIDATE, DUPLICATE, NEAR, SCORE, NOT_TOP = 1, 2, 3, 4, 5  # what becomes of a sample; 0: dropped
+
+# ------------------------------------------------------------------------------ read and filter
+
+
+def open_source(config: PrepareConfig) -> StoredSource:
+    """Open what is to be prepared."""
+    names = ("image_column", "caption_column", "bad_shards")
+    how = {name: getattr(config, name) for name in names}
+    source = open_single(PathConfig(path=config.source, **how), image_size=1)
+    assert isinstance(source, StoredSource), config.source  # what has a path never draws
+    return source
+
+
+@functools.lru_cache(maxsize=1)
+def opened(config: PrepareConfig, layout: Layout) -> tuple[StoredSource, Filter]:
+    """What a process reads, task after task."""
+    source = open_source(config)
+    evaluation = functools.cache(lambda: _evaluation(config, layout))
+    return source, Filter(config, source, evaluation if config.decontaminate else None)
+
+
+def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
+    with np.load(io.BytesIO(files.read(layout.evaluation))) as kept:
+        arrays = (kept["looks"], kept["sets"], kept["indices"])
+    names = tuple(contamination.named(config.decontaminate))
+    return EvaluationImages(names, *arrays, config.near_distance)
+
+
+def look_at_set(source: str, target: tuple[range, Place], counted: Counted) -> None:
+    """Hash images of an evaluation set, those in a range of it."""
+    indices, path = target
+    images = contamination.open_set(source)
+    seen = [(index, contamination.look_at(images, index)) for index in counted(indices)]
+    rows = np.array([(index, look) for index, look in seen if look is not None], near.ROW)
+    files.write_whole(path, rows.tobytes())
+
+
+def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
+    """Read samples once, and keep of those that pass what all later stages need.
+
+    Beside the pairs, in the order in which they will be wanted, lie what compares them.
+    """
+    statistics, rows, same, alike = Statistics(), [], [], []
+    pairs: list[list[bytes]] = [[] for _ in range(layout.pair_buckets)]
+    for index, pair in _passing(config, layout, number, counted, statistics):
+        order = _order(config, layout, index, pair.key)
+        rows.append((index, order, pair.score))
+        bucket = int(buckets.number_of(np.array([order], np.uint64), layout.pair_buckets)[0])
+        pairs[bucket].append(buckets.frame(order, index, _record(pair, config)))
+        if config.drop_duplicates:
+            digest = hashlib.blake2b(pair.image, digest_size=8).digest()
+            same.append((int.from_bytes(digest), index))
+        if pair.look is not None:
+            alike.append((index, pair.look))
+    buckets.write(layout.file(number, "pairs"), [b"".join(bucket) for bucket in pairs])
+    files.write_whole(layout.file(number, "rows"), np.array(rows, ROWS).tobytes())
+    count = layout.join_buckets
+    if config.drop_duplicates:
+        table = np.array(same, SAME)
+        numbers = buckets.number_of(np.array([digest for digest, _ in same], np.uint64), count)
+        parts = [table[numbers == bucket].tobytes() for bucket in range(count)]
+        buckets.write(layout.file(number, "same"), parts)
+    if config.drop_near_duplicates:
+        parts = near.sorted_in(np.array(alike, near.ROW), layout.band_bits, count)
+        buckets.write(layout.file(number, "alike"), parts)
+    files.write_whole(layout.file(number, "read"), json.dumps(statistics.to_dict()))
+
+
+def copy(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> str:
+    """Read samples and write those that pass as a shard, where no pair depends on another."""
+    statistics, shard = Statistics(), layout.shard(number, layout.reads)
+    files.remove_partial(shard)  # of a run that was killed
+
+    def records() -> Iterator[bytes]:
+        for _, pair in _passing(config, layout, number, counted, statistics):
+            yield _kept(_record(pair, config), statistics)
+
+    return _write_shard(shard, records(), statistics, len(layout.indices(number)))
+
+
+def _passing(
+    config: PrepareConfig, layout: Layout, number: int, counted: Counted, statistics: Statistics
+) -> Iterator[tuple[int, Pair]]:
+    source, passes = opened(config, layout)
+    for index, record in _fetched(source, counted(layout.indices(number))):
+        try:
+            yield index, passes.read(index, record and record.pair)
+        except SampleError as error:
+            statistics.drop(record.key if record else source.key(index), error)
+            if isinstance(error, Contaminated):
+                statistics.match(index, error.matches)
+
+
+def _fetched(source: StoredSource, indices: Iterator[int]) -> Iterator[tuple[int, Record | None]]:
+    """Read samples by stretches, where the source has some; without a record: to be read alone."""
+    ends = np.cumsum(source.stretches()) if isinstance(source, StretchSource) else None
+    first, last, records = 0, 0, []
+    for index in indices:
+        if ends is None:
+            yield index, None
+            continue
+        assert isinstance(source, StretchSource)
+        if not first <= index < last:
+            first, last = index, int(ends[np.searchsorted(ends, index, side="right")])
+            try:
+                records = source.fetch(first, last)
+            except SampleError:  # each says by itself what is wrong
+                records = [None] * (last - first)
+        found = records[index - first]
+        yield index, found if isinstance(found, Record) and found.pair else None
+
+
+def _order(config: PrepareConfig, layout: Layout, index: int, key: str) -> int:
+    """Where a pair comes among all: 64 bits of a hash, or its place in the source, as far apart."""
+    if not config.shuffle:
+        return index * ((1 << 64) // layout.samples)
+    seed = config.seed.to_bytes(8)
+    digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8, key=seed).digest()
+    return int.from_bytes(digest)
+
+
+def _record(pair: Pair, config: PrepareConfig) -> bytes:
+    texts = [caption.encode() for caption in pair.captions]
+    image = _encoded(pair.image, pair.picture, config)
+    key = pair.key.encode(errors="replace")
+    return encode_example({"image": [image], "caption": texts, "key": [key]})
+
+
+def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes:
+    """The image as it is to be stored."""
+    short = min(picture.size)
+    smaller = 0 < config.resize < short
+    if config.encode == "keep" and not smaller:
+        return image
+    if smaller:
+        width, height = (max(1, round(side * config.resize / short)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "WEBP" if config.encode == "webp" else "JPEG", quality=config.quality)
+    return file.getvalue()
+
+
+# ----------------------------------------------------------------------------------- duplicates
+
+
+def find_same(layout: Layout, bucket: int, counted: Counted) -> None:
+    """Find the images of a bucket whose bytes an earlier one has."""
+    [bucket] = counted([bucket])
+    data = _gathered(layout, "same", bucket)
+    table = np.sort(buckets.table(data, SAME), order=("hash", "index"))
+    is_first = np.ones(len(table), np.bool_)
+    is_first[1:] = table["hash"][1:] != table["hash"][:-1]
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(table)), 0))
+    pairs = zip(table["index"][~is_first], table["index"][first][~is_first], strict=True)
+    _write_repeated(layout.joined("same", bucket), list(pairs))
+
+
+def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> None:
+    """Find the images of a bucket of a band that look like an earlier one."""
+    [bucket] = counted([bucket])
+    table = buckets.table(_gathered(layout, "alike", bucket), near.ROW)
+    band = bucket // layout.join_buckets
+    later, earlier = near.near_earlier(table, band, layout.band_bits, distance)
+    first: dict[int, int] = {}
+    for index, of in zip(later.tolist(), earlier.tolist(), strict=True):
+        first[index] = min(of, first.get(index, of))
+    _write_repeated(layout.joined("alike", bucket), sorted(first.items()))
+
+
+def _gathered(layout: Layout, kind: str, bucket: int) -> bytes:
+    paths = [layout.file(number, kind) for number in range(layout.reads)]
+    return b"".join(buckets.read_all(paths, bucket, bucket + 1))
+
+
+def _write_repeated(path: Place, pairs: list[Any]) -> None:
+    files.write_whole(path, np.sort(np.array(pairs, REPEATED), order="index").tobytes())
+
+
+# --------------------------------------------------------------------------------------- scores
+
+
+@functools.lru_cache(maxsize=1)
+def _model(path: Place) -> Model:
+    return load(path)
+
+
+def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
+    """Compute the cosine of image and caption (of several their mean) of a task's candidates."""
+    assert config.score_with is not None
+    model = _model(config.score_with)
+    rows = buckets.table(files.read(layout.file(number, "rows")), ROWS)
+    indices = layout.indices(number)
+    (data,) = files.read_ranges(str(layout.candidates), [(indices.start, len(indices))])
+    candidates = np.frombuffer(data, np.uint8)
+    pairs = buckets.frames(buckets.read(layout.file(number, "pairs"), 0, layout.pair_buckets))
+    wanted = sorted(
+        (index, record) for _, index, record in pairs
+        if candidates[index - indices.start] == CANDIDATE
+    )  # fmt: skip
+    scores = np.full(len(rows), math.nan)
+    places = np.searchsorted(rows["index"], [index for index, _ in wanted])
+    found = _cosines(model, [bytes(record) for _, record in wanted], config.batch_size, counted)
+    scores[places] = list(found)
+    files.write_whole(layout.file(number, "scores"), scores.astype("<f8").tobytes())
+
+
+def _cosines(
+    model: Model, records: list[bytes], batch_size: int, counted: Counted
+) -> Iterator[float]:
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            pairs = [decode_example(record) for record in batch]
+            images = [pair["image"][0] for pair in pairs]
+            pixels = np.stack(list(threads.map(model.image_preprocess, images)))
+            texts = [[text.decode() for text in pair["caption"]] for pair in pairs]
+            tokens = model.tokenize([text for several in texts for text in several], truncate=True)
+            seen = unit(model.encode_image(pixels, batch_size=batch_size))
+            said = unit(model.encode_text(tokens, batch_size=batch_size))
+            owner = np.repeat(np.arange(len(batch)), [len(several) for several in texts])
+            cosines = np.einsum("te,te->t", seen[owner], said, dtype=np.float64)
+            yield from np.bincount(owner, cosines) / np.bincount(owner)
+            deque(counted(range(len(batch))), maxlen=0)
+
+
+# --------------------------------------------------------------------------------------- shards
+
+
+@functools.lru_cache(maxsize=1)
+def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
+    return np.frombuffer(files.read(layout.verdicts), np.uint8)
+
+
+def forget() -> None:
+    """Let go of what this process has read: the source, a model, verdicts may have changed."""
+    for cached in (opened, _model, _verdicts):
+        cached.cache_clear()
+
+
+def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted) -> str:
+    """Gather the pairs of some shards from what all tasks have read, and write them."""
+    verdicts, pairs = _verdicts(config, layout), []
+    paths = [layout.file(number, "pairs") for number in _sources(config, layout, group)]
+    for data in buckets.read_all(paths, *group.buckets):
+        pairs += [
+            (order, index, bytes(record)) for order, index, record in buckets.frames(data)
+            if verdicts[index] == CANDIDATE
+        ]  # fmt: skip
+    pairs.sort(key=lambda pair: pair[:2])
+    pairs = pairs[group.skip : group.skip + group.pairs]
+    lines, size = [], config.samples_per_shard
+    for number in range(group.first, group.last):
+        shard, statistics = layout.shard(number, group.count), Statistics()
+        if files.exists(shard) and files.exists(statistics_of(shard)):
+            continue
+        files.remove_partial(shard)
+        start = (number - group.first) * size
+        inside = pairs[start : start + size]
+        records = (_kept(inside[i][2], statistics) for i in counted(range(len(inside))))
+        lines.append(_write_shard(shard, records, statistics, len(inside)))
+    return "\n".join(lines)
+
+
+def _sources(config: PrepareConfig, layout: Layout, group: Group) -> range:
+    """Which reading tasks' pairs a group may have: without a shuffle those of a few neighbours."""
+    if config.shuffle:
+        return range(layout.reads)
+    first, last = (bucket * layout.samples // layout.pair_buckets for bucket in group.buckets)
+    tasks = (max(0, first - 1) // layout.per_task, (last + 1) // layout.per_task + 1)
+    return range(tasks[0], min(tasks[1], layout.reads))
+
+
+def _kept(record: bytes, statistics: Statistics) -> bytes:
+    """Count a record that is written."""
+    features = decode_example(record)
+    (image,), captions = features["image"], [text.decode() for text in features["caption"]]
+    statistics.keep(size_of(image), len(image), captions)
+    return record
+
+
+def _write_shard(
+    shard: Place, records: Iterator[bytes], statistics: Statistics, samples: int
+) -> str:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with files.written_whole(shard) as partial:
+        writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+    files.write_whole(statistics_of(shard), json.dumps(statistics.to_dict()))
+    return f"{shard}: {statistics.kept:,} of {samples:,} pairs"

@@ -1,0 +1,308 @@
+"""Any source to ArrayRecord shards, from reading to the report: here in threads, or on Ray.
+
+Each stage is tasks that write files whole, a function of options and source alone; what is there is
+not done again. So nodes, threads, retries and stops change nothing, and several machines without
+Ray may each take a part. Where no pair depends on another, one stage copies what passes. Else the
+samples are read once into `work`, compared and scored there, settled, and gathered into shards.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from clip_jax import files
+from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.files import Place
+from clip_jax.prepare import buckets, contamination, near, report, settle, stages
+from clip_jax.prepare.filters import Filter
+from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
+from clip_jax.prepare.vocabulary import train_vocabulary
+from clip_jax.refused import Refused, read_part
+from clip_jax.tasks import Runner, runner
+
+_INSPECTED = 1_000  # samples
+_SHOWN = 5
+_TEST_IMAGES = 2_000  # of an evaluation set that one task hashes
+_WHOLE = "_SUCCESS"  # the file that says that nothing is missing, as Hadoop and Spark write it
+
+
+def vocabulary(config: PrepareConfig) -> dict[str, Any]:
+    """Train a vocabulary on the source's captions."""
+    assert config.vocabulary is not None
+    return train_vocabulary(
+        stages.open_source(config),
+        config.vocabulary,
+        config.vocabulary_size,
+        config.vocabulary_clean,
+    )
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Write this part's shards that are not there yet; returns the report over all parts so far.
+
+    Refused for a source that is not usable, and for a folder begun with other settings.
+    """
+    if config.destination is None:
+        raise Refused("prepare needs a destination: clip-jax prepare SRC DST")
+    config = config.with_filter()
+    folder = config.destination
+    files.check_destination(folder, "the destination")
+    if config.drop_near_duplicates or config.decontaminate:
+        near.check()
+    stages.forget()
+    source = stages.open_source(config)
+    per_task = config.samples_per_task if config.joins else 0
+    layout = Layout(folder, len(source), per_task or config.samples_per_shard)
+    stages.opened(config, layout)
+    _check_settings(folder, config, len(source))
+    if (folder / _WHOLE).exists():
+        _clear(layout.work)
+        return json.loads(files.read(folder / "report.json"))
+    files.make_folder(layout.work if config.joins or config.decontaminate else folder)
+    with runner(config.on, config.threads) as does:
+        work = _Work(does, config, layout)
+        if config.decontaminate:
+            work.look_at_evaluation()
+        if config.joins:
+            dropped, shards = work.join()
+        else:
+            dropped, shards = settle.Dropped(), work.copy()
+    return _report(config, layout, dropped, shards)
+
+
+class _Work:
+    """The stages in their order, each with what is missing of it."""
+
+    def __init__(self, does: Runner, config: PrepareConfig, layout: Layout) -> None:
+        self._does, self._config, self._layout = does, config, layout
+        self._part, self._parts = read_part(config.part)
+
+    def copy(self) -> list[Place]:
+        """One stage; returns the shards that there are to be."""
+        layout, count = self._layout, self._layout.reads
+        work = functools.partial(stages.copy, self._config, layout)
+        shards = [layout.shard(number, count) for number in range(count)]
+        tasks = [x for x in range(count) if not self._is_whole(shards[x])]
+        own = [(x, len(layout.indices(x))) for x in tasks if x % self._parts == self._part]
+        self._does.run("prepare", work, own)
+        return shards
+
+    def join(self) -> tuple[settle.Dropped, list[Place]]:
+        """Read, compare, score, settle, gather; returns what was dropped and the shards."""
+        config, layout = self._config, self._layout
+        reads, count = range(layout.reads), layout.join_buckets
+        read = functools.partial(stages.read, config, layout)
+        self._all("read", read, reads, lambda x: layout.file(x, "read"))
+        if config.drop_duplicates:
+            find = functools.partial(stages.find_same, layout)
+            self._all("compare", find, range(count), lambda x: layout.joined("same", x), size=1)
+        if config.drop_near_duplicates:
+            find = functools.partial(stages.find_alike, layout, config.near_distance)
+            bands = range(near.BANDS * count)
+            self._all("look", find, bands, lambda x: layout.joined("alike", x), size=1)
+        verdicts, dropped = settle.candidates(layout, config)
+        if config.score_with:
+            score = functools.partial(stages.score, config, layout)
+            self._all("score", score, reads, lambda x: layout.file(x, "scores"), model=True)
+        verdicts = settle.settle(layout, config, verdicts)
+        groups = settle.groups(layout, config, verdicts)
+        own = [group for group in groups[self._part :: self._parts] if not self._is_written(group)]
+        write = functools.partial(stages.write, config, layout)
+        self._does.run("write", write, [(group, group.pairs) for group in own])
+        shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
+        return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
+
+    def look_at_evaluation(self) -> None:
+        """Hash the images of all evaluation sets, which every reader compares with."""
+        layout, parts = self._layout, []
+        for number, source in enumerate(contamination.named(self._config.decontaminate).values()):
+            images = len(contamination.open_set(source))
+            starts = range(0, images, _TEST_IMAGES)
+            ranges = [range(start, min(start + _TEST_IMAGES, images)) for start in starts]
+            targets = [(some, layout.work / f"set-{number}-{some.start}") for some in ranges]
+            look = functools.partial(stages.look_at_set, source)
+            there = self._there()
+            missing = [(x, len(x[0])) for x in targets if x[1].name not in there]
+            self._does.run("evaluation sets", look, missing)
+            parts += [(number, path) for _, path in targets]
+        rows = [(number, buckets.table(files.read(path), near.ROW)) for number, path in parts]
+        kept = io.BytesIO()
+        np.savez(
+            kept,
+            looks=np.concatenate([table["look"] for _, table in rows]),
+            indices=np.concatenate([table["index"] for _, table in rows]),
+            sets=np.repeat(
+                np.array([number for number, _ in rows], np.uint64), [len(x) for _, x in rows]
+            ),
+        )
+        files.write_whole(layout.evaluation, kept.getvalue())
+
+    def _all(
+        self,
+        name: str,
+        work: Callable[..., None],
+        numbers: range,
+        path: Callable[[int], Place],
+        size: int = 0,
+        model: bool = False,
+    ) -> None:
+        """Do all tasks of a stage that are missing, this part's first: all need all of it."""
+        there = self._there()
+        missing = [number for number in numbers if path(number).name not in there]
+        turn = sorted(missing, key=lambda x: (x - self._part) % self._parts)
+        tasks = [(x, size or len(self._layout.indices(x))) for x in turn]
+        self._does.run(name, work, tasks, model=model)
+
+    def _there(self) -> set[str]:
+        return {os.path.basename(path) for path in files.walk(self._layout.work)}
+
+    def _is_written(self, group: Group) -> bool:
+        shards = (self._layout.shard(x, group.count) for x in range(group.first, group.last))
+        return all(map(self._is_whole, shards))
+
+    @functools.cached_property
+    def _shards_there(self) -> set[str]:
+        return {path.name for path in self._layout.folder.iterdir()}
+
+    def _is_whole(self, shard: Place) -> bool:
+        """Whether a shard was there when first one was asked for."""
+        return {shard.name, statistics_of(shard).name} <= self._shards_there
+
+
+def inspect(config: PrepareConfig) -> dict[str, Any]:
+    """Show the first pairs that pass, count what is wrong in up to 1,000 evenly spread ones, and
+    draw a contact sheet and histograms, in `destination` or here."""
+    config = config.with_filter()
+    source = stages.open_source(config)
+    passes = Filter(config, source)
+    statistics = report.Statistics()
+    for index in np.unique(np.linspace(0, len(source) - 1, _INSPECTED).astype(int)).tolist():
+        try:
+            pair = passes.read(index)
+            statistics.keep(pair.picture.size, len(pair.image), pair.captions)
+        except SampleError as error:
+            statistics.drop(source.key(index), error)
+    first = []
+    for index in range(min(len(source), _SHOWN)):
+        try:
+            pair = passes.read(index)
+            values = {
+                "size": list(pair.picture.size),
+                "bytes": len(pair.image),
+                "captions": pair.captions,
+            }
+        except SampleError as error:
+            values = {"dropped": str(error)}
+        first.append({"key": source.key(index), **values})
+    folder = config.destination or Path()
+    pictures = [folder / "contact_sheet.png", folder / "statistics.png"]
+    result = report.merged([statistics.to_dict()])
+    with files.written_whole(pictures[0]) as path:
+        report.contact_sheet(path, source)
+    with files.written_whole(pictures[1]) as path:
+        report.draw(path, result)
+    return {
+        "samples": len(source),
+        "first": first,
+        **result,
+        "pictures": [str(p) for p in pictures],
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Lines for people, of `prepare` or `inspect`."""
+    lines = [f"{result['samples']:,} samples"]
+    lines += [json.dumps(pair, ensure_ascii=False) for pair in result.get("first", ())]
+    lines.append(report.describe(result))
+    if "shards" in result:
+        lines.append("{written} of {of} shards are written".format(**result["shards"]))
+    return "\n".join([*lines, *result["pictures"]])
+
+
+def _check_settings(folder: Place, config: PrepareConfig, samples: int) -> None:
+    """Refuse a folder that other settings have begun: its shards would not fit."""
+    kept = dataclasses.asdict(config) | {"samples": samples}
+    for name in ("destination", "on", "inspect", "index", "part", "threads"):
+        del kept[name]
+    kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
+    kept["decontaminate"] = list(config.decontaminate)
+    path = folder / "prepare.json"
+    if not path.exists():
+        files.write_whole(path, json.dumps(kept, indent=1))
+    elif json.loads(path.read_text()) != kept:
+        raise Refused(
+            f"{folder} was begun with other settings, see {path}; give the same ones to go on, or "
+            "another destination"
+        )
+
+
+def _report(
+    config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[Place]
+) -> dict[str, Any]:
+    """Write what all parts have done so far, as JSON and as pictures; and, if that is all, so."""
+    folder = layout.folder
+    there = {path.name for path in folder.iterdir()}
+    done = [x for x in shards if {x.name, statistics_of(x).name} <= there]
+    counts = [statistics_of(shard) for shard in done]
+    if config.joins:
+        counts += [layout.file(number, "read") for number in range(layout.reads)]
+    compared = {"counts": dropped.counts, "examples": dropped.examples, "histograms": {}}
+    total = report.merged(
+        [*(json.loads(files.read(path)) for path in counts), compared | {"extremes": {}}]
+    )
+    examples = {name: one.pop("examples") for name, one in total["found"].items()}
+    for name, source in contamination.named(config.decontaminate).items():
+        one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
+        one["of"] = len(contamination.open_set(source))
+    pictures = _draw(config, layout, total, dropped.near, examples)
+    result = {
+        "samples": layout.samples,
+        "shards": {"written": len(done), "of": len(shards)},
+        **total,
+        "pictures": [str(picture) for picture in pictures],
+    }
+    files.write_whole(folder / "report.json", json.dumps(result, indent=1))
+    if len(done) == len(shards):
+        files.write_whole(folder / _WHOLE, "")
+        _clear(layout.work)
+    return result
+
+
+def _draw(
+    config: PrepareConfig,
+    layout: Layout,
+    total: dict[str, Any],
+    alike: list[tuple[int, int]],
+    found: dict[str, list[tuple[int, int]]],
+) -> list[Place]:
+    """Draw the counts, what is written, and what is dropped beside what it looks like."""
+    folder, (source, _) = layout.folder, stages.opened(config, layout)
+    drawn: dict[str, Callable[[Path], None]] = {"report.png": lambda path: report.draw(path, total)}
+    if alike:
+        rows = settle.shown(alike, source)
+        drawn["near_duplicates.png"] = lambda path: report.side_by_side(path, rows)
+    if found:
+        pairs = contamination.shown(contamination.named(config.decontaminate), found, source)
+        drawn["contamination.png"] = lambda path: report.side_by_side(path, pairs)
+    if total["counts"].get("kept"):
+        written = ArrayRecordConfig(path=str(folder / "pairs-*.array_record"))
+        drawn["contact_sheet.png"] = lambda path: report.contact_sheet(
+            path, ArrayRecordSource(written)
+        )
+    for name, draw in drawn.items():
+        with files.written_whole(folder / name) as path:
+            draw(path)
+    return [folder / name for name in drawn]
+
+
+def _clear(folder: Place) -> None:
+    epath.Path(folder).rmtree(missing_ok=True)

@@ -1,0 +1,74 @@
+"""One image after another, and scenes with what people do to copies of them."""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance
+
+_SIDE = 160
+
+
+def encoded(width: int, height: int) -> bytes:
+    """A green PNG."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "green").save(file, "PNG")
+    return file.getvalue()
+
+
+def scene(number: int, things: int | None = None) -> Image.Image:
+    """A generated photograph: its light falls off as in nature, with things before it.
+
+    Other things before the same background (by another number of `things`) look alike.
+    """
+    rng = np.random.default_rng(number)
+    frequencies = np.fft.fftfreq(_SIDE)
+    power = np.hypot(frequencies[:, None], frequencies)
+    power[0, 0] = 1
+    noise = np.fft.fft2(rng.standard_normal((2, _SIDE, _SIDE))) / power**1.2
+    light, colour = (x / x.std() for x in np.fft.ifft2(noise).real)
+    channels = [128 + 45 * light + weight * colour for weight in (-15, 0, 15)]
+    image = Image.fromarray(np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8))
+    pen, rng = ImageDraw.Draw(image), np.random.default_rng([number, things or 0])
+    for _ in range(4):
+        x, y = rng.integers(0, _SIDE * 3 // 4, 2).tolist()
+        width, height = rng.integers(_SIDE // 5, _SIDE // 2, 2).tolist()
+        fill = tuple(rng.integers(0, 256, 3).tolist())
+        pen.ellipse((x, y, x + width, y + height), fill=fill)
+    return image
+
+
+def recompressed(image: Image.Image) -> Image.Image:
+    return Image.open(io.BytesIO(jpeg(image, 30)))
+
+
+def resized(image: Image.Image) -> Image.Image:
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR)
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    """2% of the width and of the height are gone, more of them on one side."""
+    return image.crop((2, 1, image.width - 1, image.height - 2))
+
+
+def brightened(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(1.3)
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    change.__name__: change for change in (recompressed, resized, cropped, brightened)
+}
+
+
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every shard of a folder by what is in it, to the bit."""
+    paths = sorted(folder.glob("*.array_record"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

@@ -1,0 +1,73 @@
+"""Decontamination: an evaluation's images are taken out of the pairs, and counted by set."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.prepare import contamination, near
+from clip_jax.prepare.contamination import EvaluationImages, named
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.prepare.writer import describe, prepare
+from tests.data.conftest import FORMATS
+from tests.prepare.conftest import cropped, jpeg, recompressed, resized, scene
+
+
+def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
+    """Copies of five test images, one of them twice and one of both sets, among forty pairs."""
+    for name in ("in", "flowers", "birds"):
+        (tmp_path / name).mkdir()
+    for i in range(100, 110):
+        scene(i).save(tmp_path / f"flowers/{i}.png")
+    (tmp_path / "flowers/broken.png").write_bytes(b"broken")
+    birds = [(f"{i}.jpg", jpeg(scene(i)), "a bird") for i in (200, 201, 102)]
+    birds = FORMATS["parquet"](tmp_path / "birds", birds).path
+    copies = [recompressed(scene(100)), resized(scene(101)), cropped(scene(102))]
+    copies += [scene(101, things=1), resized(scene(100)), scene(200), cropped(scene(201))]
+    images = [*(scene(i) for i in range(33)), *copies]
+    pairs = [(f"{i:02d}.jpg", jpeg(x), f"text {i}") for i, x in enumerate(images)]
+    source = FORMATS["tar"](tmp_path / "in", pairs).path
+    config = PrepareConfig(
+        source=source,
+        destination=tmp_path / "out",
+        samples_per_shard=7,
+        decontaminate=(str(tmp_path / "flowers"), f"birds={birds}"),
+    )
+    report = prepare(config)
+    assert report["found"] == {
+        "birds": {"pairs": 3, "images": 3, "of": 3},
+        "flowers": {"pairs": 4, "images": 3, "of": 11},
+    }
+    assert report["counts"]["kept"] == 34
+    assert sum(report["counts"].values()) == 40
+    assert "3 of 11 images of flowers (27.27%) are there, in 4 pairs" in describe(report)
+    assert "looks like its image 0, " in report["examples"]["in flowers"]
+    written = ArrayRecordSource(ArrayRecordConfig(path=str(tmp_path / "out/*.array_record")))
+    kept = [written.captions(i) for i in range(len(written))]
+    assert kept == [[f"text {i}"] for i in range(33)] + [["text 36"]]
+    with Image.open(tmp_path / "out/contamination.png") as sheet:
+        assert sheet.width == 640
+    assert {"prepare.json", "_SUCCESS"} < {path.name for path in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_the_nearest_set_comes_first(monkeypatch):
+    monkeypatch.setattr(contamination, "_BLOCK", 3)
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 2**64, (8, 4), np.uint64)
+    looks[5] = looks[2] ^ np.array([1, 0, 0, 0], np.uint64)
+    looks[7] = looks[2] ^ np.array([0, 7, 0, 1], np.uint64)
+    sets = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.uint64)
+    images = EvaluationImages(("a", "b"), looks, sets, np.arange(8, dtype=np.uint64), 3)
+    assert images.matches(looks[2]) == [("a", 2, 0), ("b", 5, 1)]
+    assert not images.matches(~looks[2])
+    assert near.distances(looks[7:], looks[2]).tolist() == [4]
+
+
+def test_names_of_sets():
+    sets = ("imagenet=/data/val", "/data/flowers/", "gs://x/coco/{0..3}.tar", "/data/birds.csv")
+    names = ["imagenet", "flowers", "coco", "birds"]
+    assert list(named(sets)) == names
+    for wrong in (("a=x", "a=y"), ("=x",), ("a=",)):
+        with pytest.raises(ValueError, match="give NAME=SOURCE, each name once"):
+            named(wrong)

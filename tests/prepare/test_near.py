@@ -1,0 +1,94 @@
+"""Near duplicates: what is found of changed copies, and that nothing else is."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.prepare import near
+from clip_jax.prepare.filters import FilterConfig
+from tests.prepare.conftest import CHANGES, jpeg, scene
+
+DISTANCE = FilterConfig().near_distance
+
+
+def found(looks, distance=DISTANCE, bits=None):
+    """Pairs (later, earlier) of all bands."""
+    rows = np.array([(i, look) for i, look in enumerate(looks)], near.ROW)
+    bits = near.band_bits(len(rows)) if bits is None else bits
+    return {
+        (int(later), int(earlier))
+        for band in range(near.BANDS)
+        for later, earlier in zip(*near.near_earlier(rows, band, bits, distance), strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def looks():
+    """Of scenes, of scenes that look alike, and of changed copies of the first."""
+    kinds = {
+        "scenes": [scene(i) for i in range(60)],
+        "alike": [scene(i, things=1) for i in range(60)],
+    }
+    kinds |= {name: [change(x) for x in kinds["scenes"]] for name, change in CHANGES.items()}
+    return {name: np.array([near.look(x) for x in images]) for name, images in kinds.items()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_copies_are_found_and_look_alikes_are_not(change, looks):
+    """At the default distance: recall at least 0.95 and precision at least 0.98."""
+    count = len(looks["scenes"])
+    all_of_them = [*looks["scenes"], *looks["alike"], *looks[change]]
+    dropped = {later for later, _ in found(all_of_them)}
+    copies = set(range(2 * count, 3 * count))
+    assert len(dropped & copies) / count >= 0.95
+    assert len(dropped & copies) / len(dropped) >= 0.98
+
+
+@pytest.mark.parametrize("bits", [12, 20])
+def test_all_pairs_with_a_band_in_common_are_compared(bits):
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2**64, (40, 4), np.uint64)
+    looks = np.concatenate([first, first, first, first[:9]])
+    for i in range(40, 120):  # the last nine stay as they are
+        for place in rng.choice(256, rng.integers(0, 30), replace=False).tolist():
+            looks[i, place // 64] ^= np.uint64(1 << (place % 64))
+    bands = near.bands(looks, bits)
+    wanted = {
+        (later, earlier)
+        for earlier, later in itertools.combinations(range(len(looks)), 2)
+        if near.distances(looks[earlier : earlier + 1], looks[later])[0] <= 20
+        and (bands[:, earlier] == bands[:, later]).any()
+    }
+    pairs = found(looks, 20, bits)
+    assert pairs <= wanted
+    assert {later for later, _ in pairs} == {later for later, _ in wanted}
+    assert len(wanted) > 60
+
+
+def test_thousands_of_equal_ones_are_not_compared_with_each_other():
+    looks = np.tile(near.look(scene(0)), (20_000, 1))
+    rows = np.array([(i, look) for i, look in enumerate(looks)], near.ROW)
+    later, earlier = near.near_earlier(rows, 0, 15, DISTANCE)
+    assert later.tolist() == list(range(1, 20_000))
+    assert not earlier.any()
+    empty = near.near_earlier(rows[:0], 0, 15, DISTANCE)
+    assert [len(x) for x in empty] == [0, 0]
+
+
+def test_plain_images_look_like_nothing():
+    for colour in ("white", "red", "#808080"):
+        assert near.look(Image.open(io.BytesIO(jpeg(Image.new("RGB", (90, 70), colour))))) is None
+    assert near.look(Image.linear_gradient("L")) is not None
+
+
+def test_bands_grow_with_the_set():
+    assert [near.band_bits(n) for n in (0, 10, 2**16, 10**6, 10**10)] == [12, 12, 16, 20, 28]
+
+
+def test_without_the_package_it_says_which(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "imagehash", None)
+    with pytest.raises(ValueError, match=r"pip install 'clip-jax-pods\[prepare\]'"):
+        near.check()

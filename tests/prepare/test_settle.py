@@ -1,0 +1,65 @@
+"""The exact top share, and shards of equal size."""
+
+import numpy as np
+import pytest
+
+from clip_jax.prepare import settle
+from clip_jax.prepare.layout import Layout, PrepareConfig
+from clip_jax.prepare.stages import CANDIDATE, ROWS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kth_largest_is_exact(seed):
+    rng = np.random.default_rng(seed)
+    numbers = np.concatenate([rng.standard_normal(500), np.round(rng.standard_normal(500), 1)])
+    numbers = np.concatenate([numbers, [0.0, -0.0, np.inf, -np.inf, 1e-310, -1e-310]])
+    rng.shuffle(numbers)
+    chunks = lambda: iter(np.split(numbers, [1, 300, 300, 700]))  # noqa: E731
+    ordered = np.sort(numbers)[::-1]
+    for k in (1, 2, 17, 500, 733, len(numbers)):
+        least, ties = settle.kth_largest(chunks, k)
+        assert least == settle.sortable(ordered[k - 1 : k])[0]
+        assert ties == k - (numbers > ordered[k - 1]).sum()
+
+
+def write_rows(layout, orders):
+    layout.work.mkdir(exist_ok=True)
+    for number in range(layout.reads):
+        rows = [(i, orders[i], i % 7) for i in layout.indices(number)]
+        layout.file(number, "rows").write_bytes(np.array(rows, ROWS).tobytes())
+
+
+@pytest.mark.parametrize(("samples", "per_task", "size"), [(100, 7, 5), (100, 30, 8), (3, 1, 9)])
+def test_groups_hold_each_pair_once_in_shards_of_equal_size(samples, per_task, size, tmp_path):
+    rng = np.random.default_rng(samples)
+    orders = rng.integers(0, 2**64, samples, np.uint64)
+    layout = Layout(tmp_path, samples, per_task)
+    write_rows(layout, orders)
+    verdicts = (rng.random(samples) < 0.7).astype(np.uint8) * CANDIDATE
+    config = PrepareConfig(source="x", destination=tmp_path, samples_per_shard=size, shuffle=True)
+    groups = settle.groups(layout, config, verdicts)
+    kept = np.flatnonzero(verdicts == CANDIDATE)
+    wanted = kept[np.argsort(orders[kept])].tolist()
+    bits = layout.pair_buckets.bit_length() - 1
+    got, shards = [], []
+    for group in groups:
+        low, high = group.buckets
+        inside = [i for i in wanted if low <= int(orders[i]) >> (64 - bits) < high]
+        got += inside[group.skip : group.skip + group.pairs]
+        shards += range(group.first, group.last)
+    assert got == wanted
+    assert shards == list(range(-(-len(wanted) // size)))
+    assert not settle.groups(layout, config, np.zeros(samples, np.uint8))
+
+
+def test_ties_at_the_edge_of_the_top_share_go_to_the_earlier(tmp_path):
+    layout = Layout(tmp_path, 30, 4)
+    write_rows(layout, np.arange(30, dtype=np.uint64))
+    for share, kept in (("0.07", 3), ("0.1", 3), ("0.3", 9), ("0.5", 15)):
+        config = PrepareConfig(
+            source="x", destination=tmp_path, score_column="s", top_share=float(share)
+        )
+        verdicts = settle.settle(layout, config, np.full(30, CANDIDATE, np.uint8))
+        best = sorted(range(30), key=lambda i: (-(i % 7), i))[:kept]
+        assert np.flatnonzero(verdicts == CANDIDATE).tolist() == sorted(best)
+        assert layout.verdicts.read_bytes() == verdicts.tobytes()

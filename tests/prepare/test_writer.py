@@ -1,0 +1,249 @@
+"""clip-jax prepare: what is kept, what is dropped and why, and what an interruption leaves."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.cli import main
+from clip_jax.data.sources.any import PathConfig, guess_source
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.prepare.filters import Filter
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.prepare.writer import describe, prepare
+from tests.conftest import ROOT
+from tests.data.conftest import FORMATS
+from tests.prepare.conftest import encoded
+
+PAIRS = [(f"{i:02d}.png", encoded(10 + i, 20), f"text {i}") for i in range(20)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").mkdir()
+    return FORMATS["tar"](tmp_path / "source", PAIRS).path
+
+
+def read_all(folder):
+    source = ArrayRecordSource(ArrayRecordConfig(path=str(folder / "*.array_record")))
+    return [source.load(i, np.random.default_rng(0)) for i in range(len(source))]
+
+
+def test_parts_together_write_every_pair_verbatim(source, tmp_path):
+    folder = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        prepare(PrepareConfig(source=source, destination=folder, samples_per_shard=6, part=part))
+    assert read_all(folder) == [(image, text) for _, image, text in PAIRS]
+    assert len(list(folder.glob("*.array_record"))) == 4
+    assert not list(folder.glob(".*.partial.*"))
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 100
+
+
+def test_what_is_dropped_is_counted_by_reason(tmp_path):
+    pairs = [*PAIRS[:3], ("a.png", b"broken", "x"), ("b.png", encoded(300, 4), "x")]
+    pairs += [("c.png", encoded(9, 900), "x"), ("d.png", encoded(50, 50), "long " * 9)]
+    (tmp_path / "in").mkdir()
+    config = PrepareConfig(
+        source=FORMATS["images_beside"](tmp_path / "in", pairs).path,
+        destination=tmp_path / "out",
+        min_side=8,
+        max_aspect=20.0,
+        max_caption=40,
+    )
+    counts = prepare(config)["counts"]
+    reasons = ("not an image", "image side", "image aspect", "caption length")
+    assert counts == {"kept": 3, **dict.fromkeys(reasons, 1)}
+    assert len(read_all(tmp_path / "out")) == 3
+
+
+def test_an_interrupted_run_goes_on_and_leaves_no_half_shard(source, tmp_path, monkeypatch):
+    config = PrepareConfig(
+        source=source, destination=tmp_path / "out", samples_per_shard=6, threads=1
+    )
+    read, done = Filter.read, []
+
+    def stop(self, index, *pair):
+        if len(done) == 14:
+            raise KeyboardInterrupt
+        done.append(index)
+        return read(self, index, *pair)
+
+    monkeypatch.setattr(Filter, "read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    assert [path.name[:11] for path in sorted((tmp_path / "out").glob("*.array_record"))] == [
+        "pairs-00000",
+        "pairs-00001",
+    ]
+    done.clear()
+    monkeypatch.setattr(Filter, "read", lambda *args: done.append(args[1]) or read(*args))
+    assert prepare(config)["counts"] == {"kept": 20}
+    assert sorted(done) == list(range(12, 20))
+    assert read_all(tmp_path / "out") == [(image, text) for _, image, text in PAIRS]
+    with pytest.raises(ValueError, match="begun with other settings"):
+        prepare(PrepareConfig(source=source, destination=tmp_path / "out", min_side=9))
+
+
+def test_large_images_are_made_smaller_and_others_encoded_anew(source, tmp_path):
+    prepare(PrepareConfig(source=source, destination=tmp_path / "a", resize=12))
+    images = [Image.open(io.BytesIO(image)) for image, _ in read_all(tmp_path / "a")]
+    assert (images[0].size, images[0].format) == ((10, 20), "PNG")
+    assert (images[5].size, images[5].format) == ((12, 16), "JPEG")
+    config = PrepareConfig(source=source, destination=tmp_path / "b", resize=12, encode="webp")
+    prepare(config)
+    images = [Image.open(io.BytesIO(image)) for image, _ in read_all(tmp_path / "b")]
+    assert {image.format for image in images} == {"WEBP"}
+    assert images[5].size == (12, 16)
+    assert images[5].convert("RGB").getpixel((3, 3)) == pytest.approx((0, 128, 0), abs=3)
+
+
+def test_the_report_adds_up(source, tmp_path):
+    """Over parts, and when nothing is left to write."""
+    folder = tmp_path / "out"
+    how = {"source": source, "destination": folder, "samples_per_shard": 6, "min_side": 14}
+    first = prepare(PrepareConfig(**how, part="2/2"))
+    assert first["shards"] == {"written": 2, "of": 4}
+    prepare(PrepareConfig(**how, part="1/2"))
+    report = prepare(PrepareConfig(**how))
+    assert report == json.loads((folder / "report.json").read_text())
+    assert report["shards"] == {"written": 4, "of": 4}
+    assert report["counts"] == {"kept": 16, "image side": 4}
+    assert report["examples"]["image side"].endswith("00000.tar:00: image side: 10 pixels")
+    assert all(sum(counts) == 16 for counts in report["histograms"].values())
+    assert report["quantiles"]["shorter side, pixels"]["50%"] == pytest.approx(18, rel=0.12)
+    assert all(6 <= value <= 7 for value in report["quantiles"]["caption, characters"].values())
+    for name in ("report.png", "contact_sheet.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 100
+    text = describe(report)
+    assert "16  kept" in text
+    assert "4 of 4 shards are written" in text
+
+
+def test_a_shard_of_which_nothing_is_kept(source, tmp_path):
+    how = {"source": source, "samples_per_shard": 5}
+    report = prepare(PrepareConfig(**how, destination=tmp_path / "some", min_side=16))
+    assert report["counts"]["kept"] == len(read_all(tmp_path / "some")) == 14
+    report = prepare(PrepareConfig(**how, destination=tmp_path / "none", min_side=99))
+    assert report["counts"] == {"image side": 20}
+    assert not (tmp_path / "none/contact_sheet.png").exists()
+
+
+def test_a_killed_command_leaves_whole_shards_and_goes_on(tmp_path):
+    """As a person runs it: SIGKILL in the middle of a shard, then the same command again."""
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (120, 90, 90, 3), np.uint8)
+    pairs = []
+    for i, pixels in enumerate(noise):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        pairs.append((f"{i:03d}.png", file.getvalue(), f"text {i}"))
+    FORMATS["tar"](tmp_path / "in", pairs)
+    command = [sys.executable, "-m", "clip_jax", "prepare", "in", "out", "--json"]
+    command += ["--samples-per-shard", "30", "--threads", "1", "--encode", "webp"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    where = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, **where)
+    out = tmp_path / "out"
+    while not list(out.glob("*-00000-*.json")) or not list(out.glob(".*.partial.*-00001-*")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert list(out.glob(".*.partial.*"))
+    assert len(read_all(out)) == 30 * len(list(out.glob("pairs-*.array_record"))) < 120
+    before = (out / "pairs-00000-of-00004.array_record").stat().st_mtime_ns
+    done = subprocess.run(command, **where, text=True, check=True)
+    assert json.loads(done.stdout)["counts"] == {"kept": 120}
+    assert [text for _, text in read_all(out)] == [text for _, _, text in pairs]
+    assert not list(out.glob(".*.partial.*"))
+    assert (out / "pairs-00000-of-00004.array_record").stat().st_mtime_ns == before
+
+
+def test_an_error_in_one_thread_stops_the_others(source, tmp_path, monkeypatch):
+    read, seen = Filter.read, []
+
+    def fail(self, index, *pair):
+        seen.append(index)
+        if index == 12:
+            raise RuntimeError("a bug")
+        time.sleep(0.02)
+        return read(self, index, *pair)
+
+    monkeypatch.setattr(Filter, "read", fail)
+    config = PrepareConfig(
+        source=source, destination=tmp_path / "out", samples_per_shard=10, threads=2
+    )
+    with pytest.raises(RuntimeError, match="a bug"):
+        prepare(config)
+    assert len(seen) < 10
+    assert not list((tmp_path / "out").glob("pairs*"))
+
+
+def test_inspect_shows_the_first_samples(source, tmp_path, capsys):
+    look = tmp_path / "look"
+    assert main(["prepare", source, str(look), "--inspect", "--min-side", "11", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 20
+    assert found["counts"] == {"kept": 19, "image side": 1}
+    assert found["first"][0]["dropped"] == "image side: 10 pixels"
+    assert found["first"][1]["captions"] == ["text 1"]
+    assert found["first"][1]["size"] == [11, 20]
+    pictures = [str(look / name) for name in ("contact_sheet.png", "statistics.png")]
+    assert found["pictures"] == sorted(map(str, look.iterdir())) == pictures
+    assert main(["prepare", source, str(look), "--inspect"]) == 0
+    assert "20 samples\n" in capsys.readouterr().out
+
+
+def test_captions_of_tars_may_be_in_json(tmp_path):
+    (tmp_path / "in").mkdir()
+    FORMATS["tar_json"](tmp_path / "in", PAIRS)
+    how = {"source": str(tmp_path / "in"), "destination": tmp_path / "out"}
+    prepare(PrepareConfig(**how, caption_column="caption"))
+    assert read_all(tmp_path / "out") == [(image, text) for _, image, text in PAIRS]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_is_told_by_the_path(format, tmp_path):
+    config = FORMATS[format](tmp_path, PAIRS[:2])
+    assert type(guess_source(PathConfig(path=config.path))) is type(config)
+    if not (tmp_path / "pairs.csv").exists() and format != "tfds":
+        assert type(guess_source(PathConfig(path=str(tmp_path)))) is type(config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"part": "0/2"}, "part='0/2' must be i/n"),
+        ({"part": "3/2"}, "part='3/2' must be i/n"),
+        ({"samples_per_shard": 0}, "samples_per_shard=0"),
+        ({"quality": 0}, "quality=0"),
+        ({"resize": -1}, "resize=-1"),
+    ],
+)
+def test_wrong_config(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PrepareConfig(source="x.tar", **wrong)
+    with pytest.raises(ValueError, match="is no source"):
+        guess_source(PathConfig(path="x.zip"))
+
+
+def test_half_a_letter_drops_its_pair_and_not_the_rest(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = []
+    for i, caption in enumerate(("one", "two \ud800", ["three", "\udfff"], "four")):
+        (tmp_path / f"in/{i}.png").write_bytes(encoded(10, 10))
+        rows.append(json.dumps({"image": f"{i}.png", "caption": caption}))
+    (tmp_path / "in/pairs.jsonl").write_text("\n".join(rows))
+    done = prepare(
+        PrepareConfig(source=str(tmp_path / "in/pairs.jsonl"), destination=tmp_path / "out")
+    )
+    assert done["counts"] == {"kept": 2, "caption is not UTF-8": 2}
+    assert [text for _, text in read_all(tmp_path / "out")] == ["one", "four"]
