@@ -3,263 +3,196 @@
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
-
-from clip_jax import sharding
+from clip_jax import files, processes, sharding
+from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.evals import compositions, datasets, measure, prompts, report, suite, supervised
-from clip_jax.evals.alignment import POOL
+from clip_jax.evals import datasets, measure, report
 from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.load import load
-
-Task = Literal["zero-shot", "templates", "probe", "few-shot", "neighbours", "alignment"]
-
-_KINDS = ("folder", "webdataset", "aro", "sugar_crepe")
+from clip_jax.evals.tasks import Open, SuiteEvalConfig, TasksConfig, TasksEvaluator, data_sets, say
+from clip_jax.files import Place
+from clip_jax.loading import load_on_mesh
+from clip_jax.models.layers import DType
+from clip_jax.refused import Refused
+from clip_jax.retention import split_name
+from clip_jax.serialize import from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Evaluate a model on what ships inside, on the CLIP paper's data sets, or on your own."""
+class EvaluateConfig(TasksConfig):
+    """Evaluate a model as its run did, on what ships inside, on the CLIP paper's data sets, or on
+    your own."""
 
-    model: Path  # a run's work directory, a model folder, or a foreign file
-    suite: Literal["digits", "clip"] = "digits"  # digits ship inside; clip: the CLIP paper's
-    # One instead of a suite: a name of clip's; folder:PATH, one folder a class, maybe below train/,
-    # val/ and test/; webdataset:PATH, CLIP_benchmark's tars; aro:FILE.json with images/ beside;
-    # sugar_crepe:PATH.
-    dataset: str = ""
-    data_dir: Path = Path("data")  # where the suite's data sets lie
-    # zero-shot: classify by names, or retrieve. templates: each alone, and a subset chosen on
-    # validation images. probe: logistic regression on features. few-shot: the same on --shots of
-    # each class. neighbours: the vote of the nearest. alignment: how images and captions lie.
-    # The middle four need a training split.
-    tasks: tuple[Task, ...] = ("zero-shot",)
-    templates: Path | None = None  # file with one prompt a line, {c} for the class
-    shots: tuple[int, ...] = supervised.SHOTS  # training images of each class, for few-shot
-    neighbours: int = 20  # how many vote
-    pool: int = POOL  # pairs that compete in info_nce; results to be compared must share it
-    seed: int = 0  # draws few-shot samples, and validation images where a data set has none
+    # A run's work directory, a model folder, or a foreign file. Of a run the newest checkpoint, or
+    # the one of RUN@20000 or RUN@best.
+    model: Place
+    # run: the evaluators of the run's own config, with the numbers that it had; digits: those that
+    # ship inside; clip: the CLIP paper's. By default run, where there is one that has evaluators
+    # and neither --dataset nor --digits asks for others; else digits.
+    suite: Literal["run", "digits", "clip"] | None = None
     digits: DigitsEvalConfig = field(default_factory=lambda: DigitsEvalConfig(per_number=100))
+    dtype: DType | None = None  # of the computation; None: a run's own, else float32
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
-    output: Path | None = None  # folder for result.json, tables and pictures; None: print only
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("tasks is empty; name one at least, such as zero-shot.")
-        if min(self.shots, default=1) < 1 or self.neighbours < 1:
-            raise ValueError(f"shots={self.shots} and neighbours={self.neighbours} must be >= 1.")
-        if self.pool < 2:
-            raise ValueError(f"pool={self.pool} must be at least 2 pairs.")
+    output: Place | None = None  # folder for result.json, tables and pictures; None: print only
+    watch: bool = False  # each checkpoint of a run as it is finished, into its evals/watch.jsonl
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Return numbers by name, `DATASET/METRIC`; those of the digits as in `result.json`.
+    """Return numbers by name, as in a run's `result.json`: of a data set `DATASET/METRIC`.
 
     A data set of the suite that is not on disk is named on standard error with how to get it, and
     the others run; so is one whose images cannot be read, and a task that a data set lacks a split
-    for. Raises ValueError where nothing is left and for files of another shape. `output` is written
-    after each data set.
+    for. Raises Refused where nothing is left and for files of another shape. `output` is written
+    after each data set. Where there are several processes, all call this alike.
     """
-    templates = prompts.read_templates(config.templates) if config.templates else None
-    chosen = _data_sets(config)
-    model = load(config.model)
-    mesh = sharding.make_mesh(config.mesh)
-    params = jax.device_put(model.params, sharding.replicated(mesh))
-    encoder = measure.Encoder(
-        model.clip, params, mesh, model.image_preprocess, lambda texts: model.tokenize(texts, True)
-    )
-    values: dict[str, float] = {}
-    outcomes: list[tuple[str, measure.Outcome]] = []
-    lead = jax.process_index() == 0
-    tasks: list[Task] = list(dict.fromkeys(config.tasks))
-    if not chosen:
-        _warn_of_other_numbers(config)
-        values |= _digits(config, encoder)
-        # As a data set they also have templates and pictures, for those who want them.
-        done = {"alignment"} if templates or config.output else {"alignment", "zero-shot"}
-        tasks = [task for task in tasks if task not in done]
-        opened = functools.partial(
-            datasets.open_digits,
-            config.digits.source,
-            per_number=config.digits.per_number,
-            image_size=model.config.vision.image_size,
-        )
-        chosen = {"digits": opened}
+    files.check_destination(config.output, "--output")
+    run = run_of(config.model)
+    return Measures(config, run).of(open_encoder(config, run), config.output)
 
-    for name, open_split in chosen.items():
-        splits = measure.Splits(name, _with_templates(open_split, templates), encoder)
-        try:
-            found = list(_outcomes(splits, tasks, config))
-        except ValueError as error:
-            if len(chosen) == 1:
-                raise
-            _say(f"left out: {name}: {error}")
-            continue
-        for outcome in found:
+
+class Measures:
+    """What a command measures, opened once for any number of checkpoints."""
+
+    def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
+        self._config, self._run = config, run
+        self._suite = _suite(config, run)
+        self._opened = data_sets(config) if self._suite == "clip" else {}
+        self._own = [x.make() for x in run.evals] if run and self._suite == "run" else []
+        self._tasks = list(dict.fromkeys(config.tasks))
+        if self._suite == "digits":
+            _warn_of_other_numbers(config, run)
+            # As a data set they also have templates and pictures, for those who want them.
+            more = config.templates or config.output
+            done = {"alignment"} if more else {"alignment", "zero-shot"}
+            self._tasks = [task for task in self._tasks if task not in done]
+        memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
+        wanted = replace(config, tasks=tuple(self._tasks) or config.tasks)
+        self._sets = TasksEvaluator(wanted, self._opened, memory=memory)
+
+    def of(self, encoder: Encoder, output: Place | None) -> dict[str, float]:
+        """Measure one model; write tables and pictures to `output`."""
+        config, values = self._config, {}
+        if self._suite == "run":
+            for evaluator in self._own:
+                values |= dict(evaluator.run(encoder))
+                _draw(output, evaluator, encoder)
+            _write(config, output, values, [])
+            return values
+        if self._suite == "digits":
+            values |= _digits(config, output, encoder)
+            if self._tasks:
+                self._opened["digits"] = _open_digits(config, encoder)
+
+        outcomes: list[tuple[str, measure.Outcome]] = []
+        for splits, outcome in self._sets.outcomes(encoder):
+            name = splits.name
             outcomes.append((name, outcome))
             values |= {f"{name}/{metric}": value for metric, value in outcome.values.items()}
             if outcome.task == "templates":
                 values |= {f"{name}/template/{t}": x for t, x in outcome.of_template.items()}
-                _say(f"{name}: chosen on validation images: " + "; ".join(outcome.templates))
-            for line in outcome.skipped[:3]:
-                _say(f"{name}: {line}")
-            if len(outcome.skipped) > 3:
-                _say(f"{name}: {len(outcome.skipped)} images in all could not be read")
+                say(f"{name}: chosen on validation images: " + "; ".join(outcome.templates))
             data = splits.open("test")
-            if config.output and lead and isinstance(data, datasets.Labelled):
-                report.draw(config.output / name, data, outcome)
-        if config.output and lead and values:
-            report.write(config.output, values, outcomes, config.model.name)
-    if not values:
-        raise ValueError(f"nothing could be measured with --tasks {' '.join(config.tasks)}.")
-    return values
+            if output and processes.is_lead() and isinstance(data, datasets.Labelled):
+                with files.written_whole(output / name) as folder:
+                    report.draw(folder, data, outcome)
+            _write(config, output, values, outcomes)
+        if not values:
+            raise Refused(f"nothing could be measured with --tasks {' '.join(config.tasks)}.")
+        _write(config, output, values, outcomes)
+        return values
 
 
-def _outcomes(
-    splits: measure.Splits, tasks: Sequence[Task], config: EvaluateConfig
-) -> Iterator[measure.Outcome]:
-    """Run the tasks on one data set; say which it has no data for."""
-    encoder, test = splits.encoder, splits.open("test")
-    if "zero-shot" in tasks:
-        yield measure.zero_shot(test, splits.embedded("test"), encoder)
-    if "alignment" in tasks:
-        if isinstance(test, datasets.Captioned):
-            yield measure.align(splits.embedded("test"), encoder, config.pool)
-        else:
-            _say(f"{splits.name}: alignment is for images with captions of their own.")
-    if "templates" in tasks:
-        try:
-            yield measure.select_templates(splits)
-        except datasets.Missing as error:
-            _say(f"templates left out: {error}")
-    labelled: list[supervised.Task] = [x for x in supervised.TASKS if x in tasks]
-    if labelled:
-        try:
-            outcome = supervised.supervised(
-                splits, labelled, shots=config.shots, neighbours=config.neighbours, seed=config.seed
-            )
-        except datasets.Missing as error:
-            _say(f"{', '.join(labelled)} left out: {error}")
-            return
-        for k in config.shots if "few-shot" in labelled else ():
-            if f"few_shot/{k}" not in outcome.values:
-                _say(f"{splits.name}: few-shot of {k} left out: a class has fewer training images")
-        yield outcome
+def run_of(path: Place) -> Config | None:
+    """Return the config of a run's work directory; None where it is none, or an older one's."""
+    path, _ = split_name(path)
+    try:
+        return from_dict(Config, json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError):
+        return None
 
 
-def _data_sets(config: EvaluateConfig) -> dict[str, Callable[[datasets.Split], datasets.Data]]:
-    """Return what opens the splits of each data set asked for, by name; nothing for the digits."""
-    kind, _, path = config.dataset.partition(":")
-    if path:
-        where = Path(path)
-        opened = functools.cache(functools.partial(_open_own, kind, where))
-        try:
-            opened("test")  # wrong use is said before a model is loaded
-        except datasets.Missing as error:
-            raise ValueError(str(error)) from error
-        return {where.absolute().name if where.is_dir() else where.stem: opened}
-    rows = [row for row in suite.SUITE if config.dataset in ("", row.name)]
-    if not rows:
-        raise ValueError(
-            f"no data set {config.dataset!r}; say {', '.join(f'{k}:PATH' for k in _KINDS)} or one "
-            f"of {', '.join(row.name for row in suite.SUITE)}."
+def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
+    """Load the model to the mesh, where the training step would have it."""
+    mesh = sharding.make_mesh(config.mesh)
+    dtype = config.dtype or (run.model.dtype if run else "float32")
+    model = load_on_mesh(config.model, mesh, dtype=dtype)
+    return Encoder(
+        model.clip, model.params, mesh, model.image_preprocess,
+        lambda texts: model.tokenize(texts, True),
+    )  # fmt: skip
+
+
+def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:
+    if config.suite == "run" and not (run and run.evals):
+        raise Refused(
+            f"--suite run: {config.model} is no run with evaluators of its own (evals in its "
+            "config); say --suite digits, --suite clip or --dataset."
         )
-    if not config.dataset and config.suite == "digits":
-        return {}
-    found, missing = {}, []
-    for row in rows:
-        opened = functools.cache(functools.partial(suite.open_data_set, row, config.data_dir))
-        try:
-            opened("test")
-        except datasets.Missing as error:
-            missing.append(str(error))
-        else:
-            found[row.name] = opened
-    if config.dataset and missing:
-        raise ValueError(missing[0])
-    if not found:
-        raise ValueError(
-            f"none of the suite's {len(rows)} data sets is in {config.data_dir} (--data-dir). "
-            f"The first: {missing[0]}"
-        )
-    for line in missing:
-        _say(f"left out: {line}")
-    return found
+    if config.suite:
+        return config.suite
+    if config.dataset:
+        return "clip"
+    usual = EvaluateConfig(model=config.model, mesh=config.mesh, output=config.output)
+    asked = replace(config, mesh=usual.mesh, dtype=None, watch=False) != usual
+    return "run" if run and run.evals and not asked else "digits"
 
 
-def _with_templates(
-    open_split: Callable[[datasets.Split], datasets.Data], templates: Sequence[str] | None
-) -> Callable[[datasets.Split], datasets.Data]:
-    """Put the templates of `--templates`, if any, in the place of a data set's own."""
-
-    def opened(split: datasets.Split) -> datasets.Data:
-        data = open_split(split)
-        if templates and isinstance(data, datasets.Labelled | datasets.Tagged):
-            return replace(data, templates=templates)
-        return data
-
-    return opened
+def _write(
+    config: EvaluateConfig, output: Place | None, values: dict[str, float],
+    outcomes: list[tuple[str, measure.Outcome]],
+) -> None:  # fmt: skip
+    if output and processes.is_lead() and values:
+        report.write(output, values, outcomes, config.model.name)
 
 
-def _open_own(kind: str, path: Path, split: datasets.Split) -> datasets.Data:
-    """Open somebody's own data of a kind. Missing where it has no such split."""
-    if kind not in _KINDS:
-        raise ValueError(
-            f"--dataset {kind}:{path} is of no known kind; say {', '.join(_KINDS)}, as in "
-            "folder:PATH."
-        )
-    if kind in ("aro", "sugar_crepe"):
-        if split != "test":
-            raise datasets.Missing(f"{path} has no {split} split.")
-        if kind == "aro":
-            return compositions.open_aro(path, path.parent / "images")
-        return compositions.open_sugar_crepe(path)
-    part = datasets.split_folder(path, split)
-    if part is None:
-        raise datasets.Missing(f"{path} has no {split} split; put it in {path / split}.")
-    if kind == "folder":
-        return datasets.open_folder(part, name=path.absolute().name)
-    return datasets.open_webdataset(path, split="test" if part == path else part.name)
+def _draw(output: Place | None, evaluator: Any, encoder: Encoder) -> None:
+    """Let an evaluator that can draw do so; all processes compute, one keeps."""
+    if output and hasattr(evaluator, "draw"):
+        with tempfile.TemporaryDirectory() as scratch:
+            evaluator.draw(encoder, Path(scratch))
+            if processes.is_lead():
+                files.copy_tree(Path(scratch), output)
 
 
-def _digits(config: EvaluateConfig, encoder: measure.Encoder) -> dict[str, float]:
+def _open_digits(config: EvaluateConfig, encoder: Encoder) -> Open:
+    return functools.partial(
+        datasets.open_digits,
+        config.digits.source,
+        per_number=config.digits.per_number,
+        image_size=encoder.model.config.vision.image_size,
+    )
+
+
+def _digits(config: EvaluateConfig, output: Place | None, encoder: Encoder) -> dict[str, float]:
     """Run the evaluators of training; draw what the model says of the scans."""
-    model, params, mesh = encoder.model, encoder.params, encoder.mesh
     values: dict[str, float] = {}
     if "zero-shot" in config.tasks:
         evaluator = config.digits.make()
-        values |= evaluator.run(model, params, mesh)
-        if config.output and jax.process_index() == 0:
-            evaluator.draw(model, params, mesh, config.output)
+        values |= evaluator.run(encoder)
+        _draw(output, evaluator, encoder)
     if "alignment" in config.tasks:
         source = replace(config.digits.source, split="test")
         pairs = PairsEvalConfig(
             data=DataConfig(source=source, crop="center"), pairs=config.pool, pool=config.pool
         )
-        values |= pairs.make().run(model, params, mesh)
+        values |= pairs.make().run(encoder)
     return values
 
 
-def _warn_of_other_numbers(config: EvaluateConfig) -> None:
+def _warn_of_other_numbers(config: EvaluateConfig, run: Config | None) -> None:
     """Say so where a run has learned other numbers than those that it is asked about."""
-    try:
-        learned = json.loads((config.model / "config.json").read_text())["data"]["source"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return  # no run
+    if run is None:
+        return
     for name in ("digits", "split_seed"):
         asked = getattr(config.digits.source, name)
-        if learned.get(name, asked) != asked:
-            _say(
-                f"the run was trained with data.source.{name}={learned[name]}, this measures "
+        if (learned := getattr(run.data.source, name, asked)) != asked:
+            say(
+                f"the run was trained with data.source.{name}={learned}, this measures "
                 f"--digits.source.{name.replace('_', '-')} {asked}"
             )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -24,7 +24,8 @@ def recorded(self, start_step=0):
                 if what:
                     time.sleep(600)
                 raise RuntimeError("the disk of this host is on fire")
-            row = {"step": number, "processes": jax.process_count(), "index": batch.index.tolist()}
+            row = {"step": number, "processes": jax.process_count(), "keys": batch.keys}
+            row["index"] = batch.index.tolist()
             file.write(json.dumps(row) + "\n")
             file.flush()
             yield batch

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
+from clip_jax.refused import Refused
 
 POOL = 1_024  # pairs that compete; the loss grows with their logarithm, so runs must share it
 _CHUNK = 1_024  # rows of a block on each batch shard
@@ -29,10 +30,10 @@ def uniformity(features: Float[np.ndarray, "B E"], mesh: Mesh) -> float:
     """Return log mean exp(−2 ‖x − y‖²) over all pairs of unit vectors: 0 if all are the same, less
     the more evenly they cover the sphere."""
     if len(features) < 2:
-        raise ValueError(f"uniformity needs at least 2 features, got {len(features)}.")
+        raise Refused(f"uniformity needs at least 2 features, got {len(features)}.")
     count = len(features)
     chunk = min(_CHUNK, -(-count // sharding.batch_shards(mesh))) * sharding.batch_shards(mesh)
-    whole = _place(features, len(features), sharding.replicated(mesh))
+    whole = sharding.place(features, len(features), sharding.replicated(mesh))
     total = 0.0
     for start in range(0, count, chunk):
         rows = features[start : start + chunk]
@@ -40,7 +41,9 @@ def uniformity(features: Float[np.ndarray, "B E"], mesh: Mesh) -> float:
         index[len(rows) :] = -1
         split = sharding.batch_sharding(mesh)
         total += float(
-            _potential(_place(rows, chunk, split), _place(index, chunk, split), whole, mesh)
+            _potential(
+                sharding.place(rows, chunk, split), sharding.place(index, chunk, split), whole, mesh
+            )
         )
     return float(np.log(total / (count * (count - 1))))
 
@@ -66,16 +69,16 @@ def info_nce(
     pairs; what does not fill a last one is left out, since fewer negatives are an easier task.
     """
     if not 2 <= pool <= len(image_features):
-        raise ValueError(
+        raise Refused(
             f"info_nce with pool={pool} needs 2 <= pool <= the {len(image_features)} pairs given."
         )
     shards = sharding.batch_shards(mesh)
     padded = -(-pool // shards) * shards
-    real = _place(np.ones(pool, bool), padded, sharding.replicated(mesh))
+    real = sharding.place(np.ones(pool, bool), padded, sharding.replicated(mesh))
     losses = []
     for start in range(0, len(image_features) - pool + 1, pool):
         images, texts = (
-            _place(x[start : start + pool], padded, sharding.batch_sharding(mesh))
+            sharding.place(x[start : start + pool], padded, sharding.batch_sharding(mesh))
             for x in (image_features, text_features)
         )
         losses.append(float(_loss(images, texts, np.float32(logit_scale), real, mesh)))
@@ -98,12 +101,6 @@ def diagnostics(
         "modality_gap": modality_gap(image_features, text_features),
         "info_nce": info_nce(image_features, text_features, logit_scale, mesh, pool=pool),
     }
-
-
-def _place(rows: np.ndarray, length: int, on: jax.sharding.Sharding) -> Array:
-    filled = np.zeros((length, *rows.shape[1:]), rows.dtype)
-    filled[: len(rows)] = rows
-    return jax.make_array_from_callback(filled.shape, on, filled.__getitem__)
 
 
 @functools.partial(jax.jit, static_argnums=3)

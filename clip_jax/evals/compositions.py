@@ -6,7 +6,6 @@ swapped or added.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
@@ -14,6 +13,8 @@ from PIL import Image
 
 from clip_jax.data.images import ImageLike, decode
 from clip_jax.evals.datasets import Contrasted, read_json
+from clip_jax.files import Place
+from clip_jax.refused import Refused
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
@@ -50,10 +51,10 @@ _SYMMETRIC = frozenset((
 # fmt: on
 
 
-def open_aro(annotations: Path, images: Path) -> Contrasted:
+def open_aro(annotations: Place, images: Place) -> Contrasted:
     """Open `visual_genome_relation.json` or `visual_genome_attribution.json`.
 
-    A case is the part of the image that its box holds. ValueError for a file of another shape.
+    A case is the part of the image that its box holds. Refused for a file of another shape.
     """
     cases = read_json(annotations)
     try:
@@ -67,7 +68,7 @@ def open_aro(annotations: Path, images: Path) -> Contrasted:
             for case in cases
         ]
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise Refused(
             f"{annotations} is not in ARO's format: a list of cases with image_path, bbox_x, "
             "bbox_y, bbox_w, bbox_h, true_caption, false_caption and relation_name or attributes "
             f"({error!r})."
@@ -82,13 +83,15 @@ def open_aro(annotations: Path, images: Path) -> Contrasted:
     def in_mean(group: str, count: int) -> bool:
         return group not in _SYMMETRIC if relations else count >= _FEWEST
 
-    return Contrasted(len(rows), load, [row[3] for row in rows], in_mean)
+    return Contrasted(
+        len(rows), load, [row[3] for row in rows], in_mean, key=lambda i: str(rows[i][0])
+    )
 
 
-def open_sugar_crepe(folder: Path) -> Contrasted:
+def open_sugar_crepe(folder: Place) -> Contrasted:
     """Open SugarCrepe's files (`swap_obj.json`, ...) with COCO's images in `val2017/` or `images/`.
 
-    ValueError for a file of another shape.
+    Refused for a file of another shape.
     """
     images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
     rows = []
@@ -100,14 +103,19 @@ def open_sugar_crepe(folder: Path) -> Contrasted:
                 for case in (content.values() if isinstance(content, dict) else content)
             ]
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise Refused(
                 f"{file} is not in SugarCrepe's format: cases with filename, caption and "
                 f"negative_caption ({error!r})."
             ) from error
     if not rows:
-        raise ValueError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
+        raise Refused(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
     return Contrasted(
-        len(rows), lambda i: rows[i][:2], [row[2] for row in rows], lambda *_: True, True
+        len(rows),
+        lambda i: rows[i][:2],
+        [row[2] for row in rows],
+        lambda *_: True,
+        True,
+        lambda i: str(rows[i][0]),
     )
 
 

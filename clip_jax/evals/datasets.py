@@ -1,9 +1,8 @@
 """Labelled images and captioned images on disk, in the layouts that evaluators meet."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +12,16 @@ from clip_jax.data import digits
 from clip_jax.data.images import ImageLike
 from clip_jax.data.sources import SampleError
 from clip_jax.evals import prompts
+from clip_jax.files import Place, place, walk
+from clip_jax.refused import Refused
 
 Split = Literal["train", "validation", "test"]
 
 _SPLITS = ("train", "val", "validation", "valid", "test")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+
+
+_NUMBERED = "image {}".format
 
 
 class Missing(Exception):
@@ -32,6 +36,7 @@ class Labelled:
     templates: Sequence[str]
     count: int
     load: Callable[[int], tuple[ImageLike, int]]
+    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
 
     def __iter__(self) -> Iterator[tuple[ImageLike, int]]:
         return map(self.load, range(self.count))
@@ -46,6 +51,7 @@ class Tagged:
     templates: Sequence[str]
     count: int
     load: Callable[[int], tuple[ImageLike, Int8[np.ndarray, " classes"]]]
+    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
 
     def __iter__(self) -> Iterator[tuple[ImageLike, Int8[np.ndarray, " classes"]]]:
         return map(self.load, range(self.count))
@@ -57,6 +63,7 @@ class Captioned:
 
     count: int
     load: Callable[[int], tuple[ImageLike, Sequence[str]]]
+    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
 
     def __iter__(self) -> Iterator[tuple[ImageLike, Sequence[str]]]:
         return map(self.load, range(self.count))
@@ -71,15 +78,33 @@ class Contrasted:
     groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
     in_mean: Callable[[str, int], bool]  # whether a group of so many cases counts in the mean
     name_groups: bool = False  # whether there are few enough to report each
+    key: Callable[[int], str] = _NUMBERED
 
     def __iter__(self) -> Iterator[tuple[ImageLike, tuple[str, str]]]:
         return map(self.load, range(self.count))
 
 
-Data = Labelled | Tagged | Captioned | Contrasted
+@dataclass(frozen=True)
+class Translated:
+    """The same images in several languages. `said` reads what `load` gives with an image: a
+    language's captions, or its number of the class; None where it says nothing of the image."""
+
+    languages: Sequence[str]
+    names: Mapping[str, Sequence[str]]  # of classes, by language; empty: there are captions
+    templates: Mapping[str, Sequence[str]]
+    count: int
+    load: Callable[[int], tuple[ImageLike, Any]]
+    said: Callable[[str, Any], Any]
+    key: Callable[[int], str] = _NUMBERED
+
+    def __iter__(self) -> Iterator[tuple[ImageLike, Any]]:
+        return map(self.load, range(self.count))
 
 
-def split_folder(path: Path, split: Split) -> Path | None:
+Data = Labelled | Tagged | Captioned | Contrasted | Translated
+
+
+def split_folder(path: Place, split: Split) -> Place | None:
     """Return where a folder keeps a split; None where it has none.
 
     Either `train`, `val` and `test` lie in it, or it is the test split itself. Without `test` the
@@ -96,19 +121,19 @@ def split_folder(path: Path, split: Split) -> Path | None:
     return validation if train.is_dir() else path
 
 
-def open_folder(path: Path, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
+def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
     """Open a folder in ImageFolder's layout: one folder a class, in the order of their names.
 
     Classes are called by `classnames.txt` in the folder (of a split: or beside it), one a line;
     else by `names`; else as published where the folders are the WordNet ids of ImageNet's classes
     or numbers of those of the data set `name`; else as the folders are. `name` also decides on
-    templates. ValueError for a folder without classes and for a wrong number of names.
+    templates. Refused for a folder without classes and for a wrong number of names.
     """
     if not path.is_dir():
-        raise ValueError(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
+        raise Refused(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
     folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(folders) < 2:
-        raise ValueError(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
+        raise Refused(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
     imagenet = prompts.class_names("imagenet1k") or []
     wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
     numbers = all(folder.isdigit() for folder in folders)
@@ -125,22 +150,24 @@ def open_folder(path: Path, *, name: str = "", names: Sequence[str] | None = Non
         names = [wnids.get(folder) or _spaced(folder) for folder in folders]
     if len(names) != len(folders):
         where = listed / "classnames.txt" if listed else "its published list"
-        raise ValueError(
+        raise Refused(
             f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
             "it needs one a line, in the order of the folders' names."
         )
     files = [
         (file, label)
         for label, folder in enumerate(folders)
-        for file in sorted((path / folder).rglob("*"))
+        for file in sorted(map(place, walk(path / folder)))
         if file.suffix.lower() in _IMAGES
     ]
     if not files:
-        raise ValueError(f"no images ({', '.join(_IMAGES)}) in the folders of {path}.")
-    return Labelled(names, _templates(name), len(files), files.__getitem__)
+        raise Refused(f"no images ({', '.join(_IMAGES)}) in the folders of {path}.")
+    return Labelled(
+        names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0])
+    )
 
 
-def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
+def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned:
     """Open CLIP_benchmark's layout: `{split}/*.tar` with `.cls`, or `.txt` of one caption a line.
 
     `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` stand beside.
@@ -148,7 +175,7 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
     from clip_jax.data.sources.tar import TarConfig, TarSource
 
     if not any((path / split).glob("*.tar")):
-        raise ValueError(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
+        raise Refused(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
     kind = path / "dataset_type.txt"
     captions = kind.exists() and kind.read_text().strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
@@ -161,7 +188,7 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
             image, text = source.load(index, rng)
             return image, [line for line in text.splitlines() if line.strip()]
 
-        return Captioned(len(source), load_captions)
+        return Captioned(len(source), load_captions, source.key)
 
     names = _lines(path / "classnames.txt")
 
@@ -173,23 +200,23 @@ def open_webdataset(path: Path, *, split: str = "test") -> Labelled | Captioned:
 
     templates = path / "zeroshot_classification_templates.txt"
     chosen = prompts.read_templates(templates) if templates.exists() else _templates("")
-    return Labelled(names, chosen, len(source), load)
+    return Labelled(names, chosen, len(source), load, source.key)
 
 
 def open_tfds(
-    path: Path, *, split: str, image: str = "image", label: str = "label",
+    path: Place, *, split: str, image: str = "image", label: str = "label",
     names: Sequence[str] | None = None, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,),
 ) -> Labelled:  # fmt: skip
     """Open a prepared TFDS builder's folder, the one with `dataset_info.json`.
 
-    Class names are the builder's unless given. ValueError for a split or feature that is not there.
+    Class names are the builder's unless given. Refused for a split or feature that is not there.
     """
     builder, examples = _open_tfds(path, split, image, label)
     feature = builder.info.features[label]
     if names is None:
         names = [_spaced(name) for name in feature.names]
     if len(names) != feature.num_classes:
-        raise ValueError(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
+        raise Refused(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
 
     def load(index: int) -> tuple[ImageLike, int]:
         example = examples[index]
@@ -199,7 +226,7 @@ def open_tfds(
 
 
 def open_tfds_voc(
-    path: Path, *, split: str, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,)
+    path: Place, *, split: str, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,)
 ) -> Tagged:
     """Open TFDS's `voc/2007`, whose images have any number of the 20 classes."""
     builder, examples = _open_tfds(path, split, "image", "labels_no_difficult")
@@ -215,13 +242,13 @@ def open_tfds_voc(
     return Tagged(names, templates, len(examples), load)
 
 
-def tfds_splits(path: Path) -> Sequence[str]:
+def tfds_splits(path: Place) -> Sequence[str]:
     """Return the names of a prepared TFDS builder's splits."""
     content = json.loads((path / "dataset_info.json").read_text())
     return [split["name"] for split in content.get("splits", [])]
 
 
-def _open_tfds(path: Path, split: str, image: str, label: str) -> tuple[Any, Any]:
+def _open_tfds(path: Place, split: str, image: str, label: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(str(path))
@@ -230,7 +257,7 @@ def _open_tfds(path: Path, split: str, image: str, label: str) -> tuple[Any, Any
         ("feature", label, builder.info.features),
     ):  # fmt: skip
         if wanted.partition("[")[0] not in there:
-            raise ValueError(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
+            raise Refused(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
     decoders = {image: tfds.decode.SkipDecoding()}
     return builder, builder.as_data_source(split=split, decoders=decoders)
 
@@ -239,10 +266,10 @@ def _encoded(image: Any) -> bytes:
     return image if isinstance(image, bytes) else image.item()
 
 
-def open_captions(annotations: Path, images: Path) -> Captioned:
+def open_captions(annotations: Place, images: Place) -> Captioned:
     """Open COCO's annotation format (Karpathy's splits of COCO and Flickr30k come in it).
 
-    ValueError for a file of another shape. Images without a caption are left out.
+    Refused for a file of another shape. Images without a caption are left out.
     """
     content = read_json(annotations)
     try:
@@ -251,43 +278,47 @@ def open_captions(annotations: Path, images: Path) -> Captioned:
         for row in content["annotations"]:
             captions.setdefault(row["image_id"], []).append(row["caption"])
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise Refused(
             f"{annotations} is not in COCO's format: images with id and file_name, annotations "
             f"with image_id and caption ({error!r})."
         ) from error
     rows = [(images / files[key], texts) for key, texts in captions.items()]
-    return Captioned(len(rows), rows.__getitem__)
+    return Captioned(len(rows), rows.__getitem__, lambda i: str(rows[i][0]))
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of annotations. ValueError where it is not there or is no JSON."""
+def read_json(path: Place) -> Any:
+    """Read a file of annotations. Refused where it is not there or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise Refused(f"{path} cannot be read as JSON: {error}") from error
 
 
-def open_voc(path: Path, *, split: Split) -> Tagged:
+def open_voc(path: Place, *, split: Split) -> Tagged:
     """Open `VOCdevkit/VOC2007`: `ImageSets/Main/{class}_{split}.txt` and `JPEGImages`.
 
-    ValueError where lists are missing or differ in their images.
+    Refused where lists are missing or differ in their images.
     """
     part = {"train": "train", "validation": "val", "test": "test"}[split]
     lists = sorted((path / "ImageSets" / "Main").glob(f"*_{part}.txt"))
     if not lists:
-        raise ValueError(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
+        raise Refused(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
     rows = [[line.split() for line in _lines(file) if line.strip()] for file in lists]
     images = [row[0] for row in rows[0]]
-    for file, found in zip(lists, rows, strict=True):
-        if [row[0] for row in found] != images:
-            raise ValueError(f"{file} lists other images than {lists[0]}.")
-    truth = np.array([[row[1] for row in found] for found in rows]).astype(np.int8).T
+    for file, labels in zip(lists, rows, strict=True):
+        if [row[0] for row in labels] != images:
+            raise Refused(f"{file} lists other images than {lists[0]}.")
+        if not all(row[1:] in (["1"], ["0"], ["-1"]) for row in labels):
+            raise Refused(f"{file} needs an image and 1, 0 or -1 in each line.")
+    truth = np.array([[row[1] for row in labels] for labels in rows]).astype(np.int8).T
     names = [file.name.removesuffix(f"_{part}.txt") for file in lists]
 
     def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
         return path / "JPEGImages" / f"{images[index]}.jpg", truth[index]
 
-    return Tagged(names, _templates("voc2007"), len(images), load)
+    return Tagged(
+        names, _templates("voc2007"), len(images), load, lambda i: f"JPEGImages/{images[i]}.jpg"
+    )
 
 
 # Of the digits' captions, those that say the number in words.
@@ -322,9 +353,9 @@ def _templates(name: str) -> Sequence[str]:
     return prompts.templates(name) or (prompts.PLAIN_TEMPLATE,)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Place) -> list[str]:
     if not path.exists():
-        raise ValueError(f"there is no {path}; it has one class name a line.")
+        raise Refused(f"there is no {path}; it has one class name a line.")
     return path.read_text(encoding="utf-8").splitlines()  # CLEVR has a class without a name
 
 

@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.evals.evaluator import encode_images
+from clip_jax.evals.captions import captions, with_room
+from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.zero_shot import classifier, top_k_accuracy
-from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.refused import check_ranges
+
+_SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,20 @@ class DigitsEvalConfig:
     max_prompts: int | None = None  # of each class; None: every caption. 10,000 classes take long
     every_steps: int = 500  # steps between evaluations; the last step always counts
 
+    def __post_init__(self) -> None:
+        names = ("per_number", "max_numbers", "max_prompts", "every_steps")
+        check_ranges(self, "evals.", **dict.fromkeys(names, "[1, inf)"))
+
     def make(self) -> "DigitsEvaluator":
         return DigitsEvaluator(self)
 
 
 class DigitsEvaluator:
     """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1`, top-5s, and `order`: how often 42
-    is nearer to the captions of 42 than to those of 24."""
+    is nearer to the captions of 42 than to those of 24.
+
+    With a decoder also `caption/seen/exact`, `caption/unseen/exact`: how often what it writes is
+    one of the number's captions, word by word."""
 
     def __init__(self, config: DigitsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
@@ -43,14 +53,16 @@ class DigitsEvaluator:
             "seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]
         }  # fmt: skip
 
-    def run(self, model: CLIP, params: Params, mesh: Mesh) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
-        weights, k = self._classifier(model, params, mesh), self.config.source.digits
+        weights, k = self._classifier(encoder), self.config.source.digits
         for name, numbers in self._splits.items():
             if not numbers:
                 continue
-            images, labels = self._images(numbers, model.config.vision.image_size)
-            logits = encode_images(model, params, images, mesh) @ weights.T
+            images, labels = digits.evaluation_set(
+                self.config.source, numbers, self.config.per_number, _size(encoder)
+            )
+            logits = encoder.images(images) @ weights.T
             yield f"zero_shot/{name}/top1", top_k_accuracy(logits, labels, 1)
             yield f"zero_shot/{name}/top5", top_k_accuracy(logits, labels, 5)
             backwards = np.array([int(f"{n:0{k}d}"[::-1]) for n in labels])
@@ -58,41 +70,39 @@ class DigitsEvaluator:
             if len(pairs):
                 own, other = logits[pairs, labels[pairs]], logits[pairs, backwards[pairs]]
                 yield f"zero_shot/{name}/order", float((own > other).mean())
+            if encoder.model.config.decoder is not None:
+                written = captions(encoder, images, with_room(_SHORT, encoder.model))
+                right = [x in digits.prompts(n, k) for x, n in zip(written, labels, strict=True)]
+                yield f"caption/{name}/exact", float(np.mean(right))
 
-    def draw(self, model: CLIP, params: Params, mesh: Mesh, directory: Path) -> None:
+    def draw(self, encoder: Encoder, folder: Path) -> None:
         """Write `predictions.png`: held-out images with their three best labels."""
-        weights = self._classifier(model, params, mesh)
+        weights = self._classifier(encoder)
         k, images, labels, unseen = self.config.source.digits, [], [], []
         for name, numbers in self._splits.items():
             some = numbers[:: max(len(numbers) // 16, 1)][:16]
             if some:
-                drawn = digits.evaluation_set(
-                    self.config.source, some, 1, model.config.vision.image_size
-                )
+                drawn = digits.evaluation_set(self.config.source, some, 1, _size(encoder))
                 images += list(drawn[0])
                 labels += list(drawn[1])
                 unseen += [name == "unseen"] * len(some)
-        logits = encode_images(model, params, np.stack(images), mesh) @ weights.T
-        logits *= np.exp(np.asarray(params["logit_scale"]))
+        logits = encoder.logit_scale * (encoder.images(np.stack(images)) @ weights.T)
         names = [digits.number_words(number, k) for number in self._numbers]
         lines = [
             [*with_probabilities(row, names), "(never trained on)" if new else "(trained on)"]
             for row, new in zip(logits, unseen, strict=True)
         ]
         contact_sheet(
-            directory / "predictions.png", images, lines,
+            folder / "predictions.png", images, lines,
             right=[bool(a == b) for a, b in zip(logits.argmax(1), labels, strict=True)],
             title="Handwriting of held-out writers: the three nearest of "
             f"{len(names)} numbers (red: wrong)",
         )  # fmt: skip
 
-    def _classifier(
-        self, model: CLIP, params: Params, mesh: Mesh
-    ) -> Float[np.ndarray, "classes E"]:
+    def _classifier(self, encoder: Encoder) -> Float[np.ndarray, "classes E"]:
         k, most = self.config.source.digits, self.config.max_prompts
-        return classifier(model, params, [digits.prompts(n, k)[:most] for n in self._numbers], mesh)
+        return classifier(encoder, [digits.prompts(n, k)[:most] for n in self._numbers])
 
-    def _images(self, numbers: list[int], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-        return digits.evaluation_set(
-            self.config.source, numbers, self.config.per_number, image_size
-        )
+
+def _size(encoder: Encoder) -> int:
+    return encoder.model.config.vision.image_size

@@ -1,69 +1,49 @@
 """A data set in, its numbers out: zero-shot classification, retrieval and more, images streamed."""
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import Progress
+from jaxtyping import Float, Int, Shaped
 
-from clip_jax.data.images import ImageError, ImageLike
-from clip_jax.data.sources import SampleError
+from clip_jax import processes, sharding
 from clip_jax.evals import prompts
 from clip_jax.evals.alignment import POOL, diagnostics
+from clip_jax.evals.caption_scores import bleu, cider
+from clip_jax.evals.captions import likelihood, with_room, writer
 from clip_jax.evals.compositions import composition
-from clip_jax.evals.datasets import Captioned, Contrasted, Data, Labelled, Missing, Split, Tagged
-from clip_jax.evals.evaluator import encode_images, encode_texts
-from clip_jax.evals.linear_probe import probe_features
+from clip_jax.evals.datasets import (
+    Captioned,
+    Contrasted,
+    Data,
+    Labelled,
+    Missing,
+    Split,
+    Tagged,
+    Translated,
+)  # fmt: skip
+from clip_jax.evals.evaluator import Encoder, image_encoder
+from clip_jax.evals.languages import average
+from clip_jax.evals.linear_probe import without_projection
+from clip_jax.evals.reader import Kept, Reader, Share
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.evals.zero_shot import classification, multi_label
-from clip_jax.models.clip import CLIP, Params
-
-_STREAMED = 1_024  # images in memory at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Encoder:
-    """A model with its own way of reading images and texts."""
-
-    model: CLIP
-    params: Params
-    mesh: Mesh
-    preprocess: Callable[[ImageLike], np.ndarray]  # an image to its normalised pixels [H, W, 3]
-    tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], cut to length
-    _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def logit_scale(self) -> float:
-        return float(np.exp(jax.device_get(self.params["logit_scale"])))
-
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        return encode_texts(self.model, self.params, self.tokenize(texts), self.mesh)
-
-    def classes(
-        self, templates: Sequence[str], names: Sequence[str]
-    ) -> Float[np.ndarray, "templates classes E"]:
-        """Embed every class name in every template. Nothing is embedded twice: ImageNet and its
-        variants share 80,000 prompts, and so do the tasks on one data set."""
-        rows = [prompts.fill(template, name) for template in templates for name in names]
-        if new := [row for row in dict.fromkeys(rows) if row not in self._known]:
-            self._known.update(zip(new, self.texts(new), strict=True))
-        features = np.stack([self._known[row] for row in rows])
-        return features.reshape(len(templates), len(names), -1)
+from clip_jax.evals.zero_shot import classification, classifier, multi_label
+from clip_jax.models.clip import CLIP
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.progress import Display
+from clip_jax.refused import Refused
 
 
 @dataclass(frozen=True)
 class Embedded:
     """The images of a data set that could be read, in order."""
 
-    features: Float[np.ndarray, "B E"]
+    features: Shaped[np.ndarray, "B ..."]  # or what else was computed of each
     indices: Int[np.ndarray, " B"]  # in the data set
     answers: list  # what belongs to each: a class, truths, captions
     skipped: list[str]  # images that cannot be read, and why
@@ -86,6 +66,7 @@ class Outcome:
     indices: Int[np.ndarray, " B"] | None = None
     of_template: dict[str, float] = field(default_factory=dict)  # top-1 of each alone
     templates: Sequence[str] = ()  # chosen on validation images
+    by_language: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
@@ -99,6 +80,8 @@ def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
             return retrieve(images, encoder)
         case Contrasted():
             return contrast(data, images, encoder)
+        case Translated():
+            return translate(data, images, encoder)
 
 
 def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
@@ -144,6 +127,36 @@ def contrast(data: Contrasted, images: Embedded, encoder: Encoder) -> Outcome:
     return Outcome("image_caption_selection", values, images.skipped)
 
 
+def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
+    """Classify or retrieve in each language, the images being embedded once; and the means.
+
+    A language that says nothing of the images read is left out.
+    """
+    found: dict[str, dict[str, float]] = {}
+    quiet = not processes.is_lead()
+    with Display("languages", len(data.languages), quiet=quiet, fleeting=True) as display:
+        for language in data.languages:
+            said = [data.said(language, answer) for answer in images.answers]
+            mine = [i for i, answer in enumerate(said) if answer is not None]
+            part = Embedded(
+                images.features[mine], images.indices[mine], [said[i] for i in mine], []
+            )
+            if mine and data.names:
+                templates = data.templates[language]
+                texts = [
+                    [prompts.fill(t, name) for t in templates] for name in data.names[language]
+                ]
+                logits = part.features @ classifier(encoder, texts).T
+                found[language] = classification(logits, part.labels)
+            elif mine:
+                found[language] = retrieve(part, encoder).values
+            display.add(1)
+    if not found:
+        raise Refused("no language says anything of the images that were read.")
+    task = "zeroshot_classification" if data.names else "zeroshot_retrieval"
+    return Outcome(task, average(found), images.skipped, by_language=found)
+
+
 def align(images: Embedded, encoder: Encoder, pool: int = POOL) -> Outcome:
     """Measure how images and their first captions lie: alignment, uniformity, gap, InfoNCE.
 
@@ -155,23 +168,76 @@ def align(images: Embedded, encoder: Encoder, pool: int = POOL) -> Outcome:
     return Outcome("alignment", values | {"info_nce_pool": float(pool)}, images.skipped)
 
 
+def describe(splits: "Splits", generation: GenerationConfig) -> Outcome:
+    """Write a caption for each image, greedily unless told otherwise, and compare with its own.
+
+    Missing where the images have no captions.
+    """
+    if not isinstance(splits.open("test"), Captioned):
+        raise Missing(f"{splits.name}: captions are for images with captions of their own.")
+    encoder = splits.encoder
+    model = _as_preprocessed(encoder)
+    write = writer(model, encoder.mesh, with_room(generation, model))
+    images = splits.computed("test", write)
+    written = encoder.read(images.features)
+    values = {f"bleu{n}": x for n, x in enumerate(bleu(written, images.answers), 1)}
+    values["cider"] = cider(written, images.answers)
+    return Outcome("captioning", values, images.skipped)
+
+
+def classify_by_likelihood(splits: "Splits") -> Outcome:
+    """Classify every image by which class's prompt the decoder finds most probable, given it.
+
+    Of the templates the first. Missing where the images have no classes.
+    """
+    data, encoder = splits.open("test"), splits.encoder
+    if not isinstance(data, Labelled):
+        raise Missing(f"{splits.name}: likelihood is for images of classes.")
+    texts = [prompts.fill(data.templates[0], name) for name in data.names]
+    score = likelihood(_as_preprocessed(encoder), encoder.mesh)(encoder.tokenize(texts))
+    images = splits.computed("test", score)
+    values = {
+        f"likelihood/{name}": x
+        for name, x in classification(images.features, images.labels).items()
+    }
+    return Outcome("likelihood_classification", values, images.skipped)
+
+
 class Splits:
     """A data set's splits, each opened and embedded when first asked for, once for all tasks."""
 
-    def __init__(self, name: str, open_split: Callable[[Split], Data], encoder: Encoder) -> None:
+    def __init__(
+        self, name: str, open_split: Callable[[Split], Data], encoder: Encoder, *,
+        most: int | None = None, kept: Kept | None = None,
+    ) -> None:  # fmt: skip
+        """`most` is how many images of a split are read; `kept` has those decoded before."""
         self.name, self.encoder = name, encoder
         self.open = functools.cache(open_split)
+        self._most, self._kept = most, kept or Kept(0)
         self._embedded: dict[tuple[Split, bool], Embedded] = {}
 
     def embedded(self, split: Split, *, before_projection: bool = False) -> Embedded:
         """Return unit features, or those that the linear probe takes. Missing, if not on disk."""
         key = split, before_projection
         if key not in self._embedded:
-            what = f"{self.name}, {split}"
-            self._embedded[key] = embed(
-                self.open(split), self.encoder, before_projection=before_projection, what=what
-            )
+            model, params = _as_preprocessed(self.encoder), self.encoder.params
+            if before_projection:
+                model, params = without_projection(model, params)
+            encode = image_encoder(model, self.encoder.mesh, normalize=not before_projection)
+            self._embedded[key] = self.computed(split, encode, params)
         return self._embedded[key]
+
+    def computed(
+        self, split: Split, function: Callable[[Any, Any], Any], params: Any = None
+    ) -> Embedded:
+        """Return what a compiled function of parameters and pixels gives. Missing likewise."""
+        data = self.open(split)
+        count = min(data.count, self._most or data.count)
+        reader = Reader(data, self.encoder.preprocess, self.encoder.mesh, count)
+        return compute(
+            self._kept.read((self.name, split), reader), self.encoder.mesh, count, function,
+            self.encoder.params if params is None else params, f"{self.name}, {split}",
+        )  # fmt: skip
 
 
 def select_templates(splits: Splits) -> Outcome:
@@ -202,41 +268,47 @@ def select_templates(splits: Splits) -> Outcome:
     )  # fmt: skip
 
 
-def embed(
-    data: Data, encoder: Encoder, *, before_projection: bool = False, what: str = "images"
-) -> Embedded:
-    """Embed all images that can be read, and keep what belongs to each.
+def compute(
+    shares: Iterable[Share], mesh: Mesh, count: int, function: Callable[[Any, Any], Any],
+    params: Any, what: str = "images",
+) -> Embedded:  # fmt: skip
+    """Compute a function of all images that can be read, on every process alike, and keep what
+    belongs to each.
 
-    Unit features; or, for probes, those before the projection in their own length. A terminal sees
-    the progress. ValueError where no image can be read.
+    `shares` are this process's rows of each batch of the first `count` images; the function takes
+    parameters and pixels. A terminal sees the progress. Refused where no image can be read.
     """
-    encode = probe_features if before_projection else encode_images
-    features, indices, answers, skipped = [], [], [], []
+    rows = sharding.batch_sharding(mesh)
+    features: list[Any] = []
+    answers: dict[int, Any] = {}
+    skipped: dict[int, str] = {}
+    with Display(what, count, quiet=not processes.is_lead(), fleeting=True) as display:
+        for share in shares:
+            placed = jax.make_array_from_process_local_data(rows, share.pixels)
+            if features:  # one behind, so that the device never waits for the host
+                features[-1] = np.asarray(features[-1])
+            features.append(function(params, placed))
+            answers |= share.answers
+            skipped |= share.skipped
+            display.add(len(placed))
+    answers, skipped = _of_all((answers, skipped))
+    if not answers:
+        raise Refused(
+            f"none of {count} images can be read; the first: {list(skipped.values())[:1]}."
+        )
+    indices = np.array(list(answers))
+    found = np.concatenate([np.asarray(x) for x in features])[indices]
+    return Embedded(found, indices, list(answers.values()), list(skipped.values()))
 
-    def read(index: int) -> tuple[np.ndarray, Any] | str:
-        try:
-            image, answer = data.load(index)
-            return encoder.preprocess(image), answer
-        except (ImageError, SampleError) as error:
-            return f"image {index}: {error}"
 
-    console, hidden = Console(stderr=True), not sys.stderr.isatty()
-    bar = Progress(console=console, disable=hidden, transient=True)
-    with bar, ThreadPoolExecutor() as threads:
-        task = bar.add_task(what, total=data.count)
-        for start in range(0, data.count, _STREAMED):
-            part, images = range(start, min(start + _STREAMED, data.count)), []
-            for index, found in zip(part, threads.map(read, part), strict=True):
-                bar.advance(task)
-                if isinstance(found, str):
-                    skipped.append(found)
-                    continue
-                images.append(found[0])
-                answers.append(found[1])
-                indices.append(index)
-            if images:
-                pixels = np.stack(images)
-                features.append(encode(encoder.model, encoder.params, pixels, encoder.mesh))
-    if not features:
-        raise ValueError(f"none of {data.count} images can be read; the first: {skipped[:1]}.")
-    return Embedded(np.concatenate(features), np.array(indices), answers, skipped)
+def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:
+    """Bring together what each process knows of its images, in the order of the data set."""
+    rows = [[(i, np.asarray(x).tolist()) for i, x in one.items()] for one in known]
+    every = processes.gather(rows)
+    return [dict(sorted(map(tuple, itertools.chain(*parts)))) for parts in zip(*every, strict=True)]
+
+
+def _as_preprocessed(encoder: Encoder) -> CLIP:
+    """Return the model that normalises pixels on the device as its preprocessing does here."""
+    how, config = encoder.preprocess, encoder.model.config
+    return replace(encoder.model, config=replace(config, image_mean=how.mean, image_std=how.std))

@@ -1,20 +1,17 @@
 """Pairs held out from training: the loss among them, retrieval, and how the modalities lie."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, build
-from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals.alignment import POOL, diagnostics
-from clip_jax.evals.evaluator import encode_images, encode_texts
+from clip_jax.evals.captions import loss_per_token
+from clip_jax.evals.evaluator import Encoder, encode_texts
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.models.clip import CLIP, Params
+from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,36 +26,45 @@ class PairsEvalConfig:
     every_steps: int = 1_000  # steps between evaluations; the last step always counts
 
     def __post_init__(self) -> None:
-        if not 2 <= self.pool <= self.pairs:
-            raise ValueError(f"pool={self.pool} must be from 2 to pairs={self.pairs}.")
+        check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")
+        if self.pool > self.pairs:
+            raise Refused(f"evals.pool={self.pool} must be at most pairs={self.pairs}.")
         if self.data.crop != "center":
-            raise ValueError("data.crop of held-out pairs must be 'center', not 'random'.")
+            raise Refused("data.crop of held-out pairs must be 'center', not 'random'.")
 
     def make(self) -> "PairsEvaluator":
         return PairsEvaluator(self)
 
 
 class PairsEvaluator:
-    """Yields `info_nce`, `alignment`, `uniformity/*`, `modality_gap` and the recalls."""
+    """Yields `info_nce`, `alignment`, `uniformity/*`, `modality_gap`, the recalls, and a
+    decoder's `caption_loss`."""
 
     def __init__(self, config: PairsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
-        self._batch = functools.lru_cache(maxsize=1)(self._read)
+        self._read_once: Batch | None = None
 
-    def run(self, model: CLIP, params: Params, mesh: Mesh) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         """Embed all pairs and measure them."""
-        batch = self._batch(model)
-        images = encode_images(model, params, batch.image, mesh)
-        texts = encode_texts(model, params, batch.text, mesh)
-        scale = float(np.exp(jax.device_get(params["logit_scale"])))
+        batch = self._batch(encoder)
+        images = encoder.images(batch.image)
+        texts = encode_texts(encoder.model, encoder.params, batch.text, encoder.mesh)
+        scale, mesh = encoder.logit_scale, encoder.mesh
         yield from diagnostics(images, texts, scale, mesh, pool=self.config.pool).items()
         yield from retrieval(images, texts, np.arange(len(images)), mesh).items()
+        if encoder.model.config.decoder is not None:
+            yield "caption_loss", loss_per_token(encoder, batch.image, batch.text)
 
-    def _read(self, model: CLIP) -> Batch:
-        config = model.config
+    def _batch(self, encoder: Encoder) -> Batch:
+        """The pairs, read at the first evaluation: a run has one way of reading them."""
+        self._read_once = self._read_once or self._read(encoder)
+        return self._read_once
+
+    def _read(self, encoder: Encoder) -> Batch:
+        config = encoder.model.config
         batches = build(
             self.config.data,
-            tokenizer=Tokenizer(config.text.vocab_size),
+            tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
             image_size=config.vision.image_size,
             context_length=config.text.context_length,
             batch_size=self.config.pairs,

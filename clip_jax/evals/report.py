@@ -14,6 +14,8 @@ from clip_jax.evals.datasets import Labelled
 from clip_jax.evals.measure import Outcome
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.suite import OPENAI_MODELS, SUITE, published
+from clip_jax.files import Place, write_whole
+from clip_jax.refused import Refused
 
 COLUMNS = (
     "acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task",
@@ -23,6 +25,8 @@ COLUMNS = (
 _METRIC = {row.name: row.metric for row in SUITE}
 _USUAL = (
     "templates/selected",
+    "mean/acc1",
+    "mean/image_retrieval_recall@5",
     "acc1",
     "image_retrieval_recall@5",
     "acc",
@@ -40,18 +44,19 @@ def main_metric(name: str, outcome: Outcome) -> str:
     for metric in (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values):
         if metric in outcome.values:
             return metric
-    raise ValueError(f"{name} has no values.")
+    raise Refused(f"{name} has no values.")
 
 
 def to_csv(outcomes: Outcomes, model: str) -> str:
-    """Write one row a data set and task in CLIP_benchmark's columns, further metrics after them."""
+    """Write a row for each data set, task and language in CLIP_benchmark's columns, and more."""
     rows = [
         {
             "dataset": name, "model": model, "pretrained": model, "task": outcome.task,
-            "language": "en", "model_fullname": f"{model} {model}",
-            **{key.replace("linear_probe/", "lp_"): x for key, x in outcome.values.items()},
+            "language": language, "model_fullname": f"{model} {model}",
+            **{key.replace("linear_probe/", "lp_"): x for key, x in values.items()},
         }
         for name, outcome in outcomes
+        for language, values in (outcome.by_language or {"en": outcome.values}).items()
     ]  # fmt: skip
     extra = sorted({key for row in rows for key in row} - set(COLUMNS))
     file = io.StringIO()
@@ -97,41 +102,40 @@ def to_table(values: Mapping[str, float]) -> str:
 
 
 def write(
-    directory: Path, values: Mapping[str, float], outcomes: Outcomes, model: str
+    directory: Place, values: Mapping[str, float], outcomes: Outcomes, model: str
 ) -> None:  # fmt: skip
     """Write `result.json`; of data sets `results.csv`, `results.md`, and each one's templates.
 
     `NAME/templates.csv` has the accuracy of each alone, the best first; `NAME/templates.txt` those
     chosen, for `--templates`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "result.json").write_text(json.dumps(dict(values), indent=1))
+    write_whole(directory / "result.json", json.dumps(dict(values), indent=1))
     if outcomes:
-        (directory / "results.csv").write_text(to_csv(outcomes, model))
-        (directory / "results.md").write_text(to_markdown(outcomes, model))
+        write_whole(directory / "results.csv", to_csv(outcomes, model))
+        write_whole(directory / "results.md", to_markdown(outcomes, model))
     for name, outcome in outcomes:
         if outcome.of_template:
-            (directory / name).mkdir(parents=True, exist_ok=True)
-            with (directory / name / "templates.csv").open("w", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(("template", "acc1"))
-                writer.writerows(sorted(outcome.of_template.items(), key=lambda row: -row[1]))
+            file = io.StringIO()
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("template", "acc1"))
+            writer.writerows(sorted(outcome.of_template.items(), key=lambda row: -row[1]))
+            write_whole(directory / name / "templates.csv", file.getvalue())
         if outcome.templates:
             lines = "".join(f"{template}\n" for template in outcome.templates)
-            (directory / name / "templates.txt").write_text(lines)
+            write_whole(directory / name / "templates.txt", lines)
 
 
 def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     """Draw `classes.png`, `confusion.png` of the worst classes and `errors.png`."""
+    directory.mkdir(parents=True, exist_ok=True)
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    directory.mkdir(parents=True, exist_ok=True)
-    names, labels, found = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
+    names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
     present = np.unique(labels)
-    accuracy = np.array([(found[labels == c] == c).mean() for c in present])
+    accuracy = np.array([(predicted[labels == c] == c).mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 
     # Every class, the worst first; names only while a person can read them.
@@ -149,8 +153,8 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
 
     # The worst classes against what they are taken for.
     worst = present[order[:_WORST]]
-    columns = np.union1d(worst, found[np.isin(labels, worst)])
-    counts = np.array([[((labels == r) & (found == c)).sum() for c in columns] for r in worst])
+    columns = np.union1d(worst, predicted[np.isin(labels, worst)])
+    counts = np.array([[((labels == r) & (predicted == c)).sum() for c in columns] for r in worst])
     busiest = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[: 2 * _WORST])
     columns, counts = columns[busiest], counts[:, busiest]
     size = (2.5 + 0.35 * len(columns), 2.5 + 0.3 * len(worst))
@@ -168,7 +172,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     axis.set(xlabel="taken for", ylabel="is", title="The worst classes")
     figure.savefig(directory / "confusion.png")
 
-    wrong = np.flatnonzero(found != labels)
+    wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # from all over: data sets lie class by class
     if len(wrong):
         pictures = [center_crop(_picture(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]

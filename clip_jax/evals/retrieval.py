@@ -11,10 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
+from clip_jax.refused import Refused
 
 RECALL_AT = (1, 5, 10)
 _TEXTS = 4_096  # texts of a chunk on each batch shard
@@ -29,7 +30,7 @@ def ranks(
 ) -> tuple[Int[np.ndarray, " texts"], Int[np.ndarray, " images"]]:
     """Rank the right image of every text, and the best caption of every image; 1 is the best.
 
-    Features are unit vectors. Raises ValueError for an index out of range and for an image without
+    Features are unit vectors. Raises Refused for an index out of range and for an image without
     a caption.
     """
     num_images, num_texts = len(image_features), len(text_features)
@@ -39,40 +40,36 @@ def ranks(
         raise ValueError(f"image_of_text must lie in 0 to {num_images - 1}, the images given.")
     captioned = np.bincount(image_of_text, minlength=num_images)
     if not captioned.all():
-        raise ValueError(f"image {np.argmin(captioned)} has no caption; leave such images out.")
+        raise Refused(f"image {np.argmin(captioned)} has no caption; leave such images out.")
 
     shards = sharding.batch_shards(mesh)
     chunk = min(_TEXTS, -(-num_texts // shards)) * shards
     starts = range(0, num_texts, chunk)
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    def place(
-        rows: np.ndarray, fill: bool | float, *, length: int = chunk, on: NamedSharding = split
-    ) -> Array:
-        filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
-        filled[: len(rows)] = rows
-        return jax.make_array_from_callback(filled.shape, on, filled.__getitem__)
+    def place(rows: np.ndarray, fill: float = 0) -> Array:
+        return sharding.place(rows, chunk, split, fill)
 
     # Pass 1: similarity of the right pairs, by the kind of product that pass 2 compares with.
     own = np.empty(num_texts, np.float32)
     for start in starts:
         part = slice(start, start + chunk)
-        pair = place(text_features[part], 0.0), place(image_features[image_of_text[part]], 0.0)
+        pair = place(text_features[part]), place(image_features[image_of_text[part]])
         own[part] = np.asarray(_pairs(*pair, mesh))[: len(own[part])]
     best = np.full(num_images, -np.inf, np.float32)
     np.maximum.at(best, image_of_text, own)
 
     # Pass 2: how many wrong ones are at least as similar.
     padded = -(-num_images // _IMAGES) * _IMAGES
-    images = place(image_features, 0.0, length=padded, on=whole)
-    bests = place(best, np.inf, length=padded, on=whole)
+    images = sharding.place(image_features, padded, whole)
+    bests = sharding.place(best, padded, whole, np.inf)
     text_ranks, image_ranks = np.ones(num_texts, np.int64), np.ones(num_images, np.int64)
     for start in starts:
         part = slice(start, start + chunk)
-        real = place(np.ones(len(own[part]), bool), False)
+        real = place(np.ones(len(own[part]), bool))
         by_text, by_image = _count(
-            place(text_features[part], 0.0), place(own[part], np.inf),
-            place(image_of_text[part].astype(np.int32), -1.0), real, images, bests,
+            place(text_features[part]), place(own[part], np.inf),
+            place(image_of_text[part].astype(np.int32), -1), real, images, bests,
             np.int32(num_images), mesh,
         )  # fmt: skip
         text_ranks[part] += np.asarray(by_text)[: len(own[part])]
@@ -140,7 +137,7 @@ def retrieval(
     """
     by_text, by_image = ranks(image_features, text_features, image_of_text, mesh)
     values = {}
-    for name, found in (("image_retrieval", by_text), ("text_retrieval", by_image)):
-        values |= {f"{name}_recall@{k}": float((found <= k).mean()) for k in RECALL_AT}
-        values[f"{name}_median_rank"] = float(np.median(found))
+    for name, own in (("image_retrieval", by_text), ("text_retrieval", by_image)):
+        values |= {f"{name}_recall@{k}": float((own <= k).mean()) for k in RECALL_AT}
+        values[f"{name}_median_rank"] = float(np.median(own))
     return values

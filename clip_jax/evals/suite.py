@@ -11,7 +11,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from clip_jax.evals import prompts
 from clip_jax.evals.compositions import open_aro, open_sugar_crepe
@@ -32,6 +31,8 @@ from clip_jax.evals.datasets import (
     split_folder,
     tfds_splits,
 )  # fmt: skip
+from clip_jax.files import Place
+from clip_jax.refused import Refused
 
 # Columns of openai_results.csv (see NOTICE).
 OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -123,19 +124,19 @@ def _published() -> dict[str, tuple[float, ...]]:
     return {name: tuple(float(x) for x in values) for name, _, *values in rows}
 
 
-def open_data_set(row: DataSet, root: Path, split: Split = "test") -> Data:
+def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
     """Find one data set under `root`. Missing says where it was looked for and how to get it.
 
-    ValueError when what is there has another number of classes than the data set.
+    Refused when what is there has another number of classes than the data set.
     """
     data = _find(row, root, split)
     if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
-        raise ValueError(f"{row.name} has {row.classes} classes, the one in {root} "
+        raise Refused(f"{row.name} has {row.classes} classes, the one in {root} "
                          f"{len(data.names)}.")  # fmt: skip
     return data
 
 
-def _find(row: DataSet, root: Path, split: Split) -> Data:
+def _find(row: DataSet, root: Place, split: Split) -> Data:
     there = False
     for folder in (root / row.name, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
         part = split_folder(folder, split)
@@ -167,14 +168,14 @@ def _find(row: DataSet, root: Path, split: Split) -> Data:
     raise Missing(_advice(row, root))
 
 
-def _names_of_folders(row: DataSet, folder: Path) -> Sequence[str] | None:
+def _names_of_folders(row: DataSet, folder: Place) -> Sequence[str] | None:
     """Return the published names where the folders are the ones that they stand for."""
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    matches = (found[0], found[-1]) == row.folders and len(found) == row.classes
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    matches = (names[0], names[-1]) == row.folders and len(names) == row.classes
     return prompts.class_names(row.prompts) if matches else None
 
 
-def _find_texts(row: DataSet, root: Path, split: Split) -> Captioned | Contrasted:
+def _find_texts(row: DataSet, root: Place, split: Split) -> Captioned | Contrasted:
     folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
     if split != "test":
         raise Missing(f"{row.name} has no {split} split.")
@@ -199,7 +200,7 @@ def _templates(row: DataSet) -> Sequence[str]:
     return prompts.templates(row.prompts) or (prompts.PLAIN_TEMPLATE,)
 
 
-def _advice(row: DataSet, root: Path) -> str:
+def _advice(row: DataSet, root: Place) -> str:
     ways = []
     if row.tfds:
         ways.append(

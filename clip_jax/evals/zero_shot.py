@@ -3,54 +3,41 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.evals.evaluator import encode_texts
-from clip_jax.models.clip import CLIP, Params
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.prompts import ensemble
+from clip_jax.refused import Refused
 
 
 def classifier(
-    model: CLIP, params: Params, prompts: Sequence[Sequence[str]], mesh: Mesh
+    encoder: Encoder, prompts: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "classes E"]:
     """Embed every class as the mean of its prompts' unit embeddings, scaled to unit length."""
     if not prompts or not all(prompts):
-        raise ValueError("zero-shot classification needs at least one class, each with a prompt.")
-    text = model.config.text
-    tokens = Tokenizer(text.vocab_size)(
-        [prompt for group in prompts for prompt in group], text.context_length, truncate=True
-    )
-    features = encode_texts(model, params, tokens, mesh)
-    return average(features, [len(group) for group in prompts])
-
-
-def average(
-    features: Float[np.ndarray, "prompts E"], counts: Sequence[int]
-) -> Float[np.ndarray, "classes E"]:
-    """Average each class's run of rows (`counts` long) and scale to unit length."""
-    groups = np.split(features, np.cumsum(counts)[:-1])
-    means = np.stack([group.mean(axis=0) for group in groups])
-    return means / np.linalg.norm(means, axis=1, keepdims=True)
+        raise Refused("zero-shot classification needs at least one class, each with a prompt.")
+    features = encoder.texts([prompt for group in prompts for prompt in group])
+    ends = np.cumsum([len(group) for group in prompts])
+    return np.concatenate([ensemble(group[:, None]) for group in np.split(features, ends[:-1])])
 
 
 def ranks_of_own(
-    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"]
-) -> Int[np.ndarray, "B"]:
+    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]
+) -> Int[np.ndarray, " B"]:
     """Rank each row's own label among its logits, 1 the best; ties count against."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     return (logits >= own).sum(axis=1)
 
 
 def top_k_accuracy(
-    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"], k: int = 1
+    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"], k: int = 1
 ) -> float:
     """Return the share of rows whose label is among their k largest logits; ties count against."""
     return float((ranks_of_own(logits, labels) <= k).mean())
 
 
 def classification(
-    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, "B"]
+    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]
 ) -> dict[str, float]:
     """Return `acc1`, `acc5` and `mean_per_class_recall`, CLIP_benchmark's names.
 
@@ -67,7 +54,7 @@ def classification(
     return values | {"mean_per_class_recall": float(per_class[np.unique(labels)].mean())}
 
 
-def average_precision(scores: Float[np.ndarray, "B"], truth: Bool[np.ndarray, "B"]) -> float:
+def average_precision(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
     """Return the mean, over the true samples, of the precision among those ranked as high."""
     ordered = truth[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
@@ -75,15 +62,15 @@ def average_precision(scores: Float[np.ndarray, "B"], truth: Bool[np.ndarray, "B
 
 
 def average_precision_11(
-    scores: Float[np.ndarray, "B"], truth: Bool[np.ndarray, "B"]
+    scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]
 ) -> float:  # fmt: skip
     """Return VOC2007's: the mean of the best precision from each recall of 0, 0.1, ..., 1 on.
 
     Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", 2010, section 4.2.
     """
     ordered = truth[np.argsort(-scores, kind="stable")]
-    found = np.cumsum(ordered)
-    precision, recall = found / np.arange(1, len(ordered) + 1), found / max(ordered.sum(), 1)
+    hits = np.cumsum(ordered)
+    precision, recall = hits / np.arange(1, len(ordered) + 1), hits / max(ordered.sum(), 1)
     best = [precision[recall >= step / 10 - 1e-9].max(initial=0) for step in range(11)]
     return float(np.mean(best))
 
@@ -110,7 +97,7 @@ def multi_label(
     return values
 
 
-def roc_auc(scores: Float[np.ndarray, "B"], truth: Bool[np.ndarray, "B"]) -> float:
+def roc_auc(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
     """Return how often a true sample scores above a false one; ties count half."""
     negatives = np.sort(scores[~truth])
     below = np.searchsorted(negatives, scores[truth], "left")

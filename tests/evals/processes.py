@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from clip_jax import sharding
-from clip_jax.evals import alignment, linear_probe, zero_shot
-from clip_jax.evals.evaluator import encode_images, encode_texts
+from clip_jax.data.images import Preprocess
+from clip_jax.evals import alignment, linear_probe, measure, prompts, zero_shot
+from clip_jax.evals.datasets import Labelled
+from clip_jax.evals.evaluator import Encoder, encode_images, encode_texts
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
@@ -37,9 +39,17 @@ def numbers(mesh) -> dict[str, float]:
     labels = rng.integers(0, 3, 53)
     votes = linear_probe.nearest_neighbours((images[:40], labels[:40]), images[40:], mesh, k=5)
     tokens = rng.integers(1, 600, (7 * 3, 8), np.int32)
-    weights = zero_shot.average(encode_texts(model, params, tokens, mesh, batch_size=10), [3] * 7)
+    weights = prompts.ensemble(
+        encode_texts(model, params, tokens, mesh, batch_size=10).reshape(7, 3, -1).swapaxes(0, 1)
+    )
     nearest = (images @ weights.T).argmax(axis=1)
     classes = np.where(rng.random(53) < 0.5, nearest, rng.integers(0, 7, 53))
+    drawn = rng.integers(0, 256, (17, 8, 8, 3), np.uint8)
+    data = Labelled(["a", "b"], ["{c}"], 17, lambda i: (drawn[i], i % 2))
+    encoder = Encoder(model, params, mesh, Preprocess(image_size=8), lambda texts: tokens[:2])
+    own = measure.Splits("own", lambda _: data, encoder).embedded("test")
+    assert own.answers == [i % 2 for i in range(17)]  # all, and in order, on every process
+    np.testing.assert_allclose(own.features, encoder.images(drawn), atol=1e-6)
     return {
         **zero_shot.classification(images @ weights.T, classes),
         **retrieval(images, texts, owner, mesh),

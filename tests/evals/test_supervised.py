@@ -1,5 +1,7 @@
 """Probes on splits of a data set, from images to numbers; and templates chosen on one of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,12 +10,15 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from clip_jax import sharding
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.evals import linear_probe, measure
+from clip_jax.data.images import Preprocess
+from clip_jax.evals import evaluator, linear_probe, measure
 from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
-from clip_jax.evals.supervised import supervised
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.supervised import hold_out, supervised
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
 
 SIZE = 12
 
@@ -37,11 +42,8 @@ def encoder():
         codes = [[1 + sum(map(ord, word)) % 590 for word in text.split()] for text in texts]
         return np.array([(row + [599] + [0] * 16)[:16] for row in codes], np.int32)
 
-    def pixels(image):
-        return np.asarray(image, np.float32) / 255 - 0.5
-
-    return measure.Encoder(model, jax.device_put(params, sharding.replicated(mesh)), mesh,
-                           pixels, tokens)  # fmt: skip
+    pixels = Preprocess(image_size=SIZE, mean=(0.5,) * 3, std=(1.0,) * 3)
+    return Encoder(model, jax.device_put(params, sharding.replicated(mesh)), mesh, pixels, tokens)
 
 
 def digits(split):
@@ -125,23 +127,23 @@ def test_templates_chosen_on_validation_images(encoder):
 
 def test_texts_are_embedded_once_for_all_data_sets(encoder, monkeypatch):
     calls = []
-    encode = measure.encode_texts
+    encode = evaluator.encode_texts
     monkeypatch.setattr(
-        measure,
+        evaluator,
         "encode_texts",
         lambda model, params, tokens, mesh: (
             calls.append(len(tokens)),
             encode(model, params, tokens, mesh),
         )[1],
     )
-    fresh = measure.Encoder(encoder.model, encoder.params, encoder.mesh, encoder.preprocess,
+    fresh = Encoder(encoder.model, encoder.params, encoder.mesh, encoder.preprocess,
                             encoder.tokenize)  # fmt: skip
     first = fresh.classes(["a {c}", "the {c}"], ["cat", "dog"])
     again = fresh.classes(["the {c}", "one {c}"], ["dog", "cat"])
     assert calls == [4, 2]
     np.testing.assert_array_equal(again[0], first[1][::-1])
     # Another set of parameters is another encoder: it knows nothing of these.
-    assert not measure.Encoder(encoder.model, encoder.params, encoder.mesh, encoder.preprocess,
+    assert not Encoder(encoder.model, encoder.params, encoder.mesh, encoder.preprocess,
                                encoder.tokenize)._known  # fmt: skip
 
 
@@ -161,3 +163,33 @@ def test_what_cannot_be_probed_is_said(encoder):
         supervised(measure.Splits("digits", other_classes, encoder), ["probe"])
     with pytest.raises(Missing, match="has not two templates"):
         measure.select_templates(measure.Splits("digits", other_classes, encoder))
+
+
+def test_what_is_held_out_leaves_every_class_something_to_learn_from():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(50), 20)
+    held_out = hold_out(labels, np.random.default_rng(3))
+    order = np.random.default_rng(3).permutation(1000)
+    np.testing.assert_array_equal(held_out, order[:200])  # a plain fifth, where there are plenty
+    for counts in ([1, 1, 2], [2, 2], [1, 5, 1], [3]):
+        labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+        held_out = hold_out(labels, rng)
+        assert len(held_out) >= 1
+        assert set(np.delete(labels, held_out)) == set(range(len(counts)))
+    assert len(hold_out(np.arange(10), rng)) == 0
+
+
+def test_a_strength_needs_images_to_be_chosen_by(encoder):
+    def one_each(split):
+        data = without_validation(split)
+        if split == "test":
+            return data
+        return dataclasses.replace(data, count=10, load=lambda i: data.load(20 * i))
+
+    splits = measure.Splits("few", one_each, encoder)
+    with pytest.raises(Missing, match="few: one training image a class leaves none"):
+        supervised(splits, ["probe"])
+    assert set(supervised(splits, ["neighbours"], neighbours=3).values) == {"neighbours/acc1"}
+    some, none = ((np.zeros((n, 3), np.float32), np.arange(n)) for n in (4, 0))
+    with pytest.raises(Refused, match="there are none"):
+        linear_probe.search(some, none, encoder.mesh)

@@ -9,10 +9,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from clip_jax.files import Place
+from clip_jax.refused import Refused
 
 PLAIN_TEMPLATE = "a photo of a {c}."
 
@@ -46,18 +48,18 @@ def fill(template: str, name: str) -> str:
     return template.replace("{c}", name).replace("{}", name)
 
 
-def read_templates(path: Path) -> list[str]:
-    """Read one template a line. ValueError for a line without a place for the class."""
+def read_templates(path: Place) -> list[str]:
+    """Read one template a line. Refused for a line without a place for the class."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from error
+        raise Refused(f"{path} cannot be read as text: {error}") from error
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if "{c}" not in line and "{}" not in line:
-            raise ValueError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
+            raise Refused(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
     if not lines:
-        raise ValueError(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
+        raise Refused(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
     return lines
 
 
@@ -122,11 +124,13 @@ def greedy_selection(
     best = -1.0
     while len(chosen) < len(features):
         rest = [i for i in range(len(features)) if i not in chosen]
-        found = [_accuracy(image_features, labels, ensemble(features[[*chosen, i]])) for i in rest]
-        if max(found) <= best:
+        accuracies = [
+            _accuracy(image_features, labels, ensemble(features[[*chosen, i]])) for i in rest
+        ]
+        if max(accuracies) <= best:
             break
-        best = max(found)
-        chosen.append(rest[int(np.argmax(found))])
+        best = max(accuracies)
+        chosen.append(rest[int(np.argmax(accuracies))])
     return chosen
 
 

@@ -14,19 +14,23 @@ from PIL import Image
 
 from clip_jax import sharding
 from clip_jax.cli import main
+from clip_jax.config import Config
 from clip_jax.convert.folder import write as write_model
-from clip_jax.convert.weights import Weights, default_inputs
-from clip_jax.evals import measure, supervised
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.evals import measure, reader, supervised
 from clip_jax.evals.datasets import open_folder, open_webdataset
 from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.report import to_markdown
 from clip_jax.evals.suite import SUITE
 from clip_jax.evaluate import EvaluateConfig, _warn_of_other_numbers
-from clip_jax.load import load
+from clip_jax.loading import load
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from tests.data.formats import write_tar
+from tests.data.conftest import write_tar
 
 CLASSES = ("dark", "grey", "light", "red", "blue", "green")
 COLOURS = ((10,) * 3, (120,) * 3, (240,) * 3, (220, 20, 20), (20, 20, 220), (20, 200, 20))
@@ -52,10 +56,9 @@ def model(tmp_path_factory):
         lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
         jax.eval_shape(CLIP(config).init, jax.random.key(0)),
     )
-    preprocess, tokenizer = default_inputs(config)
     path = tmp_path_factory.mktemp("model") / "tiny"
-    write_model(Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer),
-                path)  # fmt: skip
+    preprocess = default_preprocess(config)
+    write_model(Weights(config=config, params=params, preprocess=preprocess), path)
     return path
 
 
@@ -96,21 +99,25 @@ def encoder(model, devices, **sizes):
     loaded = load(model)
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:devices])
     params = jax.device_put(loaded.params, sharding.replicated(mesh))
-    return measure.Encoder(
+    return Encoder(
         loaded.clip, params, mesh, loaded.image_preprocess, lambda t: loaded.tokenize(t, True)
     )
 
 
 def classify(data, encoder):
-    return measure.classify(data, measure.embed(data, encoder), encoder)
+    return measure.classify(data, embedded(data, encoder), encoder)
+
+
+def embedded(data, encoder):
+    return measure.Splits("data", lambda split: data, encoder).embedded("test")
 
 
 def test_a_folder_gives_the_same_numbers_on_a_mesh(model, data, monkeypatch):
-    monkeypatch.setattr(measure, "_STREAMED", 17)
+    monkeypatch.setattr(reader, "_BATCH", 17)
     folder = open_folder(data / "mine")
     one = classify(folder, encoder(model, 1))
     assert len(one.labels) == 41
-    assert one.skipped[0].startswith("image ")
+    assert one.skipped[0].startswith(f"{data}/mine/")
     assert one.logits.std(axis=0).min() > 3e-3  # images differ far beyond the tolerance below
     other = classify(folder, encoder(model, 8, data=2, fsdp=2, tensor=2))
     assert other.values == pytest.approx(one.values, abs=1e-6)
@@ -132,12 +139,12 @@ def test_a_bad_label_in_a_tar_is_skipped_and_named(model, tmp_path):
     members = [(f"{i}.png", image) for i in range(4)]
     members += [("0.cls", b"1"), ("1.cls", b"2"), ("2.cls", b"x")]
     write_tar(tmp_path / "test" / "0.tar", sorted(members))
-    images = measure.embed(open_webdataset(tmp_path), encoder(model, 1))
+    images = embedded(open_webdataset(tmp_path), encoder(model, 1))
     assert images.answers == [1]
     assert images.skipped == [
-        "image 1: .cls is '2', not a number below 2",
-        "image 2: .cls is 'x', not a number below 2",
-        "image 3: no .cls member",
+        f"{tmp_path}/test/0.tar:1: .cls is '2', not a number below 2",
+        f"{tmp_path}/test/0.tar:2: .cls is 'x', not a number below 2",
+        f"{tmp_path}/test/0.tar:3: no .cls member",
     ]
 
 
@@ -149,7 +156,7 @@ def test_the_command_writes_tables_and_pictures(model, data, tmp_path, capsys):
     assert main(["evaluate", str(model), *args, "--output", str(out), "--json"]) == 0
     printed = capsys.readouterr()
     values = json.loads(printed.out)
-    assert "mine: image" in printed.err  # the broken one
+    assert "mine/grey/broken.png: not an image" in printed.err
     assert values == json.loads((out / "result.json").read_text())
     assert {f"mine/{name}" for name in ("acc1", "acc5", "mean_per_class_recall",
             "templates/spread", "templates/gain")} <= values.keys()  # fmt: skip
@@ -249,9 +256,7 @@ def test_pairs_that_differ_in_order(model, data, tmp_path, capsys):
     # The same by hand: the nearer of the two captions.
     parts, loaded = encoder(model, 1), load(model)
     crops = [Image.open(file).crop((1, 1, 10, 10)) for file in files]
-    images = measure.encode_images(
-        parts.model, parts.params, np.stack([loaded.image_preprocess(x) for x in crops]), parts.mesh
-    )
+    images = parts.images(np.stack([loaded.image_preprocess(x) for x in crops]))
     own, other = (
         (images * parts.texts([case[f"{kind}_caption"] for case in cases])).sum(axis=1)
         for kind in ("true", "false")
@@ -351,9 +356,8 @@ def test_wrong_numbers_are_explained(args, says, model, capsys):
 def test_a_run_that_learned_other_numbers_is_told_apart(tmp_path, capsys):
     config = EvaluateConfig(model=tmp_path)
     for digits, says in ((2, ""), (4, "data.source.digits=4, this measures --digits.source.dig")):
-        learned = {"data": {"source": {"digits": digits, "split_seed": 0}}}
-        (tmp_path / "config.json").write_text(json.dumps(learned))
-        _warn_of_other_numbers(config)
+        run = Config(data=DataConfig(source=DigitsConfig(digits=digits)))
+        _warn_of_other_numbers(config, run)
         said = capsys.readouterr().err
         assert says in said
         assert bool(says) == bool(said)
@@ -362,6 +366,6 @@ def test_a_run_that_learned_other_numbers_is_told_apart(tmp_path, capsys):
 def test_digits_measure_word_order(model):
     config = DigitsEvalConfig(per_number=1, max_numbers=9)
     parts = encoder(model, 8)
-    values = dict(config.make().run(parts.model, parts.params, parts.mesh))
+    values = dict(config.make().run(parts))
     for split in ("seen", "unseen"):
         assert 0 <= values[f"zero_shot/{split}/order"] <= 1

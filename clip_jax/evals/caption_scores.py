@@ -1,0 +1,104 @@
+"""How near captions are to those that people wrote: BLEU (Papineni et al. 2002) and CIDEr-D
+(Vedantam et al. 2015), as COCO's evaluation counts both.
+
+Texts are first cut into words by the rules of the Penn Treebank, lower case, punctuation left out.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+_ORDER = 4  # longest n-gram
+_SIGMA = 6.0  # of CIDEr's penalty for another length
+_TINY, _SMALL = 1e-15, 1e-9  # COCO's, which keep its quotients finite
+
+_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+# COCO's list has their names in capitals, and so leaves them in texts of lower case.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
+_WORD = re.compile(
+    r"""
+    (?:[a-z]\.){2,}                                     # u.s.
+    | \d+(?:[.,:/]\d+)+                                 # 1,000  3.5  5:30  1/2
+    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|no)\.(?=\s+\w)
+    | 'n'(?=\s)                                         # rock 'n' roll
+    | '(?:s|m|d|ll|re|ve|em|tis|twas)\b                 # the second half of it's
+    | n't\b
+    | \w+?(?=n't\b)                                     # the first half of don't
+    | \w+(?:[-&/]\w+)*                                  # t-shirt
+    | \.{2,} | --+ | ``|'' | \S
+    """,
+    re.VERBOSE,
+)
+_TWO = {"cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"],
+        "wanna": ["wan", "na"], "gimme": ["gim", "me"], "lemme": ["lem", "me"]}  # fmt: skip
+
+
+def words_of(text: str) -> list[str]:
+    """Cut a caption into its words."""
+    found: list[str] = []
+    for word in _WORD.findall(text.lower().replace("’", "'")):
+        found += _TWO.get(word, [_BRACKETS.get(word, word)])
+    return [word for word in found if word not in _PUNCTUATION and not set(word) <= set(".-")]
+
+
+def _n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(words) - n + 1)
+    )
+
+
+def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return BLEU-1 to BLEU-4 of a whole set, each caption's nearest reference for its length."""
+    right, given = np.zeros(_ORDER), np.zeros(_ORDER)
+    length = wanted = 0
+    for caption, texts in zip(captions, references, strict=True):
+        words, others = words_of(caption), [words_of(text) for text in texts]
+        most: Counter[tuple[str, ...]] = Counter()
+        for other in others:
+            most |= _n_grams(other)
+        for gram, count in _n_grams(words).items():
+            right[len(gram) - 1] += min(count, most[gram])
+        given += [max(len(words) - n, 0) for n in range(_ORDER)]
+        length += len(words)
+        wanted += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+    ratio = (length + _TINY) / (wanted + _SMALL)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    products = np.cumprod((right + _TINY) / (given + _SMALL))
+    return [float(x ** (1 / n) * penalty) for n, x in enumerate(products, 1)]
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the mean CIDEr-D, with document frequencies of these references."""
+    grams = [[_n_grams(words_of(text)) for text in texts] for texts in references]
+    seen_in = Counter(gram for texts in grams for gram in set().union(*texts))
+    documents = math.log(len(grams))
+
+    def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict], np.ndarray, int]:
+        weights: list[dict] = [{} for _ in range(_ORDER)]
+        for gram, count in counts.items():
+            rarity = documents - math.log(max(seen_in[gram], 1))
+            weights[len(gram) - 1][gram] = count * rarity
+        norms = np.sqrt([sum((x * x for x in part.values()), 0.0) for part in weights])
+        # COCO's length is the number of bigrams.
+        return weights, norms, sum(n for gram, n in counts.items() if len(gram) == 2)
+
+    scores = []
+    for caption, texts in zip(captions, grams, strict=True):
+        mine, norms, length = vector(_n_grams(words_of(caption)))
+        total = 0.0
+        for other, other_norms, other_length in map(vector, texts):
+            alike = np.array(
+                [
+                    sum(min(x, b.get(gram, 0.0)) * b.get(gram, 0.0) for gram, x in a.items())
+                    for a, b in zip(mine, other, strict=True)
+                ],
+                float,
+            )
+            both = norms * other_norms
+            alike = np.divide(alike, both, out=alike, where=both != 0)
+            total += alike.mean() * math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
+        scores.append(10 * total / len(texts))
+    return float(np.mean(scores))

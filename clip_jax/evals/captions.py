@@ -1,0 +1,107 @@
+"""Captions on the whole mesh: written, and how probable given ones are."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, Shaped
+
+from clip_jax import sharding
+from clip_jax.evals.evaluator import Encoder, in_batches, laid_out
+from clip_jax.losses import Axes, CaptionConfig, caption_loss
+from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.generation import GenerationConfig, generate
+
+AXES = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
+
+
+@functools.lru_cache(maxsize=8)
+def writer(
+    model: CLIP, mesh: Mesh, generation: GenerationConfig
+) -> Callable[[Params, Any], jax.Array]:
+    """Compile what writes captions of a batch over the mesh; the ids are on every device."""
+    model = laid_out(model, mesh)
+
+    def write(params: Params, images: jax.Array) -> jax.Array:
+        _, image_tokens = model.encode_image_and_tokens(params, normalized(model, images))
+        return generate(model, params, image_tokens, generation)
+
+    return jax.jit(write, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def scorer(model: CLIP, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Compile the loss of each image's own text, [B], summed over its tokens."""
+    model = laid_out(model, mesh)
+
+    def score(params: Params, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        _, image_tokens = model.encode_image_and_tokens(params, normalized(model, images))
+        return _loss(model, mesh, params, image_tokens, tokens)
+
+    return jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def likelihood(model: CLIP, mesh: Mesh) -> Callable[..., Callable[[Params, Any], jax.Array]]:
+    """Compile log p(text | image) of all images and all of some texts, [B, texts].
+
+    Called with the texts' tokens it returns the function of parameters and images.
+    """
+    model = laid_out(model, mesh)
+
+    def score(params: Params, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        _, image_tokens = model.encode_image_and_tokens(params, normalized(model, images))
+        place = model.layout.place
+
+        def one(text: jax.Array) -> jax.Array:
+            rows = place(jax.numpy.broadcast_to(text, (len(images), len(text))))
+            return -_loss(model, mesh, params, image_tokens, rows)
+
+        return jax.lax.map(one, tokens).T
+
+    compiled = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    return lambda tokens: lambda params, images: compiled(params, images, tokens)
+
+
+def _loss(
+    model: CLIP, mesh: Mesh, params: Params, image_tokens: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    _, states = model.encode_text_and_write(params, tokens, image_tokens)
+    return caption_loss(
+        model.layout.place(states), params["decoder"]["vocab_projection"], tokens[:, 1:],
+        pad_id=model.config.text.tokenizer.pad_id, chunk_size=CaptionConfig().chunk_size,
+        mesh=mesh, axes=AXES,
+    )  # fmt: skip
+
+
+def normalized(model: CLIP, images: jax.Array) -> jax.Array:
+    """Normalise pixels that are bytes."""
+    return model.normalize(images) if images.dtype == np.uint8 else images
+
+
+def captions(
+    encoder: Encoder, pixels: Shaped[np.ndarray, "B H W C"], generation: GenerationConfig
+) -> list[str]:
+    """Describe images that every process has."""
+    write = writer(encoder.model, encoder.mesh, generation)
+    return encoder.read(in_batches(write, encoder.params, encoder.mesh, pixels))
+
+
+def loss_per_token(
+    encoder: Encoder, pixels: Shaped[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B L"]
+) -> float:
+    """Return the caption loss of pairs that every process has: the mean of all tokens."""
+    score = scorer(encoder.model, encoder.mesh)
+    rows: Float[np.ndarray, " B"] = in_batches(score, encoder.params, encoder.mesh, pixels, tokens)
+    real = tokens[:, 1:] != encoder.model.config.text.tokenizer.pad_id
+    return float(rows.sum() / max(real.sum(), 1))
+
+
+def with_room(generation: GenerationConfig, model: CLIP) -> GenerationConfig:
+    """Shorten captions to what the model's positions allow."""
+    length = min(generation.max_length, model.config.text.context_length)
+    return replace(generation, max_length=length, min_length=min(generation.min_length, length - 1))

@@ -1,0 +1,188 @@
+"""The same images in many languages: Babel-ImageNet's classes (Geigle et al., 2023,
+arXiv:2306.08658), and captions as XTD10, XTD200, Flickr30k-200 and Crossmodal-3600 keep them.
+
+Which image and which caption count is as in CLIP_benchmark, whose names of the data sets these are.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clip_jax.evals.datasets import Labelled, Missing, Translated, read_json
+from clip_jax.evals.suite import SUITE, open_data_set
+from clip_jax.files import Place, place, walk
+from clip_jax.refused import Refused
+
+BABEL = "babel_imagenet"
+_BABEL_FILES = (f"{BABEL}.json", "nllb_dist13b_prompts.json")
+_INDICES = ("filenames.txt", "test_image_names.txt")  # of Flickr30k-200; of XTD10 and XTD200
+_XTD10 = "test_1kcaptions_"  # before a language's name
+_CROSSMODAL = "captions.jsonl"
+
+
+class Source(NamedTuple):
+    """Where a data set is looked for below the data folder, and where it comes from."""
+
+    folders: tuple[str, ...]
+    source: str
+
+
+CAPTIONS = {
+    "xtd10": Source(
+        ("xtd10", "multilingual_mscoco"), "adobe-research/Cross-lingual-Test-Dataset-XTD10"
+    ),
+    "xtd200": Source(("xtd200",), "visheratin/nllb-clip, data/xtd200"),
+    "flickr30k-200": Source(("flickr30k-200",), "visheratin/nllb-clip, data/flickr30k-200"),
+    "crossmodal3600": Source(("crossmodal3600", "xm3600"), "google.github.io/crossmodal-3600"),
+}
+NAMES = (BABEL, *CAPTIONS)
+
+
+def open_languages(name: str, root: Place, languages: Sequence[str] = ()) -> Translated:
+    """Open one of `NAMES` below `root`, in these languages or all that it has.
+
+    Missing says where it was looked for; Refused for files of another shape.
+    """
+    if name == BABEL:
+        [imagenet] = (row for row in SUITE if row.name == "imagenet1k")
+        images = open_data_set(imagenet, root)
+        assert isinstance(images, Labelled)
+        return open_babel(images, _babel_folder(root), languages)
+    folders, source = CAPTIONS[name]
+    for folder in (root / x for x in folders):
+        if folder.is_dir():
+            return open_translated(folder, languages)
+    raise Missing(f"{name} is not in {root}: put {source} in {root / folders[0]}, images/ there.")
+
+
+def _babel_folder(root: Place) -> Place:
+    """Find Babel-ImageNet's texts, which BabelNet's license (no commerce) keeps out of here."""
+    spec = importlib.util.find_spec("clip_benchmark")
+    places = [root / BABEL]
+    if spec and spec.submodule_search_locations:
+        places += [Path(x) / "datasets" for x in spec.submodule_search_locations]
+    for folder in places:
+        if all((folder / file).is_file() for file in _BABEL_FILES):
+            return folder
+    raise Missing(
+        f"{BABEL}: put {' and '.join(_BABEL_FILES)} of gregor-ge/Babel-ImageNet in {places[0]}, or "
+        "pip install clip-benchmark, which has them. Their license excludes commercial use."
+    )
+
+
+def open_babel(imagenet: Labelled, folder: Place, languages: Sequence[str] = ()) -> Translated:
+    """Classify ImageNet's images by the names and prompts that `folder` has in each language.
+
+    A language names some of the 1,000 classes: the others' images are left out of its numbers.
+    """
+    texts = [read_json(folder / file) for file in _BABEL_FILES]
+    try:
+        known, prompts = ({code.lower(): x for code, x in part.items()} for part in texts)
+        numbers = {code: [int(x) for x in row[0]] for code, row in known.items()}
+        names = {code: [str(x) for x in row[1]] for code, row in known.items()}
+        prompts = {code: [str(line) for line in lines] for code, lines in prompts.items() if lines}
+        last = len(imagenet.names) - 1
+        for code, classes in numbers.items():
+            if len(names[code]) != len(classes) or not 0 <= min(classes) <= max(classes) <= last:
+                raise ValueError(f"{code}: as many names as classes, which are 0 to {last}")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Refused(
+            f"{folder} is not in Babel-ImageNet's format: by language classes and their names, and "
+            f"prompts with {{}} for the class ({error!r})."
+        ) from error
+    chosen = _chosen(BABEL, [code for code in names if code in prompts], languages)
+    of_class = {code: {c: i for i, c in enumerate(numbers[code])} for code in chosen}
+    return Translated(
+        chosen, names, prompts, imagenet.count, imagenet.load,
+        lambda language, label: of_class[language].get(label), imagenet.key,
+    )  # fmt: skip
+
+
+def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
+    """Open captions in many languages: a file a language, a line an image, beside a list of the
+    images' names; or Crossmodal-3600's `captions.jsonl`, of which the first caption counts.
+
+    Images lie in `images/`, `val2014/` or the folder itself.
+    """
+    folders = (f for name in ("images", "val2014") if (f := folder / name).is_dir())
+    images = next(folders, folder)
+    file = folder / _CROSSMODAL
+    names, captions = _crossmodal(file) if file.is_file() else _lines_of(folder)
+    chosen = _chosen(folder.name, sorted({code for row in captions for code in row}), languages)
+
+    def load(index: int) -> tuple[Place, dict[str, list[str]]]:
+        return images / names[index], captions[index]
+
+    return Translated(
+        chosen, {}, {}, len(names), load, lambda language, texts: texts.get(language),
+        lambda i: str(images / names[i]),
+    )  # fmt: skip
+
+
+def _crossmodal(file: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
+    try:
+        rows = [json.loads(line) for line in _lines(file)]
+        captions = [
+            {code: [x["caption"][0]] for code, x in row.items() if "caption" in x} for row in rows
+        ]
+        return [f"{row['image/key']}.jpg" for row in rows], captions
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Refused(
+            f"{file} is not in Crossmodal-3600's format: lines of image/key and, by language, "
+            f"caption with one at least ({error!r})."
+        ) from error
+
+
+def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
+    files = [path for path in map(place, walk(folder)) if path.suffix == ".txt"]
+    index = next((path for path in files if path.name in _INDICES), None)
+    if index is None:
+        raise Refused(
+            f"{folder} has neither {_CROSSMODAL} nor a list of images, {' or '.join(_INDICES)}."
+        )
+    marked = [path for path in files if path.name.startswith(_XTD10)]
+    names = _lines(index)
+    captions: list[dict[str, list[str]]] = [{} for _ in names]
+    for path in marked or [path for path in files if path != index]:
+        lines = _lines(path)
+        if len(lines) != len(names):
+            raise Refused(f"{path} has {len(lines)} lines, but {index} {len(names)} images.")
+        for row, line in zip(captions, lines, strict=True):
+            if line:
+                row[path.stem.removeprefix(_XTD10)] = [line]
+    return names, captions
+
+
+def _lines(path: Place) -> list[str]:
+    """Lines that end where a file says so: captions may have Unicode's other separators."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise Refused(f"{path} cannot be read as text: {error}") from error
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def _chosen(name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
+    if not known:
+        raise Refused(f"{name} has no captions.")
+    chosen = [code for code in known if code in asked or not asked]
+    if not chosen:
+        raise Refused(
+            f"--languages {' '.join(asked)}: {name} has none of them, but {', '.join(known)}."
+        )
+    return chosen
+
+
+def average(by_language: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Name each language's numbers, and before them their means: `mean/METRIC`, `de/METRIC`."""
+    metrics: dict[str, list[float]] = {}
+    for values in by_language.values():
+        for metric, value in values.items():
+            metrics.setdefault(metric, []).append(value)
+    means = {f"mean/{metric}": sum(x) / len(x) for metric, x in metrics.items()}
+    each: dict[str, Any] = {
+        f"{code}/{m}": x for code, row in by_language.items() for m, x in row.items()
+    }
+    return means | each

@@ -1,0 +1,70 @@
+"""Captions on a mesh: what is written, what given ones cost, and which class is most probable."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import sharding
+from clip_jax.data.images import Preprocess
+from clip_jax.evals.captions import captions, likelihood, loss_per_token, with_room
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.models.clip import CLIP
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.sharding import MeshConfig, make_mesh
+from tests.conftest import COCA, batch, parameters
+
+# CLIP's BPE needs its bytes.
+CONFIG = dataclasses.replace(COCA, text=dataclasses.replace(COCA.text, vocab_size=520))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = parameters(CONFIG)
+    params = jax.device_put(params, sharding.param_shardings(CONFIG, params, mesh))
+    return Encoder(CLIP(CONFIG), params, mesh, Preprocess(image_size=16), lambda texts: None)
+
+
+@pytest.fixture(scope="module")
+def dense(encoder):
+    """Each pair's Σ log p of its tokens, with all logits at once and on one device."""
+    model, params = CLIP(CONFIG), jax.tree.map(jnp.asarray, parameters(CONFIG))
+
+    @jax.jit
+    def of_pairs(pixels, tokens):
+        _, seen = model.encode_image_and_tokens(params, model.normalize(pixels))
+        gains = jax.nn.log_softmax(model.decode_text(params, tokens, seen))[:, :-1]
+        picked = jnp.take_along_axis(gains, tokens[:, 1:, None], axis=2)[..., 0]
+        return jnp.where(tokens[:, 1:] != 0, picked, 0).sum(1)
+
+    return of_pairs
+
+
+def test_the_loss_is_the_mean_of_all_tokens(encoder, dense):
+    data = batch(CONFIG, 16)
+    pixels, tokens = data["image"][:6], data["text"][:6]
+    got = loss_per_token(encoder, pixels, tokens)
+    expected = -float(dense(pixels, tokens).sum()) / (tokens[:, 1:] != 0).sum()
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_class_has_its_likelihood(encoder, dense):
+    data = batch(CONFIG, 16)
+    pixels, classes = data["image"][:4], data["text"][4:7]
+    placed = jax.device_put(pixels, sharding.batch_sharding(encoder.mesh))
+    got = likelihood(encoder.model, encoder.mesh)(classes)(encoder.params, placed)
+    for i, tokens in enumerate(classes):
+        expected = dense(pixels, np.repeat(tokens[None], 4, axis=0))
+        np.testing.assert_allclose(got[:, i], expected, rtol=1e-5)
+
+
+def test_captions_are_written_on_the_mesh(encoder):
+    pixels = batch(CONFIG, 16)["image"][:5]
+    generation = with_room(GenerationConfig(), encoder.model)
+    assert generation.max_length == 10
+    found = captions(encoder, pixels, generation)
+    assert len(found) == 5
+    assert all(isinstance(text, str) for text in found)
