@@ -1,12 +1,10 @@
-"""Files of named tensors in any format: safetensors, in one file or sharded, and PyTorch's.
+"""Files of named tensors in any format: safetensors, in one file or sharded, PyTorch's, NumPy's.
 
 The format is told by a file's content, not by its name. Nothing needs torch, nothing is executed.
 """
 
 import json
-import os
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from clip_jax.convert.npz import is_npz, read_npz
 from clip_jax.convert.torch_archive import map_file
 from clip_jax.convert.torch_pickle import read_torch
+from clip_jax.refused import Refused
 
 Tensors = dict[str, np.ndarray]
 
@@ -25,7 +25,7 @@ _MAX_JSON = 16 << 20  # bytes; a tokenizer.json takes a few million
 def read_tensors(path: Path) -> Tensors:
     """Read every tensor of a file, or of the shards that an `.index.json` names.
 
-    Raises ValueError that says what the file is, if it is not one of tensors.
+    Raises Refused that says what the file is, if it is not one of tensors.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -33,45 +33,54 @@ def read_tensors(path: Path) -> Tensors:
     head = bytes(buffer[:9])
     if head[8:9] == b"{":
         return _read_safetensors(path)
+    if head[:2] == b"PK" and is_npz(buffer):
+        return read_npz(buffer, str(path))
     if head[:2] in (b"PK", b"\x80\x02"):
         return read_torch(buffer, str(path))
-    raise ValueError(
-        f"{path} is neither safetensors nor a PyTorch file: it begins with {head.hex(' ')}."
+    raise Refused(
+        f"{path} is neither safetensors nor a PyTorch file nor an .npz: it begins with "
+        f"{head.hex(' ')}."
     )
 
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is a damaged or truncated safetensors file: {error}.") from error
+    except (AttributeError, KeyError) as error:  # a type that NumPy does not have
+        kind = str(error.args[0]).rpartition("attribute ")[2].strip("'")
+        raise Refused(
+            f"{path} holds tensors of type {kind}; float32, float16 and bfloat16 are read. Save "
+            "the weights in one of them where they were quantized."
+        ) from error
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise Refused(f"{path} is a damaged or truncated safetensors file: {error}.") from error
 
 
 def _read_shards(path: Path) -> Tensors:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise ValueError(f"{path} has no weight_map from tensor to file.")
+        raise Refused(f"{path} has no weight_map from tensor to file.")
     tensors: Tensors = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or file == ".." or file.endswith(".json"):
-            raise ValueError(f"{path} names {file!r}, which is not a file beside it.")
+            raise Refused(f"{path} names {file!r}, which is not a file beside it.")
         tensors |= read_tensors(path.parent / file)
     if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
+        raise Refused(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
     return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. ValueError names the file and what is wrong."""
+    """Read a JSON object. Refused names the file and what is wrong."""
     data = map_file(path)
     if len(data) > _MAX_JSON:
-        raise ValueError(f"{path} has {len(data)} bytes; no configuration is that long.")
+        raise Refused(f"{path} has {len(data)} bytes; no configuration is that long.")
     try:
         value = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise Refused(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; an object is needed.")
+        raise Refused(f"{path} holds a {type(value).__name__}; an object is needed.")
     return value
 
 
@@ -81,22 +90,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write tensors, whole or not at all."""
+    """Write tensors."""
     # safetensors writes an array's memory whatever its strides say.
     contiguous = {name: np.array(x, order="C", ndmin=0) for name, x in tensors.items()}
-    with written_whole(path) as partial:
-        safetensors.numpy.save_file(contiguous, partial, metadata)
-
-
-@contextmanager
-def written_whole(path: Path) -> Generator[Path]:
-    """A path to write to, renamed to `path` at the end, so that no half of a file stays behind."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors' files are for their owner alone
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(contiguous, path, metadata)
+    path.chmod(mode)  # safetensors' files are for their owner alone

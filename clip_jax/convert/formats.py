@@ -1,54 +1,127 @@
 """One way in and one way out for every format."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from clip_jax.convert import folder, hugging_face, open_clip, openai
-from clip_jax.convert.files import read_json, read_tensors
-from clip_jax.convert.weights import DType, Weights, same_sizes
-from clip_jax.models.layers import Activation
+import numpy as np
 
-Format = Literal["openai", "open-clip", "hugging-face", "clip-jax"]
-# By which a folder is told to be of a format; beside those of another one they would mislead.
-_MARKS = {
-    "open-clip": {open_clip.CONFIG_NAME, open_clip.WEIGHTS_NAME},
-    "hugging-face": {"config.json", hugging_face.WEIGHTS_NAME},
-    "clip-jax": {folder.MANIFEST_NAME, folder.CONFIG_NAME, folder.WEIGHTS_NAME},
+from clip_jax import files
+from clip_jax.convert import (
+    big_vision,
+    folder,
+    hugging_face,
+    image_processor,
+    open_clip,
+    open_clip_config,
+    openai,
+    run,
+    tokenizer_files,
+)
+from clip_jax.convert.files import read_json, read_tensors
+from clip_jax.convert.positions import resize_positions
+from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.weights import DType, Weights, same_sizes
+from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.files import Place
+from clip_jax.models.layers import Activation
+from clip_jax.refused import Refused
+from clip_jax.retention import split_name
+
+Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax"]
+FILES = ("openai", "big-vision")  # formats of one file; the others are folders
+# By which a folder is told to be of a format, and its inputs; left by another they would mislead.
+_KNOWN = {
+    *(open_clip_config.CONFIG_NAME, open_clip.WEIGHTS_NAME),
+    *("config.json", hugging_face.WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
+    *(folder.MANIFEST_NAME, folder.CONFIG_NAME, folder.WEIGHTS_NAME),
+    *(tokenizer_files.CONFIG_NAME, tokenizer_files.SIGLIP_NAME, *vocabulary.NAMES),
 }
 
 
 def read_weights(
-    path: Path, *, activation: Activation | None = None, architecture: str | None = None
+    path: Place,
+    *,
+    activation: Activation | None = None,
+    architecture: str | None = None,
+    image_size: int | None = None,
+    tokenizer: str | None = None,
 ) -> Weights:
-    """Read a model file or folder of any format that we know; the content tells which.
+    """Read a run, or a model file or folder of any format that we know; the content tells which.
+
+    RUN@20000 is its checkpoint of that step, RUN@best its best; RUN alone its newest.
 
     `activation` and `architecture` answer what a bare file of tensors cannot say; where the format
-    says it itself, a contradiction raises ValueError.
+    says it itself, a contradiction raises Refused. `image_size` other than the model's resizes its
+    positions. `tokenizer` is the vocabulary of weights that came without theirs.
     """
-    weights = _read(path, activation, architecture)
-    check_said(weights, path, activation, architecture)
-    return weights
-
-
-def check_said(
-    weights: Weights, path: Path, activation: Activation | None, architecture: str | None
-) -> None:
-    """ValueError if what was told of a model is not what its format says."""
+    path, which = split_name(path)
+    if not path.exists():
+        raise Refused(
+            f"there is no {path}: a model is a file (.pt, .bin, .safetensors, .npz) or a folder."
+        )
+    if run.is_run(path):
+        weights = run.read(path, which)
+    elif which:
+        raise Refused(f"{path} is no run, which alone has a checkpoint @{which}.")
+    else:
+        with files.local(path) as here:
+            weights = _at(path, here, _read(here, activation, architecture))
+    _check_numbers(weights, path)
     said = weights.config.text.activation
     if activation not in (None, said):
-        raise ValueError(
+        raise Refused(
             f"{path} says that its activation is {said}, not {activation}; leave out --activation."
         )
     if architecture is not None:
         same_sizes(weights.config, architecture, str(path))
+    if tokenizer is not None:
+        weights = _with_vocabulary(weights, path, tokenizer)
+    if image_size in (None, weights.config.vision.image_size):
+        return weights
+    return resize_positions(weights, image_size)
+
+
+def _at(path: Place, here: Path, weights: Weights) -> Weights:
+    """Name a vocabulary's place in a bucket, of which `here` was a copy for a while."""
+    text = weights.config.text
+    file = text.tokenizer.file
+    if here == path or not file.startswith(f"{here}/"):
+        return weights
+    kept = os.fspath(path / file.removeprefix(f"{here}/"))
+    text = replace(text, tokenizer=replace(text.tokenizer, file=kept))
+    return replace(weights, config=replace(weights.config, text=text))
+
+
+def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
+    text = weights.config.text
+    if text.tokenizer.file:
+        raise Refused(
+            f"{path} came with its tokenizer, {text.tokenizer.file}; leave out --tokenizer."
+        )
+    text = replace(text, tokenizer=replace(text.tokenizer, file=file))
+    make_tokenizer(text)  # or say what is wrong with it
+    return replace(weights, config=replace(weights.config, text=text))
+
+
+def _check_numbers(weights: Weights, path: Place) -> None:
+    """Refused if a weight is no finite number: nothing that comes of it would be one either."""
+    for name, array in flatten(weights.params).items():
+        if array.dtype.kind in "biuc":
+            raise Refused(
+                f"{path}: {name} has the type {array.dtype}; weights are floating-point numbers."
+            )
+        if not np.isfinite(array).all():
+            bad = int((~np.isfinite(array)).sum())
+            raise Refused(
+                f"{path}: {name} has {bad} values of {array.size} that are NaN or infinite, so "
+                "every prediction would be; take an earlier checkpoint, or the file again."
+            )
 
 
 def _read(path: Path, activation: Activation | None, architecture: str | None) -> Weights:
-    if not path.exists():
-        raise ValueError(
-            f"there is no {path}: a model is a file (.pt, .bin, .safetensors) or a folder."
-        )
-    config_path = (path if path.is_dir() else path.parent) / open_clip.CONFIG_NAME
+    config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
     if path.is_dir():
         if folder.is_folder(path):
             return folder.read(path)
@@ -56,6 +129,8 @@ def _read(path: Path, activation: Activation | None, architecture: str | None) -
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
     tensors = read_tensors(path)
+    if big_vision.is_big_vision(tensors):
+        return big_vision.read(tensors, str(path))
     if any(name.startswith("text_model.") for name in tensors):
         return hugging_face.read(path.parent)
     return open_clip.read(
@@ -70,30 +145,33 @@ def _read(path: Path, activation: Activation | None, architecture: str | None) -
 def _is_hugging_face(path: Path) -> bool:
     """Say whether a folder is Hugging Face's. Some hold open_clip's files too; those are taken."""
     config = path / "config.json"
-    open_clips = (path / open_clip.CONFIG_NAME).exists() and any(
+    open_clips = (path / open_clip_config.CONFIG_NAME).exists() and any(
         (path / name).exists() for name in open_clip.WEIGHTS_NAMES if name.startswith("open_clip")
     )
     return config.exists() and not open_clips and "model_type" in read_json(config)
 
 
 def write_weights(
-    weights: Weights, path: Path, to: Format, *, plain: bool = False, dtype: DType | None = None
+    weights: Weights, path: Place, to: Format, *, plain: bool = False, dtype: DType | None = None
 ) -> None:
-    """Write a model in one of the formats. ValueError if the format cannot express it.
+    """Write a model in one of the formats. Refused if the format cannot express it.
 
     In a folder that held another format's files, those by which it was known are removed.
     """
     if plain and to != "openai":
-        raise ValueError(f"--plain is a choice of --to openai; --to {to} has no such form.")
-    match to:
-        case "openai":
-            openai.write(weights, path, plain=plain, dtype=dtype)
-        case "open-clip":
-            open_clip.write(weights, path, dtype=dtype)
-        case "hugging-face":
-            hugging_face.write(weights, path, dtype=dtype)
-        case "clip-jax":
-            folder.write(weights, path, dtype=dtype)
-    if to in _MARKS:
-        for name in set().union(*_MARKS.values()) - _MARKS[to]:
-            (path / name).unlink(missing_ok=True)
+        raise Refused(f"--plain is a choice of --to openai; --to {to} has no such form.")
+    with files.written_whole(path) as partial:
+        match to:
+            case "openai":
+                openai.write(weights, partial, plain=plain, dtype=dtype)
+            case "open-clip":
+                open_clip.write(weights, partial, dtype=dtype)
+            case "hugging-face":
+                hugging_face.write(weights, partial, dtype=dtype)
+            case "big-vision":
+                big_vision.write(weights, partial, dtype=dtype)
+            case "clip-jax":
+                folder.write(weights, partial, dtype=dtype)
+        written = {file.name for file in partial.iterdir()} if to not in FILES else _KNOWN
+    for name in _KNOWN - written:
+        files.remove(path / name)

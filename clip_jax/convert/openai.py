@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.convert.files import Tensors, written_whole
+from clip_jax.convert.files import Tensors
 from clip_jax.convert.state_dict import Row, from_params, norm, to_params
 from clip_jax.convert.weights import (
     DType,
     Weights,
     cast,
     count_blocks,
-    default_inputs,
+    default_preprocess,
     mlp_ratio,
     same_sizes,
     shape_of,
@@ -26,8 +26,9 @@ from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig
+from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
 
 # Buffers of OpenAI's archives that repeat what shapes say.
 SIZES = ("input_resolution", "context_length", "vocab_size")
@@ -135,7 +136,7 @@ def infer(
 
     No tensor shows the activation and the number of heads. OpenAI's files are known by their
     buffers: QuickGELU and 64 channels a head. Elsewhere the architecture of these sizes tells the
-    heads, or `architecture` names it; the activation has to be given. ValueError asks for it.
+    heads, or `architecture` names it; the activation has to be given. Refused asks for it.
     """
     openai = all(name in tensors for name in SIZES)
     vision = _infer_resnet(tensors, source) if _is_resnet(tensors) else _infer_vit(tensors, source)
@@ -157,7 +158,7 @@ def infer(
         known = same_sizes(config, architecture, source)
         activation = activation or (known.text.activation if architecture else None)
         if activation is None:
-            raise ValueError(
+            raise Refused(
                 f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
                 "and those called -quickgelu) or GELU (most of open_clip's), and the wrong one "
                 "costs accuracy without an error. Say --activation quick_gelu or gelu."
@@ -233,30 +234,30 @@ def read(
     """Read a state dict under OpenAI's names; see `infer` for what has to be told."""
     config = infer(tensors, source, activation=activation, architecture=architecture)
     params = to_params(rows(config), without_bookkeeping(tensors), config, source)
-    preprocess, tokenizer = default_inputs(config)
     return Weights(
         config=config,
         params=params,
-        preprocess=preprocess,
-        tokenizer=tokenizer,
+        preprocess=default_preprocess(config),
         batches_tracked=batches_tracked(tensors),
     )
 
 
 def check(weights: Weights) -> None:
-    """ValueError that lists what OpenAI's format has no words for."""
+    """Refused that lists what OpenAI's format has no words for."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     wrong = {
+        "decoder": config.decoder is not None,
         "init_logit_bias": config.init_logit_bias is not None,
         "text.activation": text.activation != "quick_gelu",
         "text.num_heads (one per 64 channels)": text.width != text.num_heads * 64,
         "text.mlp_ratio": text.mlp_width != text.width * 4,
         "text.causal": not text.causal,
         "text.pool": text.pool != "argmax",
+        "text.projection": not text.projection,
         "text.projection_bias": text.projection_bias,
         "text.norm_epsilon": text.norm_epsilon != 1e-5,
         "preprocess": weights.preprocess != Preprocess(image_size=config.vision.image_size),
-        "tokenizer": weights.tokenizer != default_inputs(config)[1],
+        "text.tokenizer": text.tokenizer != TokenizerConfig(),
     }
     if isinstance(vision, ResNetConfig):
         wrong["vision.num_heads (one per 64 channels)"] = vision.width * 32 != vision.num_heads * 64
@@ -273,9 +274,9 @@ def check(weights: Weights) -> None:
             "vision.layer_scale": vision.layer_scale is not None,
             "vision.norm_epsilon": vision.norm_epsilon != 1e-5,
         }
-    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(
-            f"OpenAI's format cannot express this model's {', '.join(found)}; "
+    if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise Refused(
+            f"OpenAI's format cannot express this model's {', '.join(unsupported)}; "
             "its loader assumes the released models' values. Try --to open-clip or clip-jax."
         )
 
@@ -290,7 +291,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under OpenAI's names, with the buffers of the released files.
 
     `dtype` "float16" halves what OpenAI's files have halved: matrices, convolutions and their
-    biases, not norms and embeddings. None keeps every array's own. ValueError if the model cannot
+    biases, not norms and embeddings. None keeps every array's own. Refused if the model cannot
     be expressed.
     """
     check(weights)
@@ -325,32 +326,30 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             "writing OpenAI's .pt needs PyTorch: pip install torch, or choose --to open-clip or "
             "hugging-face, which do not."
         ) from error
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
-        if plain:
-            torch.save({name: torch_tensor(x) for name, x in tensors.items()}, partial)
-            return
-        root = torch.nn.Module()
-        for name, array in tensors.items():
-            *parents, last = name.split(".")
-            module = root
-            for part in parents:
-                if part not in dict(module.named_children()):
-                    module.add_module(part, torch.nn.Module())
-                module = module.get_submodule(part)
-            if array.dtype.kind == "f" and "running_" not in last:
-                parameter = torch.nn.Parameter(torch_tensor(array), requires_grad=False)
-                module.register_parameter(last, parameter)
-            else:
-                module.register_buffer(last, torch_tensor(array))
-        with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
-            warnings.simplefilter("ignore")
-            torch.jit.script(root).save(str(partial))
+    if plain:
+        torch.save({name: torch_tensor(x) for name, x in tensors.items()}, path)
+        return
+    root = torch.nn.Module()
+    for name, array in tensors.items():
+        *parents, last = name.split(".")
+        module = root
+        for part in parents:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        if array.dtype.kind == "f" and "running_" not in last:
+            parameter = torch.nn.Parameter(torch_tensor(array), requires_grad=False)
+            module.register_parameter(last, parameter)
+        else:
+            module.register_buffer(last, torch_tensor(array))
+    with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
+        warnings.simplefilter("ignore")
+        torch.jit.script(root).save(str(path))
 
 
 def torch_tensor(array: np.ndarray) -> Any:

@@ -7,32 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.images import Channels
+from clip_jax.refused import Refused
 
 _LARGEST = 1 << 22  # of a size
 _FINITE = 1e6  # of any other number
 
 
 def count_of(value: Any, where: str) -> int:
-    """Return a size that a foreign configuration gives. ValueError unless it is a sensible one."""
+    """Return a size that a foreign configuration gives. Refused unless it is a sensible one."""
     if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise ValueError(
-            f"{where} is {value!r:.99}; a whole number from 1 to {_LARGEST} is needed."
-        )
+        raise Refused(f"{where} is {value!r:.99}; a whole number from 1 to {_LARGEST} is needed.")
     return value
 
 
 def number_of(value: Any, where: str, positive: bool = False) -> float:
-    """Return a finite number, above 0 if it has to be. ValueError names where it stands."""
+    """Return a finite number, above 0 if it has to be. Refused names where it stands."""
     if type(value) not in (int, float) or not (0 if positive else -_FINITE) < value < _FINITE:
         least = " above 0" if positive else ""
-        raise ValueError(f"{where} is {value!r:.99}; a finite number{least} is needed.")
+        raise Refused(f"{where} is {value!r:.99}; a finite number{least} is needed.")
     return float(value)
 
 
 def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
-    """Return three numbers, one for each of red, green and blue. ValueError names the place."""
+    """Return three numbers, one for each of red, green and blue. Refused names the place."""
     if not isinstance(value, list | tuple) or len(value) != 3:
-        raise ValueError(
+        raise Refused(
             f"{where} is {value!r:.99}; three numbers are needed, for red, green and blue."
         )
     numbers = (number_of(x, f"{where}[{i}]", positive) for i, x in enumerate(value))
@@ -40,10 +39,10 @@ def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
 
 
 def one_of(value: Any, where: str, choices: Any) -> Any:
-    """Return a value of a `Literal`. ValueError lists its values."""
+    """Return a value of a `Literal`. Refused lists its values."""
     known = typing.get_args(choices)
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{where} is {value!r:.99}; known are {', '.join(known)}.")
+        raise Refused(f"{where} is {value!r:.99}; known are {', '.join(known)}.")
     return value
 
 
@@ -52,10 +51,10 @@ def said_in(path: Path) -> Generator[None]:
     """Put the file's name before a message about a value of it that does not have it."""
     try:
         yield
-    except ValueError as error:
+    except Refused as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path}: {error}") from error
+        raise Refused(f"{path}: {error}") from error
 
 
 class Settings:
@@ -63,7 +62,7 @@ class Settings:
 
     def __init__(self, values: Any, where: str, inert: Iterable[str] = ()) -> None:
         if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r:.99}; an object is needed.")
+            raise Refused(f"{where} is {values!r:.99}; an object is needed.")
         self.values, self.where, self.used = values, where, set(inert)
 
     def get(self, name: str, default: Any, kind: type) -> Any:
@@ -73,7 +72,7 @@ class Settings:
         if value is None:
             return default
         if not isinstance(value, kind):
-            raise ValueError(f"{self.where}.{name} is {value!r:.99}, of the wrong type.")
+            raise Refused(f"{self.where}.{name} is {value!r:.99}, of the wrong type.")
         return value
 
     def count(self, name: str, default: int) -> int:
@@ -85,4 +84,4 @@ class Settings:
     def finish(self) -> None:
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", {}, []):
-                raise ValueError(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")
+                raise Refused(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from einops import rearrange
 
 from clip_jax.convert.files import Tensors
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.refused import Refused
 
 _SHOWN = 10  # tensors that an error lists
 
@@ -22,16 +23,23 @@ class Row(NamedTuple):
     """One parameter of ours and what it is called elsewhere.
 
     `{}` in their name stands for the number of a block, our leading axis. Several names are stacked
-    on a first axis before `axes` applies. `axes` reads "theirs -> ours"; empty: nothing moves.
+    on a first axis before `axes` applies. `axes` reads "theirs -> ours", 1 for an axis of theirs
+    alone; empty: nothing moves.
     """
 
     ours: str
     theirs: str | tuple[str, ...]
     axes: str = ""
+    first: int = 0  # number of their first block,
+    step: int = 1  # and how far it is from one to the next
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    def names_of(self, block: int) -> list[str]:
+        """Return the names that one block of ours has elsewhere."""
+        return [name.format(self.first + self.step * block) for name in self.names]
 
     @property
     def sides(self) -> list[str]:
@@ -45,7 +53,7 @@ class Row(NamedTuple):
         """Return the shape of each of their tensors, given that of one block of ours."""
         if not self.axes:
             return shape
-        sizes = self.sizes(shape)
+        sizes = {"1": 1, **self.sizes(shape)}
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.sides[0])
         theirs = tuple(math.prod(sizes[a] for a in (g or one).split()) for g, one in groups)
         return theirs[1:] if len(self.names) > 1 else theirs
@@ -93,14 +101,14 @@ def unflatten(flat: dict[str, Any]) -> Params:
 def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
     """Turn their tensors into our nested dict, in the dtypes they have.
 
-    Raises ValueError that lists missing, surplus and misshapen tensors with both shapes.
+    Raises Refused that lists missing, surplus and misshapen tensors with both shapes.
     """
     shapes = param_shapes(config)
     rows = list(rows)
     _check_rows(rows, shapes)
     deepest = max((shapes[row.ours][0] for row in rows if "{}" in row.names[0]), default=0)
     if deepest > len(tensors):  # before a name is made for each
-        raise ValueError(
+        raise Refused(
             f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
             f"has {len(tensors)} tensors."
         )
@@ -109,7 +117,7 @@ def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source:
     for row in rows:
         shape = shapes[row.ours]
         if "{}" in row.names[0]:
-            blocks = [[tensors[n.format(i)] for n in row.names] for i in range(shape[0])]
+            blocks = [[tensors[n] for n in row.names_of(i)] for i in range(shape[0])]
             flat[row.ours] = np.stack([row.to_ours(arrays, shape[1:]) for arrays in blocks])
         else:
             flat[row.ours] = row.to_ours([tensors[n] for n in row.names], shape)
@@ -124,29 +132,45 @@ def from_params(rows: Iterable[Row], params: Params) -> Tensors:
     tensors: Tensors = {}
     for row in rows:
         array = np.asarray(flat[row.ours])
-        blocks = enumerate(array) if "{}" in row.names[0] else [("", array)]
-        for i, block in blocks:
-            for name, theirs in zip(row.names, row.to_theirs(block), strict=True):
-                tensors[name.format(i)] = theirs
+        blocks = array if "{}" in row.names[0] else [array]
+        for i, block in enumerate(blocks):
+            tensors |= zip(row.names_of(i), row.to_theirs(block), strict=True)
     return tensors
+
+
+def part_queries(tensors: Tensors, is_fused: Callable[[str], bool]) -> Tensors:
+    """Part tensors that hold query, key and value into `.q` and `.kv`."""
+    parted = {name: x for name, x in tensors.items() if not is_fused(name)}
+    for name, x in tensors.items():
+        if is_fused(name) and x.ndim and len(x) % 3 == 0:
+            parted[f"{name}.q"], parted[f"{name}.kv"] = np.split(x, [len(x) // 3])
+    return parted
+
+
+def join_queries(tensors: Tensors) -> Tensors:
+    """Undo `part_queries`."""
+    joined = {name: x for name, x in tensors.items() if not name.endswith((".q", ".kv"))}
+    for name, x in tensors.items():
+        if name.endswith(".q"):
+            whole = name.removesuffix(".q")
+            joined[whole] = np.concatenate([x, tensors[f"{whole}.kv"]])
+    return joined
 
 
 def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Shape]:
     expected = {}
     for row in rows:
         shape = shapes[row.ours]
-        for name in row.names:
-            if "{}" in name:
-                theirs = row.their_shape(shape[1:])
-                expected |= {name.format(i): theirs for i in range(shape[0])}
-            else:
-                expected[name] = row.their_shape(shape)
+        many = "{}" in row.names[0]
+        theirs = row.their_shape(shape[1:] if many else shape)
+        for i in range(shape[0] if many else 1):
+            expected |= dict.fromkeys(row.names_of(i), theirs)
     return expected
 
 
 def _check_rows(rows: Sequence[Row], ours: dict[str, Any]) -> None:
     if left := {row.ours for row in rows} ^ set(ours):
-        raise ValueError(f"the table of conversion and the model disagree about {sorted(left)}.")
+        raise Refused(f"the table of conversion and the model disagree about {sorted(left)}.")
 
 
 def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) -> None:
@@ -161,7 +185,7 @@ def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) ->
     ]
     if complaints:
         more = len(complaints) - _SHOWN
-        raise ValueError(
+        raise Refused(
             f"{source} does not fit the architecture; {len(complaints)} tensors differ:\n  "
             + "\n  ".join(complaints[:_SHOWN])
             + (f"\n  and {more} more" if more > 0 else "")

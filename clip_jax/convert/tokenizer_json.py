@@ -8,22 +8,24 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
 from clip_jax.convert.files import read_json, write_json
-from clip_jax.convert.weights import TokenizerConfig
-from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, WORD_END, Tokenizer
+from clip_jax.data.tokenizers.clip import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
+from clip_jax.models.text import TextConfig
+from clip_jax.refused import Refused
 
 _PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
 
-def write_tokenizer(folder: Path, config: TokenizerConfig) -> None:
+def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = False) -> None:
     """Write the two files that `CLIPProcessor.from_pretrained` needs to tokenize and to pad.
 
     Padding is end-of-text, as Hugging Face's CLIP does it: the end is read at its first place, so
     features are those of our zeros. (Its "!" has id 0, but as a padding token it would also be
-    taken out of texts.) Hugging Face applies no ftfy and unescapes no HTML.
+    taken out of texts.) Hugging Face applies no ftfy and unescapes no HTML. With `own_padding`, for
+    readers that take a padding token out of no text, it is the model's own.
     """
-    tokenizer = config.build()
+    tokenizer = ClipTokenizer(text.clip_vocab_size)
     content = HubTokenizer(
         BPE(
             vocab=tokenizer.vocab,
@@ -51,11 +53,11 @@ def write_tokenizer(folder: Path, config: TokenizerConfig) -> None:
     (folder / "tokenizer.json").write_text(content.to_str(pretty=False))
     settings = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": config.context_length,
+        "model_max_length": text.context_length,
         "bos_token": START_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
+        "pad_token": content.id_to_token(text.tokenizer.pad_id) if own_padding else END_OF_TEXT,
         "do_lower_case": True,
     }
     write_json(folder / "tokenizer_config.json", settings)
@@ -63,20 +65,15 @@ def write_tokenizer(folder: Path, config: TokenizerConfig) -> None:
 
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
     """Say whether a folder's tokenizer files hold CLIP's vocabulary and merges of that size."""
-    found = _read_vocab(folder)
-    if found is None:
+    vocabulary = _read_vocab(folder)
+    if vocabulary is None:
         return False
     try:
-        tokenizer = Tokenizer(vocab_size)
-    except ValueError:
+        tokenizer = ClipTokenizer(vocab_size)
+    except Refused:
         return False
-    vocab, merges = found
+    vocab, merges = vocabulary
     return vocab == tokenizer.vocab and merges == tokenizer.merges
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Say whether a folder has tokenizer files at all."""
-    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
 
 
 def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:

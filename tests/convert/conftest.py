@@ -1,17 +1,24 @@
-"""Small models of every kind with random weights, made without PyTorch."""
+"""Small models of every kind with random weights, made without PyTorch; how files are refused."""
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from clip_jax.convert.weights import Weights, default_inputs
+from clip_jax.convert.files import read_tensors
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.data.images import Preprocess
+from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig
+from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 
+NO_WORDS = TokenizerConfig(file="", clean="punctuation")  # no released vocabulary has 40
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
 TEXT = TextConfig(vocab_size=600, context_length=16, width=64, depth=3, num_heads=1)
 VIT = CLIPConfig(embed_dim=48, vision=VISION, text=TEXT)
@@ -44,8 +51,23 @@ def random_weights(config: CLIPConfig, dtype: str = "float32") -> Weights:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(dtype), shapes)
-    preprocess, tokenizer = default_inputs(config)
-    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    return Weights(config=config, params=params, preprocess=default_preprocess(config))
+
+
+@pytest.fixture
+def siglip():
+    """A small SigLIP, as its released folders have one."""
+    config = zoo.get("ViT-B-16-SigLIP")
+    sizes = {"width": 32, "depth": 2, "num_heads": 2}
+    config = replace(
+        config,
+        embed_dim=32,
+        vision=replace(config.vision, image_size=32, patch_size=8, **sizes),
+        text=replace(config.text, context_length=6, vocab_size=40, tokenizer=NO_WORDS, **sizes),
+    )
+    half = (0.5, 0.5, 0.5)
+    preprocess = Preprocess(image_size=32, mean=half, std=half, resize_mode="squash")
+    return replace(random_weights(config), preprocess=preprocess)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -56,3 +78,21 @@ def weights(request):
 @pytest.fixture
 def make_weights():
     return lambda name, dtype="float32": random_weights(CONFIGS[name], dtype)
+
+
+MAX_MEMORY = 64 << 20  # bytes, whatever the file claims
+
+
+def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors) -> str:
+    """The file is refused with one line that names it, and little memory is used."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match) as error:
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < MAX_MEMORY
+    finally:
+        tracemalloc.stop()
+    message = str(error.value)
+    assert str(path) in message
+    assert len(message) < 1000
+    return message

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,18 +11,17 @@ import pytest
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert.files import read_tensors, write_safetensors
 from clip_jax.convert.formats import read_weights, write_weights
-from clip_jax.convert.positions import resize_positions
 from clip_jax.convert.state_dict import flatten, param_shapes
 from clip_jax.data.images import Preprocess
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def assert_same(a, b):
     """The same bits, dtypes and settings."""
-    assert (a.config, a.preprocess, a.tokenizer) == (b.config, b.preprocess, b.tokenizer)
+    assert (a.config, a.preprocess) == (b.config, b.preprocess)
     a, b = flatten(a.params), flatten(b.params)
     assert a.keys() == b.keys()
     for path in a:
@@ -128,9 +126,14 @@ def test_every_architecture_has_its_table(name):
     """Rows and parameters agree, whole: nothing is left out and nothing is twice."""
     config = zoo.get(name)
     table = open_clip.table(config)
-    ours = [row.ours for row in table]
-    assert sorted(ours) == sorted(param_shapes(config))
-    names = [n for row in table for n in row.names]
+    shapes = param_shapes(config)
+    assert sorted(row.ours for row in table) == sorted(shapes)
+    names = [
+        name
+        for row in table
+        for block in range(shapes[row.ours][0] if "{}" in row.names[0] else 1)
+        for name in row.names_of(block)
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -253,12 +256,13 @@ def test_a_setting_that_we_do_not_have(tmp_path, make_weights):
         ("vision_cfg", "qk_norm", True, "vision_cfg.qk_norm=True is not supported"),
         ("vision_cfg", "pool_type", "avg", "final_ln_after_pool=False is not supported"),
         ("vision_cfg", "timm_model_name", "convnext_base", "timm_model_name='convnext_base'"),
-        ("text_cfg", "embed_cls", True, "text_cfg.embed_cls=True is not supported"),
+        ("text_cfg", "embed_cls", True, "embed_cls=True is not supported without multimodal_cfg"),
+        ("multimodal_cfg", "width", 64, "embed_cls=False is not supported with multimodal_cfg"),
         ("text_cfg", "hf_model_name", "roberta", "hf_model_name='roberta' is not supported"),
         ("text_cfg", "width", "64", "text_cfg.width is '64'; a whole number"),
     ]:
         changed = json.loads(json.dumps(content))
-        changed["model_cfg"][section][name] = value
+        changed["model_cfg"].setdefault(section, {})[name] = value
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=match):
             read_weights(tmp_path)
@@ -306,56 +310,51 @@ def test_settings_of_old_hugging_face_files(tmp_path, make_weights):
     assert_same(read_weights(tmp_path), weights)
 
 
+def test_a_tower_in_an_old_hugging_face_file_is_one_of_two_dicts(tmp_path, make_weights):
+    """`text_config_dict` stands for the whole tower: what it leaves out has its default."""
+    hugging_face.write(make_weights("gelu"), tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for tower in ("vision", "text"):
+        left_out = {"hidden_act", "model_type"}
+        whole = content[f"{tower}_config"] | {"layer_norm_eps": 1e-3}
+        content[f"{tower}_config_dict"] = {n: x for n, x in whole.items() if n not in left_out}
+    path.write_text(json.dumps(content))
+    config = read_weights(tmp_path).config
+    assert config.vision.activation == config.text.activation == "quick_gelu"
+    assert config.vision.norm_epsilon == config.text.norm_epsilon == 1e-3
+
+
+@pytest.mark.parametrize("to", ["hugging-face", "open-clip", "clip-jax"])
+def test_weights_are_finite_floating_point_numbers(tmp_path, make_weights, to):
+    weights = make_weights("vit")
+    for value, match in [
+        (np.int32(weights.params["visual"]["proj"]), r"visual/proj has the type int32"),
+        (np.full_like(weights.params["visual"]["proj"], np.nan), r"has 6144 values of 6144 that"),
+    ]:
+        visual = weights.params["visual"] | {"proj": value}
+        write_weights(replace(weights, params=weights.params | {"visual": visual}), tmp_path, to)
+        with pytest.raises(ValueError, match=match) as error:
+            read_weights(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_the_colour_of_bars_is_kept(tmp_path, make_weights):
+    preprocess = Preprocess(image_size=32, resize_mode="longest", fill=200)
+    weights = replace(make_weights("vit"), preprocess=preprocess)
+    for to in ("open-clip", "clip-jax"):
+        write_weights(weights, tmp_path, to)
+        assert_same(read_weights(tmp_path), weights)
+
+
 def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path, make_weights):
     hugging_face.write(make_weights("vit"), tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
     vocab = content["model"]["vocab"]
-    vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+    vocab["!</w>"], vocab["#</w>"] = vocab["#</w>"], vocab["!</w>"]
     path.write_text(json.dumps(content))
     weights = read_weights(tmp_path)
-    assert weights.tokenizer.name.endswith("tokenizer.json")
-    with pytest.raises(ValueError, match="this model needs the tokenizer"):
-        weights.tokenizer.build()
-
-
-def test_the_manifest_is_checked(tmp_path, make_weights):
-    write_weights(make_weights("vit"), tmp_path, "clip-jax")
-    path = tmp_path / "manifest.json"
-    content = json.loads(path.read_text())
-    assert content["image_activation"] == content["text_activation"] == "quick_gelu"
-    assert content["padding_id"] == 0
-    assert content["case_folding"] is True
-    for name, value, match in [
-        ("text_activation", "gelu", "says text_activation='gelu', but config.json means"),
-        ("text_pooling", "last", "says text_pooling='last'"),
-        ("image_size", 64, "says image_size=64; the model has 32"),
-        ("interpolation", "nearest", "must be one of"),
-        ("version", 2, "version 2; 'clip-jax', version 1 is read"),
-    ]:
-        path.write_text(json.dumps({**content, name: value}))
-        with pytest.raises(ValueError, match=match):
-            read_weights(tmp_path)
-
-
-@pytest.mark.parametrize(("name", "size"), [("vit", 64), ("vit", 24), ("resnet", 96)])
-def test_positions_resize(make_weights, name, size):
-    weights = resize_positions(make_weights(name), size)
-    assert weights.config.vision.image_size == weights.preprocess.image_size == size
-    params = jax.tree.map(jnp.asarray, weights.params)
-    model = CLIP(replace(weights.config, dtype="float32"))
-    features = jax.eval_shape(model.encode_image, params, jnp.zeros((1, size, size, 3)))
-    assert features.shape == (1, 48)
-
-
-def test_positions_of_another_size_keep_the_class_token(make_weights):
-    before = make_weights("vit")
-    after = resize_positions(before, 64)
-    old = before.params["visual"]["positional_embedding"]
-    new = after.params["visual"]["positional_embedding"]
-    np.testing.assert_array_equal(new[0], old[0])
-    assert new.shape == (65, 128)
-    # Bicubic interpolation keeps means where the image is not near its border.
-    assert abs(new[1:].mean() - old[1:].mean()) < 0.05
-    np.testing.assert_array_equal(resize_positions(after, 64).params["visual"]["proj"],
-                                  before.params["visual"]["proj"])  # fmt: skip
+    assert weights.config.text.tokenizer.file == str(path)
+    swapped, clips = (make_tokenizer(x.config.text) for x in (weights, make_weights("vit")))
+    assert swapped("a!", 16)[0, 2] == clips("a#", 16)[0, 2] != clips("a!", 16)[0, 2]

@@ -1,0 +1,214 @@
+"""big_vision's format: an `.npz` of SigLIP's parameters under their paths in its own model.
+
+The file has no configuration: sizes are read off the arrays, the rest is what big_vision's
+`two_towers` of SigLIP has. Blocks lie stacked (`encoderblock/`), as ours do, or one by one
+(`encoderblock_0/`); they are written stacked.
+"""
+
+import re
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from clip_jax.convert import siglip_model, tokenizer_files
+from clip_jax.convert.files import Tensors
+from clip_jax.convert.npz import write_npz
+from clip_jax.convert.state_dict import Row, from_params, to_params
+from clip_jax.convert.weights import (
+    DType,
+    Weights,
+    cast,
+    mlp_ratio,
+    shape_of,
+    square_side,
+)
+from clip_jax.data.images import Preprocess
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
+
+_ROOT = "params/"
+_BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")
+_QKV = ("query", "key", "value")
+_SIGLIP2_WORDS = 256_000  # whose images transformers resizes bilinearly
+
+
+def is_big_vision(tensors: Tensors) -> bool:
+    """Say whether the names are big_vision's."""
+    return any(name.startswith((f"{_ROOT}img/", "img/")) for name in tensors)
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("scale", "bias")]
+
+
+def _linear(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("kernel", "bias")]
+
+
+def _mlp(ours: str, theirs: str) -> list[Row]:
+    return [
+        *_linear(f"{ours}/c_fc", f"{theirs}/MlpBlock_0/Dense_0"),
+        *_linear(f"{ours}/c_proj", f"{theirs}/MlpBlock_0/Dense_1"),
+    ]
+
+
+def _blocks(ours: str, theirs: str) -> list[Row]:
+    attention = f"{theirs}/MultiHeadDotProductAttention_0"
+    return [
+        *_norm(f"{ours}/ln_1", f"{theirs}/LayerNorm_0"),
+        Row(
+            f"{ours}/attn/in_proj/kernel",
+            tuple(f"{attention}/{n}/kernel" for n in _QKV),
+            "S Z D N K -> Z D S N K",
+        ),
+        Row(
+            f"{ours}/attn/in_proj/bias",
+            tuple(f"{attention}/{n}/bias" for n in _QKV),
+            "S Z N K -> Z S N K",
+        ),
+        *_linear(f"{ours}/attn/out_proj", f"{attention}/out"),
+        *_norm(f"{ours}/ln_2", f"{theirs}/LayerNorm_1"),
+        *_mlp(f"{ours}/mlp", theirs),
+    ]
+
+
+def rows(config: CLIPConfig) -> list[Row]:
+    """The table, of names below `params/` and blocks that lie stacked."""
+    pool, head = "visual/attn_pool", "img/MAPHead_0"
+    attention = f"{head}/MultiHeadDotProductAttention_0"
+    table = [
+        *_linear("visual/conv1", "img/embedding"),
+        Row("visual/positional_embedding", "img/pos_embedding", "1 L D -> L D"),
+        *_blocks("visual/transformer/resblocks", "img/Transformer/encoderblock"),
+        *_norm("visual/ln_post", "img/Transformer/encoder_norm"),
+        Row(f"{pool}/latent", f"{head}/probe"),
+        *_linear(f"{pool}/q", f"{attention}/query"),
+        Row(
+            f"{pool}/kv/kernel",
+            tuple(f"{attention}/{n}/kernel" for n in _QKV[1:]),
+            "S D N K -> D S N K",
+        ),
+        Row(
+            f"{pool}/kv/bias",
+            tuple(f"{attention}/{n}/bias" for n in _QKV[1:]),
+            "S N K -> S N K",
+        ),
+        *_linear(f"{pool}/proj", f"{attention}/out"),
+        *_norm(f"{pool}/norm", f"{head}/LayerNorm_0"),
+        *_mlp(f"{pool}/mlp", head),
+        Row("text/token_embedding", "txt/Embed_0/embedding"),
+        Row("text/positional_embedding", "txt/pos_embedding", "1 L D -> L D"),
+        *_blocks("text/transformer/resblocks", "txt/Encoder_0/encoderblock"),
+        *_norm("text/ln_final", "txt/Encoder_0/encoder_norm"),
+        Row("logit_scale", "t", "1 -> "),
+        Row("logit_bias", "b", "1 -> "),
+    ]
+    if config.text.projection:
+        table += [
+            Row("text/text_projection", "txt/head/kernel"),
+            Row("text/text_projection_bias", "txt/head/bias"),
+        ]
+    return table
+
+
+def read(tensors: Tensors, source: str) -> Weights:
+    """Read SigLIP's parameters; what else a checkpoint holds, such as the optimizer's, is left."""
+    prefix = _ROOT if any(name.startswith(_ROOT) for name in tensors) else ""
+    arrays = _stacked(
+        {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, source
+    )
+    config = infer(arrays, source)
+    size, half = config.vision.image_size, (0.5, 0.5, 0.5)
+    siglip2 = config.text.vocab_size == _SIGLIP2_WORDS
+    tokenizer = tokenizer_files.missing(config.text, "lower" if siglip2 else "canonicalize")
+    config = replace(config, text=replace(config.text, tokenizer=tokenizer))
+    return Weights(
+        config=config,
+        params=to_params(rows(config), arrays, config, source),
+        preprocess=Preprocess(
+            image_size=size, mean=half, std=half, resize_mode="squash",
+            interpolation="bilinear" if siglip2 else "bicubic",
+        ),
+    )  # fmt: skip
+
+
+def _stacked(arrays: Tensors, source: str) -> Tensors:
+    """Stack blocks that lie one by one."""
+    tensors: Tensors = {}
+    blocks: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in arrays.items():
+        if match := _BLOCK.fullmatch(name):
+            blocks.setdefault(f"{match[1]}/{match[3]}", {})[int(match[2])] = array
+        else:
+            tensors[name] = array
+    for name, parts in blocks.items():
+        shapes = {x.shape for x in parts.values()}
+        if sorted(parts) != list(range(len(parts))) or len(shapes) > 1 or name in tensors:
+            raise Refused(f"{source}: the blocks of {name} are not one stack: {sorted(parts)}.")
+        tensors[name] = np.stack([parts[i] for i in range(len(parts))])
+    return tensors
+
+
+def infer(arrays: Tensors, source: str) -> CLIPConfig:
+    """Read the architecture off the arrays. Refused names what is missing."""
+    image, words = "img/Transformer/encoderblock", "txt/Encoder_0/encoderblock"
+    kernel = arrays.get("img/embedding/kernel")
+    if kernel is not None and kernel.ndim == 2:
+        raise Refused(
+            f"{source} is a SigLIP 2 of native aspect ratios (NaFlex), whose images have no fixed "
+            "size; its fixed-resolution models are read."
+        )
+    patch, _, _, width = shape_of(arrays, "img/embedding/kernel", 4, source)
+    positions = shape_of(arrays, "img/pos_embedding", 3, source)[1]
+    side = square_side(positions, "img/pos_embedding", source)
+    sizes = {}
+    for tower in (image, words):
+        query = f"{tower}/MultiHeadDotProductAttention_0/query/kernel"
+        depth, _, heads, _ = shape_of(arrays, query, 4, source)
+        mlp = shape_of(arrays, f"{tower}/MlpBlock_0/Dense_0/kernel", 3, source)[2]
+        sizes[tower] = depth, heads, mlp
+    vocab, text_width = shape_of(arrays, "txt/Embed_0/embedding", 2, source)
+    projection = "txt/head/kernel" in arrays
+    depth, heads, mlp = sizes[image]
+    # The released So400m/14 of 384 pixels sees 378 of them.
+    vision = ViTConfig(
+        image_size=384 if (side, patch) == (27, 14) else side * patch,
+        patch_size=patch, width=width, depth=depth, num_heads=heads,
+        mlp_ratio=mlp_ratio(width, mlp), pool="map", class_token=False, pre_norm=False,
+        patch_bias=True, projection=False, activation="gelu_tanh", norm_epsilon=1e-6,
+    )  # fmt: skip
+    depth, heads, mlp = sizes[words]
+    text = TextConfig(
+        context_length=shape_of(arrays, "txt/pos_embedding", 3, source)[1],
+        vocab_size=vocab, width=text_width, depth=depth, num_heads=heads,
+        mlp_ratio=mlp_ratio(text_width, mlp), causal=False, pool="last", projection=projection,
+        projection_bias=projection, activation="gelu_tanh", norm_epsilon=1e-6,
+    )  # fmt: skip
+    half = (0.5, 0.5, 0.5)
+    return CLIPConfig(
+        embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0,
+        image_mean=half, image_std=half,
+    )  # fmt: skip
+
+
+def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
+    """Return the arrays under big_vision's names. Refused if its SigLIP is not this model."""
+    siglip_model.check(weights, "big_vision's SigLIP")
+    config = weights.config
+    vision = typing.cast(ViTConfig, config.vision)  # see `check`
+    if {vision.activation, config.text.activation} != {"gelu_tanh"}:
+        raise Refused(
+            "big_vision computes both towers with gelu_tanh, and this model has "
+            f"{vision.activation} and {config.text.activation}; choose --to clip-jax."
+        )
+    tensors = from_params(rows(config), weights.params)
+    return {f"{_ROOT}{name}": cast(x, dtype) for name, x in tensors.items()}
+
+
+def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
+    """Write the `.npz`."""
+    write_npz(path, to_tensors(weights, dtype))

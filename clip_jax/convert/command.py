@@ -1,0 +1,107 @@
+"""The conversion of a model from one format to another, with proof."""
+
+from dataclasses import dataclass
+
+from clip_jax import files
+from clip_jax.convert import card, open_clip
+from clip_jax.convert.formats import FILES, Format, read_weights, write_weights
+from clip_jax.convert.verify import Verification, features_difference, verify
+from clip_jax.convert.weights import DType
+from clip_jax.files import Place
+from clip_jax.models.layers import Activation
+from clip_jax.refused import Refused, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert, to what, and whether to prove it."""
+
+    source: Place  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
+    destination: Place  # folder to write; with --to openai or big-vision a file
+    to: Format  # whose format to write
+    plain: bool = False  # with --to openai: a state dict, not the TorchScript archive
+    # load the result with its own library (extra `peers`), compare; exit code 1 above 1e-5
+    verify: bool = False
+    dtype: DType | None = None  # of the tensors written; by default as they are
+    image_size: int | None = None  # pixels; positions are resized to it
+    activation: Activation | None = None  # of a bare file of tensors, which does not say it
+    architecture: str | None = None  # such as ViT-H-14, of a bare file whose sizes no model has
+    # vocabulary of weights that came without theirs: a tokenizer.json or a sentencepiece model
+    tokenizer: str | None = None
+    # with --to open-clip, where open_clip computes the image tower with another GELU: write all the
+    # same, and say how much the features change
+    accept_activation: bool = False
+    overwrite: bool = False  # replace what is at the destination
+
+    def __post_init__(self) -> None:
+        check_ranges(self, image_size="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was found out on the way."""
+
+    verification: Verification | None  # None: not asked for
+    # relative difference of image features between this model's activation and the one that was
+    # accepted in its place; None: the format has the model's own
+    activation_difference: float | None
+
+
+def convert(config: ConvertConfig) -> Conversion:
+    """Write a model in another format; with `verify` compare with the peer's numbers.
+
+    Raises Refused when the source cannot be read, the format cannot express the model, or
+    something is at the destination already.
+    """
+    source, destination = config.source, config.destination
+    check_free(source, destination, config.overwrite)
+    if config.to in FILES and destination.is_dir():
+        raise Refused(
+            f"{destination} is a directory; --to {config.to} writes a file, such as "
+            f"{'x.pt' if config.to == 'openai' else 'x.npz'}."
+        )
+    if config.to not in FILES and destination.is_file():
+        raise Refused(f"{destination} is a file; --to {config.to} writes a folder.")
+    files.check_destination(destination, "the destination", folder=config.to not in FILES)
+    weights = read_weights(
+        source,
+        activation=config.activation,
+        architecture=config.architecture,
+        image_size=config.image_size,
+        tokenizer=config.tokenizer,
+    )
+    difference = None
+    if config.accept_activation:
+        if config.to != "open-clip":
+            raise Refused(
+                f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
+                "model's."
+            )
+        changed = open_clip.as_computed(weights)
+        if changed.config != weights.config:
+            difference = features_difference(changed, weights)
+        weights = changed
+    write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
+    if config.to not in FILES:
+        card.write(destination, source, weights, _USE[config.to])
+    verification = None
+    if config.verify:
+        with files.local(destination) as here:
+            verification = verify(weights, here, config.to, plain=config.plain, dtype=config.dtype)
+    return Conversion(verification, difference)
+
+
+def check_free(source: Place, destination: Place, overwrite: bool) -> None:
+    """Refused if a destination is the source, or holds something that is not to be replaced."""
+    if source.exists() and destination.exists() and source.resolve() == destination.resolve():
+        raise Refused(f"{source} is both source and destination; choose another destination.")
+    occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
+    if occupied and not overwrite:
+        raise Refused(f"something is at {destination} already; say --overwrite to replace it.")
+
+
+_USE = {  # how each folder is read, for its card
+    "open-clip": "`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
+    "hugging-face": "`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`.",
+    "clip-jax": "`clip_jax.load(FOLDER)`; `manifest.json` says how pixels and ids are made.",
+}

@@ -1,0 +1,346 @@
+"""`open_clip_config.json`: what it says of a model, and what of a model it says."""
+
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clip_jax.convert import captioners, timm, tokenizer_files
+from clip_jax.convert.files import read_json
+from clip_jax.convert.settings import Settings, channels_of, count_of, number_of, one_of, said_in
+from clip_jax.convert.weights import Weights
+from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
+from clip_jax.data.tokenizers.clip import FULL_VOCAB_SIZE
+from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
+from clip_jax.models.decoder import CoCaConfig, DecoderConfig
+from clip_jax.models.layers import Activation
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import Cleaning, Pool, TextConfig, TokenizerConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
+
+CONFIG_NAME = "open_clip_config.json"
+_LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, whatever the name
+# Settings that change no number of a finished model.
+_INERT = {
+    "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_drop",
+    "timm_drop_path", "timm_model_pretrained", "timm_proj_bias",
+    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pos_embed_type", "pad_id",
+}  # fmt: skip
+
+
+def _activation(section: Settings, quick_gelu: bool) -> Activation:
+    options = section.get("act_kwargs", {}, dict)
+    if quick_gelu and not options:
+        return "quick_gelu"
+    if not quick_gelu and options in ({}, {"approximate": "none"}):
+        return "gelu"
+    if not quick_gelu and options == {"approximate": "tanh"}:
+        return "gelu_tanh"
+    raise Refused(
+        f"{section.where}.act_kwargs={options!r:.99} with quick_gelu={quick_gelu} is not supported."
+    )
+
+
+def _epsilon(section: Settings) -> float:
+    options = section.get("norm_kwargs", {}, dict)
+    if set(options) - {"eps"}:
+        raise Refused(f"{section.where}.norm_kwargs={options!r:.99}: only eps is supported.")
+    return number_of(options.get("eps", 1e-5), f"{section.where}.norm_kwargs.eps", True)
+
+
+def _trunk(section: Settings, name: str) -> ViTConfig:
+    """Read a tower of timm's, whose name says all: also the activation."""
+    if name not in timm.TRUNKS:
+        raise Refused(
+            f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; of timm's "
+            f"there are {', '.join(timm.TRUNKS)}."
+        )
+    trunk = timm.TRUNKS[name]
+    said = {
+        "timm_pool": section.get("timm_pool", "avg", str),
+        "timm_proj": section.get("timm_proj", "linear", str),
+        "image_size": section.count("image_size", 224),
+    }
+    needed = {"timm_pool": "map", "timm_proj": "none", "image_size": trunk.image_size}
+    if wrong := [f"{key}={said[key]!r:.99}" for key in needed if said[key] != needed[key]]:
+        raise Refused(
+            f"{section.where}: {', '.join(wrong)} of a {name} is not supported: SigLIP's are "
+            f"{needed}."
+        )
+    return trunk
+
+
+def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
+    name = section.get("timm_model_name", None, str)
+    if name is not None:
+        return _trunk(section, name)
+    section.used |= {"timm_pool", "timm_proj"}
+    layers = section.get("layers", 12, object)
+    width = section.count("width", 768)
+    head_width = section.count("head_width", 64)
+    size = section.get("image_size", 224, object)
+    if isinstance(size, list):
+        if len(size) != 2 or size[0] != size[1]:
+            raise Refused(f"{section.where}.image_size={size!r:.99}: images must be square.")
+        size = size[0]
+    image_size = count_of(size, f"{section.where}.image_size")
+    if isinstance(layers, list):
+        section.used |= {"patch_size", "mlp_ratio"}
+        if len(layers) != 4 or any(type(x) is not int or not 1 <= x <= 200 for x in layers):
+            raise Refused(
+                f"{section.where}.layers={layers!r:.99}: a ResNet has four stages of 1 to 200 "
+                "blocks."
+            )
+        stages = typing.cast(tuple[int, int, int, int], tuple(layers))
+        heads = max(width * 32 // head_width, 1)
+        return ResNetConfig(image_size=image_size, layers=stages, width=width, num_heads=heads)
+    pool = section.get("pool_type", "tok", str)
+    ln_after = section.get("final_ln_after_pool", False, bool)
+    pools: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
+    queries = section.get("attentional_pool", False, object)
+    if queries not in (False, True):
+        raise Refused(
+            f"{section.where}.attentional_pool={queries!r:.99} is not supported: open_clip calls "
+            "it untested; true and false are."
+        )
+    if pool not in pools or (pool != "tok" and (queries or not ln_after)):
+        raise Refused(
+            f"{section.where}.pool_type={pool!r:.99} with final_ln_after_pool={ln_after} is not "
+            "supported: clip_jax normalises after pooling."
+        )
+    scale = section.get("ls_init_value", None, object)
+    return ViTConfig(
+        image_size=image_size,
+        patch_size=section.count("patch_size", 16),
+        width=width,
+        depth=count_of(layers, f"{section.where}.layers"),
+        num_heads=max(width // head_width, 1),
+        mlp_ratio=section.number("mlp_ratio", 4.0),
+        pool="queries" if queries else pools[pool],
+        pool_queries=section.count("attn_pooler_queries", 256),
+        pool_heads=section.count("attn_pooler_heads", 8),
+        pre_norm=not section.get("no_ln_pre", False, bool),
+        activation=_activation(section, quick_gelu),
+        norm_epsilon=_epsilon(section),
+        layer_scale=None if scale is None else number_of(scale, f"{section.where}.ls_init_value"),
+    )
+
+
+def _text(section: Settings, quick_gelu: bool) -> TextConfig:
+    if tower := section.get("hf_model_name", None, str):
+        raise Refused(
+            f"{section.where}.hf_model_name={tower!r:.99} is not supported: a text tower "
+            "of Hugging Face's (as of coca_roberta-ViT-B-32, or xlm-roberta's CLIP)."
+        )
+    pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
+    pool = section.get("pool_type", "argmax", str)
+    correct = section.get("correct_cls_mask", False, bool)
+    is_coca = section.get("embed_cls", False, bool)
+    eos = section.count("eos_id", 2)
+    projection = section.get("proj_type", "linear", str)
+    if pool not in pools or projection not in ("linear", "none"):
+        raise Refused(
+            f"{section.where}: pool_type={pool!r:.99} with proj_type="
+            f"{projection!r:.99} is not supported."
+        )
+    return TextConfig(
+        context_length=section.count("context_length", 77),
+        vocab_size=section.count("vocab_size", FULL_VOCAB_SIZE),
+        width=section.count("width", 512),
+        depth=section.count("layers", 12),
+        num_heads=section.count("heads", 8),
+        mlp_ratio=section.number("mlp_ratio", 4.0),
+        causal=not section.get("no_causal_mask", False, bool),
+        pool="class_token" if is_coca else pools[pool],
+        correct_class_mask=correct or not is_coca,
+        eos_token_id=eos if pool == "eos" else TextConfig.eos_token_id,
+        projection=projection == "linear",
+        projection_bias=section.get("proj_bias", False, bool) and projection == "linear",
+        activation=_activation(section, quick_gelu),
+        norm_epsilon=_epsilon(section),
+    )
+
+
+# open_clip's names of the cleaning that it does itself, before any tokenizer of transformers.
+_CLEANING: dict[str, Cleaning] = {
+    "lower": "clip", "whitespace": "whitespace", "canonicalize": "canonicalize",
+}  # fmt: skip
+
+
+def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerConfig:
+    options = section.get("tokenizer_kwargs", {}, dict)
+    name = section.get("hf_tokenizer_name", "", str)
+    where = f"{section.where}.tokenizer_kwargs.clean"
+    said = options.get("clean", "whitespace" if name else "lower")
+    if not isinstance(said, str) or said not in _CLEANING:
+        raise Refused(f"{where} is {said!r:.99}; known are {', '.join(_CLEANING)}.")
+    clean = _CLEANING[said]
+    section.used |= {"tokenizer_mode"}
+    if others := sorted(set(options) - {"clean"}):
+        raise Refused(f"{section.where}.tokenizer_kwargs: {others} are not supported.")
+    if not name:
+        return TokenizerConfig(clean=clean)
+    absent = tokenizer_files.missing(text, clean)
+    found = tokenizer_files.read(folder, text, absent)
+    return found if found is absent else tokenizer_files.with_cleaning(found, clean, where)
+
+
+def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
+    """Read `open_clip_config.json`. Refused names a setting that we do not have."""
+    content = read_json(path)
+    with said_in(path):
+        return _read_config(content, path)
+
+
+def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Preprocess]:
+    top = Settings(content.get("model_cfg", content), f"{path}: model_cfg")
+    quick_gelu = top.get("quick_gelu", False, bool)
+    vision = Settings(top.get("vision_cfg", {}, dict), f"{path}: vision_cfg", _INERT)
+    text = Settings(top.get("text_cfg", {}, dict), f"{path}: text_cfg", _INERT)
+    pixels = Settings(content.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
+    bias = top.get("init_logit_bias", None, object)
+    mean = channels_of(pixels.get("mean", OPENAI_MEAN, object), f"{pixels.where}.mean")
+    std = channels_of(pixels.get("std", OPENAI_STD, object), f"{pixels.where}.std", True)
+    text_config = _text(text, quick_gelu)
+    decoder: DecoderConfig | None = None
+    if text.get("does_full_decoding", False, bool):
+        text_config, decoder = captioners.read_mammut(text, text_config)
+    elif multimodal := top.get("multimodal_cfg", None, dict):
+        section = Settings(multimodal, f"{path}: multimodal_cfg")
+        decoder = captioners.read_coca(section, text_config)
+        section.finish()
+    has_class_token = text_config.pool == "class_token"
+    if has_class_token != isinstance(decoder, CoCaConfig):
+        raise Refused(
+            f"{text.where}.embed_cls={has_class_token} is not supported "
+            f"{'without' if has_class_token else 'with'} multimodal_cfg: a text tower has a class "
+            "token if a CoCa decoder stands on it."
+        )
+    text_config = replace(text_config, tokenizer=_tokenizer(text, text_config, path.parent))
+    config = CLIPConfig(
+        embed_dim=top.count("embed_dim", 512),
+        vision=_vision(vision, quick_gelu),
+        text=text_config,
+        decoder=decoder,
+        init_logit_scale=10.0 if bias is not None else 1 / 0.07,
+        init_logit_bias=None if bias is None else number_of(bias, f"{top.where}.init_logit_bias"),
+        image_mean=mean,
+        image_std=std,
+    )
+    interpolation = pixels.get("interpolation", "bicubic", object)
+    if interpolation == "random":  # in training; open_clip evaluates such a model with bicubic
+        interpolation = "bicubic"
+    resize_mode = pixels.get("resize_mode", "shortest", object)
+    preprocess = Preprocess(
+        image_size=config.vision.image_size,
+        mean=mean,
+        std=std,
+        interpolation=one_of(interpolation, f"{pixels.where}.interpolation", Interpolation),
+        resize_mode=one_of(resize_mode, f"{pixels.where}.resize_mode", ResizeMode),
+        fill=pixels.get("fill_color", 0, int),
+    )
+    top.used |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale"}
+    pixels.used |= {"size", "mode"}
+    for section in (top, vision, text, pixels):
+        section.finish()
+    return config, preprocess
+
+
+def is_open_clips_own(text: TextConfig) -> bool:
+    """Say whether a tokenizer is the one that open_clip has inside."""
+    tokenizer = text.tokenizer
+    whole = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
+    return whole and tokenizer.clean in _CLEANING.values()
+
+
+def write_tokenizer(folder: Path, text: TextConfig) -> None:
+    """Write the files of a tokenizer that open_clip does not have inside."""
+    if not is_open_clips_own(text):
+        cleaned = text.tokenizer.clean in _CLEANING.values()
+        tokenizer_files.write(folder, text, cleaned)
+
+
+def model_cfg(weights: Weights) -> dict[str, Any]:
+    config, vision, text = weights.config, weights.config.vision, weights.config.text
+    top: dict[str, Any] = {"embed_dim": config.embed_dim}
+    if text.activation == "quick_gelu":
+        top["quick_gelu"] = True
+    if config.init_logit_bias is not None:
+        top["init_logit_bias"] = config.init_logit_bias
+    vision_cfg: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
+    if isinstance(vision, ViTConfig) and vision.pool == "map":
+        top["custom_text"] = True
+        vision_cfg = {
+            "image_size": vision.image_size,
+            "timm_model_name": timm.name_of(vision),
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        }
+    elif isinstance(vision, ResNetConfig):
+        vision_cfg |= {
+            "layers": list(vision.layers),
+            "patch_size": None,
+            "head_width": vision.output_width // vision.num_heads,
+        }
+    else:
+        vision_cfg |= {
+            "layers": vision.depth,
+            "patch_size": vision.patch_size,
+            "head_width": vision.width // vision.num_heads,
+            "mlp_ratio": vision.mlp_ratio,
+            **_options(vision),
+        }
+        if vision.layer_scale is not None:
+            vision_cfg["ls_init_value"] = vision.layer_scale
+        if not vision.pre_norm:
+            vision_cfg["no_ln_pre"] = True
+        if vision.pool == "mean":
+            vision_cfg |= {"pool_type": "avg", "final_ln_after_pool": True}
+    words = text_cfg(text)
+    if config.decoder is not None:
+        for name in ("no_causal_mask", "pool_type", "proj_type"):  # said by the kind of decoder
+            words.pop(name, None)
+        parts = zip((top, vision_cfg, words), captioners.settings(config), strict=True)
+        top, vision_cfg, words = (a | b for a, b in parts)
+    return {**top, "vision_cfg": vision_cfg, "text_cfg": words}
+
+
+def text_cfg(text: TextConfig) -> dict[str, Any]:
+    """Return what open_clip's configuration says of the text tower and its tokenizer."""
+    found: dict[str, Any] = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.num_heads,
+        "layers": text.depth,
+        "mlp_ratio": text.mlp_ratio,
+        **_options(text),
+    }
+    if not text.causal:
+        found["no_causal_mask"] = True
+    if text.pool != "argmax":
+        found["pool_type"] = text.pool
+    if text.pool == "eos":
+        found["eos_id"] = text.eos_token_id
+    if not text.projection:
+        found["proj_type"] = "none"
+    if text.projection_bias:
+        found["proj_bias"] = True
+    if is_open_clips_own(text) and text.tokenizer.clean != "clip":
+        found["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
+    if not is_open_clips_own(text):
+        clean = {ours: theirs for theirs, ours in _CLEANING.items()}.get(text.tokenizer.clean)
+        found["hf_tokenizer_name"] = _LOCAL
+        found["tokenizer_kwargs"] = {"clean": clean or "whitespace"}
+    return found
+
+
+def _options(tower: ViTConfig | TextConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if tower.activation == "gelu_tanh":
+        options["act_kwargs"] = {"approximate": "tanh"}
+    if tower.norm_epsilon != 1e-5:
+        options["norm_kwargs"] = {"eps": tower.norm_epsilon}
+    return options

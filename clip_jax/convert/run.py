@@ -1,0 +1,43 @@
+"""A run's work directory as a model: one checkpoint's weights and its configuration."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from clip_jax.checkpoint import restore_params
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.data.tokenizers import vocabulary
+from clip_jax.files import Place
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.retention import named_step
+from clip_jax.serialize import from_dict
+from clip_jax.workdir import read_json
+
+
+def is_run(path: Place) -> bool:
+    """Say whether a directory is a run's."""
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+
+
+def read(workdir: Place, which: str = "") -> Weights:
+    """Read a checkpoint's weights, the newest's or `which`; the optimizer's state is left there."""
+    config = read_config(workdir)
+    params = restore_params(workdir, named_step(workdir, which), CLIP(config))
+    return Weights(
+        config=config, params=jax.tree.map(np.asarray, params),
+        preprocess=default_preprocess(config),
+    )  # fmt: skip
+
+
+def read_config(workdir: Place) -> CLIPConfig:
+    """Read the architecture of a run's model, with its vocabulary."""
+    content = read_json(workdir / "config.json")
+    config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
+    for name in vocabulary.NAMES:  # a copy, so that the run is whole without the file it came from
+        if (workdir / name).is_file():
+            tokenizer = replace(config.text.tokenizer, file=str(workdir / name))
+            config = replace(config, text=replace(config.text, tokenizer=tokenizer))
+    # How it was trained is no part of the finished model, and no other format keeps it.
+    rest = {name: getattr(CLIPConfig, name) for name in ("dtype", "remat", "unroll", "attention")}
+    return replace(config, **rest)

@@ -1,0 +1,38 @@
+"""A model card follows the weights: from a run to a folder, and from folder to folder."""
+
+import json
+
+from clip_jax.cli import main
+from tests.conftest import TINY, write_run, write_tiny_model
+
+
+def test_what_a_run_was_is_carried_from_folder_to_folder(tmp_path):
+    workdir, *_ = write_run(TINY, tmp_path / "run")
+    result = {"zero_shot/seen/top1": 0.93, "seconds/steps": 12.0, "note": "fast"}
+    (workdir / "result.json").write_text(json.dumps(result))
+    places = [str(workdir), *(str(tmp_path / name) for name in ("there", "back"))]
+    assert main(["convert", places[0], places[1], "--to", "hugging-face"]) == 0
+    assert main(["convert", places[1], places[2], "--to", "clip-jax"]) == 0
+    for name in ("there", "back"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"# {name}\n" in card
+        assert "| pairs seen | 2,048 (2 steps of 1,024) |" in card
+        assert "| optimizer | Optim (learning_rate=" in card
+        assert "cosine schedule" in card
+        assert "| zero_shot/seen/top1 | 0.93 |" in card
+        assert "seconds/steps" not in card
+        assert "license:  # fill in" in card
+        facts = json.loads((tmp_path / name / "training.json").read_text())
+        assert facts["result"] == result
+    assert "AutoModel.from_pretrained" in (tmp_path / "there/README.md").read_text()
+
+
+def test_weights_that_say_nothing_of_themselves_have_a_card_that_says_so(tmp_path):
+    write_tiny_model(tmp_path / "model")
+    assert (
+        main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "clip-jax"]) == 0
+    )
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Nothing in the files that it came from says." in card
+    assert "None are known." in card
+    assert not (tmp_path / "out/training.json").exists()

@@ -1,0 +1,114 @@
+"""Files and folders that are no model, or a damaged one: one clear message, memory bounded."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from clip_jax.convert.files import read_tensors
+from clip_jax.convert.formats import read_weights
+from tests.convert.conftest import refuse
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "empty"),
+        (bytes(1 << 16), "neither"),
+        (b"hello, world", "neither"),
+        (b"\x80", "neither"),
+    ],
+)
+def test_files_of_something_else(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    refuse(tmp_path / name, match)
+    refuse(tmp_path / name, match, read_weights)
+
+
+def test_a_directory_where_a_file_was_expected(tmp_path):
+    refuse(tmp_path, "is a directory")
+    refuse(tmp_path / "nothing.pt", "there is no")
+    refuse(tmp_path, "0 files of weights", read_weights)
+    (tmp_path / "manifest.json").write_text('{"format": "clip-jax", "version": 1}')
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json is a directory"):
+        read_weights(tmp_path)
+
+
+def safetensors(path: Path, header, data: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({"a": entry([2], 0, 8)}, bytes(4)),  # truncated
+        ({"a": entry([1 << 40], 0, 8)}, bytes(8)),
+        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),  # overlap
+        ({"a": entry([2], 8, 16)}, bytes(16)),
+        ({"a": entry([-2], 0, 8)}, bytes(8)),
+        ({"a": entry([2], 0, 8, "F99")}, bytes(8)),
+        ({"a": [1]}, b""),
+        (b"{" + b"[" * 100_000, b""),
+        (b'{"a": ' + b'{"a":' * 100_000, b""),
+        (b"{not json}", b""),
+    ],
+)
+def test_damaged_safetensors(tmp_path, header, data):
+    refuse(safetensors(tmp_path / "x.safetensors", header, data), "damaged or truncated")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 2), ("F8_E5M2", 2), ("F4", 1)])
+def test_types_that_numpy_does_not_have(tmp_path, dtype, size):
+    path = safetensors(tmp_path / "x", {"a": entry([2], 0, size, dtype)}, bytes(size))
+    refuse(path, r"holds tensors of type float[48]\w+; float32, float16 and bfloat16 are read")
+
+
+def test_a_safetensors_header_that_is_not_there(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b'{"a"')
+    refuse(path, "damaged or truncated")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"[1]", "holds a list"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"a":' * 100_000, "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b" " * (17 << 20), "no configuration is that long"),
+        (b'{"model_type": "bert"}', "model_type='bert'"),
+        (b'{"model_type": "clip"}', "none of model.safetensors"),
+    ],
+)
+def test_damaged_configurations(tmp_path, content, match):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+def test_shards_stay_in_their_folder(tmp_path, file):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": file}}))
+    refuse(path, "not a file beside it")
+
+
+def test_shards_that_lack_a_tensor(tmp_path):
+    safetensors(tmp_path / "one.safetensors", {"a": entry([1], 0, 4)}, bytes(4))
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
+    refuse(path, r"lack 1 tensors, first \['b'\]")
+    path.write_text(json.dumps({"weight_map": {"a": "two.safetensors"}}))
+    with pytest.raises(ValueError, match=r"there is no file .*two\.safetensors"):
+        read_tensors(path)

@@ -1,0 +1,53 @@
+"""Hugging Face's settings of pixels: which of two files counts, and what is refused in them."""
+
+import json
+
+import pytest
+
+from clip_jax.convert import image_processor
+from clip_jax.data.images import Preprocess
+
+SETTINGS = {
+    "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+}  # fmt: skip
+OPENAI = Preprocess(image_size=32)
+MEANT = Preprocess(
+    image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear"
+)
+
+
+def test_a_processor_keeps_them_in_a_file_of_its_own(tmp_path):
+    """As `CLIPProcessor.save_pretrained` has written them since transformers 5."""
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": SETTINGS, "processor_class": "CLIPProcessor"}))
+    assert image_processor.read(tmp_path, OPENAI) == MEANT
+    image_processor.write(tmp_path, OPENAI)
+    assert image_processor.read(tmp_path, OPENAI) == OPENAI  # what is written counts
+
+
+def test_of_two_files_the_processors_counts(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS | {"resample": 3}))
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": SETTINGS}))
+    assert image_processor.read(tmp_path, OPENAI).interpolation == "bilinear"
+    path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # of an older one, nothing
+    assert image_processor.read(tmp_path, OPENAI).interpolation == "bicubic"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"image_processor": [1]}, "image_processor is [1]; an object is needed"),
+        ({"image_processor": SETTINGS | {"size": 31}}, "size={'shortest_edge': 31}"),
+        ({"image_processor": SETTINGS | {"resample": 0}}, "resample=0"),
+    ],
+)
+def test_what_we_do_not_have_is_named(tmp_path, content, says):
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        image_processor.read(tmp_path, OPENAI)
+    assert says in str(error.value)
+    assert str(path) in str(error.value)
