@@ -1,0 +1,191 @@
+"""An ONNX graph under construction: operators become nodes, arrays become initializers."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.convert.state_dict import flatten
+from clip_jax.models.clip import Params
+from clip_jax.models.layers import Activation
+from clip_jax.refused import Refused
+
+OPSET = 20  # the first with Gelu
+IR_VERSION = 9  # which belongs to it
+INLINE_BYTES = 1_900_000_000  # of weights in one protobuf, which ends at 2 GB
+_ALIGNED = 4096  # bytes, so that weights can be mapped from disk
+
+
+class Graph:
+    """Nodes and weights of one graph. Values are known by their names, as ONNX knows them."""
+
+    def __init__(self, params: Params, half: bool) -> None:
+        self._weights = {path: np.asarray(x, np.float32) for path, x in flatten(params).items()}
+        self._half = half
+        self._nodes: list[Any] = []
+        self._constants: dict[str, np.ndarray] = {}
+
+    def weight(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter in float32; of a stack of layers, one layer's."""
+        found = self._weights[path]
+        return found if layer is None else found[layer]
+
+    def has(self, path: str) -> bool:
+        return path in self._weights
+
+    def op(self, kind: str, *inputs: str | np.ndarray | np.generic, **attributes: Any) -> str:
+        """Add a node; arrays among its inputs become constants. Returns its output's name."""
+        from onnx import helper
+
+        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
+        name = f"{kind}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, names, [name], name=name, **attributes))
+        return name
+
+    def constant(self, array: np.ndarray | np.generic) -> str:
+        """Add an array as it is; a small one that is there already is taken again."""
+        array = np.asarray(array)
+        small = array.nbytes <= 64
+        key = f"{array.dtype}{array.shape}{array.tobytes().hex()}" if small else ""
+        name = key or f"weight_{len(self._constants)}"
+        self._constants[name] = array
+        return name
+
+    def number(self, array: Any, what: str = "a weight") -> np.ndarray:
+        """Bring floats to the type that the graph computes in. Refused where float16 ends."""
+        exact = np.asarray(array, np.float32)
+        if not self._half:
+            return exact
+        with np.errstate(over="ignore"):
+            found = exact.astype(np.float16)
+        if not np.isfinite(found).all():
+            most = np.abs(exact).max()
+            raise Refused(
+                f"{what} has values up to {most:.3g}, and float16 ends at 65,504; take "
+                "--dtype float32."
+            )
+        return found
+
+    # -------------------------------------------------------------- what models are made of
+
+    def computed(self, x: str) -> str:
+        """Bring an input to the type that the graph computes in."""
+        from onnx import TensorProto
+
+        return self.op("Cast", x, to=TensorProto.FLOAT16) if self._half else x
+
+    def exact(self, x: str) -> str:
+        """Bring a value to float32."""
+        from onnx import TensorProto
+
+        return self.op("Cast", x, to=TensorProto.FLOAT) if self._half else x
+
+    def integers(self, *values: int) -> np.ndarray:
+        return np.array(values, np.int64)
+
+    def linear(self, x: str, kernel: np.ndarray, bias: np.ndarray | None = None) -> str:
+        """x · kernel [in, out] + bias [out]."""
+        x = self.op("MatMul", x, self.number(kernel))
+        return x if bias is None else self.op("Add", x, self.number(bias))
+
+    def layer_norm(self, x: str, path: str, epsilon: float, layer: int | None = None) -> str:
+        scale, bias = (self.number(self.weight(f"{path}/{n}", layer)) for n in ("scale", "bias"))
+        return self.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+
+    def activation(self, x: str, kind: Activation) -> str:
+        if kind == "quick_gelu":
+            gate = self.op("Sigmoid", self.op("Mul", x, self.number(1.702)))
+            return self.op("Mul", x, gate)
+        return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+    def attended(self, q: str, k: str, v: str, dim: int, mask: str | None = None) -> str:
+        """Attention of [B, N, L, K]; scores and their softmax are float32."""
+        q = self.op("Mul", q, self.number(dim**-0.5))
+        scores = self.exact(self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2])))
+        if mask is not None:
+            scores = self.op("Add", scores, mask)
+        shares = self.computed(self.op("Softmax", scores, axis=-1))
+        return self.op("MatMul", shares, v)
+
+    def merged(self, x: str, width: int) -> str:
+        """[B, N, L, K] to [B, L, N·K]."""
+        x = self.op("Transpose", x, perm=[0, 2, 1, 3])
+        return self.op("Reshape", x, self.integers(0, 0, width))
+
+    def unit(self, x: str) -> str:
+        """Scale rows to unit length."""
+        length = self.op("ReduceL2", x, self.integers(-1), keepdims=1)
+        return self.op("Div", x, self.op("Max", length, np.float32(1e-12)))
+
+    # -------------------------------------------------------------- the file
+
+    def save(
+        self,
+        path: Path,
+        inputs: Sequence[tuple[str, Any, Sequence[str | int]]],
+        outputs: Sequence[tuple[str, str, Sequence[str | int]]],
+        inline_bytes: int = INLINE_BYTES,
+    ) -> bool:
+        """Write `path`; weights of more than `inline_bytes` go to `path` + "_data".
+
+        Inputs are (name, NumPy type, shape), outputs (name, value, shape); a string in a shape is a
+        size that a caller chooses. Returns whether there is a second file.
+        """
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        nodes = list(self._nodes)
+        for name, value, _ in outputs:
+            nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        external = sum(x.nbytes for x in self._constants.values()) > inline_bytes
+        data = path.with_name(f"{path.name}_data")
+        if external:
+            tensors = list(self._external(data))
+        else:
+            tensors = [numpy_helper.from_array(x, name) for name, x in self._constants.items()]
+        graph = helper.make_graph(
+            nodes,
+            path.stem,
+            [
+                helper.make_tensor_value_info(
+                    name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape
+                )
+                for name, dtype, shape in inputs
+            ],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+                for name, _, shape in outputs
+            ],
+            tensors,
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="clip_jax",
+        )
+        onnx.save_model(model, str(path))
+        return external
+
+    def _external(self, path: Path) -> Iterator[Any]:
+        """Write the constants one behind the other; yield what says where each lies.
+
+        Small ones stay inside: what shapes are inferred from has to.
+        """
+        from onnx import TensorProto, helper, numpy_helper
+
+        with path.open("wb") as file:
+            for name, x in self._constants.items():
+                if x.nbytes < _ALIGNED:
+                    yield numpy_helper.from_array(x, name)
+                    continue
+                file.write(b"\0" * (-file.tell() % _ALIGNED))
+                kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+                tensor = TensorProto(name=name, data_type=kind, dims=x.shape)
+                tensor.data_location = TensorProto.EXTERNAL
+                place = {"location": path.name, "offset": file.tell(), "length": x.nbytes}
+                for key, value in place.items():
+                    tensor.external_data.add(key=key, value=str(value))
+                file.write(np.ascontiguousarray(x).tobytes())
+                yield tensor

@@ -1,0 +1,277 @@
+"""ONNX files in the layouts that transformers.js and immich load, and onnxruntime to prove them."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from clip_jax.convert import image_processor, tokenizer_files
+from clip_jax.convert.files import read_json, write_json
+from clip_jax.convert.open_clip_config import text_cfg
+from clip_jax.convert.weights import Weights
+from clip_jax.export.captions import caption_logits
+from clip_jax.export.graph import INLINE_BYTES, Graph
+from clip_jax.export.towers import image_tower, sees_padding, text_tower
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.refused import Refused
+
+# What writes captions, greedily, the begin token first; images.npy as StableHLO's READER has them.
+CAPTION_READER = """\
+import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("{folder}/{file}")
+pixels = np.load("images.npy").transpose(0, 3, 1, 2)
+captions = np.full((len(pixels), 1), {begin})
+for _ in range(1, {length}):
+    logits = session.run(["logits"], {"pixel_values": pixels, "input_ids": captions})[0]
+    captions = np.append(captions, logits[:, -1:].argmax(-1), axis=1)
+"""
+
+Layout = Literal["transformers-js", "immich"]
+HalfOrFull = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a layout calls its files, their inputs and outputs."""
+
+    image: str  # path in the folder
+    text: str
+    whole: str | None  # both towers and the logits; None: the layout has none
+    captions: str | None  # the decoder's logits; None: the layout has none, or the model
+    pixels: str  # inputs
+    ids: str
+    ids_type: Any
+    image_output: str
+    text_output: str
+
+
+def names(layout: Layout, config: CLIPConfig, dtype: HalfOrFull) -> Names:
+    """Return a layout's names for a model."""
+    if layout == "immich":
+        files = ("visual/model.onnx", "textual/model.onnx", None, None)
+        return Names(*files, "image", "text", np.int32, "embedding", "embedding")
+    suffix = "_fp16" if dtype == "float16" else ""
+    image, text, whole, captions = (
+        f"onnx/{name}{suffix}.onnx"
+        for name in ("vision_model", "text_model", "model", "caption_model")
+    )
+    files = (image, text, whole, None if config.decoder is None else captions)
+    siglip = _is_siglip(config)
+    image, text = ("pooler_output",) * 2 if siglip else ("image_embeds", "text_embeds")
+    return Names(*files, "pixel_values", "input_ids", np.int64, image, text)
+
+
+def _is_siglip(config: CLIPConfig) -> bool:
+    """Say whether probabilities are the sigmoid's, and texts have their full length."""
+    return config.init_logit_bias is not None
+
+
+def write(
+    weights: Weights,
+    folder: Path,
+    layout: Layout = "transformers-js",
+    *,
+    dtype: HalfOrFull = "float32",
+    normalize: bool = False,
+    inline_bytes: int = INLINE_BYTES,
+) -> None:
+    """Write a folder of ONNX files, with the preprocessing and the tokenizer that the reader takes.
+
+    `normalize`: the towers' features have unit length (immich's always have). Weights of a file
+    above `inline_bytes` lie beside it. Refused for what the reader cannot do, and without the
+    package `onnx`.
+    """
+    _need("onnx", "--format onnx")
+    check(weights, layout)
+    config, called = weights.config, names(layout, weights.config, dtype)
+    size = config.vision.image_size
+    external = {}
+
+    def save(path: str, graph: Graph, inputs: list, outputs: list) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if graph.save(folder / path, inputs, outputs, inline_bytes):
+            external[Path(path).name] = True
+
+    def pixels(batch: str) -> tuple[str, Any, tuple]:
+        return called.pixels, np.float32, (batch, 3, size, size)
+
+    def ids(batch: str) -> tuple[str, Any, tuple]:
+        return called.ids, called.ids_type, (batch, "sequence_length")
+
+    unit = normalize or layout == "immich"
+    for path, tower, given, output in (
+        (called.image, image_tower, pixels("batch"), called.image_output),
+        (called.text, text_tower, ids("batch"), called.text_output),
+    ):
+        graph = Graph(weights.params, dtype == "float16")
+        features = tower(graph, config, given[0])
+        features = graph.unit(features) if unit else features
+        save(path, graph, [given], [(output, features, ("batch", config.embed_dim))])
+    if called.whole:
+        graph = Graph(weights.params, dtype == "float16")
+        inputs = [ids("text_batch"), pixels("image_batch")]
+        save(called.whole, graph, inputs, _logits(graph, config, called))
+    if called.captions:
+        graph = Graph(weights.params, dtype == "float16")
+        logits = caption_logits(graph, config, called.pixels, called.ids)
+        shape = ("batch", "sequence_length", config.text.vocab_size)
+        inputs = [pixels("batch"), ids("batch")]
+        save(called.captions, graph, inputs, [("logits", logits, shape)])
+    _write_beside(weights, folder, layout, external)
+
+
+def check(weights: Weights, layout: Layout) -> None:
+    """Refused for what a layout's reader cannot do with images."""
+    if weights.preprocess.resize_mode == "longest":
+        raise Refused(
+            f"preprocess.resize_mode='longest' is nothing that {layout} does with images; choose "
+            "--format stablehlo, whose manifest says it."
+        )
+
+
+def _logits(graph: Graph, config: CLIPConfig, called: Names) -> list[tuple[str, str, tuple]]:
+    """Both towers and their similarities, as transformers names them."""
+    image = graph.unit(image_tower(graph, config, called.pixels))
+    text = graph.unit(text_tower(graph, config, called.ids))
+    scale = np.exp(graph.weight("logit_scale"))
+    logits = graph.op("MatMul", image, graph.op("Transpose", text, perm=[1, 0]))
+    logits = graph.op("Mul", logits, scale)
+    if graph.has("logit_bias"):
+        logits = graph.op("Add", logits, graph.weight("logit_bias"))
+    other = graph.op("Transpose", logits, perm=[1, 0])
+    return [
+        ("logits_per_image", logits, ("image_batch", "text_batch")),
+        ("logits_per_text", other, ("text_batch", "image_batch")),
+        ("text_embeds", text, ("text_batch", config.embed_dim)),
+        ("image_embeds", image, ("image_batch", config.embed_dim)),
+    ]
+
+
+def _write_beside(
+    weights: Weights, folder: Path, layout: Layout, external: dict[str, bool]
+) -> None:
+    config, preprocess = weights.config, weights.preprocess
+    own_padding = sees_padding(config.text)
+    if layout == "immich":
+        write_json(
+            folder / "config.json",
+            {
+                "embed_dim": config.embed_dim,
+                "vision_cfg": {"image_size": config.vision.image_size},
+                "text_cfg": text_cfg(config.text),
+            },
+        )
+        content = {
+            "size": [preprocess.image_size] * 2,
+            "mode": "RGB",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "interpolation": preprocess.interpolation,
+            "resize_mode": preprocess.resize_mode,
+            "fill_color": preprocess.fill,
+        }
+        write_json(folder / "visual/preprocess_cfg.json", content)
+        cleaned = "tokenizer_kwargs" in text_cfg(config.text)  # as it says there
+        tokenizer_files.write(
+            folder / "textual", config.text, cleaned, as_json=True, own_padding=own_padding
+        )
+        return
+    siglip = _is_siglip(config)
+    kind = "siglip" if siglip else "clip"
+    content = {
+        "architectures": ["SiglipModel" if siglip else "CLIPModel"],
+        "model_type": kind,
+        "projection_dim": config.embed_dim,
+        "vision_config": {
+            "model_type": f"{kind}_vision_model", "image_size": config.vision.image_size,
+        },
+        "text_config": {
+            "model_type": f"{kind}_text_model",
+            "max_position_embeddings": config.text.context_length,
+            "vocab_size": config.text.vocab_size,
+        },
+    }  # fmt: skip
+    if external:
+        content["transformers.js_config"] = {"use_external_data_format": external}
+    write_json(folder / "config.json", content)
+    image_processor.write(folder, preprocess, siglip)
+    tokenizer_files.write(folder, config.text, as_json=True, own_padding=own_padding)
+
+
+def caption_reader(folder: str, config: CLIPConfig, dtype: HalfOrFull = "float32") -> str:
+    """Return CAPTION_READER for a folder; empty for a model without a decoder or a begin token."""
+    file, begin = names("transformers-js", config, dtype).captions, config.text.begin_id
+    if file is None or begin is None:
+        return ""
+    length = min(config.text.context_length, GenerationConfig.max_length)
+    said = {"folder": folder, "file": file, "begin": begin, "length": length}
+    program = CAPTION_READER
+    for name, value in said.items():
+        program = program.replace(f"{{{name}}}", str(value))
+    return program
+
+
+# ------------------------------------------------------------------ proof
+
+
+def outputs(
+    folder: Path,
+    layout: Layout,
+    config: CLIPConfig,
+    dtype: HalfOrFull,
+    images: np.ndarray,
+    tokens: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Run the files by onnxruntime on normalised pixels [B, H, W, 3] and ids [B, L].
+
+    Returns `image_features`, `text_features` and, where the layout has them, `logits` and, of all
+    tokens but the last, `caption_logits`. Refused that names a file that is missing, cut, or of
+    another kind.
+    """
+    _need("onnxruntime", "--verify")
+    called = names(layout, config, dtype)
+    pixels = {called.pixels: np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+    ids = {called.ids: tokens.astype(called.ids_type)}
+    (image,) = _run(folder / called.image, [called.image_output], pixels)
+    (text,) = _run(folder / called.text, [called.text_output], ids)
+    found = {"image_features": image, "text_features": text}
+    if called.captions:
+        begun = {called.ids: tokens[:, :-1].astype(called.ids_type)}
+        (found["caption_logits"],) = _run(folder / called.captions, ["logits"], pixels | begun)
+    if called.whole:
+        (found["logits"],) = _run(folder / called.whole, ["logits_per_image"], pixels | ids)
+    return found
+
+
+def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime
+
+    if not path.is_file():
+        raise Refused(f"there is no {path}; clip-jax export --format onnx writes it.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it says is in the exception
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        return session.run(wanted, inputs)
+    except Exception as error:  # of types that its module does not name
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Refused(
+            f"{path} cannot be run ({why:.300}): it is cut, its weights beside it are, or it is of "
+            "another model. Export it again."
+        ) from error
+
+
+def _need(module: str, what: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Refused(f"{what} needs the package {module}: pip install 'clip-jax-pods[onnx]'.")
+
+
+def is_external(folder: Path) -> bool:
+    """Say whether weights lie beside their file, as those above 2 GB do."""
+    return "transformers.js_config" in read_json(folder / "config.json")

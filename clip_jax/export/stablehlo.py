@@ -1,0 +1,209 @@
+"""StableHLO by jax.export: the towers for CPU, CUDA and TPU in one artifact, read by JAX alone.
+
+Weights are arguments, in safetensors beside it: an artifact ends at 2 GB and is one for all of a
+model's checkpoints. A model with a decoder has two programs more, which write a caption token by
+token: the first one's state, keys and values of the image and of what is written, goes to the next.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from clip_jax.convert import folder as model_folder
+from clip_jax.convert.state_dict import flatten, unflatten
+from clip_jax.convert.tokenizer_json import write_clip_tokenizer
+from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.generation import GenerationConfig, begin_and_end
+from clip_jax.refused import Refused
+
+IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
+FIRST_NAME, NEXT_NAME = "caption_first.stablehlo", "caption_next.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+_STEPS = 9  # tokens by which a decoder is compared
+
+# What reads a folder; images.npy [B, H, W, 3] are normalised pixels, tokens.npy [B, L] token ids.
+READER = """\
+import jax, jax.export, numpy as np
+from safetensors.flax import load_file
+
+weights = load_file("{folder}/model.safetensors")
+image, text = (
+    jax.export.deserialize(open(f"{folder}/{name}.stablehlo", "rb").read())
+    for name in ("image", "text")
+)
+image_features = np.asarray(image.call(weights, np.load("images.npy")))
+text_features = np.asarray(text.call(weights, np.load("tokens.npy")))
+"""
+
+# What writes captions, greedily; the ids of a caption stand behind the begin token, which it knows.
+CAPTION_READER = """\
+import jax, jax.export, numpy as np
+from safetensors.flax import load_file
+
+weights = load_file("{folder}/model.safetensors")
+read = lambda name: jax.export.deserialize(bytes(np.fromfile(f"{folder}/{name}.stablehlo", "u1")))
+following = read("caption_next")
+logits, state = read("caption_first").call(weights, np.load("images.npy"))
+captions = logits.argmax(-1)[:, None]
+for place in range(1, {length}):
+    logits, state = following.call(weights, state, captions[:, -1], np.int32(place))
+    captions = np.append(captions, logits.argmax(-1)[:, None], axis=1)
+"""
+# Behind it, the logits of a given text's tokens instead: words.npy [B, L] without the begin token.
+_GIVEN = """\
+logits, state = read("caption_first").call(weights, np.load("images.npy"))
+words, caption_logits = np.load("words.npy"), [logits]
+for place in range(1, words.shape[1] + 1):
+    logits, state = following.call(weights, state, words[:, place - 1], np.int32(place))
+    caption_logits.append(logits)
+caption_logits = np.stack(caption_logits, axis=1)
+"""
+
+
+def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
+    """Write a model folder, which `load` reads too, and beside it both towers as StableHLO.
+
+    With a decoder, also the programs that write captions: weights and pixels [b, H, W, 3] make the
+    logits [b, V] of what follows the begin token, and a state, a list of arrays; weights, state,
+    ids [b] and their place [] in the text make those of what follows them, and the next state.
+    `dtype` is that of the weights, and of the computation where it is bfloat16; features and logits
+    are float32. The batch is symbolic: any size runs. Refused without the package `flatbuffers`,
+    and if a decoder's tokenizer has no begin and end.
+    """
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise Refused(
+            "--format stablehlo needs the package flatbuffers: pip install 'clip-jax-pods[export]'."
+        ) from error
+    if weights.config.decoder is not None:
+        begin_and_end(weights.config.text)
+    model_folder.write(weights, folder, dtype=dtype)
+    if weights.config.text.tokenizer.file == "clip":
+        write_clip_tokenizer(folder, weights.config.text)
+    config, vision = weights.config, weights.config.vision
+    params = {
+        path: jax.ShapeDtypeStruct(x.shape, cast(np.empty(0, x.dtype), dtype).dtype)
+        for path, x in flatten(weights.params).items()
+    }
+    pixels = _batch(f"b, {vision.image_size}, {vision.image_size}, 3", jnp.float32)
+    tokens = _batch(f"b, {config.text.context_length}", jnp.int32)
+    computed = "bfloat16" if dtype == "bfloat16" else "float32"  # CPUs have no float16 products
+    model = CLIP(replace(config, dtype=computed))
+    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        IMAGE_NAME: (model.encode_image, (pixels,)),
+        TEXT_NAME: (model.encode_text, (tokens,)),
+    }
+    if config.decoder is not None:
+        first, following = caption_programs(model)
+        _, state = jax.eval_shape(_of_weights(first, computed), params, pixels)
+        ids, place = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (pixels.shape[:1], ()))
+        programs |= {FIRST_NAME: (first, (pixels,)), NEXT_NAME: (following, (state, ids, place))}
+    for name, (function, inputs) in programs.items():
+        export = jax.export.export(jax.jit(_of_weights(function, computed)), platforms=PLATFORMS)
+        (folder / name).write_bytes(export(params, *inputs).serialize())
+
+
+def _batch(shape: str, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype)
+
+
+def _of_weights(function: Callable[..., Any], computed: str) -> Callable[..., Any]:
+    """Take a file's tensors, by path, for the tree of parameters."""
+
+    def program(weights: dict[str, Array], *inputs: Any) -> Any:
+        tree = unflatten({path: x.astype(jnp.float32) for path, x in weights.items()})
+        # On TPUs the default would round float32 to bfloat16.
+        with jax.default_matmul_precision("default" if computed == "bfloat16" else "highest"):
+            return function(tree, *inputs)
+
+    return program
+
+
+def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what writes the first token and what writes each that follows; see `write`."""
+    begin, _ = begin_and_end(model.config.text)
+    length = model.config.text.context_length
+    empty = jax.eval_shape(lambda: model.empty_cache(1, length))
+    kept = jax.tree.structure(empty._replace(decoder=empty.decoder._replace(image=0)))
+
+    def first(params: Params, images: Array) -> tuple[Array, list[Array]]:
+        _, image_tokens = model.encode_image_and_tokens(params, images)
+        rows = images.shape[0]  # a symbol
+        cache = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:])),
+            model.empty_cache(1, length),
+        )
+        ids, place = jnp.full((rows,), begin, jnp.int32), jnp.zeros((), jnp.int32)
+        logits, cache = model.decode_next(params, ids, image_tokens, cache, place)
+        return logits, jax.tree.leaves(cache)
+
+    def following(
+        params: Params, state: list[Array], ids: Array, place: Array
+    ) -> tuple[Array, list[Array]]:
+        cache = jax.tree.unflatten(kept, state)
+        logits, cache = model.decode_next(params, ids, None, cache, place)
+        return logits, jax.tree.leaves(cache)
+
+    return first, following
+
+
+def caption_reader(folder: str, config: CLIPConfig) -> str:
+    """Return CAPTION_READER for a folder; empty for a model without a decoder."""
+    if config.decoder is None:
+        return ""
+    length = min(config.text.context_length, GenerationConfig.max_length)
+    return CAPTION_READER.replace("{folder}", folder).replace("{length}", str(length - 1))
+
+
+def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
+    """Make of ids [B, L] some that begin and hold no padding: what a decoder may have written."""
+    text, few = config.text, tokens[:, :_STEPS].copy()
+    begin, end = begin_and_end(text)
+    few[few == text.tokenizer.pad_id] = end
+    few[:, 0] = begin
+    return few
+
+
+def outputs(
+    folder: Path, config: CLIPConfig, images: np.ndarray, tokens: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Run a folder in a fresh process by its readers, without this package.
+
+    `caption_logits` are those of `spoken` ids; else see `onnx.outputs`.
+    """
+    place = str(folder.resolve())
+    program, found = READER.replace("{folder}", place), ["image_features", "text_features"]
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(f"{scratch}/images.npy", images)
+        np.save(f"{scratch}/tokens.npy", tokens)
+        if config.decoder is not None:
+            np.save(f"{scratch}/words.npy", spoken(config, tokens)[:, 1:-1])
+            program += caption_reader(place, config) + _GIVEN
+            found.append("caption_logits")
+        program += f"np.savez('out.npz', {', '.join(f'{name}={name}' for name in found)})\n"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise Refused(
+                f"{folder} cannot be run ({why:.300}): a file of it is missing, cut or of another "
+                "model. Export it again."
+            )
+        with np.load(f"{scratch}/out.npz") as results:
+            return dict(results)

@@ -1,0 +1,93 @@
+"""Small models of each family with weights that move every number."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.models import zoo
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.text import TokenizerConfig
+from clip_jax.models.vit import ViTConfig
+from tests import vocabularies
+from tests.conftest import COCA, MAMMUT, RESNET, TINY, parameters
+
+RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
+
+
+def _small_siglip() -> CLIPConfig:
+    config, sizes = zoo.get("ViT-B-16-SigLIP"), {"width": 32, "depth": 2, "num_heads": 2}
+    return replace(
+        config,
+        embed_dim=32,
+        dtype="float32",
+        # 35 pixels: three of them belong to no patch
+        vision=replace(config.vision, image_size=35, patch_size=8, **sizes),
+        text=replace(config.text, context_length=16, vocab_size=520, tokenizer=RULES, **sizes),
+    )
+
+
+FAMILIES = {
+    "clip": TINY,
+    "mean": replace(
+        TINY,
+        vision=ViTConfig(
+            image_size=16, patch_size=8, width=32, depth=2, num_heads=2, pool="mean",
+            pre_norm=False, layer_scale=0.5, activation="gelu", mlp_ratio=3.3,
+        ),
+        text=replace(TINY.text, pool="eos", eos_token_id=519, activation="gelu_tanh"),
+    ),
+    "resnet": RESNET,
+    "coca": COCA,
+    # Another depth and width than the image tower's, no pool of queries, the released models' mask.
+    "coca_wrong_mask": replace(
+        COCA,
+        vision=replace(TINY.vision, depth=1),
+        text=replace(COCA.text, correct_class_mask=False),
+    ),
+    "mammut": MAMMUT,
+    "siglip": _small_siglip(),
+}  # fmt: skip
+
+
+def make(config: CLIPConfig) -> Weights:
+    params = jax.tree.map(np.asarray, parameters(config))
+    return Weights(config=config, params=params, preprocess=default_preprocess(config))
+
+
+def greedy(weights: Weights, images: np.ndarray) -> np.ndarray:
+    """Captions [B, L] of the model's decoder, which computes all again for each token."""
+    model, params = CLIP(weights.config), jax.tree.map(jnp.asarray, weights.params)
+    image_tokens = jax.jit(model.encode_image_and_tokens)(params, images)[1]
+    ids = np.zeros((len(images), weights.config.text.context_length), np.int32)
+    ids[:, 0], decode = weights.config.text.begin_id, jax.jit(model.decode_text)
+    for place in range(1, ids.shape[1]):
+        ids[:, place] = decode(params, ids, image_tokens)[:, place - 1].argmax(-1)
+    return ids
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+    """A model of each family, with its vocabulary."""
+    words = tmp_path_factory.mktemp("words") / "spiece.model"
+    vocabularies.sentencepiece_model(words)
+    made = {name: make(config) for name, config in FAMILIES.items()}
+    text = made["siglip"].config.text
+    text = replace(text, tokenizer=replace(text.tokenizer, file=str(words)))
+    config = replace(made["siglip"].config, text=text)
+    return made | {"siglip": replace(made["siglip"], config=config)}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, families: dict[str, Weights]) -> Weights:
+    """A model of each family in turn."""
+    return families[request.param]
+
+
+@pytest.fixture
+def clip() -> Weights:
+    """The first of them."""
+    return make(TINY)
