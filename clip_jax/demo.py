@@ -1,12 +1,13 @@
-"""A page in the browser: label an image with words of your own, search an embedded folder."""
+"""A page in the browser: label or describe an image, search an embedded folder."""
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from clip_jax.load import load
+from clip_jax.files import Place
+from clip_jax.loading import load
 from clip_jax.predict import Searcher, check_labels, embed_labels, probabilities, unit
+from clip_jax.refused import Refused, check_ranges
 
 SHOWN = 640  # pixels of the longer side of a picture that was found
 
@@ -15,18 +16,17 @@ SHOWN = 640  # pixels of the longer side of a picture that was found
 class DemoConfig:
     """Serve the page until interrupted."""
 
-    model: Path  # a run's work directory, a model folder, or a foreign file
-    embeddings: Path | None = None  # folder that `clip-jax embed` wrote: adds the search
+    model: Place  # a run's work directory, a model folder, or a foreign file
+    embeddings: Place | None = None  # folder that `clip-jax embed` wrote: adds the search
     host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
     port: int = 7860
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"port={self.port} must be from 1 to 65535.")
+        check_ranges(self, port="[1, 65535]")
 
 
 def demo(config: DemoConfig) -> None:
-    """Serve the page until interrupted. ValueError if Gradio is missing or the port is taken."""
+    """Serve the page until interrupted. Refused if Gradio is missing or the port is taken."""
     gr = _gradio()
     page = build(config)
     plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -36,7 +36,7 @@ def demo(config: DemoConfig) -> None:
             ssr_mode=False, show_error=True, footer_links=[], theme=plain,
         )  # fmt: skip
     except OSError as error:
-        raise ValueError(
+        raise Refused(
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
             "this machine's; choose others by --port and --host."
         ) from error
@@ -57,19 +57,27 @@ def build(config: DemoConfig) -> Any:
         try:
             check_labels(labels, template)
             features = unit(model.encode_image(model.preprocess([image])))
-            found = probabilities(model, features, embed_labels(model, labels, template))[0]
-        except ValueError as error:
+            shares = probabilities(model, features, embed_labels(model, labels, template))[0]
+        except Refused as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return {name: float(share) for name, share in zip(labels, found, strict=True)}
+        return {name: float(share) for name, share in zip(labels, shares, strict=True)}
+
+    def caption(image: str | None) -> str:
+        if not image:
+            raise gr.Error("Drop an image first.", print_exception=False)
+        try:
+            return model.caption(model.preprocess([image]))[0]
+        except Refused as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     def search(text: str, count: float) -> list[tuple[Any, str]]:
         if searcher is None or not text.strip():
             raise gr.Error("Type what to look for.", print_exception=False)
         pictures = []
-        for found in searcher.search(text, int(count)):
-            picture = searcher.picture(found["index"])
+        for hit in searcher.search(text, int(count)):
+            picture = searcher.picture(hit["index"])
             picture.thumbnail((SHOWN, SHOWN))
-            pictures.append((picture, f"{found['similarity']:.3f}  {found['key']}"))
+            pictures.append((picture, f"{hit['similarity']:.3f}  {hit['key']}"))
         return pictures
 
     # A day's uploads and results lie in Gradio's temporary folder, no longer.
@@ -88,6 +96,11 @@ def build(config: DemoConfig) -> Any:
                 button = gr.Button("Label", variant="primary")
             bars = gr.Label(label="Probabilities", num_top_classes=20)
         button.click(label, [image, lines, template], bars, api_name="label")
+        if model.config.decoder is not None:
+            with gr.Row():
+                describe = gr.Button("Describe the image")
+                words = gr.Textbox(label="Caption", scale=3)
+            describe.click(caption, [image], words, api_name="caption")
         if searcher is not None:
             with gr.Tab("Search"):
                 with gr.Row():
@@ -106,5 +119,5 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError("the page needs Gradio: pip install 'clip-jax-pods[demo]'") from error
+        raise Refused("the page needs Gradio: pip install 'clip-jax-pods[demo]'") from error
     return gradio

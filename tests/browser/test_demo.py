@@ -5,7 +5,6 @@ Screenshots lie in pytest's temporary directory: `pytest tests/browser --basetem
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,19 +14,14 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from clip_jax.cli import main
 from clip_jax.data.embeddings import Embeddings
-from clip_jax.load import load
+from clip_jax.loading import load
 from clip_jax.predict import PredictConfig, predict
-from tests.runs import ROOT
-from tests.tiny import write_tiny_model
+from tests.conftest import ROOT, write_tiny_model
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-# The browser itself asks for nothing outside either.
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking "
-FLAGS += "--disable-component-update --disable-sync --no-first-run"
 COLORS = ("red", "lime", "blue", "yellow", "black", "white")
 
 
@@ -80,17 +74,14 @@ def address(folder):
 
 
 @pytest.fixture
-def page(address):
+def page(address, browser):
     """A page that may talk to this machine alone, and fails the test if it asks for more."""
     outside = []
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        page = browser.new_page(viewport={"width": 1100, "height": 800})
-        page.set_default_timeout(60_000)
-        page.on("request", lambda request: outside.append(request.url))
-        page.goto(address)
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1100, "height": 800})
+    page.set_default_timeout(60_000)
+    page.on("request", lambda request: outside.append(request.url))
+    page.goto(address)
+    yield page
     assert [url for url in outside if not re.match(rf"{address}|data:|blob:", url)] == []
 
 

@@ -1,0 +1,144 @@
+"""The paths that are served: bodies read within their limits, answers and refusals as JSON."""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from clip_jax.refused import Refused
+from clip_jax.serve.batcher import Full
+from clip_jax.serve.service import Answer, Service
+
+MIB = 1 << 20
+
+
+def build(service: Service, token: str | None = None) -> Starlette:
+    """Return the application, which Uvicorn calls."""
+    paths = _Paths(service, token)
+    errors: Any = dict.fromkeys((404, 405, 500), paths.failed)
+    return Starlette(
+        routes=[
+            *(Route(path, paths.answer, methods=["POST"]) for path in paths.work),
+            Route("/health", paths.health),
+            Route("/metrics", paths.numbers),
+        ],
+        exception_handlers=errors,
+        lifespan=paths.lifespan,
+    )
+
+
+class _Paths:
+    """What answers each path."""
+
+    def __init__(self, service: Service, token: str | None) -> None:
+        self._service, self._token = service, token
+        self.work = {"/embed": service.embed, "/label": service.label, "/search": service.search}
+
+    async def answer(self, request: Request) -> Response:
+        """Answer one of the paths that compute."""
+        started, path = time.perf_counter(), request.url.path
+        headers: dict[str, str] = {}
+        status, content = 200, {}
+        try:
+            _check_token(self._token, request.headers.get("authorization", ""))
+            asked, size = await self._read(request)
+            try:
+                content = await self.work[path](asked)
+            finally:
+                self._service.bytes_waiting -= size
+        except Answer as error:
+            status, content = error.status, {"error": str(error)}
+            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        except Refused as error:
+            status, content = 400, {"error": str(error)}
+        except ClientDisconnect:
+            status = 499  # which nobody reads
+        except Full:
+            status, content = 429, {"error": "the queue is full; try again in a moment."}
+            headers = {"Retry-After": "1"}
+        metrics = self._service.metrics
+        metrics.requests.labels(path, status).inc()
+        metrics.seconds.labels(path).observe(time.perf_counter() - started)
+        return JSONResponse(content, status, headers)
+
+    async def _read(self, request: Request) -> tuple[dict[str, Any], int]:
+        """Read the body, counted in `bytes_waiting`, and the object that it is."""
+        service, config = self._service, self._service.config
+        most, body = config.max_body_mib * MIB, bytearray()
+        too_long = Answer(413, f"the body is longer than {config.max_body_mib:g} MiB.")
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > most:
+            raise too_long
+        try:
+            async with asyncio.timeout(config.request_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise too_long
+                    if service.bytes_waiting + len(body) > config.max_waiting_mib * MIB:
+                        raise Full("too many bytes are waiting")
+        except TimeoutError as error:
+            seconds = config.request_seconds
+            raise Answer(408, f"the body did not arrive in {seconds:g} seconds.") from error
+        service.bytes_waiting += len(body)
+        try:
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(service.threads, _parse, bytes(body))
+        except BaseException:
+            service.bytes_waiting -= len(body)
+            raise
+        return asked, len(body)
+
+    async def health(self, _: Request) -> Response:
+        """Say that the server is there, and with which model."""
+        config = self._service.model.config
+        about = {"image_size": config.vision.image_size, "embed_dim": config.embed_dim}
+        return JSONResponse({"status": "ok", "model": str(self._service.config.model), **about})
+
+    async def numbers(self, request: Request) -> Response:
+        """Give Prometheus what it asks for."""
+        try:
+            _check_token(self._token, request.headers.get("authorization", ""))
+        except Answer as error:
+            return JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
+        known = generate_latest(self._service.metrics.registry)
+        return Response(known, media_type=CONTENT_TYPE_LATEST)
+
+    async def failed(self, _: Request, error: Exception) -> Response:
+        """Answer what has no path, another method, or was a bug."""
+        status = getattr(error, "status_code", 500)
+        message = {
+            404: f"there are {', '.join(self.work)}, /health and /metrics.",
+            405: "take POST for what is computed, GET for /health and /metrics.",
+        }.get(status, "an error of the server, which its log shows.")
+        return JSONResponse({"error": message}, status, getattr(error, "headers", None))
+
+    @asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
+        """Close the service behind the last request."""
+        yield
+        await asyncio.to_thread(self._service.close)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Answer(400, f"the body is not JSON: {error!s:.200}.") from error
+    if not isinstance(asked, dict):
+        raise Answer(400, 'the body is a JSON object, such as {"texts": ["a cat"]}.')
+    return asked
+
+
+def _check_token(token: str | None, given: str) -> None:
+    if token is not None and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode()):
+        raise Answer(401, "send the token of this server: Authorization: Bearer TOKEN.")

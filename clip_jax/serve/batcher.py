@@ -1,0 +1,106 @@
+"""Rows that many threads ask for, computed together in few sizes of batch."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Full(Exception):
+    """More rows are waiting than the queue may hold."""
+
+
+class _Job:
+    """Rows that were asked for at once, and how many of them are still to come."""
+
+    def __init__(self, count: int) -> None:
+        self.future: Future[Float[np.ndarray, "B E"]] = Future()
+        self.done: list[np.ndarray | None] = [None] * count
+        self.left = count
+
+
+class Batcher:
+    """One thread that computes whatever is waiting, at most `batch_size` rows at a time.
+
+    While it computes, others queue up: so batches are as large as the load. Their sizes are powers
+    of two, or a little less, so that few shapes are compiled and few rows wasted. Whoever has had
+    an answer may ask again at once: after a batch of several rows the next begins when as many
+    wait again, or none has come for `linger` seconds. A lone row is not held up.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[np.ndarray], Float[np.ndarray, "B E"]],
+        batch_size: int,
+        capacity: int,
+        observe: Callable[[int], None] = lambda rows: None,
+        linger: float = 0.01,
+    ) -> None:
+        self._compute, self._batch_size, self._observe = compute, batch_size, observe
+        self._capacity, self._linger, self._last = capacity, linger, 0
+        self._waiting: deque[tuple[_Job, int, np.ndarray]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """How many rows are waiting."""
+        return len(self._waiting)
+
+    def submit(self, rows: Sequence[np.ndarray]) -> Future[Float[np.ndarray, "B E"]]:
+        """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
+        job = _Job(len(rows))
+        with self._changed:
+            if self._closed or len(self._waiting) + len(rows) > self._capacity:
+                raise Full(f"{len(self._waiting)} rows are waiting, of at most {self._capacity}")
+            self._waiting.extend((job, i, row) for i, row in enumerate(rows))
+            self._changed.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Compute what is waiting, take nothing more, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while taken := self._take():
+            taken = [x for x in taken if not x[0].future.done()]  # given up, or failed
+            if not taken:
+                continue
+            try:
+                features = self._compute(np.stack([row for _, _, row in taken]))
+                self._observe(len(taken))
+            except Exception as error:  # whoever waits has to know
+                for job in {id(job): job for job, _, _ in taken}.values():
+                    if job.future.set_running_or_notify_cancel():
+                        job.future.set_exception(error)
+                continue
+            for (job, i, _), row in zip(taken, features, strict=True):
+                job.done[i] = row
+                job.left -= 1
+                if not job.left and job.future.set_running_or_notify_cancel():
+                    job.future.set_result(np.stack([x for x in job.done if x is not None]))
+
+    def _take(self) -> list[tuple[_Job, int, np.ndarray]]:
+        """Wait for rows; take as many as fill a batch well. None: closed, and nothing is left."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            while len(self._waiting) < self._last and not self._closed:
+                if not self._changed.wait(self._linger):
+                    break
+            self._last = count = fitting(min(len(self._waiting), self._batch_size))
+            return [self._waiting.popleft() for _ in range(count)]
+
+
+def fitting(count: int) -> int:
+    """Return how many of `count` rows to compute at once: all if padding costs less than an
+    eighth, else the largest power of two."""
+    above = 1 << max(count - 1, 0).bit_length()
+    return count if count >= above * 7 / 8 else above // 2

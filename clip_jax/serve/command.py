@@ -1,0 +1,54 @@
+"""The server from its start to SIGTERM."""
+
+import signal
+import socket
+import sys
+
+from clip_jax.files import Place
+from clip_jax.loading import load
+from clip_jax.refused import Refused
+from clip_jax.serve.service import ServeConfig, Service
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM, which lets requests end, or an interrupt.
+
+    Refused if an extra is missing, the address is taken, or the token's file is empty.
+    """
+    try:
+        import uvicorn
+
+        from clip_jax.serve.app import build
+    except ImportError as error:
+        raise Refused("serving needs an extra: pip install 'clip-jax-pods[serve]'") from error
+    token = _read_token(config.token_file)
+    try:
+        taken = socket.create_server((config.host, config.port), backlog=2048)
+    except OSError as error:
+        raise Refused(
+            f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
+            "this machine's; choose others by --port and --host."
+        ) from error
+    with taken:
+        service = Service(config, load(config.model, dtype=config.dtype))
+        service.warm_up()
+        settings = uvicorn.Config(
+            build(service, token), log_level="warning", access_log=False, lifespan="on",
+            timeout_graceful_shutdown=60, server_header=False,
+        )  # fmt: skip
+        print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
+        # Uvicorn ends by it, and then raises it again for whoever was there before.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        uvicorn.Server(settings).run(sockets=[taken])
+
+
+def _read_token(file: Place | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        token = next(iter(file.read_text().splitlines()), "").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"token_file={str(file)!r} cannot be read: {error}.") from error
+    if not token:
+        raise Refused(f"token_file={str(file)!r} holds no token in its first line.")
+    return token

@@ -1,0 +1,241 @@
+"""A model that many requests share: each is prepared by threads, and computed with the others."""
+
+import asyncio
+import base64
+import binascii
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.data.images import MAX_PIXELS, ImageError, size_of
+from clip_jax.files import Place
+from clip_jax.loading import Model
+from clip_jax.predict import DTYPE, Searcher, check_labels, probabilities, prompts, ranked, unit
+from clip_jax.refused import check_ranges
+from clip_jax.serve.batcher import Batcher, Full
+
+_LABEL_SETS = 64  # whose embeddings are kept
+_MOST_FOUND = 1000  # by one search
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Serve a model until SIGTERM or an interrupt."""
+
+    model: Place  # a run's work directory, a model folder, or a foreign file
+    embeddings: Place | None = None  # folder that `clip-jax embed` wrote: adds /search
+    host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
+    port: int = 8000
+    token_file: Place | None = None  # whose first line a client sends: Authorization: Bearer ...
+    batch_size: int = 64  # rows that are computed at once, at most; powers of two are compiled
+    queue: int = 512  # images, and as many texts, that may wait; beyond that clients get 429
+    max_body_mib: float = 16.0  # MiB of a request; more is 413
+    max_waiting_mib: float = 256.0  # MiB of all requests that are being answered; more is 429
+    max_megapixels: float = 50.0  # of an image; more is 413
+    request_seconds: float = 60.0  # within which a request has to arrive; later is 408
+    dtype: DTYPE = "float32"  # of the computation
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)",
+            max_body_mib="(0, inf)", max_waiting_mib="(0, inf)", request_seconds="(0, inf)",
+            max_megapixels=f"(0, {MAX_PIXELS // 1_000_000}]",
+        )  # fmt: skip
+
+
+class Answer(Exception):
+    """A request that gets no features, but a status and one message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Service:
+    """A model, and all that requests to it share."""
+
+    def __init__(self, config: ServeConfig, model: Model) -> None:
+        self.config, self.model = config, model
+        self.searcher = Searcher(model, config.embeddings) if config.embeddings else None
+        self.metrics = Metrics(self)
+        self.images, self.texts = (
+            Batcher(
+                self._encoder(name), config.batch_size, config.queue,
+                self.metrics.batch_size.labels(name).observe,
+            )
+            for name in ("image", "text")
+        )  # fmt: skip
+        self.threads = ThreadPoolExecutor(os.cpu_count(), "prepare")
+        self.bytes_waiting = 0
+        self._classes: OrderedDict[tuple, Float[np.ndarray, "classes E"]] = OrderedDict()
+
+    def _encoder(self, tower: str) -> Callable[[np.ndarray], Float[np.ndarray, "B E"]]:
+        encode = getattr(self.model, f"encode_{tower}")
+        return lambda rows: unit(encode(rows, batch_size=self.config.batch_size))
+
+    def warm_up(self) -> None:
+        """Compile every shape that requests will need, so that none of them waits for it."""
+        size, length = self.model.config.vision.image_size, self.model.config.text.context_length
+        count = 1
+        while count < 2 * self.config.batch_size:
+            rows = min(count, self.config.batch_size)
+            self._encoder("image")(np.zeros((rows, size, size, 3), np.float32))
+            self._encoder("text")(np.zeros((rows, length), np.int32))
+            count *= 2
+
+    def close(self) -> None:
+        """Answer what is waiting, then end the threads."""
+        self.images.close()
+        self.texts.close()
+        self.threads.shutdown()
+
+    # ------------------------------------------------------------ what is asked for
+
+    async def embed(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Embeddings at unit length of `images` and `texts`."""
+        given = _only(asked, images=[], texts=[])
+        if not given["images"] and not given["texts"]:
+            raise Answer(400, "give images, a list of base64 strings, or texts, a list of strings.")
+        images, texts = await asyncio.gather(
+            self.embed_images(given["images"]), self.embed_texts(given["texts"])
+        )
+        return {"images": images.tolist(), "texts": texts.tolist()}
+
+    async def label(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Of each of `images` all `labels` with their probabilities, best first."""
+        given = _only(asked, images=None, labels=None, template="a photo of a {}.")
+        labels, template = _strings(given["labels"], "labels"), given["template"]
+        if not isinstance(template, str):
+            raise Answer(400, "template is a string with {} where the label goes.")
+        check_labels(labels, template)
+        classes, images = await asyncio.gather(
+            self._embed_labels(labels, template), self.embed_images(given["images"])
+        )
+        shares = probabilities(self.model, images, classes)
+        return {"images": [{"labels": ranked(labels, row)} for row in shares]}
+
+    async def search(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The embedded images that are closest to `text` or to `image`."""
+        if self.searcher is None:
+            raise Answer(404, "this server has no embeddings; start it with --embeddings FOLDER.")
+        given = _only(asked, text="", image="", top=10)
+        text, image, top = given["text"], given["image"], given["top"]
+        if type(top) is not int or not 1 <= top <= _MOST_FOUND:
+            raise Answer(400, f"top is a whole number from 1 to {_MOST_FOUND}.")
+        if bool(text) == bool(image):
+            raise Answer(400, "search needs one of text and image.")
+        found = await (self.embed_texts([text]) if text else self.embed_images([image]))
+        find = self.searcher.closest
+        results = await asyncio.get_running_loop().run_in_executor(
+            self.threads, find, found[0], top
+        )
+        return {"results": results}
+
+    async def embed_images(self, images: Any) -> Float[np.ndarray, "B E"]:
+        """Embed base64 strings of encoded images, at unit length."""
+        encoded = _strings(images, "images")
+        return await self._compute(self.images, self._pixels, encoded)
+
+    async def embed_texts(self, texts: Any) -> Float[np.ndarray, "B E"]:
+        """Embed texts, at unit length; one that is too long is cut."""
+        return await self._compute(self.texts, self._tokens, _strings(texts, "texts"))
+
+    async def _embed_labels(
+        self, labels: Sequence[str], template: str
+    ) -> Float[np.ndarray, "classes E"]:
+        key = (tuple(labels), template)
+        if key not in self._classes:
+            self._classes[key] = await self.embed_texts(prompts(labels, template))
+            while len(self._classes) > _LABEL_SETS:
+                self._classes.popitem(last=False)
+        self._classes.move_to_end(key)
+        return self._classes[key]
+
+    async def _compute(
+        self, batcher: Batcher, prepare: Callable[[int, str], np.ndarray], items: list[str]
+    ) -> Float[np.ndarray, "B E"]:
+        if not items:
+            return np.empty((0, self.model.config.embed_dim), np.float32)
+        most = self.config.queue
+        if len(items) > most:
+            raise Answer(413, f"{len(items)} of a kind in one request; at most {most} are taken.")
+        if len(batcher) + len(items) > most:
+            raise Full("the queue is full")
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(self.threads, prepare, *item) for item in enumerate(items)]
+        try:
+            rows = await asyncio.gather(*work)
+        finally:
+            for future in work:
+                future.cancel()
+        return await asyncio.wrap_future(batcher.submit(rows))
+
+    def _pixels(self, index: int, encoded: str) -> np.ndarray:
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Answer(400, f"images[{index}] is not base64: {error}.") from error
+        try:
+            width, height = size_of(data)
+            if width * height > self.config.max_megapixels * 1e6:
+                raise ImageError("too large", f"{width} x {height} pixels")
+            return self.model.image_preprocess(data)
+        except ImageError as error:
+            status = 413 if error.reason == "too large" else 400
+            raise Answer(status, f"images[{index}]: {error}.") from error
+
+    def _tokens(self, index: int, text: str) -> np.ndarray:
+        return self.model.tokenize([text], truncate=True)[0]
+
+
+def _only(asked: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Take the known names of a request."""
+    if unknown := sorted(asked.keys() - defaults):
+        known = ", ".join(defaults)
+        raise Answer(400, f"{unknown[0]!r:.99} is not known here; there are {known}.")
+    return defaults | asked
+
+
+def _strings(value: Any, name: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+        raise Answer(400, f"{name} is a list of strings.")
+    if not all(_is_text(x) for x in value):
+        raise Answer(400, f"{name} has half of a surrogate pair, which is no character.")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self, service: Service) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "clip_jax_requests", "requests answered", ["path", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "clip_jax_request_seconds", "from the first byte to the last", ["path"],
+            buckets=[0.005 * 2**i for i in range(14)], registry=registry,
+        )  # fmt: skip
+        self.batch_size = Histogram(
+            "clip_jax_batch_size", "rows computed at once", ["tower"],
+            buckets=[2**i for i in range(11)], registry=registry,
+        )  # fmt: skip
+        waiting = Gauge("clip_jax_waiting", "rows in the queue", ["tower"], registry=registry)
+        waiting.labels("image").set_function(lambda: len(service.images))
+        waiting.labels("text").set_function(lambda: len(service.texts))

@@ -1,0 +1,183 @@
+"""What the server answers: the model's numbers, or one message with its status."""
+
+import re
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from clip_jax.predict import PredictConfig, Searcher, predict, unit
+from tests.serve.conftest import encoded, png
+
+
+@pytest.fixture
+def client(start, folder):
+    return start(embeddings=folder / "embeddings", max_body_mib=0.1, max_megapixels=0.01)
+
+
+def test_embeddings_are_the_models(client, model):
+    pictures, texts = [png(1), png(2, 31, 17)], ["a cat", "the number seven " * 20, ""]
+    status, found, _ = client.ask(
+        "/embed", {"images": [encoded(x) for x in pictures], "texts": texts}
+    )
+    assert status == 200
+    images = unit(model.encode_image(model.preprocess(pictures)))
+    words = unit(model.encode_text(model.tokenize(texts, truncate=True)))
+    np.testing.assert_allclose(found["images"], images, atol=1e-6)
+    np.testing.assert_allclose(found["texts"], words, atol=1e-6)
+
+
+def test_labels_are_predicts(client, folder):
+    labels = ["a cat", "seven", "red"]
+    images = [folder / "photos/0.png", folder / "photos/3.png"]
+    asked = {"images": [encoded(path.read_bytes()) for path in images], "labels": labels}
+    for _ in range(2):  # the second time the labels are known
+        status, found, _ = client.ask("/label", asked)
+        assert status == 200
+        config = PredictConfig(model=folder / "model", images=tuple(images), labels=tuple(labels))
+        for ours, theirs in zip(predict(config), found["images"], strict=True):
+            for a, b in zip(ours["labels"], theirs["labels"], strict=True):
+                assert a["label"] == b["label"]
+                assert a["probability"] == pytest.approx(b["probability"], abs=1e-6)
+
+
+def test_search_is_searchs(client, model, folder):
+    searcher = Searcher(model, folder / "embeddings")
+    status, found, _ = client.ask("/search", {"text": "a red bicycle", "top": 3})
+    assert status == 200
+    expected = searcher.search("a red bicycle", 3)
+    assert [x["key"] for x in found["results"]] == [x["key"] for x in expected]
+    status, found, _ = client.ask("/search", {"image": encoded(png(4)), "top": 1})
+    assert found["results"][0]["key"].endswith("4.png")
+    assert found["results"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/embed", b"{", 400, "not JSON"),
+        ("/embed", b"\xff\xfe\x00", 400, "not JSON"),
+        ("/embed", b"[" * 50_000, 400, "not JSON"),
+        ("/embed", b"[]", 400, "a JSON object"),
+        ("/embed", b"", 400, "not JSON"),
+        ("/embed", {}, 400, "give images"),
+        ("/embed", {"image": "x"}, 400, "'image' is not known here; there are images, texts"),
+        ("/embed", {"texts": "a cat"}, 400, "texts is a list of strings"),
+        ("/embed", {"texts": [1]}, 400, "texts is a list of strings"),
+        ("/embed", b'{"texts": ["\\ud800"]}', 400, "no character"),
+        ("/embed", {"images": ["%%%"]}, 400, "images[0] is not base64"),
+        ("/embed", {"images": [encoded(b"text")]}, 400, "images[0]: not an image"),
+        ("/embed", {"images": [encoded(png(0)[:200])]}, 400, "images[0]: truncated"),
+        ("/embed", {"images": [encoded(png(0, 200, 100))]}, 413, "too large: 200 x 100 pixels"),
+        ("/embed", {"texts": ["x" * 200_000]}, 413, "longer than 0.1 MiB"),
+        ("/embed", {"texts": ["x"] * 600}, 413, "at most 512"),
+        ("/label", {"images": [], "labels": []}, 400, "give at least one label"),
+        ("/label", {"images": [], "labels": ["a"], "template": "b"}, 400, "has no {}"),
+        ("/label", {"images": [], "labels": ["a"], "template": 1}, 400, "template is a string"),
+        ("/search", {"text": "a", "image": "b"}, 400, "one of text and image"),
+        ("/search", {"text": "a", "top": 0}, 400, "from 1 to 1000"),
+        ("/search", {"text": 5}, 400, "texts is a list of strings"),
+        ("/nothing", {}, 404, "there are /embed, /label, /search"),
+        ("/embed", None, 405, "take POST"),
+    ],
+)
+def test_what_is_wrong_is_one_message(client, path, body, status, says):
+    got, found, _ = client.ask(path, body)
+    assert (got, list(found)) == (status, ["error"])
+    assert says in found["error"]
+    assert "Traceback" not in found["error"]
+    assert client.service.bytes_waiting == 0
+
+
+def test_a_body_without_a_length_has_the_limit_too(client):
+    with socket.create_connection(("127.0.0.1", client.port)) as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(40):
+            connection.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_full_queue_is_429_and_nobody_who_waits_is_lost(start):
+    client = start(queue=2)
+    go, busy = threading.Event(), threading.Event()
+    compute = client.service.texts._compute
+
+    def slow(rows):
+        busy.set()
+        go.wait(60)
+        return compute(rows)
+
+    client.service.texts._compute = slow
+    answers = []
+    threads = []
+    for waiting in range(3):  # one is computed, two wait
+        threads.append(
+            threading.Thread(
+                target=lambda: answers.append(client.ask("/embed", {"texts": ["a"]})[0])
+            )
+        )
+        threads[-1].start()
+        assert busy.wait(60)
+        while len(client.service.texts) < waiting:
+            time.sleep(0.01)
+    status, found, headers = client.ask("/embed", {"texts": ["a"]})
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert "full" in found["error"]
+    assert client.ask("/health")[0] == 200
+    assert 'clip_jax_waiting{tower="text"} 2.0' in client.ask("/metrics")[1]
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 3
+
+
+def test_too_many_bytes_at_once_are_429(start):
+    client = start(max_waiting_mib=0.001)
+    assert client.ask("/embed", {"texts": ["x" * 2000]})[0] == 429
+    assert client.ask("/embed", {"texts": ["x"]})[0] == 200
+
+
+def test_a_body_that_does_not_come_is_408_and_a_client_that_left_is_none(start):
+    client = start(request_seconds=0.3)
+    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.port)) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", client.port)) as connection:
+        connection.sendall(head + b"{")
+    assert client.ask("/embed", {"texts": ["a"]})[0] == 200
+    assert client.service.bytes_waiting == 0
+
+
+def test_a_token_opens_everything_but_health(start):
+    client = start(token="secret")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        for path, body in (("/embed", {"texts": ["a"]}), ("/metrics", None)):
+            status, found, answered = client.ask(path, body, headers)
+            assert (status, answered["www-authenticate"]) == (401, "Bearer")
+            assert "token" in found["error"]
+    right = {"Authorization": "Bearer secret"}
+    assert client.ask("/embed", {"texts": ["a"]}, right)[0] == 200
+    assert client.ask("/metrics", None, right)[0] == 200
+    assert client.ask("/health")[0] == 200
+
+
+def test_search_needs_embeddings(start):
+    status, found, _ = start().ask("/search", {"text": "a"})
+    assert status == 404
+    assert "--embeddings" in found["error"]
+
+
+def test_metrics_count_requests_and_batches(client):
+    client.ask("/embed", {"texts": ["a", "b"]})
+    client.ask("/embed", b"{")
+    text = client.ask("/metrics")[1]
+    for line in (
+        r'clip_jax_requests_total\{path="/embed",status="200"\} 1\.0',
+        r'clip_jax_requests_total\{path="/embed",status="400"\} 1\.0',
+        r'clip_jax_batch_size_sum\{tower="text"\} 2\.0',
+        r'clip_jax_request_seconds_count\{path="/embed"\} 2\.0',
+    ):
+        assert re.search(line, text), line
