@@ -7,39 +7,44 @@ Compiled steps are cached, so that one can be compiled at a time.
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from clip_jax.config import load_config
-from clip_jax.plan import PlanConfig, plan
-from clip_jax.scaling.pods import SECONDS, Plan
-from tests.runs import ROOT
+from clip_jax.pods.plan import PlanConfig, plan
+from clip_jax.pods.report import SECONDS, Plan, figures
+from clip_jax.pods.topology import Topology
+
+ROOT = Path(__file__).parents[1]
 
 V5E, V5P, V5P_512 = "v5e:16x16", "v5p:4x4x8", "v5p:8x8x8"
-PODS = [  # config, topology, slices, batch if not the config's
-    ("vit_b32", V5E, 1, None),
-    ("vit_b16", V5E, 1, None),
-    ("vit_l14", V5E, 1, None),
-    ("vit_l14", V5E, 2, 65_536),
-    ("vit_l14_336", V5E, 1, None),
-    ("rn50", V5E, 1, None),
-    ("rn50x64", V5P, 1, None),
-    ("vit_h14", V5P, 1, None),
-    ("vit_bigg14", V5P_512, 1, None),
-    ("siglip_b16", V5E, 1, None),
-    ("clipa_l14", V5E, 1, None),
+PODS = [  # config, topology, batch if not the config's
+    ("vit_b32", V5E, None),
+    ("vit_b16", V5E, None),
+    ("vit_l14", V5E, None),
+    ("vit_l14", f"{V5E}/slices=2", 65_536),
+    ("vit_l14_336", V5E, None),
+    ("rn50", V5E, None),
+    ("rn50x64", V5P, None),
+    ("vit_h14", V5P, None),
+    ("vit_bigg14", V5P_512, None),
+    ("siglip_b16", V5E, None),
+    ("siglip2_b16", V5E, None),
+    ("clipa_l14", V5E, None),
 ]
 
 
-def make(name: str, topology: str, slices: int, batch: int | None) -> Plan:
+def make(name: str, topology: str, batch: int | None) -> Plan:
     config = load_config(ROOT / f"configs/{name}.py")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if batch:  # as many samples
         values |= {"batch_size": batch, "steps": config.steps * config.batch_size // batch}
-    return plan(PlanConfig(**values, topology=topology, slices=slices))[0]
+    return plan(PlanConfig(**values, topology=Topology.parse(topology)))[0]
 
 
 def row(name: str, x: Plan) -> str:
     gigabytes = [x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")]
     times = [x.seconds.get(part) for part in SECONDS]
+    known = figures(x)
     cells = [
         f"`{name}`",
         f"{x.name}, {'×'.join(map(str, x.mesh.values()))}",
@@ -48,8 +53,11 @@ def row(name: str, x: Plan) -> str:
         f"{'yes' if x.fits else 'no'}: {gigabytes[0]:.1f} of {x.hbm_bytes / 1e9:.0f}",
         f"{gigabytes[1]:.2f} + {gigabytes[2]:.2f}",
         f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
+        f"{x.gigabytes:.0f}",
         *("" if not t else f"{1e3 * t:.0f}" for t in times),
-        "" if x.mfu_bound is None else f"{x.mfu_bound:.0%}",
+        *("" if t is None else f"{1e3 * t:.0f}" for _, _, t, _ in known[1:]),
+        *("" if mfu is None else f"{mfu:.0%}" for *_, mfu in known),
+        f"{x.compile_seconds:.0f}",
         f"{x.hours:,.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -58,8 +66,10 @@ def row(name: str, x: Plan) -> str:
 def main() -> None:
     print(
         "| config | slice, data × fsdp × tensor | batch | remat | fits: GB a chip | parameters + "
-        "optimizer | TFLOP a step and chip | compute ms | HBM ms | ICI ms | slices ms | MFU ≤ | "
-        "hours at 40% |\n|" + "---|" * 13
+        "optimizer | TFLOP a step and chip | GB moved | compute ms | HBM ms | ICI ms | slices ms | "
+        "one by one ms | compiler ms | MFU ≤ | one by one ≤ | compiler ≈ | compile s | hours |\n|"
+        + "---|"
+        * 19
     )
     for name, *pod in PODS:
         if name in sys.argv[1:] or len(sys.argv) == 1:

@@ -1,0 +1,280 @@
+"""Compile the training step for a pod that isn't there, and read off what it holds and moves.
+
+The TPU compiler reads its environment once, when it is loaded, and a TPU that is in use can't be
+loaded twice; a process that has seen one platform's devices compiles for no other. So
+`compile_step` starts `python -m clip_jax.pods.compile`, a process of its own.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.losses import choose_form, contrastive_loss
+from clip_jax.pods import schedule
+from clip_jax.pods.exchanges import Exchange, exchanges
+from clip_jax.pods.topology import NODE, Topology
+from clip_jax.pods.work import Work, read
+from clip_jax.refused import Refused
+from clip_jax.serialize import from_dict, to_dict
+from clip_jax.sharding import AnyMesh, MeshConfig
+from clip_jax.step import Program, Recipe
+
+# What compiles for a platform, and what brings it.
+COMPILERS = {
+    True: ("libtpu", "the TPU compiler, libtpu", "tpu"),
+    False: ("jax_plugins.xla_cuda13", "JAX's plugin for CUDA", "plan-gpu"),
+}
+# Kernels can be tried out on a card alone; without one Triton's products need the trial.
+WITHOUT_A_CARD = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a compiled step depends on."""
+
+    recipe: Recipe
+    mesh: MeshConfig
+    topology: Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a compiler says of a step, in bytes of one device."""
+
+    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    form: str  # of the loss
+    versions: str
+    compile_seconds: float
+    parameters: int
+    optimizer: int
+    batch: int
+    loss: int  # peak of the loss compiled alone
+    fits: bool  # the compiler took it; else there are no works and exchanges
+    peak_bytes: int
+    words: int = 0  # of the parameters, the table of words
+    words_optimizer: int = 0  # of the optimizer, its
+    works: tuple[Work, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+
+    def calls(self) -> dict[str, int]:
+        """Count the calls of kernels and libraries in a step, by name."""
+        kernels: dict[str, int] = {}
+        for work in self.works:
+            if work.target and work.flops != 0:
+                kernels[work.target] = kernels.get(work.target, 0) + work.times
+        return kernels
+
+
+def compile_step(request: Request) -> Facts:
+    """Compile in a process of its own. Refused for what can't be compiled; see `facts`."""
+    module, what, extra = COMPILERS[request.topology.is_tpu]
+    if not _installed(module):
+        raise Refused(
+            f"planning for {request.topology} needs {what}, which is not installed (no device is "
+            f"needed): pip install 'clip-jax-pods[{extra}]'."
+        )
+    quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | quiet | {
+            "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {schedule.dump(folder)}",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "clip_jax.pods.compile", folder],
+            input=json.dumps(to_dict(request)), capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {request.topology} failed:\n{done.stderr[-4000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    if "error" in result:
+        raise Refused(result["error"])
+    return from_dict(Facts, result)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would lie in
+        return False
+
+
+def facts(request: Request, devices: list[jax.Device], folder: Path | None = None) -> Facts:
+    """Compile the step and the loss alone, and read off memory, exchanges and work.
+
+    Where the step does not fit, the TPU compiler says only what it needs; the GPU's compiles all
+    the same. `folder` is where the compiler wrote its kernels' schedules.
+    """
+    mesh = sharding.make_mesh(request.mesh, devices)
+    program = Program(request.recipe, mesh)
+    start = time.perf_counter()
+    held = parts(program.state, program.batch)
+    placed = held["parameters"] + held["optimizer"] + held["batch"]
+    result = Facts(
+        mesh=tuple(mesh.shape.values()),
+        form=loss_form(request.recipe, mesh),
+        versions=_versions(request.topology),
+        compile_seconds=0.0,
+        parameters=held["parameters"],
+        optimizer=held["optimizer"],
+        batch=held["batch"],
+        words=held["words"],
+        words_optimizer=held["words_optimizer"],
+        loss=peak(compile_loss(request.recipe, mesh)),
+        fits=False,
+        peak_bytes=0,
+    )
+    try:
+        lowered = program.step.lower(program.state, program.batch)
+        compiled = lowered.compile(compiler_options=_options(devices[0].platform))
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := needed_bytes(str(error), placed)) is None:
+            raise
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(result, peak_bytes=needed, compile_seconds=seconds)
+    seconds, text = time.perf_counter() - start, compiled.as_text()
+    return dataclasses.replace(
+        result, fits=True, peak_bytes=peak(compiled), compile_seconds=seconds,
+        works=tuple(read(text, lambda name: schedule.cycles(folder, name) if folder else None)),
+        exchanges=tuple(exchanges(text, mesh.shape, request.topology.islands)),
+    )  # fmt: skip
+
+
+def _options(platform: str) -> dict[str, bool | int]:
+    """Return what compiling without the devices takes beside the options of training."""
+    return dict(WITHOUT_A_CARD) if platform in ("gpu", "cuda") else {}
+
+
+def _versions(topology: Topology) -> str:
+    compilers = ("libtpu",) if topology.is_tpu else ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
+    versions = []
+    for name in ("jax", *compilers):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(versions)
+
+
+def needed_bytes(message: str, held: int) -> int | None:
+    """Read from the compiler's complaint what a step would take; None: it complains of another.
+
+    `held` is what lies on a device anyway: the earliest complaint speaks of the rest alone.
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    rest = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    size = whole or rest
+    return size and int(float(size[1]) * units[size[2]]) + (0 if whole else held)
+
+
+def parts(state: Any, batch: Any) -> dict[str, int]:
+    """Add up what one device holds of state and batch (arrays, or shapes with shardings)."""
+
+    def held(tree: Any, of: str = "") -> int:
+        sizes = (
+            math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+            if of in sharding.path_name(path)
+        )
+        return sum(sizes)
+
+    rest = [getattr(state, name) for name in vars(state) if name != "params"]
+    words = "token_embedding"
+    return {
+        "parameters": held(state.params), "optimizer": held(rest), "batch": held(batch),
+        "words": held(state.params, words), "words_optimizer": held(rest, words),
+    }  # fmt: skip
+
+
+def loss_form(recipe: Recipe, mesh: AnyMesh) -> str:
+    """Return the form of the loss that the step takes."""
+    shards = sharding.batch_shards(mesh)
+    return choose_form(recipe.loss, recipe.batch_size, recipe.model.embed_dim, shards)
+
+
+def compile_loss(recipe: Recipe, mesh: Mesh) -> Any:
+    """Compile value and gradient of the loss alone, from features that lie as in the step."""
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    features = (recipe.batch_size, recipe.model.embed_dim)
+    wide = jax.ShapeDtypeStruct(features, jnp.float32, sharding=rows)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    ids = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32, sharding=rows)
+
+    def value(image: Any, text: Any, scale: Any, bias: Any, caption_ids: Any) -> Any:
+        return contrastive_loss(
+            recipe.loss, image, text, scale, bias,
+            caption_ids=caption_ids, mesh=mesh, axes=sharding.BATCH_AXES,
+        )  # fmt: skip
+
+    gradient = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)
+    placed = (whole, (rows, rows, whole, whole))
+    compiled = jax.jit(gradient, out_shardings=placed)
+    return compiled.lower(wide, wide, scalar, scalar, ids).compile()
+
+
+def peak(compiled: Any) -> int:
+    """Bytes of one device at the worst moment, arguments included."""
+    return compiled.memory_analysis().peak_memory_in_bytes
+
+
+def target(topology: Topology) -> str:
+    """Read what XLA must know of a card to compile for it."""
+    name = f"{topology.family.lower()}.txtpb"
+    return (resources.files("clip_jax") / "pods" / "gpus" / name).read_text()
+
+
+def memory_of_card(topology: Topology) -> int:
+    """Bytes that a GPU has."""
+    [size] = re.findall(r"device_memory_size: (\d+)", target(topology))
+    return int(size)
+
+
+def _devices(topology: Topology) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    if not topology.is_tpu:
+        hosts, each = divmod(topology.devices, NODE) if topology.devices > NODE else (1, 0)
+        if hosts > 1 and each:
+            raise Refused(f"{topology}: beyond {NODE} GPUs give a multiple of {NODE}.")
+        shape = f"1x{hosts}x{topology.devices // hosts}"
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=target(topology), topology=shape
+        ).devices
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.family == "v4":  # one JAX device a chip, as on the real ones
+        options["chip_config_name"] = "megacore"
+    name = str(dataclasses.replace(topology, slices=1))
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise Refused(f"topology {topology} is none that libtpu knows: {error}") from error
+
+
+def main() -> None:
+    """Read a request from standard input, write the facts to standard output."""
+    request = from_dict(Request, json.load(sys.stdin))
+    try:
+        result = to_dict(facts(request, _devices(request.topology), Path(sys.argv[1])))
+    except Refused as error:
+        result = {"error": str(error)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

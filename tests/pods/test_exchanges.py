@@ -1,0 +1,63 @@
+"""Exchanges between devices, read from HLO as the TPU compiler writes it."""
+
+from clip_jax.pods.exchanges import collectives
+
+
+def test_exchanges_between_slices_are_read():
+    """The TPU compiler writes them as transfers of one chip with its likes on the other slices."""
+    transfer = "u32[], token[]) recv(%a), channel_id={}, frontend_attributes={{{}}}"
+    name = '_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{}"'
+    lines = [
+        f"  %r{i} = (f32[{dims}]{{1,0}}, " + transfer.format(i, name.format(kind))
+        for i, (dims, kind) in enumerate([("8,128", "ALL_REDUCE"), ("16,16", "ALL_GATHER")])
+    ]
+    text = "\n".join(["HloModule step", "ENTRY %main (a: f32[]) -> f32[] {", *lines, "}"])
+    gathered, reduced = collectives(text, {"data": 4, "fsdp": 2, "tensor": 1}, 2)
+    assert (gathered.kind, reduced.kind) == ("all-gather", "all-reduce")
+    assert reduced.axes == gathered.axes == ("data",)
+    assert reduced.received_from_slices == 8 * 128 * 4  # half sent away, half got back, twice
+    assert gathered.received_from_slices == 16 * 16 * 4 // 2
+    assert reduced.received == gathered.received == 0
+
+
+def test_a_fused_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    """As the TPU compiler writes it; a sum that is used whole stays an all-reduce."""
+    text = """HloModule step
+%all-reduce-scatter.1 (input: bf16[64,128]) -> bf16[16,128] {
+  %input = bf16[64,128]{1,0} parameter(0)
+  %sum = bf16[64,128]{1,0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %kept = bf16[16,128]{1,0} dynamic-slice(%sum, %place), dynamic_slice_sizes={16,128}
+}
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %shard = bf16[16,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1, \
+metadata={op_name="jit(step)/transpose(jvp(visual))/c_fc"}
+  ROOT %whole = bf16[64,128]{1,0} all-reduce(%a), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}
+}"""
+    whole, shard = collectives(text, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert (whole.kind, shard.kind) == ("all-reduce", "reduce-scatter")
+    assert shard.source == "jit(step)/transpose(jvp(visual))/c_fc"
+    assert whole.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4
+
+
+def test_a_sum_that_another_core_does_is_seen():
+    """tpu7x hands the gradients' sums to its sparse cores: a call that starts and goes on."""
+    text = """HloModule step
+%add (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %s = bf16[] add(%x, %y)
+}
+%called (p: bf16[768,3072]) -> bf16[768,3072] {
+  %p = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %sum = bf16[768,3072]{1,0:T(8,128)(2,1)} all-reduce(%p), channel_id=3, \
+replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add
+}
+ENTRY %main (a: bf16[768,3072]) -> bf16[768,3072] {
+  %a = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = ((bf16[768,3072]{1,0}), bf16[768,3072]{1,0}, u32[]) call-start(%a), \
+async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = bf16[768,3072]{1,0} call-done(%start)
+}"""
+    [found] = collectives(text, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert (found.kind, found.axes, found.bytes) == ("all-reduce", ("data",), 768 * 3072 * 2)

@@ -1,0 +1,36 @@
+"""Names of pods."""
+
+import pytest
+
+from clip_jax.pods import compile as pod
+from clip_jax.pods.topology import GPUS, Topology
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "islands", "chip"),
+    [
+        ("v5e:16x16", 256, 1, "TPU v5e"),
+        ("v5e:16x16/slices=2", 512, 2, "TPU v5e"),
+        ("tpu7x:4x4x4", 128, 1, "TPU v7x"),  # two devices a chip
+        ("H100:8", 8, 1, "H100 SXM"),
+        ("A100-40GB:64", 64, 8, "A100 SXM 40GB"),
+    ],
+)
+def test_a_name_is_read_and_written(name, devices, islands, chip):
+    found = Topology.parse(name)
+    assert str(found) == name
+    assert (found.devices, found.islands, found.chip.name) == (devices, islands, chip)
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:4x4", "v5litepod-8", "v5e:3", "H100:0", "H100:8x8", "H100:8/slices=2", "v5e:4x4/x"]
+)
+def test_what_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=r"v5e:16x16|slices=2"):
+        Topology.parse(name)
+
+
+@pytest.mark.parametrize("family", GPUS)
+def test_every_gpu_is_described_to_the_compiler(family):
+    found = Topology.parse(f"{family}:8")
+    assert pod.memory_of_card(found) == pytest.approx(found.chip.hbm_bytes, rel=0.08)

@@ -1,0 +1,176 @@
+"""What operations compute and move, against what is known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clip_jax.pods import work
+
+FULL = 128 * 128 * 4  # bytes of f32[128,128]
+
+# Two loops, one in the other; a kernel that says its FLOPs and one that doesn't.
+NESTED = """HloModule step
+
+%inner_cond (p: (s32[], f32[128,128])) -> pred[] {
+  %p = (s32[], f32[128,128]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+%inner (p: (s32[], f32[128,128])) -> (s32[], f32[128,128]) {
+  %p = (s32[], f32[128,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[128,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %m = f32[128,128]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf, \
+metadata={op_name="jit(s)/jvp(T)/visual/resblocks/mlp/c_fc/dot"}, \
+backend_config={"estimated_cycles":"700"}
+  ROOT %r = (s32[], f32[128,128]{1,0:T(8,128)}) tuple(%i, %m)
+}
+%outer_cond (p: (s32[], f32[128,128])) -> pred[] {
+  %p = (s32[], f32[128,128]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+%outer (p: (s32[], f32[128,128])) -> (s32[], f32[128,128]) {
+  %p = (s32[], f32[128,128]{1,0:T(8,128)}) parameter(0)
+  %w = (s32[], f32[128,128]{1,0:T(8,128)}) while(%p), condition=%inner_cond, body=%inner
+  %x = f32[128,128]{1,0:T(8,128)} get-tuple-element(%w), index=1
+  %b = f32[128,128]{1,0:T(8,128)} bitcast(%x)
+  %k = f32[128,100]{1,0:T(8,128)} custom-call(%x, %b), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(s)/jvp(T)/visual/resblocks/attn/pallas_call"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000"}}}
+  ROOT %r = (s32[], f32[128,128]{1,0:T(8,128)}) tuple(%w, %k)
+}
+ENTRY %main (a: f32[128,128]) -> f32[128,128] {
+  %a = f32[128,128]{1,0:T(8,128)} parameter(0)
+  %t = (s32[], f32[128,128]{1,0:T(8,128)}) tuple(%a, %a)
+  %w = (s32[], f32[128,128]{1,0:T(8,128)}) while(%t), condition=%outer_cond, body=%outer
+  ROOT %u = f32[16,128]{1,0:T(8,128)} custom-call(%w), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_nested_loops_and_kernels():
+    found = {x.name: x for x in work.read(NESTED, {"k": 90}.get)}
+    assert set(found) == {"m", "k", "u"}
+    m, k, u = found["m"], found["k"], found["u"]
+    assert (m.times, m.flops, m.bytes, m.cycles) == (15, 2 * 128**3, 2 * FULL, 700)  # x times x
+    assert (k.times, k.flops, k.bytes, k.cycles) == (3, 1000, 2 * FULL, 90)  # x once; 100 take 128
+    assert (u.times, u.flops, u.cycles) == (1, None, None)
+    assert (m.part, k.part) == ("MLP", "attention")
+
+
+FUSED = """HloModule step
+
+%saved (p0: bf16[12,64,256], p1: bf16[64,256], p2: s32[]) -> bf16[12,64,256] {
+  %p0 = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %b = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} bitcast(%p1)
+  %z = s32[]{:T(128)} constant(0)
+  ROOT %u = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%p0, %b, %p2, %z, %z)
+}
+%taken (q0: bf16[12,64,256], q1: s32[]) -> bf16[64,256] {
+  %q0 = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q1 = s32[]{:T(128)} parameter(1)
+  %z = s32[]{:T(128)} constant(0)
+  %s = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q0, %q1, %z, %z)
+  ROOT %o = bf16[64,256]{1,0:T(8,128)(2,1)} bitcast(%s)
+}
+ENTRY %main (a: bf16[12,64,256], c: bf16[64,256], i: s32[]) -> bf16[64,256] {
+  %a = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %c = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %f = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} fusion(%a, %c, %i), kind=kLoop, calls=%saved
+  ROOT %g = bf16[64,256]{1,0:T(8,128)(2,1)} fusion(%f, %i), kind=kLoop, calls=%taken
+}
+"""
+
+
+def test_an_update_in_place_writes_and_a_slice_reads_its_part():
+    slice_bytes = 64 * 256 * 2
+    saved, taken = work.read(FUSED)
+    assert saved.bytes == slice_bytes  # what it saves comes from the chip
+    assert taken.bytes == 2 * slice_bytes
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # As TPUs write [B, N] attention of 77 × 77: most places of the window are padding.
+        (
+            "f32[128,8,77,77] convolution(%x, %y), window={size=128x8 stride=127x7 "
+            "lhs_dilate=128x8}, dim_labels=0b1f_0o1i->01bf",
+            2 * 128 * 8 * 77 * 77 * 64,
+        ),
+        (  # and a projection to three times eight heads
+            "bf16[128,77,3,8,64] convolution(%x, %w), window={size=1x3x8 pad=0_0x2_2x7_7 "
+            "rhs_reversal=0x1x1}, dim_labels=b0f12_i12o0->b012f",
+            2 * 128 * 77 * 512 * 3 * 8 * 64,
+        ),
+    ],
+)
+def test_a_matmul_written_as_a_convolution(line, flops):
+    operands = {"x": (128, 77, 8, 64), "y": (128, 77, 8, 64), "w": (512, 3, 8, 64, 1)}
+    if "%w" in line:
+        operands["x"] = (128, 77, 512, 1, 1)
+    lines = [
+        f"  %{name} = bf16[{','.join(map(str, dims))}] parameter({i})"
+        for i, (name, dims) in enumerate(operands.items())
+    ]
+    text = "\n".join(
+        ["HloModule m", "ENTRY %main (x: f32[]) -> f32[] {", *lines, f"  ROOT %c = {line}", "}"]
+    )
+    [found] = work.read(text)
+    assert found.flops == flops
+
+
+def test_flops_of_a_scan_and_of_convolutions_as_xla_compiles_them():
+    def scanned(x, w):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0].sum()
+
+    step = jax.jit(jax.grad(scanned)).lower(jnp.ones((8, 16)), jnp.ones((3, 16, 16)))
+    found = work.read(step.compile().as_text())
+    assert sum(x.times * x.flops for x in found) == 2 * 3 * 2 * 8 * 16 * 16
+
+    def convolved(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    compiled = jax.jit(convolved).lower(jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 8))).compile()
+    places = (5 * 3 - 2) ** 2  # of five outputs the first and the last see two pixels, not three
+    [flops] = [x.flops for x in work.read(compiled.as_text()) if x.flops]
+    assert flops == 2 * 2 * places * 4 * 8
+    assert flops == compiled.cost_analysis()["flops"]
+
+
+def test_gradients_of_a_convolution_by_cudnn_cost_what_it_does():
+    """A 3×3 with stride 2 on 8×8: the first of four outputs sees two places, the others three."""
+    shapes = {"x": "f32[2,8,8,4]", "w": "f32[3,3,4,6]", "y": "f32[2,4,4,6]"}
+    window = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
+    calls = {"Forward": ("x", "w", "y"), "BackwardInput": ("y", "w", "x")}
+    calls["BackwardFilter"] = ("x", "y", "w")
+    lines = [
+        f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())
+    ]
+    for name, (first, second, result) in calls.items():
+        lines.append(
+            f"  %{name} = ({shapes[result]}, u8[0]) custom-call(%{first}, %{second}), {window}, "
+            f'custom_call_target="__cudnn$conv{name}"'
+        )
+    text = "\n".join(["HloModule m", "ENTRY %main (x: f32[]) -> f32[] {", *lines, "}"])
+    assert [x.flops for x in work.read(text)] == [2 * 2 * 11**2 * 4 * 6] * 3
+
+
+def test_attention_by_cudnn_is_two_products_forward_and_five_backward():
+    q, name = "bf16[2,77,8,64]", "__cudnn$fmhaSoftmax"
+    parameters = [f"  %{n} = {q} parameter({i})" for i, n in enumerate("qkv")]
+    calls = [
+        f'  %f{x} = ({q}, u8[0]) custom-call(%q, %k, %v), custom_call_target="{name}{x}"'
+        for x in ("", "Backward")
+    ]
+    lines = ["HloModule m", "ENTRY %main (q: f32[]) -> f32[] {", *parameters, *calls, "}"]
+    product = 2 * 2 * 8 * 77 * 77 * 64
+    assert [x.flops for x in work.read("\n".join(lines))] == [2 * product, 5 * product]
