@@ -1,1 +1,1 @@
-"""Pure functions of numbers: FLOPs, fits, plots."""
+"""Scaling experiments: a ladder of runs, their table, the laws fitted to it, the pictures."""

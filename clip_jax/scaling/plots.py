@@ -1,33 +1,23 @@
 """Pictures of a fit: runs, frontier, law with its band, published laws beside it, residuals."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from clip_jax.scaling.fit import Fit, Prediction
+from clip_jax.files import Place, written_whole
+from clip_jax.scaling.compare import Family, crossing, ratios, sizes_of
+from clip_jax.scaling.fit import Fit, Prediction, best
 from clip_jax.scaling.laws import Law, Runs, pareto
+from clip_jax.style import STYLE
 
 Axes = Any  # matplotlib's: imported only where something is drawn
 Figure = Any
 
 MARKERS = "osD^vPX*<>"
 INK, OTHERS = "#222222", ("#c1440e", "#00798c", "#6b4c9a", "#7a7a00")
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "svg.fonttype": "none",  # text stays text, in the paper's own font
-    "svg.hashsalt": "clip_jax",  # the same picture is the same file
-}
 
 
 class Named(NamedTuple):
@@ -91,6 +81,56 @@ def figure(
     return page
 
 
+def compared(
+    families: Mapping[str, Family],
+    *,
+    error_label: str = "error",
+    compute_label: str = "compute: forward GMACs of a pair × pairs seen",
+) -> Figure:
+    """Draw families' runs and laws, each at its best division of compute, over their ratios.
+
+    Below, each error is a multiple of the first family's, with the 95% band. Crossings are dashed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure as NewFigure
+
+    sizes, first = sizes_of(list(families.values())), next(iter(families.values()))
+    computes = np.concatenate([family.runs.compute for family in families.values()])
+    span = np.geomspace(computes.min() / 1.6, computes.max() * 1.6, 200)
+    with matplotlib.rc_context(STYLE):
+        page = NewFigure(figsize=(6.4, 4.6), layout="constrained")
+        upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+        for (name, family), color in zip(families.items(), itertools.cycle((INK, *OTHERS))):
+            upper.plot(
+                family.runs.compute, family.runs.error, linestyle="none", marker="o",
+                markersize=4.5, color=color, alpha=0.6, markeredgewidth=0,
+            )  # fmt: skip
+            law = best(family.fit, span, sizes)["error"]
+            upper.plot(span, law.error, color=color, linewidth=1.4, label=name)
+            upper.fill_between(span, law.low, law.high, color=color, alpha=0.12, linewidth=0)
+            if family is first:
+                lower.axhline(0, color=color, linewidth=1)
+                continue
+            off = 100 * (np.array(ratios(first, family, span))[:, 1:4] - 1)
+            lower.plot(span, off[:, 0], color=color, linewidth=1.2)
+            lower.fill_between(span, off[:, 1], off[:, 2], color=color, alpha=0.12, linewidth=0)
+            at = crossing(first, family).compute
+            if at is not None and span[0] < at < span[-1]:
+                for axes in (upper, lower):
+                    axes.axvline(at, color=color, linewidth=0.8, dashes=(4, 3))
+        _log_axes(upper)
+        upper.set_ylabel(error_label)
+        upper.tick_params(labelbottom=False)
+        lower.set_xscale("log")
+        lower.set_ylabel(f"off {next(iter(families))}, %")
+        lower.set_xlabel(compute_label)
+        page.legend(
+            *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
+        )
+        page.canvas  # noqa: B018 - a figure without pyplot makes its canvas at first use
+    return page
+
+
 def panel(
     axes: Axes,
     named: Named,
@@ -122,7 +162,7 @@ def panel(
     _log_axes(axes)
 
 
-def scatter(axes: Axes, named: Named, solid: Bool[np.ndarray, "n"]) -> None:
+def scatter(axes: Axes, named: Named, solid: Bool[np.ndarray, " n"]) -> None:
     """Draw one point a run: colour says the model, marker the samples; faint if not `solid`."""
     for model, color in _colors(named).items():
         axes.plot([], [], linestyle="none", marker="o", color=color, markersize=5, label=model)
@@ -156,7 +196,7 @@ def predicted(axes: Axes, label: str, compute: float, prediction: Prediction) ->
 def residuals(axes: Axes, named: Named, fit: Fit) -> None:
     """Draw each run's distance from the law, in percent of the law."""
     runs = named.runs
-    off = 100 * (runs.error / fit.law(runs.size, runs.samples) - 1)
+    off = 100 * (runs.error / runs.under(fit.law) - 1)
     colors, markers, solid = _colors(named), _markers(named), _in_fit(named, fit)
     for i, (model, samples) in enumerate(zip(named.model, named.samples, strict=True)):
         axes.plot(
@@ -169,15 +209,20 @@ def residuals(axes: Axes, named: Named, fit: Fit) -> None:
     axes.margins(y=0.15)
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem.svg` and `stem.png`, for a paper and for everything else."""
+def both(stem: Place) -> list[Place]:
+    """Return `stem.svg` and `stem.png`, for a paper and for everything else."""
+    return [stem.with_name(stem.name + ending) for ending in (".svg", ".png")]
+
+
+def save(figure: Figure, stem: Place) -> list[Place]:
+    """Write a figure in both formats."""
     import matplotlib
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + ending) for ending in (".svg", ".png")]
+    paths = both(stem)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], dpi=200)
+        for path, how in zip(paths, ({"metadata": {"Date": None}}, {"dpi": 200}), strict=True):
+            with written_whole(path) as partial:
+                figure.savefig(partial, **how)
     return paths
 
 
@@ -200,7 +245,7 @@ def _by_size(axes: Axes, named: Named, fit: Fit) -> None:
         )
 
 
-def _in_fit(named: Named, fit: Fit) -> Bool[np.ndarray, "n"]:
+def _in_fit(named: Named, fit: Fit) -> Bool[np.ndarray, " n"]:
     """Runs that the law speaks of: all, or the ones that no other beats."""
     runs = named.runs
     if len(fit.fitted.error) == len(runs.error):

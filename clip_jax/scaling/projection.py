@@ -1,8 +1,8 @@
-"""Least squares for laws that are linear but for two exponents (variable projection).
+"""Least squares for laws that are linear but for two or three numbers (variable projection).
 
-For given exponents the best coefficients, none negative, follow in closed form; a grid that closes
-in finds the exponents. It cannot stop at a bad start as gradient methods do, and thousands of
-resampled tables are solved at once.
+For given exponents, say, the best coefficients, none negative, follow in closed form; a grid that
+closes in finds the exponents. It cannot stop at a bad start as gradient methods do, and thousands
+of tables are solved at once.
 """
 
 import itertools
@@ -11,23 +11,24 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-Features = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Features = Callable[..., np.ndarray]
 
 CELLS = np.linspace(-1, 1, 5)  # of a refined grid, in steps of the one before
 ROUNDS = 9  # the step halves each time: 2⁻⁹ of the first grid's
 RIDGE = 1e-13  # keeps a matrix invertible where two features coincide
+AT_ONCE = 2_000_000  # numbers of a table of features: a few hundred MB in all
 
 
 def search(
     features: Features,
-    grid: tuple[np.ndarray, np.ndarray],
+    grid: tuple[np.ndarray, ...],
     error: Float[np.ndarray, "#R n"],
     weights: Float[np.ndarray, "R n"],
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]:
-    """Minimise Σ weights·(1 − prediction / error)² over two exponents and the coefficients.
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Minimise Σ weights·(1 − prediction / error)² over exponents and coefficients.
 
     Args:
-      features: maps two arrays `[...]` of exponents to `[..., n, K]`.
+      features: maps arrays `[...]`, one an exponent, to `[..., n, K]`.
       grid: where to begin: increasing positive values of each exponent, evenly spaced in log.
       error: what to predict.
       weights: of each run, per table.
@@ -35,23 +36,40 @@ def search(
     Returns:
       The exponents and the K coefficients, each `[R]`.
     """
+    cells = len(CELLS) ** len(grid)
+    at_once = max(AT_ONCE // (cells * weights.shape[1]), 1)
+    parts = [
+        _search(features, grid, error[i : i + at_once] if len(error) > 1 else error, some)
+        for i in range(0, len(weights), at_once)
+        for some in (weights[i : i + at_once],)
+    ]
+    exponents, coefficients = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return tuple(exponents.T), tuple(coefficients.T)
+
+
+def _search(
+    features: Features,
+    grid: tuple[np.ndarray, ...],
+    error: Float[np.ndarray, "#R n"],
+    weights: Float[np.ndarray, "R n"],
+) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "R K"]]:
     root = np.sqrt(weights)
-    first, second = (x.ravel() for x in np.meshgrid(*grid, indexing="ij"))
-    shared = features(first, second)
+    first = [x.ravel() for x in np.meshgrid(*grid, indexing="ij")]
+    shared = features(*first)
     products = np.einsum("gni,gnj->ngij", shared, shared)
     normal = np.tensordot(weights / error**2, products, 1)
     target = np.tensordot(weights / error, shared.transpose(1, 0, 2), 1)
     _, loss = _nonnegative(normal, target)
-    best = loss.argmin(axis=1)
-    at = np.log(np.stack([first[best], second[best]], axis=-1))  # [R, 2]
+    at = np.log(np.stack(first, axis=-1))[loss.argmin(axis=1)]  # [R, E]
 
     low, high = np.log([[x[0] for x in grid], [x[-1] for x in grid]])
     step = np.log([x[1] / x[0] for x in grid])
-    cells = np.stack(np.meshgrid(CELLS, CELLS, indexing="ij"), axis=-1).reshape(-1, 2)
+    cells = np.stack(np.meshgrid(*[CELLS] * len(grid), indexing="ij"), axis=-1)
+    cells = cells.reshape(-1, len(grid))
     every = np.arange(len(weights))
     coefficients = np.zeros((len(weights), shared.shape[-1]))
     for _ in range(ROUNDS):
-        tried = np.clip(at[:, None] + cells * step, low, high)  # [R, cells, 2]
+        tried = np.clip(at[:, None] + cells * step, low, high)  # [R, cells, E]
         scaled = features(*np.moveaxis(np.exp(tried), -1, 0)) * (root / error)[:, None, :, None]
         transposed = scaled.swapaxes(-1, -2)
         aimed = (transposed @ root[:, None, :, None])[..., 0]
@@ -59,7 +77,7 @@ def search(
         best = loss.argmin(axis=1)
         at, coefficients = tried[every, best], solution[every, best]
         step = step / 2
-    return tuple(np.exp(at.T)), tuple(coefficients.T)
+    return np.exp(at), coefficients
 
 
 def _nonnegative(

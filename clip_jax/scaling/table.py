@@ -5,11 +5,13 @@ one pair, fvcore's count), `mparams`, and one column a metric. Whatever else a r
 learning rate, where it came from) is a column too.
 """
 
+import contextlib
 import csv
 import functools
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,13 +20,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from clip_jax import flops
+from clip_jax.config import branch_point
+from clip_jax.data import growth
+from clip_jax.files import Place, place, walk, write_whole
+from clip_jax.files import read as read_file
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
-from clip_jax.models.serialize import from_dict
 from clip_jax.models.vit import ViTConfig
-from clip_jax.scaling import flops
+from clip_jax.refused import Refused
+from clip_jax.retention import WATCHED
 from clip_jax.scaling.laws import Runs
 from clip_jax.scaling.plots import Named
+from clip_jax.serialize import from_dict
+from clip_jax.workdir import read_rows
 
 Row = dict[str, Any]
 
@@ -42,7 +51,7 @@ def parse_count(text: str) -> float:
     """Read "12.8B", "400M", "64K" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMB]?)", text.strip(), re.IGNORECASE)
     if not match:
-        raise ValueError(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
+        raise Refused(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
     return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
 
 
@@ -73,7 +82,8 @@ def arch_of(config: CLIPConfig) -> str:
     """Name an architecture: the zoo's name for it, or its measures."""
 
     def shape(c: CLIPConfig) -> CLIPConfig:
-        return replace(c, dtype="bfloat16", remat="none", init_logit_scale=1.0)
+        plain = {name: getattr(CLIPConfig, name) for name in ("remat", "unroll", "attention")}
+        return replace(c, dtype="bfloat16", init_logit_scale=1.0, **plain)
 
     for name, known in zoo.ARCHITECTURES.items():
         if shape(known) == shape(config):
@@ -89,15 +99,15 @@ def _size_of(arch: str) -> Row:
     """Size of an architecture by the name that open_clip gives it."""
     try:
         config = zoo.get(arch)
-    except KeyError as error:
-        raise Unfinished(error.args[0]) from None
+    except Refused as error:
+        raise Unfinished(str(error)) from None
     return {"gmacs_per_sample": round(gmacs(config), 4), "mparams": round(mparams(config), 3)}
 
 
 # ------------------------------------------------------------------ gathering
 
 
-def gather(paths: Sequence[Path], samples: dict[str, float]) -> tuple[list[Row], list[str]]:
+def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[list[Row], list[str]]:
     """Read every finished run below the paths, whatever wrote it.
 
     A directory is searched for our work directories and open_clip's; a `.csv` is CLIP_benchmark's
@@ -114,7 +124,7 @@ def gather(paths: Sequence[Path], samples: dict[str, float]) -> tuple[list[Row],
     skipped: list[str] = []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} does not exist; give work directories or tables.")
+            raise Refused(f"{path} does not exist; give work directories or tables.")
         for file in sorted(_files(path)):
             for read_row in _readers(file, samples):
                 try:
@@ -128,20 +138,20 @@ class Unfinished(Exception):
     """A run that has no place in a table, and why."""
 
 
-def _files(path: Path) -> Iterable[Path]:
+def _files(path: Place) -> Iterable[Place]:
     if not path.is_dir():
         return [path]
-    return [*path.rglob("result.json"), *path.rglob("results.jsonl"), *path.rglob("*.csv")]
+    named = (place(file) for file in walk(path))
+    return [x for x in named if x.name in ("result.json", "results.jsonl") or x.suffix == ".csv"]
 
 
-def _readers(file: Path, samples: dict[str, float]) -> list[Callable[[], Row]]:
+def _readers(file: Place, samples: dict[str, float]) -> list[Callable[[], Row]]:
     """What reads each row of a file; one that raises Unfinished leaves the others alone."""
     if file.name == "result.json":
         return [functools.partial(_ours, file)]
     if file.suffix == ".jsonl":
         return [functools.partial(_open_clip, file, samples)]
-    with file.open(newline="") as table:
-        lines = list(csv.DictReader(table))
+    lines = _csv_lines(file)
     columns = set(lines[0]) if lines else set()
     if columns >= CLIP_BENCHMARK:
         models: dict[tuple[str, str], list[dict[str, str]]] = {}
@@ -153,52 +163,111 @@ def _readers(file: Path, samples: dict[str, float]) -> list[Callable[[], Row]]:
     return [functools.partial(_unknown, "neither CLIP_benchmark's columns nor a table of runs")]
 
 
+def _csv_lines(path: Place) -> list[dict[str, str]]:
+    """Read a CSV with a header; cells beyond it are dropped. Refused for what is no text."""
+    try:
+        text = io.StringIO(read_file(path).decode("utf-8"), newline="")
+        lines = list(csv.DictReader(text, restkey=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Refused(f"{path} cannot be read as CSV: {error}.") from error
+    return [{name: cell for name, cell in line.items() if name} for line in lines]
+
+
+@contextlib.contextmanager
+def _expecting(what: str) -> Generator[None]:
+    """Take what a file lacks, while it is parsed, for the reason to leave it out."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise Unfinished(f"not {what} ({error!r})") from error
+
+
 def _unknown(reason: str) -> Row:
     raise Unfinished(reason)
 
 
-def _ours(file: Path) -> Row:
+def _ours(file: Place) -> Row:
     """A work directory of `clip-jax train`."""
-    result = json.loads(file.read_text())
     config = file.with_name("config.json")
     if not config.exists():
         raise Unfinished("no config.json beside it")
-    run = json.loads(config.read_text())
-    if result.get("step") != run["steps"]:
-        raise Unfinished(f"stopped at step {result.get('step')} of {run['steps']}")
+    with _expecting("the result.json and config.json of a work directory"):
+        result, run = (json.loads(path.read_text()) for path in (file, config))
+        end = min(run["steps"], run.get("stop_after") or run["steps"])
+        if result.get("step") != end:
+            raise Unfinished(f"stopped at step {result.get('step')} of {end}")
+        watched = [row["step"] for row in read_rows(file.parent / WATCHED)]
+        if watched and end not in watched:
+            raise Unfinished(f"its watcher has evaluated step {max(watched)} of {end}")
+        row = of_run(run, end)
+        row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
+        row |= {"stopped_of": run["steps"]} if end < run["steps"] else {}  # by a sweep's round
+    return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
+
+
+def of_run(run: dict[str, Any], step: int) -> Row:
+    """Say what a work directory's config tells of a run that has come to a step.
+
+    Raises LookupError, TypeError or ValueError for what is no such config.
+    """
     model = from_dict(CLIPConfig, run["model"], "model")
+    optim, batch_size = run["optim"], run["batch_size"]
+    doubled, locked = run.get("double_batch_at", ()), tuple(optim.get("locked", ()))
+    first = branch_point(run["branch_from"])[1] if run.get("branch_from") else 0
+
+    def work(steps: int) -> int:
+        phases = growth.phases(batch_size, doubled, steps)
+        return sum(flops.training(model, n, locked=locked).total * count for n, count in phases)
+
     return {
         "arch": arch_of(model),
-        "samples_seen": result.pop("samples_seen"),
+        "samples_seen": growth.samples_after(batch_size, doubled, step),
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
-        "training_flops": flops.training(model, run["batch_size"]).total * run["steps"],
-        "source": str(file.parent),
+        "training_flops": work(step),
+        "flops_spent": max(work(step) - work(first), 0),  # a trunk had done the first steps
+        **_kinds(run),
         "seed": run["seed"],
-        "global_batch": run["batch_size"],
-        "lr": run["optim"]["learning_rate"],
-        "warmup": run["optim"]["warmup_steps"],
-        **{key: value for key, value in result.items() if isinstance(value, int | float)},
+        "global_batch": batch_size,
+        "lr": optim["learning_rate"],
+        "warmup": optim["warmup_steps"],
+        "weight_decay": optim["weight_decay"],
+        "width": model.vision.width,
     }
 
 
-def _open_clip(file: Path, samples: dict[str, float]) -> Row:
+def _kinds(run: dict[str, Any]) -> Row:
+    """Say by what families of runs are told apart: from a work directory's config."""
+    source, loss = run.get("data", {}).get("source", {}), run.get("loss", {}).get("type", "")
+    decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
+    schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
+    return {
+        "family": decoder or ("SigLIP" if loss == "SigmoidConfig" else "CLIP"),
+        "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
+        "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
+    }
+
+
+def _open_clip(file: Place, samples: dict[str, float]) -> Row:
     """An open_clip run: the last line of results.jsonl, its arguments in params.txt above it."""
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    with _expecting("JSON lines"):
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     params = next((p / "params.txt" for p in file.parents[:2] if (p / "params.txt").exists()), None)
     if not lines or params is None:
         raise Unfinished("empty" if not lines else "no params.txt beside or above it")
     given = dict(line.split(": ", 1) for line in params.read_text().splitlines() if ": " in line)
-    last, epochs = lines[-1], int(given["epochs"])
-    if int(last.get("epoch", epochs)) < epochs:
-        raise Unfinished(f"stopped at epoch {last['epoch']} of {epochs}")
+    with _expecting("a results.jsonl and params.txt of open_clip"):
+        arch, epochs = given["model"], int(given["epochs"])
+        last, epoch = lines[-1], int(lines[-1].get("epoch", epochs))
+    if epoch < epochs:
+        raise Unfinished(f"stopped at epoch {epoch} of {epochs}")
     name, per_epoch = given.get("name", file.parent.name), given.get("train_num_samples", "None")
     if name not in samples and per_epoch == "None":
         raise Unfinished(f"train_num_samples is not in params.txt; give --samples {name}=12.8B")
     row = {
-        "arch": given["model"],
+        "arch": arch,
         "samples_seen": samples[name] if name in samples else int(per_epoch) * epochs,
-        **_size_of(given["model"]),
+        **_size_of(arch),
         "source": str(file),
         "name": name,
         "seed": given.get("seed"),
@@ -218,7 +287,7 @@ def _open_clip_metric(key: str) -> str:
     return f"{'imagenet1k' if match[1] == 'imagenet' else match[1]}_acc{match[2]}"
 
 
-def _clip_benchmark(lines: list[dict[str, str]], file: Path, samples: dict[str, float]) -> Row:
+def _clip_benchmark(lines: list[dict[str, str]], file: Place, samples: dict[str, float]) -> Row:
     """CLIP_benchmark's lines of one model, one a data set."""
     checkpoint = Path(lines[0]["pretrained"]).name
     row = {
@@ -262,54 +331,67 @@ def _samples_of(checkpoint: str, samples: dict[str, float]) -> float:
 # ------------------------------------------------------------------ the table itself
 
 
-def write(rows: list[Row], path: Path) -> None:
+def write(rows: list[Row], path: Place) -> None:
     """Write rows as CSV; a column for everything that any of them has."""
     columns = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row)]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, file.getvalue())
 
 
-def read(path: Path, metric: str, where: Sequence[str]) -> list[dict[str, str]]:
+def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]:
     """Read the rows that have the metric and match every COLUMN=PATTERN of `where`.
 
-    Raises ValueError for a file that is no such table, a column that is not there, and when
+    Trials that a round of a sweep has stopped are left out.
+
+    Raises Refused for a file that is no such table, a column that is not there, and when
     nothing is left.
     """
     if not path.is_file():
-        raise ValueError(f"no table at {path}; `clip-jax scale collect` writes one.")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        raise Refused(f"no table at {path}; `clip-jax scale collect` writes one.")
+    rows = _csv_lines(path)
     columns = list(rows[0]) if rows else []
     for column in ("arch", "samples_seen", "gmacs_per_sample", metric):
         if column not in columns:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(columns)}.")
+            raise Refused(f"{path} has no column {column!r}; it has {', '.join(columns)}.")
     for condition in where:
         column, equals, pattern = condition.partition("=")
         if not equals or column not in columns:
-            raise ValueError(
+            raise Refused(
                 f"where={condition!r} must be COLUMN=PATTERN with one of {', '.join(columns)}."
             )
         rows = [row for row in rows if fnmatch(row[column] or "", pattern)]
-    rows = [row for row in rows if row[metric]]
+    rows = [row for row in rows if row[metric] and not row.get("stopped_of")]
     if not rows:
-        raise ValueError(f"no row of {path} has {metric!r} and matches {list(where)}.")
+        raise Refused(f"no row of {path} has {metric!r} and matches {list(where)}.")
     return rows
 
 
-def named(rows: list[dict[str, str]], metric: str, is_score: bool) -> Named:
-    """Make runs of rows: errors from the metric, labels for a plot."""
-    values = np.array([float(row[metric]) for row in rows])
-    samples = np.array([float(row["samples_seen"]) for row in rows])
+def _number(row: dict[str, str], column: str) -> float:
+    try:
+        return float(row[column] or "")
+    except ValueError as error:
+        raise Refused(f"{column} of {row['arch']} is {row[column]!r}, not a number.") from error
+
+
+def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = "") -> Named:
+    """Make runs of rows: errors from the metric, `third` from a column, labels for a plot."""
+    columns = [metric, "samples_seen", "gmacs_per_sample", *([third] if third else [])]
+    if missing := set(columns) - rows[0].keys():
+        raise Refused(f"the table has no column {missing.pop()!r}; it has {', '.join(rows[0])}.")
+    values, samples, sizes, *others = (
+        np.array([_number(row, column) for row in rows]) for column in columns
+    )
     runs = Runs(
-        size=np.array([float(row["gmacs_per_sample"]) for row in rows]),
+        size=sizes,
         samples=samples,
         error=1 - values if is_score else values,
+        third=others[0] if others else None,
     )
-    if not np.isfinite(np.stack(runs)).all():
-        raise ValueError(f"{metric!r}, samples_seen or gmacs_per_sample is not finite in some row.")
+    if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
+        raise Refused(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
     labels = tuple(
         row.get("samples_seen_scale") or short(count)
         for row, count in zip(rows, samples.tolist(), strict=True)

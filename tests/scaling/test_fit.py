@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 
 from clip_jax.scaling import fit as fits
-from clip_jax.scaling.fit import fit
-from clip_jax.scaling.laws import Additive, PowerLaw, Runs, Saturating, frontier, pareto
+from clip_jax.scaling.fit import fit, fit_line
+from clip_jax.scaling.laws import (
+    Additive,
+    Batched,
+    Law,
+    PowerLaw,
+    Repeated,
+    Runs,
+    Saturating,
+    frontier,
+    optimum,
+    pareto,
+)
 
 POINTS = Path(__file__).parent.parent / "golden" / "scaling_points.csv"
 # Cherti et al. 2023, computed from the published points by the paper's own procedure.
@@ -134,6 +145,49 @@ def test_a_fit_of_small_runs_predicts_large_ones():
     assert len(best.runs.error) == (late & pareto(runs)).sum() < late.sum()
 
 
+def test_a_law_of_repeated_samples_is_recovered():
+    law = KNOWN["repeated"]
+    found = fit("repeated", measured(law, 0), "all", draws=50)
+    np.testing.assert_allclose(found.law[:3], law[:3], rtol=0.15)
+    # Seen four times, samples are nearly as good as new; seen a thousand times, worth 16 epochs.
+    once, often = found.law(100.0, 4e7, 1e7), found.law(100.0, 4e7)
+    assert 1 < once / often < 1.05
+    assert found.law(100.0, 1e10, 1e7) == pytest.approx(found.law(100.0, 16e7), rel=0.02)
+    assert found.law(100.0, 1e6, 1e9) == found.law(100.0, 1e6)  # none of them twice
+
+
+def test_a_critical_batch_is_recovered():
+    law = KNOWN["batched"]
+    found = fit("batched", measured(law, 0), "all", draws=50)
+    assert found.law.critical == pytest.approx(3e4, rel=0.15)
+    low, high = found.interval("critical")
+    assert low < 3e4 < high
+    at_it = found.law(100.0, 1e9, found.law.critical)
+    assert at_it == pytest.approx(found.law(100.0, 5e8))  # half of the samples count
+
+
+@pytest.mark.parametrize("form", ["repeated", "batched"])
+def test_laws_with_a_third_need_it(form: fits.Form):
+    runs = measured(KNOWN[form], 0)
+    for third in (None, np.zeros_like(runs.size)):
+        with pytest.raises(ValueError, match="of each run, more than 0"):
+            fit(form, runs._replace(third=third), "all")
+
+
+def test_compute_is_divided_best():
+    law, compute = KNOWN["additive"], np.geomspace(1e8, 1e12, 5)
+    found = optimum(law, compute, (1e-3, 1e6))
+    np.testing.assert_allclose(found.size * found.samples, compute)
+    for nearby in (0.9, 1.1):
+        assert (law(found.size * nearby, found.samples / nearby) > found.error).all()
+    slope = np.diff(np.log(found.size)) / np.diff(np.log(compute))
+    np.testing.assert_allclose(slope, 0.3 / 0.8)
+    assert optimum(law, compute, (1.0, 2.0)).size.max() == 2.0
+    divided = fits.best(fit("additive", measured(law, 0), "all", draws=50), compute, (1e-3, 1e6))
+    assert (divided["error"].low < found.error).all()
+    assert (divided["error"].high > found.error).all()
+
+
 def test_the_frontier_is_the_least_error_of_each_bin():
     compute = np.array([1.0, 2.0, 30.0, 40.0, 1000.0])
     error = np.array([0.9, 0.8, 0.5, 0.6, 0.1])
@@ -168,3 +222,118 @@ def test_the_same_table_gives_the_same_interval():
     assert first.interval("alpha") == second.interval("alpha")
     size, samples = np.array([200.0]), np.array([1e11])
     np.testing.assert_array_equal(first.predict(size, samples), second.predict(size, samples))
+
+
+# ------------------------------------------------------------------ coverage
+
+
+NOISE = 0.03
+DRAWS = 1_000
+
+
+@pytest.mark.parametrize("points", [12, 30])
+def test_a_straight_lines_interval_covers_the_truth(points: int):
+    rng = np.random.default_rng(points)
+    x = np.log(np.geomspace(1e9, 1e13, points))
+    y = np.log(5.0) - 0.11 * x + NOISE * rng.standard_normal((DRAWS, points))
+    line = fit_line(x, y)
+    low, high = line.slope_interval()
+    assert abs(np.mean((low < -0.11) & (high > -0.11)) - 0.95) < 0.03
+    for new in (False, True):  # beyond the data, where it is needed
+        truth = np.log(5.0) - 0.11 * np.log(1e14) + new * NOISE * rng.standard_normal(DRAWS)
+        at = line.at(np.log(1e14), new)
+        assert abs(np.mean((at.low < truth) & (truth < at.high)) - 0.95) < 0.03
+
+
+def test_what_fit_reports_is_that_interval():
+    rng = np.random.default_rng(0)
+    samples = np.geomspace(1e9, 1e13, 12)
+    error = 5 * samples**-0.11 * np.exp(NOISE * rng.standard_normal(12))
+    found = fit("power", Runs(np.ones(12), samples, error), "all")
+    line = fit_line(np.log(samples), np.log(error))
+    assert found.interval("alpha") == tuple(map(float, line.slope_interval()))
+    ahead = found.predict(np.array([1.0]), np.array([1e14]))
+    np.testing.assert_allclose(np.log(ahead.low), line.at(np.log([1e14]), new=True).low)
+
+
+def ladder(law: PowerLaw | Saturating, seed: int, excess: float) -> Runs:
+    """36 runs on 12 amounts of compute; `excess`: how far above the law a run may end."""
+    rng = np.random.default_rng(seed)
+    compute = np.repeat(np.geomspace(1e9, 1e13, 12), 3)
+    one = np.ones_like(compute)
+    scatter = NOISE * rng.standard_normal(36) + excess * rng.exponential(size=36)
+    return Runs(one, compute, law(one, compute) * np.exp(scatter))
+
+
+def test_the_frontiers_interval_holds_the_truth_more_often_than_not():
+    assert covered_by_frontiers(tables=20, draws=40) >= 0.8
+
+
+@pytest.mark.slow
+def test_coverage_of_the_frontier(capsys: pytest.CaptureFixture[str]):
+    share = covered_by_frontiers(tables=200, draws=200)
+    with capsys.disabled():
+        print(f"\nfrontier: alpha {share:.1%}")
+    assert 0.9 <= share <= 0.98
+
+
+def covered_by_frontiers(tables: int, draws: int) -> float:
+    """How often a frontier's interval of alpha holds the truth, where runs end above the law."""
+    law, inside = PowerLaw(np.array(-0.11), np.array(5.0)), []
+    for seed in range(tables):
+        low, high = fit("power", ladder(law, seed, excess=0.1), draws=draws).interval("alpha")
+        inside.append(low < law.alpha < high)
+    return float(np.mean(inside))
+
+
+# Each with what decides it: several epochs for `fade`, batches around `critical`, and sizes and
+# samples that leave the irreducible error neither alone nor out of sight.
+KNOWN = {
+    "power": PowerLaw(*map(np.array, (-0.11, 5.0))),
+    "saturating": Saturating(*map(np.array, (0.4, 1e8, 400.0, 0.2))),
+    "additive": Additive(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1))),
+    "repeated": Repeated(*map(np.array, (0.5, 0.3, 15.0, 1.0, 40.0, 0.1))),
+    "batched": Batched(*map(np.array, (0.5, 0.3, 3e4, 1.0, 40.0, 0.1))),
+}
+
+
+def measured(law: Law, seed: int) -> Runs:
+    """Four sizes, each at four counts of samples; three thirds, where the law takes one."""
+    third = {Repeated: (1e6, 1e7, 1e8), Batched: (1e3, 1e4, 1e5)}.get(type(law), (1.0,))
+    axes = np.geomspace(3, 300, 4), np.geomspace(1e6, 1e10, 4), np.array(third)
+    size, samples, third = (x.ravel() for x in np.meshgrid(*axes))
+    runs = Runs(size, samples, np.ones_like(size), third)
+    scatter = np.exp(NOISE * np.random.default_rng(seed).standard_normal(size.shape))
+    return runs._replace(error=runs.under(law) * scatter)
+
+
+def covered(form: fits.Form, tables: int, draws: int) -> dict[str, float]:
+    """How often each parameter's interval holds the truth, the law's 10 times beyond, a new run."""
+    law, inside = KNOWN[form], []
+    ahead = np.array(300.0), np.array(1e11)
+    new = np.random.default_rng(9).standard_normal(tables) * NOISE
+    for seed in range(tables):
+        found = fit(form, measured(law, seed), "all", draws=draws, seed=seed)
+        row = {name: found.interval(name) for name in law._fields}
+        held = {name: low <= getattr(law, name) <= high for name, (low, high) in row.items()}
+        truth, curve, run = law(*ahead), found.curve(*ahead), found.predict(*ahead)
+        held["the law beyond"] = curve.low <= truth <= curve.high
+        held["a new run"] = run.low <= truth * np.exp(new[seed]) <= run.high
+        inside.append(held)
+    return {name: float(np.mean([held[name] for held in inside])) for name in inside[0]}
+
+
+@pytest.mark.parametrize("form", ["power", "saturating", "additive"])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(form: fits.Form):
+    """Twenty tables: 95% is 19 ± 1 of them."""
+    assert min(covered(form, tables=20, draws=40).values()) >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", KNOWN)
+def test_coverage_of_every_form(form: fits.Form, capsys: pytest.CaptureFixture[str]):
+    draws = 100 if form in ("repeated", "batched") else 200  # which take longer
+    shares = covered(form, tables=200, draws=draws)
+    with capsys.disabled():
+        print(f"\n{form}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    assert 0.9 <= min(shares.values()) <= max(shares.values()) <= 0.98

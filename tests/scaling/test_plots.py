@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clip_jax.scaling import plots
+from clip_jax.scaling.compare import Family, crossing
 from clip_jax.scaling.fit import Form, fit
 from clip_jax.scaling.laws import Additive, PowerLaw, Runs
 
@@ -50,3 +51,22 @@ def test_a_figure_shows_runs_law_and_residuals(form: Form, tmp_path: Path):
         tmp_path / "again",
     )  # fmt: skip
     assert again.read_bytes() == svg.read_bytes()
+
+
+def test_families_are_drawn_side_by_side(tmp_path: Path):
+    runs = named().runs
+    better = runs._replace(error=runs.error * (runs.compute / 1e10) ** -0.05)
+    families = {
+        name: Family(some, fit("additive", some, "all", draws=20, seed=seed))
+        for seed, (name, some) in enumerate({"first": runs, "second": better}.items())
+    }
+    page = plots.compared(families, error_label="held-out loss")
+    svg, _ = plots.save(page, tmp_path / "figure")
+    text = svg.read_text()
+    assert all(label in text for label in ("first", "second", "held-out loss", "off first, %"))
+    upper, lower = page.axes
+    at = crossing(*families.values()).compute
+    for axes in (upper, lower):
+        assert [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [0, 1]] == [
+            [at, at]
+        ]

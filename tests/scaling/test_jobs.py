@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.jobs import Job, Stopped, run
+from clip_jax.scaling.jobs import Job, Stopped, run
 
 
 def job(folder: Path, name: str, code: str) -> Job:
@@ -43,6 +43,21 @@ def test_one_that_fails_is_told_with_its_last_line_and_the_rest_go_on(tmp_path):
     assert (tmp_path / "a" / "log.txt").read_text() == "fine\n"
 
 
+def test_what_another_makes_is_waited_for_and_not_begun_where_that_failed(tmp_path):
+    made = tmp_path / "a" / "made"
+    first = job(tmp_path, "a", f"open({str(made)!r}, 'w').close()")
+    broken = job(tmp_path, "c", "import sys; sys.exit('no')")
+    second, third, last = (job(tmp_path, name, "") for name in "bde")
+    second = second._replace(after="a", is_ready=made.exists)
+    third = third._replace(after="c", is_ready=lambda: False)
+    last = last._replace(after="done before", is_ready=lambda: False)  # it will say what it misses
+    said: list[str] = []
+    failures = run([second, third, last, first, broken], 1, os.environ, said.append)
+    assert [line.partition(":")[0] for line in said] == ["e", "a", "b", "c"]
+    assert failures.keys() == {"c", "d"}
+    assert failures["d"] == "not begun, for c failed"
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pinning is Linux's")
 def test_jobs_share_the_cores(tmp_path):
     code = "import os, time; print(*os.sched_getaffinity(0)); time.sleep(0.3)"
@@ -57,12 +72,12 @@ def test_jobs_share_the_cores(tmp_path):
 def test_no_second_process_starts_beside_an_orphan(tmp_path):
     """A runner is killed; the next waits for the process that it left behind."""
     text = (
-        "import os, sys; from pathlib import Path; from tests.test_jobs import job, run\n"
+        "import os, sys; from pathlib import Path; from tests.scaling.test_jobs import job, run\n"
         "one = job(Path(sys.argv[1]), 'a', \"import os, time; print(os.getpid(), flush=True); "
         'time.sleep(1.5)")\n'
         "run([one], 1, os.environ, print)"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     runner = subprocess.Popen(
         [sys.executable, "-c", text, str(tmp_path)], cwd=root, stdout=subprocess.DEVNULL
     )

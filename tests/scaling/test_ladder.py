@@ -1,8 +1,10 @@
 """The ladder: its grid and rules, its price, and that stopping it loses nothing."""
 
+import contextlib
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,20 +14,24 @@ from pathlib import Path
 
 import pytest
 
+from clip_jax import flops
 from clip_jax.cli import main
 from clip_jax.config import load_config
-from clip_jax.ladder import (
-    HardwareConfig,
+from clip_jax.models import zoo
+from clip_jax.optim import Constant, CoolDown
+from clip_jax.refused import Refused
+from clip_jax.scaling.ladder import (
     LadderCommand,
     LadderConfig,
-    RulesConfig,
     climb,
+    compute_saved,
+    describe,
     grid,
     load_ladder,
 )
-from clip_jax.models import zoo
-from clip_jax.scaling import flops
-from tests.runs import ROOT, tiny_digits
+from clip_jax.scaling.price import HardwareConfig
+from clip_jax.scaling.rules import BranchesConfig, RulesConfig
+from tests.conftest import ROOT, tiny_digits
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 
@@ -72,6 +78,61 @@ def test_a_ladder_that_makes_no_sense_is_told(changes, says):
         grid(ladder(samples=(128_000, 128_100)), Path("root"))
 
 
+def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
+    cooled = ladder(
+        samples=(160, 640), seeds=(0, 7), branches=BranchesConfig(share=0.2, shape="sqrt")
+    )
+    points = grid(cooled, tmp_path)
+    assert [point.name for point in points][:6] == [
+        "w16-trunk-seed0", "w16@160-seed0", "w16@640-seed0",
+        "w16-trunk-seed7", "w16@160-seed7", "w16@640-seed7",
+    ]  # fmt: skip
+    trunk, short, long = points[:3]
+    assert trunk.config.steps == 32
+    assert trunk.config.optim.schedule == Constant()
+    assert trunk.config.checkpoint.also == (8, 32)
+    assert trunk.config.evals == ()
+    assert short.config.steps == 10
+    assert short.config.optim.schedule == CoolDown(steps=2, shape="sqrt")
+    assert (short.trunk, short.first_step, long.first_step) == ("w16-trunk-seed0", 8, 32)
+    assert long.config.branch_from == f"{tmp_path / 'w16-trunk-seed0'}@32"
+    # The branches' warm-up is the trunk's: that of the shortest point.
+    assert {point.config.optim.warmup_steps for point in points} == {1}
+    step = flops.of_step(trunk.config).total
+    assert [point.training_flops / step for point in points[:3]] == [32, 2, 8]
+    alone, together = compute_saved(points)
+    assert together / alone == pytest.approx(42 / 50)
+    assert "16% saved. The trunks keep the checkpoints of 8 steps" in describe(
+        points, set(), cooled
+    )
+    assert trunk.is_ready()
+    assert not short.is_ready()
+
+
+def test_a_trunk_goes_with_its_branches(tmp_path):
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.replace("(160,)", "(160, 640), branches=BranchesConfig(), seeds=(0, 1)"))
+
+    def names(**flags):
+        command = LadderCommand(spec=spec, root=tmp_path / "root", dry_run=True, **flags)
+        return {point["name"] for point in climb(command, print)["points"]}
+
+    assert names(only="a@160-*") == {
+        "a-trunk-seed0", "a-trunk-seed1", "a@160-seed0", "a@160-seed1"
+    }  # fmt: skip
+    parts = [names(part=f"{part}/4") for part in (1, 2, 3, 4)]
+    assert [len(part) for part in parts] == [3] * 4
+    assert all(len({name.replace("-trunk", "@")[0] for name in part}) == 1 for part in parts)
+    assert len(set.union(*parts)) == 12
+
+
+def test_branches_that_make_no_sense_are_told():
+    with pytest.raises(Refused, match="branches of one trunk all have its batch size"):
+        ladder(batch_sizes=(16, 64), branches=BranchesConfig())
+    with pytest.raises(Refused, match=r"w16@16-seed0 has 1 steps: .* no trunk is left"):
+        grid(ladder(samples=(16, 512), branches=BranchesConfig()), Path("root"))
+
+
 def test_hours_and_dollars_follow_from_the_peak():
     v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, price=1.2, start_seconds=360)
     hours = v5e.hours(256 * 197e12 * 0.5 * 3600)  # one hour of work
@@ -112,6 +173,16 @@ def test_the_published_grid_costs_what_the_published_table_says():
     assert compared == 10
 
 
+def test_a_ladder_of_locked_towers_pays_for_what_it_trains():
+    ladder = load_ladder(ROOT / "configs/ladder_datacomp.py")
+    locked = replace(ladder.base, optim=replace(ladder.base.optim, locked=("image",)))
+    plain, lit = (
+        grid(replace(ladder, base=base), Path("root"))[0] for base in (ladder.base, locked)
+    )
+    step = flops.training(plain.config.model, plain.config.batch_size, locked=("image",))
+    assert lit.training_flops == step.total * plain.config.steps < plain.training_flops
+
+
 def test_planning_touches_no_device_and_prints_a_price(tmp_path):
     """The children need the chips: a parent that opened them would keep them."""
     command = [
@@ -138,9 +209,9 @@ def test_planning_touches_no_device_and_prints_a_price(tmp_path):
 
 SPEC = """\
 from dataclasses import replace
-from clip_jax.ladder import LadderConfig
+from clip_jax.scaling.ladder import BranchesConfig, LadderConfig
 from clip_jax.evals.pairs import PairsEvalConfig
-from tests.runs import tiny_digits
+from tests.conftest import tiny_digits
 
 def get_ladder():
     base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
@@ -151,14 +222,13 @@ def get_ladder():
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    """A ladder of two points of ten steps, and one compilation for all of their processes."""
+    """A ladder of two points of ten steps, and what their processes need."""
     folder = tmp_path_factory.mktemp("ladder")
     (folder / "tiny.py").write_text(SPEC)
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
     yield folder / "tiny.py"
     patch.undo()
 
@@ -173,6 +243,7 @@ def table(root: Path, output: Path) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_it_ends_in_the_same_table(spec, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["scale", "ladder", str(spec), "--root", str(whole)]) == 0
@@ -213,6 +284,42 @@ def test_killed_in_the_middle_it_ends_in_the_same_table(spec, tmp_path, capsys):
     changed.write_text(SPEC.replace("embed_dim=8", "embed_dim=8, init_logit_scale=5.0"))
     assert main(["scale", "ladder", str(changed), "--root", str(killed)]) == 2
     assert "model.init_logit_scale" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_with_branches_killed_at_random_moments_it_ends_in_the_same_table(spec, tmp_path):
+    """Must end alike wherever it dies: in a trunk, between saving and a branch, in a branch."""
+    branched = tmp_path / "branched.py"
+    spec_of_one = SPEC.replace(', "b": wide', "")
+    branched.write_text(
+        spec_of_one.replace("(160,)", "(96, 160), branches=BranchesConfig(share=0.4)")
+    )
+    command = [sys.executable, "-m", "clip_jax", "scale", "ladder", str(branched), "--root"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
+    expected = table(whole, tmp_path / "whole.csv")
+    assert [row["schedule"] for row in expected].count("cool_down") == 2
+    assert [row["schedule"] for row in expected].count("constant") == 1
+    for row in expected:
+        own = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
+        own = own if row["schedule"] == "cool_down" else 1
+        assert float(row["flops_spent"]) == pytest.approx(own * float(row["training_flops"]))
+
+    moments = random.Random(0)
+    traces = ("a-trunk-seed0/checkpoints/3", "a@96-seed0/branch.json", "a@160-seed0/checkpoints/9")
+    for trace in traces:
+        process = subprocess.Popen(
+            [*command, str(killed), "--jobs", "2"],
+            start_new_session=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (killed / trace).exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.5))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(killed)], check=True, stdout=subprocess.DEVNULL)
+    assert table(killed, tmp_path / "killed.csv") == expected
 
 
 def test_a_failed_point_is_told_at_the_end_and_exits_with_1(spec, tmp_path, capsys):

@@ -24,9 +24,11 @@ class Job(NamedTuple):
 
     name: str
     command: list[str]
-    directory: Path  # of `log.txt`, what the process prints, and of `lock`, which it holds
+    directory: Path  # of `log.txt`, what the process prints, and of `job.lock`, which it holds
     is_done: Callable[[], bool]  # whether the work is there
     weight: float  # how long it takes beside the others
+    after: str = ""  # the job that makes what it begins with, if one does
+    is_ready: Callable[[], bool] = lambda: True  # whether that is there; its maker may go on
 
 
 class _Running(NamedTuple):
@@ -44,16 +46,22 @@ def run(
     processes, which get SIGTERM, have ended. Call it from the main thread, which hears signals.
     """
     waiting, running, failures = list(jobs), dict[int, _Running](), dict[str, str]()
-    shares, told, began = _shares(at_a_time), False, time.monotonic()
+    shares, terminated, began = _shares(at_a_time), False, time.monotonic()
     with _listening() as came:
         while running or (waiting and not came):
+            for job in [job for job in waiting if job.after in failures and not job.is_ready()]:
+                waiting.remove(job)
+                failures[job.name] = f"not begun, for {job.after} failed"
             for slot, cores in enumerate(shares):
                 if slot not in running and not came:
-                    started = _start_next(waiting, cores, environment, say)
+                    unfinished = {
+                        one.name for one in (*waiting, *(x.job for x in running.values()))
+                    }
+                    started = _start_next(waiting, unfinished, cores, environment, say)
                     running |= {slot: started} if started else {}
             for slot, (job, process, start) in list(running.items()):
                 if process.poll() is None:
-                    if came and not told:
+                    if came and not terminated:
                         process.terminate()
                     continue
                 del running[slot]
@@ -63,7 +71,7 @@ def run(
                     failures |= {} if came else {job.name: failure}
                 else:
                     say(f"{job.name}: {minutes}{_left(jobs, waiting, running, began)}")
-            told = bool(came)
+            terminated = bool(came)
             time.sleep(POLL_SECONDS)
     if came:
         raise Stopped(
@@ -74,11 +82,17 @@ def run(
 
 
 def _start_next(
-    waiting: list[Job], cores: set[int], environment: Mapping[str, str], say: Say
+    waiting: list[Job],
+    unfinished: set[str],
+    cores: set[int],
+    environment: Mapping[str, str],
+    say: Say,
 ) -> _Running | None:
     """Start the first waiting job whose directory is free, and take it off the list."""
     for job in list(waiting):
-        with (job.directory / "lock").open("a") as lock:
+        if job.after in unfinished and not job.is_ready():
+            continue
+        with (job.directory / "job.lock").open("a") as lock:
             try:
                 # The process inherits the lock: it holds as long as that lives, even if we are
                 # killed, so that whoever comes next does not train beside an orphan.

@@ -2,17 +2,20 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clip_jax.models import zoo
-from clip_jax.models.serialize import to_dict
-from clip_jax.scale import CollectConfig, FitConfig, collect, describe, fit
+from clip_jax.refused import Refused
 from clip_jax.scaling import table
+from clip_jax.scaling.answers import CollectConfig, FitConfig, collect, fit
+from clip_jax.scaling.words import describe
+from clip_jax.serialize import to_dict
 
-POINTS = Path(__file__).parent / "golden" / "scaling_points.csv"
+POINTS = Path(__file__).parent.parent / "golden" / "scaling_points.csv"
 LAION = FitConfig(table=POINTS, where=("upstream_dataset=LAION*",), draws=100)
 
 
@@ -40,6 +43,62 @@ def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
     text = describe(result)
     assert "ViT-H-14@68B: 79.7%" in text
     assert "4 of them inside the 95% interval" in text
+
+
+def test_families_are_compared_from_one_table(tmp_path: Path):
+    config = replace(LAION, compare="upstream_dataset", through="all", plot=tmp_path / "families")
+    result = json.loads(json.dumps(fit(config)))
+    assert set(result["families"]) == {"LAION-2B", "LAION-400M", "LAION-80M"}
+    for family in result["families"].values():
+        assert len(family["residuals"]) == family["runs"]
+        for at in family["curve"]:
+            assert at["interval"][0] < at["error"] < at["interval"][1]
+    assert len(result["pairs"]) == 3
+    small = next(x for x in result["pairs"] if x["families"] == ["LAION-2B", "LAION-80M"])
+    # Of more data the law is steeper: with the largest compute it is better, surely.
+    assert small["ratios"][1]["low"] > 1
+    assert small["crossing"]["better"] == 0
+    assert small["paired"]["pairs"] == 9  # B/32, B/16 and L/14 at 3B, 13B and 34B
+    assert [Path(p).name for p in result["plots"]] == ["families.svg", "families.png"]
+    text = describe(result)
+    assert "LAION-80M beside LAION-2B:" in text
+    assert "in 9 pairs of runs alike in all else" in text
+    few = fit(replace(config, where=(), plot=None, form="saturating"))
+    assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points (all) cannot determine")
+    with pytest.raises(Refused, match="compare='arch' takes two families of runs or more"):
+        fit(replace(LAION, compare="arch", where=("arch=ViT-H-14",)))
+    with pytest.raises(Refused, match="compare='family' is no column; there are arch, "):
+        fit(replace(LAION, compare="family"))
+    with pytest.raises(Refused, match="predict and budget ask one"):
+        replace(LAION, compare="arch", predict=("ViT-H-14@34B",))
+
+
+def test_what_a_law_takes_besides_is_a_column(tmp_path: Path):
+    lines = ["arch,samples_seen,gmacs_per_sample,unique_samples,error"]
+    for size in (1.0, 4.0, 16.0):
+        for samples in (1e6, 1e7, 1e8):
+            for unique in (1e6, 1e8):
+                epochs = max(samples / unique, 1)
+                worth = samples / epochs * (1 + 5 * (1 - math.exp((1 - epochs) / 5)))
+                error = 0.1 + size**-0.5 + 20 * worth**-0.3
+                lines.append(f"m{size:g},{samples:g},{size},{unique:g},{error}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    config = FitConfig(
+        table=tmp_path / "t.csv", metric="error", metric_is="error", form="repeated", draws=100,
+        predict=("m16@100M", "m16@100M/1M"),
+    )  # fmt: skip
+    result = fit(config)
+    assert result["parameters"]["fade"]["value"] == pytest.approx(5, rel=0.05)
+    new, again = (x["error"] for x in result["predictions"].values())
+    assert new == pytest.approx(0.1 + 0.25 + 20 * 1e8**-0.3, rel=0.01)
+    assert again == pytest.approx(0.1 + 0.25 + 20 * 6e6**-0.3, rel=0.01)
+    optimal = result["optimal"]
+    assert optimal["size_exponent"]["value"] == pytest.approx(0.3 / 0.8, rel=0.03)
+    for at in optimal["divisions"]:
+        assert at["size"]["value"] * at["samples"]["value"] == pytest.approx(at["compute"])
+    assert "best division of compute: N grows as C^0.3" in describe(result)
+    with pytest.raises(Refused, match="no column 'global_batch'"):
+        fit(replace(config, form="batched"))
 
 
 def test_an_irreducible_error_that_is_not_known_is_not_stated():
@@ -80,7 +139,7 @@ def test_a_budget_names_a_model_and_its_samples():
 def test_wrong_use_is_told(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         fit(replace(LAION, **changes))
-    with pytest.raises(KeyError, match="no architecture 'ViT-X-14'; did you mean"):
+    with pytest.raises(Refused, match="no architecture 'ViT-X-14'; did you mean"):
         fit(replace(LAION, predict=("ViT-X-14@1B",)))
 
 
@@ -92,7 +151,7 @@ def run(folder: Path, steps: int, **result: float) -> None:
         "seed": 3,
         "batch_size": 64,
         "model": to_dict(replace(zoo.get("ViT-S-32"), dtype="float32")),
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 10},
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.2},
     }
     (folder / "config.json").write_text(json.dumps(config))
     result = {"step": steps, "samples_seen": steps * 64, **result}
@@ -179,3 +238,32 @@ def test_an_architecture_is_named_by_the_zoo_or_by_its_measures():
     assert table.arch_of(replace(config, dtype="float32", remat="full")) == "ViT-L-14"
     odd = replace(config, vision=replace(config.vision, depth=3))
     assert table.arch_of(odd) == "ViT-w1024d3p14-text-w768d12"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xf4\x00", "cannot be read as CSV"),
+        (b"", "has no column 'arch'"),
+        (b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\na,b,1,0.5,and more\n",
+         "samples_seen of a is 'b', not a number"),
+        (b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\na,1,,0.5\n",
+         "gmacs_per_sample of a is '', not a number"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_refused(content, says, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(Refused, match=says):
+        fit(FitConfig(table=tmp_path / "t.csv"))
+
+
+def test_foreign_and_damaged_runs_are_left_out_with_a_reason(tmp_path):
+    for name, content in {
+        "a/result.json": "{", "a/config.json": "{}", "b/result.json": "[]", "b/config.json": "{}",
+        "c/results.jsonl": "no", "d/results.jsonl": "{}", "d/params.txt": "model: RN50",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Refused) as raised:
+        collect(CollectConfig(paths=(tmp_path,), output=tmp_path / "t.csv"))
+    assert str(raised.value).count(": not ") == 4

@@ -1,0 +1,105 @@
+"""The page of a ladder: what is in it. How it looks is tested in tests/browser."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_jax.refused import Refused
+from clip_jax.scaling.report import ReportConfig, page, report
+from tests.conftest import ROOT, write_ladder
+
+POINTS = ROOT / "tests/golden/scaling_points.csv"
+
+
+def read(path: Path) -> dict:
+    """The data of a page."""
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    assert text
+    return json.loads(text[1])
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ladder")
+    write_ladder(root / "runs")
+    return root
+
+
+def test_every_run_is_on_the_page_with_its_state(ladder: Path):
+    said = report(ReportConfig(paths=(ladder / "runs",), output=ladder / "page.html", draws=100))
+    assert said["runs"] == {"done": 13, "not begun": 1, "stopped": 1, "failed": 1}
+    assert said["metric"] == "info_nce"
+    data = read(ladder / "page.html")
+    runs = {run["name"]: run for run in data["runs"]}
+    assert len(runs) == 16
+    failed = runs["w32@6.4K-seed1"]
+    assert (failed["status"], failed["step"], failed["steps"]) == ("failed", 390, 400)
+    assert failed["words"] == "clip-jax: step 391: loss nan"
+    assert runs["w32@6.4K-seed0"]["status"] == "stopped"
+    branch = runs["w16@1.6K-seed0"]
+    assert (branch["trunk"], branch["first"]) == ("w16-trunk-seed0", 80)
+    assert branch["flops_spent"] == branch["training_flops"] / 5
+    assert branch["curves"]["loss"][0][0] == 81 * 16
+    assert len(runs["w16-trunk-seed0"]["curves"]["loss"]) == 240  # of 320 steps
+    assert branch["hours"] == 0.01
+    assert abs(branch["off"]) < 0.2
+    assert "off" not in runs["w16-trunk-seed0"]  # it evaluates nothing
+    (law,) = data["laws"]
+    assert law["name"] == "info_nce"
+    assert data["left_out"] == []
+
+
+def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
+    config = ReportConfig(
+        paths=(POINTS,), output=ladder / "points.html", metric="imagenet1k_acc1", draws=100,
+        compare="upstream_dataset", where=("upstream_dataset=LAION*",), through="all",
+    )  # fmt: skip
+    report(config)
+    data = read(config.output)
+    assert len(data["runs"]) == 32
+    assert data["metric"] == "1 − imagenet1k_acc1"
+    assert {law["name"] for law in data["laws"]} == {"LAION-2B", "LAION-400M", "LAION-80M"}
+    assert sum("off" in run for run in data["runs"]) == 29
+    apart = ReportConfig(
+        paths=(ladder / "runs",), output=ladder / "apart.html", compare="schedule", draws=100
+    )
+    assert "takes two families" in report(apart)["said"][0]
+    assert len(read(apart.output)["laws"]) == 1
+    none = ReportConfig(paths=(ladder / "runs",), output=ladder / "n.html", where=("arch=no*",))
+    assert "no row of the table" in report(none)["said"][0]
+    assert read(none.output)["laws"] == []
+
+
+def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: Path):
+    with pytest.raises(Refused, match="no run under"):
+        report(ReportConfig(paths=(tmp_path,), output=tmp_path / "page.html"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("[")
+    (tmp_path / "run" / "result.json").write_text("{")
+    report(ReportConfig(paths=(tmp_path,), output=tmp_path / "page.html"))
+    (run,) = read(tmp_path / "page.html")["runs"]
+    assert (run["status"], run["arch"]) == ("not begun", "unknown")
+
+
+def test_a_run_that_goes_on_is_running(ladder: Path):
+    workdir = ladder / "runs" / "w32@6.4K-seed0"
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(workdir / "lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as holder:  # fmt: skip
+        assert holder.stdout
+        holder.stdout.readline()
+        report(ReportConfig(paths=(workdir,), output=ladder / "one.html"))
+    assert [run["status"] for run in read(ladder / "one.html")["runs"]] == ["running"]
+
+
+def test_nothing_in_the_data_ends_the_script():
+    assert "</script><b>" not in page({"title": "</script><b>"})

@@ -1,0 +1,139 @@
+"""Sweeps: which trials a point has, and how halving chooses among them."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clip_jax.cli import main
+from clip_jax.refused import Refused
+from clip_jax.scaling.ladder import LadderCommand, LadderConfig, climb, grid
+from clip_jax.scaling.rules import RulesConfig
+from clip_jax.scaling.sweep import HalvingConfig, SweepConfig, halve
+from tests.conftest import ROOT, tiny_digits
+
+
+def ladder(sweep, **changes):
+    base = tiny_digits(steps=1)
+    given = {"base": base, "models": {"w": base.model}, "samples": (1_024,), "sweep": sweep}
+    return LadderConfig(**(given | changes))
+
+
+def test_a_point_has_a_trial_for_every_combination():
+    sweep = SweepConfig(
+        rates=(0.5, 2), batch_sizes=(16, 64), warmups=(1, 2), weight_decays=(0.1, 0.2)
+    )
+    points = grid(ladder(sweep, rules=RulesConfig(reference_width=16)), Path("root"))
+    assert len(points) == len({point.name for point in points}) == 2**4
+    by_name = {point.name: point.config for point in points}
+    one = by_name["w@1K-rate0.5-batch64-warmup2-decay0.2-seed0"]
+    # The base: 2e-3 and 2 steps of warm-up at batch 16; four times the batch, twice the rate.
+    assert (one.batch_size, one.steps, one.optim.weight_decay) == (64, 16, 0.2)
+    assert one.optim.learning_rate == pytest.approx(0.5 * 2 * 2e-3)
+    assert one.optim.warmup_steps == 2 * 1  # a tenth of 16 steps at most, by the rules
+    single = grid(ladder(SweepConfig(rates=(0.5,)), seeds=(0, 3)), Path("root"))
+    assert [point.name for point in single] == ["w@1K-seed0", "w@1K-seed3"]
+
+
+def test_sweeps_that_make_no_sense_are_refused():
+    with pytest.raises(Refused, match=r"sweep\.rates=\(1, 1\) must name each value once"):
+        SweepConfig(rates=(1, 1))
+    with pytest.raises(Refused, match=r"sweep\.warmups=\(\)"):
+        SweepConfig(warmups=())
+    with pytest.raises(Refused, match=r"sweep\.warmups=50 makes 100 steps of warm-up, of 64"):
+        grid(ladder(SweepConfig(warmups=(1, 50))), Path("root"))
+
+
+HALVING = HalvingConfig(metric="info_nce", factor=2, rounds=2)
+
+
+def training(calls, losses, failing=()):
+    """Instead of training, write what each run would measure where it stops."""
+
+    def train(points):
+        calls.append({point.name: point.config.end for point in points})
+        for point in points:
+            path = point.workdir / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rate = point.config.optim.learning_rate
+            row = {"step": point.config.end, "info_nce": losses(rate, point.config.seed)}
+            if rate not in failing:
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+        return {p.name: "diverged" for p in points if p.config.optim.learning_rate in failing}
+
+    return train
+
+
+def test_halving_trains_the_better_half_further(tmp_path):
+    points = grid(ladder(SweepConfig(rates=(1, 2, 4, 8), halving=HALVING), seeds=(0, 1)), tmp_path)
+    rates = sorted({point.config.optim.learning_rate for point in points})
+    calls, said = [], []
+    # By the mean over seeds the second is best, the third next; the fourth fails.
+    loss = dict(zip(rates, (3.0, 1.0, 2.0, 0.0), strict=True))
+    train = training(calls, lambda rate, seed: loss[rate] + (2 if seed else -2), failing=rates[3:])
+    failures = halve(points, HALVING, train, said.append)
+    name = "w@1K-rate{}-seed{}".format
+    everyone = {name(rate, seed) for rate in (1, 2, 4, 8) for seed in (0, 1)}
+    assert [set(call) for call in calls] == [
+        everyone,
+        {name(rate, seed) for rate in (2, 4) for seed in (0, 1)},
+        {name(2, 0), name(2, 1)},
+    ]
+    assert [set(call.values()) for call in calls] == [{16}, {32}, {64}]
+    assert failures == {name(8, 0): "diverged", name(8, 1): "diverged"}
+    assert said[0].startswith("round 1: 4 of 8 runs go on, by info_nce: w@1K-rate2-seed0")
+
+    # Again, after everything was done: the same choices, by what was measured then.
+    again = []
+    train = training(again, lambda rate, seed: -rate, failing=rates)  # writes nothing
+    halve(points, HALVING, lambda some: train(some) and {}, said.append)
+    assert [set(call) for call in again] == [set(call) for call in calls]
+
+
+def test_points_are_halved_each_for_itself(tmp_path):
+    sweep = SweepConfig(rates=(1, 2), halving=replace(HALVING, rounds=1, best="max"))
+    one = ladder(sweep)
+    two = replace(one, models={"a": one.base.model, "b": one.base.model})
+    calls = []
+    train = training(calls, lambda rate, seed: rate)
+    halve(grid(two, tmp_path), sweep.halving, train, print)
+    assert set(calls[1]) == {"a@1K-rate2-seed0", "b@1K-rate2-seed0"}
+
+
+SPEC = """\
+from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.scaling.ladder import LadderConfig
+from clip_jax.scaling.sweep import HalvingConfig, SweepConfig
+from tests.conftest import tiny_digits
+
+def get_ladder():
+    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
+    sweep = SweepConfig(rates=(0.01, 1), halving=HalvingConfig(metric="info_nce", rounds=1))
+    return LadderConfig(base=base, models={"a": base.model}, samples=(160,), sweep=sweep)
+"""
+
+
+@pytest.mark.slow
+def test_halving_stops_real_runs_and_goes_on_with_the_best(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    spec, root = tmp_path / "spec.py", tmp_path / "runs"
+    spec.write_text(SPEC)
+    result = climb(LadderCommand(spec=spec, root=root), print)
+    assert all(point["done"] and not point["failure"] for point in result["points"])
+    assert main(["scale", "collect", str(root), "--output", str(tmp_path / "all.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "all.csv").read_text().splitlines()))
+    by_rate = {float(row["lr"]): (row["samples_seen"], row["stopped_of"]) for row in rows}
+    assert sorted(by_rate.values()) == [("160", ""), ("80", "10")]
+    kept = next(path for path in root.glob("a@*") if "going on from step 5" in _log(path))
+    assert json.loads((kept / "result.json").read_text())["step"] == 10
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    climb(LadderCommand(spec=spec, root=root), print)
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def _log(workdir):
+    return (workdir / "log.txt").read_text() if (workdir / "log.txt").exists() else ""
