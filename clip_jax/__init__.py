@@ -1,7 +1,5 @@
 """CLIP in JAX: `load`, `tokenize`, `available_models`."""
 
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,7 +7,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from clip_jax.load import load
+    from clip_jax.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["available_models", "load", "tokenize"]
@@ -27,28 +25,17 @@ def tokenize(
 ) -> "np.ndarray":
     """Turn texts into OpenAI's token ids, int32 `[B, context_length]`, zero-padded.
 
-    ValueError for a text that is too long, unless `truncate`, which keeps the end of text.
+    Refused for a text that is too long, unless `truncate`, which keeps the end of text.
     """
-    from clip_jax.data.tokenizer import Tokenizer
+    from clip_jax.data.tokenizers.clip import ClipTokenizer
 
-    return Tokenizer()(texts, context_length, truncate)
+    return ClipTokenizer()(texts, context_length, truncate)
 
 
-class _Package(types.ModuleType):
-    """`clip_jax.load` is the function: importing the module of that name must not put it here.
-
-    It is looked up at the first use, so that `import clip_jax` brings neither jax nor Flax.
-    """
-
-    @property
-    def load(self) -> Any:
-        from clip_jax.load import load
+def __getattr__(name: str) -> Any:
+    """Look `load` up at its first use, so that `import clip_jax` brings neither jax nor Flax."""
+    if name == "load":
+        from clip_jax.loading import load
 
         return load
-
-    @load.setter
-    def load(self, module: types.ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
+    raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")

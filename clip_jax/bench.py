@@ -3,13 +3,12 @@
 Each takes a run's config with a few fields more and returns the object that `--json` prints.
 """
 
-import dataclasses
 import functools
 import os
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +17,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax import pod, sharding
+from clip_jax import flops, sharding
+from clip_jax.chips import mfu
 from clip_jax.config import Config
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crop
-from clip_jax.data.pipeline import build, open_source
-from clip_jax.data.sources import SampleError
-from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.metrics import peak_memory
-from clip_jax.models.clip import CLIP
-from clip_jax.optim import make_optimizer
-from clip_jax.scaling import flops
-from clip_jax.scaling.chips import mfu
-from clip_jax.step import init_state, jit_step, state_shardings
+from clip_jax.data.pipeline import Pipeline, build, open_source
+from clip_jax.data.sources import SampleError, Source, StretchSource
+from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
+from clip_jax.metrics import bucket_rates, peak_memory
+from clip_jax.pods import compile as pod
+from clip_jax.refused import Refused, check_ranges
+from clip_jax.step import Program
 
 _WARM = 64  # samples before the stages are timed
 _MOST_BAD = 1000  # samples in a row
@@ -47,10 +45,7 @@ class InputBench(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.seconds > 0 or self.warmup < 0:
-            raise ValueError(
-                f"seconds={self.seconds} must be above 0 and warmup={self.warmup} not below"
-            )
+        check_ranges(self, seconds="(0, inf)", warmup="[0, inf)")
 
 
 def measure_input(config: InputBench) -> dict[str, Any]:
@@ -59,12 +54,19 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     `stages` has for each the samples a second and the share of the time that it computes (the rest
     is waiting, for a disk or a bucket).
     """
-    _say(f"stages, one thread, {config.seconds:g} s ...")
-    stages = _stages(config)
     data = config.data
+    pipeline = build(
+        data,
+        tokenizer=_tokenizer(config),
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        batch_size=config.batch_size,
+    )
+    _say(f"stages, one thread, {config.seconds:g} s ...")
+    stages = _stages(config, pipeline.order)
     _say(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
-        **_pipeline(config),
+        **_pipeline(config, pipeline),
         "batch_size": config.batch_size,
         "workers": data.workers,
         "threads": data.threads,
@@ -74,11 +76,16 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     }
 
 
-def _stages(config: InputBench) -> dict[str, dict[str, float]]:
+def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
     """Each stage over the same samples, one after the other, in this thread."""
     data, size = config.data, config.model.vision.image_size
     tokenize, length = _tokenizer(config), config.model.text.context_length
     source = open_source(data.source, size)
+    read = (
+        _read_stretches(source)
+        if isinstance(source, StretchSource) and order == "stretches"
+        else _read_any(source)
+    )
     wall: dict[str, float] = defaultdict(float)
     cpu: dict[str, float] = defaultdict(float)
 
@@ -90,7 +97,7 @@ def _stages(config: InputBench) -> dict[str, dict[str, float]]:
             wall[name] += time.perf_counter() - start
             cpu[name] += time.thread_time() - start_cpu
 
-    order, number, count = np.random.default_rng(data.seed), 0, 0
+    number, count = 0, 0
     while sum(wall.values()) < config.seconds or not count:
         captions = []
         for _ in range(min(config.batch_size, _WARM)):
@@ -98,7 +105,7 @@ def _stages(config: InputBench) -> dict[str, dict[str, float]]:
             rng = np.random.default_rng(number)
             crop_rng = rng if data.crop == "random" else None
             try:
-                image, caption = timed("read", source.load, int(order.integers(len(source))), rng)
+                image, caption = timed("read", read, rng)
                 if isinstance(image, bytes):
                     crop = functools.partial(read_crop, scaled=data.scaled_decode)
                     crop_args = (image, size, crop_rng, data.crop_scale)
@@ -116,21 +123,40 @@ def _stages(config: InputBench) -> dict[str, dict[str, float]]:
         else:
             count += len(captions)
         if not count and number > _MOST_BAD:
-            raise ValueError(f"none of {number} samples of data.source could be read")
+            raise Refused(f"none of {number} samples of data.source could be read")
     return {
         name: {"samples_per_second": count / wall[name], "computing": cpu[name] / wall[name]}
         for name in wall
     }
 
 
-def _pipeline(config: InputBench) -> dict[str, float]:
-    pipeline = build(
-        config.data,
-        tokenizer=_tokenizer(config),
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        batch_size=config.batch_size,
-    )
+Read = Callable[[np.random.Generator], tuple[Any, str]]
+
+
+def _read_any(source: Source) -> Read:
+    """Any sample next."""
+    order = np.random.default_rng(0)
+    return lambda rng: source.load(int(order.integers(len(source))), rng)
+
+
+def _read_stretches(source: StretchSource) -> Read:
+    """Stretches at random, whole, and their samples."""
+    order, sizes = np.random.default_rng(0), source.stretches()
+    ends, records = np.cumsum(sizes), []
+
+    def read(rng: np.random.Generator) -> tuple[Any, str]:
+        if not records:
+            at = int(order.integers(len(sizes)))
+            records.extend(source.fetch(int(ends[at] - sizes[at]), int(ends[at])))
+        record = records.pop()
+        if isinstance(record, SampleError):
+            raise record
+        return record.load(rng)
+
+    return read
+
+
+def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
     start = time.perf_counter()
     batches = pipeline.batches()
     try:
@@ -139,9 +165,9 @@ def _pipeline(config: InputBench) -> dict[str, float]:
         while time.perf_counter() - start < first + config.warmup:
             next(batches)
         done, start = 0, time.perf_counter()
-        end = start
+        end, read = start, Counter()
         while end - start < config.seconds:
-            next(batches)
+            read.update(vars(next(batches).reading))
             done += 1
             end = time.perf_counter()
     finally:
@@ -149,11 +175,13 @@ def _pipeline(config: InputBench) -> dict[str, float]:
     return {
         "samples_per_second": done * config.batch_size / (end - start),
         "seconds_to_first_batch": first,
+        "order": pipeline.order,
+        **bucket_rates(read, end - start),
     }
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    return Tokenizer(config.model.text.vocab_size)
+    return make_tokenizer(config.model.text)
 
 
 def describe_input(result: dict[str, Any]) -> str:
@@ -162,6 +190,8 @@ def describe_input(result: dict[str, Any]) -> str:
     for name, stage in result["stages"].items():
         lines.append(f"{name:<18}{stage['samples_per_second']:>10,.0f}  {stage['computing']:.0%}")
     rate = f"{'pipeline':<18}{result['samples_per_second']:>10,.0f}"
+    if "bucket_requests_per_second" in result:
+        lines.append(_of_bucket(result))
     lines += [
         f"{rate}  with {result['workers']} workers, "
         f"{result['threads']} threads, {result['cores']} cores; "
@@ -169,6 +199,16 @@ def describe_input(result: dict[str, Any]) -> str:
         f"limit: {result['limit']}; {_advice(result)}",
     ]
     return "\n".join(lines)
+
+
+def _of_bucket(result: dict[str, Any]) -> str:
+    asked = result["bucket_requests_per_second"]
+    line = f"bucket: {asked:,.1f} requests/s of {result['samples_per_second'] / asked:,.0f} samples"
+    line += f", {result['bucket_bytes_per_second'] / 2**20:,.1f} MiB/s"
+    if "bucket_wait" in result:
+        line += f", {result['bytes_read_per_byte_used']:.2f} bytes read a byte used, "
+        line += f"{result['bucket_wait']:.2f} threads wait"
+    return f"{line}; {result['order']} order"
 
 
 def _advice(result: dict[str, Any]) -> str:
@@ -194,11 +234,7 @@ class ComputeBench(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warmup < 0 or self.rounds < 1 or self.calls < 1:
-            raise ValueError(
-                f"warmup={self.warmup} must not be below 0, rounds={self.rounds} and "
-                f"calls={self.calls} not below 1"
-            )
+        check_ranges(self, warmup="[0, inf)", rounds="[1, inf)", calls="[1, inf)")
 
 
 def measure_step(config: ComputeBench) -> dict[str, Any]:
@@ -207,19 +243,12 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     `peak_bytes` is the device's own count where it keeps one, else what the compiled step needs.
     """
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
-    model, optimizer = CLIP(config.model), make_optimizer(config.optim, config.steps)
-    shardings = state_shardings(model, optimizer, mesh)
-    init = functools.partial(init_state, model=model, optimizer=optimizer)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-    batch = jax.device_put(_made_up(config), sharding.batch_sharding(mesh))
+    program = Program(config.recipe, mesh)
+    state = program.init()
+    batch = program.place(_made_up(config))
     _say(f"compiling the step for {mesh.size} devices ...")
     start = time.perf_counter()
-    step: Any = jit_step(
-        model, config.optim, config.steps, config.loss, mesh, shardings,
-        accumulation=config.accumulation, seed=config.seed,
-    )  # fmt: skip
-    compiled = step.lower(state, batch).compile()
+    compiled = program.step.lower(state, batch).compile()
     compiling = time.perf_counter() - start
 
     def take() -> Any:
@@ -227,12 +256,7 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
         state, metrics = compiled(state, batch)
         return metrics["loss"]
 
-    work = flops.training(
-        config.model,
-        config.batch_size,
-        patch_dropout=getattr(config.model.vision, "patch_dropout", 0.0),
-        locked=config.optim.locked,
-    ).total
+    work = flops.of_step(config).total
     return _measure(config, mesh, take, work, pod.peak(compiled)) | {"compile_seconds": compiling}
 
 
@@ -240,10 +264,7 @@ def measure_loss(config: ComputeBench) -> dict[str, Any]:
     """The loss alone with its metrics and all gradients, from features that lie as in the step."""
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
-    names = [field.name for field in dataclasses.fields(pod.Request)]
-    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    request = pod.Request(topology="", **values)
-    compiled = pod.compile_loss(request, mesh)
+    compiled = pod.compile_loss(config.recipe, mesh)
     rng = np.random.default_rng(config.seed)
     shape = (config.batch_size, config.model.embed_dim)
     features = (rng.standard_normal(shape, np.float32) for _ in range(2))
@@ -253,9 +274,9 @@ def measure_loss(config: ComputeBench) -> dict[str, Any]:
     bias = np.float32(config.model.init_logit_bias or 0)
     ids = np.arange(config.batch_size, dtype=np.int32)
     inputs = jax.device_put((*wide, scale, bias, ids), (rows, rows, whole, whole, rows))
-    work = flops.training(config.model, config.batch_size).loss
+    work = flops.of_step(config).loss
     result = _measure(config, mesh, lambda: compiled(*inputs), work, pod.peak(compiled))
-    return result | {"form": pod.loss_form(request, mesh)}
+    return result | {"form": pod.loss_form(config.recipe, mesh)}
 
 
 def _made_up(config: Config) -> dict[str, np.ndarray]:

@@ -1,20 +1,25 @@
 """One sub-command per verb; each only parses and calls one function.
 
-Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted after saving.
+Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted after saving, 75 a
+bucket gave no answer (start again).
 """
 
 import dataclasses
-import itertools
+import functools
 import json
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
+
+from clip_jax import arguments
+from clip_jax.refused import Refused
+from clip_jax.unreachable import Unreachable, explained
 
 USAGE = """\
 usage: clip-jax COMMAND [...]
@@ -34,7 +39,9 @@ Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law
 
   ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: the price)
   collect RUN ...    gather finished runs into one table
-  fit TABLE          fit a law, with intervals; predict runs, spend a budget, draw
+  choose TABLE       the best trial of each point of a sweep; the rule for rates, checked
+  fit TABLE          fit a law, with intervals; predict runs, spend a budget, compare families, draw
+  report RUN ...     one HTML page to look at: points, laws, curves, costs, what failed
 
 `clip-jax scale VERB --help` says what a verb takes.
 """
@@ -58,21 +65,27 @@ def train(args: Sequence[str]) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Run(Config):
-        workdir: str  # where the run lives, or gs://...; the same command again resumes it
+        workdir: str  # where the run lives, or gs://, s3://; the same command resumes it
 
-    path = Path(_leading(args)[0] if _leading(args) else "config")
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.workdir.strip():
+                raise Refused(f"workdir={self.workdir!r} is empty; give a folder or gs://...")
+
+    path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
     # A run's own config.json means that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
-    given = _fields(_run_config(Run, args, train, "train", workdir=str(workdir)))
+    given = arguments.fields(arguments.read_run(Run, args, train, "train", workdir=str(workdir)))
     workdir = given.pop("workdir")
 
     from clip_jax import processes
     from clip_jax.train import Diverged, Preempted
     from clip_jax.train import train as run_training
 
-    processes.start(given["processes"])
     try:
-        run_training(Config(**given), workdir)
+        with processes.interrupt:
+            processes.start(given["processes"])
+            run_training(Config(**given), workdir)
     except Diverged as error:
         return _say(str(error), code=1)
     except Preempted as error:
@@ -81,31 +94,31 @@ def train(args: Sequence[str]) -> int:
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL"""
+    """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL [--watch]"""
+    from clip_jax import processes
     from clip_jax.evals.report import to_table
     from clip_jax.evaluate import EvaluateConfig
     from clip_jax.evaluate import evaluate as run_evaluation
+    from clip_jax.watch import watch
 
-    config, as_json = _command(EvaluateConfig, args, ("model",), evaluate)
-    values = run_evaluation(config)
-    _print(values, as_json, to_table(values))
+    config, as_json = arguments.read(EvaluateConfig, args, ("model",), evaluate)
+    processes.start(processes.ProcessesConfig())
+    values = watch(config) if config.watch else run_evaluation(config)
+    if processes.is_lead():
+        _print(values, as_json, to_table(values))
     return 0
 
 
 def predict(args: Sequence[str]) -> int:
-    """label images zero-shot: clip-jax predict MODEL --images photos --labels cat dog"""
+    """label or caption images: clip-jax predict MODEL --images photos --labels cat dog"""
+    from clip_jax.evals.pictures import in_words
     from clip_jax.predict import PredictConfig
     from clip_jax.predict import predict as run_prediction
 
-    config, as_json = _command(PredictConfig, args, ("model",), predict)
+    config, as_json = arguments.read(PredictConfig, args, ("model",), predict)
     results = run_prediction(config)
-    lines = [
-        f"{result['image']:<32} "
-        + "  ".join(f"{x['label']} {x['probability']:.1%}" for x in result["labels"][:5])
-        for result in results
-    ]
-    _print(results, as_json, "\n".join(lines))
-    return 0
+    lines = [f"{result['image']:<32} " + "  ".join(in_words(result, 5)) for result in results]
+    return _print(results, as_json, "\n".join(lines))
 
 
 def embed(args: Sequence[str]) -> int:
@@ -113,12 +126,11 @@ def embed(args: Sequence[str]) -> int:
     from clip_jax.predict import EmbedConfig
     from clip_jax.predict import embed as run_embedding
 
-    config, as_json = _command(EmbedConfig, args, ("model", "source", "output"), embed)
+    config, as_json = arguments.read(EmbedConfig, args, ("model", "source", "output"), embed)
     result = run_embedding(config)
     for line in result["skipped"]:
         print(f"skipped {line['key']}: {line['reason']}", file=sys.stderr)
-    _print(result, as_json, f"{result['images']} images in {result['output']}")
-    return 0
+    return _print(result, as_json, f"{result['images']} images in {result['output']}")
 
 
 def search(args: Sequence[str]) -> int:
@@ -126,10 +138,10 @@ def search(args: Sequence[str]) -> int:
     from clip_jax.predict import SearchConfig
     from clip_jax.predict import search as run_search
 
-    config, as_json = _command(SearchConfig, args, ("model", "embeddings"), search)
+    config, as_json = arguments.read(SearchConfig, args, ("model", "embeddings"), search)
     results = run_search(config)
-    _print(results, as_json, "\n".join(f"{x['similarity']:.4f}  {x['key']}" for x in results))
-    return 0
+    text = "\n".join(f"{x['similarity']:.4f}  {x['key']}" for x in results)
+    return _print(results, as_json, text)
 
 
 def demo(args: Sequence[str]) -> int:
@@ -137,100 +149,144 @@ def demo(args: Sequence[str]) -> int:
     from clip_jax.demo import DemoConfig
     from clip_jax.demo import demo as serve
 
-    config, _ = _command(DemoConfig, args, ("model",), demo)
+    config, _ = arguments.read(DemoConfig, args, ("model",), demo)
     serve(config)
+    return 0
+
+
+def serve(args: Sequence[str]) -> int:
+    """serve over HTTP, many clients at once: clip-jax serve MODEL --embeddings EMBEDDINGS"""
+    from clip_jax.serve.command import serve as run_server
+    from clip_jax.serve.service import ServeConfig
+
+    config, _ = arguments.read(ServeConfig, args, ("model",), serve)
+    run_server(config)
     return 0
 
 
 def convert(args: Sequence[str]) -> int:
     """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
-    from clip_jax.load import ConvertConfig
-    from clip_jax.load import convert as run_conversion
+    from clip_jax.convert.command import ConvertConfig
+    from clip_jax.convert.command import convert as run_conversion
 
-    config, as_json = _command(ConvertConfig, args, ("source", "destination"), convert)
-    found = run_conversion(config)
-    if found is None:
-        _print({"destination": str(config.destination)}, as_json, f"wrote {config.destination}")
-        return 0
-    values = dataclasses.asdict(found) | {"max_relative_difference": found.max_relative_difference}
+    config, as_json = arguments.read(ConvertConfig, args, ("source", "destination"), convert)
+    done = run_conversion(config)
+    values: dict[str, Any] = {"destination": str(config.destination)}
+    if done.activation_difference is not None:
+        values["activation_difference"] = done.activation_difference
+    if proof := done.verification:
+        most = proof.max_relative_difference
+        values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
     _print(values, as_json, "\n".join(f"{name:<24} {value}" for name, value in values.items()))
-    return 0 if found.passed else 1
+    return 0 if proof is None or proof.passed else 1
+
+
+def export(args: Sequence[str]) -> int:
+    """a model for elsewhere, with proof: clip-jax export MODEL OUT --format onnx --verify"""
+    from clip_jax.export.command import ExportConfig
+    from clip_jax.export.command import export as run_export
+
+    config, as_json = arguments.read(ExportConfig, args, ("model", "output"), export)
+    proof = run_export(config)
+    values: dict[str, Any] = {"output": str(config.output)}
+    if proof:
+        values |= dataclasses.asdict(proof)
+        values["max_relative_difference"] = proof.max_relative_difference
+    _print(values, as_json, "\n".join(f"{name:<24} {value}" for name, value in values.items()))
+    return 0 if proof is None or proof.passed else 1
 
 
 def scale(args: Sequence[str]) -> int:
-    """scaling laws: clip-jax scale ladder SPEC, scale collect RUN ..., scale fit TABLE"""
+    """scaling laws: clip-jax scale ladder SPEC, collect RUN ..., fit TABLE, report RUN ..."""
     verb, rest = (args[0], args[1:]) if args else ("", [])
     if verb in ("-h", "--help"):
         print(SCALE_USAGE)
         return 0
     if verb == "ladder":
         return _ladder(rest)
-    from clip_jax import scale as scaling
+    from clip_jax.scaling import answers, rates
+    from clip_jax.scaling.report import ReportConfig, report
+    from clip_jax.scaling.words import describe
 
     if verb == "fit":
-        config, as_json = _command(scaling.FitConfig, rest, ("table",), scale, "scale fit")
-        result = scaling.fit(config)
-        _print(result, as_json, scaling.describe(result))
-    elif verb == "collect":
-        paths = _leading(rest)
-        rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
-        config, as_json = _command(scaling.CollectConfig, rest, (), scale, "scale collect")
-        result = scaling.collect(config)
+        config, as_json = arguments.read(answers.FitConfig, rest, ("table",), scale, "scale fit")
+        result = answers.fit(config)
+        return _print(result, as_json, describe(result))
+    if verb == "choose":
+        kind = rates.ChooseConfig
+        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
+        result = rates.choose(config)
+        return _print(result, as_json, rates.describe(result))
+    paths = arguments.leading(rest)
+    rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
+    if verb == "collect":
+        config, as_json = arguments.read(answers.CollectConfig, rest, (), scale, "scale collect")
+        result = answers.collect(config)
         _print(result, as_json, f"{result['rows']} runs in {result['table']}")
         for line in result["skipped"]:
             print(f"left out: {line}", file=sys.stderr)
+    elif verb == "report":
+        config, as_json = arguments.read(ReportConfig, rest, (), scale, "scale report")
+        result = report(config)
+        shown = (f"{number} {status}" for status, number in result["runs"].items())
+        _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
     else:
-        raise ValueError(f"scale needs one of ladder, collect, fit; got {verb or 'nothing'!r}.")
+        raise Refused(f"scale needs ladder, collect, choose, fit or report, not {verb!r}.")
     return 0
 
 
 def _ladder(args: Sequence[str]) -> int:
-    from clip_jax.jobs import Stopped
-    from clip_jax.ladder import LadderCommand, climb
+    from clip_jax.scaling.jobs import Stopped
+    from clip_jax.scaling.ladder import LadderCommand, climb
 
-    config, as_json = _command(LadderCommand, args, ("spec",), scale, "scale ladder")
-    stream = sys.stderr if as_json else sys.stdout
+    config, as_json = arguments.read(LadderCommand, args, ("spec",), scale, "scale ladder")
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     try:
-        result = climb(config, lambda line: print(line, file=stream, flush=True))
+        result = climb(config, say)
     except Stopped as stopped:
         return _say(str(stopped), code=3)
     if as_json:
         print(json.dumps(result))
-    failures = [point for point in result["points"] if point["failure"]]
-    for point in failures:
+    for point in (failures := [point for point in result["points"] if point["failure"]]):
         print(f"failed: {point['name']}: {point['failure']}", file=sys.stderr)
-    left = [point for point in result["points"] if not point["done"]]
-    if not left:
+    if all(point["done"] for point in result["points"]):
         print(f"next: clip-jax scale collect {result['root']}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def plan(args: Sequence[str]) -> int:
     """what a run takes on a pod you don't have: clip-jax plan CONFIG --topology v5e:16x16"""
-    from clip_jax.plan import PlanConfig
-    from clip_jax.plan import plan as make_plan
-    from clip_jax.scaling.pods import compare, describe
+    from clip_jax.pods.plan import PlanConfig
+    from clip_jax.pods.plan import plan as make_plan
+    from clip_jax.pods.report import compare, describe
 
-    as_json = "--json" in args
-    rest = [arg for arg in args if arg != "--json"]
-    plans = make_plan(_run_config(PlanConfig, rest, plan, "plan"))
-    values = plans[0].to_json()
-    text = describe(plans[0])
+    rest, as_json = [arg for arg in args if arg != "--json"], "--json" in args
+    plans = make_plan(arguments.read_run(PlanConfig, rest, plan, "plan"))
+    values, text = plans[0].to_json(), describe(plans[0])
     if len(plans) > 1:
         values["compared"] = [x.to_json() for x in plans[1:]]
         text += "\n" + compare(plans)
-    _print(values, as_json, text)
-    return 0
+    return _print(values, as_json, text)
 
 
 def prepare(args: Sequence[str]) -> int:
-    """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect only looks"""
-    from clip_jax.data import writer
+    """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect, --index"""
+    from clip_jax.prepare import writer
+    from clip_jax.prepare.layout import PrepareConfig
 
-    config, as_json = _command(writer.PrepareConfig, args, ("source", "destination"), prepare)
+    config, as_json = arguments.read(PrepareConfig, args, ("source", "destination"), prepare)
+    if config.index:
+        from clip_jax.prepare import index
+
+        indexed = index.index(config.source, config.part, config.bad_shards)
+        return _print(indexed, as_json, index.describe(indexed))
+    if config.vocabulary:
+        from clip_jax.prepare.vocabulary import describe
+
+        vocabulary = writer.vocabulary(config)
+        return _print(vocabulary, as_json, describe(vocabulary))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
-    _print(result, as_json, writer.describe(result))
-    return 0
+    return _print(result, as_json, writer.describe(result))
 
 
 def bench(args: Sequence[str]) -> int:
@@ -242,19 +298,16 @@ def bench(args: Sequence[str]) -> int:
         print(BENCH_USAGE)
         return 0
     if verb not in benches.BENCHES:
-        raise ValueError(
-            f"bench needs one of {', '.join(benches.BENCHES)}; got {verb or 'nothing'!r}."
-        )
+        raise Refused(f"bench needs one of {', '.join(benches.BENCHES)}; got {verb!r}.")
     kind, measure, describe = benches.BENCHES[verb]
     flags = [arg for arg in rest if arg != "--json"]
-    config = _run_config(kind, flags, bench, f"bench {verb}")
+    config = arguments.read_run(kind, flags, bench, f"bench {verb}")
     if verb != "input":  # which computes on no device
         from clip_jax import processes
 
         processes.start(config.processes)  # with the flags that training takes
     result = measure(config)
-    _print(result, len(flags) < len(rest), describe(result))
-    return 0
+    return _print(result, len(flags) < len(rest), describe(result))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -264,7 +317,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "embed": embed,
     "search": search,
     "demo": demo,
+    "serve": serve,
     "convert": convert,
+    "export": export,
     "prepare": prepare,
     "plan": plan,
     "scale": scale,
@@ -272,60 +327,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _leading(args: Sequence[str]) -> list[str]:
-    """Return what stands before the first flag."""
-    return list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
-
-
-def _command(
-    kind: Any, args: Sequence[str], positional: Sequence[str], command: FunctionType, verb: str = ""
-) -> tuple[Any, bool]:
-    """Read a command's config, its first fields by position; say whether --json was given."""
-    rest = [arg for arg in args if arg != "--json"]
-    values = _leading(rest)[: len(positional)]
-    names = positional[: len(values)]
-    flags = [part for pair in zip(names, values, strict=True) for part in (f"--{pair[0]}", pair[1])]
-    verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
-    config = _parse(kind, [*flags, *rest[len(values) :]], f"{verb} [--json]", command)
-    return config, len(rest) < len(args)
-
-
-def _run_config(
-    kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
-) -> Any:
-    """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
-    from clip_jax.config import Config, load_config
-
-    path = _leading(args)[0] if _leading(args) else None
-    rest = list(args[1:] if path else args)
-    if path is None and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"{verb} needs a config file: clip-jax {verb} configs/digits.py")
-    default = load_config(path) if path else Config()
-    return _parse(kind, rest, f"{verb} CONFIG", command, kind(**_fields(default), **defaults))
-
-
-def _print(values: Any, as_json: bool, text: str) -> None:
+def _print(values: Any, as_json: bool, text: str) -> int:
     print(json.dumps(values) if as_json else text)
-
-
-def _fields(instance: Any) -> dict[str, Any]:
-    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-
-
-def _parse(
-    kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None
-) -> Any:
-    """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
-    import tyro
-
-    return tyro.cli(
-        kind,
-        prog=f"clip-jax {verb}",
-        description=(command.__doc__ or "").strip(),
-        args=list(args),
-        config=(tyro.conf.AvoidSubcommands,),
-        **({} if default is None else {"default": default}),
-    )
+    return 0
 
 
 def _say(message: str, code: int) -> int:
@@ -333,27 +337,21 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _ours(error: BaseException) -> bool:
-    """Say whether our own code raised the error on purpose, rather than a library underneath."""
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    return bool(frame) and frame.tb_frame.f_globals.get("__name__", "").startswith("clip_jax")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(args)
+        with explained():
+            code = _run(args)
         sys.stdout.flush()
         return _together(code)
-    except (ValueError, KeyError) as error:
-        if not _ours(error):
-            return _failed(error)
-        return _together(_say(str(error.args[0] if error.args else error), code=2))
+    except Refused as error:
+        return _together(_say(str(error), code=2))
+    except Unreachable as error:
+        return _together(_say(f"{error}. The newest checkpoint is intact.", code=75))
     except KeyboardInterrupt:
-        return _together(_say("interrupted; the newest checkpoint is intact.", code=130))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
+        return _together(_say("interrupted.", code=130))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return _together(141)  # as a shell reports SIGPIPE

@@ -2,29 +2,37 @@
 
 import contextlib
 import json
-import os
+import socket
+import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-_UPLOAD_SECONDS = 60  # between rewritings of a file in a store that cannot append
+from clip_jax import files, processes
+from clip_jax.chips import peak_flops
+from clip_jax.files import Place
+from clip_jax.progress import Display
+from clip_jax.refused import Refused
+from clip_jax.workdir import Lines, recover_json
+
+# tensorboardX imports these where they are installed, for what is never asked of it here, and
+# PyTorch alone takes seconds of every command.
+_UNASKED = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
+for _name in _UNASKED:
+    sys.modules[_name] = None  # ty: ignore[invalid-assignment]
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.record_writer import RecordWriter  # noqa: E402
+
+for _name in _UNASKED:
+    del sys.modules[_name]
 
 
 class Clock:
@@ -97,55 +105,67 @@ class Goodput:
         return f"goodput {values['goodput']:.1%}; seconds: {', '.join(parts)}"
 
 
-class Lines:
-    """A JSONL file that grows by rows with a `step`; a resumed run first drops what it will redo.
+class Board:
+    """A folder of TensorBoard's; who looks sees what was reported half a minute ago, or `flush`ed.
 
-    A bucket has no appends: there the rows are kept in memory, and the file is written anew when
-    `flush` says so or once a minute.
+    Nothing is written in a thread, as tensorboardX's `SummaryWriter` does: where the disk is full,
+    that thread dies, and whoever adds to its queue waits forever.
     """
 
-    def __init__(self, path: epath.Path, resume_step: int) -> None:
-        self._path, self._appends = path, is_local(path)
-        self.rows = rows_until(path, resume_step)  # those kept
-        self._lines = [json.dumps(row) + "\n" for row in self.rows]
-        self._written = time.monotonic()
-        if path.exists():
-            replace_text(path, "".join(self._lines))
-        if self._appends:
-            self._lines = []
+    SECONDS = 30
 
-    def write(self, *rows: dict[str, Any]) -> None:
-        lines = [json.dumps(row) + "\n" for row in rows]
-        if self._appends:
-            with self._path.open("a") as file:
-                file.writelines(lines)
-            return
-        self._lines += lines
-        if time.monotonic() > self._written + _UPLOAD_SECONDS:
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        """`purge_step` and later ones, which an earlier start wrote, are no longer shown."""
+        self._folder, self._flushed = folder, time.monotonic()
+        files.make_folder(folder)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        with files.writing(folder):
+            self._records = RecordWriter(f"{folder}/{name}")
+        self._add(0, file_version="brain.Event:2")
+        if purge_step:
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=summary.scalar(name, value))
+        if time.monotonic() > self._flushed + self.SECONDS:
             self.flush()
 
+    def _add(self, step: int, **content: Any) -> None:
+        with files.writing(self._folder):
+            event = Event(wall_time=time.time(), step=step, **content)
+            self._records.write(event.SerializeToString())
+
     def flush(self) -> None:
-        """See that everything is in the file."""
-        if self._lines:
-            replace_text(self._path, "".join(self._lines))
-        self._written = time.monotonic()
+        with files.writing(self._folder):
+            self._records.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with files.writing(self._folder):
+            self._records.close()
 
 
 class Writer:
-    """Write `metrics.jsonl` and TensorBoard; a resumed run first drops what it will redo."""
+    """Write a JSONL file and TensorBoard; a resumed run first drops what it will redo."""
 
-    def __init__(self, workdir: epath.Path, resume_step: int) -> None:
-        self._lines = Lines(workdir / "metrics.jsonl", resume_step)
-        self.kept = self._lines.rows
-        self._target = workdir / "tensorboard"
-        self._scratch = None if is_local(workdir) else tempfile.TemporaryDirectory()
-        self._board = tensorboardX.SummaryWriter(
+    def __init__(
+        self, lines: Place, board: Place, resume_step: int | None, say: Callable[[str], None]
+    ) -> None:
+        """`resume_step` is where a run goes on; None: nothing is redone (see `Lines`)."""
+        self._lines = Lines(lines, resume_step, say)
+        self._target = board
+        self._scratch = tempfile.TemporaryDirectory() if files.is_remote(board) else None
+        self._board = Board(
             self._scratch.name if self._scratch else str(self._target),
             purge_step=resume_step + 1 if resume_step else None,
         )
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._lines.write({"step": step, **values})
+        self.draw(step, values)
+
+    def draw(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write to TensorBoard alone."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
@@ -155,48 +175,174 @@ class Writer:
         self._lines.flush()
         self._board.flush()
         if self._scratch:
-            copy_tree(Path(self._scratch.name), self._target)
+            files.copy_tree(Path(self._scratch.name), self._target)
 
     def close(self) -> None:
-        self._board.close()
         self.flush()
+        self._board.close()
         if self._scratch:
             self._scratch.cleanup()
 
 
-def is_local(path: epath.PathLike) -> bool:
-    """Say whether a path is a file system's, rather than a bucket's."""
-    return "://" not in os.fspath(path)
+class Reports:
+    """What a run says of itself: in its work directory, to TensorBoard, on the terminal.
+
+    Of several processes the first writes and the others only tell it what they have seen:
+    `report` and `write_down` are called by all at once.
+    """
+
+    def __init__(
+        self, workdir: epath.Path, clock: Clock, *, start: int, steps: int, devices: int,
+        samples_after: Callable[[int], int], flops_after: Callable[[int], int],
+        compiling_after: Collection[int], steps_kept: float,
+    ) -> None:  # fmt: skip
+        """`steps_kept` are the seconds spent on steps until the checkpoint of `start`.
+
+        Pairs and FLOPs are given as sums over the first steps; `compiling_after` are the steps
+        after which one is compiled, and counts for no speed.
+        """
+        lead = processes.is_lead()
+        self._workdir, self._clock, self._devices, self._reported = workdir, clock, devices, start
+        self._samples, self._flops = samples_after, flops_after
+        self._compiling = compiling_after
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._display = Display("train", steps, start, quiet=not lead)
+        self.line, self.advance = self._display.line, self._display.advance
+        self._writer = None
+        if lead:
+            board = workdir / "tensorboard"
+            self._writer = Writer(workdir / "metrics.jsonl", board, start, self.line)
+        self._skipped = Lines(workdir / "skipped.jsonl", start, self.line) if lead else None
+        self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
+        self._read: Counter[str] = Counter()  # from buckets, since the last report
+        self.result = recover_json(workdir / "result.json", self.line) if lead else {}
+        self.goodput = Goodput(clock, self.result, steps_kept)
+
+    def begin(self) -> None:
+        """Set-up is over: from here on time counts for steps."""
+        self._clock.total["init"] = self._clock.elapsed() - self._clock.total["restore"]
+        self._clock.lap()
+
+    def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Note which samples of a step this process could not read, and why."""
+        self._skipped_here += [{"step": step, **sample} for sample in samples]
+
+    def read(self, counts: Mapping[str, float]) -> None:
+        """Note what a batch asked of buckets: requests, bytes, and seconds that threads waited."""
+        self._read.update(counts)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step's metrics with speed, MFU, memory and waiting since the last report."""
+        wall, seconds = self._clock.lap()
+        elsewhere = sum(seconds.get(name, 0) for name in ("evaluation", "save", "compile"))
+        training = max(wall - elsewhere, 1e-9)
+        compiled = [n for n in self._compiling if self._reported <= n < step]
+        steps = step - self._reported - len(compiled)
+        images, work = (
+            after(step) - after(self._reported) - sum(after(n + 1) - after(n) for n in compiled)
+            for after in (self._samples, self._flops)
+        )
+        self._reported = step
+        values = {
+            "samples_seen": self._samples(step),
+            **metrics,
+            "images_per_second": images / training,
+            "images_per_second_per_device": images / training / self._devices,
+            "model_flops_per_step": self._flops(step) - self._flops(step - 1),
+            "seconds": self._clock.elapsed(),
+            **self.goodput.values(),
+            **_hosts(training, steps, seconds),
+            **self._of_buckets(training),
+        }
+        if self._peak:
+            values["mfu"] = work / training / (self._peak * self._devices)
+        if (bytes_ := peak_memory()) is not None:
+            values["peak_memory_bytes"] = bytes_
+        self._display.report(step, values)
+        self.result.update(step=step, samples_seen=values["samples_seen"], loss=metrics["loss"])
+        if self._writer:
+            self._writer.write(step, values)
+
+    def _of_buckets(self, seconds: float) -> dict[str, float]:
+        counts: Counter[str] = Counter()
+        for one in processes.gather(dict(self._read)):
+            counts.update(one)
+        self._read.clear()
+        return bucket_rates(counts, seconds)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what an evaluator found."""
+        self.result.update(values)
+        self.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        if self._writer:
+            self._writer.write(step, dict(values))
+
+    def position(self) -> dict[str, float]:
+        """Return what a checkpoint keeps of the clock."""
+        return {"seconds/steps": self.goodput.values()["seconds/steps"]}
+
+    def write_down(self) -> None:
+        """Bring what was reported to the work directory."""
+        rows = [row for rows in processes.gather(self._skipped_here) for row in rows]
+        self._skipped_here.clear()
+        if self._skipped:
+            if rows:
+                rows.sort(key=lambda row: (row["step"], row["position"]))
+                self._skipped.write(*rows)
+            self.result.update(self.goodput.values())
+            files.write_whole(self._workdir / "result.json", json.dumps(self.result, indent=1))
+
+    def flush(self) -> None:
+        """See that every line is in the work directory."""
+        if self._writer and self._skipped:
+            self._writer.flush()
+            self._skipped.flush()
+
+    def close(self) -> None:
+        self._display.close()
+        if self._writer and self._skipped:
+            self._skipped.flush()
+            self._writer.close()
 
 
-def rows_until(path: epath.Path, step: int) -> list[dict[str, Any]]:
-    """Return a JSONL file's rows up to `step`, without a last line torn by a kill."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(row)
-    return kept
+def _hosts(training: float, steps: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Compare how the processes spent `training` seconds: the slowest holds all back."""
+    hosts = processes.gather(
+        {
+            "host": socket.gethostname(),
+            "busy": training - seconds.get("device", 0),
+            "input": seconds.get("input", 0),
+        }
+    )
+    values = {"input_wait": max(host["input"] for host in hosts) / training}
+    if len(hosts) == 1:
+        return values
+    busy = [host["busy"] for host in hosts]
+    slowest = busy.index(max(busy))
+    return values | {
+        "slowest_process": slowest,
+        "slowest_host": hosts[slowest]["host"],
+        "slowest_input_wait": hosts[slowest]["input"] / training,
+        "busy_seconds_per_step": max(busy) / max(steps, 1),  # the slowest's own work
+        "median_busy_seconds_per_step": statistics.median(busy) / max(steps, 1),
+    }
 
 
-def replace_text(path: Path | epath.Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    if not is_local(path):  # an object of a bucket appears whole
-        path.write_text(text)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def bucket_rates(counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """What was read from buckets a second, by all processes; nothing where nothing was.
 
-
-def copy_tree(source: Path, target: epath.Path) -> None:
-    """Copy a folder's files to a work directory that may be in a bucket."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            copy = target / path.relative_to(source).as_posix()
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+    `bucket_wait` is in threads: 2 means that two were waiting for a bucket at any time.
+    """
+    if not counts.get("requests"):
+        return {}
+    rates = {
+        "bucket_requests_per_second": counts["requests"] / seconds,
+        "bucket_bytes_per_second": counts["bytes_read"] / seconds,
+    }
+    if counts.get("bytes_used"):  # not counted where any sample may be next
+        rates["bytes_read_per_byte_used"] = counts["bytes_read"] / counts["bytes_used"]
+        rates["bucket_wait"] = counts["seconds_waited"] / seconds
+    return rates
 
 
 class Profiler:
@@ -226,64 +372,17 @@ class Profiler:
         """Write a trace that has begun."""
         if self._scratch:
             jax.profiler.stop_trace()
-            copy_tree(Path(self._scratch.name), self._target)
+            files.copy_tree(Path(self._scratch.name), self._target)
             self._scratch.cleanup()
             self._scratch = None
 
 
 def profile_range(steps: str) -> tuple[int, int]:
-    """Read `10:15`: the first and the last step. ValueError says what is wrong."""
+    """Read `10:15`: the first and the last step. Refused says what is wrong."""
     first, _, last = steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST.")
+        raise Refused(f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST.")
     return int(first), int(last)
-
-
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere; always on standard error."""
-
-    def __init__(self, total: int, start: int = 0, quiet: bool = False) -> None:
-        # Left to itself, rich writes HTML outputs under Jupyter, whatever the stream.
-        self._console = Console(
-            file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True, force_jupyter=False
-        )
-        self._total = total
-        self._progress = None
-        if sys.stderr.isatty() and not quiet:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("train", total=total, completed=start, status="")
-            self._progress.start()
-
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        if self._progress:
-            self._progress.update(self._task, completed=step)
-
-    def report(self, step: int, values: dict[str, Any]) -> None:
-        """Show a report's main numbers."""
-        names = ("loss", "image_to_text_accuracy", "logit_scale", "images_per_second", "mfu")
-        shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
-        if self._progress:
-            self._progress.update(self._task, status="  ".join(shown))
-        else:
-            self.line(f"step {step}/{self._total}  " + "  ".join(shown))
-
-    def line(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, markup=False)
-
-    def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
 
 
 def peak_memory() -> int | None:

@@ -18,13 +18,18 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from PIL import Image
 
-from clip_jax.data.embeddings import Embeddings
-from clip_jax.data.images import ImageError, ImageLike, center_crop, decode
+from clip_jax import files
+from clip_jax.data.embeddings import Embeddings, skipped_in
+from clip_jax.data.images import ImageError, center_crop, decode
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.images import Images, absolute, image_files, open_images
-from clip_jax.evals.pictures import contact_sheet
-from clip_jax.load import Model, load
-from clip_jax.metrics import Display, replace_text
+from clip_jax.evals.pictures import contact_sheet, in_words
+from clip_jax.files import Place
+from clip_jax.loading import Model, load, unit
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.refused import Refused, check_picture, check_ranges, read_part
+from clip_jax.tasks import Counted, On, runner
+from clip_jax.workdir import read_json
 
 DTYPE = Literal["float32", "bfloat16"]
 TILE = 112  # pixels of a picture on a contact sheet
@@ -36,72 +41,90 @@ SHEET = 240  # pictures on a sheet at most
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Which of your labels fits each image, by the nearest text."""
+    """Which of your labels fits each image, by the nearest text; or a caption of its own."""
 
-    model: Path  # a run's work directory, a model folder, or a foreign file
-    images: tuple[Path, ...] = ()  # files, or folders of them
+    model: Place  # a run's work directory, a model folder, or a foreign file
+    images: tuple[Place, ...] = ()  # files, or folders of them
     labels: tuple[str, ...] = ()  # the classes to choose from
     template: str = "a photo of a {}."  # sentence around each label; {} alone: the label as it is
-    sheet: Path | None = None  # picture of the images (the first 240) with their best labels
+    caption: bool = False  # describe each image (a model with a decoder: CoCa, MaMMUT)
+    generation: GenerationConfig = GenerationConfig()  # how captions are written
+    sheet: Place | None = None  # picture of the images (the first 240) with what was predicted
     batch_size: int = 64  # images at a time
     dtype: DTYPE = "float32"  # of the computation
 
     def __post_init__(self) -> None:
-        check_labels(self.labels, self.template)
+        check_ranges(self, batch_size="[1, inf)")
+        check_picture(self.sheet, "sheet")
+        if self.labels or not self.caption:
+            check_labels(self.labels, self.template)
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Return for each readable image its path and all labels with probabilities, best first.
 
-    Unreadable images are named on standard error. ValueError if no image is left.
+    With `caption` what the model writes of it. Unreadable images are named on standard error.
+    Refused if no image is left.
     """
+    files.check_destination(config.sheet, "--sheet", folder=False)
     paths = list(image_files(config.images))
     if not paths:
         given = ", ".join(map(str, config.images)) or "nothing"
-        raise ValueError(f"no images in {given}; --images takes files and folders of images.")
+        raise Refused(f"no images in {given}; --images takes files and folders of images.")
     model = load(config.model, dtype=config.dtype)
-    classes = embed_labels(model, config.labels, config.template)
+    if config.caption:
+        model.clip.needs_decoder()
+    classes = embed_labels(model, config.labels, config.template) if config.labels else None
+
+    def describe(pixels: np.ndarray) -> list[dict[str, Any]]:
+        found: dict[str, list] = {}
+        if config.caption:
+            written = model.caption(pixels, config.generation, batch_size=config.batch_size)
+            found["caption"] = written
+        if classes is not None:
+            features = unit(model.encode_image(pixels, batch_size=config.batch_size))
+            rows = probabilities(model, features, classes)
+            found["labels"] = [ranked(config.labels, row) for row in rows]
+        return [dict(zip(found, one, strict=True)) for one in zip(*found.values(), strict=True)]
+
     results, tiles = [], []
-    for read, features, skipped in _embedded(
-        model, paths, lambda path: path, config.batch_size, keep=config.sheet is not None
+    for read, found, skipped in _computed(
+        model, paths, lambda path: path, describe, config.batch_size, keep=config.sheet is not None
     ):
         for path, reason in skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        shares = probabilities(model, features, classes)
-        for (path, tile), row in zip(read, shares, strict=True):
-            best = sorted(zip(row, config.labels, strict=True), key=lambda x: -x[0])
-            labels = [{"label": label, "probability": float(share)} for share, label in best]
-            results.append({"image": str(path), "labels": labels})
+        for (path, tile), result in zip(read, found, strict=True):
+            results.append({"image": str(path), **result})
             tiles += [tile] if len(tiles) < SHEET else []
     if not results:
-        raise ValueError(f"none of the {len(paths)} images could be read.")
+        raise Refused(f"none of the {len(paths)} images could be read.")
     if config.sheet:
-        lines = [
-            [
-                Path(result["image"]).name,
-                *(f"{x['label']} {x['probability']:.0%}" for x in result["labels"][:3]),
-            ]
-            for result in results[:SHEET]
-        ]
-        title = "" if len(results) <= SHEET else f"the first {SHEET} of {len(results)} images"
-        contact_sheet(config.sheet, tiles, lines, title=title)
+        lines = [[Path(x["image"]).name, *in_words(x, 3, 0)] for x in results[:SHEET]]
+        more = f"the first {SHEET} of {len(results)} images"
+        with files.written_whole(config.sheet) as path:
+            contact_sheet(path, tiles, lines, title="" if len(results) <= SHEET else more)
     return results
 
 
 def check_labels(labels: Sequence[str], template: str) -> None:
-    """Raise ValueError if there is no label, an empty one, or no place for it in the template."""
+    """Raise Refused if there is no label, an empty one, or no place for it in the template."""
     if not labels or not all(label.strip() for label in labels):
-        raise ValueError(f"labels={list(labels)}: give at least one label and none empty.")
+        raise Refused(f"labels={list(labels)}: give at least one label and none empty.")
     if "{}" not in template:
-        raise ValueError(f"template={template!r} has no {{}} where the label goes.")
+        raise Refused(f"template={template!r} has no {{}} where the label goes.")
 
 
 def embed_labels(
     model: Model, labels: Sequence[str], template: str
 ) -> Float[np.ndarray, "classes E"]:
     """Embed each label in its sentence, at unit length."""
-    prompts = [template.replace("{}", label) for label in labels]
-    return unit(model.encode_text(model.tokenize(prompts, truncate=True)))
+    tokens = model.tokenize(prompts(labels, template), truncate=True)
+    return unit(model.encode_text(tokens))
+
+
+def prompts(labels: Sequence[str], template: str) -> list[str]:
+    """Put each label into its sentence."""
+    return [template.replace("{}", label) for label in labels]
 
 
 def probabilities(
@@ -113,40 +136,38 @@ def probabilities(
     return odds / odds.sum(axis=1, keepdims=True)
 
 
-def unit(features: Any) -> Float[np.ndarray, "B E"]:
-    """Scale rows to unit length."""
-    rows = np.asarray(features)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:
+    """Pair labels with probabilities, best first."""
+    best = sorted(zip(shares, labels, strict=True), key=lambda x: -x[0])
+    return [{"label": label, "probability": float(share)} for share, label in best]
 
 
-def _embedded(
+def _computed(
     model: Model,
     items: Sequence[Any],
-    read: Callable[[Any], ImageLike],
+    read: Callable[[Any], Any],
+    compute: Callable[[np.ndarray], Any],
     batch_size: int,
     keep: bool = False,
-) -> Iterator[tuple[list[tuple[Any, Any]], Float[np.ndarray, "B E"], list[tuple[Any, str]]]]:
-    """Yield items that could be read (each with a small picture if `keep`), their unit-length
-    embeddings, and the others with the reason. Threads decode while the model computes."""
+) -> Iterator[tuple[list[tuple[Any, Any]], Any, list[tuple[Any, str]]]]:
+    """Yield items that could be read (each with a small picture if `keep`), what is computed of
+    their pixels, and the others with the reason. Threads decode while the model computes."""
 
     def prepare(item: Any) -> tuple[Any, Any, str]:
         try:
             image = read(item)
             pixels = model.image_preprocess(image)
-            tile = center_crop(_rgb(image), TILE) if keep else None
+            tile = center_crop(decode(image), TILE) if keep else None
         except (ImageError, SampleError) as error:
             return None, None, str(error)
         return pixels, tile, ""
 
-    def encode(batch: Sequence[Any], futures: list[Future]) -> tuple[Any, Any, Any]:
+    def run(batch: Sequence[Any], futures: list[Future]) -> tuple[Any, Any, Any]:
         done = [future.result() for future in futures]
         good = [(item, x) for item, x in zip(batch, done, strict=True) if x[0] is not None]
         bad = [(item, x[2]) for item, x in zip(batch, done, strict=True) if x[0] is None]
-        features = np.empty((0, model.config.embed_dim), np.float32)
-        if good:
-            pixels = np.stack([x[0] for _, x in good])
-            features = unit(model.encode_image(pixels, batch_size=batch_size))
-        return [(item, x[1]) for item, x in good], features, bad
+        found = compute(np.stack([x[0] for _, x in good])) if good else []
+        return [(item, x[1]) for item, x in good], found, bad
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         ahead: deque = deque()
@@ -154,15 +175,9 @@ def _embedded(
             batch = items[start : start + batch_size]
             ahead.append((batch, [threads.submit(prepare, item) for item in batch]))
             if len(ahead) > 2:
-                yield encode(*ahead.popleft())
+                yield run(*ahead.popleft())
         while ahead:
-            yield encode(*ahead.popleft())
-
-
-def _rgb(image: ImageLike) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
-    return image.convert("RGB") if isinstance(image, Image.Image) else decode(image)
+            yield run(*ahead.popleft())
 
 
 # -------------------------------------------------------------------------------------- embed
@@ -172,9 +187,10 @@ def _rgb(image: ImageLike) -> Image.Image:
 class EmbedConfig:
     """Embeddings of many images, to a folder of Parquet files; the same command again resumes."""
 
-    model: Path  # a run's work directory, a model folder, or a foreign file
+    model: Place  # a run's work directory, a model folder, or a foreign file
     source: str  # a folder of images; a .csv, .tsv or .jsonl; tars: data/{00000..00041}.tar
-    output: Path  # folder for rows-*.parquet with the columns index, key, embedding
+    output: Place  # folder for rows-*.parquet with the columns index, key, embedding
+    on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
     part: str = "1/1"  # which of how many parts of the work this process takes: 1/4 to 4/4
     image_column: str = "image"  # of a table: the image's path
     rows_per_file: int = 1024  # images a file; a kill loses at most as many
@@ -182,10 +198,8 @@ class EmbedConfig:
     dtype: DTYPE = "float32"  # of the computation
 
     def __post_init__(self) -> None:
-        _part(self.part)
-        for name in ("rows_per_file", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        read_part(self.part)
+        check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)")
 
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
@@ -194,33 +208,51 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     Every file appears whole or not at all and its name says which rows it holds, so whatever was
     killed goes on where it stopped.
     """
+    files.check_destination(config.output, "--output")
+    _to_embed.cache_clear()  # the files may have changed
     source = open_images(config.source, config.image_column)
-    model = load(config.model, dtype=config.dtype)
-    _check_manifest(config, model, len(source))
-    number, parts = _part(config.part)
-    first, end = ((i * len(source)) // parts for i in (number - 1, number))
+    number, parts = read_part(config.part)
+    first, end = ((i * len(source)) // parts for i in (number, number + 1))
     starts = range(first, end, config.rows_per_file)
-    display = Display(end - first)
-    for start in starts:
-        stop = min(start + config.rows_per_file, end)
-        path = config.output / f"rows-{start:010d}-{stop:010d}.parquet"
-        if not path.exists():
-            _write_rows(path, model, source, range(start, stop), config.batch_size)
-        display.advance(stop - first)
-    display.close()
-    written = [config.output / f"rows-{s:010d}-{min(s + config.rows_per_file, end):010d}.parquet"
-               for s in starts]  # fmt: skip
-    metadata = [pq.read_schema(path).metadata for path in written]
-    skipped = [line for data in metadata for line in json.loads(data[b"skipped"])]
+    rows = [range(start, min(start + config.rows_per_file, end)) for start in starts]
+    missing = [some for some in rows if _is_missing(_path_of(config, some))] or [range(0)]
+    work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
+    with runner(config.on) as does:
+        does.run("embed", work, [(some, len(some)) for some in missing], model=True)
+    skipped = [line for some in rows for line in skipped_in(_path_of(config, some)) or ()]
     count = end - first - len(skipped)
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
 
-def _write_rows(path: Path, model: Model, source: Images, rows: range, batch_size: int) -> None:
-    indices, features, skipped = [], [], []
-    for read, found, failed in _embedded(model, rows, source.image, batch_size):
+def _path_of(config: EmbedConfig, rows: range) -> Place:
+    return config.output / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
+
+
+def _is_missing(path: Place) -> bool:
+    if is_damaged := path.exists() and skipped_in(path) is None:
+        print(f"{path} is damaged and made anew", file=sys.stderr)
+    return is_damaged or not path.exists()
+
+
+@functools.lru_cache(maxsize=1)
+def _to_embed(config: EmbedConfig) -> tuple[Model, Images]:
+    """What a process embeds, file after file. Refused if the folder has another's embeddings."""
+    model = load(config.model, dtype=config.dtype)
+    source = open_images(config.source, config.image_column)
+    _check_manifest(config, model, len(source))
+    return model, source
+
+
+def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
+    (model, source), path, size = _to_embed(config), _path_of(config, rows), config.batch_size
+    if not rows:
+        return
+    files.remove_partial(path)  # of a run that was killed
+    indices, skipped, features = [], [], [np.empty((0, model.config.embed_dim), np.float32)]
+    embed = lambda pixels: unit(model.encode_image(pixels, batch_size=size))  # noqa: E731
+    for read, found, failed in _computed(model, rows, source.image, embed, size):
         indices += [index for index, _ in read]
-        features.append(found)
+        features += [found] if read else []
         skipped += [{"key": source.key(index), "reason": reason} for index, reason in failed]
     flat = pa.array(np.concatenate(features).ravel())
     table = pa.table(
@@ -230,45 +262,35 @@ def _write_rows(path: Path, model: Model, source: Images, rows: range, batch_siz
             "embedding": pa.FixedSizeListArray.from_arrays(flat, model.config.embed_dim),
         }
     ).replace_schema_metadata({"skipped": json.dumps(skipped)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary, compression="none")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal() and 0 < int(number) <= int(parts)):
-        raise ValueError(f"part={text!r} must be i/n with i from 1 to n, such as 1/4.")
-    return int(number), int(parts)
+    with files.written_whole(path) as partial:
+        pq.write_table(table, partial, compression="none", write_page_checksum=True)
+    deque(counted(rows), maxlen=0)
 
 
 def _check_manifest(config: EmbedConfig, model: Model, rows: int) -> None:
-    """Say what the folder holds; ValueError if it holds something else already."""
+    """Say what the folder holds; Refused if it holds something else already."""
     wanted = {
-        "model": os.path.abspath(config.model), "source": absolute(config.source), "rows": rows,
-        "dtype": config.dtype, "parts": _part(config.part)[1],
+        "model": absolute(str(config.model)), "source": absolute(config.source), "rows": rows,
+        "dtype": config.dtype, "parts": read_part(config.part)[1],
         "rows_per_file": config.rows_per_file, "batch_size": config.batch_size,
         "image_column": config.image_column, "weights": _sample(model),
     }  # fmt: skip
     path = config.output / "embed.json"
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         if there | {"weights": wanted["weights"]} == wanted != there:
-            raise ValueError(
+            raise Refused(
                 f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
                 "another output."
             )
         for name, value in wanted.items():
             if there.get(name) != value:
-                raise ValueError(
+                raise Refused(
                     f"{config.output} holds embeddings with {name}={there.get(name)!r}, now "
                     f"{value!r}; resume with the same, or choose another output."
                 )
         return
-    config.output.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(wanted, indent=1))
+    files.write_whole(path, json.dumps(wanted, indent=1))
 
 
 def _sample(model: Model) -> list[float]:
@@ -284,63 +306,79 @@ def _sample(model: Model) -> list[float]:
 class SearchConfig:
     """The images of an embedded folder that are closest to a text or an image."""
 
-    model: Path  # the model that embedded them
-    embeddings: Path  # folder that `clip-jax embed` wrote
+    model: Place  # the model that embedded them
+    embeddings: Place  # folder that `clip-jax embed` wrote
     text: str = ""  # what to look for, in words
-    image: Path | None = None  # what to look for, as an image
+    image: Place | None = None  # what to look for, as an image
     top: int = 10  # how many to return
     index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
-    sheet: Path | None = None  # picture of what was found
+    sheet: Place | None = None  # picture of what was found
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
-            raise ValueError("search needs one of --text and --image, and no empty text.")
-        if self.top < 1:
-            raise ValueError(f"top={self.top} must be at least 1.")
+            raise Refused("search needs one of --text and --image, and no empty text.")
+        check_ranges(self, top="[1, inf)")
+        check_picture(self.sheet, "sheet")
 
 
 def search(config: SearchConfig) -> list[dict[str, Any]]:
     """Return `key`, `similarity` (cosine) and `index` in the source of the best, best first."""
-    found = Searcher(load(config.model), config.embeddings)
-    results = found.search(config.image or config.text, config.top, config.index)
+    files.check_destination(config.sheet, "--sheet", folder=False)
+    searcher = Searcher(load(config.model), config.embeddings)
+    results = searcher.search(config.image or config.text, config.top, config.index)
     if config.sheet:
-        tiles = [center_crop(found.picture(x["index"]), TILE) for x in results[:SHEET]]
+        tiles = [center_crop(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
         lines = [[f"{x['similarity']:.3f}", x["key"]] for x in results]
         title = config.text or str(config.image)
-        contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
+        with files.written_whole(config.sheet) as path:
+            contact_sheet(path, tiles, lines, columns=5, title=title)
     return results
 
 
 class Searcher:
-    """An embedded folder beside its model. ValueError if another model embedded it."""
+    """An embedded folder beside its model. Refused if another model embedded it."""
 
-    def __init__(self, model: Model, folder: Path) -> None:
+    def __init__(self, model: Model, folder: Place) -> None:
         self._model, self._folder = model, folder
         self._embeddings = Embeddings(folder)
         if not (folder / "embed.json").is_file():
-            raise ValueError(f"{folder} has no embed.json; clip-jax embed writes it.")
-        self._told = json.loads((folder / "embed.json").read_text())
+            raise Refused(f"{folder} has no embed.json; clip-jax embed writes it.")
+        self._told = read_json(folder / "embed.json")
+        if missing := {"model", "source", "image_column", "weights"} - self._told.keys():
+            raise Refused(
+                f"{folder / 'embed.json'} is damaged: it has no {min(missing)}. Embed the images "
+                "anew."
+            )
         sample = _sample(model)
         # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
         if len(sample) != len(self._told["weights"]) or not np.allclose(
             sample, self._told["weights"], rtol=1 / 128, atol=1e-6
         ):
-            raise ValueError(
+            raise Refused(
                 f"the embeddings in {folder} are another model's: {self._told['model']} made them. "
                 "Search with that, or embed the images anew."
             )
 
     def search(
-        self, query: str | Path, top: int, index: Literal["exact", "usearch"] = "exact"
+        self, query: str | Place, top: int, index: Literal["exact", "usearch"] = "exact"
     ) -> list[dict[str, Any]]:
         """Find what is closest to a text, or to the image at a path; see `search`."""
-        if isinstance(query, Path):
-            features = self._model.encode_image(self._model.preprocess([query]))
-        else:
+        if isinstance(query, str):
             features = self._model.encode_text(self._model.tokenize([query], truncate=True))
+        else:
+            features = self._model.encode_image(self._model.preprocess([query]))
+        return self.closest(unit(features)[0], top, index)
+
+    def closest(
+        self,
+        features: Float[np.ndarray, " E"],
+        top: int,
+        index: Literal["exact", "usearch"] = "exact",
+    ) -> list[dict[str, Any]]:
+        """Find what is closest to an embedding of unit length; see `search`."""
         find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
         results: list[dict[str, Any]] = []
-        for row, similarity in zip(*find(unit(features)[0], top), strict=True):
+        for row, similarity in zip(*find(features, top), strict=True):
             number, key = self._embeddings.row(int(row))
             results.append({"key": key, "similarity": float(similarity), "index": number})
         return results
@@ -349,8 +387,8 @@ class Searcher:
     def _images(self) -> Images:
         try:
             return open_images(self._told["source"], self._told["image_column"])
-        except ValueError as error:
-            raise ValueError(
+        except Refused as error:
+            raise Refused(
                 f"the images that {self._folder} was made from are not where they were: {error}"
             ) from error
 

@@ -1,12 +1,16 @@
 """Several processes as one run: how they find each other, agree, notice a dead one, and end."""
 
+import contextlib
 import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clip_jax.refused import Refused, check_ranges
+
 # What the compiler is asked for beyond its defaults. A flag of the environment wins.
-TPU_FLAGS = {  # through LIBTPU_INIT_ARGS
+TPU_OPTIONS = {
     # Under `fsdp` the parameters of the next layer are gathered while this one computes: the
     # gathers become asynchronous and are fused with the matmuls beside them.
     "xla_enable_async_all_gather": "true",
@@ -30,13 +36,13 @@ TPU_FLAGS = {  # through LIBTPU_INIT_ARGS
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-GPU_FLAGS = {  # through XLA_FLAGS, and only where there is a GPU: a name it doesn't know is fatal
+GPU_OPTIONS = {  # which, unlike the TPU's, take no words
     # Schedules collectives early and waits for them late. Off by default.
-    "xla_gpu_enable_latency_hiding_scheduler": "true",
+    "xla_gpu_enable_latency_hiding_scheduler": True,
     # In the scan over layers, the next layer's gather may run beside this layer.
-    "xla_gpu_enable_while_loop_double_buffering": "true",
+    "xla_gpu_enable_while_loop_double_buffering": True,
 }
-CPU_FLAGS = {  # through XLA_FLAGS, for simulated devices and processes
+CPU_FLAGS = {  # through XLA_FLAGS, for whatever runs on simulated devices and processes
     # One order for the collectives of a step. Otherwise (jax 0.10, not 0.12) each device starts
     # them as they become ready, and on a busy machine the devices of a 2 × 2 × 2 mesh soon wait
     # for each other in a circle.
@@ -55,16 +61,10 @@ class ProcessesConfig:
     max_starts: int | None = None  # in a row without a new checkpoint; then exit code 2
 
     def __post_init__(self) -> None:
-        if self.heartbeat_seconds < 5:
-            raise ValueError(
-                f"processes.heartbeat_seconds={self.heartbeat_seconds} must be at least 5."
-            )
-        if self.watchdog_minutes <= 0:
-            raise ValueError(
-                f"processes.watchdog_minutes={self.watchdog_minutes} must be more than 0."
-            )
-        if self.max_starts is not None and self.max_starts < 1:
-            raise ValueError(f"processes.max_starts={self.max_starts} must be at least 1.")
+        check_ranges(
+            self, "processes.",
+            heartbeat_seconds="[5, 86400]", watchdog_minutes="(0, 525600]", max_starts="[1, inf)",
+        )  # fmt: skip
 
 
 def start(config: ProcessesConfig) -> None:
@@ -72,7 +72,7 @@ def start(config: ProcessesConfig) -> None:
 
     Cloud TPU, GKE and Slurm (in a step of several tasks) are recognised. Elsewhere the variables
     CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT and
-    CLIP_JAX_PROCESS_INDEX say it, as `launch/local.py` does. ValueError if one of the three lacks.
+    CLIP_JAX_PROCESS_INDEX say it, as `launch/local.py` does. Refused if one of the three lacks.
     """
     _set_flags()
     explicit = {name: os.environ.get(name, "") for name in _EXPLICIT}
@@ -83,7 +83,7 @@ def start(config: ProcessesConfig) -> None:
     if any(explicit.values()):
         if missing := [name for name, value in explicit.items() if not value]:
             given = ", ".join(f"{k}={v}" for k, v in explicit.items() if v)
-            raise ValueError(f"the environment has {given} without {' and '.join(missing)}.")
+            raise Refused(f"the environment has {given} without {' and '.join(missing)}.")
         address, count, index = explicit.values()
         jax.distributed.initialize(
             address, int(count), int(index), cluster_detection_method="deactivate", **timeouts
@@ -92,23 +92,24 @@ def start(config: ProcessesConfig) -> None:
         jax.distributed.initialize(**timeouts)
 
 
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """Return the options under which a training step is compiled, for jax.jit, by platform."""
+    options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS}.get(platform, {})
+    given = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in given}
+
+
 def _set_flags() -> None:
     """Add our flags to the environment, before JAX reads it."""
-    chosen = [("LIBTPU_INIT_ARGS", TPU_FLAGS)]  # which only a TPU's runtime reads
-    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
-    if Path("/dev/nvidiactl").exists() and ("cuda" in platforms or "gpu" in platforms):
-        chosen.append(("XLA_FLAGS", GPU_FLAGS))
     several = (
         int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1
         or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
         or os.environ.get(_EXPLICIT[0])
     )
     if several and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
-        chosen.append(("XLA_FLAGS", CPU_FLAGS))
-    for variable, flags in chosen:
-        given = os.environ.get(variable, "")
-        ours = [f"--{name}={value}" for name, value in flags.items() if name not in given]
-        os.environ[variable] = " ".join([*ours, given]).strip()
+        given = os.environ.get("XLA_FLAGS", "")
+        ours = [f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in given]
+        os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
 
 
 def _surrounded() -> bool:
@@ -127,6 +128,11 @@ def _surrounded() -> bool:
 def is_alone() -> bool:
     """Say whether this process is the only one of its run."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def is_lead() -> bool:
+    """Say whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def leave(code: int) -> int:
@@ -178,6 +184,103 @@ def code_version() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def sigterm() -> Generator[Callable[[], bool]]:
+    """Catch SIGTERM for a while; the function given says whether it came.
+
+    Several processes agree through the preemption service instead, which owns the signal there.
+    """
+    came: list[bool] = []
+    if jax.process_count() > 1:
+        yield lambda: False
+        return
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    except ValueError:  # not the main thread: a notebook's or a test's; nobody signals there
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# Python's own process that frees what the workers share: it has much to free after `_exit`.
+_UNSAID = "ignore:resource_tracker:UserWarning"
+
+
+class Interrupt:
+    """Ctrl-C while the context is entered: exit code 130 and one line, within seconds.
+
+    An exception in the midst of a save would leave threads that wait for one another. So the
+    signal is only noted, and the run asks `check` between two steps. A thread ends the process
+    where that takes too long, in a compilation say, and at once after a second Ctrl-C; it can,
+    since whatever is half written then doesn't count.
+    """
+
+    GRACE_SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self._came = threading.Event()
+        self._ending = threading.Lock()
+        self._grace = self.GRACE_SECONDS
+
+    def __enter__(self) -> None:
+        self._came.clear()
+        if _UNSAID not in sys.warnoptions:  # for those who start from here on
+            sys.warnoptions.append(_UNSAID)
+        self._entered = threading.current_thread() is threading.main_thread()
+        if self._entered:
+            reads, self._writes = os.pipe()
+            os.set_blocking(self._writes, False)
+            self._before = signal.signal(signal.SIGINT, lambda *_: None)
+            # Written to at once, also while the main thread is in C++ and runs no handler.
+            self._wakes = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reads,), daemon=True).start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._entered:
+            return
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._end(self._deadline if self._grace > self.GRACE_SECONDS else 0)
+        signal.set_wakeup_fd(self._wakes)
+        signal.signal(signal.SIGINT, self._before)
+        os.close(self._writes)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the signal came."""
+        if is_lead() and not is_alone():  # the others are aborted when it leaves before them
+            self._grace = 2 * self.GRACE_SECONDS
+        if self._came.is_set():
+            raise KeyboardInterrupt
+
+    def _watch(self, reads: int) -> None:
+        while number := os.read(reads, 1):
+            if number[0] == signal.SIGINT and self._came.is_set():
+                self._end(0)
+            elif number[0] == signal.SIGINT:
+                self._deadline = time.monotonic() + self._grace
+                self._came.set()
+                threading.Thread(target=self._end, args=(self._deadline,), daemon=True).start()
+        os.close(reads)
+
+    def _end(self, at: float) -> None:
+        time.sleep(max(at - time.monotonic(), 0))
+        self._ending.acquire()  # for good: it is said once
+        for child in multiprocessing.active_children():
+            child.kill()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            print(
+                "clip-jax: interrupted; the same command goes on from the newest checkpoint.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        os._exit(130)
+
+
+interrupt = Interrupt()
 
 
 class Watchdog:

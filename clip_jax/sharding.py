@@ -1,7 +1,8 @@
 """The device mesh and the one table that says how every parameter lies on it.
 
-Read the table as: path → the names of its dimensions → (through `DIMENSIONS`) mesh axes. It is
-strict both ways: a parameter without a row and a row without a parameter are errors that name it.
+Read the table as: path → the names of its dimensions (`models.dimensions`) → (through `DIMENSIONS`)
+mesh axes. It is strict both ways: a parameter without a row and a row without a parameter are
+errors that name it.
 """
 
 import functools
@@ -16,17 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.dimensions import table
 from clip_jax.models.layers import Layout
-from clip_jax.models.resnet import SPLIT_STAGES, ResNetConfig
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.short_attention import short
+from clip_jax.refused import Refused, check_ranges
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
 BATCH_AXES = ("data", "fsdp")
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
+# A table of words is split by its width, over both: their number, 901,629 say, divides by nothing.
+WIDTH = ("tensor", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +42,23 @@ class MeshConfig:
     tensor: int = 1  # heads and MLP channels split
 
     def __post_init__(self) -> None:
+        check_ranges(self, "mesh.", **dict.fromkeys(("data", "fsdp", "tensor"), "[-1, inf)"))
         sizes = (self.data, self.fsdp, self.tensor)
-        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-            raise ValueError(
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise Refused(
                 f"mesh sizes must be positive, at most one of them -1, got data={self.data}, "
                 f"fsdp={self.fsdp}, tensor={self.tensor}."
             )
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Return the devices along each axis. ValueError unless all are used."""
+    """Return the devices along each axis. Refused unless all are used."""
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(devices // known, 1)
     if math.prod(sizes) != devices:
-        raise ValueError(
+        raise Refused(
             f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not use "
             f"all {devices} devices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
@@ -68,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if len(slices) == 1 or devices[0].platform != "tpu":
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % len(slices):
-        raise ValueError(
+        raise Refused(
             f"mesh data={sizes[0]} must be a multiple of the {len(slices)} slices, between which "
             "only the data axis may lie; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
@@ -89,7 +94,7 @@ def data_part(mesh: Mesh) -> tuple[int, int]:
     """Return which part of every global batch this process reads, and how many parts there are.
 
     Processes whose devices hold the same rows (those that share a row by `tensor`) read the same
-    part. ValueError if the processes hold unequal or overlapping parts.
+    part. Refused if the processes hold unequal or overlapping parts.
     """
     owners = mesh.devices.reshape(batch_shards(mesh), -1)
     rows: dict[int, set[int]] = {}
@@ -98,7 +103,7 @@ def data_part(mesh: Mesh) -> tuple[int, int]:
             rows.setdefault(device.process_index, set()).add(shard)
     parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(owners):
-        raise ValueError(
+        raise Refused(
             f"mesh {dict(mesh.shape)} gives the {len(rows)} processes unequal parts of a batch; "
             "choose --mesh.tensor so that one divides the other: it and the devices of a process."
         )
@@ -115,6 +120,15 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(
+    rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding, fill: float = 0
+) -> Shaped[Array, "length ..."]:
+    """Fill rows up to `length` and put them on the mesh; every process has all of them."""
+    filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
+    filled[: len(rows)] = rows
+    return jax.make_array_from_callback(filled.shape, on, filled.__getitem__)
+
+
 def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
     """Split activations by rows and nothing else, and gather the parameters that they meet.
 
@@ -122,21 +136,28 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
     `fsdp`, summed over the mesh at every matmul.
     """
     rows = PartitionSpec(BATCH_AXES)
-    width, words = DIMENSIONS["D"], DIMENSIONS["V"]
+    width = DIMENSIONS["D"]
     # In a shard_map a parameter's gradient is summed to where the parameter lies. Unchecked, the
     # sum over `data` comes last and is of the shards alone.
     mapped = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
 
-    @functools.partial(mapped, in_specs=(PartitionSpec(words, width), rows))
-    def lookup(table: Float[Array, "v d"], ids: Int[Array, "b L"]) -> Float[Array, "b L D"]:
-        table = jax.lax.all_gather(table, width, axis=1, tiled=True)
-        found = ids - jax.lax.axis_index(words) * table.shape[0]
-        mine = (found >= 0) & (found < table.shape[0])  # each device knows some of the words
-        return jax.lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, found, 0)], 0), words)
+    def gather(x: Array, over: str, axis: int) -> Array:
+        # From itself alone a CPU would gather by copies, an image tower's kernels for every batch.
+        return jax.lax.all_gather(x, over, axis=axis, tiled=True) if mesh.shape[over] > 1 else x
+
+    @functools.partial(mapped, in_specs=(PartitionSpec(None, WIDTH), rows))
+    def lookup(table: Float[Array, "V w"], ids: Int[Array, "b L"]) -> Float[Array, "b L D"]:
+        # Each device looks up its own width for the texts of all that share the table, and sends
+        # the others theirs: b·L·D numbers, where the table would be V·D.
+        x = table[gather(ids, width, 0)]
+        if mesh.shape[width] > 1:
+            x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        return gather(x, WIDTH[0], 2)
 
     def einsum(equation: str, x: Array, kernel: Array) -> Array:
         left, right, out = re.split(",|->", equation)
-        summed = [DIMENSIONS[n] for n in left if n in right and n not in out and n in "NF"]
+        over = {DIMENSIONS[n] for n in left if n in right and n not in out and n in "NF"}
+        summed = [axis for axis in over if mesh.shape[axis] > 1]
 
         def whole(names: str) -> PartitionSpec:  # rows over the batch axes, channels not split
             axes = {"B": BATCH_AXES, "D": None}
@@ -150,7 +171,7 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
         )  # fmt: skip
         def local(x: Array, kernel: Array) -> Array:
             if "D" in right:
-                kernel = jax.lax.all_gather(kernel, width, axis=right.index("D"), tiled=True)
+                kernel = gather(kernel, width, right.index("D"))
             y = jnp.einsum(equation, x, kernel)
             return jax.lax.psum(y, summed) if summed else y
 
@@ -159,151 +180,71 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
     def conv(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
         @functools.partial(mapped, in_specs=(rows, PartitionSpec(None, None, None, width)))
         def local(x: Array, kernel: Array) -> Array:
-            kernel = jax.lax.all_gather(kernel, width, axis=3, tiled=True)
+            kernel = gather(kernel, width, 3)
             return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
         return local(x, kernel)
 
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
-    return Layout(place, lookup, _attend(mesh, backend), einsum, conv)
+    whole_heads = mesh.shape[DIMENSIONS["N"]] == 1
+    return Layout(place, lookup, _attend(mesh, backend), einsum, conv, whole_heads)
 
 
-def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable:
-    if backend != "splash":
-        return attention.cudnn if backend == "cudnn" else attention.xla
-    heads = PartitionSpec(BATCH_AXES, None, DIMENSIONS["N"], None)
-    interpret = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
+    """Return attention on this mesh: of a kernel each device gets its own rows and heads."""
+    tensor = DIMENSIONS["N"]
+    whole = (BATCH_AXES, None, None, tensor, None)  # of [B, L, S, N, K]; one axis: heads are whole
+    specs = {1: whole[:1], 3: whole[:3], 4: whole[:2] + whole[3:], 5: whole}
+    specs = {ndim: PartitionSpec(*names) for ndim, names in specs.items()}
+    # A mesh of numbers alone runs nothing.
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
+    interpret = device is not None and device.platform == "cpu"
 
-    def attend(q: Array, k: Array, v: Array, mask: attention.Mask) -> Array:
-        # The compiler cannot split a kernel, so each device gets its own rows and heads.
-        kernel = functools.partial(attention.splash, mask=mask, interpret=interpret)
-        return jax.shard_map(
-            kernel, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False
-        )(q, k, v)
+    def split(kernel: Callable[..., Array], ndim: int) -> Callable[..., Array]:
+        def run(*arrays: Array) -> Array:
+            in_specs = tuple(specs[x.ndim] for x in arrays)
+            return jax.shard_map(
+                kernel, mesh=mesh, in_specs=in_specs, out_specs=specs[ndim], check_vma=False
+            )(*arrays)
+
+        return run
+
+    def attend(
+        qkv: attention.QKV, heads: int, causal: bool = False, lengths: attention.Lengths = None
+    ) -> Float[Array, "B L *NK"]:
+        dim, own = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
+        if own != heads and qkv.ndim != 5:
+            raise ValueError(f"qkv {qkv.shape}: channels in one axis, but heads lie split.")
+        chosen = backend
+        if backend == "auto":
+            chosen = attention.choose(device, qkv.shape[1], own, dim, qkv.dtype)
+        match chosen:
+            case "short":
+                return short(qkv, lengths, own, causal, split, interpret)
+            case "splash":
+                kernel = functools.partial(
+                    attention.splash, heads=own, causal=causal, interpret=interpret
+                )
+                if lengths is None:
+                    return split(kernel, 3 if qkv.ndim == 3 else 4)(qkv)
+                padded = lambda qkv, lengths: kernel(qkv, lengths=lengths)  # noqa: E731
+                return split(padded, 3 if qkv.ndim == 3 else 4)(qkv, lengths)
+            case "cudnn":
+                return attention.cudnn(qkv, heads, causal, lengths)
+        return attention.xla(qkv, heads, causal, lengths)
 
     return attend
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """ValueError unless the mesh can split the global batch evenly."""
+def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
+    """Refused unless the mesh can split the global batch evenly."""
     shards = batch_shards(mesh)
     if batch_size % shards:
-        raise ValueError(
+        raise Refused(
             f"batch_size={batch_size} cannot be split over {shards} batch shards "
             f"(mesh data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}); choose a multiple of "
             f"{shards} with --batch-size, or another mesh."
         )
-
-
-# A block's parameters; `depth` is the scanned axis and is never split.
-BLOCK = {
-    "ln_1/scale": "depth -",
-    "ln_1/bias": "depth -",
-    "attn/in_proj/kernel": "depth D S N K",
-    "attn/in_proj/bias": "depth S N K",
-    "attn/out_proj/kernel": "depth N K D",
-    "attn/out_proj/bias": "depth -",
-    "ln_2/scale": "depth -",
-    "ln_2/bias": "depth -",
-    "mlp/c_fc/kernel": "depth D F",
-    "mlp/c_fc/bias": "depth F",
-    "mlp/c_proj/kernel": "depth F D",
-    "mlp/c_proj/bias": "depth -",
-}
-TEXT = {
-    "token_embedding": "V D",
-    "positional_embedding": "L -",
-    "ln_final/scale": "-",
-    "ln_final/bias": "-",
-    "text_projection": "D E",
-}
-VIT = {
-    "conv1/kernel": "P Q C D",
-    "positional_embedding": "L -",
-    "ln_post/scale": "-",
-    "ln_post/bias": "-",
-}
-VIT_MAP_POOL = {
-    "attn_pool/latent": "- - -",
-    "attn_pool/q/kernel": "D N K",
-    "attn_pool/q/bias": "N K",
-    "attn_pool/kv/kernel": "D S N K",
-    "attn_pool/kv/bias": "S N K",
-    "attn_pool/proj/kernel": "N K D",
-    "attn_pool/proj/bias": "-",
-    "attn_pool/norm/scale": "-",
-    "attn_pool/norm/bias": "-",
-    "attn_pool/mlp/c_fc/kernel": "D F",
-    "attn_pool/mlp/c_fc/bias": "F",
-    "attn_pool/mlp/c_proj/kernel": "F D",
-    "attn_pool/mlp/c_proj/bias": "-",
-}
-
-RESNET_POOL = {
-    "attnpool/positional_embedding": "L -",
-    "attnpool/c_proj/kernel": "N K E",
-    "attnpool/c_proj/bias": "E",
-} | {
-    f"attnpool/{name}_proj/{part}": names
-    for name in "qkv"
-    for part, names in (("kernel", "D N K"), ("bias", "N K"))
-}
-
-
-def table(config: CLIPConfig) -> dict[str, str]:
-    """Return path → dimension names for the parameters of one architecture."""
-    rows = {"logit_scale": ""}
-    if config.init_logit_bias is not None:
-        rows["logit_bias"] = ""
-    rows |= _under("text", TEXT) | _under("text/transformer/resblocks", BLOCK)
-    if config.text.projection_bias:
-        rows["text/text_projection_bias"] = "-"
-    if isinstance(config.vision, ResNetConfig):
-        return rows | resnet_rows(config.vision)
-    return rows | vit_rows(config.vision)
-
-
-def resnet_rows(vision: ResNetConfig) -> dict[str, str]:
-    """Return the rows of a ResNet, of which the late stages are split."""
-    norms = [f"bn{i}" for i in (1, 2, 3)]
-    kernels = {f"conv{i}/kernel": "P Q C O" for i in (1, 2, 3)}
-    for stage, depth in enumerate(vision.layers, start=1):
-        names = "P Q C D" if stage in SPLIT_STAGES else "P Q C O"
-        for i in range(depth):
-            block = f"layer{stage}/{i}"
-            kernels |= {f"{block}/conv{j}/kernel": names for j in (1, 2, 3)}
-            norms += [f"{block}/bn{j}" for j in (1, 2, 3)]
-            if i == 0:
-                kernels[f"{block}/downsample/0/kernel"] = names
-                norms.append(f"{block}/downsample/1")
-    parameters = {f"{norm}/{part}": "-" for norm in norms for part in ("scale", "bias")}
-    statistics = {f"{norm}/{part}": "-" for norm in norms for part in ("mean", "var")}
-    return _under("visual", kernels | parameters | RESNET_POOL) | _under(
-        "batch_stats/visual", statistics
-    )
-
-
-def vit_rows(vision: ViTConfig) -> dict[str, str]:
-    """Return the rows of a vision transformer with its options."""
-    rows = VIT | {f"transformer/resblocks/{path}": names for path, names in BLOCK.items()}
-    if vision.layer_scale is not None:
-        gammas = ("ls_1/gamma", "ls_2/gamma")
-        rows |= {f"transformer/resblocks/{path}": "depth -" for path in gammas}
-    if vision.class_token:
-        rows["class_embedding"] = "-"
-    if vision.pre_norm:
-        rows |= {"ln_pre/scale": "-", "ln_pre/bias": "-"}
-    if vision.patch_bias:
-        rows["conv1/bias"] = "-"
-    if vision.pool == "map":
-        rows |= VIT_MAP_POOL
-    if vision.projection:
-        rows["proj"] = "D E"
-    return _under("visual", rows)
-
-
-def _under(prefix: str, rows: dict[str, str]) -> dict[str, str]:
-    return {f"{prefix}/{path}": names for path, names in rows.items()}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -319,32 +260,33 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
         name = path_name(path)
         if name not in rows:
-            raise ValueError(f"parameter {name} {x.shape} has no row in sharding.table.")
+            raise ValueError(f"parameter {name} {x.shape} has no row in dimensions.table.")
         used.add(name)
         dims = rows[name].split()
         if len(dims) != len(x.shape):
             raise ValueError(f"parameter {name} {x.shape} does not fit its row {rows[name]!r}.")
-        axes = []
-        for dim, size in zip(dims, x.shape, strict=True):
-            axis = DIMENSIONS.get(dim)
-            if axis and size % mesh.shape[axis]:
-                raise ValueError(
+        axes = [WIDTH if dim == "W" else DIMENSIONS.get(dim) for dim in dims]
+        for dim, size, axis in zip(dims, x.shape, axes, strict=True):
+            parts = {a: mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ())}
+            if size % math.prod(parts.values()):
+                over = " × ".join(f"{a}={n}" for a, n in parts.items())
+                raise Refused(
                     f"{name} {x.shape}: dimension {dim}={size} cannot be split over mesh axis "
-                    f"{axis}={mesh.shape[axis]}; change --mesh.{axis}."
+                    f"{over}; change " + " or ".join(f"--mesh.{a}" for a in parts) + "."
                 )
-            axes.append(axis)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if unused := rows.keys() - used:
-        raise ValueError(f"rows of sharding.table match no parameter: {sorted(unused)}.")
+        raise ValueError(f"rows of dimensions.table match no parameter: {sorted(unused)}.")
     return shardings
 
 
 def like_params(tree: Any, shardings: Params, mesh: AnyMesh) -> Any:
     """Shard whatever mirrors the parameters (moments, averages) as they are; scalars are copied.
 
-    Raises ValueError for an array whose path does not end in a parameter's path.
+    A dimension of length 1, along which a moment is a mean, is not split. Raises ValueError for an
+    array whose path does not end in a parameter's path.
     """
     flat = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
 
@@ -354,7 +296,9 @@ def like_params(tree: Any, shardings: Params, mesh: AnyMesh) -> Any:
         parts = path_name(path).split("/")
         for start in range(len(parts)):
             if (name := "/".join(parts[start:])) in flat:
-                return flat[name]
+                axes = zip(x.shape, flat[name].spec, strict=True)
+                spec = PartitionSpec(*(None if size == 1 else axis for size, axis in axes))
+                return NamedSharding(mesh, spec)
         raise ValueError(f"{'/'.join(parts)} {x.shape} mirrors no parameter.")
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

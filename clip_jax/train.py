@@ -4,41 +4,36 @@ import contextlib
 import functools
 import json
 import math
-import signal
-import socket
-import statistics
 import tempfile
-from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from clip_jax import processes, sharding
-from clip_jax.checkpoint import Checkpoints, count_start
-from clip_jax.config import Config, check_processes_agree, check_resumable
-from clip_jax.data.pipeline import Batch, build
-from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.load import starting_params
-from clip_jax.metrics import (
-    Clock,
-    Display,
-    Goodput,
-    Lines,
-    Profiler,
-    Writer,
-    copy_tree,
-    is_local,
-    peak_memory,
-    replace_text,
+from clip_jax import files, processes, sharding
+from clip_jax.checkpoint import Checkpoints, Restored, restore_step
+from clip_jax.config import (
+    Config,
+    branch_point,
+    check_branch,
+    check_processes_agree,
+    check_resumable,
+    with_order,
 )
-from clip_jax.models.clip import CLIP, count
-from clip_jax.models.serialize import to_dict
-from clip_jax.optim import averaged, make_optimizer
-from clip_jax.scaling import flops
-from clip_jax.scaling.chips import peak_flops
-from clip_jax.step import init_state, jit_step, state_shardings
+from clip_jax.data.images import Preprocess
+from clip_jax.data.pipeline import Batch, Pipeline, build
+from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.evals.evaluator import Encoder, Evaluations
+from clip_jax.loading import starting_params
+from clip_jax.metrics import Clock, Profiler, Reports
+from clip_jax.models.clip import count
+from clip_jax.optim import averaged
+from clip_jax.refused import Refused
+from clip_jax.serialize import to_dict
+from clip_jax.step import Program, State
+from clip_jax.workdir import Claim, count_start
 
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run counts as lost
 
@@ -52,116 +47,287 @@ class Preempted(Exception):
 
 
 def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
-    """Train to `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
+    """Train to `config.end`, going on from the newest checkpoint in `workdir` if there is one.
 
-    `workdir` may be in a bucket (`gs://`). Where there are several processes, all call this alike.
-    Returns what `result.json` holds. Raises ValueError for a config that cannot run or does not
-    fit the work directory, Diverged for a loss that is not finite, Preempted after SIGTERM.
+    `workdir` may be in a bucket (`gs://`, `s3://`). Where there are several processes, all call
+    this alike. Returns what `result.json` holds. Raises Refused for a config that cannot run or
+    does not fit the work directory, Diverged for a loss that is not finite, Preempted at SIGTERM.
     """
-    clock = Clock()
-    workdir = epath.Path(workdir if not is_local(workdir) else Path(workdir).absolute())
-    lead = jax.process_index() == 0  # the one process that writes
-    processes.keep_compiled(config.compilation_cache, workdir)
+    workdir = epath.Path(workdir if files.is_remote(workdir) else Path(workdir).absolute())
+    files.check_destination(workdir, "--workdir")
+    with Claim(workdir) as claim:
+        run = set_up(config, workdir, claim)
+        loop(run)
+        return end(run)
 
-    # ---------------------------------------------------------------- mesh, model, data
+
+# ------------------------------------------------------------------ set-up
+
+
+@dataclass
+class Run:
+    """What a run holds while it goes on."""
+
+    config: Config
+    workdir: epath.Path
+    program: Program
+    pipeline: Pipeline
+    evaluations: Evaluations
+    checkpoints: Checkpoints
+    reports: Reports
+    profiler: Profiler
+    watchdog: processes.Watchdog
+    clock: Clock
+    start: int  # the step that it goes on from
+    state: State
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model to evaluate, with the average of its weights where the optimizer keeps one."""
+        config, program = self.config.model, self.program
+        preprocess = Preprocess(
+            image_size=config.vision.image_size, mean=config.image_mean, std=config.image_std
+        )
+        tokenizer, length = make_tokenizer(config.text), config.text.context_length
+        return Encoder(
+            program.model, averaged(self.state.opt_state, self.state.params), program.mesh,
+            preprocess, lambda texts: tokenizer(texts, length, True),
+        )  # fmt: skip
+
+
+def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
+    """Make every part of the run; with the state that the loop begins with. See `train`."""
+    clock = Clock()
+    processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
-    part, parts = sharding.data_part(mesh)
-    model = CLIP(config.model)
-    optimizer = make_optimizer(config.optim, config.steps)
-    pipeline = build(
+    program = Program(config.recipe, mesh)
+    trunk, branched = None, 0
+    if config.branch_from:
+        run, branched = branch_point(config.branch_from)
+        trunk = epath.Path(run)
+        config = with_order(trunk, config)
+    config = with_order(workdir, config)
+    pipeline = open_data(config, *sharding.data_part(mesh))
+    config = replace(config, data=replace(config.data, order=pipeline.order))  # for good
+    evaluations = Evaluations(config.evals, config.end)
+    check_best(config, evaluations)
+
+    claim.take()
+    check_resumable(workdir, config)
+    differs = check_branch(trunk, config) if trunk else []
+    if processes.is_lead():
+        vocabulary.keep(config.model.text.tokenizer, str(workdir))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    start = checkpoints.latest_step() or branched
+    agree(config, workdir, pipeline, evaluations, start)
+    watchdog = processes.Watchdog(
+        config.processes.watchdog_minutes,
+        f"The newest checkpoint in {workdir} is intact: the same command goes on from it.",
+    )
+    if start:
+        with clock.measure("restore"), watchdog:
+            if trunk and not checkpoints.latest_step():
+                begun = branch(config, program, trunk, start)
+                if processes.is_lead():
+                    record = {"from": config.branch_from, "differs": differs}
+                    files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
+            else:
+                begun = restore(config, checkpoints.restore(program.state))
+    else:
+        begun = Restored(0, begin(config, program), {})
+    start = begun.step
+
+    reports = Reports(
+        workdir, clock,
+        start=start, steps=config.steps, devices=mesh.size, samples_after=config.samples_after,
+        flops_after=config.flops_after, compiling_after={start, *config.double_batch_at},
+        steps_kept=begun.position.get("seconds/steps", math.inf),
+    )  # fmt: skip
+    reports.result["unique_samples"] = pipeline.num_samples
+    for line in begun.said:
+        reports.line(line)
+    from_where = f"going on from step {start}" if start else "from the beginning"
+    reports.line(
+        f"{count(begun.state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an "
+        f"epoch, mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind} on "
+        f"{jax.process_count()} processes, {from_where} to step {config.end}, in {workdir}"
+    )
+    profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
+    return Run(
+        config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,
+        clock, start, begun.state,
+    )  # fmt: skip
+
+
+def open_data(config: Config, part: int, parts: int) -> Pipeline:
+    """Open this process's part of the training data."""
+    return build(
         config.data,
-        tokenizer=Tokenizer(config.model.text.vocab_size),
+        tokenizer=make_tokenizer(config.model.text),
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
         batch_size=config.batch_size,
         process_index=part,
         process_count=parts,
     )
-    evaluators = [evaluator.make() for evaluator in config.evals]
-    shardings = state_shardings(model, optimizer, mesh)
 
-    # ---------------------------------------------------------------- work directory, agreement
-    check_resumable(workdir, config)
-    if lead:
-        workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
-    start = checkpoints.latest_step() or 0
+
+def agree(
+    config: Config, workdir: epath.Path, pipeline: Pipeline, evaluations: Evaluations, start: int
+) -> None:
+    """Refused unless all processes mean the same run, and it has not failed here too often."""
     facts = {
         "config": to_dict(config),
         "code": f"{processes.code_version()}, jax {jax.__version__}",
         "data": pipeline.fingerprint(),
+        "vocabulary": vocabulary.digest(config.model.text.tokenizer),
+        "data sets of evaluators": evaluations.measured(),
         "resume step": start,
     }
     check_processes_agree(processes.gather(facts))
-    if lead:
-        replace_text(workdir / "config.json", json.dumps(to_dict(config), indent=1))
-    begun = count_start(workdir / "starts.json", start) if lead else 0
+    begun = 0
+    if processes.is_lead():
+        files.write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=1))
+        begun = count_start(workdir / "starts.json", start)
     if processes.gather(begun)[0] > (config.processes.max_starts or math.inf):
-        raise ValueError(
+        raise Refused(
             f"the last {config.processes.max_starts} starts in {workdir} all began at step {start} "
             "and ended without a new checkpoint; their last words say why. To try again, delete "
             "starts.json there or raise --processes.max-starts."
         )
 
-    # ---------------------------------------------------------------- state
-    display = Display(config.steps, start, quiet=not lead)
-    watchdog = processes.Watchdog(
-        config.processes.watchdog_minutes,
-        f"The newest checkpoint in {workdir} is intact: the same command goes on from it.",
-    )
-    init = functools.partial(init_state, model=model, optimizer=optimizer)
-    key = jax.random.key(config.seed)
-    steps_kept = math.inf  # seconds spent on steps until the checkpoint
-    if start:
-        with clock.measure("restore"), watchdog:
-            shapes = jax.eval_shape(init, key)
-            state, position = checkpoints.restore(shapes, shardings, start)
-        if position["samples"] != start * config.batch_size:
-            raise ValueError(
-                f"the checkpoint of step {start} stands at sample {position['samples']}, which "
-                f"batch_size={config.batch_size} does not reach; use the batch size it was "
-                "trained with, or another --workdir."
-            )
-        steps_kept = position.get("seconds/steps", math.inf)
-    else:
-        given = {}
-        if config.init_from:
-            given = starting_params(config.init_from, config.model, config.init_towers)
-        state = jax.jit(init, out_shardings=shardings)(key, given=given)
-    step_fn = jit_step(
-        model, config.optim, config.steps, config.loss, mesh, shardings,
-        accumulation=config.accumulation, seed=config.seed,
-    )  # fmt: skip
 
-    # ---------------------------------------------------------------- reports
-    writer = Writer(workdir, start) if lead else None
-    skipped = Lines(workdir / "skipped.jsonl", start) if lead else None
-    skipped_here: list[dict[str, Any]] = []  # since the last report
-    profiler = Profiler(config.profile_steps if lead else None, workdir)
-    step_flops = flops.training(
-        config.model,
-        config.batch_size,
-        patch_dropout=getattr(config.model.vision, "patch_dropout", 0.0),
-        locked=config.optim.locked,
-    ).total
-    device = jax.devices()[0]
-    peak = peak_flops(device.device_kind)
-    result = json.loads(text) if (text := _read(workdir / "result.json")) else {}
-    goodput = Goodput(clock, result, steps_kept)
-    display.line(
-        f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an epoch, "
-        f"mesh {dict(mesh.shape)} of {device.device_kind} on {jax.process_count()} processes, "
-        + (f"going on from step {start}" if start else "from the beginning")
-        + f" to step {config.steps}, in {workdir}"
-    )
+def check_best(config: Config, evaluations: Evaluations) -> None:
+    """Refused where no evaluator gives the result by which the best checkpoint is kept."""
+    if config.checkpoint.best and config.checkpoint.best_of == "run":
+        evaluations.check_gives(config.checkpoint.best)
 
-    def check_finite(step: int, metrics: dict[str, float], batch: Batch) -> None:
+
+def begin(config: Config, program: Program) -> State:
+    """Draw the state, with the weights that the config wants to begin with."""
+    if not config.init_from:
+        return program.init()
+    return program.init(starting_params(config.init_from, config.model, config.init_towers))
+
+
+def branch(config: Config, program: Program, trunk: epath.Path, start: int) -> Restored:
+    """Read the state that another run had at a step. Its seconds are its own."""
+    found = restore(config, restore_step(trunk, start, program.state))
+    return replace(found, position={"seconds/steps": 0.0})
+
+
+def restore(config: Config, found: Restored) -> Restored:
+    """Check that what was read stands where this config's batches lead."""
+    if found.position["samples"] != config.samples_after(found.step):
+        raise Refused(
+            f"the checkpoint of step {found.step} stands at sample {found.position['samples']}, "
+            f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}) does "
+            "not reach; use the batches it was trained with, or another --workdir."
+        )
+    return found
+
+
+# ------------------------------------------------------------------ loop
+
+
+def loop(run: Run) -> None:
+    """Take the steps that are left; report, evaluate and save whenever one is due."""
+    config, program, clock, reports = run.config, run.program, run.clock, run.reports
+    batches = run.pipeline.batches(run.start, config.double_batch_at)
+    health = Health(run)
+    first, compiling = run.start + 1, {run.start, *config.double_batch_at}
+    with contextlib.ExitStack() as stack:
+        terminated = stack.enter_context(processes.sigterm())
+        stack.callback(reports.close)
+        stack.push(functools.partial(_close, run.checkpoints))
+        stack.callback(batches.close)
+        stack.callback(run.profiler.close)
+        stack.enter_context(run.watchdog)
+        reports.begin()
+        for step in range(first, config.end + 1):
+            run.profiler.before(step)
+            with clock.measure("input"):
+                batch = next(batches)
+                arrays = program.place(vars(batch), step - 1)
+            reports.skip(step, batch.skipped)
+            reports.read(vars(batch.reading))
+            new = step - 1 in compiling
+            with clock.measure("compile") if new else contextlib.nullcontext():
+                run.state, metrics = program.step(run.state, arrays)
+                if new:
+                    jax.block_until_ready(metrics)
+            health.follow(step, metrics, batch)
+            if run.profiler.after(step, metrics):
+                reports.line(f"profile of steps {config.profile_steps} in {run.workdir}/profile")
+
+            last = step == config.end
+            stop = run.checkpoints.reached_preemption(step) or terminated()
+            saving = stop or last or run.checkpoints.should_save(step)
+            reporting = last or step % config.report_every == 0
+            evaluating = run.evaluations.due(step)
+            if saving or reporting or evaluating:
+                numbers = health.check()  # before anything of this step is kept
+                if reporting:
+                    reports.report(step, numbers)
+                results = evaluate(run, step) if evaluating else {}
+                if saving or run.checkpoints.is_best(results):
+                    save(run, step, results)
+                reports.write_down()
+                run.watchdog.beat()
+            reports.advance(step)
+            processes.interrupt.check()
+            if stop:
+                run.checkpoints.wait()
+                raise Preempted(
+                    f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}."
+                )
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Run the evaluators that are due, on the run's own mesh; return what they found."""
+    results: dict[str, float] = {}
+    with run.clock.measure("evaluation"):
+        for values in run.evaluations.run(step, run.encoder):
+            run.watchdog.beat()
+            run.reports.evaluated(step, values)
+            results |= values
+    check_best(run.config, run.evaluations)
+    return results
+
+
+def save(run: Run, step: int, results: dict[str, float]) -> None:
+    """Save state and data position; a checkpoint's numbers are there before it counts."""
+    position = {"samples": run.config.samples_after(step), **run.reports.position()}
+    with run.clock.measure("save"):
+        run.checkpoints.save(step, run.state, position, results)
+    run.reports.flush()
+
+
+class Health:
+    """Whether the loss is still a number, asked one step behind: so the device never waits."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._last: tuple[int, dict[str, jax.Array], Batch] | None = None
+
+    def follow(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
+        """Take a step's metrics, which are still being computed; check those of the one before."""
+        if self._last:
+            self.check()
+            self._run.watchdog.beat()
+        self._last = (step, metrics, batch)
+
+    def check(self) -> dict[str, float]:
+        """Wait for the newest step's metrics and return them; Diverged if they are no numbers."""
+        assert self._last
+        step, arrays, batch = self._last
+        with self._run.clock.measure("device"):  # a host that never waits holds all back
+            metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         in_a_row = int(metrics.get("skipped_in_a_row", 0))
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        if (finite and not in_a_row) or 0 < in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
-        saved = checkpoints.latest_step()
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if (is_finite and not in_a_row) or 0 < in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return metrics
+        saved = self._run.checkpoints.latest_step()
         raise Diverged(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
             + (f", {in_a_row} updates skipped in a row. " if in_a_row else ". ")
@@ -170,191 +336,32 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
             + " Lower --optim.learning-rate, set --optim.clip-norm, or look at these samples."
         )
 
-    def fetch(metrics: dict[str, jax.Array]) -> dict[str, float]:
-        with clock.measure("device"):  # waiting for it; a host that never waits holds all back
-            return {name: float(value) for name, value in jax.device_get(metrics).items()}
-
-    def report(step: int, metrics: dict[str, float], reported: int) -> None:
-        wall, seconds = clock.lap()
-        elsewhere = sum(seconds.get(name, 0) for name in ("evaluation", "save", "compile"))
-        training = max(wall - elsewhere, 1e-9)
-        steps = step - reported - ("compile" in seconds)  # the first step is in "compile"
-        images = steps * config.batch_size
-        hosts = processes.gather(
-            {
-                "host": socket.gethostname(),
-                "busy": training - seconds.get("device", 0),
-                "input": seconds.get("input", 0),
-            }
-        )
-        busy = [host["busy"] for host in hosts]
-        values = {
-            "samples_seen": step * config.batch_size,
-            **metrics,
-            "images_per_second": images / training,
-            "images_per_second_per_device": images / training / mesh.size,
-            "model_flops_per_step": step_flops,
-            "input_wait": max(host["input"] for host in hosts) / training,
-            "seconds": clock.elapsed(),
-            **goodput.values(),
-        }
-        if len(hosts) > 1:
-            slowest = busy.index(max(busy))
-            values |= {
-                "slowest_process": slowest,
-                "slowest_host": hosts[slowest]["host"],
-                "slowest_input_wait": hosts[slowest]["input"] / training,
-                "busy_seconds_per_step": max(busy) / max(steps, 1),  # the slowest's own work
-                "median_busy_seconds_per_step": statistics.median(busy) / max(steps, 1),
-            }
-        if peak:
-            values["mfu"] = step_flops * steps / training / (peak * mesh.size)
-        if (bytes_ := peak_memory()) is not None:
-            values["peak_memory_bytes"] = bytes_
-        display.report(step, values)
-        result.update(step=step, samples_seen=values["samples_seen"], loss=metrics["loss"])
-        if writer:
-            writer.write(step, values)
-
-    def evaluate(step: int) -> None:
-        with clock.measure("evaluation"):
-            for evaluator in evaluators:
-                if step % evaluator.every_steps and step != config.steps:
-                    continue
-                params = averaged(state.opt_state, state.params)
-                values = dict(evaluator.run(model, params, mesh))
-                watchdog.beat()
-                result.update(values)
-                display.line(
-                    f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-                )
-                if writer:
-                    writer.write(step, values)
-
-    def save(step: int) -> None:
-        with clock.measure("save"):
-            kept = {"seconds/steps": goodput.values()["seconds/steps"]}
-            checkpoints.save(step, state, {"samples": step * config.batch_size, **kept})
-
-    def write_down() -> None:
-        """Bring what was reported to the work directory; all processes at once."""
-        rows = [row for rows in processes.gather(skipped_here) for row in rows]
-        skipped_here.clear()
-        if skipped and rows:
-            skipped.write(*sorted(rows, key=lambda row: (row["step"], row["position"])))
-        if lead:
-            result.update(goodput.values())
-            replace_text(workdir / "result.json", json.dumps(result, indent=1))
-
-    # ---------------------------------------------------------------- the loop
-    batches = pipeline.batches(start)
-    placed = sharding.batch_sharding(mesh)
-    last: tuple[int, Any, Batch] | None = None  # one step behind, so that the device never waits
-    metrics: dict[str, float] = {}
-    reported = start
-    clock.total["init"] = clock.elapsed() - clock.total["restore"]
-    clock.lap()
-    with contextlib.ExitStack() as stack:
-        terminated = stack.enter_context(_sigterm())
-        if writer and skipped:
-            stack.callback(writer.close)
-            stack.callback(skipped.flush)
-        stack.push(functools.partial(_close, checkpoints))
-        stack.callback(batches.close)
-        stack.callback(profiler.close)
-        stack.callback(display.close)
-        stack.enter_context(watchdog)
-        for step in range(start + 1, config.steps + 1):
-            profiler.before(step)
-            with clock.measure("input"):
-                batch = next(batches)
-                arrays = {
-                    name: jax.make_array_from_process_local_data(placed, getattr(batch, name))
-                    for name in ("image", "text")
-                }
-            skipped_here += [{"step": step, **event} for event in batch.skipped]
-            if step == start + 1:
-                with clock.measure("compile"):
-                    state, device_metrics = jax.block_until_ready(step_fn(state, arrays))
-            else:
-                state, device_metrics = step_fn(state, arrays)
-            if last:
-                check_finite(last[0], fetch(last[1]), last[2])
-                watchdog.beat()
-            last = (step, device_metrics, batch)
-            if profiler.after(step, device_metrics):
-                display.line(f"profile of steps {config.profile_steps} in {workdir}/profile")
-
-            stop = checkpoints.reached_preemption(step) or terminated()
-            saving = stop or checkpoints.should_save(step) or step == config.steps
-            reporting = step % config.report_every == 0 or step == config.steps
-            evaluating = step == config.steps or any(step % e.every_steps == 0 for e in evaluators)
-            if saving or reporting or evaluating:
-                metrics = fetch(device_metrics)
-                check_finite(step, metrics, batch)  # before anything of this step is kept
-            if reporting:
-                report(step, metrics, reported)
-                reported = step
-            if evaluating:
-                evaluate(step)
-            if saving:
-                save(step)
-                if writer and skipped:  # a checkpoint's numbers are there before it counts
-                    writer.flush()
-                    skipped.flush()
-            if saving or reporting or evaluating:
-                write_down()
-                watchdog.beat()
-            display.advance(step)
-            if stop:
-                checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM at step {step}, which is saved in {workdir}.")
-
-    # ---------------------------------------------------------------- pictures, last words
-    with tempfile.TemporaryDirectory() as scratch:
-        for evaluator in evaluators:
-            if draw := getattr(evaluator, "draw", None):
-                params = averaged(state.opt_state, state.params)
-                draw(model, params, mesh, Path(scratch))  # all compute, one keeps
-        if lead:
-            copy_tree(Path(scratch), workdir / "evals")
-    minutes = clock.elapsed() / 60
-    display.line(goodput.describe())
-    display.line(
-        f"done in {minutes:.1f} min: {workdir} (metrics.jsonl, result.json, evals/, checkpoints/). "
-        f"Next: clip-jax evaluate {workdir}, or tensorboard --logdir {workdir}/tensorboard"
-    )
-    return result
-
 
 def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: object) -> None:
-    """Finish writing, except where one of several processes fails alone: the others wait for it."""
+    """Finish writing, unless somebody wants it to end, or one of several processes fails alone:
+    the others wait for it."""
+    if kind is not None and issubclass(kind, KeyboardInterrupt):
+        return
     alone = kind is not None and not issubclass(kind, Preempted | Diverged)
     if not alone or jax.process_count() == 1:
         checkpoints.wait()
         checkpoints.close()
 
 
-def _read(path: epath.Path) -> str | None:
-    return path.read_text() if path.exists() else None
+# ------------------------------------------------------------------ end
 
 
-@contextlib.contextmanager
-def _sigterm() -> Generator[Callable[[], bool]]:
-    """Catch SIGTERM for a while; the function given says whether it came.
-
-    Several processes agree through the preemption service instead, which owns the signal there.
-    """
-    came: list[bool] = []
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not the main thread: a notebook's or a test's; nobody signals there
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def end(run: Run) -> dict[str, Any]:
+    """Draw what the evaluators can draw, say where everything is, and return the result."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run.evaluations.draw(run.encoder, Path(scratch))
+        if processes.is_lead():
+            files.copy_tree(Path(scratch), run.workdir / "evals")
+    workdir = run.workdir
+    run.reports.line(run.reports.goodput.describe())
+    run.reports.line(
+        f"done in {run.clock.elapsed() / 60:.1f} min: {workdir} (metrics.jsonl, result.json, "
+        f"evals/, checkpoints/). Next: clip-jax evaluate {workdir}, or tensorboard --logdir "
+        f"{workdir}/tensorboard"
+    )
+    return run.reports.result

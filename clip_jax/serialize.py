@@ -1,0 +1,103 @@
+"""Configurations as JSON and back, strictly: what a file says is checked against the dataclass."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from clip_jax.files import place
+from clip_jax.refused import Refused
+
+
+def to_dict(config: Any) -> Any:
+    """Write nested dataclasses as JSON values; each says its type, since fields may be unions."""
+    if dataclasses.is_dataclass(config):
+        values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **values}
+    if isinstance(config, list | tuple):
+        return [to_dict(x) for x in config]
+    if isinstance(config, bool | int | float | str | None):
+        return config
+    return str(config)  # paths
+
+
+def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
+    """Read a value of the annotated type `kind` from what `to_dict` wrote.
+
+    Fields that are missing take their defaults, so that older files stay readable. Raises
+    Refused that names the place for an unknown field, a wrong type or a value out of range.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, data, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if data not in args:
+            raise Refused(f"{where} is {data!r}; it must be one of {list(args)}.")
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(args, data, where)
+    if origin is tuple:
+        return _read_tuple(args, data, where)
+    if origin is list:
+        return list(_read_tuple((args[0], ...), data, where))
+    if kind is Any:
+        return data
+    if kind is float and type(data) is int:
+        return float(data)
+    if kind in (bool, int, float, str, type(None)):
+        if type(data) is not kind:
+            raise Refused(f"{where} is {data!r}; it must be of type {kind.__name__}.")
+        return data
+    if not isinstance(data, str):
+        raise Refused(f"{where} is {data!r}; it must be a string.")
+    return place(data)  # a path or a URL
+
+
+def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise Refused(f"{where} is {data!r}; it must be an object with {kind.__name__}'s fields.")
+    data = dict(data)
+    name = data.pop("type", kind.__name__)
+    if name != kind.__name__:
+        raise Refused(f"{where}.type is {name!r}; it must be {kind.__name__!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise Refused(
+            f"{where} has unknown fields {unknown}; {kind.__name__} has {', '.join(fields)}."
+        )
+    values = {key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    missing = [
+        name for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise Refused(f"{where} lacks {', '.join(missing)}, which {kind.__name__} needs.")
+    return kind(**values)
+
+
+def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
+    if isinstance(data, dict) and any(dataclasses.is_dataclass(k) for k in kinds):
+        by_name = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
+        name = data.get("type")
+        if name not in by_name:
+            raise Refused(f"{where}.type is {name!r}; it must be one of {sorted(by_name)}.")
+        return from_dict(by_name[name], data, where)
+    errors = []
+    for kind in kinds:
+        try:
+            return from_dict(kind, data, where)
+        except Refused as error:
+            errors.append(str(error))
+    raise Refused(errors[0] if len(set(errors)) == 1 else " Or: ".join(errors))
+
+
+def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(data, list | tuple):
+        raise Refused(f"{where} is {data!r}; it must be a list.")
+    if kinds[-1:] == (...,):
+        kinds = (kinds[0],) * len(data)
+    if len(data) != len(kinds):
+        raise Refused(f"{where} has {len(data)} values; it must have {len(kinds)}.")
+    pairs = enumerate(zip(kinds, data, strict=True))
+    return tuple(from_dict(k, x, f"{where}[{i}]") for i, (k, x) in pairs)

@@ -1,0 +1,276 @@
+"""A run's work directory: who may write to it, and what in it can no longer be read."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from clip_jax import files, processes
+from clip_jax.files import Place
+from clip_jax.refused import Refused
+from clip_jax.unreachable import Unreachable
+
+LEASE_SECONDS = 45  # without a sign of life after which a training in a bucket counts as dead
+RENEW_SECONDS = 10
+_UPLOAD_SECONDS = 60  # between rewritings of a file in a bucket, which cannot append
+_OUT_OF_REACH = (OSError, Refused, Unreachable)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def warn(line: str) -> None:
+    """Say something before the run has a display of its own."""
+    print(f"clip-jax: {line}", file=sys.stderr, flush=True)
+
+
+class Claim:
+    """One training, or watching, at a time in a folder: from `take` until the context is left.
+
+    On a disk a lock of the file system's, which ends with its process. In a bucket a lease: a
+    chain of numbered objects, each of which only one process can create; whoever made the newest
+    holds it, and makes the next every few seconds. A lease that ends so is taken over.
+    """
+
+    def __init__(self, workdir: epath.Path, work: str = "training") -> None:
+        self._workdir, self._work = workdir, work
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def take(self) -> None:
+        """Claim the directory, for all processes at once; Refused where another has it."""
+        refusal = ""
+        if processes.is_lead():
+            take = _lease if files.is_remote(self._workdir) else _lock
+            try:
+                self._held.callback(take(self._workdir, self._work))
+            except Refused as error:
+                refusal = str(error)
+        if refusal := processes.gather(refusal)[0]:
+            raise Refused(refusal)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}
+
+
+def _taken(workdir: epath.Path, work: str, holder: dict[str, Any]) -> Refused:
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+    or_else = ", or choose another --workdir for this run" if work == "training" else ""
+    return Refused(f"{who} is {work} in {workdir}; end it first{or_else}.")
+
+
+def _lock(workdir: epath.Path, work: str) -> Callable[[], None]:
+    """Lock a file, and note in it who did; return what unlocks it."""
+    files.make_folder(workdir)
+    path = workdir / "lock"
+    with files.writing(path):
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:  # some cluster file systems: better unlocked than not at all
+            return lambda: os.close(number)
+        os.close(number)
+        raise _taken(workdir, work, parse(path.read_bytes()) or {}) from error
+    with files.writing(path):
+        os.ftruncate(number, 0)
+        os.pwrite(number, json.dumps(_me()).encode(), 0)
+    return lambda: os.close(number)
+
+
+def _lease(workdir: epath.Path, work: str) -> Callable[[], None]:
+    """Take the lease when it is free; return what gives it back."""
+    folder, me = f"{workdir}/lease", _me()
+    number, holder = _newest(folder)
+    free = not holder or holder.get("released")
+    if not free:
+        warn(
+            f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that has "
+            f"died, this {work} begins within {LEASE_SECONDS} seconds."
+        )
+    since = time.monotonic()
+    while not free or not _extend(folder, number + 1, me):
+        if not free:
+            time.sleep(RENEW_SECONDS / 5)
+        seen = number
+        number, holder = _newest(folder)
+        free = holder.get("released") or time.monotonic() > since + LEASE_SECONDS
+        if number != seen and not holder.get("released"):
+            raise _taken(workdir, work, holder)
+    return _Renewal(folder, number + 1, me, work).end
+
+
+def _numbers(folder: str) -> list[int]:
+    return [int(path.rpartition("/")[2]) for path in files.walk(folder)]
+
+
+def _newest(folder: str) -> tuple[int, dict[str, Any]]:
+    """Return number and content of the newest object; 0 and {} where there is none."""
+    while True:
+        number = max(_numbers(folder), default=0)
+        if not number:
+            return 0, {}
+        with contextlib.suppress(FileNotFoundError):  # the next one came while we looked
+            return number, json.loads(files.read(f"{folder}/{number:012d}"))
+
+
+def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
+    """Create the next object and remove the one before; False where another was faster."""
+    path = f"{folder}/{number:012d}"
+    if not files.create(path, json.dumps(content).encode()):
+        there = parse(files.read(path)) or {}
+        if there.get("id") != content["id"]:  # else an answer was lost, and it was tried again
+            return False
+    if max(_numbers(folder)) > number:  # of somebody who has removed theirs of this number
+        files.remove(path)
+        return False
+    files.remove(f"{folder}/{number - 1:012d}")
+    return True
+
+
+class _Renewal:
+    """A thread that renews the lease until `end`; where it is lost, it ends the process."""
+
+    def __init__(self, folder: str, number: int, me: dict[str, Any], work: str) -> None:
+        self._folder, self._number, self._me, self._work = folder, number, me, work
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            try:
+                kept = _extend(self._folder, self._number + 1, self._me)
+            except _OUT_OF_REACH:  # the next try will tell
+                continue
+            if not kept:
+                warn(
+                    f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, after "
+                    f"{LEASE_SECONDS} seconds without a sign of life from this one."
+                )
+                os._exit(2)
+            self._number += 1
+
+    def end(self) -> None:
+        """Say that the directory is free."""
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(*_OUT_OF_REACH):  # then it lapses
+            _extend(self._folder, self._number + 1, self._me | {"released": True})
+
+
+# ------------------------------------------------------------------------------- what is in it
+
+
+def parse(data: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, None if the bytes are none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json(path: Place) -> dict[str, Any]:
+    """Read a JSON object that a run or `embed` keeps, {} where there is no file.
+
+    Refused if it holds something else.
+    """
+    if not path.exists():
+        return {}
+    value = parse(path.read_bytes())
+    if value is None:
+        raise Refused(f"{path} is damaged: it holds no JSON object.")
+    return value
+
+
+def recover_json(path: Place, say: Callable[[str], None]) -> dict[str, Any]:
+    """Read a JSON object that is about to be written anew; a damaged one is kept beside it."""
+    try:
+        return read_json(path)
+    except Refused as error:
+        if processes.is_lead():
+            say(f"{error} It is made anew; as it was it is kept in {_keep_damaged(path)}")
+        return {}
+
+
+def _keep_damaged(path: Place) -> Place:
+    copy = path.with_name(path.name + ".damaged")
+    files.write_whole(copy, path.read_bytes())
+    return copy
+
+
+def count_start(path: Place, step: int) -> int:
+    """Note in a file that the run begins at `step`; return how often in a row it began there."""
+    earlier = (parse(path.read_bytes()) if path.exists() else None) or {}
+    starts = earlier.get("starts", 0) + 1 if earlier.get("step") == step else 1
+    files.write_whole(path, json.dumps({"step": step, "starts": starts}))
+    return starts
+
+
+class Lines:
+    """A JSONL file that grows by rows with a `step`; a resumed run first drops what it will redo.
+
+    Without a `resume_step` nothing is dropped but a line that a kill has torn.
+
+    A bucket has no appends: there the rows are kept in memory, and the file is written anew when
+    `flush` says so or once a minute.
+    """
+
+    def __init__(self, path: Place, resume_step: int | None, say: Callable[[str], None]) -> None:
+        self._path, self._appends = path, not files.is_remote(path)
+        self._lines = []
+        self._written = time.monotonic()
+        if path.exists():
+            rows, damaged = _rows(path.read_bytes())
+            kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
+            self._lines = [json.dumps(row) + "\n" for row in kept]
+            if damaged:
+                copy = _keep_damaged(path)
+                say(f"{path}: {damaged} damaged lines are left out; as it was it is kept in {copy}")
+            files.write_whole(path, "".join(self._lines))
+        if self._appends:
+            self._lines = []
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        if self._appends:
+            with files.writing(self._path), self._path.open("a") as file:
+                file.writelines(lines)
+            return
+        self._lines += lines
+        if time.monotonic() > self._written + _UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """See that everything is in the file."""
+        if self._lines:
+            files.write_whole(self._path, "".join(self._lines))
+        self._written = time.monotonic()
+
+
+def read_rows(path: Place) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file that are whole; none where there is no file."""
+    return _rows(path.read_bytes())[0] if path.exists() else []
+
+
+def _rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows, and how many lines are none; not the last, torn by a kill."""
+    whole, _, _ = content.rpartition(b"\n")
+    lines = [parse(line) or {} for line in whole.splitlines()]
+    rows = [row for row in lines if isinstance(row.get("step"), int)]
+    return rows, len(lines) - len(rows)
