@@ -17,6 +17,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -29,9 +30,10 @@ def get_config() -> Config:
     return Config(
         steps=195_312,
         batch_size=65_536,
-        model=dataclasses.replace(model, vision=vision, text=text, remat="dots"),
+        model=dataclasses.replace(model, vision=vision, text=text, remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16, crop_scale=(0.4, 1.0)),
         loss=SoftmaxConfig(),
         optim=OptimConfig(learning_rate=2.048e-3, warmup_steps=782, b2=0.95),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
     )

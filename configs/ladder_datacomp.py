@@ -21,9 +21,10 @@ from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.ladder import HardwareConfig, LadderConfig, RulesConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
+from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig
 
 MODELS = ("ViT-S-32", "ViT-M-32", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14")
 SAMPLES = {  # pairs seen: pairs a step
@@ -45,9 +46,12 @@ def get_ladder() -> LadderConfig:
             data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
             optim=OptimConfig(learning_rate=1e-3, warmup_steps=2_000),
             checkpoint=CheckpointConfig(every_steps=1_000),
-            evals=(PairsEvalConfig(data=held_out, pairs=32_768, every_steps=10_000),),
+            evals=(
+                PairsEvalConfig(data=held_out, pairs=32_768, every_steps=10_000),
+                SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),
+            ),
         ),
-        models={name: dataclasses.replace(zoo.get(name), remat="dots") for name in MODELS},
+        models={name: dataclasses.replace(zoo.get(name), remat="hidden") for name in MODELS},
         samples=tuple(SAMPLES),
         batch_sizes=tuple(SAMPLES.values()),
         rules=RulesConfig(batch_exponent=0.25, reference_width=768, width_exponent=-0.5),

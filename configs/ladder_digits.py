@@ -20,11 +20,11 @@ from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.ladder import HardwareConfig, LadderConfig, RulesConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
+from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig
 
 WIDTHS = (24, 40, 64)
 AT_THE_END = 1_000_000  # steps between evaluations: the last step always counts

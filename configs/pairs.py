@@ -13,6 +13,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -22,9 +23,10 @@ def get_config() -> Config:
     return Config(
         steps=20_000,
         batch_size=512,
-        model=dataclasses.replace(zoo.get("ViT-S-16"), remat="dots"),
+        model=dataclasses.replace(zoo.get("ViT-S-16"), remat="hidden"),
         data=DataConfig(source=PathConfig(path="pairs.csv"), threads=8),
         loss=SoftmaxConfig(mask_same_caption=True),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=1_000, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=2_000),),
     )

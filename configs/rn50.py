@@ -19,6 +19,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -31,10 +32,11 @@ def get_config() -> Config:
         model=dataclasses.replace(
             zoo.get("RN50"),
             vision=dataclasses.replace(zoo.get("RN50").vision, batch_norm_group=128),
-            remat="dots",
+            remat="hidden",
         ),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         loss=SoftmaxConfig(),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2_000, b2=0.999, eps=1e-8),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
     )

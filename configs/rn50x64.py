@@ -20,6 +20,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -38,4 +39,5 @@ def get_config() -> Config:
         loss=SoftmaxConfig(),
         optim=OptimConfig(learning_rate=3.6e-4, warmup_steps=2_000, b2=0.999, eps=1e-8),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
     )

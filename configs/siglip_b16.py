@@ -16,6 +16,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SigmoidConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -25,11 +26,12 @@ def get_config() -> Config:
     return Config(
         steps=274_658,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("ViT-B-16-SigLIP"), remat="dots"),
+        model=dataclasses.replace(zoo.get("ViT-B-16-SigLIP"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         loss=SigmoidConfig(),
         optim=OptimConfig(
             learning_rate=1e-3, warmup_steps=10_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0
         ),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
     )

@@ -18,6 +18,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -28,10 +29,11 @@ def get_config() -> Config:
     return Config(
         steps=520_000,
         batch_size=65_536,
-        model=dataclasses.replace(zoo.get("ViT-bigG-14"), remat="dots"),
+        model=dataclasses.replace(zoo.get("ViT-bigG-14"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         loss=SoftmaxConfig(),
         optim=OptimConfig(learning_rate=2.5e-4, warmup_steps=10_000, b2=0.95, clip_norm=1.0),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
     )

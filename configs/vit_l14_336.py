@@ -16,6 +16,7 @@ from clip_jax.checkpoint import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig
@@ -33,4 +34,5 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=500),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=2_000),),
     )

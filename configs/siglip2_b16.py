@@ -1,0 +1,47 @@
+"""SigLIP 2 B/16 at 256 pixels: a vocabulary of 256,000 words, of which a chip holds a part.
+
+    clip-jax train configs/siglip2_b16.py --data.source.path 'gs://BUCKET/pairs/*.tar' \
+        --model.text.tokenizer.file gs://BUCKET/tokenizer.model
+    clip-jax plan configs/siglip2_b16.py --topology v5e:16x16
+
+Hardware: one v5e-256 slice, parameters and optimizer split over 16; 4 days at 40% MFU, $29,400 at
+$1.20 a chip-hour.
+Recipe: Tschannen et al. 2025 (SigLIP 2), section 2: batch 32,768, rate 1e-3 on a cosine after
+20,000 steps of warm-up, weight decay 1e-4, gradients clipped at norm 1, 64 tokens of lower-cased
+text; 40B samples are 1,220,703 steps. β2 0.95 is SigLIP's. Of their losses this has the sigmoid: no
+caption decoder, and no self-distillation in the last fifth.
+Expected: above SigLIP's 76.7% zero-shot top-1 on ImageNet; theirs has 79.1% with all their losses.
+"""
+
+import dataclasses
+
+from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.config import Config
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.tar import TarConfig
+from clip_jax.evals.tasks import SuiteEvalConfig
+from clip_jax.losses import SigmoidConfig
+from clip_jax.models import zoo
+from clip_jax.models.text import TokenizerConfig
+from clip_jax.optim import OptimConfig
+from clip_jax.sharding import MeshConfig
+
+
+def get_config() -> Config:
+    model = zoo.get("ViT-B-16-SigLIP2-256")
+    # Gemma's words under SigLIP 2's rules, which Google licenses; or your own of 256,000 at most.
+    words = TokenizerConfig(file="tokenizer.model", clean="lower", end_id=1)
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, tokenizer=words))
+    return Config(
+        steps=1_220_703,
+        batch_size=32_768,
+        model=dataclasses.replace(model, remat="hidden"),
+        data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
+        loss=SigmoidConfig(),
+        optim=OptimConfig(
+            learning_rate=1e-3, warmup_steps=20_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0
+        ),
+        mesh=MeshConfig(fsdp=16),
+        checkpoint=CheckpointConfig(every_steps=1_000),
+        evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),
+    )
