@@ -6,7 +6,7 @@ Everything after the options is a clip-jax command line. Each process's lines ar
 number. When one process ends badly, the others are given `--grace` seconds, then killed; the cause
 is the last line. SIGTERM and Ctrl-C are passed on to all. Exit code: that of the process that
 failed first (128 + the signal's number if a signal killed it). `--restarts N` starts all again, at
-most N times, unless the run is done (0), misused (2) or was told to stop (3).
+most N times, unless the run is done (0), misused (2) or was told to stop (3, or 130 by Ctrl-C).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-DONE, WRONG_USE, PREEMPTED = 0, 2, 3
+DONE, WRONG_USE, PREEMPTED, INTERRUPTED = 0, 2, 3, 130
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
         parser.error("give at least one process, one device, and a clip-jax command")
     for attempt in range(options.restarts + 1):
         code, cause = run(options)
-        if code in (DONE, WRONG_USE, PREEMPTED) or attempt == options.restarts:
+        if code in (DONE, WRONG_USE, PREEMPTED, INTERRUPTED) or attempt == options.restarts:
             break
         print(f"launch: {cause}; starting again ({attempt + 1} of {options.restarts})", flush=True)
     if code:
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> tuple[int, str]:
     def forward(number: int, _: object) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)

@@ -84,7 +84,7 @@ install() {
   done
   rm -r "$archive"
   everywhere 'tar xzf clip_jax.tar.gz && python3 -m venv clip_jax_env &&
-    clip_jax_env/bin/pip install -q "./clip_jax_source[tpu]" gcsfs'
+    clip_jax_env/bin/pip install -q "./clip_jax_source[tpu,gs]"'
 }
 
 # Returns the exit code of the command: 0 if it is 0 on all workers, 2 if it is 2 on any. What a
