@@ -1,10 +1,46 @@
-"""Eight simulated devices for every test, and a generator that compiles quickly."""
+"""Eight simulated devices for every test, a generator that compiles quickly, and what several
+tests build: tiny models, a tiny run, what a run wrote."""
 
+import contextlib
+import dataclasses
+import functools
 import importlib.util
+import itertools
+import json
 import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
+
+from clip_jax import sharding
+from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.config import Config, load_config
+from clip_jax.convert.formats import write_weights
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.models.clip import CLIP, CLIPConfig, Params, split_batch_stats
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.dimensions import table
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.optim import OptimConfig, make_optimizer
+from clip_jax.scaling.ladder import LadderConfig, grid
+from clip_jax.scaling.rules import BranchesConfig
+from clip_jax.serialize import to_dict
+from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import LossConfig, Program, Recipe, State, shapes
+from tests.servers import Server
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,6 +57,26 @@ def pytest_configure(config: pytest.Config) -> None:
         # compute. XLA's own passes stay; the slow tests run all as users do.
         flags.append("--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    # What one process has compiled serves all others: workers, what tests start, the next run.
+    folder = config.rootpath / ".pytest_cache/compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not hasattr(config, "workerinput"):
+        _forget(folder, days=7)
+
+
+def _forget(folder: Path, days: int) -> None:
+    """Delete what was compiled longer ago: most of it is of code that has changed since."""
+    for file in folder.glob("*"):
+        if file.stat().st_mtime < time.time() - 86_400 * days:
+            file.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: at the end the other workers would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -35,8 +91,423 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             "left out: compiling for TPUs (a flag test, slow ones of plan and loss memory); "
             "pip install -e '.[test,tpu]' brings them"
         )
+    if importlib.util.find_spec("mkdocs") is None:
+        terminalreporter.write_line(
+            "left out: tests/docs (the built site); pip install -e '.[test,docs]' brings them"
+        )
+    if importlib.util.find_spec("ray") is None:
+        terminalreporter.write_line(
+            "left out: `--on ray` (a test of tests/test_tasks.py, the slow ones with several "
+            "nodes); pip install -e '.[test,ray]' brings them"
+        )
     if any(importlib.util.find_spec(name) is None for name in ("gradio", "playwright")):
         terminalreporter.write_line(
-            "left out: tests/browser (the page of `clip-jax demo` in a headless Chromium); "
+            "left out: tests/browser (pages in a headless Chromium), or a part of it; "
             "pip install -e '.[test,browser]' and a Chromium bring them"
         )
+
+
+# ------------------------------------------------------------------ tiny models
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "configs/digits.py"
+
+TINY = CLIPConfig(
+    embed_dim=16,
+    vision=ViTConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2),
+    text=TextConfig(vocab_size=520, context_length=10, width=32, depth=2, num_heads=2),
+    dtype="float32",
+)
+RESNET = dataclasses.replace(
+    TINY, vision=ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8, num_heads=4)
+)
+COCA = dataclasses.replace(
+    TINY,
+    embed_dim=32,
+    vision=dataclasses.replace(TINY.vision, pool="queries", pool_queries=4, pool_heads=2),
+    text=dataclasses.replace(TINY.text, pool="class_token"),
+    decoder=CoCaConfig(depth=2, num_heads=4),
+)
+# How eight devices are arranged where a test tries several.
+MESHES = {
+    "8": MeshConfig(),
+    "4x2": MeshConfig(data=4, fsdp=2),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+MAMMUT = dataclasses.replace(
+    TINY,
+    embed_dim=32,
+    vision=dataclasses.replace(TINY.vision, pool="mean_all"),
+    text=dataclasses.replace(TINY.text, pool="mean", causal=False, projection=False, depth=4),
+    decoder=MaMMUTConfig(cross_every=2, first_mlp=False),
+)
+
+
+def larger(config: CLIPConfig) -> CLIPConfig:
+    """Twice the resolution, half the text."""
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, image_size=2 * config.vision.image_size),
+        text=dataclasses.replace(config.text, context_length=config.text.context_length // 2),
+    )
+
+
+def batch(config: CLIPConfig, size: int = 16) -> dict[str, np.ndarray]:
+    """Pixels and tokens that `config` takes; one caption stands twice."""
+    rng = np.random.default_rng(0)
+    pixels = config.vision.image_size
+    tokens = rng.integers(1, 517, (size, config.text.context_length), np.int32)
+    tokens[:, -2] = 519  # end of text
+    tokens[3] = tokens[7]
+    return {"image": rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8), "text": tokens}
+
+
+def parameters(config: CLIPConfig) -> Params:
+    """Parameters from NumPy: the same on every version of jax."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+
+    def draw(path, x):
+        if path[-1].key in ("scale", "var"):
+            return np.ones(x.shape, np.float32)
+        if path[-1].key == "logit_scale":
+            return np.float32(np.log(10))
+        if path[-1].key == "logit_bias":  # near zero, negatives and positives cancel to rounding
+            return np.float32(-3)
+        scale = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.2
+        if path[-2:] == (DictKey("out_proj"), DictKey("kernel")):
+            scale *= 4  # or all captions look alike, and their gradients cancel to rounding
+        if path[-2:] == (DictKey("q"), DictKey("kernel")):
+            scale *= 8  # and so with what attends to the image
+        return (scale * rng.standard_normal(x.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# Adam divides by |gradient| + ε: with the paper's ε of 1e-6 it would show rounding, not the mesh.
+OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-3)
+GOLDEN_LOSS = SoftmaxConfig(mask_same_caption=True)
+
+
+def step_on(config: CLIPConfig, loss: LossConfig, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
+    """Parameters after one step and its metrics, on the host."""
+    recipe = Recipe(model=config, loss=loss, optim=OPTIM, steps=10, batch_size=16)
+    program = Program(recipe, mesh)
+    after, metrics = program.step(program.init(parameters(config)), program.place(batch(config)))
+    return jax.device_get((after.params, metrics))
+
+
+def sums_of_step(params: Params, metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Scalar metrics, and the sum of every parameter's absolute values: the golden step's."""
+    sums = {
+        sharding.path_name(path): float(np.abs(x).sum(dtype=np.float64))
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return {"metrics": {name: float(x) for name, x in metrics.items()}, "parameters": sums}
+
+
+def parameter_tree(config: CLIPConfig = TINY) -> dict[str, list[int]]:
+    """Paths and shapes of a tiny model's parameters: the public format."""
+    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    return {
+        sharding.path_name(path): list(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
+    """Per tensor, the largest difference is at most 1e-5 of the reference's largest value.
+
+    The exact gradient of an attention's key bias is zero, so it is compared absolutely.
+    """
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
+    ):
+        name = sharding.path_name(path)
+        if name.endswith("attn/in_proj/bias"):
+            np.testing.assert_allclose(b[:, 1], a[:, 1], rtol=0, atol=key_bias, err_msg=name)
+            a, b = a[:, ::2], b[:, ::2]
+        if name.endswith("attn/kv/bias"):
+            np.testing.assert_allclose(b[..., 0, :, :], a[..., 0, :, :], rtol=0, atol=key_bias)
+            a, b = a[..., 1, :, :], b[..., 1, :, :]
+        if name.endswith("k_proj/bias"):
+            np.testing.assert_allclose(b, a, rtol=0, atol=key_bias, err_msg=name)
+            continue
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
+
+
+def write_tiny_model(folder: Path, seed: int = 0, config: CLIPConfig = TINY) -> None:
+    """Write a model folder with random weights."""
+    params = jax.tree.map(np.asarray, jax.jit(CLIP(config).init)(jax.random.key(seed)))
+    weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
+    write_weights(weights, folder, "clip-jax")
+
+
+# ------------------------------------------------------------------ optimizers
+
+RATE = 1e-2
+UPDATES = 20
+
+
+def beginning(config: CLIPConfig = TINY) -> Params:
+    """Trainable parameters; each layer's are larger than those of the one before."""
+    rows = table(config)
+
+    def scaled(path, x):
+        if not rows[sharding.path_name(path)].startswith("depth"):
+            return x
+        return x * np.arange(1, len(x) + 1, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    params, _ = split_batch_stats(parameters(config))
+    return jax.tree_util.tree_map_with_path(scaled, params)
+
+
+def gradients(config: CLIPConfig = TINY) -> Params:
+    """Twenty gradients of a tiny model from NumPy, stacked; each array has its own scale."""
+    rng = np.random.default_rng(2)
+
+    def draw(x):
+        scale = 10 ** rng.uniform(-3, 0)
+        return (scale * rng.standard_normal((UPDATES, *x.shape))).astype(np.float32)
+
+    return jax.tree.map(draw, beginning(config))
+
+
+def optimized(optim: OptimConfig, mesh: Mesh | None = None, config: CLIPConfig = TINY) -> Params:
+    """A tiny model's parameters after twenty of our updates by `gradients`, where they lie."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    recipe = Recipe(model=config, loss=GOLDEN_LOSS, optim=optim, steps=UPDATES, batch_size=16)
+    places = jax.tree.map(lambda x: x.sharding, shapes(recipe, mesh)[0])
+    inside, _ = split_batch_stats(places.params)
+    stacked = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(None, *x.spec)), inside)
+    optimizer = make_optimizer(optim, table(config))
+
+    def update(carry, gradient):
+        params, state = carry
+        updates, state = optimizer.update(gradient, state, params, rate=RATE)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(params, gradients):
+        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), gradients)
+        return params
+
+    run = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
+    return jax.device_get(run(beginning(config), gradients(config)))
+
+
+def layers(tree: Params, config: CLIPConfig = TINY, apart: str = "depth") -> dict[str, Any]:
+    """Arrays by path; those that `apart` stacks (depth, S) one by one, by number.
+
+    The image tower's blocks, which are like the text's, are left out.
+    """
+    rows, found = table(config), {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = sharding.path_name(path)
+        if name.startswith("visual/transformer"):
+            continue
+        names = rows[name].split()
+        ahead = x.ndim - len(names)  # of gradients, the steps
+        axes = [i + ahead for i, dim in enumerate(names) if dim in apart.split()]
+        for index in itertools.product(*(range(x.shape[axis]) for axis in axes)):
+            one = x
+            for axis, place in reversed(list(zip(axes, index, strict=True))):
+                one = np.take(one, place, axis)
+            found["/".join([name, *map(str, index)])] = one
+    return found
+
+
+def followed(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
+    """Parameters after twenty updates of another optimizer."""
+
+    @jax.jit
+    def update(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for step in range(UPDATES):
+        params, state = update(params, state, jax.tree.map(lambda x, i=step: x[i], gradients))
+    return jax.device_get(params)
+
+
+# ------------------------------------------------------------------ tiny runs
+
+FLAGS = [
+    "--steps", "24", "--batch-size", "16", "--report-every", "1",
+    "--model.embed-dim", "16",
+    "--model.vision.width", "16", "--model.vision.depth", "1", "--model.vision.num-heads", "2",
+    "--model.text.width", "16", "--model.text.depth", "1", "--model.text.vocab-size", "600",
+    "--optim.warmup-steps", "2", "--checkpoint.every-steps", "3",
+    "--evals.0.per-number", "1", "--evals.0.every-steps", "12",
+]  # fmt: skip
+
+
+def tiny_digits(**changes: Any) -> Config:
+    """The digits' run that FLAGS make, which takes seconds, as a Config."""
+    config = load_config(DIGITS)
+    model = dataclasses.replace(
+        config.model,
+        embed_dim=16,
+        vision=dataclasses.replace(config.model.vision, width=16, depth=1, num_heads=2),
+        text=dataclasses.replace(config.model.text, width=16, depth=1, vocab_size=600),
+    )
+    defaults = {
+        "steps": 24,
+        "batch_size": 16,
+        "report_every": 1,
+        "model": model,
+        "optim": OptimConfig(learning_rate=2e-3, warmup_steps=2, weight_decay=0.1),
+        "checkpoint": CheckpointConfig(every_steps=3),
+        "evals": (dataclasses.replace(config.evals[0], per_number=1, every_steps=12),),
+    }
+    return dataclasses.replace(config, **(defaults | changes))
+
+
+def write_run(model: CLIPConfig, workdir: Path) -> tuple[Path, CLIPConfig, Params]:
+    """Write a work directory as `train` leaves it, at step 2; return its parameters too."""
+    trained = dataclasses.replace(model, dtype="float32", remat="hidden")
+    config = Config(model=trained, steps=2, optim=OptimConfig(warmup_steps=1))
+    state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
+    rng = np.random.default_rng(0)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
+    for step in (1, 2):
+        state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), state)
+        checkpoints.save(step, state, {"samples": step})
+    checkpoints.close()
+    return workdir, model, state.params
+
+
+def write_ladder(root: Path) -> list[str]:
+    """Write what a ladder with branches leaves: two sizes, three counts, two seeds; names of runs.
+
+    Of its 16 runs one has failed, one was killed in the middle, one has not begun.
+    """
+    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=1_000),))
+    wide = dataclasses.replace(
+        base.model, vision=dataclasses.replace(base.model.vision, width=32, num_heads=4)
+    )
+    ladder = LadderConfig(
+        base=base, models={"w16": base.model, "w32": wide}, samples=(1_600, 3_200, 6_400),
+        seeds=(0, 1), branches=BranchesConfig(),
+    )  # fmt: skip
+    points, rng = grid(ladder, root), np.random.default_rng(0)
+    for point in points:
+        config, workdir, until = point.config, point.workdir, point.config.steps
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+        if point.name == "w16@6.4K-seed1":
+            continue
+        if point.name in ("w32@6.4K-seed0", "w32@6.4K-seed1"):
+            until -= 10
+            ends = "clip-jax: step 391: loss nan" if point.name.endswith("1") else "step 390"
+            (workdir / "log.txt").write_text(f"going on\n{ends}\n")
+        error = (2e-3 * config.model.vision.width) ** -0.2 * (until * 16) ** -0.3
+        error *= 20 * np.exp(0.01 * rng.standard_normal())
+        lines = [
+            {"step": step, "samples_seen": 16 * step, "loss": 30 * (16 * step) ** -0.3}
+            for step in range(point.first_step + 1, until + 1)
+        ]
+        final = lines[-1]["loss"]
+        if config.evals and until == config.steps:
+            lines.append({"step": until, "info_nce": error})
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        result = {"step": until, "samples_seen": 16 * until, "loss": final}
+        result |= {"seconds/total": 36.0, "goodput": 0.5, **lines[-1]}
+        (workdir / "result.json").write_text(json.dumps(result))
+        (workdir / "checkpoints").mkdir()
+    return [point.name for point in points]
+
+
+def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a run's JSONL; one may be half written."""
+    lines = (workdir / name).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """A run's losses by step."""
+    return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
+
+
+def final_state(workdir: Path, step: int = 24) -> State:
+    """The checkpoint as plain arrays, whatever mesh wrote it."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        assert manager.latest_step() == step
+        items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    return items["state"]
+
+
+# ------------------------------------------------------------------ buckets
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """An empty bucket on a real server; `server` can be made slow or faulty and says its log."""
+
+    url: str
+    server: Server
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """What starts a server for a scheme once, for all tests of this process; ended with them."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda scheme: stack.enter_context(Server(scheme)))
+
+
+_numbers = itertools.count(1)
+
+
+def _bucket(request: pytest.FixtureRequest, scheme: str) -> Bucket:
+    server = request.getfixturevalue("servers")(scheme)
+    for name, value in server.environment().items():
+        request.getfixturevalue("monkeypatch").setenv(name, value)
+    server.behave()
+    bucket = Bucket(server.make_bucket(f"test-{next(_numbers)}"), server)
+    server.requests()
+    return bucket
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """An empty bucket of each kind in turn."""
+    return _bucket(request, request.param)
+
+
+@pytest.fixture
+def gs(request: pytest.FixtureRequest) -> Bucket:
+    """An empty bucket on fake-gcs-server."""
+    return _bucket(request, "gs")
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> Bucket:
+    """An empty bucket on moto's server."""
+    return _bucket(request, "s3")
+
+
+# ------------------------------------------------------------------ notebooks
+
+
+def execute_notebook(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[Any]]:
+    """Run a notebook in a folder; return what it printed and the pictures that it drew."""
+    import nbclient
+    import nbformat
+
+    # The kernel is another process in another directory: it must find this checkout.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as here
+    notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    return printed, [output for output in outputs if "image/png" in output.get("data", {})]

@@ -1,16 +1,19 @@
 """What `clip-jax bench` prints."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.bench import InputBench, describe_compute, measure_input
+from clip_jax import files
+from clip_jax.bench import InputBench, describe_compute, describe_input, measure_input
 from clip_jax.cli import main
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.table import TableConfig
-from tests.runs import DIGITS, FLAGS, ROOT
+from tests.conftest import DIGITS, FLAGS, ROOT
 
 QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]
 
@@ -52,3 +55,27 @@ def test_step_and_loss_are_timed(what, capsys):
     assert result["peak_bytes"] > 0
     assert result["seconds_fastest"] <= result["seconds"]
     assert "pairs/s" in describe_compute(result)
+
+
+def test_input_from_a_bucket_says_what_it_asks_for(gs, capsys):
+    rng = np.random.default_rng(0)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for number in range(40):
+            image = io.BytesIO()
+            pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(image, "JPEG")
+            for name, data in ((f"{number}.jpg", image.getvalue()), (f"{number}.txt", b"a photo")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    files.write_whole(f"{gs.url}/0.tar", content.getvalue())
+    files.write_whole(f"{gs.url}/1.tar", content.getvalue())
+    flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--json"]
+    command = ["bench", "input", str(ROOT / "configs/webdataset.py"), *QUICK, "--seconds", "1"]
+    assert main([*command, *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["order"] == "stretches"
+    assert result["bucket_requests_per_second"] > 0
+    assert 0.5 < result["bytes_read_per_byte_used"] < 2
+    assert "bytes read a byte used" in describe_input(result)

@@ -9,8 +9,9 @@ import time
 import pytest
 
 from clip_jax.__main__ import main as console_script
+from clip_jax.__main__ import plans_only
 from clip_jax.cli import main
-from tests.runs import DIGITS, ROOT
+from tests.conftest import DIGITS, ROOT
 
 
 def test_help_names_every_command_and_is_quick():
@@ -45,12 +46,36 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_training_needs_neither_tensorflow_nor_torch_nor_matplotlib():
-    code = "import sys, clip_jax.train, clip_jax.load; print(*sys.modules)"
+    code = "import sys, clip_jax.train, clip_jax.loading; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & {"tensorflow", "torch", "matplotlib", "sklearn", "tensorflow_datasets"}
+
+
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [
+        (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "nowhere"], "--workdir"),
+        (["evaluate", "nowhere"], "--output"),
+        (["predict", "nowhere", "--images", "nowhere", "--labels", "x"], "--sheet"),
+        (["search", "nowhere", "nowhere", "--text", "x"], "--sheet"),
+        (["plan", str(DIGITS)], "--plot"),
+        (["scale", "fit", "nowhere"], "--plot"),
+        (["scale", "collect", "nowhere"], "--output"),
+        (["scale", "ladder", str(ROOT / "configs/ladder_digits.py")], "--root"),
+    ],
+)
+def test_a_destination_is_refused_before_anything_is_done(args, option, capsys, tmp_path):
+    (tmp_path / "file").write_text("as it was")
+    name = "x.png" if option in ("--sheet", "--plot") else "x"
+    for folder, why in ((tmp_path / "file", "is a file"), ("/proc", "cannot be written")):
+        assert main([*args, option, f"{folder}/{name}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{folder} {why}" in line
+        assert option in line
+    assert (tmp_path / "file").read_text() == "as it was"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +89,7 @@ def test_training_needs_neither_tensorflow_nor_torch_nor_matplotlib():
         (["train", str(DIGITS), "--steps", "10"], "optim.warmup_steps=200 leaves nothing"),
         (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "no.csv"], "no.csv"),
         (["evaluate", "nowhere"], "there is no nowhere"),
-        (["scale", "nonsense"], "scale needs one of ladder, collect, fit"),
+        (["scale", "nonsense"], "scale needs ladder, collect, choose, fit or report"),
         (["bench", "nonsense"], "bench needs one of input"),
         (["bench", "input"], "bench input needs a config file"),
     ],
@@ -77,29 +102,6 @@ def test_wrong_use_is_one_message_and_exit_code_2(args, says, capsys, tmp_path):
     assert says in printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
-
-
-@pytest.mark.parametrize(
-    ("flag", "says"),
-    [
-        (["--optim.learning-rat", "1"], "--optim.learning-rate"),
-        (["--batch-size", "0"], "batch_size=0 must be at least 1"),
-        (["--batch-size", "many"], "many"),
-        (["--model.vision.num-heads", "7"], "vision.num_heads=7"),
-    ],
-)
-def test_a_wrong_flag_is_explained_and_exits_with_2(flag, says, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", str(DIGITS), *flag])
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
-
-
-def test_a_config_file_without_get_config_is_named(tmp_path, capsys):
-    path = tmp_path / "mine.py"
-    path.write_text("x = 1\n")
-    assert main(["train", str(path)]) == 2
-    assert "has no get_config()" in capsys.readouterr().err
 
 
 def test_json_goes_to_standard_output_alone(capsys):
@@ -120,3 +122,19 @@ def test_the_console_script_starts_itself_once_with_huge_pages(monkeypatch):
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert console_script() == 0
     assert len(started) == 1
+
+
+def test_libtpu_is_left_alone_where_no_accelerator_is(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("TPU_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not plans_only(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
+    assert plans_only(tmp_path)
+    (tmp_path / "vfio").mkdir()
+    assert plans_only(tmp_path)
+    (tmp_path / "vfio/0").touch()
+    assert not plans_only(tmp_path)
+    (tmp_path / "vfio/0").unlink()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    assert not plans_only(tmp_path)

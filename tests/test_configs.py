@@ -1,19 +1,17 @@
 """Every config that ships traces a step, without computing it."""
 
-import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from clip_jax import sharding
 from clip_jax.config import Config, load_config
-from clip_jax.ladder import grid, load_ladder
-from clip_jax.models.clip import CLIP
-from clip_jax.optim import make_optimizer
-from clip_jax.step import init_state, train_step
-from tests.runs import ROOT
+from clip_jax.evals import evaluator
+from clip_jax.evals.tasks import SuiteEvalConfig
+from clip_jax.scaling.ladder import grid, load_ladder
+from clip_jax.step import Program
+from tests.conftest import ROOT
 
 
 def read(path: Path) -> Config:
@@ -28,21 +26,21 @@ def read(path: Path) -> Config:
 )
 def test_a_step_traces(path):
     config = read(path)
-    model, optimizer = CLIP(config.model), make_optimizer(config.optim, config.steps)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    sharding.check_batch_size(config.batch_size, mesh)
-    state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), model, optimizer))
-    size, length = config.model.vision.image_size, config.model.text.context_length
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
-        "text": jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32),
-    }
-    step = functools.partial(
-        train_step, model=model, optim=config.optim, steps=config.steps, loss=config.loss, mesh=mesh
-    )
-    after, metrics = jax.eval_shape(step, state, batch)
+    program = Program(config.recipe, sharding.make_mesh(sharding.MeshConfig()))
+    state = program.state
+    after, metrics = jax.eval_shape(program.step, state, program.batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
     assert metrics["loss"].shape == ()
+    if config.evals:  # as they run on the mesh, with the parameters where the step has them
+        image, text = (getattr(evaluator, f"{name}_encoder") for name in ("image", "text"))
+        images = image(program.model, program.mesh, normalize=True)
+        features = jax.eval_shape(images, state.params, program.batch["image"])
+        texts = jax.eval_shape(
+            text(program.model, program.mesh), state.params, program.batch["text"]
+        )
+        assert features.shape == texts.shape == (config.batch_size, config.model.embed_dim)
+    real = isinstance(getattr(config.data.source, "path", None), str)
+    assert not real or any(isinstance(x, SuiteEvalConfig) for x in config.evals)

@@ -1,37 +1,46 @@
 """Several processes as one run: the same numbers, agreement, and every way to end."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.runs import DIGITS, FLAGS, ROOT
-from tests.test_train import losses, rows
+from tests.conftest import DIGITS, FLAGS, ROOT, TINY, losses, rows, write_run
 
 pytestmark = pytest.mark.slow
 STEPS = 24
+TINY_PAIRS = (
+    "--steps 24 --batch-size 16 --report-every 1 --checkpoint.every-steps 3 "
+    "--optim.warmup-steps 2 --model.embed-dim 16 --model.dtype float32 "
+    "--model.vision.image-size 16 --model.vision.patch-size 8 --model.vision.width 16 "
+    "--model.vision.num-heads 2 --model.vision.depth 1 --model.text.width 16 "
+    "--model.text.num-heads 2 --model.text.depth 1 --model.text.vocab-size 600"
+)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def launch(environment, workdir, *flags, processes=2, devices=4, trouble="-1:0", size=tuple(FLAGS)):
+def launch(
+    environment, workdir, *flags,
+    processes=2, devices=4, trouble="-1:0", size=tuple(FLAGS), config=DIGITS,
+):  # fmt: skip
     command = [
         sys.executable, str(ROOT / "launch/local.py"),
         "--processes", str(processes), "--devices", str(devices), "--module", "tests.recorded",
-        "train", str(DIGITS), "--workdir", str(workdir), *size, *flags,
+        "train", str(config), "--workdir", str(workdir), *size, *flags,
     ]  # fmt: skip
     return subprocess.Popen(
         command, env=environment | {"TROUBLE": trouble}, stdout=subprocess.PIPE,
@@ -57,12 +66,12 @@ def wait_for(workdir, step, seconds=200):
         time.sleep(0.02)
 
 
-def samples(workdir):
+def samples(workdir, what="index"):
     """Which samples every step saw when it was last done, in the order of the global batch."""
     files = sorted(workdir.glob("samples-*.jsonl"))
     found = [{row["step"]: row for row in rows(workdir, path.name)} for path in files]
     return {
-        step: [i for part in found[: row["processes"]] for i in part[step]["index"]]
+        step: [i for part in found[: row["processes"]] for i in part[step][what]]
         for step, row in found[0].items()
     }
 
@@ -123,6 +132,31 @@ def test_sigterm_to_one_saves_a_common_step_and_other_devices_go_on(one, tmp_pat
     assert_same_run(tmp_path, one)
 
 
+def test_ctrl_c_ends_all_within_seconds_in_one_line_each(tmp_path, environment):
+    process = launch(environment, tmp_path, "--checkpoint.every-steps", "1")
+    wait_for(tmp_path, 3)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert time.monotonic() - begun < 15
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert said.count("] clip-jax: interrupted") == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all(one, tmp_path, environment):
+    """What one process cannot read, none of them goes on from."""
+    workdir = shutil.copytree(one, tmp_path / "run")
+    (workdir / "checkpoints/24/state/d").rename(tmp_path / "d")
+    code, said = finish(launch(environment, workdir))
+    assert code == 0, said
+    assert said.count("the checkpoint of step 24 is damaged") == 1
+    assert "going on from step 21" in said
+    assert "Traceback" not in said
+    assert (workdir / "damaged/24").is_dir()
+    assert list(losses(workdir)) == list(range(1, STEPS + 1))
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all_and_is_named(victim, tmp_path, environment):
     process = launch(environment, tmp_path)
@@ -134,6 +168,44 @@ def test_a_killed_process_ends_all_and_is_named(victim, tmp_path, environment):
     assert time.monotonic() - killed < 60
     assert code == 128 + signal.SIGKILL
     assert said.splitlines()[-1] == f"launch: process {victim} was killed by SIGKILL"
+
+
+def test_stretches_read_by_two_until_killed_are_read_on_by_one(tmp_path, environment):
+    """The same samples in the same places as of one process that was never killed."""
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(40):
+                picture = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "PNG")
+                for name, content in (("png", picture.getvalue()), ("txt", b"number %d" % i)):
+                    member = tarfile.TarInfo(f"{i:02}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    flags = f"--data.source.path {tmp_path}/*.tar --data.order stretches --data.window 1"
+    how = {"config": ROOT / "configs/pairs.py", "size": TINY_PAIRS.split()}
+
+    def run(name, **options):
+        return launch(environment, tmp_path / name, *flags.split(), **how, **options)
+
+    code, said = finish(run("whole", processes=1, devices=8))
+    assert code == 0, said
+    process = run("killed", trouble="1:12:hang")
+    numbers = pids(process)
+    wait_for(tmp_path / "killed", 10)
+    for number in numbers:
+        os.kill(number, signal.SIGKILL)
+    assert finish(process)[0] == 137
+    code, said = finish(run("killed", processes=1, devices=8))
+    assert code == 0, said
+    assert "going on from step" in said
+    whole, killed = (samples(tmp_path / name, "keys") for name in ("whole", "killed"))
+    assert killed == whole
+    assert list(whole) == list(range(1, STEPS + 1))
+    seen = [key for step in range(1, STEPS + 1) for key in whole[step]]
+    assert {seen[i : i + 80].count(key) for i in (0, 80) for key in seen} == {1}
+    expected, got = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
 
 
 def test_an_exception_in_one_process_ends_all_and_is_named(tmp_path, environment):
@@ -205,3 +277,27 @@ def test_the_first_hundred_losses_of_the_digits(tmp_path, environment):
     difference = np.abs(np.array(found[1]) - found[2]).max()
     print(f"largest difference of 100 losses: {difference:.1e}; the last loss {found[1][-1]:.4f}")
     assert difference <= 1e-5
+
+
+def test_two_processes_evaluate_as_one_also_while_watching(tmp_path, environment):
+    workdir, _, _ = write_run(TINY, tmp_path / "run")
+    few = ["--digits.per-number", "1", "--digits.source.digits", "1", "--mesh.fsdp", "2"]
+
+    def evaluate(processes, *more):
+        command = [
+            sys.executable, str(ROOT / "launch/local.py"), "--processes", str(processes),
+            "--devices", str(8 // processes), "evaluate", *more, *few, "--json",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = [line for line in done.stdout.splitlines() if line.startswith("[") and "{" in line]
+        assert len(found) == 1  # one process speaks
+        return json.loads(found[0].partition("] ")[2])
+
+    one, first = evaluate(1, str(workdir)), evaluate(1, f"{workdir}@1")
+    assert one.keys() >= {"zero_shot/seen/top1", "zero_shot/seen/top5"}
+    assert evaluate(2, str(workdir)) == pytest.approx(one, abs=1e-6)
+    assert evaluate(2, str(workdir), "--watch") == pytest.approx(one, abs=1e-6)
+    found = {row.pop("step"): row for row in rows(workdir, "evals/watch.jsonl")}
+    assert list(found) == [1, 2]
+    assert found[1] == pytest.approx(first, abs=1e-6)

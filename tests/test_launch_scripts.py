@@ -1,6 +1,7 @@
 """The launchers for clusters: linted, valid, and run against commands that only pretend."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.runs import ROOT
+from clip_jax import arguments, cli
+from clip_jax.prepare.layout import PrepareConfig
+from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -85,6 +88,54 @@ JOB_SET = {
 }
 
 
+# And the part of KubeRay's RayJob (v1); its pods are Kubernetes'.
+GROUP = {
+    "type": "object",
+    "required": ["rayStartParams", "template"],
+    "additionalProperties": False,
+    "properties": {
+        "groupName": {"type": "string"},
+        "replicas": {"type": "integer", "minimum": 0},
+        "minReplicas": {"type": "integer", "minimum": 0},
+        "maxReplicas": {"type": "integer", "minimum": 1},
+        "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
+        "template": {"type": "object", "required": ["spec"]},
+    },
+}
+RAY_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["entrypoint", "rayClusterSpec"],
+            "additionalProperties": False,
+            "properties": {
+                "entrypoint": {"type": "string"},
+                "backoffLimit": {"type": "integer", "minimum": 0},
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["headGroupSpec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "headGroupSpec": GROUP,
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": GROUP | {"required": ["groupName", *GROUP["required"]]},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
 def jobs(document):
     """A JobSet's jobs, as Kubernetes gets them."""
     jsonschema.validate(document, JOB_SET)
@@ -117,6 +168,48 @@ def test_the_yaml_is_what_kubernetes_takes(name):
         containers = job["spec"]["template"]["spec"]["containers"]
         names = [rule["onExitCodes"]["containerName"] for rule in rules]
         assert names == [container["name"] for container in containers]
+
+
+def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
+    document = yaml.safe_load((LAUNCH / "ray.yaml").read_text())
+    jsonschema.validate(document, RAY_JOB)
+    cluster = document["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    program, verb, *rest = document["spec"]["entrypoint"].replace("gs://BUCKET", "/tmp").split()
+    assert (program, verb) == ("clip-jax", "prepare")
+    config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), cli.prepare)
+    assert config.on == "ray"
+    assert config.joins
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_slurm_leads_ray_on_the_first_node_and_ends_as_the_command_does(tmp_path, code):
+    pretend(tmp_path, "scontrol", "echo node7; echo node8")
+    pretend(
+        tmp_path, "srun",
+        'shift; SLURM_PROCID=0 "$@"; rm -f "$ended.2"; mv "$ended" "$ended.2"\n'
+        'SLURM_PROCID=1 "$@"; cp "$ended.2" "$ended"; exit 137',
+    )  # fmt: skip
+    pretend(tmp_path, "ray", 'case "$*" in *--block*) cp "$ended.2" "$ended" ;; esac')
+    pretend(tmp_path, "clip-jax", f"exit {code}")
+    environment = with_venv(
+        CALLS=str(tmp_path / "calls"), SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]",
+        SLURM_CPUS_PER_TASK="32",
+    )  # fmt: skip
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    script = ["bash", str(LAUNCH / "ray.sbatch"), "prepare", "in", "out", "--shuffle"]
+    done = subprocess.run(script, env=environment, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == code
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call for call in calls if call.startswith(("ray ", "clip-jax "))] == [
+        "ray start --head --port 6379 --num-cpus 32 --include-dashboard false",
+        "clip-jax prepare in out --shuffle --on ray",
+        "ray stop",
+        "ray start --address node7:6379 --num-cpus 32 --block",
+    ]
+    assert not (tmp_path / "42.ended").exists()
 
 
 def test_a_misspelt_field_is_found():
@@ -181,8 +274,9 @@ def tpu_vm(tmp_path, codes, *arguments):
 TRAIN = ["up", "train", "configs/vit_l14.py", "--workdir", "gs://b/runs/l14"]
 
 
-def test_tpu_vm_starts_again_until_the_run_is_done(tmp_path):
-    done, calls = tpu_vm(tmp_path, [134, 137, 0], *TRAIN)
+@pytest.mark.parametrize("code", [75, 134])
+def test_tpu_vm_starts_again_until_the_run_is_done(code, tmp_path):
+    done, calls = tpu_vm(tmp_path, [code, 137, 0], *TRAIN)
     assert done.returncode == 0, done.stderr
     assert sum("ssh" in call and " train " in call for call in calls) == 3
     assert sum("queued-resources create" in call for call in calls) == 2  # once more: preempted
@@ -211,7 +305,14 @@ def test_tpu_vm_wants_a_bucket(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued", "ends"),
-    [(0, 0, False, 0), (2, 0, False, 2), (3, 0, True, 0), (137, 7, True, 0), (1, 100, False, 1)],
+    [
+        (0, 0, False, 0),
+        (2, 0, False, 2),
+        (3, 0, True, 0),
+        (75, 0, True, 0),
+        (137, 7, True, 0),
+        (1, 100, False, 1),
+    ],
 )
 def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, requeued, ends):
     pretend(tmp_path, "srun", 'shift; "$@"; code=$?; [ "$code" = 2 ] && exit 137; exit "$code"')
@@ -295,9 +396,36 @@ def test_local_ends_all_and_names_the_cause_last(tmp_path, body, code, last):
     assert done.stderr.splitlines()[-1].strip() == last
 
 
-@pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1), (3, 1), (0, 1)])
+@pytest.mark.parametrize(("code", "starts"), [(75, 3), (2, 1), (3, 1), (0, 1)])
 def test_local_starts_again_what_may_be(tmp_path, code, starts):
     body = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\nsys.exit({code})"
     done = local(tmp_path, body, "--processes", "1", "--restarts", "2")
     assert done.returncode == code
     assert len((tmp_path / "starts").read_text()) == starts
+
+
+def test_ci_finds_a_python_wherever_it_is_and_names_one_that_is_not(tmp_path):
+    function = re.search(r"^python_of\(\).*?^\}", (ROOT / ".ci/run").read_text(), re.M | re.S)[0]
+    homes = (tmp_path / "first", tmp_path / "second", tmp_path / ".pyenv/versions/9.8.1/bin")
+    says = "#!/bin/sh\necho "
+    for home, text in zip(
+        homes, ("#!/bin/sh\nexit 127\n", f"{says}9.9\n", f"{says}9.8\n"), strict=True
+    ):
+        home.mkdir(parents=True)
+        for version in ("9.8", "9.9"):
+            file = home / ("python" if ".pyenv" in str(home) else f"python{version}")
+            file.write_text(text)
+            file.chmod(0o755)
+
+    def find(version):
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{function}\npython_of {version}"],
+            env={"PATH": f"{homes[0]}:{homes[1]}:/usr/bin:/bin", "HOME": str(tmp_path)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    assert find("9.9").stdout.strip() == str(homes[1] / "python9.9")
+    assert find("9.8").stdout.strip() == str(homes[2] / "python")
+    missing = find("9.7")
+    assert missing.returncode == 2
+    assert "There is no Python 9.7" in missing.stderr

@@ -2,79 +2,55 @@
 
 import json
 import math
-import sys
 
 import pytest
 from etils import epath
 
-from clip_jax import metrics
-from clip_jax.checkpoint import Checkpoints
-from clip_jax.metrics import Clock, Display, Goodput, Lines, Profiler, Writer, profile_range
+from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.metrics import Board, Clock, Goodput, Profiler, Writer, profile_range
+from clip_jax.refused import Refused
 from clip_jax.train import Preempted, train
-from tests.bucket import Bucket, fake_bucket
-from tests.runs import tiny_digits
+from tests.conftest import tiny_digits
 
 
 def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(params=["disk", "bucket"])
-def folder(request, tmp_path, monkeypatch):
-    return epath.Path(tmp_path) if request.param == "disk" else fake_bucket(monkeypatch)
-
-
-def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(folder):
-    lines = Lines(folder / "a.jsonl", 0)
-    lines.write({"step": 1}, {"step": 2})
-    lines.write({"step": 3})
-    lines.flush()
-    assert steps(folder / "a.jsonl") == [1, 2, 3]
-    torn = (folder / "a.jsonl").read_text() + '{"step": 3, "lo'
-    (folder / "a.jsonl").write_text(torn)
-    resumed = Lines(folder / "a.jsonl", 2)
-    assert [row["step"] for row in resumed.rows] == [1, 2] == steps(folder / "a.jsonl")
-    resumed.write({"step": 3})
-    resumed.flush()
-    assert steps(folder / "a.jsonl") == [1, 2, 3]
-    Lines(folder / "a.jsonl", 0)
-    assert not (folder / "a.jsonl").read_text()
-
-
-def test_a_bucket_is_written_now_and_then_and_whole(monkeypatch):
-    folder = fake_bucket(monkeypatch)
-    lines = Lines(folder / "a.jsonl", 0)
-    for step in range(100):
-        lines.write({"step": step})
-    assert not Bucket.writes
-    monkeypatch.setattr(metrics, "_UPLOAD_SECONDS", 0)
-    lines.write({"step": 100})
-    assert len(Bucket.writes) == 1
-    assert len(steps(folder / "a.jsonl")) == 101
+@pytest.fixture(params=["disk", "gs"])
+def folder(request, tmp_path):
+    if request.param == "disk":
+        return epath.Path(tmp_path)
+    return epath.Path(request.getfixturevalue("gs").url) / "run"
 
 
 def test_tensorboard_reaches_the_folder(folder):
-    writer = Writer(folder, 0)
+    writer = Writer(folder / "metrics.jsonl", folder / "tensorboard", 0, print)
     writer.write(1, {"loss": 2.0})
     writer.close()
     assert [path.name.startswith("events") for path in (folder / "tensorboard").iterdir()] == [True]
     assert steps(folder / "metrics.jsonl") == [1]
 
 
-def test_a_run_in_a_bucket_goes_on(tmp_path, monkeypatch):
-    """Everything but the arrays, which Orbax itself puts into buckets, past epath."""
-    workdir = fake_bucket(monkeypatch)
-    monkeypatch.setattr(
-        "clip_jax.train.Checkpoints",
-        lambda directory, config: Checkpoints(tmp_path / directory.name, config),
-    )
-    config = tiny_digits(steps=8, evals=tiny_digits().evals)
+def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path, monkeypatch):
+    full = open("/dev/full", "wb")  # noqa: SIM115
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: full)
+    board = Board(str(tmp_path))
+    board.add_scalar("loss", 2.0, 1)
+    for ends in (board.flush, board.close):
+        with pytest.raises(Refused, match=rf"^no space left for {tmp_path}: free some"):
+            ends()
+
+
+def test_a_run_in_a_bucket_goes_on(gs):
+    workdir = epath.Path(gs.url) / "run"
+    config = tiny_digits(steps=8, checkpoint=CheckpointConfig(every_steps=100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "reached_preemption", lambda self, step: step == 4)
-        with pytest.raises(Preempted, match="saved in gs://bucket/run"):
+        with pytest.raises(Preempted, match=f"saved in {workdir}"):
             train(config, workdir)
     assert steps(workdir / "metrics.jsonl") == [1, 2, 3, 4]
-    result = train(config, "gs://bucket/run")
+    result = train(config, f"{gs.url}/run")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     assert json.loads((workdir / "result.json").read_text()) == result
@@ -117,15 +93,3 @@ def test_a_profile_lands_in_the_work_directory(tmp_path):
         ended.append(profiler.after(step, None))
     assert ended == [False, False, True, False, False]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-def test_under_jupyter_lines_go_to_the_stream_and_not_into_the_page(monkeypatch, capsys):
-    shell = type("ZMQInteractiveShell", (), {})
-    monkeypatch.setattr("builtins.get_ipython", shell, raising=False)
-    shown = []
-    fake = type(sys)("IPython.display")
-    fake.display = lambda *args, **kwargs: shown.append(args)
-    monkeypatch.setitem(sys.modules, "IPython.display", fake)
-    Display(10).line("step 1")
-    assert capsys.readouterr().err == "step 1\n"
-    assert not shown

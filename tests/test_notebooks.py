@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
-import nbclient
 import nbformat
 import pytest
 
-from tests.tiny import TINY, write_tiny_model
+from tests.conftest import ROOT, TINY, execute_notebook, write_tiny_model
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 STEPS = 16
 
@@ -36,20 +34,6 @@ def pictures(notebook: nbformat.NotebookNode) -> list[Any]:
     return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
-def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
-    """Run a notebook in a folder; return what it printed and the pictures that it drew."""
-    # The kernel is another process in another directory: it must find this checkout.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as in conftest.py
-    notebook = read(name)
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
-    ).execute()
-    printed = "".join(output.get("text", "") for output in outputs(notebook))
-    return printed, pictures(notebook)
-
-
 @pytest.mark.parametrize(
     ("name", "drawn"), [("quickstart", 4), ("zero_shot", 5), ("convert", 2), ("scaling", 4)]
 )
@@ -63,11 +47,12 @@ def test_both_files_say_the_same_and_outputs_are_saved(name: str, drawn: int):
     assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # It trains under the root that it finds above its folder: here one without earlier runs.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", str(STEPS))
-    printed, drawn = execute("quickstart", tmp_path, monkeypatch)
+    printed, drawn = execute_notebook("quickstart", tmp_path, monkeypatch)
     assert len(drawn) == 4
     assert "80 numbers to train on; 20 never shown" in printed
     workdir = tmp_path / "runs" / f"quickstart-{STEPS}"
@@ -78,12 +63,13 @@ def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "scribbled twelve" in printed
 
 
+@pytest.mark.slow
 def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = dataclasses.replace(TINY.text, vocab_size=4_096, context_length=32)
     write_tiny_model(tmp_path / "model", config=dataclasses.replace(TINY, text=text))
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # its pictures go to runs/ beside it
     monkeypatch.setenv("CLIP_JAX_NOTEBOOK_MODEL", str(tmp_path / "model"))
-    printed, drawn = execute("zero_shot", tmp_path, monkeypatch)
+    printed, drawn = execute_notebook("zero_shot", tmp_path, monkeypatch)
     assert len(drawn) == 5
     assert "ViTConfig, 16 pixels, 16 dimensions" in printed
     assert "own description nearest: " in printed
@@ -93,7 +79,7 @@ def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
-    printed, drawn = execute("scaling", NOTEBOOKS, monkeypatch)
+    printed, drawn = execute_notebook("scaling", NOTEBOOKS, monkeypatch)
     assert "ImageNet                              LAION  -0.1114   5.858" in printed
     assert "OpenAI  -0.2378   211.7" in printed
     assert "ViT-bigG-14@68B: 81.9%" in printed

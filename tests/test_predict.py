@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 
@@ -19,10 +17,9 @@ import pytest
 from PIL import Image
 
 from clip_jax.cli import main
-from clip_jax.data.embeddings import Embeddings, nearest
-from clip_jax.load import load
-from tests.runs import ROOT
-from tests.tiny import write_tiny_model
+from clip_jax.loading import load
+from tests.conftest import write_tiny_model
+from tests.forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -203,33 +200,23 @@ def test_wrong_use_of_embed_exits_with_2(folder, tmp_path, args, says, capsys):
     assert "Traceback" not in error
 
 
-def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def start(output):
-        command = ["embed", str(folder / "model"), str(folder / "photos"), str(output)]
-        command += ["--rows-per-file", "2"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "clip_jax", *command], env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+@pytest.mark.long
+def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path, tmp_path_factory):
+    def command(output):
+        return "embed", folder / "model", folder / "photos", output, "--rows-per-file", 2
 
     killed = tmp_path / "killed"
     chance = random.Random()
-    for kill in range(1, 4):
-        process = start(killed)
-        while len(list(killed.glob("rows-*"))) < 20 * kill and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it finished before it was killed"
-    assert start(killed).wait() == 0
-    assert start(tmp_path / "whole").wait() == 0
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        for kill in range(1, 4):
+            child = forks.start(*command(killed))
+            while len(list(killed.glob("rows-*"))) < 20 * kill and child.poll() is None:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.05))
+            child.kill()
+            assert child.wait() == -signal.SIGKILL, "it finished before it was killed"
+        forks.run(*command(killed))
+        forks.run(*command(tmp_path / "whole"))
     assert rows(killed).equals(rows(tmp_path / "whole"))
     assert rows(killed).num_rows == 200
 
@@ -241,6 +228,22 @@ def embedded(folder, tmp_path_factory):
     return output
 
 
+def test_leftovers_and_links_that_lead_back(folder, tmp_path, capsys):
+    shutil.copytree(folder / "photos/inner", tmp_path / "photos")
+    (tmp_path / "photos/back").symlink_to(tmp_path / "photos")
+    os.mkfifo(tmp_path / "photos/pipe.png")
+    count = sum(path.is_file() for path in (tmp_path / "photos").iterdir())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".0123abcd.partial.rows-{0:010d}-{count + 1:010d}.parquet").write_bytes(b"half")
+    assert main(["embed", str(folder / "model"), str(tmp_path / "photos"), str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] + len(result["skipped"]) == count + 1
+    reasons = {line["key"]: line["reason"] for line in result["skipped"]}
+    assert "a pipe or a device" in reasons["pipe.png"]
+    assert not list(out.glob("*.partial.*"))
+
+
 def test_an_image_finds_itself_and_a_text_what_numpy_finds(folder, embedded, tmp_path, capsys):
     model, sheet = str(folder / "model"), tmp_path / "sheet.png"
     args = ["search", model, str(embedded)]
@@ -250,7 +253,7 @@ def test_an_image_finds_itself_and_a_text_what_numpy_finds(folder, embedded, tmp
     assert best["key"] == "000.png"
     assert best["similarity"] == pytest.approx(1, abs=1e-5)
     loaded = load(folder / "model")
-    query = np.asarray(loaded.encode_text(loaded.tokenize(["a red bicycle"])))[0]
+    query = np.asarray(loaded.encode_text(loaded.tokenize(["a red bicycle"], truncate=True)))[0]
     table = rows(embedded)
     similarities = np.stack(table["embedding"].to_numpy()) @ (query / np.linalg.norm(query))
     expected = np.argsort(-similarities, kind="stable")[:5]
@@ -306,26 +309,45 @@ def test_pictures_that_are_gone_are_said(folder, tmp_path, capsys):
     assert "are not where they were" in capsys.readouterr().err
 
 
-def test_a_changed_folder_is_laid_out_anew(embedded, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    file = next(embedded.glob("rows-*"))
-    (copy / "rows-0.parquet").write_bytes(file.read_bytes())
-    assert len(Embeddings(copy)) == 200
-    (copy / "rows-1.parquet").write_bytes(file.read_bytes())
-    assert len(Embeddings(copy)) == 400
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("count", [1, 10, 500])
-def test_blocks_find_what_one_product_finds(count, monkeypatch):
-    monkeypatch.setattr("clip_jax.data.embeddings.BLOCK", 64)
-    rng = np.random.default_rng(count)
-    vectors = rng.integers(-2, 3, (300, 3)).astype(np.float32)  # with many ties
-    query = rng.integers(-2, 3, 3).astype(np.float32)
-    found, similarities = nearest(vectors, query, count)
-    expected = np.argsort(-(vectors @ query), kind="stable")[:count]
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(similarities, (vectors @ query)[expected])
+def flip(path):
+    """One bit of an embedding, which no reader of Parquet misses without a checksum."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b"")])
+def test_a_damaged_file_is_named_and_made_anew_alone(damage, folder, embedded, tmp_path, capsys):
+    output = shutil.copytree(embedded, tmp_path / "out", ignore=lambda *_: ["search"])
+    expected = rows(output)
+    (file,) = output.glob("rows-*")
+    damage(file)
+    assert main(["search", str(folder / "model"), str(output), "--text", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"clip-jax: {file} is damaged (")
+    assert said.count("\n") == 1
+    if damage is flip:
+        file.unlink()  # as the message says
+    assert main(["embed", str(folder / "model"), str(folder / "photos"), str(output)]) == 0
+    assert rows(output).equals(expected)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
+def test_a_damaged_manifest_is_one_message(text, folder, embedded, tmp_path, capsys):
+    output = shutil.copytree(embedded, tmp_path / "out")
+    (output / "embed.json").write_text(text)
+    for args in (
+        ["search", str(folder / "model"), str(output), "--text", "x"],
+        ["embed", str(folder / "model"), str(folder / "photos"), str(output)],
+    ):
+        assert main(args) == 2
+        said = capsys.readouterr().err
+        assert str(output) in said
+        assert said.count("\n") == 1
 
 
 def test_usearch_finds_the_same(folder, embedded, capsys):

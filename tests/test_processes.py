@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +16,10 @@ from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.config import check_processes_agree
-from clip_jax.processes import CPU_FLAGS, GPU_FLAGS, TPU_FLAGS, ProcessesConfig
+from clip_jax.processes import CPU_FLAGS, GPU_OPTIONS, TPU_OPTIONS, Interrupt, ProcessesConfig
 from clip_jax.sharding import MeshConfig, data_part, make_mesh
 from clip_jax.train import train
-from tests.runs import ROOT, tiny_digits
+from tests.conftest import ROOT, tiny_digits
 
 
 def facts(**changes):
@@ -144,7 +147,7 @@ def run(code, **environment):
 
 
 def test_the_gpu_and_cpu_flags_are_known_to_xla():
-    flags = " ".join(f"--{name}={value}" for name, value in (GPU_FLAGS | CPU_FLAGS).items())
+    flags = " ".join(f"--{name}={value}" for name, value in (GPU_OPTIONS | CPU_FLAGS).items())
     code = "import jax; jax.numpy.zeros(1)"
     assert run(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").returncode == 0
     unknown = run(code, XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true", JAX_PLATFORMS="cpu")
@@ -160,7 +163,7 @@ def test_the_tpu_flags_are_known_to_libtpu():
     environment = {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"
     }  # fmt: skip
-    flags = " ".join(f"--{name}={value}" for name, value in TPU_FLAGS.items())
+    flags = " ".join(f"--{name}={value}" for name, value in TPU_OPTIONS.items())
     known = run(code, LIBTPU_INIT_ARGS=flags, **environment)
     assert known.returncode == 0, known.stderr
     unknown = run(code, LIBTPU_INIT_ARGS=flags + " --xla_tpu_no_such_flag=true", **environment)
@@ -188,12 +191,13 @@ def test_simulated_devices_take_their_collectives_in_one_order(environment, seve
 
 
 def test_flags_of_the_environment_win(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert processes.compiler_options("tpu") == TPU_OPTIONS
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
-    processes._set_flags()
-    given = os.environ["LIBTPU_INIT_ARGS"]
-    assert given.count("xla_enable_async_all_gather=") == 1
-    assert "--xla_enable_async_all_gather=false" in given
-    assert len(given.split()) == len(TPU_FLAGS)
+    ours = TPU_OPTIONS.keys() - {"xla_enable_async_all_gather"}
+    assert processes.compiler_options("tpu").keys() == ours
+    assert processes.compiler_options("gpu") == processes.compiler_options("cuda") == GPU_OPTIONS
+    assert processes.compiler_options("cpu") == {}
 
 
 def test_the_watchdog_shows_where_a_hanging_process_stands():
@@ -226,7 +230,7 @@ def test_starts_without_progress_are_counted_and_refused(tmp_path):
     )  # fmt: skip
     from clip_jax.data.pipeline import Pipeline
 
-    def broken(self, start_step=0):
+    def broken(*_):
         raise RuntimeError("no such luck")
         yield
 
@@ -239,3 +243,36 @@ def test_starts_without_progress_are_counted_and_refused(tmp_path):
             train(config, tmp_path)
     more = dataclasses.replace(config, processes=ProcessesConfig(max_starts=10))
     train(more, tmp_path)  # goes on, since nothing of the updates is changed
+
+
+def interrupt(times):
+    """Press Ctrl-C while a run stands in something long; return seconds, exit code, last words."""
+    code = (
+        "import time; from multiprocessing.shared_memory import SharedMemory\n"
+        "from clip_jax.processes import interrupt\n"
+        "with interrupt:\n"
+        "    shared = SharedMemory(create=True, size=8)  # as workers have it\n"
+        "    print(shared.name, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    shared = Path("/dev/shm", process.stdout.readline().strip())
+    assert shared.is_file()
+    begun = time.monotonic()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, said = process.communicate(timeout=30)
+    assert not shared.exists()
+    return time.monotonic() - begun, process.returncode, said
+
+
+def test_ctrl_c_ends_what_is_long_within_seconds_and_a_second_one_at_once():
+    for times, seconds in ((1, Interrupt.GRACE_SECONDS + 2), (2, 2)):
+        took, code, said = interrupt(times)
+        assert took < seconds
+        assert code == 130
+        assert said.startswith("clip-jax: interrupted; ")
+        assert said.count("\n") == 1

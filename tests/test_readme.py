@@ -1,12 +1,15 @@
-"""Every bash and Python block of the README runs, in order, in one directory.
+"""Every bash and Python block of the README and of `docs/` (slow) runs, in order, in one directory.
 
 Installing is left out, training is cut to a few steps, ladders are planned only (their table is in
-the repository), pytest is not run inside itself, and `tests/browser` opens the page: the shims
-below say so. Everything else runs as it stands.
+the repository), pytest is not run inside itself, `tests/browser` opens the page and `tests/serve`
+starts the server: the shims below say so. What has run once is not run again. Everything else runs
+as it stands. Blocks of `sh` are for pods and large data sets: their flags are read, and nothing
+runs.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import FLAGS, ROOT
+from clip_jax import arguments, cli
+from tests.conftest import FLAGS, ROOT
+from tests.forks import Forks
 
 SHIMS = r"""
 set -euo pipefail
@@ -23,12 +28,13 @@ pip() { :; }
 pytest() { :; }
 clip-jax() {
   case "$1 ${2-}" in
-    "train configs/digits.py") "$PYTHON" -m clip_jax "$@" $TINY ;;
-    "train configs/pairs.py") "$PYTHON" -m clip_jax "$@" $TINY_PAIRS ;;
-    "scale ladder") "$PYTHON" -m clip_jax "${@:1:3}" --dry-run ;;
+    "train configs/digits.py") "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" $TINY ;;
+    "train configs/pairs.py") "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" $TINY_PAIRS ;;
+    "scale ladder") "$PYTHON" -IS "$FORKS" "$SOCKET" "${@:1:3}" --dry-run ;;
     "scale collect") cp notebooks/ladder_digits.csv "${@: -1}" ;;
-    "demo "*) ;;
-    *) "$PYTHON" -m clip_jax "$@" ;;
+    "scale report") "$PYTHON" -IS "$FORKS" "$SOCKET" "${@:1:2}" notebooks/*.csv "${@:4}" ;;
+    "demo "* | "serve "*) ;;
+    *) "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" ;;
   esac
 }
 """
@@ -39,15 +45,31 @@ PAIRS_FLAGS = (
 )
 
 
-def blocks(language):
-    text = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def blocks(language, *pages):
+    """The blocks of a language in some pages, one after another."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.M | re.S)
+    return [block for page in pages for block in pattern.findall(page.read_text())]
+
+
+def commands(*pages):
+    """What stands in `sh` blocks and is ours, as arguments of `clip-jax`."""
+    lines = "\n".join(blocks("sh", *pages)).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        starts = [i for i, word in enumerate(words) if word in ("clip-jax", "up", "4")]
+        if "clip-jax" in words or any("launch/" in word for word in words):
+            found.append(words[starts[0] + 1 :])
+    return found
+
+
+@pytest.fixture
+def directory(tmp_path):
     """A place with the repository's files and somebody's pairs."""
-    path = tmp_path_factory.mktemp("readme")
+    path = tmp_path
     for name in ("configs", "clip_jax", "tests", "notebooks"):
         (path / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
@@ -66,18 +88,24 @@ def directory(tmp_path_factory):
     return path
 
 
-def run(directory, arguments):
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """What the shims need: a process that runs the commands (tests/forks.py)."""
     tiny = [*FLAGS, "--steps", "6", "--evals.0.every-steps", "6", "--model.vision.depth", "2"]
-    environment = os.environ | {
+    values = os.environ | {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_PRNG_IMPL": "rbg",  # compiles quickly, as in conftest.py
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "FORKS": str(ROOT / "tests/forks.py"),
         "TINY": " ".join(tiny),
         "TINY_PAIRS": PAIRS_FLAGS,
     }
+    with Forks(tmp_path_factory.mktemp("forks"), **values) as forks:
+        yield values | {"SOCKET": forks.path}
+
+
+def run(directory, environment, arguments):
     done = subprocess.run(
         arguments, cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
@@ -85,21 +113,52 @@ def run(directory, arguments):
     return done.stdout
 
 
-def test_every_block_runs(directory):
+def run_blocks(directory, environment, *pages):
+    """Run the bash blocks of some pages, one after another; return what each said."""
     bash = shutil.which("bash")
-    outputs = [run(directory, [bash, "-c", SHIMS + block]) for block in blocks("bash")]
-    assert len(outputs) == 11
-    assert any("zero_shot/unseen/top1" in output for output in outputs)
-    assert any("held out: 9 runs predicted from the 27 others" in output for output in outputs)
-    assert any("alpha         -0.1114" in output for output in outputs)
-    similarities, shapes = (
-        run(directory, [sys.executable, "-c", block]) for block in blocks("python")
+    done, outputs = set(), []
+    for block in blocks("bash", *pages):
+        fresh = [line for line in block.splitlines() if line not in done]
+        done.update(fresh)
+        outputs.append(run(directory, environment, [bash, "-c", SHIMS + "\n".join(fresh)]))
+    return "\n".join(outputs)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
+    """The README's first, of whose runs the pages speak."""
+    said = run_blocks(directory, environment, *PAGES)
+    assert "zero_shot/unseen/top1" in said
+    assert "alpha         -0.1114" in said
+    assert "held out: 9 runs predicted from the 27 others" in said
+    first, *others = dict.fromkeys(blocks("python", *PAGES))
+    assert blocks("python", *PAGES).count(first) == 2  # of the README, and in the library's page
+    similarities, *said = (
+        run(directory, environment, [sys.executable, "-c", block]) for block in (first, *others)
     )
     assert re.fullmatch(r"\[\[\S+\s+\S+\]\]\n", similarities)  # one image, two texts
-    assert shapes == "(1, 17, 16) (1, 16, 16, 3)\n"
+    assert "(1, 17, 16) (1, 16, 16, 3)\n" in said
 
 
-def test_the_two_commands_are_there_word_for_word():
-    first, second = blocks("bash")[:2]
+@pytest.mark.parametrize("command", commands(*PAGES), ids=" ".join)
+def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
+    class Read(Exception):
+        """So far and no further."""
+
+    def read(*args):
+        parse(*args)
+        raise Read
+
+    parse = arguments.parse
+    monkeypatch.setattr(arguments, "parse", read)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Read):
+        cli._run(command)
+
+
+def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 150
+    first, second = blocks("bash", readme)[:2]
     assert first == "pip install -e . && clip-jax train configs/digits.py\n"
     assert second == "pip install -e '.[test]' && pytest -n 2\n"

@@ -3,22 +3,37 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import sharding
+from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP
-from clip_jax.optim import OptimConfig, make_optimizer
+from clip_jax.optim import OptimConfig
 from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
-from clip_jax.step import state_shardings
-from tests.models.test_clip import TINY
+from clip_jax.step import Recipe, shapes
+from tests.conftest import TINY
 
 
 # One for each kind of tower and option.
 @pytest.mark.parametrize(
     "name",
-    ["ViT-B/32", "ViT-M-16-alt", "ViT-L-14-CLIPA", "ViT-B-16-SigLIP", "ViT-bigG-14", "RN50"],
+    [
+        "ViT-B/32",
+        "ViT-M-16-alt",
+        "ViT-L-14-CLIPA",
+        "ViT-B-16-SigLIP",
+        "ViT-bigG-14",
+        "RN50",
+        "coca_ViT-L-14",
+        "coca_base",
+        "mammut_ViT-L-14",
+        "mammut_ViT-S-16",
+    ],
 )
 def test_the_table_knows_every_parameter_of_the_zoo_and_nothing_else(name):
     config = zoo.get(name)
@@ -33,12 +48,40 @@ def test_large_tensors_are_split_over_fsdp_and_tensor():
     block = shardings["visual"]["transformer"]["resblocks"]
     assert block["attn"]["in_proj"]["kernel"].spec == P(None, "fsdp", None, "tensor", None)
     assert block["mlp"]["c_proj"]["kernel"].spec == P(None, "tensor", "fsdp")
-    assert shardings["text"]["token_embedding"].spec == P("tensor", "fsdp")
+    assert shardings["text"]["token_embedding"].spec == P(None, ("tensor", "fsdp"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_words_are_looked_up_where_they_lie(sizes):
+    """A table of an odd number of words, which no mesh divides; its gradient lies as it does."""
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((901, 16)).astype(np.float32)
+    ids = rng.integers(0, 901, (16, 5)).astype(np.int32)
+    ids[::3] = ids[0]  # words that many texts have
+    weights = rng.standard_normal((16, 5, 16)).astype(np.float32)
+    lies = NamedSharding(mesh, P(None, ("tensor", "fsdp")))
+    rows = sharding.batch_sharding(mesh)
+    lookup = sharding.layout(mesh).lookup
+
+    def looked_up(table, ids, weights):
+        x = lookup(table, ids)
+        return (x * weights).sum(), x
+
+    slope = jax.value_and_grad(looked_up, has_aux=True)
+    args = jax.device_put((table, ids, weights), (lies, rows, rows))
+    (_, found), gradient = jax.jit(slope)(*args)
+    np.testing.assert_array_equal(found, table[ids])
+    expected = jnp.zeros((901, 16)).at[ids].add(weights)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_optimizer_state_lies_where_its_parameters_lie():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    shardings = state_shardings(CLIP(TINY), make_optimizer(OptimConfig(), 10_000), mesh)
+    recipe = Recipe(
+        model=TINY, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=16
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, shapes(recipe, mesh)[0])
     adam = shardings.opt_state[0]
     assert adam.mu == adam.nu == shardings.params
     assert adam.count.spec == P()

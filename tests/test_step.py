@@ -1,4 +1,5 @@
-"""One step: the same on every mesh, the same as ever (golden), and learning something."""
+"""One step: the same on every mesh, the same as ever (golden), and learning something; what
+accumulation, patch dropout, locked towers, remat and attention change, and don't."""
 
 import dataclasses
 import functools
@@ -9,58 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import DictKey
 
 from clip_jax import sharding
 from clip_jax.losses import SigmoidConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIP, split_batch_stats
-from clip_jax.models.resnet import ResNetConfig
-from clip_jax.optim import OptimConfig, make_optimizer
+from clip_jax.optim import OptimConfig
+from clip_jax.pods.exchanges import collectives
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import State, compute_loss, init_state, jit_step, state_shardings
-from tests.models.test_clip import TINY
+from clip_jax.step import Program, Recipe, compute_loss, encode
+from tests.conftest import (
+    COCA,
+    GOLDEN_LOSS,
+    MAMMUT,
+    MESHES,
+    OPTIM,
+    RESNET,
+    TINY,
+    assert_close,
+    batch,
+    parameters,
+    step_on,
+    sums_of_step,
+)
 
 GOLDEN = Path(__file__).parent / "golden/step.json"
-# Adam divides by |gradient| + ε: with the paper's ε of 1e-6 it would show rounding, not the mesh.
-OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-3)
-RESNET = dataclasses.replace(
-    TINY, vision=ResNetConfig(image_size=64, layers=(1, 1, 1, 1), width=8, num_heads=4)
-)
 SIGLIP = dataclasses.replace(TINY, init_logit_bias=-10.0)
-MESHES = {
-    "8": MeshConfig(),
-    "4x2": MeshConfig(data=4, fsdp=2),
-    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
-}
-
-
-def batch(config, size=16):
-    rng = np.random.default_rng(0)
-    pixels = config.vision.image_size
-    tokens = rng.integers(1, 517, (size, config.text.context_length), np.int32)
-    tokens[:, -2] = 519  # end of text
-    tokens[3] = tokens[7]  # a caption that stands twice
-    return {"image": rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8), "text": tokens}
-
-
-def parameters(config):
-    """Parameters from NumPy: the same on every version of jax."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-
-    def draw(path, x):
-        if path[-1].key in ("scale", "var"):
-            return np.ones(x.shape, np.float32)
-        if path[-1].key == "logit_scale":
-            return np.float32(np.log(10))
-        if path[-1].key == "logit_bias":  # near zero, negatives and positives cancel to rounding
-            return np.float32(-3)
-        scale = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.2
-        if path[-2:] == (DictKey("out_proj"), DictKey("kernel")):
-            scale *= 4  # or all captions look alike, and their gradients cancel to rounding
-        return (scale * rng.standard_normal(x.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+MAMMUT = dataclasses.replace(MAMMUT, init_logit_bias=-10.0)
 
 
 def gradients_on(config, loss, mesh):
@@ -75,51 +50,27 @@ def gradients_on(config, loss, mesh):
     return jax.device_get((value, grads))
 
 
-def step_on(config, loss, mesh):
-    """Parameters after one step and its metrics, on the host."""
-    model, optimizer = CLIP(config), make_optimizer(OPTIM, 10)
-    shardings = state_shardings(model, optimizer, mesh)
-    params = parameters(config)
-    trainable, _ = split_batch_stats(params)
-    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
-    state = jax.device_put(state, shardings)
-    data = jax.device_put(batch(config), sharding.batch_sharding(mesh))
-    after, metrics = jit_step(model, OPTIM, 10, loss, mesh, shardings)(state, data)
-    return jax.device_get((after.params, metrics))
-
-
 @functools.cache
 def reference(function, config, loss):
     return function(config, loss, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def assert_close(expected, got, key_bias=1e-6):
-    """Per tensor, the largest difference is at most 1e-5 of the reference's largest value.
-
-    The exact gradient of an attention's key bias is zero, so it is compared absolutely.
-    """
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
-    ):
-        name = sharding.path_name(path)
-        if name.endswith("attn/in_proj/bias"):
-            np.testing.assert_allclose(b[:, 1], a[:, 1], rtol=0, atol=key_bias, err_msg=name)
-            a, b = a[:, ::2], b[:, ::2]
-        if name.endswith("k_proj/bias"):
-            np.testing.assert_allclose(b, a, rtol=0, atol=key_bias, err_msg=name)
-            continue
-        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), name
-
-
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    ("config", "loss"),
+    ("config", "loss", "mesh"),
     [
-        (TINY, SoftmaxConfig(mask_same_caption=True)),
-        (SIGLIP, SigmoidConfig()),
+        pytest.param(
+            config, loss, mesh, id=f"{name}-{mesh}",
+            marks=[pytest.mark.slow] if config.decoder and mesh != "2x2x2" else [],
+        )
+        for name, config, loss in [
+            ("vit", TINY, SoftmaxConfig(mask_same_caption=True)),
+            ("siglip", SIGLIP, SigmoidConfig()),
+            ("coca", COCA, SoftmaxConfig(mask_same_caption=True)),
+            ("mammut", MAMMUT, SigmoidConfig(form="ring")),
+        ]
+        for mesh in MESHES
     ],
-    ids=["vit", "siglip"],
-)
+)  # fmt: skip
 def test_every_mesh_gives_the_same_loss_and_gradients(config, loss, mesh):
     value, grads = reference(gradients_on, config, loss)
     got_value, got_grads = gradients_on(config, loss, make_mesh(MESHES[mesh]))
@@ -153,35 +104,23 @@ def test_every_mesh_takes_the_same_step(mesh):
 
 def test_the_golden_step():
     """The numbers of one step, held to what they were. Regenerate only with a reason."""
-    expected, got = json.loads(GOLDEN.read_text()), golden()
+    expected = json.loads(GOLDEN.read_text())
+    got = sums_of_step(*reference(step_on, TINY, GOLDEN_LOSS))
     assert got["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     assert got["parameters"] == pytest.approx(expected["parameters"], rel=1e-5)
-
-
-def golden():
-    """Scalar metrics, and the sum of every parameter's absolute values after one step."""
-    params, metrics = reference(step_on, TINY, SoftmaxConfig(mask_same_caption=True))
-    sums = {
-        sharding.path_name(path): float(np.abs(x).sum(dtype=np.float64))
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
-    return {"metrics": {name: float(x) for name, x in metrics.items()}, "parameters": sums}
 
 
 def test_a_batch_is_learned_by_heart():
     """Sixty steps on one batch bring the loss from chance to nearly nothing."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model, optim = CLIP(TINY), OptimConfig(learning_rate=3e-3, warmup_steps=5, clip_norm=1.0)
-    optimizer = make_optimizer(optim, 60)
-    shardings = state_shardings(model, optimizer, mesh)
-    init = functools.partial(init_state, model=model, optimizer=optimizer)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    optim = OptimConfig(learning_rate=3e-3, warmup_steps=5, clip_norm=1.0)
     loss = SoftmaxConfig(mask_same_caption=True)
-    step = jit_step(model, optim, 60, loss, mesh, shardings)
-    data = jax.device_put(batch(TINY), sharding.batch_sharding(mesh))
+    recipe = Recipe(model=TINY, loss=loss, optim=optim, steps=60, batch_size=16)
+    program = Program(recipe, mesh)
+    state = program.init()
     losses = []
-    for _ in range(60):
-        state, metrics = step(state, data)
+    for step in range(60):
+        state, metrics = program.step(state, program.place(batch(TINY), step))
         losses.append(float(metrics["loss"]))
     assert losses[0] > 2
     assert losses[-1] < 0.2
@@ -192,10 +131,199 @@ def test_the_logit_scale_is_capped():
     config = dataclasses.replace(TINY, init_logit_scale=99.99)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optim = OptimConfig(learning_rate=1.0, warmup_steps=0, max_logit_scale=100.0)
-    model, optimizer = CLIP(config), make_optimizer(optim, 10)
-    shardings = state_shardings(model, optimizer, mesh)
-    init = functools.partial(init_state, model=model, optimizer=optimizer)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = jit_step(model, optim, 10, SoftmaxConfig(), mesh, shardings)
-    state, metrics = step(state, jax.device_put(batch(config), sharding.batch_sharding(mesh)))
+    recipe = Recipe(model=config, loss=SoftmaxConfig(), optim=optim, steps=10, batch_size=16)
+    program = Program(recipe, mesh)
+    _, metrics = program.step(program.init(), program.place(batch(config)))
     assert float(metrics["logit_scale"]) <= 100.001
+
+
+# ------------------------------------------------------------------ options
+
+LOSS = SoftmaxConfig(mask_same_caption=True)
+
+
+def changed(config, **vision):
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **vision))
+
+
+FLIP = changed(TINY, patch_dropout=0.5)
+FLIP_COCA = changed(COCA, patch_dropout=0.5)
+GROUPS = changed(RESNET, batch_norm_group=4)
+
+
+DESCENT = OptimConfig(learning_rate=1.0, warmup_steps=0, eps=1.0, weight_decay=0.0)
+
+
+def one_step(config, optim=DESCENT, devices=8, params=None, **options):
+    """State and metrics after one step, of plain descent by default, on the host."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    recipe = Recipe(model=config, loss=LOSS, optim=optim, steps=10, batch_size=16, **options)
+    program = Program(recipe, mesh)
+    state = program.init(params or parameters(config))
+    return jax.device_get(program.step(state, program.place(batch(config))))
+
+
+@functools.cache
+def plain(config):
+    """One step of descent on one device: what the others are compared with."""
+    return one_step(config, devices=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "chunks"),
+    [
+        pytest.param(FLIP, 8, 2, id="vit on 8"),
+        pytest.param(FLIP, 1, 4, id="vit", marks=pytest.mark.slow),
+        pytest.param(FLIP_COCA, 8, 2, id="coca on 8", marks=pytest.mark.slow),
+        pytest.param(GROUPS, 1, 4, id="resnet", marks=pytest.mark.slow),
+        pytest.param(GROUPS, 2, 2, id="resnet on 2", marks=pytest.mark.slow),
+    ],
+)
+def test_accumulation_is_the_one_big_batch(config, devices, chunks):
+    """Also with patch dropout, and with BatchNorm in groups, whose statistics run on alike."""
+    whole, expected = plain(config)
+    parts, got = one_step(config, devices=devices, accumulation=chunks)
+    assert_close(expected, got)
+    moments = whole.opt_state[0].mu, parts.opt_state[0].mu  # a tenth of the gradients
+    if config is not GROUPS:
+        assert_close(*moments)
+        return
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(moments[0]), jax.tree.leaves(moments[1]), strict=True
+    ):  # BatchNorm's rounding, as between meshes
+        name = sharding.path_name(path)
+        if not name.endswith(("k_proj/bias", "attn/in_proj/bias")):  # their gradient is zero
+            assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name
+    assert_close(whole.params["batch_stats"], parts.params["batch_stats"])
+
+
+def test_patch_dropout_drops_by_row_and_step_and_seed():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = changed(TINY, patch_dropout=0.75)
+    data = {"image": batch(config)["image"][[0] * 4], "text": batch(config)["text"][:4]}
+
+    def images(key, rows):
+        find = functools.partial(encode, model=CLIP(config), mesh=mesh, key=key)
+        (features, _), _ = jax.jit(find)(parameters(config), {}, data | {"row": rows})
+        return np.asarray(features)
+
+    key = jax.random.key(0, impl="threefry2x32")
+    first = images(key, jnp.arange(4))
+    assert np.abs(first[0] - first[1]).max() > 1e-3  # one image, other patches
+    np.testing.assert_allclose(images(key, jnp.arange(4)[::-1]), first[::-1], atol=1e-6)
+    assert np.abs(images(jax.random.fold_in(key, 1), jnp.arange(4)) - first).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_runs_seed_decides_what_is_dropped():
+    steps = plain(FLIP), one_step(FLIP, devices=1, seed=1), plain(TINY)
+    assert len({float(metrics["loss"]) for _, metrics in steps}) == 3
+
+
+def test_a_locked_tower_takes_no_gradient_and_the_other_its_own():
+    free, _ = plain(TINY)
+    locked, _ = one_step(TINY, dataclasses.replace(DESCENT, locked=("image",)), devices=1)
+    before = parameters(TINY)
+    jax.tree.map(np.testing.assert_array_equal, locked.params["visual"], before["visual"])
+    assert_close(free.params["text"], locked.params["text"], key_bias=1e-5)
+
+
+@pytest.mark.slow
+def test_a_locked_resnet_keeps_its_running_statistics():
+    locked, _ = one_step(RESNET, dataclasses.replace(DESCENT, locked=("image",)), devices=1)
+    before = parameters(RESNET)
+    for name in ("visual", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, locked.params[name], before[name])
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, pytest.param(RESNET, marks=pytest.mark.slow)], ids=["vit", "resnet"]
+)
+def test_a_skipped_step_changes_nothing_but_the_step(config):
+    optim = OptimConfig(warmup_steps=0, skip_norm_ratio=10.0, ema_decay=0.9)
+    params = parameters(config)
+    params["visual"]["conv1"]["kernel"] = np.full_like(params["visual"]["conv1"]["kernel"], np.nan)
+    after, metrics = one_step(config, optim, params=params)
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+    assert int(after.step) == 1
+    assert (metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (1, 1)
+    assert np.isnan(metrics["grad_norm"])
+
+
+DEEP = dataclasses.replace(
+    TINY, vision=dataclasses.replace(TINY.vision, depth=3),
+    text=dataclasses.replace(TINY.text, depth=2),
+)  # fmt: skip
+
+
+@functools.cache
+def unrolled(unroll, remat):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = CLIP(dataclasses.replace(DEEP, unroll=unroll, remat=remat))
+    objective = functools.partial(compute_loss, model=model, loss=LOSS, mesh=mesh)
+    objective = jax.value_and_grad(objective, has_aux=True)
+    return jax.jit(objective).lower(parameters(DEEP), {}, batch(DEEP))
+
+
+REMAT = ("none", "hidden", "residual", "attention", "full")  # cheapest first
+
+
+@functools.cache
+def gradient(remat):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = CLIP(dataclasses.replace(TINY, remat=remat))
+    objective = functools.partial(compute_loss, model=model, loss=LOSS, mesh=mesh)
+    return jax.jit(jax.grad(objective, has_aux=True)).lower(parameters(TINY), {}, batch(TINY))
+
+
+def test_every_remat_computes_more_again():
+    matmuls = [gradient(remat).as_text().count("stablehlo.dot_general") for remat in REMAT]
+    assert matmuls == sorted(set(matmuls))
+
+
+def test_unrolled_layers_are_no_loop_and_change_nothing():
+    """Nor does recomputation go away, which nothing but the loop kept apart."""
+    (value, *_), grads = unrolled(1, "full").compile()(parameters(DEEP), {}, batch(DEEP))
+    (got, *_), others = unrolled(3, "full").compile()(parameters(DEEP), {}, batch(DEEP))
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    assert_close(grads, others)
+    assert "stablehlo.while" in unrolled(1, "full").as_text()
+    assert "stablehlo.while" not in unrolled(3, "full").as_text()
+    again = [unrolled(3, x).compile().as_text().count(" dot(") for x in ("none", "full")]
+    assert again[0] < again[1]
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient():
+    expected, *others = (
+        gradient(remat).compile()(parameters(TINY), {}, batch(TINY)) for remat in REMAT
+    )
+    for got in others:
+        assert_close(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices"), [("short", 8), pytest.param("splash", 2, marks=pytest.mark.slow)]
+)
+def test_a_step_with_a_kernel_on_a_mesh_is_the_same(backend, devices):
+    config = dataclasses.replace(TINY, attention=backend)
+    before, expected = plain(TINY)
+    after, got = one_step(config, devices=devices)
+    assert_close(expected, got)
+    assert_close(before.params, after.params)
+
+
+def test_patch_dropout_and_chunks_keep_rows_on_their_devices():
+    """What is gathered are features and captions of the loss, never patches."""
+    mesh = make_mesh(MeshConfig())
+    optim = OptimConfig(warmup_steps=0)
+    recipe = Recipe(
+        model=FLIP, loss=LOSS, optim=optim, steps=10, batch_size=16, accumulation=2
+    )  # fmt: skip
+    program = Program(recipe, mesh)
+    text = program.step.lower(program.state, program.batch).compile().as_text()
+    found = collectives(text, dict(mesh.shape))  # between several devices
+    assert {x.kind for x in found} == {"all-gather", "all-reduce"}
+    gathered = [shape.dims for x in found if x.kind == "all-gather" for shape in x.shapes]
+    dims = {tuple(sorted(n for n in shape if n != 1)) for shape in gathered}
+    assert dims == {(16,), (2, 8, 16)}  # numbers of rows and captions; features by chunks

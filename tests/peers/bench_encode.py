@@ -17,8 +17,8 @@ BATCH, ROUNDS = 32, 5
 
 
 def ours(pixels: np.ndarray):
-    from clip_jax.convert.weights import default_inputs
-    from clip_jax.load import Model
+    from clip_jax.convert.weights import default_preprocess
+    from clip_jax.loading import Model
     from clip_jax.models import zoo
     from clip_jax.models.clip import CLIP
 
@@ -26,7 +26,7 @@ def ours(pixels: np.ndarray):
     params = jax.jit(CLIP(config).init)(jax.random.key(0))
     import dataclasses
 
-    model = Model(dataclasses.replace(config, dtype="float32"), params, *default_inputs(config))
+    model = Model(dataclasses.replace(config, dtype="float32"), params, default_preprocess(config))
     return lambda: np.asarray(model.encode_image(pixels, batch_size=len(pixels)))
 
 

@@ -76,14 +76,18 @@ def write_photographs(folder: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def open_clip_batches(folder: Path, workers: int):
+def open_clip_batches(place: Path | str, workers: int):
+    """Endless batches of open_clip's, from a folder or, through `curl`, a URL."""
     import open_clip
     from open_clip_train.data import get_wds_dataset
     from open_clip_train.params import parse_args
 
+    urls = f"{place}/{{00000..{SHARDS - 1:05d}}}.tar"
+    if urls.startswith("http"):
+        urls = f"pipe:curl -s -f {urls}"
     args = parse_args(
         [
-            *("--train-data", f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar"),
+            *("--train-data", urls),
             *("--train-num-samples", "1000000", "--dataset-resampled"),
             *("--batch-size", str(BATCH), "--workers", str(workers)),
         ]
@@ -107,7 +111,7 @@ def open_clip_batches(folder: Path, workers: int):
 def clip_jax_batches(folder: Path, workers: int, threads: int):
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
-    from clip_jax.data.tokenizer import Tokenizer
+    from clip_jax.data.tokenizers.clip import ClipTokenizer
 
     config = DataConfig(
         source=TarConfig(path=str(folder / "*.tar")),
@@ -116,7 +120,7 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
         threads=threads,
     )
     how = {"image_size": SIZE, "context_length": 77, "batch_size": BATCH}
-    for batch in build(config, tokenizer=Tokenizer(), **how).batches():
+    for batch in build(config, tokenizer=ClipTokenizer(), **how).batches():
         assert batch.image.shape == (BATCH, SIZE, SIZE, 3)
         assert batch.text.shape == (BATCH, 77)
         yield

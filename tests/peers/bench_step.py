@@ -1,6 +1,8 @@
-"""Training steps a second of ViT-B/32 in float32 on CPU cores: clip_jax and open_clip in turn.
+"""Training steps a second in float32 on CPU cores: clip_jax and open_clip in turn.
 
-    python tests/peers/bench_step.py [batch size]
+    python tests/peers/bench_step.py [small] [batch size]
+
+Of ViT-B/32 at 64 pairs, or of small towers (width 128, four and two blocks, 64 patches) at 256.
 
 Both in one process, alternating, each with all cores; the median of the rounds counts. A step is
 the whole update (both towers, loss, gradients, AdamW) on pixels that are already in memory. Before
@@ -8,7 +10,6 @@ that, clip_jax's towers alone: forward, and forward with backward.
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 import sys
@@ -19,47 +20,57 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-BATCH, ROUNDS = 64, 5
+from clip_jax.models import zoo
+from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+ROUNDS = 5
+B32 = dataclasses.replace(zoo.get("ViT-B-32"), dtype="float32")
+SMALL = CLIPConfig(
+    embed_dim=128,
+    vision=ViTConfig(
+        image_size=32, patch_size=4, width=128, depth=4, num_heads=4, activation="gelu"
+    ),
+    text=TextConfig(
+        vocab_size=4_096, context_length=32, width=128, depth=2, num_heads=4, activation="gelu"
+    ),
+    dtype="float32",
+)
 
 
-def batch(size: int) -> dict[str, np.ndarray]:
+def batch(model: CLIPConfig, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    text = rng.integers(1, 49_407, (size, 77), dtype=np.int32)
-    text[:, -1] = 49_407
-    return {"image": rng.integers(0, 256, (size, 224, 224, 3), dtype=np.uint8), "text": text}
+    last, pixels = model.text.vocab_size - 1, model.vision.image_size
+    text = rng.integers(1, last, (size, model.text.context_length), dtype=np.int32)
+    text[:, -1] = last
+    return {"image": rng.integers(0, 256, (size, pixels, pixels, 3), dtype=np.uint8), "text": text}
 
 
-def ours(data: dict[str, np.ndarray]) -> Callable[[], float]:
+def ours(model: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
     from clip_jax import sharding
     from clip_jax.losses import SoftmaxConfig
-    from clip_jax.models import zoo
-    from clip_jax.models.clip import CLIP
-    from clip_jax.optim import OptimConfig, make_optimizer
-    from clip_jax.step import init_state, jit_step, state_shardings
+    from clip_jax.optim import OptimConfig
+    from clip_jax.step import Program, Recipe
 
-    model = CLIP(dataclasses.replace(zoo.get("ViT-B-32"), dtype="float32"))
-    optim, steps = OptimConfig(), 10_000
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    optimizer = make_optimizer(optim, steps)
-    shardings = state_shardings(model, optimizer, mesh)
-    init = functools.partial(init_state, model=model, optimizer=optimizer)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = jit_step(model, optim, steps, SoftmaxConfig(), mesh, shardings)
+    recipe = Recipe(
+        model=model, loss=SoftmaxConfig(), optim=OptimConfig(),
+        steps=10_000, batch_size=len(data["text"]),
+    )  # fmt: skip
+    program = Program(recipe, sharding.make_mesh(sharding.MeshConfig()))
+    state, batch = program.init(), program.place(data)
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, data)
+        state, metrics = program.step(state, batch)
         return float(metrics["loss"])
 
     return run
 
 
-def print_towers(data: dict[str, np.ndarray]) -> None:
+def print_towers(config: CLIPConfig, data: dict[str, np.ndarray]) -> None:
     """Print the seconds of each tower alone."""
-    from clip_jax.models import zoo
-    from clip_jax.models.clip import CLIP
-
-    model = CLIP(dataclasses.replace(zoo.get("ViT-B-32"), dtype="float32"))
+    model = CLIP(config)
     params = jax.jit(model.init)(jax.random.key(0))
     pixels = np.float32(data["image"]) / 255
     for name, encode, x in (
@@ -73,14 +84,25 @@ def print_towers(data: dict[str, np.ndarray]) -> None:
                 start = time.perf_counter()
                 jax.block_until_ready(jitted(params, x))
                 times.append(time.perf_counter() - start)
-            print(f"{name} tower, {what}: {min(times[1:]):.2f} s", flush=True)
+            print(f"{name} tower, {what}: {min(times[1:]):.3f} s", flush=True)
 
 
-def open_clip(data: dict[str, np.ndarray]) -> Callable[[], float]:
+def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
     import open_clip
     import torch
 
-    model = open_clip.create_model("ViT-B-32").train()
+    vision, text = config.vision, config.text
+    model = open_clip.CLIP(
+        config.embed_dim,
+        open_clip.CLIPVisionCfg(
+            layers=vision.depth, width=vision.width, head_width=vision.width // vision.num_heads,
+            patch_size=vision.patch_size, image_size=vision.image_size,
+        ),
+        open_clip.CLIPTextCfg(
+            context_length=text.context_length, vocab_size=text.vocab_size, width=text.width,
+            heads=text.num_heads, layers=text.depth,
+        ),
+    ).train()  # fmt: skip
     named = list(model.named_parameters())
     plain = [p for n, p in named if p.ndim < 2 or "ln" in n or "bias" in n or "logit_scale" in n]
     decayed = [p for _, p in named if not any(p is q for q in plain)]
@@ -109,10 +131,12 @@ def open_clip(data: dict[str, np.ndarray]) -> Callable[[], float]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else BATCH
-    data = batch(size)
-    print_towers(data)
-    runs = {"open_clip": open_clip(data), "clip_jax": ours(data)}
+    model, size = (SMALL, 256) if "small" in sys.argv else (B32, 64)
+    for given in filter(str.isdigit, sys.argv[1:]):
+        size = int(given)
+    data = batch(model, size)
+    print_towers(model, data)
+    runs = {"open_clip": open_clip(model, data), "clip_jax": ours(model, data)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # compiles, allocates
         run()
@@ -121,10 +145,10 @@ def main() -> None:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-            print(f"{name:<10} {seconds[name][-1]:6.2f} s", file=sys.stderr, flush=True)
+            print(f"{name:<10} {seconds[name][-1]:7.3f} s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:<10} {median:6.2f} s a step, {size / median:6.2f} pairs/s")
+        print(f"{name:<10} {median:7.3f} s a step, {size / median:6.2f} pairs/s")
     print(f"clip_jax takes {medians['clip_jax'] / medians['open_clip']:.2f} of open_clip's time")
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 
-from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.tokenizers.clip import ClipTokenizer
 
 CAPTIONS = 100_000
 BATCH = 1_000
@@ -26,7 +26,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
     words five are new compounds, five numbers; of a hundred captions ten are not ASCII, two hold
     an HTML entity; capitals and punctuation as in alt texts."""
     rng = random.Random(seed)
-    words = [token[:-4] for token in Tokenizer().vocab if token.endswith("</w>")]
+    words = [token[:-4] for token in ClipTokenizer().vocab if token.endswith("</w>")]
     words = [word for word in words if word.isascii() and word.isalpha() and len(word) > 1]
     weights = [1 / (rank + 3) for rank in range(len(words))]
     result = []
@@ -59,7 +59,7 @@ def measure(who: str) -> list[float]:
             from open_clip.tokenizer import SimpleTokenizer
         options = {}
     else:
-        SimpleTokenizer = Tokenizer
+        SimpleTokenizer = ClipTokenizer
         options = {"truncate": True}  # as open_clip always does
     seconds = []
     start = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.verify import BOUND, our_outputs, relative_difference
-from clip_jax.convert.weights import Weights, default_inputs
+from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 
@@ -61,8 +61,7 @@ def random_weights(config: CLIPConfig, dtype=np.float16) -> Weights:
 
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(draw, shapes)
-    preprocess, tokenizer = default_inputs(config)
-    return Weights(config=config, params=params, preprocess=preprocess, tokenizer=tokenizer)
+    return Weights(config=config, params=params, preprocess=default_preprocess(config))
 
 
 # ------------------------------------------------------------------ the peers' own loaders
@@ -119,12 +118,13 @@ def outputs(model, images, ids):
 def same_ids(weights, ours, theirs):
     """Whether token ids are the same: all, or, where the peer pads with end of text as transformers
     does and the model does not see it, up to that, and ours behind it are the weights' padding."""
-    end, text = weights.tokenizer.vocab_size - 1, weights.config.text
+    text = weights.config.text
+    end = text.clip_vocab_size - 1
     padded = np.array(ours)
     unseen = text.causal and text.pool != "last"
     if unseen and (theirs[:, -1] == end).all() and (ours[:, -1] != end).any():
         after = np.cumsum(padded == end, axis=1) > 0
-        if (padded[after & (padded != end)] != weights.tokenizer.pad_id).any():
+        if (padded[after & (padded != end)] != weights.config.text.tokenizer.pad_id).any():
             return False
         padded[after] = end
     return np.array_equal(padded, theirs)
@@ -186,7 +186,7 @@ def other_activation(weights, ids):
 
 def other_padding(weights, ids):
     """Padding with another id: the text ends, and then come fives."""
-    return weights, np.where(ids == weights.tokenizer.pad_id, 5, ids)
+    return weights, np.where(ids == weights.config.text.tokenizer.pad_id, 5, ids)
 
 
 def permuted_layer(weights, ids):

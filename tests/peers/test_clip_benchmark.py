@@ -1,19 +1,29 @@
 """Same features in, same numbers out as the clip-benchmark package."""
 
+import importlib
+import json
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from clip_jax import sharding
-from clip_jax.evals import zero_shot
+from clip_jax.data.images import Preprocess
+from clip_jax.evals import measure, prompts, zero_shot
 from clip_jax.evals.compositions import composition
-from clip_jax.evals.datasets import Contrasted
+from clip_jax.evals.datasets import Contrasted, Labelled
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.languages import NAMES, open_babel, open_languages
 from clip_jax.evals.retrieval import retrieval
+from clip_jax.models.clip import CLIP
+from tests.conftest import TINY
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from clip_benchmark.datasets import builder
     from clip_benchmark.metrics import (
         image_caption_selection,
         zeroshot_classification,
@@ -97,7 +107,7 @@ def test_the_classifier_averages_as_theirs_does(mesh):
         Features(), lambda texts: torch.tensor(np.stack([rows[text] for text in texts])),
         [str(c) for c in range(4)], [f"{t} {{c}}" for t in range(7)], "cpu", amp=False,
     )  # fmt: skip
-    ours = zero_shot.average(unit(features).reshape(28, 16), [7] * 4)
+    ours = prompts.ensemble(unit(features).swapaxes(0, 1))
     np.testing.assert_allclose(ours, theirs.numpy().T, atol=1e-6)
 
 
@@ -136,3 +146,139 @@ def test_the_right_caption_against_the_wrong_one():
     won = (images * right).sum(axis=1) > (images * wrong).sum(axis=1)
     assert 0.4 < theirs["text_acc"] < 0.9
     assert composition(won, data.groups, data)["acc"] == pytest.approx(theirs["text_acc"], abs=1e-6)
+
+
+def vector(word: str) -> np.ndarray:
+    """A direction of its own for each text or file."""
+    return unit(np.random.default_rng(zlib.crc32(word.encode())).standard_normal(16))
+
+
+class Words(Encoder):
+    """Features drawn by the text."""
+
+    def texts(self, texts):
+        return np.stack([vector(text) for text in texts]).astype(np.float32)
+
+
+@pytest.fixture
+def encoder(mesh):
+    return Words(CLIP(TINY), {}, mesh, Preprocess(image_size=16), lambda texts: np.zeros((1, 1)))
+
+
+def rows_of(texts):
+    return torch.tensor(np.stack([vector(text) for text in texts]), dtype=torch.float32)
+
+
+def multilingual(folder: Path) -> list[str]:
+    """Forty captioned pictures in two languages, in the four layouts."""
+    names = [f"{i:03d}" for i in range(40)]
+    (folder / "xm3600").mkdir()
+    rows = [
+        {"image/key": x, "image/locale": "de", "de": {"caption": [f"de {x}", "noch eins"]},
+         "en": {"caption": [f"en {x}"]}}
+        for x in names
+    ]  # fmt: skip
+    (folder / "xm3600/captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for name, index, pattern, languages in (
+        ("multilingual_mscoco", "test_image_names.txt", "test_1kcaptions_{}.txt", ("de", "en")),
+        ("xtd200", "test_image_names.txt", "{}.txt", ("deu_Latn", "eng_Latn")),
+        ("flickr30k-200", "filenames.txt", "{}.txt", ("deu_Latn", "eng_Latn")),
+    ):
+        (folder / name).mkdir()
+        (folder / name / index).write_text("".join(f"{x}.jpg\n" for x in names))
+        for language in languages:
+            lines = "".join(f"{language} {x}\n" for x in names)
+            (folder / name / pattern.format(language)).write_text(lines)
+    for place in folder.iterdir():
+        (place / "images").mkdir()
+        for x in names:
+            (place / "images" / f"{x}.jpg").touch()
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_recalls_of_each_language(name, encoder, tmp_path, monkeypatch):
+    """Their reader of the files, ours, and the same features for both."""
+    multilingual(tmp_path)
+    own, module, place = {
+        "xtd10": ("multilingual_mscoco_captions", "multilingual_mscoco", "multilingual_mscoco"),
+        "crossmodal3600": (name, name, "xm3600"),
+    }.get(name, (name, name.replace("-", "_"), name))
+    reader = importlib.import_module(f"clip_benchmark.datasets.{module}")
+    lines = lambda url: (tmp_path / place / Path(url).name).read_text().splitlines()  # noqa: E731
+    monkeypatch.setattr(reader, "_get_lines", lines, raising=False)  # from the network
+    data = open_languages(name, tmp_path)
+    assert len(data.languages) == 2
+    noise = np.random.default_rng(0).standard_normal((data.count, 16))
+    loaded = [data.load(i) for i in range(data.count)]
+    seen = [vector(next(iter(answer.values()))[0]) for _, answer in loaded]
+    features = unit(np.stack(seen) + 0.25 * noise).astype(np.float32)
+    images = measure.Embedded(features, np.arange(data.count), [x for _, x in loaded], [])
+    ours = measure.translate(data, images, encoder)
+    monkeypatch.setattr("PIL.Image.open", lambda path: Named(path))
+    for language in data.languages:
+        theirs = builder.build_dataset(
+            own, root=str(tmp_path), language=language, task="zeroshot_retrieval"
+        )
+        assert [Path(image.path).name for image, _ in theirs] == [x.name for x, _ in loaded]
+        batches = [
+            (torch.tensor(features[part]), [theirs[i][1] for i in part])
+            for part in np.array_split(np.arange(data.count), 3)
+        ]
+        found = zeroshot_retrieval.evaluate(
+            Features(), batches, rows_of, "cpu", amp=False, recall_k_list=[1, 5, 10]
+        )
+        for metric, value in found.items():
+            assert ours.by_language[language][metric] == pytest.approx(value, abs=1e-6), metric
+        assert found["image_retrieval_recall@1"] < 1
+    first, second = (ours.by_language[x]["image_retrieval_recall@5"] for x in data.languages)
+    assert first != second
+    assert ours.values["mean/image_retrieval_recall@5"] == pytest.approx((first + second) / 2)
+
+
+class Named:
+    """A picture that knows where it lies."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def convert(self, mode):
+        return self
+
+
+@pytest.mark.parametrize("language", ["de", "ne"])
+def test_zero_shot_of_each_language(language, encoder, monkeypatch):
+    """Babel-ImageNet's names and prompts as they are in their wheel, on images of all classes."""
+    monkeypatch.setattr(zeroshot_classification, "float", lambda array: array.item(), raising=False)
+    texts = Path(builder.__file__).parent
+    labels = np.random.default_rng(5).integers(0, 1_000, 600)
+    imagenet = Labelled([""] * 1_000, [], 600, lambda i: ("", int(labels[i])))
+    data = open_babel(imagenet, texts, (language,))
+    indices, names = json.loads((texts / "babel_imagenet.json").read_text())[language.upper()]
+    prompts_of = json.loads((texts / "nllb_dist13b_prompts.json").read_text())[language.upper()]
+    templates = [template.replace("{}", "{c}") for template in prompts_of]
+    classifier = zeroshot_classification.zero_shot_classifier(
+        Features(), rows_of, names, templates, "cpu", amp=False
+    )
+    weights = dict(zip(indices, classifier.T.numpy(), strict=True))
+    noise = np.random.default_rng(6).standard_normal((600, 16))
+    features = np.stack([weights.get(x, np.zeros(16)) for x in labels]) + 1.2 * unit(noise)
+    features = unit(features).astype(np.float32)
+    ours = measure.translate(
+        data, measure.Embedded(features, np.arange(600), list(labels), []), encoder
+    )
+    mine = np.flatnonzero(np.isin(labels, indices))
+
+    class Loader(list):
+        class dataset:
+            classes = tuple(names)
+
+    target = [indices.index(x) for x in labels[mine]]
+    batches = Loader([(torch.tensor(features[mine]), torch.tensor(target))])
+    logits, target = zeroshot_classification.run_classification(
+        Features(), classifier, batches, "cpu", amp=False
+    )
+    acc1, acc5 = zeroshot_classification.accuracy(logits, target, topk=(1, 5))
+    assert 0.1 < acc1 < acc5 < 1
+    assert ours.by_language[language]["acc1"] == pytest.approx(acc1, abs=1e-6)
+    assert ours.values["mean/acc5"] == pytest.approx(acc5, abs=1e-6)

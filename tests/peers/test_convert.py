@@ -14,7 +14,8 @@ from clip_jax.convert import openai
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.positions import resize_positions
-from clip_jax.convert.verify import BOUND, random_inputs, relative_difference, verify
+from clip_jax.convert.verify import BOUND, our_outputs, random_inputs, relative_difference, verify
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -96,7 +97,7 @@ def test_open_clip(open_clip, tmp_path, name):
     assert weights.preprocess.interpolation == "bilinear"
 
     images, _ = random_inputs(weights.config)
-    ours = weights.tokenizer.build()(TEXTS, weights.config.text.context_length, True)
+    ours = make_tokenizer(weights.config.text)(TEXTS, weights.config.text.context_length, True)
     tokenizer = open_clip.SimpleTokenizer(context_length=weights.config.text.context_length)
     check_parity(weights, model, images, ours, tokenizer(TEXTS).numpy())
 
@@ -154,7 +155,7 @@ def test_hugging_face(tmp_path, name):
     read_back(weights, tmp_path / "out", "hugging-face", original)
     processor = CLIPProcessor.from_pretrained(tmp_path / "out", local_files_only=True)
     texts = [text for text in TEXTS if "&" not in text]  # transformers unescapes no HTML
-    ours = weights.tokenizer.build()(texts, 20, True)
+    ours = make_tokenizer(weights.config.text)(texts, 20, True)
     theirs = processor(text=texts, padding="max_length", truncation=True, return_tensors="np")
     images, _ = random_inputs(weights.config)
     images = images[: len(texts)]
@@ -164,6 +165,25 @@ def test_hugging_face(tmp_path, name):
         assert relative_difference(outputs(again, images, theirs["input_ids"])[key], value) <= BOUND
     padded = processor(text=texts, padding=True, return_tensors="np")["input_ids"]
     assert padded.shape[1] < 20
+
+
+def test_hugging_face_takes_a_dicts_defaults(tmp_path):
+    """A config of before transformers 4.28, whose `text_config_dict` leaves fields out."""
+    from transformers import CLIPModel
+
+    activations = ({"hidden_act": "gelu"}, {"hidden_act": "gelu"})
+    save_hugging_face(hugging_face_model(*activations), tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for name in ("vision_config", "text_config"):
+        content[f"{name}_dict"] = {n: x for n, x in content[name].items() if n != "hidden_act"}
+    path.write_text(json.dumps(content))
+    weights = read_weights(tmp_path)
+    model = CLIPModel.from_pretrained(tmp_path, local_files_only=True).eval()
+    images, tokens = random_inputs(weights.config)
+    theirs = outputs(model, images, tokens)
+    for key, ours in our_outputs(weights.config, weights.params, images, tokens).items():
+        assert relative_difference(ours, theirs[key]) <= BOUND
 
 
 def test_hugging_face_in_shards_and_float16(tmp_path):
@@ -202,7 +222,7 @@ def test_openai(openai_clip, tmp_path, name, dtype, archive):
     model = model.float()
 
     images, _ = random_inputs(weights.config)
-    ours = weights.tokenizer.build()(TEXTS, 20, True)
+    ours = make_tokenizer(weights.config.text)(TEXTS, 20, True)
     theirs = openai_clip.tokenize(TEXTS, 20, truncate=True).numpy()
     check_parity(weights, model, images, ours, theirs)
     read_back(weights, tmp_path / "plain.pt", "openai", original, plain=True)
@@ -278,7 +298,7 @@ def test_ours(openai_clip, open_clip, tmp_path, name, to):
         return
     assert verify(weights, tmp_path / "out", to).passed
     peer, tokenize = loaded(to, tmp_path / "out")
-    ours = weights.tokenizer.build()(texts_for(to), 20, True)
+    ours = make_tokenizer(weights.config.text)(texts_for(to), 20, True)
     # openai-clip has one vocabulary, larger than this model's.
     theirs = ours if to == "openai" else tokenize(texts_for(to)).numpy()
     check_parity(weights, peer, random_inputs(weights.config)[0], ours, theirs)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.test_notebooks import ROOT, execute
+from tests.conftest import ROOT, execute_notebook
 
 # Libraries of the kernel's own, not ours.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 def test_convert_says_the_same_in_pytorch_and_shows_where_inputs_differ(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # trains under the root above its folder
     monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", "8")
-    printed, drawn = execute("convert", tmp_path, monkeypatch)
+    printed, drawn = execute_notebook("convert", tmp_path, monkeypatch)
     assert len(drawn) == 2
     assert float(re.search(r"relative difference: (\S+)", printed)[1]) <= 1e-5
     assert float(re.search(r"of a probability: (\S+)", printed)[1]) <= 1e-5

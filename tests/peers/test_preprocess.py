@@ -188,3 +188,14 @@ def test_open_clips_resize_modes(resize_mode, interpolation, open_clip):
     images += [Image.open(io.BytesIO(ODD[k])) for k in ("palette", "alpha", "gray", "cmyk jpeg")]
     for image in images:
         assert_same_pixels(ours(image), reference(transform, image))
+
+
+def test_open_clips_bars_of_another_colour(open_clip):
+    transform = open_clip.image_transform(
+        160, is_train=False, resize_mode="longest", fill_color=200
+    )
+    ours = Preprocess(image_size=160, resize_mode="longest", fill=200)
+    images = [PHOTO.resize((451, 300)), PHOTO.resize((33, 60)), PHOTO.resize((801, 160))]
+    images += [Image.open(io.BytesIO(ODD[k])) for k in ("palette", "alpha", "gray", "cmyk jpeg")]
+    for image in images:
+        assert_same_pixels(ours(image), reference(transform, image))

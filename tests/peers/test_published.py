@@ -20,6 +20,7 @@ from clip_jax.convert import open_clip as open_clip_format
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.verify import random_inputs
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.resnet import ResNetConfig
 from tests.peers.parity import check_parity, lively, loaded, random_weights, texts_for
@@ -149,7 +150,7 @@ def test_published_models(openai_clip, open_clip, tmp_path, name, to):
     images = random_inputs(config)[0][:2]
 
     weights = random_weights(config)
-    ours = weights.tokenizer.build()(texts_for(to))
+    ours = make_tokenizer(weights.config.text)(texts_for(to))
     write_weights(weights, tmp_path / "out", to)
     peer, tokenize = loaded(to, tmp_path / "out")
     theirs = tokenize(texts_for(to)).numpy()
@@ -191,7 +192,7 @@ def test_whole_shapes(openai_clip, open_clip, name, to):
             model = open_clip.CLIP(**open_clip_settings(name, config))
             rows = open_clip_format.table(config)
         else:
-            model, rows = hugging_face_model(config), hugging_face.TABLE
+            model, rows = hugging_face_model(config), hugging_face.rows(config)
     state = {n: x for n, x in model.state_dict().items() if not n.endswith(openai.COUNTER)}
     expected = {n: tuple(x.shape) for n, x in state.items()}
     assert shapes_by(rows, config) == expected

@@ -10,9 +10,10 @@ import ftfy
 import numpy as np
 import pytest
 
-from clip_jax.data.tokenizer import Tokenizer, clean
+from clip_jax.data.tokenizers.clean import repaired
+from clip_jax.data.tokenizers.clip import ClipTokenizer
 
-TOKENIZER = Tokenizer()
+TOKENIZER = ClipTokenizer()
 MARKERS = ("startoftext", "endoftext", "start_of_text", "end_of_text")
 
 # What `piece` draws from; a test string is a few pieces with something of `BETWEEN` after each.
@@ -132,14 +133,14 @@ def test_every_character_between_letters_and_alone(openai_clip, open_clip):
 
 
 def test_printable_ascii_needs_no_cleaning():
-    """The shortcut of `clean`: every pair of printable characters, and random texts of them."""
+    """The shortcut of `repaired`: every pair of printable characters, and random texts of them."""
     printable = [chr(i) for i in range(0x20, 0x7F) if chr(i) != "&"]
     rng = random.Random(0)
     texts = ["".join(first + second for second in printable) for first in printable]
     texts += ["".join(rng.choices(printable, k=rng.randrange(40))) for _ in range(5_000)]
     texts += ["".join(rng.choices("<|>;#x1c/'\"\\-[m ", k=12)) for _ in range(5_000)]
     for text in texts:
-        assert html.unescape(html.unescape(ftfy.fix_text(text))).lower() == clean(text)
+        assert html.unescape(html.unescape(ftfy.fix_text(text))) == repaired(text)
 
 
 def test_over_long_text_is_an_error_in_both(openai_clip):

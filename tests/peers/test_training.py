@@ -4,7 +4,6 @@ With `-s` it prints the largest relative differences: of a step's loss, of a fin
 """
 
 import dataclasses
-import functools
 import math
 import warnings
 
@@ -15,6 +14,7 @@ import torch
 
 from clip_jax import sharding
 from clip_jax.convert import open_clip as conversion
+from clip_jax.convert import open_clip_config
 from clip_jax.convert.files import Tensors
 from clip_jax.convert.openai import read as read_openai_names
 from clip_jax.convert.weights import Weights
@@ -24,8 +24,8 @@ from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import OptimConfig, make_optimizer, schedule
-from clip_jax.step import init_state, jit_step, state_shardings
+from clip_jax.optim import OptimConfig, schedule
+from clip_jax.step import Program, Recipe
 
 STEPS, BATCH = 20, 32
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.2, b2=0.98, eps=1e-6)
@@ -88,17 +88,14 @@ def train_there(open_clip, config: CLIPConfig, optim: OptimConfig, model) -> lis
 def train_here(config: CLIPConfig, optim: OptimConfig, params) -> tuple[list[float], Tensors]:
     """Train with the step that runs on pods."""
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    model, optimizer = CLIP(config), make_optimizer(optim, STEPS)
-    shardings = state_shardings(model, optimizer, mesh)
-    shapes = jax.eval_shape(
-        functools.partial(init_state, model=model, optimizer=optimizer), jax.random.key(0)
-    )
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    state = jax.device_put(dataclasses.replace(state, params=params), shardings)
-    step = jit_step(model, optim, STEPS, SoftmaxConfig(), mesh, shardings)
+    recipe = Recipe(
+        model=config, loss=SoftmaxConfig(), optim=optim, steps=STEPS, batch_size=BATCH
+    )  # fmt: skip
+    program = Program(recipe, mesh)
+    state = program.init(params)
     losses = []
-    for batch in batches():
-        state, metrics = step(state, batch)
+    for step, batch in enumerate(batches()):
+        state, metrics = program.step(state, program.place(batch, step))
         losses.append(float(metrics["loss"]))
     found = Weights(config=config, params=jax.tree.map(np.asarray, state.params))
     return losses, conversion.to_tensors(found)
@@ -111,7 +108,7 @@ def test_the_same_training(open_clip, monkeypatch, name):
         lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(CLIP(config).init, jax.random.key(0))
     ))  # fmt: skip
     torch.manual_seed(0)
-    model = open_clip.CLIP(**conversion._model_cfg(start))
+    model = open_clip.CLIP(**open_clip_config.model_cfg(start))
     # Not at rest, as after some training: zeros would hide branches and leave nothing to compare.
     with torch.no_grad():
         for key, x in model.named_parameters():

@@ -10,8 +10,8 @@ import torch
 
 from clip_jax.evals import prompts
 from clip_jax.evals.evaluator import encode_images, encode_texts
-from clip_jax.evals.zero_shot import average
-from clip_jax.load import load
+from clip_jax.evals.prompts import ensemble
+from clip_jax.loading import load
 from clip_jax.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer's, about its own calls
@@ -49,6 +49,10 @@ def test_a_hundred_classes(open_clip, tmp_path):
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
     rows = [prompts.fill(t, name) for name in names for t in templates]
     texts = encode_texts(ours.clip, ours.params, ours.tokenize(rows), mesh)
-    logits = 100 * encode_images(ours.clip, ours.params, images, mesh) @ average(texts, [3] * 100).T
+    logits = (
+        100
+        * encode_images(ours.clip, ours.params, images, mesh)
+        @ ensemble(texts.reshape(100, 3, -1).swapaxes(0, 1)).T
+    )
     assert np.ptp(theirs) > 1
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())

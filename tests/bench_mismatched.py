@@ -1,0 +1,66 @@
+"""The digits with the captions of 20% of them exchanged: trained raw, and filtered by that model.
+
+python tests/bench_mismatched.py digits
+clip-jax train tests/bench_mismatched.py --workdir raw
+clip-jax prepare digits/pairs.parquet filtered --score-with raw --top-share 0.8
+clip-jax train tests/bench_mismatched.py --workdir second --data.source.path filtered
+python tests/bench_mismatched.py digits filtered    # what the filter took away
+"""
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from clip_jax.config import Config, load_config
+from clip_jax.data.digits import DigitsConfig, DigitsSource
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.any import PathConfig
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, decode_example
+
+COUNT, SHARE = 20_000, 5
+
+
+def get_config() -> Config:
+    digits = load_config(Path(__file__).parent.parent / "configs/digits.py")
+    data = DataConfig(source=PathConfig(path="digits/pairs.parquet"), threads=1)
+    optim = dataclasses.replace(digits.optim, warmup_steps=150)
+    return dataclasses.replace(digits, data=data, optim=optim, steps=1_200)
+
+
+def make(folder: Path) -> None:
+    source, rng = DigitsSource(DigitsConfig(digits=2), 16), np.random.default_rng(0)
+    images, captions = [], []
+    for i in range(COUNT):
+        pixels, caption = source.load(i, np.random.default_rng([7, i]))
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append(file.getvalue())
+        captions.append(caption)
+    changed = rng.permutation(COUNT)[: COUNT // SHARE]
+    said = np.array(captions, object)
+    said[changed] = said[np.roll(changed, 1)]
+    columns = {"image": images, "caption": said.tolist(), "true": captions}
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=100)
+
+
+def compare(folder: Path, filtered: Path) -> None:
+    table = pq.read_table(folder / "pairs.parquet", columns=["caption", "true"]).to_pydict()
+    wrong = np.array([a != b for a, b in zip(table["caption"], table["true"], strict=True)])
+    source = ArrayRecordSource(ArrayRecordConfig(path=str(filtered / "*.array_record")))
+    kept = np.zeros(COUNT, bool)
+    for index in range(len(source)):
+        key = decode_example(source._read(index, index + 1)[0])["key"][0]
+        kept[int(key.rpartition(b":")[2])] = True
+    print(f"{wrong.sum():,} mismatched of {COUNT:,}; dropped {(~kept).sum():,}, of them mismatched")
+    print(f"{wrong[~kept].sum():,}: {wrong[~kept].mean():.1%}; left {wrong[kept].mean():.1%}")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1])) if len(sys.argv) == 2 else compare(*map(Path, sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""How well orders mix 1.28 million samples that lie sorted by class, 1,280 of each of a thousand.
+
+    PYTHONPATH=. python tests/bench_order.py
+
+Classes in a batch, pairs of one class in it (both over what independent draws would give), and how
+far apart in batches two neighbours of the file come. Stretches hold 60 samples. WebDataset's
+buffers are open_clip's: eight workers, 128 shards dealt to them in random order, each worker with a
+buffer of 5,000 samples and batches of its own.
+"""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from clip_jax.data.order import Lanes, OfPositions, StretchOrder
+
+CLASSES, EACH, STRETCH, SHARDS, WORKERS, BUFFER = 1000, 1280, 60, 128, 8, 5000
+COUNT = CLASSES * EACH
+
+
+def stretches(batch_size: int, window: int) -> np.ndarray:
+    lanes, sizes = Lanes(batch_size), np.full(COUNT // STRETCH, STRETCH)
+    shares = OfPositions(lanes, int(sizes.sum()))
+    order = StretchOrder(sizes, seed=0, window=window, shares=shares)
+    steps = int(sizes.sum()) // batch_size
+    runs = [order.at(lane, 0, steps * lanes.width).record for lane in lanes.own]
+    return np.stack([run.reshape(steps, -1) for run in runs], 1).reshape(steps, batch_size)
+
+
+def web_dataset(batch_size: int) -> np.ndarray:
+    rng = random.Random(0)
+    shards = list(range(SHARDS))
+    rng.shuffle(shards)
+    size = COUNT // SHARDS
+
+    def worker(own: list[int]) -> Iterator[int]:
+        buffer: list[int] = []
+        for shard in own:
+            for sample in range(shard * size, (shard + 1) * size):
+                buffer.append(sample)
+                if len(buffer) >= BUFFER:
+                    at = rng.randrange(len(buffer))
+                    buffer[at], buffer[-1] = buffer[-1], buffer[at]
+                    yield buffer.pop()
+        rng.shuffle(buffer)
+        yield from buffer
+
+    streams = [np.fromiter(worker(shards[i::WORKERS]), np.int64) for i in range(WORKERS)]
+    steps = len(streams[0]) // batch_size
+    parts = [stream[: steps * batch_size].reshape(steps, batch_size) for stream in streams]
+    return np.stack(parts, 1).reshape(-1, batch_size)
+
+
+def describe(name: str, batches: np.ndarray) -> str:
+    batch_size = batches.shape[1]
+    counts = [
+        np.bincount(batch // EACH, minlength=CLASSES) for batch in batches[:: len(batches) // 8]
+    ]
+    distinct = np.mean([np.count_nonzero(count) for count in counts])
+    pairs = np.mean([(count * (count - 1) // 2).sum() for count in counts])
+    expected = CLASSES * (1 - (1 - 1 / CLASSES) ** batch_size)
+    step = np.full(COUNT, -1, np.int64)
+    step[batches.reshape(-1)] = np.repeat(np.arange(len(batches)), batch_size)
+    both = (step[:-1] >= 0) & (step[1:] >= 0)
+    apart = np.abs(np.diff(step))[both]
+    return (
+        f"| {batch_size:,} | {name} | {distinct:,.0f} ({distinct / expected:.2f}) "
+        f"| {pairs / (batch_size * (batch_size - 1) / 2 / CLASSES):.2f} | {apart.mean():,.1f} |"
+    )
+
+
+def main() -> None:
+    print("| batch | order | classes in a batch | pairs of one class | neighbours apart, batches |")
+    print("|---|---|---|---|---|")
+    for batch_size in (1024, 32768):
+        steps = COUNT // batch_size
+        anywhere = np.random.default_rng(0).permutation(COUNT)[: steps * batch_size]
+        print(describe("global", anywhere.reshape(steps, batch_size)), flush=True)
+        for window in (256, 1024, 4096):
+            made = stretches(batch_size, window)
+            print(describe(f"stretches, window {window:,}", made), flush=True)
+        print(describe("WebDataset's buffers", web_dataset(batch_size)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

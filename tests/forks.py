@@ -1,0 +1,132 @@
+"""`clip-jax` as children of one process that has imported what they import, which takes seconds.
+
+`python forks.py SOCKET` serves until it is ended; `python forks.py SOCKET ARGUMENT ...` stands for
+`clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's.
+"""
+
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MODULES = (
+    *("cli", "train", "evaluate", "predict", "convert.command", "prepare.writer", "bench"),
+    *("scaling.ladder", "scaling.answers", "scaling.plots"),
+)
+OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
+
+
+class Child:
+    """One command that runs, as `subprocess.Popen` has it."""
+
+    def __init__(self, path: str, arguments: list[str], streams: list[int]) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(path)
+        request = json.dumps([os.getcwd(), *arguments]).encode()
+        socket.send_fds(self._connection, [request], streams)
+        self.pid = int(self._connection.recv(16))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            with self._connection:
+                self.returncode = int(self._connection.recv(16))
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """The process and its commands; ends with its block."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.path = str(folder / "socket")
+        root = Path(__file__).parent.parent
+        values = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)} | environment
+        self._process = subprocess.Popen([sys.executable, __file__, self.path], env=values)
+        while not os.path.exists(self.path):
+            assert self._process.poll() is None
+            time.sleep(0.01)
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def start(
+        self, *arguments: object, stdout: int | None = None, stderr: int | None = None
+    ) -> Child:
+        """Begin a command; what it says goes to descriptors of files, or nowhere."""
+        with open(os.devnull, "r+b") as null:
+            streams = [null.fileno() if x is None else x for x in (None, stdout, stderr)]
+            return Child(self.path, list(map(str, arguments)), streams)
+
+    def run(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command that ends with a code."""
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            child = self.start(*arguments, stdout=stdout.fileno(), stderr=stderr.fileno())
+            returned = child.wait()
+            said = []
+            for file in (stdout, stderr):
+                file.seek(0)
+                said.append(file.read())
+        assert returned == code, "\n".join(said)
+        return subprocess.CompletedProcess(arguments, returned, *said)
+
+
+def serve(listener: socket.socket) -> None:
+    """Answer each request by a process of its own: it starts the command, and says how it ended."""
+    os.environ["GLIBC_TUNABLES"] = ""  # or the command starts itself again, to set it
+    from clip_jax.__main__ import main
+
+    for name in (*(f"clip_jax.{name}" for name in MODULES), *OTHERS):
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those processes are nobody's concern
+    while True:
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        request, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        child = os.fork()
+        if not child:
+            connection.close()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            folder, *arguments = json.loads(request)
+            os.chdir(folder)
+            sys.argv = ["clip-jax", *arguments]
+            sys.exit(main())
+        connection.send(str(child).encode())
+        _, status = os.waitpid(child, 0)
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit(Child(sys.argv[1], sys.argv[2:], [0, 1, 2]).wait())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{sys.argv[1]}.new")
+        listener.listen()
+        os.rename(f"{sys.argv[1]}.new", sys.argv[1])  # who sees it can connect
+        serve(listener)

@@ -1,0 +1,346 @@
+"""CoCa against open_clip, in and out; MaMMUT against a forward pass in torch, written here."""
+
+import importlib
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from clip_jax.convert import open_clip as layout
+from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert.files import write_safetensors
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.verify import BOUND, random_inputs, relative_difference
+from clip_jax.losses import CaptionConfig, SoftmaxConfig
+from clip_jax.models.clip import CLIP
+from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.refused import Refused
+from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import compute_loss
+from tests.conftest import COCA, MAMMUT
+from tests.peers.parity import random_weights
+
+VOCABULARY, LENGTH = 600, 12
+SETTINGS = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "output_tokens": True,
+        "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 9,
+    },
+    "text_cfg": {
+        "context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2,
+        "embed_cls": True, "output_tokens": True,
+    },
+    "multimodal_cfg": {
+        "context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 4, "layers": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def coca(open_clip):
+    """open_clip's module, with the class that transformers 5 dropped, which only beams need."""
+    module = importlib.import_module("open_clip.coca_model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.generation, "BeamSearchScorer", object, raising=False)
+        yield importlib.reload(module)
+
+
+def peer(coca, correct=False, settings=SETTINGS):
+    """A random model of open_clip's, drawn where it leaves memory as it was."""
+    torch.manual_seed(0)
+    model = coca.CoCa(**settings).eval()
+    with torch.no_grad():
+        projection = model.text_decoder.text_projection
+        projection.normal_(std=0.2)
+        projection[:, -1] *= 2.5  # so that some captions end early
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.text.correct_cls_mask = correct
+    return model
+
+
+def folder_of(model, folder, settings=SETTINGS):
+    """The folder that open_clip would have pushed."""
+    folder.mkdir()
+    tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+    write_safetensors(folder / layout.WEIGHTS_NAME, tensors, {"format": "pt"})
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": settings | {"custom_text": True}, "preprocess_cfg": {}})
+    )
+    return folder
+
+
+def inputs(config):
+    """Pixels, and tokens in which the padding's id stands also between others."""
+    images, tokens = random_inputs(config)
+    tokens[:, 0] = config.text.begin_id
+    tokens[0, :8], tokens[0, 8:] = [598, 5, 0, 6, 7, 8, 9, 599], 0
+    return images, tokens
+
+
+def ours(config, params, images, tokens):
+    model = CLIP(replace(config, dtype="float32"))
+
+    @jax.jit
+    def run(params, images, tokens):
+        image, image_tokens = model.encode_image_and_tokens(params, images)
+        logits = model.decode_text(params, tokens[:, :-1], image_tokens)
+        return {"image": image, "text": model.encode_text(params, tokens), "logits": logits}
+
+    with jax.default_matmul_precision("highest"):
+        return {name: np.asarray(x) for name, x in run(params, images, tokens).items()}
+
+
+def theirs(model, images, tokens):
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        ids = torch.from_numpy(tokens).long()
+        image, text = model.encode_image(pixels, False), model.encode_text(ids, False)
+        found = {"image": image, "text": text, "logits": model(pixels, ids)["logits"]}
+    return {name: x.numpy() for name, x in found.items()}
+
+
+def assert_same(got, expected):
+    for name, x in expected.items():
+        assert np.abs(x).max() > 0.1, name
+        assert relative_difference(got[name], x) <= BOUND, name
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["released mask", "correct mask"])
+def test_coca_in(coca, tmp_path, correct):
+    model = peer(coca, correct)
+    settings = SETTINGS | {"text_cfg": SETTINGS["text_cfg"] | {"correct_cls_mask": correct}}
+    weights = read_weights(folder_of(model, tmp_path / "theirs", settings))
+    assert weights.config.text.correct_class_mask is correct
+    images, tokens = inputs(weights.config)
+    expected = theirs(model, images, tokens)
+    assert_same(ours(weights.config, weights.params, images, tokens), expected)
+    text = replace(weights.config.text, correct_class_mask=not correct)
+    other = ours(replace(weights.config, text=text), weights.params, images, tokens)
+    assert relative_difference(other["text"], expected["text"]) > 100 * BOUND
+
+
+def test_coca_out(coca, open_clip, tmp_path):
+    """Bit for bit what came in, by way of our folder; and what a random model of ours computes."""
+    model = peer(coca)
+    source = folder_of(model, tmp_path / "theirs")
+    convert(ConvertConfig(source=source, destination=tmp_path / "ours", to="clip-jax"))
+    done = convert(
+        ConvertConfig(source=tmp_path / "ours", destination=tmp_path / "out", to="open-clip",
+                      verify=True)
+    )  # fmt: skip
+    assert done.verification is not None
+    assert done.verification.passed
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
+    for name, x in model.state_dict().items():
+        np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+    config = replace(COCA, text=replace(COCA.text, correct_class_mask=False, activation="gelu"))
+    config = replace(config, vision=replace(config.vision, activation="gelu"))
+    weights = random_weights(config, np.float32)
+    write_weights(weights, tmp_path / "random", "open-clip")
+    images, tokens = random_inputs(config)
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'random'}").eval()
+    assert_same(ours(config, weights.params, images, tokens), theirs(loaded, images, tokens))
+
+
+def test_coca_without_queries_and_of_one_width(coca, tmp_path):
+    """coca_base has no attentional pool; where all widths agree its projections are one tensor."""
+    vision = {k: v for k, v in SETTINGS["vision_cfg"].items() if not k.startswith("att")}
+    bare = SETTINGS | {"vision_cfg": vision | {"width": 64}}
+    fused = SETTINGS | {"vision_cfg": SETTINGS["vision_cfg"] | {"width": 64}}
+    for name, settings in {"bare": bare, "fused": fused}.items():
+        model = peer(coca, settings=settings)
+        weights = read_weights(folder_of(model, tmp_path / name, settings))
+        images, tokens = inputs(weights.config)
+        got = ours(weights.config, weights.params, images, tokens)
+        assert_same(got, theirs(model, images, tokens))
+
+
+def test_both_losses_are_open_clips(coca, open_clip, tmp_path):
+    model = peer(coca)
+    weights = read_weights(folder_of(model, tmp_path / "theirs"))
+    clip = CLIP(replace(weights.config, dtype="float32"))
+    _, tokens = inputs(weights.config)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    out = model(
+        torch.from_numpy(np.array(clip.normalize(jnp.asarray(pixels)))).permute(0, 3, 1, 2),
+        torch.from_numpy(tokens).long(),
+    )
+    loss = importlib.import_module("open_clip.loss").CoCaLoss(2.0, 1.0)
+    labels = out.pop("labels")
+    contrastive, caption = (x.item() for x in loss(**out, labels=labels))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = {"image": jnp.asarray(pixels), "text": jnp.asarray(tokens)}
+    options = {"loss": SoftmaxConfig(), "mesh": mesh, "caption": CaptionConfig()}
+    objective = jax.jit(lambda p, b: compute_loss(p, {}, b, model=clip, **options))
+    value, (metrics, _) = objective(weights.params, batch)
+    np.testing.assert_allclose(metrics["contrastive_loss"], contrastive, rtol=BOUND)
+    np.testing.assert_allclose(2 * metrics["caption_loss"], caption, rtol=BOUND)
+    np.testing.assert_allclose(value, contrastive + caption, rtol=BOUND)
+
+
+def test_greedy_is_open_clips_generate(coca, tmp_path):
+    """Top 1 of 1: least length, forced end and padding behind an early one."""
+    model = peer(coca)
+    weights = read_weights(folder_of(model, tmp_path / "theirs"))
+    clip = CLIP(replace(weights.config, dtype="float32"))
+    images = np.random.default_rng(3).normal(size=(16, 32, 32, 3)).astype(np.float32)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    encode = jax.jit(clip.encode_image_and_tokens)
+    _, image_tokens = encode(weights.params, images)
+    config = GenerationConfig(max_length=11, min_length=5)
+    write = jax.jit(lambda p, x: generate(clip, p, x, config))
+    kernel = weights.params["decoder"]["vocab_projection"]
+    ends = set()
+    for boost in (1, 3, 9):  # the end of text comes earlier and earlier
+        with torch.no_grad():
+            model.text_decoder.text_projection[:, -1] *= boost
+        kernel[:, -1] *= boost
+        expected = model.generate(
+            pixels, generation_type="top_k", top_k=1, seq_len=11, min_seq_len=5,
+            sot_token_id=598, eos_token_id=599, fixed_output_length=True,
+        ).numpy()  # fmt: skip
+        np.testing.assert_array_equal(write(weights.params, image_tokens), expected)
+        ends |= set((expected == 599).argmax(1))
+    assert 10 in ends
+    assert len(ends) > 1
+
+
+def test_what_open_clip_cannot_say_is_refused(tmp_path):
+    weights = random_weights(COCA, np.float32)
+    with pytest.raises(Refused, match="correct_class_mask"):
+        write_weights(weights, tmp_path / "x", "open-clip")
+    for to in ("hugging-face", "openai"):
+        with pytest.raises(Refused, match="decoder"):
+            write_weights(weights, tmp_path / "x", to)
+
+
+def test_a_text_tower_of_hugging_faces_is_refused_by_name(tmp_path):
+    text = {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base", "width": 768}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": SETTINGS | {"text_cfg": text}})
+    )
+    write_safetensors(tmp_path / layout.WEIGHTS_NAME, {"x": np.zeros(1)}, {"format": "pt"})
+    with pytest.raises(Refused, match=r"hf_model_name='roberta-base' is not supported.*coca_rob"):
+        read_weights(tmp_path)
+
+
+# ------------------------------------------------------------------ MaMMUT
+
+# With the whole vocabulary: another's padding, which the mean sees, open_clip would not make.
+GELU = replace(
+    MAMMUT,
+    vision=replace(MAMMUT.vision, activation="gelu"),
+    text=replace(MAMMUT.text, activation="gelu", vocab_size=49_408),
+)
+
+
+def attention(w, name, x, other, heads, causal=False):
+    """Multi-head attention from its definition."""
+    d = x.shape[-1]
+    weight, bias = w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"]
+    q, k, v = (
+        (a @ weight[i * d : (i + 1) * d].T + bias[i * d : (i + 1) * d])
+        .unflatten(-1, (heads, d // heads))
+        .transpose(1, 2)
+        for i, a in enumerate((x, other, other))
+    )
+    scores = q @ k.transpose(-1, -2) / (d // heads) ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return y @ w[f"{name}.out_proj.weight"].T + w[f"{name}.out_proj.bias"]
+
+
+def norm(w, name, x):
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def block(w, name, x, heads, activation, causal=False, image=None):
+    other = norm(w, f"{name}.ln_1", x) if image is None else norm(w, f"{name}.ln_1_kv", image)
+    x = x + attention(w, f"{name}.attn", norm(w, f"{name}.ln_1", x), other, heads, causal)
+    if f"{name}.mlp.c_fc.weight" not in w:
+        return x
+    y = norm(w, f"{name}.ln_2", x) @ w[f"{name}.mlp.c_fc.weight"].T + w[f"{name}.mlp.c_fc.bias"]
+    return x + activation(y) @ w[f"{name}.mlp.c_proj.weight"].T + w[f"{name}.mlp.c_proj.bias"]
+
+
+def text(w, ids, heads, depth, every, image=None):
+    """LAION's text tower: without an image it sees all tokens, with one those before."""
+    x = w["text.token_embedding.weight"][ids] + w["text.positional_embedding"][: ids.shape[1]]
+    for i in range(depth):
+        x = block(w, f"text.resblocks.{i}", x, heads, F.gelu, causal=image is not None)
+        if image is not None and i % every == 0:
+            x = block(w, f"text.cross_attn.{i // every}", x, heads, F.gelu, image=image)
+    return norm(w, "text.ln_final", x)
+
+
+def mammut(w, images, ids, config):
+    vision = config.vision
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = F.conv2d(pixels, w["visual.conv1.weight"], stride=vision.patch_size).flatten(2).mT
+    x = torch.cat([w["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
+    x = norm(w, "visual.ln_pre", x + w["visual.positional_embedding"])
+    for i in range(vision.depth):
+        x = block(w, f"visual.transformer.resblocks.{i}", x, vision.num_heads, F.gelu)
+    sizes = config.text.num_heads, config.text.depth, config.decoder.cross_every
+    written = text(w, ids[:, :-1], *sizes, image=x @ w["map_viz2txt_kv"])
+    return {
+        "image": norm(w, "visual.ln_post", x.mean(1)) @ w["visual.proj"],
+        "text": text(w, ids, *sizes).mean(1),
+        "logits": written @ w["text.text_projection"],
+    }
+
+
+@pytest.mark.parametrize("first_mlp", [False, True])
+def test_mammut_is_laions_both_ways(tmp_path, first_mlp):
+    gelu = replace(GELU, decoder=replace(MAMMUT.decoder, first_mlp=first_mlp))
+    weights = random_weights(gelu, np.float32)
+    write_weights(weights, tmp_path / "out", "open-clip")
+    w = {name: torch.from_numpy(x) for name, x in layout.to_tensors(weights).items()}
+    images, tokens = random_inputs(gelu)
+    expected = mammut(w, images, torch.from_numpy(tokens).long(), gelu)
+    again = read_weights(tmp_path / "out")
+    assert again.config.decoder == gelu.decoder
+    got = ours(again.config, again.params, images, tokens)
+    assert_same(got, {name: x.numpy() for name, x in expected.items()})
+
+
+def test_mammut_has_no_peer_to_verify_with(tmp_path):
+    write_weights(random_weights(GELU, np.float32), tmp_path / "ours", "clip-jax")
+    with pytest.raises(Refused, match="MaMMUT has no peer"):
+        convert(
+            ConvertConfig(source=tmp_path / "ours", destination=tmp_path / "out", to="open-clip",
+                          verify=True)
+        )  # fmt: skip
+
+
+def test_laions_configuration_is_read(tmp_path):
+    """mammut_ViT-S-32 as LAION's repository has it."""
+    settings = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
+            "output_tokens": True, "pool_type": "avg_all", "final_ln_after_pool": True,
+        },
+        "text_cfg": {
+            "context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4,
+            "output_tokens": True, "cross_attn_ratio": 2, "does_full_decoding": True,
+            "has_mlp": False,
+        },
+        "custom_text": True,
+    }  # fmt: skip
+    tensors = layout.to_tensors(random_weights(GELU, np.float32))
+    write_safetensors(tmp_path / layout.WEIGHTS_NAME, tensors, {"format": "pt"})
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    read = read_weights(tmp_path).config
+    assert read == replace(GELU, dtype=read.dtype)
