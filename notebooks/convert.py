@@ -38,9 +38,9 @@ from PIL import Image
 
 import clip_jax
 from clip_jax.config import load_config
+from clip_jax.convert.command import ConvertConfig, convert
 from clip_jax.data.digits import DigitsSource
 from clip_jax.data.images import Preprocess
-from clip_jax.load import ConvertConfig, convert
 from clip_jax.models.clip import count, l2_normalize
 from clip_jax.train import train
 
@@ -82,7 +82,9 @@ print(f"{count(model.params) / 1e6:.2f}M parameters")
 
 # %%
 out = Path(tempfile.mkdtemp()) / "hugging-face"
-proof = convert(ConvertConfig(source=workdir, destination=out, to="hugging-face", verify=True))
+proof = convert(
+    ConvertConfig(source=workdir, destination=out, to="hugging-face", verify=True)
+).verification
 print(*sorted(path.name for path in out.iterdir()), sep="\n")
 print(f"largest relative difference: {proof.max_relative_difference:.1e}")
 

@@ -16,8 +16,8 @@
 #
 # Cherti et al. (2023) trained 29 CLIPs on LAION and fitted power laws: error falls as
 # $E = \beta\,C^{\alpha}$ with compute $C$. Here are their points (and OpenAI's three), their fits,
-# and what the points can and cannot say. Every number comes from `clip_jax.scale.fit`, which is
-# also the command `clip-jax scale fit`; a table of your own runs comes from
+# and what the points can and cannot say. Every number comes from `clip_jax.scaling.answers.fit`,
+# which is also the command `clip-jax scale fit`; a table of your own runs comes from
 # `clip-jax scale collect`.
 
 # %%
@@ -28,10 +28,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from clip_jax import flops
 from clip_jax.models import zoo
-from clip_jax.scale import FitConfig, describe, fit, published
 from clip_jax.scaling import fit as fits
-from clip_jax.scaling import flops, plots, table
+from clip_jax.scaling import plots, table
+from clip_jax.scaling.answers import FitConfig, fit, published
+from clip_jax.scaling.words import describe
 
 points = next(
     path

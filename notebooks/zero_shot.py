@@ -40,7 +40,8 @@ from clip_jax import sharding
 from clip_jax.data import digits
 from clip_jax.evals.linear_probe import Problem, few_per_class, probe_features
 from clip_jax.evals.pictures import contact_sheet, similarity_matrix, with_probabilities
-from clip_jax.evals.zero_shot import average, top_k_accuracy
+from clip_jax.evals.prompts import ensemble
+from clip_jax.evals.zero_shot import top_k_accuracy
 from clip_jax.models.clip import l2_normalize
 
 root = next(
@@ -149,8 +150,8 @@ accuracies = {
     prompts[32][way]: top_k_accuracy(features @ embedded[:, way].T, labels, 1)
     for way in range(ways)
 }
-ensemble = average(embedded.reshape(len(texts), -1), [ways] * len(numbers))
-accuracies["all together"] = together = top_k_accuracy(features @ ensemble.T, labels, 1)
+averaged = ensemble(embedded.swapaxes(0, 1))
+accuracies["all together"] = together = top_k_accuracy(features @ averaged.T, labels, 1)
 order = sorted(accuracies, key=accuracies.get)
 
 page = Figure(figsize=(7.5, 3.6), dpi=90, layout="constrained")
