@@ -153,6 +153,7 @@ def kill_at_random(workdir, seed: int, steps: int, kills: int, capfd) -> None:
 
     begun = {"run": start("run")}
     while not (workdir / "config.json").exists():
+        assert begun["run"].is_alive(), capfd.readouterr().err
         time.sleep(0.02)
     begun["watch"] = start("watch")
     for _ in range(kills):
