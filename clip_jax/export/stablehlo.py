@@ -24,6 +24,7 @@ from clip_jax.convert.tokenizer_json import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.generation import GenerationConfig, begin_and_end
+from clip_jax.models.layers import apart
 from clip_jax.refused import Refused
 
 IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
@@ -135,24 +136,26 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
     begin, _ = begin_and_end(model.config.text)
     length = model.config.text.context_length
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
-    kept = jax.tree.structure(empty._replace(decoder=empty.decoder._replace(image=0)))
+    kept = jax.tree.structure(
+        empty._replace(decoder=[layer._replace(image=(0, 0)) for layer in empty.decoder])
+    )
 
     def first(params: Params, images: Array) -> tuple[Array, list[Array]]:
         _, image_tokens = model.encode_image_and_tokens(params, images)
         rows = images.shape[0]  # a symbol
         cache = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:])),
+            lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])),
             model.empty_cache(1, length),
         )
         ids, place = jnp.full((rows,), begin, jnp.int32), jnp.zeros((), jnp.int32)
-        logits, cache = model.decode_next(params, ids, image_tokens, cache, place)
+        logits, cache = model.decode_next(apart(params), ids, image_tokens, cache, place)
         return logits, jax.tree.leaves(cache)
 
     def following(
         params: Params, state: list[Array], ids: Array, place: Array
     ) -> tuple[Array, list[Array]]:
         cache = jax.tree.unflatten(kept, state)
-        logits, cache = model.decode_next(params, ids, None, cache, place)
+        logits, cache = model.decode_next(apart(params), ids, None, cache, place)
         return logits, jax.tree.leaves(cache)
 
     return first, following

@@ -14,6 +14,8 @@ Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
 # Queries, keys and values: [B, L, S·N·K], as the projection's matmul leaves them, or, where heads
 # lie on several devices, [B, L, S, N, K]. Attention makes of them [B, L, N·K] or [B, L, N, K].
 QKV = Float[Array, "B L *SNK"]
+# Keys and values of T tokens, kept for those that follow.
+KV = tuple[Float[Array, "B N T K"], Float[Array, "B N T K"]]
 Lengths = Int[Array, " B"] | None  # real tokens of each row, the others behind them; None: all
 
 # Of one core, by JAX's name of the chip; earlier ones have 16.
@@ -69,18 +71,35 @@ def xla(
 
 
 def cached(
-    qkv: QKV, heads: int, cache: Float[Array, "B T S N K"], place: Int[Array, ""]
-) -> tuple[Float[Array, "B L *NK"], Float[Array, "B T S N K"]]:
+    qkv: QKV, heads: int, cache: KV, place: Int[Array, ""]
+) -> tuple[Float[Array, "B L *NK"], KV]:
     """Let one token see itself and those before it, whose keys and values are cached.
 
     Its own are put into the cache at `place`, and the cache is returned.
     """
-    q, k, v = _parts(qkv, heads)
-    new = jnp.stack([k, v], axis=2).astype(cache.dtype)
-    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, place, axis=1)
-    seen = (jnp.arange(cache.shape[1]) <= place)[None, None, None, :]
-    out = jax.nn.dot_product_attention(q, cache[:, :, 0], cache[:, :, 1], mask=seen)
-    return _like(out, qkv), cache
+    q, *new = _parts(qkv, heads)
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, x.swapaxes(1, 2).astype(old.dtype), place, axis=2)
+        for old, x in zip(cache, new, strict=True)
+    )
+    out = kept(q, (keys, values), jnp.arange(keys.shape[2]) <= place)
+    return _like(out, qkv), (keys, values)
+
+
+def kept(
+    q: Float[Array, "B L N K"], kv: KV, seen: Bool[Array, " T"] | None = None
+) -> Float[Array, "B L N K"]:
+    """Attend to keys and values as a cache lays them out: each head's are one matrix.
+
+    As tokens come, one by one, nothing is moved but what a product reads; `dot_product_attention`
+    turns all of them about for every token.
+    """
+    keys, values = kv
+    scores = jnp.einsum("BLNK,BNTK->BNLT", q, keys, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    return jnp.einsum("BNLT,BNTK->BLNK", jax.nn.softmax(scores).astype(q.dtype), values)
 
 
 def cudnn(

@@ -304,7 +304,8 @@ class CLIP:
     ) -> tuple[Float[Array, "R V"], Caption]:
         """Return the logits of what follows one more token, the one at `place` in its row.
 
-        Image tokens are needed with the first one only; then `cache` (see `empty_cache`) has them.
+        `params` are `apart`'s. Image tokens are needed with the first one only; then `cache` (see
+        `empty_cache`) has them.
         There may be several rows for each image, one after the other.
         """
         states, cache = self._apply(

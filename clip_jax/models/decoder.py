@@ -5,7 +5,7 @@ itself, run a second time, causal and with an eye on the image.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models import attention
+from clip_jax.models.attention import KV
 from clip_jax.models.layers import (
-    KV,
     MLP,
+    STACKS,
     Block,
     BlockConfig,
     BlockInit,
@@ -57,10 +59,7 @@ DecoderConfig = CoCaConfig | MaMMUTConfig
 
 
 class Cache(NamedTuple):
-    """What a layer keeps: keys and values of the tokens before, and of the image.
-
-    Stacked, of all layers: with a leading axis.
-    """
+    """What a layer keeps: keys and values of the tokens before, and of the image."""
 
     own: tuple[KV, ...]  # of each of its blocks
     image: KV | None = None  # None: not yet computed
@@ -85,21 +84,24 @@ class CrossAttention(nn.Module):
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        if kv is None and other is not None:
-            kv = Einsum(
-                "BLD,DSNK->BLSNK", (other.shape[-1], 2, *heads), (2, *heads), self.in_proj,
-                self.bias_init, name="kv",
-            )(other)  # fmt: skip
-        if kv is None:
-            raise ValueError("CrossAttention needs what it attends to, or its keys and values.")
         q = Einsum("BLD,DNK->BLNK", (width, *heads), heads, self.in_proj, self.bias_init, name="q")(
             x
         )
-        if q.shape[0] == 1:
-            q = jnp.broadcast_to(q, (kv.shape[0], *q.shape[1:]))
-        y = jax.nn.dot_product_attention(
-            q.reshape(kv.shape[0], -1, *heads), kv[:, :, 0], kv[:, :, 1]
-        )
+        if kv is not None:
+            y = attention.kept(q.reshape(kv[0].shape[0], -1, *heads), kv)
+        elif other is not None:
+            both = Einsum(
+                "BLD,DSNK->BLSNK", (other.shape[-1], 2, *heads), (2, *heads), self.in_proj,
+                self.bias_init, name="kv",
+            )(other)  # fmt: skip
+            if q.shape[0] == 1:
+                q = jnp.broadcast_to(q, (other.shape[0], *q.shape[1:]))
+            y = jax.nn.dot_product_attention(
+                q.reshape(other.shape[0], -1, *heads), both[:, :, 0], both[:, :, 1]
+            )
+            kv = (both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2))
+        else:
+            raise ValueError("CrossAttention needs what it attends to, or its keys and values.")
         return Einsum("BLNK,NKD->BLD", (*heads, width), (width,), self.out_init, name="out_proj")(
             checkpoint_name(y.reshape(q.shape), "attended")
         ), kv
@@ -147,17 +149,15 @@ class Layer(nn.Module):
             own.append(kept)
             if i == 0 and (image is not None or kv is not None):
                 x, kv = CrossBlock(self.config, name="cross")(x, image, kv)
-        if cache is None:
-            return x, None
-        # Given, the image's keys and values need not be copied for the next token.
-        return x, Cache(tuple(own), kv if cache.image is None else None)
+        return x, None if cache is None else Cache(tuple(own), kv)
 
 
 class CrossTransformer(nn.Module):
     """A stack of layers, scanned: every parameter has a leading axis, the layers'.
 
-    Returns its output, and with `cache` the caches after it (see `Attention`); the first token
-    brings the image, whose keys and values the cache then holds.
+    Returns its output. With `caches`, one of each layer, it returns them too as they are after it,
+    and each layer has parameters of its own (see `layers.apart`); the first token brings the image,
+    whose keys and values the caches then hold.
     """
 
     config: BlockConfig
@@ -174,24 +174,26 @@ class CrossTransformer(nn.Module):
         image: Float[Array, "B M C"] | None = None,
         *,
         causal: bool = True,
-        cache: Cache | None = None,
+        caches: list[Cache] | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Cache | None]:
-        config = self.config._replace(causal=causal)
-        stack = scanned(Layer, self.layers, self.remat, self.unroll, broadcast=2)(
-            config, self.blocks, self.first_mlp, name="layers"
-        )
-        x, new = stack(self.config.layout.place(x), cache, image, place)
-        if cache is not None and cache.image is not None:
-            new = new._replace(image=cache.image)
-        return x, new
+    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
+        own = (self.config._replace(causal=causal), self.blocks, self.first_mlp)
+        x = self.config.layout.place(x)
+        if caches is None:
+            stack = scanned(Layer, self.layers, self.remat, self.unroll, shared=3)
+            return stack(*own, name=STACKS[1])(x, None, image, place)[0], None
+        kept = []
+        for i, cache in enumerate(caches):
+            x, cache = Layer(*own, name=f"{STACKS[1]}_{i}")(x, cache, image, place)
+            kept.append(cache)
+        return x, cast(list[Cache], kept)
 
 
 class Caption(NamedTuple):
     """What the decoding of captions keeps of the tokens before."""
 
-    text: Float[Array, "depth B T S N K"] | None  # of CoCa's text tower
-    decoder: Cache
+    text: list[KV] | None  # of CoCa's text tower, block by block
+    decoder: list[Cache]
 
     @classmethod
     def empty(
@@ -200,14 +202,15 @@ class Caption(NamedTuple):
         """Make room for `length` tokens of each row; `text` is the tower's depth, heads, width."""
         depth, heads, width = text
 
-        def room(layers: int, heads: int) -> Array:
-            return jnp.zeros((layers, rows, length, 2, heads, width // heads), dtype)
+        def room(heads: int) -> KV:
+            empty = jnp.zeros((rows, heads, length, width // heads), dtype)
+            return empty, empty
 
         if isinstance(config, CoCaConfig):
-            own = (room(config.depth, config.num_heads),)
-            return cls(room(depth, heads), Cache(own))
-        layers = depth // config.cross_every
-        return cls(None, Cache((room(layers, heads),) * config.cross_every))
+            own = Cache((room(config.num_heads),))
+            return cls([room(heads)] * depth, [own] * config.depth)
+        own = Cache((room(heads),) * config.cross_every)
+        return cls(None, [own] * (depth // config.cross_every))
 
 
 class MaMMUTDecoder(nn.Module):
@@ -253,8 +256,8 @@ class CoCaDecoder(nn.Module):
         self,
         x: Float[Array, "R L D"],
         image: Float[Array, "B M C"] | None,
-        cache: Cache | None = None,
+        caches: list[Cache] | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Cache | None]:
-        x, cache = self.transformer(x, image, cache=cache, place=place)
-        return self.ln_final(x), cache
+    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
+        x, caches = self.transformer(x, image, caches=caches, place=place)
+        return self.ln_final(x), caches

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.decoder import Caption
+from clip_jax.models.layers import apart
 from clip_jax.models.text import TextConfig
 from clip_jax.refused import Refused, check_ranges
 
@@ -104,6 +105,7 @@ def _write(
     clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig, choose: Any
 ) -> Int[Array, "B L"]:
     text, length = clip.config.text, config.max_length
+    params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
     rows = len(image_tokens)
 
@@ -137,6 +139,7 @@ def _search(
 ) -> Int[Array, "B L"]:
     """Beam search, which ends when nothing can beat what has been found."""
     text, length, count = clip.config.text, config.max_length, config.beams
+    params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
     images = len(image_tokens)
 
@@ -184,6 +187,8 @@ def _search(
 
 def _reorder(cache: Caption, rows: Int[Array, " R"]) -> Caption:
     """Give each row the keys and values of another; the images' are those of all their rows."""
-    own = tuple(kv[:, rows] for kv in cache.decoder.own)
-    text = None if cache.text is None else cache.text[:, rows]
-    return Caption(text, cache.decoder._replace(own=own))
+    text, own = jax.tree.map(
+        lambda x: x[rows], (cache.text, [layer.own for layer in cache.decoder])
+    )
+    layers = zip(cache.decoder, own, strict=True)
+    return Caption(text, [layer._replace(own=kv) for layer, kv in layers])

@@ -8,7 +8,7 @@ Dimension key of the repository, in signatures and in einsum strings alike:
 import functools
 import operator
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ KEPT = {
     "full": (),  # all
 }
 KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
+STACKS = ("resblocks", "layers")  # of `Transformer`, of `decoder.CrossTransformer`
 Init = Callable[..., Array]
 _ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
-KV = Float[Array, "B T S N K"]  # keys and values of T tokens
 
 
 class Layout(NamedTuple):
@@ -207,9 +207,9 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B L D"],
         keys: Bool[Array, "B L"] | None = None,
-        cache: KV | None = None,
+        cache: attention.KV | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B L D"], KV | None]:
+    ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
         """Attend to all tokens, to those that `keys` names, or to what a cache holds.
 
         With `cache` x is one token, whose keys and values are put at `place`; it sees those up to
@@ -280,10 +280,10 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        cache: KV | None = None,
+        cache: attention.KV | None = None,
         keys: Bool[Array, "B L"] | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | KV | None]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | attention.KV | None]:
         c = self.config
         attn = Attention(c.num_heads, c.init_fns, c.causal, c.layout, name="attn")
         ls_1 = ls_2 = lambda x: x
@@ -299,14 +299,29 @@ class Block(nn.Module):
         return x, x if self.collect else cache
 
 
+def apart(params: dict[str, Any]) -> dict[str, Any]:
+    """Give each block of a stack parameters of its own, under its name and number.
+
+    What goes through the blocks again and again, for token after token, would else cut every
+    block's out of the stack each time, which costs a CPU more than the products do.
+    """
+    out = {}
+    for name, tree in params.items():
+        if name in STACKS:
+            for i in range(len(jax.tree.leaves(tree)[0])):
+                out[f"{name}_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree)
+        else:
+            out[name] = apart(tree) if isinstance(tree, dict) else tree
+    return out
+
+
 def scanned(
-    block: type[nn.Module], depth: int, remat: Remat, unroll: int, broadcast: int
+    block: type[nn.Module], depth: int, remat: Remat, unroll: int, shared: int
 ) -> Callable[..., nn.Module]:
     """Stack a block: its parameters get a leading axis of length `depth`.
 
-    A block takes x, then what each has of its own (stacked likewise; None: nothing), then
-    `broadcast` arguments that all share. `unroll` blocks are one turn of the loop: the compiler
-    sees through from one to the next.
+    A block takes x and `shared` arguments that are the same for all. `unroll` blocks are one turn
+    of the loop: the compiler sees through from one to the next.
     """
     if remat != "none":
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
@@ -316,7 +331,7 @@ def scanned(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, *(nn.broadcast,) * broadcast),
+        in_axes=(nn.broadcast,) * shared,
         length=depth,
         unroll=min(unroll, depth),
     )
@@ -325,8 +340,9 @@ def scanned(
 class Transformer(nn.Module):
     """A stack of blocks, scanned: every parameter has a leading axis of length `depth`.
 
-    Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`; with
-    `cache`, `[depth, B, T, S, N, K]`, the caches instead. `keys` names the tokens that are seen.
+    Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`. With
+    `caches`, one of each block, it returns those instead, and each block has parameters of its own
+    (see `apart`). `keys` names the tokens that are seen.
     """
 
     config: BlockConfig
@@ -341,10 +357,15 @@ class Transformer(nn.Module):
         collect: bool = False,
         *,
         keys: Bool[Array, "B L"] | None = None,
-        cache: Float[Array, "depth B T S N K"] | None = None,
+        caches: list[attention.KV] | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Array | None]:
-        stack = scanned(Block, self.depth, self.remat, self.unroll, broadcast=2)(
-            self.config, collect, name="resblocks"
-        )
-        return stack(self.config.layout.place(x), cache, keys, place)
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        x = self.config.layout.place(x)
+        if caches is None:
+            stack = scanned(Block, self.depth, self.remat, self.unroll, shared=3)
+            return stack(self.config, collect, name=STACKS[0])(x, None, keys, place)
+        kept = []
+        for i, cache in enumerate(caches):
+            x, cache = Block(self.config, name=f"{STACKS[0]}_{i}")(x, cache, keys, place)
+            kept.append(cache)
+        return x, kept

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.attention import KV
 from clip_jax.models.decoder import Cache, CrossTransformer, MaMMUTConfig
 from clip_jax.models.layers import (
     Activation,
@@ -210,25 +211,24 @@ class TextTransformer(nn.Module):
         return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
 
     def step(
-        self, tokens: Int[Array, "B 1"], cache: Float[Array, "depth B T S N K"],
-        place: Int[Array, ""],
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "depth B T S N K"] | None]:  # fmt: skip
-        """Return the states of one more token, and the cache with it."""
+        self, tokens: Int[Array, "B 1"], caches: list[KV], place: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], list[KV]]:
+        """Return the states of one more token, and the blocks' caches with it."""
         tower = cast(Transformer, self.transformer)
-        return tower(self.embed(tokens, place), cache=cache, place=place)
+        return tower(self.embed(tokens, place), caches=caches, place=place)
 
     def decode(
         self,
         tokens: Int[Array, "R L"],
         image: Float[Array, "B M D"] | None,
-        cache: Cache | None = None,
+        caches: list[Cache] | None = None,
         place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Cache | None]:
+    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
         """Run MaMMUT's tower as a decoder; see `CrossTransformer`."""
         x = self.embed(tokens, place)
         tower = cast(CrossTransformer, self.transformer)
-        x, cache = tower(x, image, cache=cache, place=place)
-        return self.ln_final(x), cache
+        x, caches = tower(x, image, caches=caches, place=place)
+        return self.ln_final(x), caches
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Take the state that stands for the text, norm and project it."""

@@ -11,6 +11,7 @@ import pytest
 
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.models.layers import apart
 from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT, batch, parameters
 
@@ -113,7 +114,7 @@ def test_draws_follow_the_distribution_that_is_left():
     model, params, image_tokens = model_and_images(COCA, 1)
     cache = model.empty_cache(1, 3)
     begin = jnp.array([BEGIN])
-    logits, _ = model.decode_next(params, begin, image_tokens, cache, jnp.int32(0))
+    logits, _ = model.decode_next(apart(params), begin, image_tokens, cache, jnp.int32(0))
     logits = np.asarray(logits[0], np.float64)
     logits[END] = -np.inf  # may not come yet
     for method, few in (({"top_k": 3}, 3), ({"top_p": 0.05}, None)):
