@@ -73,26 +73,43 @@ def test_a_run_leaves_its_numbers_pictures_and_checkpoints(uninterrupted):
     assert list((uninterrupted / "tensorboard").iterdir())
 
 
-@pytest.mark.long
-def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path, forks):
-    """SIGKILL while stepping or while saving (a checkpoint every third step), then again."""
-    moments = random.Random(0)
+def killed_and_gone_on(words, workdir, forks) -> str:
+    """SIGKILL while stepping or while saving (a checkpoint every third step), then to the end."""
+    moments, metrics = random.Random(0), workdir / "metrics.jsonl"
     for _ in range(4):
-        process = forks.start(*command(tmp_path))
+        process = forks.start(*words)
         goal = moments.randint(2, 7)
-        begun = len(losses(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+        begun = len(losses(workdir)) if metrics.exists() else 0
         while process.poll() is None:
-            metrics = tmp_path / "metrics.jsonl"
-            if metrics.exists() and metrics.read_bytes().count(b"loss") >= begun + goal:
+            if metrics.exists() and metrics.read_bytes().count(b'"loss"') >= begun + goal:
                 break
             time.sleep(0.002)
         time.sleep(moments.random() * 0.05)
         process.kill()
         process.wait()
-    assert (tmp_path / "metrics.jsonl").exists()
-    assert "going on from step" in forks.run(*command(tmp_path)).stderr
+    assert metrics.exists()
+    return forks.run(*words).stderr
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path, forks):
+    assert "going on from step" in killed_and_gone_on(command(tmp_path), tmp_path, forks)
     assert_identical(final_state(uninterrupted), final_state(tmp_path))
     assert losses(tmp_path) == losses(uninterrupted)
+
+
+@pytest.mark.slow
+def test_with_a_decoder_it_ends_bit_for_bit_the_same_too(tmp_path, forks):
+    def words(workdir):
+        heads = ("--model.vision.pool-heads", "2", "--model.decoder.num-heads", "2")
+        return ["train", DIGITS.with_name("digits_coca.py"), "--workdir", workdir, *FLAGS, *heads]
+
+    forks.run(*words(tmp_path / "whole"))
+    assert "going on from step" in killed_and_gone_on(
+        words(tmp_path / "cut"), tmp_path / "cut", forks
+    )
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 @pytest.mark.long

@@ -72,7 +72,12 @@ class DigitsEvaluator:
                 yield f"zero_shot/{name}/order", float((own > other).mean())
             if encoder.model.config.decoder is not None:
                 written = captions(encoder, images, with_room(_SHORT, encoder.model))
-                right = [x in digits.prompts(n, k) for x, n in zip(written, labels, strict=True)]
+                # As they come out of the tokenizer: "eighty - one" for "eighty-one".
+                own = {
+                    n: encoder.read(encoder.tokenize(digits.prompts(n, k)))
+                    for n in set(labels.tolist())
+                }
+                right = [x in own[n] for x, n in zip(written, labels.tolist(), strict=True)]
                 yield f"caption/{name}/exact", float(np.mean(right))
 
     def draw(self, encoder: Encoder, folder: Path) -> None:
