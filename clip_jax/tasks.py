@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
@@ -129,18 +129,30 @@ class OnRay:
         actors = self._actors() if model else []
         call = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call)
         free = deque([actor.call for actor in actors] or [call] * _AHEAD)
-        waiting, running = deque(tasks), {}
+        waiting, left = deque(range(len(tasks))), dict.fromkeys(range(len(tasks)))
+        running, begun = {}, Counter()
+
+        def following() -> int | None:
+            if waiting:
+                return waiting.popleft()
+            # A holder may be lost, or slow: those with nothing to do begin what is left a second
+            # time (the backup tasks of MapReduce, OSDI 2004, section 3.6).
+            return next((task for task in left if begun[task] == 1), None) if actors else None
+
         with Display(name, sum(size for _, size in tasks)) as display:
             try:
-                while waiting or running:
-                    while waiting and free:
-                        (task, size), at = waiting.popleft(), free.popleft()
-                        running[at.remote(work, task)] = size, at
+                while left:
+                    while free and (task := following()) is not None:
+                        at = free.popleft()
+                        running[at.remote(work, tasks[task][0])] = task, at
+                        begun[task] += 1
                     (done,), _ = ray.wait(list(running), num_returns=1)
-                    size, at = running.pop(done)
-                    _show(ray.get(done))
+                    task, at = running.pop(done)
                     free.append(at)
-                    display.add(size)
+                    if task in left:
+                        _show(ray.get(done))
+                        del left[task]
+                        display.add(tasks[task][1])
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, Refused | Unreachable):
                     raise error.cause from error

@@ -182,23 +182,19 @@ def wait_for(out: Path, stage: str, process: subprocess.Popen) -> None:
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["workers", "node"])
-@pytest.mark.parametrize(
-    "stages", [("evaluation sets", "read", "same"), ("alike", "score", "write")]
-)
-def test_what_dies_in_a_stage_changes_nothing(what, stages, several, root, tmp_path):
+@pytest.mark.parametrize("stage", SIGNS)
+def test_what_dies_in_a_stage_changes_nothing(what, stage, several, root, tmp_path):
     """SIGKILL of all workers, or of one of two nodes, when a stage has written its first file."""
     source, here = several
     with Nodes(2) as nodes:
-        for stage in stages:
-            out = tmp_path / stage
-            process = on_ray(source, out, root, nodes.address, *scored(root))
-            wait_for(out, stage, process)
-            if what == "node":
-                nodes.lose_node()
-            else:
-                assert nodes.kill_workers()
-            ended(process)
-            assert digests(out) == here
+        process = on_ray(source, tmp_path / "out", root, nodes.address, *scored(root))
+        wait_for(tmp_path / "out", stage, process)
+        if what == "node":
+            nodes.lose_node()
+        else:
+            assert nodes.kill_workers()
+        ended(process)
+        assert digests(tmp_path / "out") == here
 
 
 @needs_ray
