@@ -1,7 +1,8 @@
 """`clip-jax` as children of one process that has imported what they import, which takes seconds.
 
 `python forks.py SOCKET` serves until it is ended; `python forks.py SOCKET ARGUMENT ...` stands for
-`clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's.
+`clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's. Where
+the first argument is `module:function`, that is called with the others.
 """
 
 import importlib
@@ -55,10 +56,12 @@ class Child:
 class Forks:
     """The process and its commands; ends with its block."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *modules: str, **environment: str) -> None:
+        """`modules` are imported beside the commands' own."""
         self.path = str(folder / "socket")
         root = Path(__file__).parent.parent
         values = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)} | environment
+        values["FORKS_MODULES"] = " ".join(modules)
         self._process = subprocess.Popen([sys.executable, __file__, self.path], env=values)
         while not os.path.exists(self.path):
             assert self._process.poll() is None
@@ -97,7 +100,8 @@ def serve(listener: socket.socket) -> None:
     os.environ["GLIBC_TUNABLES"] = ""  # or the command starts itself again, to set it
     from clip_jax.__main__ import main
 
-    for name in (*(f"clip_jax.{name}" for name in MODULES), *OTHERS):
+    others = (*OTHERS, *os.environ["FORKS_MODULES"].split())
+    for name in (*(f"clip_jax.{name}" for name in MODULES), *others):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those processes are nobody's concern
     while True:
@@ -114,6 +118,9 @@ def serve(listener: socket.socket) -> None:
                 os.dup2(stream, number)
             folder, *arguments = json.loads(request)
             os.chdir(folder)
+            module, _, function = arguments[0].partition(":")
+            if function:
+                sys.exit(getattr(importlib.import_module(module), function)(*arguments[1:]))
             sys.argv = ["clip-jax", *arguments]
             sys.exit(main())
         connection.send(str(child).encode())

@@ -1,9 +1,9 @@
 """`evaluate RUN --watch`: each checkpoint once, whatever is killed, and none deleted meanwhile."""
 
 import json
-import multiprocessing
 import random
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from clip_jax.serialize import to_dict
 from clip_jax.workdir import Claim
 from tests import watching
 from tests.conftest import TINY, rows
+from tests.forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -138,33 +139,46 @@ def test_a_run_in_a_bucket_is_watched(run, known, gs, opened):
 # ------------------------------------------------------------------------------------- kills
 
 
-def kill_at_random(workdir, seed: int, steps: int, kills: int, capfd) -> None:
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("forks"), "tests.watching") as forks:
+        yield forks
+
+
+@pytest.fixture
+def stderr():
+    """What all processes of a test complain of."""
+    with tempfile.TemporaryFile("w+") as stderr:
+        yield stderr
+
+
+def kill_at_random(forks, workdir, stderr, seed: int, steps: int, kills: int) -> None:
     """Kill a run and its watcher at random moments, let both end, and see what they left."""
-    context, drawn = multiprocessing.get_context("forkserver"), random.Random(seed)
-    context.set_forkserver_preload(["tests.watching"])
-    work = {"run": (watching.run, (workdir, steps, 0.15)),
-            "watch": (watching.evaluate, (workdir, 0.1))}  # fmt: skip
+    drawn = random.Random(seed)
+    work = {"run": ("run", workdir, steps, 0.15), "watch": ("evaluate", workdir, 0.1)}
 
     def start(name):
-        target, arguments = work[name]
-        process = context.Process(target=target, args=arguments)
-        process.start()
-        return process
+        function, *arguments = work[name]
+        return forks.start(f"tests.watching:{function}", *arguments, stderr=stderr.fileno())
+
+    def said() -> str:
+        stderr.seek(0)
+        return stderr.read()
 
     begun = {"run": start("run")}
     while not (workdir / "config.json").exists():
-        assert begun["run"].is_alive(), capfd.readouterr().err
+        assert begun["run"].poll() is None, said()
         time.sleep(0.02)
     begun["watch"] = start("watch")
     for _ in range(kills):
         time.sleep(drawn.uniform(0.1, 1.5))
         name = drawn.choice(["run", "watch"])
-        begun[name].kill()
-        begun[name].join()
+        if begun[name].poll() is None:
+            begun[name].kill()
+            begun[name].wait()
         begun[name] = start(name)
     for process in begun.values():
-        process.join(timeout=120)
-        assert process.exitcode == 0
+        assert process.wait() == 0, said()
     found, left = watched(workdir), steps_in(workdir / "checkpoints")
     assert left[-1] == steps
     assert set(left) <= found.keys()
@@ -173,16 +187,15 @@ def kill_at_random(workdir, seed: int, steps: int, kills: int, capfd) -> None:
     best = max(found.values(), key=lambda row: (row["made/up"], row["step"]))["step"]
     assert named_step(workdir, "best") == best
     assert {best, steps - 1, steps} <= set(left)  # and what was being read at the end
-    said = capfd.readouterr().err
-    assert "is left out" not in said  # what was reached was still there, to its end
-    assert "Traceback" not in said
+    assert "is left out" not in said()  # what was reached was still there, to its end
+    assert "Traceback" not in said()
 
 
-def test_killed_at_random_every_checkpoint_is_evaluated_once(tmp_path, capfd):
-    kill_at_random(tmp_path, seed=0, steps=12, kills=4, capfd=capfd)
+def test_killed_at_random_every_checkpoint_is_evaluated_once(forks, tmp_path, stderr):
+    kill_at_random(forks, tmp_path, stderr, seed=0, steps=12, kills=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_killed_often_every_checkpoint_is_evaluated_once(seed, tmp_path, capfd):
-    kill_at_random(tmp_path, seed, steps=60, kills=25, capfd=capfd)
+def test_killed_often_every_checkpoint_is_evaluated_once(seed, forks, tmp_path, stderr):
+    kill_at_random(forks, tmp_path, stderr, seed, steps=60, kills=25)

@@ -28,9 +28,10 @@ def hasten() -> None:
     watch.POLL_SECONDS, retention.LEASE_SECONDS, retention.RENEW_SECONDS = 0.05, 1.5, 0.2
 
 
-def run(workdir: Path, steps: int, seconds: float) -> None:
+def run(folder: str, last: str, seconds: str) -> None:
     """Save made-up parameters every moment, from where the newest checkpoint is."""
     hasten()
+    workdir, steps = Path(folder), int(last)
     config = Config(model=TINY, steps=steps, checkpoint=BEST)
     files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
     shapes = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
@@ -40,19 +41,19 @@ def run(workdir: Path, steps: int, seconds: float) -> None:
             lambda x, s=step: jax.device_put(np.full(x.shape, s, x.dtype)), shapes
         )
         checkpoints.save(step, {"params": arrays}, {"samples": step})
-        time.sleep(seconds)
+        time.sleep(float(seconds))
     checkpoints.close()
 
 
-def evaluate(workdir: Path, seconds: float) -> None:
+def evaluate(folder: str, seconds: str) -> None:
     """Watch; but of a checkpoint only look whose step it is."""
     hasten()
 
     def of(measures: Measures, encoder, output) -> dict[str, float]:
         del measures, output
         step = int(encoder.params["visual"]["proj"][0, 0])
-        time.sleep(seconds)
+        time.sleep(float(seconds))
         return {"made/up": result(step), "made/step": float(step)}
 
     Measures.of = of
-    watch.watch(EvaluateConfig(model=workdir))
+    watch.watch(EvaluateConfig(model=Path(folder)))
