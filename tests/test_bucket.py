@@ -7,6 +7,7 @@ import shlex
 import signal
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,19 @@ def write_tars(url, shards=2, pairs=20):
         files.write_whole(f"{url}/tars/{shard}.tar", file.getvalue())
 
 
+def at_once(clip, *commands):
+    """Run commands that don't wait for each other."""
+    with ThreadPoolExecutor(len(commands)) as threads:
+        return list(threads.map(lambda command: clip.run(*command), commands))
+
+
 @pytest.fixture(scope="module")
 def clip(servers, tmp_path_factory):
     """`clip-jax`, where both servers are known."""
     folder = tmp_path_factory.mktemp("bucket")
     environment = servers("gs").environment() | servers("s3").environment()
     environment |= {"JAX_DEFAULT_PRNG_IMPL": "rbg", "XDG_CACHE_HOME": str(folder)}
-    with Forks(folder, **environment) as forks:
+    with Forks(folder, "gcsfs", "s3fs", **environment) as forks:
         yield forks
 
 
@@ -94,16 +101,23 @@ def test_the_whole_way_in_a_bucket(clip, bucket):
             for i in range(3):
                 path = f"{url}/animals/{part}/{animal}/{i}.png"
                 files.write_whole(path, picture(100 * shard + i))
-    clip.run("evaluate", run, "--dataset", f"folder:{url}/animals", "--output", f"{url}/report")
+    evaluate = ("evaluate", run, "--dataset", f"folder:{url}/animals", "--output", f"{url}/report")
+    at_once(
+        clip,
+        evaluate,
+        ("convert", run, f"{url}/hugging_face", "--to", "hugging-face"),
+        ("convert", run, f"{url}/open_clip", "--to", "open-clip"),
+        ("embed", run, f"{url}/animals", f"{url}/embeddings"),
+    )
     assert "animals/acc1" in files.read(f"{url}/report/result.json").decode()
 
-    clip.run("convert", run, f"{url}/hugging_face", "--to", "hugging-face")
-    clip.run("convert", f"{url}/hugging_face", f"{url}/model", "--to", "clip-jax")
-    clip.run("convert", run, f"{url}/open_clip", "--to", "open-clip")
-
-    clip.run("embed", run, f"{url}/animals", f"{url}/embeddings")
     text = ("--text", "a cat", "--top", 3, "--json")
-    assert len(json.loads(clip.run("search", run, f"{url}/embeddings", *text).stdout)) == 3
+    _, found = at_once(
+        clip,
+        ("convert", f"{url}/hugging_face", f"{url}/model", "--to", "clip-jax"),
+        ("search", run, f"{url}/embeddings", *text),
+    )
+    assert len(json.loads(found.stdout)) == 3
     clip.run(
         *train, "--workdir", f"{url}/runs/next", "--init-from", f"{url}/model", *TINY, "--steps", 2
     )
