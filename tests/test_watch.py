@@ -121,8 +121,8 @@ def test_a_damaged_checkpoint_is_named_and_left_out(workdir, opened, capsys):
     assert watched(workdir).keys() == {2, 6}
 
 
-def test_a_run_in_a_bucket_is_watched(run, known, gs, opened):
-    workdir = epath.Path(gs.url) / "run"
+def test_a_run_in_a_bucket_is_watched(run, known, bucket, opened):
+    workdir = epath.Path(bucket.url) / "run"
     for step in (4, 6):
         files.copy_tree(run / f"checkpoints/{step}", workdir / f"checkpoints/{step}")
         (workdir / f"checkpoints/{step}/commit_success.txt").write_text("committed")
