@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from clip_jax import sharding
+from clip_jax.data import digits
 from clip_jax.data.images import Preprocess
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.evals.captions import captions, likelihood, loss_per_token, with_room
+from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
@@ -41,6 +44,29 @@ def dense(encoder):
         return jnp.where(tokens[:, 1:] != 0, picked, 0).sum(1)
 
     return of_pairs
+
+
+def test_a_number_is_right_in_any_of_its_own_words(monkeypatch):
+    """As the tokenizer gives them back: "eighty - one" is 81; another number's are wrong."""
+    config = dataclasses.replace(
+        CONFIG, text=dataclasses.replace(CONFIG.text, context_length=48, vocab_size=600)
+    )
+    tokenizer, mesh = make_tokenizer(config.text), make_mesh(MeshConfig())
+    encoder = Encoder(
+        CLIP(config), jax.device_put(parameters(config), sharding.replicated(mesh)), mesh,
+        Preprocess(image_size=16), lambda texts: tokenizer(list(texts), 48),
+    )  # fmt: skip
+    evaluator = DigitsEvalConfig(per_number=1, max_prompts=1).make()
+    for shift, expected in ((0, 1.0), (1, 0.0)):
+
+        def written(encoder, images, generation, shift=shift):
+            numbers = next(x for x in evaluator._splits.values() if len(x) == len(images))
+            texts = [digits.prompts((n + shift) % 100, 2)[n % 13] for n in numbers]
+            return encoder.read(encoder.tokenize(texts))
+
+        monkeypatch.setattr("clip_jax.evals.digits.captions", written)
+        found = dict(evaluator.run(encoder))
+        assert found["caption/seen/exact"] == found["caption/unseen/exact"] == expected
 
 
 def test_the_loss_is_the_mean_of_all_tokens(encoder, dense):
