@@ -29,8 +29,6 @@ from clip_jax.progress import Display
 from clip_jax.refused import Refused
 from clip_jax.retention import named_step, split_name
 
-_UNROLLED = 64  # blocks: all
-
 
 @dataclass(frozen=True)
 class Model:
@@ -89,12 +87,12 @@ class Model:
 
         Refused if the model has no decoder: CoCa and MaMMUT have.
         """
+        self.clip.needs_decoder()
+        generation = generation.within(self.config.text)
         # Another seed is the same program.
         seed, generation = jnp.uint32(generation.seed), replace(generation, seed=0)
-        # Unrolled: the compiler takes the layers' weights apart once, not for each token.
-        clip = CLIP(replace(self.config, unroll=max(self.config.unroll, _UNROLLED)))
-        write = functools.partial(_caption, clip, generation, seed=seed)
-        ids = np.empty((len(images), generation.max_length), np.int32)
+        write = functools.partial(_caption, self.clip, generation, seed=seed)
+        ids = np.empty((len(images), typing.cast(int, generation.max_length)), np.int32)
         self._in_rows("caption", write, np.asarray(images), ids, batch_size)
         return read_captions(ids, self.config.text)
 

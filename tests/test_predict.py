@@ -1,5 +1,6 @@
 """predict, embed and search on a tiny model: answers, errors, and kills."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 from clip_jax.cli import main
 from clip_jax.loading import load
-from tests.conftest import write_tiny_model
+from tests.conftest import COCA, write_tiny_model
 from tests.forks import Forks
 
 
@@ -48,6 +49,24 @@ def code(args):
 def rows(output):
     """All rows of all files, in order of their index."""
     return pa.concat_tables(map(pq.read_table, sorted(output.glob("rows-*.parquet"))))
+
+
+def test_a_model_with_a_decoder_writes_captions(folder, tmp_path, capsys):
+    """Also where it has fewer positions than captions are long by default; no others do."""
+    text = dataclasses.replace(COCA.text, vocab_size=520)
+    write_tiny_model(tmp_path / "coca", config=dataclasses.replace(COCA, text=text))
+    images = ["--images", str(folder / "photos/000.png"), str(folder / "photos/002.png"), "--json"]
+    assert main(["predict", str(tmp_path / "coca"), *images, "--caption"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result.keys() >= {"caption"} for result in results] == [True, True]
+    model = load(tmp_path / "coca")
+    pixels = model.preprocess([folder / "photos/000.png", folder / "photos/002.png"])
+    assert [result["caption"] for result in results] == model.caption(pixels)
+    too_long = ["--generation.max-length", "11"]
+    assert main(["predict", str(tmp_path / "coca"), *images, "--caption", *too_long]) == 2
+    assert "text.context_length=10" in capsys.readouterr().err
+    assert main(["predict", str(folder / "model"), *images, "--caption"]) == 2
+    assert "no decoder" in capsys.readouterr().err
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(folder, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -99,9 +98,3 @@ def loss_per_token(
     rows: Float[np.ndarray, " B"] = in_batches(score, encoder.params, encoder.mesh, pixels, tokens)
     real = tokens[:, 1:] != encoder.model.config.text.tokenizer.pad_id
     return float(rows.sum() / max(real.sum(), 1))
-
-
-def with_room(generation: GenerationConfig, model: CLIP) -> GenerationConfig:
-    """Shorten captions to what the model's positions allow."""
-    length = min(generation.max_length, model.config.text.context_length)
-    return replace(generation, max_length=length, min_length=min(generation.min_length, length - 1))

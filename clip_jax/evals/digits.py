@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.evals.captions import captions, with_room
+from clip_jax.evals.captions import captions
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.zero_shot import classifier, top_k_accuracy
@@ -71,7 +71,7 @@ class DigitsEvaluator:
                 own, other = logits[pairs, labels[pairs]], logits[pairs, backwards[pairs]]
                 yield f"zero_shot/{name}/order", float((own > other).mean())
             if encoder.model.config.decoder is not None:
-                written = captions(encoder, images, with_room(_SHORT, encoder.model))
+                written = captions(encoder, images, _SHORT)
                 # As they come out of the tokenizer: "eighty - one" for "eighty-one".
                 own = {
                     n: encoder.read(encoder.tokenize(digits.prompts(n, k)))

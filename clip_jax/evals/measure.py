@@ -15,7 +15,7 @@ from clip_jax import processes, sharding
 from clip_jax.evals import prompts
 from clip_jax.evals.alignment import POOL, diagnostics
 from clip_jax.evals.caption_scores import bleu, cider
-from clip_jax.evals.captions import likelihood, with_room, writer
+from clip_jax.evals.captions import likelihood, writer
 from clip_jax.evals.compositions import composition
 from clip_jax.evals.datasets import (
     Captioned,
@@ -177,7 +177,7 @@ def describe(splits: "Splits", generation: GenerationConfig) -> Outcome:
         raise Missing(f"{splits.name}: captions are for images with captions of their own.")
     encoder = splits.encoder
     model = _as_preprocessed(encoder)
-    write = writer(model, encoder.mesh, with_room(generation, model))
+    write = writer(model, encoder.mesh, generation)
     images = splits.computed("test", write)
     written = encoder.read(images.features)
     values = {f"bleu{n}": x for n, x in enumerate(bleu(written, images.answers), 1)}

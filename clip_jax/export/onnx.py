@@ -15,7 +15,7 @@ from clip_jax.export.captions import caption_logits
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import image_tower, sees_padding, text_tower
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.generation import MAX_LENGTH
 from clip_jax.refused import Refused
 
 # What writes captions, greedily, the begin token first; images.npy as StableHLO's READER has them.
@@ -207,7 +207,7 @@ def caption_reader(folder: str, config: CLIPConfig, dtype: HalfOrFull = "float32
     file, begin = names("transformers-js", config, dtype).captions, config.text.begin_id
     if file is None or begin is None:
         return ""
-    length = min(config.text.context_length, GenerationConfig.max_length)
+    length = min(config.text.context_length, MAX_LENGTH)
     said = {"folder": folder, "file": file, "begin": begin, "length": length}
     program = CAPTION_READER
     for name, value in said.items():

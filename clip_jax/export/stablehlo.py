@@ -23,7 +23,7 @@ from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tokenizer_json import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
-from clip_jax.models.generation import GenerationConfig, begin_and_end
+from clip_jax.models.generation import MAX_LENGTH, begin_and_end
 from clip_jax.models.layers import apart
 from clip_jax.refused import Refused
 
@@ -165,7 +165,7 @@ def caption_reader(folder: str, config: CLIPConfig) -> str:
     """Return CAPTION_READER for a folder; empty for a model without a decoder."""
     if config.decoder is None:
         return ""
-    length = min(config.text.context_length, GenerationConfig.max_length)
+    length = min(config.text.context_length, MAX_LENGTH)
     return CAPTION_READER.replace("{folder}", folder).replace("{length}", str(length - 1))
 
 

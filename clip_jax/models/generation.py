@@ -1,8 +1,8 @@
 """Write captions: one compiled loop over tokens, with keys and values kept, whatever the way."""
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from clip_jax.models.layers import apart
 from clip_jax.models.text import TextConfig
 from clip_jax.refused import Refused, check_ranges
 
+MAX_LENGTH = 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -22,7 +24,9 @@ class GenerationConfig:
     # greedy: the most probable token each time. sample: drawn; the seed alone decides, not the
     # other images. beams: the most probable caption that a search of this width meets.
     method: Literal["greedy", "sample", "beams"] = "greedy"
-    max_length: int = 30  # tokens, begin and end of text included; the last is the end
+    # Tokens, begin and end of text included; the last is the end. None: 30, or as many as the
+    # model has positions.
+    max_length: int | None = None
     min_length: int = 5  # tokens, the begin included, before the end may come
     top_k: int | None = None  # sample: from so many tokens; None: of any rank
     top_p: float | None = None  # sample: from the fewest that together have this probability
@@ -38,11 +42,24 @@ class GenerationConfig:
             temperature="(0, inf)", seed="[0, 4294967295]", beams="[1, inf)",
             length_penalty="[0, inf)",
         )  # fmt: skip
-        if self.min_length >= self.max_length:
+        if self.max_length is not None and self.min_length >= self.max_length:
             raise Refused(
                 f"generation.min_length={self.min_length} must be less than "
                 f"generation.max_length={self.max_length}."
             )
+
+    def within(self, text: TextConfig) -> "GenerationConfig":
+        """Say how long captions may be. Refused if the model has not so many positions."""
+        most = text.context_length
+        if self.max_length is None:
+            length = min(most, MAX_LENGTH)
+            return replace(self, max_length=length, min_length=min(self.min_length, length - 1))
+        if self.max_length > most:
+            raise Refused(
+                f"generation.max_length={self.max_length} is more than the model's "
+                f"text.context_length={most}."
+            )
+        return self
 
 
 def generate(
@@ -58,13 +75,8 @@ def generate(
     stands for the config's: another is then the same program. Refused if the model has no decoder,
     or not so many positions.
     """
-    text = clip.config.text
     clip.needs_decoder()
-    if config.max_length > text.context_length:
-        raise Refused(
-            f"generation.max_length={config.max_length} is more than the model's "
-            f"text.context_length={text.context_length}."
-        )
+    config = config.within(clip.config.text)
     if config.method == "beams":
         return _search(clip, params, image_tokens, config)
     choose = functools.partial(_choose, config=config, seed=config.seed if seed is None else seed)
@@ -104,7 +116,7 @@ def _choose(
 def _write(
     clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig, choose: Any
 ) -> Int[Array, "B L"]:
-    text, length = clip.config.text, config.max_length
+    text, length = clip.config.text, cast(int, config.max_length)
     params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
     rows = len(image_tokens)
@@ -138,7 +150,7 @@ def _search(
     clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig
 ) -> Int[Array, "B L"]:
     """Beam search, which ends when nothing can beat what has been found."""
-    text, length, count = clip.config.text, config.max_length, config.beams
+    text, length, count = clip.config.text, cast(int, config.max_length), config.beams
     params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
     images = len(image_tokens)

@@ -131,6 +131,15 @@ def test_draws_follow_the_distribution_that_is_left():
         np.testing.assert_allclose(shares, p[kept] / p[kept].sum(), atol=0.05)
 
 
+def test_captions_are_as_long_as_the_model_allows_unless_said():
+    text = COCA.text  # ten positions
+    least = GenerationConfig(min_length=20).within(text)
+    assert (least.max_length, least.min_length) == (10, 9)
+    assert GenerationConfig().within(replace(text, context_length=77)).max_length == 30
+    said = GenerationConfig(max_length=7)
+    assert said.within(text) == said
+
+
 def test_what_cannot_be_written_is_refused():
     with pytest.raises(Refused, match="min_length=6 must be less than"):
         GenerationConfig(max_length=6, min_length=6)
