@@ -1,0 +1,41 @@
+"""CLIP, CoCa and MaMMUT beside each other: four-digit numbers, one width, three counts.
+
+    clip-jax scale ladder configs/ladder_digits_captions.py --jobs 2
+    clip-jax scale collect runs/ladder_digits_captions --output captions.csv
+    clip-jax scale report captions.csv --metric info_nce --metric-is error --output captions.html
+
+Towers, data, rates and error are those of configs/ladder_digits.py at width 40. A pair costs CoCa
+and MaMMUT more than CLIP: the report's axis is FLOPs, at which MaMMUT's paper compares them
+(arXiv:2303.16839, section 4).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from clip_jax.losses import CaptionConfig
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.scaling.ladder import LadderConfig, load_ladder
+
+
+def get_ladder() -> LadderConfig:
+    own = load_ladder(Path(__file__).with_name("ladder_digits.py"))
+    clip = replace(own.models["w40"], embed_dim=40)  # MaMMUT's text tower has no projection
+    coca = replace(
+        clip,
+        vision=replace(clip.vision, pool="queries", pool_queries=17, pool_heads=5),
+        text=replace(clip.text, pool="class_token"),
+        decoder=CoCaConfig(depth=2, num_heads=5),
+    )
+    mammut = replace(
+        clip,
+        vision=replace(clip.vision, pool="mean_all"),
+        text=replace(clip.text, pool="mean", causal=False, projection=False),
+        decoder=MaMMUTConfig(cross_every=1),
+    )
+    return replace(
+        own,
+        base=replace(own.base, caption=CaptionConfig(weight=1.0, contrastive_weight=1.0)),
+        models={"clip": clip, "coca": coca, "mammut": mammut},
+        samples=(12_288, 24_576, 49_152),
+        seeds=(0,),
+    )
