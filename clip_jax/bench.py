@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax import flops, sharding
+from clip_jax import bucket, flops, sharding
 from clip_jax.chips import mfu
 from clip_jax.config import Config
 from clip_jax.data.augment import augment
@@ -157,6 +157,7 @@ def _read_stretches(source: StretchSource) -> Read:
 
 
 def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
+    bucket.requested()  # of the stages, which have been read one by one
     start = time.perf_counter()
     batches = pipeline.batches()
     try:

@@ -24,7 +24,7 @@ from clip_jax.scaling.price import HardwareConfig
 from clip_jax.scaling.rules import RulesConfig
 from clip_jax.scaling.sweep import SweepConfig
 
-WIDTHS = (8, 16, 32, 64)
+WIDTHS = (16, 32, 64, 128)
 AT_THE_END = 1_000_000  # steps between evaluations: the last step always counts
 
 

@@ -71,11 +71,16 @@ def test_input_from_a_bucket_says_what_it_asks_for(gs, capsys):
                 tar.addfile(member, io.BytesIO(data))
     files.write_whole(f"{gs.url}/0.tar", content.getvalue())
     files.write_whole(f"{gs.url}/1.tar", content.getvalue())
-    flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--json"]
+    ahead = 1  # MiB
+    flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--data.read-ahead-mib", f"{ahead}"]
     command = ["bench", "input", str(ROOT / "configs/webdataset.py"), *QUICK, "--seconds", "1"]
-    assert main([*command, *flags]) == 0
+    assert main([*command, *flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["order"] == "stretches"
     assert result["bucket_requests_per_second"] > 0
-    assert 0.5 < result["bytes_read_per_byte_used"] < 2
+    read = result["bucket_bytes_per_second"]
+    used = read / result["bytes_read_per_byte_used"]
+    # Half of a tar of such small images is headers; and the budget, however little was used.
+    assert read < 2 * used + ahead * 2**20
+    assert used < 2 * read
     assert "bytes read a byte used" in describe_input(result)
