@@ -112,15 +112,14 @@ def test_the_whole_way_in_a_bucket(clip, bucket):
     assert "animals/acc1" in files.read(f"{url}/report/result.json").decode()
 
     text = ("--text", "a cat", "--top", 3, "--json")
-    _, found = at_once(
+    exported, again = f"{url}/hugging_face", ("--workdir", f"{url}/runs/next", "--steps", 2)
+    _, found, _ = at_once(
         clip,
-        ("convert", f"{url}/hugging_face", f"{url}/model", "--to", "clip-jax"),
+        ("convert", exported, f"{url}/model", "--to", "clip-jax"),
         ("search", run, f"{url}/embeddings", *text),
+        (*train, *TINY, *again, "--init-from", exported),
     )
     assert len(json.loads(found.stdout)) == 3
-    clip.run(
-        *train, "--workdir", f"{url}/runs/next", "--init-from", f"{url}/model", *TINY, "--steps", 2
-    )
 
     images = np.zeros((1, 16, 16, 3), np.float32)
     first, *others = (
