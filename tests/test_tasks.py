@@ -1,17 +1,22 @@
 """Tasks by threads and on Ray: the same files, whatever dies meanwhile."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clip_jax import files
 from clip_jax.prepare import layout, writer
 from clip_jax.tasks import Here, runner
 from tests.conftest import ROOT, write_tiny_model
@@ -83,15 +88,19 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch):
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray")
 
 
-def on_ray(source: str, out: Path, root: Path, address: str = "local", *flags: str):
+def on_ray(
+    source: str, out: Path, root: Path, address: str = "local", *flags: str,
+    folder: Path | None = None, before: Sequence[str] = (), stderr: int | None = None,
+) -> subprocess.Popen:  # fmt: skip
     """Start `everything` as a person does."""
-    command = [sys.executable, "-m", "clip_jax", "prepare", source, str(out), "--on", "ray"]
+    command = [*before, sys.executable, "-m", "clip_jax", "prepare", source, str(out)]
+    command += ["--on", "ray"]
     command += ["--samples-per-shard", "20", "--samples-per-task", "6", "--shuffle", "--json"]
     command += ["--drop-duplicates", "--drop-near-duplicates"]
     command += ["--decontaminate", f"test={root / 'test'}", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
-    where = {"cwd": out.parent, "env": environment, "text": True}
-    return subprocess.Popen(command, **where, stdout=subprocess.PIPE)
+    where = {"cwd": folder or out.parent, "env": environment, "text": True}
+    return subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=stderr)
 
 
 def scored(root: Path) -> list[str]:
@@ -231,3 +240,53 @@ def is_worked_in(folder: Path) -> bool:
             if is_ray and (path / "cwd").readlink() == folder:
                 return True
     return False
+
+
+@needs_ray
+@pytest.mark.slow
+def test_from_a_bucket_to_a_bucket_on_ray(bucket, root, tmp_path):
+    """With a sample that is no image and a tar that ends too early: counted as by threads."""
+    (tmp_path / "in").mkdir()
+    images = pairs(40)
+    images[7] = (images[7][0], b"no image", images[7][2])
+    FORMATS["tar"](tmp_path / "in", images)
+    for path in (tmp_path / "in").glob("*.tar"):
+        content = path.read_bytes()
+        files.write_whole(f"{bucket.url}/in/{path.name}", content)
+    files.write_whole(f"{bucket.url}/in/short.tar", content[:-4000])
+    source, out = f"{bucket.url}/in/*.tar", files.place(f"{bucket.url}/out")
+    refused = on_ray(source, out, root, folder=tmp_path, stderr=subprocess.PIPE)
+    message = refused.communicate()[1]
+    assert refused.returncode == 2
+    assert "short.tar (truncated" in message
+    assert "Traceback" not in message
+    there = ended(on_ray(source, out, root, "local", "--bad-shards", "skip", folder=tmp_path))
+    config = everything(source, tmp_path / "here", root, score_with=None, top_share=1.0)
+    here = writer.prepare(replace(config, bad_shards="skip"))
+    assert there["counts"] == here["counts"]
+    assert there["counts"]["not an image"] == 1
+    shards = [path for path in out.iterdir() if path.name.endswith(".array_record")]
+    read = {path.name: hashlib.sha256(files.read(path)).hexdigest() for path in shards}
+    assert read == digests(tmp_path / "here")
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounting a disk takes unshare")
+def test_a_full_disk_on_ray_is_one_message_and_goes_on(root, tmp_path):
+    """A disk of 100 KB, and the same command once it has more."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "disk").mkdir()
+    source = FORMATS["tar"](tmp_path / "in", pairs(40)).path
+    out = tmp_path / "disk/out"
+    script = 'mount -t tmpfs -o size=100k none disk && { "$@"; echo "ended with $?"; } && '
+    script += 'mount -o remount,size=100m disk && "$@" && cp -r disk/out .'
+    alone = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh")
+    process = on_ray(source, out, root, before=alone, folder=tmp_path, stderr=subprocess.PIPE)
+    said, message = process.communicate()
+    assert process.returncode == 0, message
+    assert said.startswith("ended with 2")
+    assert f"no space left for {out}" in message
+    assert "Traceback" not in message
+    writer.prepare(everything(source, tmp_path / "here", root, score_with=None, top_share=1.0))
+    assert digests(tmp_path / "out") == digests(tmp_path / "here")
