@@ -14,7 +14,9 @@ from clip_jax.data.images import ImageError, Preprocess
 from clip_jax.data.sources import SampleError
 from clip_jax.evals.datasets import Data
 
-_BATCH = 1_024  # images over all devices
+# Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.3 ms of a core an image,
+# in pages, beside 2 ms of decoding.
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Reader:
         self._data, self._preprocess, self.count = data, preprocess, count
         shards = sharding.batch_shards(mesh)
         self._part, parts = sharding.data_part(mesh)
-        self._rows = -(-min(_BATCH, count) // shards) * shards // parts  # of this process
+        self._rows = -(-min(_BATCH * parts, count) // shards) * shards // parts  # of this process
         self._batch = self._rows * parts
 
     def __iter__(self) -> Iterator[Share]:
