@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
@@ -52,6 +53,7 @@ class DigitsEvaluator:
         self._splits = {
             "seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]
         }  # fmt: skip
+        self._rendered: dict[tuple[str, int], Any] = {}
 
     def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
@@ -59,9 +61,7 @@ class DigitsEvaluator:
         for name, numbers in self._splits.items():
             if not numbers:
                 continue
-            images, labels = digits.evaluation_set(
-                self.config.source, numbers, self.config.per_number, _size(encoder)
-            )
+            images, labels = self._images(name, _size(encoder))
             logits = encoder.images(images) @ weights.T
             yield f"zero_shot/{name}/top1", top_k_accuracy(logits, labels, 1)
             yield f"zero_shot/{name}/top5", top_k_accuracy(logits, labels, 5)
@@ -79,6 +79,16 @@ class DigitsEvaluator:
                 }
                 right = [x in own[n] for x, n in zip(written, labels.tolist(), strict=True)]
                 yield f"caption/{name}/exact", float(np.mean(right))
+
+    def _images(
+        self, split: str, size: int
+    ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]:
+        """Render a split's images when they are first evaluated: they are always the same."""
+        if (split, size) not in self._rendered:
+            self._rendered[split, size] = digits.evaluation_set(
+                self.config.source, self._splits[split], self.config.per_number, size
+            )
+        return self._rendered[split, size]
 
     def draw(self, encoder: Encoder, folder: Path) -> None:
         """Write `predictions.png`: held-out images with their three best labels."""

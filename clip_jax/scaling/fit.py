@@ -70,12 +70,18 @@ class Line(NamedTuple):
         return self.slope - half, self.slope + half
 
     def draw(self, rng: np.random.Generator, draws: int) -> PowerLaw:
-        """Draw lines that the points may mean as well, as power laws."""
+        """Draw lines that the points may mean as well, as power laws.
+
+        With a point more than a line has parameters, one in thousands is steeper than any float.
+        """
         scatter = _scatters(rng, self.noise, self.n - 2, draws)
         slope = self.slope + scatter / np.sqrt(self.x_spread) * rng.standard_normal(draws)
         height = self.intercept + self.slope * self.x_mean
         height = height + scatter / np.sqrt(self.n) * rng.standard_normal(draws)
-        return PowerLaw(slope, np.exp(height - slope * self.x_mean))
+        with np.errstate(over="ignore"):
+            beta = np.exp(height - slope * self.x_mean)
+        held = np.isfinite(beta) & (beta > 0)
+        return PowerLaw(slope[held], beta[held])
 
     def at(self, x: Numbers, new: bool) -> Prediction:
         """The line at x; `new`: of one new measurement, otherwise of the line's own height."""

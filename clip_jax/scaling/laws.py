@@ -44,7 +44,9 @@ class PowerLaw(NamedTuple):
     beta: Numbers
 
     def __call__(self, size: Numbers, samples: Numbers, _: Numbers | None = None) -> Numbers:
-        return self.beta * (size * samples) ** self.alpha
+        # In logarithms: of steep lines, the two factors may exceed a float where the law does not.
+        with np.errstate(over="ignore"):
+            return np.exp(np.log(self.beta) + self.alpha * np.log(size * samples))
 
 
 class Saturating(NamedTuple):

@@ -43,6 +43,16 @@ def published(metric: str, laion: bool) -> Runs:
     return Runs(column("gmacs_per_sample"), column("samples_seen"), 1 - column(metric))
 
 
+def test_lines_steeper_than_any_float_are_not_drawn():
+    """Three points have one degree of freedom: some of its draws are thousands of times as steep."""
+    scatter = np.exp([0.3, -0.5, 0.2])
+    runs = Runs(np.array([1e3, 3e3, 1e4]), np.full(3, 1e12), scatter)
+    found = fit("power", runs, "all", draws=20_000)
+    assert 19_000 < len(found.drawn.beta) < 20_000
+    errors = fits.evaluate(found.drawn, np.array(1e3), np.array(1e12))
+    assert not np.isnan(errors).any()
+
+
 @pytest.mark.parametrize("metric", PUBLISHED)
 def test_the_eight_published_fits_to_four_digits(metric: str):
     for laion, (alpha, beta) in zip((True, False), PUBLISHED[metric], strict=True):
