@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.tree_util import DictKey
 
 from clip_jax import sharding
@@ -26,17 +25,13 @@ from clip_jax.checkpoint import CheckpointConfig, Checkpoints
 from clip_jax.config import Config, load_config
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
-from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.losses import SoftmaxConfig
-from clip_jax.models.clip import CLIP, CLIPConfig, Params, split_batch_stats
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
-from clip_jax.models.dimensions import table
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import OptimConfig, make_optimizer
-from clip_jax.scaling.ladder import LadderConfig, grid
-from clip_jax.scaling.rules import BranchesConfig
+from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import LossConfig, Program, Recipe, State, shapes
@@ -243,93 +238,6 @@ def write_tiny_model(folder: Path, seed: int = 0, config: CLIPConfig = TINY) -> 
     write_weights(weights, folder, "clip-jax")
 
 
-# ------------------------------------------------------------------ optimizers
-
-RATE = 1e-2
-UPDATES = 20
-
-
-def beginning(config: CLIPConfig = TINY) -> Params:
-    """Trainable parameters; each layer's are larger than those of the one before."""
-    rows = table(config)
-
-    def scaled(path, x):
-        if not rows[sharding.path_name(path)].startswith("depth"):
-            return x
-        return x * np.arange(1, len(x) + 1, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-    params, _ = split_batch_stats(parameters(config))
-    return jax.tree_util.tree_map_with_path(scaled, params)
-
-
-def gradients(config: CLIPConfig = TINY) -> Params:
-    """Twenty gradients of a tiny model from NumPy, stacked; each array has its own scale."""
-    rng = np.random.default_rng(2)
-
-    def draw(x):
-        scale = 10 ** rng.uniform(-3, 0)
-        return (scale * rng.standard_normal((UPDATES, *x.shape))).astype(np.float32)
-
-    return jax.tree.map(draw, beginning(config))
-
-
-def optimized(optim: OptimConfig, mesh: Mesh | None = None, config: CLIPConfig = TINY) -> Params:
-    """A tiny model's parameters after twenty of our updates by `gradients`, where they lie."""
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    recipe = Recipe(model=config, loss=GOLDEN_LOSS, optim=optim, steps=UPDATES, batch_size=16)
-    places = jax.tree.map(lambda x: x.sharding, shapes(recipe, mesh)[0])
-    inside, _ = split_batch_stats(places.params)
-    stacked = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(None, *x.spec)), inside)
-    optimizer = make_optimizer(optim, table(config))
-
-    def update(carry, gradient):
-        params, state = carry
-        updates, state = optimizer.update(gradient, state, params, rate=RATE)
-        return (optax.apply_updates(params, updates), state), None
-
-    def run(params, gradients):
-        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), gradients)
-        return params
-
-    run = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
-    return jax.device_get(run(beginning(config), gradients(config)))
-
-
-def layers(tree: Params, config: CLIPConfig = TINY, apart: str = "depth") -> dict[str, Any]:
-    """Arrays by path; those that `apart` stacks (depth, S) one by one, by number.
-
-    The image tower's blocks, which are like the text's, are left out.
-    """
-    rows, found = table(config), {}
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = sharding.path_name(path)
-        if name.startswith("visual/transformer"):
-            continue
-        names = rows[name].split()
-        ahead = x.ndim - len(names)  # of gradients, the steps
-        axes = [i + ahead for i, dim in enumerate(names) if dim in apart.split()]
-        for index in itertools.product(*(range(x.shape[axis]) for axis in axes)):
-            one = x
-            for axis, place in reversed(list(zip(axes, index, strict=True))):
-                one = np.take(one, place, axis)
-            found["/".join([name, *map(str, index)])] = one
-    return found
-
-
-def followed(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
-    """Parameters after twenty updates of another optimizer."""
-
-    @jax.jit
-    def update(params, state, gradient):
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = optimizer.init(params)
-    for step in range(UPDATES):
-        params, state = update(params, state, jax.tree.map(lambda x, i=step: x[i], gradients))
-    return jax.device_get(params)
-
-
 # ------------------------------------------------------------------ tiny runs
 
 FLAGS = [
@@ -377,47 +285,6 @@ def write_run(model: CLIPConfig, workdir: Path) -> tuple[Path, CLIPConfig, Param
         checkpoints.save(step, state, {"samples": step})
     checkpoints.close()
     return workdir, model, state.params
-
-
-def write_ladder(root: Path) -> list[str]:
-    """Write what a ladder with branches leaves: two sizes, three counts, two seeds; names of runs.
-
-    Of its 16 runs one has failed, one was killed in the middle, one has not begun.
-    """
-    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=1_000),))
-    wide = dataclasses.replace(
-        base.model, vision=dataclasses.replace(base.model.vision, width=32, num_heads=4)
-    )
-    ladder = LadderConfig(
-        base=base, models={"w16": base.model, "w32": wide}, samples=(1_600, 3_200, 6_400),
-        seeds=(0, 1), branches=BranchesConfig(),
-    )  # fmt: skip
-    points, rng = grid(ladder, root), np.random.default_rng(0)
-    for point in points:
-        config, workdir, until = point.config, point.workdir, point.config.steps
-        workdir.mkdir(parents=True)
-        (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-        if point.name == "w16@6.4K-seed1":
-            continue
-        if point.name in ("w32@6.4K-seed0", "w32@6.4K-seed1"):
-            until -= 10
-            ends = "clip-jax: step 391: loss nan" if point.name.endswith("1") else "step 390"
-            (workdir / "log.txt").write_text(f"going on\n{ends}\n")
-        error = (2e-3 * config.model.vision.width) ** -0.2 * (until * 16) ** -0.3
-        error *= 20 * np.exp(0.01 * rng.standard_normal())
-        lines = [
-            {"step": step, "samples_seen": 16 * step, "loss": 30 * (16 * step) ** -0.3}
-            for step in range(point.first_step + 1, until + 1)
-        ]
-        final = lines[-1]["loss"]
-        if config.evals and until == config.steps:
-            lines.append({"step": until, "info_nce": error})
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        result = {"step": until, "samples_seen": 16 * until, "loss": final}
-        result |= {"seconds/total": 36.0, "goodput": 0.5, **lines[-1]}
-        (workdir / "result.json").write_text(json.dumps(result))
-        (workdir / "checkpoints").mkdir()
-    return [point.name for point in points]
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from clip_jax.cli import main
-from tests.conftest import write_ladder
+from tests.scaling.conftest import write_ladder
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
-"""`configs/digits.py` with its pairs sorted by number, read by stretches: does it learn as well?
+"""A run on the digits with its pairs sorted by number, read by stretches: does it learn as well?
 
-    PYTHONPATH=. python tests/data/sorted_digits.py WORKDIR [--seed 1 --data.seed 1 ...]
+    PYTHONPATH=. python tests/data/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
 
-All 625 pairs of a number lie together, in stretches of 32; a window of 128 of them is 4,096 pairs,
-6.5 of the 80 numbers. What follows WORKDIR goes to `clip-jax train`.
+All pairs of a number lie together, in stretches of 32. What follows WORKDIR goes to `train`.
 """
 
 import sys
@@ -14,7 +13,7 @@ from clip_jax import cli
 from clip_jax.data import digits, pipeline
 from clip_jax.data.sources import Record
 
-STRETCH, WINDOW = 32, 128
+STRETCH = 32
 
 
 class Sorted(digits.DigitsSource):
@@ -50,6 +49,6 @@ if __name__ == "__main__":
     for module in (pipeline, *[m for n, m in sys.modules.items() if n.startswith("clip_jax.data")]):
         if hasattr(module, "DigitsSource"):
             module.DigitsSource = Sorted
-    workdir, *more = sys.argv[1:]
-    order = ["--data.order", "stretches", "--data.window", str(WINDOW)]
-    sys.exit(cli.main(["train", "configs/digits.py", "--workdir", workdir, *order, *more]))
+    config, workdir, *more = sys.argv[1:]
+    order = ["--data.order", "stretches", "--workdir", workdir]
+    sys.exit(cli.main(["train", config, *order, *more]))

@@ -8,7 +8,8 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.dimensions import table
 from clip_jax.optim import Adafactor, OptimConfig, make_optimizer
 from clip_jax.sharding import path_name
-from tests.conftest import RATE, TINY, UPDATES, beginning, gradients, layers, optimized
+from tests.conftest import TINY
+from tests.optim.conftest import RATE, UPDATES, beginning, gradients, layers, optimized
 
 
 def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):

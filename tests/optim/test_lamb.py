@@ -4,15 +4,8 @@ import numpy as np
 import optax
 
 from clip_jax.optim import LAMB, OptimConfig
-from tests.conftest import (
-    RATE,
-    assert_close,
-    beginning,
-    followed,
-    gradients,
-    layers,
-    optimized,
-)
+from tests.conftest import assert_close
+from tests.optim.conftest import RATE, beginning, followed, gradients, layers, optimized
 
 OPTIM = OptimConfig(optimizer=LAMB(), weight_decay=0.2)
 

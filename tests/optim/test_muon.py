@@ -9,7 +9,8 @@ import pytest
 from clip_jax.models.dimensions import table
 from clip_jax.optim import Muon, OptimConfig
 from clip_jax.optim.matrices import stack_of
-from tests.conftest import RATE, TINY, beginning, followed, gradients, layers, optimized
+from tests.conftest import TINY
+from tests.optim.conftest import RATE, beginning, followed, gradients, layers, optimized
 
 OPTIM = OptimConfig(optimizer=Muon(rms=None), weight_decay=0.0, b2=0.95)
 # Five iterations multiply what rounding leaves of a small singular value by 3.4 each.

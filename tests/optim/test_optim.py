@@ -30,7 +30,8 @@ from clip_jax.optim import (
 from clip_jax.optim.wrappers import scale_layers
 from clip_jax.refused import Refused
 from clip_jax.sharding import make_mesh, path_name
-from tests.conftest import MESHES, beginning, optimized
+from tests.conftest import MESHES
+from tests.optim.conftest import beginning, optimized
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_at_the_final_rate():

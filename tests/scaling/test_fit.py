@@ -44,7 +44,7 @@ def published(metric: str, laion: bool) -> Runs:
 
 
 def test_lines_steeper_than_any_float_are_not_drawn():
-    """Three points have one degree of freedom: some of its draws are thousands of times as steep."""
+    """Three points leave one degree of freedom, of which some draws are extreme."""
     scatter = np.exp([0.3, -0.5, 0.2])
     runs = Runs(np.array([1e3, 3e3, 1e4]), np.full(3, 1e12), scatter)
     found = fit("power", runs, "all", draws=20_000)

@@ -10,7 +10,8 @@ import pytest
 
 from clip_jax.refused import Refused
 from clip_jax.scaling.report import ReportConfig, page, report
-from tests.conftest import ROOT, write_ladder
+from tests.conftest import ROOT
+from tests.scaling.conftest import write_ladder
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 

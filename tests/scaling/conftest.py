@@ -1,0 +1,54 @@
+"""What tests of ladders and of their pages build."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.scaling.ladder import LadderConfig, grid
+from clip_jax.scaling.rules import BranchesConfig
+from clip_jax.serialize import to_dict
+from tests.conftest import tiny_digits
+
+
+def write_ladder(root: Path) -> list[str]:
+    """Write what a ladder with branches leaves: two sizes, three counts, two seeds; names of runs.
+
+    Of its 16 runs one has failed, one was killed in the middle, one has not begun.
+    """
+    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=1_000),))
+    wide = dataclasses.replace(
+        base.model, vision=dataclasses.replace(base.model.vision, width=32, num_heads=4)
+    )
+    ladder = LadderConfig(
+        base=base, models={"w16": base.model, "w32": wide}, samples=(1_600, 3_200, 6_400),
+        seeds=(0, 1), branches=BranchesConfig(),
+    )  # fmt: skip
+    points, rng = grid(ladder, root), np.random.default_rng(0)
+    for point in points:
+        config, workdir, until = point.config, point.workdir, point.config.steps
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+        if point.name == "w16@6.4K-seed1":
+            continue
+        if point.name in ("w32@6.4K-seed0", "w32@6.4K-seed1"):
+            until -= 10
+            ends = "clip-jax: step 391: loss nan" if point.name.endswith("1") else "step 390"
+            (workdir / "log.txt").write_text(f"going on\n{ends}\n")
+        error = (2e-3 * config.model.vision.width) ** -0.2 * (until * 16) ** -0.3
+        error *= 20 * np.exp(0.01 * rng.standard_normal())
+        lines = [
+            {"step": step, "samples_seen": 16 * step, "loss": 30 * (16 * step) ** -0.3}
+            for step in range(point.first_step + 1, until + 1)
+        ]
+        final = lines[-1]["loss"]
+        if config.evals and until == config.steps:
+            lines.append({"step": until, "info_nce": error})
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        result = {"step": until, "samples_seen": 16 * until, "loss": final}
+        result |= {"seconds/total": 36.0, "goodput": 0.5, **lines[-1]}
+        (workdir / "result.json").write_text(json.dumps(result))
+        (workdir / "checkpoints").mkdir()
+    return [point.name for point in points]
