@@ -132,7 +132,7 @@ def test_the_whole_way_in_a_bucket(clip, bucket):
 
 PATHS = re.compile(
     r"(folder:)?(runs/\w+|report|pairs\.csv|animals|photos|embeddings|found\.png|exported|back|ladder"
-    r"|ladder_digits\.csv)"
+    r"|ladder_digits\.csv|ladder\.html)"
 )
 
 
@@ -145,7 +145,7 @@ def readme_commands(url):
             if words[0] != "clip-jax" or words[1] in ("demo", "serve", "export"):
                 continue
             where = [None] * 2 + [PATHS.fullmatch(word) for word in words[2:]]
-            if words[1:3] == ["scale", "ladder"]:
+            if words[1] == "scale":
                 where[2] = None
             words = [
                 f"{found[1] or ''}{url}/{found[2]}" if found else word
@@ -161,7 +161,7 @@ def readme_commands(url):
                 words += [*named, *(TINY if pairs else [*FLAGS, "--steps", "6"])]
             if words[1:3] == ["scale", "ladder"]:
                 words += ["--root", f"{url}/runs/ladder_digits", "--dry-run"]
-            if words[1:3] == ["scale", "collect"]:  # the ladder was planned alone
+            if words[1] == "scale" and words[2] in ("collect", "report"):  # it was planned alone
                 words[3] = f"{url}/runs/digits"
             yield words[1:]
 
