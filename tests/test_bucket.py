@@ -51,10 +51,10 @@ def write_tars(url, shards=2, pairs=20):
         files.write_whole(f"{url}/tars/{shard}.tar", file.getvalue())
 
 
-def at_once(clip, *commands):
-    """Run commands that don't wait for each other."""
-    with ThreadPoolExecutor(len(commands)) as threads:
-        return list(threads.map(lambda command: clip.run(*command), commands))
+def at_once(clip, *rows):
+    """Run rows of commands that don't wait for other rows; return the last one's of each."""
+    with ThreadPoolExecutor(len(rows)) as threads:
+        return list(threads.map(lambda row: [clip.run(*command) for command in row][-1], rows))
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +101,22 @@ def test_the_whole_way_in_a_bucket(clip, bucket):
             for i in range(3):
                 path = f"{url}/animals/{part}/{animal}/{i}.png"
                 files.write_whole(path, picture(100 * shard + i))
-    evaluate = ("evaluate", run, "--dataset", f"folder:{url}/animals", "--output", f"{url}/report")
-    at_once(
+    exported, again = f"{url}/hugging_face", ("--workdir", f"{url}/runs/next", "--steps", 2)
+    *_, found = at_once(
         clip,
-        evaluate,
-        ("convert", run, f"{url}/hugging_face", "--to", "hugging-face"),
-        ("convert", run, f"{url}/open_clip", "--to", "open-clip"),
-        ("embed", run, f"{url}/animals", f"{url}/embeddings"),
+        [
+            ("convert", run, exported, "--to", "hugging-face"),
+            ("convert", exported, f"{url}/model", "--to", "clip-jax"),
+            (*train, *TINY, *again, "--init-from", f"{url}/model"),
+        ],
+        [("convert", run, f"{url}/open_clip", "--to", "open-clip")],
+        [("evaluate", run, "--dataset", f"folder:{url}/animals", "--output", f"{url}/report")],
+        [
+            ("embed", run, f"{url}/animals", f"{url}/embeddings"),
+            ("search", run, f"{url}/embeddings", "--text", "a cat", "--top", 3, "--json"),
+        ],
     )
     assert "animals/acc1" in files.read(f"{url}/report/result.json").decode()
-
-    text = ("--text", "a cat", "--top", 3, "--json")
-    exported, again = f"{url}/hugging_face", ("--workdir", f"{url}/runs/next", "--steps", 2)
-    _, found, _ = at_once(
-        clip,
-        ("convert", exported, f"{url}/model", "--to", "clip-jax"),
-        ("search", run, f"{url}/embeddings", *text),
-        (*train, *TINY, *again, "--init-from", exported),
-    )
     assert len(json.loads(found.stdout)) == 3
 
     images = np.zeros((1, 16, 16, 3), np.float32)
