@@ -14,9 +14,9 @@ from clip_jax.data.images import ImageError, Preprocess
 from clip_jax.data.sources import SampleError
 from clip_jax.evals.datasets import Data
 
-# Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.3 ms of a core an image,
+# Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.4 ms of a core an image,
 # in pages, beside 2 ms of decoding.
-_BATCH = 256
+_BATCH = 128
 
 
 @dataclass(frozen=True)

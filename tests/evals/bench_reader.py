@@ -37,7 +37,7 @@ data = dataclasses.replace(few, count=count, load=lambda i: few.load(i % FILES))
 
 config = CLIPConfig(
     embed_dim=16,
-    vision=ViTConfig(image_size=224, patch_size=112, width=8, depth=1, num_heads=1),
+    vision=ViTConfig(image_size=224, patch_size=112, width=4, depth=1, num_heads=1),
     text=TextConfig(vocab_size=600, context_length=8, width=16, depth=1, num_heads=2),
     dtype="float32",
 )
