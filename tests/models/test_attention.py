@@ -79,9 +79,40 @@ def alone(qkv, heads, causal, lengths):
     return short(qkv, lengths, heads, causal, lambda kernel, _: kernel, True)
 
 
-def errors(attend, length, heads, dim, causal, lengths, dtype):
-    """Relative errors (in the largest value) of output and gradient against float64."""
-    qkv, weight = inputs(length, heads, dim)
+@jax.custom_vjp
+def rounded_back(x):
+    """What is given, with a gradient that is rounded to bfloat16, whatever the compiler thinks."""
+    return x
+
+
+rounded_back.defvjp(
+    lambda x: (x, None), lambda _, gradient: (jax.lax.reduce_precision(gradient, 8, 7),)
+)
+
+
+def xla_of_tpu(qkv, heads, causal, lengths):
+    """XLA's attention in bfloat16, as it is computed on a TPU.
+
+    There the weights' gradient is rounded to bfloat16 as the product leaves it, and the scores',
+    which stays in float32, as an operand of products of default precision, by the matrix unit (both
+    are looked at below). A CPU rounds neither.
+    """
+    batch, length, width = qkv.shape
+    q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // 3 // heads), 2, 0)
+    scores = jnp.einsum("BQNK,BLNK->BNQL", q, k, preferred_element_type=jnp.float32)
+    scores = rounded_back(scores) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(length) < lengths[:, None, None, None], scores, -jnp.inf)
+    weights = rounded_back(jax.nn.softmax(scores)).astype(qkv.dtype)
+    return jnp.einsum("BNQL,BLNK->BQNK", weights, v).reshape(batch, length, -1)
+
+
+def errors(attend, length, heads, dim, causal, lengths, dtype, batch=2):
+    """Errors of output and gradient against float64, in the largest value: the largest one, and
+    the root of the mean square."""
+    qkv, weight = inputs(length, heads, dim, batch)
     qkv, weight = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (qkv, weight))
     if lengths is not None:
         lengths = jnp.asarray(lengths, jnp.int32)
@@ -92,17 +123,28 @@ def errors(attend, length, heads, dim, causal, lengths, dtype):
     if lengths is not None:
         for x in (got[0], expected[0]):
             x[np.arange(length) >= np.asarray(lengths)[:, None]] = 0
-    return [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got, expected, strict=True)]
+    wrong = [np.abs(a - b) / np.abs(b).max() for a, b in zip(got, expected, strict=True)]
+    return [x.max() for x in wrong], [np.sqrt((x**2).mean()) for x in wrong]
 
 
 def assert_as_good_as_xla(length, heads, dim, causal, lengths=None):
-    for dtype in (jnp.float32, jnp.bfloat16):
-        case = length, heads, dim, causal, lengths, dtype
-        for ours, xlas in zip(errors(alone, *case), errors(attention.xla, *case), strict=True):
-            if dtype == jnp.float32:
-                assert ours <= min(3e-6, 2 * xlas), case
-            else:
-                assert ours <= xlas, case
+    """By root mean square: which of two has the largest error is luck. In bfloat16 the output is
+    found by the same arithmetic, in another order: a thousandth for that."""
+    case = length, heads, dim, causal, lengths
+    for dtype, xla, factor in (
+        (jnp.float32, attention.xla, 2.0),
+        (jnp.bfloat16, xla_of_tpu, 1.001),
+    ):
+        (most, ours), (xlas_most, xlas) = (errors(x, *case, dtype) for x in (alone, xla))
+        print(
+            *case,
+            dtype.dtype,
+            "output and gradient: at most, root mean square, their ratios to XLA's",
+        )
+        print(*(f"{x:.2e}" for x in (*most, *ours)))
+        print(*(f"{a / b:.3f}" for a, b in zip((*most, *ours), (*xlas_most, *xlas), strict=True)))
+        assert dtype != jnp.float32 or max(most) <= 3e-6, case
+        assert all(a <= factor * b for a, b in zip(ours, xlas, strict=True)), case
 
 
 @pytest.mark.parametrize(
@@ -169,8 +211,16 @@ def test_the_short_kernel_compiles_for_every_config(topology):
     room = attention.VMEM_MIB[Topology.parse(topology).chip.name] * 2**20
     shapes = [",".join(map(str, map(int, shape))) for shape in shapes_of_the_configs(room)]
     assert len(shapes) > 10
-    lines = compiling("tests.models.compiled", topology, *shapes).splitlines()
+    lines = compiling("tests.models.compiled", "short", topology, *shapes).splitlines()
     assert lines == [f"{shape} 2" for shape in shapes]  # forward, backward
+
+
+@pytest.mark.slow
+def test_a_tpu_rounds_the_gradient_of_scores_in_xlas_attention():
+    """Both products of [L, L] in float32 are of default precision: what `xla_of_tpu` has."""
+    shapes = "197,12,64,0", "577,12,64,0", "77,12,64,1"
+    lines = compiling("tests.models.compiled", "xla", "v5e:2x2", *shapes).splitlines()
+    assert lines == [f"{shape} 0 default default" for shape in shapes]
 
 
 @pytest.mark.slow
@@ -244,7 +294,7 @@ def test_the_short_kernel_on_a_mesh(mesh):
 def test_splash_is_attention(length, dim, causal, lengths):
     """JAX's kernel, interpreted: lengths and head dims off its grid."""
     splash = functools.partial(attention.splash, interpret=True)
-    assert max(errors(splash, length, 2, dim, causal, lengths, jnp.float32)) <= 2e-5
+    assert max(errors(splash, length, 2, dim, causal, lengths, jnp.float32)[0]) <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -259,9 +309,9 @@ def test_cudnn_gets_even_lengths(monkeypatch, length, causal, lengths):
         return plain(q, k, v, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", even)
-    got = errors(attention.cudnn, length, 2, 8, causal, lengths, jnp.bfloat16)
+    got, _ = errors(attention.cudnn, length, 2, 8, causal, lengths, jnp.bfloat16)
     monkeypatch.undo()
-    expected = errors(attention.xla, length, 2, 8, causal, lengths, jnp.bfloat16)
+    expected, _ = errors(attention.xla, length, 2, 8, causal, lengths, jnp.bfloat16)
     np.testing.assert_allclose(got, expected, rtol=0.1)
 
 
