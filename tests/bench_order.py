@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python tests/bench_order.py
 
-Classes in a batch, pairs of one class in it (both over what independent draws would give), and how
-far apart in batches two neighbours of the file come. Stretches hold 60 samples. WebDataset's
-buffers are open_clip's: eight workers, 128 shards dealt to them in random order, each worker with a
-buffer of 5,000 samples and batches of its own.
+Classes in a batch, pairs of one class in it, how far classes' shares of 20 batches scatter (all
+over what independent draws would give), and how far apart in batches two neighbours of the file
+come. Stretches hold 60 samples. WebDataset's buffers are open_clip's: eight workers, 128 shards
+dealt to them in random order, each worker with a buffer of 5,000 samples and batches of its own.
 """
 
 import random
@@ -60,19 +60,25 @@ def describe(name: str, batches: np.ndarray) -> str:
     distinct = np.mean([np.count_nonzero(count) for count in counts])
     pairs = np.mean([(count * (count - 1) // 2).sum() for count in counts])
     expected = CLASSES * (1 - (1 - 1 / CLASSES) ** batch_size)
+    turns = (batches // EACH)[: len(batches) // 20 * 20].reshape(-1, 20 * batch_size)
+    shares = np.stack([np.bincount(turn, minlength=CLASSES) for turn in turns])
+    scatter = shares.std() / shares.mean() ** 0.5
     step = np.full(COUNT, -1, np.int64)
     step[batches.reshape(-1)] = np.repeat(np.arange(len(batches)), batch_size)
     both = (step[:-1] >= 0) & (step[1:] >= 0)
     apart = np.abs(np.diff(step))[both]
     return (
         f"| {batch_size:,} | {name} | {distinct:,.0f} ({distinct / expected:.2f}) "
-        f"| {pairs / (batch_size * (batch_size - 1) / 2 / CLASSES):.2f} | {apart.mean():,.1f} |"
+        f"| {pairs / (batch_size * (batch_size - 1) / 2 / CLASSES):.2f} | {scatter:.2f} "
+        f"| {apart.mean():,.1f} |"
     )
 
 
 def main() -> None:
-    print("| batch | order | classes in a batch | pairs of one class | neighbours apart, batches |")
-    print("|---|---|---|---|---|")
+    print(
+        "| batch | order | classes in a batch | pairs of one class | scatter of shares "
+        "| neighbours apart, batches |\n" + "|---" * 6 + "|"
+    )
     for batch_size in (1024, 32768):
         steps = COUNT // batch_size
         anywhere = np.random.default_rng(0).permutation(COUNT)[: steps * batch_size]

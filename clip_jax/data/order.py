@@ -1,11 +1,13 @@
 """An order that reads in long stretches: records that lie together come near each other in time.
 
 Place j of a batch belongs to lane j div width, and a process has whole lanes. In each epoch the
-stretches are permuted, and their concatenation is cut where each lane's share of the epoch ends: a
-record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, a piece's
-records are spread evenly at random over as many places as `window` stretches have, around the
-piece's own place and mirrored at the lane's ends; their order is that of these places. So a lane
-reads forward, and each of its next records may come from any of `window` pieces.
+stretches are dealt to the lanes evenly: what all lanes read at a time is from all over the source,
+as far apart as can be, so that what lies sorted (by class, by day) does not come in tides. The
+stretches of all lanes, one lane's behind another's, are cut where each lane's share of the epoch
+ends: a record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, a
+piece's records are spread evenly at random over as many places as `window` stretches have, around
+the piece's own place and mirrored at the lane's ends; their order is that of these places. So a
+lane reads forward, and each of its next records may come from any of `window` pieces.
 
 The random numbers are SplitMix64 (Steele, Lea and Flood, 2014) of (seed, epoch, record), by whole
 arrays, and not a library's, whose streams may change.
@@ -28,6 +30,7 @@ _WIDTH = 16  # places, so that a lane's share of a batch is worth a thread's whi
 _CHUNK = 1024  # places of a lane whose order is found at once, at least
 _KEPT = 6  # chunks of a lane: those who read ahead are not where those are who wait
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's
+_QUOTIENTS = 40  # of a continued fraction: as many as a float64 tells apart
 _TIES = np.uint64(20)  # low bits of a random number that place a record in its part of the spread
 
 
@@ -202,10 +205,34 @@ class StretchOrder:
 
     def _permuted(self, epoch: int) -> tuple[Any, Any, Any]:
         """The stretches of an epoch in their order, where each ends, and where lanes are cut."""
-        order = np.argsort(_random(self._seed, epoch, 0, np.arange(len(self._sizes))))
-        ends = np.cumsum(self._sizes[order])
         shares = self._shares(epoch + 1) - self._shares(epoch)
-        return order, ends, np.concatenate([[0], np.cumsum(shares)])
+        cuts = np.concatenate([[0], np.cumsum(shares)])
+        order = self._dealt(epoch, cuts)
+        return order, np.cumsum(self._sizes[order]), cuts
+
+    def _dealt(
+        self, epoch: int, cuts: Int64[np.ndarray, " cuts"]
+    ) -> Int64[np.ndarray, " stretches"]:
+        """One lane's stretches behind another's, so that those of one time are from everywhere.
+
+        By time, stretch i comes at {i a + b}, for an a whose continued fraction has random
+        quotients, none above 3: any part of such an order holds its share of any part of the
+        source, up to a few stretches (Kuipers and Niederreiter, 1974, chapter 2, theorem 3.4). Of
+        those that come at one time, which lane has which is random.
+        """
+        index = np.arange(len(self._sizes))
+        slope = 0.0
+        for random in _random(self._seed, epoch, 2, np.arange(_QUOTIENTS)):
+            slope = 1 / (1 + int(random) % 3 + slope)
+        start = int(_random(self._seed, epoch, 3, index[:1])[0] >> np.uint64(11)) / 2**53
+        by_time = np.argsort((index * slope + start) % 1, kind="stable")
+        rounds = index // (len(cuts) - 1)
+        by_time = by_time[np.lexsort((_random(self._seed, epoch, 0, index), rounds))]
+        middles = (index + 0.5) * self._length / len(index)  # as if all were equally long
+        lanes = np.searchsorted(cuts, middles, "right") - 1
+        dealt = np.empty_like(by_time)
+        dealt[np.argsort((middles - cuts[lanes]) / np.diff(cuts)[lanes], kind="stable")] = by_time
+        return dealt
 
     def _chunk(self, epoch: int, lane: int, number: int, chunks: int) -> tuple[int, Run]:
         """Those of a lane's records whose spread places lie in one of equal parts of the lane."""

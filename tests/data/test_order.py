@@ -1,5 +1,6 @@
 """The order in stretches: each record once an epoch, from any step on, near its neighbours."""
 
+import itertools
 import math
 import pickle
 import time
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from clip_jax.data import order
 from clip_jax.data.order import Equal, Lanes, OfPositions, StretchOrder, count_lanes
 
-ORDER_OF_TWELVE = [7, 0, 4, 11, 8, 9, 3, 1, 6, 10, 5, 2]
+ORDER_OF_TWELVE = [0, 7, 11, 4, 9, 8, 1, 3, 10, 6, 2, 5]
 
 
 def in_stretches(sizes, batch_size, *, seed=0, window=8, shares=OfPositions):
@@ -182,3 +183,29 @@ def test_sorted_data_are_mixed(batch_size, steps):
     assert math.isclose(
         global_distinct, CLASSES * (1 - (1 - 1 / CLASSES) ** batch_size), rel_tol=0.05
     )
+
+
+def tides(classes, records, count, steps):
+    """How far classes' shares of so many batches are from equal: their deviation in the mean."""
+    labels = (records * classes // count).reshape(len(records) // steps, -1)
+    shares = np.stack([np.bincount(own, minlength=classes) for own in labels])
+    return shares.std() / shares.mean()
+
+
+@pytest.mark.parametrize("classes", [10, 80, 256])
+def test_sorted_data_come_without_tides(classes):
+    """Of any fifty batches, each class has a more even share than in independent draws."""
+    count, batch_size, steps = 50_000, 128, 50
+    made = in_stretches([32] * (count // 32) + [count % 32], batch_size, window=1024)
+    records = read(made, batch_size, 0, 31 * steps)[0]
+    assert tides(classes, records, count, steps) < (steps * batch_size / classes) ** -0.5
+
+
+def test_epochs_deal_anew():
+    """Stretches that come together in an epoch do not in the next one."""
+    made = in_stretches([8] * 4096, 256)  # 16 lanes of 256 stretches
+    times = [np.argsort(made._epoch(epoch)[0]) % 256 // 4 for epoch in range(4)]
+    for before, after in itertools.combinations(times, 2):
+        together = np.zeros((64, 64), np.int64)
+        np.add.at(together, (before, after), 1)
+        assert together.max() <= 8  # 1 of 64 is what chance gives
