@@ -149,7 +149,7 @@ def test_processes_that_do_not_divide_the_lanes():
 def test_a_sample_costs_microseconds():
     """Of 414 million in seven million stretches."""
     made = in_stretches(np.full(7_000_000, 60), 32768, window=1024)
-    read(made, 32768, 0, 1, part=(0, 64))  # the epoch's permutation, a second or two
+    read(made, 32768, 0, 1, part=(0, 64))  # the epoch's permutation, four seconds
     start = time.process_time()
     read(made, 32768, 1, 256, part=(0, 64))
     assert (time.process_time() - start) / (256 * 512) < 5e-6
