@@ -32,16 +32,17 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
     """Choose what `auto` is on a device of the mesh, which holds that many heads of each row.
 
     TPUs: with `short`, compiled for v5e and not run, a step of ViT-B/16 moves 50 GB of HBM where it
-    moved 118 with XLA's attention, of ViT-L/14 137 where it moved 429; BENCHMARKS.md has more.
-    Heads of other sizes than 64 compile, but take a row at a time and are not compared with XLA's
-    yet: they stay XLA's unless asked for. Where VMEM is too small for a sequence, splash is ahead
-    of XLA from about 577 tokens. GPUs from generation 8.0: cuDNN's kernel, which holds no scores;
-    compiled for H100, not run.
+    moved 118 with XLA's attention, of ViT-L/14 137 where it moved 429; on v5p the compiler's
+    estimate for ViT-H/14, whose heads of 80 fill no register, is 1.2 s where that for MetaCLIP 2's
+    same towers was 2.3. BENCHMARKS.md has more. Where VMEM is too small for a sequence, splash is
+    ahead of XLA from about 577 tokens. GPUs from generation 8.0: cuDNN's kernel, which holds no
+    scores; compiled for H100, not run.
     """
     platform = getattr(device, "platform", "cpu")  # None: a mesh of numbers, on which nothing runs
     if platform == "tpu":
         room = VMEM_MIB.get(device.device_kind, 16) * 2**20
-        if dim == 64 and length <= MAX_LENGTH and vmem_bytes(length, heads, dim) <= room:
+        fits = length <= MAX_LENGTH and vmem_bytes(length, heads, dim) <= room
+        if fits and dim % 8 == 0 and dim >= 64:  # of every published model
             return "short"
         return "splash" if length >= SPLASH_LENGTH else "xla"
     is_new = platform == "gpu" and float(device.compute_capability) >= 8

@@ -329,7 +329,8 @@ GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
     [
         (TPU(device_kind="TPU v5 lite"), 257, 16, 64, "bfloat16", "short"),
         (TPU(device_kind="TPU v6 lite"), 577, 16, 64, "bfloat16", "short"),
-        (TPU(device_kind="TPU v5"), 257, 16, 80, "bfloat16", "xla"),  # not compared in a step yet
+        (TPU(device_kind="TPU v5"), 257, 16, 80, "bfloat16", "short"),
+        (TPU(device_kind="TPU v5"), 257, 16, 20, "bfloat16", "xla"),
         (TPU(device_kind="TPU v5 lite"), 1025, 12, 64, "bfloat16", "splash"),
         (TPU(device_kind="TPU v4"), 577, 16, 64, "bfloat16", "splash"),  # 16 MiB of VMEM
         (TPU(device_kind="TPU v5"), 730, 16, 72, "bfloat16", "splash"),
