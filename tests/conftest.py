@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
     # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
     flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
-    if config.option.markexpr == "not slow":
+    if config.option.markexpr in ("not slow and not long", "long", "not slow"):
         # LLVM's optimisations take a third of the compile time, and tests compile more than they
         # compute. XLA's own passes stay; the slow tests run all as users do.
         flags.append("--xla_backend_optimization_level=0")
@@ -67,11 +67,6 @@ def _forget(folder: Path, days: int) -> None:
     for file in folder.glob("*"):
         if file.stat().st_mtime < time.time() - 86_400 * days:
             file.unlink(missing_ok=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: at the end the other workers would wait for them."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
