@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
     # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
     flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
-    if config.option.markexpr in ("not slow and not long", "long", "not slow"):
+    if config.option.markexpr in ("not slow and not long", "long and not slow", "not slow"):
         # LLVM's optimisations take a third of the compile time, and tests compile more than they
         # compute. XLA's own passes stay; the slow tests run all as users do.
         flags.append("--xla_backend_optimization_level=0")

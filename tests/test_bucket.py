@@ -75,7 +75,6 @@ def wait_for(condition):
     raise TimeoutError
 
 
-@pytest.mark.long
 def test_the_whole_way_in_a_bucket(clip, bucket):
     url, run = bucket.url, f"{bucket.url}/runs/tiny"
     write_tars(url)

@@ -150,6 +150,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_put_aside_there(gs):
     assert steps_in(workdir / "checkpoints") == [1]
 
 
+@pytest.mark.long
 def test_whatever_byte_is_flipped_the_state_is_as_saved_or_called_damaged(workdir):
     """In every file; what Orbax keeps twice or does not read may change."""
     drawn = random.Random(0)
@@ -217,6 +218,7 @@ def test_what_ends_after_its_save_has_failed_says_nothing(workdir, monkeypatch):
     assert told == [other]
 
 
+@pytest.mark.long
 def test_where_no_checkpoint_is_intact_all_stay_and_each_is_named(workdir):
     for step in (1, 2, 3):
         cut(workdir / f"checkpoints/{step}")

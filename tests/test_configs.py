@@ -22,7 +22,12 @@ def read(path: Path) -> Config:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem == "rn50x64" else [])
+        for path in sorted((ROOT / "configs").glob("*.py"))
+    ],
+    ids=lambda path: path.stem,
 )
 def test_a_step_traces(path):
     config = read(path)

@@ -119,6 +119,7 @@ MAMMUT = replace(
 RESNET = replace(SMALL, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=32))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "locked"),
     [

@@ -48,6 +48,7 @@ def test_a_run_is_loaded(run):
     assert load(workdir, dtype="bfloat16").config.dtype == "bfloat16"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["run", "resnet_run"])
 def test_each_device_reads_its_part_of_a_run_alone(name, request, monkeypatch):
     workdir, _, params = request.getfixturevalue(name)

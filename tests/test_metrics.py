@@ -42,6 +42,7 @@ def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path, monkeypatch):
             ends()
 
 
+@pytest.mark.long
 def test_a_run_in_a_bucket_goes_on(gs):
     workdir = epath.Path(gs.url) / "run"
     config = tiny_digits(steps=8, checkpoint=CheckpointConfig(every_steps=100))

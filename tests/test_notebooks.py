@@ -78,6 +78,7 @@ def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert float(shares["pixels   16"]) == pytest.approx(72.4, abs=1)  # of any model
 
 
+@pytest.mark.long
 def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     printed, drawn = execute_notebook("scaling", NOTEBOOKS, monkeypatch)
     assert "ImageNet                              LAION  -0.1114   5.858" in printed

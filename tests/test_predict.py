@@ -51,6 +51,7 @@ def rows(output):
     return pa.concat_tables(map(pq.read_table, sorted(output.glob("rows-*.parquet"))))
 
 
+@pytest.mark.long
 def test_a_model_with_a_decoder_writes_captions(folder, tmp_path, capsys):
     """Also where it has fewer positions than captions are long by default; no others do."""
     text = dataclasses.replace(COCA.text, vocab_size=520)

@@ -34,6 +34,7 @@ from tests.conftest import (
 )
 
 GOLDEN = Path(__file__).parent / "golden/step.json"
+LONG, SLOW = [pytest.mark.long], [pytest.mark.slow]
 SIGLIP = dataclasses.replace(TINY, init_logit_bias=-10.0)
 MAMMUT = dataclasses.replace(MAMMUT, init_logit_bias=-10.0)
 
@@ -60,7 +61,7 @@ def reference(function, config, loss):
     [
         pytest.param(
             config, loss, mesh, id=f"{name}-{mesh}",
-            marks=[pytest.mark.slow] if config.decoder and mesh != "2x2x2" else [],
+            marks=(LONG if mesh == "2x2x2" else SLOW) if config.decoder else [],
         )
         for name, config, loss in [
             ("vit", TINY, SoftmaxConfig(mask_same_caption=True)),
@@ -78,6 +79,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(config, loss, mesh):
     assert_close(grads, got_grads)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", ["2x2x2"])
 def test_a_resnet_is_the_same_on_a_mesh_up_to_batch_norms_rounding(mesh):
     """BatchNorm's gradient is a difference of large sums: it costs one digit of float32."""
@@ -92,6 +94,7 @@ def test_a_resnet_is_the_same_on_a_mesh_up_to_batch_norms_rounding(mesh):
             assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_takes_the_same_step(mesh):
     loss = SoftmaxConfig(mask_same_caption=True)
@@ -169,6 +172,7 @@ def plain(config):
     return one_step(config, devices=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "devices", "chunks"),
     [
@@ -220,6 +224,7 @@ def test_the_runs_seed_decides_what_is_dropped():
     assert len({float(metrics["loss"]) for _, metrics in steps}) == 3
 
 
+@pytest.mark.long
 def test_a_locked_tower_takes_no_gradient_and_the_other_its_own():
     free, _ = plain(TINY)
     locked, _ = one_step(TINY, dataclasses.replace(DESCENT, locked=("image",)), devices=1)
@@ -236,6 +241,7 @@ def test_a_locked_resnet_keeps_its_running_statistics():
         jax.tree.map(np.testing.assert_array_equal, locked.params[name], before[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config", [TINY, pytest.param(RESNET, marks=pytest.mark.slow)], ids=["vit", "resnet"]
 )
@@ -281,6 +287,7 @@ def test_every_remat_computes_more_again():
     assert matmuls == sorted(set(matmuls))
 
 
+@pytest.mark.long
 def test_unrolled_layers_are_no_loop_and_change_nothing():
     """Nor does recomputation go away, which nothing but the loop kept apart."""
     (value, *_), grads = unrolled(1, "full").compile()(parameters(DEEP), {}, batch(DEEP))
@@ -313,6 +320,7 @@ def test_a_step_with_a_kernel_on_a_mesh_is_the_same(backend, devices):
     assert_close(before.params, after.params)
 
 
+@pytest.mark.long
 def test_patch_dropout_and_chunks_keep_rows_on_their_devices():
     """What is gathered are features and captions of the loss, never patches."""
     mesh = make_mesh(MeshConfig())

@@ -128,6 +128,7 @@ def test_sigterm_saves_and_exits_with_3(uninterrupted, tmp_path, forks):
     assert_identical(final_state(uninterrupted), final_state(tmp_path))
 
 
+@pytest.mark.long
 def test_ctrl_c_during_a_save_is_one_line_and_exit_code_130(tmp_path):
     """In a process of its own: how it ends is what is tested."""
     words = [sys.executable, "-m", "clip_jax", *command(tmp_path), "--checkpoint.every-steps", "1"]
@@ -147,6 +148,7 @@ def test_ctrl_c_during_a_save_is_one_line_and_exit_code_130(tmp_path):
     assert all(line.startswith(("step ", "clip-jax: ")) or "parameters" in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_on_on_another_mesh(uninterrupted, tmp_path):
     """The first part on eight devices, the second on 2 × 2 × 2: the losses of one device."""
     whole = tiny_digits(checkpoint=dataclasses.replace(tiny_digits().checkpoint, every_steps=99))
@@ -160,6 +162,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(uninterrupted, tmp_path):
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
     """A cool-down from a constant trunk, against the same schedule from the beginning; with a batch
     that doubles on the way."""
@@ -198,6 +201,7 @@ def test_another_config_is_refused_by_name(uninterrupted):
         train(tiny_digits(optim=OptimConfig(learning_rate=0.5, warmup_steps=2)), uninterrupted)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     config = tiny_digits(
         optim=OptimConfig(learning_rate=1e30, warmup_steps=2),
@@ -236,6 +240,7 @@ def test_unreadable_samples_are_replaced_counted_and_logged_once(tmp_path):
     assert {row["reason"] for row in skipped if "empty" in row["reason"]}
 
 
+@pytest.mark.long
 def test_what_is_damaged_is_named_and_the_run_ends_the_same(uninterrupted, tmp_path, forks):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     damaged = ("config.json", "result.json", "metrics.jsonl", "starts.json")

@@ -82,6 +82,7 @@ def watched(workdir) -> dict[int, dict]:
     return {row["step"]: row for row in found}
 
 
+@pytest.mark.long
 def test_every_checkpoint_is_evaluated_once(workdir, known, opened, capsys):
     assert main(["evaluate", str(workdir), "--watch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == known[6]
@@ -191,6 +192,7 @@ def kill_at_random(forks, workdir, stderr, seed: int, steps: int, kills: int) ->
     assert "Traceback" not in said()
 
 
+@pytest.mark.long
 def test_killed_at_random_every_checkpoint_is_evaluated_once(forks, tmp_path, stderr):
     kill_at_random(forks, tmp_path, stderr, seed=0, steps=12, kills=4)
 

@@ -70,6 +70,7 @@ def leaves(value, path=()):
         yield from leaves(value[0], (*path, 0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "to", "file"),
     [("vit", to, file) for to, files in FILES.items() for file in files]

@@ -44,6 +44,7 @@ def keys(config, sizes, positions):
     return [(int(member), int(key)) for member, key in found]
 
 
+@pytest.mark.long
 def test_shares_are_the_weights():
     counts = collections.Counter(member for member, _ in keys(mixture((3, 1)), (9, 9), range(4096)))
     assert counts == {0: 3072, 1: 1024}

@@ -67,6 +67,7 @@ def test_threads_do_not_matter(threads, write_pairs, tmp_path):
         assert_same(first, second)
 
 
+@pytest.mark.long
 def test_workers_do_not_matter(write_pairs, tmp_path):
     """Three processes, one of them resumed, with a bad file: same batches, same events."""
     path = write_pairs(tmp_path, 20)

@@ -28,6 +28,7 @@ def one():
     return numbers(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
 
 
+@pytest.mark.long
 def test_eight_devices(one):
     eight = numbers(sharding.make_mesh(sharding.MeshConfig(fsdp=2)))
     assert eight == pytest.approx(one, rel=1e-5)
@@ -70,6 +71,7 @@ def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():
         evaluations.check_gives("imagenet1k/acc1")
 
 
+@pytest.mark.long
 def test_two_processes(one, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

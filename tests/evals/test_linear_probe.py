@@ -43,6 +43,7 @@ def objective(features, labels, weights, bias, strength):
     return losses.sum() + strength / 2 * np.square(weights.astype(np.float64)).sum()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 1e4])
 def test_the_optimum_is_scikit_learns(digits, strength):
     train, _, test = digits

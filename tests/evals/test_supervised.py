@@ -56,6 +56,7 @@ def without_validation(split):
     return digits(split)
 
 
+@pytest.mark.long
 def test_every_number_is_what_scikit_learn_finds_on_the_same_features(encoder):
     splits = measure.Splits("digits", digits, encoder)
     values = supervised(splits, ["probe", "few-shot", "neighbours"], shots=(2, 40)).values

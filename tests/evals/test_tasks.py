@@ -58,6 +58,7 @@ def run(animals, tmp_path_factory):
     return workdir, train(config, workdir)
 
 
+@pytest.mark.long
 def test_a_run_and_evaluate_give_the_same_digits(run, capsys):
     workdir, result = run
     assert main(["evaluate", str(workdir), "--json"]) == 0

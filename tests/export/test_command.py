@@ -36,6 +36,7 @@ def coca(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_onnx_of_a_model_that_writes_captions(coca, tmp_path, capsys):
     flags = ("--format", "onnx", "--verify", "--json")
     assert export(coca, tmp_path / "out", *flags) == 0

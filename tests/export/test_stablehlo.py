@@ -52,6 +52,7 @@ def test_every_family(tmp_path, family):
     assert_right(tmp_path, family, (3,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "sizes"), [("coca", (1, 64)), ("mammut", (3,))])
 def test_captions_token_by_token(tmp_path, families, name, sizes, monkeypatch):
     model = families[name]

@@ -333,7 +333,8 @@ GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
         (TPU(device_kind="TPU v5"), 257, 16, 20, "bfloat16", "xla"),
         (TPU(device_kind="TPU v5 lite"), 1025, 12, 64, "bfloat16", "splash"),
         (TPU(device_kind="TPU v4"), 577, 16, 64, "bfloat16", "splash"),  # 16 MiB of VMEM
-        (TPU(device_kind="TPU v5"), 730, 16, 72, "bfloat16", "splash"),
+        (TPU(device_kind="TPU v5"), 730, 16, 72, "bfloat16", "short"),
+        (TPU(device_kind="TPU v5"), 1024, 16, 72, "bfloat16", "splash"),  # 64 MiB
         (GPU(compute_capability="9.0"), 197, 12, 64, "bfloat16", "cudnn"),
         (GPU(compute_capability="9.0"), 197, 12, 64, "float32", "xla"),
         (GPU(compute_capability="7.5"), 197, 12, 64, "bfloat16", "xla"),

@@ -140,6 +140,7 @@ def test_options_run_and_reach_every_parameter(config):
         assert np.abs(grad).max() > 0, path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["full", "hidden"])
 def test_remat_changes_nothing(remat):
     plain, again = image_grads(TINY), image_grads(dataclasses.replace(TINY, remat=remat))

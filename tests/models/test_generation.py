@@ -87,6 +87,7 @@ def test_one_beam_of_any_length_is_greedy_where_the_end_is_far():
     np.testing.assert_array_equal(beam[:, :5], greedy[:, :5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method",
     [
@@ -109,6 +110,7 @@ def test_draws_depend_on_the_seed_alone(method):
     )
 
 
+@pytest.mark.long
 def test_draws_follow_the_distribution_that_is_left():
     """Of many seeds: frequencies of the first token among its three best, or its most probable."""
     model, params, image_tokens = model_and_images(COCA, 1)

@@ -85,6 +85,7 @@ def test_running_statistics_are_torchs():
     )
 
 
+@pytest.mark.long
 def test_groups_are_independent_batches(params, images):
     grouped = CLIP(replace(CONFIG, vision=replace(VISION, batch_norm_group=8)))
     features, stats = jax.jit(grouped.encode_image_train)(params, images)
@@ -118,6 +119,7 @@ def test_evaluation_uses_what_training_stored(params, images):
     assert np.linalg.norm(before - features) > 0.5 * np.linalg.norm(features)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["hidden", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_number(params, images, remat):
     trainable, stats = split_batch_stats(params)

@@ -113,6 +113,7 @@ def test_the_first_moment_can_be_stored_in_bfloat16():
     assert optax.tree.get(state, "nu")["kernel"].dtype == "float32"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh",
     [

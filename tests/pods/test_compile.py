@@ -113,6 +113,7 @@ def _dims(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(d for d in dims if d > 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "form"), [((2, 4, 1), "dense"), ((2, 2, 2), "ring")], ids=["2x4", "2x2x2 ring"]
 )
@@ -177,6 +178,7 @@ def wrong_gradients(mesh, monkeypatch) -> Text:
     return jitted.lower(state, usual.batch).compile().as_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("construct", "fault"),
     [
@@ -203,6 +205,7 @@ def request(topology: str, model: CLIPConfig = TINY, **mesh: int) -> Request:
     return Request(recipe=recipe, mesh=MeshConfig(**mesh), topology=Topology.parse(topology))
 
 
+@pytest.mark.long
 def test_plan_compiles_what_train_runs(tmp_path, monkeypatch):
     """The same StableHLO, as JAX writes it before it compiles, under the same options."""
     options = []
