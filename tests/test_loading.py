@@ -73,6 +73,7 @@ def test_a_folder_lies_on_the_mesh_alike(run, tmp_path):
     assert jax.tree.map(lambda x: x.sharding, model.params) == places
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["run", "resnet_run"])
 def test_a_run_converts_and_comes_back(name, request, tmp_path):
     """Through our folder and open_clip's (and Hugging Face's, for a ViT), byte for byte."""

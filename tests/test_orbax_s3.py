@@ -30,6 +30,7 @@ def state(step):
     return {"w": jnp.full(1000, step)}
 
 
+@pytest.mark.long
 def test_steps_are_kept_found_and_put_aside(s3):
     folder = f"{s3.url}/run/checkpoints"
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))

@@ -222,6 +222,7 @@ def test_the_watchdog_shows_where_a_hanging_process_stands():
     assert "ADVICE." in last
 
 
+@pytest.mark.long
 def test_starts_without_progress_are_counted_and_refused(tmp_path):
     """A run that dies before its first checkpoint, again and again."""
     config = tiny_digits(
@@ -269,6 +270,7 @@ def interrupt(times):
     return time.monotonic() - begun, process.returncode, said
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_what_is_long_within_seconds_and_a_second_one_at_once():
     for times, seconds in ((1, Interrupt.GRACE_SECONDS + 2), (2, 2)):
         took, code, said = interrupt(times)

@@ -123,6 +123,7 @@ def test_meshes_that_do_not_fit_are_refused():
         sharding.check_batch_size(12, make_mesh(MeshConfig()))
 
 
+@pytest.mark.long
 def test_parameters_are_born_sharded():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     model = CLIP(TINY)

@@ -130,6 +130,7 @@ def test_a_batch_is_learned_by_heart():
     assert int(state.step) == 60
 
 
+@pytest.mark.long
 def test_the_logit_scale_is_capped():
     config = dataclasses.replace(TINY, init_logit_scale=99.99)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -309,6 +310,7 @@ def test_remat_changes_no_gradient():
         assert_close(expected, got)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "devices"), [("short", 8), pytest.param("splash", 2, marks=pytest.mark.slow)]
 )

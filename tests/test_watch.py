@@ -115,6 +115,7 @@ def test_one_watches_a_run_and_a_run_it_must_be(workdir, tmp_path, capsys):
         assert "--watch needs a run's work directory" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_left_out(workdir, opened, capsys):
     (workdir / "checkpoints/4/position/metadata").write_text("{")
     assert main(["evaluate", str(workdir), "--watch"]) == 0

@@ -146,6 +146,7 @@ def test_processes_that_do_not_divide_the_lanes():
         Lanes(256, (0, 3))
 
 
+@pytest.mark.long
 def test_a_sample_costs_microseconds():
     """Of 414 million in seven million stretches."""
     made = in_stretches(np.full(7_000_000, 60), 32768, window=1024)

@@ -120,6 +120,7 @@ def tars(write_pairs, tmp_path):
     return DataConfig(source=TarConfig(path=f"{tmp_path}/{{0..2}}.tar"), order="stretches")
 
 
+@pytest.mark.long
 def test_in_stretches_workers_do_not_matter(tars):
     """Two have nine lanes: one of them has nothing to do for the tenth piece."""
     wanted = take(tars, 4, batch_size=72)
@@ -128,6 +129,7 @@ def test_in_stretches_workers_do_not_matter(tars):
         assert_same(first, second)
 
 
+@pytest.mark.long
 def test_faults_of_a_bucket_lose_and_double_nothing(gs, tars, tmp_path):
     """What a run reads from a faulty bucket is what it reads from disk."""
     for shard in tmp_path.glob("*.tar"):

@@ -83,6 +83,7 @@ def test_workers_do_not_matter(write_pairs, tmp_path):
     assert any(batch.skipped for batch in wanted)
 
 
+@pytest.mark.long
 def test_a_mixture_with_workers_is_the_mixture(write_pairs, tmp_path):
     path = write_pairs(tmp_path, 20)
     members = tuple(
@@ -303,6 +304,7 @@ def test_closing_ends_the_threads_and_their_work(monkeypatch):
     assert len(loaded) < 50 * 12  # of the 101 batches that were asked for
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["", "raise RuntimeError('stop')"])
 def test_the_process_ends_with_batches_in_flight(end):
     code = f"""

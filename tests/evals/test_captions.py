@@ -69,6 +69,7 @@ def test_a_number_is_right_in_any_of_its_own_words(monkeypatch):
         assert found["caption/seen/exact"] == found["caption/unseen/exact"] == expected
 
 
+@pytest.mark.long
 def test_the_loss_is_the_mean_of_all_tokens(encoder, dense):
     data = batch(CONFIG, 16)
     pixels, tokens = data["image"][:6], data["text"][:6]
@@ -77,6 +78,7 @@ def test_the_loss_is_the_mean_of_all_tokens(encoder, dense):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 def test_every_class_has_its_likelihood(encoder, dense):
     data = batch(CONFIG, 16)
     pixels, classes = data["image"][:4], data["text"][4:7]

@@ -35,6 +35,7 @@ def inputs(config, size):
     return (found["image"][:size] / 127.5 - 1).astype(np.float32), found["text"][:size]
 
 
+@pytest.mark.long
 def test_every_family_at_three_batch_sizes_from_one_file(tmp_path, family):
     write(family, tmp_path)
     ours = our_outputs(family.config, family.params, *inputs(family.config, 64))

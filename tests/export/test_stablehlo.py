@@ -44,10 +44,12 @@ def assert_right(folder, model, sizes):
             assert relative_difference(found, ours[f"{name}_features"][:size]) <= 1e-5
 
 
+@pytest.mark.long
 def test_three_batch_sizes_from_one_artifact(tmp_path, clip):
     assert_right(tmp_path, clip, (1, 3, 64))
 
 
+@pytest.mark.long
 def test_every_family(tmp_path, family):
     assert_right(tmp_path, family, (3,))
 

@@ -147,6 +147,7 @@ def assert_as_good_as_xla(length, heads, dim, causal, lengths=None):
         assert all(a <= factor * b for a, b in zip(ours, xlas, strict=True)), case
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("length", "heads", "dim", "causal", "lengths"),
     [(50, 2, 64, False, None), (19, 4, 32, True, (19, 5)), (12, 2, 80, False, (1, 12))],

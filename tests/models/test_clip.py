@@ -125,6 +125,7 @@ def test_without_causality_every_token_counts():
     assert np.abs(features[0] - features[1]).max() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [
@@ -158,6 +159,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters():
     assert 1e-6 < difference < 2e-2
 
 
+@pytest.mark.long
 def test_initialisation_has_the_papers_scales():
     config = dataclasses.replace(
         TINY,
@@ -228,6 +230,7 @@ def shallower(config, params, tower, depth):
     return CLIP(dataclasses.replace(config, **{field: part})), params
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ["class_token", "map"])
 def test_pooled_image_tokens_are_the_features_of_a_tower_that_ends_there(images, pool):
     config = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, pool=pool))
@@ -293,6 +296,7 @@ def test_following_the_gradient_of_the_pixels_raises_the_similarity(params, imag
     assert seen[-1] > seen[0] + 0.1
 
 
+@pytest.mark.long
 def test_what_does_not_exist_is_said(params, images):
     with pytest.raises(ValueError, match="layer=2: the vision tower has 2 blocks"):
         CLIP(TINY).image_tokens(params, images, 2)

@@ -57,6 +57,7 @@ def assert_same_logits(got, expected):
     np.testing.assert_allclose(got, expected, rtol=0, atol=8 * unit)
 
 
+@pytest.mark.long
 @BOTH
 def test_token_by_token_gives_the_same_logits(config):
     model = CLIP(config)

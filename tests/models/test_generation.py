@@ -30,6 +30,7 @@ def write(model, params, image_tokens, config, seed=0):
     return np.asarray(run(params, image_tokens, jnp.uint32(seed)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [COCA, MAMMUT], ids=["coca", "mammut"])
 def test_greedy_takes_the_best_token_of_the_uncached_decoder(config):
     model, params, image_tokens = model_and_images(config)
@@ -51,6 +52,7 @@ def test_greedy_takes_the_best_token_of_the_uncached_decoder(config):
 TOY = replace(COCA, text=replace(COCA.text, vocab_size=6))  # 4 begins, 5 ends
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_beams_find_the_best_of_all_captions(penalty):
     model, params, image_tokens = model_and_images(TOY, 2)
@@ -77,6 +79,7 @@ def test_beams_find_the_best_of_all_captions(penalty):
         np.testing.assert_array_equal(got[image], rows[scores.argmax()])
 
 
+@pytest.mark.long
 def test_one_beam_of_any_length_is_greedy_where_the_end_is_far():
     model, params, image_tokens = model_and_images(COCA)
     kernel = params["decoder"]["vocab_projection"].at[:, END].set(0)

@@ -37,6 +37,7 @@ def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):
     return param
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("min_size", [8, 32])
 def test_each_layer_is_big_visions(min_size):
     optim = OptimConfig(optimizer=Adafactor(min_size=min_size), b2=0.9, weight_decay=0.2)

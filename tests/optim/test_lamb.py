@@ -2,6 +2,7 @@
 
 import numpy as np
 import optax
+import pytest
 
 from clip_jax.optim import LAMB, OptimConfig
 from tests.conftest import assert_close
@@ -10,6 +11,7 @@ from tests.optim.conftest import RATE, beginning, followed, gradients, layers, o
 OPTIM = OptimConfig(optimizer=LAMB(), weight_decay=0.2)
 
 
+@pytest.mark.long
 def test_each_layer_is_optaxs_and_gains_biases_and_scalars_have_a_ratio_of_1():
     small = ("scale", "bias", "gamma", "class_embedding")
 

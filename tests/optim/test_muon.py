@@ -45,6 +45,7 @@ def check_follows(optim, theirs, params):
         assert np.abs(got[name] - x).max() <= TOLERANCE * moved, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("nesterov", "rms"), [(True, None), (False, 0.2)])
 def test_each_layer_is_optaxs(nesterov, rms):
     optim = dataclasses.replace(OPTIM, optimizer=Muon(rms=rms, nesterov=nesterov))
@@ -63,6 +64,7 @@ def test_each_layer_is_optaxs(nesterov, rms):
     assert not any("embedding" in name or "conv1" in name for name in of_block)
 
 
+@pytest.mark.long
 def test_decay_and_the_rates_of_the_rest():
     optim = dataclasses.replace(
         OPTIM, optimizer=Muon(nesterov=False, adam_rate=0.1), weight_decay=0.5

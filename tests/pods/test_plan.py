@@ -51,6 +51,7 @@ def facts(request: Request, fixed: int = GIB, pair: int = 2**28) -> Facts:
     return dataclasses.replace(result, fits=True, works=(work,), exchanges=(moved,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -129,6 +129,7 @@ def with_scores(tiny):
     return {"score_with": tiny, "top_share": 0.6, "samples_per_task": 9, "threads": 1}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stop_in_any_stage_loses_nothing_and_nothing_is_done_twice(

@@ -136,6 +136,7 @@ def test_a_shard_of_which_nothing_is_kept(source, tmp_path):
     assert not (tmp_path / "none/contact_sheet.png").exists()
 
 
+@pytest.mark.long
 def test_a_killed_command_leaves_whole_shards_and_goes_on(tmp_path):
     """As a person runs it: SIGKILL in the middle of a shard, then the same command again."""
     (tmp_path / "in").mkdir()

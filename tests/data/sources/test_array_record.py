@@ -77,6 +77,7 @@ def test_records_are_those_that_array_record_reads(options, count, tmp_path):
             assert found.read(first, last) == records[first:last]
 
 
+@pytest.mark.long
 def test_an_index_longer_than_what_is_read_at_first(tmp_path):
     records = [bytes([i % 251]) for i in range(60_000)]
     write(tmp_path / "x", "group_size:1,uncompressed", records)
