@@ -11,6 +11,7 @@ import math
 import operator
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -89,8 +90,6 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
         self._directory = orbax_place(directory)
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_news)
         _drop_stragglers()
         self._best: Best | None = None
         if config.best:
@@ -203,6 +202,8 @@ class Checkpoints:
 
 def _drop_stragglers() -> None:
     """Drop what reads and writes beside one that has failed say to nobody, whenever they end."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     if getattr(sys.unraisablehook, "func", None) is not _report:
         sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
 
@@ -213,9 +214,15 @@ def _report(tell: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drop Orbax's and asyncio's own tracebacks of a full disk, which is said in one line."""
+    """Drop Orbax's and asyncio's own tracebacks: of a full disk, which is said in one line, and of
+    a read that nobody waits for, since one beside it has failed."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, Exception) and files.is_full(error))
+    if not isinstance(error, Exception):
+        return True
+    of_orbax = any(
+        "orbax" in x.f_code.co_filename for x, _ in traceback.walk_tb(error.__traceback__)
+    )
+    return not (files.is_full(error) or (of_orbax and "never retrieved" in record.getMessage()))
 
 
 def _drop_damaged_results(directory: epath.Path) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints give back what was saved, or say that they don't."""
 
+import asyncio
 import errno
+import gc
 import json
 import os
 import random
@@ -216,6 +218,22 @@ def test_what_ends_after_its_save_has_failed_says_nothing(workdir, monkeypatch):
     other = SimpleNamespace(exc_value=ValueError("another loop"))
     sys.unraisablehook(other)
     assert told == [other]
+
+
+@pytest.mark.parametrize(("file", "said"), [("orbax/read.py", 0), ("elsewhere.py", 1)])
+def test_a_read_that_fails_when_nobody_waits_says_nothing(file, said, workdir, caplog):
+    """However late, of Orbax; tasks of others do."""
+    Checkpoints(workdir / "checkpoints", CheckpointConfig()).close()
+    names = {}
+    exec(compile("async def read():\n    raise ValueError('too late')", file, "exec"), names)
+
+    async def main():
+        asyncio.create_task(names["read"]())  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    gc.collect()
+    assert len([x for x in caplog.records if "never retrieved" in x.message]) == said
 
 
 @pytest.mark.long
