@@ -178,7 +178,7 @@ def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 @contextlib.contextmanager
 def local(path: Place) -> Generator[Path]:
-    """A file or a folder's files as a path on disk; what is in a bucket is copied for a while."""
+    """A file or a whole folder as a path on disk; what is in a bucket is copied for a while."""
     if not is_remote(path):
         yield Path(path)
         return
@@ -186,15 +186,16 @@ def local(path: Place) -> Generator[Path]:
         copy = Path(scratch) / path.name
         if path.is_dir():
             copy.mkdir()
-            for file in path.iterdir():
-                if not file.is_dir():
-                    _download(file, copy / file.name)
+            for file in walk(path):
+                target = copy / os.path.relpath(file, os.fspath(path))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _download(file, target)
         elif path.exists():
             _download(path, copy)
         yield copy
 
 
-def _download(source: Place, target: Path) -> None:
+def _download(source: Place | str, target: Path) -> None:
     with open_file(source) as file, target.open("wb") as copy:
         shutil.copyfileobj(file, copy, bucket.BUFFER)
 

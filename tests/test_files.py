@@ -144,8 +144,10 @@ def test_a_place_is_joined_and_opened(folder):
     files.write_whole(files.place(folder) / "a" / "b.txt", "text")
     assert (files.place(folder) / "a").is_dir()
     assert [path.name for path in (files.place(folder) / "a").iterdir()] == ["b.txt"]
+    files.write_whole(files.place(folder) / "a" / "deep" / "c.txt", "below")
     with files.local(files.place(folder) / "a") as here:
         assert (here / "b.txt").read_text() == "text"
+        assert (here / "deep/c.txt").read_text() == "below"
     with files.local(files.place(folder) / "a" / "b.txt") as here:
         assert here.read_text() == "text"
 
