@@ -345,12 +345,27 @@ def test_a_slurm_array_takes_its_part(tmp_path):
     assert (tmp_path / "calls").read_text() == "clip-jax embed m photos out --part 3/8\n"
 
 
+PRETENDED = """
+import os, pathlib, signal, sys, time
+HERE = pathlib.Path(__file__).parent
+index = int(os.environ["CLIP_JAX_PROCESS_INDEX"])
+(HERE / f"pid {index}").write_text(str(os.getpid()))
+
+def state(other):  # "Z": has ended; "": and the launcher knows
+    file = HERE / f"pid {other}"
+    if not (pid := file.exists() and file.read_text()):
+        return "not begun"
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+    except FileNotFoundError:
+        return ""
+
+"""
+
+
 def local(tmp_path, body, *options):
     """Run launch/local.py with processes that are no JAX but do what `body` says."""
-    (tmp_path / "pretended.py").write_text(
-        "import os, pathlib, signal, sys, time\n"
-        "index = int(os.environ['CLIP_JAX_PROCESS_INDEX'])\n" + body
-    )
+    (tmp_path / "pretended.py").write_text(PRETENDED + body)
     return subprocess.run(
         [sys.executable, str(LAUNCH / "local.py"), "--module", "pretended", *options, "train"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
@@ -370,7 +385,10 @@ def test_local_gives_each_process_its_place_and_devices(tmp_path):
 @pytest.mark.parametrize(
     ("body", "code", "last"),
     [
-        ("sys.exit(3)", 3, "launch: process 0 ended first, with exit code 3:"),
+        (
+            "while index == 1 and state(0): time.sleep(0.01)\nsys.exit(3)", 3,
+            "launch: process 0 ended first, with exit code 3:",
+        ),
         (
             "index == 1 and sys.exit('no disk')\ntime.sleep(60)", 1,
             "launch: process 1 ended first, with exit code 1: no disk",
@@ -381,9 +399,7 @@ def test_local_gives_each_process_its_place_and_devices(tmp_path):
         ),
         # JAX aborts those that wait for a dead process; they are no cause.
         (
-            "dead = pathlib.Path(__file__).with_name('dead')\n"
-            "while index == 0 and not dead.exists(): time.sleep(0.01)\n"
-            "index == 1 and dead.touch()\n"
+            "while index == 0 and state(1) not in ('Z', ''): time.sleep(0.01)\n"
             "os.kill(os.getpid(), signal.SIGABRT if index == 0 else signal.SIGKILL)", 137,
             "launch: process 1 was killed by SIGKILL",
         ),
