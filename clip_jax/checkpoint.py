@@ -3,17 +3,12 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import itertools
 import json
-import logging
 import math
 import operator
-import sys
-import time
-import traceback
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +19,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clip_jax import files, processes
+from clip_jax import files, processes, stragglers
 from clip_jax.files import Place
 from clip_jax.models.clip import CLIP, Params, split_batch_stats
 from clip_jax.refused import Refused, check_ranges
@@ -43,7 +38,6 @@ Position = dict[str, Any]  # samples seen and the like, by name
 # What a store says when it is out of reach for a while: nothing is known of the checkpoint then.
 _OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
                  "RESOURCE_EXHAUSTED", "ABORTED")  # fmt: skip
-_STRAGGLERS_SECONDS = 0.5  # for the reads beside one that has failed
 
 
 class Damaged(Exception):
@@ -90,7 +84,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
         self._directory = orbax_place(directory)
-        _drop_stragglers()
+        stragglers.drop()
         self._best: Best | None = None
         if config.best:
             self._best = Best(name=config.best, mode=config.best_mode, of=config.best_of)
@@ -198,31 +192,6 @@ class Checkpoints:
         """Finish writing and release the background threads."""
         with files.writing(self._directory):
             self._manager.close()
-
-
-def _drop_stragglers() -> None:
-    """Drop what reads and writes beside one that has failed say to nobody, whenever they end."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    if getattr(sys.unraisablehook, "func", None) is not _report:
-        sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
-
-
-def _report(tell: Callable[[Any], object], unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        tell(unraisable)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Drop Orbax's and asyncio's own tracebacks: of a full disk, which is said in one line, and of
-    a read that nobody waits for, since one beside it has failed."""
-    error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, Exception):
-        return True
-    of_orbax = any(
-        "orbax" in x.f_code.co_filename for x, _ in traceback.walk_tb(error.__traceback__)
-    )
-    return not (files.is_full(error) or (of_orbax and "never retrieved" in record.getMessage()))
 
 
 def _drop_damaged_results(directory: epath.Path) -> None:
@@ -362,9 +331,9 @@ def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Posi
     No process waits for another here, whatever any of them meets.
     """
     args = ocp.args.Composite(state=state, position=ocp.args.JsonRestore())
-    _drop_stragglers()
+    stragglers.drop()
     try:
-        with _only_the_first_error():
+        with stragglers.only_the_first_error():
             items = ocp.CompositeCheckpointHandler().restore(folder, args=args)
         position = dict(items["position"])
     except Exception as error:  # a broken file has made Orbax and tensorstore raise a dozen kinds
@@ -378,24 +347,6 @@ def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Posi
         if wrong:
             raise Damaged(f"{len(wrong)} of {len(found)} arrays are not what was saved: {wrong[0]}")
     return items["state"], position
-
-
-@contextlib.contextmanager
-def _only_the_first_error() -> Generator[None]:
-    """Keep tracebacks off the terminal of reads that go on when one beside them has failed."""
-    log, level = logging.getLogger("asyncio"), logging.getLogger("asyncio").level
-    hooks = sys.excepthook, sys.unraisablehook
-    log.setLevel(logging.CRITICAL + 1)
-    sys.excepthook = sys.unraisablehook = lambda *_: None
-    try:
-        yield
-    except Exception:
-        time.sleep(_STRAGGLERS_SECONDS)
-        gc.collect()  # a task that nobody has asked complains when it is collected
-        raise
-    finally:
-        log.setLevel(level)
-        sys.excepthook, sys.unraisablehook = hooks
 
 
 def _damaged(error: Exception) -> Damaged:
