@@ -206,9 +206,9 @@ def test_the_watchdog_shows_where_a_hanging_process_stands():
         "from clip_jax.processes import Watchdog\n"
         "def stuck():\n"
         "    time.sleep(60)\n"
-        "with Watchdog(0.02, 'ADVICE.') as watchdog:\n"
-        "    for _ in range(3):\n"
-        "        time.sleep(0.6)\n"
+        "with Watchdog(0.05, 'ADVICE.') as watchdog:\n"
+        "    for _ in range(4):\n"
+        "        time.sleep(0.8)\n"
         "        watchdog.beat()\n"
         "    print('alive', flush=True)\n"
         "    stuck()\n"
@@ -218,7 +218,7 @@ def test_the_watchdog_shows_where_a_hanging_process_stands():
     assert done.stdout == "alive\n"
     assert "in stuck" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert "nothing finished in 0.02 minutes" in last
+    assert "nothing finished in 0.05 minutes" in last
     assert "ADVICE." in last
 
 

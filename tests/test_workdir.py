@@ -27,7 +27,7 @@ def folder(request, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """A lease that lapses soon."""
-    monkeypatch.setattr(workdir, "LEASE_SECONDS", 2)
+    monkeypatch.setattr(workdir, "LEASE_SECONDS", 4)
     monkeypatch.setattr(workdir, "RENEW_SECONDS", 0.25)
 
 
@@ -80,7 +80,7 @@ def test_a_restart_waits_for_the_lease_of_the_dead_who_ends_should_he_live(
     Claim(folder).take()
     (lost,) = renewals
     monkeypatch.setattr(workdir.os, "_exit", lambda code: ended.append(code) or lost._over.set())
-    stood_still = iter([3])
+    stood_still = iter([6])
     monkeypatch.setattr(
         lost._over, "wait", lambda _: lost._over.is_set() or time.sleep(next(stood_still))
     )
@@ -89,7 +89,7 @@ def test_a_restart_waits_for_the_lease_of_the_dead_who_ends_should_he_live(
     with Claim(folder) as claim:
         claim.take()
         assert 1 < time.monotonic() - begun < 15  # a minute, were the lease not looked at
-        assert "this training begins within 2 seconds" in capsys.readouterr().err
+        assert "this training begins within 4 seconds" in capsys.readouterr().err
         lost._thread.join(timeout=10)
         assert ended == [2]
         assert "another training has taken over" in capsys.readouterr().err
