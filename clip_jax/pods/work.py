@@ -56,27 +56,30 @@ def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -
       schedule: gives the cycles of a kernel by its instruction's name.
     """
     computations, entry = hlo.parse(text)
-    pieces = []
-    for visit in hlo.walk(computations, entry):
-        if visit.fused:
-            continue
-        for x in visit.computation.values():
-            if x.opcode in FREE or x.opcode.endswith("-done") or _target(x) in MARKS:
-                continue
-            is_kernel = _target(x) == KERNEL
-            pieces.append(
-                Work(
-                    name=x.name,
-                    part=part_of(x, visit.source),
-                    times=visit.times,
-                    flops=count_flops(x, visit.computation, computations),
-                    bytes=_traffic(x, visit.computation, computations),
-                    cycles=schedule(x.name) if is_kernel else _estimate(x),
-                    target=_target(x),
-                    hidden=x.opcode.endswith("-start"),
-                )
-            )
-    return pieces
+    pieces = [
+        (visit, x)
+        for visit in hlo.walk(computations, entry)
+        if not visit.fused
+        for x in visit.computation.values()
+        if not (x.opcode in FREE or x.opcode.endswith("-done") or _target(x) in MARKS)
+    ]
+    kernels: dict[str, int] = {}  # by their program: of equal ones the compiler compiles one
+    for _, x in pieces:
+        if _target(x) == KERNEL and (cycles := schedule(x.name)) is not None:
+            kernels[_program(x)] = cycles
+    return [
+        Work(
+            name=x.name,
+            part=part_of(x, visit.source),
+            times=visit.times,
+            flops=count_flops(x, visit.computation, computations),
+            bytes=_traffic(x, visit.computation, computations),
+            cycles=kernels.get(_program(x)) if _target(x) == KERNEL else _estimate(x),
+            target=_target(x),
+            hidden=x.opcode.endswith("-start"),
+        )
+        for visit, x in pieces
+    ]
 
 
 def part_of(x: Instruction, caller: str = "") -> str:
@@ -108,6 +111,11 @@ _PARTS = (
 def _target(x: Instruction) -> str:
     target = re.search(r'custom_call_target="([^"]*)"', x.attributes)
     return target[1] if target and x.opcode == "custom-call" else ""
+
+
+def _program(kernel: Instruction) -> str:
+    body = re.search(r'"body":"([^"]*)"', kernel.attributes)
+    return body[1] if body else kernel.name
 
 
 def _estimate(x: Instruction) -> int:

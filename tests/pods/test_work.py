@@ -61,6 +61,21 @@ def test_nested_loops_and_kernels():
     assert (m.part, k.part) == ("MLP", "attention")
 
 
+def test_equal_kernels_have_one_schedule():
+    """The compiler writes that of one of them."""
+    call = 'f32[16,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", '
+    lines = [
+        f'  %{name} = {call}backend_config={{"custom_call_config":{{"body":"{body}"}}}}'
+        for name, body in (("forward.1", "QUJD"), ("again.2", "QUJD"), ("backward.3", "REVG"))
+    ]
+    head = "ENTRY %main (a: f32[16,128]) -> f32[16,128] {\n"
+    start = "  %a = f32[16,128]{1,0:T(8,128)} parameter(0)\n"
+    end = "\n  ROOT %r = (f32[16,128]{1,0:T(8,128)}) tuple(%again.2)\n}\n"
+    text = f"HloModule step\n\n{head}{start}" + "\n".join(lines) + end
+    cycles = {x.name: x.cycles for x in work.read(text, {"again.2": 90}.get)}
+    assert cycles == {"forward.1": 90, "again.2": 90, "backward.3": None}
+
+
 FUSED = """HloModule step
 
 %saved (p0: bf16[12,64,256], p1: bf16[64,256], p2: s32[]) -> bf16[12,64,256] {
