@@ -4,10 +4,11 @@ Place j of a batch belongs to lane j div width, and a process has whole lanes. I
 stretches are dealt to the lanes evenly: what all lanes read at a time is from all over the source,
 as far apart as can be, so that what lies sorted (by class, by day) does not come in tides. The
 stretches of all lanes, one lane's behind another's, are cut where each lane's share of the epoch
-ends: a record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, a
-piece's records are spread evenly at random over as many places as `window` stretches have, around
-the piece's own place and mirrored at the lane's ends; their order is that of these places. So a
-lane reads forward, and each of its next records may come from any of `window` pieces.
+ends: a record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, each of
+a piece's records gets a random place among as many as `window` stretches have, around the piece's
+own place and mirrored at the lane's ends; their order is that of these places. So a lane reads
+forward, each of its next records may come from any of `window` pieces, and records of one piece
+meet as often as records that are drawn from such a window one by one.
 
 The random numbers are SplitMix64 (Steele, Lea and Flood, 2014) of (seed, epoch, record), by whole
 arrays, and not a library's, whose streams may change.
@@ -31,7 +32,6 @@ _CHUNK = 1024  # places of a lane whose order is found at once, at least
 _KEPT = 6  # chunks of a lane: those who read ahead are not where those are who wait
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's
 _QUOTIENTS = 40  # of a continued fraction: as many as a float64 tells apart
-_TIES = np.uint64(20)  # low bits of a random number that place a record in its part of the spread
 
 
 def count_lanes(batch_size: int) -> int:
@@ -224,7 +224,7 @@ class StretchOrder:
         slope = 0.0
         for random in _random(self._seed, epoch, 2, np.arange(_QUOTIENTS)):
             slope = 1 / (1 + int(random) % 3 + slope)
-        start = int(_random(self._seed, epoch, 3, index[:1])[0] >> np.uint64(11)) / 2**53
+        start = _share(_random(self._seed, epoch, 3, index[:1]))
         by_time = np.argsort((index * slope + start) % 1, kind="stable")
         rounds = index // (len(cuts) - 1)
         by_time = by_time[np.lexsort((_random(self._seed, epoch, 0, index), rounds))]
@@ -256,31 +256,13 @@ class StretchOrder:
         inner = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         records = firsts[owner] + inner
         middles = lows - start + sizes / 2
-        random = _random(self._seed, epoch, 1, records)
-        places = _spread(random, owner, sizes, middles, spread, length)
+        places = middles[owner] + (_share(_random(self._seed, epoch, 1, records)) - 0.5) * spread
+        places = length - np.abs(length - np.abs(places))  # mirrored
         earlier = int(lows[0]) - start + int(np.count_nonzero(places < low))
         chosen = np.flatnonzero((places >= low) & ((places < high) | (number == chunks - 1)))
         chosen = chosen[np.argsort(places[chosen], kind="stable")]
         firsts, lasts = firsts[owner[chosen]], (firsts + sizes)[owner[chosen]]
         return earlier, Run(records[chosen], np.full(len(chosen), epoch), firsts, lasts)
-
-
-def _spread(
-    random: UInt64[np.ndarray, " N"],
-    owner: Int64[np.ndarray, " N"],
-    sizes: Int64[np.ndarray, " pieces"],
-    middles: Float64[np.ndarray, " pieces"],
-    spread: float,
-    length: int,
-) -> Float64[np.ndarray, " N"]:
-    """Places for the records of pieces, each piece's in random order and evenly far apart."""
-    part = (owner.astype(np.uint64) << np.uint64(64 - 24)) | (random >> np.uint64(24))
-    ranks = np.empty(len(owner), np.int64)
-    ranks[np.argsort(part, kind="stable")] = np.arange(len(owner))
-    ranks -= np.repeat(np.cumsum(sizes) - sizes, sizes)
-    jitter = (random & ((np.uint64(1) << _TIES) - np.uint64(1))) / float(1 << int(_TIES))
-    places = np.abs(middles[owner] + ((ranks + jitter) / sizes[owner] - 0.5) * spread)
-    return np.minimum(places, 2.0 * length - places)
 
 
 def _random(
@@ -291,6 +273,11 @@ def _random(
     for number in (seed, epoch, stream):
         key = _mix(key + np.uint64(_GAMMA) + np.uint64(number))
     return _mix(index.astype(np.uint64) * np.uint64(_GAMMA) + key)
+
+
+def _share(random: UInt64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """From 0 on and below 1."""
+    return (random >> np.uint64(11)) / 2.0**53
 
 
 def _mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
