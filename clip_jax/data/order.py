@@ -176,7 +176,11 @@ class StretchOrder:
         return joined(runs)
 
     def reach(self, lane: int) -> int:
-        """Places of the lane in which a piece is begun and ended, at most."""
+        """Places of the lane in which a piece is begun and ended, at most.
+
+        Places are random, and ranks stray from them by about the root of a third of the spread: the
+        room for it is forty times as much, or more.
+        """
         longest = self._length // self._shares.lanes.count + self._shares.lanes.width + 1
         return min(longest, int(1.2 * self._spread) + _CHUNK)
 
