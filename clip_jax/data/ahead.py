@@ -2,7 +2,6 @@
 a budget of bytes, and each record given up when it is used."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,6 @@ class ReadAhead:
         self._demanded = start  # the newest step that somebody waits for
         self._closed = False
         self._failure: BaseException | None = None
-        self._used, self._waited = 0, 0.0  # since they were last asked for
         for work in (self._plan, *[self._fetch] * _REQUESTS):
             threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
 
@@ -70,7 +68,6 @@ class ReadAhead:
 
     def take(self, step: int, record: int, key: _Key) -> Record:
         """Wait for a record; each is there once an epoch. Raises SampleError if it is a bad one."""
-        start = time.perf_counter()
         with self._lock:
             if step > self._demanded:
                 self._demanded = step
@@ -86,18 +83,9 @@ class ReadAhead:
             if not self._left[key]:
                 del self._left[key], self._pieces[key]
                 self._room.notify()
-            self._waited += time.perf_counter() - start
-            if isinstance(fetched, SampleError):
-                raise fetched
-            self._used += fetched.size
+        if isinstance(fetched, SampleError):
+            raise fetched
         return fetched
-
-    def usage(self) -> tuple[int, float]:
-        """Return bytes used and seconds waited since the last call."""
-        with self._lock:
-            usage = self._used, self._waited
-            self._used, self._waited = 0, 0.0
-        return usage
 
     def close(self) -> None:
         """End the threads; of a request under way nobody waits for the answer."""

@@ -5,6 +5,7 @@ the batch, and a worker process has whole lanes: it alone reads their stretches.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -170,14 +171,17 @@ class LanePieces:
         lane, width = own[place], self.lanes.width
         first = step * self.lanes.batch_size + lane * width
         run = ahead.run(step, lane)
-        samples = []
+        samples, used, waited = [], 0, 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
+            asked = time.perf_counter()
             try:
                 fetched = ahead.take(step, int(record), (int(epoch), int(piece)))
+                used += fetched.size
             except SampleError as error:
                 fetched = error
+            waited += time.perf_counter() - asked
             samples.append(self.load(at, int(record), fetched))
-        return _piece(samples, self.tokenize, Reading(*bucket.requested(), *ahead.usage()))
+        return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
 
     def _open(self, lanes: Sequence[int]) -> ReadAhead:
         source: Any = self.load.source
