@@ -159,10 +159,7 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 def read(path: str | os.PathLike[str]) -> bytes:
     """All bytes of a file."""
     path = os.fspath(path)
-    if not is_remote(path):
-        with open(path, "rb") as file:
-            return file.read()
-    return bucket.read(path)
+    return bucket.read(path) if is_remote(path) else Path(path).read_bytes()
 
 
 def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
