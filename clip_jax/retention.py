@@ -195,7 +195,7 @@ class Retention(policies.PreservationPolicy):
 
 @contextlib.contextmanager
 def reading(workdir: Place, step: int, *, over: bool) -> Generator[bool]:
-    """Keep the run from deleting a step; the context says whether it is not about to.
+    """Keep the run from deleting a step; the context says whether it is there, and stays.
 
     A run that is `over` deletes nothing any more. A thread renews the mark, which counts as long
     as it changes.
@@ -215,7 +215,7 @@ def reading(workdir: Place, step: int, *, over: bool) -> Generator[bool]:
     thread.start()
     try:
         doomed = () if over else read_json(folder / "deleting").get("steps", ())
-        yield step not in doomed
+        yield step not in doomed and step in steps_in(workdir / "checkpoints")  # in this order
     finally:
         left.set()
         thread.join()

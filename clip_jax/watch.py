@@ -20,7 +20,7 @@ from clip_jax.files import Place
 from clip_jax.metrics import Writer
 from clip_jax.refused import Refused
 from clip_jax.retention import WATCH, WATCHED, reading, split_name, steps_in
-from clip_jax.workdir import Claim, read_json, read_rows
+from clip_jax.workdir import LEASE_SECONDS, Claim, read_json, read_rows
 
 POLL_SECONDS = 2.0  # between looking for new checkpoints
 
@@ -44,12 +44,15 @@ def watch(config: EvaluateConfig) -> dict[str, float]:
         rows = processes.gather(read_rows(workdir / WATCHED))[0]
         found: Found = {row.pop("step"): row for row in rows}
         writer = _writer(workdir, found) if processes.is_lead() else None
+        ended = float("inf")
         while True:
             is_over, steps = processes.gather(_left(workdir, run, found))[0]
             if is_over and not steps:
                 break
+            if is_over:  # but for what it deletes after its last step
+                ended = min(ended, time.monotonic())
             for step in steps:
-                with _held(workdir, step, is_over) as held:
+                with _held(workdir, step, time.monotonic() > ended + LEASE_SECONDS) as held:
                     if held:
                         found[step] = _evaluate(config, run, measures, step)
                         if writer and found[step]:  # before the run may delete it

@@ -5,6 +5,7 @@
 the first argument is `module:function`, that is called with the others.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -47,7 +48,9 @@ class Child:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it ends meanwhile
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

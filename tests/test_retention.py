@@ -146,9 +146,12 @@ def test_what_is_read_stays_until_it_is_read_or_its_reader_dead(tmp_path, monkey
         assert held
         assert save(tmp_path, [2], config) == [1, 2]
     assert save(tmp_path, [3], config) == [3]
-    with reading(tmp_path, 2, over=False) as held:
-        assert not held  # the run has said that it deletes it
     with reading(tmp_path, 2, over=True) as held:
+        assert not held  # it is gone
+    (tmp_path / "evals/watch/deleting").write_text('{"steps": [3]}')
+    with reading(tmp_path, 3, over=False) as held:
+        assert not held  # the run has said that it deletes it
+    with reading(tmp_path, 3, over=True) as held:
         assert held  # it will no more
 
     monkeypatch.setattr(retention, "LEASE_SECONDS", 0)

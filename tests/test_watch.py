@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -121,6 +122,28 @@ def test_a_damaged_checkpoint_is_named_and_left_out(workdir, opened, capsys):
     assert main(["evaluate", str(workdir), "--watch"]) == 0
     assert "step 4 is left out: the checkpoint of step 4 in" in capsys.readouterr().err
     assert watched(workdir).keys() == {2, 6}
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_what_a_run_deletes_after_its_last_step_is_waited_for(
+    is_deleted, workdir, opened, monkeypatch, capsys
+):
+    """It says first what it will delete, then its last step appears, and then it deletes."""
+    files.write_whole(workdir / WATCH / "deleting", json.dumps({"steps": [4]}))
+    waits = []
+
+    def wait(seconds):
+        waits.append(opened.copy())
+        if is_deleted:
+            shutil.rmtree(workdir / "checkpoints/4")
+        else:  # killed before it could
+            monkeypatch.setattr(watch, "LEASE_SECONDS", 0)
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
+    assert main(["evaluate", str(workdir), "--watch"]) == 0
+    assert waits == [["run@2", "run@6"]]
+    assert watched(workdir).keys() == ({2, 6} if is_deleted else {2, 4, 6})
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_run_in_a_bucket_is_watched(run, known, bucket, opened):
