@@ -147,9 +147,10 @@ def _on(cores: set[int]) -> Generator[None]:
     """Let what is started inside inherit these cores alone, and no terminal's Ctrl-C.
 
     Ctrl-C reaches every process of a terminal: the runs must hear of it from us, as SIGTERM, at
-    which they save.
+    which they save. We hear of one that comes meanwhile afterwards.
     """
     ours = os.sched_getaffinity(0) if cores else None
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if ours:
@@ -159,6 +160,7 @@ def _on(cores: set[int]) -> Generator[None]:
         if ours:
             os.sched_setaffinity(0, ours)
         signal.signal(signal.SIGINT, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.scaling.jobs import Job, Stopped, run
+from clip_jax.scaling.jobs import Job, Stopped, _listening, _on, run
 
 
 def job(folder: Path, name: str, code: str) -> Job:
@@ -117,3 +117,12 @@ def test_sigterm_reaches_the_running_and_starts_no_others(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert log.read_text() == "ready\nsaved\n"
     assert not (tmp_path / "b" / "log.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one that is blocked may be lost")
+def test_ctrl_c_while_a_process_starts_is_heard_afterwards():
+    with _listening() as came:
+        with _on(set()):
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGINT]
