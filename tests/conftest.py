@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.tree_util import DictKey
 
+from clip_jax import bucket as bucket_client
 from clip_jax import sharding
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
 from clip_jax.config import Config, load_config
@@ -328,6 +329,8 @@ def _bucket(request: pytest.FixtureRequest, scheme: str) -> Bucket:
     server = request.getfixturevalue("servers")(scheme)
     for name, value in server.environment().items():
         request.getfixturevalue("monkeypatch").setenv(name, value)
+    # Who counts requests has none made again while the machine stands still.
+    request.getfixturevalue("monkeypatch").setattr(bucket_client, "_LATE", (60.0, 4.0))
     server.behave()
     bucket = Bucket(server.make_bucket(f"test-{next(_numbers)}"), server)
     server.requests()

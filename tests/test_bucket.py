@@ -68,7 +68,7 @@ def clip(servers, tmp_path_factory):
 
 
 def wait_for(condition):
-    for _ in range(3000):
+    for _ in range(9000):
         if condition():
             return
         time.sleep(0.02)

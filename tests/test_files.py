@@ -117,8 +117,9 @@ def test_a_faulty_bucket_is_asked_again(gs, fault):
         assert files.read_ranges(f"{gs.url}/x", [(start, 1 << 16)]) == [content[:65536]]
 
 
-def test_a_request_without_an_answer_is_made_again(gs):
+def test_a_request_without_an_answer_is_made_again(gs, monkeypatch):
     """Soon: nobody waits until the client gives up."""
+    monkeypatch.setattr(bucket, "_LATE", (1.0, 4.0))
     files.write_whole(f"{gs.url}/x", bytes(1 << 16))
     gs.server.behave(faults={"hang": 0.3}, only="GET", seed=1)
     start = time.monotonic()

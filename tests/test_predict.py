@@ -2,13 +2,12 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import tarfile
-import time
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from clip_jax import predict
 from clip_jax.cli import main
 from clip_jax.loading import load
 from tests.conftest import COCA, write_tiny_model
@@ -220,23 +220,34 @@ def test_wrong_use_of_embed_exits_with_2(folder, tmp_path, args, says, capsys):
     assert "Traceback" not in error
 
 
+def embed_and_die(share: str, *args: str) -> None:
+    """Embed, and be killed when 20 files and a share of one more are written."""
+    written, write = itertools.count(), predict.pq.write_table
+
+    def write_some(table, path, **how):
+        write(table, path, **how)
+        if next(written) == 20:
+            os.truncate(path, int(float(share) * os.path.getsize(path)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    predict.pq.write_table = write_some
+    main(["embed", *args])
+
+
 @pytest.mark.long
 def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path, tmp_path_factory):
     def command(output):
-        return "embed", folder / "model", folder / "photos", output, "--rows-per-file", 2
+        return folder / "model", folder / "photos", output, "--rows-per-file", 2
 
     killed = tmp_path / "killed"
-    chance = random.Random()
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        for kill in range(1, 4):
-            child = forks.start(*command(killed))
-            while len(list(killed.glob("rows-*"))) < 20 * kill and child.poll() is None:
-                time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.05))
-            child.kill()
-            assert child.wait() == -signal.SIGKILL, "it finished before it was killed"
-        forks.run(*command(killed))
-        forks.run(*command(tmp_path / "whole"))
+    with Forks(tmp_path_factory.mktemp("forks"), "tests.test_predict") as forks:
+        for share in (0, 0.5, 1):
+            forks.run(
+                "tests.test_predict:embed_and_die", share, *command(killed), code=-signal.SIGKILL
+            )
+            assert list(killed.glob("*.partial.*"))
+        forks.run("embed", *command(killed))
+        forks.run("embed", *command(tmp_path / "whole"))
     assert rows(killed).equals(rows(tmp_path / "whole"))
     assert rows(killed).num_rows == 200
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -80,16 +81,20 @@ def test_a_restart_waits_for_the_lease_of_the_dead_who_ends_should_he_live(
     Claim(folder).take()
     (lost,) = renewals
     monkeypatch.setattr(workdir.os, "_exit", lambda code: ended.append(code) or lost._over.set())
-    stood_still = iter([6])
-    monkeypatch.setattr(
-        lost._over, "wait", lambda _: lost._over.is_set() or time.sleep(next(stood_still))
-    )
-    time.sleep(0.5)
+    stands_still, taken = threading.Event(), threading.Event()
+
+    def wait(_):
+        stands_still.set()
+        return lost._over.is_set() or not taken.wait(60)
+
+    monkeypatch.setattr(lost._over, "wait", wait)
+    assert stands_still.wait(30)
     begun = time.monotonic()
     with Claim(folder) as claim:
         claim.take()
         assert 1 < time.monotonic() - begun < 15  # a minute, were the lease not looked at
         assert "this training begins within 4 seconds" in capsys.readouterr().err
+        taken.set()
         lost._thread.join(timeout=10)
         assert ended == [2]
         assert "another training has taken over" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def assert_once_an_epoch(samples, batch_size, before, after, sizes, data):
 PIECES = st.sampled_from([(8, 64), (1, 3)])  # at least and at most so many samples
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     samples=st.integers(1, 40),
     per_process=st.integers(1, 5),
@@ -152,7 +152,7 @@ def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     samples=st.integers(1, 40),
     per_process=st.integers(1, 5),
@@ -284,11 +284,11 @@ def test_an_error_in_a_thread_reaches_the_caller(threads, monkeypatch):
 
 
 def test_closing_ends_the_threads_and_their_work(monkeypatch):
-    loaded = []
+    loaded, closed = [], threading.Event()
 
     def load(self, index, rng):
         loaded.append(index)
-        time.sleep(0.002)
+        assert len(loaded) < 200 or closed.wait(60)
         return np.zeros((8, 8, 3), np.uint8), "a caption"
 
     monkeypatch.setattr(DigitsSource, "load", load)
@@ -298,10 +298,11 @@ def test_closing_ends_the_threads_and_their_work(monkeypatch):
     started = set(threading.enumerate()) - before
     assert started
     batches.close()
+    closed.set()
     for thread in started:
         thread.join(timeout=10)
         assert not thread.is_alive()
-    assert len(loaded) < 50 * 12  # of the 101 batches that were asked for
+    assert len(loaded) < 300  # of the 101 batches that were asked for
 
 
 @pytest.mark.long

@@ -145,6 +145,7 @@ def test_a_body_that_does_not_come_is_408_and_a_client_that_left_is_none(start):
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
         connection.sendall(head)
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+    client = start()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
         connection.sendall(head + b"{")
     assert client.ask("/embed", {"texts": ["a"]})[0] == 200
