@@ -102,6 +102,16 @@ def test_a_folder_and_a_file_with_its_ending_are_written_whole(folder):
     assert list(files.walk(f"{folder}")) == [f"{folder}/out/{n}" for n in ("b", "c.png", "sub/a")]
 
 
+def test_a_file_read_to_its_end_is_few_requests(bucket):
+    files.write_whole(f"{bucket.url}/x", bytes(range(256)) * 512)
+    bucket.server.requests()
+    with files.open_file(f"{bucket.url}/x") as file:
+        file.seek(1 << 16)
+        assert file.read() == bytes(range(256)) * 256
+        assert file.read() == b""
+    assert len(bucket.server.requests()) <= 3
+
+
 def test_of_several_who_create_a_file_one_wins(folder):
     assert files.create(f"{folder}/lock", b"first")
     assert not files.create(f"{folder}/lock", b"second")

@@ -3,7 +3,6 @@ import dataclasses
 import subprocess
 import sys
 import threading
-import time
 from unittest import mock
 
 import numpy as np

@@ -247,8 +247,7 @@ def read_shard(file: str) -> Shard | None:
 
 def _reader(file: str) -> Any:
     if files.is_remote(file):
-        with files.open_file(file) as opened:
-            return pa.ipc.open_file(pa.py_buffer(opened.read()))
+        return pa.ipc.open_file(pa.py_buffer(files.read(file)))
     return pa.ipc.open_file(pa.memory_map(file))
 
 
