@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from clip_jax.models.layers import KEPT, Einsum, Init, Layout, Remat, uniform
@@ -92,11 +93,14 @@ class BatchNorm(nn.Module):
                 f"a batch of shape {x.shape} cannot be normalised in groups of {group}: the batch "
                 "must be a multiple of vision.batch_norm_group, a group more than one value."
             )
-        x32 = rearrange(x32, "(G B) H W C -> G B H W C", B=group)
-        mean = x32.mean((1, 2, 3), keepdims=True)
+        # Both moments in one pass, about the running mean: about zero the squares would cancel.
+        center = jax.lax.stop_gradient(running_mean.value)
+        x32 = rearrange(x32 - center, "(G B) H W C -> G B H W C", B=group)
+        mean = checkpoint_name(x32.mean((1, 2, 3), keepdims=True), "moments")
+        var = jnp.square(x32).mean((1, 2, 3), keepdims=True) - jnp.square(mean)
+        var = checkpoint_name(jnp.maximum(var, 0), "moments")  # rounded, where all are equal
         x32 = x32 - mean
-        var = jnp.square(x32).mean((1, 2, 3), keepdims=True)
-        running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean((0, 1, 2, 3))
+        running_mean.value = center + 0.1 * mean.mean((0, 1, 2, 3))
         unbiased = var.mean((0, 1, 2, 3)) * (count / (count - 1))
         running_var.value = 0.9 * running_var.value + 0.1 * unbiased
         x32 = x32 * jax.lax.rsqrt(var + self.epsilon) * scale + bias
@@ -159,9 +163,13 @@ class Bottleneck(nn.Module):
         return nn.relu(x + y)
 
 
-def save_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The remat policy that "hidden" means here: what convolutions give."""
-    return primitive is jax.lax.conv_general_dilated_p
+_save_moments = jax.checkpoint_policies.save_only_these_names("moments")
+
+
+def save_convolutions(primitive: Any, *args: Any, **params: Any) -> bool:
+    """The remat policy that "hidden" means here: what convolutions give, and norms' moments."""
+    is_convolution = primitive is jax.lax.conv_general_dilated_p
+    return is_convolution or _save_moments(primitive, *args, **params)
 
 
 class Stage(nn.Module):
@@ -179,7 +187,7 @@ class Stage(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         block = Bottleneck
         if self.remat != "none":
-            policy = jax.checkpoint_policies.nothing_saveable
+            policy = _save_moments  # two numbers a channel
             if KEPT[self.remat] == KEPT["hidden"]:
                 policy = save_convolutions
             block = nn.remat(Bottleneck, policy=policy)

@@ -85,6 +85,36 @@ def test_running_statistics_are_torchs():
     )
 
 
+@pytest.mark.parametrize(("known", "tolerance"), [(20.0, 2e-6), (0.0, 1e-4)])
+def test_values_and_gradients_far_from_zero_are_float64s(known, tolerance):
+    """To rounding where the running mean is the batch's; where it isn't yet, ten deviations off."""
+    rng = np.random.default_rng(0)
+    x, gradient = rng.normal(20, 2, (8, 7, 7, 5)), rng.normal(size=(8, 7, 7, 5))
+    x[..., 4] = 20  # a dead channel has no variance
+    stats = {"mean": jnp.full(5, known), "var": jnp.ones(5)}
+    params = {"scale": jnp.full(5, 1.5), "bias": jnp.full(5, 0.5)}
+
+    def normalised(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return BatchNorm(train=True).apply(variables, x, mutable=["batch_stats"])[0]
+
+    y, back = jax.vjp(normalised, params, jnp.asarray(x, jnp.float32))
+    of_params, of_x = back(jnp.asarray(gradient, jnp.float32))
+    std = np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    normal = (x - x.mean((0, 1, 2))) / std
+    share = gradient.mean((0, 1, 2)) + normal * (gradient * normal).mean((0, 1, 2))
+    expected = {
+        "y": (y, 1.5 * normal + 0.5),
+        "scale": (of_params["scale"], (gradient * normal).sum((0, 1, 2))),
+        "x": (of_x, 1.5 / std * (gradient - share)),
+    }
+    for found, right in expected.values():
+        np.testing.assert_allclose(
+            found[..., :4], right[..., :4], atol=tolerance * np.abs(right[..., :4]).max()
+        )
+        assert np.isfinite(found).all()
+
+
 @pytest.mark.long
 def test_groups_are_independent_batches(params, images):
     grouped = CLIP(replace(CONFIG, vision=replace(VISION, batch_norm_group=8)))
