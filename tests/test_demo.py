@@ -1,4 +1,4 @@
-"""What `clip-jax demo` says before it serves; tests/browser drives the page itself."""
+"""What `clip-jax demo` says before it serves; tests/programs/browser drives the page itself."""
 
 import sys
 

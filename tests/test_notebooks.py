@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom and are the same in both of their files.
 
-`tests/peers/test_notebook.py` runs `convert`, which needs PyTorch.
+`tests/reference/test_notebook.py` runs `convert`, which needs PyTorch.
 """
 
 import dataclasses

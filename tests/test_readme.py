@@ -1,10 +1,9 @@
 """Every bash and Python block of the README and of `docs/` (slow) runs, in order, in one directory.
 
 Installing is left out, training is cut to a few steps, ladders are planned only (their table is in
-the repository), pytest is not run inside itself, `tests/browser` opens the page and `tests/serve`
-starts the server: the shims below say so. What has run once is not run again. Everything else runs
-as it stands. Blocks of `sh` are for pods and large data sets: their flags are read, and nothing
-runs.
+the repository), pytest is not run inside itself, and the page and the server have tests of their
+own: the shims below say so. What has run once is not run again. Everything else runs as it stands.
+Blocks of `sh` are for pods and large data sets: their flags are read, and nothing runs.
 """
 
 import os

@@ -67,7 +67,7 @@ def test_hugging_face(tmp_path, make_weights, name, dtype):
     ],
 )
 def test_files_come_back_byte_for_byte(tmp_path, make_weights, name, to, dtype):
-    """Our folder → another format → our folder: every file of it (tests/peers has OpenAI's)."""
+    """Our folder → another format → our folder: every file of it (tests/reference has OpenAI's)."""
     weights = replace(make_weights(name), batches_tracked=7 if name == "resnet" else 0)
     write_weights(cast(weights, dtype), tmp_path / "before", "clip-jax")
     write_weights(read_weights(tmp_path / "before"), tmp_path / "there", to)
@@ -79,7 +79,7 @@ def test_files_come_back_byte_for_byte(tmp_path, make_weights, name, to, dtype):
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_openai(tmp_path, make_weights, name, dtype):
-    """The names alone; tests/peers has the archive, which needs torch to write."""
+    """The names alone; tests/reference has the archive, which needs torch to write."""
     weights = make_weights(name)
     tensors = openai.to_tensors(weights, dtype)
     write_safetensors(tmp_path / "x.safetensors", tensors, {})

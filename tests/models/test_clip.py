@@ -88,7 +88,7 @@ def test_parameter_counts_are_the_published_ones(name):
 
 def test_every_vision_transformer_of_the_zoo_has_a_published_count_or_a_sibling():
     unlisted = {n for n in zoo.ARCHITECTURES if n.startswith("ViT")} - published_counts().keys()
-    # Those of SigLIP and MetaCLIP 2 are counted against their own libraries, in tests/peers.
+    # Those of SigLIP and MetaCLIP 2 are counted against their own libraries, in tests/reference.
     unlisted = {n for n in unlisted if not re.search("SigLIP|worldwide", n)}
     assert unlisted == {"ViT-L-14-336-quickgelu", "ViT-H-14-336", "ViT-g-14-336", "ViT-bigG-14-336"}
 

@@ -1,4 +1,4 @@
-"""The page of a ladder: what is in it. How it looks is tested in tests/browser."""
+"""The page of a ladder: what is in it. How it looks is tested in tests/programs/browser."""
 
 import json
 import re

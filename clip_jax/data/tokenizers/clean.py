@@ -16,7 +16,7 @@ _LOWER = normalizers.Lowercase()
 def repaired(text: str) -> str:
     """Repair mojibake and unescape HTML twice, as OpenAI does before tokenizing."""
     # Nothing to repair in printable ASCII without an HTML entity; ftfy would take longer to find
-    # that out than all the rest takes. tests/peers compares both ways.
+    # that out than all the rest takes. tests/reference compares both ways.
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
     return html.unescape(html.unescape(ftfy.fix_text(text)))

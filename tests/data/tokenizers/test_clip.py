@@ -12,7 +12,7 @@ from clip_jax.data.tokenizers.clip import ClipTokenizer
 
 TOKENIZER = ClipTokenizer()
 
-# By openai-clip 1.0.1; tests/peers/test_tokenizer.py compares many more with it.
+# By openai-clip 1.0.1; tests/reference/test_tokenizer.py compares many more with it.
 GOLDEN = {
     "": [],
     "a diagram": [320, 22697],

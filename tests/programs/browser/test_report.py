@@ -1,6 +1,6 @@
 """`clip-jax scale report` as a person meets it: a file, opened in a headless Chromium.
 
-Screenshots lie in pytest's temporary directory: `pytest tests/browser --basetemp screenshots`.
+Screenshots lie in the temporary directory: `pytest tests/programs/browser --basetemp screenshots`.
 """
 
 import pytest

@@ -1,4 +1,6 @@
-"""Throughput of the server beside `encode_image` in batches: `python -m tests.serve.bench_serve`.
+"""Throughput of the server beside `encode_image` in batches.
+
+    PYTHONPATH=. python benchmarks/serve.py
 
 One process serves, this one asks: 32 clients, one picture a request, each at once with the next.
 Seconds of a processor are measured too, which other work on the machine does not change much.

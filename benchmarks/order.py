@@ -1,6 +1,6 @@
 """How well orders mix 1.28 million samples that lie sorted by class, 1,280 of each of a thousand.
 
-    PYTHONPATH=. python tests/bench_order.py
+    PYTHONPATH=. python benchmarks/order.py
 
 Classes in a batch, pairs of one class in it, how far classes' shares of 20 batches scatter (all
 over what independent draws would give), and how far apart in batches two neighbours of the file

@@ -24,7 +24,7 @@ from clip_jax.refused import Refused
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import compute_loss
 from tests.conftest import COCA, MAMMUT
-from tests.peers.parity import random_weights
+from tests.reference.parity import random_weights
 
 VOCABULARY, LENGTH = 600, 12
 SETTINGS = {

@@ -1,6 +1,6 @@
 """N images through a tower that costs next to nothing, beside decoding them alone.
 
-JAX_NUM_CPU_DEVICES=8 python tests/evals/bench_reader.py FOLDER [N]; 500 JPEGs are made in FOLDER.
+JAX_NUM_CPU_DEVICES=8 python benchmarks/reader.py FOLDER [N]; 500 JPEGs are made in FOLDER.
 """
 
 import dataclasses

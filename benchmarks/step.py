@@ -1,6 +1,6 @@
 """Training steps a second in float32 on CPU cores: clip_jax and open_clip in turn.
 
-    python tests/peers/bench_step.py [small] [batch size]
+    python benchmarks/step.py [small] [batch size]
 
 Of ViT-B/32 at 64 pairs, or of small towers (width 128, four and two blocks, 64 patches) at 256.
 

@@ -1,6 +1,6 @@
 """Time an exact search over 1,000,000 × 512 embeddings and compare with NumPy's top 10.
 
-python tests/bench_search.py
+python benchmarks/search.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Captions/s of coca_ViT-B-32 in float32: clip_jax, then open_clip, of the same weights.
 
-    PYTHONPATH=. python tests/peers/bench_caption.py [batch size]
+    PYTHONPATH=. python benchmarks/caption.py [batch size]
 
 Random weights; greedy captions of 30 tokens. open_clip runs both towers and the decoder over the
 whole caption for every token; here keys and values are kept. The median of the rounds counts.

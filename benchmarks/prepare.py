@@ -1,8 +1,8 @@
 """Prepare generated pairs, here and on Ray: seconds of each stage, memory, and what came out.
 
-    python tests/bench_prepare.py make FOLDER 1000000 48    # pairs, pixels of a side
-    python tests/bench_prepare.py run FOLDER OUT --drop-duplicates --shuffle --threads 2
-    python tests/bench_prepare.py run FOLDER OUT --drop-duplicates --shuffle --on ray
+    python benchmarks/prepare.py make FOLDER 1000000 48    # pairs, pixels of a side
+    python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --threads 2
+    python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --on ray
 
 Every tenth image is an earlier one again; beside the tars lie img2dataset's Parquet files with a
 column `similarity`.

@@ -19,7 +19,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
-from tests.peers.parity import (
+from tests.reference.parity import (
     TEXTS,
     check_parity,
     differences,

@@ -1,6 +1,6 @@
 """Input pipelines on the same JPEGs: clip_jax beside open_clip's WebDataset loader.
 
-    python tests/peers/bench_input.py FOLDER     (needs the extra `peers`; under ten minutes)
+    python benchmarks/input.py FOLDER     (needs the extra `peers`; under ten minutes)
 
 FOLDER gets 5,000 photographs, once: scikit-image's and scikit-learn's, cut anew at random, 640 x
 480, in 25 tars with captions. open_clip reads them by its own `get_wds_dataset` with its training
@@ -47,7 +47,7 @@ def write_photographs(folder: Path) -> None:
     from PIL import Image
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from bench_tokenizer import captions
+    from tokenizer import captions
 
     if len(list(folder.glob("*.tar"))) == SHARDS:
         return

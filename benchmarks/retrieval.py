@@ -1,4 +1,4 @@
-"""Retrieval over N × N embeddings of 512: python tests/evals/bench_retrieval.py [N]"""
+"""Retrieval over N × N embeddings of 512: python benchmarks/retrieval.py [N]"""
 
 import resource
 import sys

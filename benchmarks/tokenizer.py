@@ -1,4 +1,4 @@
-"""Throughput of our tokenizer beside open_clip's: `python tests/peers/bench_tokenizer.py`.
+"""Throughput of our tokenizer beside open_clip's: `python benchmarks/tokenizer.py`.
 
 100,000 varied captions, one process for each tokenizer, batches of 1,000. Cold: the first pass of a
 fresh process, construction included, imports not. Warm: the second pass over the same captions.

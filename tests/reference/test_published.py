@@ -5,7 +5,7 @@ random weights of ours are written, loaded by the peer's own loader and compared
 also makes the mistakes that it has to notice (`check_parity`). The widest models are whole in
 shapes and counts, and of full width but two layers deep where numbers are compared.
 
-`pytest -m slow -s tests/peers/test_published.py` prints a row for each model and peer.
+`pytest -m slow -s tests/reference/test_published.py` prints a row for each model and peer.
 """
 
 import json
@@ -23,7 +23,7 @@ from clip_jax.convert.verify import random_inputs
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.resnet import ResNetConfig
-from tests.peers.parity import check_parity, lively, loaded, random_weights, texts_for
+from tests.reference.parity import check_parity, lively, loaded, random_weights, texts_for
 
 OPEN_CLIP_NAMES = {  # as open_clip's own configurations are called
     "ViT-B/32": "ViT-B-32-quickgelu",

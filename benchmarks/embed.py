@@ -1,6 +1,6 @@
 """JPEG files to embeddings on disk: `clip-jax embed` and an open_clip script, in turn.
 
-    python tests/peers/bench_embed.py [images] [chunks] [workers]
+    python benchmarks/embed.py [images] [chunks] [workers]
 
 ViT-B/32 in float32 with the same random weights. The images are photographs that scikit-image and
 scikit-learn ship, recut at random to 640 x 480 pixels. Both take them in the same chunks, one after

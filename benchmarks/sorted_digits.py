@@ -1,6 +1,6 @@
 """A run on the digits with its pairs sorted by number, read by stretches: does it learn as well?
 
-    PYTHONPATH=. python tests/data/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
+    PYTHONPATH=. python benchmarks/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
 
 All pairs of a number lie together, in stretches of 32. What follows WORKDIR goes to `train`.
 """

@@ -18,7 +18,7 @@ from clip_jax.convert.verify import BOUND, random_inputs, relative_difference, v
 from clip_jax.data.images import Preprocess
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
-from tests.peers.parity import outputs, random_weights
+from tests.reference.parity import outputs, random_weights
 
 # Small towers of each family: (image tower, text tower, embed_dim).
 FAMILIES = {

@@ -1,8 +1,8 @@
 """Input pipelines on the same JPEGs in a bucket: clip_jax beside open_clip, from fake-gcs-server.
 
-    python tests/peers/bench_bucket.py FOLDER [--latency 0.03] [--only NAME ...]
+    python benchmarks/bucket.py FOLDER [--latency 0.03] [--only NAME ...]
 
-FOLDER gets the photographs of `bench_input.py`. The server and its proxy, which answers each
+FOLDER gets the photographs of `input.py`. The server and its proxy, which answers each
 request `latency` seconds late, have one core, the pipelines the other, also where they read from
 disk: rates are of one core. open_clip reads by `curl` through its own WebDataset pipe. Each run is
 a process of its own, warm before it is timed; `--rounds` runs of each alternate, and the median
@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from bench_input import (  # noqa: E402
+from input import (  # noqa: E402
     BATCH,
     SHARDS,
     SIZE,

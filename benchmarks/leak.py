@@ -1,6 +1,6 @@
 """Read batches, and print how much memory the process tree held on the way.
 
-    python tests/data/leak.py SAMPLES FOLDER [FOLDER ...]
+    python benchmarks/leak.py SAMPLES FOLDER [FOLDER ...]
 
 All folders in one mixture. Prints the bytes of main process and worker together, measured at every
 hundredth of the samples: the proportional set size of what they allocated (a page that both have

@@ -1,10 +1,10 @@
 """The digits with the captions of 20% of them exchanged: trained raw, and filtered by that model.
 
-python tests/bench_mismatched.py digits
-clip-jax train tests/bench_mismatched.py --workdir raw
+python benchmarks/mismatched.py digits
+clip-jax train benchmarks/mismatched.py --workdir raw
 clip-jax prepare digits/pairs.parquet filtered --score-with raw --top-share 0.8
-clip-jax train tests/bench_mismatched.py --workdir second --data.source.path filtered
-python tests/bench_mismatched.py digits filtered    # what the filter took away
+clip-jax train benchmarks/mismatched.py --workdir second --data.source.path filtered
+python benchmarks/mismatched.py digits filtered    # what the filter took away
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Images/s of ViT-B/32's image tower in float32: clip_jax, open_clip and Hugging Face in turn.
 
-    python tests/peers/bench_encode.py [batch size]
+    python benchmarks/encode.py [batch size]
 
 Random weights; the three alternate in one process, the median of the rounds counts.
 """

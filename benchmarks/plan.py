@@ -1,6 +1,6 @@
 """The table "Pods" of BENCHMARKS.md: what `clip-jax plan` says of every config on its slice.
 
-    python tests/bench_plan.py [config ...]
+    python benchmarks/plan.py [config ...]
 
 Compiled steps are cached, so that one can be compiled at a time.
 """
