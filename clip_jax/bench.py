@@ -7,7 +7,6 @@ import functools
 import os
 import statistics
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 
 from clip_jax import bucket, flops, sharding
 from clip_jax.chips import mfu
+from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crop
@@ -90,12 +90,12 @@ def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
     cpu: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
-        start, start_cpu = time.perf_counter(), time.thread_time()
+        start, start_cpu = CLOCK.now(), CLOCK.thread_cpu()
         try:
             return function(*args)
         finally:
-            wall[name] += time.perf_counter() - start
-            cpu[name] += time.thread_time() - start_cpu
+            wall[name] += CLOCK.now() - start
+            cpu[name] += CLOCK.thread_cpu() - start_cpu
 
     number, count = 0, 0
     while sum(wall.values()) < config.seconds or not count:
@@ -158,19 +158,19 @@ def _read_stretches(source: StretchSource) -> Read:
 
 def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
     bucket.requested()  # of the stages, which have been read one by one
-    start = time.perf_counter()
+    start = CLOCK.now()
     batches = pipeline.batches()
     try:
         next(batches)
-        first = time.perf_counter() - start
-        while time.perf_counter() - start < first + config.warmup:
+        first = CLOCK.now() - start
+        while CLOCK.now() - start < first + config.warmup:
             next(batches)
-        done, start = 0, time.perf_counter()
+        done, start = 0, CLOCK.now()
         end, read = start, Counter()
         while end - start < config.seconds:
             read.update(vars(next(batches).reading))
             done += 1
-            end = time.perf_counter()
+            end = CLOCK.now()
     finally:
         batches.close()
     return {
@@ -248,9 +248,9 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     state = program.init()
     batch = program.place(_made_up(config))
     _say(f"compiling the step for {mesh.size} devices ...")
-    start = time.perf_counter()
+    start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()
-    compiling = time.perf_counter() - start
+    compiling = CLOCK.now() - start
 
     def take() -> Any:
         nonlocal state
@@ -296,12 +296,12 @@ def _measure(
         jax.block_until_ready(call())
     times = []
     for _ in range(config.rounds):
-        start = time.perf_counter()
+        start = CLOCK.now()
         result = None
         for _ in range(config.calls):
             result = call()
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / config.calls)
+        times.append((CLOCK.now() - start) / config.calls)
     seconds, device = statistics.median(times), jax.devices()[0].device_kind
     return {
         "samples_per_second": config.batch_size / seconds,

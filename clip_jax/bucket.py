@@ -16,12 +16,12 @@ import os
 import re
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any
 
+from clip_jax.clock import CLOCK
 from clip_jax.refused import Refused
 from clip_jax.unreachable import LOGIN, explain, of_client, told
 
@@ -120,19 +120,15 @@ async def _range(store: Any, key: str, start: int, end: int) -> Any:
     def ask() -> "asyncio.Future[Any]":
         return asyncio.ensure_future(obstore.get_range_async(store, key, start=start, end=end))
 
-    begun, asked = time.monotonic(), {ask()}
+    begun, asked = CLOCK.now(), {ask()}
     usual = statistics.median(_seconds) if _seconds else 0.0
     late = max(_LATE[0], _LATE[1] * usual)
     try:
         while True:
-            done, waiting = await asyncio.wait(
-                asked,
-                timeout=late if len(asked) < _AT_ONCE else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            done, waiting = await CLOCK.first(asked, late if len(asked) < _AT_ONCE else None)
             good = next((task for task in done if task.exception() is None), None)
             if good is not None or (done and not waiting):
-                _seconds.append(time.monotonic() - begun)
+                _seconds.append(CLOCK.now() - begun)
                 return (good or done.pop()).result()
             if not done:
                 late *= 2

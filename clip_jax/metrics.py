@@ -6,7 +6,6 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from etils import epath
 
 from clip_jax import files, processes
 from clip_jax.chips import peak_flops
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.files import Place
 from clip_jax.progress import Display
 from clip_jax.refused import Refused
@@ -35,31 +35,32 @@ for _name in _UNASKED:
     del sys.modules[_name]
 
 
-class Clock:
+class Timers:
     """Seconds spent by activity since the start and since the last `lap`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = CLOCK) -> None:
+        self._clock = clock
         self.total: dict[str, float] = defaultdict(float)
         self._lap: dict[str, float] = defaultdict(float)
-        self._start = self._lap_start = time.perf_counter()
+        self._start = self._lap_start = self._clock.now()
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Generator[None]:
-        start = time.perf_counter()
+        start = self._clock.now()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self._clock.now() - start
             self.total[name] += seconds
             self._lap[name] += seconds
 
     def elapsed(self) -> float:
-        """Return seconds since the clock was made."""
-        return time.perf_counter() - self._start
+        """Return seconds since the start."""
+        return self._clock.now() - self._start
 
     def lap(self) -> tuple[float, dict[str, float]]:
         """Return the seconds since the last lap, in all and by activity, and start a new one."""
-        now = time.perf_counter()
+        now = self._clock.now()
         wall, parts = now - self._lap_start, dict(self._lap)
         self._lap_start = now
         self._lap.clear()
@@ -75,10 +76,10 @@ class Goodput:
 
     PARTS = ("init", "restore", "compile", "input", "save", "evaluation")
 
-    def __init__(self, clock: Clock, earlier: Mapping[str, Any], steps_kept: float) -> None:
+    def __init__(self, timers: Timers, earlier: Mapping[str, Any], steps_kept: float) -> None:
         """`earlier` is the result.json of the starts before, `steps_kept` the `seconds/steps` that
         they had spent when they saved the checkpoint from which this start goes on."""
-        self._clock = clock
+        self._timers = timers
         names = (*self.PARTS, "steps", "lost")
         self._earlier = {name: float(earlier.get(f"seconds/{name}", 0.0)) for name in names}
         lost = max(self._earlier["steps"] - steps_kept, 0.0)
@@ -87,8 +88,8 @@ class Goodput:
 
     def values(self) -> dict[str, float]:
         """Return seconds by part, their sum, and the share of steps in it."""
-        own = {name: self._clock.total[name] for name in self.PARTS}
-        own["steps"] = max(self._clock.elapsed() - sum(own.values()), 0.0)
+        own = {name: self._timers.total[name] for name in self.PARTS}
+        own["steps"] = max(self._timers.elapsed() - sum(own.values()), 0.0)
         seconds = {name: own.get(name, 0.0) + value for name, value in self._earlier.items()}
         total = sum(seconds.values())
         return {f"seconds/{name}": value for name, value in seconds.items()} | {
@@ -114,11 +115,11 @@ class Board:
 
     SECONDS = 30
 
-    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+    def __init__(self, folder: str, purge_step: int | None = None, clock: Clock = CLOCK) -> None:
         """`purge_step` and later ones, which an earlier start wrote, are no longer shown."""
-        self._folder, self._flushed = folder, time.monotonic()
+        self._folder, self._clock, self._flushed = folder, clock, clock.now()
         files.make_folder(folder)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        name = f"events.out.tfevents.{int(clock.unix())}.{socket.gethostname()}"
         with files.writing(folder):
             self._records = RecordWriter(f"{folder}/{name}")
         self._add(0, file_version="brain.Event:2")
@@ -127,18 +128,18 @@ class Board:
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._add(step, summary=summary.scalar(name, value))
-        if time.monotonic() > self._flushed + self.SECONDS:
+        if self._clock.now() > self._flushed + self.SECONDS:
             self.flush()
 
     def _add(self, step: int, **content: Any) -> None:
         with files.writing(self._folder):
-            event = Event(wall_time=time.time(), step=step, **content)
+            event = Event(wall_time=self._clock.unix(), step=step, **content)
             self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
         with files.writing(self._folder):
             self._records.flush()
-        self._flushed = time.monotonic()
+        self._flushed = self._clock.now()
 
     def close(self) -> None:
         with files.writing(self._folder):
@@ -192,7 +193,7 @@ class Reports:
     """
 
     def __init__(
-        self, workdir: epath.Path, clock: Clock, *, start: int, steps: int, devices: int,
+        self, workdir: epath.Path, timers: Timers, *, start: int, steps: int, devices: int,
         samples_after: Callable[[int], int], flops_after: Callable[[int], int],
         compiling_after: Collection[int], steps_kept: float,
     ) -> None:  # fmt: skip
@@ -202,7 +203,7 @@ class Reports:
         after which one is compiled, and counts for no speed.
         """
         lead = processes.is_lead()
-        self._workdir, self._clock, self._devices, self._reported = workdir, clock, devices, start
+        self._workdir, self._timers, self._devices, self._reported = workdir, timers, devices, start
         self._samples, self._flops = samples_after, flops_after
         self._compiling = compiling_after
         self._peak = peak_flops(jax.devices()[0].device_kind)
@@ -216,12 +217,12 @@ class Reports:
         self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
         self._read: Counter[str] = Counter()  # from buckets, since the last report
         self.result = recover_json(workdir / "result.json", self.line) if lead else {}
-        self.goodput = Goodput(clock, self.result, steps_kept)
+        self.goodput = Goodput(timers, self.result, steps_kept)
 
     def begin(self) -> None:
         """Set-up is over: from here on time counts for steps."""
-        self._clock.total["init"] = self._clock.elapsed() - self._clock.total["restore"]
-        self._clock.lap()
+        self._timers.total["init"] = self._timers.elapsed() - self._timers.total["restore"]
+        self._timers.lap()
 
     def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Note which samples of a step this process could not read, and why."""
@@ -233,7 +234,7 @@ class Reports:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step's metrics with speed, MFU, memory and waiting since the last report."""
-        wall, seconds = self._clock.lap()
+        wall, seconds = self._timers.lap()
         elsewhere = sum(seconds.get(name, 0) for name in ("evaluation", "save", "compile"))
         training = max(wall - elsewhere, 1e-9)
         compiled = [n for n in self._compiling if self._reported <= n < step]
@@ -249,7 +250,7 @@ class Reports:
             "images_per_second": images / training,
             "images_per_second_per_device": images / training / self._devices,
             "model_flops_per_step": self._flops(step) - self._flops(step - 1),
-            "seconds": self._clock.elapsed(),
+            "seconds": self._timers.elapsed(),
             **self.goodput.values(),
             **_hosts(training, steps, seconds),
             **self._of_buckets(training),

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.refused import Refused, check_ranges
 
 # What the compiler is asked for beyond its defaults. A flag of the environment wins.
@@ -222,7 +222,8 @@ class Interrupt:
 
     GRACE_SECONDS = 3.0
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = CLOCK) -> None:
+        self._clock = clock
         self._came = threading.Event()
         self._ending = threading.Lock()
         self._grace = self.GRACE_SECONDS
@@ -261,13 +262,13 @@ class Interrupt:
             if number[0] == signal.SIGINT and self._came.is_set():
                 self._end(0)
             elif number[0] == signal.SIGINT:
-                self._deadline = time.monotonic() + self._grace
+                self._deadline = self._clock.now() + self._grace
                 self._came.set()
                 threading.Thread(target=self._end, args=(self._deadline,), daemon=True).start()
         os.close(reads)
 
     def _end(self, at: float) -> None:
-        time.sleep(max(at - time.monotonic(), 0))
+        self._clock.sleep(max(at - self._clock.now(), 0))
         self._ending.acquire()  # for good: it is said once
         for child in multiprocessing.active_children():
             child.kill()
@@ -290,8 +291,8 @@ class Watchdog:
     watches while the context is entered, and leaves by `os._exit`.
     """
 
-    def __init__(self, minutes: float, advice: str) -> None:
-        self._seconds, self._advice = 60 * minutes, advice
+    def __init__(self, minutes: float, advice: str, clock: Clock = CLOCK) -> None:
+        self._seconds, self._advice, self._clock = 60 * minutes, advice, clock
 
     def __enter__(self) -> "Watchdog":
         self.beat()
@@ -304,11 +305,11 @@ class Watchdog:
 
     def beat(self) -> None:
         """Say that something was finished."""
-        self._last = time.monotonic()
+        self._last = self._clock.now()
 
     def _watch(self, left: threading.Event) -> None:
-        while (seconds := self._last + self._seconds - time.monotonic()) > 0:
-            if left.wait(seconds):
+        while (seconds := self._last + self._seconds - self._clock.now()) > 0:
+            if self._clock.wait(left, seconds):
                 return
         stream = sys.__stderr__ or sys.stderr
         faulthandler.dump_traceback(stream, all_threads=True)

@@ -27,7 +27,7 @@ from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.loading import starting_params
-from clip_jax.metrics import Clock, Profiler, Reports
+from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
 from clip_jax.optim import averaged
 from clip_jax.refused import Refused
@@ -77,7 +77,7 @@ class Run:
     reports: Reports
     profiler: Profiler
     watchdog: processes.Watchdog
-    clock: Clock
+    timers: Timers
     start: int  # the step that it goes on from
     state: State
 
@@ -97,7 +97,7 @@ class Run:
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     """Make every part of the run; with the state that the loop begins with. See `train`."""
-    clock = Clock()
+    timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
@@ -125,7 +125,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         f"The newest checkpoint in {workdir} is intact: the same command goes on from it.",
     )
     if start:
-        with clock.measure("restore"), watchdog:
+        with timers.measure("restore"), watchdog:
             if trunk and not checkpoints.latest_step():
                 begun = branch(config, program, trunk, start)
                 if processes.is_lead():
@@ -138,7 +138,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     start = begun.step
 
     reports = Reports(
-        workdir, clock,
+        workdir, timers,
         start=start, steps=config.steps, devices=mesh.size, samples_after=config.samples_after,
         flops_after=config.flops_after, compiling_after={start, *config.double_batch_at},
         steps_kept=begun.position.get("seconds/steps", math.inf),
@@ -155,7 +155,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
         config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,
-        clock, start, begun.state,
+        timers, start, begun.state,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def restore(config: Config, found: Restored) -> Restored:
 
 def loop(run: Run) -> None:
     """Take the steps that are left; report, evaluate and save whenever one is due."""
-    config, program, clock, reports = run.config, run.program, run.clock, run.reports
+    config, program, timers, reports = run.config, run.program, run.timers, run.reports
     batches = run.pipeline.batches(run.start, config.double_batch_at)
     health = Health(run)
     first, compiling = run.start + 1, {run.start, *config.double_batch_at}
@@ -246,13 +246,13 @@ def loop(run: Run) -> None:
         reports.begin()
         for step in range(first, config.end + 1):
             run.profiler.before(step)
-            with clock.measure("input"):
+            with timers.measure("input"):
                 batch = next(batches)
                 arrays = program.place(vars(batch), step - 1)
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading))
             new = step - 1 in compiling
-            with clock.measure("compile") if new else contextlib.nullcontext():
+            with timers.measure("compile") if new else contextlib.nullcontext():
                 run.state, metrics = program.step(run.state, arrays)
                 if new:
                     jax.block_until_ready(metrics)
@@ -286,7 +286,7 @@ def loop(run: Run) -> None:
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Run the evaluators that are due, on the run's own mesh; return what they found."""
     results: dict[str, float] = {}
-    with run.clock.measure("evaluation"):
+    with run.timers.measure("evaluation"):
         for values in run.evaluations.run(step, run.encoder):
             run.watchdog.beat()
             run.reports.evaluated(step, values)
@@ -298,7 +298,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 def save(run: Run, step: int, results: dict[str, float]) -> None:
     """Save state and data position; a checkpoint's numbers are there before it counts."""
     position = {"samples": run.config.samples_after(step), **run.reports.position()}
-    with run.clock.measure("save"):
+    with run.timers.measure("save"):
         run.checkpoints.save(step, run.state, position, results)
     run.reports.flush()
 
@@ -321,7 +321,7 @@ class Health:
         """Wait for the newest step's metrics and return them; Diverged if they are no numbers."""
         assert self._last
         step, arrays, batch = self._last
-        with self._run.clock.measure("device"):  # a host that never waits holds all back
+        with self._run.timers.measure("device"):  # a host that never waits holds all back
             metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         in_a_row = int(metrics.get("skipped_in_a_row", 0))
         is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
@@ -360,7 +360,7 @@ def end(run: Run) -> dict[str, Any]:
     workdir = run.workdir
     run.reports.line(run.reports.goodput.describe())
     run.reports.line(
-        f"done in {run.clock.elapsed() / 60:.1f} min: {workdir} (metrics.jsonl, result.json, "
+        f"done in {run.timers.elapsed() / 60:.1f} min: {workdir} (metrics.jsonl, result.json, "
         f"evals/, checkpoints/). Next: clip-jax evaluate {workdir}, or tensorboard --logdir "
         f"{workdir}/tensorboard"
     )

@@ -9,13 +9,13 @@ import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from clip_jax import files, processes
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.files import Place
 from clip_jax.refused import Refused
 from clip_jax.unreachable import Unreachable
@@ -40,8 +40,8 @@ class Claim:
     holds it, and makes the next every few seconds. A lease that ends so is taken over.
     """
 
-    def __init__(self, workdir: epath.Path, work: str = "training") -> None:
-        self._workdir, self._work = workdir, work
+    def __init__(self, workdir: epath.Path, work: str = "training", clock: Clock = CLOCK) -> None:
+        self._workdir, self._work, self._clock = workdir, work, clock
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Claim":
@@ -56,7 +56,7 @@ class Claim:
         if processes.is_lead():
             take = _lease if files.is_remote(self._workdir) else _lock
             try:
-                self._held.callback(take(self._workdir, self._work))
+                self._held.callback(take(self._workdir, self._work, self._clock))
             except Refused as error:
                 refusal = str(error)
         if refusal := processes.gather(refusal)[0]:
@@ -73,7 +73,7 @@ def _taken(workdir: epath.Path, work: str, holder: dict[str, Any]) -> Refused:
     return Refused(f"{who} is {work} in {workdir}; end it first{or_else}.")
 
 
-def _lock(workdir: epath.Path, work: str) -> Callable[[], None]:
+def _lock(workdir: epath.Path, work: str, _: Clock) -> Callable[[], None]:
     """Lock a file, and note in it who did; return what unlocks it."""
     files.make_folder(workdir)
     path = workdir / "lock"
@@ -92,7 +92,7 @@ def _lock(workdir: epath.Path, work: str) -> Callable[[], None]:
     return lambda: os.close(number)
 
 
-def _lease(workdir: epath.Path, work: str) -> Callable[[], None]:
+def _lease(workdir: epath.Path, work: str, clock: Clock) -> Callable[[], None]:
     """Take the lease when it is free; return what gives it back."""
     folder, me = f"{workdir}/lease", _me()
     number, holder = _newest(folder)
@@ -102,16 +102,16 @@ def _lease(workdir: epath.Path, work: str) -> Callable[[], None]:
             f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that has "
             f"died, this {work} begins within {LEASE_SECONDS} seconds."
         )
-    since = time.monotonic()
+    since = clock.now()
     while not free or not _extend(folder, number + 1, me):
         if not free:
-            time.sleep(RENEW_SECONDS / 5)
+            clock.sleep(RENEW_SECONDS / 5)
         seen = number
         number, holder = _newest(folder)
-        free = holder.get("released") or time.monotonic() > since + LEASE_SECONDS
+        free = holder.get("released") or clock.now() > since + LEASE_SECONDS
         if number != seen and not holder.get("released"):
             raise _taken(workdir, work, holder)
-    return _Renewal(folder, number + 1, me, work).end
+    return _Renewal(folder, number + 1, me, work, clock).end
 
 
 def _numbers(folder: str) -> list[int]:
@@ -145,14 +145,16 @@ def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
 class _Renewal:
     """A thread that renews the lease until `end`; where it is lost, it ends the process."""
 
-    def __init__(self, folder: str, number: int, me: dict[str, Any], work: str) -> None:
+    def __init__(
+        self, folder: str, number: int, me: dict[str, Any], work: str, clock: Clock
+    ) -> None:
         self._folder, self._number, self._me, self._work = folder, number, me, work
-        self._over = threading.Event()
+        self._over, self._clock = threading.Event(), clock
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
-        while not self._over.wait(RENEW_SECONDS):
+        while not self._clock.wait(self._over, RENEW_SECONDS):
             try:
                 kept = _extend(self._folder, self._number + 1, self._me)
             except _OUT_OF_REACH:  # the next try will tell
@@ -231,10 +233,16 @@ class Lines:
     `flush` says so or once a minute.
     """
 
-    def __init__(self, path: Place, resume_step: int | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Place,
+        resume_step: int | None,
+        say: Callable[[str], None],
+        clock: Clock = CLOCK,
+    ) -> None:
         self._path, self._appends = path, not files.is_remote(path)
         self._lines = []
-        self._written = time.monotonic()
+        self._clock, self._written = clock, clock.now()
         if path.exists():
             rows, damaged = _rows(path.read_bytes())
             kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
@@ -253,14 +261,14 @@ class Lines:
                 file.writelines(lines)
             return
         self._lines += lines
-        if time.monotonic() > self._written + _UPLOAD_SECONDS:
+        if self._clock.now() > self._written + _UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """See that everything is in the file."""
         if self._lines:
             files.write_whole(self._path, "".join(self._lines))
-        self._written = time.monotonic()
+        self._written = self._clock.now()
 
 
 def read_rows(path: Place) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+
+from clip_jax.clock import CLOCK, Clock
 
 DONE, WRONG_USE, PREEMPTED, INTERRUPTED = 0, 2, 3, 130
 
@@ -44,7 +45,7 @@ def main() -> int:
     return code
 
 
-def run(options: argparse.Namespace) -> tuple[int, str]:
+def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
     """Run all processes to their end; return the exit code and, if it isn't 0, the cause."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -89,12 +90,12 @@ def run(options: argparse.Namespace) -> tuple[int, str]:
         if bad and failed is None:
             # A process that JAX aborted, because another died, is no cause.
             failed = min(bad, key=lambda i: processes[i].returncode == -signal.SIGABRT)
-            deadline = time.monotonic() + options.grace
-        if time.monotonic() > deadline and processes[failed].returncode != PREEMPTED:
+            deadline = clock.now() + options.grace
+        if clock.now() > deadline and processes[failed].returncode != PREEMPTED:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
-        time.sleep(0.05)
+        clock.sleep(0.05)
     for thread in copies:
         thread.join()
     codes = [process.returncode for process in processes]

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from clip_jax.clock import CLOCK
 from clip_jax.data.order import LaneOrder, Run
 from clip_jax.data.sources import Record, SampleError, StretchSource
 
@@ -158,7 +159,7 @@ class ReadAhead:
                 near = step <= self._demanded + self._ahead
                 if near and self._held + piece.size <= self._budget:
                     break
-                self._room.wait(_LOOK)
+                CLOCK.wait(self._room, _LOOK)
             self._held += piece.size
             self._left[piece.key] = left
             self._pieces[piece.key] = piece

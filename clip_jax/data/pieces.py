@@ -5,7 +5,6 @@ the batch, and a worker process has whole lanes: it alone reads their stretches.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from clip_jax import bucket
+from clip_jax.clock import CLOCK
 from clip_jax.data.ahead import ReadAhead
 from clip_jax.data.order import LaneOrder, Lanes
 from clip_jax.data.sources import Record, SampleError, Source
@@ -173,13 +173,13 @@ class LanePieces:
         run = ahead.run(step, lane)
         samples, used, waited = [], 0, 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
-            asked = time.perf_counter()
+            asked = CLOCK.now()
             try:
                 fetched = ahead.take(step, int(record), (int(epoch), int(piece)))
                 used += fetched.size
             except SampleError as error:
                 fetched = error
-            waited += time.perf_counter() - asked
+            waited += CLOCK.now() - asked
             samples.append(self.load(at, int(record), fetched))
         return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
 

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from clip_jax import sharding
+from clip_jax.clock import CLOCK
 from clip_jax.losses import choose_form, contrastive_loss
 from clip_jax.pods import schedule
 from clip_jax.pods.exchanges import Exchange, exchanges
@@ -122,7 +122,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     """
     mesh = sharding.make_mesh(request.mesh, devices)
     program = Program(request.recipe, mesh)
-    start = time.perf_counter()
+    start = CLOCK.now()
     held = parts(program.state, program.batch)
     placed = held["parameters"] + held["optimizer"] + held["batch"]
     result = Facts(
@@ -145,9 +145,9 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     except jax.errors.JaxRuntimeError as error:
         if (needed := needed_bytes(str(error), placed)) is None:
             raise
-        seconds = time.perf_counter() - start
+        seconds = CLOCK.now() - start
         return dataclasses.replace(result, peak_bytes=needed, compile_seconds=seconds)
-    seconds, text = time.perf_counter() - start, compiled.as_text()
+    seconds, text = CLOCK.now() - start, compiled.as_text()
     return dataclasses.replace(
         result, fits=True, peak_bytes=peak(compiled), compile_seconds=seconds,
         works=tuple(read(text, lambda name: schedule.cycles(folder, name) if folder else None)),

@@ -5,10 +5,11 @@ import fcntl
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from clip_jax.clock import CLOCK, Clock
 
 Say = Callable[[str], None]
 
@@ -38,7 +39,11 @@ class _Running(NamedTuple):
 
 
 def run(
-    jobs: Sequence[Job], at_a_time: int, environment: Mapping[str, str], say: Say
+    jobs: Sequence[Job],
+    at_a_time: int,
+    environment: Mapping[str, str],
+    say: Say,
+    clock: Clock = CLOCK,
 ) -> dict[str, str]:
     """Run all jobs, in order; one that fails leaves the others alone.
 
@@ -46,7 +51,7 @@ def run(
     processes, which get SIGTERM, have ended. Call it from the main thread, which hears signals.
     """
     waiting, running, failures = list(jobs), dict[int, _Running](), dict[str, str]()
-    shares, terminated, began = _shares(at_a_time), False, time.monotonic()
+    shares, terminated, began = _shares(at_a_time), False, clock.now()
     with _listening() as came:
         while running or (waiting and not came):
             for job in [job for job in waiting if job.after in failures and not job.is_ready()]:
@@ -57,7 +62,7 @@ def run(
                     unfinished = {
                         one.name for one in (*waiting, *(x.job for x in running.values()))
                     }
-                    started = _start_next(waiting, unfinished, cores, environment, say)
+                    started = _start_next(waiting, unfinished, cores, environment, say, clock)
                     running |= {slot: started} if started else {}
             for slot, (job, process, start) in list(running.items()):
                 if process.poll() is None:
@@ -65,14 +70,16 @@ def run(
                         process.terminate()
                     continue
                 del running[slot]
-                minutes = f"{(time.monotonic() - start) / 60:.1f} min"
+                minutes = f"{(clock.now() - start) / 60:.1f} min"
                 if failure := _failure(job, process.returncode):
                     say(f"{job.name}: {'stopped' if came else 'FAILED'} after {minutes}: {failure}")
                     failures |= {} if came else {job.name: failure}
                 else:
-                    say(f"{job.name}: {minutes}{_left(jobs, waiting, running, began)}")
+                    say(
+                        f"{job.name}: {minutes}{_left(jobs, waiting, running, clock.now() - began)}"
+                    )
             terminated = bool(came)
-            time.sleep(POLL_SECONDS)
+            clock.sleep(POLL_SECONDS)
     if came:
         raise Stopped(
             f"stopped by {signal.Signals(came[0]).name}; what was running is saved. The same "
@@ -87,6 +94,7 @@ def _start_next(
     cores: set[int],
     environment: Mapping[str, str],
     say: Say,
+    clock: Clock,
 ) -> _Running | None:
     """Start the first waiting job whose directory is free, and take it off the list."""
     for job in list(waiting):
@@ -108,7 +116,7 @@ def _start_next(
                     job.command, env=environment, pass_fds=[lock.fileno()],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 )  # fmt: skip
-        return _Running(job, process, time.monotonic())
+        return _Running(job, process, clock.now())
     return None
 
 
@@ -121,14 +129,14 @@ def _failure(job: Job, code: int) -> str | None:
 
 
 def _left(
-    jobs: Sequence[Job], waiting: Sequence[Job], running: Mapping[int, _Running], began: float
+    jobs: Sequence[Job], waiting: Sequence[Job], running: Mapping[int, _Running], seconds: float
 ) -> str:
     """Say how many jobs are left, and how long they take if the weights are right."""
     left = [*waiting, *(other.job for other in running.values())]
     to_do, total = (sum(job.weight for job in some) for some in (left, jobs))
     if not left or to_do >= total:
         return ""
-    minutes = (time.monotonic() - began) / 60 * to_do / (total - to_do)
+    minutes = seconds / 60 * to_do / (total - to_do)
     return f"; {len(left)} of {len(jobs)} left, about {minutes:.0f} min"
 
 

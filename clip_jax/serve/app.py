@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import json
-import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from clip_jax.clock import CLOCK
 from clip_jax.refused import Refused
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
@@ -45,7 +45,7 @@ class _Paths:
 
     async def answer(self, request: Request) -> Response:
         """Answer one of the paths that compute."""
-        started, path = time.perf_counter(), request.url.path
+        started, path = CLOCK.now(), request.url.path
         headers: dict[str, str] = {}
         status, content = 200, {}
         try:
@@ -67,7 +67,7 @@ class _Paths:
             headers = {"Retry-After": "1"}
         metrics = self._service.metrics
         metrics.requests.labels(path, status).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - started)
+        metrics.seconds.labels(path).observe(CLOCK.now() - started)
         return JSONResponse(content, status, headers)
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], int]:

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 import numpy as np
 from jaxtyping import Float
 
+from clip_jax.clock import CLOCK, Clock
+
 
 class Full(Exception):
     """More rows are waiting than the queue may hold."""
@@ -38,9 +40,11 @@ class Batcher:
         capacity: int,
         observe: Callable[[int], None] = lambda rows: None,
         linger: float = 0.01,
+        clock: Clock = CLOCK,
     ) -> None:
         self._compute, self._batch_size, self._observe = compute, batch_size, observe
         self._capacity, self._linger, self._last = capacity, linger, 0
+        self._clock = clock
         self._waiting: deque[tuple[_Job, int, np.ndarray]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -93,7 +97,7 @@ class Batcher:
             while not self._waiting and not self._closed:
                 self._changed.wait()
             while len(self._waiting) < self._last and not self._closed:
-                if not self._changed.wait(self._linger):
+                if not self._clock.wait(self._changed, self._linger):
                     break
             self._last = count = fitting(min(len(self._waiting), self._batch_size))
             return [self._waiting.popleft() for _ in range(count)]

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from clip_jax import files
+from clip_jax.clock import CLOCK
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.data.sources.tar_members import TEXTS, members, samples
 from clip_jax.refused import Refused
@@ -179,7 +179,7 @@ def _complete(
     threads = _THREADS_REMOTE if files.is_remote(name) else _THREADS
     with ThreadPoolExecutor(threads) as pool:
         indexed.update(zip(own, pool.map(one, own), strict=True))
-        said = time.monotonic()
+        said = CLOCK.now()
         while len(indexed) < len(present):
             rest = [number for number in range(len(present)) if number not in indexed]
             written = {os.path.basename(path) for path in files.walk(name)}
@@ -194,10 +194,10 @@ def _complete(
                 break
             if not wait:
                 return None
-            if time.monotonic() > said + _SAID:
-                said = time.monotonic()
+            if CLOCK.now() > said + _SAID:
+                said = CLOCK.now()
                 _log.warning("waiting for %d shards that others index", len(present) - len(indexed))
-            time.sleep(_LOOK)
+            CLOCK.sleep(_LOOK)
     entries = [indexed[number] for number in range(len(present))]
     if part[0] == 0 or not wait:
         write_summary(f"{name}.arrow", entries)
