@@ -5,8 +5,10 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import operator
+import traceback
 import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from clip_jax import files, processes, stragglers
+from clip_jax import files, processes
 from clip_jax.files import Place
 from clip_jax.models.clip import CLIP, Params, split_batch_stats
 from clip_jax.refused import Refused, check_ranges
@@ -50,6 +52,9 @@ class CheckpointConfig:
 
     every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
     keep: int = 3  # newest checkpoints kept, all of which a run can go on from
+    # Checkpoints kept for `clip-jax evaluate RUN --watch`, where a run has such a watcher: the
+    # oldest that it has not finished with.
+    keep_unwatched: int = 4
     also: tuple[int, ...] = ()  # steps that are saved and kept besides: where branches begin
     # Name of a result, such as imagenet1k/acc1: the checkpoint with the best is kept besides. A
     # step whose evaluation gives the best so far is saved, whenever it is.
@@ -59,7 +64,8 @@ class CheckpointConfig:
     best_of: Literal["run", "watcher"] = "run"
 
     def __post_init__(self) -> None:
-        check_ranges(self, "checkpoint.", every_steps="[1, inf)", keep="[1, inf)", also="[1, inf)")
+        at_least_one = dict.fromkeys(("every_steps", "keep", "keep_unwatched", "also"), "[1, inf)")
+        check_ranges(self, "checkpoint.", **at_least_one)
         if self.best is not None and not self.best.strip():
             raise Refused("checkpoint.best is empty; give the name of a result, or None.")
 
@@ -84,7 +90,6 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
         self._directory = orbax_place(directory)
-        stragglers.drop()
         self._best: Best | None = None
         if config.best:
             self._best = Best(name=config.best, mode=config.best_mode, of=config.best_of)
@@ -94,7 +99,9 @@ class Checkpoints:
             policies.SpecificStepsPolicy(config.also),
             policies.PreemptionCheckpointingPolicy(),
         ]
-        kept = Retention(self._directory.parent, config.keep, config.also, self._best)
+        kept = Retention(
+            self._directory.parent, config.keep, config.keep_unwatched, config.also, self._best
+        )
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -325,16 +332,31 @@ def _crc(content: Position) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a traceback that Orbax or asyncio logs tells more than the one error raised.
+
+    It does not for a full disk, nor for reads that failed beside the one whose error is raised.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, Exception):
+        return True
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    is_orbax = any("orbax" in frame.f_code.co_filename for frame in frames)
+    return not (files.is_full(error) or (is_orbax and "never retrieved" in record.getMessage()))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
 def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Position]:
     """Read a step's state and position, and compare the checksums. Damaged says what is wrong.
 
     No process waits for another here, whatever any of them meets.
     """
     args = ocp.args.Composite(state=state, position=ocp.args.JsonRestore())
-    stragglers.drop()
     try:
-        with stragglers.only_the_first_error():
-            items = ocp.CompositeCheckpointHandler().restore(folder, args=args)
+        items = ocp.CompositeCheckpointHandler().restore(folder, args=args)
         position = dict(items["position"])
     except Exception as error:  # a broken file has made Orbax and tensorstore raise a dozen kinds
         raise _damaged(error) from error

@@ -1,19 +1,12 @@
 """Which checkpoints of a run there are, which of them RUN@20000 and RUN@best mean, and which stay.
 
-Beside a run its watcher evaluates checkpoints (`clip-jax evaluate RUN --watch`). What both say to
-each other lies in `evals/watch/` of the work directory: the watcher which step it reads, the run
-which steps it is about to delete. Each writes before it looks, so one of them always notices; and
-the watcher writes down what it has found before it takes its mark away.
+A watcher beside the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/watch.jsonl` for
+every step it has finished with. The run keeps the oldest steps that have no row yet.
 """
 
-import contextlib
 import datetime
-import json
 import os
-import secrets
-import threading
-import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,12 +17,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 from clip_jax import files, orbax_s3, processes
 from clip_jax.files import Place
 from clip_jax.refused import Refused
-from clip_jax.workdir import LEASE_SECONDS, RENEW_SECONDS, parse, read_json, read_rows
+from clip_jax.workdir import parse, read_json, read_rows
 
 Results = Mapping[str, float]  # of one step, by name
 
-WATCH = "evals/watch"  # of a work directory: what its watcher needs
-WATCHED = "evals/watch.jsonl"  # and what it has found
+WATCH = "evals/watch"  # of a work directory: the folder that its watcher claims
+WATCHED = "evals/watch.jsonl"  # and a row for every step that the watcher has finished with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +126,15 @@ class _Info:
 
 
 class Retention(policies.PreservationPolicy):
-    """Keeps the newest checkpoints, steps named, the best, and the one that a watcher is reading.
+    """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
 
     All processes ask it at once.
     """
 
-    def __init__(self, workdir: Place, keep: int, also: Sequence[int], best: Best | None) -> None:
-        self._workdir, self._best, self._keep = workdir, best, keep
+    def __init__(
+        self, workdir: Place, keep: int, keep_unwatched: int, also: Sequence[int], best: Best | None
+    ) -> None:
+        self._workdir, self._best, self._keep_unwatched = workdir, best, keep_unwatched
         kept = [policies.LatestN(keep), policies.CustomSteps(also)]
         if best:
             kept.append(
@@ -148,15 +143,10 @@ class Retention(policies.PreservationPolicy):
                 )
             )
         self._policy = policies.AnyPreservationPolicy(kept)
-        self._seen: dict[str, tuple[bytes, float]] = {}  # marks of readers, and since when
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [x.step for x in checkpoints]
-        is_watched = processes.is_lead() and (self._workdir / WATCH).exists()
-        held: list[int] = []
-        if is_watched:  # whose mark is gone has written what it found: so the marks come first
-            self._announce(steps[: -self._keep])
-            held = self._marked()
+        unwatched = processes.gather(self._unwatched(steps) if processes.is_lead() else [])[0]
         results: Mapping[int, Results] = {x.step: x.metrics or {} for x in checkpoints}
         if self._best and self._best.of == "watcher":
             known = results_of(self._workdir, steps, self._best) if processes.is_lead() else {}
@@ -167,57 +157,11 @@ class Retention(policies.PreservationPolicy):
             for x in checkpoints
         ]
         keep = self._policy.should_preserve(infos, context=context)
-        held = processes.gather(held)[0]
-        keep = [kept or step in held for step, kept in zip(steps, keep, strict=True)]
-        if is_watched:
-            self._announce([step for step, kept in zip(steps, keep, strict=True) if not kept])
-        return keep
+        return [kept or step in unwatched for step, kept in zip(steps, keep, strict=True)]
 
-    def _announce(self, steps: Sequence[int]) -> None:
-        """Tell the watcher what is about to be deleted."""
-        path = self._workdir / WATCH / "deleting"
-        files.write_whole(path, json.dumps({"steps": list(steps)}))
-
-    def _marked(self) -> list[int]:
-        """List the steps that a watcher reads, unless its mark has stood still for too long."""
-        held, now = [], time.monotonic()
-        for path in files.walk(self._workdir / WATCH / "reading"):
-            with contextlib.suppress(FileNotFoundError):
-                mark = files.read(path)
-                before, since = self._seen.get(path, (b"", now))
-                self._seen[path] = mark, since if mark == before else now
-                if now > self._seen[path][1] + LEASE_SECONDS:
-                    files.remove(path)
-                elif (parsed := parse(mark)) and "step" in parsed:
-                    held.append(parsed["step"])
-        return held
-
-
-@contextlib.contextmanager
-def reading(workdir: Place, step: int, *, over: bool) -> Generator[bool]:
-    """Keep the run from deleting a step; the context says whether it is there, and stays.
-
-    A run that is `over` deletes nothing any more. A thread renews the mark, which counts as long
-    as it changes.
-    """
-    folder = workdir / WATCH
-    path, left = folder / "reading" / secrets.token_hex(8), threading.Event()
-
-    def renew() -> None:
-        beats = 1
-        while not left.wait(RENEW_SECONDS):
-            beats += 1
-            with contextlib.suppress(OSError, Refused):  # out of reach: the next try will tell
-                files.write_whole(path, json.dumps({"step": step, "beats": beats}))
-
-    files.write_whole(path, json.dumps({"step": step, "beats": 1}))
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        doomed = () if over else read_json(folder / "deleting").get("steps", ())
-        yield step not in doomed and step in steps_in(workdir / "checkpoints")  # in this order
-    finally:
-        left.set()
-        thread.join()
-        with contextlib.suppress(OSError, Refused):
-            files.remove(path)
+    def _unwatched(self, steps: Sequence[int]) -> list[int]:
+        """List the oldest steps that the run's watcher, if it has one, has not finished with."""
+        if not (self._workdir / WATCH).exists():
+            return []
+        watched = {row["step"] for row in read_rows(self._workdir / WATCHED)}
+        return [step for step in sorted(steps) if step not in watched][: self._keep_unwatched]

@@ -4,36 +4,34 @@ It runs beside the training, whose files it leaves alone: what it finds is in `e
 of the work directory and in `tensorboard/watch/`, at the end also in `result.json`.
 """
 
-import contextlib
 import json
-import time
-from collections.abc import Generator
 from dataclasses import replace
+from typing import Any
 
 from etils import epath
 
 from clip_jax import files, processes
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
 from clip_jax.evals.tasks import say
 from clip_jax.evaluate import EvaluateConfig, Measures, open_encoder, run_of
 from clip_jax.files import Place
 from clip_jax.metrics import Writer
 from clip_jax.refused import Refused
-from clip_jax.retention import WATCH, WATCHED, reading, split_name, steps_in
-from clip_jax.workdir import LEASE_SECONDS, Claim, read_json, read_rows
+from clip_jax.retention import WATCH, WATCHED, split_name, steps_in
+from clip_jax.workdir import Claim, read_json, read_rows
 
 POLL_SECONDS = 2.0  # between looking for new checkpoints
 
-Results = dict[str, float]  # of a step; none, where it is left out
-Found = dict[int, Results]
+Row = dict[str, Any]  # of a step: numbers by name, or why it was `skipped`
 
 
-def watch(config: EvaluateConfig) -> dict[str, float]:
+def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
     """Evaluate a run's checkpoints, the oldest first, until it has ended; return the last numbers.
 
-    What was found before a kill stays and is not measured again. A checkpoint that is damaged, or
-    deleted before its turn, is named and left out. Refused where another watches this run. Where
-    there are several processes, all call this alike.
+    Every step gets one row in `evals/watch.jsonl` and is not read again after a kill. The row of a
+    checkpoint that is damaged, or was deleted before its turn, says why it was skipped. Refused
+    where another watches this run. Where there are several processes, all call this alike.
     """
     workdir, run = config.model, run_of(config.model)
     if run is None or split_name(workdir)[1]:
@@ -42,68 +40,54 @@ def watch(config: EvaluateConfig) -> dict[str, float]:
     with Claim(epath.Path(workdir) / WATCH, "watching") as claim:
         claim.take()
         rows = processes.gather(read_rows(workdir / WATCHED))[0]
-        found: Found = {row.pop("step"): row for row in rows}
-        writer = _writer(workdir, found) if processes.is_lead() else None
-        ended = float("inf")
+        finished = {row.pop("step"): row for row in rows}
+        writer = _writer(workdir, finished) if processes.is_lead() else None
         while True:
-            is_over, steps = processes.gather(_left(workdir, run, found))[0]
-            if is_over and not steps:
+            is_over, steps = processes.gather(_left(workdir, run, finished))[0]
+            if steps:
+                step = steps[0]
+                finished[step] = _evaluate(config, run, measures, step)
+                if writer:  # the run may delete it from here on
+                    writer.write(step, finished[step])
+                    writer.flush()
+            elif is_over:
                 break
-            if is_over:  # but for what it deletes after its last step
-                ended = min(ended, time.monotonic())
-            for step in steps:
-                with _held(workdir, step, time.monotonic() > ended + LEASE_SECONDS) as held:
-                    if held:
-                        found[step] = _evaluate(config, run, measures, step)
-                        if writer and found[step]:  # before the run may delete it
-                            writer.write(step, found[step])
-                            writer.flush()
-                        break
             else:
-                time.sleep(POLL_SECONDS)
+                clock.sleep(POLL_SECONDS)
         if writer:
             writer.close()
-    last = found.get(run.steps, {})
+    last = {name: x for name, x in finished.get(run.steps, {}).items() if name != "skipped"}
     if processes.is_lead():  # the run has written all of its own
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
     return last
 
 
-def _writer(workdir: Place, found: Found) -> Writer:
+def _writer(workdir: Place, finished: dict[int, Row]) -> Writer:
     writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
-    for step, values in found.items():  # of which a kill may have lost some
+    for step, values in finished.items():  # of which a kill may have lost some
         writer.draw(step, values)
     return writer
 
 
-def _left(workdir: Place, run: Config, found: Found) -> tuple[bool, list[int]]:
+def _left(workdir: Place, run: Config, finished: dict[int, Row]) -> tuple[bool, list[int]]:
     """Say whether the run has saved its last step, and which steps are to be evaluated."""
     steps = steps_in(workdir / "checkpoints")
-    return run.steps in steps, [step for step in steps if step not in found]
+    return run.steps in steps, [step for step in steps if step not in finished]
 
 
-@contextlib.contextmanager
-def _held(workdir: Place, step: int, is_over: bool) -> Generator[bool]:
-    """Keep the run from deleting a step; False where it is about to, or has."""
-    with contextlib.ExitStack() as stack:
-        held = False
-        if processes.is_lead():
-            held = stack.enter_context(reading(workdir, step, over=is_over))
-        yield processes.gather(held)[0]
-
-
-def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int) -> Results:
-    """Return what is found of a step; nothing, if its checkpoint cannot be read."""
+def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int) -> Row:
+    """Return a step's numbers, or why it is skipped if its checkpoint cannot be read."""
     workdir, encoder, why = config.model, None, ""
     try:
         encoder = open_encoder(replace(config, model=files.place(f"{workdir}@{step}")), run)
     except Refused as error:
         why = str(error)
     if why := next(filter(None, processes.gather(why)), ""):
-        is_gone = step not in steps_in(workdir / "checkpoints")
-        say(f"step {step} is left out: {'it was deleted before its turn.' if is_gone else why}")
-        return {}
+        if step not in steps_in(workdir / "checkpoints"):
+            why = "it was deleted before its turn."
+        say(f"step {step} is skipped: {why}")
+        return {"skipped": why}
     assert encoder
     output = config.output / str(step) if config.output else None
     values = measures.of(encoder, output)

@@ -196,9 +196,11 @@ def _ours(file: Place) -> Row:
         end = min(run["steps"], run.get("stop_after") or run["steps"])
         if result.get("step") != end:
             raise Unfinished(f"stopped at step {result.get('step')} of {end}")
-        watched = [row["step"] for row in read_rows(file.parent / WATCHED)]
+        watched = {row["step"]: row for row in read_rows(file.parent / WATCHED)}
         if watched and end not in watched:
             raise Unfinished(f"its watcher has evaluated step {max(watched)} of {end}")
+        if reason := watched.get(end, {}).get("skipped"):
+            raise Unfinished(f"its watcher skipped step {end}: {reason}")
         row = of_run(run, end)
         row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
         row |= {"stopped_of": run["steps"]} if end < run["steps"] else {}  # by a sweep's round
