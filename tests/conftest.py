@@ -4,12 +4,11 @@ tests build: tiny models, a tiny run, what a run wrote."""
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import LossConfig, Program, Recipe, State, shapes
+from tests import guard
 from tests.servers import Server
 
 jax.config.update("jax_platforms", "cpu")
@@ -46,12 +46,13 @@ jax.config.update("jax_default_prng_impl", "rbg")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
-    # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
-    flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
-    if config.option.markexpr in ("not slow and not long", "long and not slow", "not slow"):
+    flags = [
+        # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         # LLVM's optimisations take a third of the compile time, and tests compile more than they
-        # compute. XLA's own passes stay; the slow tests run all as users do.
-        flags.append("--xla_backend_optimization_level=0")
+        # compute. XLA's own passes stay.
+        "--xla_backend_optimization_level=0",
+    ]
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     # What one process has compiled serves all others: workers, what tests start, the next run.
     folder = config.rootpath / ".pytest_cache/compiled"
@@ -61,6 +62,27 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not hasattr(config, "workerinput"):
         _forget(folder, days=7)
+    guard.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Keep unit tests, with their fixtures, to the rules of `tests/guard.py`."""
+    guard.switch(on=guard.is_unit(item.path, ROOT / "tests"))
+    try:
+        return (yield)
+    finally:
+        guard.switch(on=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where nothing may be left out (as in CI), let a test that is skipped fail."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("NO_TEST_IS_SKIPPED"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where NO_TEST_IS_SKIPPED is set: {report.longrepr}"
+    return report
 
 
 def _forget(folder: Path, days: int) -> None:
@@ -68,34 +90,6 @@ def _forget(folder: Path, days: int) -> None:
     for file in folder.glob("*"):
         if file.stat().st_mtime < time.time() - 86_400 * days:
             file.unlink(missing_ok=True)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tests were left out for want of an extra, and how to get it."""
-    if importlib.util.find_spec("torch") is None:
-        terminalreporter.write_line(
-            "left out: tests/peers (comparisons with the PyTorch CLIPs); "
-            "pip install -e '.[test,peers]' on Python 3.11 brings them"
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        terminalreporter.write_line(
-            "left out: compiling for TPUs (a flag test, slow ones of plan and loss memory); "
-            "pip install -e '.[test,tpu]' brings them"
-        )
-    if importlib.util.find_spec("mkdocs") is None:
-        terminalreporter.write_line(
-            "left out: tests/docs (the built site); pip install -e '.[test,docs]' brings them"
-        )
-    if importlib.util.find_spec("ray") is None:
-        terminalreporter.write_line(
-            "left out: `--on ray` (a test of tests/test_tasks.py, the slow ones with several "
-            "nodes); pip install -e '.[test,ray]' brings them"
-        )
-    if any(importlib.util.find_spec(name) is None for name in ("gradio", "playwright")):
-        terminalreporter.write_line(
-            "left out: tests/browser (pages in a headless Chromium), or a part of it; "
-            "pip install -e '.[test,browser]' and a Chromium bring them"
-        )
 
 
 # ------------------------------------------------------------------ tiny models

@@ -1,0 +1,67 @@
+"""What a unit test may not do: start a process, open a socket, sleep, or read the time.
+
+The rule is for the package and its tests; libraries are free. A call is judged by the module that
+makes it, beyond those through which it leads. Time is read, and waited for, through
+`clip_jax.clock.Clock`, in whose place a test has its own (`tests.clock.HandClock`).
+"""
+
+import functools
+import multiprocessing.process
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Folders of `tests/` that README's command leaves out, to which these rules do not apply; each is
+# run by a stage of `.ci/run`.
+ELSEWHERE = ("contract", "workflow", "reference", "programs")
+
+_LEADS_THROUGH = ("subprocess", "socket", "multiprocessing", "concurrent", "contextlib")
+_WHY = "in a unit test: see `tests/guard.py`"
+_is_on = False
+
+
+def is_unit(path: Path, tests: Path) -> bool:
+    """Say whether a file of tests is one of the unit tests."""
+    return path.is_relative_to(tests) and path.relative_to(tests).parts[0] not in ELSEWHERE
+
+
+def switch(*, on: bool) -> None:
+    """Apply the rules from now on, or no longer."""
+    global _is_on
+    _is_on = on
+
+
+def install() -> None:
+    """Put a check before each function that the rules are about."""
+    for owner, name in (
+        *((time, name) for name in ("sleep", "time", "monotonic", "perf_counter")),
+        *((os, name) for name in ("fork", "posix_spawn")),
+        (subprocess.Popen, "__init__"),
+        (multiprocessing.process.BaseProcess, "start"),
+        *((socket.socket, name) for name in ("connect", "connect_ex", "bind")),
+    ):
+        setattr(owner, name, _checked(getattr(owner, name), f"{owner.__name__}.{name}"))
+
+
+def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if _is_on:
+            frame = sys._getframe(1)
+            while frame and _module(frame).partition(".")[0] in _LEADS_THROUGH:
+                frame = frame.f_back
+            caller = _module(frame) if frame else ""
+            if caller.partition(".")[0] in ("clip_jax", "tests") and caller != "clip_jax.clock":
+                raise AssertionError(f"{caller} calls {name} {_WHY}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _module(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "")
