@@ -163,6 +163,18 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def together(function: Callable[[], Any], kind: type[Refused]) -> Any:
+    """Call a function in every process; where it is refused in one, it is so in all."""
+    value, why = None, ""
+    try:
+        value = function()
+    except kind as error:
+        why = str(error)
+    if why := next(filter(None, gather(why)), ""):
+        raise kind(why)
+    return value
+
+
 def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
     """Keep compiled programs in `folder`, or by default in the work directory, for later starts.
 
