@@ -90,7 +90,7 @@ def test_a_lease_is_renewed_until_it_is_given_back(folder):
 def test_a_lease_that_is_renewed_meanwhile_is_refused(folder):
     holder(folder, 4)
     with mock.patch.object(HandClock, "sleep", autospec=True) as sleep:
-        sleep.side_effect = lambda *_: holder(folder, 5)
+        sleep.side_effect = lambda clock, seconds: clock.advance(seconds) or holder(folder, 5)
         with pytest.raises(Refused, match="process 7 on far is training in"):
             workdir._lease(folder, "training", HandClock())
     assert newest(folder) == (5, False)
