@@ -129,7 +129,7 @@ def test_what_stands_behind_a_run_names_a_step(tmp_path):
     best = {"best": "acc", "best_mode": "max", "best_of": "run"}
     run = run_with(tmp_path / "run", [10, 1, 2, 3, 4], **best)
     assert (named_step(run, ""), named_step(run, "4")) == (10, 4)
-    results = {1: '{"acc": 0.2}', 2: '{"acc": 0.9}', 3: '{"acc": 0.4}', 4: '{"ac'}
+    results = {1: '{"acc": 0.2}', 2: '{"acc": 0.9}', 3: '{"acc": 0.9}', 4: '{"ac'}
     for which, message in (
         ("7", "keeps the checkpoints of steps 1, 2, 3, 4, 10, not of 7"),
         ("best", "none of its checkpoints has acc yet"),
@@ -138,7 +138,7 @@ def test_what_stands_behind_a_run_names_a_step(tmp_path):
             named_step(run, which)
     for step, text in results.items():
         files.write_whole(run / f"checkpoints/{step}/metrics/metrics", text)
-    assert named_step(run, "best") == 2
+    assert named_step(run, "best") == 3  # of two, the newer
     run_with(run, [], **best | {"best_mode": "min"})
     assert named_step(run, "best") == 1
     run_with(run, [], **best | {"best_of": "watcher"})
