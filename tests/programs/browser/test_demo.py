@@ -3,6 +3,7 @@
 Screenshots lie in the temporary directory: `pytest tests/programs/browser --basetemp screenshots`.
 """
 
+import dataclasses
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from clip_jax.cli import main
 from clip_jax.data.embeddings import Embeddings
 from clip_jax.loading import load
 from clip_jax.predict import PredictConfig, predict
-from tests.conftest import ROOT, write_tiny_model
+from tests.conftest import ROOT, TINY, write_tiny_model
 
 COLORS = ("red", "lime", "blue", "yellow", "black", "white")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -32,7 +33,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, six pictures and their embeddings."""
     path = tmp_path_factory.mktemp("demo")
-    write_tiny_model(path / "model")
+    text = dataclasses.replace(TINY.text, context_length=32)
+    write_tiny_model(path / "model", config=dataclasses.replace(TINY, text=text))
     (path / "photos").mkdir()
     for color in COLORS:
         Image.new("RGB", (60, 40), color).save(path / "photos" / f"{color}.png")
