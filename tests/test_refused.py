@@ -48,40 +48,35 @@ GIVEN = {  # where there is no default, or none that can stand alone
     "HalvingConfig.metric": "info_nce",
 }
 
+
+def names(**fields: str) -> set[str]:
+    """`Config.seed` and so on, from fields by dataclass."""
+    return {f"{kind}.{name}" for kind, listed in fields.items() for name in listed.split()}
+
+
 # What zero, a negative number or infinity stands for is said beside the field.
-NEGATIVE = {
-    "MeshConfig.data", "MeshConfig.fsdp", "MeshConfig.tensor", "CLIPConfig.init_logit_bias",
-    "CLIPConfig.image_mean", "ViTConfig.layer_scale", "PrepareConfig.min_score",
-    "PrepareConfig.max_score", "RulesConfig.batch_exponent", "RulesConfig.width_exponent",
-}  # fmt: skip
+NEGATIVE = names(
+    MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean",
+    ViTConfig="layer_scale", PrepareConfig="min_score max_score",
+    RulesConfig="batch_exponent width_exponent",
+)  # fmt: skip
 INFINITE = {"PrepareConfig.min_score": -math.inf, "PrepareConfig.max_score": math.inf}
-ZERO = {
-    "TokenizerConfig.begin_id", "TokenizerConfig.end_id", "TokenizerConfig.pad_id",
-    "SuiteEvalConfig.seed",
-    "SuiteEvalConfig.memory_mib",
-    "Config.seed", "DataConfig.seed", "DataConfig.workers", "DataConfig.threads",
-    "DataConfig.max_bad_share", "DigitsConfig.split_seed", "MemberConfig.weight",
-    "PhaseConfig.from_sample", "PhaseConfig.weights", "EvaluateConfig.seed", "FitConfig.seed",
-    "LadderConfig.seeds", "LadderCommand.jobs", "PrepareConfig.threads", "PrepareConfig.resize",
-    "PrepareConfig.min_side", "PrepareConfig.min_caption", "PrepareConfig.min_words",
-    "PrepareConfig.near_distance", "PrepareConfig.samples_per_task", "PrepareConfig.seed",
-    "PlanConfig.chip_hour_price",
-    "HardwareConfig.price", "HardwareConfig.start_seconds", "RulesConfig.max_warmup_share",
-    "ReportConfig.price",
-    "InputBench.warmup", "ComputeBench.warmup", "ViTConfig.patch_dropout",
-    "GenerationConfig.seed", "GenerationConfig.length_penalty", "CaptionConfig.weight",
-    "CaptionConfig.contrastive_weight",
-    "TextConfig.eos_token_id", "SoftmaxConfig.budget_mib", "SoftmaxConfig.label_smoothing",
-    "SigmoidConfig.budget_mib", "SigmoidConfig.label_smoothing",
-    *(f"OptimConfig.{name}" for name in ("learning_rate", "final_learning_rate", "warmup_steps",
-                                         "weight_decay", "b1", "b2", "image_rate", "text_rate",
-                                         "ema_decay")),
-    "Muon.momentum", "Muon.adam_rate", "SweepConfig.warmups", "SweepConfig.weight_decays",
-    *(f"AugmentConfig.{name}" for name in ("flip", "color_jitter", "brightness", "contrast",
-                                           "saturation", "hue", "grayscale")),
-    *(f"Jitter.{name}" for name in ("rotation", "scale", "stretch", "shear", "shift", "elastic",
-                                    "thickness", "fade", "drift", "shade", "tint", "noise")),
-}  # fmt: skip
+ZERO = names(
+    TokenizerConfig="begin_id end_id pad_id", SuiteEvalConfig="seed memory_mib", Config="seed",
+    DataConfig="seed workers threads max_bad_share", DigitsConfig="split_seed",
+    MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
+    FitConfig="seed", LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
+    PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
+    "seed", HardwareConfig="price start_seconds", RulesConfig="max_warmup_share",
+    ReportConfig="price", InputBench="warmup", ComputeBench="warmup", ViTConfig="patch_dropout",
+    GenerationConfig="seed length_penalty", CaptionConfig="weight contrastive_weight",
+    TextConfig="eos_token_id", SoftmaxConfig="budget_mib label_smoothing",
+    SigmoidConfig="budget_mib label_smoothing", Muon="momentum adam_rate",
+    OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 image_rate "
+    "text_rate ema_decay", SweepConfig="warmups weight_decays",
+    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale",
+    Jitter="rotation scale stretch shear shift elastic thickness fade drift shade tint noise",
+)  # fmt: skip
 
 
 def parts(kind: typing.Any) -> list[typing.Any]:

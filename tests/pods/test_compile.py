@@ -185,7 +185,13 @@ class Recorded(Program):
         self.step = mock.Mock(side_effect=stop, lower=stop)
 
     def init(self, given: Any = None) -> Any:
-        return jax.eval_shape(super().init)
+        return jax.tree.map(
+            lambda x, placed: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=placed.sharding, weak_type=x.weak_type
+            ),
+            jax.eval_shape(super().init),
+            self.state,
+        )
 
 
 def test_plan_compiles_what_train_runs(tmp_path):

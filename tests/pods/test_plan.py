@@ -94,6 +94,8 @@ def test_times_bound_the_step_and_price_the_run():
     assert found.step_seconds_bound == found.step_seconds_one_by_one == found.seconds["memory"]
     assert found.step_seconds_compiler == pytest.approx(2 * 3e6 / 1.5e9)
     total = flops.training(TINY, CONFIG.batch_size).total
+    assert found.step_seconds_bound
+    assert found.hours
     assert found.mfu_bound == pytest.approx(total / (256 * 197e12 * found.step_seconds_bound))
     assert found.hours == pytest.approx(1_000 * found.step_seconds_bound / 3600)
     assert found.price == pytest.approx(found.hours * 256 * 1.2)

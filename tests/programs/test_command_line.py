@@ -11,9 +11,9 @@ from tests.conftest import ROOT
 HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, **streams)
+def run(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE)
 
 
 def test_help_names_every_command():

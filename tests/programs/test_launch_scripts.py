@@ -1,13 +1,11 @@
 """The launchers for clusters: linted, valid, and run against commands that only pretend."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -20,83 +18,63 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
-def closed(*required: str, **properties: Any) -> dict[str, Any]:
-    """The schema of an object that has no other properties."""
-    return {
-        "type": "object",
-        "required": [*required],
-        "properties": properties,
-        "additionalProperties": False,
-    }
-
-
-def several(items: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"type": "array", "items": items, **more}
-
-
-def resource(version: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return closed(
-        "apiVersion", "kind", "metadata", "spec",
-        apiVersion={"const": version}, kind={"const": kind},
-        metadata={"type": "object", "required": ["name"]}, spec=spec,
-    )  # fmt: skip
-
-
-TEXT, COUNT, POSITIVE = {"type": "string"}, {"type": "integer", "minimum": 0}, {"minimum": 1}
-TEMPLATE = {"type": "object", "required": ["spec"]}
-# The part of JobSet's schema (v1alpha2) that a file here may use; the jobs inside are Kubernetes'.
-RULE = closed(
-    "action",
-    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
-    onJobFailureReasons=several(
-        {
-            "enum": [
-                *("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes"),
-                *("MaxFailedIndexesExceeded", "PodFailurePolicy"),
-            ]
-        }
-    ),
+# The parts of JobSet (v1alpha2) and of KubeRay's RayJob (v1) that a file here may use. A value is
+# a type, one of several texts, or a list whose entries are alike; a `dict` inside is Kubernetes'.
+NAMED = {"name": str, "annotations": dict}
+ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+REASONS = (
+    *("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded"),
+    "PodFailurePolicy",
 )
-JOB_SET = resource(
-    "jobset.x-k8s.io/v1alpha2",
-    "JobSet",
-    closed(
-        "replicatedJobs",
-        failurePolicy=closed(maxRestarts=COUNT, rules=several(RULE, maxItems=20)),
-        replicatedJobs=several(
-            closed("name", "template", name=TEXT, replicas=COUNT | POSITIVE, template=TEMPLATE)
-        ),
-    ),
-)
-# And the part of KubeRay's RayJob (v1); its pods are Kubernetes'.
-GROUP = closed(
-    "rayStartParams", "template",
-    groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT | POSITIVE,
-    rayStartParams={"type": "object", "additionalProperties": TEXT}, template=TEMPLATE,
-)  # fmt: skip
-WORKERS = GROUP | {"required": ["groupName", "rayStartParams", "template"]}
-CLUSTER = closed("headGroupSpec", headGroupSpec=GROUP, workerGroupSpecs=several(WORKERS))
-RAY_JOB = resource(
-    "ray.io/v1",
-    "RayJob",
-    closed(
-        "entrypoint", "rayClusterSpec",
-        entrypoint=TEXT, backoffLimit=COUNT, shutdownAfterJobFinishes={"type": "boolean"},
-        rayClusterSpec=CLUSTER,
-    ),
-)  # fmt: skip
+RULE = {"action": ACTIONS, "onJobFailureReasons": [REASONS]}
+JOB_SET = {
+    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
+    "kind": ("JobSet",),
+    "metadata": NAMED,
+    "spec": {
+        "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": dict}}],
+    },
+}
+GROUP = {
+    "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int,
+    "rayStartParams": dict, "template": {"spec": dict},
+}  # fmt: skip
+RAY_JOB = {
+    "apiVersion": ("ray.io/v1",),
+    "kind": ("RayJob",),
+    "metadata": NAMED,
+    "spec": {
+        "entrypoint": str,
+        "backoffLimit": int,
+        "shutdownAfterJobFinishes": bool,
+        "rayClusterSpec": {"headGroupSpec": GROUP, "workerGroupSpecs": [GROUP]},
+    },
+}
 
 
-def jobs(document):
-    """A JobSet's jobs, as Kubernetes gets them."""
-    jsonschema.validate(document, JOB_SET)
-    for replicated in document["spec"]["replicatedJobs"]:
-        yield {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": replicated["name"]},
-            **replicated["template"],
-        }
+def check(value: Any, schema: Any, path: str) -> Any:
+    """Fail at what a schema does not know; return the value."""
+    if isinstance(schema, dict):
+        assert value.keys() <= schema.keys(), f"{path}: {value.keys() - schema.keys()}"
+        for name, entry in value.items():
+            check(entry, schema[name], f"{path}.{name}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list), path
+        for entry in value:
+            check(entry, schema[0], path)
+    elif isinstance(schema, tuple):
+        assert value in schema, f"{path}: {value}"
+    else:
+        assert type(value) is schema, f"{path}: {value}"
+    return value
+
+
+def kubernetes(version: str, kind: str, name: str, template: dict[str, Any]) -> dict[str, Any]:
+    """What Kubernetes gets of a part, in which it refuses unknown fields."""
+    found = {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **template}
+    kubernetes_validate.validate(found, kubernetes_validate.latest_version(), strict=True)
+    return found
 
 
 def test_shellcheck_finds_nothing():
@@ -109,38 +87,31 @@ def test_shellcheck_finds_nothing():
 
 @pytest.mark.parametrize("name", ["gke.yaml", "gke_array.yaml"])
 def test_the_yaml_is_what_kubernetes_takes(name):
-    document = yaml.safe_load((LAUNCH / name).read_text())
-    found = list(jobs(document))
-    assert found
-    for job in found:
-        kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
-        rules = job["spec"]["podFailurePolicy"]["rules"]
-        assert [rule["onExitCodes"]["values"] for rule in rules] == [[2]]
+    spec = check(yaml.safe_load((LAUNCH / name).read_text()), JOB_SET, name)["spec"]
+    assert spec["replicatedJobs"]
+    for replicated in spec["replicatedJobs"]:
+        job = kubernetes("batch/v1", "Job", replicated["name"], replicated["template"])
+        rules = [rule["onExitCodes"] for rule in job["spec"]["podFailurePolicy"]["rules"]]
+        assert [rule["values"] for rule in rules] == [[2]]
         containers = job["spec"]["template"]["spec"]["containers"]
-        names = [rule["onExitCodes"]["containerName"] for rule in rules]
-        assert names == [container["name"] for container in containers]
+        assert [x["containerName"] for x in rules] == [x["name"] for x in containers]
+        misspelt = {"spec": job["spec"] | {"backofLimit": 3}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes("batch/v1", "Job", replicated["name"], misspelt)
 
 
 def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
-    document = yaml.safe_load((LAUNCH / "ray.yaml").read_text())
-    jsonschema.validate(document, RAY_JOB)
-    cluster = document["spec"]["rayClusterSpec"]
+    spec = check(yaml.safe_load((LAUNCH / "ray.yaml").read_text()), RAY_JOB, "ray.yaml")["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert all(group["groupName"] for group in cluster["workerGroupSpecs"])
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
-        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
-    program, verb, *rest = document["spec"]["entrypoint"].replace("gs://BUCKET", "/tmp").split()
+        assert {type(value) for value in group["rayStartParams"].values()} <= {str}
+        kubernetes("v1", "Pod", "x", group["template"])
+    program, verb, *rest = spec["entrypoint"].replace("gs://BUCKET", "/tmp").split()
     assert (program, verb) == ("clip-jax", "prepare")
     config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), cli.prepare)
     assert config.on == "ray"
     assert config.joins
-
-
-def test_a_misspelt_field_is_found():
-    document = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
-    job = next(jobs(document))
-    job["spec"]["backofLimit"] = job["spec"].pop("backoffLimit")
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_no_launcher_says_what_is_trained():
@@ -359,31 +330,3 @@ def test_local_starts_again_what_may_be(tmp_path, code, starts):
     done = local(tmp_path, body, "--processes", "1", "--restarts", "2")
     assert done.returncode == code
     assert len((tmp_path / "starts").read_text()) == starts
-
-
-def test_ci_finds_a_python_wherever_it_is_and_names_one_that_is_not(tmp_path):
-    function = re.search(r"^python_of\(\).*?^\}", (ROOT / ".ci/run").read_text(), re.M | re.S)
-    assert function
-    programs = {  # the first does not start
-        "first/python9.9": "exit 127", "first/python9.8": "exit 127",
-        "second/python9.9": "echo 9.9", ".pyenv/versions/9.8.1/bin/python": "echo 9.8",
-    }  # fmt: skip
-    for name, body in programs.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-
-    path = f"{tmp_path}/first:{tmp_path}/second:/usr/bin:/bin"
-
-    def find(version: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", f"{function[0]}\npython_of {version}"],
-            env={"PATH": path, "HOME": str(tmp_path)},
-            capture_output=True, text=True,
-        )  # fmt: skip
-
-    assert find("9.9").stdout.strip() == str(tmp_path / "second/python9.9")
-    assert find("9.8").stdout.strip() == str(tmp_path / ".pyenv/versions/9.8.1/bin/python")
-    missing = find("9.7")
-    assert missing.returncode == 2
-    assert "There is no Python 9.7" in missing.stderr

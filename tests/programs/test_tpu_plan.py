@@ -22,7 +22,7 @@ MODEL = CLIPConfig(
 
 def request(topology: str, batch_size: int = 64, **mesh: int) -> Request:
     recipe = Recipe(
-        model=MODEL, loss=SoftmaxConfig(), optim=OptimConfig(), steps=100, batch_size=batch_size
+        model=MODEL, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=batch_size
     )
     return Request(recipe=recipe, mesh=MeshConfig(**mesh), topology=Topology.parse(topology))
 

@@ -1,7 +1,4 @@
-"""`clip-jax demo` as a person meets it: a process, and its page in a headless Chromium.
-
-Screenshots lie in the temporary directory: `pytest tests/programs/browser --basetemp screenshots`.
-"""
+"""`clip-jax demo` as a person meets it: a process, and its page in a headless Chromium."""
 
 import dataclasses
 import os
@@ -49,19 +46,19 @@ def address(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = re.search(r"^clip-jax (demo \S+ --embeddings) ", (ROOT / "README.md").read_text(), re.M)
-    assert line
-    command = line[1].replace("runs/digits", str(folder / "model")).split()
+    readme = (ROOT / "README.md").read_text()
+    match = re.search(r"^clip-jax (demo \S+ --embeddings) ", readme, re.M)
+    assert match
+    command = match[1].replace("runs/digits", str(folder / "model")).split()
+    command = ["-m", "clip_jax", *command, str(folder / "embeddings"), "--port", str(port)]
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-u", "-m", "clip_jax", *command, str(folder / "embeddings")),
-            *("--port", str(port)),
-        ],
+        [sys.executable, "-u", *command],
         env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folder / "tmp")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    with process, process.stdout:
+    with process:
+        assert process.stdout
         printed = []
         for line in process.stdout:  # which ends with the process
             printed.append(line)
@@ -85,7 +82,7 @@ def page(address: str, browser: Any) -> Iterator[Any]:
     assert [url for url in outside if not re.match(rf"{address}|data:|blob:", url)] == []
 
 
-def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, page, tmp_path):
+def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, page):
     labels = page.get_by_label("Labels, one a line")
     button = page.get_by_role("button", name="Label", exact=True)
     upload = page.locator("input[type=file]").first
@@ -101,18 +98,15 @@ def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, pa
     upload.set_input_files(folder / "photos/red.png")
     labels.fill(" \n")
     shows_error("give at least one label")
-    page.screenshot(path=tmp_path / "errors.png", animations="disabled")
     labels.fill("a cat\n\n  seven \nred")
     button.click()
     expect(bars).not_to_be_empty()
-    page.screenshot(path=tmp_path / "label.png")
-    expected = predict(
-        PredictConfig(
-            model=folder / "model",
-            images=(folder / "photos/red.png",),
-            labels=("a cat", "seven", "red"),
-        )
-    )[0]["labels"]
+    config = PredictConfig(
+        model=folder / "model",
+        images=(folder / "photos/red.png",),
+        labels=("a cat", "seven", "red"),
+    )
+    expected = predict(config)[0]["labels"]
     assert bars.inner_text().strip() == expected[0]["label"]
     shown = page.locator("[data-testid$='-confidence-set'], .confidence-set")
     assert shown.count() == 3
@@ -125,13 +119,12 @@ def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, pa
     shows_error("not an image")
 
 
-def test_a_text_becomes_the_closest_images(folder, page, tmp_path):
+def test_a_text_becomes_the_closest_images(folder, page):
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("What to look for").fill("a red bicycle")
     page.get_by_label("What to look for").press("Enter")
     captions = page.locator(".caption-label")
     expect(captions).to_have_count(len(COLORS))
-    page.screenshot(path=tmp_path / "search.png")
     model = load(folder / "model")
     text = np.asarray(model.encode_text(model.tokenize(["a red bicycle"])))[0]
     embeddings = Embeddings(folder / "embeddings")

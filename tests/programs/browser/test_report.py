@@ -1,7 +1,4 @@
-"""`clip-jax scale report` as a person meets it: a file, opened in a headless Chromium.
-
-Screenshots lie in the temporary directory: `pytest tests/programs/browser --basetemp screenshots`.
-"""
+"""`clip-jax scale report` as a person meets it: a file, opened in a headless Chromium."""
 
 from playwright.sync_api import expect
 
@@ -20,12 +17,10 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("console", lambda message: messages.append(message.text))
     page.goto(f"file://{file}")
-    page.screenshot(path=tmp_path / "report.png", full_page=True)
     shows_every_run(page, names)
 
     run = page.locator("#runs tbody tr", has_text="w32@3.2K-seed1")
     run.click()
-    page.screenshot(path=tmp_path / "picked.png", full_page=True)
     assert page.locator("svg .on").count() == 4  # point, residual, curve and its end
     other = page.locator("#points .mark:not(.on)").first
     assert other.evaluate("mark => getComputedStyle(mark).opacity") == "0.1"
@@ -58,9 +53,8 @@ def shows_every_run(page, names):
     assert page.locator("#curves path.curve").count() == len(names) - 1  # one has not begun
     assert page.locator("#curves path.curve.open").count() == 2
     bad = page.locator("#failed tbody tr")
-    assert {row.locator("td").nth(1).inner_text() for row in bad.all()} == {
-        "failed", "stopped", "not begun"
-    }  # fmt: skip
+    states = {row.locator("td").nth(1).inner_text() for row in bad.all()}
+    assert states == {"failed", "stopped", "not begun"}
     expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
     expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 trunks")
     expect(page.locator("#said")).to_contain_text("info_nce: power law")
