@@ -5,7 +5,6 @@ vectors [B]. The token embedding table stays where it is: its rows are exchanged
 A gradient of a split parameter is summed to where its shard lies.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -19,7 +18,6 @@ from clip_jax import processes, sharding
 from clip_jax import train as training
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
@@ -39,9 +37,6 @@ CONFIG = CLIPConfig(
     vision=ViTConfig(image_size=24, patch_size=8, width=32, depth=2, num_heads=2, mlp_ratio=3.0),
     text=TextConfig(vocab_size=521, context_length=12, width=40, depth=2, num_heads=4),
     dtype="float32",
-)
-RESNET = dataclasses.replace(
-    CONFIG, vision=ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, num_heads=4)
 )
 Sizes = tuple[int, int, int]  # of a mesh's axes
 
@@ -134,24 +129,6 @@ def test_only_parameters_and_features_are_gathered_and_gradients_stay_split(size
     blocks = [x for x in exchanged if x.kind == "all-gather" and "transformer/while" in x.source]
     assert blocks
     assert all(x.times == CONFIG.text.depth for x in blocks)  # a layer at a time
-
-
-def test_a_resnets_kernels_are_gathered_and_their_gradients_stay_split():
-    """Of the image tower alone, which compiles in a fraction of the step's time."""
-    sizes = (2, 4, 1)
-    one = program(RESNET, sizes)
-    model = dataclasses.replace(one.model, layout=sharding.layout(one.mesh))
-
-    def value(params: Any, images: Any) -> Any:
-        features, batch_stats = model.encode_image_train(params, model.normalize(images), None)
-        return features.sum(), batch_stats
-
-    places = jax.tree.map(lambda x: x.sharding, one.state.params)
-    gradient = jax.jit(jax.grad(value, has_aux=True), out_shardings=(places, None))
-    text = gradient.lower(one.state.params, one.batch["image"]).compile().as_text()
-    assert faults(text, sizes, RESNET) == []
-    exchanged = collectives(text, one.mesh.shape)
-    assert {x.axes for x in exchanged if x.kind == "all-gather"} == {("fsdp",)}
 
 
 FSDP, ALL = "{{0,1,2,3},{4,5,6,7}}", "{{0,1,2,3,4,5,6,7}}"

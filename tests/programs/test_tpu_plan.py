@@ -1,9 +1,12 @@
 """`plan`'s compiles for TPUs that are not there, by libtpu in a process of its own."""
 
+import dataclasses
+
 import pytest
 
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
@@ -20,9 +23,14 @@ MODEL = CLIPConfig(
 )
 
 
-def request(topology: str, batch_size: int = 64, **mesh: int) -> Request:
+RESNET = dataclasses.replace(
+    MODEL, vision=ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, num_heads=4)
+)
+
+
+def request(topology: str, batch_size: int = 64, model: CLIPConfig = MODEL, **mesh: int) -> Request:
     recipe = Recipe(
-        model=MODEL, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=batch_size
+        model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=batch_size
     )
     return Request(recipe=recipe, mesh=MeshConfig(**mesh), topology=Topology.parse(topology))
 
