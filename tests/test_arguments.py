@@ -1,4 +1,4 @@
-"""Flags and config files that a person types wrongly."""
+"""Flags that a person types wrongly."""
 
 import pytest
 
@@ -20,10 +20,3 @@ def test_a_wrong_flag_is_explained_and_exits_with_2(flag, says, capsys):
         main(["train", str(DIGITS), *flag])
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
-
-
-def test_a_config_file_without_get_config_is_named(tmp_path, capsys):
-    path = tmp_path / "mine.py"
-    path.write_text("x = 1\n")
-    assert main(["train", str(path)]) == 2
-    assert "has no get_config()" in capsys.readouterr().err

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 
 from clip_jax.cli import main
 from clip_jax.config import Config, check_resumable, load_config, with_order
+from clip_jax.models import zoo
 from clip_jax.optim import Constant, OptimConfig
 from clip_jax.refused import Refused
 from clip_jax.serialize import to_dict
@@ -24,6 +24,7 @@ HEAD = "from clip_jax.config import Config\ndef get_config():\n"
         ("import nowhere_at_all\n", ":1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("x = 1\ndef get_config(:\n", ":2: SyntaxError: invalid syntax"),
         ("x = '\x00'\n", ": "),
+        ("x = 1\n", "has no get_config()"),
         ("get_config = 3\n", ": TypeError: 'int' object is not callable"),
         ("def get_config(a):\n    pass\n", ": TypeError: get_config() missing 1 required"),
         ("def get_config():\n    return 1\n", "returned int, not a Config"),
@@ -38,21 +39,17 @@ def test_an_error_in_a_config_file_is_said_with_its_line(text, says, tmp_path, c
     path = tmp_path / "mine.py"
     path.write_text(text)
     assert main(["train", str(path)]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(
-        ("clip-jax: " + str(path), "clip-jax: get_config() of " + str(path))
-    )
-    assert says in printed.err
-    assert printed.err.count("\n") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith((f"clip-jax: {path}", f"clip-jax: get_config() of {path}"))
+    assert says in line
 
 
-def test_a_bug_of_ours_under_a_config_file_stays_a_bug(tmp_path, monkeypatch):
+def test_a_bug_of_ours_under_a_config_file_stays_a_bug(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from clip_jax.models import zoo\ndef get_config():\n    return zoo.get('RN50')\n"
     )
-    monkeypatch.setattr("clip_jax.models.zoo.ARCHITECTURES", None)
-    with pytest.raises(TypeError):
+    with mock.patch.object(zoo, "ARCHITECTURES", None), pytest.raises(TypeError):
         load_config(path)
 
 
@@ -64,16 +61,6 @@ def test_a_damaged_config_json_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(Refused, match=r"config\.json"):
         load_config(path)
-
-
-def test_a_type_that_python_does_not_mind_is_refused(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(HEAD + "    return Config(steps=1e4)\n")
-    done = subprocess.run(  # without the tests' own checks of types
-        [sys.executable, "-m", "clip_jax", "train", str(path)], capture_output=True, text=True
-    )
-    says = "mine.py: config.steps is 10000.0; it must be of type int.\n"
-    assert (done.returncode, done.stderr[-len(says) :]) == (2, says)
 
 
 @pytest.mark.parametrize(("kept", "found"), [("stretches", "stretches"), (None, "global")])

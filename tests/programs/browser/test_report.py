@@ -1,42 +1,47 @@
-"""`clip-jax scale report` as a person meets it: a file, opened in a headless Chromium.
+"""`clip-jax scale report` as a person meets it: a file, opened in a headless Chromium."""
 
-Screenshots lie in the temporary directory: `pytest tests/programs/browser --basetemp screenshots`.
-"""
-
-import pytest
 from playwright.sync_api import expect
 
 from clip_jax.cli import main
 from tests.scaling.conftest import write_ladder
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The page of a ladder, and the names of its runs."""
-    root = tmp_path_factory.mktemp("report")
-    names = write_ladder(root / "<script>alert(1)</script>")
-    page = root / "page.html"
-    assert main(["scale", "report", str(root), "--output", str(page), "--price", "2"]) == 0
-    return page, names
-
-
-@pytest.fixture
-def page(made, browser):
-    """The page, which asks for nothing but itself and says no error."""
-    asked, said = [], []
+def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, tmp_path):
+    names = write_ladder(tmp_path / "<script>alert(1)</script>")
+    file = tmp_path / "page.html"
+    arguments = ["scale", "report", str(tmp_path / "<script>alert(1)</script>")]
+    assert main([*arguments, "--output", str(file), "--price", "2"]) == 0
+    requests, messages = [], []
     page = browser.new_page(viewport={"width": 1240, "height": 900})
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda message: said.append(message.text))
-    page.goto(f"file://{made[0]}")
-    yield page
-    assert [url for url in asked if not url.startswith("data:")] == [f"file://{made[0]}"]
-    assert said == []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("console", lambda message: messages.append(message.text))
+    page.goto(f"file://{file}")
+    shows_every_run(page, names)
+
+    run = page.locator("#runs tbody tr", has_text="w32@3.2K-seed1")
+    run.click()
+    assert page.locator("svg .on").count() == 4  # point, residual, curve and its end
+    other = page.locator("#points .mark:not(.on)").first
+    assert other.evaluate("mark => getComputedStyle(mark).opacity") == "0.1"
+    run.click()
+    assert page.locator("svg .on").count() == 0
+    page.locator("#runs th", has_text="pairs").click()
+    pairs = page.locator("#runs tbody tr td:nth-child(6)").all_inner_texts()
+    assert (pairs[0], pairs[-1]) == ("0", "6.4K")
+
+    page.locator("#points .mark").first.dispatch_event("mousemove", {"clientX": 9, "clientY": 9})
+    expect(page.locator("#tip")).to_contain_text("a branch of w16-trunk-seed0 at step 80")
+    shown = page.locator("#points .mark").count()
+    page.get_by_role("button", name="w32").click()
+    assert page.locator("#points .mark").count() == shown - 4
+    page.get_by_label("which number").select_option("info_nce")
+    assert page.locator("#curves path.curve").count() == 0
+    assert [url for url in requests if not url.startswith("data:")] == [f"file://{file}"]
+    assert messages == []
 
 
-def test_it_opens_from_a_file_and_shows_every_run(made, page, tmp_path):
-    _, names = made
-    page.screenshot(path=tmp_path / "report.png", full_page=True)
+def shows_every_run(page, names):
     rows = page.locator("#runs tbody tr")
     assert [row.locator("td").first.inner_text() for row in rows.all()] == sorted(names)
     finished = [name for name in names if "trunk" not in name and "6.4K" not in name] + [
@@ -48,39 +53,11 @@ def test_it_opens_from_a_file_and_shows_every_run(made, page, tmp_path):
     assert page.locator("#curves path.curve").count() == len(names) - 1  # one has not begun
     assert page.locator("#curves path.curve.open").count() == 2
     bad = page.locator("#failed tbody tr")
-    assert {row.locator("td").nth(1).inner_text() for row in bad.all()} == {
-        "failed", "stopped", "not begun"
-    }  # fmt: skip
+    states = {row.locator("td").nth(1).inner_text() for row in bad.all()}
+    assert states == {"failed", "stopped", "not begun"}
     expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
     expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 trunks")
     expect(page.locator("#said")).to_contain_text("info_nce: power law")
     expect(page.locator("#cards")).to_contain_text("13 of 16")
     text = page.locator("body").inner_text()
     assert [words for words in ("NaN", "undefined", "Infinity", "[object") if words in text] == []
-
-
-def test_a_click_shows_a_run_alone_and_a_column_sorts(page, tmp_path):
-    run = page.locator("#runs tbody tr", has_text="w32@3.2K-seed1")
-    run.click()
-    page.screenshot(path=tmp_path / "picked.png", full_page=True)
-    assert page.locator("svg .on").count() == 4  # point, residual, curve and its end
-    assert page.locator("#points .mark:not(.on)").first.evaluate(
-        "mark => getComputedStyle(mark).opacity"
-    ) == "0.1"  # fmt: skip
-    run.click()
-    assert page.locator("svg .on").count() == 0
-    page.locator("#runs th", has_text="pairs").click()
-    pairs = page.locator("#runs tbody tr td:nth-child(6)").all_inner_texts()
-    assert pairs[0] == "0"
-    assert pairs[-1] == "6.4K"
-
-
-def test_a_point_tells_what_it_is_and_a_model_can_be_hidden(page, tmp_path):
-    page.locator("#points .mark").first.dispatch_event("mousemove", {"clientX": 9, "clientY": 9})
-    expect(page.locator("#tip")).to_contain_text("a branch of w16-trunk-seed0 at step 80")
-    shown = page.locator("#points .mark").count()
-    page.get_by_role("button", name="w32").click()
-    page.screenshot(path=tmp_path / "hidden.png", full_page=True)
-    assert page.locator("#points .mark").count() == shown - 4
-    page.get_by_label("which number").select_option("info_nce")
-    assert page.locator("#curves path.curve").count() == 0

@@ -58,7 +58,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_every_command_of_the_guide_runs(folder, monkeypatch, capsys):
     few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
     monkeypatch.setattr(supervised, "search", few)

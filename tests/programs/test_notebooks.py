@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import jupytext
 import nbformat
@@ -22,32 +21,21 @@ STEPS = 16
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
-def read(name: str) -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-
-
-def outputs(notebook: nbformat.NotebookNode) -> list[Any]:
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
-
-
-def pictures(notebook: nbformat.NotebookNode) -> list[Any]:
-    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
-
-
 @pytest.mark.parametrize(
     ("name", "drawn"), [("quickstart", 4), ("zero_shot", 5), ("convert", 2), ("scaling", 4)]
 )
 def test_both_files_say_the_same_and_outputs_are_saved(name: str, drawn: int):
-    notebook, text = read(name), jupytext.read(NOTEBOOKS / f"{name}.py")
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    text = jupytext.read(NOTEBOOKS / f"{name}.py")
     assert [(c.cell_type, c.source) for c in notebook.cells] == [
         (c.cell_type, c.source) for c in text.cells
     ]
-    assert len(pictures(notebook)) == drawn
-    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == drawn
+    assert not [output for output in outputs if output.output_type == "error"]
     assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
 
 
-@pytest.mark.slow
 def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # It trains under the root that it finds above its folder: here one without earlier runs.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -63,7 +51,6 @@ def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "scribbled twelve" in printed
 
 
-@pytest.mark.slow
 def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = dataclasses.replace(TINY.text, vocab_size=4_096, context_length=32)
     write_tiny_model(tmp_path / "model", config=dataclasses.replace(TINY, text=text))
@@ -78,7 +65,6 @@ def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert float(shares["pixels   16"]) == pytest.approx(72.4, abs=1)  # of any model
 
 
-@pytest.mark.long
 def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     printed, drawn = execute_notebook("scaling", NOTEBOOKS, monkeypatch)
     assert "ImageNet                              LAION  -0.1114   5.858" in printed

@@ -1,4 +1,4 @@
-"""Every bash and Python block of the README and of `docs/` (slow) runs, in order, in one directory.
+"""Every bash and Python block of the README and of `docs/` runs, in order, in one directory.
 
 Installing is left out, training is cut to a few steps, ladders are planned only (their table is in
 the repository), pytest is not run inside itself, and the page and the server have tests of their
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -68,23 +69,21 @@ def commands(*pages):
 @pytest.fixture
 def directory(tmp_path):
     """A place with the repository's files and somebody's pairs."""
-    path = tmp_path
     for name in ("configs", "clip_jax", "tests", "notebooks"):
-        (path / name).symlink_to(ROOT / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    animals = [tmp_path / f"animals/{x}/{y}" for x in ("train", "test") for y in ("cat", "dog")]
+    for folder in animals:
+        folder.mkdir(parents=True)
     lines = ["image,caption"]
     for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,picture number {i}")
-    (path / "photos").mkdir()
-    shutil.copy(path / "0.png", path / "photos")
-    for place in ("train", "test"):
-        for animal in ("cat", "dog"):
-            (path / "animals" / place / animal).mkdir(parents=True)
-            for i in range(4):
-                shutil.copy(path / f"{i}.png", path / "animals" / place / animal)
-    (path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return path
+        for folder in (*(animals if i < 4 else []), *([tmp_path / "photos"] if i == 0 else [])):
+            shutil.copy(tmp_path / f"{i}.png", folder)
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -104,39 +103,30 @@ def environment(tmp_path_factory):
         yield values | {"SOCKET": forks.path}
 
 
-def run(directory, environment, arguments):
-    done = subprocess.run(
-        arguments, cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{arguments[-1]}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def run_blocks(directory, environment, *pages):
-    """Run the bash blocks of some pages, one after another; return what each said."""
-    bash = shutil.which("bash")
-    done, outputs = set(), []
-    for block in blocks("bash", *pages):
-        fresh = [line for line in block.splitlines() if line not in done]
-        done.update(fresh)
-        outputs.append(run(directory, environment, [bash, "-c", SHIMS + "\n".join(fresh)]))
-    return "\n".join(outputs)
-
-
-@pytest.mark.slow
 def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
     """The README's first, of whose runs the pages speak."""
-    said = run_blocks(directory, environment, *PAGES)
-    assert "zero_shot/unseen/top1" in said
-    assert "alpha         -0.1114" in said
-    assert "held out: 9 runs predicted from the 27 others" in said
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            arguments, cwd=directory, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{arguments[-1]}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    ran, outputs = set(), []
+    for block in blocks("bash", *PAGES):
+        fresh = [line for line in block.splitlines() if line not in ran]
+        ran.update(fresh)
+        outputs.append(run("bash", "-c", SHIMS + "\n".join(fresh)))
+    printed = "\n".join(outputs)
+    assert "zero_shot/unseen/top1" in printed
+    assert "alpha         -0.1114" in printed
+    assert "held out: 9 runs predicted from the 27 others" in printed
     first, *others = dict.fromkeys(blocks("python", *PAGES))
     assert blocks("python", *PAGES).count(first) == 2  # of the README, and in the library's page
-    similarities, *said = (
-        run(directory, environment, [sys.executable, "-c", block]) for block in (first, *others)
-    )
+    similarities, *rest = (run(sys.executable, "-c", block) for block in (first, *others))
     assert re.fullmatch(r"\[\[\S+\s+\S+\]\]\n", similarities)  # one image, two texts
-    assert "(1, 17, 16) (1, 16, 16, 3)\n" in said
+    assert "(1, 17, 16) (1, 16, 16, 3)\n" in rest
 
 
 @pytest.mark.parametrize("command", commands(*PAGES), ids=" ".join)
@@ -149,9 +139,11 @@ def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
         raise Read
 
     parse = arguments.parse
-    monkeypatch.setattr(arguments, "parse", read)
     monkeypatch.chdir(ROOT)
-    with pytest.raises(Read):
+    with (
+        mock.patch.object(arguments, "parse", autospec=True, side_effect=read),
+        pytest.raises(Read),
+    ):
         cli._run(command)
 
 

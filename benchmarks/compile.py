@@ -1,0 +1,100 @@
+"""Checks of compiled steps that take minutes: GPUs, cuDNN's attention, large embedding tables.
+
+    python benchmarks/compile.py [gpu] [cudnn] [tables]
+
+`tables` needs the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. No device is needed. An assertion
+fails where a step does not compile as it should. tests/programs/test_tpu_plan.py has the quick
+ones.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from clip_jax.config import load_config
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.models import zoo
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.optim import OptimConfig
+from clip_jax.pods.compile import Request, compile_step
+from clip_jax.pods.topology import Topology
+from clip_jax.sharding import MeshConfig
+from clip_jax.step import Recipe
+
+ROOT = Path(__file__).parents[1]
+TABLES = [  # 256,000 tokens of 768, and 901,629 of 1,024, at a batch of 32,768
+    ("siglip2_b16", "ViT-B-16-SigLIP2-256", "v5e:16x16"),
+    ("vit_h14", "ViT-H-14-quickgelu-worldwide", "v5p:4x4x8"),
+]
+
+
+def small(topology: str, image_size: int, patch: int, length: int, **more: Any) -> Request:
+    """Return the step of a small model on GPUs, two of which share its parameters."""
+    sizes: Any = {"width": 64, "depth": 1, "num_heads": 1}
+    model = CLIPConfig(
+        embed_dim=16, vision=ViTConfig(image_size=image_size, patch_size=patch, **sizes),
+        text=TextConfig(vocab_size=520, context_length=length, **sizes), **more,
+    )  # fmt: skip
+    recipe = Recipe(
+        model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=64
+    )
+    return Request(recipe=recipe, mesh=MeshConfig(fsdp=2), topology=Topology.parse(topology))
+
+
+def gpu() -> None:
+    """Every kind of GPU is compiled for; more than one node exchanges over the network."""
+    for topology in ("H100:8", "H100:16", "A100:8", "H200:8", "B200:8"):
+        request = small(topology, 16, 8, 10, dtype="float32")
+        facts = compile_step(request)
+        assert facts.mesh == (request.topology.devices // 2, 2, 1)
+        assert facts.peak_bytes > facts.parameters + facts.optimizer + facts.batch
+        between = sum(x.received_from_slices for x in facts.exchanges)
+        assert (between > 0) == (request.topology.islands > 1)
+        assert sum(x.times * (x.flops or 0) for x in facts.works) > 0
+        print(f"{topology}: {facts.peak_bytes=} {between=}", flush=True)
+
+
+def cudnn() -> None:
+    """Attention is cuDNN's for odd lengths too: 197 and 257 patches, 77 tokens."""
+    for patch in (16, 14):
+        request = small("H100:8", 224, patch, 77, attention="cudnn", dtype="bfloat16")
+        calls = compile_step(request).calls()
+        assert calls["__cudnn$fmhaSoftmax"] == calls["__cudnn$fmhaSoftmaxBackward"] == 2
+        print(f"patches of {patch}: {calls}", flush=True)
+
+
+def tables() -> None:
+    """A large token embedding table is never gathered: the rows of a batch are exchanged."""
+    for name, architecture, topology in TABLES:
+        config = load_config(ROOT / f"configs/{name}.py")
+        # XLA's attention, with which BENCHMARKS.md was measured; nothing here depends on it.
+        model = dataclasses.replace(
+            zoo.get(architecture), remat=config.model.remat, attention="xla"
+        )
+        recipe = dataclasses.replace(config.recipe, model=model)
+        request = Request(recipe=recipe, mesh=config.mesh, topology=Topology.parse(topology))
+        facts, text = compile_step(request), model.text
+        assert facts.fits
+        data, fsdp, _ = facts.mesh
+        table = 4 * text.vocab_size * text.width
+        rows = 4 * recipe.batch_size // (data * fsdp) * text.context_length * text.width
+        # Nothing reads or writes as much as all texts' embeddings, not even in bfloat16.
+        assert max(x.bytes for x in facts.works) < rows * data * fsdp / 2
+        sent = sum(x.bytes for x in facts.exchanges if x.kind == "all-to-all")
+        assert abs(sent / (2 * rows) - 1) < 0.01  # forward and backward
+        gathered = [x.bytes / x.times for x in facts.exchanges if x.kind == "all-gather"]
+        assert max(gathered) < table / 4
+        summed = [
+            x.bytes for x in facts.exchanges if x.axes == ("data",) and x.kind != "all-gather"
+        ]
+        assert any(abs(size / (table / fsdp) - 1) < 0.1 for size in summed), summed
+        print(f"{architecture}: {facts.peak_bytes=} {table=} {sent=}", flush=True)
+
+
+if __name__ == "__main__":
+    checks = {"gpu": gpu, "cudnn": cudnn, "tables": tables}
+    for name in sys.argv[1:] or checks:
+        checks[name]()

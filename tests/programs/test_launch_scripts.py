@@ -1,0 +1,332 @@
+"""The launchers for clusters: linted, valid, and run against commands that only pretend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from clip_jax import arguments, cli
+from clip_jax.prepare.layout import PrepareConfig
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+# The parts of JobSet (v1alpha2) and of KubeRay's RayJob (v1) that a file here may use. A value is
+# a type, one of several texts, or a list whose entries are alike; a `dict` inside is Kubernetes'.
+NAMED = {"name": str, "annotations": dict}
+ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+REASONS = (
+    *("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded"),
+    "PodFailurePolicy",
+)
+RULE = {"action": ACTIONS, "onJobFailureReasons": [REASONS]}
+JOB_SET = {
+    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
+    "kind": ("JobSet",),
+    "metadata": NAMED,
+    "spec": {
+        "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": dict}}],
+    },
+}
+GROUP = {
+    "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int,
+    "rayStartParams": dict, "template": {"spec": dict},
+}  # fmt: skip
+RAY_JOB = {
+    "apiVersion": ("ray.io/v1",),
+    "kind": ("RayJob",),
+    "metadata": NAMED,
+    "spec": {
+        "entrypoint": str,
+        "backoffLimit": int,
+        "shutdownAfterJobFinishes": bool,
+        "rayClusterSpec": {"headGroupSpec": GROUP, "workerGroupSpecs": [GROUP]},
+    },
+}
+
+
+def check(value: Any, schema: Any, path: str) -> Any:
+    """Fail at what a schema does not know; return the value."""
+    if isinstance(schema, dict):
+        assert value.keys() <= schema.keys(), f"{path}: {value.keys() - schema.keys()}"
+        for name, entry in value.items():
+            check(entry, schema[name], f"{path}.{name}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list), path
+        for entry in value:
+            check(entry, schema[0], path)
+    elif isinstance(schema, tuple):
+        assert value in schema, f"{path}: {value}"
+    else:
+        assert type(value) is schema, f"{path}: {value}"
+    return value
+
+
+def kubernetes(version: str, kind: str, name: str, template: dict[str, Any]) -> dict[str, Any]:
+    """What Kubernetes gets of a part, in which it refuses unknown fields."""
+    found = {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **template}
+    kubernetes_validate.validate(found, kubernetes_validate.latest_version(), strict=True)
+    return found
+
+
+def test_shellcheck_finds_nothing():
+    done = subprocess.run(
+        ["shellcheck", *SCRIPTS],
+        capture_output=True, text=True, env=with_venv(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["gke.yaml", "gke_array.yaml"])
+def test_the_yaml_is_what_kubernetes_takes(name):
+    spec = check(yaml.safe_load((LAUNCH / name).read_text()), JOB_SET, name)["spec"]
+    assert spec["replicatedJobs"]
+    for replicated in spec["replicatedJobs"]:
+        job = kubernetes("batch/v1", "Job", replicated["name"], replicated["template"])
+        rules = [rule["onExitCodes"] for rule in job["spec"]["podFailurePolicy"]["rules"]]
+        assert [rule["values"] for rule in rules] == [[2]]
+        containers = job["spec"]["template"]["spec"]["containers"]
+        assert [x["containerName"] for x in rules] == [x["name"] for x in containers]
+        misspelt = {"spec": job["spec"] | {"backofLimit": 3}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes("batch/v1", "Job", replicated["name"], misspelt)
+
+
+def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
+    spec = check(yaml.safe_load((LAUNCH / "ray.yaml").read_text()), RAY_JOB, "ray.yaml")["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert all(group["groupName"] for group in cluster["workerGroupSpecs"])
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert {type(value) for value in group["rayStartParams"].values()} <= {str}
+        kubernetes("v1", "Pod", "x", group["template"])
+    program, verb, *rest = spec["entrypoint"].replace("gs://BUCKET", "/tmp").split()
+    assert (program, verb) == ("clip-jax", "prepare")
+    config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), cli.prepare)
+    assert config.on == "ray"
+    assert config.joins
+
+
+def test_no_launcher_says_what_is_trained():
+    for path in LAUNCH.iterdir():
+        if path.is_file() and path.name != "README.md":
+            text = path.read_text()
+            for word in ("--optim.", "--batch-size", "--steps", "--model.", "--data."):
+                assert word not in text, (path.name, word)
+
+
+def with_venv(*first: Path, **more: str) -> dict[str, str]:
+    """The environment; commands are looked for in `first`, then beside this Python."""
+    path = os.pathsep.join([*map(str, first), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path} | more
+
+
+def run_script(
+    name: str, folder: Path, commands: dict[str, str], *arguments: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run a script with pretended commands, each of which does what its text says.
+
+    Return the process and the command lines that were called, in order.
+    """
+    for command, body in commands.items():
+        path = folder / command
+        path.write_text(f'#!/usr/bin/env bash\necho "{command} $*" >> "$CALLS"\n{body}\n')
+        path.chmod(0o755)
+    calls = folder / "calls"
+    done = subprocess.run(
+        ["bash", str(LAUNCH / name), *arguments],
+        env=with_venv(folder, CALLS=str(calls), **environment), cwd=folder,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_slurm_leads_ray_on_the_first_node_and_ends_as_the_command_does(tmp_path, code):
+    commands = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'shift; SLURM_PROCID=0 "$@"; rm -f "$ended.2"; mv "$ended" "$ended.2"\n'
+        'SLURM_PROCID=1 "$@"; cp "$ended.2" "$ended"; exit 137',
+        "ray": 'case "$*" in *--block*) cp "$ended.2" "$ended" ;; esac',
+        "clip-jax": f"exit {code}",
+    }
+    done, calls = run_script(
+        "ray.sbatch", tmp_path, commands, "prepare", "in", "out", "--shuffle",
+        SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]", SLURM_CPUS_PER_TASK="32",
+    )  # fmt: skip
+    assert done.returncode == code
+    assert [call for call in calls if call.startswith(("ray ", "clip-jax "))] == [
+        "ray start --head --port 6379 --num-cpus 32 --include-dashboard false",
+        "clip-jax prepare in out --shuffle --on ray",
+        "ray stop",
+        "ray start --address node7:6379 --num-cpus 32 --block",
+    ]
+    assert not (tmp_path / "42.ended").exists()
+
+
+GCLOUD = r"""
+case "$*" in
+  *describe*) cat "$STATE" 2>/dev/null || exit 1 ;;
+  *"queued-resources create"*) echo ACTIVE > "$STATE" ;;
+  *"queued-resources delete"*) rm -f "$STATE" ;;
+  *ssh*clip-jax*train*)
+    code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
+    if [ "$code" = 137 ]; then echo SUSPENDED > "$STATE"; fi  # preempted
+    for one in 0 1; do echo "clip-jax exit code $code"; done ;;
+esac
+"""
+
+
+TRAIN = ["train", "configs/vit_l14.py", "--workdir", "gs://b/runs/l14"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "attempts", "created", "ends", "says"),
+    [
+        ([75, 137, 0], 3, 2, 0, ""),  # of 137, preempted, the slice is created once more
+        ([134, 0], 2, 1, 0, ""),
+        ([2, 0], 1, 1, 2, "exit code 2 means"),
+        ([1, 1, 1, 0], 3, 1, 1, "not started again"),
+    ],
+    ids=["a bucket silent, preempted", "aborted", "wrong use", "three times at once"],
+)
+def test_tpu_vm_starts_again_what_may_succeed(codes, attempts, created, ends, says, tmp_path):
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    done, calls = run_script(
+        "tpu_vm.sh", tmp_path, {"gcloud": GCLOUD}, "up", *TRAIN, STATE=str(tmp_path / "state"),
+        CODES=str(tmp_path / "codes"), ZONE="z", TYPE="v5litepod-16", POLL="0",
+    )  # fmt: skip
+    assert done.returncode == ends, done.stderr
+    assert says in done.stderr
+    assert sum("ssh" in call and " train " in call for call in calls) == attempts
+    assert sum("queued-resources create" in call for call in calls) == created
+    assert ("queued-resources delete clip" in calls[-1]) == (ends == 0)
+
+
+def test_tpu_vm_wants_a_bucket(tmp_path):
+    arguments = ("up", *TRAIN[:-1], "runs/l14")
+    done, calls = run_script(
+        "tpu_vm.sh", tmp_path, {"gcloud": GCLOUD}, *arguments, ZONE="z", TYPE="t"
+    )
+    assert done.returncode == 2
+    assert "gs://" in done.stderr
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued", "ends"),
+    [
+        (0, 0, False, 0),
+        (2, 0, False, 2),
+        (3, 0, True, 0),
+        (75, 0, True, 0),
+        (137, 7, True, 0),
+        (1, 100, False, 1),
+    ],
+)
+def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, requeued, ends):
+    commands = {
+        "srun": 'shift; "$@"; code=$?; [ "$code" = 2 ] && exit 137; exit "$code"',
+        "clip-jax": f"exit {code}",
+        "scontrol": "",
+    }
+    done, calls = run_script(
+        "slurm.sbatch", tmp_path, commands, *TRAIN,
+        SLURM_JOB_ID="42", SLURM_RESTART_COUNT=str(restarts),
+    )  # fmt: skip
+    assert ("scontrol requeue 42" in calls) == requeued, done.stdout
+    assert done.returncode == ends
+    wanted = "clip-jax train configs/vit_l14.py --workdir gs://b/runs/l14 --processes"
+    assert any(wanted in call for call in calls)
+    assert not (tmp_path / "42.wrong").exists()
+
+
+def test_a_slurm_array_takes_its_part(tmp_path):
+    done, calls = run_script(
+        "slurm_array.sbatch", tmp_path, {"clip-jax": ""}, "embed", "m", "photos", "out",
+        SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="8",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert calls == ["clip-jax embed m photos out --part 3/8"]
+
+
+PRETENDED = """
+import os, pathlib, signal, sys, time
+HERE = pathlib.Path(__file__).parent
+index = int(os.environ["CLIP_JAX_PROCESS_INDEX"])
+(HERE / f"pid {index}").write_text(str(os.getpid()))
+
+def state(other):  # "Z": has ended; "": and the launcher knows
+    file = HERE / f"pid {other}"
+    if not (pid := file.exists() and file.read_text()):
+        return "not begun"
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+    except FileNotFoundError:
+        return ""
+
+"""
+
+
+def local(folder: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run launch/local.py with processes that are no JAX but do what `body` says."""
+    (folder / "pretended.py").write_text(PRETENDED + body)
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / "local.py"), "--module", "pretended", *options, "train"],
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_local_gives_each_process_its_place_and_devices(tmp_path):
+    names = ("CLIP_JAX_PROCESS_COUNT", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")
+    body = f"print(sys.argv[1], *(os.environ[name] for name in {names}))\n"
+    done = local(tmp_path, body, "--processes", "3", "--devices", "2")
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("launch:")]
+    assert sorted(lines) == [f"[{index}] train 3 2 cpu" for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last"),
+    [
+        (
+            "while index == 1 and state(0): time.sleep(0.01)\nsys.exit(3)", 3,
+            "launch: process 0 ended first, with exit code 3:",
+        ),
+        (
+            "index == 1 and sys.exit('no disk')\ntime.sleep(60)", 1,
+            "launch: process 1 ended first, with exit code 1: no disk",
+        ),
+        (
+            "index == 1 and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 137,
+            "launch: process 1 was killed by SIGKILL",
+        ),
+        # JAX aborts those that wait for a dead process; they are no cause.
+        (
+            "while index == 0 and state(1) not in ('Z', ''): time.sleep(0.01)\n"
+            "os.kill(os.getpid(), signal.SIGABRT if index == 0 else signal.SIGKILL)", 137,
+            "launch: process 1 was killed by SIGKILL",
+        ),
+    ],
+    ids=["preempted", "an exception", "killed", "aborted by JAX"],
+)  # fmt: skip
+def test_local_ends_all_and_names_the_cause_last(tmp_path, body, code, last):
+    done = local(tmp_path, body, "--grace", "0.2")
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].strip() == last
+
+
+@pytest.mark.parametrize(("code", "starts"), [(75, 3), (2, 1), (3, 1), (0, 1)])
+def test_local_starts_again_what_may_be(tmp_path, code, starts):
+    body = f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\nsys.exit({code})"
+    done = local(tmp_path, body, "--processes", "1", "--restarts", "2")
+    assert done.returncode == code
+    assert len((tmp_path / "starts").read_text()) == starts
