@@ -1,6 +1,7 @@
 """Finding each other, agreeing, sharing data, flags, endings: what needs no second process."""
 
 import dataclasses
+import inspect
 import multiprocessing.process
 import os
 import queue
@@ -133,13 +134,13 @@ def test_slices_lie_along_data_alone():
         sharding.mesh_utils, "create_hybrid_device_mesh", autospec=True,
         return_value=np.array(chips, object).reshape(4, 4, 1),
     ) as hybrid:  # fmt: skip
-        mesh = make_mesh.__wrapped__(MeshConfig(fsdp=4), chips)
+        mesh = inspect.unwrap(make_mesh)(MeshConfig(fsdp=4), chips)
     assert mesh.shape == {"data": 4, "fsdp": 4, "tensor": 1}
     for row in mesh.devices[:, :, 0]:  # what fsdp gathers stays in a slice
         assert len({chip.slice_index for chip in row}) == 1
     assert hybrid.call_args.args[:2] == ((2, 4, 1), (2, 1, 1))
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
-        make_mesh.__wrapped__(MeshConfig(fsdp=16), chips)
+        inspect.unwrap(make_mesh)(MeshConfig(fsdp=16), chips)
 
 
 @pytest.mark.parametrize(

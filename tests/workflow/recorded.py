@@ -31,6 +31,7 @@ def recorded(self: Pipeline, start_step: int = 0, *others: Any) -> Generator[Bat
         for number, batch in enumerate(PLAIN(self, start_step, *others), start=start_step + 1):
             if number == int(step) and what == "hang" and index == 0:
                 CLOCK.advance(HOURS)  # this process notices first
+                coordinator().blocking_key_value_get(KEYS["hang"], 600_000)
             elif number == int(step) and index == int(process):
                 trouble(what)
             row = {"step": number, "processes": jax.process_count(), "keys": batch.keys}

@@ -102,7 +102,7 @@ def test_an_exception_and_a_hang_in_one_process_end_all_and_are_shown(tmp_path, 
     two = start(*training(tmp_path), TROUBLE="1:5:hang")
     lines = two.end(code=1)
     shown = [line for line in lines if "nothing finished in 30 minutes" in line]
-    assert [line[:3] for line in shown[:2]] == ["[0]", "[1]"]
+    assert [line[:3] for line in shown[:2]] == ["[0]", "[1]"], two.output
     assert any(line.startswith("[1]") and line.endswith(" in trouble") for line in lines)
     assert any(line.startswith("[0]") and line.endswith(" in loop") for line in lines)
 
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_all_in_one_line_each_after_a_damaged_checkpoint(one, tmp_pa
     two.until("trouble: interrupt")
     two.signal(signal.SIGINT)
     two.end(code=130)
-    assert "Traceback" not in two.output
+    assert "Traceback" not in two.output, two.output
     assert two.output.count("] clip-jax: interrupted") == 2
     # What one process cannot read, none of them goes on from.
     assert two.output.count(f"the checkpoint of step {STEPS} is damaged") == 1
