@@ -40,31 +40,29 @@ def test_absolute_paths_and_other_columns(tmp_path):
     assert source.load(0, RNG) == (image.read_bytes(), "ein Bild — ä")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_missing_column_names_those_found(suffix, tmp_path):
-    table = write_pairs(tmp_path, 2, suffix)
-    with pytest.raises(ValueError, match=r"no column 'text', only 'image', 'caption'.*caption_col"):
-        TableSource(TableConfig(path=str(table), caption_column="text"))
-    with pytest.raises(ValueError, match=r"no column 'file'.*data\.source\.image_column"):
-        TableSource(TableConfig(path=str(table), image_column="file"))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none.csv", None, r"no table at .*none\.csv; set data\.source\.path"),
-        ("pairs.xlsx", b"x", r"ends in '\.xlsx'; data\.source\.path takes \.csv, \.tsv"),
-        ("empty.csv", b"", r"no column 'image', only none"),
-        ("header.csv", b"image,caption\n", r"has no rows"),
-        ("empty.jsonl", b"", r"is empty"),
-        ("blank.jsonl", b"\n\n", r"no column 'image', only none"),
-        ("lines.jsonl", b"nothing\n[1]\n", r"no column 'image', only none"),
+        ("pairs.xlsx", "x", r"ends in '\.xlsx'; data\.source\.path takes \.csv, \.tsv"),
+        ("empty.csv", "", r"no column 'image', only none"),
+        ("header.csv", "image,caption\n", r"has no rows"),
+        ("empty.jsonl", "", r"is empty"),
+        ("blank.jsonl", "\n\n", r"no column 'image', only none"),
+        ("lines.jsonl", "nothing\n[1]\n", r"no column 'image', only none"),
+        ("a.csv", "image,text\na,b\n", r"'caption', only 'image', 'text'.*source\.caption_column"),
+        ("a.jsonl", '{"file": "a", "caption": "b"}', r"'image', only 'file', 'caption'.*image_col"),
+        ("twice.csv", "image,caption,caption\na,b,c\n", r"2 columns 'caption' among 'image', 'c"),
+        ("quote.csv", 'image,caption\na.png,"open\nb.png,x\n', "ends within quotes"),
+        # One block of Arrow's, and part of the next: the rest is taken for one long cell.
+        ("next.csv", 'image,caption\na,"open\n' + "b,x\n" * 400_000, "ends within quotes"),
+        ("end.csv", "image,caption\n" + "b,x\n" * 600_000 + 'a,"open\nb,x\n', "within quotes"),
     ],
 )
 def test_unusable_tables(name, content, message, tmp_path):
     if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Refused, match=message):
         TableSource(TableConfig(path=str(tmp_path / name)))
 
 
@@ -119,17 +117,6 @@ def test_bad_json_lines_are_samples_with_a_reason(tmp_path):
     assert_captions_or_reasons(tmp_path / "t.jsonl", list(lines.values()))
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [(300_000, r"t\.csv.*does not parse.*A quote that never closes"), (1, "ends within quotes")],
-)
-def test_an_open_quote_is_named_in_large_and_small_files(rows, message, tmp_path):
-    table = tmp_path / "t.csv"
-    table.write_text('image,caption\na.png,"open\n' + "b.png,x\n" * rows)
-    with pytest.raises(Refused, match=message):
-        TableSource(TableConfig(path=str(table)))
-
-
 def test_quotes_within_cells(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text('image,caption\na.png,5" wide\nb.png,"6"" wide"\nc.png,"7" wide\n')
@@ -181,10 +168,3 @@ def test_a_pipe_in_the_place_of_an_image_is_named(tmp_path):
     os.mkfifo(image)
     with pytest.raises(SampleError, match=rf"image file: a pipe or a device.*{image.name}"):
         TableSource(TableConfig(path=str(table))).image(0)
-
-
-def test_two_columns_of_one_name_are_refused(tmp_path):
-    table = tmp_path / "pairs.csv"
-    table.write_text("image,caption,caption\na.png,b,c\n")
-    with pytest.raises(Refused, match=r"2 columns 'caption' among 'image', 'caption', 'caption'"):
-        TableSource(TableConfig(path=str(table)))
