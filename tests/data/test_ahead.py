@@ -18,8 +18,7 @@ class Stretches:
     """Records of 100 bytes in stretches of ten, which know what was asked of them."""
 
     def __init__(self, count, fail=()):
-        self.count, self.fail = count, fail
-        self.asked, self.held, self.most = [], 0, 0
+        self.count, self.fail, self.asked = count, fail, []
 
     def __len__(self):
         return self.count
@@ -45,13 +44,13 @@ class Stretches:
         ]
 
 
-def made(count, window=64):
+def made(count):
     sizes = np.full(count // STRETCH, STRETCH, np.int64)
-    return StretchOrder(sizes, seed=0, window=window, shares=OfPositions(LANES, count))
+    return StretchOrder(sizes, seed=0, window=64, shares=OfPositions(LANES, count))
 
 
-def open_ahead(source, *, start=0, budget=1 << 20, lanes=LANES.own, window=64):
-    order = made(len(source), window)
+def open_ahead(source, *, start=0, budget=1 << 20, lanes=LANES.own):
+    order = made(len(source))
     return ReadAhead(source, order, lanes, width=LANES.width, start=start, budget=budget)
 
 
@@ -59,9 +58,7 @@ def requests(ahead, steps, lanes):
     """Record, and epoch and first record of its piece, in the order in which they are needed."""
     for step in steps:
         for lane in lanes:
-            for record, epoch, first in zip(
-                *map(np.ndarray.tolist, ahead.run(step, lane)[:3]), strict=True
-            ):
+            for record, epoch, first, _ in np.stack(ahead.run(step, lane), axis=1).tolist():
                 yield step, record, (epoch, first)
 
 
@@ -128,10 +125,9 @@ def test_a_lane_of_a_process_reads_only_its_own():
         ahead = open_ahead(source, lanes=lanes)
         take(ahead, range(25), lanes)
         ahead.close()
-    first = made(6400).at(0, 0, 400)
-    assert {(a, b) for a, b in zip(first.first.tolist(), first.last.tolist(), strict=True)} <= set(
-        sources[0].asked
-    )
+    run = made(6400).at(0, 0, 400)
+    pieces = set(zip(run.first.tolist(), run.last.tolist(), strict=True))
+    assert pieces <= set(sources[0].asked)
     assert sum(len(source.asked) for source in sources) < 3 * (640 + 15)
 
 

@@ -47,10 +47,8 @@ def test_pairs_are_the_same_samples_in_every_format(format, tmp_path):
     assert [(source.image(i), *source.captions(i)) for i in range(80)] == expected
     assert len({source.key(i) for i in range(80)}) == 80
     if isinstance(source, StretchSource):
-        ends = np.cumsum(source.stretches())
-        records = [
-            x for span in itertools.pairwise([0, *ends]) for x in source.fetch(*map(int, span))
-        ]
+        spans = itertools.pairwise([0, *np.cumsum(source.stretches()).tolist()])
+        records = [record for span in spans for record in source.fetch(*span)]
         assert [record.load(RNG) for record in records] == expected
         assert [record.key for record in records] == [source.key(i) for i in range(80)]
     else:
@@ -60,9 +58,7 @@ def test_pairs_are_the_same_samples_in_every_format(format, tmp_path):
 def test_a_tfds_set_in_a_bucket_that_is_no_array_record_is_refused(tmp_path):
     config = FORMATS["tfds"](tmp_path, PAIRS[:3])
     info = Path(config.path) / "dataset_info.json"
-    info.write_text(
-        info.read_text().replace("array_record", "parquet").replace("arrayrecord", "parquet")
-    )
+    info.write_text(re.sub("array_?record", "parquet", info.read_text()))
     with pytest.raises(Refused, match=r"is stored as parquet; in a bucket .* as array_record"):
         TfdsBucketSource(config)
 
@@ -119,10 +115,8 @@ def test_a_foreign_state_of_save_to_disk_is_refused(state, tmp_path):
 
 
 def test_several_captions_and_bad_cells(tmp_path):
-    rows = {
-        "image": [b"x", None, b"x", b"x"],
-        "caption": [["one", "two"], ["x"], [], None],
-    }
+    captions = [["one", "two"], ["x"], [], None]
+    rows = {"image": [b"x", None, b"x", b"x"], "caption": captions}
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
     source = ParquetSource(ParquetConfig(path=str(tmp_path / "a.parquet")))
     assert {source.load(0, np.random.default_rng(i))[1] for i in range(20)} == {"one", "two"}
@@ -156,9 +150,7 @@ def test_of_several_splits_one_must_be_chosen(tmp_path):
     (tmp_path / "train").mkdir()
     FORMATS["saved_dataset"](tmp_path / "train", PAIRS)
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    with pytest.raises(
-        ValueError, match=r"several splits; set data\.source\.path to one of .*train"
-    ):
+    with pytest.raises(ValueError, match=r"several splits; set data\.source\.path to .*train"):
         SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path)))
 
 
