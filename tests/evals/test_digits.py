@@ -85,7 +85,7 @@ def test_a_caption_is_right_in_any_words_of_its_number(shift, expected):
 
     def written(encoder, images, generation):
         assert generation.min_length == 1
-        numbers = [encoder.labels[image.tobytes()] for image in images]
+        numbers = [int(encoder.labels[image.tobytes()]) for image in images]
         texts = [digits.prompts((n + shift) % 100, 2)[n % 13] for n in numbers]
         return encoder.read(encoder.tokenize(texts))
 
