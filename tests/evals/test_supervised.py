@@ -25,7 +25,7 @@ def encoder():
         codes = [[1 + sum(map(ord, word)) % 590 for word in text.split()] for text in texts]
         return np.array([(row + [599] + [0] * 16)[:16] for row in codes], np.int32)
 
-    return encoder_on(mesh_of(2), tokens, scale=0.3, mean=(0.5,) * 3, std=(1.0,) * 3)
+    return encoder_on(mesh_of(1), tokens, scale=0.3, mean=(0.5,) * 3, std=(1.0,) * 3)
 
 
 @functools.cache
