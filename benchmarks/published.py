@@ -27,7 +27,7 @@ import torch
 
 from clip_jax.convert import hugging_face, openai
 from clip_jax.convert import open_clip as open_clip_format
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import Format, read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.verify import BOUND, random_inputs
 from clip_jax.data.tokenizers import make_tokenizer
@@ -49,7 +49,7 @@ from tests.reference.parity import (
     texts_for,
 )
 
-LIBRARIES = ("openai", "open-clip", "hugging-face")
+LIBRARIES: tuple[Format, ...] = ("openai", "open-clip", "hugging-face")
 CUT = ("RN50x16", "RN50x64", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
 OPEN_CLIP_NAMES = {  # as open_clip's own configurations are called
     "ViT-B/32": "ViT-B-32-quickgelu",
@@ -215,7 +215,7 @@ def check(weights, model, images, our_ids, their_ids) -> float:
     return largest
 
 
-def compare(name: str, to: str, folder: Path) -> str:
+def compare(name: str, to: Format, folder: Path) -> str:
     """Largest differences of a model, as a library reads ours and as we read its own."""
     config = cut(zoo.get(name)) if name in CUT else zoo.get(name)
     images = random_inputs(config)[0][:2]

@@ -25,7 +25,7 @@ TEXTS = ["a photo of a cat", "Ünïcödé &amp; <b>HTML</b>!", "seven  o'clock 4
 
 def import_openai_clip():
     """Import `clip` of openai-clip, which imports `pkg_resources`, gone from new setuptools."""
-    if importlib.util.find_spec("pkg_resources") is None:
+    if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
         stub: Any = types.ModuleType("pkg_resources")
         stub.packaging = packaging
         sys.modules.setdefault("pkg_resources", stub)
