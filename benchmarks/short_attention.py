@@ -1,8 +1,10 @@
 """The short attention kernel: how exact it is, and that TPUs' compiler takes it; no TPU is needed.
 
-    PYTHONPATH=. python benchmarks/short_attention.py exact
-    PYTHONPATH=. python benchmarks/short_attention.py short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
-    PYTHONPATH=. python benchmarks/short_attention.py step [ARCHITECTURE ...]
+    PYTHONPATH=. python benchmarks/short_attention.py WHAT
+
+    exact
+    short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
+    step [ARCHITECTURE ...]
 
 exact: interpreted, for all shapes of the zoo of up to 1,024 tokens: errors of output and gradient
 against float64 (the largest, the root mean square), and their ratios to those of XLA's attention.
@@ -33,7 +35,7 @@ from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import KERNEL
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
-from tests.models.exact_attention import check_as_good_as_xla
+from tests.models.exact_attention import errors, interpreted, xla_of_tpu
 
 ROOT = Path(__file__).parent.parent
 ROWS = 16
@@ -54,7 +56,14 @@ def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
 def exact() -> None:
     of_zoo = set().union(*(towers(config) for config in zoo.ARCHITECTURES.values()))
     for length, dim, causal in sorted({(shape[0], *shape[2:]) for shape in of_zoo}):
-        print(*check_as_good_as_xla(length, 2, dim, causal), sep="\n", flush=True)
+        for dtype, xla in ((jnp.float32, attention.xla), (jnp.bfloat16, xla_of_tpu)):
+            case = length, 2, dim, causal, None, dtype
+            ours, theirs = (
+                [y for part in errors(x, *case) for y in part] for x in (interpreted, xla)
+            )
+            numbers = [f"{x:.2e}" for x in ours]
+            numbers += [f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True)]
+            print(length, dim, causal, dtype.dtype, *numbers, flush=True)
 
 
 def shapes_of_the_configs(topology: str) -> list[str]:

@@ -112,15 +112,6 @@ def test_accuracy_counts_ties_as_chance(form: str, mesh: Mesh) -> None:
     assert accuracies(one, twice) == pytest.approx(((14 + 1 / 2 + 1 / 16) / 16, 15 / 16))
 
 
-def test_a_masked_pair_is_no_competitor() -> None:
-    same = jnp.eye(4).at[1].set(jnp.eye(4)[0])  # texts 0 and 1 are equal
-    config = SoftmaxConfig(mask_same_caption=True)
-    ids = jnp.array([7, 7, 8, 9])
-    loss = jax.jit(functools.partial(contrastive_loss, config, caption_ids=ids))
-    _, metrics = loss(same, same, jnp.float32(100))
-    assert metrics["image_to_text_accuracy"] == metrics["text_to_image_accuracy"] == 1
-
-
 def test_captions_are_numbered_like_numpy_unique() -> None:
     draw = np.random.default_rng(0).integers
     tokens = np.concatenate([draw(0, 49408, (300, 77)), draw(0, 2, (300, 77)) * np.arange(77)])
