@@ -1,57 +1,69 @@
-"""What tests of optimizers build: parameters, gradients, and where twenty updates lead."""
+"""What tests of optimizers build: parameters, gradients, and where eight updates lead."""
 
 import itertools
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax import sharding
-from clip_jax.models.clip import CLIPConfig, Params, split_batch_stats
+from clip_jax.convert.state_dict import unflatten
+from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.dimensions import table
 from clip_jax.optim import OptimConfig, make_optimizer
-from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import Recipe, shapes
-from tests.conftest import GOLDEN_LOSS, TINY, parameters
+from clip_jax.sharding import MeshConfig, make_mesh, path_name
+from tests.conftest import TINY, parameters
 
 RATE = 1e-2
-UPDATES = 20
+UPDATES = 8
+ROWS = table(TINY)
+# An array of each kind, of one tower, and of what a block stacks: queries, keys and values.
+_CHOSEN = re.compile(
+    "visual/(conv1|class_emb)|logit_scale|text/(token|positional|text_proj|ln_final/scale)"
+    "|text/.*(attn/in_proj|attn/out_proj/kernel|c_fc/kernel|c_proj/bias)"
+)
 
 
-def beginning(config: CLIPConfig = TINY) -> Params:
-    """Trainable parameters; each layer's are larger than those of the one before."""
-    rows = table(config)
-
-    def scaled(path, x):
-        if not rows[sharding.path_name(path)].startswith("depth"):
-            return x
-        return x * np.arange(1, len(x) + 1, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-    params, _ = split_batch_stats(parameters(config))
-    return jax.tree_util.tree_map_with_path(scaled, params)
+def names_only(config: CLIPConfig) -> Params:
+    """The tree of a model's trainable parameters, each an array of as many axes, of length 1."""
+    rows = {path: row for path, row in table(config).items() if not path.startswith("batch_stats")}
+    return unflatten({path: jnp.ones((1,) * len(row.split())) for path, row in rows.items()})
 
 
-def gradients(config: CLIPConfig = TINY) -> Params:
-    """Twenty gradients of a tiny model from NumPy, stacked; each array has its own scale."""
+def beginning() -> Params:
+    """Some of a tiny model's parameters; each layer's are larger than those of the one before."""
+    chosen = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters(TINY)):
+        if _CHOSEN.match(name := path_name(path)):
+            if ROWS[name].startswith("depth"):
+                x = x * np.arange(1, len(x) + 1, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+            chosen[name] = x
+    return unflatten(chosen)
+
+
+def gradients() -> Params:
+    """As many gradients from NumPy as updates, stacked; each array has its own scale."""
     rng = np.random.default_rng(2)
 
     def draw(x):
         scale = 10 ** rng.uniform(-3, 0)
         return (scale * rng.standard_normal((UPDATES, *x.shape))).astype(np.float32)
 
-    return jax.tree.map(draw, beginning(config))
+    return jax.tree.map(draw, beginning())
 
 
-def optimized(optim: OptimConfig, mesh: Mesh | None = None, config: CLIPConfig = TINY) -> Params:
-    """A tiny model's parameters after twenty of our updates by `gradients`, where they lie."""
+def optimized(optim: OptimConfig, mesh: Mesh | None = None) -> Params:
+    """The parameters after our updates by `gradients`, sharded as a model's are."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    recipe = Recipe(model=config, loss=GOLDEN_LOSS, optim=optim, steps=UPDATES, batch_size=16)
-    places = jax.tree.map(lambda x: x.sharding, shapes(recipe, mesh)[0])
-    inside, _ = split_batch_stats(places.params)
+    of_all = sharding.param_shardings(TINY, parameters(TINY), mesh)
+    of_all = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(of_all)}
+    inside = jax.tree_util.tree_map_with_path(lambda p, _: of_all[path_name(p)], beginning())
     stacked = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(None, *x.spec)), inside)
-    optimizer = make_optimizer(optim, table(config))
+    optimizer = make_optimizer(optim, ROWS)
 
     def update(carry, gradient):
         params, state = carry
@@ -63,39 +75,31 @@ def optimized(optim: OptimConfig, mesh: Mesh | None = None, config: CLIPConfig =
         return params
 
     run = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
-    return jax.device_get(run(beginning(config), gradients(config)))
+    return jax.device_get(run(beginning(), gradients()))
 
 
-def layers(tree: Params, config: CLIPConfig = TINY, apart: str = "depth") -> dict[str, Any]:
-    """Arrays by path; those that `apart` stacks (depth, S) one by one, by number.
-
-    The image tower's blocks, which are like the text's, are left out.
-    """
-    rows, found = table(config), {}
+def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:
+    """Arrays by path; those that `apart` stacks (depth, S) one by one, by number."""
+    single = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = sharding.path_name(path)
-        if name.startswith("visual/transformer"):
-            continue
-        names = rows[name].split()
+        names = ROWS[path_name(path)].split()
         ahead = x.ndim - len(names)  # of gradients, the steps
         axes = [i + ahead for i, dim in enumerate(names) if dim in apart.split()]
         for index in itertools.product(*(range(x.shape[axis]) for axis in axes)):
             one = x
-            for axis, place in reversed(list(zip(axes, index, strict=True))):
-                one = np.take(one, place, axis)
-            found["/".join([name, *map(str, index)])] = one
-    return found
+            for axis, number in reversed(list(zip(axes, index, strict=True))):
+                one = np.take(one, number, axis)
+            single["/".join([path_name(path), *map(str, index)])] = one
+    return single
 
 
 def followed(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
-    """Parameters after twenty updates of another optimizer."""
+    """Parameters after the same updates of another optimizer."""
 
-    @jax.jit
-    def update(params, state, gradient):
+    def update(carry, gradient):
+        params, state = carry
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        return (optax.apply_updates(params, updates), state), None
 
-    state = optimizer.init(params)
-    for step in range(UPDATES):
-        params, state = update(params, state, jax.tree.map(lambda x, i=step: x[i], gradients))
-    return jax.device_get(params)
+    run = jax.jit(lambda params, g: jax.lax.scan(update, (params, optimizer.init(params)), g)[0][0])
+    return jax.device_get(run(params, gradients))

@@ -1,4 +1,4 @@
-"""Adafactor beside big_vision's formula in float64, layer by layer."""
+"""Adafactor beside big_vision's formula in float64, layer by layer, on a mesh too."""
 
 import jax
 import numpy as np
@@ -7,8 +7,8 @@ import pytest
 from clip_jax.models.clip import CLIP
 from clip_jax.models.dimensions import table
 from clip_jax.optim import Adafactor, OptimConfig, make_optimizer
-from clip_jax.sharding import path_name
-from tests.conftest import TINY
+from clip_jax.sharding import make_mesh, path_name
+from tests.conftest import MESHES, TINY
 from tests.optim.conftest import RATE, UPDATES, beginning, gradients, layers, optimized
 
 
@@ -37,13 +37,12 @@ def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):
     return param
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("min_size", [8, 32])
-def test_each_layer_is_big_visions(min_size):
+@pytest.mark.parametrize(("min_size", "mesh"), [(8, make_mesh(MESHES["2x2x2"])), (32, None)])
+def test_each_layer_is_big_visions(min_size, mesh):
     optim = OptimConfig(optimizer=Adafactor(min_size=min_size), b2=0.9, weight_decay=0.2)
     apart = "depth S"
     params, steps = layers(beginning(), apart=apart), layers(gradients(), apart=apart)
-    got = layers(optimized(optim), apart=apart)
+    got = layers(optimized(optim, mesh), apart=apart)
     kernels = ("kernel", "proj", "text_projection", "token_embedding", "positional_embedding")
     for name, param in params.items():
         decays = bool(set(kernels) & set(name.split("/")))

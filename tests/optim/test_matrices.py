@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP
 from clip_jax.models.dimensions import table
 from clip_jax.optim.matrices import stack_of, with_names
 from clip_jax.sharding import path_name
+from tests.optim.conftest import names_only
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,12 @@ from clip_jax.sharding import path_name
 )
 def test_linear_maps_are_all_kernels_but_patches_and_tables(name):
     config = zoo.get(name)
-    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    params.pop("batch_stats", None)
-    stacks = with_names(table(config), lambda names, _: bool(stack_of(names)), params)
-    for path, found in jax.tree_util.tree_leaves_with_path(stacks):
+    stacks = with_names(table(config), lambda names, _: bool(stack_of(names)), names_only(config))
+    for path, is_linear in jax.tree_util.tree_leaves_with_path(stacks):
         name = path_name(path)
         last = name.rpartition("/")[2]
         is_weight = last in ("kernel", "proj", "text_projection", "image_projection")
-        assert found == (is_weight and not re.search("conv|downsample", name)), name
+        assert is_linear == (is_weight and not re.search("conv|downsample", name)), name
 
 
 def test_functions_of_matrices_are_applied_to_each():

@@ -1,16 +1,15 @@
-"""Muon beside optax.contrib.muon, layer by layer, query, key and value apart."""
+"""Muon beside optax.contrib.muon, layer by layer, query, key and value apart, on a mesh too."""
 
 import dataclasses
 
 import numpy as np
 import optax
-import pytest
 
-from clip_jax.models.dimensions import table
 from clip_jax.optim import Muon, OptimConfig
 from clip_jax.optim.matrices import stack_of
-from tests.conftest import TINY
-from tests.optim.conftest import RATE, beginning, followed, gradients, layers, optimized
+from clip_jax.sharding import make_mesh
+from tests.conftest import MESHES
+from tests.optim.conftest import RATE, ROWS, beginning, followed, gradients, layers, optimized
 
 OPTIM = OptimConfig(optimizer=Muon(rms=None), weight_decay=0.0, b2=0.95)
 # Five iterations multiply what rounding leaves of a small singular value by 3.4 each.
@@ -19,53 +18,47 @@ TOLERANCE = 1e-4
 
 def matrices(tree):
     """Linear maps as matrices [steps.. inputs outputs], all else as it is."""
-    rows, found = table(TINY), {}
+    single = {}
     for name, x in layers(tree, apart="depth S").items():
         path = name.rstrip("0123456789/")
-        names = [dim for dim in rows[path].split() if dim not in ("depth", "S")]
+        names = [dim for dim in ROWS[path].split() if dim not in ("depth", "S")]
         if stack := stack_of(names):
             ahead = x.shape[: x.ndim - len(names)]
             x = x.reshape(*ahead, *stack.sizes(x.shape[len(ahead) :]))
-        found[name] = x
-    return found
+        single[name] = x
+    return single
 
 
 def linear(params):
-    return {
-        name: bool(stack_of(table(TINY)[name.rstrip("0123456789/")].split())) for name in params
-    }
+    return {name: bool(stack_of(ROWS[name.rstrip("0123456789/")].split())) for name in params}
 
 
-def check_follows(optim, theirs, params):
+def check_follows(optim, theirs, params, mesh=None):
     """Every matrix goes where optax's takes it, up to a share of how far it goes."""
     expected = followed(theirs, params, matrices(gradients()))
-    got = matrices(optimized(optim))
+    got = matrices(optimized(optim, mesh))
     for name, x in expected.items():
         moved = np.abs(x - params[name]).max()
         assert np.abs(got[name] - x).max() <= TOLERANCE * moved, name
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("nesterov", "rms"), [(True, None), (False, 0.2)])
-def test_each_layer_is_optaxs(nesterov, rms):
-    optim = dataclasses.replace(OPTIM, optimizer=Muon(rms=rms, nesterov=nesterov))
+def test_each_layer_is_optaxs_on_a_mesh():
     params = matrices(beginning())
     names = linear(params)
     theirs = optax.contrib.muon(
-        RATE, eps=OPTIM.eps, nesterov=nesterov, consistent_rms=rms, adam_b1=OPTIM.b1,
+        RATE, eps=OPTIM.eps, nesterov=True, consistent_rms=None, adam_b1=OPTIM.b1,
         adam_b2=OPTIM.b2, muon_weight_dimension_numbers={
             name: optax.contrib.MuonDimensionNumbers() if is_linear else None
             for name, is_linear in names.items()
         },
     )  # fmt: skip
-    check_follows(optim, theirs, params)
+    check_follows(OPTIM, theirs, params, make_mesh(MESHES["2x2x2"]))
     of_block = {name.rpartition("resblocks/")[2] for name in names if names[name]}
     assert {f"attn/in_proj/kernel/1/{qkv}" for qkv in range(3)} < of_block
     assert not any("embedding" in name or "conv1" in name for name in of_block)
 
 
-@pytest.mark.long
-def test_decay_and_the_rates_of_the_rest():
+def test_decay_the_rates_of_the_rest_and_no_nesterov():
     optim = dataclasses.replace(
         OPTIM, optimizer=Muon(nesterov=False, adam_rate=0.1), weight_decay=0.5
     )
