@@ -1,12 +1,19 @@
 """The PyTorch CLIPs as fixtures. Install them with the extra `peers` (Python 3.11)."""
 
 import importlib.util
-import warnings
+from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["*"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The libraries warn of their own age."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +26,6 @@ def openai_clip():
 
 @pytest.fixture(scope="session")
 def open_clip():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import open_clip
+    import open_clip
+
     return open_clip

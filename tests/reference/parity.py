@@ -86,9 +86,7 @@ def loaded(to, path):
     if to == "openai":
         import clip
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, _ = clip.load(str(path), device="cpu")
+        model, _ = clip.load(str(path), device="cpu")
         return model, lambda texts: clip.tokenize(texts, model.context_length, truncate=True)
     if to == "open-clip":
         import open_clip

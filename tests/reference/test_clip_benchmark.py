@@ -29,8 +29,6 @@ with warnings.catch_warnings():
         zeroshot_retrieval,
     )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of clip-benchmark, about its own calls
-
 
 class Features:
     """A model whose inputs are its features already."""

@@ -2,7 +2,6 @@
 `MetaClip2Model`, in and out, for one small model of each family of shapes."""
 
 import json
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -63,10 +62,8 @@ def siglip(name):
 @pytest.fixture
 def toy_trunk(monkeypatch):
     """Register the small image towers with timm, whose names alone open_clip can build."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from timm.models import register_model
-        from timm.models.vision_transformer import VisionTransformer
+    from timm.models import register_model
+    from timm.models.vision_transformer import VisionTransformer
 
     def register(vision, activation):
         def vit_toy_siglip(pretrained=False, **options):
@@ -81,9 +78,7 @@ def toy_trunk(monkeypatch):
             )  # fmt: skip
 
         vit_toy_siglip.__module__ = __name__
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            register_model(vit_toy_siglip)
+        register_model(vit_toy_siglip)
         fixed = "gelu" if activation == "gelu" else "gelu_tanh"
         monkeypatch.setitem(timm.TRUNKS, "vit_toy_siglip", replace(vision, activation=fixed))
 
@@ -239,18 +234,16 @@ def test_siglips_sizes_are_open_clips(open_clip):
 
 
 def test_timms_names_have_the_sizes_and_the_activations_that_we_say():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import timm as peer
+    import timm as peer
 
-        for name, vision in timm.TRUNKS.items():
-            with torch.device("meta"):
-                model = peer.create_model(name, pretrained=False, num_classes=0)
-            mlp = model.blocks[0].mlp
-            tanh = type(mlp.act).__name__ != "GELU" or mlp.act.approximate == "tanh"
-            assert tanh == (vision.activation == "gelu_tanh"), name
-            assert type(model.attn_pool.mlp.act) is type(mlp.act)
-            assert model.pos_embed.shape == (1, vision.num_patches, vision.width), name
-            assert (len(model.blocks), mlp.fc1.out_features) == (vision.depth, vision.mlp_width)
-            assert model.blocks[0].attn.num_heads == vision.num_heads
-            assert model.attn_pool.num_heads == vision.num_heads
+    for name, vision in timm.TRUNKS.items():
+        with torch.device("meta"):
+            model = peer.create_model(name, pretrained=False, num_classes=0)
+        mlp = model.blocks[0].mlp
+        tanh = type(mlp.act).__name__ != "GELU" or mlp.act.approximate == "tanh"
+        assert tanh == (vision.activation == "gelu_tanh"), name
+        assert type(model.attn_pool.mlp.act) is type(mlp.act)
+        assert model.pos_embed.shape == (1, vision.num_patches, vision.width), name
+        assert (len(model.blocks), mlp.fc1.out_features) == (vision.depth, vision.mlp_width)
+        assert model.blocks[0].attn.num_heads == vision.num_heads
+        assert model.attn_pool.num_heads == vision.num_heads

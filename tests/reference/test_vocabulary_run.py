@@ -2,7 +2,6 @@
 own processors and models give the same probabilities for the same image and texts."""
 
 import json
-import warnings
 from dataclasses import replace
 
 import jax
@@ -65,28 +64,26 @@ def test_exports_have_the_words_and_the_probabilities(open_clip, workdir, tmp_pa
         np.testing.assert_array_equal(again.tokenize(LABELS, True), model.tokenize(LABELS, True))
         np.testing.assert_allclose(probabilities(again, picture), ours, rtol=1e-5)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        processor = CLIPProcessor.from_pretrained(tmp_path / "hugging-face", local_files_only=True)
-        model = AutoModel.from_pretrained(tmp_path / "hugging-face", local_files_only=True).eval()
-        inputs = processor(
-            text=LABELS, images=picture, padding="max_length", truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        with torch.no_grad():
-            logits = model(
-                input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]
-            ).logits_per_image
-        assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
+    processor = CLIPProcessor.from_pretrained(tmp_path / "hugging-face", local_files_only=True)
+    model = AutoModel.from_pretrained(tmp_path / "hugging-face", local_files_only=True).eval()
+    inputs = processor(
+        text=LABELS, images=picture, padding="max_length", truncation=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(
+            input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]
+        ).logits_per_image
+    assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
 
-        folder = f"local-dir:{tmp_path / 'open-clip'}"
-        model, _, preprocess = open_clip.create_model_and_transforms(folder)
-        tokens = open_clip.get_tokenizer(folder)(LABELS)
-        with torch.no_grad():
-            images = model.eval().encode_image(preprocess(picture)[None], normalize=True)
-            texts = model.encode_text(tokens, normalize=True)
-            logits = model.logit_scale.exp() * images @ texts.T
-        assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
+    folder = f"local-dir:{tmp_path / 'open-clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(folder)
+    tokens = open_clip.get_tokenizer(folder)(LABELS)
+    with torch.no_grad():
+        images = model.eval().encode_image(preprocess(picture)[None], normalize=True)
+        texts = model.encode_text(tokens, normalize=True)
+        logits = model.logit_scale.exp() * images @ texts.T
+    assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
 
 
 def test_a_fine_tuning_from_other_words_is_refused(workdir):
