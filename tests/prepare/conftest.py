@@ -2,12 +2,18 @@
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, decode_example
+from clip_jax.prepare import report
+
+DRAW = report.draw
 _SIDE = 160
 
 
@@ -72,3 +78,22 @@ def digests(folder: Path) -> dict[str, str]:
     """Every shard of a folder by what is in it, to the bit."""
     paths = sorted(folder.glob("*.array_record"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def records(folder: Path) -> list[dict[str, list[bytes]]]:
+    """The features of every record that is written, in order."""
+    source = ArrayRecordSource(ArrayRecordConfig(path=str(folder / "*.array_record")))
+    return [decode_example(source._read(i, i + 1)[0]) for i in range(len(source))]
+
+
+def captions(folder: Path) -> list[list[str]]:
+    return [[text.decode() for text in record["caption"]] for record in records(folder)]
+
+
+@pytest.fixture(autouse=True)
+def draw() -> Generator[mock.Mock]:
+    """Draw no bars, which take most of the time of so few pairs."""
+    with mock.patch.object(
+        report, "draw", autospec=True, side_effect=lambda path, _: path.touch()
+    ) as fake:
+        yield fake

@@ -8,7 +8,7 @@ from clip_jax.prepare.layout import Layout, PrepareConfig
 from clip_jax.prepare.stages import CANDIDATE, ROWS
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_kth_largest_is_exact(seed):
     rng = np.random.default_rng(seed)
     numbers = np.concatenate([rng.standard_normal(500), np.round(rng.standard_normal(500), 1)])

@@ -1,0 +1,44 @@
+"""`prepare` from a bucket to a bucket, from an index that parts have made."""
+
+import hashlib
+import json
+from unittest import mock
+
+from clip_jax import files
+from clip_jax.cli import main
+from clip_jax.data.sources import tar_index
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.prepare.writer import prepare
+from tests.data.conftest import FORMATS
+from tests.prepare.conftest import digests, encoded
+
+
+def test_shards_in_a_bucket_are_those_on_disk(tmp_path, gs, capsys):
+    """Samples are read several at a time, with fewer requests than samples."""
+    images = [encoded(20 + i % 27, 20) for i in range(30)]
+    pairs = [(f"{i:02d}.png", image, f"text {i}") for i, image in enumerate(images)]
+    (tmp_path / "in").mkdir()
+    FORMATS["tar"](tmp_path / "in", pairs)
+    for path in (tmp_path / "in").glob("*.tar"):
+        files.write_whole(f"{gs.url}/in/{path.name}", path.read_bytes())
+    out, source = files.place(f"{gs.url}/out"), f"{gs.url}/in/*.tar"
+    command = ["prepare", source, "--index"]
+    assert main([*command, "--part", "2/2"]) == 0
+    assert "others are missing still" in capsys.readouterr().out
+    assert main([*command, "--part", "1/2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"shards": 3, "samples": 30}
+    how = {"source": source, "samples_per_shard": 8, "samples_per_task": 10, "threads": 2}
+    how |= {"drop_duplicates": True, "shuffle": True}
+    gs.server.requests()
+    again = AssertionError("a shard is indexed again")
+    with mock.patch.object(tar_index, "index_shard", autospec=True, side_effect=again):
+        report = prepare(PrepareConfig(destination=out, **how))
+    reads = [x for x in gs.server.requests() if "in/0000" in x.get("path", "")]
+    assert len(reads) < len(pairs)
+    assert report["counts"] == {"kept": 27, "duplicate image": 3}
+    prepare(PrepareConfig(destination=tmp_path / "out", **how))
+    shards = [path for path in out.iterdir() if path.name.endswith(".array_record")]
+    hashes = {path.name: hashlib.sha256(files.read(path)).hexdigest() for path in shards}
+    assert hashes == digests(tmp_path / "out")
+    assert (out / "_SUCCESS").exists()
+    assert not list(files.walk(out / "work"))
