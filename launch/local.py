@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
 
     def copy(index: int) -> None:
         for line in processes[index].stdout:
-            print(f"[{index}] {line}", end="", flush=True)
+            print(f"[{index}] {line.rstrip()}", flush=True)  # the last may be half a line
             last_words[index] = line.strip() or last_words[index]
 
     copies = [threading.Thread(target=copy, args=(i,)) for i in range(options.processes)]

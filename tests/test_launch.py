@@ -35,7 +35,7 @@ class Fake:
     ) -> None:  # fmt: skip
         self._clock, self._end, self._code = clock, clock.now() + end, code
         self._at_signal, self._during, self._begun = at_signal, during, clock.now()
-        self.pid, self.stdout, self.returncode = 7, ["reading\n", "no such file\n", "\n"], None
+        self.pid, self.stdout, self.returncode = 7, ["reading\n", "\n", "no such file"], None
         self.signals: list[int] = []
         self.killed: float | None = None  # how many seconds after the start
 
@@ -98,7 +98,9 @@ def test_the_first_that_fails_is_named_and_the_others_end(ends, expected, killed
         assert environment["CLIP_JAX_PROCESS_COUNT"] == str(len(ends))
         assert environment["CLIP_JAX_PROCESS_INDEX"] == str(index)
         assert environment["CLIP_JAX_COORDINATOR"] == calls[0].kwargs["env"]["CLIP_JAX_COORDINATOR"]
-    lines = capfd.readouterr().out.splitlines()
+    output = capfd.readouterr().out
+    assert output.endswith("\n")  # also of a process that ended in the middle of a line
+    lines = output.splitlines()
     assert lines[: len(ends)] == [f"launch: process {i} is pid 7" for i in range(len(ends))]
     assert lines.count("[1] no such file") == 1
 
