@@ -105,11 +105,18 @@ def test_nothing_is_read_long_before_its_time():
 @pytest.mark.parametrize("start", [1, 24, 60])
 def test_resumed_it_holds_only_what_is_still_to_come(start):
     source = Stretches(6400)
-    ahead = open_ahead(source, start=start)
+    ahead, whole = open_ahead(source, start=start), open_ahead(Stretches(6400))
+    found, wanted = take(ahead, [start]), take(whole, range(start + 1))
+    with ahead._lock, whole._lock:
+        for key, piece in ahead._pieces.items():
+            if piece.used and piece.records:
+                records = whole._pieces[key].records
+                assert records
+                assert [x is None for x in piece.records] == [x is None for x in records]
     end = start + 41  # within an epoch: pieces are begun, however far anybody has read ahead
-    found = take(ahead, range(start, end))
-    whole = open_ahead(Stretches(6400))
-    assert found == take(whole, range(end))[start * BATCH :]
+    found += take(ahead, range(start + 1, end))
+    wanted += take(whole, range(start + 1, end))
+    assert found == wanted[start * BATCH :]
     for one in (ahead, whole):
         one.close()
     both = ahead._left.keys() & whole._left.keys()

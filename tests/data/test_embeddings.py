@@ -25,9 +25,11 @@ def write(path, count):
 def test_a_changed_folder_is_laid_out_anew(tmp_path):
     write(tmp_path / "rows-0.parquet", 200)
     assert len(Embeddings(tmp_path)) == 200
+    (tmp_path / "search/index.usearch").write_bytes(b"of 200")
     write(tmp_path / "rows-1.parquet", 30)
     assert len(Embeddings(tmp_path)) == 230
     assert Embeddings(tmp_path).row(203) == (3, "3.png")
+    assert not (tmp_path / "search/index.usearch").exists()
 
 
 def test_what_searching_keeps_is_made_anew_when_damaged(tmp_path):

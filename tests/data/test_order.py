@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from clip_jax.data import order
 from clip_jax.data.order import Equal, Lanes, OfPositions, StretchOrder, count_lanes
 
-ORDER_OF_TWELVE = [1, 4, 9, 8, 11, 7, 0, 5, 2, 3, 10, 6]
+ORDER_OF_TWELVE = [
+    [1, 4, 9, 8, 11, 7, 0, 5, 2, 3, 10, 6],
+    [1, 3, 6, 9, 8, 10, 0, 4, 7, 11, 2, 5],
+]
 
 
 def in_stretches(sizes, batch_size, *, seed=0, window=8, shares=OfPositions):
@@ -120,7 +123,7 @@ def test_epochs_and_seeds_differ_in_order():
 
 def test_the_order_is_a_public_format():
     """A checkpoint only knows its step: another order would repeat and lose samples on resume."""
-    records = read(in_stretches([3] * 4, 2), 2, 0, 6)[0].reshape(-1)
+    records = read(in_stretches([3] * 4, 2), 2, 0, 12)[0].reshape(2, -1)
     assert records.tolist() == ORDER_OF_TWELVE
 
 

@@ -68,6 +68,14 @@ def test_in_stretches_a_mixture_is_alike_in_processes(rows):
     assert {counts[key] for key in counts if key.startswith("0/")} <= {1, 2, 3, 4}
 
 
+def test_a_batch_is_made_in_equal_pieces_of_a_few_dozen_samples():
+    load = mock.create_autospec(pieces.Load, instance=True)
+    numbers = {12: 1, 64: 1, 67: 1, 70: 2, 256: 4, 1024: 16}
+    for samples, number in numbers.items():
+        made = pieces.GlobalPieces(load, len, range(9), 2 * samples, (1, 2))
+        assert made.number == number, samples
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_in_stretches_workers_have_whole_lanes(workers):
     lanes, load = Lanes(256), mock.create_autospec(pieces.Load, instance=True)

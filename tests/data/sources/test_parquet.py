@@ -20,5 +20,5 @@ def test_a_row_group_is_a_stretch(compression, tmp_path):
     assert 0 < source.size(0, 30) < source.size(0, 100) < 200_000
     for first, last in ((0, 30), (30, 60), (90, 100), (65, 80)):
         for i, record in zip(range(first, last), source.fetch(first, last), strict=True):
-            assert record.key == source.key(i)
+            assert record.key == source.key(i) == f"{tmp_path}/0.parquet:{i}"
             assert record.load(rng) == source.load(i, rng) == (images[i]["bytes"], captions[i])

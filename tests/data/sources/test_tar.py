@@ -80,12 +80,14 @@ def test_captions_from_json_and_cls(tmp_path):
 
 def test_missing_members_and_bad_text_are_samples_with_a_reason(tmp_path):
     members = [("1.jpg", b"x"), ("2.txt", b"x"), ("3.jpg", b"x"), ("3.txt", b"\xff")]
+    members += [("4.jpg", b"x"), *pair("4", b"y")]  # two images of one name are two samples
     write_tar(tmp_path / "a.tar", members)
     source = open_tar(tmp_path / "a.tar")
-    assert len(source) == 3
-    assert reason(source, 0) == "no .txt member"
+    assert len(source) == 5
+    assert reason(source, 0) == reason(source, 3) == "no .txt member"
     assert reason(source, 1).startswith("no .jpg/.jpeg")
     assert reason(source, 2).startswith("caption is not UTF-8")
+    assert source.load(4, RNG) == (b"y", "text")
 
 
 def test_names_with_dots_of_their_own_are_counted(tmp_path, caplog):
@@ -141,6 +143,13 @@ def test_img2dataset_counts_are_checked(tmp_path):
         open_tar(tmp_path / "0.tar")
     (tmp_path / "0_stats.json").write_text('{"successes": 2}')
     assert len(open_tar(tmp_path / "0.tar")) == 2
+
+
+def test_scores_of_img2dataset_belong_to_names(tmp_path):
+    write_tar(tmp_path / "0.tar", pair("a") + pair("b") + pair("c"))
+    pq.write_table(pa.table({"key": ["c", "a"], "score": [0.5, 0.25]}), tmp_path / "0.parquet")
+    scores = open_tar(tmp_path / "0.tar").scores("score")
+    np.testing.assert_array_equal(scores, [0.25, np.nan, 0.5])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.data.tokenizers import make_tokenizer, read_captions, vocabulary
 from clip_jax.data.tokenizers.clean import CLEANING
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.refused import Refused
@@ -61,6 +61,15 @@ def test_texts_come_back_and_tokenizers_travel(files, kind):
     np.testing.assert_array_equal(pickle.loads(data)(["a photo of the cat", ""], 40), ids)
 
 
+def test_a_written_caption_ends_at_its_end_or_at_padding(files):
+    rules = TokenizerConfig(file=files["unigram"], clean="lower", begin_id=2, end_id=1, pad_id=3)
+    text = replace(TEXT, tokenizer=rules)
+    (ids,) = make_tokenizer(text)("a photo", 20)
+    without_end = np.where(ids == 1, 3, ids)
+    without_end[-1] = ids[1]  # a decoder goes on
+    assert read_captions(np.stack([ids, without_end]), text) == ["a photo", "a photo"]
+
+
 def test_cleaning():
     text = "A two_words,  PHOTO! &amp;amp; schÃ¶n\tΑΣ"
     cleaned = {name: rule(text) for name, rule in CLEANING.items()}
@@ -72,6 +81,7 @@ def test_cleaning():
         "canonicalize": "a two words photo schön ας",
         "clip": "a two_words, photo! & schön ας",
     }
+    assert CLEANING["clip"]("a < b &amp;amp; c") == "a < b & c"  # by us alone: ftfy leaves it
 
 
 @pytest.mark.parametrize(
