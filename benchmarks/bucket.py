@@ -31,7 +31,7 @@ from input import (  # noqa: E402
 )
 
 from clip_jax import files  # noqa: E402
-from tests.servers import Server  # noqa: E402
+from tests.contract.servers import Server  # noqa: E402
 
 WARM, TIMED = 12, 39  # batches: half an epoch and two
 RUNS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,7 @@ from clip_jax.retention import (
     Best,
     Results,
     Retention,
+    Unusable,
     named_step,
     orbax_place,
     steps_in,
@@ -225,7 +226,7 @@ def restore_params(workdir: Place, step: int, model: CLIP, places: Any = None) -
 
     `places` are their shardings: each device reads its own part and nothing else. By default all
     goes to the first device. Where the run keeps an average of its weights (optim.ema_decay), that.
-    Raises Refused if the checkpoint is damaged.
+    Raises Unusable if the checkpoint is damaged.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     if places is None:
@@ -257,7 +258,7 @@ def _refusing(workdir: Place, step: int) -> Generator[epath.Path]:
     try:
         yield orbax_place(workdir) / "checkpoints" / str(step)
     except Damaged as error:
-        raise Refused(
+        raise Unusable(
             f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
             "command puts it aside and goes on from the newest one that is intact."
         ) from error

@@ -27,7 +27,7 @@ from clip_jax.models.layers import Activation
 from clip_jax.optim import TOWERS, Tower
 from clip_jax.progress import Display
 from clip_jax.refused import Refused
-from clip_jax.retention import named_step, split_name
+from clip_jax.retention import Unusable, named_step, split_name
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,13 @@ def load_on_mesh(
         config = replace(run.read_config(place), dtype=dtype)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)
-        step = processes.gather(named_step(place, which))[0]  # one, while the run goes on
-        params = restore_params(place, step, CLIP(config), places)
+        step = processes.together(lambda: named_step(place, which), Unusable)
+        step = processes.gather(step)[0]  # one, while the run goes on
+        params = processes.together(
+            lambda: restore_params(place, step, CLIP(config), places), Unusable
+        )
         if bad := {name: n for name, n in jax.device_get(_not_finite(params)).items() if n}:
-            raise Refused(
+            raise Unusable(
                 f"{place}: {next(iter(bad))} has {next(iter(bad.values()))} values that are NaN or "
                 "infinite, so every prediction would be; take an earlier checkpoint."
             )

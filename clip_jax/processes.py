@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,17 +136,17 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def leave(code: int) -> int:
+def leave(code: int, seconds: float = 10) -> int:
     """Return the exit code where this process is alone; else end it without waiting for others.
 
-    Others that come here too, within seconds, end with their own codes. Those that cannot, because
-    they wait for this process in a computation, are ended by JAX once it is gone.
+    Others that come here too, within `seconds`, end with their own codes. Those that cannot,
+    because they wait for this process in a computation, are ended by JAX once it is gone.
     """
     if is_alone():
         return code
     goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     goodbye.start()
-    goodbye.join(timeout=10)
+    goodbye.join(timeout=seconds)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -161,6 +162,18 @@ def gather(value: Any) -> list[Any]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(function: Callable[[], Any], kind: type[Refused]) -> Any:
+    """Call a function in every process; where it is refused in one, it is so in all."""
+    value, why = None, ""
+    try:
+        value = function()
+    except kind as error:
+        why = str(error)
+    if why := next(filter(None, gather(why)), ""):
+        raise kind(why)
+    return value
 
 
 def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
@@ -284,6 +297,9 @@ class Interrupt:
 interrupt = Interrupt()
 
 
+_MOST_SHOWN = 100  # threads, by faulthandler: the newest, so that the main thread is the last
+
+
 class Watchdog:
     """Ends a process that hangs: no `beat` for `minutes` prints every thread's stack and exits 1.
 
@@ -313,10 +329,16 @@ class Watchdog:
                 return
         stream = sys.__stderr__ or sys.stderr
         faulthandler.dump_traceback(stream, all_threads=True)
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        if main and len(sys._current_frames()) > _MOST_SHOWN:
+            print("Main thread, of so many:", file=stream)
+            traceback.print_stack(main, file=stream)
         print(
             f"clip-jax: nothing finished in {self._seconds / 60:g} minutes; above, where every "
             f"thread stands. {self._advice} If this is no hang but slow work, raise "
             "--processes.watchdog-minutes.",
             file=stream, flush=True,
         )  # fmt: skip
-        os._exit(1)
+        # The first to leave would have JAX abort the others, before the one that hangs has shown
+        # where it does.
+        os._exit(leave(1, seconds=30))

@@ -19,10 +19,14 @@ from clip_jax.files import Place
 from clip_jax.refused import Refused
 from clip_jax.workdir import parse, read_json, read_rows
 
-Results = Mapping[str, float]  # of one step, by name
+Results = Mapping[str, Any]  # of one step, by name
 
 WATCH = "evals/watch"  # of a work directory: the folder that its watcher claims
 WATCHED = "evals/watch.jsonl"  # and a row for every step that the watcher has finished with
+
+
+class Unusable(Refused):
+    """A checkpoint that is not kept, is damaged, or holds values that are no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +74,12 @@ def split_name(path: Place) -> tuple[Place, str]:
 
 
 def named_step(workdir: Place, which: str) -> int:
-    """Return the step that stands behind the @, the newest for "". Refused where there is none."""
+    """Return the step that stands behind the @, the newest for "". Unusable if there is none."""
     steps = steps_in(workdir / "checkpoints")
     if not steps:
-        raise Refused(f"{workdir / 'checkpoints'} holds no checkpoint: the run has saved none yet.")
+        raise Unusable(
+            f"{workdir / 'checkpoints'} holds no checkpoint: the run has saved none yet."
+        )
     kept = f"{workdir} keeps the checkpoints of steps {', '.join(map(str, steps))}"
     if which == "best":
         best = _best_of(workdir)
@@ -87,7 +93,7 @@ def named_step(workdir: Place, which: str) -> int:
             raise Refused(f"{workdir}@best: none of its checkpoints has {best.name} yet; {kept}.")
         return max(steps, key=lambda step: (best.value(found[step]), step))
     if which and int(which) not in steps:
-        raise Refused(
+        raise Unusable(
             f"{kept}, not of {which}; name one of these, or train that run with a larger "
             "--checkpoint.keep."
         )
@@ -146,22 +152,24 @@ class Retention(policies.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [x.step for x in checkpoints]
-        unwatched = processes.gather(self._unwatched(steps) if processes.is_lead() else [])[0]
-        results: Mapping[int, Results] = {x.step: x.metrics or {} for x in checkpoints}
+        unwatched, rows = processes.gather(self._look(steps) if processes.is_lead() else None)[0]
+        results: Sequence[Results] = [x.metrics or {} for x in checkpoints]
         if self._best and self._best.of == "watcher":
-            known = results_of(self._workdir, steps, self._best) if processes.is_lead() else {}
-            results = {int(step): x for step, x in processes.gather(known)[0].items()}
+            results = rows
         name = self._best.name if self._best else ""
         infos = [
-            _Info(x.step, x.time, dict(results[x.step]) if name in results[x.step] else None)
-            for x in checkpoints
+            _Info(x.step, x.time, dict(row) if name in row else None)
+            for x, row in zip(checkpoints, results, strict=True)
         ]
         keep = self._policy.should_preserve(infos, context=context)
         return [kept or step in unwatched for step, kept in zip(steps, keep, strict=True)]
 
-    def _unwatched(self, steps: Sequence[int]) -> list[int]:
-        """List the oldest steps that the run's watcher, if it has one, has not finished with."""
-        if not (self._workdir / WATCH).exists():
-            return []
-        watched = {row["step"] for row in read_rows(self._workdir / WATCHED)}
-        return [step for step in sorted(steps) if step not in watched][: self._keep_unwatched]
+    def _look(self, steps: Sequence[int]) -> tuple[list[int], list[Results]]:
+        """List the oldest steps that a watcher has yet to finish with, and its rows of all.
+
+        Both are of one reading: so a step is among the former, or its row counts for the best.
+        """
+        rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
+        unwatched = [step for step in sorted(steps) if step not in rows][: self._keep_unwatched]
+        is_watched = (self._workdir / WATCH).exists()
+        return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]

@@ -4,6 +4,7 @@ It runs beside the training, whose files it leaves alone: what it finds is in `e
 of the work directory and in `tensorboard/watch/`, at the end also in `result.json`.
 """
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from clip_jax.evaluate import EvaluateConfig, Measures, open_encoder, run_of
 from clip_jax.files import Place
 from clip_jax.metrics import Writer
 from clip_jax.refused import Refused
-from clip_jax.retention import WATCH, WATCHED, split_name, steps_in
+from clip_jax.retention import WATCH, WATCHED, Unusable, split_name, steps_in
 from clip_jax.workdir import Claim, read_json, read_rows
 
 POLL_SECONDS = 2.0  # between looking for new checkpoints
@@ -29,19 +30,22 @@ Row = dict[str, Any]  # of a step: numbers by name, or why it was `skipped`
 def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
     """Evaluate a run's checkpoints, the oldest first, until it has ended; return the last numbers.
 
-    Every step gets one row in `evals/watch.jsonl` and is not read again after a kill. The row of a
-    checkpoint that is damaged, or was deleted before its turn, says why it was skipped. Refused
+    Every step gets a row in `evals/watch.jsonl` and is not read again after a kill. The row of a
+    checkpoint that is damaged, or was deleted before its turn, says why it was skipped; should one
+    be there at the next start, or come back, it gets another row, and the last one counts. Refused
     where another watches this run. Where there are several processes, all call this alike.
     """
     workdir, run = config.model, run_of(config.model)
     if run is None or split_name(workdir)[1]:
         raise Refused(f"--watch needs a run's work directory, with its config.json; got {workdir}.")
     measures = Measures(config, run)
-    with Claim(epath.Path(workdir) / WATCH, "watching") as claim:
+    with Claim(epath.Path(workdir) / WATCH, "watching") as claim, contextlib.ExitStack() as stack:
         claim.take()
         rows = processes.gather(read_rows(workdir / WATCHED))[0]
-        finished = {row.pop("step"): row for row in rows}
+        finished = {row.pop("step"): row for row in rows if "skipped" not in row}
         writer = _writer(workdir, finished) if processes.is_lead() else None
+        if writer:
+            stack.callback(writer.close)
         while True:
             is_over, steps = processes.gather(_left(workdir, run, finished))[0]
             if steps:
@@ -54,8 +58,6 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
                 break
             else:
                 clock.sleep(POLL_SECONDS)
-        if writer:
-            writer.close()
     last = {name: x for name, x in finished.get(run.steps, {}).items() if name != "skipped"}
     if processes.is_lead():  # the run has written all of its own
         result = read_json(workdir / "result.json") | last
@@ -73,22 +75,21 @@ def _writer(workdir: Place, finished: dict[int, Row]) -> Writer:
 def _left(workdir: Place, run: Config, finished: dict[int, Row]) -> tuple[bool, list[int]]:
     """Say whether the run has saved its last step, and which steps are to be evaluated."""
     steps = steps_in(workdir / "checkpoints")
+    for step in [step for step, row in finished.items() if "skipped" in row and step not in steps]:
+        del finished[step]  # the run put it aside or deleted it, and may save it anew
     return run.steps in steps, [step for step in steps if step not in finished]
 
 
 def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int) -> Row:
     """Return a step's numbers, or why it is skipped if its checkpoint cannot be read."""
-    workdir, encoder, why = config.model, None, ""
+    workdir = config.model
     try:
         encoder = open_encoder(replace(config, model=files.place(f"{workdir}@{step}")), run)
-    except Refused as error:
-        why = str(error)
-    if why := next(filter(None, processes.gather(why)), ""):
-        if step not in steps_in(workdir / "checkpoints"):
-            why = "it was deleted before its turn."
+    except Unusable as error:
+        is_there = step in steps_in(workdir / "checkpoints")
+        why = str(error) if is_there else "it was deleted before its turn."
         say(f"step {step} is skipped: {why}")
         return {"skipped": why}
-    assert encoder
     output = config.output / str(step) if config.output else None
     values = measures.of(encoder, output)
     say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))

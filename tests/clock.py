@@ -61,9 +61,10 @@ class HandClock(Clock):
         end = float("inf") if seconds is None else self._time + seconds
         if isinstance(event, threading.Condition):
             return self._wait(event, end)
-        with event._cond:
+        condition: threading.Condition = vars(event)["_cond"]  # which `set` notifies
+        with condition:
             while not event.is_set():
-                if not self._wait(event._cond, end):
+                if not self._wait(condition, end):
                     return False
             return True
 

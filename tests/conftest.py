@@ -1,14 +1,11 @@
 """Eight simulated devices for every test, a generator that compiles quickly, and what several
 tests build: tiny models, a tiny run, what a run wrote."""
 
-import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import pytest
 from jax.sharding import Mesh
 from jax.tree_util import DictKey
 
-from clip_jax import bucket as bucket_client
 from clip_jax import sharding
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
 from clip_jax.config import Config, load_config
@@ -36,7 +32,6 @@ from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import LossConfig, Program, Recipe, State, shapes
 from tests import guard
-from tests.servers import Server
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -296,57 +291,6 @@ def final_state(workdir: Path, step: int = 24) -> State:
         assert manager.latest_step() == step
         items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
     return items["state"]
-
-
-# ------------------------------------------------------------------ buckets
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """An empty bucket on a real server; `server` can be made slow or faulty and says its log."""
-
-    url: str
-    server: Server
-
-
-@pytest.fixture(scope="session")
-def servers() -> Iterator[Callable[[str], Server]]:
-    """What starts a server for a scheme once, for all tests of this process; ended with them."""
-    with contextlib.ExitStack() as stack:
-        yield functools.cache(lambda scheme: stack.enter_context(Server(scheme)))
-
-
-_numbers = itertools.count(1)
-
-
-def _bucket(request: pytest.FixtureRequest, scheme: str) -> Bucket:
-    server = request.getfixturevalue("servers")(scheme)
-    for name, value in server.environment().items():
-        request.getfixturevalue("monkeypatch").setenv(name, value)
-    # Who counts requests has none made again while the machine stands still.
-    request.getfixturevalue("monkeypatch").setattr(bucket_client, "_LATE", (60.0, 4.0))
-    server.behave()
-    bucket = Bucket(server.make_bucket(f"test-{next(_numbers)}"), server)
-    server.requests()
-    return bucket
-
-
-@pytest.fixture(params=["gs", "s3"])
-def bucket(request: pytest.FixtureRequest) -> Bucket:
-    """An empty bucket of each kind in turn."""
-    return _bucket(request, request.param)
-
-
-@pytest.fixture
-def gs(request: pytest.FixtureRequest) -> Bucket:
-    """An empty bucket on fake-gcs-server."""
-    return _bucket(request, "gs")
-
-
-@pytest.fixture
-def s3(request: pytest.FixtureRequest) -> Bucket:
-    """An empty bucket on moto's server."""
-    return _bucket(request, "s3")
 
 
 # ------------------------------------------------------------------ notebooks

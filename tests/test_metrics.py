@@ -1,81 +1,80 @@
-"""Files of a run, on a disk and in a bucket; the clock; what people see."""
+"""Files of a run, the clock behind its numbers, and a trace of its steps."""
 
 import json
 import math
+from unittest import mock
 
 import pytest
 from etils import epath
+from tensorboardX import record_writer
 
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
-from clip_jax.metrics import Board, Clock, Goodput, Profiler, Writer, profile_range
+from clip_jax.metrics import Board, Goodput, Profiler, Timers, Writer, profile_range
 from clip_jax.refused import Refused
-from clip_jax.train import Preempted, train
-from tests.conftest import tiny_digits
+from tests.clock import HandClock
 
 
-def steps(path):
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(params=["disk", "gs"])
-def folder(request, tmp_path):
-    if request.param == "disk":
-        return epath.Path(tmp_path)
-    return epath.Path(request.getfixturevalue("gs").url) / "run"
-
-
-def test_tensorboard_reaches_the_folder(folder):
-    writer = Writer(folder / "metrics.jsonl", folder / "tensorboard", 0, print)
+def test_rows_and_tensorboard_reach_the_folder(tmp_path):
+    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, print)
     writer.write(1, {"loss": 2.0})
     writer.close()
-    assert [path.name.startswith("events") for path in (folder / "tensorboard").iterdir()] == [True]
-    assert steps(folder / "metrics.jsonl") == [1]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.name.startswith("events")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
 
 
-def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path, monkeypatch):
+def test_who_looks_at_tensorboard_sees_what_was_reported_half_a_minute_ago(tmp_path):
+    clock = HandClock()
+    board = Board(str(tmp_path), clock=clock)
+    (events,) = tmp_path.iterdir()
+    board.flush()
+    sizes = [events.stat().st_size]
+    for seconds in (0, 29, 2):
+        clock.advance(seconds)
+        board.add_scalar("loss", 2.0, 1)
+        sizes.append(events.stat().st_size)
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3]
+    board.close()
+
+
+def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
     full = open("/dev/full", "wb")  # noqa: SIM115
-    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: full)
-    board = Board(str(tmp_path))
+    with mock.patch.object(record_writer, "open_file", autospec=True, return_value=full):
+        board = Board(str(tmp_path))
     board.add_scalar("loss", 2.0, 1)
     for ends in (board.flush, board.close):
         with pytest.raises(Refused, match=rf"^no space left for {tmp_path}: free some"):
             ends()
 
 
-@pytest.mark.long
-def test_a_run_in_a_bucket_goes_on(gs):
-    workdir = epath.Path(gs.url) / "run"
-    config = tiny_digits(steps=8, checkpoint=CheckpointConfig(every_steps=100))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "reached_preemption", lambda self, step: step == 4)
-        with pytest.raises(Preempted, match=f"saved in {workdir}"):
-            train(config, workdir)
-    assert steps(workdir / "metrics.jsonl") == [1, 2, 3, 4]
-    result = train(config, f"{gs.url}/run")
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
-    assert json.loads((workdir / "result.json").read_text()) == result
-    assert (workdir / "evals/predictions.png").read_bytes()[1:4] == b"PNG"
-    assert json.loads((workdir / "config.json").read_text())["steps"] == 8
-    assert json.loads((workdir / "starts.json").read_text()) == {"step": 4, "starts": 1}
-    parts = {name: value for name, value in result.items() if name.startswith("seconds/")}
-    total = parts.pop("seconds/total")
-    assert sum(parts.values()) == pytest.approx(total)
-    assert result["goodput"] == pytest.approx(parts["seconds/steps"] / total)
-    assert parts["seconds/compile"] > 0
-    assert parts["seconds/restore"] > 0
+def test_seconds_are_summed_by_activity_since_the_start_and_since_the_last_lap():
+    clock = HandClock()
+    timers = Timers(clock)
+    clock.advance(1)
+    with timers.measure("input"):
+        clock.advance(2)
+    assert timers.lap() == (3, {"input": 2})
+    with timers.measure("input"), timers.measure("save"):
+        clock.advance(4)
+    assert timers.lap() == (4, {"input": 4, "save": 4})
+    assert timers.total == {"input": 6, "save": 4}
+    assert timers.elapsed() == 7
 
 
 def test_goodput_adds_up_over_starts_and_knows_what_was_lost():
-    clock = Clock()
-    clock.total |= {"init": 1.0, "compile": 2.0, "save": 0.5}
+    clock = HandClock()
+    timers = Timers(clock)
+    timers.total |= {"init": 1.0, "compile": 2.0, "save": 0.5}
+    clock.advance(10)
     earlier = {"seconds/steps": 100.0, "seconds/init": 5.0, "seconds/lost": 1.0, "other": "x"}
-    values = Goodput(clock, earlier, steps_kept=90.0).values()
+    goodput = Goodput(timers, earlier, steps_kept=90.0)
+    values = goodput.values()
     assert values["seconds/init"] == 6.0
     assert values["seconds/lost"] == 11.0  # ten seconds of steps after the checkpoint
-    assert values["seconds/steps"] == pytest.approx(90.0, abs=1)
-    assert values["seconds/total"] == pytest.approx(6 + 2 + 0.5 + 11 + 90, abs=1)
-    untouched = Goodput(Clock(), earlier, steps_kept=math.inf).values()
+    assert values["seconds/steps"] == 90 + 6.5
+    assert values["seconds/total"] == 6 + 2 + 0.5 + 11 + 96.5
+    assert values["goodput"] == pytest.approx(96.5 / 116)
+    assert "goodput 83.2%" in goodput.describe()
+    untouched = Goodput(timers, earlier, steps_kept=math.inf).values()
     assert untouched["seconds/lost"] == 1.0
 
 

@@ -1,13 +1,14 @@
 """Finding each other, agreeing, sharing data, flags, endings: what needs no second process."""
 
 import dataclasses
-import importlib.util
+import inspect
+import multiprocessing.process
 import os
+import queue
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,10 +17,16 @@ from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.config import check_processes_agree
-from clip_jax.processes import CPU_FLAGS, GPU_OPTIONS, TPU_OPTIONS, ProcessesConfig
+from clip_jax.processes import (
+    CPU_FLAGS,
+    GPU_OPTIONS,
+    TPU_OPTIONS,
+    Interrupt,
+    ProcessesConfig,
+    Watchdog,
+)
 from clip_jax.sharding import MeshConfig, data_part, make_mesh
-from clip_jax.train import train
-from tests.conftest import ROOT, tiny_digits
+from tests.clock import HandClock
 
 
 def facts(**changes):
@@ -59,8 +66,10 @@ def test_another_data_set_has_another_fingerprint():
 def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("CLIP_JAX_COORDINATOR", "host0:8476")
     monkeypatch.setenv("CLIP_JAX_PROCESS_COUNT", "2")
-    monkeypatch.setattr(processes, "_set_flags", lambda: None)
-    with pytest.raises(ValueError, match="without CLIP_JAX_PROCESS_INDEX"):
+    with (
+        mock.patch.object(processes, "_set_flags", autospec=True),
+        pytest.raises(ValueError, match="without CLIP_JAX_PROCESS_INDEX"),
+    ):
         processes.start(ProcessesConfig())
 
 
@@ -107,13 +116,11 @@ def mesh_of(owners, data, fsdp, tensor):
         ([0, 0, 1, 1, 2, 2, 3, 3], (2, 1, 4), {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
     ],
 )
-def test_each_process_reads_its_rows_and_those_that_share_rows_the_same(
-    owners, shape, parts, monkeypatch
-):
+def test_each_process_reads_its_rows_and_those_that_share_rows_the_same(owners, shape, parts):
     mesh = mesh_of(owners, *shape)
     for process, expected in parts.items():
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert data_part(mesh) == expected
+        with mock.patch.object(jax, "process_index", autospec=True, return_value=process):
+            assert data_part(mesh) == expected
 
 
 def test_rows_that_lie_crosswise_are_refused():
@@ -121,53 +128,19 @@ def test_rows_that_lie_crosswise_are_refused():
         data_part(mesh_of([0, 0, 0, 1, 1, 1, 2, 2], 4, 1, 2))
 
 
-def test_slices_lie_along_data_alone(monkeypatch):
+def test_slices_lie_along_data_alone():
     chips = [Chip(i, i // 4, slice_index=i // 8) for i in range(16)]
-    seen = {}
-
-    def hybrid(shape, between, devices, **_):
-        seen.update(shape=shape, between=between)
-        return np.array(devices, object).reshape(4, 4, 1)
-
-    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
-    mesh = make_mesh.__wrapped__(MeshConfig(fsdp=4), chips)
+    with mock.patch.object(
+        sharding.mesh_utils, "create_hybrid_device_mesh", autospec=True,
+        return_value=np.array(chips, object).reshape(4, 4, 1),
+    ) as hybrid:  # fmt: skip
+        mesh = inspect.unwrap(make_mesh)(MeshConfig(fsdp=4), chips)
     assert mesh.shape == {"data": 4, "fsdp": 4, "tensor": 1}
     for row in mesh.devices[:, :, 0]:  # what fsdp gathers stays in a slice
         assert len({chip.slice_index for chip in row}) == 1
-    assert seen == {"shape": (2, 4, 1), "between": (2, 1, 1)}
+    assert hybrid.call_args.args[:2] == ((2, 4, 1), (2, 1, 1))
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
-        make_mesh.__wrapped__(MeshConfig(fsdp=16), chips)
-
-
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-
-
-def test_the_gpu_and_cpu_flags_are_known_to_xla():
-    flags = " ".join(f"--{name}={value}" for name, value in (GPU_OPTIONS | CPU_FLAGS).items())
-    code = "import jax; jax.numpy.zeros(1)"
-    assert run(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").returncode == 0
-    unknown = run(code, XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true", JAX_PLATFORMS="cpu")
-    assert unknown.returncode != 0
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
-def test_the_tpu_flags_are_known_to_libtpu():
-    code = (
-        "from jax.experimental import topologies; "
-        "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')"
-    )
-    environment = {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"
-    }  # fmt: skip
-    flags = " ".join(f"--{name}={value}" for name, value in TPU_OPTIONS.items())
-    known = run(code, LIBTPU_INIT_ARGS=flags, **environment)
-    assert known.returncode == 0, known.stderr
-    unknown = run(code, LIBTPU_INIT_ARGS=flags + " --xla_tpu_no_such_flag=true", **environment)
-    assert unknown.returncode != 0
+        inspect.unwrap(make_mesh)(MeshConfig(fsdp=16), chips)
 
 
 @pytest.mark.parametrize(
@@ -200,84 +173,159 @@ def test_flags_of_the_environment_win(monkeypatch):
     assert processes.compiler_options("cpu") == {}
 
 
-def test_the_watchdog_shows_where_a_hanging_process_stands():
-    code = (
-        "import time\n"
-        "from clip_jax.processes import Watchdog\n"
-        "def stuck():\n"
-        "    time.sleep(60)\n"
-        "with Watchdog(0.075, 'ADVICE.') as watchdog:\n"
-        "    for _ in range(4):\n"
-        "        time.sleep(1.2)\n"
-        "        watchdog.beat()\n"
-        "    print('alive', flush=True)\n"
-        "    stuck()\n"
-    )
-    done = run(code, JAX_PLATFORMS="cpu")
-    assert done.returncode == 1
-    assert done.stdout == "alive\n"
-    assert "in stuck" in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert "nothing finished in 0.075 minutes" in last
+class Watched(HandClock):
+    """A clock by hand that notes how long each wait would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+
+    def wait(self, event: threading.Event | threading.Condition, seconds: float | None) -> bool:
+        self.waits.put(seconds)
+        return super().wait(event, seconds)
+
+
+@pytest.fixture
+def ended():
+    """Exit codes, and when, instead of the end of this process."""
+    exits: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with mock.patch.object(os, "_exit", autospec=True, side_effect=exits.put):
+        yield exits
+
+
+def stuck(go: threading.Event) -> None:
+    go.wait()
+
+
+def test_the_watchdog_shows_where_a_hanging_process_stands(ended, capfd):
+    clock, go = Watched(), threading.Event()
+    hanging = threading.Thread(target=stuck, args=(go,))
+    hanging.start()
+    with Watchdog(0.5, "ADVICE.", clock) as watchdog:
+        assert clock.waits.get() == 30
+        clock.until_waiting()
+        clock.advance(29)
+        watchdog.beat()
+        clock.advance(2)
+        assert clock.waits.get() == 28
+        assert ended.empty()
+        clock.until_waiting()
+        clock.advance(28)
+        assert ended.get() == 1
+    go.set()
+    hanging.join()
+    errors = capfd.readouterr().err
+    assert "in stuck" in errors
+    assert "in test_the_watchdog_shows" in errors
+    last = errors.splitlines()[-1]
+    assert "nothing finished in 0.5 minutes" in last
     assert "ADVICE." in last
 
 
-@pytest.mark.long
-def test_starts_without_progress_are_counted_and_refused(tmp_path):
-    """A run that dies before its first checkpoint, again and again."""
-    config = tiny_digits(
-        steps=3, evals=(), processes=ProcessesConfig(max_starts=2),
-        data=dataclasses.replace(tiny_digits().data, max_bad_share=0.05),
-    )  # fmt: skip
-    from clip_jax.data.pipeline import Pipeline
-
-    def broken(*_):
-        raise RuntimeError("no such luck")
-        yield
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pipeline, "batches", broken)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="no such luck"):
-                train(config, tmp_path)
-        with pytest.raises(ValueError, match=r"the last 2 starts in .* began at step 0"):
-            train(config, tmp_path)
-    more = dataclasses.replace(config, processes=ProcessesConfig(max_starts=10))
-    train(more, tmp_path)  # goes on, since nothing of the updates is changed
+def test_of_many_threads_the_watchdog_shows_the_main_one_too(ended, capfd):
+    """faulthandler shows the newest hundred."""
+    clock, go = HandClock(), threading.Event()
+    others = [threading.Thread(target=stuck, args=(go,)) for _ in range(110)]
+    for thread in others:
+        thread.start()
+    with Watchdog(0.5, "", clock):
+        clock.until_waiting()
+        clock.advance(30)
+        assert ended.get() == 1
+    go.set()
+    for thread in others:
+        thread.join()
+    assert "in test_of_many_threads" in capfd.readouterr().err
 
 
-def interrupt(grace, again):
-    """Press Ctrl-C while a run stands in something long; return seconds, exit code, last words."""
-    code = (
-        "import time; from multiprocessing.shared_memory import SharedMemory\n"
-        "from clip_jax.processes import interrupt\n"
-        "with interrupt:\n"
-        f"    interrupt._grace = {grace}\n"
-        "    shared = SharedMemory(create=True, size=8)  # as workers have it\n"
-        "    print(shared.name, flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    shared = Path("/dev/shm", process.stdout.readline().strip())
-    assert shared.is_file()
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    while again and process.poll() is None:
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert not shared.exists()
-    return time.monotonic() - begun, process.returncode, said
+def test_a_watchdog_waits_for_what_the_others_have_to_show(ended):
+    """JAX ends them with the first that leaves: the one that hangs may be later than this one."""
+    clock = HandClock()
+    leaves = mock.patch.object(processes, "leave", autospec=True, return_value=1)
+    with leaves as leave, Watchdog(0.5, "", clock):
+        clock.until_waiting()
+        clock.advance(30)
+        assert ended.get() == 1
+    leave.assert_called_once_with(1, seconds=30)
 
 
-@pytest.mark.long
-def test_ctrl_c_ends_what_is_long_within_seconds_and_a_second_one_at_once():
-    for grace, again in ((1, False), (60, True)):
-        took, code, said = interrupt(grace, again)
-        assert took < 30
-        assert took >= grace or again
-        assert code == 130
-        assert said.startswith("clip-jax: interrupted; ")
-        assert said.count("\n") == 1
+def test_one_of_several_processes_leaves_at_once_with_its_code():
+    assert processes.leave(7) == 7  # alone
+    with (
+        mock.patch.object(processes, "is_alone", autospec=True, return_value=False),
+        mock.patch.object(jax.distributed, "shutdown", autospec=True) as shutdown,
+        mock.patch.object(os, "_exit", autospec=True, side_effect=SystemExit) as leaves,
+        pytest.raises(SystemExit),
+    ):
+        processes.leave(7)
+    leaves.assert_called_once_with(7)
+    shutdown.assert_called_once_with()
+
+
+def test_a_watchdog_that_is_left_ends_nothing(ended):
+    before = {*threading.enumerate()}
+    with Watchdog(0.5, "", HandClock()):
+        (watching,) = {*threading.enumerate()} - before
+    watching.join()
+    assert ended.empty()
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", [*sys.warnoptions])
+    return Interrupt(HandClock())
+
+
+def test_ctrl_c_is_heard_between_two_steps(interrupt, ended, capfd):
+    def steps() -> None:
+        with interrupt:
+            interrupt.check()
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt._came.wait(60)
+            interrupt.check()
+
+    with pytest.raises(KeyboardInterrupt):
+        steps()
+    assert ended.get() == 130
+    errors = capfd.readouterr().err
+    assert errors.startswith("clip-jax: interrupted; the same command goes on")
+    assert errors.count("\n") == 1
+
+
+def test_ctrl_c_ends_what_is_long_within_seconds_and_children_too(interrupt, ended):
+    child = mock.create_autospec(multiprocessing.process.BaseProcess, instance=True)
+    with (
+        mock.patch.object(multiprocessing, "active_children", autospec=True, return_value=[child]),
+        interrupt,
+    ):
+        signal.raise_signal(signal.SIGINT)
+        interrupt._clock.until_waiting()
+        interrupt._clock.advance(2.9)
+        assert ended.empty()
+        interrupt._clock.advance(0.2)
+        assert ended.get() == 130
+    child.kill.assert_called_once_with()
+
+
+def test_a_second_ctrl_c_ends_it_at_once(interrupt, ended):
+    with interrupt:
+        signal.raise_signal(signal.SIGINT)
+        interrupt._clock.until_waiting()
+        signal.raise_signal(signal.SIGINT)
+        assert ended.get() == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_process_that_leads_waits_longer_than_those_it_would_abort(interrupt, ended):
+    with interrupt:
+        with (
+            mock.patch.object(processes, "is_alone", autospec=True, return_value=False),
+            mock.patch.object(processes, "is_lead", autospec=True, return_value=True),
+        ):
+            interrupt.check()
+        signal.raise_signal(signal.SIGINT)
+        interrupt._clock.until_waiting()
+        interrupt._clock.advance(3.1)
+        assert ended.empty()
+        interrupt._clock.advance(3)
+        assert ended.get() == 130

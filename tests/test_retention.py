@@ -1,166 +1,162 @@
 """Which checkpoints a name means, and which of them stay."""
 
-import dataclasses
+import datetime
 import json
-import shutil
+import random
+from types import SimpleNamespace
+from unittest import mock
 
-import jax
 import pytest
-from etils import epath
 
-from clip_jax import files, retention
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
-from clip_jax.cli import main
-from clip_jax.loading import load
+from clip_jax import files, processes
 from clip_jax.refused import Refused
-from clip_jax.retention import named_step, reading, split_name, steps_in
-from tests.conftest import TINY, write_run
+from clip_jax.retention import WATCH, WATCHED, Best, Retention, named_step, split_name
 
-BEST = CheckpointConfig(every_steps=1, keep=2, best="animals/acc1")
-ACCURACY = {1: 0.2, 2: 0.9, 3: 0.4, 5: 0.5, 6: 0.1}  # nothing was measured at step 4
-
-
-def save(workdir, steps, config=BEST, results=ACCURACY):
-    """Save made-up steps, each after its evaluation; return which are left."""
-    (workdir / "config.json").write_text(
-        json.dumps({"checkpoint": dataclasses.asdict(config), "steps": 6})
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints", config)
-    for step in steps:
-        found = {config.best: results[step]} if config.best and step in results else {}
-        checkpoints.save(step, {"x": jax.numpy.full(4, step)}, {"samples": step}, found)
-    checkpoints.close()
-    return steps_in(workdir / "checkpoints")
+ACCURACY = Best(name="acc", mode="max", of="run")
+WATCHERS = Best(name="acc", mode="max", of="watcher")
 
 
-# ------------------------------------------------------------------------------------- names
+def kept(workdir, steps, keep=2, keep_unwatched=2, also=(), best=None, of_run=None):
+    """Ask which of made-up steps stay; `of_run` are results that are kept with them."""
+    now, of_run = datetime.datetime.min, of_run or {}
+    infos = [SimpleNamespace(step=x, time=now, metrics=of_run.get(x)) for x in steps]
+    policy = Retention(workdir, keep, keep_unwatched, also, best)
+    stays = policy.should_preserve(infos, context=None)
+    return [step for step, stay in zip(steps, stays, strict=True) if stay]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two steps, whose weights differ."""
-    workdir, _, _ = write_run(TINY, tmp_path_factory.mktemp("runs") / "run")
-    return workdir
+def write_rows(workdir, *rows):
+    (workdir / WATCH).mkdir(parents=True, exist_ok=True)
+    (workdir / WATCHED).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_step_is_named_behind_the_run(run, tmp_path, capsys):
-    newest, first = load(run).params, load(f"{run}@1").params
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), newest, load(f"{run}@2").params))
-    assert (first["logit_scale"] != newest["logit_scale"]).all()
-    assert main(["convert", f"{run}@1", str(tmp_path / "one"), "--to", "clip-jax"]) == 0
-    assert load(tmp_path / "one").params["logit_scale"] == first["logit_scale"]
-    capsys.readouterr()
-    for name, says in (
-        (f"{run}@7", "keeps the checkpoints of steps 1, 2, not of 7"),
-        (f"{run}@best", "without --checkpoint.best"),
-        (f"{run}@newest", "there is no"),
-        (f"{tmp_path / 'one'}@1", "is no run, which alone has a checkpoint @1"),
-    ):
-        assert main(["convert", name, str(tmp_path / "two"), "--to", "clip-jax"]) == 2
-        assert says in capsys.readouterr().err
+# ------------------------------------------------------------------ which are kept
 
 
-def test_a_path_that_exists_is_itself(run, tmp_path):
-    other = shutil.copytree(run, tmp_path / "run@1")
-    assert split_name(other) == (other, "")
-    assert split_name(tmp_path / "run@2") == (tmp_path / "run", "2")
-    (tmp_path / "a@2").mkdir()
-    assert split_name(tmp_path / "a@2" / "run") == (tmp_path / "a@2" / "run", "")
+def test_the_newest_and_the_steps_named_stay(tmp_path):
+    assert kept(tmp_path, [1, 2, 3, 4, 5]) == [4, 5]
+    assert kept(tmp_path, [1, 2, 3, 4, 5], keep=1, also=(1, 3)) == [1, 3, 5]
 
 
-def test_a_step_in_a_bucket_is_named_behind_the_run(run, gs):
-    workdir = epath.Path(gs.url) / "run"
-    files.copy_tree(run / "checkpoints", workdir / "checkpoints")
-    for step in (1, 2):
-        (workdir / f"checkpoints/{step}/commit_success.txt").write_text("committed")
-    files.write_whole(workdir / "config.json", (run / "config.json").read_bytes())
-    assert load(f"{workdir}@1").params["logit_scale"] == load(f"{run}@1").params["logit_scale"]
-    with pytest.raises(Refused, match="steps 1, 2, not of 3"):
-        load(f"{workdir}@3")
-    assert split_name(epath.Path(f"{gs.url}/a@b/run@best")) == (
-        epath.Path(f"{gs.url}/a@b/run"), "best"
-    )  # fmt: skip
+def test_the_best_stays(tmp_path):
+    of_run = {1: {"acc": 0.2}, 2: {"acc": 0.9}, 3: {"acc": 0.9}, 4: {"acc": float("nan")}}
+    of_run |= {5: {"acc": 0.1}, 6: {"loss": 2.0}}
+    steps = [*range(1, 9)]
+    assert kept(tmp_path, steps, best=ACCURACY, of_run=of_run) == [3, 7, 8]  # of two, the newer
+    lowest = Best(name="acc", mode="min", of="run")
+    assert kept(tmp_path, steps, best=lowest, of_run=of_run) == [5, 7, 8]
+    assert kept(tmp_path, steps, best=WATCHERS, of_run=of_run) == [7, 8]  # whose are none yet
 
 
-# ------------------------------------------------------------------------------------- the best
-
-
-def test_the_best_stays_besides_the_newest_also_after_reopening(tmp_path):
-    assert save(tmp_path, [1, 2, 3]) == [2, 3]
-    assert save(tmp_path, [4, 5]) == [2, 4, 5]
-    assert save(tmp_path, [6]) == [2, 5, 6]
-    assert named_step(tmp_path, "best") == 2
-    assert named_step(tmp_path, "") == 6
-
-
-def test_the_lowest_may_be_the_best(tmp_path):
-    lowest = dataclasses.replace(BEST, best="info_nce", best_mode="min")
-    assert save(tmp_path, [1, 2, 3, 4, 5], lowest) == [1, 4, 5]
-    assert named_step(tmp_path, "best") == 1
-
-
-def test_damaged_results_are_none(tmp_path):
-    save(tmp_path, [1, 2, 3])
-    (tmp_path / "checkpoints/2/metrics/metrics").write_text('{"anim')
-    assert save(tmp_path, [5]) == [3, 5]
-    assert named_step(tmp_path, "best") == 5
-
-
-def test_only_a_better_result_is_saved_beyond_the_usual_steps(tmp_path):
-    save(tmp_path, [1, 2])
-    checkpoints = Checkpoints(tmp_path / "checkpoints", BEST)
-    assert not checkpoints.is_best({})
-    assert not checkpoints.is_best({"animals/acc1": 0.9})
-    assert not checkpoints.is_best({"animals/acc1": float("nan")})
-    assert checkpoints.is_best({"animals/acc1": 0.95})
-    checkpoints.close()
-    plain = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
-    assert not plain.is_best({"animals/acc1": 0.95})
-    plain.close()
-
-
-def test_steps_where_branches_begin_are_saved_and_stay(tmp_path):
-    config = CheckpointConfig(every_steps=4, keep=1, also=(1, 3))
-    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
-    assert [step for step in range(1, 9) if checkpoints.should_save(step)] == [1, 3, 4, 8]
-    checkpoints.close()
-    assert save(tmp_path, [1, 2, 3, 4, 5], config) == [1, 3, 5]
+def test_the_oldest_that_a_watcher_has_not_finished_with_stay(tmp_path):
+    steps = [2, 4, 6, 8, 10, 12]
+    assert kept(tmp_path, steps) == [10, 12]  # nobody watches
+    write_rows(tmp_path)
+    assert kept(tmp_path, steps) == [2, 4, 10, 12]
+    write_rows(tmp_path, {"step": 2, "acc": 0.1}, {"step": 6, "skipped": "it is damaged"})
+    assert kept(tmp_path, steps) == [4, 8, 10, 12]
+    assert kept(tmp_path, steps, keep_unwatched=3) == [4, 8, 10, 12]
+    with (tmp_path / WATCHED).open("a") as file:
+        file.write('{"step": 4, "ac')  # not yet a row
+    assert kept(tmp_path, steps) == [4, 8, 10, 12]
 
 
 def test_a_watchers_best_stays(tmp_path):
-    watched = dataclasses.replace(BEST, best_of="watcher")
-    (tmp_path / "evals").mkdir()
-    row = {"step": 1, "animals/acc1": 0.7}
-    (tmp_path / "evals/watch.jsonl").write_text(json.dumps(row) + '\n{"step": 2, "anim')
-    assert save(tmp_path, [1, 2, 3, 4, 5], watched) == [1, 4, 5]
-    assert named_step(tmp_path, "best") == 1
+    rows = [{"step": 2, "acc": 0.7}, {"step": 4, "acc": 0.3}, {"step": 6, "skipped": "damaged"}]
+    write_rows(tmp_path, *rows)
+    steps = [2, 4, 6, 8, 10, 12]
+    assert kept(tmp_path, steps, keep=1, best=WATCHERS) == [2, 8, 10, 12]
+    write_rows(tmp_path, *rows, {"step": 4, "acc": 0.8})  # of two rows the last counts
+    assert kept(tmp_path, steps, keep=1, best=WATCHERS) == [4, 8, 10, 12]
 
 
-# --------------------------------------------------------------------------------- being read
+@pytest.mark.parametrize("seed", range(20))
+def test_in_whatever_order_a_run_and_its_watcher_act(seed, tmp_path):
+    """What a watcher turned to stays until its row is written, and the best of that stays.
+
+    The run saves and asks what to keep; only later does it delete. The watcher looks for the
+    oldest step without a row, and writes its row some time later; it may be killed in between.
+    All it can lose is what the run was about to delete when it looked.
+    """
+    drawn, steps, rows, lost = random.Random(seed), [1], [], set()
+    read, doomed = None, []
+    write_rows(tmp_path)
+    while steps[-1] < 30 or len(rows) < 10:
+        act = drawn.choice(["save", "delete", "look", "row", "kill"])
+        if act == "save" and not doomed:
+            steps.append(steps[-1] + 1)
+            stay = kept(tmp_path, steps, best=WATCHERS)
+            doomed = [step for step in steps if step not in stay]
+        elif act == "delete":
+            steps, doomed = [step for step in steps if step not in doomed], []
+        elif act == "look" and read is None:
+            finished = {row["step"] for row in rows}
+            read = next((step for step in steps if step not in finished), None)
+            lost |= {read} & {*doomed}
+        elif act == "row" and read is not None:
+            rows.append({"step": read} | ({"acc": drawn.random()} if read in steps else {}))
+            write_rows(tmp_path, *rows)
+            read = None
+        elif act == "kill":
+            read = None
+        assert read is None or read in {*steps, *lost}
+        known = [(row["acc"], row["step"]) for row in rows if row["step"] not in lost]
+        assert not known or max(known)[1] in steps
 
 
-def test_what_is_read_stays_until_it_is_read_or_its_reader_dead(tmp_path, monkeypatch):
-    config = CheckpointConfig(every_steps=1, keep=1)
-    save(tmp_path, [1], config)
-    with reading(tmp_path, 1, over=False) as held:
-        assert held
-        assert save(tmp_path, [2], config) == [1, 2]
-    assert save(tmp_path, [3], config) == [3]
-    with reading(tmp_path, 2, over=True) as held:
-        assert not held  # it is gone
-    (tmp_path / "evals/watch/deleting").write_text('{"steps": [3]}')
-    with reading(tmp_path, 3, over=False) as held:
-        assert not held  # the run has said that it deletes it
-    with reading(tmp_path, 3, over=True) as held:
-        assert held  # it will no more
+def test_of_several_processes_the_first_looks_for_all(tmp_path):
+    write_rows(tmp_path)
+    first = [[2], [{"acc": 0.5}, {}, {}, {}]]  # as JSON brings it
+    with (
+        mock.patch.object(processes, "is_lead", autospec=True, return_value=False),
+        mock.patch.object(processes, "gather", autospec=True, return_value=[first, None]),
+    ):
+        assert kept(tmp_path, [1, 2, 3, 4], keep=1, best=WATCHERS) == [1, 2, 4]
 
-    monkeypatch.setattr(retention, "LEASE_SECONDS", 0)
-    mark = tmp_path / "evals/watch/reading/dead"
-    mark.write_text('{"step": 3, "beats": 4}')
-    checkpoints = Checkpoints(tmp_path / "checkpoints", config)
-    for step, left in ((4, [3, 4]), (5, [5])):
-        checkpoints.save(step, {"x": jax.numpy.zeros(4)}, {"samples": step})
-        checkpoints.wait()
-        assert steps_in(tmp_path / "checkpoints") == left
-    checkpoints.close()
-    assert not mark.exists()
+
+# ------------------------------------------------------------------ names
+
+
+def run_with(workdir, steps, **checkpoint):
+    """Write a run's config, and add empty checkpoints."""
+    files.write_whole(workdir / "config.json", json.dumps({"checkpoint": checkpoint}))
+    for step in steps:
+        (workdir / f"checkpoints/{step}").mkdir(parents=True)
+    return workdir
+
+
+def test_what_stands_behind_a_run_names_a_step(tmp_path):
+    best = {"best": "acc", "best_mode": "max", "best_of": "run"}
+    run = run_with(tmp_path / "run", [10, 1, 2, 3, 4], **best)
+    assert (named_step(run, ""), named_step(run, "4")) == (10, 4)
+    results = {1: '{"acc": 0.2}', 2: '{"acc": 0.9}', 3: '{"acc": 0.9}', 4: '{"ac'}
+    for which, message in (
+        ("7", "keeps the checkpoints of steps 1, 2, 3, 4, 10, not of 7"),
+        ("best", "none of its checkpoints has acc yet"),
+    ):
+        with pytest.raises(Refused, match=message):
+            named_step(run, which)
+    for step, text in results.items():
+        files.write_whole(run / f"checkpoints/{step}/metrics/metrics", text)
+    assert named_step(run, "best") == 3  # of two, the newer
+    run_with(run, [], **best | {"best_mode": "min"})
+    assert named_step(run, "best") == 1
+    run_with(run, [], **best | {"best_of": "watcher"})
+    write_rows(run, {"step": 1, "acc": 0.2}, {"step": 3, "acc": 0.5}, {"step": 9, "acc": 1.0})
+    assert named_step(run, "best") == 3  # step 9 is no longer kept
+    with pytest.raises(Refused, match=r"without --checkpoint\.best"):
+        named_step(run_with(run, []), "best")
+    with pytest.raises(Refused, match="holds no checkpoint"):
+        named_step(run_with(tmp_path / "empty", []), "")
+
+
+def test_a_path_that_exists_is_itself(tmp_path):
+    (tmp_path / "a@2").mkdir()
+    for path, expected in {
+        "a@2": ("a@2", ""),
+        "run@2": ("run", "2"),
+        "run@best": ("run", "best"),
+        "run@newest": ("run@newest", ""),
+        "a@2/run": ("a@2/run", ""),
+    }.items():
+        assert split_name(tmp_path / path) == (tmp_path / expected[0], expected[1])

@@ -1,227 +1,159 @@
-"""`evaluate RUN --watch`: each checkpoint once, whatever is killed, and none deleted meanwhile."""
+"""`evaluate RUN --watch`: each checkpoint once, the oldest first, until the run has ended."""
 
 import json
-import random
-import shutil
-import tempfile
-import time
-from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
-import jax
-import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
 
-from clip_jax import files, watch
-from clip_jax.checkpoint import Checkpoints
+from clip_jax import evaluate, files, processes, watch
 from clip_jax.cli import main
 from clip_jax.config import Config
-from clip_jax.evals.tasks import SuiteEvalConfig
-from clip_jax.evaluate import EvaluateConfig, evaluate
-from clip_jax.models.clip import CLIP
+from clip_jax.evaluate import EvaluateConfig
 from clip_jax.optim import OptimConfig
-from clip_jax.retention import WATCH, WATCHED, named_step, steps_in
+from clip_jax.refused import Refused
+from clip_jax.retention import WATCH, WATCHED, Unusable
 from clip_jax.scaling import table
 from clip_jax.serialize import to_dict
 from clip_jax.workdir import Claim
-from tests import watching
+from tests.clock import HandClock
 from tests.conftest import TINY, rows
-from tests.forks import Forks
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run as `train` leaves it, with three checkpoints of made-up weights."""
-    root, rng = tmp_path_factory.mktemp("watch"), np.random.default_rng(0)
-    for label, name in enumerate("abc"):
-        (root / "animals" / name).mkdir(parents=True)
-        for number in range(4):
-            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8) // (label + 1)
-            Image.fromarray(pixels).save(root / "animals" / name / f"{number}.png")
-    evals = (SuiteEvalConfig(dataset=(f"folder:{root / 'animals'}",)),)
-    config = Config(model=TINY, steps=6, evals=evals, optim=OptimConfig(warmup_steps=1))
-    files.write_whole(root / "run/config.json", json.dumps(to_dict(config)))
-    result = {"step": 6, "samples_seen": 6144}
-    files.write_whole(root / "run/result.json", json.dumps(result))
-    shapes = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
-    checkpoints = Checkpoints(root / "run/checkpoints", config.checkpoint)
-    for step in (2, 4, 6):
-        params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
-        checkpoints.save(step, {"params": jax.device_put(params)}, {"samples": step})
-    checkpoints.close()
-    return root / "run"
+class MadeUp:
+    """A run whose last step is 6, of empty checkpoints, and what is asked of them.
 
+    `later` are what happens while the watcher waits, a function for each time.
+    """
 
-@pytest.fixture(scope="module")
-def known(run):
-    """What `evaluate` says of each step."""
-    return {step: evaluate(EvaluateConfig(model=Path(f"{run}@{step}"))) for step in (2, 4, 6)}
+    def __init__(self, workdir, *steps) -> None:
+        self.workdir, self.opened, self.later = workdir, [], []
+        self.unusable, self.deleted, self.clock = {}, set(), HandClock()
+        config = Config(model=TINY, steps=6, optim=OptimConfig(warmup_steps=1))
+        files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
+        result = {"step": 6, "samples_seen": 6144}
+        files.write_whole(workdir / "result.json", json.dumps(result))
+        self.save(*steps)
+
+    def save(self, *steps):
+        for step in steps:
+            (self.workdir / f"checkpoints/{step}").mkdir(parents=True)
+
+    def delete(self, *steps):
+        for step in steps:
+            (self.workdir / f"checkpoints/{step}").rmdir()
+
+    def sleep(self, clock, seconds):
+        clock.slept.append(seconds)
+        self.later.pop(0)()
+
+    def open_encoder(self, config, run):
+        assert run.steps == 6
+        step = int(config.model.name.rpartition("@")[2])
+        self.opened.append(step)
+        if (self.workdir / WATCHED).exists():  # each row is written before the next is opened
+            assert rows(self.workdir, WATCHED)[-1]["step"] == self.opened[-2]
+        self.delete(*{step} & self.deleted)
+        if error := self.unusable.get(step):
+            raise error
+        return step
+
+    def of(self, measures, encoder, output):
+        assert output is None
+        return {"acc": encoder / 10}
+
+    def watch(self):
+        """Watch to the end; return the rows by step: the last of each."""
+        with (
+            mock.patch.object(HandClock, "sleep", lambda *a: self.sleep(*a)),
+            mock.patch.object(watch, "open_encoder", autospec=True, side_effect=self.open_encoder),
+            mock.patch.object(evaluate.Measures, "of", lambda *a: self.of(*a)),
+        ):
+            self.last = watch.watch(EvaluateConfig(model=self.workdir), self.clock)
+        return {row.pop("step"): row for row in rows(self.workdir, WATCHED)}
 
 
 @pytest.fixture
-def workdir(run, tmp_path):
-    return shutil.copytree(run, tmp_path / "run")
+def run(tmp_path):
+    return MadeUp(tmp_path / "run", 2)
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The steps that were read."""
-    steps, plain = [], watch.open_encoder
-    monkeypatch.setattr(
-        watch, "open_encoder",
-        lambda config, run: (steps.append(config.model.name), plain(config, run))[1],
-    )  # fmt: skip
-    return steps
+def test_every_checkpoint_is_evaluated_once_until_the_last(run):
+    run.later = [lambda: run.save(4), lambda: None, lambda: run.save(5, 6)]
+    assert run.watch() == {step: {"acc": step / 10} for step in (2, 4, 5, 6)}
+    assert run.opened == [2, 4, 5, 6]
+    assert run.clock.slept == [watch.POLL_SECONDS] * 3
+    assert run.last == {"acc": 0.6}
+    result = json.loads((run.workdir / "result.json").read_text())
+    assert result == {"step": 6, "samples_seen": 6144, "acc": 0.6}
+    assert list((run.workdir / "tensorboard/watch").iterdir())
+    run.watch()
+    assert len(run.opened) == 4  # nothing is measured again
+    assert run.last == {"acc": 0.6}
 
 
-def watched(workdir) -> dict[int, dict]:
-    """What was found, by step; a step that stands there twice is an error."""
-    found = rows(workdir, WATCHED)
-    assert len({row["step"] for row in found}) == len(found)
-    return {row["step"]: row for row in found}
-
-
-@pytest.mark.long
-def test_every_checkpoint_is_evaluated_once(workdir, known, opened, capsys):
-    assert main(["evaluate", str(workdir), "--watch", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == known[6]
-    result = json.loads((workdir / "result.json").read_text())
-    assert result == {"step": 6, "samples_seen": 6144} | known[6]
-    curve = {step: {"step": step} | values for step, values in known.items()}
-    assert watched(workdir) == curve
-    assert opened == ["run@2", "run@4", "run@6"]
-    assert list((workdir / "tensorboard/watch").iterdir())
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    assert len(opened) == 3  # nothing is measured again
-
-    kept = (workdir / WATCHED).read_text().splitlines(keepends=True)
-    (workdir / WATCHED).write_text("".join(kept[:2]) + kept[2][:20])  # a kill while it was written
+def test_a_row_that_a_kill_has_torn_is_measured_again(run):
+    run.save(4, 6)
+    curve = run.watch()
+    whole = (run.workdir / WATCHED).read_text().splitlines(keepends=True)
+    (run.workdir / WATCHED).write_text("".join(whole[:2]) + whole[2][:9])
     with pytest.raises(table.Unfinished, match="has evaluated step 4 of 6"):
-        table._ours(workdir / "result.json")
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    assert opened[3:] == ["run@6"]
-    assert watched(workdir) == curve
-    assert table._ours(workdir / "result.json")["animals/acc1"] == known[6]["animals/acc1"]
+        table._ours(run.workdir / "result.json")
+    run.opened.remove(6)
+    assert run.watch() == curve
+    assert run.opened == [2, 4, 6]
+    assert table._ours(run.workdir / "result.json")["acc"] == 0.6
 
 
-def test_one_watches_a_run_and_a_run_it_must_be(workdir, tmp_path, capsys):
-    with Claim(epath.Path(workdir) / WATCH, "watching") as claim:
+def test_what_cannot_be_used_gets_a_row_that_says_why(run, capsys):
+    run.save(4, 6)
+    run.unusable = {step: Unusable("it is damaged") for step in (2, 4, 6)}
+    run.deleted = {4}  # as it is opened
+    damaged, gone = {"skipped": "it is damaged"}, {"skipped": "it was deleted before its turn."}
+    assert run.watch() == {2: damaged, 4: gone, 6: damaged}
+    assert "step 2 is skipped: it is damaged" in capsys.readouterr().err
+    assert run.last == {}
+    assert "skipped" not in json.loads((run.workdir / "result.json").read_text())
+    with pytest.raises(table.Unfinished, match="skipped step 6: it is damaged"):
+        table._ours(run.workdir / "result.json")
+    del run.unusable[2], run.unusable[6]  # tried again, with the next start
+    assert run.watch() == {2: {"acc": 0.2}, 4: gone, 6: {"acc": 0.6}}
+    assert run.opened == [2, 4, 6, 2, 6]
+
+
+def test_a_step_that_was_put_aside_and_saved_anew_is_evaluated(run):
+    run.unusable = {2: Unusable("it is damaged")}
+
+    def save_anew():
+        run.unusable = {}
+        run.save(2, 6)
+
+    run.later = [lambda: run.delete(2), save_anew]
+    assert run.watch() == {2: {"acc": 0.2}, 6: {"acc": 0.6}}
+
+
+def test_what_is_wrong_with_the_command_marks_no_step(run):
+    run.unusable = {2: Refused("no such mesh")}
+    with pytest.raises(Refused, match="no such mesh"):
+        run.watch()
+    assert not (run.workdir / WATCHED).exists()
+
+
+def test_one_watches_a_run_and_a_run_it_must_be(run, tmp_path, capsys):
+    with Claim(epath.Path(run.workdir) / WATCH, "watching") as claim:
         claim.take()
-        assert main(["evaluate", str(workdir), "--watch"]) == 2
+        assert main(["evaluate", str(run.workdir), "--watch"]) == 2
     assert "is watching in" in capsys.readouterr().err
-    for model in (tmp_path, f"{workdir}@2"):
+    for model in (tmp_path, f"{run.workdir}@2"):
         assert main(["evaluate", str(model), "--watch"]) == 2
         assert "--watch needs a run's work directory" in capsys.readouterr().err
 
 
-@pytest.mark.long
-def test_a_damaged_checkpoint_is_named_and_left_out(workdir, opened, capsys):
-    (workdir / "checkpoints/4/position/metadata").write_text("{")
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    assert "step 4 is left out: the checkpoint of step 4 in" in capsys.readouterr().err
-    assert watched(workdir).keys() == {2, 6}
-
-
-@pytest.mark.parametrize("is_deleted", [True, False])
-def test_what_a_run_deletes_after_its_last_step_is_waited_for(
-    is_deleted, workdir, opened, monkeypatch, capsys
-):
-    """It says first what it will delete, then its last step appears, and then it deletes."""
-    files.write_whole(workdir / WATCH / "deleting", json.dumps({"steps": [4]}))
-    waits = []
-
-    def wait(seconds):
-        waits.append(opened.copy())
-        if is_deleted:
-            shutil.rmtree(workdir / "checkpoints/4")
-        else:  # killed before it could
-            monkeypatch.setattr(watch, "LEASE_SECONDS", 0)
-
-    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    assert waits == [["run@2", "run@6"]]
-    assert watched(workdir).keys() == ({2, 6} if is_deleted else {2, 4, 6})
-    assert "left out" not in capsys.readouterr().err
-
-
-def test_a_run_in_a_bucket_is_watched(run, known, bucket, opened):
-    workdir = epath.Path(bucket.url) / "run"
-    for step in (4, 6):
-        files.copy_tree(run / f"checkpoints/{step}", workdir / f"checkpoints/{step}")
-        (workdir / f"checkpoints/{step}/commit_success.txt").write_text("committed")
-    for name in ("config.json", "result.json"):
-        files.write_whole(workdir / name, (run / name).read_bytes())
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    found = [json.loads(line) for line in (workdir / WATCHED).read_text().splitlines()]
-    assert found == [{"step": step} | known[step] for step in (4, 6)]
-    assert list((workdir / "tensorboard/watch").iterdir())
-    assert main(["evaluate", str(workdir), "--watch"]) == 0
-    assert opened == ["run@4", "run@6"]
-
-
-# ------------------------------------------------------------------------------------- kills
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("forks"), "tests.watching") as forks:
-        yield forks
-
-
-@pytest.fixture
-def stderr():
-    """What all processes of a test complain of."""
-    with tempfile.TemporaryFile("w+") as stderr:
-        yield stderr
-
-
-def kill_at_random(forks, workdir, stderr, seed: int, steps: int, kills: int) -> None:
-    """Kill a run and its watcher at random moments, let both end, and see what they left."""
-    drawn = random.Random(seed)
-    work = {"run": ("run", workdir, steps, 0.15), "watch": ("evaluate", workdir, 0.1)}
-
-    def start(name):
-        function, *arguments = work[name]
-        return forks.start(f"tests.watching:{function}", *arguments, stderr=stderr.fileno())
-
-    def said() -> str:
-        stderr.seek(0)
-        return stderr.read()
-
-    begun = {"run": start("run")}
-    while not (workdir / "config.json").exists():
-        assert begun["run"].poll() is None, said()
-        time.sleep(0.02)
-    begun["watch"] = start("watch")
-    for _ in range(kills):
-        time.sleep(drawn.uniform(0.1, 1.5))
-        name = drawn.choice(["run", "watch"])
-        if begun[name].poll() is None:
-            begun[name].kill()
-            begun[name].wait()
-        begun[name] = start(name)
-    for process in begun.values():
-        assert process.wait() == 0, said()
-    found, left = watched(workdir), steps_in(workdir / "checkpoints")
-    assert left[-1] == steps
-    assert set(left) <= found.keys()
-    for step, row in found.items():
-        assert (row["made/step"], row["made/up"]) == (step, watching.result(step))
-    best = max(found.values(), key=lambda row: (row["made/up"], row["step"]))["step"]
-    assert named_step(workdir, "best") == best
-    assert {best, steps - 1, steps} <= set(left)  # and what was being read at the end
-    assert "is left out" not in said()  # what was reached was still there, to its end
-    assert "Traceback" not in said()
-
-
-@pytest.mark.long
-def test_killed_at_random_every_checkpoint_is_evaluated_once(forks, tmp_path, stderr):
-    kill_at_random(forks, tmp_path, stderr, seed=0, steps=12, kills=4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_killed_often_every_checkpoint_is_evaluated_once(seed, forks, tmp_path, stderr):
-    kill_at_random(forks, tmp_path, stderr, seed, steps=60, kills=25)
+def test_what_one_process_cannot_use_none_uses():
+    assert processes.together(lambda: 7, Unusable) == 7
+    with mock.patch.object(processes, "gather", autospec=True) as gather:
+        gather.side_effect = lambda mine: [mine, "its disk is broken"]
+        with pytest.raises(Unusable, match="its disk is broken"):
+            processes.together(lambda: 7, Unusable)
+    with pytest.raises(Refused, match="no mesh"), mock.patch.object(processes, "gather"):
+        processes.together(mock.Mock(side_effect=Refused("no mesh")), Unusable)

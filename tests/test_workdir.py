@@ -1,153 +1,169 @@
 """Who may write to a work directory, and what in it is damaged."""
 
+import errno
+import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
+import queue
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 from etils import epath
 
-from clip_jax import workdir
+from clip_jax import files, workdir
 from clip_jax.refused import Refused
 from clip_jax.train import train
 from clip_jax.workdir import Claim, Lines, count_start, read_json, recover_json
-from tests.conftest import ROOT, tiny_digits
-
-
-@pytest.fixture(params=["disk", "gs", "s3"])
-def folder(request, tmp_path):
-    if request.param == "disk":
-        return epath.Path(tmp_path)
-    return epath.Path(request.getfixturevalue(request.param).url) / "run"
+from tests.clock import HandClock
+from tests.conftest import tiny_digits
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """A lease that lapses soon."""
-    monkeypatch.setattr(workdir, "LEASE_SECONDS", 4)
-    monkeypatch.setattr(workdir, "RENEW_SECONDS", 0.25)
+def folder(tmp_path):
+    return epath.Path(tmp_path) / "run"
 
 
-def test_a_second_training_is_refused_by_name_until_the_first_ends(folder, quick, monkeypatch):
-    monkeypatch.setattr(workdir, "LEASE_SECONDS", 30)
+# ------------------------------------------------------------------ the lock of a disk
+
+
+def test_a_second_training_is_refused_by_name_and_touches_nothing(folder):
     with Claim(folder) as first:
         first.take()
         with pytest.raises(Refused, match=rf"process {os.getpid()} on .* is training in {folder}"):
-            Claim(folder).take()
-    begun = time.monotonic()
+            train(tiny_digits(), folder)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
     with Claim(folder) as second:
         second.take()
-    assert time.monotonic() - begun < 15  # it waits for no lease
 
 
-def test_a_refused_training_touches_nothing(tmp_path):
-    with Claim(epath.Path(tmp_path)) as claim:
-        claim.take()
-        with pytest.raises(Refused, match="is training in"):
-            train(tiny_digits(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-
-def test_a_killed_training_leaves_no_lock(tmp_path):
-    code = (
-        "import sys, time; from etils import epath; from clip_jax.workdir import Claim\n"
-        "with Claim(epath.Path(sys.argv[1])) as claim:\n"
-        "    claim.take(); print('taken', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "taken\n"
-    with pytest.raises(Refused, match=f"process {process.pid} on"):
-        Claim(epath.Path(tmp_path)).take()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    with Claim(epath.Path(tmp_path)) as claim:
+def test_a_file_system_without_locks_goes_unlocked(folder):
+    none = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    with Claim(folder) as claim, mock.patch.object(fcntl, "flock", autospec=True, side_effect=none):
         claim.take()
 
 
-def test_a_restart_waits_for_the_lease_of_the_dead_who_ends_should_he_live(
-    gs, quick, monkeypatch, capsys
-):
-    folder = epath.Path(gs.url) / "run"
-    ended = []
-    renewals = []
-    plain = workdir._Renewal
-    monkeypatch.setattr(workdir, "_Renewal", lambda *a: renewals.append(plain(*a)) or renewals[-1])
-    Claim(folder).take()
-    (lost,) = renewals
-    monkeypatch.setattr(workdir.os, "_exit", lambda code: ended.append(code) or lost._over.set())
-    stands_still, taken = threading.Event(), threading.Event()
+# ------------------------------------------------------------------ the lease of a bucket
 
-    def wait(_):
-        stands_still.set()
-        return lost._over.is_set() or not taken.wait(60)
 
-    monkeypatch.setattr(lost._over, "wait", wait)
-    assert stands_still.wait(30)
-    begun = time.monotonic()
-    with Claim(folder) as claim:
-        claim.take()
-        assert 1 < time.monotonic() - begun < 15  # a minute, were the lease not looked at
-        assert "this training begins within 4 seconds" in capsys.readouterr().err
-        taken.set()
-        lost._thread.join(timeout=10)
-        assert ended == [2]
-        assert "another training has taken over" in capsys.readouterr().err
+def holder(folder, number, **content):
+    """Write a lease's object as another process does, and remove the one before."""
+    other = {"host": "far", "pid": 7, "id": "other"} | content
+    (folder / "lease").mkdir(parents=True, exist_ok=True)
+    (folder / f"lease/{number:012d}").write_text(json.dumps(other))
+    (folder / f"lease/{number - 1:012d}").unlink(missing_ok=True)
+
+
+def newest(folder):
+    (path,) = (folder / "lease").iterdir()  # those before are removed
+    return int(path.name), json.loads(path.read_text()).get("released", False)
+
+
+def test_a_lease_is_renewed_until_it_is_given_back(folder):
+    clock, again, made, plain = HandClock(), HandClock(), queue.Queue(), workdir._extend
+
+    def extend(*arguments):
+        try:
+            made.put(plain(*arguments) and arguments[1])
+        except OSError:
+            made.put("out of reach")
+            raise
+        return True
+
+    def renew(error=None):
+        clock.until_waiting()
+        with mock.patch.object(files, "create", autospec=True, side_effect=error or files.create):
+            clock.advance(workdir.RENEW_SECONDS)
+            return made.get(timeout=60)
+
+    with mock.patch.object(workdir, "_extend", autospec=True, side_effect=extend):
+        release = workdir._lease(folder, "training", clock)
+        assert made.get(timeout=60) == 1
+        assert [renew(), renew(OSError), renew()] == [2, "out of reach", 3]
+        assert newest(folder) == (3, False)
+        release()
+    assert newest(folder) == (4, True)
+    workdir._lease(folder, "training", again)()
+    assert again.slept == []  # nothing to wait for
+
+
+def test_a_lease_that_is_renewed_meanwhile_is_refused(folder):
+    holder(folder, 4)
+    with mock.patch.object(HandClock, "sleep", autospec=True) as sleep:
+        sleep.side_effect = lambda clock, seconds: clock.advance(seconds) or holder(folder, 5)
+        with pytest.raises(Refused, match="process 7 on far is training in"):
+            workdir._lease(folder, "training", HandClock())
+    assert newest(folder) == (5, False)
+
+
+def test_of_two_who_take_over_at_once_one_is_refused(folder):
+    holder(folder, 1, released=True)
+    plain = workdir._extend
+
+    def another_is_faster(path, number, content):
+        holder(folder, number)
+        return plain(path, number, content)
+
+    faster = mock.patch.object(workdir, "_extend", autospec=True, side_effect=another_is_faster)
+    with faster, pytest.raises(Refused, match="process 7 on far"):
+        workdir._lease(folder, "training", HandClock(skips=True))
+    assert newest(folder) == (2, False)
+
+
+def test_a_creation_whose_answer_was_lost_counts(folder):
+    me = {"id": "me"}
+    assert workdir._extend(f"{folder}/lease", 1, me)
+    assert workdir._extend(f"{folder}/lease", 1, me)
+    assert not workdir._extend(f"{folder}/lease", 1, {"id": "you"})
+    holder(folder, 9)
+    assert not workdir._extend(f"{folder}/lease", 5, me)  # whoever was asleep since
+    assert 5 not in workdir._numbers(f"{folder}/lease")
+
+
+def test_a_lease_that_ends_is_taken_over_and_its_holder_ends_should_it_live(folder, capsys):
+    stood_still, clock = HandClock(), HandClock(skips=True)
+    lost = cast(Any, workdir._lease(folder, "training", stood_still)).__self__
+    release = workdir._lease(folder, "training", clock)
+    assert workdir.LEASE_SECONDS < sum(clock.slept) <= workdir.LEASE_SECONDS + 2
+    assert "this training begins within 45 seconds" in capsys.readouterr().err
+    with mock.patch.object(os, "_exit", autospec=True) as ended:
+        ended.side_effect = lambda _: lost._over.set()  # as if it ended here
+        stood_still.until_waiting()
+        stood_still.advance(workdir.RENEW_SECONDS)
+        lost._thread.join(timeout=60)
+    ended.assert_called_once_with(2)
+    assert "another training has taken over" in capsys.readouterr().err
+    release()
+
+
+# ------------------------------------------------------------------ what is in it
 
 
 def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def writes(bucket):
-    """Count what was written since the last call."""
-    return sum(request["method"] in ("POST", "PUT") for request in bucket.server.requests())
-
-
-def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(folder):
-    lines = Lines(folder / "a.jsonl", 0, print)
+def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(tmp_path):
+    path = epath.Path(tmp_path) / "a.jsonl"
+    lines = Lines(path, 0, print)
     lines.write({"step": 1}, {"step": 2})
     lines.write({"step": 3})
-    lines.flush()
-    assert steps(folder / "a.jsonl") == [1, 2, 3]
-    torn = (folder / "a.jsonl").read_text() + '{"step": 3, "lo'
-    (folder / "a.jsonl").write_text(torn)
-    resumed = Lines(folder / "a.jsonl", 2, print)
-    assert steps(folder / "a.jsonl") == [1, 2]
-    resumed.write({"step": 3})
-    resumed.flush()
-    assert steps(folder / "a.jsonl") == [1, 2, 3]
-    Lines(folder / "a.jsonl", 0, print)
-    assert not (folder / "a.jsonl").read_text()
-
-
-def test_lines_that_a_full_disk_does_not_take_are_one_message(tmp_path):
-    lines = Lines(epath.Path(tmp_path / "a.jsonl"), 0, print)
+    assert steps(path) == [1, 2, 3]
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    Lines(path, 2, print).write({"step": 3})
+    assert steps(path) == [1, 2, 3]
+    Lines(path, None, print)
+    assert steps(path) == [1, 2, 3]
+    lines = Lines(path, 0, print)
+    assert not path.read_text()
+    path.unlink()
     (tmp_path / "a.jsonl").symlink_to("/dev/full")
-    with pytest.raises(Refused, match=rf"^no space left for {tmp_path}/a\.jsonl: free some"):
+    with pytest.raises(Refused, match=rf"^no space left for {path}: free some"):
         lines.write({"step": 1})
 
 
-def test_a_bucket_is_written_now_and_then_and_whole(gs, monkeypatch):
-    folder = epath.Path(gs.url) / "run"
-    lines = Lines(folder / "a.jsonl", 0, print)
-    writes(gs)
-    for step in range(100):
-        lines.write({"step": step})
-    assert writes(gs) == 0
-    monkeypatch.setattr(workdir, "_UPLOAD_SECONDS", 0)
-    lines.write({"step": 100})
-    assert writes(gs) == 1
-    assert len(steps(folder / "a.jsonl")) == 101
-
-
-def test_lines_that_are_damaged_are_counted_and_kept_beside(folder):
-    path, said = folder / "metrics.jsonl", []
+def test_lines_that_are_damaged_are_counted_and_kept_beside(tmp_path):
+    path, said = epath.Path(tmp_path) / "metrics.jsonl", []
     whole = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": NaN}']
     bad = [b"\xff\xfe", b"[1]", b'{"loss": 2.0}', b'{"step": "2"}', b""]
     path.write_bytes(
@@ -157,27 +173,25 @@ def test_lines_that_are_damaged_are_counted_and_kept_beside(folder):
     assert path.read_text().splitlines() == whole
     (line,) = said
     assert line.startswith(f"{path}: 5 damaged lines are left out")
-    assert (folder / "metrics.jsonl.damaged").read_bytes().startswith(whole[0].encode())
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(whole[0].encode())
     Lines(path, 2, said.append)
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff"])
 def test_a_damaged_json_file_is_refused_or_kept_beside(content, tmp_path):
     path, said = epath.Path(tmp_path / "result.json"), []
-    assert read_json(path) == {}
-    assert recover_json(path, said.append) == {}
+    assert read_json(path) == recover_json(path, said.append) == {}
     assert said == []
     path.write_bytes(content)
     with pytest.raises(Refused, match=r"result\.json is damaged"):
         read_json(path)
-    assert recover_json(path, said.append) == {}
-    assert len(said) == 1
+    assert (recover_json(path, said.append), len(said)) == ({}, 1)
     assert (tmp_path / "result.json.damaged").read_bytes() == content
 
 
-def test_starts_are_counted_also_after_damage(folder):
-    path = folder / "starts.json"
+def test_starts_are_counted_also_after_damage(tmp_path):
+    path = epath.Path(tmp_path) / "starts.json"
     assert [count_start(path, 3), count_start(path, 3), count_start(path, 6)] == [1, 2, 1]
     path.write_text('{"step": 6, "st')
     assert count_start(path, 6) == 1

@@ -59,7 +59,7 @@ def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> Tokenizer
         raise Refused(f"{folder / CONFIG_NAME}: do_lower_case=False is not supported.")
     ids = []
     for name in ("eos_token", "pad_token"):
-        token = _token(settings, name) or "</s>"
+        token = _token(settings, name, folder) or "</s>"
         ids.append(model.piece_to_id(token))
         if model.id_to_piece(ids[-1]) != token:
             raise Refused(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
@@ -75,7 +75,7 @@ def _read_json(
     tokenizer = json_file.load(file)
 
     def id_of(name: str) -> int | None:
-        token = _token(settings, name)
+        token = _token(settings, name, folder)
         number = None if token is None else tokenizer.token_to_id(token)
         if token is not None and number is None:
             raise Refused(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
@@ -94,8 +94,9 @@ def _read_json(
 
 def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
     """Return what a tokenizer.json puts before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    with json_file.damage_refused(file):  # its post-processor may name tokens that it lacks
+        bare = tokenizer.encode("a", add_special_tokens=False).ids
+        whole = tokenizer.encode("a", add_special_tokens=True).ids
     extra = len(whole) - len(bare)
     for before in range(min(extra, 1) + 1):
         after = whole[before + len(bare) :]
@@ -104,11 +105,11 @@ def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
     raise Refused(f"{file} puts {whole} for {bare}: at most one id before and one after are known.")
 
 
-def _token(settings: dict[str, Any], name: str) -> str | None:
+def _token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
-        raise Refused(f"{CONFIG_NAME}: {name} is {value!r:.99}; a string is needed.")
+        raise Refused(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; a string is needed.")
     return value
 
 

@@ -5,7 +5,7 @@ line through all runs is least squares in log-log with Student's t intervals, ex
 noise. Other laws through all runs are fitted again to errors drawn around them, whose scatter is
 itself drawn from what the residuals say of it (a parametric bootstrap, which for a straight line
 gives Student's t). Laws through a frontier are fitted again to resampled runs. What these intervals
-cover is measured in tests/scaling/test_fit.py.
+cover is measured in benchmarks/scaling_coverage.py.
 """
 
 from typing import Literal, NamedTuple

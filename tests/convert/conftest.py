@@ -1,5 +1,6 @@
 """Small models of every kind with random weights, made without PyTorch; how files are refused."""
 
+import functools
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,15 +48,20 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def random_weights(config: CLIPConfig, dtype: str = "float32") -> Weights:
+@functools.cache
+def random_weights(config: CLIPConfig) -> Weights:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(dtype), shapes)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     return Weights(config=config, params=params, preprocess=default_preprocess(config))
 
 
+def make_weights(name: str) -> Weights:
+    return random_weights(CONFIGS[name])
+
+
 @pytest.fixture
-def siglip():
+def siglip() -> Weights:
     """A small SigLIP, as its released folders have one."""
     config = zoo.get("ViT-B-16-SigLIP")
     sizes = {"width": 32, "depth": 2, "num_heads": 2}
@@ -70,20 +76,10 @@ def siglip():
     return replace(random_weights(config), preprocess=preprocess)
 
 
-@pytest.fixture(params=CONFIGS)
-def weights(request):
-    return random_weights(CONFIGS[request.param])
-
-
-@pytest.fixture
-def make_weights():
-    return lambda name, dtype="float32": random_weights(CONFIGS[name], dtype)
-
-
 MAX_MEMORY = 64 << 20  # bytes, whatever the file claims
 
 
-def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors) -> str:
+def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors) -> None:
     """The file is refused with one line that names it, and little memory is used."""
     tracemalloc.start()
     try:
@@ -92,7 +88,5 @@ def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors
         assert tracemalloc.get_traced_memory()[1] < MAX_MEMORY
     finally:
         tracemalloc.stop()
-    message = str(error.value)
-    assert str(path) in message
-    assert len(message) < 1000
-    return message
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 1000

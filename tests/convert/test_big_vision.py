@@ -13,10 +13,13 @@ from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import flatten
 from clip_jax.loading import starting_params
+from tests.convert.conftest import make_weights, refuse
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("to", ["big-vision", "hugging-face", "clip-jax"])
+@pytest.mark.parametrize(
+    ("to", "dtype"),
+    [("big-vision", "bfloat16"), ("hugging-face", "float32"), ("clip-jax", "bfloat16")],
+)
 def test_there_and_back(tmp_path, siglip, to, dtype):
     path = tmp_path / ("x.npz" if to == "big-vision" else "x")
     write_weights(siglip, path, to, dtype=dtype)
@@ -26,10 +29,9 @@ def test_there_and_back(tmp_path, siglip, to, dtype):
     config = replace(siglip.config, text=replace(siglip.config.text, tokenizer=tokenizer))
     assert (again.config, again.preprocess) == (config, siglip.preprocess)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    arrays = flatten(again.params)
     for name, array in flatten(siglip.params).items():
-        found = flatten(again.params)[name]
-        assert found.dtype == kind
-        np.testing.assert_array_equal(found, array.astype(kind))
+        np.testing.assert_array_equal(arrays[name], array.astype(kind), strict=True)
 
 
 @pytest.mark.parametrize("to", ["big-vision", "hugging-face"])
@@ -47,7 +49,7 @@ def test_a_fine_tuning_begins_from_it(tmp_path, siglip, to):
     assert set(starting_params(path, other, ["image"])) == {"visual"}
 
 
-def test_what_big_vision_has_no_words_for(tmp_path, siglip, make_weights):
+def test_what_big_vision_has_no_words_for(tmp_path, siglip):
     text = replace(siglip.config.text, activation="gelu")
     for weights, match in [
         (make_weights("vit"), "big_vision's SigLIP cannot express this model's init_logit_bias"),
@@ -57,6 +59,21 @@ def test_what_big_vision_has_no_words_for(tmp_path, siglip, make_weights):
         with pytest.raises(ValueError, match=match):
             write_weights(weights, tmp_path / "x.npz", "big-vision")
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_one_by_one(tmp_path, siglip):
+    """As older files have them; with a file of the optimizer's, which is left."""
+    arrays = {}
+    for name, array in big_vision.to_tensors(siglip).items():
+        if "/encoderblock/" in name:
+            for i, block in enumerate(array):
+                arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = block
+        else:
+            arrays[name] = array
+    np.savez(tmp_path / "x.npz", **arrays, **{"opt/0/count": np.int32(3)})
+    again = flatten(read_weights(tmp_path / "x.npz").params)
+    for name, array in flatten(siglip.params).items():
+        np.testing.assert_array_equal(again[name], array)
 
 
 def test_native_aspect_ratios_are_refused_by_name(tmp_path, siglip):
@@ -102,9 +119,7 @@ def test_arrays_that_lie(tmp_path, name):
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("params/img/a.npy", data)
-    with pytest.raises(ValueError, match=match) as error:
-        read_tensors(path)
-    assert str(path) in str(error.value)
+    refuse(path, match)
 
 
 def test_compressed_and_truncated_files(tmp_path):

@@ -1,5 +1,4 @@
-"""Photographs that come with scikit-image and scikit-learn as pairs, in every format that a source
-reads; batches of what a pipeline reads."""
+"""Pictures as pairs, in every format that a source reads; batches of what a pipeline reads."""
 
 import csv
 import dataclasses
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from clip_jax.data.digits import DigitsConfig
@@ -28,74 +26,43 @@ from clip_jax.data.sources.tar import TarConfig
 from clip_jax.data.sources.tfds import TfdsConfig
 from clip_jax.data.tokenizers.clip import ClipTokenizer
 
-SIDE = 48
-
-
-@pytest.fixture(scope="session")
-def photographs() -> dict[str, np.ndarray]:
-    """RGB photographs by name, made small."""
-    import skimage
-    import sklearn.datasets
-
-    pixels = {Path(name).stem: image for name, image in _sklearn_images(sklearn.datasets)}
-    folder = Path(skimage.__file__).parent / "data"
-    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
-        pixels[Path(name).stem] = np.asarray(Image.open(folder / name).convert("RGB"))
-    small = {}
-    for name, image in pixels.items():
-        height, width = image.shape[:2]
-        size = (SIDE * width // min(height, width), SIDE * height // min(height, width))
-        small[name] = np.asarray(Image.fromarray(image).resize(size))
-    return small
-
-
-def _sklearn_images(datasets):
-    images = datasets.load_sample_images()
-    return zip(images.filenames, images.images, strict=True)
-
-
-@pytest.fixture(scope="session")
-def write_pairs(photographs) -> Callable[..., Path]:
-    """`write_pairs(folder, count, suffix)` writes image files and the table that lists them."""
-
-    def write(folder: Path, count: int, suffix: str = ".csv") -> Path:
-        names = list(photographs)
-        rows = []
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            name = names[i % len(names)]
-            shifted = np.roll(photographs[name], i, axis=1)
-            file = f"images/{i:04d}.{('png', 'jpg', 'webp')[i % 3]}"
-            Image.fromarray(shifted).save(folder / file)
-            rows.append((file, f'a photo of "{name}",\nnumber {i}'))
-        table = folder / f"pairs{suffix}"
-        with table.open("w", newline="") as out:
-            if suffix == ".jsonl":
-                for image, caption in rows:
-                    out.write(json.dumps({"image": image, "caption": caption}) + "\n")
-            else:
-                writer = csv.writer(out, delimiter="," if suffix == ".csv" else "\t")
-                writer.writerows([("image", "caption"), *rows])
-        return table
-
-    return write
-
-
-# ------------------------------------------------------------------ every format
+_rng = np.random.default_rng(0)
+PICTURES = [_rng.integers(0, 256, (48, 48 + 8 * i, 3), np.uint8) for i in range(6)]
 
 Pairs = Sequence[tuple[str, bytes, str]]  # file name of the image, its bytes, caption
 
 
-def make_pairs(photographs: dict[str, np.ndarray], count: int) -> Pairs:
-    """Photographs, shifted, as JPEG, PNG and WebP in turns."""
+def make_pairs(count: int) -> Pairs:
+    """Pictures, shifted, as JPEG, PNG and WebP in turns."""
     pairs = []
     for i in range(count):
-        name = list(photographs)[i % len(photographs)]
         file = io.BytesIO()
         suffix, how = (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))[i % 3]
-        Image.fromarray(np.roll(photographs[name], i, axis=1)).save(file, how)
-        pairs.append((f"{i:05d}.{suffix}", file.getvalue(), f'{name}, "{i}"\nzwölf'))
+        pixels = np.roll(PICTURES[i % len(PICTURES)], i, axis=1)
+        Image.fromarray(pixels).save(file, how)
+        pairs.append((f"{i:05d}.{suffix}", file.getvalue(), f'picture, "{i}"\nzwölf'))
     return pairs
+
+
+def write_pairs(folder: Path, count: int, suffix: str = ".csv") -> Path:
+    """Write image files and the table that lists them."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, image, caption in make_pairs(count):
+        (folder / "images" / name).write_bytes(image)
+        rows.append((f"images/{name}", caption))
+    path = folder / f"pairs{suffix}"
+    with path.open("w", newline="") as out:
+        if suffix == ".jsonl":
+            lines = [json.dumps({"image": image, "caption": caption}) for image, caption in rows]
+            out.write("\n".join(lines))
+        else:
+            writer = csv.writer(out, delimiter="," if suffix == ".csv" else "\t")
+            writer.writerows([("image", "caption"), *rows])
+    return path
+
+
+# ------------------------------------------------------------------ every format
 
 
 def parts(pairs: Pairs, count: int) -> list[Pairs]:
@@ -263,26 +230,35 @@ def take(
 
 
 def digits(samples: int = 60, **fields: Any) -> DataConfig:
-    """The digits that ship inside, as training data."""
+    """The bundled digits, as training data."""
     return DataConfig(source=DigitsConfig(samples=samples), **fields)
 
 
-def table(path: Path, **fields: Any) -> DataConfig:
+def tabular(path: Path, **fields: Any) -> DataConfig:
     """A table of pairs, as training data."""
     return DataConfig(source=TableConfig(path=str(path)), **fields)
 
 
-def assert_same(first: Batch, second: Batch) -> None:
-    """Every field is the same, but what reading took."""
-    for field in dataclasses.fields(first):
-        if field.name == "reading":  # says what was asked of buckets since the batch before
-            continue
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        np.testing.assert_array_equal(a, b, err_msg=field.name)
+def assert_same(wanted: Sequence[Batch], found: Sequence[Batch]) -> None:
+    """Compare every field but `reading`, which says what was asked of buckets."""
+    for first, second in zip(wanted, found, strict=True):
+        for field in dataclasses.fields(first):
+            if field.name != "reading":
+                a, b = getattr(first, field.name), getattr(second, field.name)
+                np.testing.assert_array_equal(a, b, err_msg=field.name)
+
+
+def of_processes(config: DataConfig, count: int, processes: int, **how: Any) -> list[Batch]:
+    """The global batches that so many processes read together."""
+    parts = [
+        take(config, count, process_index=index, process_count=processes, **how)
+        for index in range(processes)
+    ]
+    return [join(part) for part in zip(*parts, strict=True)]
 
 
 def join(parts: Sequence[Batch]) -> Batch:
-    """The global batch of the processes' parts."""
+    """The global batch of the processes' batches."""
     return Batch(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text")),
         np.concatenate([part.index for part in parts]),

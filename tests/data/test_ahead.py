@@ -1,22 +1,14 @@
 """Stretches read ahead: each once, within the budget, and what becomes of those that fail."""
 
-import io
-import json
-import os
-import subprocess
-import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 
-from clip_jax import files
 from clip_jax.data.ahead import ReadAhead
 from clip_jax.data.order import Lanes, OfPositions, StretchOrder
 from clip_jax.data.sources import Record, SampleError
-from clip_jax.data.sources.array_record import encode_example
 
 BATCH, STRETCH, SIZE = 256, 10, 100
 LANES = Lanes(BATCH)
@@ -26,8 +18,7 @@ class Stretches:
     """Records of 100 bytes in stretches of ten, which know what was asked of them."""
 
     def __init__(self, count, fail=()):
-        self.count, self.fail = count, fail
-        self.asked, self.held, self.most = [], 0, 0
+        self.count, self.fail, self.asked = count, fail, []
 
     def __len__(self):
         return self.count
@@ -53,26 +44,30 @@ class Stretches:
         ]
 
 
-def made(count, window=64):
+def made(count):
     sizes = np.full(count // STRETCH, STRETCH, np.int64)
-    return StretchOrder(sizes, seed=0, window=window, shares=OfPositions(LANES, count))
+    return StretchOrder(sizes, seed=0, window=64, shares=OfPositions(LANES, count))
 
 
-def open_ahead(source, *, start=0, budget=1 << 20, lanes=LANES.own, window=64):
-    order = made(len(source), window)
+def open_ahead(source, *, start=0, budget=1 << 20, lanes=LANES.own):
+    order = made(len(source))
     return ReadAhead(source, order, lanes, width=LANES.width, start=start, budget=budget)
 
 
-def take(ahead, steps, lanes=LANES.own):
-    found = []
+def requests(ahead, steps, lanes):
+    """Record, and epoch and first record of its piece, in the order in which they are needed."""
     for step in steps:
         for lane in lanes:
-            run = ahead.run(step, lane)
-            for record, epoch, first in zip(*(a.tolist() for a in run[:3]), strict=True):
-                got = ahead.take(step, record, (epoch, first))
-                assert got.key == str(record)
-                found.append(record)
-    return found
+            for record, epoch, first, _ in np.stack(ahead.run(step, lane), axis=1).tolist():
+                yield step, record, (epoch, first)
+
+
+def take(ahead, steps, lanes=LANES.own):
+    taken = []
+    for step, record, piece in requests(ahead, steps, lanes):
+        assert ahead.take(step, record, piece).key == str(record)
+        taken.append(record)
+    return taken
 
 
 def test_every_piece_is_asked_for_once():
@@ -85,11 +80,11 @@ def test_every_piece_is_asked_for_once():
 
 def test_what_is_held_stays_within_the_budget():
     """Half of the window is used on average, and no more is read ahead than the budget has."""
-    source = Stretches(64_000)
+    source = Stretches(32_000)
     budget = 64 * STRETCH * SIZE
     ahead = open_ahead(source, budget=budget)
     held = []
-    for step in range(100):
+    for step in range(50):
         take(ahead, [step])
         held.append(ahead._held)
     ahead.close()
@@ -107,7 +102,7 @@ def test_nothing_is_read_long_before_its_time():
     ahead.close()
 
 
-@pytest.mark.parametrize("start", [1, 7, 24, 25, 60])
+@pytest.mark.parametrize("start", [1, 24, 60])
 def test_resumed_it_holds_only_what_is_still_to_come(start):
     source = Stretches(6400)
     ahead = open_ahead(source, start=start)
@@ -130,10 +125,9 @@ def test_a_lane_of_a_process_reads_only_its_own():
         ahead = open_ahead(source, lanes=lanes)
         take(ahead, range(25), lanes)
         ahead.close()
-    first = made(6400).at(0, 0, 400)
-    assert {(a, b) for a, b in zip(first.first.tolist(), first.last.tolist(), strict=True)} <= set(
-        sources[0].asked
-    )
+    run = made(6400).at(0, 0, 400)
+    pieces = set(zip(run.first.tolist(), run.last.tolist(), strict=True))
+    assert pieces <= set(sources[0].asked)
     assert sum(len(source.asked) for source in sources) < 3 * (640 + 15)
 
 
@@ -141,26 +135,21 @@ def test_a_stretch_that_cannot_be_read_is_bad_samples():
     source = Stretches(2560, fail={3})
     ahead = open_ahead(source)
     failed = []
-    for step in range(10):
-        for lane in LANES.own:
-            run = ahead.run(step, lane)
-            for record, epoch, first in zip(*(a.tolist() for a in run[:3]), strict=True):
-                if first == 30:
-                    with pytest.raises(SampleError, match="gone"):
-                        ahead.take(step, record, (epoch, first))
-                    failed.append(record)
-                else:
-                    ahead.take(step, record, (epoch, first))
+    for step, record, piece in requests(ahead, range(10), LANES.own):
+        try:
+            assert ahead.take(step, record, piece).key == str(record)
+        except SampleError:
+            failed.append(record)
     ahead.close()
     assert sorted(failed) == list(range(30, 40))
 
 
 def test_a_bug_in_a_source_reaches_who_waits():
     source = Stretches(640)
-    source.fetch = lambda first, last: 1 / 0
-    ahead = open_ahead(source)
-    with pytest.raises(ZeroDivisionError):
-        take(ahead, [0])
+    with mock.patch.object(source, "fetch", autospec=True, side_effect=ZeroDivisionError):
+        ahead = open_ahead(source)
+        with pytest.raises(ZeroDivisionError):
+            take(ahead, [0])
     ahead.close()
 
 
@@ -171,65 +160,5 @@ def test_closing_ends_the_threads():
     started = set(threading.enumerate()) - before
     ahead.close()
     for thread in started:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
-
-
-RESIDENT = """
-import json, os, sys, time
-import grain, numpy as np, obstore, PIL.Image
-from clip_jax.data.pipeline import DataConfig, build
-from clip_jax.data.sources.array_record import ArrayRecordConfig
-
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) >> 10
-
-url, budget, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-pipeline = build(
-    DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=budget, window=8),
-    tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
-    image_size=32, context_length=8, batch_size=64,
-)
-assert pipeline.order == "stretches"
-before, most, samples, start = resident(), [0, 0], 0, time.monotonic()
-for batch in pipeline.batches(0):
-    samples += len(batch.keys)
-    half = int(time.monotonic() > start + seconds / 2)
-    most[half] = max(most[half], resident() - before)
-    if time.monotonic() > start + seconds:
-        break
-print(json.dumps({"samples": samples, "mib": most}))
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_resident_memory_stays_within_the_budget_while_a_bucket_is_slow(gs, tmp_path):
-    """Two minutes, or as many seconds as CLIP_JAX_MEMORY_SECONDS says."""
-    seconds, budget = float(os.environ.get("CLIP_JAX_MEMORY_SECONDS", "120")), 64  # MiB
-    images = []
-    for i in range(20):
-        file = io.BytesIO()
-        pixels = np.random.default_rng(i).integers(0, 256, (250, 300, 3), np.uint8)
-        Image.fromarray(pixels).save(file, "JPEG", quality=85)
-        images.append(file.getvalue())
-    writer = ArrayRecordWriter(str(tmp_path / "x"), "group_size:1,uncompressed")
-    for i in range(6_000):
-        writer.write(encode_example({"image": [images[i % 20]], "caption": [b"x"]}))
-    writer.close()
-    assert (tmp_path / "x").stat().st_size > 5 * budget << 20
-    files.write_whole(f"{gs.url}/x.array_record", (tmp_path / "x").read_bytes())
-    gs.server.behave(latency=0.03, bytes_per_second=30e6)
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, f"{gs.url}/x.array_record", str(budget), str(seconds)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(done.stdout)
-    print(found)
-    # Besides stretches: 16 answers under way, decoded batches, and what malloc keeps of them.
-    assert max(found["mib"]) < budget + 400, found
-    assert found["mib"][1] < found["mib"][0] + 40, found  # it does not grow
-    assert found["samples"] > 6_000 * seconds / 120

@@ -1,10 +1,13 @@
 """Embeddings in Parquet: laid out in one file, and the nearest of them."""
 
+from unittest import mock
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_jax.data import embeddings
 from clip_jax.data.embeddings import Embeddings, nearest
 
 
@@ -37,8 +40,8 @@ def test_what_searching_keeps_is_made_anew_when_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 10, 500])
-def test_blocks_find_what_one_product_finds(count, monkeypatch):
-    monkeypatch.setattr("clip_jax.data.embeddings.BLOCK", 64)
+@mock.patch.object(embeddings, "BLOCK", 64)
+def test_blocks_find_what_one_product_finds(count):
     rng = np.random.default_rng(count)
     vectors = rng.integers(-2, 3, (300, 3)).astype(np.float32)  # with many ties
     query = rng.integers(-2, 3, 3).astype(np.float32)

@@ -1,7 +1,5 @@
 """The batch that doubles."""
 
-import pytest
-
 from clip_jax.data.growth import batch_after, phases, samples_after
 
 
@@ -14,8 +12,3 @@ def test_sizes_and_sums_of_a_batch_that_doubles():
     assert phases(8, doubled, 7) == [(8, 3), (16, 2), (32, 2)]
     assert phases(8, doubled, 4) == [(8, 3), (16, 1)]
     assert phases(8, (), 7) == [(8, 7)]
-
-
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_run_that_never_grows(steps):
-    assert samples_after(8, (3,), steps) == 8 * steps

@@ -2,11 +2,10 @@
 
 import io
 import pickle
-import subprocess
-import sys
-import threading
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,20 +59,17 @@ def test_shorter_side_is_resized_and_the_middle_cropped(photo):
 def test_resize_comes_before_conversion_to_rgb(photo):
     palette = photo.quantize(16)
     nearest = palette.convert("RGB").resize((336, 224), Image.Resampling.NEAREST)
-    np.testing.assert_allclose(
-        preprocess(save(palette)), normalise(nearest.crop((56, 0, 280, 224))), atol=1e-6
-    )
-    assert (
-        np.abs(center_crop(decode(save(palette)), 224) - np.asarray(nearest)[:, 56:280]).max() > 0
-    )
+    expected = normalise(nearest.crop((56, 0, 280, 224)))
+    np.testing.assert_allclose(preprocess(save(palette)), expected, atol=1e-6)
+    assert (center_crop(decode(save(palette)), 224) != np.asarray(nearest)[:, 56:280]).any()
 
 
 def test_every_way_to_give_an_image_is_the_same(photo, tmp_path):
     data = save(photo)
     (tmp_path / "a.png").write_bytes(data)
     expected = preprocess(photo)
-    for given in (data, np.asarray(photo), tmp_path / "a.png", str(tmp_path / "a.png")):
-        np.testing.assert_array_equal(preprocess(given), expected)
+    for image in (data, np.asarray(photo), tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(preprocess(image), expected)
     gray = np.asarray(photo.convert("L"))
     np.testing.assert_array_equal(preprocess(gray), preprocess(photo.convert("L")))
     np.testing.assert_array_equal(preprocess(gray[:, :, None]), preprocess(gray))
@@ -107,7 +103,7 @@ def test_wrong_settings_name_the_field(field, value):
         Preprocess(**{field: value})
 
 
-# --------------------------------------------------------------------- what is done to odd ones
+# ---------------------------------------------------------------------------- unusual images
 
 
 def test_exif_orientation_is_not_applied(photo):
@@ -115,17 +111,16 @@ def test_exif_orientation_is_not_applied(photo):
     exif[0x0112] = 6
     turned, plain = save(photo, "JPEG", exif=exif), save(photo, "JPEG")
     assert decode(turned).size == photo.size
-    np.testing.assert_array_equal(np.asarray(decode(turned)), np.asarray(decode(plain)))
+    np.testing.assert_array_equal(decode(turned), decode(plain))
     np.testing.assert_array_equal(preprocess(turned), preprocess(plain))
 
 
 def test_alpha_is_dropped_by_training_and_weighs_in_preprocessing(photo):
     transparent = photo.copy()
     transparent.putalpha(Image.linear_gradient("L").resize(photo.size))
-    np.testing.assert_array_equal(np.asarray(decode(save(transparent))), np.asarray(photo))
+    np.testing.assert_array_equal(decode(save(transparent)), photo)
     # Pillow resizes RGBA with colours weighted by alpha, and OpenAI's code resizes first.
-    difference = np.abs(preprocess(transparent) - preprocess(photo))
-    assert difference.max() > 0.01
+    assert np.abs(preprocess(transparent) - preprocess(photo)).max() > 0.01
 
 
 def test_sixteen_bits_of_gray_are_cut_off(photo):
@@ -135,12 +130,11 @@ def test_sixteen_bits_of_gray_are_cut_off(photo):
 
 
 def test_first_frame_of_an_animation_counts(photo):
+    photo = photo.resize((90, 60))
     frames = [photo, photo.rotate(90), photo.rotate(180)]
     for format in ("GIF", "PNG", "TIFF"):
         data = save(frames[0], format, save_all=True, append_images=frames[1:])
-        np.testing.assert_array_equal(
-            np.asarray(decode(data)), np.asarray(decode(save(photo, format)))
-        )
+        np.testing.assert_array_equal(decode(data), decode(save(photo, format)))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -148,27 +142,25 @@ def test_first_frame_of_an_animation_counts(photo):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_random_crop_is_any_square_of_the_resized_image(photo, turned):
-    image = photo.rotate(90, expand=True) if turned else photo
+    image = photo.resize((90, 60))
+    image = image.rotate(90, expand=True) if turned else image
     resized = np.asarray(image.resize((32, 48) if turned else (48, 32), Image.Resampling.BICUBIC))
     squares = [resized[i : i + 32] if turned else resized[:, i : i + 32] for i in range(17)]
     rng = np.random.default_rng(0)
-    found = []
-    for _ in range(200):
-        crop = random_square_crop(image, 32, rng)
-        assert crop.dtype == np.uint8
-        found += [i for i, square in enumerate(squares) if np.array_equal(square, crop)]
-    assert len(found) == 200
-    assert set(found) == set(range(17))
-    assert max(np.bincount(found)) < 30  # 12 expected of each: both ends as often as the middle
+    crops = [random_square_crop(image, 32, rng) for _ in range(200)]
+    assert crops[0].dtype == np.uint8
+    places = [i for crop in crops for i, x in enumerate(squares) if np.array_equal(x, crop)]
+    assert len(places) == 200
+    assert set(places) == set(range(17))
+    assert max(np.bincount(places)) < 30  # 12 expected of each: both ends as often as the middle
 
 
 def test_crops_repeat_with_the_generator(photo):
     for scale in (None, (0.3, 0.8)):
-        first, again = (
-            random_square_crop(photo, 40, np.random.default_rng(7), scale) for _ in range(2)
+        first, again, other = (
+            random_square_crop(photo, 40, np.random.default_rng(seed), scale) for seed in (7, 7, 8)
         )
         np.testing.assert_array_equal(first, again)
-        other = random_square_crop(photo, 40, np.random.default_rng(8), scale)
         assert not np.array_equal(first, other)
 
 
@@ -181,24 +173,17 @@ def test_random_rectangle_has_its_share_of_the_area():
     rng = np.random.default_rng(0)
     boxes = np.array([images._random_box(1000, 800, rng, (0.5, 0.9)) for _ in range(500)])
     left, top, right, bottom = boxes.T
+    assert (boxes >= 0).all() & (right <= 1000).all() & (bottom <= 800).all()
     width, height = right - left, bottom - top
-    assert left.min() >= 0
-    assert top.min() >= 0
-    assert right.max() <= 1000
-    assert bottom.max() <= 800
     share, ratio = width * height / 800_000, width / height
     assert 0.499 < share.min() < 0.52
     assert 0.85 < share.max() < 0.901
     assert 0.74 < ratio.min() < 0.8
     assert 1.28 < ratio.max() < 1.34
     assert len(set(left)) > 50
-
-
-@pytest.mark.parametrize(
-    ("size", "box"), [((900, 90), (390, 0, 510, 90)), ((90, 900), (0, 390, 90, 510))]
-)
-def test_a_long_image_yields_the_middle_of_it(size, box):
-    assert images._random_box(*size, np.random.default_rng(0), (0.9, 1.0)) == box
+    # Of a long image, the middle.
+    assert images._random_box(900, 90, rng, (0.9, 1.0)) == (390, 0, 510, 90)
+    assert images._random_box(90, 900, rng, (0.9, 1.0)) == (0, 390, 90, 510)
 
 
 def test_a_scale_of_one_is_the_whole_square(photo):
@@ -250,7 +235,7 @@ def test_broken_bytes_raise_nothing_else(photo):
     outcomes = {"fine": 0, "refused": 0}
     for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "TGA", "PCX", "ICO", "PPM"):
         data = save(small, format)
-        for _ in range(60):
+        for _ in range(30):
             broken = np.frombuffer(data, np.uint8).copy()
             places = rng.integers(0, min(broken.size, rng.choice((40, 10_000))), 5)
             broken[places] = rng.integers(0, 256, 5)
@@ -259,7 +244,7 @@ def test_broken_bytes_raise_nothing_else(photo):
                 outcomes["fine"] += 1
             except ImageError:
                 outcomes["refused"] += 1
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > 25
 
 
 def test_decompression_bombs(photo):
@@ -271,51 +256,51 @@ def test_decompression_bombs(photo):
     tracemalloc.stop()
 
 
-def test_our_limit_holds_where_pillows_was_lifted(photo, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(images, "MAX_PIXELS", photo.width * photo.height - 1)
-    assert "451 x 300" in fails(save(photo), "too large")
-    monkeypatch.setattr(images, "MAX_PIXELS", photo.width * photo.height)
-    decode(save(photo))
+def test_our_limit_holds_where_pillows_was_lifted(photo):
+    pixels = photo.width * photo.height
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", None):
+        with mock.patch.object(images, "MAX_PIXELS", pixels - 1):
+            assert "451 x 300" in fails(save(photo), "too large")
+        with mock.patch.object(images, "MAX_PIXELS", pixels):
+            decode(save(photo))
 
 
-def test_a_sliver_needs_little_memory(monkeypatch):
+def test_a_sliver_needs_little_memory():
     sliver = Image.linear_gradient("L").resize((3, 200_000)).convert("RGB")
-    resize = Image.Image.resize
+    whole = Image.Image.resize
 
-    def small_resize(image, size, *args, **kwargs):
+    def resize(image, size, *args, **kwargs):
         assert size[0] * size[1] < 1 << 24  # as a whole: 224 x 14,933,333 pixels, 10 GB
-        return resize(image, size, *args, **kwargs)
+        return whole(image, size, *args, **kwargs)
 
-    monkeypatch.setattr(Image.Image, "resize", small_resize)
-    assert Preprocess()._resize(sliver).size == (224, 224)
-    assert center_crop(sliver, 224).shape == (224, 224, 3)
-    assert random_square_crop(sliver, 224, np.random.default_rng(0)).shape == (224, 224, 3)
+    with mock.patch.object(Image.Image, "resize", autospec=True, side_effect=resize):
+        assert Preprocess()._resize(sliver).size == (224, 224)
+        assert center_crop(sliver, 224).shape == (224, 224, 3)
+        assert random_square_crop(sliver, 224, np.random.default_rng(0)).shape == (224, 224, 3)
 
 
-def test_the_short_cut_for_slivers_gives_the_same_pixels(photo, monkeypatch):
+def test_the_short_cut_for_slivers_gives_the_same_pixels(photo):
     for image in (photo, photo.rotate(90, expand=True), photo.resize((1000, 64))):
         whole = center_crop(image, 64)
-        with monkeypatch.context() as patch:
-            patch.setattr(images, "_MAX_RESIZED_PIXELS", 1)
+        with mock.patch.object(images, "_MAX_RESIZED_PIXELS", 1):
             part = center_crop(image, 64)
         assert np.abs(whole.astype(int) - part).max() <= 1
         assert np.mean(whole == part) > 0.999
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("shape", "dtype"),
     [
-        np.zeros((224, 224, 3), np.float32),
-        np.zeros((3, 224, 224), np.uint8),
-        np.zeros((1, 224, 224, 3), np.uint8),
-        np.zeros((224, 224, 3), np.int64),
+        ((24, 24, 3), np.float32),
+        ((24, 24, 3), np.int64),
+        ((3, 24, 24), np.uint8),
+        ((1, 24, 24, 3), np.uint8),
     ],
 )
-def test_arrays_of_another_kind_say_what_is_needed(array):
+def test_arrays_of_another_kind_name_what_is_needed(shape, dtype):
     with pytest.raises(ImageError, match=r"not an image: array .*uint8 \[H, W, 3\]") as error:
-        preprocess(array)
-    assert str(list(array.shape)) in str(error.value)
+        preprocess(np.zeros(shape, dtype))
+    assert str(list(shape)) in str(error.value)
 
 
 def test_empty_array():
@@ -325,10 +310,8 @@ def test_empty_array():
 
 def test_nothing_is_executed():
     """Pillow reads EPS by running Ghostscript; we don't read it."""
-    fails(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" + bytes(50),
-        "not an image",
-    )
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    fails(header + bytes(50), "not an image")
 
 
 def test_the_error_survives_pickling():
@@ -346,31 +329,22 @@ def noisy_images(photo: Image.Image) -> list[bytes]:
     return [palette, exif]
 
 
-def test_pillows_warnings_stay_inside(photo, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", photo.width * photo.height - 1)
-    with pytest.warns(Image.DecompressionBombWarning):
-        Image.open(io.BytesIO(save(photo)))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for data in [save(photo), *noisy_images(photo)]:
-            decode(data)
-            preprocess(data)
+def test_pillows_warnings_stay_inside(photo):
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", photo.width * photo.height - 1):
+        with pytest.warns(Image.DecompressionBombWarning):
+            Image.open(io.BytesIO(save(photo)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for data in [save(photo), *noisy_images(photo)]:
+                decode(data)
+                preprocess(data)
     assert not caught
 
 
 def test_threads_leave_the_filters_as_they_were(photo):
     data = noisy_images(photo.resize((40, 30)))[0]
     before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [decode(data) for _ in range(50)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(decode, [data] * 200))
     assert list(warnings.filters) == before
     assert images._QUIET._inside == 0
-
-
-def test_import_reads_no_plugins():
-    """All of Pillow's readers are loaded at the first image, not at import."""
-    code = "import clip_jax.data.images, sys; sys.exit('PIL.TiffImagePlugin' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

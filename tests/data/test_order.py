@@ -1,12 +1,9 @@
 """The order in stretches: each record once an epoch, from any step on, near its neighbours."""
 
 import itertools
-import math
 import pickle
-import time
 from unittest import mock
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,7 +22,7 @@ def in_stretches(sizes, batch_size, *, seed=0, window=8, shares=OfPositions):
 
 
 def read(made, batch_size, start, steps, part=(0, 1)):
-    """Records and pieces of a process's part of some batches: [steps, places]."""
+    """Records and pieces of some batches, as far as a process has them: [steps, places]."""
     lanes = Lanes(batch_size, part)
     runs = [made.at(lane, start * lanes.width, steps * lanes.width) for lane in lanes.own]
     return [
@@ -34,26 +31,13 @@ def read(made, batch_size, start, steps, part=(0, 1)):
     ]
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "lanes"),
-    [
-        (1, 1),
-        (12, 12),
-        (64, 64),
-        (72, 9),
-        (256, 16),
-        (1000, 50),
-        (1024, 64),
-        (1536, 96),
-        (4096, 256),
-        (32768, 512),
-    ],
-)
-def test_lanes_follow_from_the_batch(batch_size, lanes):
-    assert count_lanes(batch_size) == lanes
+def test_lanes_follow_from_the_batch():
+    lanes = {1: 1, 12: 12, 64: 64, 72: 9, 256: 16, 1000: 50, 1024: 64, 1536: 96, 4096: 256}
+    lanes[32768] = 512
+    assert {size: count_lanes(size) for size in lanes} == lanes
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     batch_size=st.sampled_from([1, 2, 6, 12, 20, 48, 64, 96, 256, 1003]),
@@ -85,7 +69,7 @@ def test_every_record_once_an_epoch(sizes, batch_size, window, chunk, data):
     assert ((first <= record) & (record < last)).all()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     batch_size=st.sampled_from([1, 6, 12, 20, 64, 256]),
@@ -118,9 +102,8 @@ def test_a_piece_is_read_by_one_lane_in_one_go():
         own = first.reshape(steps, lanes.count, lanes.width)[:, lane].reshape(-1)
         for piece in np.unique(own):
             places = np.flatnonzero(own == piece)
-            assert (
-                places[-1] - places[0] <= 1.2 * window / lanes.count * 50
-            )  # ranks, of places that jitter
+            # Of ranks, whose places jitter.
+            assert places[-1] - places[0] <= 1.2 * window / lanes.count * 50
             owners.setdefault(piece, []).append(lane)
     assert all(len(found) == 1 for found in owners.values())
     assert len(owners) <= len(sizes) + lanes.count - 1
@@ -146,67 +129,33 @@ def test_processes_that_do_not_divide_the_lanes():
         Lanes(256, (0, 3))
 
 
-@pytest.mark.long
-def test_a_sample_costs_microseconds():
-    """Of 414 million in seven million stretches."""
-    made = in_stretches(np.full(7_000_000, 60), 32768, window=1024)
-    read(made, 32768, 0, 1, part=(0, 64))  # the epoch's permutation, four seconds
-    took = []
-    for first in (1, 257, 513):
-        start = time.process_time()
-        read(made, 32768, first, 256, part=(0, 64))
-        took.append(time.process_time() - start)
-    assert min(took) / (256 * 512) < 5e-6
-
-
-CLASSES = 1000
-
-
-def of_one_class(labels):
-    counts = np.bincount(labels)
-    return np.count_nonzero(counts), int((counts * (counts - 1) // 2).sum())
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), [(1024, 20), (32768, 2)])
-def test_sorted_data_are_mixed(batch_size, steps):
-    """Photographs sorted by class, in stretches of 60: batches much like the global order's."""
-    each = 1280
-    count = CLASSES * each
+def test_sorted_data_are_mixed():
+    """Photographs sorted by class, in stretches of 60: batches much like independent draws."""
+    classes, each, batch_size, steps = 1000, 1280, 1024, 20
+    count = classes * each
     made = in_stretches(np.full(count // 60 + 1, 60), batch_size, window=1024)
-    every = count // batch_size // steps
-    shuffled = grain.MapDataset.range(count).seed(0).shuffle()
-    found = []
-    for step in range(0, steps * every, every):
-        ours = read(made, batch_size, step, 1)[0][0] // each
-        places = range(step * batch_size, (step + 1) * batch_size)
-        theirs = np.array([shuffled[place] for place in places]) // each
-        found.append(of_one_class(ours) + of_one_class(theirs))
-    distinct, pairs, global_distinct, global_pairs = np.mean(found, axis=0)
-    assert distinct > 0.7 * global_distinct
-    assert 0.9 * global_pairs < pairs < 2 * global_pairs  # what lies together meets, not too often
-    assert math.isclose(
-        global_distinct, CLASSES * (1 - (1 - 1 / CLASSES) ** batch_size), rel_tol=0.05
-    )
+    batches = range(0, count // batch_size, count // batch_size // steps)
+    labels = [read(made, batch_size, step, 1)[0][0] // each for step in batches]
+    counts = np.stack([np.bincount(x, minlength=classes + 1) for x in labels])
+    # What lies together meets, and not too often.
+    pairs = batch_size * (batch_size - 1) / 2 / classes
+    assert 0.9 * pairs < (counts * (counts - 1) // 2).sum(1).mean() < 2 * pairs
+    distinct = classes * (1 - (1 - 1 / classes) ** batch_size)
+    assert np.count_nonzero(counts, axis=1).mean() > 0.7 * distinct
 
 
-def tides(classes, records, count, steps):
-    """How far classes' shares of so many batches are from equal: their deviation in the mean."""
-    labels = (records * classes // count).reshape(len(records) // steps, -1)
-    shares = np.stack([np.bincount(own, minlength=classes) for own in labels])
-    return shares.std() / shares.mean()
-
-
-@pytest.mark.parametrize("classes", [10, 80, 256])
-def test_sorted_data_come_without_tides(classes):
+def test_of_sorted_data_any_time_has_an_even_share():
     """Of any fifty batches, each class has about as even a share as in independent draws."""
     count, batch_size, steps = 50_000, 128, 50
     made = in_stretches([32] * (count // 32) + [count % 32], batch_size, window=1024)
-    records = read(made, batch_size, 0, 31 * steps)[0]
-    independent = (steps * batch_size / classes) ** -0.5
-    assert tides(classes, records, count, steps) < 1.3 * independent  # dealt at random: 1.7 to 2.1
+    records = read(made, batch_size, 0, 31 * steps)[0].reshape(31, -1)
+    for classes in (10, 80, 256):
+        shares = np.stack([np.bincount(x, minlength=classes) for x in records * classes // count])
+        independent = (steps * batch_size / classes) ** -0.5
+        assert shares.std() / shares.mean() < 1.3 * independent  # in a random order: 1.7 to 2.1
 
 
-def test_epochs_deal_anew():
+def test_epochs_put_others_together():
     """Stretches that come together in an epoch do not in the next one."""
     made = in_stretches([8] * 4096, 256)  # 16 lanes of 256 stretches
     times = [np.argsort(made._epoch(epoch)[0]) % 256 // 4 for epoch in range(4)]

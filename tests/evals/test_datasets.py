@@ -1,29 +1,20 @@
 """Layouts on disk, each with a small stand-in."""
 
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import decode
 from clip_jax.evals.datasets import open_captions, open_digits, open_folder, split_folder
-
-
-def encoded(seed=0, size=(20, 14)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+from tests.evals.conftest import png
 
 
 def write_folder(path, classes, per_class=2):
-    for number, name in enumerate(classes):
+    for name in classes:
         (path / name).mkdir(parents=True)
         for i in range(per_class):
-            (path / name / f"{i}.png").write_bytes(encoded(number * per_class + i))
+            (path / name / f"{i}.png").write_bytes(png())
 
 
 def test_a_folder_is_named_by_its_folders(tmp_path):
@@ -32,14 +23,14 @@ def test_a_folder_is_named_by_its_folders(tmp_path):
     assert list(data.names) == ["arctic fox", "red fox"]
     assert list(data.templates) == ["a photo of {c}, a type of food."]
     assert [label for _, label in data] == [0, 0, 1, 1]
-    assert {decode(image).size for image, _ in data} == {(14, 20)}
+    assert {decode(image).size for image, _ in data} == {(5, 6)}
 
 
 def test_imagenets_folders_are_named_as_openai_did(tmp_path):
     write_folder(tmp_path / "a", ["n02007558", "n01440764"], 1)
     assert list(open_folder(tmp_path / "a").names) == ["tench", "flamingo"]
     write_folder(tmp_path / "v2", map(str, range(1_000)), 0)
-    (tmp_path / "v2" / "130" / "x.png").write_bytes(encoded())
+    (tmp_path / "v2" / "130" / "x.png").write_bytes(png())
     data = open_folder(tmp_path / "v2")
     assert [data.names[label] for _, label in data] == ["flamingo"]
 

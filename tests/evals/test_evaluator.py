@@ -1,39 +1,61 @@
-"""The same numbers on one device, on eight, and on two processes of four."""
+"""Embeddings of any number of rows on a mesh, which evaluator has its turn, and what it gives."""
 
 import dataclasses
-import importlib.util
-import json
-import math
-import os
-import socket
-import subprocess
-import sys
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax import sharding
-from clip_jax.data.images import Preprocess
-from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP
+from clip_jax.evals import evaluator
+from clip_jax.evals.evaluator import Evaluations, encode_images, encode_texts
+from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.refused import Refused
-from tests.conftest import ROOT, TINY
-from tests.evals.processes import numbers
+from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
 
-@pytest.fixture(scope="module")
-def one():
-    return numbers(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+def test_embeddings_on_a_mesh_are_the_pure_functions():
+    """Several batches, the last one part empty; bytes are normalised, floats are taken as such."""
+    rng, model, params = np.random.default_rng(0), CLIP(SMALL), jax.tree.map(jnp.asarray, drawn())
+    pixels = rng.integers(0, 256, (13, 16, 16, 3), np.uint8)
+    tokens = rng.integers(1, 600, (13, 16), np.int32)
+    mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, sharding.param_shardings(SMALL, params, mesh))
+
+    @jax.jit
+    def plain(pixels, tokens):
+        normal = model.normalize(pixels)
+        features = model.encode_image(params, normal), model.encode_text(params, tokens)
+        return normal, *features, *map(l2_normalize, features)
+
+    normal, raw, _, images, texts = map(np.asarray, plain(pixels, tokens))
+    found = encode_images(model, placed, pixels, mesh, batch_size=6)  # eight, for four shards
+    np.testing.assert_allclose(found, images, atol=1e-5)
+    found = encode_images(model, placed, normal, mesh, normalize=False)
+    np.testing.assert_allclose(found, raw, rtol=1e-4, atol=1e-4)
+    found = encode_texts(model, placed, tokens, mesh, batch_size=6)
+    np.testing.assert_allclose(found, texts, atol=1e-5)
 
 
-@pytest.mark.long
-def test_eight_devices(one):
-    eight = numbers(sharding.make_mesh(sharding.MeshConfig(fsdp=2)))
-    assert eight == pytest.approx(one, rel=1e-5)
-    assert 0.1 < one["image_retrieval_recall@1"] < 0.99
-    assert 0.3 < one["acc1"] < 0.99
+def test_texts_are_embedded_once_for_all_data_sets():
+    encoder = encoder_on(mesh_of(1))
+    calls = []
+
+    def encode(model, params, tokens, mesh, *, batch_size=0):
+        calls.append(len(tokens))
+        return tokens[:, :3].astype(np.float32)
+
+    with mock.patch.object(evaluator, "encode_texts", autospec=True, side_effect=encode):
+        first = encoder.classes(["a {c}", "the {c}"], ["cat", "dog"])
+        again = encoder.classes(["the {c}", "one {c}"], ["dog", "cat"])
+    assert calls == [4, 2]
+    assert first.shape == (2, 2, 3)
+    np.testing.assert_array_equal(again[0], first[1][::-1])
+    np.testing.assert_array_equal(first[1], encoder.tokenize(["the cat", "the dog"])[:, :3])
+    # Another set of parameters is another encoder: it knows nothing of these.
+    assert not dataclasses.replace(encoder)._known
 
 
 @dataclasses.dataclass
@@ -41,19 +63,32 @@ class Fixed:
     """An evaluator, and its own config, that finds the same every time."""
 
     every_steps: int
-    found: dict[str, float]
+    values: dict[str, float]
 
     def make(self):
         return self
 
     def run(self, encoder):
-        yield from self.found.items()
+        yield from self.values.items()
+
+
+@dataclasses.dataclass
+class Named(Fixed):
+    names: tuple[str, ...]  # its data sets, which are known before its results
+
+
+def test_each_has_its_turn_and_all_at_the_last_step():
+    evaluations = Evaluations([Fixed(2, {"a": 0.5}), Fixed(3, {"b": 4.0})], 11)
+    assert [step for step in range(1, 12) if evaluations.due(step)] == [2, 3, 4, 6, 8, 9, 10, 11]
+    encoder = encoder_on(mesh_of(1))
+    assert list(evaluations.run(3, encoder)) == [{"b": 4.0}]
+    assert list(evaluations.run(11, encoder)) == [{"a": 0.5}, {"b": 4.0}]
+    assert Evaluations([Named(2, {}, ("x", "y")), Fixed(1, {})], 1).measured() == ["x", "y"]
 
 
 def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():
     evaluations = Evaluations([Fixed(2, {"a/acc1": 0.5}), Fixed(3, {"info_nce": 4.0})], 12)
-    model, mesh = CLIP(TINY), sharding.make_mesh(sharding.MeshConfig())
-    encoder = Encoder(model, {}, mesh, Preprocess(image_size=16), np.asarray)
+    encoder = encoder_on(mesh_of(1))
     evaluations.check_gives("b")  # nobody knows yet
     assert list(evaluations.run(2, encoder)) == [{"a/acc1": 0.5}]
     evaluations.check_gives("b")
@@ -63,89 +98,7 @@ def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():
         evaluations.check_gives("b")
     with pytest.raises(Refused, match="which give none"):
         Evaluations([], 12).check_gives("b")
-    named = Fixed(2, {"a/acc1": 0.5})
-    named.names = ("a",)  # its data sets are known before its results
-    evaluations = Evaluations([named], 12)
+    evaluations = Evaluations([Named(2, {"a/acc1": 0.5}, ("a",))], 12)
     evaluations.check_gives("a/acc5")
     with pytest.raises(Refused, match=r"which give a/\*"):
         evaluations.check_gives("imagenet1k/acc1")
-
-
-@pytest.mark.long
-def test_two_processes(one, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    files = [tmp_path / "0.json", tmp_path / "1.json"]
-    command = [sys.executable, "-m", "tests.evals.processes", port]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [*command, str(index), str(file)], cwd=ROOT, env=environment,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for index, file in enumerate(files)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    for file in files:
-        assert json.loads(file.read_text()) == pytest.approx(one, rel=1e-5)
-
-
-# ------------------------------------------------------------------ on a TPU slice
-
-HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
-
-
-def compiled(*arguments: str) -> dict:
-    quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
-             "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-             "PYTHONPATH": str(ROOT)}  # fmt: skip
-    command = [sys.executable, "-m", "tests.evals.compiled", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=590
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def sizes(architecture: str) -> set[int]:
-    """How many elements a parameter has, or one layer's part of it, whole or split by two."""
-    shapes = jax.eval_shape(CLIP(zoo.get(architecture)).init, jax.random.key(0))
-    found = set()
-    for x in jax.tree.leaves(shapes):
-        for dims in (x.shape, x.shape[1:]):
-            found |= {math.prod(dims), math.prod(dims) // 2}
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="needs libtpu: pip install jax[tpu]")
-def test_only_parameters_are_gathered_and_only_tensors_sums_reduced():
-    """L/14 on data 2 x fsdp 4 x tensor 2, besides the features, of which all have all.
-
-    Of the table of words, which is larger than what is asked of it, rows are sent.
-    """
-    found, parameters = compiled("v5e:4x4", "ViT-L/14", "2", "4", "2"), sizes("ViT-L/14")
-    for tower in ("image", "text"):
-        for kind, axes, shapes, source in found[tower]["exchanges"]:
-            for dims in shapes:
-                elements, what = math.prod(dims), f"{tower}: {kind} {dims} over {axes}: {source}"
-                if "text.embed" in source:
-                    assert kind in ("all-gather", "all-to-all"), what
-                    assert elements <= 1_024 // 8 * 77 * 768, what
-                    continue
-                assert kind in ("all-gather", "all-reduce"), what
-                is_result = elements == 1_024 * 768 and set(axes) <= set(sharding.BATCH_AXES)
-                if kind == "all-gather":
-                    assert is_result or (axes == ["fsdp"] and elements in parameters), what
-                else:
-                    assert axes == ["tensor"], what
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="needs libtpu: pip install jax[tpu]")
-def test_a_chip_holds_a_sixteenth_of_bigg14():
-    found = compiled("v5e:4x4", "ViT-bigG-14", "1", "16", "1")
-    assert found["parameters"] <= 0.7e9
-    assert max(found[tower]["peak"] for tower in ("image", "text")) < 4e9

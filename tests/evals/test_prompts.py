@@ -5,10 +5,7 @@ import pytest
 
 from clip_jax.evals import prompts
 from clip_jax.evals.prompts import _data, fill
-
-
-def unit(x):
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+from tests.evals.conftest import unit
 
 
 def test_imagenet_is_openais():

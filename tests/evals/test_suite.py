@@ -1,58 +1,41 @@
-"""Every data set of the suite in every layout it may have, each with a small stand-in."""
+"""Every data set of the suite: its classes and names; and each layout that it may have on disk."""
 
 import io
 import json
 import re
 import shutil
-import tarfile
 from itertools import count
 
 import numpy as np
 import pytest
-from PIL import Image
+import tensorflow_datasets as tfds
 
 from clip_jax.data.images import decode
 from clip_jax.evals import prompts, suite
 from clip_jax.evals.datasets import Captioned, Contrasted, Labelled, Missing, Tagged
+from tests.data.conftest import write_tar
+from tests.evals.conftest import png
 
-LABELLED = [row for row in suite.SUITE if row.classes and row.name != "voc2007_multilabel"]
-VOC = next(row for row in suite.SUITE if row.name == "voc2007_multilabel")
 BY_NAME = {row.name: row for row in suite.SUITE}
-
-
-@pytest.fixture(scope="module")
-def png():
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
+VOC = BY_NAME["voc2007_multilabel"]
+LABELLED = [row for row in suite.SUITE if row.classes and row is not VOC]
+PREPARED = [row for row in LABELLED if row.tfds]
 
 
 def by_name(row):
     return row.name
 
 
-def write_folder(path, folders, png, filled=1):
+def write_folder(path, folders, filled=1):
     """One image, in the folder at place `filled` of the given order."""
     for place, folder in enumerate(folders):
         (path / folder).mkdir(parents=True)
         if place == filled:
-            (path / folder / "x.png").write_bytes(png)
-
-
-def write_tars(path, names, png, split="test"):
-    (path / split).mkdir(parents=True)
-    (path / "classnames.txt").write_text("\n".join(names))
-    with tarfile.open(path / split / "0.tar", "w") as tar:
-        for name, content in (("0.png", png), ("0.cls", b"1")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            (path / folder / "x.png").write_bytes(png())
 
 
 def prepare(root, row, features, example, splits=("test",)):
     """Write what TFDS would: a builder of that name with one example in each split."""
-    import tensorflow_datasets as tfds
-
     numbers = count()
 
     def fresh(fields):
@@ -79,62 +62,89 @@ def prepare(root, row, features, example, splits=("test",)):
 
 def real_features(row):
     """The features of TFDS's own builder, which needs no data to say them."""
-    import tensorflow_datasets as tfds
-
     return tfds.builder(row.tfds, data_dir="nowhere").info.features
 
 
 @pytest.mark.parametrize("row", LABELLED, ids=by_name)
-def test_a_folder_of_classes(row, tmp_path, png):
-    with pytest.raises(Missing, match=f"{row.name} is not in"):
-        suite.open_data_set(row, tmp_path)
-    names, folder = prompts.class_names(row.name), tmp_path / row.name / "test"
+def test_published_and_tfds_names_are_as_many_as_the_classes(row):
+    assert prompts.templates(row.prompts)
+    names = prompts.class_names(row.name)
     if names and row.named_like == "":
         assert len(names) == row.classes
-    assert prompts.templates(row.prompts)
-    write_folder(folder, [f"class_{i:04d}" for i in range(row.classes)], png)
+    if row.tfds:
+        assert len(real_features(row)["label"].names) == row.classes
+
+
+def test_the_suite_is_the_papers(tmp_path):
+    """How many classes each has, where neither names nor TFDS say so."""
+    assert {row.name: row.classes for row in LABELLED if not row.tfds} == {
+        "imagenet-a": 200, "imagenet-r": 200, "objectnet": 113, "birdsnap": 500,
+        "fgvc_aircraft": 100, "voc2007": 20, "fer2013": 7, "gtsrb": 43,
+        "kitti_closest_vehicle_distance": 4, "country211": 211, "ucf101": 101,
+        "clevr_count_all": 8, "hateful_memes": 2, "renderedsst2": 2,
+    }  # fmt: skip
+    for row in suite.SUITE:
+        with pytest.raises(Missing, match=rf"^{row.name}( is not in|: put) "):
+            suite.open_data_set(row, tmp_path)
+
+
+def test_a_folder_of_classes(tmp_path):
+    row, folder = BY_NAME["dtd"], tmp_path / "dtd" / "test"
+    write_folder(folder, [f"class_{i:04d}" for i in range(row.classes)])
     data = suite.open_data_set(row, tmp_path)
     assert isinstance(data, Labelled)
     assert (len(data.names), data.count, data.load(0)[1]) == (row.classes, 1, 1)
     assert data.names[1] == "class 0001"
-    with pytest.raises(Missing, match=f"{row.name} in .* has no train split"):
+    with pytest.raises(Missing, match=r"dtd in .* has no train split"):
         suite.open_data_set(row, tmp_path, "train")
     (folder / "one_more").mkdir()
-    with pytest.raises(ValueError, match=f"{row.name} has {row.classes} classes"):
+    with pytest.raises(ValueError, match=f"dtd has {row.classes} classes"):
         suite.open_data_set(row, tmp_path)
 
 
-@pytest.mark.parametrize("row", LABELLED, ids=by_name)
-def test_clip_benchmarks_tars(row, tmp_path, png):
+@pytest.mark.parametrize("folder", ["cars", "wds_cars", "wds_vtab-cars"])
+def test_clip_benchmarks_tars(folder, tmp_path):
+    row, path = BY_NAME["cars"], tmp_path / folder
     names = [f"name {i}" for i in range(row.classes)]
-    write_tars(tmp_path / f"wds_{row.name}", names, png)
+    (path / "test").mkdir(parents=True)
+    write_tar(path / "test" / "0.tar", [("0.png", png()), ("0.cls", b"1")])
+    (path / "classnames.txt").write_text("\n".join(names))
     data = suite.open_data_set(row, tmp_path)
     assert (list(data.names), data.load(0)[1]) == (names, 1)
     with pytest.raises(Missing, match="has no train split"):
         suite.open_data_set(row, tmp_path, "train")
-    (tmp_path / f"wds_{row.name}" / "classnames.txt").write_text("\n".join(names[1:]))
-    with pytest.raises(ValueError, match=f"{row.name} has {row.classes} classes"):
+    (path / "classnames.txt").write_text("\n".join(names[1:]))
+    with pytest.raises(ValueError, match=f"cars has {row.classes} classes"):
         suite.open_data_set(row, tmp_path)
 
 
-@pytest.mark.parametrize("row", [row for row in LABELLED if row.tfds], ids=by_name)
-def test_a_prepared_tfds_builder(row, tmp_path, png):
-    import tensorflow_datasets as tfds
-
+@pytest.mark.parametrize("name", ["sun397", "food101", "eurosat", "pets"])
+def test_a_prepared_tfds_builder(name, tmp_path):
+    row = BY_NAME[name]
     names = real_features(row)["label"].names
-    assert len(names) == row.classes
     features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
     splits = list(dict.fromkeys(("train", row.split)))
-    prepare(tmp_path, row, features, {"image": png, "label": 1}, splits)
+    prepare(tmp_path, row, features, {"image": png(), "label": 1}, splits)
     data = suite.open_data_set(row, tmp_path)
     assert (data.count, data.load(0)[1], len(data.names)) == (1, 1, row.classes)
     assert decode(data.load(0)[0]).size == (5, 6)
     assert not any("_" in name for name in data.names)
+    if name == "sun397":
+        assert {"abbey", "apse indoor"} <= set(data.names)
+    if row.published:
+        assert list(data.names) == prompts.class_names(name)
     if row.split == "train":  # TFDS has no other: the test would be trained on
         with pytest.raises(Missing, match="no train split apart from its test"):
             suite.open_data_set(row, tmp_path, "train")
     else:
         assert suite.open_data_set(row, tmp_path, "train").count == 1
+
+
+def test_which_of_tfds_splits_is_the_test():
+    """The paper's, of those that TFDS's builder has."""
+    others = {"imagenet1k": "validation", "food101": "validation", "eurosat": "train",
+              "resisc45": "train"}  # fmt: skip
+    assert {x.name: x.split for x in suite.SUITE if x.split != "test"} == others
 
 
 @pytest.mark.parametrize("name", ["pets", "flowers", "caltech101", "eurosat", "imagenet1k"])
@@ -167,49 +177,32 @@ def test_tfds_has_the_order_of_the_published_names(name):
         ("hateful_memes", ["0", "1"], "meme"),
     ],
 )  # fmt: skip
-def test_folders_that_stand_for_published_names(name, folders, called, tmp_path, png):
-    write_folder(tmp_path / name / "test", folders, png, filled=0)
+def test_folders_that_stand_for_published_names(name, folders, called, tmp_path):
+    write_folder(tmp_path / name / "test", folders, filled=0)
     data = suite.open_data_set(BY_NAME[name], tmp_path)
     assert data.names[data.load(0)[1]] == called
     assert list(data.names) == prompts.class_names(name)
 
 
-def test_other_folders_keep_their_own_names(tmp_path, png):
+def test_other_folders_keep_their_own_names(tmp_path):
     """Caltech-101's published names stand in the order of its own folders, capitals first."""
-    lower = sorted(
-        ["accordion", "background_google", *(f"m{i:03d}" for i in range(99)), "yin_yang"]
-    )
-    write_folder(tmp_path / "caltech101", lower, png)
+    middle = [f"m{i:03d}" for i in range(99)]
+    lower = sorted(["accordion", "background_google", *middle, "yin_yang"])
+    write_folder(tmp_path / "caltech101", lower)
     data = suite.open_data_set(BY_NAME["caltech101"], tmp_path)
     assert (data.names[0], data.names[1]) == ("accordion", "background google")
 
 
-def test_sun397s_names_are_words(tmp_path, png):
-    import tensorflow_datasets as tfds
-
-    row = BY_NAME["sun397"]
-    labels = tfds.features.ClassLabel(names=real_features(row)["label"].names)
-    features = {"image": tfds.features.Image(), "label": labels}
-    prepare(tmp_path, row, features, {"image": png, "label": 1})
-    assert {"abbey", "apse indoor"} <= set(suite.open_data_set(row, tmp_path).names)
-
-
-def write_voc(path, split="test"):
+def test_voc_in_its_own_layout(tmp_path):
     """Three images; the second has a difficult bird and no other."""
-    (path / "ImageSets" / "Main").mkdir(parents=True)
+    folder = tmp_path / "VOCdevkit" / "VOC2007"
+    lists = folder / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
     classes = ["aeroplane", "bicycle", "bird", *(f"class{i:02d}" for i in range(17))]
     for place, name in enumerate(classes):
         marks = (" 1", " 0", "-1") if name == "bird" else ("-1", "-1", " 1" if place == 0 else "-1")
         lines = [f"{i + 1:06d} {mark}\n" for i, mark in enumerate(marks)]
-        (path / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text("".join(lines))
-    return classes
-
-
-def test_voc_in_its_own_layout(tmp_path):
-    with pytest.raises(Missing, match="VOCdevkit/VOC2007"):
-        suite.open_data_set(VOC, tmp_path)
-    folder = tmp_path / "VOCdevkit" / "VOC2007"
-    classes = write_voc(folder)
+        (lists / f"{name}_test.txt").write_text("".join(lines))
     data = suite.open_data_set(VOC, tmp_path)
     assert isinstance(data, Tagged)
     assert list(data.names) == classes
@@ -217,83 +210,69 @@ def test_voc_in_its_own_layout(tmp_path):
     np.testing.assert_array_equal(truth[:, 2], [1, 0, -1])
     np.testing.assert_array_equal(truth[:, 0], [-1, -1, 1])
     assert data.load(0)[0] == folder / "JPEGImages" / "000001.jpg"
-    (folder / "ImageSets" / "Main" / "bird_test.txt").write_text("000001 1\n")
+    (lists / "bird_test.txt").write_text("000001 1\n")
     with pytest.raises(ValueError, match=r"bird_test\.txt lists other images"):
         suite.open_data_set(VOC, tmp_path)
 
 
-def test_voc_from_tfds(tmp_path, png):
-    import tensorflow_datasets as tfds
-
+def test_voc_from_tfds(tmp_path):
     names = real_features(VOC)["labels"].feature.names
     assert len(names) == VOC.classes
     labels = tfds.features.Sequence(tfds.features.ClassLabel(names=names))
     features = {"image": tfds.features.Image(), "labels": labels, "labels_no_difficult": labels}
-    example = {"image": png, "labels": [2, 7], "labels_no_difficult": [7]}
+    example = {"image": png(), "labels": [2, 7], "labels_no_difficult": [7]}
     prepare(tmp_path, VOC, features, example)
     data = suite.open_data_set(VOC, tmp_path)
     truth = data.load(0)[1]
     assert (list(data.names), truth[2], truth[7], truth.sum()) == (names, 0, 1, 1 - 18)
 
 
-@pytest.mark.parametrize("name", ["mscoco_captions", "flickr30k"])
-def test_captions(name, tmp_path, png):
-    row = BY_NAME[name]
-    with pytest.raises(Missing, match=f"{name}: put .*_test_karpathy.json"):
-        suite.open_data_set(row, tmp_path)
-    (tmp_path / name / "images").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("name", "images"), [("mscoco_captions", "val2014"), ("flickr30k", "images"), ("flickr30k", "")]
+)
+def test_captions(name, images, tmp_path):
+    (tmp_path / name / images).mkdir(parents=True)
     content = {"images": [{"id": 0, "file_name": "a.png"}],
                "annotations": [{"image_id": 0, "caption": "noise"}]}  # fmt: skip
     (tmp_path / name / "x_test_karpathy.json").write_text(json.dumps(content))
-    data = suite.open_data_set(row, tmp_path)
+    data = suite.open_data_set(BY_NAME[name], tmp_path)
     assert isinstance(data, Captioned)
-    assert data.load(0) == (tmp_path / name / "images" / "a.png", ["noise"])
+    assert data.load(0) == (tmp_path / name / images / "a.png", ["noise"])
 
 
-def test_captions_in_tars(tmp_path, png):
+def test_captions_in_tars(tmp_path):
     folder = tmp_path / "wds_mscoco_captions"
     (folder / "test").mkdir(parents=True)
     (folder / "dataset_type.txt").write_text("retrieval")
-    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for member_name, content in (("0.png", png), ("0.txt", b"one\ntwo\n")):
-            member = tarfile.TarInfo(member_name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    write_tar(folder / "test" / "0.tar", [("0.png", png()), ("0.txt", b"one\ntwo\n")])
     data = suite.open_data_set(BY_NAME["mscoco_captions"], tmp_path)
-    assert data.load(0) == (png, ["one", "two"])
+    assert data.load(0) == (png(), ["one", "two"])
 
 
 @pytest.mark.parametrize("name", ["aro_relation", "aro_attribution", "sugar_crepe"])
 def test_compositions(name, tmp_path):
-    row = BY_NAME[name]
-    with pytest.raises(Missing, match=f"{name}: put "):
-        suite.open_data_set(row, tmp_path)
     if name == "sugar_crepe":
-        (tmp_path / name).mkdir()
         case = {"filename": "a.jpg", "caption": "a dog", "negative_caption": "a cat"}
-        (tmp_path / name / "swap_obj.json").write_text(json.dumps({"7": case}))
+        file, content = tmp_path / name / "swap_obj.json", {"7": case}
     else:
-        (tmp_path / "aro").mkdir()
         case = {"image_path": "a.jpg", "bbox_x": 0, "bbox_y": 0, "bbox_w": 2, "bbox_h": 2,
                 "true_caption": "a", "false_caption": "b", "relation_name": "on",
                 "attributes": ["red", "round"]}  # fmt: skip
-        file = f"visual_genome_{name.removeprefix('aro_')}.json"
-        (tmp_path / "aro" / file).write_text(json.dumps([case]))
-    data = suite.open_data_set(row, tmp_path)
+        file = tmp_path / "aro" / f"visual_genome_{name.removeprefix('aro_')}.json"
+        content = [case]
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    data = suite.open_data_set(BY_NAME[name], tmp_path)
     assert isinstance(data, Contrasted)
     assert data.count == 1
     with pytest.raises(Missing, match="has no train split"):
-        suite.open_data_set(row, tmp_path, "train")
+        suite.open_data_set(BY_NAME[name], tmp_path, "train")
 
 
 def test_the_published_numbers_are_of_data_sets_and_metrics_of_the_suite():
-    for name, metric in (line.split(",")[:2] for line in RESULTS):
+    text = (suite.resources.files("clip_jax.evals") / "openai_results.csv").read_text()
+    for name, metric in (line.split(",")[:2] for line in text.splitlines()[1:]):
         assert BY_NAME[name].metric == metric
         assert len(suite.published(name)) == len(suite.OPENAI_MODELS)
     assert suite.published("imagenet1k") == (0.5982, 0.6332, 0.6834, 0.7554, 0.7656)
     assert suite.published("nothing") == ()
-
-
-RESULTS = (
-    (suite.resources.files("clip_jax.evals") / "openai_results.csv").read_text().splitlines()[1:]
-)

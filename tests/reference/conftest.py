@@ -1,8 +1,6 @@
 """The PyTorch CLIPs as fixtures. Install them with the extra `peers` (Python 3.11)."""
 
 import importlib.util
-import sys
-import types
 import warnings
 
 import pytest
@@ -13,17 +11,10 @@ if importlib.util.find_spec("torch") is None:
 
 @pytest.fixture(scope="session")
 def openai_clip():
-    """`clip` of openai-clip 1.0.1, which imports `pkg_resources`, gone from new setuptools."""
-    import packaging.version
+    """`clip` of openai-clip 1.0.1."""
+    from tests.reference.parity import import_openai_clip
 
-    if importlib.util.find_spec("pkg_resources") is None:
-        stub = types.ModuleType("pkg_resources")
-        stub.packaging = packaging
-        sys.modules.setdefault("pkg_resources", stub)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import clip
-    return clip
+    return import_openai_clip()
 
 
 @pytest.fixture(scope="session")

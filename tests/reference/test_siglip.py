@@ -8,17 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipModel
 
-from clip_jax.convert import big_vision, open_clip, timm
+from clip_jax.convert import open_clip, timm
+from clip_jax.convert.clip_model import towers
 from clip_jax.convert.command import ConvertConfig, convert
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
-from clip_jax.convert.state_dict import param_shapes
+from clip_jax.convert.state_dict import flatten, param_shapes
 from clip_jax.convert.verify import BOUND, random_inputs, relative_difference, verify
 from clip_jax.data.images import Preprocess
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
-from tests.reference.parity import outputs, random_weights
+from tests.reference.parity import outputs, random_weights, read_back
 
 # Small towers of each family: (image tower, text tower, embed_dim).
 FAMILIES = {
@@ -34,15 +36,10 @@ def small(name):
     """A SigLIP of two layers, with what its family has of its own."""
     config = zoo.get("ViT-B-16-SigLIP")
     vision, text, embed_dim = FAMILIES[name]
-    tower = {"image_size": 32, "patch_size": 8, "width": 64, "depth": 2, "num_heads": 4}
-    words = {
-        "context_length": 12,
-        "vocab_size": 300,
-        "width": 64,
-        "depth": 2,
-        "num_heads": 4,
-        "tokenizer": TokenizerConfig(file="", clean="canonicalize"),
-    }
+    sizes = {"width": 64, "depth": 2, "num_heads": 4}
+    tower = {"image_size": 32, "patch_size": 8, **sizes}
+    rules = TokenizerConfig(file="", clean="canonicalize")
+    words = {"context_length": 12, "vocab_size": 300, "tokenizer": rules, **sizes}
     return replace(
         config,
         embed_dim=embed_dim,
@@ -93,37 +90,43 @@ def toy_trunk(monkeypatch):
     return register
 
 
-def read_again(weights, path, to):
-    """What was written comes back with the same bits, and is written again with the same bits."""
+def assert_same_bits(a, b):
+    a, b = flatten(a.params), flatten(b.params)
+    assert a.keys() == b.keys()
+    for name, array in a.items():
+        assert (array.tobytes(), array.dtype) == (b[name].tobytes(), b[name].dtype), name
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        ("hugging-face", "i18n"),  # an identity for no projection
+        ("hugging-face", "unused pixels"),
+        ("open-clip", "base"),
+        ("open-clip", "so400m"),
+        ("big-vision", "i18n"),
+        ("big-vision", "g-opt"),
+    ],
+)
+def test_there_and_back(tmp_path, toy_trunk, to, name):
+    weights, path = siglip(name), tmp_path / "out.npz"
+    toy_trunk(weights.config.vision, "gelu_tanh" if to == "open-clip" else "gelu")
+    write_weights(weights, path, to)
+    assert verify(weights, path, to).passed
     again = read_weights(path)
-    write_weights(again, path.with_name(f"{path.name} again"), to)
-    suffix = {"hugging-face": "model.safetensors", "open-clip": "open_clip_model.safetensors"}
-    files = [p / suffix[to] if to in suffix else p for p in (
-        path, path.with_name(f"{path.name} again"),
-    )]  # fmt: skip
-    first, second = map(read_tensors, files)
-    assert first.keys() == second.keys()
-    for name, array in first.items():
-        assert array.tobytes() == second[name].tobytes(), name
-        assert array.dtype == second[name].dtype
-    return again
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_hugging_face(tmp_path, name):
-    weights = siglip(name)
-    write_weights(weights, tmp_path / "out", "hugging-face")
-    assert verify(weights, tmp_path / "out", "hugging-face").passed
-    again = read_again(weights, tmp_path / "out", "hugging-face")
     assert again.config.vision == weights.config.vision
     assert again.preprocess == weights.preprocess
-    assert verify(again, tmp_path / "out", "hugging-face").passed  # an identity for no projection
+    if to == "hugging-face":
+        original = read_tensors(path / "model.safetensors")
+        read_back(again, tmp_path / "again", to, original)
+        assert verify(again, path, to).passed
+    else:
+        assert again.config == weights.config
+        assert_same_bits(again, weights)
 
 
 def test_hugging_faces_own_folder(tmp_path):
     """Written by transformers, in its defaults where it has some."""
-    from transformers import SiglipConfig, SiglipModel
-
     torch.manual_seed(0)
     towers = {
         "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2,
@@ -139,23 +142,8 @@ def test_hugging_faces_own_folder(tmp_path):
     assert weights.config.text.vocab_size == 32_000
     assert weights.preprocess.resize_mode == "squash"
     assert verify(weights, tmp_path / "in", "hugging-face").passed
-    read_again(weights, tmp_path / "in", "hugging-face")
-
-
-def test_native_aspect_ratios_are_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
-    with pytest.raises(ValueError, match="NaFlex"):
-        read_weights(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["base", "i18n", "so400m", "g-opt"])
-def test_open_clip(tmp_path, toy_trunk, name):
-    weights = siglip(name)
-    toy_trunk(weights.config.vision, "gelu_tanh")
-    write_weights(weights, tmp_path / "out", "open-clip")
-    assert verify(weights, tmp_path / "out", "open-clip").passed
-    again = read_again(weights, tmp_path / "out", "open-clip")
-    assert again.config == weights.config
+    original = read_tensors(tmp_path / "in/model.safetensors")
+    read_back(weights, tmp_path / "out", "hugging-face", original)
 
 
 def test_the_activation_that_a_name_fixes(tmp_path, toy_trunk):
@@ -167,47 +155,19 @@ def test_the_activation_that_a_name_fixes(tmp_path, toy_trunk):
     with pytest.raises(ValueError, match=r"vit_toy_siglip fixes it.*--accept-activation"):
         convert(ConvertConfig(**settings))
     done = convert(ConvertConfig(**settings, accept_activation=True, verify=True))
+    assert done.activation_difference is not None
     assert 1e-5 < done.activation_difference < 1e-2
+    assert done.verification is not None
     assert done.verification.passed  # what is written is what open_clip computes
     assert read_weights(tmp_path / "out").config.vision.activation == "gelu"
     assert open_clip.as_computed(weights).config.text.activation == "gelu_tanh"
 
 
-@pytest.mark.parametrize("name", ["base", "i18n", "so400m", "g-opt"])
-def test_big_vision(tmp_path, toy_trunk, name):
-    weights = siglip(name)
-    toy_trunk(weights.config.vision, "gelu")
-    path = tmp_path / "out.npz"
-    write_weights(weights, path, "big-vision")
-    assert verify(weights, path, "big-vision").passed
-    again = read_again(weights, path, "big-vision")
-    assert again.config == weights.config
-
-
-def test_big_visions_blocks_one_by_one(tmp_path):
-    """As older files have them; with a file of the optimizer's, which is left."""
-    weights = siglip("base")
-    arrays = {}
-    for name, array in big_vision.to_tensors(weights).items():
-        if "/encoderblock/" not in name:
-            arrays[name] = array
-            continue
-        for i, block in enumerate(array):
-            arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = block
-    np.savez(tmp_path / "x.npz", **arrays, **{"opt/0/count": np.int32(3)})
-    again = read_weights(tmp_path / "x.npz")
-    assert again.config == weights.config
-    assert relative_difference(
-        again.params["text"]["transformer"]["resblocks"]["attn"]["in_proj"]["kernel"],
-        weights.params["text"]["transformer"]["resblocks"]["attn"]["in_proj"]["kernel"],
-    ) == 0  # fmt: skip
-
-
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_metaclip_2(tmp_path, activation):
+@pytest.mark.parametrize(
+    ("activation", "to"), [("gelu", "hugging-face"), ("quick_gelu", "open-clip")]
+)
+def test_metaclip_2(tmp_path, activation, to):
     """The end of text by its id, 2, which `CLIPModel` would read as the highest id."""
-    from transformers import MetaClip2Config, MetaClip2Model
-
     torch.manual_seed(0)
     towers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation}
     model = MetaClip2Model(
@@ -230,10 +190,8 @@ def test_metaclip_2(tmp_path, activation):
     theirs = outputs(model, images, tokens)
     write_weights(weights, tmp_path / "out", "hugging-face")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "metaclip_2"
-    for to in ("hugging-face", "open-clip"):
-        write_weights(weights, tmp_path / to, to)
-        found = verify(weights, tmp_path / to, to)
-        assert found.passed, found
+    write_weights(weights, tmp_path / to, to)
+    assert verify(weights, tmp_path / to, to).passed
     again = outputs(
         MetaClip2Model.from_pretrained(tmp_path / "out", local_files_only=True).eval(),
         images,
@@ -247,44 +205,37 @@ def test_metaclip_2(tmp_path, activation):
 
 
 def test_metaclip_2s_sizes():
-    """Of the zoo's sixteen, as many parameters as `MetaClip2Model` on the meta device."""
-    from transformers import MetaClip2Config, MetaClip2Model
-
+    """As many parameters as `MetaClip2Model` on the meta device."""
     names = [name for name in zoo.ARCHITECTURES if name.endswith("worldwide")]
     assert len(names) == 16
     for name in names:
         config = zoo.get(name)
-        weights_config = json.loads(json.dumps(_metaclip_json(config)))
+        vision, text = towers(config)
+        settings = MetaClip2Config(
+            vision_config=vision, text_config=text, projection_dim=config.embed_dim
+        )
         with torch.device("meta"):
-            model = MetaClip2Model(MetaClip2Config(**weights_config))
+            model = MetaClip2Model(settings)
         count = sum(x.numel() for x in model.parameters())
         assert sum(int(np.prod(shape)) for shape in param_shapes(config).values()) == count, name
 
 
-def _metaclip_json(config):
-    from clip_jax.convert.clip_model import towers
-
-    vision, text = towers(config)
-    return {"vision_config": vision, "text_config": text, "projection_dim": config.embed_dim}
-
-
-@pytest.mark.parametrize("name", [n for n in zoo.ARCHITECTURES if "SigLIP" in n])
-def test_siglips_sizes_are_open_clips(open_clip, name):
+def test_siglips_sizes_are_open_clips(open_clip):
     """The settings that we would write are those of open_clip's own configuration."""
-    theirs = open_clip.get_model_config(name)
-    if theirs is None:
-        assert name == "ViT-SO400M-14-SigLIP2-384"  # which open_clip has at 378 pixels alone
-        return
-    config = zoo.get(name)
-    vision, text = theirs["vision_cfg"], theirs["text_cfg"]
-    assert vision["timm_model_name"] == timm.name_of(config.vision)
-    assert theirs["embed_dim"] == config.embed_dim
-    has = (text["vocab_size"], text["context_length"], text.get("width", 512))
-    assert has == (config.text.vocab_size, config.text.context_length, config.text.width)
-    assert (text["layers"], text["heads"]) == (config.text.depth, config.text.num_heads)
-    assert int(text["width"] * text.get("mlp_ratio", 4.0)) == config.text.mlp_width
-    assert text.get("proj_bias", False) == config.text.projection_bias
-    assert (text.get("proj_type", "linear") == "linear") == config.text.projection
+    names = [name for name in zoo.ARCHITECTURES if "SigLIP" in name]
+    names.remove("ViT-SO400M-14-SigLIP2-384")  # which open_clip has at 378 pixels alone
+    for name in names:
+        theirs, config = open_clip.get_model_config(name), zoo.get(name)
+        vision, text = theirs["vision_cfg"], theirs["text_cfg"]
+        assert vision["timm_model_name"] == timm.name_of(config.vision)
+        assert theirs["embed_dim"] == config.embed_dim
+        sizes = (text["vocab_size"], text["context_length"], text.get("width", 512))
+        ours = config.text
+        assert sizes == (ours.vocab_size, ours.context_length, ours.width)
+        assert (text["layers"], text["heads"]) == (ours.depth, ours.num_heads)
+        assert int(text["width"] * text.get("mlp_ratio", 4.0)) == ours.mlp_width
+        assert text.get("proj_bias", False) == ours.projection_bias
+        assert (text.get("proj_type", "linear") == "linear") == ours.projection
 
 
 def test_timms_names_have_the_sizes_and_the_activations_that_we_say():

@@ -1,11 +1,9 @@
-"""Twenty steps of training here and in open_clip are the same training.
-
-With `-s` it prints the largest relative differences: of a step's loss, of a final parameter.
-"""
+"""Twelve steps of training here and in open_clip are the same training."""
 
 import dataclasses
 import math
 import warnings
+from unittest import mock
 
 import jax
 import numpy as np
@@ -27,7 +25,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, schedule
 from clip_jax.step import Program, Recipe
 
-STEPS, BATCH = 20, 32
+STEPS, BATCH = 12, 32
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.2, b2=0.98, eps=1e-6)
 # Rounding moves some of a ResNet's activations across the edge of a ReLU, which moves its float32
 # gradients by up to 1% (PyTorch's against its own in float64 as well as ours), and Adam's first
@@ -97,12 +95,12 @@ def train_here(config: CLIPConfig, optim: OptimConfig, params) -> tuple[list[flo
     for step, batch in enumerate(batches()):
         state, metrics = program.step(state, program.place(batch, step))
         losses.append(float(metrics["loss"]))
-    found = Weights(config=config, params=jax.tree.map(np.asarray, state.params))
-    return losses, conversion.to_tensors(found)
+    trained = Weights(config=config, params=jax.tree.map(np.asarray, state.params))
+    return losses, conversion.to_tensors(trained)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_training(open_clip, monkeypatch, name):
+def test_the_same_training(open_clip, name):
     config, optim = CONFIGS[name], RESNET_OPTIM if name == "resnet" else OPTIM
     start = Weights(config=config, params=jax.tree.map(  # only its settings are used
         lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(CLIP(config).init, jax.random.key(0))
@@ -116,31 +114,26 @@ def test_the_same_training(open_clip, monkeypatch, name):
                 x.uniform_(0.5, 1.5)
             elif not x.any():
                 x.normal_(0, 0.1)
-    monkeypatch.setitem(zoo.ARCHITECTURES, "small", config)
     tensors = {n: x.detach().numpy().copy() for n, x in model.state_dict().items()}
-    weights = read_openai_names(tensors, "open_clip", architecture="small")
+    with mock.patch.dict(zoo.ARCHITECTURES, small=config):
+        weights = read_openai_names(tensors, "open_clip", architecture="small")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = train_there(open_clip, config, optim, model)
-    ours, found = train_here(config, optim, weights.params)
-    losses = np.abs(np.divide(ours, theirs) - 1).max()
-    assert losses <= 1e-4
+    ours, trained = train_here(config, optim, weights.params)
+    assert np.abs(np.divide(ours, theirs) - 1).max() <= 1e-4
 
-    largest = 0.0
     for key, expected in model.state_dict().items():
         if key.endswith("num_batches_tracked"):
             continue
-        start, a, b = (x.astype(np.float64) for x in (tensors[key], found[key], expected.numpy()))
+        start, a, b = (x.astype(np.float64) for x in (tensors[key], trained[key], expected.numpy()))
         # The exact gradient of a key's bias is zero, and Adam scales rounding to full steps.
         if key.endswith("in_proj_bias"):
             width = len(b) // 3
             start, a, b = (np.delete(x, np.s_[width : 2 * width]) for x in (start, a, b))
         elif key.endswith("attnpool.k_proj.bias"):
             continue
-        difference = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert difference <= 1e-3, key
-        largest = max(largest, difference)
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), key
         # What was learned, too: the start alone would agree where the rate is small.
         assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b - start), key
-    print(f"\n| {name} | {losses:.1e} | {largest:.1e} |")

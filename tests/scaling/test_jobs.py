@@ -1,122 +1,178 @@
-"""Processes a few at a time: failures, cores, locks, signals."""
+"""Processes a few at a time: failures, order, cores, locks, signals. The processes are fakes."""
 
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
+from unittest import mock
 
 import pytest
 
+from clip_jax.scaling import jobs
 from clip_jax.scaling.jobs import Job, Stopped, _listening, _on, run
+from tests.clock import HandClock
 
 
-def job(folder: Path, name: str, code: str) -> Job:
-    """A process that leaves `done` in its directory if all went well."""
-    directory = folder / name
-    directory.mkdir(exist_ok=True)
-    text = f"{code}\nopen({str(directory / 'done')!r}, 'w').close()"
-    return Job(name, [sys.executable, "-c", text], directory, (directory / "done").exists, 1.0)
+@dataclass
+class Process:
+    """What a fake process prints, and when it acts and ends; it holds the lock that it inherits."""
+
+    output: str = ""
+    code: int = 0
+    seconds: float = 1.0
+    acts: dict[float, Callable[[], object]] = field(default_factory=dict)
+    returncode: int | None = None
+    terminated: int = 0
+
+    def begin(self, now: float, lock: int, log: IO[bytes]) -> None:
+        self._began, self._lock, self._left = now, os.dup(lock), dict(self.acts)
+        log.write(self.output.encode())
+
+    def go_on(self, now: float) -> None:
+        for after in [x for x in self._left if self._began + x <= now]:
+            self._left.pop(after)()
+        if self.returncode is None and self._began + self.seconds <= now:
+            self.returncode = self.code
+            os.close(self._lock)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        self.terminated += 1
+        self.seconds, self.code = self.seconds + 1, 1  # which it takes to save
 
 
-def test_one_that_fails_is_told_with_its_last_line_and_the_rest_go_on(tmp_path):
-    codes = {
-        "a": "print('fine')",
-        "b": "import sys; print('reading'); sys.exit('no such file')",
-        "c": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "d": "import os; print('early', flush=True); os._exit(0)",  # says 0, left nothing
-        "e": "",
-    }
-    jobs, said = [job(tmp_path, name, code) for name, code in codes.items()], []
-    failures = run(jobs, 2, os.environ, said.append)
+class Machine(HandClock):
+    """A clock whose passing lets the processes go on, started or orphaned."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(skips=True)
+        self._folder, self._programs = folder, dict[str, Process]()
+        self.started: list[str] = []
+        self.said: list[str] = []
+
+    def job(self, name: str, *, done_after: float | None = 1.0, **program: Any) -> Job:
+        """A job whose process leaves `done` in its directory, unless `done_after` is None."""
+        directory = self._folder / name
+        directory.mkdir()
+        process = self._programs[name] = Process(**program)
+        if done_after is not None:
+            process.acts |= {done_after: (directory / "done").touch}
+        return Job(name, [name], directory, (directory / "done").exists, 1.0)
+
+    def start(
+        self, args: list[str], *, env: object, pass_fds: list[int], stdin: int, stdout: IO[bytes],
+        stderr: int,
+    ) -> Process:  # fmt: skip
+        assert (env, stdin, stderr) == ({"A": "b"}, subprocess.DEVNULL, subprocess.STDOUT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        self._programs[args[0]].begin(self.now(), *pass_fds, stdout)
+        self.started += args
+        return self._programs[args[0]]
+
+    def advance(self, seconds: float) -> None:
+        super().advance(seconds)
+        for name in self.started:
+            self._programs[name].go_on(self.now())
+
+    def run(self, some: list[Job], at_a_time: int = 1) -> dict[str, str]:
+        return run(some, at_a_time, {"A": "b"}, self.said.append, self)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Generator[Machine]:
+    made = Machine(tmp_path)
+    with mock.patch.object(subprocess, "Popen", autospec=True, side_effect=made.start):
+        yield made
+
+
+def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Machine):
+    some = [
+        machine.job("a", output="fine\n"),
+        machine.job("b", output="reading\nno such file\n", code=1, done_after=None),
+        machine.job("c", code=-signal.SIGKILL, done_after=None),
+        machine.job("d", output="early\n", done_after=None),  # exits with 0, but left nothing
+        machine.job("e"),
+    ]
+    failures = machine.run(some, 2)
+    assert machine.started == list("abcde")
     assert failures.keys() == {"b", "c", "d"}
     assert failures["b"].startswith("exit code 1; ")
     assert failures["b"].endswith("log.txt ends: no such file")
     assert failures["c"].startswith("killed by SIGKILL")
     assert failures["d"].endswith("ends: early")
-    assert (tmp_path / "a" / "log.txt").read_text() == "fine\n"
-    assert len(said) == 5
-    assert run(jobs[:1], 1, os.environ, said.append) == {}
-    assert said[-1] == "a: another process did it"
-    assert (tmp_path / "a" / "log.txt").read_text() == "fine\n"
+    assert (some[0].directory / "log.txt").read_text() == "fine\n"
+    assert len(machine.said) == 5
+    assert machine.run(some[:1]) == {}
+    assert machine.said[-1] == "a: another process did it"
+    assert machine.started == list("abcde")
 
 
-def test_what_another_makes_is_waited_for_and_not_begun_where_that_failed(tmp_path):
-    made = tmp_path / "a" / "made"
-    first = job(tmp_path, "a", f"open({str(made)!r}, 'w').close()")
-    broken = job(tmp_path, "c", "import sys; sys.exit('no')")
-    second, third, last = (job(tmp_path, name, "") for name in "bde")
+def test_the_time_that_is_left_follows_from_the_weights(machine: Machine):
+    one, two = (machine.job(name, seconds=60) for name in "ab")
+    machine.run([one, two._replace(weight=2.0)])
+    assert machine.said == ["a: 1.0 min; 1 of 2 left, about 2 min", "b: 1.0 min"]
+    assert set(machine.slept) == {jobs.POLL_SECONDS}
+
+
+def test_a_job_waits_for_what_another_makes_and_does_not_begin_if_that_failed(
+    machine: Machine, tmp_path: Path
+):
+    made = tmp_path / "made"
+    first = machine.job("a", acts={0.5: made.touch})
+    broken = machine.job("c", code=1, done_after=None)
+    second, third, last = (machine.job(name) for name in "bde")
     second = second._replace(after="a", is_ready=made.exists)
     third = third._replace(after="c", is_ready=lambda: False)
     last = last._replace(after="done before", is_ready=lambda: False)  # it will say what it misses
-    said: list[str] = []
-    failures = run([second, third, last, first, broken], 1, os.environ, said.append)
-    assert [line.partition(":")[0] for line in said] == ["e", "a", "b", "c"]
+    failures = machine.run([second, third, last, first, broken], 2)
+    # b begins when what it needs is there, though its maker has not ended.
+    assert machine.started == ["e", "a", "b", "c"]
     assert failures.keys() == {"c", "d"}
     assert failures["d"] == "not begun, for c failed"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pinning is Linux's")
-def test_jobs_share_the_cores(tmp_path):
-    code = "import os, time; print(*os.sched_getaffinity(0)); time.sleep(0.3)"
-    ours = os.sched_getaffinity(0)
-    run([job(tmp_path, name, code) for name in "ab"], 2, os.environ, print)
-    a, b = ({*map(int, (tmp_path / n / "log.txt").read_text().split())} for n in "ab")
-    assert a | b == ours
-    assert len(a & b) == (0 if len(ours) > 1 else 1)
-    assert os.sched_getaffinity(0) == ours
+def test_jobs_share_the_cores(machine: Machine):
+    ours = {0, 1, 2, 5, 7}
+    with (
+        mock.patch.object(os, "sched_getaffinity", autospec=True, return_value=ours),
+        mock.patch.object(os, "sched_setaffinity", autospec=True) as pinned,
+    ):
+        machine.run([machine.job(name) for name in "ab"], 2)
+        shares = [{0, 1}, ours, {2, 5, 7}, ours]
+        assert pinned.call_args_list == [mock.call(0, cores) for cores in shares]
+        assert jobs._shares(7) == [{0}, {1}, {2}, {5}, {7}, {0}, {1}]
 
 
-def test_no_second_process_starts_beside_an_orphan(tmp_path):
+def test_no_second_process_starts_beside_an_orphan(machine: Machine):
     """A runner is killed; the next waits for the process that it left behind."""
-    text = (
-        "import os, sys; from pathlib import Path; from tests.scaling.test_jobs import job, run\n"
-        "one = job(Path(sys.argv[1]), 'a', \"import os, time; print(os.getpid(), flush=True); "
-        'time.sleep(1.5)")\n'
-        "run([one], 1, os.environ, print)"
-    )
-    root = Path(__file__).parents[2]
-    runner = subprocess.Popen(
-        [sys.executable, "-c", text, str(tmp_path)], cwd=root, stdout=subprocess.DEVNULL
-    )
-    log = tmp_path / "a" / "log.txt"
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.01)
-    runner.kill()
-    runner.wait()
-    said: list[str] = []
-    assert run([job(tmp_path, "a", "print('second')")], 1, os.environ, said.append) == {}
-    assert said == ["a: another process did it"]
-    assert "second" not in log.read_text()
+    one = machine.job("a", seconds=3, done_after=3.0)
+    with (
+        mock.patch.object(machine, "sleep", autospec=True, side_effect=SystemExit),
+        pytest.raises(SystemExit),
+    ):
+        machine.run([one])
+    assert machine.run([one]) == {}
+    assert machine.said == ["a: another process did it"]
+    assert machine.started == ["a"]
 
 
-def test_sigterm_reaches_the_running_and_starts_no_others(tmp_path):
-    text = (
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(30)"
-    )
-    jobs = [job(tmp_path, name, text) for name in "ab"]
-    log = tmp_path / "a" / "log.txt"
-
-    def interrupt() -> None:
-        while not (log.exists() and log.read_text()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_terminates_what_runs_and_starts_no_others(machine: Machine):
+    acts = {0.5: lambda: signal.raise_signal(signal.SIGINT)}
+    some = [machine.job("a", acts=acts, done_after=None), machine.job("b")]
+    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match=r"stopped by SIGINT; .* goes on"):
-        run(jobs, 1, os.environ, print)
-    thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert log.read_text() == "ready\nsaved\n"
-    assert not (tmp_path / "b" / "log.txt").exists()
+        machine.run(some)
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
+    assert machine.started == ["a"]
+    assert machine._programs["a"].terminated == 1
+    assert machine.said[0].startswith("a: stopped after 0.0 min: exit code 1; ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one that is blocked may be lost")

@@ -1,18 +1,14 @@
 """The ladder: its grid and rules, its price, and that stopping it loses nothing."""
 
-import contextlib
 import csv
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from jax._src import xla_bridge
 
 from clip_jax import flops
 from clip_jax.cli import main
@@ -20,6 +16,7 @@ from clip_jax.config import load_config
 from clip_jax.models import zoo
 from clip_jax.optim import Constant, CoolDown
 from clip_jax.refused import Refused
+from clip_jax.scaling import jobs
 from clip_jax.scaling.ladder import (
     LadderCommand,
     LadderConfig,
@@ -31,7 +28,9 @@ from clip_jax.scaling.ladder import (
 )
 from clip_jax.scaling.price import HardwareConfig
 from clip_jax.scaling.rules import BranchesConfig, RulesConfig
+from clip_jax.scaling.sweep import SweepConfig
 from tests.conftest import ROOT, tiny_digits
+from tests.scaling.conftest import train_all
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 
@@ -64,18 +63,20 @@ def test_every_point_follows_the_rules():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"models": {}}, "models is empty"),
         ({"seeds": (0, 0)}, "names one twice"),
         ({"batch_sizes": (16,)}, "one for each of samples"),
+        ({"samples": (128_000, 128_100)}, "samples lie too close"),
+        ({"batch_sizes": (16, 64), "branches": BranchesConfig()}, "trunk all have its batch size"),
+        ({"samples": (16, 512), "branches": BranchesConfig()}, "has 1 steps: .* no trunk is left"),
+        ({"sweep": SweepConfig(), "branches": BranchesConfig()}, "branches and sweep"),
     ],
 )
-def test_a_ladder_that_makes_no_sense_is_told(changes, says):
-    with pytest.raises(ValueError, match=says):
-        ladder(**changes)
-    with pytest.raises(ValueError, match="samples lie too close"):
-        grid(ladder(samples=(128_000, 128_100)), Path("root"))
+def test_ladders_that_make_no_sense_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(Refused, match=message):
+        grid(ladder(**changes), Path("root"))
 
 
 def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
@@ -110,8 +111,7 @@ def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
 
 
 def test_a_trunk_goes_with_its_branches(tmp_path):
-    spec = tmp_path / "spec.py"
-    spec.write_text(SPEC.replace("(160,)", "(160, 640), branches=BranchesConfig(), seeds=(0, 1)"))
+    spec = write(tmp_path, ("(160,)", "(160, 640), branches=BranchesConfig(), seeds=(0, 1)"))
 
     def names(**flags):
         command = LadderCommand(spec=spec, root=tmp_path / "root", dry_run=True, **flags)
@@ -124,13 +124,6 @@ def test_a_trunk_goes_with_its_branches(tmp_path):
     assert [len(part) for part in parts] == [3] * 4
     assert all(len({name.replace("-trunk", "@")[0] for name in part}) == 1 for part in parts)
     assert len(set.union(*parts)) == 12
-
-
-def test_branches_that_make_no_sense_are_told():
-    with pytest.raises(Refused, match="branches of one trunk all have its batch size"):
-        ladder(batch_sizes=(16, 64), branches=BranchesConfig())
-    with pytest.raises(Refused, match=r"w16@16-seed0 has 1 steps: .* no trunk is left"):
-        grid(ladder(samples=(16, 512), branches=BranchesConfig()), Path("root"))
 
 
 def test_hours_and_dollars_follow_from_the_peak():
@@ -183,19 +176,18 @@ def test_a_ladder_of_locked_towers_pays_for_what_it_trains():
     assert lit.training_flops == step.total * plain.config.steps < plain.training_flops
 
 
-def test_planning_touches_no_device_and_prints_a_price(tmp_path):
+def test_planning_touches_no_device_and_prints_a_price(tmp_path, capsys, monkeypatch):
     """The children need the chips: a parent that opened them would keep them."""
-    command = [
-        sys.executable, "-m", "clip_jax", "scale", "ladder",
-        str(ROOT / "configs/ladder_datacomp.py"), "--dry-run", "--only", "ViT-B-32@1.3B*", "--json",
-    ]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    monkeypatch.chdir(tmp_path)
+    spec = str(ROOT / "configs/ladder_datacomp.py")
+    command = ["scale", "ladder", spec, "--dry-run", "--only", "ViT-B-32@1.3B*", "--json"]
+    opened = AssertionError("a device is opened")
+    with mock.patch.object(xla_bridge, "backends", autospec=True, side_effect=opened):
+        assert main(command) == 0
     assert not list(tmp_path.iterdir())
-    assert "ViT-B-32   1.3B  8,192  156,250" in done.stderr
-    totals = json.loads(done.stdout)["totals"]
+    printed = capsys.readouterr()
+    assert "ViT-B-32   1.3B  8,192  156,250" in printed.err
+    totals = json.loads(printed.out)["totals"]
     assert totals["points"] == 1
     v5e, h100 = totals["estimates"]
     assert v5e["dollars"] == pytest.approx(v5e["hours"] * 256 * 1.2)
@@ -220,128 +212,69 @@ def get_ladder():
 """
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
-    """A ladder of two points of ten steps, and what their processes need."""
-    folder = tmp_path_factory.mktemp("ladder")
-    (folder / "tiny.py").write_text(SPEC)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", str(ROOT))
-    patch.setenv("JAX_PLATFORMS", "cpu")
-    patch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")
-    yield folder / "tiny.py"
-    patch.undo()
+def write(folder: Path, change: tuple[str, str] = ("", "")) -> Path:
+    """A spec of two points of ten steps, changed in one place."""
+    (folder / "tiny.py").write_text(SPEC.replace(*change))
+    return folder / "tiny.py"
 
 
-def table(root: Path, output: Path) -> list[dict[str, str]]:
-    """What `scale collect` makes of a ladder, but for seconds and places."""
-    assert main(["scale", "collect", str(root), "--output", str(output)]) == 0
-    rows = csv.DictReader(output.read_text().replace(str(root), "root").splitlines())
-    return [
-        {name: x for name, x in row.items() if not name.startswith(("seconds/", "goodput"))}
-        for row in rows
-    ]
+def test_what_is_missing_is_trained_and_a_failure_exits_with_1(tmp_path, capsys):
+    spec, root = write(tmp_path), tmp_path / "root"
+    command = ["scale", "ladder", str(spec), "--root", str(root), "--json"]
 
+    def train_one(some, *how):
+        train_all(some[:1], *how)
+        return {some[1].name: "exit code 2; log.txt ends: no gone.csv"}
 
-@pytest.mark.long
-def test_killed_in_the_middle_it_ends_in_the_same_table(spec, tmp_path, capsys):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["scale", "ladder", str(spec), "--root", str(whole)]) == 0
-    assert "0 of 2" not in capsys.readouterr().out
-    rows = expected = table(whole, tmp_path / "whole.csv")
+    with mock.patch.object(jobs, "run", autospec=True, side_effect=train_one):
+        assert main(command) == 1
+    printed = capsys.readouterr()
+    first, second = json.loads(printed.out)["points"]
+    assert (first["done"], second["done"]) == (True, False)
+    assert second["failure"] == "exit code 2; log.txt ends: no gone.csv"
+    assert printed.err.splitlines()[-1] == f"failed: {second['name']}: {second['failure']}"
+    trained = [path for path in (root / first["name"]).rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in trained}
+
+    # The same command again: the other one alone, with the environment that the children share.
+    with mock.patch.object(jobs, "run", autospec=True, side_effect=train_all) as ran:
+        result = climb(LadderCommand(spec=spec, root=root, jobs=2), print)
+    (again,), at_a_time, environment, _ = ran.call_args.args
+    assert (again.name, at_a_time) == (second["name"], 2)
+    assert environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+    assert result["totals"]["points"] == 1  # was missing
+    assert all(point["done"] and not point["failure"] for point in result["points"])
+    assert before == {path: path.stat().st_mtime_ns for path in trained}
+    assert main(["scale", "collect", str(root), "--output", str(tmp_path / "all.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "all.csv").read_text().splitlines()))
     assert [row["samples_seen"] for row in rows] == ["160", "160"]
     for name in ("info_nce", "training_flops", "mparams", "loss", "seed"):
         assert all(float(row[name]) >= 0 for row in rows)
 
-    # Kill all of it: the first point done, the second past its first checkpoint.
-    command = [
-        sys.executable, "-m", "clip_jax", "scale", "ladder", str(spec), "--root", str(killed)
-    ]  # fmt: skip
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-    names = [row["source"].rpartition("/")[2] for row in rows]
-    traces = ("result.json", "checkpoints/[0-9]")
-    while not all(any((killed / name).glob(trace)) for name in names for trace in traces):
-        assert process.poll() is None, "finished before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    steps = [json.loads((killed / name / "result.json").read_text())["step"] for name in names]
-    assert sorted(steps)[0] < 10 <= sorted(steps)[1]
-    finished = killed / names[steps.index(10)]
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-
-    result = climb(LadderCommand(spec=spec, root=killed, jobs=2), print)
-    assert result["totals"]["points"] == 1  # was missing
-    assert all(point["done"] and not point["failure"] for point in result["points"])
-    assert "going on from step" in (killed / names[1 - steps.index(10)] / "log.txt").read_text()
-    assert table(killed, tmp_path / "killed.csv") == expected
-    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    assert after == before  # a finished point is never trained twice
-
     # A spec that has changed since is refused before anything runs.
-    changed = tmp_path / "changed.py"
-    changed.write_text(SPEC.replace("samples=(160,)", "samples=(160,), seeds=(0,), rules=None"))
-    changed.write_text(SPEC.replace("embed_dim=8", "embed_dim=8, init_logit_scale=5.0"))
-    assert main(["scale", "ladder", str(changed), "--root", str(killed)]) == 2
+    capsys.readouterr()
+    write(tmp_path, ("embed_dim=8", "embed_dim=8, init_logit_scale=5.0"))
+    assert main(command) == 2
     assert "model.init_logit_scale" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_with_branches_killed_at_random_moments_it_ends_in_the_same_table(spec, tmp_path):
-    """Must end alike wherever it dies: in a trunk, between saving and a branch, in a branch."""
-    branched = tmp_path / "branched.py"
-    spec_of_one = SPEC.replace(', "b": wide', "")
-    branched.write_text(
-        spec_of_one.replace("(160,)", "(96, 160), branches=BranchesConfig(share=0.4)")
-    )
-    command = [sys.executable, "-m", "clip_jax", "scale", "ladder", str(branched), "--root"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
-    expected = table(whole, tmp_path / "whole.csv")
-    assert [row["schedule"] for row in expected].count("cool_down") == 2
-    assert [row["schedule"] for row in expected].count("constant") == 1
-    for row in expected:
+def test_branches_follow_their_trunk(tmp_path):
+    spec = write(tmp_path, ("(160,)", "(96, 160), branches=BranchesConfig(share=0.4)"))
+    with mock.patch.object(jobs, "run", autospec=True, side_effect=train_all) as ran:
+        climb(LadderCommand(spec=spec, root=tmp_path / "root", only="a*"), print)
+    some = {job.name: job.after for job in ran.call_args.args[0]}
+    assert some.pop("a-trunk-seed0") == ""
+    assert some == dict.fromkeys(("a@96-seed0", "a@160-seed0"), "a-trunk-seed0")
+    assert all(job.is_ready() for job in ran.call_args.args[0])
+    assert main(["scale", "collect", str(tmp_path), "--output", str(tmp_path / "all.csv")]) == 0
+    for row in csv.DictReader((tmp_path / "all.csv").read_text().splitlines()):
         own = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
         own = own if row["schedule"] == "cool_down" else 1
         assert float(row["flops_spent"]) == pytest.approx(own * float(row["training_flops"]))
 
-    moments = random.Random(0)
-    traces = ("a-trunk-seed0/checkpoints/3", "a@96-seed0/branch.json", "a@160-seed0/checkpoints/9")
-    for trace in traces:
-        process = subprocess.Popen(
-            [*command, str(killed), "--jobs", "2"],
-            start_new_session=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        while not (killed / trace).exists() and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.5))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(killed)], check=True, stdout=subprocess.DEVNULL)
-    assert table(killed, tmp_path / "killed.csv") == expected
 
-
-def test_a_failed_point_is_told_at_the_end_and_exits_with_1(spec, tmp_path, capsys):
-    broken = tmp_path / "broken.py"
-    text = SPEC.replace("evals=(", "data=replace(tiny_digits().data, source=gone), evals=(")
-    gone = (
-        "from clip_jax.data.sources.table import TableConfig\ngone = TableConfig(path='gone.csv')\n"
-    )
-    broken.write_text(gone + text.replace('"b": wide', ""))
-    root = tmp_path / "root"
-    assert main(["scale", "ladder", str(broken), "--root", str(root), "--json"]) == 1
-    printed = capsys.readouterr()
-    (point,) = json.loads(printed.out)["points"]
-    assert not point["done"]
-    assert "gone.csv" in point["failure"]
-    last = printed.err.splitlines()[-1]
-    assert last.startswith("failed: a@160-seed0: exit code 2; ")
-    assert "gone.csv" in last
-
-
-def test_configs_alone_are_written_and_are_ordinary_runs(spec, tmp_path):
-    root = tmp_path / "root"
+def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
+    spec, root = write(tmp_path), tmp_path / "root"
     command = LadderCommand(spec=spec, root=root, jobs=0, part="2/2")
     (point,) = climb(command, print)["points"]
     assert not point["done"]
@@ -351,19 +284,19 @@ def test_configs_alone_are_written_and_are_ordinary_runs(spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--part", "3/2"], "part='3/2' must be i/n"),
         (["--jobs", "-1"], "jobs=-1 must be at least 0"),
         (["--only", "x*"], "only='x*' matches no point"),
     ],
 )
-def test_wrong_use_of_the_command(spec, flags, says, capsys):
+def test_wrong_use_of_the_command(flags, message, tmp_path, capsys):
     try:
-        code = main(["scale", "ladder", str(spec), *flags])
+        code = main(["scale", "ladder", str(write(tmp_path)), *flags])
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert main(["scale", "ladder", str(ROOT / "configs/digits.py")]) == 2
     assert "has no get_ladder()" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from clip_jax.cli import main
 from clip_jax.refused import Refused
@@ -19,22 +20,22 @@ def best_rate(width, batch):
     return 4e-3 * (width / 32) ** -0.7 * (batch / 64) ** 0.5
 
 
-def write(path, *, batches=(64,), seeds=(0, 1, 2), noise=0.02, widths=WIDTHS, **columns):
+def write(path, *, batches=(64,), widths=WIDTHS, change=lambda row: row):
     """A table of trials whose loss is a parabola in the rate's logarithm."""
     rng = np.random.default_rng(0)
     rows = []
     for width in widths:
         for batch in batches:
             for rate in RATES:
-                for seed in seeds:
-                    away = math.log(rate / best_rate(width, batch)) + noise * rng.standard_normal()
+                for seed in range(3):
+                    away = math.log(rate / best_rate(width, batch)) + 0.02 * rng.standard_normal()
                     loss = 1 + 0.1 * away**2 + 0.01 * math.log2(batch / 64) ** 2
-                    rows.append({
+                    rows.append(change({
                         "arch": f"w{width}", "samples_seen": 24_576, "gmacs_per_sample": width,
                         "lr": rate, "global_batch": batch, "warmup": 38, "weight_decay": 0.1,
                         "width": width, "seed": seed, "loss": loss, "accuracy": 1 / loss,
-                        "stopped_of": "", **columns,
-                    })  # fmt: skip
+                        "stopped_of": "",
+                    }))  # fmt: skip
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -42,17 +43,17 @@ def write(path, *, batches=(64,), seeds=(0, 1, 2), noise=0.02, widths=WIDTHS, **
     return path
 
 
-def test_the_rule_is_found_and_predicts_the_largest_width(tmp_path):
+def test_the_rule_is_estimated_and_predicts_the_largest_width(tmp_path):
     table = write(tmp_path / "trials.csv", batches=(32, 64, 128))
     output = tmp_path / "best.csv"
-    found = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy", output=output))
-    assert [point["width"] for point in found["points"]] == list(WIDTHS)
-    for point in found["points"]:
+    best = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy", output=output))
+    assert [point["width"] for point in best["points"]] == list(WIDTHS)
+    for point in best["points"]:
         assert point["global_batch"] == 64
         assert abs(math.log2(point["lr"] / best_rate(point["width"], 64))) < 0.55
         assert not point["edges"]
         assert (point["trials"], point["seeds"]) == (3 * len(RATES), 3)
-    rule = found["rule"]
+    rule = best["rule"]
     low, high = rule["intervals"]["width_exponent"]
     assert low < rule["width_exponent"] < high
     assert rule["width_exponent"] == pytest.approx(-0.7, abs=0.05)
@@ -66,7 +67,7 @@ def test_the_rule_is_found_and_predicts_the_largest_width(tmp_path):
     assert {row["global_batch"] for row in chosen} == {"64"}
 
 
-def test_an_optimum_at_the_edge_is_said(tmp_path, capsys):
+def test_an_optimum_at_the_edge_is_reported(tmp_path, capsys):
     table = write(tmp_path / "trials.csv", widths=(16, 2_048), batches=(32, 64))
     command = ["scale", "choose", str(table), "--choose-by", "loss", "--report", "accuracy"]
     assert main([*command, "--json"]) == 0
@@ -81,48 +82,44 @@ def test_an_optimum_at_the_edge_is_said(tmp_path, capsys):
 
 
 def test_trials_that_a_round_stopped_are_not_chosen(tmp_path):
-    table = write(tmp_path / "trials.csv")
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        if row["lr"] == str(RATES[3]):
-            row |= {"stopped_of": "768", "loss": "0.1"}
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    found = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy"))
-    assert all(point["lr"] != RATES[3] for point in found["points"])
-    assert "batch_exponent" not in found["rule"]  # one batch says nothing of it
-    assert "batch /" not in describe(found)
+    def stop(row):
+        return row | ({"stopped_of": 768, "loss": 0.1} if row["lr"] == RATES[3] else {})
 
-
-def test_the_reported_metric_is_not_the_one_that_chooses(tmp_path):
-    with pytest.raises(Refused, match="choose_by and report are both 'loss'"):
-        ChooseConfig(table=tmp_path / "x.csv", choose_by="loss", report="loss")
-    table = write(tmp_path / "trials.csv")
+    table = write(tmp_path / "trials.csv", change=stop)
+    best = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy"))
+    assert all(point["lr"] != RATES[3] for point in best["points"])
+    assert "batch_exponent" not in best["rule"]  # one batch says nothing of it
+    assert "batch /" not in describe(best)
     with pytest.raises(Refused, match="no column 'top1'; collect the sweep anew"):
         choose(ChooseConfig(table=table, choose_by="loss", report="top1"))
+    with pytest.raises(Refused, match="choose_by and report are both 'loss'"):
+        ChooseConfig(table=table, choose_by="loss", report="loss")
 
 
-def test_a_parabola_finds_the_rate_between_those_of_the_grid():
+def test_a_parabola_estimates_the_rate_between_those_of_the_grid():
     assert vertex([1, 2, 4], [1.0, 0.5, 1.0]) == pytest.approx(2)
     values = [(math.log(rate / 3)) ** 2 for rate in (1, 2, 4, 8)]
     assert vertex([1, 2, 4, 8], values) == pytest.approx(3)
     assert vertex([1, 2, 4], [3.0, 2.0, 1.0]) == 4
 
 
-def test_intervals_of_the_rule_hold_in_95_of_100_cases():
-    rng = np.random.default_rng(1)
+def test_the_rule_and_its_intervals_are_those_of_linear_regression():
+    """The textbook's: Student's t, and for one more run its own scatter as well."""
     widths, batches = (np.repeat(x, 3) for x in ([16, 32, 64, 16, 32], [64, 64, 64, 128, 128]))
-    covered = np.zeros(3)
-    for _ in range(2_000):
-        noise = 0.3 * rng.standard_normal(len(widths) + 1)
-        rates = best_rate(widths, batches) * np.exp(noise[:-1])
-        rule = fit_rule(widths.tolist(), batches.tolist(), rates.tolist())
-        for i, (true, (_, low, high)) in enumerate([
-            (-0.7, rule.exponent(1)), (0.5, rule.exponent(2)),
-            (best_rate(128, 128) * np.exp(noise[-1]), rule.predict(128, 128)),
-        ]):  # fmt: skip
-            covered[i] += low < true < high
-    assert np.all(np.abs(covered / 2_000 - 0.95) < 0.015), covered
+    noise = 0.3 * np.random.default_rng(1).standard_normal(15)
+    rates = best_rate(widths, batches) * np.exp(noise)
+    rule = fit_rule(widths.tolist(), batches.tolist(), rates.tolist())
+    assert rule
+    x, y = np.stack([np.ones(15), np.log(widths), np.log(batches)], axis=1), np.log(rates)
+    inverse = np.linalg.inv(x.T @ x)
+    solution = inverse @ x.T @ y
+    variance = np.square(y - x @ solution).sum() / 12
+    reach = stats.t.ppf(0.975, 12) * np.sqrt(variance)
+    for i in (1, 2):
+        half = reach * np.sqrt(inverse[i, i])
+        wanted = solution[i] + np.array([0, -half, half])
+        np.testing.assert_allclose(rule.exponent(i), wanted, rtol=1e-9)
+    new = np.array([1, np.log(128), np.log(128)])
+    half = reach * np.sqrt(1 + new @ inverse @ new)
+    wanted = np.exp(new @ solution + np.array([0, -half, half]))
+    np.testing.assert_allclose(rule.predict(128, 128), wanted, rtol=1e-9)

@@ -1,9 +1,9 @@
 """What the server answers: the model's numbers, or one message with its status."""
 
+import asyncio
+import random
 import re
-import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -27,6 +27,18 @@ def test_embeddings_are_the_models(client, model):
     words = unit(model.encode_text(model.tokenize(texts, truncate=True)))
     np.testing.assert_allclose(found["images"], images, atol=1e-6)
     np.testing.assert_allclose(found["texts"], words, atol=1e-6)
+
+
+def test_of_many_requests_at_once_each_gets_its_own_answer(client, model):
+    texts, pictures = [f"number {i}" for i in range(40)], [png(i) for i in range(10)]
+    bodies = [{"images": [encoded(pictures[i % 10])], "texts": [x]} for i, x in enumerate(texts)]
+    answers = client.ask_all("/embed", bodies)
+    assert [status for status, _, _ in answers] == [200] * 40
+    images = unit(model.encode_image(model.preprocess(pictures)))[np.arange(40) % 10]
+    words = unit(model.encode_text(model.tokenize(texts)))
+    found = [[content[name][0] for _, content, _ in answers] for name in ("images", "texts")]
+    np.testing.assert_allclose(found[0], images, atol=1e-5)
+    np.testing.assert_allclose(found[1], words, atol=1e-5)
 
 
 def test_labels_are_predicts(client, folder):
@@ -91,46 +103,69 @@ def test_what_is_wrong_is_one_message(client, path, body, status, says):
     assert client.service.bytes_waiting == 0
 
 
+def malformed(rng):
+    """Something that is no request, or nearly one."""
+    whole = b'{"images": ["%s"], "texts": ["a"]}' % encoded(png(rng.randrange(50))).encode()
+    kind = rng.randrange(7)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(3000))
+    if kind == 1:
+        return whole[: rng.randrange(len(whole))]
+    if kind == 2:
+        return b"[" * rng.randrange(1, 200_000)
+    if kind == 3:  # an image with wrong bytes
+        data = bytearray(png(0))
+        for _ in range(rng.randrange(1, 40)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        return b'{"images": ["%s"]}' % encoded(bytes(data)).encode()
+    if kind == 4:
+        return b'{"texts": %s}' % rng.choice([b"1", b"{}", b"null", b"[null]", b"[[]]", b"1e999"])
+    if kind == 5:
+        return b'{"%s": 1}' % str(rng.random()).encode()
+    return b'{"texts": ["' + b"\\u0000\\ud800" * rng.randrange(1, 50) + b'"]}'
+
+
+def test_malformed_bodies_get_messages_and_leave_nothing_behind(client):
+    rng = random.Random(0)
+    statuses = {
+        client.ask(rng.choice(["/embed", "/label", "/search"]), malformed(rng))[0]
+        for _ in range(200)
+    }
+    assert statuses >= {400, 413}
+    assert statuses <= {200, 400, 413}  # damaged bytes may still be a picture
+    assert client.service.bytes_waiting == 0
+
+
 def test_a_body_without_a_length_has_the_limit_too(client):
-    with socket.create_connection(("127.0.0.1", client.port)) as connection:
-        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(40):
-            connection.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+    pieces = [b" " * 4096] * 40
+    status, found, _ = asyncio.run(client.call("/embed", pieces))
+    assert status == 413
+    assert "longer than 0.1 MiB" in found["error"]
 
 
 def test_a_full_queue_is_429_and_nobody_who_waits_is_lost(start):
     client = start(queue=2)
     go, busy = threading.Event(), threading.Event()
-    compute = client.service.texts._compute
+    texts = client.service.texts
+    compute = texts._compute
 
     def slow(rows):
         busy.set()
-        go.wait(60)
+        go.wait()
         return compute(rows)
 
-    client.service.texts._compute = slow
-    answers = []
-    threads = []
-    for waiting in range(3):  # one is computed, two wait
-        threads.append(
-            threading.Thread(
-                target=lambda: answers.append(client.ask("/embed", {"texts": ["a"]})[0])
-            )
-        )
-        threads[-1].start()
-        assert busy.wait(60)
-        while len(client.service.texts) < waiting:
-            time.sleep(0.01)
+    texts._compute = slow
+    row = np.zeros(client.service.model.config.text.context_length, np.int32)
+    futures = [texts.submit([row])]
+    assert busy.wait(60)
+    futures += [texts.submit([row]) for _ in range(2)]  # one is computed, two wait
     status, found, headers = client.ask("/embed", {"texts": ["a"]})
     assert (status, headers["retry-after"]) == (429, "1")
     assert "full" in found["error"]
     assert client.ask("/health")[0] == 200
     assert 'clip_jax_waiting{tower="text"} 2.0' in client.ask("/metrics")[1]
     go.set()
-    for thread in threads:
-        thread.join()
-    assert answers == [200] * 3
+    assert [future.result(60).shape for future in futures] == [(1, 16)] * 3
 
 
 def test_too_many_bytes_at_once_are_429(start):
@@ -140,14 +175,10 @@ def test_too_many_bytes_at_once_are_429(start):
 
 
 def test_a_body_that_does_not_come_is_408_and_a_client_that_left_is_none(start):
-    client = start(request_seconds=0.3)
-    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", client.port)) as connection:
-        connection.sendall(head)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
-    client = start()
-    with socket.create_connection(("127.0.0.1", client.port)) as connection:
-        connection.sendall(head + b"{")
+    client = start(request_seconds=1e-9)
+    assert asyncio.run(client.call("/embed", [b"{"], whole=False))[0] == 408
+    client, left = start(), {"type": "http.disconnect"}
+    assert asyncio.run(client.call("/embed", [b"{"], whole=False, then=left))[0] == 499
     assert client.ask("/embed", {"texts": ["a"]})[0] == 200
     assert client.service.bytes_waiting == 0
 

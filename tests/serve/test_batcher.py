@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clip_jax.serve.batcher import Batcher, Full, fitting
+from tests.clock import HandClock
 
 
 def twice(rows):
@@ -23,10 +24,10 @@ def test_every_thread_gets_its_own_rows():
         np.testing.assert_array_equal(found, 2 * np.stack(rows))
 
     with ThreadPoolExecutor(16) as threads:
-        for future in wait([threads.submit(ask, i) for i in range(400)]).done:
+        for future in wait([threads.submit(ask, i) for i in range(200)]).done:
             future.result()
     batcher.close()
-    assert sum(sizes) == 1000
+    assert sum(sizes) == 500
     assert max(sizes) <= 8
 
 
@@ -54,17 +55,23 @@ def test_what_waits_is_bounded_and_computed_together():
 
 
 def test_those_who_ask_again_are_computed_together():
-    sizes = []
-    batcher = Batcher(twice, 8, 10, sizes.append, linger=600)
+    sizes, clock = [], HandClock()
+    batcher = Batcher(twice, 8, 10, sizes.append, linger=600, clock=clock)
     row = np.ones(1, np.float32)
     for rows in (1, 1, 4):  # nobody has to be waited for
         batcher.submit([row] * rows).result(30)
     for future in [batcher.submit([row]) for _ in range(4)]:
         future.result(30)
     alone = batcher.submit([row])
-    batcher.close()  # ends the wait for three more
+    clock.until_waiting()
+    assert not alone.done()
+    clock.advance(600)  # three more have not come
     assert alone.result(30) == 2
-    assert sizes == [1, 1, 4, 4, 1]
+    batcher.submit([row] * 4).result(30)
+    last = batcher.submit([row])
+    batcher.close()  # ends the wait too
+    assert last.result(30) == 2
+    assert sizes == [1, 1, 4, 4, 1, 4, 1]
 
 
 def test_an_error_reaches_who_asked_and_no_one_later():

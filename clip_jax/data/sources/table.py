@@ -141,11 +141,13 @@ class _Delimited:
             ) as reader:
                 return reader.read_all()
 
-        size = path.stat().st_size
+        size, odd = path.stat().st_size, _has_odd_quotes(path)
         for block_size in _BLOCKS:
             try:
-                # Arrow takes the rest of the file for one long cell, if that fits in a block.
-                if size <= block_size and _is_left_open(path, delimiter):
+                # Arrow takes the rest of the file for one long cell, if that fits in a block: the
+                # last one of a long file too, where only an odd number of quotes is a reason to
+                # read the whole once more.
+                if (odd or size <= block_size) and _is_left_open(path, delimiter):
                     raise pa.ArrowInvalid("it ends within quotes")
                 table = read(block_size)
                 break
@@ -167,6 +169,11 @@ class _Delimited:
         cells = [column[index].as_py() for column in self._columns]
         image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
         return image, caption[0] if caption else None
+
+
+def _has_odd_quotes(path: Path) -> bool:
+    with path.open("rb") as file:
+        return sum(block.count(b'"') for block in iter(lambda: file.read(1 << 24), b"")) % 2 == 1
 
 
 def _is_left_open(path: Path, delimiter: str) -> bool:

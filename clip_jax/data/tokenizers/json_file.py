@@ -4,7 +4,9 @@ The file says how text is split into words and words into ids. What its post-pro
 and how it would pad and cut, is left to the model's own rules.
 """
 
+import contextlib
 import functools
+from collections.abc import Generator
 
 from tokenizers import Tokenizer
 
@@ -16,15 +18,22 @@ from clip_jax.refused import Refused
 def load(file: str) -> Tokenizer:
     """Read a `tokenizer.json`. Refused says what is wrong with it."""
     data = read_vocabulary(file)
-    try:
+    with damage_refused(file):
         tokenizer = Tokenizer.from_str(data.decode())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def damage_refused(file: str) -> Generator[None]:
+    """Raise Refused where the library fails, or panics, on what a file says."""
+    try:
+        yield
     except BaseException as error:  # a panic of the Rust library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise Refused(f"{file} is no tokenizer.json: {error!s:.200}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 class JSONTokenizer(FileTokenizer):

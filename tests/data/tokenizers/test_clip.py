@@ -1,12 +1,14 @@
 """Token ids, without PyTorch: golden ids of OpenAI's tokenizer, limits, small vocabularies."""
 
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from clip_jax.data.tokenizers import clip
 from clip_jax.data.tokenizers.clean import CLEANING
 from clip_jax.data.tokenizers.clip import ClipTokenizer
 
@@ -57,7 +59,7 @@ def test_truncation_keeps_the_end_of_text(text):
 
 
 def test_long_text_costs_no_more_than_it_needs():
-    assert TOKENIZER("a long story " * 500_000, truncate=True).shape == (1, 77)
+    assert TOKENIZER("a long story " * 100_000, truncate=True).shape == (1, 77)
     assert TOKENIZER("z" * 500_000, truncate=True).shape == (1, 77)  # quadratic in OpenAI's
 
 
@@ -72,13 +74,13 @@ def test_a_text_must_be_a_str():
         TOKENIZER._encode(float("nan"), 77)  # what a CSV reader gives for an empty cell
 
 
-@pytest.mark.parametrize("size", [0, 513, 49_409])
+@pytest.mark.parametrize("size", [513, 49_409])
 def test_vocab_size_outside_the_merges_is_an_error(size):
     with pytest.raises(ValueError, match=rf"vocab_size={size}.*514.*49408"):
         ClipTokenizer(size)
 
 
-@pytest.mark.parametrize("size", [514, 515, 2_000, 20_000, 49_408])
+@pytest.mark.parametrize("size", [514, 2_000, 49_408])
 def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
     small = ClipTokenizer(size)
     assert len(small.vocab) == size
@@ -92,8 +94,8 @@ def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
     assert small.decode(ids[0]) == TOKENIZER.decode(TOKENIZER(text)[0])
 
 
-def test_the_cache_changes_nothing(monkeypatch):
-    monkeypatch.setattr("clip_jax.data.tokenizers.clip._MAX_CACHED_WORDS", 3)
+@mock.patch.object(clip, "_MAX_CACHED_WORDS", 3)
+def test_the_cache_changes_nothing():
     tokenizer = ClipTokenizer()
     text = "a b c d e f g a b c d e f g don't don't " + "x" * 100
     first, again = tokenizer(text), tokenizer(text)
@@ -119,7 +121,7 @@ def test_decode_ends_at_the_end_of_text():
     assert TOKENIZER.decode([49406]) == ""
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @example("Í\x85")  # once repaired the one character that OpenAI's pattern drops, U+0345
 @given(st.text(max_size=60))
 def test_any_text_has_ids_that_decode_to_it(text):

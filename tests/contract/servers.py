@@ -1,6 +1,6 @@
 """Real bucket servers on loopback, each behind a proxy that is as slow and as faulty as one asks.
 
-`python tests/servers.py gs` (or `s3`) prints the address and serves until its input ends.
+`python tests/contract/servers.py gs` (or `s3`) prints the address and serves until its input ends.
 """
 
 import argparse
@@ -61,6 +61,10 @@ class Server:
         """Requests since the last call: method, path, range, status, bytes of the answer's body."""
         return json.loads(self._ask("GET"))
 
+    def until_fault(self) -> None:
+        """Return once a request has met a fault since `behave`."""
+        self._ask("GET", path="/fault")
+
     def make_bucket(self, name: str) -> str:
         """Make an empty bucket; return its URL."""
         url, data, method = f"{self.address}/{name}", None, "PUT"
@@ -82,8 +86,8 @@ class Server:
         self._process.stdout.close()
         self._process.wait()
 
-    def _ask(self, method: str, data: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.address + _CONTROL, data, method=method)
+    def _ask(self, method: str, data: bytes | None = None, path: str = "") -> bytes:
+        request = urllib.request.Request(self.address + _CONTROL + path, data, method=method)
         with urllib.request.urlopen(request) as answer:
             return answer.read()
 
@@ -93,6 +97,7 @@ class Proxy:
 
     `faults` maps a kind to its share of the requests whose "METHOD path" the pattern `only` is
     found in: a status such as "503", "cut" (half of the body), "reset" (none), "hang" (no answer).
+    `times` says for how many requests; by default without an end.
     """
 
     def __init__(self) -> None:
@@ -100,6 +105,7 @@ class Proxy:
         self._log: list[dict[str, Any]] = []
         self._tasks: set[asyncio.Task | None] = set()
         self._free_at = 0.0  # when the line is free again
+        self._faulted = asyncio.Event()
         self.behave()
 
     def behave(
@@ -108,11 +114,13 @@ class Proxy:
         bytes_per_second: float = 0.0,
         faults: dict[str, float] | None = None,
         only: str = "",
+        times: float = float("inf"),
         seed: int = 0,
     ) -> None:
         self._latency, self._rate = latency, bytes_per_second
-        self._faults, self._only = faults or {}, re.compile(only)
+        self._faults, self._only, self._times = faults or {}, re.compile(only), times
         self._random = random.Random(seed)
+        self._faulted.clear()
 
     async def start(self) -> int:
         """Listen; return the port."""
@@ -139,6 +147,10 @@ class Proxy:
         if headers.pop("expect", ""):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = b"".join([part async for part in _body(reader, headers)])
+        if path == f"{_CONTROL}/fault":
+            await self._faulted.wait()
+            writer.write(_response(200, b""))
+            return True
         if path == _CONTROL:
             writer.write(_response(200, self._control(method, body)))
             return True
@@ -188,11 +200,13 @@ class Proxy:
 
     def _fault(self, request: str) -> str:
         """Draw whether something is to go wrong, and what; "" for nothing."""
-        if self._faults and self._only.search(request):
+        if self._faults and self._times > 0 and self._only.search(request):
             drawn = self._random.random()
             for fault, share in self._faults.items():
                 drawn -= share
                 if drawn < 0:
+                    self._times -= 1
+                    self._faulted.set()
                     return fault
         return ""
 

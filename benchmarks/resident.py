@@ -1,0 +1,85 @@
+"""Resident memory of a run that reads stretches from a slow bucket, by `data.read_ahead_mib`.
+
+    PYTHONPATH=. python benchmarks/resident.py [SECONDS]
+
+JPEGs of 56 kB from ArrayRecord, 30 ms late and at 30 MB/s, a budget of 64 MiB. The exit code is 1
+if memory grew by 400 MiB beyond the budget, or by 40 MiB from the first half of the time (120
+seconds by default) to the second.
+"""
+
+import io
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from clip_jax import files
+from clip_jax.data.pipeline import DataConfig, build
+from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from tests.servers import Server
+
+BUDGET, IMAGES = 64, 6_000  # MiB; pairs
+
+
+def resident() -> int:
+    """MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
+
+
+def upload(url: str) -> None:
+    images = []
+    for i in range(20):
+        file = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (250, 300, 3), np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG", quality=85)
+        images.append(file.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for i in range(IMAGES):
+            writer.write(encode_example({"image": [images[i % 20]], "caption": [b"x"]}))
+        writer.close()
+        files.write_whole(url, path.read_bytes())
+
+
+def measure(url: str, seconds: float) -> tuple[int, list[int]]:
+    """Samples read, and by how many MiB memory grew at most in each half of the time."""
+    pipeline = build(
+        DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, window=8),
+        tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
+        image_size=32,
+        context_length=8,
+        batch_size=64,
+    )
+    assert pipeline.order == "stretches"
+    before, most, samples, start = resident(), [0, 0], 0, time.monotonic()
+    for batch in pipeline.batches(0):
+        samples += len(batch.keys)
+        half = int(time.monotonic() > start + seconds / 2)
+        most[half] = max(most[half], resident() - before)
+        if time.monotonic() > start + seconds:
+            break
+    return samples, most
+
+
+def main(seconds: float) -> int:
+    with Server("gs") as server:
+        os.environ |= server.environment()
+        url = f"{server.make_bucket('resident')}/x.array_record"
+        upload(url)
+        server.behave(latency=0.03, bytes_per_second=30e6)
+        samples, most = measure(url, seconds)
+    print(f"{samples:,} images; grown by {most[0]} MiB, then by {most[1]} MiB")
+    return int(max(most) >= BUDGET + 400 or most[1] >= most[0] + 40)
+
+
+if __name__ == "__main__":
+    code = main(float(sys.argv[1]) if len(sys.argv) > 1 else 120.0)
+    sys.stdout.flush()
+    os._exit(code)  # waits for no thread

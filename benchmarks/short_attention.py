@@ -1,0 +1,134 @@
+"""The short attention kernel: how exact it is, and that TPUs' compiler takes it; no TPU is needed.
+
+    PYTHONPATH=. python benchmarks/short_attention.py WHAT
+
+    exact
+    short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
+    step [ARCHITECTURE ...]
+
+exact: interpreted, for all shapes of the zoo of up to 1,024 tokens: errors of output and gradient
+against float64 (the largest, the root mean square), and their ratios to those of XLA's attention.
+The others compile, with `jax[tpu]`. short, xla: value and gradient of one attention, by default for
+the shapes of all configs; prints for each how many kernels there are, and with which precision each
+product of a matrix [L, L] in float32 is taken. step: one layer of each tower in a training step.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from clip_jax.config import load_config
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.models import attention, zoo
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.short_attention import short, vmem_bytes
+from clip_jax.optim import OptimConfig
+from clip_jax.pods import compile as pod
+from clip_jax.pods.topology import Topology
+from clip_jax.pods.work import KERNEL
+from clip_jax.sharding import MeshConfig
+from clip_jax.step import Recipe
+from tests.models.exact_attention import errors, interpreted, xla_of_tpu
+
+ROOT = Path(__file__).parent.parent
+ROWS = 16
+# With heads of 72, 80, 88 and 104 channels.
+IN_A_STEP = ("ViT-SO400M-14-SigLIP", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
+
+
+def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
+    """Length, heads, their size and whether causal, of both towers."""
+    text, vision = config.text, config.vision
+    shapes = {(text.context_length, text.num_heads, text.width // text.num_heads, text.causal)}
+    if not isinstance(vision, ResNetConfig):
+        size = vision.width // vision.num_heads
+        shapes.add((vision.num_tokens, vision.num_heads, size, False))
+    return {shape for shape in shapes if shape[0] <= attention.MAX_LENGTH}
+
+
+def exact() -> None:
+    of_zoo = set().union(*(towers(config) for config in zoo.ARCHITECTURES.values()))
+    for length, dim, causal in sorted({(shape[0], *shape[2:]) for shape in of_zoo}):
+        for dtype, xla in ((jnp.float32, attention.xla), (jnp.bfloat16, xla_of_tpu)):
+            case = length, 2, dim, causal, None, dtype
+            ours, theirs = (
+                [y for part in errors(x, *case) for y in part] for x in (interpreted, xla)
+            )
+            numbers = [f"{x:.2e}" for x in ours]
+            numbers += [f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True)]
+            print(length, dim, causal, dtype.dtype, *numbers, flush=True)
+
+
+def shapes_of_the_configs(topology: str) -> list[str]:
+    room = attention.VMEM_MIB[Topology.parse(topology).chip.name] * 2**20
+    files = [
+        path for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
+    ]
+    shapes = set().union(*(towers(load_config(path).model) for path in files))
+    fitting = sorted(shape for shape in shapes if vmem_bytes(*shape[:3]) <= room)
+    return [",".join(map(str, map(int, shape))) for shape in fitting]
+
+
+def products_of_scores(text: str, length: int) -> list[str]:
+    """Convolutions of an operand [.., L, L] in float32: the precision that each asks for."""
+    of_name = dict(re.findall(r"^\s*(?:ROOT )?(%\S+) = (\w+\[[\d,]*\])", text, re.MULTILINE))
+    precisions = []
+    for line in text.splitlines():
+        if product := re.search(r" convolution\(([^)]*)\)", line):
+            types = [of_name.get(name, "") for name in product[1].split(", ")]
+            if any(x.startswith("f32") and x.endswith(f",{length},{length}]") for x in types):
+                precision = re.search(r"operand_precision={([^}]*)}", line)
+                precisions.append(precision[1] if precision else "default")
+    return precisions
+
+
+def compiled(backend: str, topology: str, *shapes: str) -> None:
+    place = SingleDeviceSharding(pod._devices(Topology.parse(topology))[0])
+    for shape in shapes or shapes_of_the_configs(topology):
+        length, heads, dim, causal = map(int, shape.split(","))
+
+        def attend(qkv, heads=heads, causal=bool(causal)):
+            if backend == "xla":
+                return attention.xla(qkv, heads, causal)
+            return short(qkv, None, heads, causal, lambda kernel, _: kernel, False)
+
+        def total(qkv, weight, attend=attend):
+            return (attend(qkv).astype(jnp.float32) * weight).sum()
+
+        sizes = ((ROWS, length, n * heads * dim) for n in (3, 1))
+        qkv, weight = (jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=place) for x in sizes)
+        text = jax.jit(jax.value_and_grad(total)).lower(qkv, weight).compile().as_text()
+        kernels = text.count('custom_call_target="tpu_custom_call"')
+        print(shape, kernels, *products_of_scores(text, length), flush=True)
+
+
+def step(*names: str) -> None:
+    """Compile widths and lengths as they are; print the cycles of the kernels' schedules."""
+    for name in names or IN_A_STEP:
+        model = zoo.get(name)
+        model = dataclasses.replace(
+            model, remat="attention", attention="short",
+            vision=dataclasses.replace(model.vision, depth=1),
+            text=dataclasses.replace(model.text, depth=1, vocab_size=1024),
+        )  # fmt: skip
+        recipe = Recipe(
+            model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=64
+        )
+        where = Topology.parse("v5e:2x2")
+        request = pod.Request(recipe=recipe, mesh=MeshConfig(fsdp=2), topology=where)
+        works = pod.compile_step(request).works
+        print(name, *(x.cycles for x in works if x.target == KERNEL), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    what, *rest = sys.argv[1:]
+    {"exact": exact, "step": step}.get(what, lambda *args: compiled(what, *args))(*rest)

@@ -1,0 +1,93 @@
+"""Bucket servers, started once, and an empty bucket for each test."""
+
+import contextlib
+import functools
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax import bucket as bucket_client
+from clip_jax import files
+from tests.clock import HandClock
+from tests.conftest import ROOT
+from tests.contract.servers import Server
+
+PAIRS = str(ROOT / "configs/pairs.py")
+FEW = [  # flags of a training of that, which takes seconds
+    "--batch-size", "8", "--report-every", "1", "--checkpoint.every-steps", "2",
+    "--data.threads", "2", "--optim.warmup-steps", "1", "--model.embed-dim", "16",
+    "--model.dtype", "float32", "--model.vision.image-size", "16",
+    "--model.vision.patch-size", "8", "--model.vision.width", "16",
+    "--model.vision.num-heads", "2", "--model.vision.depth", "1", "--model.text.width", "16",
+    "--model.text.num-heads", "2", "--model.text.depth", "1", "--model.text.vocab-size", "600",
+]  # fmt: skip
+
+
+def write_pictures(folder: str, count: int) -> str:
+    """Write `0.png`, `1.png`, … and a table of them; return the path of that."""
+    table = "image,caption\n"
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 20, 3), np.uint8)
+        path, file = f"{folder}/{number}.png", io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.write_whole(path, file.getvalue())
+        table += f"{path},picture {number}\n"
+    files.write_whole(f"{folder}.csv", table)
+    return f"{folder}.csv"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket on a real server; `server` can be made slow or faulty and keeps a log.
+
+    `clock` is the one by which a late answer is asked for again: it stands still.
+    """
+
+    url: str
+    server: Server
+    clock: HandClock
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """What starts a server for a scheme once, for all tests of this process; ended with them."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda scheme: stack.enter_context(Server(scheme)))
+
+
+_numbers = itertools.count(1)
+
+
+def _bucket(request: pytest.FixtureRequest, scheme: str) -> Iterator[Bucket]:
+    server = request.getfixturevalue("servers")(scheme)
+    for name, value in server.environment().items():
+        request.getfixturevalue("monkeypatch").setenv(name, value)
+    server.behave()
+    url, clock = server.make_bucket(f"test-{next(_numbers)}"), HandClock()
+    server.requests()
+    with mock.patch.object(bucket_client, "CLOCK", clock):
+        yield Bucket(url, server, clock)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    """An empty bucket of each kind in turn."""
+    yield from _bucket(request, request.param)
+
+
+@pytest.fixture
+def gs(request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    """An empty bucket on fake-gcs-server."""
+    yield from _bucket(request, "gs")
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    """An empty bucket on moto's server."""
+    yield from _bucket(request, "s3")

@@ -1,0 +1,253 @@
+"""Checkpoints and run directories wherever they are: on disk, gs:// and s3://."""
+
+import dataclasses
+import json
+import os
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from clip_jax import bucket as bucket_client
+from clip_jax import cli, evaluate, files, loading, watch
+from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.config import Config
+from clip_jax.evaluate import EvaluateConfig
+from clip_jax.models.clip import CLIP
+from clip_jax.refused import Refused
+from clip_jax.retention import WATCHED, named_step, split_name, steps_in
+from clip_jax.serialize import to_dict
+from clip_jax.workdir import RENEW_SECONDS, Claim, Lines, read_rows
+from tests.clock import HandClock
+from tests.conftest import TINY
+from tests.contract.conftest import FEW, PAIRS, write_pictures
+
+# When one of Orbax's reads fails, those beside it end later and find their event loop closed.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored[\s\S]*loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
+
+EVERY = CheckpointConfig(every_steps=1, keep=2)
+BEST = dataclasses.replace(EVERY, best="acc")
+P = PartitionSpec
+
+
+@pytest.fixture(params=["disk", "gs", "s3"])
+def workdir(request, tmp_path):
+    if request.param == "disk":
+        return epath.Path(tmp_path) / "run"
+    return epath.Path(request.getfixturevalue(request.param).url) / "run"
+
+
+def make_state(step, shape=(4, 2)):
+    """Arrays that differ from step to step, over eight devices."""
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("a", "b"))
+    arrays = {"w": np.random.default_rng(step).normal(size=(8, 4)), "zero": -np.zeros(3)}
+    return {
+        name: jax.device_put(
+            x.astype(np.float32), NamedSharding(mesh, P(*("a", "b")[: x.ndim - 1]))
+        )
+        for name, x in arrays.items()
+    }
+
+
+def save(workdir, *steps, config=EVERY, results=None):
+    checkpoints = Checkpoints(workdir / "checkpoints", config)
+    for step in steps:
+        known = {"acc": results[step]} if results and step in results else {}
+        checkpoints.save(step, make_state(step), {"samples": 16 * step}, known)
+    checkpoints.close()
+    return steps_in(workdir / "checkpoints")
+
+
+def restore(workdir, config=EVERY):
+    checkpoints = Checkpoints(workdir / "checkpoints", config)
+    try:
+        return checkpoints.restore(make_state(0, shape=(2, 4)))  # of another mesh
+    finally:
+        checkpoints.close()
+
+
+def assert_is(restored, step):
+    assert (restored.step, restored.position) == (step, {"samples": 16 * step})
+    for name, x in make_state(step).items():
+        assert np.asarray(restored.state[name]).tobytes() == np.asarray(x).tobytes()
+
+
+def test_the_newest_and_the_best_are_kept_and_restored(workdir):
+    assert save(workdir, 1, 2, 3, config=BEST, results={1: 0.2, 2: 0.9, 3: 0.4}) == [2, 3]
+    assert save(workdir, 4, 5, config=BEST, results={5: 0.5}) == [2, 4, 5]
+    assert_is(restore(workdir, BEST), 5)
+    config = {"checkpoint": dataclasses.asdict(BEST)}
+    files.write_whole(workdir / "config.json", json.dumps(config))
+    assert named_step(workdir, "best") == 2
+    assert split_name(files.place(f"{workdir}@best")) == (files.place(workdir), "best")
+    checkpoints = Checkpoints(workdir / "checkpoints", BEST)
+    assert checkpoints.is_best({"acc": 0.95})
+    for results in ({}, {"acc": 0.9}, {"acc": float("nan")}):
+        assert not checkpoints.is_best(results)
+    checkpoints.close()
+    files.write_whole(workdir / "checkpoints/2/metrics/metrics", '{"acc')  # damaged
+    assert save(workdir, 6, config=BEST, results={6: 0.1}) == [5, 6]
+
+
+def lose_an_array(step):
+    for path in files.walk(step / "state"):
+        if "/d/" in path:
+            files.remove(path)
+
+
+def change_the_position(step):
+    path = step / "position/metadata"
+    files.write_whole(path, path.read_text().replace('"samples": 48', '"samples": 64'))
+
+
+@pytest.mark.parametrize("damage", [lose_an_array, change_the_position])
+def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(damage, workdir, capfd):
+    save(workdir, 2, 3)
+    files.write_whole(workdir / "damaged/3/state", "an earlier one")
+    damage(workdir / "checkpoints/3")
+    found = restore(workdir)
+    assert_is(found, 2)
+    (line,) = found.said
+    assert line.startswith("the checkpoint of step 3 is damaged (")
+    assert line.endswith(f"it is kept in {workdir}/damaged/3-2")
+    assert "Traceback" not in capfd.readouterr().err
+    assert steps_in(workdir / "checkpoints") == [2]
+    assert list(files.walk(workdir / "damaged/3-2"))
+    assert restore(workdir).said == ()
+
+
+@pytest.mark.parametrize("lost", ["/commit_success", "/state/|/commit_success"])
+def test_a_step_whose_save_ended_early_is_never_taken(lost, bucket):
+    """Last of all is written the mark that it is whole."""
+    workdir = epath.Path(bucket.url) / "run"
+    save(workdir, 1)
+    bucket.server.requests()
+    save(workdir, 2)
+    writes = [x["path"] for x in bucket.server.requests() if x["method"] in ("PUT", "POST")]
+    of_step = [path for path in writes if re.search(r"checkpoints(/|%2F)2(/|%2F)", path)]
+    marks = [i for i, path in enumerate(of_step) if re.search("2(/|%2F)commit_success", path)]
+    assert marks == [*range(marks[0], len(of_step))]
+    for path in files.walk(workdir / "checkpoints/2"):
+        if re.search(f"/2({lost})", path):
+            files.remove(path)
+    assert list(files.walk(workdir / "checkpoints/2"))
+    assert steps_in(workdir / "checkpoints") == [1]
+    assert_is(restore(workdir), 1)
+    assert save(workdir, 2) == [1, 2]
+    assert_is(restore(workdir), 2)
+
+
+def test_a_run_directory_is_claimed_once_at_a_time(workdir):
+    clock = HandClock()
+
+    class WhileTheOtherLives(HandClock):
+        def sleep(self, seconds):
+            clock.until_waiting()
+            clock.advance(RENEW_SECONDS)
+
+    with Claim(workdir, clock=clock) as first:
+        first.take()
+        message = f"process {os.getpid()} on .* is training in {workdir}"
+        with pytest.raises(Refused, match=message):
+            Claim(workdir, clock=WhileTheOtherLives()).take()
+    clock = HandClock(skips=True)
+    with Claim(workdir, clock=clock) as second:
+        second.take()
+    assert clock.slept == []  # it was given back
+
+
+def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
+    workdir = epath.Path(bucket.url) / "run"
+    content = {"host": "far", "pid": 7, "id": "dead"}
+    files.write_whole(workdir / "lease/000000000003", json.dumps(content))
+    clock = HandClock(skips=True)
+    with Claim(workdir, clock=clock) as claim:
+        claim.take()
+        assert sum(clock.slept) == 46
+        assert "leased to process 7 on far" in capsys.readouterr().err
+        assert list(files.walk(workdir / "lease")) == [f"{workdir}/lease/000000000004"]
+
+
+def test_lines_are_written_once_a_minute_and_whole(bucket):
+    path, clock = epath.Path(bucket.url) / "run/a.jsonl", HandClock()
+    lines = Lines(path, 0, print, clock)
+    for step in range(100):
+        lines.write({"step": step})
+    assert not path.exists()
+    clock.advance(61)
+    lines.write({"step": 100})
+    lines.write({"step": 101})
+    assert [row["step"] for row in read_rows(path)] == [*range(101)]
+    lines.flush()
+    files.write_whole(path, path.read_bytes() + b'{"step": 102, "lo')
+    resumed = Lines(path, 50, print, clock)
+    resumed.write({"step": 51})
+    resumed.flush()
+    assert [row["step"] for row in read_rows(path)] == [*range(52)]
+
+
+def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
+    """Both at once: the watcher's sleep lets the run save on, also while it evaluates."""
+    config = Config(
+        model=TINY, steps=6,
+        checkpoint=dataclasses.replace(BEST, keep=1, keep_unwatched=1, best_of="watcher"),
+    )  # fmt: skip
+    files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    params = jax.jit(CLIP(TINY).init)(jax.random.key(0))
+    steps, accuracy, looks = iter(range(1, 7)), {1: 0.2, 3: 0.9, 5: 0.3, 6: 0.1}, []
+
+    def save(*_):
+        if step := next(steps, None):
+            scaled = params | {"logit_scale": jnp.float32(step)}
+            checkpoints.save(step, {"params": scaled}, {"samples": step})
+            checkpoints.wait()
+
+    def of(measures, encoder, output):
+        step = int(encoder.params["logit_scale"])
+        save()
+        save()
+        looks.append(steps_in(workdir / "checkpoints"))
+        return {"acc": accuracy[step]}
+
+    with (
+        mock.patch.object(HandClock, "sleep", save),
+        mock.patch.object(evaluate.Measures, "of", of),
+    ):
+        assert watch.watch(EvaluateConfig(model=workdir), HandClock()) == {"acc": 0.1}
+    checkpoints.close()
+    assert looks == [[1, 3], [1, 3, 5], [3, 5, 6], [3, 5, 6]]
+    rows = [{"step": step, "acc": value} for step, value in accuracy.items()]
+    assert read_rows(workdir / WATCHED) == rows
+    assert named_step(workdir, "best") == 3
+    assert json.loads((workdir / "result.json").read_text()) == {"acc": 0.1}
+    assert list(files.walk(workdir / "tensorboard/watch"))
+
+
+def test_a_run_whose_data_go_away_ends_with_75_and_its_checkpoint_is_whole(gs, tmp_path, capfd):
+    table, plain = write_pictures(f"{gs.url}/pairs", 16), Checkpoints.save
+
+    def save(checkpoints, step, *rest):
+        plain(checkpoints, step, *rest)
+        checkpoints.wait()
+        gs.server.behave(faults={"503": 1.0})
+
+    run = ("--workdir", f"{tmp_path}/run", "--data.source.path", table)
+    with (
+        mock.patch.object(bucket_client, "RETRY_SECONDS", 1),
+        mock.patch.object(Checkpoints, "save", autospec=True, side_effect=save),
+    ):
+        bucket_client._bucket.cache_clear()
+        assert cli.main(["train", PAIRS, *run, *FEW, "--steps", "1000000"]) == 75
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(rf"clip-jax: {gs.url}/.* cannot be read: no good answer.*is intact\.$", line)
+    gs.server.behave()
+    params = loading.load(tmp_path / "run").params
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))

@@ -1,0 +1,66 @@
+"""A small model with drawn weights as evaluators take it, and small images.
+
+One model, so that the tests of a process share what was compiled of it."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from clip_jax import sharding
+from clip_jax.data.images import Preprocess
+from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
+
+SMALL = CLIPConfig(
+    embed_dim=16,
+    vision=ViTConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2),
+    text=TextConfig(vocab_size=600, context_length=16, width=16, depth=1, num_heads=2),
+    dtype="float32",
+)
+
+
+def mesh_of(devices: int = 8, **sizes: int) -> Mesh:
+    """The first devices, arranged as `MeshConfig` says."""
+    return sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:devices])
+
+
+def drawn(config: CLIPConfig = SMALL, scale: float = 0.5) -> Params:
+    """Parameters from NumPy: quicker than compiling the initialisation."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    return jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(np.float32), shapes)
+
+
+def encoder_on(
+    mesh: Mesh,
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None,
+    scale: float = 0.5,
+    **preprocess: Any,
+) -> Encoder:
+    """The small model on a mesh."""
+    tokenizer = ClipTokenizer(600)
+    params = jax.device_put(drawn(scale=scale), sharding.replicated(mesh))
+    return Encoder(
+        CLIP(SMALL), params, mesh, Preprocess(image_size=16, **preprocess),
+        tokenize or (lambda texts: tokenizer(list(texts), 16, True)),
+    )  # fmt: skip
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def png(pixels: np.ndarray | None = None) -> bytes:
+    """The file of some pixels; without any, of six rows of five black ones."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((6, 5, 3), np.uint8) if pixels is None else pixels).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,94 @@
+"""Zero-shot accuracy on digits, of an encoder that reads the numbers, right or backwards."""
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from clip_jax.data import digits
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.evals import digits as digits_eval
+from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.models.clip import CLIP
+from tests.conftest import COCA
+from tests.evals.conftest import encoder_on, mesh_of
+
+
+class Reads(Encoder):
+    """Every number has an embedding of its own; an image is half as close to `second`."""
+
+    def know(self, evaluator, first, second):
+        self.numbers = {p: n for n in range(100) for p in digits.prompts(n, 2)}
+        self.labels = {
+            image.tobytes(): label
+            for split in ("seen", "unseen")
+            for image, label in zip(*evaluator._images(split, 16), strict=True)
+        }
+        self.first, self.second = first, second
+
+    def texts(self, texts):
+        return np.eye(100, dtype=np.float32)[[self.numbers[text] for text in texts]]
+
+    def images(self, pixels):
+        labels = np.array([self.labels[image.tobytes()] for image in pixels])
+        one = np.eye(100, dtype=np.float32)
+        return one[self.first(labels)] + one[self.second(labels)] / 2
+
+
+def reading(evaluator, first, second) -> Reads:
+    small = encoder_on(mesh_of(1))
+    encoder = Reads(small.model, small.params, small.mesh, small.preprocess, small.tokenize)
+    encoder.know(evaluator, first, second)
+    return encoder
+
+
+def same(numbers):
+    return numbers
+
+
+def backwards(numbers):
+    return 10 * (numbers % 10) + numbers // 10
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "top1", "order"), [(same, backwards, 1, 1), (backwards, same, 0, 0)]
+)
+def test_numbers_read_backwards_are_wrong(first, second, top1, order):
+    evaluator = DigitsEvalConfig(per_number=2, max_numbers=9).make()
+    values = dict(evaluator.run(reading(evaluator, first, second)))
+    for split in ("seen", "unseen"):
+        palindromes = np.mean([n == backwards(n) for n in evaluator._splits[split]])
+        assert values[f"zero_shot/{split}/top1"] == max(top1, palindromes)
+        assert values[f"zero_shot/{split}/order"] == order
+
+
+def test_top5_allows_four_better_ones():
+    evaluator = DigitsEvalConfig(per_number=1).make()
+    values = dict(evaluator.run(reading(evaluator, lambda n: (n + 1) % 100, same)))
+    assert (values["zero_shot/seen/top1"], values["zero_shot/seen/top5"]) == (0, 1)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
+def test_a_caption_is_right_in_any_words_of_its_number(shift, expected):
+    """As the tokenizer gives them back: "eighty - one" is 81; another number's are wrong."""
+    evaluator = DigitsEvalConfig(per_number=1, max_prompts=1).make()
+    encoder = reading(evaluator, same, backwards)
+    text = dataclasses.replace(COCA.text, vocab_size=600, context_length=48)
+    encoder = dataclasses.replace(
+        encoder,
+        model=CLIP(dataclasses.replace(COCA, text=text)),
+        tokenize=lambda texts: make_tokenizer(text)(list(texts), 48),
+    )
+    encoder.know(evaluator, same, backwards)
+
+    def written(encoder, images, generation):
+        assert generation.min_length == 1
+        numbers = [int(encoder.labels[image.tobytes()]) for image in images]
+        texts = [digits.prompts((n + shift) % 100, 2)[n % 13] for n in numbers]
+        return encoder.read(encoder.tokenize(texts))
+
+    with mock.patch.object(digits_eval, "captions", autospec=True, side_effect=written):
+        values = dict(evaluator.run(encoder))
+    assert values["caption/seen/exact"] == values["caption/unseen/exact"] == expected

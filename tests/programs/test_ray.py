@@ -1,0 +1,104 @@
+"""Tasks on Ray: the same files as by threads, whatever dies meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_jax.prepare import layout, writer
+from tests.conftest import ROOT, write_tiny_model
+from tests.data.conftest import FORMATS
+from tests.prepare.conftest import CHANGES, digests, jpeg, scene
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+
+
+def pairs(count: int) -> list[tuple[str, bytes, str]]:
+    """Scenes, of which every fifth is one of the first again, or a changed copy of it."""
+    changes = [lambda x: x, *CHANGES.values()]
+    images = [scene(i) for i in range(count)]
+    images[5::5] = [changes[i % 5](images[i]) for i in range(len(images[5::5]))]
+    return [(f"{i:03d}.jpg", jpeg(x), f"text {i}") for i, x in enumerate(images)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "in").mkdir()
+    return FORMATS["tar"](tmp_path / "in", pairs(30)).path
+
+
+def on_ray(source: str, out: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Prepare as a person does."""
+    command = ["-m", "clip_jax", "prepare", source, out, "--on", "ray", "--json", *flags]
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=out.parent, env=ENVIRONMENT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_every_stage_makes_the_files_that_threads_make(source, tmp_path):
+    write_tiny_model(tmp_path / "model")
+    (tmp_path / "test").mkdir()
+    for i in (1, 2):
+        scene(i).save(tmp_path / f"test/{i}.png")
+    config = layout.PrepareConfig(
+        source=source, destination=tmp_path / "here", samples_per_shard=20, samples_per_task=6,
+        drop_duplicates=True, drop_near_duplicates=True, shuffle=True, top_share=0.7,
+        decontaminate=(f"test={tmp_path / 'test'}",), score_with=tmp_path / "model",
+    )  # fmt: skip
+    here = writer.prepare(config)
+    done = on_ray(
+        source, tmp_path / "there", "--samples-per-shard", 20, "--samples-per-task", 6,
+        "--drop-duplicates", "--drop-near-duplicates", "--shuffle", "--top-share", 0.7,
+        "--decontaminate", f"test={tmp_path / 'test'}", "--score-with", tmp_path / "model",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "there") == digests(tmp_path / "here")
+    assert json.loads(done.stdout)["counts"] == here["counts"]
+    assert len(here["counts"]) == 5
+
+
+def test_invalid_input_that_a_worker_meets_is_one_message(source, tmp_path):
+    (first, *_) = sorted((tmp_path / "in").glob("*.tar"))
+    content = first.read_bytes()
+    first.write_bytes(content[: len(content) // 2])
+    done = on_ray(source, tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{first.name} (truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+DRIVER = """
+import os
+from clip_jax.tasks import runner
+
+def work(task, counted):
+    with open("begun", "w") as begun:
+        begun.write(f"{os.getpid()}\\n")
+    with open("go") as go:
+        go.read()
+    with open(f"done-{task}", "w") as done:
+        done.write(str(sum(counted(range(task)))))
+
+if __name__ == "__main__":
+    with runner("ray") as ray:
+        ray.run("x", work, [(5, 5)], model=MODEL)
+"""
+
+
+@pytest.mark.parametrize("model", [False, True])
+def test_what_a_killed_worker_did_is_done_again(model, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.replace("MODEL", str(model)))
+    for name in ("begun", "go"):
+        os.mkfifo(tmp_path / name)
+    driver = subprocess.Popen([sys.executable, "driver.py"], cwd=tmp_path, env=ENVIRONMENT)
+    first = int((tmp_path / "begun").read_text())
+    os.kill(first, signal.SIGKILL)
+    assert int((tmp_path / "begun").read_text()) != first
+    (tmp_path / "go").write_text("")
+    assert driver.wait() == 0
+    assert (tmp_path / "done-5").read_text() == "10"

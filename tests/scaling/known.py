@@ -1,0 +1,116 @@
+"""Tables of runs made by known laws, and how often intervals contain the truth.
+
+Each law has runs that determine all its parameters: several epochs for `fade`, batches around
+`critical`, and sizes and samples between which the irreducible error shows.
+"""
+
+import numpy as np
+
+from clip_jax.scaling.compare import Family, crossing
+from clip_jax.scaling.fit import Form, fit
+from clip_jax.scaling.laws import (
+    Additive,
+    Batched,
+    Law,
+    PowerLaw,
+    Repeated,
+    Runs,
+    Saturating,
+    optimum,
+)
+
+NOISE = 0.03
+KNOWN: dict[Form, Law] = {
+    "power": PowerLaw(*map(np.array, (-0.11, 5.0))),
+    "saturating": Saturating(*map(np.array, (0.4, 1e8, 400.0, 0.2))),
+    "additive": Additive(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1))),
+    "repeated": Repeated(*map(np.array, (0.5, 0.3, 15.0, 1.0, 40.0, 0.1))),
+    "batched": Batched(*map(np.array, (0.5, 0.3, 3e4, 1.0, 40.0, 0.1))),
+}
+# Laws that cross those above once, at an amount of compute that the runs contain. With equal
+# irreducible errors it would not be certain that the additive ones cross at all.
+OTHERS: dict[Form, Law] = {
+    "power": PowerLaw(*map(np.array, (-0.16, 5.0 * 1e10**0.05))),
+    "saturating": Saturating(
+        *map(np.array, (0.4, 1e8, 900.0, 0.2 - 500 * (1e10 + 1e8) ** -0.4))
+    ),
+    "additive": Additive(*map(np.array, (0.6, 0.4, 1.1, 280.0, 0.07))),
+}  # fmt: skip
+
+
+def measured(
+    law: Law, seed: int = 0, noise: float = NOISE, sizes: int = 4, counts: int = 4
+) -> Runs:
+    """Runs of some sizes, each at some counts of samples; three thirds, if the law takes one."""
+    third = {Repeated: (1e6, 1e7, 1e8), Batched: (1e3, 1e4, 1e5)}.get(type(law), (1.0,))
+    axes = np.geomspace(3, 300, sizes), np.geomspace(1e6, 1e10, counts), np.array(third)
+    size, samples, third = (x.ravel() for x in np.meshgrid(*axes))
+    runs = Runs(size, samples, np.ones_like(size), third)
+    scatter = np.exp(noise * np.random.default_rng(seed).standard_normal(size.shape))
+    return runs._replace(error=runs.under(law) * scatter)
+
+
+def coverage(form: Form, tables: int, draws: int) -> dict[str, float]:
+    """How often intervals contain each parameter, the law 10 times beyond, and a new run there."""
+    law, inside = KNOWN[form], []
+    ahead = np.array(300.0), np.array(1e11)
+    new = np.random.default_rng(9).standard_normal(tables) * NOISE
+    for seed in range(tables):
+        fitted = fit(form, measured(law, seed), "all", draws=draws, seed=seed)
+        row = {name: fitted.interval(name) for name in law._fields}
+        held = {name: low <= getattr(law, name) <= high for name, (low, high) in row.items()}
+        truth, curve, run = law(*ahead), fitted.curve(*ahead), fitted.predict(*ahead)
+        held["the law beyond"] = curve.low <= truth <= curve.high
+        held["a new run"] = run.low <= truth * np.exp(new[seed]) <= run.high
+        inside.append(held)
+    return {name: float(np.mean([held[name] for held in inside])) for name in inside[0]}
+
+
+def frontier_coverage(tables: int, draws: int) -> float:
+    """How often a frontier's interval contains alpha, where runs end above the law."""
+    law, inside = PowerLaw(np.array(-0.11), np.array(5.0)), []
+    compute = np.repeat(np.geomspace(1e9, 1e13, 12), 3)
+    one = np.ones_like(compute)
+    for seed in range(tables):
+        rng = np.random.default_rng(seed)
+        scatter = NOISE * rng.standard_normal(36) + 0.1 * rng.exponential(size=36)
+        runs = Runs(one, compute, law(one, compute) * np.exp(scatter))
+        low, high = fit("power", runs, draws=draws).interval("alpha")
+        inside.append(low < law.alpha < high)
+    return float(np.mean(inside))
+
+
+def families(form: Form, seed: int, draws: int) -> tuple[Family, Family]:
+    """Fits to two tables, of laws that cross."""
+    made = []
+    for number, law in enumerate((KNOWN[form], OTHERS[form]), 2 * seed):
+        runs = measured(law, number, counts=5)
+        made.append(Family(runs, fit(form, runs, "all", draws=draws, seed=number)))
+    return made[0], made[1]
+
+
+def true_crossing(form: Form) -> float:
+    """Find by bisection where the laws are equal."""
+    low, high = 1e7, 1e13
+
+    def gap(compute: float) -> float:
+        one, other = (
+            optimum(law, np.array(compute), (0.3, 3e3)).error
+            for law in (KNOWN[form], OTHERS[form])
+        )  # fmt: skip
+        return float(one - other)
+
+    assert gap(low) < 0 < gap(high)
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if gap(middle) < 0 else (low, middle)
+    return low
+
+
+def crossing_coverage(form: Form, tables: int, draws: int) -> float:
+    """How often the interval of the crossing contains it."""
+    truth, inside = true_crossing(form), []
+    for seed in range(tables):
+        estimate = crossing(*families(form, seed, draws))
+        inside.append(estimate.low <= truth <= estimate.high)
+    return float(np.mean(inside))

@@ -1,0 +1,140 @@
+"""Several processes as one run: the same numbers, agreement, and every way to end."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import DIGITS, ROOT, losses, rows
+from tests.workflow.conftest import SMALL, STEPS, samples, training
+
+PAIRS = tuple(
+    f"--steps {STEPS} --batch-size 16 --report-every 1 --checkpoint.every-steps 3 "
+    "--optim.warmup-steps 2 --model.embed-dim 16 --model.dtype float32 "
+    "--model.vision.image-size 16 --model.vision.patch-size 8 --model.vision.width 16 "
+    "--model.vision.num-heads 2 --model.vision.depth 1 --model.text.width 16 "
+    "--model.text.num-heads 2 --model.text.depth 1 --model.text.vocab-size 600 "
+    "--data.order stretches --data.window 1".split()
+)
+
+
+def assert_same_run(workdir, other):
+    expected, got = losses(other), losses(workdir)
+    assert list(got) == list(expected) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def scores(workdir):
+    """What the evaluators found, by step and name."""
+    return {
+        f"{row['step']}/{name}": value
+        for row in rows(workdir) for name, value in row.items() if name.startswith("zero_shot")
+    }  # fmt: skip
+
+
+def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path, start):
+    two = start(*training(tmp_path), TROUBLE="1:6:notice")
+    two.until("trouble: notice")
+    os.kill(two.pid(1), signal.SIGTERM)
+    lines = [line for line in two.end(code=3) if "stopped by SIGTERM" in line]
+    assert {line[:3] for line in lines} >= {"[0]", "[1]"}, lines  # both say so
+    (stopped,) = {int(line.split("at step ")[1].split(",")[0]) for line in lines}
+    assert stopped == max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert 6 <= stopped < STEPS
+    report = next(row for row in rows(tmp_path) if row["step"] == stopped and "loss" in row)
+    assert report["slowest_host"] == socket.gethostname()
+    assert report.keys() >= {"slowest_process", "slowest_input_wait", "busy_seconds_per_step"}
+    assert "[1] step" not in two.output  # one process speaks
+
+    # With half as many devices, which hold no parameter whole.
+    again = start(*training(tmp_path, "--mesh.fsdp", 2, "--mesh.tensor", 2, processes=1))
+    assert f"going on from step {stopped}" in "".join(again.end())
+    assert_same_run(tmp_path, one)
+    assert samples(tmp_path) == samples(one)
+    assert samples(one)[2] == list(range(16, 32))
+    assert len(scores(one)) == 6 * 3
+    assert scores(tmp_path) == pytest.approx(scores(one), abs=1e-6)
+
+
+def test_a_killed_process_ends_all_and_the_order_of_blocks_is_read_on_by_one(tmp_path, start):
+    """The same samples in the same places as of one process that was never killed."""
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(40):
+                picture = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "PNG")
+                for name, content in (("png", picture.getvalue()), ("txt", b"number %d" % i)):
+                    member = tarfile.TarInfo(f"{i:02}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    how = {"config": ROOT / "configs/pairs.py", "small": PAIRS}
+    flags = ("--data.source.path", tmp_path / "*.tar")
+    start(*training(whole, *flags, processes=1, devices=8, **how)).end()
+    two = start(*training(killed, *flags, **how), TROUBLE="1:8:kill")
+    two.until("trouble: kill")
+    os.kill(two.pid(0), signal.SIGKILL)
+    assert two.end(code=137)[-1] == "launch: process 0 was killed by SIGKILL"
+    again = start(*training(killed, *flags, processes=1, devices=8, **how))
+    assert "going on from step 6" in "".join(again.end())
+    assert_same_run(killed, whole)
+    keys = samples(whole, "keys")
+    assert samples(killed, "keys") == keys
+    epochs = [key for step in range(1, 11) for key in keys[step]]
+    assert {epochs[i : i + 80].count(key) for i in (0, 80) for key in epochs} == {1}
+
+
+def test_an_exception_and_a_hang_in_one_process_end_all_and_are_shown(tmp_path, start):
+    two = start(*training(tmp_path), TROUBLE="1:3:raise")
+    last = two.end(code=1)[-1]
+    assert last.startswith("launch: process 1 ended first, with exit code 1")
+    assert "the disk of this host is on fire" in last
+
+    two = start(*training(tmp_path), TROUBLE="1:5:hang")
+    lines = two.end(code=1)
+    shown = [line for line in lines if "nothing finished in 30 minutes" in line]
+    assert [line[:3] for line in shown[:2]] == ["[0]", "[1]"], two.output
+    assert any(line.startswith("[1]") and line.endswith(" in trouble") for line in lines)
+    assert any(line.startswith("[0]") and line.endswith(" in loop") for line in lines)
+
+
+def test_ctrl_c_ends_all_in_one_line_each_after_a_damaged_checkpoint(one, tmp_path, start):
+    workdir = shutil.copytree(one, tmp_path / "run")
+    (workdir / f"checkpoints/{STEPS}/state/d").rename(tmp_path / "d")
+    two = start(*training(workdir), TROUBLE=f"1:{STEPS - 1}:interrupt")
+    two.until("trouble: interrupt")
+    two.signal(signal.SIGINT)
+    two.end(code=130)
+    assert "Traceback" not in two.output, two.output
+    assert two.output.count("] clip-jax: interrupted") == 2
+    # What one process cannot read, none of them goes on from.
+    assert two.output.count(f"the checkpoint of step {STEPS} is damaged") == 1
+    assert f"going on from step {STEPS - 3}" in two.output
+    assert (workdir / f"damaged/{STEPS}").is_dir()
+
+
+def test_hosts_that_do_not_agree_are_named(tmp_path, start):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = [
+        start(
+            "-m", "clip_jax", "train", DIGITS, "--workdir", tmp_path, *SMALL, *flags,
+            JAX_NUM_CPU_DEVICES="1", CLIP_JAX_COORDINATOR=f"localhost:{port}",
+            CLIP_JAX_PROCESS_COUNT="2", CLIP_JAX_PROCESS_INDEX=str(index),
+        )
+        for index, flags in enumerate(((), ("--optim.learning-rate", "0.5")))
+    ]  # fmt: skip
+    for host in hosts:
+        host.end(code=2)
+        assert "config.optim.learning_rate: 0.002 in 0, 0.5 in 1" in host.output
+        assert "Traceback" not in host.output
