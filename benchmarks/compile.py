@@ -1,10 +1,10 @@
-"""Checks of compiled steps that take minutes: GPUs, cuDNN's attention, large embedding tables.
+"""Checks of compiled steps that take minutes: kinds of TPUs and GPUs, cuDNN, large embeddings.
 
-    python benchmarks/compile.py [gpu] [cudnn] [tables]
+    python benchmarks/compile.py [tpu] [gpu] [cudnn] [tables]
 
-`tables` needs the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. No device is needed. An assertion
-fails where a step does not compile as it should. tests/programs/test_tpu_plan.py has the quick
-ones.
+`tpu` and `tables` need the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. No device is needed. An
+assertion fails where a step does not compile as it should. tests/programs/test_tpu_plan.py has the
+quick ones.
 """
 
 import dataclasses
@@ -31,8 +31,10 @@ TABLES = [  # 256,000 tokens of 768, and 901,629 of 1,024, at a batch of 32,768
 ]
 
 
-def small(topology: str, image_size: int, patch: int, length: int, **more: Any) -> Request:
-    """Return the step of a small model on GPUs, two of which share its parameters."""
+def small(
+    topology: str, image_size: int, patch: int, length: int, fsdp: int = 2, **more: Any
+) -> Request:
+    """Return the step of a small model; `fsdp` devices share its parameters."""
     sizes: Any = {"width": 64, "depth": 1, "num_heads": 1}
     model = CLIPConfig(
         embed_dim=16, vision=ViTConfig(image_size=image_size, patch_size=patch, **sizes),
@@ -41,7 +43,17 @@ def small(topology: str, image_size: int, patch: int, length: int, **more: Any) 
     recipe = Recipe(
         model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=64
     )
-    return Request(recipe=recipe, mesh=MeshConfig(fsdp=2), topology=Topology.parse(topology))
+    return Request(recipe=recipe, mesh=MeshConfig(fsdp=fsdp), topology=Topology.parse(topology))
+
+
+def tpu() -> None:
+    """Of every kind of TPU the sums of gradients are found: two to four bytes a parameter."""
+    for topology in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"):
+        facts = compile_step(small(topology, 16, 8, 10, fsdp=1, dtype="float32"))
+        kinds = ("all-reduce", "reduce-scatter")
+        summed = sum(x.bytes for x in facts.exchanges if x.kind in kinds and "data" in x.axes)
+        assert 0.5 <= summed / facts.parameters < 1.5
+        print(f"{topology}: {facts.parameters=} {summed=}", flush=True)
 
 
 def gpu() -> None:
@@ -95,6 +107,6 @@ def tables() -> None:
 
 
 if __name__ == "__main__":
-    checks = {"gpu": gpu, "cudnn": cudnn, "tables": tables}
+    checks = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "tables": tables}
     for name in sys.argv[1:] or checks:
         checks[name]()

@@ -1,4 +1,4 @@
-"""Every config that ships traces a step, without computing it."""
+"""Every config that ships can start; of each kind one traces a step, without computing it."""
 
 import dataclasses
 from pathlib import Path
@@ -36,22 +36,28 @@ def program(config: Config) -> Program:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_step_traces(path):
+def test_a_state_is_traced_and_laid_out(path):
     config = read(path)
+    run = program(config)
+    assert run.batch["image"].shape[0] == config.batch_size
+    assert all(x.sharding.mesh == run.mesh for x in jax.tree.leaves(run.state))
+    real = isinstance(getattr(config.data.source, "path", None), str)
+    assert not real or any(isinstance(x, SuiteEvalConfig) for x in config.evals)
+
+
+# One of each kind of tower, pool, decoder, loss, remat policy and gradient clipping.
+@pytest.mark.parametrize(
+    "name",
+    ["clipa_l14", "coca_l14", "digits", "mammut_l14", "pairs", "rn50x64", "siglip2_b16", "vit_l14"],
+)
+def test_a_step_and_evaluation_trace(name):
+    config = read(ROOT / f"configs/{name}.py")
     run = program(config)
     after, metrics = jax.eval_shape(run.step, run.state, run.batch)
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (after, run.state)]
     assert shapes[0] == shapes[1]
     assert metrics["loss"].shape == ()
-    real = isinstance(getattr(config.data.source, "path", None), str)
-    assert not real or any(isinstance(x, SuiteEvalConfig) for x in config.evals)
-
-
-@pytest.mark.parametrize("name", ["rn50", "vit_b16", "siglip_b16", "coca_l14", "mammut_l14"])
-def test_evaluation_traces_on_the_mesh_with_the_parameters_where_the_step_has_them(name):
-    config = read(ROOT / f"configs/{name}.py")
-    assert config.evals
-    run = program(config)
+    # On the mesh, with the parameters where the step has them.
     image = evaluator.image_encoder(run.model, run.mesh, normalize=True)
     text = evaluator.text_encoder(run.model, run.mesh)
     images = jax.eval_shape(image, run.state.params, run.batch["image"])
