@@ -185,7 +185,6 @@ def splits(data, tmp_path_factory):
     return root
 
 
-@pytest.mark.long
 def test_every_task_on_a_folder_with_splits(model, splits, tmp_path, monkeypatch, capsys):
     few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
     monkeypatch.setattr(supervised, "search", few)
@@ -218,7 +217,6 @@ def test_every_task_on_a_folder_with_splits(model, splits, tmp_path, monkeypatch
     assert "| colours | linear_probe/acc1 | " in (out / "results.md").read_text()
 
 
-@pytest.mark.long
 def test_the_digits_take_every_task(model, tmp_path, capsys):
     few = ["--digits.per-number", "1", "--digits.source.digits", "1", "--pool", "16"]
     tasks = ["--tasks", "zero-shot", "templates", "neighbours", "alignment"]

@@ -48,7 +48,6 @@ def test_a_run_is_loaded(run):
     assert load(workdir, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["run", "resnet_run"])
 def test_each_device_reads_its_part_of_a_run_alone(name, request, monkeypatch):
     workdir, _, params = request.getfixturevalue(name)
@@ -73,7 +72,6 @@ def test_a_folder_lies_on_the_mesh_alike(run, tmp_path):
     assert jax.tree.map(lambda x: x.sharding, model.params) == places
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["run", "resnet_run"])
 def test_a_run_converts_and_comes_back(name, request, tmp_path):
     """Through our folder and open_clip's (and Hugging Face's, for a ViT), byte for byte."""

@@ -51,7 +51,6 @@ def rows(output):
     return pa.concat_tables(map(pq.read_table, sorted(output.glob("rows-*.parquet"))))
 
 
-@pytest.mark.long
 def test_a_model_with_a_decoder_writes_captions(folder, tmp_path, capsys):
     """Also where it has fewer positions than captions are long by default; no others do."""
     text = dataclasses.replace(COCA.text, vocab_size=520)
@@ -234,7 +233,6 @@ def embed_and_die(share: str, *args: str) -> None:
     main(["embed", *args])
 
 
-@pytest.mark.long
 def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path, tmp_path_factory):
     def command(output):
         return folder / "model", folder / "photos", output, "--rows-per-file", 2
