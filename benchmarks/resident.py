@@ -20,7 +20,7 @@ import numpy as np
 import obstore  # noqa: F401
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from tests.servers import Server
+from tests.contract.servers import Server
 
 from clip_jax import files
 from clip_jax.data.pipeline import DataConfig, build

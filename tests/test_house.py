@@ -56,7 +56,7 @@ def test_no_test_has_a_marker_of_its_own():
 
 
 def test_ci_runs_every_folder_that_the_readmes_command_leaves_out():
-    folders = SETTINGS["norecursedirs"]
+    folders = [name for name in SETTINGS["norecursedirs"] if name != ".*"]
     assert sorted(folders) == sorted(guard.ELSEWHERE)
     lines = [x.split("#")[0] for x in (ROOT / ".ci/run").read_text().splitlines()]
     for folder in folders:

@@ -66,7 +66,10 @@ def test_a_kernel_on_a_mesh(backend, mesh, causal, bound):
 
     def attend(flat, heads, causal, lengths):  # the model keeps the axes where heads are split
         return layout.attend(
-            flat if layout.whole_heads else flat.reshape(qkv.shape), heads, causal, lengths
+            flat if layout.whole_heads else flat.reshape(qkv.shape),
+            heads,
+            causal,
+            lengths,  # ty: ignore[too-many-positional-arguments]
         )
 
     arguments = jnp.asarray(qkv, jnp.float32), jnp.asarray(weight, jnp.float32)
