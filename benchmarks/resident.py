@@ -20,11 +20,11 @@ import numpy as np
 import obstore  # noqa: F401
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from tests.contract.servers import Server
 
 from clip_jax import files
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from tests.contract.servers import Server
 
 BUDGET, IMAGES = 64, 6_000  # MiB; pairs
 
