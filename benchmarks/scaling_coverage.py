@@ -8,17 +8,48 @@ It takes minutes, prints a line for each law, and fails where a share is not wit
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from clip_jax.scaling.compare import crossing
+from clip_jax.scaling.fit import Form, fit
 from tests.scaling.known import (
     KNOWN,
+    NOISE,
     OTHERS,
-    coverage,
-    crossing_coverage,
+    families,
     frontier_coverage,
+    measured,
+    true_crossing,
 )
 
 TABLES, DRAWS = 200, 200
+
+
+def coverage(form: Form, tables: int, draws: int) -> dict[str, float]:
+    """How often intervals contain each parameter, the law 10 times beyond, and a new run there."""
+    law, inside = KNOWN[form], []
+    ahead = np.array(300.0), np.array(1e11)
+    new = np.random.default_rng(9).standard_normal(tables) * NOISE
+    for seed in range(tables):
+        fitted = fit(form, measured(law, seed), "all", draws=draws, seed=seed)
+        row = {name: fitted.interval(name) for name in law._fields}
+        held = {name: low <= getattr(law, name) <= high for name, (low, high) in row.items()}
+        truth, curve, run = law(*ahead), fitted.curve(*ahead), fitted.predict(*ahead)
+        held["the law beyond"] = curve.low <= truth <= curve.high
+        held["a new run"] = run.low <= truth * np.exp(new[seed]) <= run.high
+        inside.append(held)
+    return {name: float(np.mean([held[name] for held in inside])) for name in inside[0]}
+
+
+def crossing_coverage(form: Form, tables: int, draws: int) -> float:
+    """How often the interval of the crossing contains it."""
+    truth, inside = true_crossing(form), []
+    for seed in range(tables):
+        estimate = crossing(*families(form, seed, draws))
+        inside.append(estimate.low <= truth <= estimate.high)
+    return float(np.mean(inside))
 
 
 def main() -> None:

@@ -197,11 +197,15 @@ def stuck(go: threading.Event) -> None:
     go.wait()
 
 
-def test_the_watchdog_shows_where_a_hanging_process_stands(ended, capfd):
+def test_the_watchdog_shows_where_every_thread_of_a_hanging_process_stands(ended, capfd):
+    """Also the main one of more than a hundred, of which faulthandler shows the newest; and it
+    leaves as one of several does: the one that hangs may be the last to show its stacks."""
     clock, go = Watched(), threading.Event()
-    hanging = threading.Thread(target=stuck, args=(go,))
-    hanging.start()
-    with Watchdog(0.5, "ADVICE.", clock) as watchdog:
+    others = [threading.Thread(target=stuck, args=(go,)) for _ in range(110)]
+    for thread in others:
+        thread.start()
+    leaves = mock.patch.object(processes, "leave", autospec=True, return_value=1)
+    with leaves as leave, Watchdog(0.5, "ADVICE.", clock) as watchdog:
         assert clock.waits.get() == 30
         clock.until_waiting()
         clock.advance(29)
@@ -213,40 +217,15 @@ def test_the_watchdog_shows_where_a_hanging_process_stands(ended, capfd):
         clock.advance(28)
         assert ended.get() == 1
     go.set()
-    hanging.join()
+    for thread in others:
+        thread.join()
+    leave.assert_called_once_with(1, seconds=30)
     errors = capfd.readouterr().err
     assert "in stuck" in errors
     assert "in test_the_watchdog_shows" in errors
     last = errors.splitlines()[-1]
     assert "nothing finished in 0.5 minutes" in last
     assert "ADVICE." in last
-
-
-def test_of_many_threads_the_watchdog_shows_the_main_one_too(ended, capfd):
-    """faulthandler shows the newest hundred."""
-    clock, go = HandClock(), threading.Event()
-    others = [threading.Thread(target=stuck, args=(go,)) for _ in range(110)]
-    for thread in others:
-        thread.start()
-    with Watchdog(0.5, "", clock):
-        clock.until_waiting()
-        clock.advance(30)
-        assert ended.get() == 1
-    go.set()
-    for thread in others:
-        thread.join()
-    assert "in test_of_many_threads" in capfd.readouterr().err
-
-
-def test_a_watchdog_waits_for_what_the_others_have_to_show(ended):
-    """JAX ends them with the first that leaves: the one that hangs may be later than this one."""
-    clock = HandClock()
-    leaves = mock.patch.object(processes, "leave", autospec=True, return_value=1)
-    with leaves as leave, Watchdog(0.5, "", clock):
-        clock.until_waiting()
-        clock.advance(30)
-        assert ended.get() == 1
-    leave.assert_called_once_with(1, seconds=30)
 
 
 def test_one_of_several_processes_leaves_at_once_with_its_code():
@@ -292,15 +271,22 @@ def test_ctrl_c_is_heard_between_two_steps(interrupt, ended, capfd):
     assert errors.count("\n") == 1
 
 
-def test_ctrl_c_ends_what_is_long_within_seconds_and_children_too(interrupt, ended):
+# The process that leads waits longer than those that it would abort.
+@pytest.mark.parametrize(("is_lead", "seconds"), [(False, 3), (True, 6)])
+def test_ctrl_c_ends_what_is_long_within_seconds_and_children_too(
+    is_lead, seconds, interrupt, ended
+):
     child = mock.create_autospec(multiprocessing.process.BaseProcess, instance=True)
     with (
         mock.patch.object(multiprocessing, "active_children", autospec=True, return_value=[child]),
+        mock.patch.object(processes, "is_alone", autospec=True, return_value=False),
+        mock.patch.object(processes, "is_lead", autospec=True, return_value=is_lead),
         interrupt,
     ):
+        interrupt.check()
         signal.raise_signal(signal.SIGINT)
         interrupt._clock.until_waiting()
-        interrupt._clock.advance(2.9)
+        interrupt._clock.advance(seconds - 0.1)
         assert ended.empty()
         interrupt._clock.advance(0.2)
         assert ended.get() == 130
@@ -314,18 +300,3 @@ def test_a_second_ctrl_c_ends_it_at_once(interrupt, ended):
         signal.raise_signal(signal.SIGINT)
         assert ended.get() == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_process_that_leads_waits_longer_than_those_it_would_abort(interrupt, ended):
-    with interrupt:
-        with (
-            mock.patch.object(processes, "is_alone", autospec=True, return_value=False),
-            mock.patch.object(processes, "is_lead", autospec=True, return_value=True),
-        ):
-            interrupt.check()
-        signal.raise_signal(signal.SIGINT)
-        interrupt._clock.until_waiting()
-        interrupt._clock.advance(3.1)
-        assert ended.empty()
-        interrupt._clock.advance(3)
-        assert ended.get() == 130

@@ -41,15 +41,19 @@ def changed(config, **vision):
 
 
 FLIP_COCA = changed(COCA, patch_dropout=0.5)
-GROUPS = changed(RESNET, batch_norm_group=4)
+# The smallest whose norms see enough values that rounding does not matter.
+GROUPS = changed(RESNET, batch_norm_group=8, image_size=32, width=4, num_heads=2)
+# Beside those of eight devices, with their numbers of devices.
+SMALLER_MESHES = {"1": (MeshConfig(), 1), "1x2x2": (MeshConfig(data=1, fsdp=2, tensor=2), 4)}
 MAMMUT = dataclasses.replace(MAMMUT, init_logit_bias=-10.0)
 
 
 class Step:
     """A recipe on a mesh, by default of one device, with its compiled step."""
 
-    def __init__(self, config, *, loss=GOLDEN_LOSS, mesh=None, optim=OPTIM, **options):
-        mesh = make_mesh(MESHES[mesh]) if mesh else make_mesh(MeshConfig(), jax.devices()[:1])
+    def __init__(self, config, *, loss=GOLDEN_LOSS, mesh="1", optim=OPTIM, **options):
+        sizes, count = SMALLER_MESHES.get(mesh) or (MESHES[mesh], 8)
+        mesh = make_mesh(sizes, jax.devices()[:count])
         self.config = config
         self.program = Program(
             Recipe(model=config, loss=loss, optim=optim, steps=10, batch_size=16, **options), mesh
@@ -145,7 +149,7 @@ def test_accumulation_on_a_mesh_is_the_one_big_batch():
 
 def test_a_resnet_in_groups_accumulated_on_a_mesh_and_a_skipped_step():
     whole = Step(GROUPS, optim=GUARDED)
-    parts = Step(GROUPS, optim=GUARDED, mesh="2x2x2", accumulation=2)
+    parts = Step(GROUPS, optim=GUARDED, mesh="1x2x2", accumulation=2)
     check_equal(whole(), parts(), is_normalised=True)
 
     params = parameters(GROUPS)
@@ -158,8 +162,8 @@ def test_a_resnet_in_groups_accumulated_on_a_mesh_and_a_skipped_step():
 
 
 def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower_learns():
-    locked = Step(RESNET, optim=dataclasses.replace(OPTIM, locked=("image",)))
-    before, (after, metrics) = parameters(RESNET), locked()
+    locked = Step(GROUPS, optim=dataclasses.replace(OPTIM, locked=("image",)))
+    before, (after, metrics) = parameters(GROUPS), locked()
     for name in ("visual", "batch_stats"):
         jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
     assert metrics["grad_norm"] > 0

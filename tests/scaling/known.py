@@ -1,12 +1,13 @@
-"""Tables of runs made by known laws, and how often intervals contain the truth.
+"""Tables of runs made by known laws.
 
 Each law has runs that determine all its parameters: several epochs for `fade`, batches around
 `critical`, and sizes and samples between which the irreducible error shows.
 """
 
 import numpy as np
+from scipy.optimize import brentq
 
-from clip_jax.scaling.compare import Family, crossing
+from clip_jax.scaling.compare import Family
 from clip_jax.scaling.fit import Form, fit
 from clip_jax.scaling.laws import (
     Additive,
@@ -50,22 +51,6 @@ def measured(
     return runs._replace(error=runs.under(law) * scatter)
 
 
-def coverage(form: Form, tables: int, draws: int) -> dict[str, float]:
-    """How often intervals contain each parameter, the law 10 times beyond, and a new run there."""
-    law, inside = KNOWN[form], []
-    ahead = np.array(300.0), np.array(1e11)
-    new = np.random.default_rng(9).standard_normal(tables) * NOISE
-    for seed in range(tables):
-        fitted = fit(form, measured(law, seed), "all", draws=draws, seed=seed)
-        row = {name: fitted.interval(name) for name in law._fields}
-        held = {name: low <= getattr(law, name) <= high for name, (low, high) in row.items()}
-        truth, curve, run = law(*ahead), fitted.curve(*ahead), fitted.predict(*ahead)
-        held["the law beyond"] = curve.low <= truth <= curve.high
-        held["a new run"] = run.low <= truth * np.exp(new[seed]) <= run.high
-        inside.append(held)
-    return {name: float(np.mean([held[name] for held in inside])) for name in inside[0]}
-
-
 def frontier_coverage(tables: int, draws: int) -> float:
     """How often a frontier's interval contains alpha, where runs end above the law."""
     law, inside = PowerLaw(np.array(-0.11), np.array(5.0)), []
@@ -90,27 +75,11 @@ def families(form: Form, seed: int, draws: int) -> tuple[Family, Family]:
 
 
 def true_crossing(form: Form) -> float:
-    """Find by bisection where the laws are equal."""
-    low, high = 1e7, 1e13
+    """Compute where the laws are equal."""
 
-    def gap(compute: float) -> float:
-        one, other = (
-            optimum(law, np.array(compute), (0.3, 3e3)).error
-            for law in (KNOWN[form], OTHERS[form])
-        )  # fmt: skip
+    def gap(log_compute: float) -> float:
+        compute, sizes = np.exp(log_compute), (0.3, 3e3)
+        one, other = (optimum(law[form], compute, sizes).error for law in (KNOWN, OTHERS))
         return float(one - other)
 
-    assert gap(low) < 0 < gap(high)
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if gap(middle) < 0 else (low, middle)
-    return low
-
-
-def crossing_coverage(form: Form, tables: int, draws: int) -> float:
-    """How often the interval of the crossing contains it."""
-    truth, inside = true_crossing(form), []
-    for seed in range(tables):
-        estimate = crossing(*families(form, seed, draws))
-        inside.append(estimate.low <= truth <= estimate.high)
-    return float(np.mean(inside))
+    return float(np.exp(brentq(gap, np.log(1e7), np.log(1e13))))
