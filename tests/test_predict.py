@@ -2,11 +2,9 @@
 
 import dataclasses
 import io
-import itertools
 import json
 import os
 import shutil
-import signal
 import tarfile
 
 import jax
@@ -16,11 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clip_jax import predict
 from clip_jax.cli import main
 from clip_jax.loading import load
 from tests.conftest import COCA, write_tiny_model
-from tests.forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -219,42 +215,25 @@ def test_wrong_use_of_embed_exits_with_2(folder, tmp_path, args, says, capsys):
     assert "Traceback" not in error
 
 
-def embed_and_die(share: str, *args: str) -> None:
-    """Embed, and be killed when 20 files and a share of one more are written."""
-    written, write = itertools.count(), predict.pq.write_table
-
-    def write_some(table, path, **how):
-        write(table, path, **how)
-        if next(written) == 20:
-            os.truncate(path, int(float(share) * os.path.getsize(path)))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    predict.pq.write_table = write_some
-    main(["embed", *args])
-
-
-def test_killed_three_times_nothing_is_lost_or_doubled(folder, tmp_path, tmp_path_factory):
-    def command(output):
-        return folder / "model", folder / "photos", output, "--rows-per-file", 2
-
-    killed = tmp_path / "killed"
-    with Forks(tmp_path_factory.mktemp("forks"), "tests.test_predict") as forks:
-        for share in (0, 0.5, 1):
-            forks.run(
-                "tests.test_predict:embed_and_die", share, *command(killed), code=-signal.SIGKILL
-            )
-            assert list(killed.glob("*.partial.*"))
-        forks.run("embed", *command(killed))
-        forks.run("embed", *command(tmp_path / "whole"))
-    assert rows(killed).equals(rows(tmp_path / "whole"))
-    assert rows(killed).num_rows == 200
-
-
 @pytest.fixture(scope="module")
 def embedded(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("search") / "out"
     assert main(["embed", str(folder / "model"), str(folder / "photos"), str(output)]) == 0
     return output
+
+
+def test_what_a_kill_has_left_is_finished(folder, tmp_path):
+    killed = tmp_path / "killed"
+    command = ["embed", str(folder / "model"), str(folder / "photos"), str(killed)]
+    assert main([*command, "--rows-per-file", "2"]) == 0
+    whole, names = rows(killed), sorted(path.name for path in killed.glob("rows-*.parquet"))
+    for name in names[-20:]:
+        content = (killed / name).read_bytes()
+        (killed / name).unlink()
+    (killed / f".0123abcd.partial.{names[-20]}").write_bytes(content[: len(content) // 2])
+    assert main([*command, "--rows-per-file", "2"]) == 0
+    assert sorted(path.name for path in killed.glob("rows-*.parquet")) == names
+    assert rows(killed).equals(whole)
 
 
 def test_leftovers_and_links_that_lead_back(folder, tmp_path, capsys):

@@ -1,0 +1,58 @@
+"""`clip-jax bench input` of a bucket."""
+
+import io
+import itertools
+import json
+import tarfile
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from clip_jax import bench, files
+from clip_jax.bench import describe_input
+from clip_jax.cli import main
+from clip_jax.clock import Clock
+from tests.conftest import ROOT
+
+QUICK = ["--seconds", "1", "--warmup", "0", "--batch-size", "8"]
+
+
+class LooksClock(Clock):
+    """Fifty looks at the clock are a second, however long they take."""
+
+    def __init__(self) -> None:
+        self._looks = itertools.count()
+
+    def now(self) -> float:
+        return next(self._looks) / 50
+
+
+def test_input_from_a_bucket_says_what_it_asks_for(gs, capsys):
+    rng = np.random.default_rng(0)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for number in range(40):
+            image = io.BytesIO()
+            pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(image, "JPEG")
+            for name, data in ((f"{number}.jpg", image.getvalue()), (f"{number}.txt", b"a photo")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    files.write_whole(f"{gs.url}/0.tar", content.getvalue())
+    files.write_whole(f"{gs.url}/1.tar", content.getvalue())
+    ahead = 1  # MiB
+    flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--data.read-ahead-mib", f"{ahead}"]
+    command = ["bench", "input", str(ROOT / "configs/webdataset.py"), *QUICK]
+    with mock.patch.object(bench, "CLOCK", LooksClock()):
+        assert main([*command, *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["order"] == "stretches"
+    assert result["bucket_requests_per_second"] > 0
+    read = result["bucket_bytes_per_second"]
+    used = read / result["bytes_read_per_byte_used"]
+    # Half of a tar of such small images is headers; and the budget, however little was used.
+    assert read < 2 * used + ahead * 2**20
+    assert used < 2 * read
+    assert "bytes read a byte used" in describe_input(result)
