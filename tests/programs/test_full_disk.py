@@ -10,7 +10,7 @@ from tests.conftest import DIGITS, FLAGS, ROOT
 
 
 @pytest.mark.parametrize("size", ["400k", "60k"])
-def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on(size, tmp_path):
+def test_a_disk_that_fills_is_named_once_and_the_run_goes_on(size, tmp_path):
     """Somewhere: in a checkpoint, a line of metrics, TensorBoard, config.json. Then it grows."""
     script = (
         f'mount -t tmpfs -o size={size} tmpfs {tmp_path}; "$@"; echo "exit code $?" >&2; '
@@ -23,7 +23,8 @@ def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on(size, tmp_pat
         capture_output=True, text=True,
     )  # fmt: skip
     first, _, second = done.stderr.partition("exit code 2\n")
-    assert first.splitlines()[-1].startswith(f"clip-jax: no space left for {tmp_path}/run")
-    assert "Traceback" not in done.stderr
+    # Besides, threads of TensorStore may print that their event loop is closed.
+    assert first.count(f"clip-jax: no space left for {tmp_path}/run") == 1
+    assert str(ROOT / "clip_jax") not in done.stderr  # no traceback of ours
     assert done.returncode == 0
     assert "done in" in second
