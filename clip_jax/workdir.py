@@ -234,11 +234,7 @@ class Lines:
     """
 
     def __init__(
-        self,
-        path: Place,
-        resume_step: int | None,
-        say: Callable[[str], None],
-        clock: Clock = CLOCK,
+        self, path: Place, resume_step: int | None, say: Callable[[str], None], clock: Clock = CLOCK
     ) -> None:
         self._path, self._appends = path, not files.is_remote(path)
         self._lines = []

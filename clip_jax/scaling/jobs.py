@@ -75,9 +75,8 @@ def run(
                     say(f"{job.name}: {'stopped' if came else 'FAILED'} after {minutes}: {failure}")
                     failures |= {} if came else {job.name: failure}
                 else:
-                    say(
-                        f"{job.name}: {minutes}{_left(jobs, waiting, running, clock.now() - began)}"
-                    )
+                    left = _left(jobs, waiting, running, clock.now() - began)
+                    say(f"{job.name}: {minutes}{left}")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)
     if came:
