@@ -21,11 +21,6 @@ from clip_jax.refused import Refused
 from clip_jax.retention import Unusable, steps_in
 from tests.conftest import TINY
 
-# When one of Orbax's reads fails, those beside it end later and find their event loop closed.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:Exception ignored[\s\S]*loop is closed:pytest.PytestUnraisableExceptionWarning"
-)
-
 P = PartitionSpec
 SHARDED = {"w": P("a", "b"), "half": P(None, "b"), "zero": P(), "step": P()}
 EVERY = CheckpointConfig(every_steps=1)

@@ -27,11 +27,6 @@ from tests.clock import HandClock
 from tests.conftest import TINY
 from tests.contract.conftest import FEW, PAIRS, write_pictures
 
-# When one of Orbax's reads fails, those beside it end later and find their event loop closed.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:Exception ignored[\s\S]*loop is closed:pytest.PytestUnraisableExceptionWarning"
-)
-
 EVERY = CheckpointConfig(every_steps=1, keep=2)
 BEST = dataclasses.replace(EVERY, best="acc")
 P = PartitionSpec
