@@ -1,12 +1,13 @@
 """Pictures as pairs, in every format that a source reads; batches of what a pipeline reads."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, Pipeline, build
+from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
 from clip_jax.data.sources.folder import FolderConfig
 from clip_jax.data.sources.parquet import ParquetConfig
@@ -42,24 +44,6 @@ def make_pairs(count: int) -> Pairs:
         Image.fromarray(pixels).save(file, how)
         pairs.append((f"{i:05d}.{suffix}", file.getvalue(), f'picture, "{i}"\nzwölf'))
     return pairs
-
-
-def write_pairs(folder: Path, count: int, suffix: str = ".csv") -> Path:
-    """Write image files and the table that lists them."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, image, caption in make_pairs(count):
-        (folder / "images" / name).write_bytes(image)
-        rows.append((f"images/{name}", caption))
-    path = folder / f"pairs{suffix}"
-    with path.open("w", newline="") as out:
-        if suffix == ".jsonl":
-            lines = [json.dumps({"image": image, "caption": caption}) for image, caption in rows]
-            out.write("\n".join(lines))
-        else:
-            writer = csv.writer(out, delimiter="," if suffix == ".csv" else "\t")
-            writer.writerows([("image", "caption"), *rows])
-    return path
 
 
 # ------------------------------------------------------------------ every format
@@ -104,13 +88,18 @@ def images_beside(folder: Path, pairs: Pairs) -> FolderConfig:
     return FolderConfig(path=str(folder))
 
 
-def table(folder: Path, pairs: Pairs) -> TableConfig:
+def table(folder: Path, pairs: Pairs, suffix: str = ".csv") -> TableConfig:
     for name, image, _ in pairs:
         (folder / name).write_bytes(image)
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        rows = [(name, caption) for name, _, caption in pairs]
-        csv.writer(file).writerows([("image", "caption"), *rows])
-    return TableConfig(path=str(folder / "pairs.csv"))
+    rows = [(name, caption) for name, _, caption in pairs]
+    with (folder / f"pairs{suffix}").open("w", newline="") as file:
+        if suffix == ".jsonl":
+            lines = [json.dumps({"image": name, "caption": caption}) for name, caption in rows]
+            file.write("\n".join(lines))
+        else:
+            writer = csv.writer(file, delimiter="," if suffix == ".csv" else "\t")
+            writer.writerows([("image", "caption"), *rows])
+    return TableConfig(path=str(folder / f"pairs{suffix}"))
 
 
 def hugging_face(pairs: Pairs) -> pa.Table:
@@ -125,23 +114,26 @@ def parquet(folder: Path, pairs: Pairs) -> ParquetConfig:
 
 
 def img2dataset(folder: Path, pairs: Pairs) -> ParquetConfig:
-    columns = {
-        "jpg": [image for _, image, _ in pairs],
-        "caption": [caption for _, _, caption in pairs],
-        "key": [name for name, _, _ in pairs],
-    }
-    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    names, images, captions = map(list, zip(*pairs, strict=True))
+    rows = pa.table({"jpg": images, "caption": captions, "key": names})
+    pq.write_table(rows, folder / "00000.parquet")
     return ParquetConfig(path=str(folder / "00000.parquet"), image_column="jpg")
 
 
-def array_record(folder: Path, pairs: Pairs) -> ArrayRecordConfig:
+def write_records(path: Path, options: str, records: Iterable[bytes]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    writer = ArrayRecordWriter(str(path), options)
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def array_record(folder: Path, pairs: Pairs) -> ArrayRecordConfig:
     for number, part in enumerate(parts(pairs, 3)):
-        writer = ArrayRecordWriter(str(folder / f"{number}.array_record"), "group_size:1")
-        for _, image, caption in part:
-            writer.write(encode_example({"image": [image], "caption": [caption.encode()]}))
-        writer.close()
+        examples = [{"image": [image], "caption": [text.encode()]} for _, image, text in part]
+        path = folder / f"{number}.array_record"
+        write_records(path, "group_size:1", map(encode_example, examples))
     return ArrayRecordConfig(path=str(folder / "*.array_record"))
 
 
@@ -150,10 +142,7 @@ def saved_dataset(folder: Path, pairs: Pairs) -> SavedDatasetConfig:
     for number, part in enumerate(parts(pairs, 2)):
         rows = hugging_face(part)
         names.append(f"data-{number:05d}-of-00002.arrow")
-        with (
-            pa.OSFile(str(folder / names[-1]), "wb") as file,
-            pa.ipc.new_stream(file, rows.schema) as writer,
-        ):
+        with pa.ipc.new_stream(str(folder / names[-1]), rows.schema) as writer:
             writer.write_table(rows, max_chunksize=7)
     state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
     (folder / "state.json").write_text(json.dumps(state))
@@ -161,21 +150,18 @@ def saved_dataset(folder: Path, pairs: Pairs) -> SavedDatasetConfig:
 
 
 def tfds(folder: Path, pairs: Pairs) -> TfdsConfig:
-    import tensorflow_datasets
+    import tensorflow_datasets as datasets
 
-    class Pairs(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):
+    kinds = {"image": datasets.features.Image(), "caption": datasets.features.Text()}
+
+    class Pairs(datasets.core.GeneratorBasedBuilder, skip_registration=True):
         __module__ = "pairs"  # TFDS would look for files of its own in the package `tests`
-        VERSION = tensorflow_datasets.core.Version("1.0.0")
+        VERSION = datasets.core.Version("1.0.0")
         pkg_dir_path = folder
 
         def _info(self):
-            features = tensorflow_datasets.features
-            return self.dataset_info_from_configs(
-                features=features.FeaturesDict(
-                    {"image": features.Image(shape=(None, None, 3)), "caption": features.Text()}
-                ),
-                disable_shuffling=True,
-            )
+            features = datasets.features.FeaturesDict(kinds)
+            return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -196,37 +182,51 @@ FORMATS: dict[str, Callable[[Path, Pairs], Any]] = {
         *(array_record, saved_dataset, tfds),
     )
 }
+# What `PathConfig`, which guesses a format, must be told.
+COLUMNS = {"tar_json": {"caption_column": "caption"}, "img2dataset": {"image_column": "jpg"}}
 
 
-# ------------------------------------------------------------------ batches
+# ------------------------------------------------------------------ samples and batches
 
 TOKENIZER = ClipTokenizer(1024)
 
 
-def open_pipeline(
-    config: DataConfig, batch_size: int = 12, process_index: int = 0, process_count: int = 1
-) -> Pipeline:
+class Numbers:
+    """A source whose captions and keys are the samples' numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
+        return b"image", str(index)
+
+
+def outcome(load: Callable[[], Any]) -> Any:
+    """What `load` returns, or why it cannot."""
+    try:
+        return load()
+    except SampleError as error:
+        return str(error)
+
+
+def open_pipeline(config: DataConfig, batch_size: int = 12, **how: int) -> Pipeline:
     """A pipeline of pictures of 8 x 8 pixels."""
-    return build(
-        config,
-        tokenizer=TOKENIZER,
-        image_size=8,
-        context_length=16,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    shape = {"image_size": 8, "context_length": 16, "batch_size": batch_size}
+    return build(config, tokenizer=TOKENIZER, **shape, **how)
 
 
 def take(
     config: DataConfig, count: int, start: int = 0, doubled_at: Sequence[int] = (), **how: int
 ) -> list[Batch]:
     """So many batches from a step on."""
-    batches = open_pipeline(config, **how).batches(start, doubled_at)
-    try:
+    with contextlib.closing(open_pipeline(config, **how).batches(start, doubled_at)) as batches:
         return list(itertools.islice(batches, count))
-    finally:
-        batches.close()
 
 
 def digits(samples: int = 60, **fields: Any) -> DataConfig:
@@ -234,34 +234,26 @@ def digits(samples: int = 60, **fields: Any) -> DataConfig:
     return DataConfig(source=DigitsConfig(samples=samples), **fields)
 
 
-def tabular(path: Path, **fields: Any) -> DataConfig:
-    """A table of pairs, as training data."""
-    return DataConfig(source=TableConfig(path=str(path)), **fields)
-
-
 def assert_same(wanted: Sequence[Batch], found: Sequence[Batch]) -> None:
     """Compare every field but `reading`, which says what was asked of buckets."""
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "reading"]
     for first, second in zip(wanted, found, strict=True):
-        for field in dataclasses.fields(first):
-            if field.name != "reading":
-                a, b = getattr(first, field.name), getattr(second, field.name)
-                np.testing.assert_array_equal(a, b, err_msg=field.name)
+        for name in names:
+            a, b = getattr(first, name), getattr(second, name)
+            np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def of_processes(config: DataConfig, count: int, processes: int, **how: Any) -> list[Batch]:
     """The global batches that so many processes read together."""
-    parts = [
-        take(config, count, process_index=index, process_count=processes, **how)
-        for index in range(processes)
-    ]
+    how |= {"process_count": processes}
+    parts = [take(config, count, process_index=i, **how) for i in range(processes)]
     return [join(part) for part in zip(*parts, strict=True)]
 
 
 def join(parts: Sequence[Batch]) -> Batch:
     """The global batch of the processes' batches."""
-    return Batch(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text")),
-        np.concatenate([part.index for part in parts]),
-        [key for part in parts for key in part.keys],
-        [event for part in parts for event in part.skipped],
+    arrays = (
+        np.concatenate([getattr(x, name) for x in parts]) for name in ("image", "text", "index")
     )
+    lists = ([y for x in parts for y in getattr(x, name)] for name in ("keys", "skipped"))
+    return Batch(*arrays, *lists)

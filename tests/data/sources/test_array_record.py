@@ -12,27 +12,12 @@ from clip_jax.data.sources.array_record import (
     encode_example,
 )
 from clip_jax.data.sources.array_record_file import ArrayRecordFile
+from tests.data.conftest import write_records
 
 OPTIONS = (
     "group_size:1", "group_size:1,brotli:3", "group_size:3,zstd:1", "group_size:2,uncompressed",
     "group_size:7,snappy", "group_size:2,pad_to_block_boundary:true",
 )  # fmt: skip
-
-
-def write(path, options, records):
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    writer = ArrayRecordWriter(str(path), options)
-    for record in records:
-        writer.write(record)
-    writer.close()
-
-
-def expected(path):
-    """All records, by array_record's own reader."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    return list(ArrayRecordReader(str(path), "").read_all())
 
 
 def draw(count, largest=9_000):
@@ -44,12 +29,14 @@ def draw(count, largest=9_000):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_records_are_those_that_array_record_reads(options, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
     for count in (1, 2, 40):
         path, records = tmp_path / f"{count}", draw(count)
-        write(path, options, records)
+        write_records(path, options, records)
         found = ArrayRecordFile(str(path))
         assert len(found) == count
-        assert expected(path) == records
+        assert [*ArrayRecordReader(str(path), "").read_all()] == records
         for first in range(0, count, 7):
             for last in range(first + 1, count + 1, 5):
                 assert found.read(first, last) == records[first:last]
@@ -57,7 +44,7 @@ def test_records_are_those_that_array_record_reads(options, tmp_path):
 
 def test_an_index_longer_than_what_is_read_at_first(tmp_path):
     records = [bytes([i % 251]) for i in range(600)]
-    write(tmp_path / "x", "group_size:1,uncompressed", records)
+    write_records(tmp_path / "x", "group_size:1,uncompressed", records)
     with mock.patch.object(array_record_file, "_TAIL", 1 << 10):
         found = ArrayRecordFile(str(tmp_path / "x"))
     assert (tmp_path / "x").stat().st_size - (1 << 16) - found.end > 1 << 10
@@ -67,7 +54,7 @@ def test_an_index_longer_than_what_is_read_at_first(tmp_path):
 
 def test_damage_is_a_value_error_and_nothing_else(tmp_path):
     records = draw(20)
-    write(tmp_path / "whole", "group_size:3", records)
+    write_records(tmp_path / "whole", "group_size:3", records)
     whole = (tmp_path / "whole").read_bytes()
     end, last = ArrayRecordFile(str(tmp_path / "whole")).end, len(whole) - (1 << 16)
     rng = random.Random(0)
@@ -90,7 +77,7 @@ def test_damage_is_a_value_error_and_nothing_else(tmp_path):
 def test_stretches_are_whole_groups_of_about_a_size(tmp_path):
     records = [random.Random(i).randbytes(1_000) for i in range(100)]
     for number, group in enumerate((1, 7)):
-        write(tmp_path / f"{number}.array_record", f"group_size:{group}", records)
+        write_records(tmp_path / f"{number}.array_record", f"group_size:{group}", records)
     source = ArrayRecordSource(ArrayRecordConfig(path=str(tmp_path / "*.array_record")))
     assert source.stretches().tolist() == [39, 39, 22, 42, 42, 16]
     assert source.size(0, 200) == pytest.approx(200 * 1_000, rel=0.05)
@@ -100,7 +87,7 @@ def test_stretches_are_whole_groups_of_about_a_size(tmp_path):
 
 def test_transposed_records_are_read_on_a_disk_only(tmp_path):
     record = encode_example({"image": [b"image"], "caption": [b"caption"]})
-    write(tmp_path / "x.array_record", "group_size:2,transpose:true", [record] * 5)
+    write_records(tmp_path / "x.array_record", "group_size:2,transpose:true", [record] * 5)
     config = ArrayRecordConfig(path=str(tmp_path / "x.array_record"))
     assert ArrayRecordSource(config).captions(4) == ["caption"]
     file = ArrayRecordFile(config.path)
