@@ -1,7 +1,6 @@
 """Stretches read ahead: each once, within the budget, and what becomes of those that fail."""
 
 import threading
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,25 +8,18 @@ import pytest
 from clip_jax.data.ahead import ReadAhead
 from clip_jax.data.order import Lanes, OfPositions, StretchOrder
 from clip_jax.data.sources import Record, SampleError
+from tests.data.conftest import Numbers
 
 BATCH, STRETCH, SIZE = 256, 10, 100
 LANES = Lanes(BATCH)
 
 
-class Stretches:
+class Stretches(Numbers):
     """Records of 100 bytes in stretches of ten, which know what was asked of them."""
 
-    def __init__(self, count, fail=()):
-        self.count, self.fail, self.asked = count, fail, []
-
-    def __len__(self):
-        return self.count
-
-    def key(self, index):
-        return str(index)
-
-    def load(self, index, rng):
-        return b"image", str(index)
+    def __init__(self, count, fail=None):
+        super().__init__(count)
+        self.fail, self.asked = fail or {}, []  # by stretch, an error
 
     def stretches(self):
         return np.full(self.count // STRETCH, STRETCH, np.int64)
@@ -38,20 +30,19 @@ class Stretches:
     def fetch(self, first, last):
         self.asked.append((first, last))
         if first // STRETCH in self.fail:
-            raise SampleError("gone")
+            raise self.fail[first // STRETCH]
         return [
             Record(str(i), SIZE, lambda rng, i=i: self.load(i, rng)) for i in range(first, last)
         ]
 
 
-def made(count):
-    sizes = np.full(count // STRETCH, STRETCH, np.int64)
-    return StretchOrder(sizes, seed=0, window=64, shares=OfPositions(LANES, count))
+def order_of(source):
+    shares = OfPositions(LANES, len(source))
+    return StretchOrder(source.stretches(), seed=0, window=64, shares=shares)
 
 
 def open_ahead(source, *, start=0, budget=1 << 20, lanes=LANES.own):
-    order = made(len(source))
-    return ReadAhead(source, order, lanes, width=LANES.width, start=start, budget=budget)
+    return ReadAhead(source, order_of(source), lanes, width=LANES.width, start=start, budget=budget)
 
 
 def requests(ahead, steps, lanes):
@@ -70,12 +61,20 @@ def take(ahead, steps, lanes=LANES.own):
     return taken
 
 
-def test_every_piece_is_asked_for_once():
-    source = Stretches(6400)
-    ahead = open_ahead(source)
-    assert sorted(take(ahead, range(25))) == list(range(6400))
+def test_every_piece_is_asked_for_once_in_time_and_closing_ends_the_threads():
+    """Not long before its time, though there is room for it: two batches and the window."""
+    source, before = Stretches(100 * BATCH), set(threading.enumerate())
+    ahead, taken = open_ahead(source), []
+    started = set(threading.enumerate()) - before
+    for step in range(100):
+        taken += take(ahead, [step])
+        assert len(source.asked) * STRETCH <= (step + 4) * BATCH + 2 * 64 * STRETCH
     ahead.close()
+    assert sorted(taken) == list(range(100 * BATCH))
     assert max(map(source.asked.count, source.asked)) <= 2  # of this epoch and the next
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 def test_what_is_held_stays_within_the_budget():
@@ -90,16 +89,6 @@ def test_what_is_held_stays_within_the_budget():
     ahead.close()
     assert max(held) <= budget
     assert np.mean(held) > budget / 2
-
-
-def test_nothing_is_read_long_before_its_time():
-    """Though there is room for it: two batches and the window, of a hundred."""
-    source = Stretches(100 * BATCH)
-    ahead = open_ahead(source)
-    for step in range(20):
-        take(ahead, [step])
-        assert len(source.asked) * STRETCH <= (step + 4) * BATCH + 2 * 64 * STRETCH
-    ahead.close()
 
 
 @pytest.mark.parametrize("start", [1, 24, 60])
@@ -132,14 +121,14 @@ def test_a_lane_of_a_process_reads_only_its_own():
         ahead = open_ahead(source, lanes=lanes)
         take(ahead, range(25), lanes)
         ahead.close()
-    run = made(6400).at(0, 0, 400)
+    run = order_of(sources[0]).at(0, 0, 400)
     pieces = set(zip(run.first.tolist(), run.last.tolist(), strict=True))
     assert pieces <= set(sources[0].asked)
     assert sum(len(source.asked) for source in sources) < 3 * (640 + 15)
 
 
 def test_a_stretch_that_cannot_be_read_is_bad_samples():
-    source = Stretches(2560, fail={3})
+    source = Stretches(2560, fail={3: SampleError("gone")})
     ahead = open_ahead(source)
     failed = []
     for step, record, piece in requests(ahead, range(10), LANES.own):
@@ -152,20 +141,7 @@ def test_a_stretch_that_cannot_be_read_is_bad_samples():
 
 
 def test_a_bug_in_a_source_reaches_who_waits():
-    source = Stretches(640)
-    with mock.patch.object(source, "fetch", autospec=True, side_effect=ZeroDivisionError):
-        ahead = open_ahead(source)
-        with pytest.raises(ZeroDivisionError):
-            take(ahead, [0])
+    ahead = open_ahead(Stretches(640, fail={0: ZeroDivisionError()}))
+    with pytest.raises(ZeroDivisionError):
+        take(ahead, [0])
     ahead.close()
-
-
-def test_closing_ends_the_threads():
-    before = set(threading.enumerate())
-    ahead = open_ahead(Stretches(6400))
-    take(ahead, [0])
-    started = set(threading.enumerate()) - before
-    ahead.close()
-    for thread in started:
-        thread.join(timeout=60)
-        assert not thread.is_alive()

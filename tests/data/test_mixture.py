@@ -7,33 +7,21 @@ import pytest
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig
-
-
-class Numbers:
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def key(self, index):
-        return str(index)
-
-    def load(self, index, rng):
-        return b"", str(index)
+from tests.data.conftest import Numbers
 
 
 def mixture(weights, phases=()):
-    weights = map(float, weights)
-    members = tuple(MemberConfig(source=DigitsConfig(), weight=weight) for weight in weights)
+    members = tuple(MemberConfig(source=DigitsConfig(), weight=float(x)) for x in weights)
     return MixtureConfig(members=members, phases=phases)
 
 
 def keys(config, sizes, positions):
+    """Member and number of the samples at these positions."""
     source = MixtureSource(config, [Numbers(size) for size in sizes])
-    order = source.order(seed=3)
-    found = [source.key(order[position]).split("/") for position in positions]
-    return [(int(member), int(key)) for member, key in found]
+    order, rng = source.order(seed=3), np.random.default_rng(0)
+    found = [(source.key(i), source.load(i, rng)[1]) for i in map(order.__getitem__, positions)]
+    assert all(key.endswith(f"/{number}") for key, number in found)
+    return [(int(key.split("/")[0]), int(number)) for key, number in found]
 
 
 def test_shares_are_the_weights():
@@ -69,20 +57,13 @@ def test_a_change_leaves_the_past_alone():
     assert {member for member, _ in after[200:]} == {1, 2}
 
 
-def test_samples_are_the_members():
-    source = MixtureSource(mixture((1, 1)), [Numbers(3), Numbers(5)])
-    assert [source.load(i, np.random.default_rng(0))[1] for i in range(8)] == list("01201234")
-    assert source.key(3) == "1/0"
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: MixtureConfig(), "members is empty"),
-        (lambda: mixture((1, -1)), "weight=-1.* at least 0"),
         (lambda: mixture((0, 0)), "not all 0"),
         (lambda: mixture((1,), (PhaseConfig(from_sample=1, weights=(1.0, 1.0)),)), "needs 1"),
-        (lambda: mixture((1,), (PhaseConfig(from_sample=-1, weights=(1.0,)),)), "from_sample=-1"),
+        (lambda: mixture((1.0, 2.5, 0.0), PHASES[::-1]), "must rise"),
     ],
 )
 def test_wrong_config(wrong, message):
