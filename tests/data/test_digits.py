@@ -1,5 +1,6 @@
+"""Handwritten numbers: what is held out, their words and captions, and how they are drawn."""
+
 import dataclasses
-import itertools
 from unittest import mock
 
 import numpy as np
@@ -49,8 +50,6 @@ def test_number_words():
         (42, 2): "forty-two",
         (7, 2): "zero seven",
         (0, 2): "zero zero",
-        (10, 2): "ten",
-        (90, 2): "ninety",
         (13, 3): "zero thirteen",
         (300, 3): "three hundred",
         (4217, 4): "four thousand two hundred seventeen",
@@ -82,17 +81,6 @@ def test_without_jitter_the_scans_stand_side_by_side(k):
     assert (blank >= 250).all()  # the enlargement overshoots a little
 
 
-@pytest.mark.parametrize("size", [16, 33])
-def test_same_numbers_drawn_same_image(size):
-    chosen = scan_split()[0][[3, 5]]
-    first, again, other = (
-        render(chosen, np.random.default_rng(seed), size, Jitter()) for seed in (1, 1, 2)
-    )
-    assert first.shape == (size, size, 3)
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).mean() > 0.5
-
-
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Jitter)])
 def test_every_strength_does_something(name):
     chosen = scan_split()[0][[3, 5]]
@@ -113,13 +101,13 @@ def test_thickness_adds_and_removes_ink():
 
 
 def test_source_of_the_training_split():
-    source = DigitsSource(DigitsConfig(samples=200), 16)
+    source = DigitsSource(DigitsConfig(samples=200), 33)
     seen, _ = number_split(2)
     keys = [source.key(i) for i in range(len(source))]
     assert len(keys) == len(set(keys)) == 200
     for i in (0, 79, 80, 199):
         image, caption = source.load(i, np.random.default_rng(i))
-        assert image.shape == (16, 16, 3)
+        assert image.shape == (33, 33, 3)
         assert caption in prompts(seen[i % 80], 2)
         assert keys[i].startswith(f"{seen[i % 80]:02d}/")
 
@@ -133,7 +121,11 @@ def rendered():
 
 
 def scans(rendered):
-    return {scan for call in rendered.call_args_list for scan in call.args[0].tolist()}
+    """The scans of every call, and the numbers that they are of."""
+    chosen = [call.args[0] for call in rendered.call_args_list]
+    labels = digits._scans()[1]
+    numbers = [int("".join(map(str, labels[own]))) for own in chosen]
+    return set(np.concatenate(chosen).tolist()), numbers
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -141,41 +133,25 @@ def test_a_split_uses_its_own_scans(split, rendered):
     source = DigitsSource(DigitsConfig(split=split), 24)
     for i in range(2000):
         source.load(i, np.random.default_rng(i))
+    used, numbers = scans(rendered)
     own, foreign = map(set, scan_split() if split == "train" else reversed(scan_split()))
-    assert not scans(rendered) & foreign
-    assert len(scans(rendered)) > 0.9 * len(own)
+    assert not used & foreign
+    assert len(used) > 0.9 * len(own)
+    assert numbers == [int(source.key(i).split("/")[0]) for i in range(2000)]
     jitters = [call.args[3] == digits.HELD_OUT_JITTER for call in rendered.call_args_list]
     assert jitters == [split == "test"] * 2000
 
 
+def test_evaluation_set_is_of_held_out_scans(rendered):
+    _, labels = evaluation_set(DigitsConfig(), range(100), 5, 24)
+    used, numbers = scans(rendered)
+    assert used <= set(scan_split()[1])
+    assert numbers == labels.tolist() == np.repeat(np.arange(100), 5).tolist()
+
+
 def test_evaluation_set_is_fixed():
-    config = DigitsConfig(jitter=STILL, split_seed=5)
-    images, labels = evaluation_set(config, [42, 7], 3, 24)
+    images, _ = evaluation_set(DigitsConfig(jitter=STILL, split_seed=5), [42, 7], 3, 24)
     assert images.shape == (6, 24, 24, 3)
-    assert labels.tolist() == [42, 42, 42, 7, 7, 7]
     alone, _ = evaluation_set(DigitsConfig(), [7], 3, 24)
     np.testing.assert_array_equal(images[3:], alone)
-    for first, second in itertools.combinations(images, 2):
-        assert (first != second).any()
-
-
-def test_evaluation_set_is_of_held_out_scans(rendered):
-    evaluation_set(DigitsConfig(), range(100), 5, 24)
-    assert scans(rendered) <= set(scan_split()[1])
-
-
-@pytest.mark.parametrize("field", ["digits", "samples"])
-def test_wrong_config(field):
-    with pytest.raises(ValueError, match=f"{field}=0"):
-        DigitsConfig(**{field: 0})
-
-
-def test_handwriting_is_recognisable():
-    """A linear classifier fitted on training renderings reads most held-out digits."""
-    from sklearn.linear_model import RidgeClassifier
-
-    source = DigitsSource(DigitsConfig(digits=1, jitter=digits.HELD_OUT_JITTER), 12)
-    images = np.stack([source.load(i, np.random.default_rng(i))[0] for i in range(800)])
-    held_out, labels = evaluation_set(DigitsConfig(digits=1), range(10), 30, 12)
-    model = RidgeClassifier(alpha=100).fit(images[..., 0].reshape(800, -1), np.arange(800) % 10)
-    assert model.score(held_out[..., 0].reshape(len(labels), -1), labels) > 0.8
+    assert len({image.tobytes() for image in images}) == 6

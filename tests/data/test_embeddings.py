@@ -12,33 +12,28 @@ from clip_jax.data.embeddings import Embeddings, nearest
 
 
 def write(path, count):
-    flat = pa.array(np.random.default_rng(0).standard_normal(4 * count).astype(np.float32))
-    keys = pa.array([f"{i}.png" for i in range(count)])
+    vectors = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
     columns = {
-        "index": pa.array(range(count), pa.int64()),
-        "key": keys,
-        "embedding": pa.FixedSizeListArray.from_arrays(flat, 4),
+        "index": range(count),
+        "key": [f"{i}.png" for i in range(count)],
+        "embedding": pa.array([*vectors], pa.list_(pa.float32(), 4)),
     }
     pq.write_table(pa.table(columns), path, write_page_checksum=True)
 
 
-def test_a_changed_folder_is_laid_out_anew(tmp_path):
+def test_what_searching_keeps_is_made_anew_when_damaged_or_when_the_folder_has_changed(tmp_path):
     write(tmp_path / "rows-0.parquet", 200)
-    assert len(Embeddings(tmp_path)) == 200
+    expected = np.array(Embeddings(tmp_path).vectors)
+    assert len(expected) == 200
+    for name in ("files.json", "vectors.npy", "rows.arrow"):
+        path = tmp_path / "search" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        np.testing.assert_array_equal(Embeddings(tmp_path).vectors, expected)
     (tmp_path / "search/index.usearch").write_bytes(b"of 200")
     write(tmp_path / "rows-1.parquet", 30)
     assert len(Embeddings(tmp_path)) == 230
     assert Embeddings(tmp_path).row(203) == (3, "3.png")
     assert not (tmp_path / "search/index.usearch").exists()
-
-
-def test_what_searching_keeps_is_made_anew_when_damaged(tmp_path):
-    write(tmp_path / "rows-0.parquet", 200)
-    expected = np.array(Embeddings(tmp_path).vectors)
-    for name in ("files.json", "vectors.npy", "rows.arrow"):
-        path = tmp_path / "search" / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        np.testing.assert_array_equal(Embeddings(tmp_path).vectors, expected)
 
 
 @pytest.mark.parametrize("count", [1, 10, 500])
