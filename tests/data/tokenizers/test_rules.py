@@ -106,7 +106,7 @@ def of_model(**model):
     return json.dumps({"model": model}).encode()
 
 
-LIES = {
+NO_VOCABULARIES = {
     "text": b"no vocabulary at all",
     "nothing": b"",
     "another JSON": b'{"a": 1}',
@@ -118,10 +118,10 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", NO_VOCABULARIES)
 def test_files_that_are_no_vocabulary(tmp_path, name):
     path = tmp_path / "words"
-    path.write_bytes(LIES[name])
+    path.write_bytes(NO_VOCABULARIES[name])
     with pytest.raises(Refused, match="words") as error:
         make(file=str(path))
     assert len(str(error.value)) < 600
