@@ -28,11 +28,9 @@ def test_missing_fields_take_defaults():
     ("data", "message"),
     [
         ({"embed_dims": 512}, r"config has unknown fields \['embed_dims'\]; CLIPConfig has embed"),
-        ({"embed_dim": "512"}, r"config.embed_dim is '512'; it must be of type int"),
         ({"embed_dim": True}, r"config.embed_dim is True; it must be of type int"),
         ({"dtype": "float16"}, r"config.dtype is 'float16'; it must be one of \['float32'"),
         ({"vision": {"width": 768}}, r"config.vision.type is None; it must be one of \['ResNet"),
-        ({"vision": {"type": "TextConfig"}}, r"config.vision.type is 'TextConfig'"),
         ({"text": {"type": "ViTConfig"}}, r"config.text.type is 'ViTConfig'; it must be 'TextCon"),
         ({"text": {"width": 100, "num_heads": 3}}, r"text.width=100 is not divisible"),
         ({"image_mean": [0.5, 0.5]}, r"config.image_mean has 2 values; it must have 3"),
