@@ -1,20 +1,16 @@
 """`clip-jax` as children of one process that has imported what they import, which takes seconds.
 
 `python forks.py SOCKET` serves until it is ended; `python forks.py SOCKET ARGUMENT ...` stands for
-`clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's. Where
-the first argument is `module:function`, that is called with the others.
+`clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's.
 """
 
-import contextlib
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,34 +22,21 @@ OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
 
 
 class Child:
-    """One command that runs, as `subprocess.Popen` has it."""
+    """One command that runs."""
 
     def __init__(self, path: str, arguments: list[str], streams: list[int]) -> None:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(path)
         request = json.dumps([os.getcwd(), *arguments]).encode()
         socket.send_fds(self._connection, [request], streams)
-        self.pid = int(self._connection.recv(16))
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self.wait()
-        return self.returncode
+        self._pid = int(self._connection.recv(16))
 
     def wait(self) -> int:
-        if self.returncode is None:
-            with self._connection:
-                self.returncode = int(self._connection.recv(16))
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it ends meanwhile
-                os.kill(self.pid, number)
+        with self._connection:
+            return int(self._connection.recv(16))
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        os.kill(self._pid, signal.SIGKILL)
 
 
 class Forks:
@@ -77,25 +60,17 @@ class Forks:
         self._process.terminate()
         self._process.wait()
 
-    def start(
-        self, *arguments: object, stdout: int | None = None, stderr: int | None = None
-    ) -> Child:
-        """Begin a command; what it says goes to descriptors of files, or nowhere."""
+    def start(self, *arguments: object) -> Child:
+        """Begin a command; what it says goes nowhere."""
         with open(os.devnull, "r+b") as null:
-            streams = [null.fileno() if x is None else x for x in (None, stdout, stderr)]
-            return Child(self.path, list(map(str, arguments)), streams)
+            return Child(self.path, list(map(str, arguments)), [null.fileno()] * 3)
 
-    def run(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a command that ends with a code."""
-        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-            child = self.start(*arguments, stdout=stdout.fileno(), stderr=stderr.fileno())
-            returned = child.wait()
-            said = []
-            for file in (stdout, stderr):
-                file.seek(0)
-                said.append(file.read())
-        assert returned == code, "\n".join(said)
-        return subprocess.CompletedProcess(arguments, returned, *said)
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a command that ends well."""
+        command = [sys.executable, "-IS", __file__, self.path, *map(str, arguments)]
+        done = subprocess.run(command, input="", capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
 
 
 def serve(listener: socket.socket) -> None:
@@ -121,9 +96,6 @@ def serve(listener: socket.socket) -> None:
                 os.dup2(stream, number)
             folder, *arguments = json.loads(request)
             os.chdir(folder)
-            module, _, function = arguments[0].partition(":")
-            if function:
-                sys.exit(getattr(importlib.import_module(module), function)(*arguments[1:]))
             sys.argv = ["clip-jax", *arguments]
             sys.exit(main())
         connection.send(str(child).encode())
