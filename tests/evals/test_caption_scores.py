@@ -25,31 +25,20 @@ WORDS = {
     "a 50% off sale: 2 for 1": "a 50 % off sale 2 for 1",
     "black-and-white photo of a street/road": "black-and-white photo of a street/road",
 }
-BLEU = [0.7788461538424094, 0.561283256197167, 0.4950614444587654, 0.46886551450438396]
-CIDER = 2.0501871977030164
 
 
-def made_up() -> tuple[list[str], list[list[str]]]:
-    """Captions and several references each, of few words, so that n-grams are shared."""
+def test_scores_are_pycocoevalcaps():
+    """Of captions and several references each, of few words, so that n-grams are shared."""
     rng = random.Random(0)
     words = ["a", "the", "man", "dog", "on", "rides", "wave", "red", "big", "board", "near", "tree"]
     draw = lambda: " ".join(rng.choices(words, k=rng.randrange(3, 12)))  # noqa: E731
     references = [[draw() for _ in range(rng.randrange(1, 6))] for _ in range(30)]
     captions = [draw() if i % 3 else texts[0] for i, texts in enumerate(references)]
-    return captions, references
-
-
-def test_scores_are_pycocoevalcaps():
-    captions, references = made_up()
-    np.testing.assert_allclose(bleu(captions, references), BLEU, rtol=1e-12)
-    np.testing.assert_allclose(cider(captions, references), CIDER, rtol=1e-12)
-
-
-def test_a_caption_that_is_short_or_empty_scores_low():
-    captions, references = made_up()
+    expected = [0.7788461538424094, 0.561283256197167, 0.4950614444587654, 0.46886551450438396]
+    np.testing.assert_allclose(bleu(captions, references), expected, rtol=1e-12)
+    np.testing.assert_allclose(cider(captions, references), 2.0501871977030164, rtol=1e-12)
     assert bleu([""] * 30, references)[0] < 1e-6
     assert cider([""] * 30, references) == 0
-    assert bleu([text.split()[0] for text in captions], references)[0] < BLEU[0]
 
 
 def test_words_are_cut_as_in_java():

@@ -13,8 +13,8 @@ from clip_jax.evals.captions import captions, likelihood, loss_per_token, writer
 from clip_jax.evals.evaluator import Encoder, in_batches
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.sharding import MeshConfig, make_mesh
 from tests.conftest import COCA, batch, parameters
+from tests.evals.conftest import mesh_of
 
 # CLIP's BPE needs its bytes.
 CONFIG = dataclasses.replace(
@@ -27,8 +27,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def encoder():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    params = parameters(CONFIG)
+    mesh, params = mesh_of(data=2, fsdp=2, tensor=2), parameters(CONFIG)
     params = jax.device_put(params, sharding.param_shardings(CONFIG, params, mesh))
     return Encoder(CLIP(CONFIG), params, mesh, Preprocess(image_size=16), lambda texts: texts)
 

@@ -35,33 +35,32 @@ def test_imagenets_folders_are_named_as_openai_did(tmp_path):
     assert [data.names[label] for _, label in data] == ["flamingo"]
 
 
-def test_a_names_file_must_fit(tmp_path):
-    write_folder(tmp_path, ["0", "1", "2"], 1)
-    (tmp_path / "classnames.txt").write_text("zero\none\ntwo\n")
-    assert list(open_folder(tmp_path).names) == ["zero", "one", "two"]
+def test_names_are_in_a_file_that_must_fit_or_beside_a_split(tmp_path):
+    write_folder(tmp_path / "test", ["0", "1", "2"], 1)
+    write_folder(tmp_path / "other", ["a", "b"], 1)
+    for folder, name in (("test", "in"), (".", "beside")):
+        (tmp_path / folder / "classnames.txt").write_text(f"zero {name}\none\ntwo\n")
+    assert list(open_folder(tmp_path / "test").names) == ["zero in", "one", "two"]
+    (tmp_path / "test/classnames.txt").unlink()
+    assert list(open_folder(tmp_path / "test").names) == ["zero beside", "one", "two"]
+    assert list(open_folder(tmp_path / "other").names) == ["a", "b"]
     (tmp_path / "classnames.txt").write_text("zero\none\n")
-    with pytest.raises(ValueError, match=r"has 2 names, but .* has 3 folders"):
-        open_folder(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder"):
-        open_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has 0 folders"):
-        open_folder(tmp_path / "0")
+    for folder, says in (
+        ("test", "has 2 names, but .* has 3 folders"),
+        ("nowhere", "there is no folder"),
+        ("test/0", "has 0 folders"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            open_folder(tmp_path / folder)
 
 
 def test_cocos_format(tmp_path):
-    content = {
-        "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
-        "annotations": [
-            {"image_id": 3, "caption": "one"}, {"image_id": 7, "caption": "two"},
-            {"image_id": 3, "caption": "three"},
-        ],
-    }  # fmt: skip
+    images = [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}]
+    texts = [{"image_id": i, "caption": text} for i, text in ((3, "one"), (7, "two"), (3, "three"))]
     path = tmp_path / "coco_test_karpathy.json"
-    path.write_text(json.dumps(content))
-    data = open_captions(path, tmp_path)
-    assert [(image.name, texts) for image, texts in data] == [
-        ("a.png", ["one", "three"]), ("b.png", ["two"])
-    ]  # fmt: skip
+    path.write_text(json.dumps({"images": images, "annotations": texts}))
+    expected = [(tmp_path / "a.png", ["one", "three"]), (tmp_path / "b.png", ["two"])]
+    assert list(open_captions(path, tmp_path)) == expected
     path.write_text("[]")
     with pytest.raises(ValueError, match="not in COCO's format"):
         open_captions(path, tmp_path)
@@ -79,21 +78,12 @@ def test_splits_lie_in_a_folder_or_are_it(tmp_path):
     assert found == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
 
 
-def test_a_splits_names_may_stand_beside_it(tmp_path):
-    write_folder(tmp_path / "test", ["a", "b"], 1)
-    (tmp_path / "classnames.txt").write_text("ant\nbee\n")
-    assert list(open_folder(tmp_path / "test").names) == ["ant", "bee"]
-    write_folder(tmp_path / "other", ["a", "b"], 1)
-    assert list(open_folder(tmp_path / "other").names) == ["a", "b"]
-
-
 def test_the_digits_are_a_data_set():
     config = DigitsConfig(digits=1)
-    train, validation, test = (
-        open_digits(config, split, per_number=2, image_size=12)
-        for split in ("train", "validation", "test")
-    )
-    assert list(test.names[:3]) == ["zero", "one", "two"]
-    for data in (train, validation, test):
+    images = set()
+    for split in ("train", "validation", "test"):
+        data = open_digits(config, split, per_number=2, image_size=12)
+        assert list(data.names[:3]) == ["zero", "one", "two"]
         assert sorted(label for _, label in data) == sorted(2 * list(range(10)))
-    assert len({image.tobytes() for data in (train, validation, test) for image, _ in data}) == 60
+        images |= {image.tobytes() for image, _ in data}
+    assert len(images) == 60

@@ -52,7 +52,8 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
     best = probe.search(train, validation, mesh_of(1), lambdas=grid)
     assert accuracies[list(grid).index(best)] == max(accuracies)
     assert min(accuracies) < max(accuracies)
-    some, none = ((np.zeros((n, 3), np.float32), np.arange(n)) for n in (4, 0))
+    some, none = ((np.eye(4, dtype=np.float32)[:n], np.arange(n)) for n in (4, 0))
+    assert probe.search(some, some, mesh_of(1), lambdas=[0.1, 1, 10]) == 10  # all are right
     with pytest.raises(Refused, match="there are none"):
         probe.search(some, none, mesh_of(1))
 

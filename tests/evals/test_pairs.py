@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 
-from clip_jax.config import Config
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.evals.alignment import diagnostics
-from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.serialize import from_dict, to_dict
 from tests.evals.conftest import encoder_on, mesh_of
 
 
@@ -33,11 +30,6 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     expected |= retrieval(images, texts, np.arange(37), mesh)
     assert first == pytest.approx(expected, rel=1e-5)
     assert 1 < first["info_nce"] < 5
-
-
-def test_a_run_may_have_both_kinds():
-    config = Config(evals=(DigitsEvalConfig(), PairsEvalConfig(pool=64, every_steps=5)))
-    assert from_dict(Config, to_dict(config)) == config
 
 
 def test_wrong_values_are_explained():

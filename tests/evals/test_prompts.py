@@ -52,12 +52,14 @@ def test_greedy_selection_leaves_out_what_harms(task):
     chosen = prompts.greedy_selection(images, labels, features)
     assert chosen[0] == 0
     assert 2 not in chosen
+    assert prompts.greedy_selection(images, labels, features[[0, 0]]) == [0]  # nor what is no help
 
 
 def test_template_files(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("a photo of a {c}.\n\nart of {}\n")
     assert prompts.read_templates(path) == ["a photo of a {c}.", "art of {}"]
+    assert fill("art of {}", "zebra") == "art of zebra"
     path.write_text("a photo\n")
     with pytest.raises(ValueError, match="template 1, 'a photo', says nowhere"):
         prompts.read_templates(path)

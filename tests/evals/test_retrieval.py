@@ -13,7 +13,7 @@ def task():
     rng = np.random.default_rng(0)
     images = unit(rng.standard_normal((37, 16)))
     owner = rng.permutation(np.repeat(np.arange(37), rng.integers(1, 5, 37)))
-    return images, unit(images[owner] + 0.25 * rng.standard_normal((len(owner), 16))), owner
+    return images, unit(images[owner] + 0.5 * rng.standard_normal((len(owner), 16))), owner
 
 
 def sorted_ranks(images, texts, owner):

@@ -14,20 +14,22 @@ def task():
     return (truth + rng.standard_normal(300)).astype(np.float32), truth
 
 
-def test_roc_auc_is_scikit_learns_with_ties(task):
+def test_the_roc_auc_of_two_classes_is_scikit_learns_with_ties(task):
     scores, truth = task
     for found in (scores, np.round(scores)):
         expected = roc_auc_score(truth, found)
         assert 0.6 < expected < 0.9
-        assert zero_shot.roc_auc(found, truth) == pytest.approx(expected, abs=1e-9)
-
-
-def test_two_classes_have_it(task):
-    scores, truth = task
-    logits = np.stack([np.zeros_like(scores), scores], axis=1)
-    values = zero_shot.classification(logits, truth.astype(np.int64))
-    assert values["roc_auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
+        logits = np.stack([np.zeros_like(found), found], axis=1)
+        values = zero_shot.classification(logits, truth.astype(np.int64))
+        assert values["roc_auc"] == pytest.approx(expected, abs=1e-9)
     assert "roc_auc" not in zero_shot.classification(logits[truth], np.ones(truth.sum(), np.int64))
+
+
+def test_ties_lose_and_classes_without_a_sample_do_not_count():
+    values = zero_shot.classification(np.zeros((3, 5), np.float32), np.arange(3))
+    assert values == {"acc1": 0, "acc5": 1, "mean_per_class_recall": 0}
+    logits, labels = np.eye(5, dtype=np.float32)[[1, 1, 3]], np.array([1, 2, 3])
+    assert zero_shot.classification(logits, labels)["mean_per_class_recall"] == pytest.approx(2 / 3)
 
 
 def test_average_precision_is_scikit_learns(task):
@@ -36,29 +38,20 @@ def test_average_precision_is_scikit_learns(task):
     )
 
 
-def voc_devkits(scores, truth):
-    """The loop of VOC2007's own program: ap += max(precision where recall >= t) / 11."""
-    order = np.argsort(-scores)
-    hits = np.cumsum(truth[order])
-    recall, precision = hits / truth.sum(), hits / np.arange(1, len(order) + 1)
-    total = 0.0
-    for t in np.linspace(0, 1, 11):
-        reached = precision[recall >= t - 1e-9]  # 0.3 of linspace is a little more than 3 / 10
-        total += (reached.max() if len(reached) else 0) / 11
-    return total
-
-
-def test_eleven_points_are_the_devkits(task):
-    scores, truth = task
-    expected = voc_devkits(scores, truth)
-    assert 0.5 < expected < 0.9
-    assert zero_shot.average_precision_11(scores, truth) == pytest.approx(expected, abs=1e-9)
-    # By hand: hits at 1 and 4 of 2. Recall 0.5 from the first on at precision 1, 1.0 at 0.5.
-    by_hand = zero_shot.average_precision_11(
-        np.array([4.0, 3.0, 2.0, 1.0], np.float32), np.array([True, False, False, True])
-    )
-    assert by_hand == pytest.approx((6 * 1.0 + 5 * 0.5) / 11)
-    assert zero_shot.average_precision_11(scores, np.ones(300, bool)) == 1
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        ("1001", (6 * 1 + 5 * 1 / 2) / 11),  # recall 1/2 at precision 1, then 1 at 1/2
+        ("0110", 2 / 3),  # recall 1 at 2/3, better than 1/2 at 1/2
+        ("1111111111", 1),
+        ("1110000000" + "1" * 7, (4 * 1 + 7 * 10 / 17) / 11),  # recall 3/10 is the fourth point
+    ],
+)
+def test_eleven_points_are_the_best_precisions_from_each_recall_on(truth, expected):
+    """VOC2007's, by hand: what is true of samples in the order of their scores."""
+    scores = -np.arange(len(truth), dtype=np.float32)
+    found = zero_shot.average_precision_11(scores, np.array([*truth]) == "1")
+    assert found == pytest.approx(expected)
 
 
 def test_many_labels_leave_out_what_is_too_difficult(task):
