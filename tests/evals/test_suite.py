@@ -29,6 +29,7 @@ def write_folder(path, folders, filled=1):
 
 def prepare(root, row, features, example, splits=("test",)):
     """Write what TFDS would: a builder of that name with one example in each split."""
+
     class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         __module__ = "stand_in"  # TFDS would look for files of its own in the package `tests`
         VERSION = tfds.core.Version("1.0.0")
@@ -180,7 +181,8 @@ def test_voc_in_its_own_layout(tmp_path):
     data = suite.open_data_set(VOC, tmp_path)
     assert isinstance(data, Tagged)
     assert list(data.names) == classes
-    assert [data.load(i)[1].tolist() for i in range(3)] == [*map(list, zip(*marks.values(), strict=True))]
+    of_classes = zip(*(data.load(i)[1] for i in range(3)), strict=True)
+    assert dict(zip(data.names, of_classes, strict=True)) == marks
     assert data.load(0)[0] == folder / "JPEGImages" / "000001.jpg"
     (lists / "bird_test.txt").write_text("000001 1\n")
     with pytest.raises(ValueError, match=r"bird_test\.txt lists other images"):
@@ -215,8 +217,8 @@ SUGAR_CREPE = {"filename": "a.png", "caption": PAIR[0], "negative_caption": PAIR
         ("mscoco_captions", "mscoco_captions/x_test_karpathy.json", COCO, "val2014", ["noise"]),
         ("flickr30k", "flickr30k/x_test_karpathy.json", COCO, "images", ["noise"]),
         ("flickr30k", "flickr30k/x_test_karpathy.json", COCO, "", ["noise"]),
-        ("aro_relation", "aro/visual_genome_relation.json", [ARO], "images", PAIR),
-        ("aro_attribution", "aro_attribution/visual_genome_attribution.json", [ARO], "images", PAIR),
+        ("aro_relation", "aro_relation/visual_genome_relation.json", [ARO], "images", PAIR),
+        ("aro_attribution", "aro/visual_genome_attribution.json", [ARO], "images", PAIR),
         ("sugar_crepe", "sugar_crepe/swap_obj.json", {"7": SUGAR_CREPE}, "val2017", PAIR),
     ],
 )

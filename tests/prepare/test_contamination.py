@@ -26,13 +26,9 @@ def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
     images = [*(scene(i) for i in range(12)), *copies]
     pairs = [(f"{i:02d}.jpg", jpeg(x), f"text {i}") for i, x in enumerate(images)]
     source = FORMATS["tar"](tmp_path / "in", pairs).path
-    config = PrepareConfig(
-        source=source,
-        destination=tmp_path / "out",
-        samples_per_shard=7,
-        decontaminate=(str(tmp_path / "flowers"), f"birds={birds}"),
-    )
-    report = prepare(config)
+    sets = (str(tmp_path / "flowers"), f"birds={birds}")
+    how = {"destination": tmp_path / "out", "samples_per_shard": 7, "decontaminate": sets}
+    report = prepare(PrepareConfig(source=source, **how))
     assert report["found"] == {
         "birds": {"pairs": 3, "images": 3, "of": 3},
         "flowers": {"pairs": 4, "images": 3, "of": 7},

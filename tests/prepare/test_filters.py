@@ -1,6 +1,5 @@
 """What prepare keeps: by score, by caption, and of equal images one."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -26,37 +25,28 @@ def run(tmp_path, source, **fields):
     return report, captions(tmp_path / "out")
 
 
-def with_scores(pairs, scores=SCORES):
-    return hugging_face(pairs).append_column("similarity", pa.array(scores))
-
-
 def beside_tars(folder):
     path = FORMATS["tar"](folder, PAIRS).path
-    keys = [name.split(".")[0] for name, _, _ in PAIRS]
-    for number, part in enumerate(parts(list(zip(keys, SCORES, strict=True)), 3)):
-        table = {"key": [key for key, _ in part], "similarity": [score for _, score in part]}
-        rows = pa.table(table).append_column("status", pa.array(["success"] * len(part)))
-        failed = pa.table({"key": ["none"], "similarity": [1.0], "status": ["failed"]})
-        both = pa.concat_tables([failed, rows], promote_options="permissive")
-        pq.write_table(both, folder / f"{number:05d}.parquet")
+    keys = [name.removesuffix(".png") for name, _, _ in PAIRS]
+    for i in range(3):
+        rows = slice(4 * i, 4 * i + 4)
+        table = pa.table({"key": keys[rows], "similarity": SCORES[rows]})
+        pq.write_table(table, folder / f"{i:05d}.parquet")
     return path
 
 
 def in_parquet(folder):
-    pq.write_table(with_scores(PAIRS), folder / "a.parquet", row_group_size=4)
+    rows = hugging_face(PAIRS).append_column("similarity", pa.array(SCORES))
+    pq.write_table(rows, folder / "a.parquet", row_group_size=4)
     return folder / "a.parquet"
 
 
 def in_saved_dataset(folder):
     FORMATS["saved_dataset"](folder, PAIRS)
-    state = json.loads((folder / "state.json").read_text())
-    halves = parts(list(zip(PAIRS, SCORES, strict=True)), 2)
-    for file, part in zip(state["_data_files"], halves, strict=True):
-        rows = with_scores(*zip(*part, strict=True))
-        with (
-            pa.OSFile(str(folder / file["filename"]), "wb") as sink,
-            pa.ipc.new_stream(sink, rows.schema) as writer,
-        ):
+    for file, scores in zip(sorted(folder.glob("*.arrow")), parts(SCORES, 2), strict=True):
+        rows = pa.ipc.open_stream(file.read_bytes()).read_all()
+        rows = rows.append_column("similarity", pa.array(scores))
+        with file.open("wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
             writer.write_table(rows)
     return folder
 
@@ -98,10 +88,9 @@ def test_of_equal_images_the_first_that_passes_is_kept(tmp_path):
     """Across shards and parts, whichever part comes first."""
     images = [PAIRS[i][1] for i in (0, 1, 2, 0, 3, 1, 0, 4, 2, 5, 0)]
     texts = ["", *(f"text {i}" for i in range(1, 11))]
-    pairs = [
-        (f"{i:02d}.png", x, text) for i, (x, text) in enumerate(zip(images, texts, strict=True))
-    ]
-    pairs += [(f"{i}.png", b"broken", "x") for i in (11, 12)]
+    images += [b"broken"] * 2
+    texts += ["x"] * 2
+    pairs = [(f"{i:02d}.png", image, texts[i]) for i, image in enumerate(images)]
     (tmp_path / "in").mkdir()
     path = FORMATS["images_beside"](tmp_path / "in", pairs).path
     how = {"source": path, "destination": tmp_path / "out", "samples_per_shard": 5}
@@ -129,10 +118,8 @@ def test_words_and_languages_of_captions(tmp_path):
     report, kept = run(tmp_path, tmp_path / "a.parquet", min_words=3, languages=("en",))
     assert kept == [rows["caption"][0][:1], rows["caption"][3], rows["caption"][5]]
     assert report["counts"] == {"kept": 3, "caption language": 2, "caption words": 1}
-    report, kept = run(
-        tmp_path, tmp_path / "a.parquet", languages=("de", "en"), destination=tmp_path / "both"
-    )
-    assert report["counts"]["kept"] == 5
+    both = {"languages": ("de", "en"), "destination": tmp_path / "both"}
+    assert run(tmp_path, tmp_path / "a.parquet", **both)[0]["counts"]["kept"] == 5
 
 
 @pytest.mark.parametrize(
@@ -145,9 +132,7 @@ def test_words_and_languages_of_captions(tmp_path):
     ],
 )
 def test_the_filters_of_datacomp(name, bounds):
-    needs_score = "min_score" in bounds or "top_share" in bounds
-    given = {"score_column": "similarity"} if needs_score else {}
-    config = FilterConfig(filter=name, **given).with_filter()
+    config = FilterConfig(filter=name, score_column="x").with_filter()
     assert {field: getattr(config, field) for field in bounds} == bounds
     assert config.languages == (() if name == "clip-score-30" else ("en",))
     strict = FilterConfig(filter=name, min_side=300, top_share=0.1, score_column="x").with_filter()
