@@ -3,7 +3,8 @@
 One model, so that the tests of a process share what was compiled of it."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,6 +58,14 @@ def encoder_on(
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows of unit length."""
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def write_folder(path: Path, classes: Iterable[str], per_class: int = 1) -> None:
+    """Images in a folder for each class."""
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for i in range(per_class):
+            (path / name / f"{i}.png").write_bytes(png())
 
 
 def png(pixels: np.ndarray | None = None) -> bytes:

@@ -1,7 +1,5 @@
 """Captions on a mesh: what is written, and how probable given ones are."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,26 +14,18 @@ from clip_jax.models.generation import GenerationConfig
 from tests.conftest import COCA, batch, parameters
 from tests.evals.conftest import mesh_of
 
-# CLIP's BPE needs its bytes.
-CONFIG = dataclasses.replace(
-    COCA,
-    vision=dataclasses.replace(COCA.vision, depth=1),
-    text=dataclasses.replace(COCA.text, depth=1, vocab_size=520),
-    decoder=dataclasses.replace(COCA.decoder, depth=1),
-)
-
 
 @pytest.fixture(scope="module")
 def encoder():
-    mesh, params = mesh_of(data=2, fsdp=2, tensor=2), parameters(CONFIG)
-    params = jax.device_put(params, sharding.param_shardings(CONFIG, params, mesh))
-    return Encoder(CLIP(CONFIG), params, mesh, Preprocess(image_size=16), lambda texts: texts)
+    mesh, params = mesh_of(data=2, fsdp=2, tensor=2), parameters(COCA)
+    params = jax.device_put(params, sharding.param_shardings(COCA, params, mesh))
+    return Encoder(CLIP(COCA), params, mesh, Preprocess(image_size=16), lambda texts: texts)
 
 
 @pytest.fixture(scope="module")
 def log_probabilities():
     """Of 12 images and texts: each next token's, all at once and on one device."""
-    model, params = CLIP(CONFIG), jax.tree.map(jnp.asarray, parameters(CONFIG))
+    model, params = CLIP(COCA), jax.tree.map(jnp.asarray, parameters(COCA))
 
     @jax.jit
     def dense(pixels, tokens):
@@ -47,7 +37,7 @@ def log_probabilities():
 
 def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilities):
     """Of 4 images and 3 texts: log p of each pair, and the mean loss of all their tokens."""
-    data = batch(CONFIG, 16)
+    data = batch(COCA, 16)
     images, texts = data["image"][:4], data["text"][4:7]
     texts[0, 5:] = 0  # a shorter one
     pixels, tokens = np.repeat(images, 3, axis=0), np.tile(texts, (4, 1))
@@ -64,12 +54,12 @@ def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilitie
 
 def test_captions_are_written_on_the_mesh(encoder, log_probabilities):
     """Greedily: each token is the most probable after those before it, up to the end of text."""
-    pixels, generation = batch(CONFIG, 16)["image"][:5], GenerationConfig(min_length=1)
+    pixels, generation = batch(COCA, 16)["image"][:5], GenerationConfig(min_length=1)
     write = writer(encoder.model, encoder.mesh, generation)
     ids = in_batches(write, encoder.params, encoder.mesh, pixels)
     assert captions(encoder, pixels, generation) == encoder.read(ids)
     of_all = log_probabilities(pixels[np.arange(12) % 5], ids[np.arange(12) % 5])
-    free = np.cumsum(ids == CONFIG.text.end_id, axis=1)[:, :-2] == 0  # the last is always the end
+    free = np.cumsum(ids == COCA.text.end_id, axis=1)[:, :-2] == 0  # the last is always the end
     np.testing.assert_array_equal(ids[:, 1:-1][free], of_all[:5].argmax(2)[:, :-1][free])
     assert free.sum() > 10
     assert len({*map(tuple, ids.tolist())}) > 1

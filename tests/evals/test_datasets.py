@@ -7,18 +7,11 @@ import pytest
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import decode
 from clip_jax.evals.datasets import open_captions, open_digits, open_folder, split_folder
-from tests.evals.conftest import png
-
-
-def write_folder(path, classes, per_class=2):
-    for name in classes:
-        (path / name).mkdir(parents=True)
-        for i in range(per_class):
-            (path / name / f"{i}.png").write_bytes(png())
+from tests.evals.conftest import png, write_folder
 
 
 def test_a_folder_is_named_by_its_folders(tmp_path):
-    write_folder(tmp_path, ["red_fox", "arctic_fox", ".hidden"])
+    write_folder(tmp_path, ["red_fox", "arctic_fox", ".hidden"], 2)
     data = open_folder(tmp_path, name="food101")
     assert list(data.names) == ["arctic fox", "red fox"]
     assert list(data.templates) == ["a photo of {c}, a type of food."]
@@ -27,7 +20,7 @@ def test_a_folder_is_named_by_its_folders(tmp_path):
 
 
 def test_imagenets_folders_are_named_as_openai_did(tmp_path):
-    write_folder(tmp_path / "a", ["n02007558", "n01440764"], 1)
+    write_folder(tmp_path / "a", ["n02007558", "n01440764"])
     assert list(open_folder(tmp_path / "a").names) == ["tench", "flamingo"]
     write_folder(tmp_path / "v2", map(str, range(1_000)), 0)
     (tmp_path / "v2" / "130" / "x.png").write_bytes(png())
@@ -36,8 +29,8 @@ def test_imagenets_folders_are_named_as_openai_did(tmp_path):
 
 
 def test_names_are_in_a_file_that_must_fit_or_beside_a_split(tmp_path):
-    write_folder(tmp_path / "test", ["0", "1", "2"], 1)
-    write_folder(tmp_path / "other", ["a", "b"], 1)
+    write_folder(tmp_path / "test", ["0", "1", "2"])
+    write_folder(tmp_path / "other", ["a", "b"])
     for folder, name in (("test", "in"), (".", "beside")):
         (tmp_path / folder / "classnames.txt").write_text(f"zero {name}\none\ntwo\n")
     assert list(open_folder(tmp_path / "test").names) == ["zero in", "one", "two"]

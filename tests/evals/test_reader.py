@@ -28,15 +28,13 @@ def data(loads=None):
     return Labelled(["a", "b"], [], COUNT, load)
 
 
-def shares_of(part, parts):
-    with mock.patch.object(sharding, "data_part", autospec=True, return_value=(part, parts)):
-        return list(Reader(data(), Preprocess(image_size=8), mesh_of(4), COUNT))
-
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_parts_of_all_processes_are_every_image_in_its_row(parts, monkeypatch):
     monkeypatch.setattr(reader, "_BATCH", 8 // parts)
-    shares = [shares_of(part, parts) for part in range(parts)]
+    shares = []
+    for part in range(parts):
+        with mock.patch.object(sharding, "data_part", autospec=True, return_value=(part, parts)):
+            shares.append(list(Reader(data(), Preprocess(image_size=8), mesh_of(4), COUNT)))
     assert len({len(x) for x in shares}) == 1  # batches of each process
     batches = [
         np.concatenate([share.pixels for share in batch]) for batch in zip(*shares, strict=True)

@@ -36,24 +36,19 @@ def sorted_ranks(images, texts, owner):
         (mesh_of(8, data=2, fsdp=2, tensor=2), (3, 8)),
     ],
 )
-def test_ranks_are_those_of_a_full_sort(task, mesh, blocks, monkeypatch):
+def test_ranks_and_recalls_are_those_of_a_full_sort(task, mesh, blocks, monkeypatch):
     monkeypatch.setattr(retrieval, "_TEXTS", blocks[0])
     monkeypatch.setattr(retrieval, "_IMAGES", blocks[1])
     retrieval._count.clear_cache()
-    ours = retrieval.ranks(*task, mesh)
+    ours, values = retrieval.ranks(*task, mesh), retrieval.retrieval(*task, mesh)
     retrieval._count.clear_cache()
-    for some, theirs in zip(ours, sorted_ranks(*task), strict=True):
+    names = ("image_retrieval", "text_retrieval")
+    for name, some, theirs in zip(names, ours, sorted_ranks(*task), strict=True):
         np.testing.assert_array_equal(some, theirs)
         assert len(np.unique(some)) > 1  # neither solved nor constant
-
-
-def test_recall_and_median(task):
-    values = retrieval.retrieval(*task, mesh_of(8))
-    by_text, by_image = sorted_ranks(*task)
-    for name, ranks in (("image_retrieval", by_text), ("text_retrieval", by_image)):
-        assert values[f"{name}_median_rank"] == np.median(ranks)
+        assert values[f"{name}_median_rank"] == np.median(theirs)
         for k in (1, 5, 10):
-            assert values[f"{name}_recall@{k}"] == pytest.approx((ranks <= k).mean())
+            assert values[f"{name}_recall@{k}"] == pytest.approx((theirs <= k).mean())
 
 
 def test_identical_embeddings_retrieve_nothing():

@@ -1,6 +1,7 @@
 """Every data set of the suite: its classes and names; and each layout that it may have on disk."""
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -9,22 +10,15 @@ import pytest
 import tensorflow_datasets as tfds
 
 from clip_jax.data.images import decode
+from clip_jax.data.sources import SampleError
 from clip_jax.evals import prompts, suite
 from clip_jax.evals.datasets import Labelled, Missing, Tagged
 from tests.data.conftest import write_tar
-from tests.evals.conftest import png
+from tests.evals.conftest import png, write_folder
 
 BY_NAME = {row.name: row for row in suite.SUITE}
 VOC = BY_NAME["voc2007_multilabel"]
 LABELLED = [row for row in suite.SUITE if row.classes and row is not VOC]
-
-
-def write_folder(path, folders, filled=1):
-    """One image, in the folder at place `filled` of the given order."""
-    for place, folder in enumerate(folders):
-        (path / folder).mkdir(parents=True)
-        if place == filled:
-            (path / folder / "x.png").write_bytes(png())
 
 
 def prepare(root, row, features, example, splits=("test",)):
@@ -75,7 +69,8 @@ def test_a_folder_of_classes(tmp_path):
     write_folder(folder, [f"class_{i:04d}" for i in range(row.classes)])
     data = suite.open_data_set(row, tmp_path)
     assert isinstance(data, Labelled)
-    assert (len(data.names), data.count, data.load(0)[1]) == (row.classes, 1, 1)
+    assert len(data.names) == data.count == row.classes
+    assert data.load(1)[1] == 1
     assert data.names[1] == "class 0001"
     with pytest.raises(Missing, match=r"dtd in .* has no train split"):
         suite.open_data_set(row, tmp_path, "train")
@@ -89,10 +84,16 @@ def test_clip_benchmarks_tars(folder, tmp_path):
     row, path = BY_NAME["cars"], tmp_path / folder
     names = [f"name {i}" for i in range(row.classes)]
     (path / "test").mkdir(parents=True)
-    write_tar(path / "test" / "0.tar", [("0.png", png()), ("0.cls", b"1")])
+    labels = (b"1", b"196", b"x")
+    members = [[(f"{i}.png", png()), (f"{i}.cls", label)] for i, label in enumerate(labels)]
+    write_tar(path / "test" / "0.tar", itertools.chain(*members))
     (path / "classnames.txt").write_text("\n".join(names))
+    (path / "zeroshot_classification_templates.txt").write_text("a {c}, seen.")
     data = suite.open_data_set(row, tmp_path)
-    assert (list(data.names), data.load(0)[1]) == (names, 1)
+    assert (list(data.names), data.templates, data.load(0)[1]) == (names, ["a {c}, seen."], 1)
+    for i, label in ((1, "196"), (2, "x")):
+        with pytest.raises(SampleError, match=f"cls is '{label}', not a number below 196"):
+            data.load(i)
     with pytest.raises(Missing, match="has no train split"):
         suite.open_data_set(row, tmp_path, "train")
     (path / "classnames.txt").write_text("\n".join(names[1:]))
@@ -153,7 +154,7 @@ def test_tfds_has_the_order_of_the_published_names(name):
     ],
 )  # fmt: skip
 def test_folders_that_stand_for_published_names(name, folders, called, tmp_path):
-    write_folder(tmp_path / name / "test", folders, filled=0)
+    write_folder(tmp_path / name / "test", folders)
     data = suite.open_data_set(BY_NAME[name], tmp_path)
     assert data.names[data.load(0)[1]] == called
     assert list(data.names) == prompts.class_names(name)

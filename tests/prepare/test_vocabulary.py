@@ -31,22 +31,19 @@ def test_a_vocabulary_is_trained_and_taken(source, tmp_path, capsys):
     assert result["ids"] == 300
     assert result["captions"] == len(TEXTS)
     flags = dict(zip(*[iter(result["flags"].split())] * 2, strict=True))
-    text = TextConfig(
-        vocab_size=int(flags["--model.text.vocab-size"]),
-        pool="eos",
-        eos_token_id=int(flags["--model.text.eos-token-id"]),
-        tokenizer=TokenizerConfig(
-            file=flags["--model.text.tokenizer.file"],
-            clean=flags["--model.text.tokenizer.clean"],
-            end_id=int(flags["--model.text.tokenizer.end-id"]),
-            pad_id=int(flags["--model.text.tokenizer.pad-id"]),
-        ),
-    )
-    tokenizer = make_tokenizer(text)
-    ids = tokenizer([*TEXTS, "ᚠᛇᚻ <0x41> never seen"], 120)
+    rules = TokenizerConfig(file=str(path), clean="lower", end_id=1, pad_id=0)
+    for name in ("file", "clean", "end-id", "pad-id"):
+        value = getattr(rules, name.replace("-", "_"))
+        assert flags.pop(f"--model.text.tokenizer.{name}") == str(value)
+    names = ("vocab-size", "pool", "eos-token-id")
+    assert [flags.pop(f"--model.text.{name}") for name in names] == ["300", "eos", "1"]
+    assert not flags
+    text = TextConfig(vocab_size=300, pool="eos", eos_token_id=1, tokenizer=rules)
+    tokenizer, texts = make_tokenizer(text), [*TEXTS, "ᚠᛇᚻ <0x41> never seen"]
+    ids = tokenizer(texts, 120)
     assert ((ids == 1).sum(axis=1) == 1).all()
     assert (ids != 3).all()  # no word is unknown: letters fall into bytes
-    for row, said in zip(ids, [*TEXTS, "ᚠᛇᚻ <0x41> never seen"], strict=True):
+    for row, said in zip(ids, texts, strict=True):
         assert tokenizer.decode(row) == said.lower()
 
 
