@@ -26,11 +26,6 @@ from clip_jax.evals.zero_shot import multi_label
 from clip_jax.evaluate import EvaluateConfig, _suite, _warn_of_other_numbers, run_of
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
 
-COLOURS = {
-    "blue": (20, 20, 220), "dark": (10,) * 3, "green": (20, 200, 20), "grey": (120,) * 3,
-    "light": (240,) * 3, "red": (220, 20, 20),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -45,10 +40,11 @@ def data(tmp_path_factory):
     """41 images in six folders, one that is none; captions of all."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     captions = {"images": [], "annotations": []}
-    for name, colour in COLOURS.items():
+    for name in ("blue", "dark", "green", "grey", "light", "red"):
+        colour = rng.integers(0, 256, 3)
         (root / "mine" / name).mkdir(parents=True)
         for i in range(7 - (name == "dark")):
-            pixels = np.clip(np.array(colour) + rng.normal(0, 25, (20, 14, 3)), 0, 255)
+            pixels = np.clip(colour + rng.normal(0, 25, (20, 14, 3)), 0, 255)
             file, number = root / "mine" / name / f"{i}.png", len(captions["images"])
             file.write_bytes(png(pixels.astype(np.uint8)))
             captions["images"].append({"id": number, "file_name": str(file)})

@@ -15,6 +15,7 @@ from clip_jax.cli import main
 from clip_jax.loading import load
 from tests.conftest import COCA, write_tiny_model
 from tests.data.conftest import write_tar
+from tests.evals.conftest import unit
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,6 @@ def refused(capsys):
 def rows(output):
     """All rows of all files, in order of their index."""
     return pa.concat_tables(map(pq.read_table, sorted(output.glob("rows-*.parquet"))))
-
-
-def unit(features):
-    features = np.asarray(features)
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 # ------------------------------------------------------------------ predict

@@ -72,18 +72,6 @@ def test_a_source_without_scores_says_so(tmp_path):
         run(tmp_path, tmp_path / "*.tar", score_column="similarity")
 
 
-def test_of_several_captions_those_that_pass_are_kept(tmp_path):
-    rows = {
-        "image": [image for _, image, _ in PAIRS[:3]],
-        "caption": [["one", "two words", "three more words"], ["x"], ["four", "", "fünf"]],
-    }
-    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    report, kept = run(tmp_path, tmp_path / "a.parquet", min_caption=3, max_caption=9)
-    assert kept == [["one", "two words"], ["four", "fünf"]]
-    assert report["counts"] == {"kept": 2, "caption length": 1}
-    assert sum(report["histograms"]["caption, characters"]) == 4
-
-
 def test_of_equal_images_the_first_that_passes_is_kept(tmp_path):
     """Across shards and parts, whichever part comes first."""
     images = [PAIRS[i][1] for i in (0, 1, 2, 0, 3, 1, 0, 4, 2, 5, 0)]
@@ -102,11 +90,12 @@ def test_of_equal_images_the_first_that_passes_is_kept(tmp_path):
     }  # fmt: skip
 
 
-def test_words_and_languages_of_captions(tmp_path):
+def test_of_several_captions_those_of_the_length_the_words_and_the_language_are_kept(tmp_path):
     rows = {
-        "image": [image for _, image, _ in PAIRS[:6]],
+        "image": [image for _, image, _ in PAIRS[:7]],
         "caption": [
-            ["a photo of a small dog", "ein Foto von einem kleinen Hund"],
+            ["a photo of a small dog", "ein Foto von einem kleinen Hund", "a dog " * 9, "a", ""],
+            ["a", "no", "very long captions are left out, too, as are those of a letter or two"],
             ["der Hund läuft über die grüne Wiese"],
             ["dog"],
             ["two dogs are playing in the garden"],
@@ -115,11 +104,15 @@ def test_words_and_languages_of_captions(tmp_path):
         ],
     }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    report, kept = run(tmp_path, tmp_path / "a.parquet", min_words=3, languages=("en",))
-    assert kept == [rows["caption"][0][:1], rows["caption"][3], rows["caption"][5]]
-    assert report["counts"] == {"kept": 3, "caption language": 2, "caption words": 1}
-    both = {"languages": ("de", "en"), "destination": tmp_path / "both"}
-    assert run(tmp_path, tmp_path / "a.parquet", **both)[0]["counts"]["kept"] == 5
+    how = {"min_caption": 3, "max_caption": 36, "languages": ("en",)}
+    report, kept = run(tmp_path, tmp_path / "a.parquet", **how, min_words=3)
+    assert kept == [rows["caption"][0][:1], rows["caption"][4], rows["caption"][6]]
+    reasons = {"caption length": 1, "caption language": 2, "caption words": 1}
+    assert report["counts"] == {"kept": 3} | reasons
+    assert sum(report["histograms"]["caption, characters"]) == 3
+    how |= {"languages": ("de", "en"), "destination": tmp_path / "both"}
+    report, kept = run(tmp_path, tmp_path / "a.parquet", **how)
+    assert report["counts"]["kept"] == 5
 
 
 @pytest.mark.parametrize(
