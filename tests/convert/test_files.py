@@ -1,6 +1,7 @@
 """Files and folders that are no model, or a damaged one: one clear message, memory bounded."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from tests.convert.conftest import refuse
     [
         ("x.pt", b"", "empty"),
         ("x.safetensors", bytes(1 << 16), "neither"),
-        ("x.bin", b"hello, world", "neither"),
         ("x.pt", b"\x80", "neither"),
+        ("x.safetensors", struct.pack("<Q", 1 << 60) + b'{"a"', "damaged or truncated"),
     ],
 )
 def test_files_of_something_else(tmp_path, name, content, match):
@@ -26,7 +27,7 @@ def test_files_of_something_else(tmp_path, name, content, match):
     refuse(tmp_path / name, match, read_weights)
 
 
-def test_a_directory_where_a_file_was_expected(tmp_path):
+def test_no_file_where_a_file_was_expected(tmp_path):
     refuse(tmp_path, "is a directory")
     refuse(tmp_path / "nothing.pt", "there is no")
     refuse(tmp_path, "0 files of weights", read_weights)
@@ -34,6 +35,8 @@ def test_a_directory_where_a_file_was_expected(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ValueError, match=r"config\.json is a directory"):
         read_weights(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    refuse(tmp_path / "pipe.pt", "there is no file", read_weights)  # it is not waited for
 
 
 def safetensors(path: Path, header: bytes | dict, data: bytes = b"") -> Path:
@@ -63,12 +66,6 @@ def entry(shape, begin, end, dtype="F32"):
 )
 def test_damaged_safetensors(tmp_path, header, size):
     path = safetensors(tmp_path / "x.safetensors", header, bytes(size))
-    refuse(path, "damaged or truncated")
-
-
-def test_a_safetensors_header_that_is_not_there(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", 1 << 60) + b'{"a"')
     refuse(path, "damaged or truncated")
 
 
