@@ -7,27 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax.convert.files import read_tensors
-from clip_jax.convert.weights import Weights, default_preprocess
-from clip_jax.data.images import Preprocess
+from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.weights import DType, Weights, default_preprocess
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.refused import Refused
+from tests.conftest import COCA, MAMMUT
 
-NO_WORDS = TokenizerConfig(file="", clean="punctuation")  # no released vocabulary has 40
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
 TEXT = TextConfig(vocab_size=600, context_length=16, width=64, depth=3, num_heads=1)
 VIT = CLIPConfig(embed_dim=48, vision=VISION, text=TEXT)
+SIGLIP = zoo.get("ViT-B-16-SigLIP")
+_SMALL = {"width": 32, "depth": 2, "num_heads": 2}
+_NO_WORDS = TokenizerConfig(file="", clean="punctuation")  # no released vocabulary has 40
 
 CONFIGS = {
     "vit": VIT,
     "gelu": replace(
-        VIT, vision=replace(VISION, activation="gelu"), text=replace(TEXT, activation="gelu")
+        VIT,
+        vision=replace(VISION, activation="gelu", num_heads=4),  # 32 channels a head
+        text=replace(TEXT, activation="gelu"),
     ),
     "options": replace(
         VIT,
@@ -45,35 +52,52 @@ CONFIGS = {
     "resnet": replace(
         VIT, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=16, num_heads=8)
     ),
+    "coca": COCA,
+    # With the whole vocabulary: another's padding, which the mean sees, open_clip would not make.
+    "mammut": replace(
+        MAMMUT,
+        vision=replace(MAMMUT.vision, activation="gelu"),
+        text=replace(MAMMUT.text, activation="gelu", vocab_size=49_408),
+    ),
+    "siglip": replace(
+        SIGLIP,
+        embed_dim=32,
+        vision=replace(SIGLIP.vision, image_size=32, patch_size=8, **_SMALL),
+        text=replace(SIGLIP.text, context_length=6, vocab_size=40, tokenizer=_NO_WORDS, **_SMALL),
+    ),
 }  # fmt: skip
 
 
 @functools.cache
-def random_weights(config: CLIPConfig) -> Weights:
+def make_weights(name: str) -> Weights:
+    config = CONFIGS[name]
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    return Weights(config=config, params=params, preprocess=default_preprocess(config))
-
-
-def make_weights(name: str) -> Weights:
-    return random_weights(CONFIGS[name])
+    mode = "squash" if name == "siglip" else "shortest"
+    preprocess = replace(default_preprocess(config), resize_mode=mode)
+    return Weights(config=config, params=params, preprocess=preprocess)
 
 
 @pytest.fixture
 def siglip() -> Weights:
-    """A small SigLIP, as its released folders have one."""
-    config = zoo.get("ViT-B-16-SigLIP")
-    sizes = {"width": 32, "depth": 2, "num_heads": 2}
-    config = replace(
-        config,
-        embed_dim=32,
-        vision=replace(config.vision, image_size=32, patch_size=8, **sizes),
-        text=replace(config.text, context_length=6, vocab_size=40, tokenizer=NO_WORDS, **sizes),
-    )
-    half = (0.5, 0.5, 0.5)
-    preprocess = Preprocess(image_size=32, mean=half, std=half, resize_mode="squash")
-    return replace(random_weights(config), preprocess=preprocess)
+    return make_weights("siglip")
+
+
+def assert_same(a: Weights, b: Weights) -> None:
+    """The same bits, dtypes and settings."""
+    assert (a.config, a.preprocess) == (b.config, b.preprocess)
+    ours, theirs = flatten(a.params), flatten(b.params)
+    assert ours.keys() == theirs.keys()
+    for path, x in ours.items():
+        assert x.dtype == theirs[path].dtype, path
+        assert x.tobytes() == theirs[path].tobytes(), path
+
+
+def cast(weights: Weights, dtype: DType) -> Weights:
+    """Weights whose parameters have another type."""
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), weights.params)
+    return replace(weights, params=params)
 
 
 MAX_MEMORY = 64 << 20  # bytes, whatever the file claims
@@ -83,7 +107,7 @@ def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors
     """The file is refused with one line that names it, and little memory is used."""
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=match) as error:
+        with pytest.raises(Refused, match=match) as error:
             read(path)
         assert tracemalloc.get_traced_memory()[1] < MAX_MEMORY
     finally:

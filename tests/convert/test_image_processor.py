@@ -18,22 +18,16 @@ MEANT = Preprocess(
 )
 
 
-def test_a_processor_keeps_them_in_a_file_of_its_own(tmp_path):
-    """As `CLIPProcessor.save_pretrained` has written them since transformers 5."""
+def test_of_two_files_the_processors_own_counts(tmp_path):
+    """As `CLIPProcessor.save_pretrained` has written it since transformers 5."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS | {"resample": 3}))
     path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # an older one, without any
+    assert image_processor.read(tmp_path, OPENAI).interpolation == "bicubic"
     path.write_text(json.dumps({"image_processor": SETTINGS, "processor_class": "CLIPProcessor"}))
     assert image_processor.read(tmp_path, OPENAI) == MEANT
     image_processor.write(tmp_path, OPENAI)
     assert image_processor.read(tmp_path, OPENAI) == OPENAI  # what is written counts
-
-
-def test_of_two_files_the_processors_counts(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS | {"resample": 3}))
-    path = tmp_path / "processor_config.json"
-    path.write_text(json.dumps({"image_processor": SETTINGS}))
-    assert image_processor.read(tmp_path, OPENAI).interpolation == "bilinear"
-    path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # of an older one, nothing
-    assert image_processor.read(tmp_path, OPENAI).interpolation == "bicubic"
 
 
 @pytest.mark.parametrize(

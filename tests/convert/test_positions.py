@@ -1,30 +1,24 @@
 """Position embeddings at another size of image."""
 
-import jax
-import jax.numpy as jnp
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from clip_jax.convert.positions import resize_positions
-from clip_jax.models.clip import CLIP
 from tests.convert.conftest import make_weights
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit", 24), ("resnet", 96)])
-def test_positions_resize(name, size):
-    weights = resize_positions(make_weights(name), size)
-    assert weights.config.vision.image_size == weights.preprocess.image_size == size
-    encode, pixels = CLIP(weights.config).encode_image, jnp.zeros((1, size, size, 3))
-    assert jax.eval_shape(encode, weights.params, pixels).shape == (1, 48)
-
-
-def test_positions_of_another_size_keep_the_class_token():
-    before = make_weights("vit")
-    after = resize_positions(before, 64)
-    old = before.params["visual"]["positional_embedding"]
-    new = after.params["visual"]["positional_embedding"]
-    np.testing.assert_array_equal(new[0], old[0])
-    assert new.shape == (65, 128)
-    # Bicubic interpolation keeps means where the image is not near its border.
-    assert abs(new[1:].mean() - old[1:].mean()) < 0.05
-    np.testing.assert_array_equal(after.params["visual"]["proj"], before.params["visual"]["proj"])
+@pytest.mark.parametrize("name", ["vit", "siglip"])  # with a class token, and without
+def test_positions_are_resized_bicubically(name):
+    """That keeps a quadratic function away from the border. The class token's position stays."""
+    weights = make_weights(name)  # 4 x 4 patches
+    positions = weights.params["visual"]["positional_embedding"].copy()
+    positions[-16:] = np.repeat(np.arange(4.0) ** 2, 4)[:, None]
+    visual = weights.params["visual"] | {"positional_embedding": positions}
+    after = resize_positions(replace(weights, params=weights.params | {"visual": visual}), 64)
+    assert after.config.vision.image_size == after.preprocess.image_size == 64
+    resized = after.params["visual"]["positional_embedding"]
+    np.testing.assert_array_equal(resized[:-64], positions[:-16])
+    middle = resized[-64:].reshape(8, 8, -1)[3:5, 3:5, 0]
+    np.testing.assert_allclose(middle, [[1.25**2] * 2, [1.75**2] * 2], rtol=1e-5)
