@@ -5,14 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax.convert.verify import our_outputs
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 from tests import vocabularies
@@ -21,17 +19,7 @@ from tests.conftest import COCA, MAMMUT, RESNET, TINY, batch, parameters
 RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
 
 
-def _small_siglip() -> CLIPConfig:
-    config, sizes = zoo.get("ViT-B-16-SigLIP"), {"width": 32, "depth": 2, "num_heads": 2}
-    return replace(
-        config,
-        embed_dim=32,
-        dtype="float32",
-        # 35 pixels: three of them belong to no patch
-        vision=replace(config.vision, image_size=35, patch_size=8, **sizes),
-        text=replace(config.text, context_length=16, vocab_size=520, tokenizer=RULES, **sizes),
-    )
-
+SIGLIP, SMALL = zoo.get("ViT-B-16-SigLIP"), {"width": 32, "depth": 2, "num_heads": 2}
 
 FAMILIES = {
     "clip": TINY,
@@ -52,24 +40,13 @@ FAMILIES = {
         text=replace(COCA.text, correct_class_mask=False),
     ),
     "mammut": MAMMUT,
-    "siglip": _small_siglip(),
+    "siglip": replace(
+        SIGLIP, embed_dim=32, dtype="float32",
+        # 35 pixels: three of them belong to no patch
+        vision=replace(SIGLIP.vision, image_size=35, patch_size=8, **SMALL),
+        text=replace(SIGLIP.text, context_length=16, vocab_size=520, tokenizer=RULES, **SMALL),
+    ),
 }  # fmt: skip
-
-
-def make(config: CLIPConfig) -> Weights:
-    params = jax.tree.map(np.asarray, parameters(config))
-    return Weights(config=config, params=params, preprocess=default_preprocess(config))
-
-
-def greedy(weights: Weights, images: np.ndarray) -> np.ndarray:
-    """Captions [B, L] of the model's decoder, which computes all again for each token."""
-    model, params = CLIP(weights.config), jax.tree.map(jnp.asarray, weights.params)
-    image_tokens = jax.jit(model.encode_image_and_tokens)(params, images)[1]
-    ids = np.zeros((len(images), weights.config.text.context_length), np.int32)
-    ids[:, 0], decode = weights.config.text.begin_id, jax.jit(model.decode_text)
-    for place in range(1, ids.shape[1]):
-        ids[:, place] = decode(params, ids, image_tokens)[:, place - 1].argmax(-1)
-    return ids
 
 
 @dataclass(frozen=True)
@@ -94,10 +71,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
             vocabularies.sentencepiece_model(words)
             rules = replace(RULES, file=str(words))
             config = replace(config, text=replace(config.text, tokenizer=rules))
-        weights, made = make(config), batch(config, 64)
+        params, made = jax.tree.map(np.asarray, parameters(config)), batch(config, 64)
+        weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
         images, tokens = (made["image"][:3] / 127.5 - 1).astype(np.float32), made["text"][:3]
         tokens[1, -4:] = [519, 0, 0, 0]  # which some models see, and some may not
-        ours = our_outputs(weights.config, weights.params, images, tokens)
+        ours = our_outputs(config, params, images, tokens)
         return Family(weights, images, tokens, ours)
 
     return make_family

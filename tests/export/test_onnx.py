@@ -14,7 +14,7 @@ from clip_jax.export.onnx import caption_reader, outputs, write
 from clip_jax.models import zoo
 from clip_jax.refused import Refused
 from tests.conftest import ROOT
-from tests.export.conftest import FAMILIES, Family, greedy
+from tests.export.conftest import FAMILIES, Family
 
 
 def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
@@ -29,19 +29,14 @@ def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> di
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name):
+    """Texts may be padded to the longest of them alone, and not be longer than the model takes."""
     family = families(name)
+    config, images = family.weights.config, family.images
     write(family.weights, tmp_path)
     for size in (1, 3):
         assert max(compared(tmp_path, family, size=size).values()) <= 1e-5
     for path in (tmp_path / "onnx").iterdir():
         onnx.checker.check_model(str(path), full_check=True)
-
-
-@pytest.mark.parametrize("name", ["clip", "siglip", "coca_wrong_mask", "mammut"])
-def test_texts_may_be_padded_to_the_longest_of_them_alone(tmp_path, families, name):
-    family = families(name)
-    config, images = family.weights.config, family.images
-    write(family.weights, tmp_path)
     pad = config.text.tokenizer.pad_id
     short = np.array([[2, 519, pad], [2, 3, 519], [519, pad, pad]], np.int32)
     padding = ((0, 0), (0, config.text.context_length - 3))
@@ -49,7 +44,7 @@ def test_texts_may_be_padded_to_the_longest_of_them_alone(tmp_path, families, na
     ours = our_outputs(config, family.weights.params, images, full)
     theirs = outputs(tmp_path, "transformers-js", config, "float32", images, short)
     assert relative_difference(theirs["logits"], ours["logits"]) <= 1e-5
-    with pytest.raises(Refused, match=r"text_model\.onnx cannot be run"):  # too long
+    with pytest.raises(Refused, match=r"text_model\.onnx cannot be run"):
         outputs(tmp_path, "transformers-js", config, "float32", images, np.tile(full, 2))
 
 
@@ -60,8 +55,13 @@ def test_captions_are_the_models_greedy_ones(tmp_path, families, name, monkeypat
     np.save(tmp_path / "images.npy", family.images)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(caption_reader("onnx", family.weights.config), names)
-    assert names["captions"].tolist() == greedy(family.weights, family.images).tolist()
+    config, params = family.weights.config, family.weights.params
+    exec(caption_reader("onnx", config), names)
+    ids = names["captions"].astype(np.int32)
+    assert ids.shape == (3, config.text.context_length)
+    assert (ids[:, 0] == config.text.begin_id).all()
+    logits = our_outputs(config, params, family.images, ids)["caption_logits"]
+    np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
     shown = caption_reader("onnx", zoo.get("coca_ViT-B-32"))
     assert shown in (ROOT / "docs/how-to/export.md").read_text()
 
@@ -72,10 +72,8 @@ def test_float16_files_have_their_own_names_and_half_the_size(tmp_path, families
     write(family.weights, tmp_path)
     write(family.weights, tmp_path, dtype="float16")
     assert 1e-6 < max(compared(tmp_path, family, "float16").values()) <= 1e-2
-    full, half = (
-        (tmp_path / f"onnx/vision_model{x}.onnx").stat().st_size for x in ("", "_fp16")
-    )  # fmt: skip
-    assert half < 0.75 * full
+    half, full = (tmp_path / f"onnx/vision_model{x}.onnx" for x in ("_fp16", ""))
+    assert half.stat().st_size < 0.75 * full.stat().st_size
 
 
 def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
@@ -84,24 +82,16 @@ def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
     assert {"model.onnx", "model.onnx_data", "text_model.onnx_data"} <= names
     assert (tmp_path / "onnx/model.onnx").stat().st_size < 60_000
     settings = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
-    assert settings == {
-        "use_external_data_format": dict.fromkeys(
-            ["model.onnx", "text_model.onnx", "vision_model.onnx"], True
-        )
-    }
+    files = ["model.onnx", "text_model.onnx", "vision_model.onnx"]
+    assert settings == {"use_external_data_format": dict.fromkeys(files, True)}
     assert max(compared(tmp_path, clip).values()) <= 1e-5
     data = tmp_path / "onnx/vision_model.onnx_data"
     data.write_bytes(data.read_bytes()[:-64])
     with pytest.raises(Refused, match=r"vision_model.onnx cannot be run .*its weights beside it"):
         compared(tmp_path, clip)
-
-
-def test_features_may_have_unit_length(tmp_path, clip):
-    write(clip.weights, tmp_path, normalize=True)
-    given = clip.images, clip.tokens
-    theirs = outputs(tmp_path, "transformers-js", clip.weights.config, "float32", *given)
-    for name in ("image_features", "text_features"):
-        np.testing.assert_allclose(np.linalg.norm(theirs[name], axis=1), 1, rtol=1e-6)
+    data.with_name("vision_model.onnx").unlink()
+    with pytest.raises(Refused, match=r"there is no .*vision_model.onnx"):
+        compared(tmp_path, clip)
 
 
 @pytest.mark.parametrize("name", ["mean", "siglip", "mammut"])
@@ -125,18 +115,6 @@ def test_the_layout_of_immich(tmp_path, families, name):
     for key, x in theirs.items():
         expected = family.ours[key][:1] / np.linalg.norm(family.ours[key][:1])
         assert relative_difference(x, expected) <= 1e-5
-
-
-def test_a_wrong_file_is_one_message(tmp_path, clip):
-    write(clip.weights, tmp_path)
-    path = tmp_path / "onnx/text_model.onnx"
-    data = path.read_bytes()
-    for damaged in (data[: len(data) // 2], b"no graph", None):
-        path.unlink()
-        if damaged is not None:
-            path.write_bytes(damaged)
-        with pytest.raises(Refused, match=r"text_model\.onnx"):
-            compared(tmp_path, clip)
 
 
 def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path, clip):
