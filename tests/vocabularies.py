@@ -56,19 +56,14 @@ def byte_fallback(path: Path) -> Path:
         vocab_size=400, special_tokens=[*special, *letters], show_progress=False
     )
     tokenizer.train_from_iterator(ascii_alone, trainer)
-    content = Tokenizer.from_str(tokenizer.to_str())
-    content.post_processor = processors.TemplateProcessing(
-        single="$A <eos>", pair="$A $B <eos>", special_tokens=[("<eos>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
     )
-    path.write_text(_only_special(content.to_str(), special))
+    # The bytes stay words, and are not tokens that are looked for in texts.
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in special]
+    path.write_text(json.dumps(content, ensure_ascii=False))
     return path
-
-
-def _only_special(content: str, special: list[str]) -> str:
-    """Leave the bytes among the words, and out of the tokens that are looked for in texts."""
-    value = json.loads(content)
-    value["added_tokens"] = [t for t in value["added_tokens"] if t["content"] in special]
-    return json.dumps(value, ensure_ascii=False)
 
 
 def wordpiece(path: Path) -> Path:
@@ -81,9 +76,7 @@ def wordpiece(path: Path) -> Path:
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(captions(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.save(str(path))
     return path
@@ -102,9 +95,7 @@ def unigram(path: Path) -> Path:
     tokenizer.train_from_iterator(captions(), trainer)
     tokenizer.add_special_tokens([AddedToken("<mask>", special=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B </s>",
-        special_tokens=[("<s>", 0), ("</s>", 2)],
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     tokenizer.save(str(path))
     return path

@@ -6,39 +6,21 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, CLIPProcessor
 
 from clip_jax.convert.command import ConvertConfig, convert
 from clip_jax.convert.verify import BOUND, relative_difference
-from clip_jax.loading import load, starting_params
+from clip_jax.loading import load
 from clip_jax.models.clip import l2_normalize
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.optim import OptimConfig
 from clip_jax.train import train
 from tests import vocabularies
 from tests.conftest import tiny_digits
 
 LABELS = ["a photo of 4", "the number seven", "UPPER Case, again", "größer"]
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run of a few steps with a vocabulary of its own."""
-    folder = tmp_path_factory.mktemp("run")
-    words = vocabularies.byte_fallback(folder / "words.json")
-    config = tiny_digits()
-    tokenizer = TokenizerConfig(file=str(words), clean="lower", begin_id=2, end_id=1, pad_id=0)
-    text = replace(
-        config.model.text, vocab_size=500, pool="eos", eos_token_id=1, tokenizer=tokenizer
-    )
-    optim = replace(config.optim, warmup_steps=1)
-    model = replace(config.model, text=text)
-    evals = (replace(config.evals[0], max_prompts=1),)
-    train(replace(config, steps=2, evals=evals, optim=optim, model=model), folder / "run")
-    words.unlink()  # the run has its own copy
-    return folder / "run"
 
 
 def probabilities(model, picture):
@@ -48,7 +30,15 @@ def probabilities(model, picture):
     return np.asarray(jax.nn.softmax(logits * np.exp(model.params["logit_scale"]), axis=-1))
 
 
-def test_exports_have_the_words_and_the_probabilities(open_clip, workdir, tmp_path):
+def test_exports_have_the_words_and_the_probabilities(open_clip, tmp_path):
+    words, workdir = vocabularies.byte_fallback(tmp_path / "words.json"), tmp_path / "run"
+    config = tiny_digits(steps=2, optim=OptimConfig(warmup_steps=1))
+    tokenizer = TokenizerConfig(file=str(words), clean="lower", begin_id=2, end_id=1, pad_id=0)
+    changes = {"vocab_size": 500, "pool": "eos", "eos_token_id": 1, "tokenizer": tokenizer}
+    text = replace(config.model.text, **changes)
+    evals = (replace(config.evals[0], max_prompts=1),)
+    train(replace(config, evals=evals, model=replace(config.model, text=text)), workdir)
+    words.unlink()  # the run has its own copy
     assert "zero_shot/seen/top5" in json.loads((workdir / "result.json").read_text())
     model = load(workdir)
     assert model.config.text.tokenizer.file == str(workdir / "tokenizer.json")
@@ -66,14 +56,10 @@ def test_exports_have_the_words_and_the_probabilities(open_clip, workdir, tmp_pa
 
     processor = CLIPProcessor.from_pretrained(tmp_path / "hugging-face", local_files_only=True)
     model = AutoModel.from_pretrained(tmp_path / "hugging-face", local_files_only=True).eval()
-    inputs = processor(
-        text=LABELS, images=picture, padding="max_length", truncation=True,
-        return_tensors="pt",
-    )  # fmt: skip
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    inputs = processor(text=LABELS, images=picture, **options)
     with torch.no_grad():
-        logits = model(
-            input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]
-        ).logits_per_image
+        logits = model(inputs["input_ids"], inputs["pixel_values"]).logits_per_image
     assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
 
     folder = f"local-dir:{tmp_path / 'open-clip'}"
@@ -84,16 +70,3 @@ def test_exports_have_the_words_and_the_probabilities(open_clip, workdir, tmp_pa
         texts = model.encode_text(tokens, normalize=True)
         logits = model.logit_scale.exp() * images @ texts.T
     assert relative_difference(logits.softmax(-1).numpy(), ours) <= BOUND
-
-
-def test_a_fine_tuning_from_other_words_is_refused(workdir):
-    """The image tower alone can be taken."""
-    config = load(workdir).config
-    text = replace(config.text, tokenizer=replace(config.text.tokenizer, clean="none"))
-    other = replace(config, text=text)
-    with pytest.raises(
-        ValueError, match=r"its text.tokenizer.clean is 'lower', this model's 'none'"
-    ):
-        starting_params(workdir, other)
-    assert set(starting_params(workdir, other, ["image"])) == {"visual"}
-    assert "text" in starting_params(workdir, config)
