@@ -23,23 +23,18 @@ from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import compute_loss
-from tests.conftest import MAMMUT
+from tests.convert.conftest import CONFIGS
 from tests.reference.parity import random_weights
 
-VOCABULARY, LENGTH = 600, 12
+TEXT = {"context_length": 12, "vocab_size": 600, "width": 64}
 SETTINGS = {
     "embed_dim": 64,
     "vision_cfg": {
         "image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "output_tokens": True,
         "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 9,
     },
-    "text_cfg": {
-        "context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2,
-        "embed_cls": True, "output_tokens": True,
-    },
-    "multimodal_cfg": {
-        "context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 4, "layers": 3,
-    },
+    "text_cfg": TEXT | {"heads": 2, "layers": 2, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": TEXT | {"heads": 4, "layers": 3},
 }  # fmt: skip
 
 
@@ -52,10 +47,11 @@ def coca(open_clip):
         yield importlib.reload(module)
 
 
-def coca_of(coca, correct=False, settings=SETTINGS):
+def coca_of(coca, settings=SETTINGS):
     """A random model of open_clip's, drawn where it leaves memory as it was."""
     torch.manual_seed(0)
-    text = {k: x for k, x in settings["text_cfg"].items() if k != "correct_cls_mask"}
+    text = dict(settings["text_cfg"])
+    correct = text.pop("correct_cls_mask", False)
     model = coca.CoCa(**settings | {"text_cfg": text}).eval()
     with torch.no_grad():
         projection = model.text_decoder.text_projection
@@ -104,25 +100,25 @@ def assert_same(weights, images, tokens, expected):
         assert relative_difference(got[name], x) <= BOUND, name
 
 
-NO_QUERIES = {k: x for k, x in SETTINGS["vision_cfg"].items() if not k.startswith("att")}
+NARROW = SETTINGS["vision_cfg"] | {"width": 64}
+NO_QUERIES = {k: x for k, x in NARROW.items() if not k.startswith("att")}
+
+
+CORRECT = SETTINGS["text_cfg"] | {"correct_cls_mask": True}
 OPTIONS = {
     "the released mask": {},
     # Where all widths agree, a pool's projections are one tensor.
-    "the correct mask, one width": {
-        "text_cfg": SETTINGS["text_cfg"] | {"correct_cls_mask": True},
-        "vision_cfg": SETTINGS["vision_cfg"] | {"width": 64},
-    },
-    # as coca_base
-    "no attentional pool": {"vision_cfg": NO_QUERIES | {"width": 64}},
+    "the correct mask, one width": {"text_cfg": CORRECT, "vision_cfg": NARROW},
+    "no attentional pool": {"vision_cfg": NO_QUERIES},  # as coca_base
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_coca_in(coca, tmp_path, name):
-    settings, correct = SETTINGS | OPTIONS[name], "correct" in name
-    model = coca_of(coca, correct, settings)
+    settings = SETTINGS | OPTIONS[name]
+    model = coca_of(coca, settings)
     weights = read_weights(folder_of(model, tmp_path / "theirs", settings))
-    assert weights.config.text.correct_class_mask is correct
+    assert weights.config.text.correct_class_mask is ("correct" in name)
     images, tokens = inputs(weights.config)
     assert_same(weights, images, tokens, theirs(model, images, tokens))
 
@@ -171,8 +167,7 @@ def test_greedy_is_open_clips_generate(coca, tmp_path):
     clip = CLIP(replace(weights.config, dtype="float32"))
     images = np.random.default_rng(3).normal(size=(16, 32, 32, 3)).astype(np.float32)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    encode = jax.jit(clip.encode_image_and_tokens)
-    _, image_tokens = encode(weights.params, images)
+    _, image_tokens = jax.jit(clip.encode_image_and_tokens)(weights.params, images)
     config = GenerationConfig(max_length=11, min_length=5)
     write = jax.jit(lambda p, x: generate(clip, p, x, config))
     kernel = weights.params["decoder"]["vocab_projection"]
@@ -193,51 +188,41 @@ def test_greedy_is_open_clips_generate(coca, tmp_path):
 
 # ------------------------------------------------------------------ MaMMUT
 
-# With the whole vocabulary: another's padding, which the mean sees, open_clip would not make.
-GELU = replace(
-    MAMMUT,
-    vision=replace(MAMMUT.vision, activation="gelu"),
-    text=replace(MAMMUT.text, activation="gelu", vocab_size=49_408),
-)
-
 
 def attention(w, name, x, other, heads, causal=False):
-    """Multi-head attention from its definition."""
-    d = x.shape[-1]
-    weight, bias = w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"]
+    weights = (w[f"{name}.in_proj_weight"].chunk(3), w[f"{name}.in_proj_bias"].chunk(3))
     q, k, v = (
-        (a @ weight[i * d : (i + 1) * d].T + bias[i * d : (i + 1) * d])
-        .unflatten(-1, (heads, d // heads))
-        .transpose(1, 2)
-        for i, a in enumerate((x, other, other))
+        F.linear(a, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for a, weight, bias in zip((x, other, other), *weights, strict=True)
     )
-    scores = q @ k.transpose(-1, -2) / (d // heads) ** 0.5
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
-    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return y @ w[f"{name}.out_proj.weight"].T + w[f"{name}.out_proj.bias"]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    return linear(w, f"{name}.out_proj", y)
+
+
+def linear(w, name, x):
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
 
 def norm(w, name, x):
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def block(w, name, x, heads, activation, causal=False, image=None):
+def block(w, name, x, heads, causal=False, image=None):
     other = norm(w, f"{name}.ln_1", x) if image is None else norm(w, f"{name}.ln_1_kv", image)
     x = x + attention(w, f"{name}.attn", norm(w, f"{name}.ln_1", x), other, heads, causal)
     if f"{name}.mlp.c_fc.weight" not in w:
         return x
-    y = norm(w, f"{name}.ln_2", x) @ w[f"{name}.mlp.c_fc.weight"].T + w[f"{name}.mlp.c_fc.bias"]
-    return x + activation(y) @ w[f"{name}.mlp.c_proj.weight"].T + w[f"{name}.mlp.c_proj.bias"]
+    y = linear(w, f"{name}.mlp.c_fc", norm(w, f"{name}.ln_2", x))
+    return x + linear(w, f"{name}.mlp.c_proj", F.gelu(y))
 
 
 def text(w, ids, heads, depth, every, image=None):
     """LAION's text tower: without an image it sees all tokens, with one those before."""
     x = w["text.token_embedding.weight"][ids] + w["text.positional_embedding"][: ids.shape[1]]
     for i in range(depth):
-        x = block(w, f"text.resblocks.{i}", x, heads, F.gelu, causal=image is not None)
+        x = block(w, f"text.resblocks.{i}", x, heads, causal=image is not None)
         if image is not None and i % every == 0:
-            x = block(w, f"text.cross_attn.{i // every}", x, heads, F.gelu, image=image)
+            x = block(w, f"text.cross_attn.{i // every}", x, heads, image=image)
     return norm(w, "text.ln_final", x)
 
 
@@ -248,7 +233,7 @@ def mammut(w, images, ids, config):
     x = torch.cat([w["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
     x = norm(w, "visual.ln_pre", x + w["visual.positional_embedding"])
     for i in range(vision.depth):
-        x = block(w, f"visual.transformer.resblocks.{i}", x, vision.num_heads, F.gelu)
+        x = block(w, f"visual.transformer.resblocks.{i}", x, vision.num_heads)
     sizes = config.text.num_heads, config.text.depth, config.decoder.cross_every
     written = text(w, ids[:, :-1], *sizes, image=x @ w["map_viz2txt_kv"])
     return {
@@ -260,12 +245,13 @@ def mammut(w, images, ids, config):
 
 @pytest.mark.parametrize("first_mlp", [False, True])
 def test_mammut_is_laions_both_ways(tmp_path, first_mlp):
-    gelu = replace(GELU, decoder=MaMMUTConfig(cross_every=2, first_mlp=first_mlp))
-    weights = random_weights(gelu, np.float32)
+    decoder = MaMMUTConfig(cross_every=2, first_mlp=first_mlp)
+    config = replace(CONFIGS["mammut"], decoder=decoder)
+    weights = random_weights(config, np.float32)
     write_weights(weights, tmp_path / "out", "open-clip")
     w = {name: torch.from_numpy(x) for name, x in layout.to_tensors(weights).items()}
-    images, tokens = random_inputs(gelu)
-    expected = mammut(w, images, torch.from_numpy(tokens).long(), gelu)
+    images, tokens = random_inputs(config)
+    expected = mammut(w, images, torch.from_numpy(tokens).long(), config)
     again = read_weights(tmp_path / "out")
-    assert again.config.decoder == gelu.decoder
+    assert again.config.decoder == decoder
     assert_same(again, images, tokens, {name: x.numpy() for name, x in expected.items()})

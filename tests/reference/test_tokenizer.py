@@ -7,7 +7,6 @@ import html
 
 import ftfy
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +23,11 @@ WORDS = (
 )
 PIECES = WORDS.split()
 LETTERS = st.characters()  # of every plane, surrogates and the unassigned included
+SIGNS = "abc <|>'&;#-[0"
 TEXTS = st.lists(
     st.tuples(
-        st.sampled_from(PIECES)
-        | st.text(LETTERS, max_size=5)
-        | st.text("abc <|>'&;#-[0", max_size=9),
-        st.sampled_from(
-            [" ", "", "\n", "\t", "\x1c", "\x85", "\xa0", "\u2028", "\u200b", "\ufeff"]
-        ),
+        st.sampled_from(PIECES) | st.text(LETTERS, max_size=5) | st.text(SIGNS, max_size=9),
+        st.sampled_from([" ", *"\n\t\x1c\x85\xa0\u2028\u200b\ufeff", ""]),
     ),
     max_size=20,
 ).map(lambda pairs: "".join(piece + between for piece, between in pairs))
@@ -50,13 +46,9 @@ def test_same_ids(openai_clip, open_clip, texts):
 def test_markers_and_decoding_are_openais(openai_clip):
     theirs = openai_clip.clip._tokenizer
     for text in (
-        *(
-            "<|endoftext|>",
-            "<|startoftext|> a <|EndOfText|>'s",
-            "<start_of_text> b",
-            "|><|endoftext",
-        ),
-        *("<|<|endoftext|>|>", "<|ſtartoftext|>", "&lt;|endoftext|&gt;", " ".join(PIECES)),
+        *("<|endoftext|>", "<|startoftext|> a <|EndOfText|>'s", "<start_of_text> b"),
+        *("|><|endoftext", "<|<|endoftext|>|>", "<|ſtartoftext|>", "&lt;|endoftext|&gt;"),
+        " ".join(PIECES),
     ):
         expected = theirs.encode(text)
         ids = TOKENIZER(text, context_length=1_000)[0]
@@ -74,11 +66,3 @@ def test_printable_ascii_needs_no_cleaning(text):
     """The shortcut of `repaired`."""
     text = text.replace("&", "")
     assert html.unescape(html.unescape(ftfy.fix_text(text))) == repaired(text)
-
-
-def test_over_long_text_is_an_error_in_both(openai_clip):
-    text = "a photo " * 40
-    with pytest.raises(RuntimeError, match="too long"):
-        openai_clip.tokenize([text])
-    with pytest.raises(ValueError, match="context_length=77"):
-        TOKENIZER([text])
