@@ -27,12 +27,13 @@ def test_there_and_back(tmp_path, siglip, to, dtype):
 
 
 def test_blocks_one_by_one(tmp_path, siglip):
-    """As older files have them; with a file of the optimizer's, which is left."""
+    """As older files have them, in Fortran's order; with a file of the optimizer's, left out."""
     arrays = {}
     for name, array in big_vision.to_tensors(siglip).items():
         if "/encoderblock/" in name:
             for i, block in enumerate(array):
-                arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = block
+                place = name.replace("/encoderblock/", f"/encoderblock_{i}/")
+                arrays[place] = np.asfortranarray(block)
         else:
             arrays[name] = array
     np.savez(tmp_path / "x.npz", **arrays, **{"opt/0/count": np.int32(3)})
