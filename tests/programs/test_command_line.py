@@ -16,12 +16,6 @@ def run(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE)
 
 
-def test_help_names_every_command():
-    done = run("-m", "clip_jax", "--help")
-    assert done.returncode == 0
-    assert {"train", "evaluate", "convert", "scale"} <= set(done.stdout.split())
-
-
 def test_a_reader_who_has_enough_ends_the_command_quietly():
     reads, writes = os.pipe()
     os.close(reads)
@@ -46,6 +40,8 @@ def test_nothing_heavy_is_imported(code: str, heavy: set[str]):
     loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert "clip_jax" in loaded
     assert not loaded & heavy
+    if "help" in code:
+        assert {"train", "evaluate", "convert", "scale"} <= set(done.stdout.split())
 
 
 def test_a_bug_shows_its_traceback_and_exits_with_1():

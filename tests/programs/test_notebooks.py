@@ -1,7 +1,4 @@
-"""The notebooks run from top to bottom and are the same in both of their files.
-
-`tests/reference/test_notebook.py` runs `convert`, which needs PyTorch.
-"""
+"""The notebooks run from top to bottom and are the same in both of their files."""
 
 import dataclasses
 import json
@@ -36,14 +33,19 @@ def test_both_files_say_the_same_and_outputs_are_saved(name: str, drawn: int):
     assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
 
 
-def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # It trains under the root that it finds above its folder: here one without earlier runs.
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The root that a notebook finds above its folder, under which it trains: without runs yet."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
+
+
+def test_quickstart_trains_and_draws(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", str(STEPS))
-    printed, drawn = execute_notebook("quickstart", tmp_path, monkeypatch)
+    printed, drawn = execute_notebook("quickstart", root, monkeypatch)
     assert len(drawn) == 4
     assert "80 numbers to train on; 20 never shown" in printed
-    workdir = tmp_path / "runs" / f"quickstart-{STEPS}"
+    workdir = root / "runs" / f"quickstart-{STEPS}"
     result = json.loads((workdir / "result.json").read_text())
     assert result["step"] == STEPS
     assert f"unseen numbers  top-1 {result['zero_shot/unseen/top1']:.1%}" in printed
@@ -51,12 +53,11 @@ def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "scribbled twelve" in printed
 
 
-def test_zero_shot_takes_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_zero_shot_takes_any_model(root: Path, monkeypatch: pytest.MonkeyPatch):
     text = dataclasses.replace(TINY.text, vocab_size=4_096, context_length=32)
-    write_tiny_model(tmp_path / "model", config=dataclasses.replace(TINY, text=text))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")  # its pictures go to runs/ beside it
-    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_MODEL", str(tmp_path / "model"))
-    printed, drawn = execute_notebook("zero_shot", tmp_path, monkeypatch)
+    write_tiny_model(root / "model", config=dataclasses.replace(TINY, text=text))
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_MODEL", str(root / "model"))
+    printed, drawn = execute_notebook("zero_shot", root, monkeypatch)
     assert len(drawn) == 5
     assert "ViTConfig, 16 pixels, 16 dimensions" in printed
     assert "own description nearest: " in printed
@@ -73,3 +74,18 @@ def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     assert "not determined by these runs" in printed
     assert "held out: 9 runs predicted from the 27 others" in printed  # of the digits' ladder
     assert len(drawn) == 4
+
+
+def test_convert_gives_pytorchs_numbers_and_shows_where_inputs_differ(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", "8")
+    printed, drawn = execute_notebook("convert", root, monkeypatch)
+    assert len(drawn) == 2
+    for what in ("relative difference:", "of a probability:", "moved by a pixel"):
+        assert float(re.search(rf"{what} (\S+)", printed)[1]) <= 1e-5
+    assert float(re.search(r"mean difference (\S+)", printed)[1]) > 0.01
+    same, arrays = re.search(r"(\d+) of (\d+) arrays are the same bits", printed).groups()
+    assert int(same) == int(arrays) > 20
+    verdicts = re.findall(r"^'.*' +(same|\d+ tokens here, \d+ there)$", printed, re.M)
+    assert [verdict == "same" for verdict in verdicts] == [True, False, False, True]
