@@ -16,57 +16,38 @@ import pytest
 
 from clip_jax import processes, sharding
 from clip_jax import train as training
-from clip_jax.losses import SoftmaxConfig
-from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods.compile import Facts, Request
 from clip_jax.pods.exchanges import collectives
 from clip_jax.pods.topology import Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import Program, Recipe
+from clip_jax.step import Program
 from tests.conftest import tiny_digits
+from tests.pods.conftest import BATCH, MODEL, module, recipe
 
-BATCH = 48
-# No two dims alike, so that a shape says what it is of.
-CONFIG = CLIPConfig(
-    embed_dim=20,
-    vision=ViTConfig(image_size=24, patch_size=8, width=32, depth=2, num_heads=2, mlp_ratio=3.0),
-    text=TextConfig(vocab_size=521, context_length=12, width=40, depth=2, num_heads=4),
-    dtype="float32",
-)
 Sizes = tuple[int, int, int]  # of a mesh's axes
 
 
-def recipe(config: CLIPConfig, form: str = "dense") -> Recipe:
-    loss = SoftmaxConfig(form=form)
-    optim = OptimConfig(warmup_steps=1)
-    return Recipe(model=config, loss=loss, optim=optim, steps=10, batch_size=BATCH)
-
-
 @functools.cache
-def program(config: CLIPConfig, sizes: Sizes, form: str = "dense") -> Program:
-    data, fsdp, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    return Program(recipe(config, form), mesh)
+def program(sizes: Sizes, form: str = "dense") -> Program:
+    mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    return Program(recipe(form=form), make_mesh(mesh))
 
 
 @pytest.fixture(scope="module")
 def planned() -> tuple[Facts, str]:
     """What `plan` reads from a step on the CPU's own devices, and the text that it reads."""
     mesh, topology = MeshConfig(data=2, fsdp=4), Topology.parse("v5e:2x4")
-    request = Request(recipe=recipe(CONFIG), mesh=mesh, topology=topology)
+    request = Request(recipe=recipe(), mesh=mesh, topology=topology)
     with mock.patch.object(pod, "exchanges", autospec=True, side_effect=pod.exchanges) as reader:
         facts = pod.facts(request, jax.devices())
     return facts, reader.call_args.args[0]
 
 
-def faults(text: str, sizes: Sizes, config: CLIPConfig = CONFIG) -> list[str]:
+def faults(text: str, sizes: Sizes) -> list[str]:
     """Say which exchanges of a compiled step are not allowed."""
-    mesh, params = program(config, sizes).mesh, program(config, sizes).state.params
+    mesh, params = program(sizes).mesh, program(sizes).state.params
     tensor = mesh.shape["tensor"]
     split, whole, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
     for x in jax.tree.leaves(params):
@@ -87,9 +68,10 @@ def faults(text: str, sizes: Sizes, config: CLIPConfig = CONFIG) -> list[str]:
             for i in range(len(dims)):
                 mixed = (*dims[:i], parts[i], *dims[i + 1 :])
                 (split if is_split else whole).add(_dims(mixed))
-    features = {_dims((BATCH, config.embed_dim)), _dims((BATCH,))}
-    ids = ("s32", (BATCH // mesh.shape["data"], config.text.context_length))
-    words = (BATCH // sharding.batch_shards(mesh), config.text.context_length, config.text.width)
+    features = {_dims((BATCH, MODEL.embed_dim)), _dims((BATCH,))}
+    length, width = MODEL.text.context_length, MODEL.text.width
+    ids = ("s32", (BATCH // mesh.shape["data"], length))
+    words = (BATCH // sharding.batch_shards(mesh), length, width)
     found = []
     for x in collectives(text, mesh.shape):
         for shape in x.shapes:
@@ -112,23 +94,18 @@ def _dims(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(d for d in dims if d > 1))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "form"),
-    [((2, 4, 1), "dense"), ((2, 2, 2), "ring")],
-    ids=["2x4", "2x2x2 ring"],
-)
+@pytest.mark.parametrize(("sizes", "form"), [((2, 4, 1), "dense"), ((2, 2, 2), "ring")])
 def test_only_parameters_and_features_are_gathered_and_gradients_stay_split(sizes, form, planned):
-    if form == "dense":
-        text = planned[1]
-    else:
-        one = program(CONFIG, sizes, form)
+    text = planned[1]
+    if form == "ring":
+        one = program(sizes, form)
         text = one.step.lower(one.state, one.batch).compile().as_text()
     assert faults(text, sizes) == []
-    assert f"[{BATCH},{CONFIG.text.context_length},{CONFIG.text.width}]" not in text
-    exchanged = collectives(text, program(CONFIG, sizes).mesh.shape)
+    assert f"[{BATCH},{MODEL.text.context_length},{MODEL.text.width}]" not in text
+    exchanged = collectives(text, program(sizes).mesh.shape)
     blocks = [x for x in exchanged if x.kind == "all-gather" and "transformer/while" in x.source]
     assert blocks
-    assert all(x.times == CONFIG.text.depth for x in blocks)  # a layer at a time
+    assert all(x.times == MODEL.text.depth for x in blocks)  # a layer at a time
 
 
 FSDP, ALL = "{{0,1,2,3},{4,5,6,7}}", "{{0,1,2,3,4,5,6,7}}"
@@ -149,8 +126,7 @@ FSDP, ALL = "{{0,1,2,3},{4,5,6,7}}", "{{0,1,2,3,4,5,6,7}}"
 )
 def test_exchanges_that_are_not_allowed_are_found(kind, dims, groups, fault):
     line = f"  %x = f32[{dims}]{{1,0}} {kind}(%a), channel_id=1, replica_groups={groups}"
-    text = f"HloModule m\nENTRY %main (a: f32[]) -> f32[] {{\n{line}\n}}"
-    lines = faults(text, (2, 4, 1))
+    lines = faults(module(line), (2, 4, 1))
     assert len(lines) == (fault is not None)
     assert all(line.startswith(fault) for line in lines)
 
@@ -218,12 +194,6 @@ def test_facts_are_read_from_what_is_compiled(planned):
     parts = {(x.kind, *x.axes, x.part) for x in facts.exchanges}
     assert ("all-gather", "fsdp", "image tower, forward") in parts
     assert ("all-gather", "data", "fsdp", "loss, forward") in parts
-
-
-def test_flags_of_the_environment_win(monkeypatch):
-    assert processes.compiler_options("tpu") == processes.TPU_OPTIONS
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
-    assert "xla_enable_async_all_gather" not in processes.compiler_options("tpu")
 
 
 def test_what_a_step_needs_is_read_from_the_compilers_complaint():

@@ -1,6 +1,7 @@
 """Exchanges between devices, read from HLO as the TPU compiler writes it."""
 
 from clip_jax.pods.exchanges import collectives
+from tests.pods.conftest import module
 
 
 def test_exchanges_between_slices_are_read():
@@ -11,8 +12,7 @@ def test_exchanges_between_slices_are_read():
         f"  %r{i} = (f32[{dims}]{{1,0}}, " + transfer.format(i, name.format(kind))
         for i, (dims, kind) in enumerate([("8,128", "ALL_REDUCE"), ("16,16", "ALL_GATHER")])
     ]
-    text = "\n".join(["HloModule step", "ENTRY %main (a: f32[]) -> f32[] {", *lines, "}"])
-    gathered, reduced = collectives(text, {"data": 4, "fsdp": 2, "tensor": 1}, 2)
+    gathered, reduced = collectives(module(*lines), {"data": 4, "fsdp": 2, "tensor": 1}, 2)
     assert (gathered.kind, reduced.kind) == ("all-gather", "all-reduce")
     assert reduced.axes == gathered.axes == ("data",)
     assert reduced.received_from_slices == 8 * 128 * 4  # half sent away, half got back, twice

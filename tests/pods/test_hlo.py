@@ -1,10 +1,9 @@
 """The reader of HLO: it loses nothing, and knows how arrays lie."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from clip_jax.pods import hlo
+from tests.pods.conftest import compiled_scan
 
 # A kernel's attributes run over lines, some of which look like the end of a computation.
 KERNEL = """HloModule step
@@ -28,28 +27,19 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
 """
 
 
-def test_attributes_over_several_lines_end_no_computation():
+def test_attributes_over_several_lines_end_no_computation_and_half_a_text_is_an_error():
     computations, entry = hlo.parse(KERNEL)
     assert entry == "main"
     assert list(computations["body"]) == ["p", "x", "k", "after", "r"]
     assert computations["body"]["k"].operands == ("x",)
     assert list(computations["main"]) == ["a", "b"]
-
-
-def test_text_that_breaks_off_is_an_error():
     with pytest.raises(ValueError, match="breaks off"):
         hlo.parse(KERNEL[: KERNEL.index("ROOT %b")])
 
 
-def scanned(x, w):
-    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0].sum()
-
-
 def test_as_many_as_the_module_itself_counts():
-    step = jax.jit(jax.grad(scanned, argnums=1))
-    compiled = step.lower(jnp.ones((8, 16)), jnp.ones((3, 16, 16))).compile()
-    [module] = compiled.runtime_executable().hlo_modules()
-    computations, entry = hlo.parse(compiled.as_text())
+    [module] = compiled_scan().runtime_executable().hlo_modules()
+    computations, entry = hlo.parse(compiled_scan().as_text())
     theirs = {x.name: len(x.instructions()) for x in module.computations()}
     assert {name: len(x) for name, x in computations.items()} == theirs
     assert {visit.times for visit in hlo.walk(computations, entry)} == {1, 3}
@@ -63,38 +53,26 @@ def test_as_many_as_the_module_itself_counts():
         # Of the lengths that lie last, 128 and 768, both are whole tiles; the 197 are not tiled.
         ("bf16[128,197,768]{2,0,1:T(8,128)(2,1)}", 128 * 197 * 768 * 2, 128 * 197 * 768 * 2),
         ("bf16[128,197,768]{2,1,0:T(8,128)(2,1)}", 128 * 197 * 768 * 2, 128 * 200 * 768 * 2),
-        ("f32[5]{0:T(128)}", 20, 512),
+        ("f32[5]{0:T(128)S(5)}", 20, 512),  # with the host
         ("pred[3]{0:T(8,128)(4,1)}", 3, 8 * 128),
         ("s4[2,3]{1,0}", 3, 3),
         ("f32[]", 4, 4),
+        ("f32[8]{0:S(1)}", 32, 32),  # a GPU's memory for exchanges
+        ("f32[8]{0:T(128)S(1)}", 32, 512),  # on a TPU's chip, where it costs no traffic
     ],
 )
 def test_arrays_lie_in_whole_tiles(shape, size, padded):
     [found] = hlo.read_shapes(shape)
     assert (found.bytes, found.padded_bytes) == (size, padded)
-    assert not found.fast
-
-
-@pytest.mark.parametrize(
-    ("shape", "fast"),
-    [
-        ("f32[8]{0:T(128)S(1)}", True),  # on a TPU's chip
-        ("f32[8]{0:T(128)S(5)}", False),  # with the host
-        ("f32[8]{0:S(1)}", False),  # a GPU's memory for exchanges
-    ],
-)
-def test_what_lies_on_the_chip_costs_no_traffic(shape, fast):
-    [found] = hlo.read_shapes(shape)
-    assert found.fast == fast
+    assert found.fast == shape.endswith("T(128)S(1)}")
 
 
 def test_a_loop_whose_turns_are_not_said_is_an_error():
     text = """HloModule m
 %cond (p: s32[]) -> pred[] {
-  %p = s32[] parameter(0)
   %a = s32[] constant(3)
   %b = s32[] constant(4)
-  ROOT %lt = pred[] compare(%p, %a), direction=LT
+  ROOT %lt = pred[] compare(%a, %b), direction=LT
 }
 %body (p: s32[]) -> s32[] {
   ROOT %p = s32[] parameter(0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from clip_jax.pods import work
+from tests.pods.conftest import compiled_scan, module
 
 FULL = 128 * 128 * 4  # bytes of f32[128,128]
 
@@ -15,9 +16,8 @@ PAIR = f"(s32[], {X})"
 def loop(name: str, turns: int, body: str) -> str:
     """The two computations of a loop over a counter and an array."""
     return f"""
-%{name}_cond (p: (s32[], f32[128,128])) -> pred[] {{
-  %p = (s32[], f32[128,128]) parameter(0)
-  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+%{name}_cond (i: s32[]) -> pred[] {{
+  %i = s32[]{{:T(128)}} parameter(0)
   %n = s32[]{{:T(128)}} constant({turns})
   ROOT %lt = pred[]{{:T(512)}} compare(%i, %n), direction=LT
 }}
@@ -52,11 +52,6 @@ ENTRY %main (a: f32[128,128]) -> f32[128,128] {{
 """
 
 
-def entry(*lines: str) -> str:
-    """A module of these lines."""
-    return "\n".join(["HloModule m", "ENTRY %main (x: f32[]) -> f32[] {", *lines, "}"])
-
-
 def parameters(**shapes: str) -> list[str]:
     return [f"  %{name} = {x} parameter({i})" for i, (name, x) in enumerate(shapes.items())]
 
@@ -78,7 +73,7 @@ def test_equal_kernels_have_one_schedule():
         f'  %{name} = {call}backend_config={{"custom_call_config":{{"body":"{body}"}}}}'
         for name, body in (("forward.1", "QUJD"), ("again.2", "QUJD"), ("backward.3", "REVG"))
     ]
-    text = entry(*parameters(a="f32[16,128]{1,0:T(8,128)}"), *lines)
+    text = module(*parameters(a="f32[16,128]{1,0:T(8,128)}"), *lines)
     cycles = {x.name: x.cycles for x in work.read(text, {"again.2": 90}.get)}
     assert cycles == {"forward.1": 90, "again.2": 90, "backward.3": None}
 
@@ -118,34 +113,30 @@ def test_an_update_in_place_writes_and_a_slice_reads_its_part():
 
 
 @pytest.mark.parametrize(
-    ("line", "flops"),
+    ("operands", "line", "flops"),
     [
         # As TPUs write [B, N] attention of 77 × 77: most places of the window are padding.
         (
+            {"x": "bf16[128,77,8,64]", "y": "bf16[128,77,8,64]"},
             "f32[128,8,77,77] convolution(%x, %y), window={size=128x8 stride=127x7 "
             "lhs_dilate=128x8}, dim_labels=0b1f_0o1i->01bf",
             2 * 128 * 8 * 77 * 77 * 64,
         ),
         (  # and a projection to three times eight heads
+            {"x": "bf16[128,77,512,1,1]", "w": "bf16[512,3,8,64,1]"},
             "bf16[128,77,3,8,64] convolution(%x, %w), window={size=1x3x8 pad=0_0x2_2x7_7 "
             "rhs_reversal=0x1x1}, dim_labels=b0f12_i12o0->b012f",
             2 * 128 * 77 * 512 * 3 * 8 * 64,
         ),
     ],
 )
-def test_a_matmul_written_as_a_convolution(line, flops):
-    x = "bf16[128,77,512,1,1]" if "%w" in line else "bf16[128,77,8,64]"
-    operands = parameters(x=x, y="bf16[128,77,8,64]", w="bf16[512,3,8,64,1]")
-    [found] = work.read(entry(*operands, f"  ROOT %c = {line}"))
+def test_a_matmul_written_as_a_convolution(operands, line, flops):
+    [found] = work.read(module(*parameters(**operands), f"  ROOT %c = {line}"))
     assert found.flops == flops
 
 
 def test_flops_of_a_scan_and_of_convolutions_as_xla_compiles_them():
-    def scanned(x, w):
-        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0].sum()
-
-    step = jax.jit(jax.grad(scanned)).lower(jnp.ones((8, 16)), jnp.ones((3, 16, 16)))
-    found = work.read(step.compile().as_text())
+    found = work.read(compiled_scan().as_text())
     assert sum(x.times * (x.flops or 0) for x in found) == 2 * 3 * 2 * 8 * 16 * 16
 
     def convolved(x, w):
@@ -171,7 +162,7 @@ def test_gradients_of_a_convolution_by_cudnn_cost_what_it_does():
         f'custom_call_target="__cudnn$conv{name}"'
         for name, (first, second, result) in calls.items()
     ]
-    text = entry(*parameters(**shapes), *lines)
+    text = module(*parameters(**shapes), *lines)
     assert [x.flops for x in work.read(text)] == [2 * 2 * 11**2 * 4 * 6] * 3
 
 
@@ -182,5 +173,5 @@ def test_attention_by_cudnn_is_two_products_forward_and_five_backward():
         for x in ("", "Backward")
     ]
     product = 2 * 2 * 8 * 77 * 77 * 64
-    flops = [x.flops for x in work.read(entry(*parameters(q=q, k=q, v=q), *calls))]
+    flops = [x.flops for x in work.read(module(*parameters(q=q, k=q, v=q), *calls))]
     assert flops == [2 * product, 5 * product]
