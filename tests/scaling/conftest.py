@@ -13,7 +13,9 @@ from clip_jax.scaling.jobs import Job, Say
 from clip_jax.scaling.ladder import LadderConfig, grid
 from clip_jax.scaling.rules import BranchesConfig
 from clip_jax.serialize import to_dict
-from tests.conftest import tiny_digits
+from tests.conftest import ROOT, tiny_digits
+
+POINTS = ROOT / "tests/golden/scaling_points.csv"
 
 
 def write_ladder(root: Path) -> list[str]:
@@ -46,13 +48,11 @@ def write_ladder(root: Path) -> list[str]:
             {"step": step, "samples_seen": 16 * step, "loss": 30 * (16 * step) ** -0.3}
             for step in range(point.first_step + 1, until + 1)
         ]
-        final = lines[-1]["loss"]
+        result = lines[-1] | {"seconds/total": 36.0, "goodput": 0.5}
         if config.evals and until == config.steps:
             lines.append({"step": until, "info_nce": error})
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        result = {"step": until, "samples_seen": 16 * until, "loss": final}
-        result |= {"seconds/total": 36.0, "goodput": 0.5, **lines[-1]}
-        (workdir / "result.json").write_text(json.dumps(result))
+        (workdir / "result.json").write_text(json.dumps(result | lines[-1]))
         (workdir / "checkpoints").mkdir()
     return [point.name for point in points]
 

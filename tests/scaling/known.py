@@ -8,35 +8,29 @@ import numpy as np
 from scipy.optimize import brentq
 
 from clip_jax.scaling.compare import Family
-from clip_jax.scaling.fit import Form, fit
-from clip_jax.scaling.laws import (
-    Additive,
-    Batched,
-    Law,
-    PowerLaw,
-    Repeated,
-    Runs,
-    Saturating,
-    optimum,
-)
+from clip_jax.scaling.fit import LAWS, Form, fit
+from clip_jax.scaling.laws import Batched, Law, Repeated, Runs, optimum
+
+
+def law(form: Form, *parameters: float) -> Law:
+    return LAWS[form](*map(np.array, parameters))
+
 
 NOISE = 0.03
 KNOWN: dict[Form, Law] = {
-    "power": PowerLaw(*map(np.array, (-0.11, 5.0))),
-    "saturating": Saturating(*map(np.array, (0.4, 1e8, 400.0, 0.2))),
-    "additive": Additive(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1))),
-    "repeated": Repeated(*map(np.array, (0.5, 0.3, 15.0, 1.0, 40.0, 0.1))),
-    "batched": Batched(*map(np.array, (0.5, 0.3, 3e4, 1.0, 40.0, 0.1))),
+    "power": law("power", -0.11, 5.0),
+    "saturating": law("saturating", 0.4, 1e8, 400.0, 0.2),
+    "additive": law("additive", 0.5, 0.3, 1.0, 40.0, 0.1),
+    "repeated": law("repeated", 0.5, 0.3, 15.0, 1.0, 40.0, 0.1),
+    "batched": law("batched", 0.5, 0.3, 3e4, 1.0, 40.0, 0.1),
 }
 # Laws that cross those above once, at an amount of compute that the runs contain. With equal
 # irreducible errors it would not be certain that the additive ones cross at all.
 OTHERS: dict[Form, Law] = {
-    "power": PowerLaw(*map(np.array, (-0.16, 5.0 * 1e10**0.05))),
-    "saturating": Saturating(
-        *map(np.array, (0.4, 1e8, 900.0, 0.2 - 500 * (1e10 + 1e8) ** -0.4))
-    ),
-    "additive": Additive(*map(np.array, (0.6, 0.4, 1.1, 280.0, 0.07))),
-}  # fmt: skip
+    "power": law("power", -0.16, 5.0 * 1e10**0.05),
+    "saturating": law("saturating", 0.4, 1e8, 900.0, 0.2 - 500 * (1e10 + 1e8) ** -0.4),
+    "additive": law("additive", 0.6, 0.4, 1.1, 280.0, 0.07),
+}
 
 
 def measured(
@@ -53,7 +47,7 @@ def measured(
 
 def frontier_coverage(tables: int, draws: int) -> float:
     """How often a frontier's interval contains alpha, where runs end above the law."""
-    law, inside = PowerLaw(np.array(-0.11), np.array(5.0)), []
+    law, inside = KNOWN["power"], []
     compute = np.repeat(np.geomspace(1e9, 1e13, 12), 3)
     one = np.ones_like(compute)
     for seed in range(tables):
