@@ -1,14 +1,17 @@
 """What tests of ladders and of their pages build."""
 
-import dataclasses
+import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clip_jax.config import load_config
 from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.scaling.answers import CollectConfig, collect
 from clip_jax.scaling.jobs import Job, Say
 from clip_jax.scaling.ladder import LadderConfig, grid
 from clip_jax.scaling.rules import BranchesConfig
@@ -16,6 +19,28 @@ from clip_jax.serialize import to_dict
 from tests.conftest import ROOT, tiny_digits
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
+SPEC = """\
+from clip_jax.scaling.rules import BranchesConfig, RulesConfig
+from clip_jax.scaling.sweep import HalvingConfig, SweepConfig
+from tests.scaling.conftest import tiny_ladder
+
+def get_ladder():
+    return tiny_ladder({})
+"""
+
+
+def tiny_ladder(**changes: Any) -> LadderConfig:
+    """A ladder of two models, each with a point of ten steps."""
+    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
+    wide = replace(base.model, vision=replace(base.model.vision, width=32))
+    values = {"base": base, "models": {"w16": base.model, "w32": wide}, "samples": (160,)}
+    return LadderConfig(**(values | changes))
+
+
+def write_spec(folder: Path, arguments: str = "") -> Path:
+    """Write the spec of a tiny ladder with these arguments."""
+    (folder / "tiny.py").write_text(SPEC.format(arguments))
+    return folder / "tiny.py"
 
 
 def write_ladder(root: Path) -> list[str]:
@@ -23,14 +48,7 @@ def write_ladder(root: Path) -> list[str]:
 
     Of its 16 runs one has failed, one was killed in the middle, one has not begun.
     """
-    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=1_000),))
-    wide = dataclasses.replace(
-        base.model, vision=dataclasses.replace(base.model.vision, width=32, num_heads=4)
-    )
-    ladder = LadderConfig(
-        base=base, models={"w16": base.model, "w32": wide}, samples=(1_600, 3_200, 6_400),
-        seeds=(0, 1), branches=BranchesConfig(),
-    )  # fmt: skip
+    ladder = tiny_ladder(samples=(1_600, 3_200, 6_400), seeds=(0, 1), branches=BranchesConfig())
     points, rng = grid(ladder, root), np.random.default_rng(0)
     for point in points:
         config, workdir, until = point.config, point.workdir, point.config.steps
@@ -80,3 +98,14 @@ def train_all(
             (job.directory / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
         assert job.is_done()
     return {}
+
+
+def collected(root: Path) -> list[dict[str, str]]:
+    """Collect the runs below a folder; the table's rows."""
+    collect(CollectConfig(paths=(root,), output=root / "all.csv"))
+    return list(csv.DictReader((root / "all.csv").read_text().splitlines()))
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """When each file below a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -1,6 +1,7 @@
 """The best of a sweep's trials, and the rule for rates: on tables of a known law."""
 
 import csv
+import itertools
 import json
 import math
 
@@ -10,6 +11,7 @@ from scipy import stats
 
 from clip_jax.cli import main
 from clip_jax.refused import Refused
+from clip_jax.scaling import table
 from clip_jax.scaling.rates import ChooseConfig, choose, describe, fit_rule, vertex
 
 WIDTHS = (16, 32, 64, 128)
@@ -20,33 +22,25 @@ def best_rate(width, batch):
     return 4e-3 * (width / 32) ** -0.7 * (batch / 64) ** 0.5
 
 
-def write(path, *, batches=(64,), widths=WIDTHS, change=lambda row: row):
-    """A table of trials whose loss is a parabola in the rate's logarithm."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for width in widths:
-        for batch in batches:
-            for rate in RATES:
-                for seed in range(3):
-                    away = math.log(rate / best_rate(width, batch)) + 0.02 * rng.standard_normal()
-                    loss = 1 + 0.1 * away**2 + 0.01 * math.log2(batch / 64) ** 2
-                    rows.append(change({
-                        "arch": f"w{width}", "samples_seen": 24_576, "gmacs_per_sample": width,
-                        "lr": rate, "global_batch": batch, "warmup": 38, "weight_decay": 0.1,
-                        "width": width, "seed": seed, "loss": loss, "accuracy": 1 / loss,
-                        "stopped_of": "",
-                    }))  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write(path, *, batches=(64,), widths=WIDTHS, stopped=None):
+    """A table of trials whose loss is a parabola in the rate's logarithm, but where stopped."""
+    rng, rows = np.random.default_rng(0), []
+    for width, batch, rate, seed in itertools.product(widths, batches, RATES, range(3)):
+        away = math.log(rate / best_rate(width, batch)) + 0.02 * rng.standard_normal()
+        loss = 1 + 0.1 * away**2 + 0.01 * math.log2(batch / 64) ** 2
+        loss, stopped_of = (0.1, 768) if rate == stopped else (loss, "")
+        rows.append({
+            "arch": f"w{width}", "samples_seen": 24_576, "gmacs_per_sample": width, "lr": rate,
+            "global_batch": batch, "warmup": 38, "weight_decay": 0.1, "width": width, "seed": seed,
+            "loss": loss, "accuracy": 1 / loss, "stopped_of": stopped_of,
+        })  # fmt: skip
+    table.write(rows, path)
     return path
 
 
 def test_the_rule_is_estimated_and_predicts_the_largest_width(tmp_path):
-    table = write(tmp_path / "trials.csv", batches=(32, 64, 128))
-    output = tmp_path / "best.csv"
-    best = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy", output=output))
+    trials, output = write(tmp_path / "trials.csv", batches=(32, 64, 128)), tmp_path / "best.csv"
+    best = choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy", output=output))
     assert [point["width"] for point in best["points"]] == list(WIDTHS)
     for point in best["points"]:
         assert point["global_batch"] == 64
@@ -61,15 +55,14 @@ def test_the_rule_is_estimated_and_predicts_the_largest_width(tmp_path):
     assert check["width"] == 128
     assert check["grid_steps"] < 0.1
     assert check["interval"][0] < check["measured"] < check["interval"][1]
-    with output.open() as file:
-        chosen = list(csv.DictReader(file))
+    chosen = list(csv.DictReader(output.read_text().splitlines()))
     assert len(chosen) == len(WIDTHS) * 3
     assert {row["global_batch"] for row in chosen} == {"64"}
 
 
 def test_an_optimum_at_the_edge_is_reported(tmp_path, capsys):
-    table = write(tmp_path / "trials.csv", widths=(16, 2_048), batches=(32, 64))
-    command = ["scale", "choose", str(table), "--choose-by", "loss", "--report", "accuracy"]
+    trials = write(tmp_path / "trials.csv", widths=(16, 2_048), batches=(32, 64))
+    command = ["scale", "choose", str(trials), "--choose-by", "loss", "--report", "accuracy"]
     assert main([*command, "--json"]) == 0
     small, large = json.loads(capsys.readouterr().out)["points"]
     assert small["edges"] == ["batch: highest"]
@@ -82,18 +75,15 @@ def test_an_optimum_at_the_edge_is_reported(tmp_path, capsys):
 
 
 def test_trials_that_a_round_stopped_are_not_chosen(tmp_path):
-    def stop(row):
-        return row | ({"stopped_of": 768, "loss": 0.1} if row["lr"] == RATES[3] else {})
-
-    table = write(tmp_path / "trials.csv", change=stop)
-    best = choose(ChooseConfig(table=table, choose_by="loss", report="accuracy"))
+    trials = write(tmp_path / "trials.csv", stopped=RATES[3])
+    best = choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy"))
     assert all(point["lr"] != RATES[3] for point in best["points"])
     assert "batch_exponent" not in best["rule"]  # one batch says nothing of it
     assert "batch /" not in describe(best)
     with pytest.raises(Refused, match="no column 'top1'; collect the sweep anew"):
-        choose(ChooseConfig(table=table, choose_by="loss", report="top1"))
+        choose(ChooseConfig(table=trials, choose_by="loss", report="top1"))
     with pytest.raises(Refused, match="choose_by and report are both 'loss'"):
-        ChooseConfig(table=table, choose_by="loss", report="loss")
+        ChooseConfig(table=trials, choose_by="loss", report="loss")
 
 
 def test_a_parabola_estimates_the_rate_between_those_of_the_grid():

@@ -1,6 +1,5 @@
 """Sweeps: which trials a point has, and how halving chooses among them."""
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +7,17 @@ from unittest import mock
 
 import pytest
 
-from clip_jax.cli import main
 from clip_jax.refused import Refused
 from clip_jax.scaling import jobs
-from clip_jax.scaling.ladder import LadderCommand, LadderConfig, climb, grid
+from clip_jax.scaling.ladder import LadderCommand, climb, grid
 from clip_jax.scaling.rules import RulesConfig
 from clip_jax.scaling.sweep import HalvingConfig, SweepConfig, halve
-from tests.conftest import tiny_digits
-from tests.scaling.conftest import train_all
+from tests.scaling.conftest import collected, stamps, tiny_ladder, train_all, write_spec
 
 
 def ladder(sweep, **changes):
-    base = tiny_digits(steps=1)
-    values = {"base": base, "models": {"w": base.model}, "samples": (1_024,), "sweep": sweep}
-    return LadderConfig(**(values | changes))
+    both = tiny_ladder(samples=(1_024,), sweep=sweep, **changes)
+    return replace(both, models={"w": both.base.model})
 
 
 def test_a_point_has_a_trial_for_every_combination():
@@ -98,41 +94,25 @@ def test_halving_trains_the_better_half_further(tmp_path):
 
 def test_points_are_halved_each_for_itself(tmp_path):
     sweep = SweepConfig(rates=(1, 2), halving=replace(HALVING, rounds=1, best="max"))
-    one = ladder(sweep)
-    two = replace(one, models={"a": one.base.model, "b": one.base.model})
-    calls = []
-    train = training(calls, lambda rate, seed: rate)
-    halve(grid(two, tmp_path), sweep.halving, train, print)
-    assert set(calls[1]) == {"a@1K-rate2-seed0", "b@1K-rate2-seed0"}
-
-
-SPEC = """\
-from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.scaling import jobs
-from clip_jax.scaling.ladder import LadderConfig
-from clip_jax.scaling.sweep import HalvingConfig, SweepConfig
-from tests.conftest import tiny_digits
-
-def get_ladder():
-    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
-    sweep = SweepConfig(rates=(0.01, 1), halving=HalvingConfig(metric="info_nce", rounds=1))
-    return LadderConfig(base=base, models={"a": base.model}, samples=(160,), sweep=sweep)
-"""
+    points, calls = grid(tiny_ladder(samples=(1_024,), sweep=sweep), tmp_path), []
+    halve(points, sweep.halving, training(calls, lambda rate, seed: rate), print)
+    assert set(calls[1]) == {"w16@1K-rate2-seed0", "w32@1K-rate2-seed0"}
 
 
 def test_halving_stops_runs_and_goes_on_with_the_best(tmp_path):
-    spec, root = tmp_path / "spec.py", tmp_path / "runs"
-    spec.write_text(SPEC)
+    halving = 'HalvingConfig(metric="info_nce", rounds=1)'
+    spec = write_spec(tmp_path, f"sweep=SweepConfig(rates=(0.01, 1), halving={halving})")
+    command = LadderCommand(spec=spec, root=tmp_path / "runs", only="w16*")
     with mock.patch.object(jobs, "run", autospec=True, side_effect=train_all) as ran:
-        result = climb(LadderCommand(spec=spec, root=root), print)
+        result = climb(command, print)
     assert [len(call.args[0]) for call in ran.call_args_list] == [2, 1]
     assert all(point["done"] and not point["failure"] for point in result["points"])
-    assert main(["scale", "collect", str(root), "--output", str(tmp_path / "all.csv")]) == 0
-    rows = csv.DictReader((tmp_path / "all.csv").read_text().splitlines())
-    by_rate = {float(row["lr"]): (row["samples_seen"], row["stopped_of"]) for row in rows}
-    assert [by_rate[rate] for rate in sorted(by_rate)] == [("160", ""), ("80", "10")]
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    rows = {
+        float(row["lr"]): (row["samples_seen"], row["stopped_of"]) for row in collected(tmp_path)
+    }
+    assert [rows[rate] for rate in sorted(rows)] == [("160", ""), ("80", "10")]
+    before = stamps(command.root)
     with mock.patch.object(jobs, "run", autospec=True, return_value={}) as ran:
-        climb(LadderCommand(spec=spec, root=root), print)
+        climb(command, print)
     assert not any(call.args[0] for call in ran.call_args_list)
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    assert before == stamps(command.root)
