@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import curve_fit
 
 from clip_jax.scaling import fit as fits
 from clip_jax.scaling import table
 from clip_jax.scaling.answers import PUBLISHED
-from clip_jax.scaling.fit import fit, fit_line
+from clip_jax.scaling.fit import fit
 from clip_jax.scaling.laws import Runs, frontier, optimum, pareto
 from tests.scaling.conftest import POINTS
 from tests.scaling.known import KNOWN, NOISE, frontier_coverage, measured
@@ -65,9 +66,6 @@ def test_lines_steeper_than_any_float_are_not_drawn():
     drawn: Any = fit("power", runs, "all", draws=20_000)
     assert 19_000 < len(drawn.drawn.beta) < 20_000
     assert not np.isnan(fits.evaluate(drawn.drawn, np.array(1e3), np.array(1e12))).any()
-
-
-# ------------------------------------------------------------------ known laws
 
 
 def test_a_budget_is_divided_and_an_irreducible_error_that_runs_determine_is_stated():
@@ -136,7 +134,6 @@ def test_the_frontier_is_the_least_error_of_each_bin():
     ("form", "through", "changes", "message"),
     [
         ("additive", "frontier", {}, "needs sizes and samples"),
-        ("additive", "all", {}, "3 points .* 5 parameters"),
         ("saturating", "all", {}, "3 points .* 4 parameters"),
         ("power", "frontier", {"error": np.array([0.5, 0.1, 0.0])}, "positive"),
         ("repeated", "all", {}, "distinct samples of each run, more than 0"),
@@ -151,37 +148,24 @@ def test_what_cannot_be_fitted_is_refused(
         fit(form, runs._replace(**changes), through)
 
 
-# ------------------------------------------------------------------ intervals
-
-
-@pytest.mark.parametrize("points", [12, 30])
-def test_a_straight_lines_interval_covers_the_truth(points: int):
-    rng, draws = np.random.default_rng(points), 1_000
-    x = np.log(np.geomspace(1e9, 1e13, points))
-    y = np.log(5.0) - 0.11 * x + NOISE * rng.standard_normal((draws, points))
-    line = fit_line(x, y)
-    low, high = line.slope_interval()
-    assert abs(np.mean((low < -0.11) & (high > -0.11)) - 0.95) < 0.03
-    for new in (False, True):  # beyond the data, where it is needed
-        truth = np.log(5.0) - 0.11 * np.log(1e14) + new * NOISE * rng.standard_normal(draws)
-        at = line.at(np.log(1e14), new)
-        assert abs(np.mean((at.low < truth) & (truth < at.high)) - 0.95) < 0.03
-
-
-def test_what_fit_reports_is_that_interval():
-    rng = np.random.default_rng(0)
-    samples = np.geomspace(1e9, 1e13, 12)
+def test_a_straight_lines_intervals_are_the_textbooks():
+    """Student's t: of the slope, the line's height and a new run, beyond the data as well."""
+    rng, samples = np.random.default_rng(0), np.geomspace(1e9, 1e13, 12)
     error = 5 * samples**-0.11 * np.exp(NOISE * rng.standard_normal(12))
     fitted: Any = fit("power", Runs(np.ones(12), samples, error), "all", draws=40_000)
-    line = fit_line(np.log(samples), np.log(error))
-    alpha = tuple(map(float, line.slope_interval()))
-    assert fitted.interval("alpha") == alpha
-    np.testing.assert_allclose(np.log(fitted.interval("beta")), line.at(0.0, new=False)[1:])
-    # What is drawn has the quantiles of Student's t.
+    x, y, reach = np.log(samples), np.log(error), stats.t.ppf([0.025, 0.975], 10)
+    line: Any = stats.linregress(x, y)
+    alpha = line.slope + reach * line.stderr
+    np.testing.assert_allclose(fitted.interval("alpha"), alpha)
+    beta = np.exp(line.intercept + reach * line.intercept_stderr)
+    np.testing.assert_allclose(fitted.interval("beta"), beta)
     drawn = np.array(fits.middle(fitted.drawn.alpha))
     np.testing.assert_allclose(drawn, alpha, atol=0.03 * (alpha[1] - alpha[0]))
-    ahead = fitted.predict(np.array([1.0]), np.array([1e14]))
-    np.testing.assert_allclose(np.log(ahead.low), line.at(np.log([1e14]), new=True).low)
+    noise = np.square(y - line.slope * x - line.intercept).sum() / 10
+    height = noise * (1 / 12 + (np.log(1e14) - x.mean()) ** 2 / np.square(x - x.mean()).sum())
+    for answer, variance in ((fitted.curve, height), (fitted.predict, height + noise)):
+        _, low, high = answer(np.array(1.0), np.array(1e14))
+        np.testing.assert_allclose(np.log(high / low), 2 * reach[1] * np.sqrt(variance))
 
 
 @pytest.mark.parametrize("form", ["saturating", "additive", "repeated", "batched"])
