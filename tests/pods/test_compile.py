@@ -116,7 +116,6 @@ FSDP, ALL = "{{0,1,2,3},{4,5,6,7}}", "{{0,1,2,3,4,5,6,7}}"
     [
         ("all-gather", "48,12,40", FSDP, "gather of (48, 12, 40)"),  # activations
         ("all-gather", "48,48", ALL, "gather of (48, 48)"),  # logits
-        ("all-gather", "521,40", FSDP, None),
         ("all-gather", "32,96", ALL, "gather of (32, 96)"),  # parameters are split by fsdp alone
         ("all-gather", "32,96", FSDP, None),
         ("all-gather", "48,20", ALL, None),

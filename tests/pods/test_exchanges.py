@@ -38,26 +38,3 @@ metadata={op_name="jit(step)/transpose(jvp(visual))/c_fc"}
     assert (whole.kind, shard.kind) == ("all-reduce", "reduce-scatter")
     assert shard.source == "jit(step)/transpose(jvp(visual))/c_fc"
     assert whole.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4
-
-
-def test_a_sum_that_another_core_does_is_seen():
-    """tpu7x hands the gradients' sums to its sparse cores: a call that starts and goes on."""
-    text = """HloModule step
-%add (x: bf16[], y: bf16[]) -> bf16[] {
-  %x = bf16[] parameter(0)
-  %y = bf16[] parameter(1)
-  ROOT %s = bf16[] add(%x, %y)
-}
-%called (p: bf16[768,3072]) -> bf16[768,3072] {
-  %p = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %sum = bf16[768,3072]{1,0:T(8,128)(2,1)} all-reduce(%p), channel_id=3, \
-replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add
-}
-ENTRY %main (a: bf16[768,3072]) -> bf16[768,3072] {
-  %a = bf16[768,3072]{1,0:T(8,128)(2,1)} parameter(0)
-  %start = ((bf16[768,3072]{1,0}), bf16[768,3072]{1,0}, u32[]) call-start(%a), \
-async_execution_thread="sparsecore", to_apply=%called
-  ROOT %done = bf16[768,3072]{1,0} call-done(%start)
-}"""
-    [found] = collectives(text, {"data": 8, "fsdp": 1, "tensor": 1})
-    assert (found.kind, found.axes, found.bytes) == ("all-reduce", ("data",), 768 * 3072 * 2)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import json
 import re
 import shlex
@@ -11,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from clip_jax.cli import main
 from clip_jax.evals import suite, supervised
 from tests.conftest import ROOT, rows
 from tests.data.conftest import write_tar
+from tests.prepare.conftest import jpeg, scene
 
 GUIDE = ROOT / "docs/tutorials/imagenet.md"
 SMALL = shlex.split(
@@ -27,21 +26,15 @@ SMALL = shlex.split(
 )
 
 
-def picture(rng) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(file, "JPEG")
-    return file.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What img2dataset leaves of two shards, and four of ImageNet's classes."""
-    rng = np.random.default_rng(0)
     (tmp_path / "pairs").mkdir()
     for shard in range(2):
         members, keys = [], [f"{shard:05d}{number:04d}" for number in range(16)]
         for key in keys:
-            members += [(f"{key}.jpg", picture(rng)), (f"{key}.txt", f"picture {key}".encode())]
+            image = jpeg(scene(int(key)))
+            members += [(f"{key}.jpg", image), (f"{key}.txt", f"picture {key}".encode())]
         write_tar(tmp_path / f"pairs/{shard:05d}.tar", members)
         scores = pa.table({"key": keys, "similarity": [0.2 + 0.01 * i for i in range(16)]})
         pq.write_table(scores, tmp_path / f"pairs/{shard:05d}.parquet")
@@ -50,7 +43,7 @@ def folder(tmp_path, monkeypatch):
             (tmp_path / "data/imagenet1k" / split / label).mkdir(parents=True)
             for number in range(2):
                 file = tmp_path / "data/imagenet1k" / split / label / f"{number}.jpg"
-                file.write_bytes(picture(rng))
+                file.write_bytes(jpeg(scene(number)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     sets = [dataclasses.replace(x, classes=4) for x in suite.SUITE if x.name == "imagenet1k"]

@@ -17,18 +17,15 @@ from tests.prepare.conftest import CHANGES, digests, jpeg, scene
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
 
 
-def pairs(count: int) -> list[tuple[str, bytes, str]]:
-    """Scenes, of which every fifth is one of the first again, or a changed copy of it."""
-    changes = [lambda x: x, *CHANGES.values()]
-    images = [scene(i) for i in range(count)]
-    images[5::5] = [changes[i % 5](images[i]) for i in range(len(images[5::5]))]
-    return [(f"{i:03d}.jpg", jpeg(x), f"text {i}") for i, x in enumerate(images)]
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> str:
+    """Scenes, of which every fifth is one of the first again, or a changed copy of it."""
+    changes = [lambda x: x, *CHANGES.values()]
+    images = [scene(i) for i in range(30)]
+    images[5::5] = [changes[i % 5](images[i]) for i in range(5)]
+    pairs = [(f"{i:03d}.jpg", jpeg(x), f"text {i}") for i, x in enumerate(images)]
     (tmp_path / "in").mkdir()
-    return FORMATS["tar"](tmp_path / "in", pairs(30)).path
+    return FORMATS["tar"](tmp_path / "in", pairs).path
 
 
 def on_ray(source: str, out: Path, *flags: object) -> subprocess.CompletedProcess[str]:

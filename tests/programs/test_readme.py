@@ -14,12 +14,11 @@ import subprocess
 import sys
 from unittest import mock
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from clip_jax import arguments, cli
 from tests.conftest import FLAGS, ROOT
+from tests.data.conftest import write_pairs
 from tests.forks import Forks
 
 SHIMS = r"""
@@ -48,22 +47,19 @@ PAIRS_FLAGS = (
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
-def blocks(language, *pages):
+def blocks(language, pages=PAGES):
     """The blocks of a language in some pages, one after another."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.M | re.S)
     return [block for page in pages for block in pattern.findall(page.read_text())]
 
 
-def commands(*pages):
+def commands():
     """What stands in `sh` blocks and is ours, as arguments of `clip-jax`."""
-    lines = "\n".join(blocks("sh", *pages)).replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
+    for line in "\n".join(blocks("sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        starts = [i for i, word in enumerate(words) if word in ("clip-jax", "up", "4")]
         if "clip-jax" in words or any("launch/" in word for word in words):
-            found.append(words[starts[0] + 1 :])
-    return found
+            start = next(i for i, word in enumerate(words) if word in ("clip-jax", "up", "4"))
+            yield words[start + 1 :]
 
 
 @pytest.fixture
@@ -71,34 +67,23 @@ def directory(tmp_path):
     """A place with the repository's files and somebody's pairs."""
     for name in ("configs", "clip_jax", "tests", "notebooks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    rng = np.random.default_rng(0)
+    write_pairs(tmp_path, 8)
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        shutil.copytree(tmp_path / "images", tmp_path / "animals" / folder)
     (tmp_path / "photos").mkdir()
-    animals = [tmp_path / f"animals/{x}/{y}" for x in ("train", "test") for y in ("cat", "dog")]
-    for folder in animals:
-        folder.mkdir(parents=True)
-    lines = ["image,caption"]
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,picture number {i}")
-        for folder in (*(animals if i < 4 else []), *([tmp_path / "photos"] if i == 0 else [])):
-            shutil.copy(tmp_path / f"{i}.png", folder)
-    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    shutil.copy(tmp_path / "images/00001.png", tmp_path / "photos/0.png")
     return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def environment(tmp_path_factory):
     """What the shims need: a process that runs the commands (tests/forks.py)."""
     tiny = [*FLAGS, "--steps", "6", "--evals.0.every-steps", "6", "--model.vision.depth", "2"]
     values = os.environ | {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
+        "PYTHON": sys.executable, "FORKS": str(ROOT / "tests/forks.py"), "TINY": " ".join(tiny),
+        "TINY_PAIRS": PAIRS_FLAGS, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_PRNG_IMPL": "rbg",  # compiles quickly, as in conftest.py
-        "FORKS": str(ROOT / "tests/forks.py"),
-        "TINY": " ".join(tiny),
-        "TINY_PAIRS": PAIRS_FLAGS,
-    }
+    }  # fmt: skip
     with Forks(tmp_path_factory.mktemp("forks"), **values) as forks:
         yield values | {"SOCKET": forks.path}
 
@@ -114,7 +99,7 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
         return done.stdout
 
     ran, outputs = set(), []
-    for block in blocks("bash", *PAGES):
+    for block in blocks("bash"):
         fresh = [line for line in block.splitlines() if line not in ran]
         ran.update(fresh)
         outputs.append(run("bash", "-c", SHIMS + "\n".join(fresh)))
@@ -122,27 +107,24 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
     assert "zero_shot/unseen/top1" in printed
     assert "alpha         -0.1114" in printed
     assert "held out: 9 runs predicted from the 27 others" in printed
-    first, *others = dict.fromkeys(blocks("python", *PAGES))
-    assert blocks("python", *PAGES).count(first) == 2  # of the README, and in the library's page
+    first, *others = dict.fromkeys(blocks("python"))
+    assert blocks("python").count(first) == 2  # of the README, and in the library's page
     similarities, *rest = (run(sys.executable, "-c", block) for block in (first, *others))
     assert re.fullmatch(r"\[\[\S+\s+\S+\]\]\n", similarities)  # one image, two texts
     assert "(1, 17, 16) (1, 16, 16, 3)\n" in rest
 
 
-@pytest.mark.parametrize("command", commands(*PAGES), ids=" ".join)
+@pytest.mark.parametrize("command", [*commands()], ids=" ".join)
 def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
-    class Read(Exception):
-        """So far and no further."""
-
     def read(*args):
         parse(*args)
-        raise Read
+        raise EOFError  # so far and no further
 
     parse = arguments.parse
     monkeypatch.chdir(ROOT)
     with (
         mock.patch.object(arguments, "parse", autospec=True, side_effect=read),
-        pytest.raises(Read),
+        pytest.raises(EOFError),
     ):
         cli._run(command)
 
@@ -150,6 +132,6 @@ def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
 def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
     readme = ROOT / "README.md"
     assert len(readme.read_text().splitlines()) <= 150
-    first, second = blocks("bash", readme)[:2]
+    first, second = blocks("bash", [readme])[:2]
     assert first == "pip install -e . && clip-jax train configs/digits.py\n"
     assert second == "pip install -e '.[test]' && pytest -n 2\n"

@@ -23,7 +23,13 @@ LAION = FitConfig(table=POINTS, where=("upstream_dataset=LAION*",), draws=100)
 def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
     config = replace(
         LAION,
-        predict=("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B", "ViT-B-32@100K"),
+        predict=(
+            "ViT-H-14@68B",
+            "ViT-g-14@34B",
+            "ViT-bigG-14@68B",
+            "ViT-B-32@100K",
+            "ViT-H-14@1000B",
+        ),
         hold_out=1e12,
         plot=tmp_path / "plots" / "imagenet",
     )
@@ -40,6 +46,9 @@ def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
     assert result["hold_out"]["inside_interval"] == len(result["hold_out"]["runs"]) == 4
     assert [Path(p).name for p in result["plots"]] == ["imagenet.svg", "imagenet.png"]
     assert all(Path(p).stat().st_size > 10_000 for p in result["plots"])
+    (far,) = result["warnings"]
+    assert far.startswith("ViT-H-14@1000B is ")
+    assert "times the largest run's compute" in far
     text = describe(result)
     assert "ViT-H-14@68B: 79.7%" in text
     assert "4 of them inside the 95% interval" in text
@@ -66,6 +75,7 @@ def test_families_are_compared_from_one_table(tmp_path: Path):
     assert "in 9 pairs of runs alike in all else" in text
     few = fit(replace(config, where=(), plot=None, form="saturating"))
     assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points (all) cannot determine")
+    assert "irreducible   not determined by these runs" in describe(few)
 
 
 def test_what_a_law_takes_besides_is_a_column(tmp_path: Path):
@@ -89,13 +99,6 @@ def test_what_a_law_takes_besides_is_a_column(tmp_path: Path):
     assert "best division of compute: N grows as C^0.3" in describe(result)
     with pytest.raises(Refused, match="no column 'global_batch'"):
         fit(replace(config, form="batched"))
-
-
-def test_an_irreducible_error_that_is_not_known_is_not_stated():
-    result = fit(replace(LAION, form="saturating", predict=("ViT-H-14@1000B",)))
-    assert result["through"] == "all"
-    assert "irreducible   not determined" in describe(result)
-    assert any("times the largest run" in line for line in result["warnings"])
 
 
 def test_a_budget_names_a_model_and_its_samples():
