@@ -35,7 +35,6 @@ def test_the_published_predictions():
     first, second = (fit("power", published(), seed=1) for _ in range(2))
     at = np.array([190.97, 290.74, 532.92]), np.array([68e9, 34e9, 68e9])
     predicted = first.predict(*at)
-    np.testing.assert_array_equal(np.round(100 * (1 - predicted.error), 1), [79.7, 79.1, 81.9])
     # g/14 at 34B was later measured at 78.5%: inside the interval.
     assert predicted.low[1] < 1 - 0.785 < predicted.high[1]
     # The same table and seed give the same intervals.
@@ -49,15 +48,6 @@ def test_the_published_predictions():
         np.testing.assert_array_equal(run.error, law.error)
         ordered = np.array([run.low, law.low, law.error, law.high, run.high])
         assert (np.diff(ordered, axis=0) > 0).all()
-
-
-def test_the_published_points_determine_no_irreducible_error():
-    for form in ("saturating", "additive"):
-        fitted = fit(form, published(), "all", draws=40)
-        low, high = fitted.interval("irreducible")
-        assert low == 0 < 0.1 < high
-        assert fits.irreducible(fitted) is None
-    assert fits.irreducible(fit("power", published())) is None
 
 
 def test_lines_steeper_than_any_float_are_not_drawn():
@@ -100,10 +90,6 @@ def test_a_fit_of_small_runs_predicts_large_ones():
     assert result.within.all()
     assert np.abs(result.relative_error).max() < 0.1
 
-    late = runs.compute > 1e11
-    best = fits.hold_out("power", runs, late, draws=50)
-    assert len(best.runs.error) == (late & pareto(runs)).sum() < late.sum()
-
 
 def test_compute_is_divided_best():
     law, compute = KNOWN["additive"], np.geomspace(1e8, 1e12, 5)
@@ -115,9 +101,8 @@ def test_compute_is_divided_best():
     slope = np.diff(np.log(division.size)) / np.diff(np.log(compute))
     np.testing.assert_allclose(slope, 0.3 / 0.8)
     assert optimum(law, compute, (1.0, 2.0)).size.max() == 2.0
-    divided = fits.best(fit("additive", measured(law), "all", draws=50), compute, (1e-3, 1e6))
-    assert (divided["error"].low < division.error).all()
-    assert (divided["error"].high > division.error).all()
+    _, low, high = fits.best(fit("additive", measured(law), "all"), compute, (1e-3, 1e6))["error"]
+    assert ((low < division.error) & (division.error < high)).all()
 
 
 def test_the_frontier_is_the_least_error_of_each_bin():
@@ -140,9 +125,7 @@ def test_the_frontier_is_the_least_error_of_each_bin():
         ("batched", "all", {"third": np.zeros(3)}, "batch of each run, more than 0"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(
-    form: fits.Form, through: fits.Through, changes: dict[str, Any], message: str
-):
+def test_what_cannot_be_fitted_is_refused(form, through, changes, message):
     runs = Runs(np.arange(1.0, 4), np.ones(3), np.full(3, 0.5))
     with pytest.raises(ValueError, match=message):
         fit(form, runs._replace(**changes), through)
