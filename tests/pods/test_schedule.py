@@ -28,11 +28,9 @@ def test_bundles_count_as_often_as_their_loop_runs(tmp_path):
     assert schedule.cycles(tmp_path, "kernel.3") is None
 
 
-def test_the_end_of_a_loop_may_stand_behind_a_bundle_of_the_one_around_it():
+def test_a_loop_may_end_late_or_be_of_unknown_length():
+    """Its end may stand behind a bundle of the one around it."""
     late = "   0x6   : > { %s8 = smov 0 }\n   0x7   : >> { %v3 = vpop.f32 }\n   0x6 PF:"
     assert schedule.count(TEXT.replace("   0x6 PF:", late)) == 39 + 4 * (1 + 3)
-
-
-def test_a_loop_of_unknown_length_makes_the_kernel_unknown():
     assert schedule.count("     0 LB:  { %s1 = smov 0 }\n") == 1  # not a loop of its own
     assert schedule.count(TEXT.replace("%s5, 6 ", "%s5, %s6 ")) is None

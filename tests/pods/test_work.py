@@ -79,20 +79,17 @@ def test_equal_kernels_have_one_schedule():
 
 
 FUSED = """HloModule step
-
 %saved (p0: bf16[12,64,256], p1: bf16[64,256], p2: s32[]) -> bf16[12,64,256] {
   %p0 = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
   %p1 = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(1)
   %p2 = s32[]{:T(128)} parameter(2)
   %b = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} bitcast(%p1)
-  %z = s32[]{:T(128)} constant(0)
-  ROOT %u = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%p0, %b, %p2, %z, %z)
+  ROOT %u = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%p0, %b, %p2, %p2, %p2)
 }
 %taken (q0: bf16[12,64,256], q1: s32[]) -> bf16[64,256] {
   %q0 = bf16[12,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
   %q1 = s32[]{:T(128)} parameter(1)
-  %z = s32[]{:T(128)} constant(0)
-  %s = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q0, %q1, %z, %z)
+  %s = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q0, %q1, %q1, %q1)
   ROOT %o = bf16[64,256]{1,0:T(8,128)(2,1)} bitcast(%s)
 }
 ENTRY %main (a: bf16[12,64,256], c: bf16[64,256], i: s32[]) -> bf16[64,256] {
@@ -106,10 +103,19 @@ ENTRY %main (a: bf16[12,64,256], c: bf16[64,256], i: s32[]) -> bf16[64,256] {
 
 
 def test_an_update_in_place_writes_and_a_slice_reads_its_part():
-    slice_bytes = 64 * 256 * 2
     saved, taken = work.read(FUSED)
-    assert saved.bytes == slice_bytes  # what it saves comes from the chip
-    assert taken.bytes == 2 * slice_bytes
+    assert saved.bytes == 64 * 256 * 2  # what it saves comes from the chip
+    assert taken.bytes == 2 * saved.bytes
+
+
+QUERY, WIDE = "bf16[128,77,8,64]", "bf16[128,77,512,1,1]"
+IMAGE, KERNEL, OUTPUT = "f32[2,8,8,4]", "f32[3,3,4,6]", "f32[2,4,4,6]"
+CONVOLUTION = (
+    "({}, u8[0]) custom-call(%x, %y), window={{size=3x3 stride=2x2 pad=1_1x1_1}}, "
+    'dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$conv{}"'
+)
+ATTENTION = 'custom-call(%x, %y, %z), custom_call_target="__cudnn$fmhaSoftmax'
+PRODUCT = 2 * 128 * 8 * 77 * 77 * 64
 
 
 @pytest.mark.parametrize(
@@ -117,21 +123,30 @@ def test_an_update_in_place_writes_and_a_slice_reads_its_part():
     [
         # As TPUs write [B, N] attention of 77 × 77: most places of the window are padding.
         (
-            {"x": "bf16[128,77,8,64]", "y": "bf16[128,77,8,64]"},
+            (QUERY, QUERY),
             "f32[128,8,77,77] convolution(%x, %y), window={size=128x8 stride=127x7 "
             "lhs_dilate=128x8}, dim_labels=0b1f_0o1i->01bf",
-            2 * 128 * 8 * 77 * 77 * 64,
+            PRODUCT,
         ),
         (  # and a projection to three times eight heads
-            {"x": "bf16[128,77,512,1,1]", "w": "bf16[512,3,8,64,1]"},
-            "bf16[128,77,3,8,64] convolution(%x, %w), window={size=1x3x8 pad=0_0x2_2x7_7 "
+            (WIDE, "bf16[512,3,8,64,1]"),
+            "bf16[128,77,3,8,64] convolution(%x, %y), window={size=1x3x8 pad=0_0x2_2x7_7 "
             "rhs_reversal=0x1x1}, dim_labels=b0f12_i12o0->b012f",
             2 * 128 * 77 * 512 * 3 * 8 * 64,
         ),
+        # cuDNN's gradients of a convolution cost what it does: of four outputs along a side of
+        # eight the first sees two places, the others three.
+        ((IMAGE, KERNEL), CONVOLUTION.format(OUTPUT, "Forward"), 2 * 2 * 11**2 * 4 * 6),
+        ((OUTPUT, KERNEL), CONVOLUTION.format(IMAGE, "BackwardInput"), 2 * 2 * 11**2 * 4 * 6),
+        ((IMAGE, OUTPUT), CONVOLUTION.format(KERNEL, "BackwardFilter"), 2 * 2 * 11**2 * 4 * 6),
+        # cuDNN's attention is two products forward and five backward.
+        ((QUERY,) * 3, f'({QUERY}, u8[0]) {ATTENTION}"', 2 * PRODUCT),
+        ((QUERY,) * 3, f'({QUERY}, u8[0]) {ATTENTION}Backward"', 5 * PRODUCT),
     ],
 )
-def test_a_matmul_written_as_a_convolution(operands, line, flops):
-    [found] = work.read(module(*parameters(**operands), f"  ROOT %c = {line}"))
+def test_flops_of_one_operation(operands, line, flops):
+    shapes = dict(zip("xyz", operands, strict=False))
+    [found] = work.read(module(*parameters(**shapes), f"  ROOT %c = {line}"))
     assert found.flops == flops
 
 
@@ -147,31 +162,4 @@ def test_flops_of_a_scan_and_of_convolutions_as_xla_compiles_them():
     compiled = jax.jit(convolved).lower(jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 8))).compile()
     places = (5 * 3 - 2) ** 2  # of five outputs the first and the last see two pixels, not three
     [flops] = [x.flops for x in work.read(compiled.as_text()) if x.flops]
-    assert flops == 2 * 2 * places * 4 * 8
-    assert flops == compiled.cost_analysis()["flops"]
-
-
-def test_gradients_of_a_convolution_by_cudnn_cost_what_it_does():
-    """A 3×3 with stride 2 on 8×8: the first of four outputs sees two places, the others three."""
-    shapes = {"x": "f32[2,8,8,4]", "w": "f32[3,3,4,6]", "y": "f32[2,4,4,6]"}
-    window = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
-    calls = {"Forward": ("x", "w", "y"), "BackwardInput": ("y", "w", "x")}
-    calls["BackwardFilter"] = ("x", "y", "w")
-    lines = [
-        f"  %{name} = ({shapes[result]}, u8[0]) custom-call(%{first}, %{second}), {window}, "
-        f'custom_call_target="__cudnn$conv{name}"'
-        for name, (first, second, result) in calls.items()
-    ]
-    text = module(*parameters(**shapes), *lines)
-    assert [x.flops for x in work.read(text)] == [2 * 2 * 11**2 * 4 * 6] * 3
-
-
-def test_attention_by_cudnn_is_two_products_forward_and_five_backward():
-    q, name = "bf16[2,77,8,64]", "__cudnn$fmhaSoftmax"
-    calls = [
-        f'  %f{x} = ({q}, u8[0]) custom-call(%q, %k, %v), custom_call_target="{name}{x}"'
-        for x in ("", "Backward")
-    ]
-    product = 2 * 2 * 8 * 77 * 77 * 64
-    flops = [x.flops for x in work.read(module(*parameters(q=q, k=q, v=q), *calls))]
-    assert flops == [2 * product, 5 * product]
+    assert flops == compiled.cost_analysis()["flops"] == 2 * 2 * places * 4 * 8
