@@ -1,4 +1,4 @@
-"""`clip-jax` as a process: what it imports, its exit codes, and what it prints."""
+"""`clip-jax` as a process: its imports, exit codes and output; and flags that compilers know."""
 
 import os
 import subprocess
@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from clip_jax.processes import CPU_FLAGS, GPU_OPTIONS, TPU_OPTIONS
+from tests.conftest import DIGITS, FLAGS, ROOT
 
 HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
 
@@ -67,3 +68,51 @@ def test_a_value_of_the_wrong_type_in_a_config_file_is_invalid(tmp_path):
     done = run("-m", "clip_jax", "train", str(path))
     end = "mine.py: config.steps is 10000.0; it must be of type int.\n"
     assert (done.returncode, done.stderr[-len(end) :]) == (2, end)
+
+
+@pytest.mark.parametrize("size", ["400k", "60k"])
+def test_a_disk_that_fills_is_named_once_and_the_run_goes_on(size, tmp_path):
+    """Somewhere: in a checkpoint, a line of metrics, TensorBoard, config.json. Then it grows.
+
+    `unshare` mounts one that is small.
+    """
+    script = (
+        f'mount -t tmpfs -o size={size} tmpfs {tmp_path}; "$@"; echo "exit code $?" >&2; '
+        f'mount -o remount,size=100M {tmp_path}; "$@"'
+    )
+    command = ["train", str(DIGITS), "--workdir", str(tmp_path / "run"), *FLAGS, "--steps", "9"]
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", script, "sh", sys.executable, "-m", "clip_jax", *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    first, _, second = done.stderr.partition("exit code 2\n")
+    # Besides, threads of TensorStore may print that their event loop is closed.
+    assert first.count(f"clip-jax: no space left for {tmp_path}/run") == 1
+    assert str(ROOT / "clip_jax") not in done.stderr  # no traceback of ours
+    assert done.returncode == 0
+    assert "done in" in second
+
+
+XLA = "import jax; jax.numpy.zeros(1)"
+LIBTPU = (
+    "from jax.experimental import topologies; "
+    "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')"
+)
+NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+@pytest.mark.parametrize(
+    ("code", "variable", "options", "unknown"),
+    [
+        (XLA, "XLA_FLAGS", GPU_OPTIONS | CPU_FLAGS, "xla_gpu_no_such_flag"),
+        (LIBTPU, "LIBTPU_INIT_ARGS", TPU_OPTIONS, "xla_tpu_no_such_flag"),
+    ],
+    ids=["GPU and CPU", "TPU"],
+)
+def test_the_flags_are_known_and_others_are_not(code, variable, options, unknown):
+    for flags, is_known in ((options, True), (options | {unknown: "true"}, False)):
+        text = " ".join(f"--{name}={value}" for name, value in flags.items())
+        environment = os.environ | NO_TPU | {variable: text}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120)
+        assert (done.returncode == 0) == is_known

@@ -3,9 +3,14 @@
 Installing is left out, training is cut to a few steps, ladders are planned only (their table is in
 the repository), pytest is not run inside itself, and the page and the server have tests of their
 own: the shims below say so. What has run once is not run again. Everything else runs as it stands.
-Blocks of `sh` are for pods and large data sets: their flags are read, and nothing runs.
+Blocks of `sh` are for pods and large data sets: their flags are read, and nothing runs but those of
+the guide to ImageNet's number, on small stand-ins.
 """
 
+import dataclasses
+import functools
+import itertools
+import json
 import os
 import re
 import shlex
@@ -14,12 +19,17 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clip_jax import arguments, cli
-from tests.conftest import FLAGS, ROOT
-from tests.data.conftest import write_pairs
+from clip_jax.evals import suite, supervised
+from tests.conftest import FLAGS, ROOT, rows
+from tests.data.conftest import write_pairs, write_tar
 from tests.forks import Forks
+from tests.prepare.conftest import jpeg, scene
 
 SHIMS = r"""
 set -euo pipefail
@@ -44,6 +54,12 @@ PAIRS_FLAGS = (
 )
 
 
+SMALL = shlex.split(
+    "--steps 4 --batch-size 8 --report-every 1 --optim.warmup-steps 1 --evals.0.every-steps 2 "
+    "--model.embed-dim 16 --model.vision.layers 1 1 1 1 --model.vision.width 8 "
+    "--model.vision.num-heads 4 --model.vision.image-size 32 --model.text.width 16 "
+    "--model.text.depth 1 --model.text.num-heads 2 --data.threads 2"
+)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
@@ -53,9 +69,14 @@ def blocks(language, pages=PAGES):
     return [block for page in pages for block in pattern.findall(page.read_text())]
 
 
+def in_sh(pages=PAGES):
+    """The lines of `sh` blocks; one that goes on in the next is one."""
+    return "".join(blocks("sh", pages)).replace("\\\n", " ").splitlines()
+
+
 def commands():
     """What stands in `sh` blocks and is ours, as arguments of `clip-jax`."""
-    for line in "\n".join(blocks("sh")).replace("\\\n", " ").splitlines():
+    for line in in_sh():
         words = shlex.split(line, comments=True)
         if "clip-jax" in words or any("launch/" in word for word in words):
             start = next(i for i, word in enumerate(words) if word in ("clip-jax", "up", "4"))
@@ -135,3 +156,46 @@ def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
     first, second = blocks("bash", [readme])[:2]
     assert first == "pip install -e . && clip-jax train configs/digits.py\n"
     assert second == "pip install -e '.[test]' && pytest -n 2\n"
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """What img2dataset leaves of two shards, and four of ImageNet's classes."""
+    pictures = (jpeg(scene(number)) for number in itertools.count())
+    (tmp_path / "pairs").mkdir()
+    for shard in range(2):
+        members, keys = [], [f"{shard:05d}{number:04d}" for number in range(16)]
+        for key in keys:
+            members += [(f"{key}.jpg", next(pictures)), (f"{key}.txt", b"picture %d" % int(key))]
+        write_tar(tmp_path / f"pairs/{shard:05d}.tar", members)
+        scores = pa.table({"key": keys, "similarity": [0.2 + 0.01 * i for i in range(16)]})
+        pq.write_table(scores, tmp_path / f"pairs/{shard:05d}.parquet")
+    for split in ("train", "val", "test"):
+        for label in ("n01440764", "n01443537", "n01484850", "n01491361"):
+            (tmp_path / "data/imagenet1k" / split / label).mkdir(parents=True)
+            for name in ("0.jpg", "1.jpg"):
+                file = tmp_path / "data/imagenet1k" / split / label / name
+                file.write_bytes(next(pictures))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    sets = [dataclasses.replace(x, classes=4) for x in suite.SUITE if x.name == "imagenet1k"]
+    monkeypatch.setattr(suite, "SUITE", tuple(sets))
+    return tmp_path
+
+
+def test_every_command_of_the_guide_to_imagenet_runs(downloaded, monkeypatch, capsys):
+    few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
+    monkeypatch.setattr(supervised, "search", few)
+    lines = in_sh([ROOT / "docs/tutorials/imagenet.md"])
+    assert len(lines) == 7
+    for line in lines:
+        tool, *words = shlex.split(line.replace("01242", "00001").replace("1/4", "1/1"))
+        if tool == "img2dataset":  # which `downloaded` stands for
+            continue
+        assert tool == "clip-jax"
+        assert cli.main(words + SMALL * (words[0] == "train")) == 0, capsys.readouterr().err
+    names = {"imagenet1k/acc1", "imagenet1k/mean_per_class_recall"}
+    for file in ("runs/cc12m/result.json", "report/result.json"):
+        assert names <= json.loads((downloaded / file).read_text()).keys()
+    assert [row["step"] for row in rows(downloaded / "runs/cc12m", "evals/watch.jsonl")][-1] == 4
+    assert list((downloaded / "prepared").glob("*.array_record"))
