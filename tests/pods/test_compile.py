@@ -27,6 +27,7 @@ from tests.conftest import tiny_digits
 from tests.pods.conftest import BATCH, MODEL, module, recipe
 
 Sizes = tuple[int, int, int]  # of a mesh's axes
+MESH, TOPOLOGY = MeshConfig(data=2, fsdp=4), Topology.parse("v5e:2x4")
 
 
 @functools.cache
@@ -38,8 +39,7 @@ def program(sizes: Sizes, form: str = "dense") -> Program:
 @pytest.fixture(scope="module")
 def planned() -> tuple[Facts, str]:
     """What `plan` reads from a step on the CPU's own devices, and the text that it reads."""
-    mesh, topology = MeshConfig(data=2, fsdp=4), Topology.parse("v5e:2x4")
-    request = Request(recipe=recipe(), mesh=mesh, topology=topology)
+    request = Request(recipe=recipe(), mesh=MESH, topology=TOPOLOGY)
     with mock.patch.object(pod, "exchanges", autospec=True, side_effect=pod.exchanges) as reader:
         facts = pod.facts(request, jax.devices())
     return facts, reader.call_args.args[0]
@@ -162,9 +162,8 @@ class Recorded(Program):
 def test_plan_compiles_what_train_runs(tmp_path):
     """The same StableHLO under the same options."""
     options = {"xla_cpu_enable_fast_math": False}
-    config = tiny_digits(steps=3, evals=(), mesh=MeshConfig(data=2, fsdp=4))
-    topology = Topology.parse("v5e:2x4")
-    request = Request(recipe=config.recipe, mesh=config.mesh, topology=topology)
+    config = tiny_digits(steps=3, evals=(), mesh=MESH)
+    request = Request(recipe=config.recipe, mesh=MESH, topology=TOPOLOGY)
     with (
         mock.patch.object(training, "Program", Recorded),
         mock.patch.object(pod, "Program", Recorded),

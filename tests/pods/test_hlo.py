@@ -3,7 +3,7 @@
 import pytest
 
 from clip_jax.pods import hlo
-from tests.pods.conftest import compiled_scan
+from tests.pods.conftest import compiled_scan, module
 
 # A kernel's attributes run over lines, some of which look like the end of a computation.
 KERNEL = """HloModule step
@@ -38,9 +38,9 @@ def test_attributes_over_several_lines_end_no_computation_and_half_a_text_is_an_
 
 
 def test_as_many_as_the_module_itself_counts():
-    [module] = compiled_scan().runtime_executable().hlo_modules()
+    [compiled] = compiled_scan().runtime_executable().hlo_modules()
     computations, entry = hlo.parse(compiled_scan().as_text())
-    theirs = {x.name: len(x.instructions()) for x in module.computations()}
+    theirs = {x.name: len(x.instructions()) for x in compiled.computations()}
     assert {name: len(x) for name, x in computations.items()} == theirs
     assert {visit.times for visit in hlo.walk(computations, entry)} == {1, 3}
 
@@ -68,19 +68,8 @@ def test_arrays_lie_in_whole_tiles(shape, size, padded):
 
 
 def test_a_loop_whose_turns_are_not_said_is_an_error():
-    text = """HloModule m
-%cond (p: s32[]) -> pred[] {
-  %a = s32[] constant(3)
-  %b = s32[] constant(4)
-  ROOT %lt = pred[] compare(%a, %b), direction=LT
-}
-%body (p: s32[]) -> s32[] {
-  ROOT %p = s32[] parameter(0)
-}
-ENTRY %main (a: s32[]) -> s32[] {
-  %a = s32[] parameter(0)
-  ROOT %w = s32[] while(%a), condition=%cond, body=%body
-}"""
-    computations, entry = hlo.parse(text)
+    lines = ("  %a = s32[] constant(3)", "  %b = s32[] constant(4)")
+    loop = "  ROOT %w = s32[] while(%a), condition=%main, body=%main"
+    computations, _ = hlo.parse(module(*lines, loop))
     with pytest.raises(ValueError, match="how often does w run"):
-        list(hlo.walk(computations, entry))
+        hlo.trips(computations["main"]["w"], computations)

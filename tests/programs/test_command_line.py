@@ -12,9 +12,13 @@ from tests.conftest import DIGITS, FLAGS, ROOT
 HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
 
 
-def run(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE)
+def run(
+    *arguments: str, stdout: int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )  # fmt: skip
 
 
 def test_a_reader_who_has_enough_ends_the_command_quietly():
@@ -113,6 +117,4 @@ NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIB
 def test_the_flags_are_known_and_others_are_not(code, variable, options, unknown):
     for flags, is_known in ((options, True), (options | {unknown: "true"}, False)):
         text = " ".join(f"--{name}={value}" for name, value in flags.items())
-        environment = os.environ | NO_TPU | {variable: text}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120)
-        assert (done.returncode == 0) == is_known
+        assert (run("-c", code, **NO_TPU, **{variable: text}).returncode == 0) == is_known

@@ -1,6 +1,7 @@
 """The launchers for clusters: linted, valid, and run against commands that only pretend."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +93,6 @@ def test_the_yaml_is_what_kubernetes_takes(name):
         assert [rule["values"] for rule in rules] == [[2]]
         containers = job["spec"]["template"]["spec"]["containers"]
         assert [x["containerName"] for x in rules] == [x["name"] for x in containers]
-        misspelt = {"spec": job["spec"] | {"backofLimit": 3}}
-        with pytest.raises(kubernetes_validate.ValidationError):
-            kubernetes("batch/v1", "Job", replicated["name"], misspelt)
 
 
 def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
@@ -106,16 +104,14 @@ def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
     program, verb, *rest = spec["entrypoint"].replace("gs://BUCKET", "/tmp").split()
     assert (program, verb) == ("clip-jax", "prepare")
     config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), cli.prepare)
-    assert config.on == "ray"
-    assert config.joins
+    assert (config.on, config.joins) == ("ray", True)
 
 
 def test_no_launcher_says_what_is_trained():
     for path in LAUNCH.iterdir():
         if path.is_file() and path.name != "README.md":
-            text = path.read_text()
-            for word in ("--optim.", "--batch-size", "--steps", "--model.", "--data."):
-                assert word not in text, (path.name, word)
+            flags = re.findall(r"--(?:optim|batch-size|steps|model|data)\b", path.read_text())
+            assert not flags, path
 
 
 def with_venv(*first: Path, **more: str) -> dict[str, str]:

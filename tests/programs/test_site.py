@@ -30,9 +30,9 @@ def anchors(text: str) -> set[str]:
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
+    loads = r"<(?:img|script|link\s[^>]*rel=\"?(?:stylesheet|icon|preconnect))\b[^>]*>"
     for path, text in site.items():
-        tags = re.findall(r"<(?:img|script)\s[^>]*>", text)
-        tags += re.findall(r"<link\s[^>]*rel=\"?(?:stylesheet|icon|preconnect)[^>]*>", text)
+        tags = re.findall(loads, text)
         assert tags
         assert not [tag for tag in tags if re.search(r'(src|href)="?(\w+:)?//', tag)], path
 

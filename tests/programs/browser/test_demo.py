@@ -47,9 +47,8 @@ def address(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     readme = (ROOT / "README.md").read_text()
-    match = re.search(r"^clip-jax (demo \S+ --embeddings) ", readme, re.M)
-    assert match
-    command = match[1].replace("runs/digits", str(folder / "model")).split()
+    (shown,) = re.findall(r"^clip-jax (demo \S+ --embeddings) ", readme, re.M)
+    command = shown.replace("runs/digits", str(folder / "model")).split()
     command = ["-m", "clip_jax", *command, str(folder / "embeddings"), "--port", str(port)]
     process = subprocess.Popen(
         [sys.executable, "-u", *command],
@@ -90,8 +89,7 @@ def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, pa
 
     def shows_error(text: str) -> None:
         button.click()
-        toast = page.get_by_test_id("toast-body").filter(has_text=text)
-        expect(toast).to_be_in_viewport()
+        expect(page.get_by_test_id("toast-body").filter(has_text=text)).to_be_in_viewport()
 
     labels.fill("cat")
     shows_error("Drop an image first.")
@@ -101,12 +99,8 @@ def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, pa
     labels.fill("a cat\n\n  seven \nred")
     button.click()
     expect(bars).not_to_be_empty()
-    config = PredictConfig(
-        model=folder / "model",
-        images=(folder / "photos/red.png",),
-        labels=("a cat", "seven", "red"),
-    )
-    expected = predict(config)[0]["labels"]
+    given = {"images": (folder / "photos/red.png",), "labels": ("a cat", "seven", "red")}
+    expected = predict(PredictConfig(model=folder / "model", **given))[0]["labels"]
     assert bars.inner_text().strip() == expected[0]["label"]
     shown = page.locator("[data-testid$='-confidence-set'], .confidence-set")
     assert shown.count() == 3
@@ -128,11 +122,8 @@ def test_a_text_becomes_the_closest_images(folder, page):
     model = load(folder / "model")
     text = np.asarray(model.encode_text(model.tokenize(["a red bicycle"])))[0]
     embeddings = Embeddings(folder / "embeddings")
-    rows, similarities = embeddings.exact(text / np.linalg.norm(text), 12)
-    expected = [
-        f"{similarity:.3f} {embeddings.row(int(row))[1]}"
-        for row, similarity in zip(rows, similarities, strict=True)
-    ]
+    ranked = zip(*embeddings.exact(text / np.linalg.norm(text), 12), strict=True)
+    expected = [f"{similarity:.3f} {embeddings.row(int(row))[1]}" for row, similarity in ranked]
     assert [" ".join(text.split()) for text in captions.all_inner_texts()] == expected
     for image in page.locator(".thumbnail-item img").all():
         assert image.evaluate("image => image.complete && image.naturalWidth") == 60
