@@ -7,7 +7,6 @@ from tests.pods.conftest import compiled_scan, module
 
 # A kernel's attributes run over lines, some of which look like the end of a computation.
 KERNEL = """HloModule step
-
 %body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %p = (s32[], f32[8,128]) parameter(0)
   %x = f32[8,128] get-tuple-element(%p), index=1
@@ -19,7 +18,6 @@ frontend_attributes={kernel_metadata={
   %after = f32[8,128] add(%k, %x)
   ROOT %r = (s32[], f32[8,128]) tuple(%p, %after)
 }
-
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128] parameter(0)
   ROOT %b = f32[8,128] negate(%a)

@@ -80,9 +80,8 @@ def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     assert "held out: 9 runs predicted from the 27 others" in printed  # of the digits' ladder
 
 
-def test_convert_gives_pytorchs_numbers_and_shows_where_inputs_differ(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_convert_gives_pytorchs_numbers(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """And shows by how much other inputs move them."""
     monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", "8")
     printed = execute("convert", root, monkeypatch)
     for what in ("relative difference:", "of a probability:", "moved by a pixel"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.prepare import layout, writer
+from clip_jax.cli import main
 from tests.conftest import ROOT, write_tiny_model
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import CHANGES, digests, jpeg, scene
@@ -28,31 +28,26 @@ def source(tmp_path: Path) -> str:
     return FORMATS["tar"](tmp_path / "in", pairs).path
 
 
-def on_ray(source: str, out: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+def on_ray(source: str, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Prepare as a person does."""
-    command = ["-m", "clip_jax", "prepare", source, out, "--on", "ray", "--json", *flags]
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=out.parent, env=ENVIRONMENT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "clip_jax", "prepare", source, out, "--on", "ray", *flags]
+    how = {"cwd": out.parent, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    return subprocess.run(command, **how)
 
 
-def test_every_stage_makes_the_files_that_threads_make(source, tmp_path):
+def test_every_stage_makes_the_files_that_threads_make(source, tmp_path, capsys):
     write_tiny_model(tmp_path / "model")
     (tmp_path / "test").mkdir()
     for i in (1, 2):
         scene(i).save(tmp_path / f"test/{i}.png")
-    config = layout.PrepareConfig(
-        source=source, destination=tmp_path / "here", samples_per_shard=20, samples_per_task=6,
-        drop_duplicates=True, drop_near_duplicates=True, shuffle=True, top_share=0.7,
-        decontaminate=(f"test={tmp_path / 'test'}",), score_with=tmp_path / "model",
-    )  # fmt: skip
-    here = writer.prepare(config)
-    done = on_ray(
-        source, tmp_path / "there", "--samples-per-shard", 20, "--samples-per-task", 6,
-        "--drop-duplicates", "--drop-near-duplicates", "--shuffle", "--top-share", 0.7,
-        "--decontaminate", f"test={tmp_path / 'test'}", "--score-with", tmp_path / "model",
-    )  # fmt: skip
+    flags = [
+        "--samples-per-shard", "20", "--samples-per-task", "6", "--drop-duplicates",
+        "--drop-near-duplicates", "--shuffle", "--top-share", "0.7", "--score-with",
+        f"{tmp_path}/model", "--decontaminate", f"test={tmp_path}/test", "--json",
+    ]  # fmt: skip
+    assert main(["prepare", source, f"{tmp_path}/here", *flags]) == 0
+    here = json.loads(capsys.readouterr().out)
+    done = on_ray(source, tmp_path / "there", *flags)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "there") == digests(tmp_path / "here")
     assert json.loads(done.stdout)["counts"] == here["counts"]

@@ -36,8 +36,6 @@ def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split
     model = dataclasses.replace(MODEL, vision=tower)
     facts = compile_step(request("v5e:2x4", model, fsdp=4))
     assert facts.fits
-    assert facts.mesh == (2, 4, 1)
-    assert facts.peak_bytes > facts.parameters + facts.optimizer + facts.batch
     assert sum(x.received_from_slices for x in facts.exchanges) == 0
     assert any(work.cycles for work in facts.works if work.flops)
     ours = [x for x in facts.exchanges if x.part.startswith("image tower")]

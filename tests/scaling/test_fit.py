@@ -83,14 +83,6 @@ def test_repeated_samples_and_large_batches_count_less():
     assert batched(100.0, 1e9, 3e4) == pytest.approx(batched(100.0, 5e8))  # half of them count
 
 
-def test_a_fit_of_small_runs_predicts_large_ones():
-    runs = measured(KNOWN["additive"], 0, 0.01, 6, 6)
-    result = fits.hold_out("additive", runs, runs.samples == runs.samples.max(), "all", draws=50)
-    assert len(result.runs.error) == 6
-    assert result.within.all()
-    assert np.abs(result.relative_error).max() < 0.1
-
-
 def test_compute_is_divided_best():
     law, compute = KNOWN["additive"], np.geomspace(1e8, 1e12, 5)
     division = optimum(law, compute, (1e-3, 1e6))

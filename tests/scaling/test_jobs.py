@@ -67,10 +67,9 @@ class Machine(HandClock):
         return Job(name, [name], directory, (directory / "done").exists, 1.0)
 
     def start(
-        self, args: list[str], *, env: object, pass_fds: list[int], stdin: int, stdout: IO[bytes],
-        stderr: int,
-    ) -> Process:  # fmt: skip
-        assert (env, stdin, stderr) == ({"A": "b"}, subprocess.DEVNULL, subprocess.STDOUT)
+        self, args: list[str], *, pass_fds: list[int], stdout: IO[bytes], **how: object
+    ) -> Process:
+        assert how == {"env": {"A": "b"}, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         self._programs[args[0]].begin(self.now(), *pass_fds, stdout)
         self.started += args

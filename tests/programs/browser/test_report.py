@@ -18,7 +18,24 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("console", lambda message: messages.append(message.text))
     page.goto(f"file://{file}")
-    shows_every_run(page, names)
+
+    rows = page.locator("#runs tbody tr")
+    assert [row.locator("td").first.inner_text() for row in rows.all()] == sorted(names)
+    finished = [x for x in names if not re.search("trunk|6.4K", x) or x == "w16@6.4K-seed0"]
+    assert page.locator("#points .mark").count() == len(finished)
+    assert page.locator("#residuals .mark").count() == len(finished)
+    assert page.locator("#points path.law").count() == 1
+    assert page.locator("#curves path.curve").count() == len(names) - 1  # one has not begun
+    assert page.locator("#curves path.curve.open").count() == 2
+    bad = page.locator("#failed tbody tr")
+    states = {row.locator("td").nth(1).inner_text() for row in bad.all()}
+    assert states == {"failed", "stopped", "not begun"}
+    expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
+    expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 trunks")
+    expect(page.locator("#said")).to_contain_text("info_nce: power law")
+    expect(page.locator("#cards")).to_contain_text("13 of 16")
+    text = page.locator("body").inner_text()
+    assert [words for words in ("NaN", "undefined", "Infinity", "[object") if words in text] == []
 
     run = page.locator("#runs tbody tr", has_text="w32@3.2K-seed1")
     run.click()
@@ -40,23 +57,3 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     assert page.locator("#curves path.curve").count() == 0
     assert [url for url in requests if not url.startswith("data:")] == [f"file://{file}"]
     assert messages == []
-
-
-def shows_every_run(page, names):
-    rows = page.locator("#runs tbody tr")
-    assert [row.locator("td").first.inner_text() for row in rows.all()] == sorted(names)
-    finished = [x for x in names if not re.search("trunk|6.4K", x) or x == "w16@6.4K-seed0"]
-    assert page.locator("#points .mark").count() == len(finished)
-    assert page.locator("#residuals .mark").count() == len(finished)
-    assert page.locator("#points path.law").count() == 1
-    assert page.locator("#curves path.curve").count() == len(names) - 1  # one has not begun
-    assert page.locator("#curves path.curve.open").count() == 2
-    bad = page.locator("#failed tbody tr")
-    states = {row.locator("td").nth(1).inner_text() for row in bad.all()}
-    assert states == {"failed", "stopped", "not begun"}
-    expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
-    expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 trunks")
-    expect(page.locator("#said")).to_contain_text("info_nce: power law")
-    expect(page.locator("#cards")).to_contain_text("13 of 16")
-    text = page.locator("body").inner_text()
-    assert [words for words in ("NaN", "undefined", "Infinity", "[object") if words in text] == []
