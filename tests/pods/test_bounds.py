@@ -21,8 +21,7 @@ def test_operations_one_after_the_other_take_longer_than_all_at_once():
     found = bounds(V5E, [compute, moving], 0, 0)
     assert found.compute == pytest.approx(1)
     assert found.memory == found.step == pytest.approx(1.25)
-    assert found.one_by_one == pytest.approx(2)
-    assert found.compiler == pytest.approx(2)
+    assert found.one_by_one == found.compiler == pytest.approx(2)
     parts = by_part(V5E, [compute, moving])
     assert list(parts) == ["MLP", "copies"]
     assert parts["MLP"].operations == pytest.approx(1)

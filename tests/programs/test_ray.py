@@ -65,15 +65,13 @@ def test_invalid_input_that_a_worker_meets_is_one_message(source, tmp_path):
 
 DRIVER = """
 import os
+from pathlib import Path
 from clip_jax.tasks import runner
 
 def work(task, counted):
-    with open("begun", "w") as begun:
-        begun.write(f"{os.getpid()}\\n")
-    with open("go") as go:
-        go.read()
-    with open(f"done-{task}", "w") as done:
-        done.write(str(sum(counted(range(task)))))
+    Path("begun").write_text(f"{os.getpid()}\\n")
+    Path("go").read_text()
+    Path(f"done-{task}").write_text(str(sum(counted(range(task)))))
 
 if __name__ == "__main__":
     with runner("ray") as ray:

@@ -158,9 +158,8 @@ def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
     assert second == "pip install -e '.[test]' && pytest -n 2\n"
 
 
-@pytest.fixture
-def downloaded(tmp_path, monkeypatch):
-    """What img2dataset leaves of two shards, and four of ImageNet's classes."""
+def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, capsys):
+    """On what img2dataset leaves of two shards, and four of ImageNet's classes."""
     pictures = (jpeg(scene(number)) for number in itertools.count())
     (tmp_path / "pairs").mkdir()
     for shard in range(2):
@@ -180,22 +179,17 @@ def downloaded(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     sets = [dataclasses.replace(x, classes=4) for x in suite.SUITE if x.name == "imagenet1k"]
     monkeypatch.setattr(suite, "SUITE", tuple(sets))
-    return tmp_path
-
-
-def test_every_command_of_the_guide_to_imagenet_runs(downloaded, monkeypatch, capsys):
     few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
     monkeypatch.setattr(supervised, "search", few)
     lines = in_sh([ROOT / "docs/tutorials/imagenet.md"])
     assert len(lines) == 7
     for line in lines:
         tool, *words = shlex.split(line.replace("01242", "00001").replace("1/4", "1/1"))
-        if tool == "img2dataset":  # which `downloaded` stands for
-            continue
-        assert tool == "clip-jax"
-        assert cli.main(words + SMALL * (words[0] == "train")) == 0, capsys.readouterr().err
+        assert tool in ("img2dataset", "clip-jax")
+        if tool == "clip-jax":
+            assert cli.main(words + SMALL * (words[0] == "train")) == 0, capsys.readouterr().err
     names = {"imagenet1k/acc1", "imagenet1k/mean_per_class_recall"}
     for file in ("runs/cc12m/result.json", "report/result.json"):
-        assert names <= json.loads((downloaded / file).read_text()).keys()
-    assert [row["step"] for row in rows(downloaded / "runs/cc12m", "evals/watch.jsonl")][-1] == 4
-    assert list((downloaded / "prepared").glob("*.array_record"))
+        assert names <= json.loads((tmp_path / file).read_text()).keys()
+    assert [row["step"] for row in rows(tmp_path / "runs/cc12m", "evals/watch.jsonl")][-1] == 4
+    assert list((tmp_path / "prepared").glob("*.array_record"))

@@ -65,12 +65,10 @@ def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
     names = itertools.product((0, 7), ("-trunk", "@160", "@640"))
     assert [point.name for point in points][:6] == [f"w16{x}-seed{seed}" for seed, x in names]
     trunk, short, long = points[:3]
-    assert trunk.config.steps == 32
-    assert trunk.config.optim.schedule == Constant()
-    assert trunk.config.checkpoint.also == (8, 32)
-    assert trunk.config.evals == ()
-    assert short.config.steps == 10
-    assert short.config.optim.schedule == CoolDown(steps=2, shape="sqrt")
+    assert (trunk.config.steps, trunk.config.optim.schedule) == (32, Constant())
+    assert (trunk.config.checkpoint.also, trunk.config.evals) == ((8, 32), ())
+    cool_down = CoolDown(steps=2, shape="sqrt")
+    assert (short.config.steps, short.config.optim.schedule) == (10, cool_down)
     assert (short.trunk, short.first_step, long.first_step) == ("w16-trunk-seed0", 8, 32)
     assert long.config.branch_from == f"{tmp_path / 'w16-trunk-seed0'}@32"
     # The branches' warm-up is the trunk's: that of the shortest point.
@@ -81,8 +79,7 @@ def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
     assert together / alone == pytest.approx(42 / 50)
     text = ladders.describe(points, set(), cooled)
     assert "16% saved. The trunks keep the checkpoints of 8 steps" in text
-    assert trunk.is_ready()
-    assert not short.is_ready()
+    assert (trunk.is_ready(), short.is_ready()) == (True, False)
 
 
 def test_a_trunk_goes_with_its_branches(tmp_path):
@@ -106,8 +103,7 @@ def test_hours_and_dollars_follow_from_the_peak():
     assert hours == pytest.approx(1.1)
     assert v5e.dollars(hours) == pytest.approx(1.1 * 256 * 1.2)
     core = HardwareConfig(chip="CPU core", peak_flops=1e10, mfu=0.5)
-    assert core.hours(3.6e13) == pytest.approx(2)
-    assert core.dollars(2) is None
+    assert (core.hours(3.6e13), core.dollars(2)) == (pytest.approx(2), None)
     with pytest.raises(ValueError, match="'TPU v9' is none of TPU v3, TPU v4, TPU v5e"):
         HardwareConfig(chip="TPU v9")
     with pytest.raises(ValueError, match=r"mfu=40.*at most 1"):

@@ -21,10 +21,9 @@ def ladder(sweep, **changes):
 
 
 def test_a_point_has_a_trial_for_every_combination():
-    sweep = SweepConfig(
-        rates=(0.5, 2), batch_sizes=(16, 64), warmups=(1, 2), weight_decays=(0.1, 0.2)
-    )
-    points = grid(ladder(sweep, rules=RulesConfig(reference_width=16)), Path("root"))
+    swept = {"rates": (0.5, 2), "batch_sizes": (16, 64), "warmups": (1, 2)}
+    sweep, rules = SweepConfig(weight_decays=(0.1, 0.2), **swept), RulesConfig(reference_width=16)
+    points = grid(ladder(sweep, rules=rules), Path("root"))
     assert len(points) == len({point.name for point in points}) == 2**4
     by_name = {point.name: point.config for point in points}
     one = by_name["w@1K-rate0.5-batch64-warmup2-decay0.2-seed0"]
@@ -54,12 +53,11 @@ def training(calls, losses, failing=()):
     def train(points):
         calls.append({point.name: point.config.end for point in points})
         for point in points:
-            path = point.workdir / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
             rate = point.config.optim.learning_rate
             row = {"step": point.config.end, "info_nce": losses(rate, point.config.seed)}
             if rate not in failing:
-                with path.open("a") as file:
+                point.workdir.mkdir(parents=True, exist_ok=True)
+                with (point.workdir / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
         return {p.name: "diverged" for p in points if p.config.optim.learning_rate in failing}
 

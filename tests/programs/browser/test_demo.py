@@ -57,13 +57,7 @@ def address(folder: Path) -> Iterator[str]:
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with process:
-        assert process.stdout
-        printed = []
-        for line in process.stdout:  # which ends with the process
-            printed.append(line)
-            if url in line:
-                break
-        assert url in printed[-1], printed
+        assert any(url in (last := line) for line in process.stdout), last
         yield url
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
@@ -132,11 +126,8 @@ def test_a_text_becomes_the_closest_images(folder, page):
 def test_it_is_served_to_this_machine_alone_and_a_port_in_use_is_one_message(folder, address):
     port = address.rpartition(":")[2]
     # Another of this machine's addresses: 0.0.0.0 would answer for it.
-    with (
-        pytest.raises(ConnectionRefusedError),
-        socket.create_connection(("127.0.0.2", int(port)), timeout=2),
-    ):
-        pass
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", int(port)), timeout=2)
     done = subprocess.run(
         [sys.executable, "-m", "clip_jax", "demo", str(folder / "model"), "--port", port],
         env=ENVIRONMENT, capture_output=True, text=True,
