@@ -8,7 +8,6 @@ from clip_jax.pods import work
 from tests.pods.conftest import compiled_scan, module
 
 FULL = 128 * 128 * 4  # bytes of f32[128,128]
-
 X = "f32[128,128]{1,0:T(8,128)}"
 PAIR = f"(s32[], {X})"
 

@@ -12,9 +12,7 @@ from tests.conftest import DIGITS, FLAGS, ROOT
 HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
 
 
-def run(
-    *arguments: str, stdout: int = subprocess.PIPE, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE,
         env=os.environ | environment,

@@ -104,9 +104,7 @@ def test_no_launcher_says_what_is_trained():
             assert not flags, path
 
 
-def run_script(
-    name: str, folder: Path, commands: dict[str, str], *arguments: str, **environment: str
-) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run_script(name: str, folder: Path, commands: dict[str, str], *arguments, **environment):
     """Run a script with pretended commands, each of which does what its text says.
 
     Return the process and the command lines that were called, in order.
@@ -159,8 +157,6 @@ case "$*" in
     for one in 0 1; do echo "clip-jax exit code $code"; done ;;
 esac
 """
-
-
 TRAIN = ["train", "configs/vit_l14.py", "--workdir", "gs://b/runs/l14"]
 
 

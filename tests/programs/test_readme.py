@@ -52,8 +52,6 @@ PAIRS_FLAGS = (
     "--model.vision.patch-size 8 --model.vision.width 16 --model.vision.num-heads 2 "
     "--model.vision.depth 1 --model.text.width 16 --model.text.num-heads 2 --model.text.depth 1"
 )
-
-
 SMALL = shlex.split(
     "--steps 4 --batch-size 8 --report-every 1 --optim.warmup-steps 1 --evals.0.every-steps 2 "
     "--model.embed-dim 16 --model.vision.layers 1 1 1 1 --model.vision.width 8 "
@@ -113,9 +111,8 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
     """The README's first, of whose runs the pages speak."""
 
     def run(*arguments: str) -> str:
-        done = subprocess.run(
-            arguments, cwd=directory, env=environment, capture_output=True, text=True
-        )
+        how = {"cwd": directory, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(arguments, **how)
         assert done.returncode == 0, f"{arguments[-1]}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

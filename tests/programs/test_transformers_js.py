@@ -1,7 +1,4 @@
-"""transformers.js, in Node, gives the model's numbers from an exported folder.
-
-NODE_PATH must have it: ONNXRUNTIME_NODE_INSTALL=skip npm install @huggingface/transformers
-"""
+"""transformers.js, in Node, gives the model's numbers from an exported folder."""
 
 import json
 import subprocess

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 from clip_jax.config import load_config
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.scaling.answers import CollectConfig, collect
-from clip_jax.scaling.jobs import Job, Say
 from clip_jax.scaling.ladder import LadderConfig, grid
 from clip_jax.scaling.rules import BranchesConfig
 from clip_jax.serialize import to_dict
@@ -60,8 +58,8 @@ def write_ladder(root: Path) -> list[str]:
             until -= 10
             ends = "clip-jax: step 391: loss nan" if point.name.endswith("1") else "step 390"
             (workdir / "log.txt").write_text(f"going on\n{ends}\n")
-        error = (2e-3 * config.model.vision.width) ** -0.2 * (until * 16) ** -0.3
-        error *= 20 * np.exp(0.01 * rng.standard_normal())
+        error = 20 * (2e-3 * config.model.vision.width) ** -0.2 * (until * 16) ** -0.3
+        error *= np.exp(0.01 * rng.standard_normal())
         lines = [
             {"step": step, "samples_seen": 16 * step, "loss": 30 * (16 * step) ** -0.3}
             for step in range(point.first_step + 1, until + 1)
@@ -75,9 +73,7 @@ def write_ladder(root: Path) -> list[str]:
     return [point.name for point in points]
 
 
-def train_all(
-    jobs: Sequence[Job], at_a_time: int, environment: Mapping[str, str], say: Say
-) -> dict[str, str]:
+def train_all(jobs, at_a_time, environment, say) -> dict[str, str]:
     """In place of `scaling.jobs.run`: leave what training leaves at the end of each config.
 
     The lower a learning rate, the lower the loss.
@@ -88,8 +84,7 @@ def train_all(
         assert job.command[1:4] == ["-m", "clip_jax", "train"]
         assert job.command[5:] == ["--workdir", str(job.directory)]
         config = load_config(Path(job.command[4]))
-        loss = config.optim.learning_rate
-        row = {"step": config.end, "loss": loss, "info_nce": loss}
+        row = {"step": config.end} | dict.fromkeys(("loss", "info_nce"), config.optim.learning_rate)
         with (job.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         result = row | {"samples_seen": config.end * config.batch_size}

@@ -33,9 +33,7 @@ OTHERS: dict[Form, Law] = {
 }
 
 
-def measured(
-    law: Law, seed: int = 0, noise: float = NOISE, sizes: int = 4, counts: int = 4
-) -> Runs:
+def measured(law: Law, seed=0, noise=NOISE, sizes=4, counts=4) -> Runs:
     """Runs of some sizes, each at some counts of samples; three thirds, if the law takes one."""
     third = {Repeated: (1e6, 1e7, 1e8), Batched: (1e3, 1e4, 1e5)}.get(type(law), (1.0,))
     axes = np.geomspace(3, 300, sizes), np.geomspace(1e6, 1e10, counts), np.array(third)

@@ -66,9 +66,7 @@ class Machine(HandClock):
             process.acts |= {done_after: (directory / "done").touch}
         return Job(name, [name], directory, (directory / "done").exists, 1.0)
 
-    def start(
-        self, args: list[str], *, pass_fds: list[int], stdout: IO[bytes], **how: object
-    ) -> Process:
+    def start(self, args: list[str], *, pass_fds, stdout, **how) -> Process:
         assert how == {"env": {"A": "b"}, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         self._programs[args[0]].begin(self.now(), *pass_fds, stdout)
