@@ -12,7 +12,7 @@ from clip_jax.pods.topology import GPUS, Topology
         ("v5e:16x16", 256, 1, "TPU v5e"),
         ("v5e:16x16/slices=2", 512, 2, "TPU v5e"),
         ("tpu7x:4x4x4", 128, 1, "TPU v7x"),  # two devices a chip
-        ("H100:8", 8, 1, "H100 SXM"),
+        ("H100:4", 4, 1, "H100 SXM"),
         ("A100-40GB:64", 64, 8, "A100 SXM 40GB"),
     ],
 )

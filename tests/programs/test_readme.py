@@ -94,21 +94,14 @@ def directory(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def environment(tmp_path_factory):
-    """What the shims need: a process that runs the commands (tests/forks.py)."""
+def test_every_block_of_the_readme_and_the_pages_runs(directory, tmp_path_factory):
+    """The README's first, of whose runs the pages speak."""
     tiny = [*FLAGS, "--steps", "6", "--evals.0.every-steps", "6", "--model.vision.depth", "2"]
-    values = os.environ | {
+    environment = os.environ | {
         "PYTHON": sys.executable, "FORKS": str(ROOT / "tests/forks.py"), "TINY": " ".join(tiny),
         "TINY_PAIRS": PAIRS_FLAGS, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_PRNG_IMPL": "rbg",  # compiles quickly, as in conftest.py
     }  # fmt: skip
-    with Forks(tmp_path_factory.mktemp("forks"), **values) as forks:
-        yield values | {"SOCKET": forks.path}
-
-
-def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
-    """The README's first, of whose runs the pages speak."""
 
     def run(*arguments: str) -> str:
         how = {"cwd": directory, "env": environment, "capture_output": True, "text": True}
@@ -117,10 +110,12 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, environment):
         return done.stdout
 
     ran, outputs = set(), []
-    for block in blocks("bash"):
-        fresh = [line for line in block.splitlines() if line not in ran]
-        ran.update(fresh)
-        outputs.append(run("bash", "-c", SHIMS + "\n".join(fresh)))
+    with Forks(tmp_path_factory.mktemp("forks"), **environment) as forks:
+        environment["SOCKET"] = forks.path
+        for block in blocks("bash"):
+            fresh = [line for line in block.splitlines() if line not in ran]
+            ran.update(fresh)
+            outputs.append(run("bash", "-c", SHIMS + "\n".join(fresh)))
     printed = "\n".join(outputs)
     assert "zero_shot/unseen/top1" in printed
     assert "alpha         -0.1114" in printed

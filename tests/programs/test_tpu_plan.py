@@ -26,8 +26,7 @@ def test_the_sums_of_gradients_are_found(topology):
 
 def test_between_slices_there_is_the_network():
     facts = compile_step(request("v4:2x2x1/slices=2", fsdp=2))
-    assert facts.fits
-    assert facts.mesh == (4, 2, 1)
+    assert (facts.fits, facts.mesh) == (True, (4, 2, 1))
     assert sum(x.received_from_slices for x in facts.exchanges) > 0
 
 

@@ -91,10 +91,11 @@ def test_halving_trains_the_better_half_further(tmp_path):
 
 
 def test_points_are_halved_each_for_itself(tmp_path):
-    sweep = SweepConfig(rates=(1, 2), halving=replace(HALVING, rounds=1, best="max"))
+    sweep = SweepConfig(rates=(1, 2, 4), halving=replace(HALVING, rounds=1, best="max"))
     points, calls = grid(tiny_ladder(samples=(1_024,), sweep=sweep), tmp_path), []
     halve(points, sweep.halving, training(calls, lambda rate, seed: rate), print)
-    assert set(calls[1]) == {"w16@1K-rate2-seed0", "w32@1K-rate2-seed0"}
+    kept = {f"{model}@1K-rate{rate}-seed0" for model in ("w16", "w32") for rate in (2, 4)}
+    assert set(calls[1]) == kept  # of three trials two
 
 
 def test_halving_stops_runs_and_goes_on_with_the_best(tmp_path):
