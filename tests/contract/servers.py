@@ -17,9 +17,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
 
 _CHUNK = 1 << 16  # bytes
 _CONTROL = "/_proxy"  # where the proxy itself answers
@@ -58,7 +62,7 @@ class Server:
         self._ask("PUT", json.dumps(settings).encode())
 
     def requests(self) -> list[dict[str, Any]]:
-        """Requests since the last call: method, path, range, status, bytes of the answer's body."""
+        """Requests since the last call: method, path, status, bytes of the answer's body."""
         return json.loads(self._ask("GET"))
 
     def until_fault(self) -> None:
@@ -101,9 +105,7 @@ class Proxy:
     """
 
     def __init__(self) -> None:
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._log: list[dict[str, Any]] = []
-        self._tasks: set[asyncio.Task | None] = set()
         self._free_at = 0.0  # when the line is free again
         self._faulted = asyncio.Event()
         self.behave()
@@ -115,88 +117,79 @@ class Proxy:
         faults: dict[str, float] | None = None,
         only: str = "",
         times: float = float("inf"),
-        seed: int = 0,
     ) -> None:
         self._latency, self._rate = latency, bytes_per_second
         self._faults, self._only, self._times = faults or {}, re.compile(only), times
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._faulted.clear()
 
-    async def start(self) -> int:
-        """Listen; return the port."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
-        return server.sockets[0].getsockname()[1]
+    async def start(self) -> str:
+        """Listen; return the address."""
+        app = web.Application(client_max_size=0)
+        app.router.add_route("*", f"{_CONTROL}{{path:.*}}", self._control)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        runner = web.AppRunner(
+            app, access_log=None, auto_decompress=False, handler_cancellation=True
+        )
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self._client = aiohttp.ClientSession(
+            auto_decompress=False,
+            connector=aiohttp.TCPConnector(limit=0),
+            skip_auto_headers=("Accept-Encoding", "Content-Type"),
+            timeout=aiohttp.ClientTimeout(),
+        )
+        return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     def forward_to(self, port: int) -> None:
-        self._port = port
+        self._upstream = f"http://127.0.0.1:{port}"
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        self._tasks.add(task)  # the loop itself would forget it
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while await self._answer(reader, writer):
-                pass
-        writer.close()
-        self._tasks.discard(task)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; False if the connection is to be closed."""
-        line, headers = await _head(reader)
-        method, path, _ = line.split(" ")
-        headers.pop("connection", "")  # is between the client and us
-        if headers.pop("expect", ""):
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = b"".join([part async for part in _body(reader, headers)])
-        if path == f"{_CONTROL}/fault":
+    async def _control(self, request: web.Request) -> web.Response:
+        if request.method == "PUT":
+            self.behave(**await request.json())
+        elif request.path == f"{_CONTROL}/fault":
             await self._faulted.wait()
-            writer.write(_response(200, b""))
-            return True
-        if path == _CONTROL:
-            writer.write(_response(200, self._control(method, body)))
-            return True
-        request = {"method": method, "path": path, "range": headers.get("range", "")}
-        self._log.append(request | {"status": 0, "bytes": 0})
-        entry = self._log[-1]
+        else:
+            log, self._log = self._log, []
+            return web.json_response(log)
+        return web.Response()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        method, path = request.method, request.raw_path
+        entry: dict[str, Any] = {"method": method, "path": path, "status": 0, "bytes": 0}
+        self._log.append(entry)
         fault = self._fault(f"{method} {path}")
         await asyncio.sleep(self._latency)
         if fault == "hang":
-            await reader.read(1)  # until the client gives up
-            return False
+            await asyncio.Event().wait()  # until the client gives up
+        assert request.transport
         if fault == "reset":
-            writer.transport.abort()
-            return False
+            request.transport.abort()
+            return web.Response()  # which is not sent
         if fault.isdecimal():
             entry["status"] = int(fault)
-            writer.write(_response(int(fault), b"" if method == "HEAD" else b"try later"))
-            return True
-        upstream, to = await self._connection()
-        to.write(_bytes(line, headers) + body)
-        status, told = await _head(upstream)
-        entry["status"] = int(status.split(" ")[1])
-        writer.write(_bytes(status, told))
-        cut = int(told.get("content-length", 0)) // 2 if fault == "cut" else None
-        bare = method == "HEAD" or entry["status"] in (204, 304)
-        async for part in _body(upstream, told, bare=bare):
-            await self._pace(len(part))
-            entry["bytes"] += len(part)
-            if cut is not None and entry["bytes"] > cut:
-                writer.write(part[: cut - entry["bytes"]])
-                to.close()
-                return False
-            writer.write(part)
-            await writer.drain()
-        if told.get("connection", "").lower() == "close":
-            to.close()
-            return False
-        self._idle.append((upstream, to))
-        return True
-
-    def _control(self, method: str, body: bytes) -> bytes:
-        if method == "PUT":
-            self.behave(**json.loads(body))
-            return b""
-        log, self._log = self._log, []
-        return json.dumps(log).encode()
+            return web.Response(status=int(fault), text="try later")
+        url = URL(self._upstream + path, encoded=True)
+        headers = _passed_on(request.headers)
+        async with self._client.request(
+            method, url, headers=headers, data=body or None, allow_redirects=False
+        ) as upstream:
+            entry["status"] = upstream.status
+            headers = _passed_on(upstream.headers)
+            answer = web.StreamResponse(status=upstream.status, headers=headers)
+            await answer.prepare(request)
+            end = int(upstream.headers.get("Content-Length", 0)) // 2 if fault == "cut" else None
+            async for part in upstream.content.iter_chunked(_CHUNK):
+                await self._pace(len(part))
+                start = entry["bytes"]
+                entry["bytes"] += len(part)
+                if end is not None and entry["bytes"] > end:
+                    await answer.write(part[: end - start])
+                    request.transport.close()
+                    break
+                await answer.write(part)
+        return answer
 
     def _fault(self, request: str) -> str:
         """Draw whether something is to go wrong, and what; "" for nothing."""
@@ -210,13 +203,6 @@ class Proxy:
                     return fault
         return ""
 
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while self._idle:
-            reader, writer = self._idle.pop()
-            if not (reader.at_eof() or writer.is_closing()):
-                return reader, writer
-        return await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
-
     async def _pace(self, size: int) -> None:
         """Wait as long as the line takes to carry so many bytes, behind what it carries now."""
         if self._rate:
@@ -225,42 +211,10 @@ class Proxy:
             await asyncio.sleep(self._free_at - now)
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]]:
-    """First line and headers, their names in lower case."""
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
-    pairs = (line.partition(":") for line in lines[1:])
-    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
-
-
-async def _body(
-    reader: asyncio.StreamReader, headers: dict[str, str], bare: bool = False
-) -> AsyncIterator[bytes]:
-    """The body as it travels: chunks with their sizes, or as many bytes as are announced."""
-    if bare:
-        return
-    if headers.get("transfer-encoding") == "chunked":
-        size = 1
-        while size:
-            line = await reader.readuntil(b"\r\n")
-            size = int(line.split(b";")[0], 16)
-            yield line + await reader.readexactly(size + 2)
-        return
-    left = int(headers.get("content-length", 0))
-    while left:
-        part = await reader.read(min(left, _CHUNK))
-        if not part:
-            raise ConnectionResetError
-        left -= len(part)
-        yield part
-
-
-def _bytes(line: str, headers: dict[str, str]) -> bytes:
-    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    return "\r\n".join(lines).encode("latin-1")
-
-
-def _response(status: int, body: bytes) -> bytes:
-    return _bytes(f"HTTP/1.1 {status} X", {"content-length": str(len(body))}) + body
+def _passed_on(headers: Mapping[str, str]) -> dict[str, str]:
+    """All headers but those that are between the proxy and one of its neighbours."""
+    own = {"connection", "expect", "transfer-encoding"}
+    return {name: value for name, value in headers.items() if name.lower() not in own}
 
 
 # ---------------------------------------------------------------------------------- the process
@@ -304,7 +258,7 @@ def _end_with_parent() -> None:
 
 async def _main(scheme: str) -> None:
     proxy = Proxy()
-    address = f"http://127.0.0.1:{await proxy.start()}"
+    address = await proxy.start()
     start = _start_gs if scheme == "gs" else _start_s3
     proxy.forward_to(await asyncio.to_thread(start, address))
     print(address, flush=True)
