@@ -44,14 +44,10 @@ def write_pictures(folder: str, count: int) -> str:
 
 @dataclass(frozen=True)
 class Bucket:
-    """An empty bucket on a real server; `server` can be made slow or faulty and keeps a log.
-
-    `clock` is the one by which a late answer is asked for again: it stands still.
-    """
+    """An empty bucket on a real server, which can be made slow or faulty and keeps a log."""
 
     url: str
     server: Server
-    clock: HandClock
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +65,10 @@ def _bucket(request: pytest.FixtureRequest, scheme: str) -> Iterator[Bucket]:
     for name, value in server.environment().items():
         request.getfixturevalue("monkeypatch").setenv(name, value)
     server.behave()
-    url, clock = server.make_bucket(f"test-{next(_numbers)}"), HandClock()
+    url = server.make_bucket(f"test-{next(_numbers)}")
     server.requests()
-    with mock.patch.object(bucket_client, "CLOCK", clock):
-        yield Bucket(url, server, clock)
+    with mock.patch.object(bucket_client, "CLOCK", HandClock()):  # no answer is ever late
+        yield Bucket(url, server)
 
 
 @pytest.fixture(params=["gs", "s3"])

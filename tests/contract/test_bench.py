@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import tarfile
 from unittest import mock
 
 import numpy as np
@@ -14,6 +13,7 @@ from clip_jax.bench import describe_input
 from clip_jax.cli import main
 from clip_jax.clock import Clock
 from tests.conftest import ROOT
+from tests.data.conftest import write_tar
 
 QUICK = ["--seconds", "1", "--warmup", "0", "--batch-size", "8"]
 
@@ -28,20 +28,15 @@ class LooksClock(Clock):
         return next(self._looks) / 50
 
 
-def test_input_from_a_bucket_says_what_it_asks_for(gs, capsys):
-    rng = np.random.default_rng(0)
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as tar:
-        for number in range(40):
-            image = io.BytesIO()
-            pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
-            Image.fromarray(pixels).save(image, "JPEG")
-            for name, data in ((f"{number}.jpg", image.getvalue()), (f"{number}.txt", b"a photo")):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    files.write_whole(f"{gs.url}/0.tar", content.getvalue())
-    files.write_whole(f"{gs.url}/1.tar", content.getvalue())
+def test_input_from_a_bucket_says_what_it_asks_for(gs, tmp_path, capsys):
+    rng, members = np.random.default_rng(0), []
+    for number in range(40):
+        image, pixels = io.BytesIO(), rng.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(image, "JPEG")
+        members += [(f"{number}.jpg", image.getvalue()), (f"{number}.txt", b"a photo")]
+    write_tar(tmp_path / "x.tar", members)
+    for number in range(2):
+        files.write_whole(f"{gs.url}/{number}.tar", (tmp_path / "x.tar").read_bytes())
     ahead = 1  # MiB
     flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--data.read-ahead-mib", f"{ahead}"]
     command = ["bench", "input", str(ROOT / "configs/webdataset.py"), *QUICK]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from unittest import mock
 
@@ -18,11 +17,11 @@ from clip_jax import cli, evaluate, files, loading, watch
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
 from clip_jax.config import Config
 from clip_jax.evaluate import EvaluateConfig
+from clip_jax.metrics import Writer
 from clip_jax.models.clip import CLIP
-from clip_jax.refused import Refused
 from clip_jax.retention import WATCHED, named_step, split_name, steps_in
 from clip_jax.serialize import to_dict
-from clip_jax.workdir import RENEW_SECONDS, Claim, Lines, read_rows
+from clip_jax.workdir import Claim, Lines, read_rows
 from tests.clock import HandClock
 from tests.conftest import TINY
 from tests.contract.conftest import FEW, PAIRS, write_pictures
@@ -91,22 +90,12 @@ def test_the_newest_and_the_best_are_kept_and_restored(workdir):
     assert save(workdir, 6, config=BEST, results={6: 0.1}) == [5, 6]
 
 
-def lose_an_array(step):
-    for path in files.walk(step / "state"):
-        if "/d/" in path:
-            files.remove(path)
-
-
-def change_the_position(step):
-    path = step / "position/metadata"
-    files.write_whole(path, path.read_text().replace('"samples": 48', '"samples": 64'))
-
-
-@pytest.mark.parametrize("damage", [lose_an_array, change_the_position])
-def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(damage, workdir, capfd):
+def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(workdir, capfd):
     save(workdir, 2, 3)
     files.write_whole(workdir / "damaged/3/state", "an earlier one")
-    damage(workdir / "checkpoints/3")
+    for path in files.walk(workdir / "checkpoints/3/state"):
+        if "/d/" in path:  # its arrays
+            files.remove(path)
     found = restore(workdir)
     assert_is(found, 2)
     (line,) = found.said
@@ -139,25 +128,6 @@ def test_a_step_whose_save_ended_early_is_never_taken(lost, bucket):
     assert_is(restore(workdir), 2)
 
 
-def test_a_run_directory_is_claimed_once_at_a_time(workdir):
-    clock = HandClock()
-
-    class WhileTheOtherLives(HandClock):
-        def sleep(self, seconds):
-            clock.until_waiting()
-            clock.advance(RENEW_SECONDS)
-
-    with Claim(workdir, clock=clock) as first:
-        first.take()
-        message = f"process {os.getpid()} on .* is training in {workdir}"
-        with pytest.raises(Refused, match=message):
-            Claim(workdir, clock=WhileTheOtherLives()).take()
-    clock = HandClock(skips=True)
-    with Claim(workdir, clock=clock) as second:
-        second.take()
-    assert clock.slept == []  # it was given back
-
-
 def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
     workdir = epath.Path(bucket.url) / "run"
     content = {"host": "far", "pid": 7, "id": "dead"}
@@ -170,7 +140,7 @@ def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
         assert list(files.walk(workdir / "lease")) == [f"{workdir}/lease/000000000004"]
 
 
-def test_lines_are_written_once_a_minute_and_whole(bucket):
+def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
     path, clock = epath.Path(bucket.url) / "run/a.jsonl", HandClock()
     lines = Lines(path, 0, print, clock)
     for step in range(100):
@@ -186,6 +156,12 @@ def test_lines_are_written_once_a_minute_and_whole(bucket):
     resumed.write({"step": 51})
     resumed.flush()
     assert [row["step"] for row in read_rows(path)] == [*range(52)]
+    board = files.place(f"{bucket.url}/board")
+    writer = Writer(path, board, 10, print)
+    writer.write(11, {"loss": 2.0})
+    writer.close()
+    assert [row["step"] for row in read_rows(path)] == [*range(12)]
+    assert list(board.iterdir())
 
 
 def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):

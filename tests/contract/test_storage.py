@@ -4,7 +4,6 @@ There is no place in memory to test: obstore reads a bucket and gcsfs or s3fs wr
 three share none.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -157,18 +156,6 @@ def test_what_fails_is_asked_for_again(bucket, fault):
     bucket.server.behave(faults={fault: 1.0}, only="GET", times=2)
     assert files.read_ranges(f"{bucket.url}/x", [(256, 1 << 16)]) == [CONTENT[: 1 << 16]]
     assert len(bucket.server.requests()) == 3
-
-
-def test_a_request_without_an_answer_is_made_again(bucket):
-    files.write_whole(f"{bucket.url}/x", CONTENT)
-    bucket.server.requests()
-    bucket.server.behave(faults={"hang": 1.0}, only="GET", times=1)
-    with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(files.read_ranges, f"{bucket.url}/x", [(0, 256)])
-        bucket.clock.until_waiting()
-        bucket.clock.advance(bucket_client._LATE[0])
-        assert answer.result(timeout=60) == [CONTENT[:256]]
-    assert len(bucket.server.requests()) == 2
 
 
 def test_a_bucket_that_went_away_is_no_bad_file(bucket):

@@ -50,6 +50,10 @@ def test_the_whole_way_in_a_bucket(clip, s3):
     assert "going on from step 2" in clip.run(*train, "--workdir", run).stderr
     lines = files.read(f"{run}/metrics.jsonl").decode().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "loss" in row] == list(range(1, 9))
+    assert json.loads(files.read(f"{run}/starts.json")) == {"step": 2, "starts": 1}
+    result = json.loads(files.read(f"{run}/result.json"))
+    assert result["step"] == 8
+    assert min(result["seconds/compile"], result["seconds/restore"], result["goodput"]) > 0
 
     for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
         write_pictures(f"{url}/animals/{folder}", 3)
