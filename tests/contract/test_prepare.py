@@ -1,4 +1,4 @@
-"""`prepare` from a bucket to a bucket, from an index that parts have made."""
+"""`prepare` from a bucket to a bucket, from an index that parts have made, and to a disk."""
 
 import hashlib
 import json
@@ -42,3 +42,8 @@ def test_shards_in_a_bucket_are_those_on_disk(tmp_path, gs, capsys):
     assert hashes == digests(tmp_path / "out")
     assert (out / "_SUCCESS").exists()
     assert not list(files.walk(out / "work"))
+    left = tmp_path / "copied/.0.partial.pairs-00000-of-00004.array_record"
+    left.parent.mkdir()
+    left.touch()  # of a process that was killed
+    prepare(PrepareConfig(source=source, destination=left.parent, samples_per_shard=8))
+    assert not left.exists()
