@@ -1,27 +1,22 @@
 """Several processes as one run: the same numbers, agreement, and every way to end."""
 
-import io
 import os
 import shutil
 import signal
 import socket
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.conftest import DIGITS, ROOT, losses, rows
+from tests.contract.conftest import FEW
+from tests.data.conftest import FORMATS, make_pairs
 from tests.workflow.conftest import SMALL, STEPS, samples, training
 
-PAIRS = tuple(
-    f"--steps {STEPS} --batch-size 16 --report-every 1 --checkpoint.every-steps 3 "
-    "--optim.warmup-steps 2 --model.embed-dim 16 --model.dtype float32 "
-    "--model.vision.image-size 16 --model.vision.patch-size 8 --model.vision.width 16 "
-    "--model.vision.num-heads 2 --model.vision.depth 1 --model.text.width 16 "
-    "--model.text.num-heads 2 --model.text.depth 1 --model.text.vocab-size 600 "
-    "--data.order stretches --data.window 1".split()
-)
+PAIRS = (
+    *FEW, "--steps", str(STEPS), "--batch-size", "16", "--checkpoint.every-steps", "3",
+    "--data.order", "stretches", "--data.window", "1",
+)  # fmt: skip
 
 
 def assert_same_run(workdir, other):
@@ -64,21 +59,11 @@ def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path
 
 def test_a_killed_process_ends_all_and_the_order_of_blocks_is_read_on_by_one(tmp_path, start):
     """The same samples in the same places as of one process that was never killed."""
-    rng = np.random.default_rng(0)
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for i in range(40):
-                picture = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "PNG")
-                for name, content in (("png", picture.getvalue()), ("txt", b"number %d" % i)):
-                    member = tarfile.TarInfo(f"{i:02}.{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     how = {"config": ROOT / "configs/pairs.py", "small": PAIRS}
-    flags = ("--data.source.path", tmp_path / "*.tar")
+    flags = ("--data.source.path", FORMATS["tar"](tmp_path, make_pairs(80)).path)
     start(*training(whole, *flags, processes=1, devices=8, **how)).end()
     two = start(*training(killed, *flags, **how), TROUBLE="1:8:kill")
     two.until("trouble: kill")
