@@ -48,16 +48,6 @@ class Client:
         known = {} if data is None else {"content-length": str(len(data))}
         return asyncio.run(self.call(path, [data or b""], known | (headers or {}), data is None))
 
-    def ask_all(self, path: str, bodies: Sequence[Any]) -> list[Answered]:
-        """Send all at the same time."""
-
-        async def calls() -> list[Answered]:
-            return await asyncio.gather(
-                *(self.call(path, [json.dumps(body).encode()]) for body in bodies)
-            )
-
-        return asyncio.run(calls())
-
     async def call(
         self,
         path: str,
