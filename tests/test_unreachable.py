@@ -17,16 +17,13 @@ class HttpError(Exception):
         self.code = code
 
 
-class NoCredentialsError(Exception):
-    __module__ = "botocore.exceptions"
+def of_client(name, module, base=Exception):
+    return type(name, (base,), {"__module__": module})
 
 
-class ClientConnectorError(OSError):
-    __module__ = "aiohttp.client_exceptions"
-
-
-class GenericError(Exception):
-    __module__ = "obstore.exceptions"
+NoCredentialsError = of_client("NoCredentialsError", "botocore.exceptions")
+ClientConnectorError = of_client("ClientConnectorError", "aiohttp.client_exceptions", OSError)
+GenericError = of_client("GenericError", "obstore.exceptions")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
 """`clip-jax bench input` of a bucket."""
 
-import io
 import itertools
 import json
 from unittest import mock
-
-import numpy as np
-from PIL import Image
 
 from clip_jax import bench, files
 from clip_jax.bench import describe_input
 from clip_jax.cli import main
 from clip_jax.clock import Clock
 from tests.conftest import ROOT
-from tests.data.conftest import write_tar
+from tests.data.conftest import FORMATS, make_pairs
 
 QUICK = ["--seconds", "1", "--warmup", "0", "--batch-size", "8"]
 
@@ -29,16 +25,11 @@ class LooksClock(Clock):
 
 
 def test_input_from_a_bucket_says_what_it_asks_for(gs, tmp_path, capsys):
-    rng, members = np.random.default_rng(0), []
-    for number in range(40):
-        image, pixels = io.BytesIO(), rng.integers(0, 256, (64, 64, 3), np.uint8)
-        Image.fromarray(pixels).save(image, "JPEG")
-        members += [(f"{number}.jpg", image.getvalue()), (f"{number}.txt", b"a photo")]
-    write_tar(tmp_path / "x.tar", members)
-    for number in range(2):
-        files.write_whole(f"{gs.url}/{number}.tar", (tmp_path / "x.tar").read_bytes())
+    FORMATS["tar"](tmp_path, make_pairs(80))
+    for path in tmp_path.glob("*.tar"):
+        files.write_whole(f"{gs.url}/{path.name}", path.read_bytes())
     ahead = 1  # MiB
-    flags = ["--data.source.path", f"{gs.url}/{{0,1}}.tar", "--data.read-ahead-mib", f"{ahead}"]
+    flags = ["--data.source.path", f"{gs.url}/*.tar", "--data.read-ahead-mib", f"{ahead}"]
     command = ["bench", "input", str(ROOT / "configs/webdataset.py"), *QUICK]
     with mock.patch.object(bench, "CLOCK", LooksClock()):
         assert main([*command, *flags, "--json"]) == 0

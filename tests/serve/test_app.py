@@ -3,12 +3,13 @@
 import asyncio
 import random
 import re
-import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from clip_jax.predict import PredictConfig, Searcher, predict, unit
+from clip_jax.serve.batcher import Batcher
 from tests.serve.conftest import encoded, png
 
 
@@ -108,33 +109,13 @@ def test_malformed_bodies_get_messages_and_leave_nothing_behind(client):
     assert client.service.bytes_waiting == 0
 
 
-def test_a_full_queue_is_429_and_nobody_who_waits_is_lost(start):
-    client = start(queue=2)
-    go, busy = threading.Event(), threading.Event()
-    texts = client.service.texts
-    compute = texts._compute
-
-    def slow(rows):
-        busy.set()
-        go.wait()
-        return compute(rows)
-
-    texts._compute = slow
-    row = np.zeros(client.service.model.config.text.context_length, np.int32)
-    futures = [texts.submit([row])]
-    assert busy.wait(60)
-    futures += [texts.submit([row]) for _ in range(2)]  # one is computed, two wait
-    status, found, headers = client.ask("/embed", {"texts": ["a"]})
-    assert (status, headers["retry-after"]) == (429, "1")
-    assert "full" in found["error"]
-    assert client.ask("/health")[0] == 200
-    assert 'clip_jax_waiting{tower="text"} 2.0' in client.ask("/metrics")[1]
-    go.set()
-    assert [future.result(60).shape for future in futures] == [(1, 16)] * 3
-
-
-def test_too_many_bytes_at_once_are_429(start):
-    client = start(max_waiting_mib=0.001)
+def test_what_is_too_much_at_once_is_429(start):
+    client = start(queue=2, max_waiting_mib=0.001)
+    with mock.patch.object(Batcher, "__len__", return_value=2):
+        status, found, headers = client.ask("/embed", {"texts": ["a"]})
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert "full" in found["error"]
+        assert 'clip_jax_waiting{tower="text"} 2.0' in client.ask("/metrics")[1]
     assert client.ask("/embed", {"texts": ["x" * 2000]})[0] == 429
     assert client.ask("/embed", {"texts": ["x"]})[0] == 200
 
