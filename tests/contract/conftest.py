@@ -2,21 +2,20 @@
 
 import contextlib
 import functools
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from clip_jax import bucket as bucket_client
 from clip_jax import files
 from tests.clock import HandClock
 from tests.conftest import ROOT
 from tests.contract.servers import Server
+from tests.data.conftest import make_pairs
 
 PAIRS = str(ROOT / "configs/pairs.py")
 FEW = [  # flags of a training of that, which takes seconds
@@ -30,14 +29,11 @@ FEW = [  # flags of a training of that, which takes seconds
 
 
 def write_pictures(folder: str, count: int) -> str:
-    """Write `0.png`, `1.png`, … and a table of them; return the path of that."""
+    """Write pictures and a table of them; return the path of that."""
     table = "image,caption\n"
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (24, 20, 3), np.uint8)
-        path, file = f"{folder}/{number}.png", io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        files.write_whole(path, file.getvalue())
-        table += f"{path},picture {number}\n"
+    for name, image, _ in make_pairs(count):
+        files.write_whole(f"{folder}/{name}", image)
+        table += f"{folder}/{name},picture {name}\n"
     files.write_whole(f"{folder}.csv", table)
     return f"{folder}.csv"
 
@@ -87,3 +83,10 @@ def gs(request: pytest.FixtureRequest) -> Iterator[Bucket]:
 def s3(request: pytest.FixtureRequest) -> Iterator[Bucket]:
     """An empty bucket on moto's server."""
     yield from _bucket(request, "s3")
+
+
+@pytest.fixture(params=["disk", "gs", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder wherever it may be, as a person writes it; it is not there yet."""
+    where = tmp_path if request.param == "disk" else request.getfixturevalue(request.param).url
+    return f"{where}/some/folder"

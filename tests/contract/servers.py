@@ -83,12 +83,8 @@ class Server:
     def __enter__(self) -> "Server":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+    def __exit__(self, *error: Any) -> None:
+        self._process.__exit__(*error)  # closes its input, at which it ends
 
     def _ask(self, method: str, data: bytes | None = None, path: str = "") -> bytes:
         request = urllib.request.Request(self.address + _CONTROL + path, data, method=method)
@@ -103,6 +99,8 @@ class Proxy:
     found in: a status such as "503", "cut" (half of the body), "reset" (none), "hang" (no answer).
     `times` says for how many requests; by default without an end.
     """
+
+    port: int  # of the server behind it
 
     def __init__(self) -> None:
         self._log: list[dict[str, Any]] = []
@@ -141,9 +139,6 @@ class Proxy:
         )
         return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
-    def forward_to(self, port: int) -> None:
-        self._upstream = f"http://127.0.0.1:{port}"
-
     async def _control(self, request: web.Request) -> web.Response:
         if request.method == "PUT":
             self.behave(**await request.json())
@@ -170,7 +165,7 @@ class Proxy:
         if fault.isdecimal():
             entry["status"] = int(fault)
             return web.Response(status=int(fault), text="try later")
-        url = URL(self._upstream + path, encoded=True)
+        url = URL(f"http://127.0.0.1:{self.port}{path}", encoded=True)
         headers = _passed_on(request.headers)
         async with self._client.request(
             method, url, headers=headers, data=body or None, allow_redirects=False
@@ -260,7 +255,7 @@ async def _main(scheme: str) -> None:
     proxy = Proxy()
     address = await proxy.start()
     start = _start_gs if scheme == "gs" else _start_s3
-    proxy.forward_to(await asyncio.to_thread(start, address))
+    proxy.port = await asyncio.to_thread(start, address)
     print(address, flush=True)
     await asyncio.to_thread(sys.stdin.read)  # until the one who started it closes it, or dies
     os._exit(0)

@@ -1,5 +1,6 @@
 """Checkpoints and run directories wherever they are: on disk, gs:// and s3://."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -31,11 +32,9 @@ BEST = dataclasses.replace(EVERY, best="acc")
 P = PartitionSpec
 
 
-@pytest.fixture(params=["disk", "gs", "s3"])
-def workdir(request, tmp_path):
-    if request.param == "disk":
-        return epath.Path(tmp_path) / "run"
-    return epath.Path(request.getfixturevalue(request.param).url) / "run"
+@pytest.fixture
+def workdir(folder):
+    return epath.Path(folder)
 
 
 def make_state(step, shape=(4, 2)):
@@ -60,11 +59,8 @@ def save(workdir, *steps, config=EVERY, results=None):
 
 
 def restore(workdir, config=EVERY):
-    checkpoints = Checkpoints(workdir / "checkpoints", config)
-    try:
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", config)) as checkpoints:
         return checkpoints.restore(make_state(0, shape=(2, 4)))  # of another mesh
-    finally:
-        checkpoints.close()
 
 
 def assert_is(restored, step):
@@ -107,8 +103,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(workdir, capfd
     assert restore(workdir).said == ()
 
 
-@pytest.mark.parametrize("lost", ["/commit_success", "/state/|/commit_success"])
-def test_a_step_whose_save_ended_early_is_never_taken(lost, bucket):
+def test_a_step_whose_save_ended_early_is_never_taken(bucket):
     """Last of all is written the mark that it is whole."""
     workdir = epath.Path(bucket.url) / "run"
     save(workdir, 1)
@@ -119,7 +114,7 @@ def test_a_step_whose_save_ended_early_is_never_taken(lost, bucket):
     marks = [i for i, path in enumerate(of_step) if re.search("2(/|%2F)commit_success", path)]
     assert marks == [*range(marks[0], len(of_step))]
     for path in files.walk(workdir / "checkpoints/2"):
-        if re.search(f"/2({lost})", path):
+        if "/2/commit_success" in path:
             files.remove(path)
     assert list(files.walk(workdir / "checkpoints/2"))
     assert steps_in(workdir / "checkpoints") == [1]
