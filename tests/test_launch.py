@@ -85,11 +85,10 @@ def test_the_first_that_fails_is_named_and_the_others_end(ends, expected, killed
     options = argparse.Namespace(**vars(OPTIONS) | {"processes": len(fakes)})
     with started(*fakes) as popen:
         assert local.run(options, clock) == expected
-    for index, fake in enumerate(fakes):
-        if index == killed:
-            assert fake.killed == pytest.approx(5 + GRACE, abs=0.2)
-        else:
-            assert fake.killed is None
+    ends_at = pytest.approx(5 + GRACE, abs=0.2)
+    assert [fake.killed for fake in fakes] == [
+        ends_at if index == killed else None for index in range(len(fakes))
+    ]
     calls = popen.call_args_list
     assert [call.args[0][1:] for call in calls] == [["-m", "clip_jax", "train", "x.py"]] * len(ends)
     for index, call in enumerate(calls):

@@ -163,18 +163,6 @@ def test_flags_of_the_environment_win(monkeypatch):
     assert processes.compiler_options("cpu") == {}
 
 
-class Watched(HandClock):
-    """A clock by hand that notes how long each wait would be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: queue.SimpleQueue[float | None] = queue.SimpleQueue()
-
-    def wait(self, event: threading.Event | threading.Condition, seconds: float | None) -> bool:
-        self.waits.put(seconds)
-        return super().wait(event, seconds)
-
-
 @pytest.fixture
 def ended():
     """Exit codes, and when, instead of the end of this process."""
@@ -190,18 +178,22 @@ def stuck(go: threading.Event) -> None:
 def test_the_watchdog_shows_where_every_thread_of_a_hanging_process_stands(ended, capfd):
     """Also the main one of more than a hundred, of which faulthandler shows the newest; and it
     leaves as one of several does: the one that hangs may be the last to show its stacks."""
-    clock, go = Watched(), threading.Event()
+    clock, go, waits = HandClock(), threading.Event(), queue.SimpleQueue[float]()
+    plain = clock.wait
     others = [threading.Thread(target=stuck, args=(go,)) for _ in range(110)]
     for thread in others:
         thread.start()
-    leaves = mock.patch.object(processes, "leave", autospec=True, return_value=1)
-    with leaves as leave, Watchdog(0.5, "ADVICE.", clock) as watchdog:
-        assert clock.waits.get() == 30
+    with (
+        mock.patch.object(processes, "leave", autospec=True, return_value=1) as leave,
+        mock.patch.object(clock, "wait", lambda event, x: waits.put(x) or plain(event, x)),
+        Watchdog(0.5, "ADVICE.", clock) as watchdog,
+    ):
+        assert waits.get() == 30
         clock.until_waiting()
         clock.advance(29)
         watchdog.beat()
         clock.advance(2)
-        assert clock.waits.get() == 28
+        assert waits.get() == 28
         assert ended.empty()
         clock.until_waiting()
         clock.advance(28)

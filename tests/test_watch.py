@@ -20,15 +20,16 @@ from tests.clock import HandClock
 from tests.conftest import TINY, rows
 
 
-class MadeUp:
-    """A run whose last step is 6, of empty checkpoints, and what is asked of them.
+class MadeUp(HandClock):
+    """A run whose last step is 6, of empty checkpoints, what is asked of them, and the clock.
 
     `later` are what happens while the watcher waits, a function for each time.
     """
 
     def __init__(self, workdir, *steps) -> None:
+        super().__init__()
         self.workdir, self.opened, self.later = workdir, [], []
-        self.unusable, self.deleted, self.clock = {}, set(), HandClock()
+        self.unusable, self.deleted = {}, set()
         config = Config(model=TINY, steps=6, optim=OptimConfig(warmup_steps=1))
         files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
         result = {"step": 6, "samples_seen": 6144}
@@ -43,8 +44,8 @@ class MadeUp:
         for step in steps:
             (self.workdir / f"checkpoints/{step}").rmdir()
 
-    def sleep(self, clock, seconds):
-        clock.slept.append(seconds)
+    def sleep(self, seconds):
+        self.slept.append(seconds)
         self.later.pop(0)()
 
     def open_encoder(self, config, run):
@@ -65,11 +66,10 @@ class MadeUp:
     def watch(self):
         """Watch to the end; return the rows by step: the last of each."""
         with (
-            mock.patch.object(HandClock, "sleep", lambda *a: self.sleep(*a)),
             mock.patch.object(watch, "open_encoder", autospec=True, side_effect=self.open_encoder),
             mock.patch.object(evaluate.Measures, "of", lambda *a: self.of(*a)),
         ):
-            self.last = watch.watch(EvaluateConfig(model=self.workdir), self.clock)
+            self.last = watch.watch(EvaluateConfig(model=self.workdir), self)
         return {row.pop("step"): row for row in rows(self.workdir, WATCHED)}
 
 
@@ -82,7 +82,7 @@ def test_every_checkpoint_is_evaluated_once_until_the_last(run):
     run.later = [lambda: run.save(4), lambda: None, lambda: run.save(5, 6)]
     assert run.watch() == {step: {"acc": step / 10} for step in (2, 4, 5, 6)}
     assert run.opened == [2, 4, 5, 6]
-    assert run.clock.slept == [watch.POLL_SECONDS] * 3
+    assert run.slept == [watch.POLL_SECONDS] * 3
     assert run.last == {"acc": 0.6}
     result = json.loads((run.workdir / "result.json").read_text())
     assert result == {"step": 6, "samples_seen": 6144, "acc": 0.6}
