@@ -275,6 +275,15 @@ def test_ctrl_c_ends_what_is_long_within_seconds_and_children_too(
     child.kill.assert_called_once_with()
 
 
+def test_sigterm_is_caught_for_a_while():
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.sigterm() as came:
+        assert not came()
+        signal.raise_signal(signal.SIGTERM)
+        assert came()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_second_ctrl_c_ends_it_at_once(interrupt, ended):
     before = signal.getsignal(signal.SIGINT)
     with interrupt:

@@ -42,6 +42,8 @@ def test_labels_are_predicts(client, folder):
             for a, b in zip(ours["labels"], theirs["labels"], strict=True):
                 assert a["label"] == b["label"]
                 assert a["probability"] == pytest.approx(b["probability"], abs=1e-6)
+    other = client.ask("/label", asked | {"template": "no {} at all"})[1]
+    assert other["images"] != found["images"]
 
 
 def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
