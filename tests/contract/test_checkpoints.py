@@ -33,7 +33,7 @@ BEST = dataclasses.replace(EVERY, best="acc")
 
 @pytest.fixture
 def workdir(folder):
-    return epath.Path(folder)
+    return epath.Path(files.place(folder))
 
 
 def make_state(step, shape=(4, 2)):
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(workdir, capfd
 
 def test_a_step_whose_save_ended_early_is_never_taken(bucket):
     """Last of all is written the mark that it is whole."""
-    workdir = epath.Path(bucket.url) / "run"
+    workdir = files.place(f"{bucket.url}/run")
     save(workdir, 1)
     bucket.server.requests()
     save(workdir, 2)
@@ -117,7 +117,7 @@ def test_a_step_whose_save_ended_early_is_never_taken(bucket):
 
 
 def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
-    workdir = epath.Path(bucket.url) / "run"
+    workdir = files.place(f"{bucket.url}/run")
     content = {"host": "far", "pid": 7, "id": "dead"}
     files.write_whole(workdir / "lease/000000000003", json.dumps(content))
     clock = HandClock(skips=True)
@@ -129,7 +129,7 @@ def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
 
 
 def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
-    path, clock = epath.Path(bucket.url) / "run/a.jsonl", HandClock()
+    path, clock = files.place(f"{bucket.url}/run/a.jsonl"), HandClock()
     lines = Lines(path, 0, print, clock)
     for step in range(100):
         lines.write({"step": step})
