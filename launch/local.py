@@ -70,7 +70,8 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
 
     def copy(index: int) -> None:
         for line in processes[index].stdout:
-            print(f"[{index}] {line.rstrip()}", flush=True)  # the last may be half a line
+            # The last may be half a line; line and end go in one, for the threads write at once.
+            print(f"[{index}] {line.rstrip()}\n", end="", flush=True)
             last_words[index] = line.strip() or last_words[index]
 
     copies = [threading.Thread(target=copy, args=(i,)) for i in range(options.processes)]
