@@ -2,6 +2,7 @@
 tests build: tiny models, a tiny run, what a run wrote."""
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -60,6 +61,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         _forget(folder, days=7)
     guard.install()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the modules: it took a tenth of the time for them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
