@@ -1,8 +1,9 @@
 """A clock that a test moves by hand."""
 
 import asyncio
+import functools
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from clip_jax.clock import Clock
@@ -11,16 +12,14 @@ from clip_jax.clock import Clock
 class HandClock(Clock):
     """Time stands still until `advance`. Waits of other threads end when their time has come.
 
-    `waiting` tells how many threads and coroutines wait for this clock at the moment;
-    `until_waiting` blocks until there are so many, so that a test knows that `advance` will reach
-    them. With `skips`, a `sleep` moves the clock itself instead of waiting for `advance`.
+    `until_waiting` blocks until a thread or coroutine waits, so that a test knows that `advance`
+    will reach it. With `skips`, a `sleep` moves the clock itself instead of waiting for `advance`.
     """
 
     def __init__(self, *, skips: bool = False) -> None:
         self._time, self._skips = 1_000.0, skips
-        self._moved = threading.Condition()
-        self._conditions: list[threading.Condition] = []
-        self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._begun = threading.Condition()
+        self._wakers: list[Callable[[], Any]] = []  # one for each wait
         self.slept: list[float] = []  # what `sleep` was called with
 
     def now(self) -> float:
@@ -31,24 +30,16 @@ class HandClock(Clock):
 
     def advance(self, seconds: float) -> None:
         """Move the time on and end the waits that it ends."""
-        with self._moved:
+        with self._begun:
             self._time += seconds
-            self._moved.notify_all()
-            conditions, futures = [*self._conditions], [*self._futures]
-        for condition in conditions:
-            with condition:
-                condition.notify_all()
-        for loop, future in futures:
-            loop.call_soon_threadsafe(_finish, future)
+            wakers = [*self._wakers]
+        for wake in wakers:
+            wake()
 
-    @property
-    def waiting(self) -> int:
-        return len(self._conditions) + len(self._futures)
-
-    def until_waiting(self, count: int = 1) -> None:
-        """Block until so many threads and coroutines wait for this clock."""
-        with self._moved:
-            assert self._moved.wait_for(lambda: self.waiting >= count, 60), "nobody waits"
+    def until_waiting(self) -> None:
+        """Block until a thread or coroutine waits for this clock."""
+        with self._begun:
+            assert self._begun.wait_for(lambda: self._wakers, 60), "nobody waits"
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -70,16 +61,17 @@ class HandClock(Clock):
 
     def _wait(self, condition: threading.Condition, end: float) -> bool:
         """Wait until a held condition is notified, by whomever; False once `end` has come."""
-        with self._moved:
-            if self._time >= end:
-                return False
-            self._conditions.append(condition)
-            self._moved.notify_all()
+
+        def wake() -> None:
+            with condition:  # which is free once `condition.wait` has begun
+                condition.notify_all()
+
+        if not self._begin(wake, end):
+            return False
         try:
-            condition.wait()  # `advance` cannot notify before it is released here
+            condition.wait()
         finally:
-            with self._moved:
-                self._conditions.remove(condition)
+            self._wakers.remove(wake)
         return self._time < end
 
     async def first(
@@ -89,20 +81,20 @@ class HandClock(Clock):
         loop = asyncio.get_running_loop()
         while True:
             moved: asyncio.Future[None] = loop.create_future()
-            with self._moved:
-                if self._time >= end:
-                    return set(), set(futures)
-                self._futures.append((loop, moved))
-                self._moved.notify_all()
+            wake = functools.partial(loop.call_soon_threadsafe, moved.cancel)
+            if not self._begin(wake, end):
+                return set(), set(futures)
             try:
                 done, _ = await asyncio.wait({*futures, moved}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                self._futures.remove((loop, moved))
-            done.discard(moved)
-            if done:
+                self._wakers.remove(wake)
+            if done := done - {moved}:
                 return done, set(futures) - done
 
-
-def _finish(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
+    def _begin(self, wake: Callable[[], Any], end: float) -> bool:
+        """Let `advance` call `wake` from now on, unless `end` has come."""
+        with self._begun:
+            if waits := self._time < end:
+                self._wakers.append(wake)
+                self._begun.notify_all()
+            return waits
