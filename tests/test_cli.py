@@ -1,74 +1,75 @@
-"""Wrong use, `--json`, and how the console script starts itself."""
+"""Wrong use, and how the console script starts itself."""
 
 import importlib.util
-import json
 import os
+import re
 import sys
 from unittest import mock
 
 import pytest
 
-from clip_jax.__main__ import main as console_script
-from clip_jax.__main__ import plans_only
-from clip_jax.cli import main
-from tests.conftest import DIGITS, ROOT
+from clip_jax import __main__ as console_script
+from clip_jax import arguments
+from clip_jax.cli import demo, main
+from clip_jax.demo import DemoConfig
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
-    ("args", "option"),
+    ("command", "says"),
     [
-        (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "nowhere"], "--workdir"),
-        (["evaluate", "nowhere"], "--output"),
-        (["predict", "nowhere", "--images", "nowhere", "--labels", "x"], "--sheet"),
-        (["search", "nowhere", "nowhere", "--text", "x"], "--sheet"),
-        (["plan", str(DIGITS)], "--plot"),
-        (["scale", "fit", "nowhere"], "--plot"),
-        (["scale", "collect", "nowhere"], "--output"),
-        (["scale", "ladder", str(ROOT / "configs/ladder_digits.py")], "--root"),
+        ("nonsense", "no command 'nonsense'"),
+        ("train", "train needs a config file"),
+        ("train nowhere.py", r"no config file at nowhere\.py"),
+        ("train configs/digits.py --mesh.data 3", "does not use all 8 devices"),
+        ("train configs/digits.py --batch-size 12", "batch_size=12 cannot be split over 8"),
+        ("train configs/digits.py --steps 10", r"optim\.warmup_steps=200 leaves nothing"),
+        ("train configs/pairs.py --data.source.path no.csv", r"no\.csv"),
+        ("evaluate nowhere", "there is no nowhere"),
+        ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
+        ("bench nonsense", "bench needs one of input"),
+        ("bench input", "bench input needs a config file"),
+        ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),
+        # A destination is checked before anything is done.
+        ("train configs/pairs.py --data.source.path no --workdir file/x", "file is a .* --workdir"),
+        ("evaluate nowhere --output file/x", "file is a file, .* --output"),
+        ("predict no --images no --labels x --sheet file/x.png", "file is a file, .* --sheet"),
+        ("search nowhere nowhere --text x --sheet file/x.png", "file is a file, .* --sheet"),
+        ("plan configs/digits.py --plot file/x.png", "file is a file, .* --plot"),
+        ("scale fit nowhere --plot file/x.png", "file is a file, .* --plot"),
+        ("scale collect nowhere --output file/x", "file is a file, .* --output"),
+        ("scale ladder configs/ladder_digits.py --root file/x", "file is a file, .* --root"),
     ],
 )
-def test_a_destination_is_refused_before_anything_is_done(args, option, capsys, tmp_path):
+def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "file").write_text("as it was")
-    name = "x.png" if option in ("--sheet", "--plot") else "x"
-    for folder, why in ((tmp_path / "file", "is a file"), ("/proc", "cannot be written")):
-        assert main([*args, option, f"{folder}/{name}"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"{folder} {why}" in line
-        assert option in line
+    assert main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert re.search(says, printed.err), printed.err
+    assert printed.err.count("\n") == 1
+    assert bool(printed.out) == ("ladder" in command)  # which shows its runs first
     assert (tmp_path / "file").read_text() == "as it was"
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("command", "says"),
     [
-        (["nonsense"], "no command 'nonsense'"),
-        (["train"], "train needs a config file"),
-        (["train", "nowhere.py"], "no config file at nowhere.py"),
-        (["train", str(DIGITS), "--mesh.data", "3"], "does not use all 8 devices"),
-        (["train", str(DIGITS), "--batch-size", "12"], "batch_size=12 cannot be split over 8"),
-        (["train", str(DIGITS), "--steps", "10"], "optim.warmup_steps=200 leaves nothing"),
-        (["train", str(ROOT / "configs/pairs.py"), "--data.source.path", "no.csv"], "no.csv"),
-        (["evaluate", "nowhere"], "there is no nowhere"),
-        (["scale", "nonsense"], "scale needs ladder, collect, choose, fit or report"),
-        (["bench", "nonsense"], "bench needs one of input"),
-        (["bench", "input"], "bench input needs a config file"),
+        ("train configs/digits.py --optim.learning-rat 1", "--optim.learning-rate"),
+        ("train configs/digits.py --batch-size 0", "batch_size=0 must be at least 2"),
+        ("train configs/digits.py --batch-size many", "many"),
+        ("train configs/digits.py --model.vision.num-heads 7", "vision.num_heads=7"),
+        ("demo nowhere --port 65536", "must be from 1 to 65535"),
     ],
 )
-def test_wrong_use_is_one_message_and_exit_code_2(args, says, capsys, tmp_path):
-    if args[0] == "train" and len(args) > 2:
-        args = [*args, "--workdir", str(tmp_path)]
-    assert main(args) == 2
-    printed = capsys.readouterr()
-    assert says in printed.err
-    assert printed.err.count("\n") == 1
-    assert not printed.out
-
-
-def test_json_goes_to_standard_output_alone(capsys):
-    table = str(ROOT / "tests/golden/scaling_points.csv")
-    assert main(["scale", "fit", table, "--where", "upstream_dataset=LAION*", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {"alpha", "beta", "points"} <= result.keys()
+def test_a_wrong_flag_is_explained_and_exits_with_2(command, says, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_console_script_starts_itself_once_with_huge_pages():
@@ -79,10 +80,10 @@ def test_the_console_script_starts_itself_once_with_huge_pages():
         mock.patch.dict(os.environ),
     ):
         os.environ.pop("GLIBC_TUNABLES", None)
-        assert console_script() == 0
+        assert console_script.main() == 0
         execute.assert_called_once_with(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-        assert console_script() == 0
+        assert console_script.main() == 0
         execute.assert_called_once()
 
 
@@ -93,13 +94,18 @@ def test_libtpu_is_left_alone_where_no_accelerator_is(tmp_path):
         mock.patch.dict(os.environ, others, clear=True),
     ):
         find.return_value = None
-        assert not plans_only(tmp_path)
+        assert not console_script.plans_only(tmp_path)
         find.side_effect = lambda name, package=None: name == "libtpu" or None
-        assert plans_only(tmp_path)
+        assert console_script.plans_only(tmp_path)
         (tmp_path / "vfio").mkdir()
-        assert plans_only(tmp_path)
+        assert console_script.plans_only(tmp_path)
         (tmp_path / "vfio/0").touch()
-        assert not plans_only(tmp_path)
+        assert not console_script.plans_only(tmp_path)
         (tmp_path / "vfio/0").unlink()
         os.environ["TPU_WORKER_HOSTNAMES"] = "a,b"
-        assert not plans_only(tmp_path)
+        assert not console_script.plans_only(tmp_path)
+
+
+def test_json_is_printed_on_request_alone():
+    for args, as_json in ((["nowhere"], False), (["nowhere", "--json"], True)):
+        assert arguments.read(DemoConfig, args, ("model",), demo)[1] is as_json
