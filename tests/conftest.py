@@ -3,6 +3,7 @@ tests build: tiny models, a tiny run, what a run wrote."""
 
 import dataclasses
 import gc
+import functools
 import json
 import os
 import time
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from jax.tree_util import DictKey
 
-from clip_jax import sharding
+from clip_jax import arguments, cli, sharding
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.losses import SoftmaxConfig
@@ -59,7 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not hasattr(config, "workerinput"):
-        _forget(folder, days=7)
+        for file in folder.glob("*"):  # most of the older ones are of code that has changed since
+            if file.stat().st_mtime < time.time() - 7 * 86_400:
+                file.unlink(missing_ok=True)
     guard.install()
 
 
@@ -72,11 +74,11 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Keep unit tests, with their fixtures, to the rules of `tests/guard.py`."""
-    guard.switch(on=guard.is_unit(item.path, ROOT / "tests"))
+    guard.is_on = guard.is_unit(item.path, ROOT / "tests")
     try:
         return (yield)
     finally:
-        guard.switch(on=False)
+        guard.is_on = False
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,13 +89,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"skipped, where NO_TEST_IS_SKIPPED is set: {report.longrepr}"
     return report
-
-
-def _forget(folder: Path, days: int) -> None:
-    """Delete what was compiled longer ago: most of it is of code that has changed since."""
-    for file in folder.glob("*"):
-        if file.stat().st_mtime < time.time() - 86_400 * days:
-            file.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ tiny models
@@ -163,11 +158,11 @@ def parameters(config: CLIPConfig) -> Params:
             return np.float32(np.log(10))
         if path[-1].key == "logit_bias":  # near zero, negatives and positives cancel to rounding
             return np.float32(-3)
-        scale = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.2
-        if path[-2:] == (DictKey("out_proj"), DictKey("kernel")):
-            scale *= 4  # or all captions look alike, and their gradients cancel to rounding
-        if path[-2:] == (DictKey("q"), DictKey("kernel")):
-            scale *= 8  # and so with what attends to the image
+        scale = 0.2
+        if path[-1].key == "kernel":
+            # Larger, or all captions and what attends to the image have gradients near zero.
+            factor = {"out_proj": 4, "q": 8}.get(path[-2].key, 1)
+            scale = factor * np.prod(x.shape[:-1]) ** -0.5
         return (scale * rng.standard_normal(x.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -186,22 +181,21 @@ def step_on(config: CLIPConfig, loss: LossConfig, mesh: Mesh) -> tuple[Params, d
     return jax.device_get((after.params, metrics))
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths."""
+    return {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def sums_of_step(params: Params, metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scalar metrics, and the sum of every parameter's absolute values: the golden step's."""
-    sums = {
-        sharding.path_name(path): float(np.abs(x).sum(dtype=np.float64))
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    sums = {name: float(np.abs(x).sum(dtype=np.float64)) for name, x in by_path(params).items()}
     return {"metrics": {name: float(x) for name, x in metrics.items()}, "parameters": sums}
 
 
 def parameter_tree(config: CLIPConfig = TINY) -> dict[str, list[int]]:
     """Paths and shapes of a tiny model's parameters: the public format."""
     params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    return {
-        sharding.path_name(path): list(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    return {name: list(x.shape) for name, x in by_path(params).items()}
 
 
 def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
@@ -209,10 +203,7 @@ def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
 
     The exact gradient of an attention's key bias is zero, so it is compared absolutely.
     """
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
-    ):
-        name = sharding.path_name(path)
+    for (name, a), b in zip(by_path(expected).items(), jax.tree.leaves(got), strict=True):
         if name.endswith("attn/in_proj/bias"):
             np.testing.assert_allclose(b[:, 1], a[:, 1], rtol=0, atol=key_bias, err_msg=name)
             a, b = a[:, ::2], b[:, ::2]
@@ -244,41 +235,35 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def _read_flags() -> Config:
+    return arguments.read_run(Config, [str(DIGITS), *FLAGS], cli.train, "train")
+
+
 def tiny_digits(**changes: Any) -> Config:
     """The digits' run that FLAGS make, which takes seconds, as a Config."""
-    config = load_config(DIGITS)
-    model = dataclasses.replace(
-        config.model,
-        embed_dim=16,
-        vision=dataclasses.replace(config.model.vision, width=16, depth=1, num_heads=2),
-        text=dataclasses.replace(config.model.text, width=16, depth=1, vocab_size=600),
-    )
-    defaults = {
-        "steps": 24,
-        "batch_size": 16,
-        "report_every": 1,
-        "model": model,
-        "optim": OptimConfig(learning_rate=2e-3, warmup_steps=2, weight_decay=0.1),
-        "checkpoint": CheckpointConfig(every_steps=3),
-        "evals": (dataclasses.replace(config.evals[0], per_number=1, every_steps=12),),
-    }
-    return dataclasses.replace(config, **(defaults | changes))
+    return dataclasses.replace(_read_flags(), **changes)
+
+
+def write_states(config: Config, workdir: Path) -> State:
+    """Write random numbers as what `train` leaves of every step; return the last step's."""
+    state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
+    rng = np.random.default_rng(0)
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
+    for step in range(1, config.steps + 1):
+        state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), state)
+        checkpoints.save(step, state, {"samples": step})
+    checkpoints.close()
+    return state
 
 
 def write_run(model: CLIPConfig, workdir: Path) -> tuple[Path, CLIPConfig, Params]:
     """Write a work directory as `train` leaves it, at step 2; return its parameters too."""
     trained = dataclasses.replace(model, dtype="float32", remat="hidden")
-    config = Config(model=trained, steps=2, optim=OptimConfig(warmup_steps=1))
-    state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
-    rng = np.random.default_rng(0)
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
-    for step in (1, 2):
-        state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), state)
-        checkpoints.save(step, state, {"samples": step})
-    checkpoints.close()
-    return workdir, model, state.params
+    config = Config(model=trained, steps=2, optim=OptimConfig(warmup_steps=1))
+    return workdir, model, write_states(config, workdir).params
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -292,34 +277,20 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
 
 
-def final_state(workdir: Path, step: int = 24) -> State:
-    """The checkpoint as plain arrays, whatever mesh wrote it."""
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        assert manager.latest_step() == step
-        items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-    return items["state"]
-
-
 # ------------------------------------------------------------------ notebooks
 
 
-def execute_notebook(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[str, list[Any]]:
+def execute_notebook(name: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
     """Run a notebook in a folder; return what it printed and the pictures that it drew."""
     import nbclient
     import nbformat
 
     # The kernel is another process in another directory: it must find this checkout.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as here
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("JAX_PLATFORMS", "cpu")
+    patch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as here
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
-    ).execute()
+    nbclient.execute(notebook, cwd=folder, timeout=300, kernel_name="python3")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)
     return printed, [output for output in outputs if "image/png" in output.get("data", {})]

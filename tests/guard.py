@@ -22,18 +22,12 @@ ELSEWHERE = ("contract", "workflow", "reference", "programs")
 
 _LEADS_THROUGH = ("subprocess", "socket", "multiprocessing", "concurrent", "contextlib")
 _WHY = "in a unit test: see `tests/guard.py`"
-_is_on = False
+is_on: bool = False  # whether the rules apply at the moment
 
 
 def is_unit(path: Path, tests: Path) -> bool:
     """Say whether a file of tests is one of the unit tests."""
     return path.is_relative_to(tests) and path.relative_to(tests).parts[0] not in ELSEWHERE
-
-
-def switch(*, on: bool) -> None:
-    """Apply the rules from now on, or no longer."""
-    global _is_on
-    _is_on = on
 
 
 def install() -> None:
@@ -51,7 +45,7 @@ def install() -> None:
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if _is_on:
+        if is_on:
             frame = sys._getframe(1)
             while frame and _module(frame).partition(".")[0] in _LEADS_THROUGH:
                 frame = frame.f_back
