@@ -2,8 +2,8 @@
 tests build: tiny models, a tiny run, what a run wrote."""
 
 import dataclasses
-import gc
 import functools
+import gc
 import json
 import os
 import time

@@ -49,7 +49,7 @@ def make_pairs(count: int) -> Pairs:
 # ------------------------------------------------------------------ every format
 
 
-def parts(pairs: Pairs, count: int) -> list[Pairs]:
+def parts(pairs: list[Any], count: int) -> list[list[Any]]:
     size = -(-len(pairs) // count)
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 

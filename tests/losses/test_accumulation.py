@@ -71,6 +71,7 @@ def test_equals_one_big_batch(devices: int, num_chunks: int, group_size: int, fo
 
     if devices > 1 and form == "dense":  # devices keep their rows
         text = compiled.as_text()
+        assert text
         assert "all-to-all" not in text
         assert "collective-permute" not in text
         gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))

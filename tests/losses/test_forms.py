@@ -81,6 +81,7 @@ def test_only_embeddings_and_vectors_are_gathered_and_memory_is_linear(
     places = (replicated, (rows, rows, replicated))
     compiled = jax.jit(gradient, out_shardings=places).lower(x, x, scale).compile()
     text = compiled.as_text()
+    assert text
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))
     allowed = {f"f32[{batch},16]", f"s32[{batch}]", f"f32[{batch}]", f"f32[1,{batch}]"}
     assert gathered <= allowed, gathered

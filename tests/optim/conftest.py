@@ -74,8 +74,8 @@ def optimized(optim: OptimConfig, mesh: Mesh | None = None) -> Params:
         (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), gradients)
         return params
 
-    run = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
-    return jax.device_get(run(beginning(), gradients()))
+    compiled = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
+    return jax.device_get(compiled(beginning(), gradients()))
 
 
 def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:

@@ -67,6 +67,10 @@ def test_decay_the_rates_of_the_rest_and_no_nesterov():
     given = {"b1": OPTIM.b1, "b2": OPTIM.b2, "eps": OPTIM.eps}
     mask = {"kernel", "proj", "text_projection", "token_embedding", "positional_embedding"}
     decays = {name: bool(mask & set(name.split("/"))) for name in params}
+
+    def decayed(params):
+        return {name: decays[name] for name in params}
+
     theirs = optax.partition(
         {
             True: optax.contrib.muon(
@@ -74,7 +78,7 @@ def test_decay_the_rates_of_the_rest_and_no_nesterov():
             ),
             False: optax.adamw(
                 0.1 * RATE, **given, weight_decay=0.5,
-                mask=lambda params: {name: decays[name] for name in params},
+                mask=decayed,
             ),
         },
         names,

@@ -64,7 +64,7 @@ def test_decay_is_decoupled_and_clipping_bounds_the_gradient():
     optim = OptimConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0)
     optimizer = make_optimizer(optim, {})
     updates, _ = optimizer.update(zero, optimizer.init(params), params, rate=0.1)
-    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(updates["kernel"]), -0.1 * 0.5 * 2.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
 
     clipped = make_optimizer(OptimConfig(clip_norm=1.0, eps=1.0), {})
