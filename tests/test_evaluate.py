@@ -77,6 +77,8 @@ def test_a_folder_gives_the_same_numbers_on_a_mesh(data, monkeypatch):
     folder = open_folder(data / "mine")
     encoders = encoder_on(mesh_of(1)), encoder_on(mesh_of(8, data=2, fsdp=2, tensor=2))
     one, other = (measure.classify(folder, embedded(folder, x), x) for x in encoders)
+    assert one.logits is not None
+    assert other.logits is not None
     assert len(one.labels) == 41
     assert one.skipped[0].startswith(f"{data}/mine/")
     assert one.logits.std(axis=0).min() > 3e-3  # images differ far beyond the tolerance below

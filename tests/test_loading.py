@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from typing import Any
 from unittest import mock
 
 import jax
@@ -169,10 +170,11 @@ def test_few_shapes_are_compiled_for_all_devices(model):
     mesh, params = model._placed
     assert mesh.size == len(jax.local_devices()) == 8
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(params))
-    _encode.clear_cache()
+    encode: Any = _encode
+    encode.clear_cache()
     for count in range(41):
         model.encode_text(np.ones((count, 10), np.int32), batch_size=40)
-    assert _encode._cache_size() == 4
+    assert encode._cache_size() == 4
 
 
 def test_drawn_captions_depend_on_the_seed():

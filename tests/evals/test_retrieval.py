@@ -1,5 +1,7 @@
 """Ranks against a full sort of the whole matrix, on one device and on eight."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -39,9 +41,10 @@ def sorted_ranks(images, texts, owner):
 def test_ranks_and_recalls_are_those_of_a_full_sort(task, mesh, blocks, monkeypatch):
     monkeypatch.setattr(retrieval, "_TEXTS", blocks[0])
     monkeypatch.setattr(retrieval, "_IMAGES", blocks[1])
-    retrieval._count.clear_cache()
+    count: Any = retrieval._count
+    count.clear_cache()
     ours, values = retrieval.ranks(*task, mesh), retrieval.retrieval(*task, mesh)
-    retrieval._count.clear_cache()
+    count.clear_cache()
     names = ("image_retrieval", "text_retrieval")
     for name, some, theirs in zip(names, ours, sorted_ranks(*task), strict=True):
         np.testing.assert_array_equal(some, theirs)

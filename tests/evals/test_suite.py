@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from typing import Any
 
 import pytest
 import tensorflow_datasets as tfds
@@ -206,7 +207,7 @@ COCO = {
     "annotations": [{"image_id": 0, "caption": "noise"}],
 }
 PAIR = ("a dog", "a cat")  # the right caption, and the wrong one
-ARO = dict(zip(("true_caption", "false_caption"), PAIR, strict=True))
+ARO: dict[str, Any] = dict(zip(("true_caption", "false_caption"), PAIR, strict=True))
 ARO |= {"image_path": "a.png", "relation_name": "on"}
 ARO |= {f"bbox_{side}": 4 for side in "xywh"}
 SUGAR_CREPE = {"filename": "a.png", "caption": PAIR[0], "negative_caption": PAIR[1]}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -81,7 +82,7 @@ def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, words)
 
 
 def test_times_bound_the_step_and_price_the_run():
-    found = assess(CONFIG, facts(planning.request(CONFIG)))
+    found: Any = assess(CONFIG, facts(planning.request(CONFIG)))
     assert found.seconds["memory"] == pytest.approx(0.01)
     assert found.seconds["interconnect"] == pytest.approx(2e9 / 200e9)  # 400 GB/s, half inwards
     assert found.step_seconds_bound == found.step_seconds_one_by_one == found.seconds["memory"]

@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,7 +105,7 @@ def test_of_several_captions_those_of_the_length_the_words_and_the_language_are_
         ],
     }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    how = {"min_caption": 3, "max_caption": 36, "languages": ("en",)}
+    how: dict[str, Any] = {"min_caption": 3, "max_caption": 36, "languages": ("en",)}
     report, kept = run(tmp_path, tmp_path / "a.parquet", **how, min_words=3)
     assert kept == [rows["caption"][0][:1], rows["caption"][4], rows["caption"][6]]
     reasons = {"caption length": 1, "caption language": 2, "caption words": 1}

@@ -1,6 +1,7 @@
 """Near duplicates: what is found of changed copies, and that nothing else is."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def test_all_pairs_with_a_band_in_common_are_compared(bits):
 
 
 def test_thousands_of_equal_ones_are_not_compared_and_bands_grow_with_the_set():
-    looks = np.tile(near.look(scene(0)), (20_000, 1))
+    one: Any = near.look(scene(0))
+    looks = np.tile(one, (20_000, 1))
     rows = np.array([(i, look) for i, look in enumerate(looks)], near.ROW)
     later, earlier = near.near_earlier(rows, 0, 15, DISTANCE)
     assert later.tolist() == list(range(1, 20_000))

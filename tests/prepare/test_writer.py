@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -35,7 +36,7 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path):
     pairs += [("c.png", encoded(9, 900), "x"), ("d.png", encoded(50, 50), "long " * 9)]
     (tmp_path / "in").mkdir()
     FORMATS["tar_json"](tmp_path / "in", pairs)
-    how = {"source": str(tmp_path / "in"), "caption_column": "caption"}
+    how: dict[str, Any] = {"source": str(tmp_path / "in"), "caption_column": "caption"}
     how |= {"destination": tmp_path / "out", "min_side": 8, "max_aspect": 20.0, "max_caption": 40}
     counts = prepare(PrepareConfig(**how))["counts"]
     reasons = ("not an image", "image side", "image aspect", "caption length")

@@ -31,8 +31,7 @@ def source(tmp_path: Path) -> str:
 def on_ray(source: str, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Prepare as a person does."""
     command = [sys.executable, "-m", "clip_jax", "prepare", source, out, "--on", "ray", *flags]
-    how = {"cwd": out.parent, "env": ENVIRONMENT, "capture_output": True, "text": True}
-    return subprocess.run(command, **how)
+    return subprocess.run(command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_every_stage_makes_the_files_that_threads_make(source, tmp_path, capsys):

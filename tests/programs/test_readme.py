@@ -27,7 +27,7 @@ import pytest
 from clip_jax import arguments, cli
 from clip_jax.evals import suite, supervised
 from tests.conftest import FLAGS, ROOT, rows
-from tests.data.conftest import write_pairs, write_tar
+from tests.data.conftest import make_pairs, table, write_tar
 from tests.forks import Forks
 from tests.prepare.conftest import jpeg, scene
 
@@ -86,11 +86,13 @@ def directory(tmp_path):
     """A place with the repository's files and somebody's pairs."""
     for name in ("configs", "clip_jax", "tests", "notebooks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    write_pairs(tmp_path, 8)
+    table(tmp_path, make_pairs(8))
     for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        shutil.copytree(tmp_path / "images", tmp_path / "animals" / folder)
+        (tmp_path / "animals" / folder).mkdir(parents=True)
+        for name, image, _ in make_pairs(8):
+            (tmp_path / "animals" / folder / name).write_bytes(image)
     (tmp_path / "photos").mkdir()
-    shutil.copy(tmp_path / "images/00001.png", tmp_path / "photos/0.png")
+    shutil.copy(tmp_path / "00001.png", tmp_path / "photos/0.png")
     return tmp_path
 
 
@@ -104,8 +106,9 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, tmp_path_factor
     }  # fmt: skip
 
     def run(*arguments: str) -> str:
-        how = {"cwd": directory, "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(arguments, **how)
+        done = subprocess.run(
+            arguments, cwd=directory, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{arguments[-1]}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

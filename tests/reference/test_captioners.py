@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def coca(open_clip):
         yield importlib.reload(module)
 
 
-def coca_of(coca, settings=SETTINGS):
+def coca_of(coca, settings: dict[str, Any] = SETTINGS):
     """A random model of open_clip's, drawn where it leaves memory as it was."""
     torch.manual_seed(0)
     text = dict(settings["text_cfg"])

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -81,8 +82,9 @@ def test_families_are_compared_from_one_table(tmp_path: Path):
 
 def test_what_a_law_takes_besides_is_a_column(tmp_path: Path):
     law = KNOWN["repeated"]
+    columns: Any = measured(law, noise=0)
     names = ("gmacs_per_sample", "samples_seen", "error", "unique_samples")
-    rows = [dict(zip(names, x, strict=True)) for x in zip(*measured(law, noise=0), strict=True)]
+    rows = [dict(zip(names, x, strict=True)) for x in zip(*columns, strict=True)]
     table.write([row | {"arch": f"m{row[names[0]]:g}"} for row in rows], tmp_path / "t.csv")
     config = FitConfig(
         table=tmp_path / "t.csv", metric="error", metric_is="error", form="repeated", draws=100,

@@ -1,5 +1,7 @@
 """Families side by side: where their laws cross, and the interval of that."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -12,7 +14,8 @@ from tests.scaling.known import KNOWN, OTHERS, families, measured, true_crossing
 @pytest.mark.parametrize("form", OTHERS)
 def test_a_crossing_is_estimated_with_its_interval(form: Form):
     first, second = families(form, 0, draws=60)
-    estimate, truth = crossing(first, second), true_crossing(form)
+    estimate: Any = crossing(first, second)
+    truth = true_crossing(form)
     assert estimate.better == 1
     for crosses_at in (truth, estimate.compute):
         assert estimate.low < crosses_at < estimate.high
@@ -37,6 +40,6 @@ def test_laws_that_keep_their_order_do_not_cross():
 
 def test_runs_alike_in_all_else_are_compared_one_by_one():
     pairs = np.random.default_rng(0).uniform(0.2, 0.8, (12, 2))
-    estimate = paired(pairs)
+    estimate: Any = paired(pairs)
     t = stats.ttest_1samp(np.log(pairs[:, 1] / pairs[:, 0]), 0).confidence_interval()
     np.testing.assert_allclose(estimate, (12, np.exp(np.mean(t)), *np.exp(t)))

@@ -56,6 +56,7 @@ def address(folder: Path) -> Iterator[str]:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
+    assert process.stdout
     with process:
         assert any(url in (last := line) for line in process.stdout), last
         yield url
