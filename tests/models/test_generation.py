@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.generation import GenerationConfig, _choose, generate
+from clip_jax.models.generation import GenerationConfig, _choose, begin_and_end, generate
 from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT, batch, parameters
 
@@ -20,7 +20,6 @@ replace = dataclasses.replace
 SMALL = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
 TOY = replace(SMALL, text=replace(SMALL.text, vocab_size=6))  # 4 begins, 5 ends
 PAD, BEGIN, END = 0, 518, 519
-IMAGE_TOKENS = jnp.zeros((1, 3, 32))
 
 
 def model_and_images(config, size=4):
@@ -64,19 +63,16 @@ def test_beams_find_the_best_of_all_captions(penalty):
         for words in itertools.product([1, 2, 3, 4], repeat=count)
     ]
     rows = np.array(captions, np.int32)
-    config = GenerationConfig(
-        method="beams", beams=4 ** (length - 2), length_penalty=penalty, max_length=length,
-        min_length=least,
-    )  # fmt: skip
+    limits = {"max_length": length, "min_length": least, "length_penalty": penalty}
+    config = GenerationConfig(method="beams", beams=4 ** (length - 2), **limits)
     got = write(model, params, image_tokens, config)
     for image in range(2):
         tokens = jnp.repeat(image_tokens[image : image + 1], len(rows), axis=0)
         logits = jax.jit(model.decode_text)(params, rows, tokens)
-        gains = np.take_along_axis(
-            np.asarray(jax.nn.log_softmax(logits))[:, :-1], rows[:, 1:, None], axis=2
-        )[..., 0]
-        counts = (rows[:, 1:] != PAD).sum(1)
-        scores = np.where(rows[:, 1:] != PAD, gains, 0).sum(1) / counts**penalty
+        gains = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
+        gains = np.take_along_axis(gains, rows[:, 1:, None], axis=2)[..., 0]
+        is_written = rows[:, 1:] != PAD
+        scores = np.where(is_written, gains, 0).sum(1) / is_written.sum(1) ** penalty
         np.testing.assert_array_equal(got[image], rows[scores.argmax()])
 
 
@@ -128,15 +124,13 @@ def test_captions_are_as_long_as_the_model_allows_by_default():
     assert GenerationConfig().within(replace(text, context_length=77)).max_length == 30
     chosen = GenerationConfig(max_length=7)
     assert chosen.within(text) == chosen
-
-
-def test_what_cannot_be_written_is_refused():
     with pytest.raises(Refused, match="min_length=6 must be less than"):
         GenerationConfig(max_length=6, min_length=6)
-    model = CLIP(COCA)
     with pytest.raises(Refused, match="context_length=10"):
-        generate(model, {}, IMAGE_TOKENS, GenerationConfig(max_length=11))
+        generate(CLIP(COCA), {}, jnp.zeros((1, 3, 32)), GenerationConfig(max_length=11))
+
+
+def test_a_tokenizer_without_a_begin_writes_no_captions():
     tokenizer = replace(COCA.text.tokenizer, file="x.json")
-    model = CLIP(replace(COCA, text=replace(COCA.text, tokenizer=tokenizer)))
     with pytest.raises(Refused, match="begin_id=None"):
-        generate(model, {}, IMAGE_TOKENS, GenerationConfig(max_length=6))
+        begin_and_end(replace(COCA.text, tokenizer=tokenizer))
