@@ -14,6 +14,8 @@ from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.refused import Refused
+from clip_jax.sharding import make_mesh, param_shardings
+from tests.conftest import MESHES
 
 
 def published(file: str) -> dict[str, dict[str, str]]:
@@ -27,7 +29,7 @@ def blocks(config: ViTConfig | TextConfig) -> int:
 
 
 def parameters(config: CLIPConfig) -> tuple[int, int]:
-    """Of a model with two transformers: of the image tower, of the rest. Quicker than to trace."""
+    """What `counted` gives for a model with two transformers. Quicker than to trace."""
     v, t, e = config.vision, config.text, config.embed_dim
     assert isinstance(v, ViTConfig)
     d = v.width
@@ -44,7 +46,10 @@ def parameters(config: CLIPConfig) -> tuple[int, int]:
 
 @functools.cache
 def counted(name: str) -> tuple[int, int]:
-    params = jax.eval_shape(CLIP(zoo.get(name)).init, jax.random.key(0))
+    """Of the image tower, of the rest; each parameter is in the table of shardings."""
+    config = zoo.get(name)
+    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    param_shardings(config, params, make_mesh(MESHES["2x2x2"]))
     return count(params["visual"]), count(params) - count(params["visual"])
 
 
@@ -84,6 +89,7 @@ def test_parameters_of_siglip():
     [
         ("coca_ViT-B-32", 253.56),
         ("coca_ViT-L-14", 638.45),
+        ("coca_base", 440.34),
         ("RN50", 102.01),
         ("RN101", 119.69),
         ("RN50x4", 178.30),  # those of the others follow from their FLOPs: test_flops.py
