@@ -63,19 +63,8 @@ def optimized(optim: OptimConfig, mesh: Mesh | None = None) -> Params:
     of_all = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(of_all)}
     inside = jax.tree_util.tree_map_with_path(lambda p, _: of_all[path_name(p)], beginning())
     stacked = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(None, *x.spec)), inside)
-    optimizer = make_optimizer(optim, ROWS)
-
-    def update(carry, gradient):
-        params, state = carry
-        updates, state = optimizer.update(gradient, state, params, rate=RATE)
-        return (optax.apply_updates(params, updates), state), None
-
-    def run(params, gradients):
-        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), gradients)
-        return params
-
-    compiled = jax.jit(run, in_shardings=(inside, stacked), out_shardings=inside)
-    return jax.device_get(compiled(beginning(), gradients()))
+    places = {"in_shardings": (inside, stacked), "out_shardings": inside}
+    return followed(make_optimizer(optim, ROWS), beginning(), gradients(), **places)
 
 
 def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:
@@ -93,13 +82,18 @@ def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:
     return single
 
 
-def followed(optimizer: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
-    """Parameters after the same updates of another optimizer."""
+def followed(
+    optimizer: optax.GradientTransformation, params: Any, gradients: Any, **places: Any
+) -> Any:
+    """Parameters after the same updates of any optimizer, on the host."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(carry, gradient):
         params, state = carry
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params, rate=RATE)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda params, g: jax.lax.scan(update, (params, optimizer.init(params)), g)[0][0])
-    return jax.device_get(run(params, gradients))
+    def run(params, gradients):
+        return jax.lax.scan(update, (params, optimizer.init(params)), gradients)[0][0]
+
+    return jax.device_get(jax.jit(run, **places)(params, gradients))

@@ -40,16 +40,13 @@ def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):
 @pytest.mark.parametrize(("min_size", "mesh"), [(8, make_mesh(MESHES["2x2x2"])), (32, None)])
 def test_each_layer_is_big_visions(min_size, mesh):
     optim = OptimConfig(optimizer=Adafactor(min_size=min_size), b2=0.9, weight_decay=0.2)
-    apart = "depth S"
-    params, steps = layers(beginning(), apart=apart), layers(gradients(), apart=apart)
-    got = layers(optimized(optim, mesh), apart=apart)
+    trees = beginning(), gradients(), optimized(optim, mesh)
+    params, steps, got = (layers(tree, apart="depth S") for tree in trees)
     kernels = ("kernel", "proj", "text_projection", "token_embedding", "positional_embedding")
     for name, param in params.items():
         decays = bool(set(kernels) & set(name.split("/")))
-        expected = by_formula(
-            param, steps[name], b1=optim.b1, cap=0.9, min_size=min_size,
-            weight_decay=0.2 if decays else 0.0,
-        )  # fmt: skip
+        options = {"b1": optim.b1, "cap": 0.9, "weight_decay": 0.2 * decays, "min_size": min_size}
+        expected = by_formula(param, steps[name], **options)
         moved = np.abs(expected - param).max()
         assert np.abs(got[name] - expected).max() <= 1e-5 * moved + 2e-7 * np.abs(param).max(), name
 

@@ -1,4 +1,4 @@
-"""What of a model is a linear map, and in which layer."""
+"""What of a model is a linear map, in which layer, and what decays."""
 
 import re
 
@@ -9,22 +9,30 @@ import pytest
 
 from clip_jax.models import zoo
 from clip_jax.models.dimensions import table
+from clip_jax.optim import decay_mask
 from clip_jax.optim.matrices import stack_of, with_names
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
 
 
 @pytest.mark.parametrize(
-    "name", ["ViT-B/32", "ViT-B-16-SigLIP", "RN50", "coca_ViT-L-14", "mammut_ViT-L-14"]
+    "name",
+    ["ViT-B/32", "ViT-M-16-alt", "ViT-B-16-SigLIP", "RN50", "coca_ViT-L-14", "mammut_ViT-L-14"],
 )
-def test_linear_maps_are_all_kernels_but_patches_and_tables(name):
+def test_linear_maps_and_what_decays_are_known_by_name(name):
+    """All kernels but those of patches are linear; gains, biases and scalars do not decay."""
     config = zoo.get(name)
-    stacks = with_names(table(config), lambda names, _: bool(stack_of(names)), names_only(config))
-    for path, is_linear in jax.tree_util.tree_leaves_with_path(stacks):
+    tree = names_only(config)
+    stacks = with_names(table(config), lambda names, _: bool(stack_of(names)), tree)
+    kernels = {"kernel", "proj", "text_projection", "image_projection"}
+    tables = {"token_embedding", "positional_embedding", "latent", "query", "vocab_projection"}
+    decays = jax.tree.leaves(decay_mask(tree))
+    leaves = jax.tree_util.tree_leaves_with_path(stacks)
+    for (path, is_linear), decayed in zip(leaves, decays, strict=True):
         name = path_name(path)
         last = name.rpartition("/")[2]
-        is_weight = last in ("kernel", "proj", "text_projection", "image_projection")
-        assert is_linear == (is_weight and not re.search("conv|downsample", name)), name
+        assert is_linear == (last in kernels and not re.search("conv|downsample", name)), name
+        assert decayed == (last in kernels | tables), name
 
 
 def test_functions_of_matrices_are_applied_to_each():
