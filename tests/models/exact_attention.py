@@ -11,15 +11,6 @@ import numpy as np
 from clip_jax.models.short_attention import short
 
 
-def inputs(length: int, heads: int, dim: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries, keys and values [B, L, S, N, K] and the output's gradient."""
-    rng = np.random.default_rng(0)
-    return (
-        rng.standard_normal((batch, length, 3, heads, dim)),
-        rng.standard_normal((batch, length, heads, dim)),
-    )
-
-
 def exact(qkv: np.ndarray, weight: np.ndarray, causal: bool, lengths: Any) -> list[np.ndarray]:
     """Output and gradient in float64, by the formulas."""
     q, k, v = np.moveaxis(qkv, 2, 0)
@@ -90,8 +81,9 @@ def errors(
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Errors of output and gradient against float64, in the largest value: the largest one, and
     the root of the mean square. Rows of padding are left out."""
-    qkv, weight = inputs(length, heads, dim, batch)
-    qkv, weight = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (qkv, weight))
+    rng = np.random.default_rng(0)
+    shapes = (batch, length, 3, heads, dim), (batch, length, heads, dim)
+    qkv, weight = (np.float64(jnp.asarray(rng.standard_normal(x), dtype)) for x in shapes)
     is_padding = np.zeros((batch, length), bool)
     if lengths is not None:
         lengths = jnp.asarray(lengths, jnp.int32)

@@ -13,14 +13,7 @@ from clip_jax import sharding
 from clip_jax.models import attention
 from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES
-from tests.models.exact_attention import (
-    both,
-    errors,
-    exact,
-    inputs,
-    interpreted,
-    xla_of_tpu,
-)
+from tests.models.exact_attention import errors, interpreted, xla_of_tpu
 
 
 @pytest.mark.parametrize(
@@ -59,23 +52,13 @@ def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal, lengt
 def test_a_kernel_on_a_mesh(backend, mesh, causal, bound):
     """Each device its rows and heads; padding travels along."""
     layout = sharding.layout(make_mesh(MESHES[mesh]), backend)
-    qkv, weight = inputs(9, 2, 16, batch=8)
-    lengths = jnp.arange(1, 9, dtype=jnp.int32)
-    real = np.arange(9) < np.asarray(lengths)[:, None]
-    weight[~real] = 0
 
     def attend(flat, heads, causal, lengths):  # the model keeps the axes where heads are split
-        return layout.attend(
-            flat if layout.whole_heads else flat.reshape(qkv.shape),
-            heads,
-            causal,
-            lengths,  # ty: ignore[too-many-positional-arguments]
-        )
+        qkv = flat if layout.whole_heads else flat.reshape(8, 9, 3, heads, 16)
+        return layout.attend(qkv, heads, causal, lengths)  # ty: ignore[too-many-positional-arguments]
 
-    arguments = jnp.asarray(qkv, jnp.float32), jnp.asarray(weight, jnp.float32)
-    got = both(attend, *arguments, causal, lengths)
-    for a, b in zip(got, exact(qkv, weight, causal, lengths), strict=True):
-        assert np.abs(np.asarray(a) - b)[real].max() <= bound * np.abs(b).max()
+    most, _ = errors(attend, 9, 2, 16, causal, tuple(range(1, 9)), batch=8)
+    assert max(most) <= bound
 
 
 def test_splash_is_attention():
