@@ -1,9 +1,7 @@
 """What `clip-jax bench` prints."""
 
-import contextlib
 import itertools
 import json
-from collections.abc import Generator
 from typing import Any
 from unittest import mock
 
@@ -12,10 +10,10 @@ import pytest
 from PIL import Image
 
 from clip_jax import bench
-from clip_jax.bench import InputBench, describe_compute, measure_input
+from clip_jax.bench import InputBench, describe_compute, describe_input, measure_input
 from clip_jax.cli import main
 from clip_jax.clock import Clock
-from clip_jax.data.digits import DigitsSource
+from clip_jax.data.images import read_crop
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.table import TableConfig
 from tests.conftest import DIGITS, FLAGS, ROOT
@@ -35,42 +33,30 @@ class CallsClock(Clock):
     thread_cpu = now
 
 
-@contextlib.contextmanager
-def slow(owner: Any, name: str) -> Generator[None]:
-    """Let a function take a second of a made-up clock."""
-    clock, plain = CallsClock(), getattr(owner, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        clock.calls += 1
-        return plain(*args, **kwargs)
-
-    with (
-        mock.patch.object(owner, name, autospec=True, side_effect=counted),
-        mock.patch.object(bench, "CLOCK", clock),
-    ):
-        yield
-
-
-def test_input_of_images_has_every_stage(tmp_path, capsys):
+def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(tmp_path / "a.jpg")
     (tmp_path / "pairs.csv").write_text("image,caption\n" + "a.jpg,a photo\n" * 9)
     flags = ["--data.source.path", str(tmp_path / "pairs.csv"), "--data.augment.flip", "0.5"]
-    command = ["bench", "input", str(ROOT / "configs/pairs.py"), *QUICK, *flags, "--json"]
-    with slow(bench, "read_crop"):
+    command = ["bench", "input", str(ROOT / "configs/pairs.py"), *QUICK, *flags]
+    clock = CallsClock()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clock.calls += 1
+        return read_crop(*args, **kwargs)
+
+    with (
+        mock.patch.object(bench, "read_crop", autospec=True, side_effect=slow),
+        mock.patch.object(bench, "CLOCK", clock),
+    ):
+        assert main([*command, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
         assert main(command) == 0
-    result = json.loads(capsys.readouterr().out)
+    assert "limit: decode and crop; " in capsys.readouterr().out
     assert result["samples_per_second"] > 0
     assert list(result["stages"]) == ["read", "decode and crop", "augment", "tokenize"]
     assert result["limit"] == "decode and crop"
     assert all(0 < s["computing"] < 1.1 for s in result["stages"].values())
-
-
-def test_input_says_which_stage_limits_and_what_to_do(capsys):
-    with slow(DigitsSource, "load"):
-        assert main(["bench", "input", str(DIGITS), *QUICK]) == 0
-    printed = capsys.readouterr().out
-    assert "limit: read; " in printed
-    assert "--data." in printed
+    assert "cores are idle: raise --data.threads" in describe_input(result | {"cores": 1_000})
 
 
 def test_input_that_cannot_be_read(tmp_path):
