@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from clip_jax.losses import (
     SigmoidConfig,
     SoftmaxConfig,
+    cached_value_and_grad,
     caption_ids,
     choose_form,
     contrastive_loss,
@@ -132,6 +133,8 @@ def test_invalid_input_is_named(mesh: Mesh) -> None:
         contrastive_loss(SoftmaxConfig(mask_same_caption=True), x, x, scale)
     with pytest.raises(ValueError, match="12 does not divide into 8 shards"):
         contrastive_loss(SoftmaxConfig(), x, x, scale, mesh=mesh, axes=AXES)
+    with pytest.raises(ValueError, match="12 does not divide into 8 chunks"):
+        cached_value_and_grad(lambda *_: ((), {}), lambda *_: (0, {}), {}, x, 8)
     with pytest.raises(ValueError, match="label_smoothing=1"):
         SoftmaxConfig(label_smoothing=1.0)
     with pytest.raises(ValueError, match="block_size=0"):
