@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.dimensions import table
 from clip_jax.optim import Adafactor, OptimConfig, make_optimizer
-from clip_jax.sharding import make_mesh, path_name
+from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES, TINY
-from tests.optim.conftest import RATE, UPDATES, beginning, gradients, layers, optimized
+from tests.optim.conftest import RATE, ROWS, UPDATES, beginning, gradients, layers, optimized
 
 
 def by_formula(param, gradients, *, b1, cap, weight_decay, min_size):
@@ -53,17 +52,12 @@ def test_each_layer_is_big_visions(min_size, mesh):
 
 def test_it_holds_a_momentum_and_little_more():
     params = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
-    rows = table(TINY)
     optim = OptimConfig(optimizer=Adafactor(), first_moment="bfloat16")
-    state, *_ = jax.eval_shape(make_optimizer(optim, rows).init, params)
-    moments = {
-        name: {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for name, tree in state._asdict().items()
-    }
-    assert {str(x.dtype) for x in moments["mu"].values()} == {"bfloat16"}
-    block = "text/transformer/resblocks"
-    assert moments["nu_row"][f"{block}/mlp/c_fc/kernel"].shape == (2, 32, 1)
-    assert moments["nu_col"][f"{block}/mlp/c_fc/kernel"].shape == (2, 1, 128)
-    assert moments["nu_row"][f"{block}/attn/in_proj/kernel"].shape == (2, 32, 3, 2, 16)  # 16 < 32
-    assert f"{block}/attn/in_proj/kernel" not in moments["nu_col"]
-    assert moments["nu_row"]["logit_scale"].shape == ()
+    state, *_ = jax.eval_shape(make_optimizer(optim, ROWS).init, params)
+    assert {str(x.dtype) for x in jax.tree.leaves(state.mu)} == {"bfloat16"}
+    row, column = (x["text"]["transformer"]["resblocks"] for x in (state.nu_row, state.nu_col))
+    assert row["mlp"]["c_fc"]["kernel"].shape == (2, 32, 1)
+    assert column["mlp"]["c_fc"]["kernel"].shape == (2, 1, 128)
+    assert row["attn"]["in_proj"]["kernel"].shape == (2, 32, 3, 2, 16)  # 16 < 32
+    assert not jax.tree.leaves(column["attn"]["in_proj"])
+    assert state.nu_row["logit_scale"].shape == ()

@@ -81,7 +81,8 @@ def test_decay_is_decoupled_and_clipping_bounds_the_gradient():
     assert float(norm) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_the_first_moment_can_be_stored_in_bfloat16():
+def test_moments_decay_as_in_the_paper_and_the_first_can_be_stored_in_bfloat16():
+    assert (OptimConfig().b1, OptimConfig().b2) == (0.9, 0.98)
     _, state = one_update(two_towers(), first_moment="bfloat16")
     assert optax.tree.get(state, "mu")["text"]["kernel"].dtype == "bfloat16"
     assert optax.tree.get(state, "nu")["text"]["kernel"].dtype == "float32"
