@@ -100,13 +100,13 @@ def test_the_trees_of_parameters_are_the_public_format():
 def test_a_text_is_embedded_from_the_positions_that_its_pool_sees(config, options, seen):
     """End of text is at position 3, padding follows; a class token, at 10, sees no padding."""
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **options))
-    model, params = CLIP(config), parameters(config)
+    model, params, tokens = CLIP(config), parameters(config), TOKENS[:1]
 
     @jax.jit
     @jax.grad
     def by_position(positions):
         text = params["text"] | {"positional_embedding": positions}
-        return (model.encode_text(params | {"text": text}, TOKENS[:1]) ** 2).sum()
+        return (model.encode_text(params | {"text": text}, tokens) ** 2).sum()
 
     moved = np.abs(by_position(params["text"]["positional_embedding"])).max(axis=1)
     assert np.flatnonzero(moved).tolist() == [*seen]
