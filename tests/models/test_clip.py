@@ -116,12 +116,10 @@ def test_a_text_is_embedded_from_the_positions_that_its_pool_sees(config, option
     "config",
     [
         vision(pool="mean", pre_norm=False, image_size=18, activation="gelu", mlp_ratio=3.5),
-        vision(
-            pool="map", class_token=False, pre_norm=False, patch_bias=True, layer_scale=0.1,
-        ),
+        vision(pool="map", class_token=False, pre_norm=False, patch_bias=True, layer_scale=0.1),
     ],
     ids=["mean, cropped", "map, layer_scale"],
-)  # fmt: skip
+)
 def test_options_run_and_reach_every_parameter(config):
     for path, grad in jax.tree_util.tree_leaves_with_path(image_grads(config)):
         assert np.abs(grad).max() > 0, path

@@ -1,7 +1,7 @@
 """Caption decoders: what is kept of the tokens before gives what computing them again gives."""
 
-import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT, RESNET, batch, parameters
 
 BOTH = pytest.mark.parametrize("config", [COCA, MAMMUT], ids=["coca", "mammut"])
-replace = dataclasses.replace
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """Captions: greedy as one would write them by hand, beams against all captions there are, draws
 that depend on the seed alone."""
 
-import dataclasses
 import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from clip_jax.models.generation import GenerationConfig, _choose, begin_and_end,
 from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT, batch, parameters
 
-replace = dataclasses.replace
 # One block of each: every block is compiled apart.
 SMALL = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
 TOY = replace(SMALL, text=replace(SMALL.text, vocab_size=6))  # 4 begins, 5 ends

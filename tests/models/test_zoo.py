@@ -73,6 +73,7 @@ def test_parameters_are_the_published_ones():
     # Those of SigLIP are below, those of MetaCLIP 2 are counted in tests/reference.
     unlisted = {n for n in unlisted if not re.search("SigLIP|worldwide", n)}
     assert unlisted == {"ViT-L-14-336-quickgelu", "ViT-H-14-336", "ViT-g-14-336", "ViT-bigG-14-336"}
+    assert not zoo.get("ViT-L-14-CLIPA").text.causal  # of which no number tells
 
 
 def test_parameters_of_siglip():
