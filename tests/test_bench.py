@@ -57,8 +57,7 @@ def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
     result["cores"] = 1_000
     with mock.patch.dict(bench.BENCHES, input=(InputBench, lambda _: result, describe_input)):
         assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "limit: decode and crop; cores are idle: raise --data.threads" in printed
+    assert "limit: decode and crop; cores are idle: raise --data.threads" in capsys.readouterr().out
 
 
 def test_input_that_cannot_be_read(tmp_path):

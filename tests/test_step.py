@@ -32,7 +32,6 @@ from tests.conftest import (
     sums_of_step,
 )
 
-GOLDEN = Path(__file__).parent / "golden/step.json"
 # A locked text tower has less to compile.
 GUARDED = dataclasses.replace(OPTIM, skip_norm_ratio=10.0, locked=("text",))
 
@@ -101,7 +100,7 @@ def check_equal(expected, got, is_normalised=False):
 
 def test_the_golden_step():
     """The numbers of one step, held to what they were. Regenerate only with a reason."""
-    expected = json.loads(GOLDEN.read_text())
+    expected = json.loads((Path(__file__).parent / "golden/step.json").read_text())
     state, metrics = plain()()
     got = sums_of_step(state.params, metrics)
     assert got["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
@@ -184,7 +183,7 @@ def test_patch_dropout_drops_by_row_and_key_and_a_step_by_the_runs_seed():
     key = jax.random.key(0, impl="threefry2x32")
     first = images(key, jnp.arange(4))
     assert np.abs(first[0] - first[1]).max() > 1e-3  # one image, other patches
-    np.testing.assert_allclose(images(key, jnp.arange(4)[::-1]), first[::-1], atol=1e-6)
+    np.testing.assert_allclose(images(key, jnp.full(4, 2)), first[jnp.full(4, 2)], atol=1e-6)
     assert np.abs(images(jax.random.fold_in(key, 1), jnp.arange(4)) - first).max() > 1e-3
 
     def traced(seed):

@@ -149,6 +149,11 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(params,
     assert rounded.dtype == jnp.float32
     difference = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
     assert 1e-6 < difference < 2e-2
+    x = jnp.asarray(50 + images.reshape(4, -1), jnp.bfloat16)  # whose mean bfloat16 would round
+    y, _ = layers.LayerNorm().init_with_output(jax.random.key(0), x)
+    x = np.float64(x)
+    expected = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    assert np.abs(np.float64(y) - expected).max() < 0.01
 
 
 def test_initialisation_has_the_papers_scales():

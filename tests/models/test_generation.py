@@ -116,7 +116,7 @@ def test_draws_follow_the_distribution_that_is_left(method, kept):
     assert set(drawn) == set(np.flatnonzero(p))
 
 
-def test_captions_are_as_long_as_the_model_allows_by_default():
+def test_captions_are_as_long_as_the_model_allows_and_need_an_id_to_begin_with():
     text = COCA.text  # ten positions
     least = GenerationConfig(min_length=20).within(text)
     assert (least.max_length, least.min_length) == (10, 9)
@@ -127,9 +127,6 @@ def test_captions_are_as_long_as_the_model_allows_by_default():
         GenerationConfig(max_length=6, min_length=6)
     with pytest.raises(Refused, match="context_length=10"):
         generate(CLIP(COCA), {}, jnp.zeros((1, 3, 32)), GenerationConfig(max_length=11))
-
-
-def test_a_tokenizer_without_a_begin_writes_no_captions():
     tokenizer = replace(COCA.text.tokenizer, file="x.json")
     with pytest.raises(Refused, match="begin_id=None"):
         begin_and_end(replace(COCA.text, tokenizer=tokenizer))
