@@ -83,7 +83,7 @@ def errors(
     the root of the mean square. Rows of padding are left out."""
     rng = np.random.default_rng(0)
     shapes = (batch, length, 3, heads, dim), (batch, length, heads, dim)
-    qkv, weight = (np.float64(jnp.asarray(rng.standard_normal(x), dtype)) for x in shapes)
+    qkv, weight = (np.array(jnp.asarray(rng.standard_normal(x), dtype), np.float64) for x in shapes)
     is_padding = np.zeros((batch, length), bool)
     if lengths is not None:
         lengths = jnp.asarray(lengths, jnp.int32)

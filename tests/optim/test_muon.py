@@ -1,5 +1,7 @@
 """Muon beside optax.contrib.muon, layer by layer, query, key and value apart, on a mesh too."""
 
+from typing import Any
+
 import numpy as np
 import optax
 import pytest
@@ -44,7 +46,7 @@ def test_each_layer_is_optaxs(muon, decay, mesh):
     both = {"eps": optim.eps, "weight_decay": decay, "nesterov": muon.nesterov}
     rest = optax.adamw(
         muon.adam_rate * RATE, b1=optim.b1, b2=optim.b2, **both,
-        mask=lambda params: {name: decays[name] for name in params},
+        mask=decays,
     )  # fmt: skip
     theirs = optax.contrib.muon(RATE, consistent_rms=muon.rms, **both)
     theirs = optax.partition({True: theirs, False: rest}, is_linear)
