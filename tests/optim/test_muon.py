@@ -1,7 +1,5 @@
 """Muon beside optax.contrib.muon, layer by layer, query, key and value apart, on a mesh too."""
 
-from typing import Any
-
 import numpy as np
 import optax
 import pytest
