@@ -12,6 +12,7 @@ from clip_jax import __main__ as console_script
 from clip_jax import arguments
 from clip_jax.cli import demo, main
 from clip_jax.demo import DemoConfig
+from clip_jax.train import Diverged, Preempted
 from tests.conftest import ROOT
 
 
@@ -52,6 +53,17 @@ def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeyp
     assert printed.err.count("\n") == 1
     assert bool(printed.out) == ("ladder" in command)  # which shows its runs first
     assert (tmp_path / "file").read_text() == "as it was"
+
+
+@pytest.mark.parametrize(("end", "code"), [(Diverged("why"), 1), (Preempted("why"), 3)])
+def test_what_ended_a_run_is_its_exit_code(end, code, capsys, monkeypatch, tmp_path):
+    with (
+        mock.patch("clip_jax.processes.start", autospec=True),
+        mock.patch("clip_jax.train.train", autospec=True, side_effect=end),
+    ):
+        command = ["train", str(ROOT / "configs/digits.py"), "--workdir", str(tmp_path)]
+        assert main(command) == code
+    assert "why" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
