@@ -9,7 +9,7 @@ from etils import epath
 from tensorboardX import record_writer
 
 from clip_jax import metrics
-from clip_jax.metrics import Board, Goodput, Profiler, Timers, Writer, profile_range
+from clip_jax.metrics import Board, Goodput, Profiler, Timers, Writer, bucket_rates, profile_range
 from clip_jax.refused import Refused
 from tests.clock import HandClock
 
@@ -97,3 +97,14 @@ def test_a_profile_of_some_steps_lands_in_the_work_directory(tmp_path):
         ended.append(profiler.after(step, None))
     assert ended == [False, True, False]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_reading_from_buckets_is_reported_a_second():
+    counts = {"requests": 6, "bytes_read": 300, "bytes_used": 200, "seconds_waited": 4}
+    assert bucket_rates(counts, seconds=2) == {
+        "bucket_requests_per_second": 3,
+        "bucket_bytes_per_second": 150,
+        "bytes_read_per_byte_used": 1.5,
+        "bucket_wait": 2,
+    }
+    assert not bucket_rates(counts | {"requests": 0}, seconds=2)
