@@ -182,7 +182,7 @@ def convert(args: Sequence[str]) -> int:
 
 
 def export(args: Sequence[str]) -> int:
-    """a model for elsewhere, with proof: clip-jax export MODEL OUT --format onnx --verify"""
+    """write a model as ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
     from clip_jax.export.command import ExportConfig
     from clip_jax.export.command import export as run_export
 

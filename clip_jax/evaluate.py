@@ -26,7 +26,7 @@ from clip_jax.serialize import from_dict
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(TasksConfig):
-    """Evaluate a model as its run did, on what ships inside, on the CLIP paper's data sets, or on
+    """Evaluate a model as its run did, on the bundled digits, on the CLIP paper's data sets, or on
     your own."""
 
     # A run's work directory, a model folder, or a foreign file. Of a run the newest checkpoint, or

@@ -29,7 +29,7 @@ from clip_jax.refused import Refused, check_ranges
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
 BATCH_AXES = ("data", "fsdp")
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
-# A table of words is split by its width, over both: their number, 901,629 say, divides by nothing.
+# A token embedding table is split by its width: its length, 901,629 say, divides by nothing.
 WIDTH = ("tensor", "fsdp")
 
 

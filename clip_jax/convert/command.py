@@ -1,4 +1,4 @@
-"""The conversion of a model from one format to another, with proof."""
+"""The conversion of a model from one format to another, with a numerical check."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 scikit-learn's 1,797 scans (8x8 pixels, 17 levels; a part of UCI's "Optical Recognition of
 Handwritten Digits") set side by side as a number of k digits, with captions in varied words. Some
 numbers are never trained on and three writers' pages are held out, so that zero-shot accuracy is
-measured on unseen handwriting, for seen and for never-seen numbers.
+measured on unseen handwriting, for seen and for unseen numbers.
 
 A number always has k digits. Its leading zeros are said one by one: with k = 2 the number 7 is
 written 0 7, its numeral is "07" and its words are "zero seven"; 0 is "zero zero".

@@ -2,7 +2,7 @@
 
 Place j of a batch belongs to lane j div width, and a process has whole lanes. In each epoch the
 stretches are dealt to the lanes evenly: what all lanes read at a time is from all over the source,
-as far apart as can be, so that what lies sorted (by class, by day) does not come in tides. The
+as far apart as can be, so that what lies sorted (by class, by day) is spread over an epoch. The
 stretches of all lanes, one lane's behind another's, are cut where each lane's share of the epoch
 ends: a record is in one lane. A stretch that a cut divides becomes two pieces. In its lane, each of
 a piece's records gets a random place among as many as `window` stretches have, around the piece's

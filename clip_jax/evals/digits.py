@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on the digits that ship inside: seen and never-seen numbers, unseen hands."""
+"""Zero-shot accuracy on the bundled digits: seen and unseen numbers, by writers held out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

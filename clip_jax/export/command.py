@@ -1,4 +1,4 @@
-"""The export of a model to run without this package, with proof."""
+"""The export of a model to run without this package, with a numerical check."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -33,7 +33,7 @@ Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize",
 class TokenizerConfig:
     """How texts become token ids: a vocabulary and its rules. Another rule gives other ids."""
 
-    # clip: OpenAI's BPE, which ships inside, with OpenAI's rules; else the path of a tokenizer.json
+    # clip: the bundled BPE of OpenAI, with OpenAI's rules; else the path of a tokenizer.json
     # or a sentencepiece model, local or in a bucket. Empty: weights that came without theirs.
     file: str = "clip"
     # Before the vocabulary sees a text. lower: the case. whitespace: repair mojibake and HTML, one

@@ -67,7 +67,7 @@ class Facts:
     loss: int  # peak of the loss compiled alone
     fits: bool  # the compiler took it; else there are no works and exchanges
     peak_bytes: int
-    words: int = 0  # of the parameters, the table of words
+    words: int = 0  # of the parameters, the token embedding table
     words_optimizer: int = 0  # of the optimizer, its
     works: tuple[Work, ...] = ()
     exchanges: tuple[Exchange, ...] = ()

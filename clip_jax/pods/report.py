@@ -49,7 +49,7 @@ class Plan:
     hbm_bytes: float  # of one device, that a run may use
     is_gpu: bool
     bytes_per_device: dict[str, int]  # by part, and the total
-    words: dict[str, int]  # of parameters and optimizer, the table of words
+    words: dict[str, int]  # of parameters and optimizer, the token embedding table
     model_flops_per_step: int  # of all devices, nothing recomputed
     collectives: tuple[Exchange, ...]
     calls: dict[str, int]  # of kernels and libraries in a step, by name

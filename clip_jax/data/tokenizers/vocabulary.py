@@ -35,7 +35,7 @@ def is_json(data: bytes) -> bool:
 def keep(config: TokenizerConfig, folder: str) -> str:
     """Copy a vocabulary's file into a folder; return the name it has there.
 
-    CLIP's, which ships inside, needs no copy. Refused if another vocabulary is kept there already.
+    CLIP's, which is bundled, needs no copy. Refused if another vocabulary is kept there already.
     """
     if config.file in ("", "clip"):
         return config.file
