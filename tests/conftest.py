@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from clip_jax import arguments, cli, sharding
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
@@ -31,7 +30,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import LossConfig, Program, Recipe, State, shapes
+from clip_jax.step import State, shapes
 from tests import guard
 
 jax.config.update("jax_platforms", "cpu")
@@ -172,14 +171,6 @@ def parameters(config: CLIPConfig) -> Params:
 # Adam divides by |gradient| + ε: with the paper's ε of 1e-6 it would show rounding, not the mesh.
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-3)
 GOLDEN_LOSS = SoftmaxConfig(mask_same_caption=True)
-
-
-def step_on(config: CLIPConfig, loss: LossConfig, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
-    """Parameters after one step and its metrics, on the host."""
-    recipe = Recipe(model=config, loss=loss, optim=OPTIM, steps=10, batch_size=16)
-    program = Program(recipe, mesh)
-    after, metrics = program.step(program.init(parameters(config)), program.place(batch(config)))
-    return jax.device_get((after.params, metrics))
 
 
 def by_path(tree: Any) -> dict[str, Any]:

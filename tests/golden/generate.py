@@ -15,14 +15,16 @@ from clip_jax.convert.verify import our_outputs, random_inputs
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.export import stablehlo
 from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import Program, Recipe
 from tests.conftest import (
     COCA,
     GOLDEN_LOSS,
     MAMMUT,
+    OPTIM,
     TINY,
+    batch,
     parameter_tree,
     parameters,
-    step_on,
     sums_of_step,
 )
 
@@ -52,7 +54,10 @@ def export() -> None:
 
 if __name__ == "__main__":
     export()
-    step = sums_of_step(*step_on(TINY, GOLDEN_LOSS, make_mesh(MeshConfig(), jax.devices()[:1])))
+    recipe = Recipe(model=TINY, loss=GOLDEN_LOSS, optim=OPTIM, steps=10, batch_size=16)
+    program = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
+    after, metrics = program.step(program.init(parameters(TINY)), program.place(batch(TINY)))
+    step = sums_of_step(*jax.device_get((after.params, metrics)))
     decoders = {"coca": parameter_tree(COCA), "mammut": parameter_tree(MAMMUT)}
     golden = {"parameter_tree": parameter_tree(), "decoder_trees": decoders, "step": step}
     for name, value in golden.items():
