@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from clip_jax import arguments, cli, sharding
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
@@ -33,6 +34,8 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import State, shapes
 from tests import guard
 
+gc.disable()  # until the tests are collected
+threadpool_limits(1)  # BLAS's threads wait actively, and take the cores of other tests
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
@@ -50,7 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ]
     if jax.__version_info__ < (0, 11):  # a later XLA ends with a flag that it no longer knows
         # Fused loops by LLVM alone, without MLIR's passes: half the compile time of a step.
+        # And one module for LLVM instead of many: there are no idle cores to share them.
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     # What one process has compiled serves all others: workers, what tests start, the next run.
     folder = config.rootpath / ".pytest_cache/compiled"
@@ -66,9 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the modules: it took a tenth of the time for them."""
-    gc.collect()
+    """Let the garbage collector pass over the modules, and come rarely: it took a sixth of the
+    time. (No collection at all would let the memory grow.)"""
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,7 @@
 """Loading a model from a run and from files; converting it, and what is refused."""
 
 import dataclasses
+import functools
 import importlib
 import json
 from typing import Any
@@ -23,14 +24,15 @@ from tests.conftest import COCA, RESNET, TINY, larger, parameters, write_run
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Work directory, architecture and parameters of a run with either image tower."""
+def run(tmp_path_factory):
+    """Work directory, architecture and parameters of a run with an image tower, by its name."""
     folder = tmp_path_factory.mktemp("runs")
-    return {name: write_run(x, folder / name) for name, x in (("vit", TINY), ("resnet", RESNET))}
+    models = {"vit": TINY, "resnet": RESNET}
+    return functools.cache(lambda name: write_run(models[name], folder / name))
 
 
-def test_a_run_is_loaded(runs):
-    workdir, config, params = runs["vit"]
+def test_a_run_is_loaded(run):
+    workdir, config, params = run("vit")
     model = load(workdir)
     assert model.config == dataclasses.replace(config, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
@@ -46,9 +48,9 @@ def test_a_run_is_loaded(runs):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_each_device_reads_its_part_of_a_run_alone(runs, name, tmp_path, monkeypatch):
+def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypatch):
     """A folder is placed on the mesh alike; parameters that are not finite are refused."""
-    workdir, _, params = runs[name]
+    workdir, _, params = run(name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with monkeypatch.context() as patch:
         patch.setattr(loading, "read_weights", None)  # which has it all in this process
@@ -69,9 +71,9 @@ def test_each_device_reads_its_part_of_a_run_alone(runs, name, tmp_path, monkeyp
         load_on_mesh(workdir, mesh)
 
 
-def test_verification_of_our_own_folder(runs, tmp_path, capsys):
+def test_verification_of_our_own_folder(run, tmp_path, capsys):
     """If the numbers differ, the exit code is 1."""
-    workdir, config, params = runs["vit"]
+    workdir, config, params = run("vit")
     args = ["convert", str(workdir), str(tmp_path / "out"), "--to", "clip-jax", "--verify"]
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["max_relative_difference"] == 0.0
@@ -85,8 +87,8 @@ def test_verification_of_our_own_folder(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_another_image_size(runs, name):
-    workdir, config, params = runs[name]
+def test_another_image_size(run, name):
+    workdir, config, params = run(name)
     size = 2 * config.vision.image_size
     model = load(workdir, image_size=size)
     assert model.config.vision.image_size == model.image_preprocess.image_size == size
@@ -116,8 +118,8 @@ def test_the_library_says_what_can_be_loaded():
         ("out/file/new", ["--to", "clip-jax"], "is a file, and"),
     ],
 )
-def test_wrong_use_exits_with_2(runs, tmp_path, capsys, destination, extra, says):
-    workdir, _, _ = runs["vit"]
+def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says):
+    workdir, _, _ = run("vit")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").write_text("here")
     to = workdir if destination == "run" else tmp_path / destination
@@ -128,9 +130,9 @@ def test_wrong_use_exits_with_2(runs, tmp_path, capsys, destination, extra, says
     assert (tmp_path / "out/file").read_text() == "here"
 
 
-def test_another_format_in_the_same_folder(runs, tmp_path):
+def test_another_format_in_the_same_folder(run, tmp_path):
     """What is written last is what is read, not the mark that another format left."""
-    workdir, _, params = runs["vit"]
+    workdir, _, params = run("vit")
     kinds = ["clip-jax", "hugging-face", "open-clip", "hugging-face", "clip-jax", "open-clip"]
     for to in kinds:
         convert(ConvertConfig(source=workdir, destination=tmp_path, to=to, overwrite=True))
@@ -205,8 +207,8 @@ def test_a_batch_size_of_none_is_refused(model):
 # ------------------------------------------------------------------ weights to begin with
 
 
-def test_positions_are_fitted_to_resolution_and_text(runs):
-    workdir, _, before = runs["vit"]
+def test_positions_are_fitted_to_resolution_and_text(run):
+    workdir, _, before = run("vit")
     params = starting_params(workdir, larger(TINY))
     positions = params["visual"]["positional_embedding"]
     assert positions.shape == (1 + 4 * 4, 32)
@@ -219,9 +221,9 @@ def test_positions_are_fitted_to_resolution_and_text(runs):
     np.testing.assert_array_equal(params["visual"]["proj"], before["visual"]["proj"])
 
 
-def test_weights_that_do_not_fit_are_named(runs):
+def test_weights_that_do_not_fit_are_named(run):
     """The image tower alone can be taken."""
-    workdir, text = runs["vit"][0], TINY.text
+    workdir, text = run("vit")[0], TINY.text
     rules = dataclasses.replace(text.tokenizer, clean="lower")
     for changes, message in (
         ({"width": 64}, r"has text/.* and the model needs"),

@@ -186,9 +186,10 @@ def test_a_run_is_loaded_and_evaluated_with_its_averaged_weights(changes, tmp_pa
     assert_identical(Run.encoder.fget(run).params, optimizer.ema)
 
 
-def test_a_run_begins_with_the_tower_that_it_takes_from_another(finished):
-    config = tiny(init_from=str(finished), init_towers=("image",), model=larger(tiny().model))
+def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
+    write_states(tiny(steps=1), tmp_path)
+    config = tiny(init_from=str(tmp_path), init_towers=("image",), model=larger(tiny().model))
     program = Program(config.recipe, make_mesh(config.mesh))
     params, drawn = begin(config, program).params, program.init().params
-    assert_identical(params["visual"], starting_params(finished, config.model)["visual"])
+    assert_identical(params["visual"], starting_params(tmp_path, config.model)["visual"])
     assert_identical(params["text"], drawn["text"])
