@@ -271,13 +271,12 @@ def loop(run: Run) -> None:
                     reports.report(step, numbers)
                 results = evaluate(run, step) if evaluating else {}
                 if saving or run.checkpoints.is_best(results):
-                    save(run, step, results)
+                    save(run, step, results, wait=stop or last)  # before the result says so
                 reports.write_down()
                 run.watchdog.beat()
             reports.advance(step)
             processes.interrupt.check()
             if stop:
-                run.checkpoints.wait()
                 raise Preempted(
                     f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}."
                 )
@@ -295,11 +294,13 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return results
 
 
-def save(run: Run, step: int, results: dict[str, float]) -> None:
-    """Save state and data position; a checkpoint's numbers are there before it counts."""
+def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
+    """Save state and data position, and write out the metrics; with `wait`, finish the save too."""
     position = {"samples": run.config.samples_after(step), **run.reports.position()}
     with run.timers.measure("save"):
         run.checkpoints.save(step, run.state, position, results)
+        if wait:
+            run.checkpoints.wait()
     run.reports.flush()
 
 

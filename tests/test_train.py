@@ -16,6 +16,7 @@ from clip_jax.checkpoint import CheckpointConfig, Checkpoints
 from clip_jax.data.sources.table import TableConfig
 from clip_jax.evals.evaluator import Evaluations
 from clip_jax.loading import load, starting_params
+from clip_jax.metrics import Reports
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
 from clip_jax.refused import Refused
@@ -158,6 +159,17 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
     ):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_the_last_checkpoint_is_whole_before_the_result_names_its_step(tmp_path):
+    """A ladder takes a run with such a result for finished, and begins branches there."""
+    order = mock.Mock()
+    with (
+        mock.patch.object(Checkpoints, "wait", autospec=True, side_effect=order.wait),
+        mock.patch.object(Reports, "write_down", autospec=True, side_effect=order.result),
+    ):
+        train(tiny(steps=3, evals=()), tmp_path)
+    assert [name for name, *_ in order.mock_calls][:4] == ["result", "result", "wait", "result"]
 
 
 def test_unreadable_samples_are_replaced_counted_and_logged_once(tmp_path):
