@@ -34,8 +34,6 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import State, shapes
 from tests import guard
 
-gc.disable()  # until the tests are collected
-threadpool_limits(1)  # BLAS's threads wait actively, and take the cores of other tests
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
@@ -44,6 +42,8 @@ jax.config.update("jax_default_prng_impl", "rbg")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
+    gc.disable()  # until the tests are collected
+    threadpool_limits(1)  # BLAS's threads wait actively, and take the cores of other tests
     flags = [
         # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
