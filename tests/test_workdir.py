@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from etils import epath
 
-from clip_jax import files, workdir
+from clip_jax import files, processes, workdir
 from clip_jax.refused import Refused
 from clip_jax.train import train
 from clip_jax.workdir import Claim, Lines, count_start, read_json, recover_json
@@ -141,6 +141,20 @@ def test_a_lease_that_ends_is_taken_over_and_its_holder_ends_should_it_live(fold
 
 def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_processes_connect_before_one_of_them_waits_for_a_lease(folder):
+    """JAX's processes wait 30 seconds for each other to connect, and a lease ends after 45."""
+    order = mock.Mock()
+    order.gather.side_effect = lambda value: [value]
+    order.lock.return_value = lambda: None
+    with (
+        mock.patch.object(processes, "gather", autospec=True, side_effect=order.gather),
+        mock.patch.object(workdir, "_lock", autospec=True, side_effect=order.lock),
+        Claim(folder) as claim,
+    ):
+        claim.take()
+    assert [name for name, *_ in order.mock_calls] == ["gather", "lock", "gather"]
 
 
 def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(tmp_path):
