@@ -4,7 +4,7 @@
 import functools
 import json
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,9 @@ class EvaluateConfig(TasksConfig):
     # A run's work directory, a model folder, or a foreign file. Of a run the newest checkpoint, or
     # the one of RUN@20000 or RUN@best.
     model: Place
-    # run: the evaluators of the run's own config, with the numbers that it had; digits: those that
-    # ship inside; clip: the CLIP paper's. By default run, where there is one that has evaluators
-    # and neither --dataset nor --digits asks for others; else digits.
+    # run: the evaluators of the run's own config, with the options that are given here; digits:
+    # those that ship inside; clip: the CLIP paper's. By default run, where there is one that has
+    # evaluators and neither --dataset, --data-dir nor --digits asks for others; else digits.
     suite: Literal["run", "digits", "clip"] | None = None
     digits: DigitsEvalConfig = field(default_factory=lambda: DigitsEvalConfig(per_number=100))
     dtype: DType | None = None  # of the computation; None: a run's own, else float32
@@ -60,10 +60,10 @@ class Measures:
     """What a command measures, opened once for any number of checkpoints."""
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
-        self._config, self._run = config, run
         self._suite = _suite(config, run)
+        self._config = config = _with_digits_of(run, config)
         self._opened = data_sets(config) if self._suite == "clip" else {}
-        self._own = [x.make() for x in run.evals] if run and self._suite == "run" else []
+        self._own = [x.make() for x in _own(config, run)] if self._suite == "run" else []
         self._tasks = list(dict.fromkeys(config.tasks))
         if self._suite == "digits":
             _warn_of_other_numbers(config, run)
@@ -136,11 +136,50 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
         )
     if config.suite:
         return config.suite
-    if config.dataset:
+    usual = EvaluateConfig(model=config.model)
+    if config.dataset or config.data_dir != usual.data_dir:
         return "clip"
-    usual = EvaluateConfig(model=config.model, mesh=config.mesh, output=config.output)
-    asked = replace(config, mesh=usual.mesh, dtype=None, watch=False) != usual
-    return "run" if run and run.evals and not asked else "digits"
+    if run is None and (split_name(config.model)[0] / "checkpoints").is_dir():
+        raise Refused(
+            f"{config.model} is a run whose config.json cannot be read, so that its evaluators are "
+            "not known; say --suite digits, --suite clip or --dataset."
+        )
+    if config.digits != usual.digits or not (run and run.evals):
+        return "digits"
+    untaken = _options(config).keys() - {name for own in run.evals for name in vars(own)}
+    if untaken and any(isinstance(own, DigitsEvalConfig) for own in run.evals):
+        return "digits"
+    if untaken:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(untaken))
+        raise Refused(
+            f"{flags}: the evaluators of {config.model} have no such option; say --suite digits, "
+            "--suite clip or --dataset."
+        )
+    return "run"
+
+
+def _options(config: EvaluateConfig) -> dict[str, Any]:
+    """What is asked for otherwise than by default, of the tasks."""
+    usual = EvaluateConfig(model=config.model)
+    names = {x.name for x in fields(TasksConfig)} - {"dataset", "data_dir"}
+    return {x: getattr(config, x) for x in names if getattr(config, x) != getattr(usual, x)}
+
+
+def _own(config: EvaluateConfig, run: Config | None) -> list[Any]:
+    """The evaluators of a run, with the options that are given, for those that have them."""
+    options = _options(config)
+    return [
+        replace(own, **{name: options[name] for name in options.keys() & vars(own).keys()})
+        for own in (run.evals if run else ())
+    ]
+
+
+def _with_digits_of(run: Config | None, config: EvaluateConfig) -> EvaluateConfig:
+    """Ask for the numbers that the run had, unless others are asked for."""
+    found = [own.source for own in (run.evals if run else ()) if isinstance(own, DigitsEvalConfig)]
+    if not found or config.digits != EvaluateConfig(model=config.model).digits:
+        return config
+    return replace(config, digits=replace(config.digits, source=found[0]))
 
 
 def _write(

@@ -23,7 +23,8 @@ from clip_jax.evals.prompts import ensemble
 from clip_jax.evals.report import to_markdown
 from clip_jax.evals.suite import SUITE
 from clip_jax.evals.zero_shot import multi_label
-from clip_jax.evaluate import EvaluateConfig, _suite, _warn_of_other_numbers, run_of
+from clip_jax.evaluate import EvaluateConfig, _own, _suite, _warn_of_other_numbers, run_of
+from clip_jax.refused import Refused
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
 
 
@@ -245,9 +246,18 @@ def test_wrong_use_is_explained(args, says, model, tmp_path, monkeypatch, capsys
 def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, capsys):
     assert run_of(model) is None  # whose config.json is a model's
     run = Config(evals=(DigitsEvalConfig(),), data=DataConfig(source=DigitsConfig(digits=4)))
-    own = EvaluateConfig(model=tmp_path)
-    asked = EvaluateConfig(model=tmp_path, digits=DigitsEvalConfig(per_number=1))
-    assert (_suite(own, run), _suite(asked, run), _suite(own, None)) == ("run", "digits", "digits")
+    pairs = Config(evals=(PairsEvalConfig(),))
+    ask = functools.partial(EvaluateConfig, model=tmp_path)
+    asked = ask(digits=DigitsEvalConfig(per_number=1))
+    for config, of, suite in (
+        (ask(), run, "run"), (asked, run, "digits"), (ask(), None, "digits"),
+        (ask(tasks=("neighbours",)), run, "digits"), (ask(data_dir="here"), run, "clip"),
+        (ask(pool=9), pairs, "run"), (ask(images=9, suite="digits"), pairs, "digits"),
+    ):  # fmt: skip
+        assert _suite(config, of) == suite
+    assert [own.pool for own in _own(ask(pool=9), pairs)] == [9]
+    with pytest.raises(Refused, match=r"--images: the evaluators of .* have no such option"):
+        _suite(ask(images=9), pairs)
     _warn_of_other_numbers(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
     assert not capsys.readouterr().err
     _warn_of_other_numbers(asked, run)

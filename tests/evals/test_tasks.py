@@ -68,6 +68,25 @@ def test_a_run_and_evaluate_give_the_same_digits_on_any_mesh(run, capsys, monkey
     assert json.loads(capsys.readouterr().out) == pytest.approx(values, abs=1e-6)
 
 
+def test_options_are_those_of_the_runs_own_data_sets(run, animals, capsys):
+    """Any option measured the bundled digits instead; so did a config that cannot be read."""
+    workdir, _ = run
+    few = ["--images", "5", "--tasks", "zero-shot", "neighbours", "--json"]
+    found = []
+    for data in ([], ["--dataset", f"folder:{animals}"]):
+        assert main(["evaluate", str(workdir), *data, *few]) == 0
+        values = json.loads(capsys.readouterr().out)
+        found.append({name: x for name, x in values.items() if name.startswith("animals/")})
+    assert found[0] == found[1] != {}
+    text = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(text[:-9])
+    try:
+        assert main(["evaluate", str(workdir)]) == 2
+    finally:
+        (workdir / "config.json").write_text(text)
+    assert "config.json cannot be read" in capsys.readouterr().err
+
+
 def test_the_best_so_far_is_saved_whenever_it_is_and_kept(run):
     workdir, _ = run
     results = {row["step"]: row["animals/acc1"] for row in rows(workdir) if "animals/acc1" in row}
