@@ -13,7 +13,9 @@ from clip_jax.data.sources import Record, SampleError, Source, StretchSource, st
 from clip_jax.data.sources.any import SingleConfig
 from clip_jax.refused import Refused, check_ranges
 
-_BLOCK = 4096  # samples in which the weights are kept exactly; their resolution
+# Samples in which the weights are kept exactly, their resolution: as few of these as give every
+# member whose weight is not 0 a sample.
+_BLOCKS = tuple(4096 << doublings for doublings in range(11))
 ENDLESS = 1 << 53  # positions
 
 
@@ -59,6 +61,7 @@ class MixtureConfig:
                     f"weights {weights} of data.source: needs {len(self.members)}, one a member, "
                     "not all 0"
                 )
+            _counts(weights)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -70,14 +73,26 @@ class _Pattern:
     """Which member each sample of a block has, and how many of it the block gave before."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = np.asarray(weights, np.float64) / sum(weights) * _BLOCK
-        self.counts = np.floor(exact).astype(np.int64)
-        largest_rests = np.argsort(self.counts - exact, kind="stable")
-        self.counts[largest_rests[: _BLOCK - self.counts.sum()]] += 1
+        self.counts, self.block = _counts(weights)
         places = [(np.arange(count) + 0.5) / count for count in self.counts]
         order = np.argsort(np.concatenate(places), kind="stable")
         self.member = np.repeat(np.arange(len(weights)), self.counts)[order]
         self.rank = np.concatenate([np.arange(count) for count in self.counts])[order]
+
+
+def _counts(weights: Sequence[float]) -> tuple[Int64[np.ndarray, " members"], int]:
+    """Count each member's samples in a block, and the block's."""
+    shares = np.asarray(weights, np.float64) / sum(weights)
+    for block in _BLOCKS:
+        counts = np.floor(shares * block).astype(np.int64)
+        largest_rests = np.argsort(counts - shares * block, kind="stable")
+        counts[largest_rests[: block - counts.sum()]] += 1
+        if all(counts[shares > 0]):
+            return counts, block
+    raise Refused(
+        f"weights {tuple(weights)} of data.source: the smallest is less than one of "
+        f"{_BLOCKS[-1]} samples; raise it, or leave its member out with weight 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -90,14 +105,14 @@ class _Phase:
 
     def at(self, position: int) -> tuple[int, int]:
         """Member, and how many samples it gave before."""
-        block, place = divmod(position - self.start, _BLOCK)
+        block, place = divmod(position - self.start, self.pattern.block)
         member = int(self.pattern.member[place])
         done = self.before[member] + block * self.pattern.counts[member] + self.pattern.rank[place]
         return member, int(done)
 
     def given(self, position: int) -> Int64[np.ndarray, " members"]:
         """How many samples each member gave before a position."""
-        block, place = divmod(position - self.start, _BLOCK)
+        block, place = divmod(position - self.start, self.pattern.block)
         rest = np.bincount(self.pattern.member[:place], minlength=len(self.before))
         return self.before + block * self.pattern.counts + rest
 
@@ -217,7 +232,7 @@ class LaneMixture:
 
     def reach(self, lane: int) -> int:
         """Places of the lane in which a piece is begun and ended, at most."""
-        shares = [pattern.counts / _BLOCK for pattern in self._patterns]
+        shares = [pattern.counts / pattern.block for pattern in self._patterns]
         return max(
             int(order.reach(lane) / min(share[number] for share in shares if share[number])) + 1
             for number, order in enumerate(self._orders)
@@ -231,7 +246,8 @@ class LaneMixture:
         return self._lanes[lane]
 
     def _in_phase(self, phase: _Phase, lane: int, place: int, count: int) -> Run:
-        members = phase.pattern.member[(np.arange(place, place + count) - phase.start) % _BLOCK]
+        pattern, places = phase.pattern, np.arange(place, place + count) - phase.start
+        members = pattern.member[places % pattern.block]
         given = phase.given(place)
         joined = Run(*(np.empty(count, np.int64) for _ in Run._fields))
         for member in np.unique(members):
