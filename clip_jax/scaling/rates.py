@@ -121,6 +121,12 @@ def _best(group: Sequence[dict[str, str]], config: ChooseConfig) -> Choice:
         for trial, rows in trials.items()
         if len(rows) == seeds  # others diverged with some seed
     }
+    scores = {trial: score for trial, score in scores.items() if math.isfinite(score)}
+    if not scores:
+        raise Refused(
+            f"{config.table}: no trial of {group[0]['arch']} with {group[0]['samples_seen']} "
+            f"samples has a finite {config.choose_by} with every seed; sweep lower rates."
+        )
     best = min(scores, key=scores.__getitem__)
     edges = []
     for place, what in enumerate(SWEPT.values()):

@@ -22,13 +22,15 @@ def best_rate(width, batch):
     return 4e-3 * (width / 32) ** -0.7 * (batch / 64) ** 0.5
 
 
-def write(path, *, batches=(64,), widths=WIDTHS, stopped=None):
-    """A table of trials whose loss is a parabola in the rate's logarithm, but where stopped."""
+def write(path, *, batches=(64,), widths=WIDTHS, stopped=None, diverged=()):
+    """A table of trials whose loss is a parabola in the rate's logarithm, but where stopped or
+    diverged."""
     rng, rows = np.random.default_rng(0), []
     for width, batch, rate, seed in itertools.product(widths, batches, RATES, range(3)):
         away = math.log(rate / best_rate(width, batch)) + 0.02 * rng.standard_normal()
         loss = 1 + 0.1 * away**2 + 0.01 * math.log2(batch / 64) ** 2
         loss, stopped_of = (0.1, 768) if rate == stopped else (loss, "")
+        loss = math.nan if rate in diverged else loss
         rows.append({
             "arch": f"w{width}", "samples_seen": 24_576, "gmacs_per_sample": width, "lr": rate,
             "global_batch": batch, "warmup": 38, "weight_decay": 0.1, "width": width, "seed": seed,
@@ -81,6 +83,16 @@ def test_trials_that_a_round_stopped_are_not_chosen(tmp_path):
         choose(ChooseConfig(table=trials, choose_by="loss", report="top1"))
     with pytest.raises(Refused, match="choose_by and report are both 'loss'"):
         ChooseConfig(table=trials, choose_by="loss", report="loss")
+
+
+def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
+    config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
+    write(config.table, diverged=RATES[:2])
+    for point in choose(config)["points"]:
+        assert abs(math.log2(point["lr"] / best_rate(point["width"], 64))) < 0.55
+    write(config.table, diverged=RATES)
+    with pytest.raises(Refused, match="samples has a finite loss with every seed"):
+        choose(config)
 
 
 def test_a_parabola_estimates_the_rate_between_those_of_the_grid():
