@@ -62,13 +62,19 @@ class PairsEvaluator:
 
     def _read(self, encoder: Encoder) -> Batch:
         config = encoder.model.config
-        batches = build(
+        pipeline = build(
             self.config.data,
             tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
             image_size=config.vision.image_size,
             context_length=config.text.context_length,
             batch_size=self.config.pairs,
-        ).batches()
+        )
+        if pipeline.num_samples < self.config.pairs:  # they would come twice, in one pool
+            raise Refused(
+                f"evals.pairs={self.config.pairs}, but their source has {pipeline.num_samples}; "
+                "set evals.pairs, and evals.pool, to no more than that."
+            )
+        batches = pipeline.batches()
         try:
             return next(batches)
         finally:

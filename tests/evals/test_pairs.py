@@ -8,6 +8,8 @@ from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.evals.alignment import diagnostics
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.retrieval import retrieval
+from clip_jax.refused import Refused
+from tests.data import conftest as made
 from tests.evals.conftest import encoder_on, mesh_of
 
 
@@ -30,6 +32,13 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     expected |= retrieval(images, texts, np.arange(37), mesh)
     assert first == pytest.approx(expected, rel=1e-5)
     assert 1 < first["info_nce"] < 5
+
+
+def test_more_pairs_than_there_are_would_come_twice_in_one_pool(tmp_path):
+    data = DataConfig(source=made.table(tmp_path, made.make_pairs(20)), crop="center")
+    evaluator = PairsEvalConfig(data=data, pairs=21, pool=20).make()
+    with pytest.raises(Refused, match=r"evals\.pairs=21, but their source has 20; set"):
+        dict(evaluator.run(encoder_on(mesh_of(1))))
 
 
 def test_wrong_values_are_explained():
