@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,9 +107,12 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
 
 def check_labels(labels: Sequence[str], template: str) -> None:
-    """Raise Refused if there is no label, an empty one, or no place for it in the template."""
+    """Raise Refused if there is no label, an empty one, one twice, or no place for it in the
+    template."""
     if not labels or not all(label.strip() for label in labels):
         raise Refused(f"labels={list(labels)}: give at least one label and none empty.")
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise Refused(f"labels: {twice[0]!r} is given twice; they would share its probability.")
     if "{}" not in template:
         raise Refused(f"template={template!r} has no {{}} where the label goes.")
 
@@ -130,8 +133,11 @@ def prompts(labels: Sequence[str], template: str) -> list[str]:
 def probabilities(
     model: Model, images: Float[np.ndarray, "B E"], classes: Float[np.ndarray, "classes E"]
 ) -> Float[np.ndarray, "B classes"]:
-    """Softmax of the scaled similarities of unit-length embeddings."""
+    """Probabilities of unit-length embeddings, as the model was trained: the softmax of the scaled
+    similarities (CLIP paper, figure 3), or with a bias each label's own (SigLIP paper, 3.2)."""
     logits = images @ classes.T * float(np.exp(model.params["logit_scale"]))
+    if "logit_bias" in model.params:
+        return np.exp(-np.logaddexp(0, -(logits + float(model.params["logit_bias"]))))
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image
 
 from clip_jax.cli import main
-from clip_jax.loading import load
+from clip_jax.loading import Model, load
+from clip_jax.predict import probabilities
 from tests.conftest import COCA, write_tiny_model
 from tests.data.conftest import write_tar
 from tests.evals.conftest import unit
@@ -115,9 +117,23 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(folder, tmp_path, run, 
     assert all("cat" in line and "%" in line for line in lines)
 
 
+def test_with_a_bias_every_label_has_a_probability_of_its_own():
+    """As a SigLIP's sigmoid gives it, also where there is one label alone."""
+    params = {"logit_scale": np.float32(1.0), "logit_bias": np.float32(-2.0)}
+    model = mock.Mock(spec=Model, params=params)
+    images, classes = np.eye(2, dtype=np.float32), np.float32([[0.6, 0.8]])
+    logits = np.e * np.array([[0.6], [0.8]]) - 2
+    expected = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(probabilities(model, images, classes), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (
+            ["predict", "MODEL", "--images", "x.png", "--labels", "a", "b", "a"],
+            "'a' is given twice",
+        ),
         (["predict", "MODEL", "--labels", "cat"], "no images in nothing"),
         (["predict", "MODEL", "--images", "MODEL", "--labels", "cat"], "no images in"),
         (["predict", "MODEL", "--images", "x.png", "--labels", "cat"], "none of the 1 images"),

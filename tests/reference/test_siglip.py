@@ -15,9 +15,11 @@ from clip_jax.convert.command import ConvertConfig, convert
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
-from clip_jax.convert.verify import verify
+from clip_jax.convert.verify import BOUND, relative_difference, verify
+from clip_jax.loading import Model, unit
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.predict import probabilities
 from tests.convert.conftest import assert_same
 from tests.reference.parity import random_weights, read_back
 
@@ -114,6 +116,14 @@ def test_hugging_faces_own_folder(tmp_path):
     assert weights.config.text.vocab_size == 32_000
     assert weights.preprocess.resize_mode == "squash"
     assert verify(weights, tmp_path / "in", "hugging-face").passed
+    config, rng = replace(weights.config, dtype="float32"), np.random.default_rng(0)
+    ours = Model(config, weights.params, weights.preprocess)
+    pixels = rng.standard_normal((2, 64, 64, 3), np.float32)
+    ids = rng.integers(2, 32_000, (3, 64), np.int32)
+    found = probabilities(ours, unit(ours.encode_image(pixels)), unit(ours.encode_text(ids)))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids), torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+    assert relative_difference(theirs.logits_per_image.sigmoid().numpy(), found) <= BOUND
     original = read_tensors(tmp_path / "in/model.safetensors")
     read_back(weights, tmp_path / "out", "hugging-face", original)
 
