@@ -99,3 +99,68 @@ def unigram(path: Path) -> Path:
     )
     tokenizer.save(str(path))
     return path
+
+
+# ------------------------------------------------------------------ as large as released ones
+
+
+def odd_strings(count: int) -> list[str]:
+    """Draw strings of many scripts, spaces, signs and words of the large vocabularies."""
+    rng = random.Random(1)
+    blocks = [(32, 127), (0xA0, 0x250), (0x400, 0x460), (0x4E00, 0x9FFF), (0x1F300, 0x1F640)]
+    words = _drawn_words(rng, 500)
+
+    def piece() -> str:
+        if rng.random() < 0.5:
+            return rng.choice(words)
+        first, last = rng.choice(blocks)
+        return "".join(chr(rng.randrange(first, last)) for _ in range(rng.randint(1, 6)))
+
+    return [rng.choice(["", " ", "  "]).join(piece() for _ in range(rng.randint(0, 9)))
+            for _ in range(count)]  # fmt: skip
+
+
+def large_bpe(path: Path, size: int = 256_000) -> Path:
+    """Write a BPE as Gemma's, of its size: every beginning of a word is a piece, with a space
+    before it and without."""
+    content = json.loads(byte_fallback(path).read_text())
+    vocab, merges, rng = content["model"]["vocab"], content["model"]["merges"], random.Random(0)
+    while len(vocab) < size:
+        for word in _drawn_words(rng, 1_000):
+            for text in (word[1:], word):
+                for end in range(1, len(text) + 1):
+                    vocab.setdefault(text[:end], len(vocab))
+                    vocab.setdefault(text[end - 1], len(vocab))
+    content["model"]["vocab"] = vocab = dict(list(vocab.items())[:size])
+    known = {tuple(pair) for pair in merges}
+    for text in vocab:
+        pairs = dict.fromkeys([(text[:-1], text[-1:]), (text[:1], text[1:])])
+        merges += [[*pair] for pair in pairs if pair not in known and all(x in vocab for x in pair)]
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    return path
+
+
+def large_unigram(path: Path, size: int = 901_629) -> Path:
+    """Write a unigram as XLM-V's, of its size."""
+    content = json.loads(unigram(path).read_text())
+    pieces, rng = content["model"]["vocab"], random.Random(0)
+    known = {piece for piece, _ in pieces}
+    content["added_tokens"] = [x for x in content["added_tokens"] if x["content"] != "<mask>"]
+    while len(pieces) < size:
+        for word in _drawn_words(rng, 1000):
+            if word not in known and len(pieces) < size:
+                known.add(word)
+                pieces.append([word, round(-8 - 10 * rng.random(), 12)])
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    return path
+
+
+def _drawn_words(rng: random.Random, count: int) -> list[str]:
+    scripts = [
+        "etaoinshrdlcumwfgypbvk",
+        "оеаинтсрвлкмдпуяыьгзбч",
+        "אבגדהוזחטיכלמנסעפצקרשת",
+        "的一是不了人我在有他这中大来上国",
+    ]
+    return ["▁" + "".join(rng.choices(rng.choice(scripts), k=rng.randint(3, 12)))
+            for _ in range(count)]  # fmt: skip

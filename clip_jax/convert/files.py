@@ -19,7 +19,7 @@ from clip_jax.refused import Refused
 
 Tensors = dict[str, np.ndarray]
 
-_MAX_JSON = 16 << 20  # bytes; a tokenizer.json takes a few million
+MAX_JSON = 16 << 20  # bytes
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -73,7 +73,7 @@ def _read_shards(path: Path) -> Tensors:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Refused names the file and what is wrong."""
     data = map_file(path)
-    if len(data) > _MAX_JSON:
+    if len(data) > MAX_JSON:
         raise Refused(f"{path} has {len(data)} bytes; no configuration is that long.")
     try:
         value = json.loads(bytes(data))

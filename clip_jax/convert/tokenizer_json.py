@@ -7,7 +7,7 @@ from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
-from clip_jax.convert.files import read_json, write_json
+from clip_jax.convert.files import MAX_JSON, read_json, write_json
 from clip_jax.data.tokenizers.clip import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.models.text import TextConfig
 from clip_jax.refused import Refused
@@ -77,8 +77,10 @@ def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
 
 
 def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:
-    if (folder / "tokenizer.json").exists():
-        model = read_json(folder / "tokenizer.json").get("model")
+    if (path := folder / "tokenizer.json").exists():
+        if path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes
+            return None
+        model = read_json(path).get("model")
         merges = model.get("merges") if isinstance(model, dict) else None
         if not isinstance(model, dict) or not isinstance(merges, list):
             return None

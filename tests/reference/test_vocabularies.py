@@ -85,6 +85,28 @@ FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @pytest.mark.parametrize(
+    ("kind", "size", "cls", "options"),
+    [
+        ("large_bpe", 256_000, "Siglip2Tokenizer", SPECIAL),
+        ("large_unigram", 901_629, "PreTrainedTokenizerFast", {"pad_token": "<pad>"}),
+    ],
+)
+def test_vocabularies_of_the_size_of_gemmas_and_xlm_vs(tmp_path, kind, size, cls, options):
+    """From a folder of transformers and to one; files of more than 30 MB were refused."""
+    write_folder(tmp_path, kind, tokenizer_class=cls, **options)
+    assert (tmp_path / "tokenizer.json").stat().st_size > 30e6
+    text = replace(TEXT, vocab_size=size)
+    text = replace(text, tokenizer=tokenizer_files.read(tmp_path, text, UNKNOWN))
+    texts = vocabularies.odd_strings(1_000)
+    ids = make_tokenizer(text)(texts, LENGTH, True)
+    assert ids.max() > size // 2
+    np.testing.assert_array_equal(ids, theirs(tmp_path, cls)(texts))
+    (tmp_path / "out").mkdir()
+    tokenizer_files.write(tmp_path / "out", text)
+    np.testing.assert_array_equal(ids, theirs(tmp_path / "out")(texts))
+
+
+@pytest.mark.parametrize(
     ("kind", "options", "clean"),
     [
         ("sentencepiece_model", {"tokenizer_class": "SiglipTokenizer"}, "canonicalize"),
