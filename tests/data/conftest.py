@@ -115,9 +115,9 @@ def parquet(folder: Path, pairs: Pairs) -> ParquetConfig:
 
 def img2dataset(folder: Path, pairs: Pairs) -> ParquetConfig:
     names, images, captions = map(list, zip(*pairs, strict=True))
-    rows = pa.table({"jpg": images, "caption": captions, "key": names})
+    rows = pa.table({"image.jpg": images, "caption": captions, "key": names})
     pq.write_table(rows, folder / "00000.parquet")
-    return ParquetConfig(path=str(folder / "00000.parquet"), image_column="jpg")
+    return ParquetConfig(path=str(folder / "00000.parquet"), image_column="image.jpg")
 
 
 def write_records(path: Path, options: str, records: Iterable[bytes]) -> None:
@@ -183,7 +183,7 @@ FORMATS: dict[str, Callable[[Path, Pairs], Any]] = {
     )
 }
 # What `PathConfig`, which guesses a format, must be told.
-COLUMNS = {"tar_json": {"caption_column": "caption"}, "img2dataset": {"image_column": "jpg"}}
+COLUMNS = {"tar_json": {"caption_column": "caption"}, "img2dataset": {"image_column": "image.jpg"}}
 
 
 # ------------------------------------------------------------------ samples and batches

@@ -90,7 +90,7 @@ class ParquetSource:
         spans = []
         for i in range(row_group.num_columns):
             column = row_group.column(i)
-            if column.path_in_schema.partition(".")[0] in self._columns:
+            if any(f"{column.path_in_schema}.".startswith(f"{x}.") for x in self._columns):
                 starts = (column.dictionary_page_offset, column.data_page_offset)
                 begin = min(start for start in starts if start)
                 spans.append((begin, begin + column.total_compressed_size))
