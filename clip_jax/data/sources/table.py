@@ -60,13 +60,14 @@ class TableSource:
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """Row (the first after the header is 1) and image path."""
+        """Row (the first after the header is 1), of a JSONL the line, and image path."""
+        number = self._rows.number(index)
         try:
             image, _ = self._rows[index]
         except SampleError:
-            return f"{index + 1}:"
+            return f"{number}:"
         shown = image if isinstance(image, bytes) else str(image).encode(errors="replace")
-        return f"{index + 1}:{shown.decode(errors='replace')}"
+        return f"{number}:{shown.decode(errors='replace')}"
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the image file's bytes and the caption, of a JSONL's list one."""
@@ -81,7 +82,10 @@ class TableSource:
         image = text_of(self._rows[index][0], "image path")
         if not image:
             raise SampleError("image path is empty")
-        where = files.place(image) if files.is_remote(image) else self._folder / image
+        try:
+            where = files.place(image) if files.is_remote(image) else self._folder / image
+        except Refused as error:
+            raise SampleError(str(error)) from error
         return read_file(where, "image file")
 
 
@@ -111,12 +115,15 @@ class _Delimited:
             for name in (config.image_column, config.caption_column)
             if name
         ]
-        self._malformed: list[str] = []
+        self._malformed: list[tuple[int, str]] = []  # number of the row and what is wrong with it
 
         def keep(row: Any) -> str:
             self._malformed.append(
-                f"row has {row.actual_columns} cells, the header {row.expected_columns}: "
-                f"{row.text!r:.200}"
+                (
+                    row.number - 1,  # without the header
+                    f"row has {row.actual_columns} cells, the header {row.expected_columns}: "
+                    f"{row.text!r:.200}",
+                )
             )
             return "skip"
 
@@ -158,14 +165,23 @@ class _Delimited:
                         "closes?"
                     ) from error
         self._columns = [table[name] for name in names]
+        # Of each malformed row, how many others stand before it, and itself.
+        self._before = np.array([n for n, _ in self._malformed]) - np.arange(len(self._malformed))
 
     def __len__(self) -> int:
         return len(self._columns[0]) + len(self._malformed)
 
+    def number(self, index: int) -> int:
+        """The row's place in the file, from 1."""
+        whole = len(self._columns[0])
+        if index >= whole:
+            return self._malformed[index - whole][0]
+        return index + 1 + int(np.searchsorted(self._before, index + 1, side="right"))
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         whole = len(self._columns[0])
         if index >= whole:
-            raise SampleError(self._malformed[index - whole])
+            raise SampleError(self._malformed[index - whole][1])
         cells = [column[index].as_py() for column in self._columns]
         image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
         return image, caption[0] if caption else None
@@ -209,7 +225,7 @@ class _JsonLines:
         )
         starts = np.concatenate([[0], ends[:-1] + 1])
         full = ends > starts  # not the end after the last newline, nor an empty line
-        self._starts, self._ends = starts[full], ends[full]
+        self._starts, self._ends, self._lines = starts[full], ends[full], np.flatnonzero(full) + 1
         self._image, self._caption = config.image_column, config.caption_column
         columns = dict.fromkeys(
             itertools.chain.from_iterable(
@@ -220,6 +236,10 @@ class _JsonLines:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def number(self, index: int) -> int:
+        """The line's place in the file, from 1."""
+        return int(self._lines[index])
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._parse(index)
