@@ -289,7 +289,7 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
 def read_json(path: Place) -> Any:
     """Read a file of annotations. Refused where it is not there or is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read as JSON: {error}") from error
 
@@ -356,7 +356,11 @@ def _templates(name: str) -> Sequence[str]:
 def _lines(path: Place) -> list[str]:
     if not path.exists():
         raise Refused(f"there is no {path}; it has one class name a line.")
-    return path.read_text(encoding="utf-8").splitlines()  # CLEVR has a class without a name
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise Refused(f"{path} cannot be read as text: {error}") from error
+    return text.splitlines()  # CLEVR has a class without a name
 
 
 def _spaced(name: str) -> str:

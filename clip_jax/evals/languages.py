@@ -158,7 +158,7 @@ def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
 def _lines(path: Place) -> list[str]:
     """Lines that end where a file says so: captions may have Unicode's other separators."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
         raise Refused(f"{path} cannot be read as text: {error}") from error
     return [line.strip() for line in text.removesuffix("\n").split("\n")]

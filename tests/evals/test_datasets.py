@@ -32,7 +32,7 @@ def test_names_are_in_a_file_that_must_fit_or_beside_a_split(tmp_path):
     write_folder(tmp_path / "test", ["0", "1", "2"])
     write_folder(tmp_path / "other", ["a", "b"])
     for folder, name in (("test", "in"), (".", "beside")):
-        (tmp_path / folder / "classnames.txt").write_text(f"zero {name}\none\ntwo\n")
+        (tmp_path / folder / "classnames.txt").write_text(f"zero {name}\none\ntwo\n", "utf-8-sig")
     assert list(open_folder(tmp_path / "test").names) == ["zero in", "one", "two"]
     (tmp_path / "test/classnames.txt").unlink()
     assert list(open_folder(tmp_path / "test").names) == ["zero beside", "one", "two"]

@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused(xtd10):
 
 def test_of_crossmodal_the_first_caption_counts(tmp_path):
     row = {"image/key": "k", "image/locale": "mi", "de": {"caption": ["eins", "zwei"]}}
-    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
     data = open_translated(tmp_path)
     assert data.languages == ["de"]
     assert data.load(0) == (tmp_path / "k.jpg", {"de": ["eins"]})

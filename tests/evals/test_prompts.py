@@ -57,7 +57,7 @@ def test_greedy_selection_leaves_out_what_harms(task):
 
 def test_template_files(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_text("a photo of a {c}.\n\nart of {}\n")
+    path.write_text("a photo of a {c}.\n\nart of {}\n", encoding="utf-8-sig")
     assert prompts.read_templates(path) == ["a photo of a {c}.", "art of {}"]
     assert fill("art of {}", "zebra") == "art of zebra"
     path.write_text("a photo\n")

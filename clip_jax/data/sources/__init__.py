@@ -142,10 +142,10 @@ def text_of(value: Any, name: str = "caption") -> str:
     """A string, or UTF-8 bytes as one. SampleError for what is neither."""
     try:
         if isinstance(value, bytes):
-            return value.decode()
+            return value.decode("utf-8-sig")
         if isinstance(value, str):
             value.encode()  # a JSON may hold half a letter, which nobody can write down
-            return value
+            return value.removeprefix("\ufeff")  # a mark of byte order is no letter
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SampleError(f"{name} is not UTF-8: {error.reason} at {error.start}") from error
     raise SampleError(f"{name} is {'missing' if value is None else type(value).__name__}")

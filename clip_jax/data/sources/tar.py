@@ -221,6 +221,6 @@ def _class_names(path: str) -> list[str]:
         return []
     try:
         with files.open_file(path) as file:
-            return file.read().decode().splitlines()
+            return file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"data.source.class_names={path}: {error}") from error

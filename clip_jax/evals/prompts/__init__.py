@@ -51,7 +51,7 @@ def fill(template: str, name: str) -> str:
 def read_templates(path: Place) -> list[str]:
     """Read one template a line. Refused for a line without a place for the class."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read as text: {error}") from error
     lines = [line.strip() for line in content.splitlines() if line.strip()]

@@ -56,17 +56,17 @@ def test_members_become_pairs_in_order_whatever_their_names(format, tmp_path):
 
 
 def test_captions_from_json_and_cls(tmp_path):
-    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
     members = [("1.jpg", b"x"), ("1.json", json.dumps({"alt": ["a", "b"]}).encode())]
-    members += [("1.cls", b"1\n"), ("2.jpg", b"x"), ("2.json", b"[1]"), ("2.cls", b"7")]
+    members += [("1.cls", b"0\n"), ("2.jpg", b"x"), ("2.json", b"[1]"), ("2.cls", b"7")]
     write_tar(tmp_path / "a.tar", members)
     source = open_tar(tmp_path / "a.tar", caption="json", caption_key="alt")
     drawn = {source.load(0, np.random.default_rng(i))[1] for i in range(20)}
     assert drawn == {"a", "b"}
     assert reason(source, 1) == ".json is a list, not an object"
-    assert open_tar(tmp_path / "a.tar", caption="cls").load(0, RNG)[1] == "1"
+    assert open_tar(tmp_path / "a.tar", caption="cls").load(0, RNG)[1] == "0"
     named = open_tar(tmp_path / "a.tar", caption="cls", class_names=str(tmp_path / "names.txt"))
-    assert named.load(0, RNG)[1] == "dog"
+    assert named.load(0, RNG)[1] == "cat"
     assert reason(named, 1) == ".cls is '7', not a number below 2"
 
 
