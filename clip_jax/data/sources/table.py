@@ -21,7 +21,7 @@ from clip_jax.data.sources import (
 )
 from clip_jax.refused import Refused
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
 _LINES = (".jsonl", ".ndjson")
 _BLOCKS = (1 << 20, 1 << 24, 1 << 30)  # bytes of a CSV read at once: a row must lie in one
 _PEEK_LINES = 100  # of a JSONL, to learn which columns it has
@@ -106,9 +106,10 @@ class _Delimited:
         import pyarrow as pa
         import pyarrow.csv
 
-        delimiter = _DELIMITERS[path.suffix]
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            columns = next(csv.reader(file, delimiter=delimiter), [])
+        signs = _DELIMITERS[path.suffix]
+        fit = (sign for sign in signs if config.image_column in _header(path, sign))
+        delimiter = next(fit, signs[0])
+        columns = _header(path, delimiter)
         _check_columns(path, columns, config)
         names = [
             name.encode().decode("latin-1")
@@ -185,6 +186,11 @@ class _Delimited:
         cells = [column[index].as_py() for column in self._columns]
         image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
         return image, caption[0] if caption else None
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return next(csv.reader(file, delimiter=delimiter), [])
 
 
 def _has_odd_quotes(path: Path) -> bool:

@@ -109,12 +109,12 @@ def test_rows_are_captions_or_samples_with_a_reason(name, tmp_path):
         assert source.key(i).encode().startswith(b"%d:" % numbers[i])
 
 
-@pytest.mark.parametrize("sign", [",", "\t"])
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
 def test_captions_across_blocks(sign, tmp_path):
     """Arrow reads in blocks of a megabyte; a caption may end in another one, or be longer."""
     (tmp_path / "a.png").write_bytes(b"x")
     lines = "\n".join(map(str, range(1000)))
-    path = tmp_path / ("t.csv" if sign == "," else "t.tsv")
+    path = tmp_path / ("t.tsv" if sign == "\t" else "t.csv")
     rows = f'a.png{sign}"{lines}"\n' * 600 + f'a.png{sign}"{"word " * 300_000}"\n'
     path.write_text(f"image{sign}caption\n{rows}")
     source = TableSource(TableConfig(path=str(path)))
