@@ -32,6 +32,7 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.optim import Constant, InverseSqrt, OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
 from clip_jax.refused import Refused, check_ranges
+from clip_jax.retention import steps_in
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
@@ -127,7 +128,6 @@ RESUMABLE = (
     *("profile_steps", "compilation_cache"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "caption.chunk_size"),
-    *("data.source.members", "data.source.phases"),  # of a mixture: see MixtureConfig
 )
 
 
@@ -260,7 +260,8 @@ def check_resumable(workdir: Path | epath.Path, config: Config) -> None:
     path = workdir / "config.json"
     before = recover_json(path, warn)
     allowed = (*RESUMABLE, "steps") if _goes_on(before, config) else RESUMABLE
-    if before and (differing := _others(path, before, config, allowed)):
+    stands = max(steps_in(workdir / "checkpoints"), default=0)
+    if before and (differing := _others(path, before, config, allowed, stands)):
         raise Refused(
             f"{workdir} holds a run with another config:\n" + "\n".join(differing) + "\n"
             "Give the same values to resume it, or another --workdir to start anew."
@@ -278,7 +279,8 @@ def check_branch(trunk: Path | epath.Path, config: Config) -> list[str]:
     path = trunk / "config.json"
     if not (before := read_json(path)):
         raise Refused(f"branch_from: there is no run in {trunk} (no config.json).")
-    if differing := _others(path, before, config, BRANCHABLE):
+    _, stands = branch_point(config.branch_from or "")
+    if differing := _others(path, before, config, BRANCHABLE, stands):
         raise Refused(
             f"a branch of {trunk} cannot differ from it in:\n" + "\n".join(differing) + "\n"
             "Give the same values. To begin with its weights alone, use --init-from."
@@ -287,17 +289,39 @@ def check_branch(trunk: Path | epath.Path, config: Config) -> list[str]:
 
 
 def _others(
-    path: Path | epath.Path, before: dict[str, Any], config: Config, allowed: Sequence[str]
-) -> list[str]:
-    """List what the config kept in `path` has otherwise than this one, apart from `allowed`."""
+    path: Path | epath.Path, before: dict[str, Any], config: Config, allowed: Sequence[str],
+    stands: int | None = None,
+) -> list[str]:  # fmt: skip
+    """List what the config kept in `path` has otherwise than this one, apart from `allowed`, and
+    from what a mixture reads after the step at which the run `stands`."""
     data = before.setdefault("data", {})
     data.setdefault("order", "global")  # before there was another
     if "auto" in (data["order"], config.data.order):  # of a ladder's point, before it began
         data["order"] = config.data.order
     with contextlib.suppress(Refused):  # an older file lacks fields that had no effect then
         before = to_dict(from_dict(Config, before))
+    now = to_dict(config)
+    if stands is not None and _goes_on_reading(before, now, config.samples_after(stands)):
+        before["data"]["source"] = now["data"]["source"]
     return [
         f"  {name}: {old} in {path}, {new} given"
-        for name, old, new in differences(before, to_dict(config))
+        for name, old, new in differences(before, now)
         if not any(name == some or name.startswith(some + ".") for some in allowed)
     ]
+
+
+def _goes_on_reading(before: dict[str, Any], now: dict[str, Any], samples: int) -> bool:
+    """Say whether two configs have mixtures that give the same first `samples`: members were added
+    at the end, not read before a phase that is to come."""
+    old, new = before["data"].get("source") or {}, now["data"]["source"]
+    if not ("members" in old and "members" in new):
+        return False
+    known, phases = len(old["members"]), len(old["phases"])
+    added = [0.0] * (len(new["members"]) - known)
+    padded = [x | {"weights": [*x["weights"], *added]} for x in old["phases"]]
+    return (
+        new["members"][:known] == old["members"]
+        and [x["weight"] for x in new["members"][known:]] == added
+        and new["phases"][:phases] == padded
+        and all(x["from_sample"] >= samples for x in new["phases"][phases:])
+    )

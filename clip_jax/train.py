@@ -33,8 +33,9 @@ from clip_jax.optim import averaged
 from clip_jax.refused import Refused
 from clip_jax.serialize import to_dict
 from clip_jax.step import Program, State
-from clip_jax.workdir import Claim, count_start
+from clip_jax.workdir import Claim, count_start, recover_json, warn
 
+_DATA = "data.json"  # in the work directory: which samples the run is trained on
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run counts as lost
 
 
@@ -114,7 +115,10 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
 
     claim.take()
     check_resumable(workdir, config)
+    check_data(workdir, pipeline)
     differs = check_branch(trunk, config) if trunk else []
+    if trunk:
+        check_data(trunk, pipeline)
     if processes.is_lead():
         vocabulary.keep(config.model.text.tokenizer, str(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
@@ -172,14 +176,33 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
     )
 
 
+def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
+    """Refused unless the run in `workdir`, if there is one, was trained on these data. Of a mixture
+    there may be more members now."""
+    kept = (recover_json(workdir / _DATA, warn) or {}).get("fingerprints")
+    if kept is None:
+        if (workdir / "config.json").exists() and processes.is_lead():
+            warn(
+                f"{workdir} does not say on which data the run was trained, as older ones don't: "
+                "they are taken to be those of data.source."
+            )
+    elif pipeline.fingerprints()[: len(kept)] != kept:
+        raise Refused(
+            f"{workdir} holds a run on other data: data.source has not the number of samples, or "
+            "not the keys, that it had then. Bring the data back, or start anew in another "
+            "--workdir. (A table that grows is a mixture, with a new member and a phase.)"
+        )
+
+
 def agree(
     config: Config, workdir: epath.Path, pipeline: Pipeline, evaluations: Evaluations, start: int
 ) -> None:
     """Refused unless all processes mean the same run, and it has not failed here too often."""
+    data = pipeline.fingerprints()
     facts = {
         "config": to_dict(config),
         "code": f"{processes.code_version()}, jax {jax.__version__}",
-        "data": pipeline.fingerprint(),
+        "data": data,
         "vocabulary": vocabulary.digest(config.model.text.tokenizer),
         "data sets of evaluators": evaluations.measured(),
         "resume step": start,
@@ -188,6 +211,7 @@ def agree(
     begun = 0
     if processes.is_lead():
         files.write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=1))
+        files.write_whole(workdir / _DATA, json.dumps({"fingerprints": data}))
         begun = count_start(workdir / "starts.json", start)
     if processes.gather(begun)[0] > (config.processes.max_starts or math.inf):
         raise Refused(

@@ -8,6 +8,9 @@ import pytest
 
 from clip_jax.cli import main
 from clip_jax.config import Config, check_resumable, differences, load_config, with_order
+from clip_jax.data.mixture import MemberConfig, MixtureConfig, PhaseConfig
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.tar import TarConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import Constant, OptimConfig
@@ -88,3 +91,34 @@ def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has
     (tmp_path / "config.json").write_text(json.dumps(to_dict(endless)))
     check_resumable(tmp_path, replace(endless, steps=10_001))
     assert differences({"a": 1}, {"a": 1, "b": 2}) == [("b", None, 2)]
+
+
+def test_a_resumed_mixture_may_only_have_more_members_from_a_phase_to_come(tmp_path):
+    """Other paths and weights were accepted, and changed what had been read."""
+
+    def config(weights, *phases, paths=("a", "b", "c")):
+        members = tuple(
+            MemberConfig(source=TarConfig(path=path), weight=weight)
+            for path, weight in zip(paths, weights, strict=False)
+        )
+        mixed = tuple(PhaseConfig(from_sample=at, weights=x) for at, x in phases)
+        return Config(
+            batch_size=8, data=DataConfig(source=MixtureConfig(members=members, phases=mixed))
+        )
+
+    (tmp_path / "checkpoints/2").mkdir(parents=True)  # at sample 16
+    before = config((1.0, 3.0), (8, (1.0, 1.0)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))
+    added = config((1.0, 3.0, 0.0), (8, (1.0, 1.0, 0.0)), (16, (1.0, 1.0, 1.0)))
+    for allowed in (before, added, config((1.0, 3.0), (8, (1.0, 1.0)), (24, (0.0, 1.0)))):
+        check_resumable(tmp_path, allowed)
+    for other in (
+        config((1.0, 3.0), (8, (1.0, 1.0)), paths=("a", "d")),
+        config((1.0, 2.0), (8, (1.0, 1.0))),
+        config((1.0, 3.0), (8, (1.0, 2.0))),
+        config((1.0, 3.0), (8, (1.0, 1.0)), (15, (0.0, 1.0))),
+        config((1.0, 3.0, 1.0), (8, (1.0, 1.0, 0.0))),
+        config((1.0,), (8, (1.0,))),
+    ):
+        with pytest.raises(Refused, match=r"another config:\n  data\.source\."):
+            check_resumable(tmp_path, other)

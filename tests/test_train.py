@@ -13,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.data.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.table import TableConfig
 from clip_jax.evals.evaluator import Evaluations
 from clip_jax.loading import load, starting_params
@@ -22,8 +23,19 @@ from clip_jax.processes import ProcessesConfig
 from clip_jax.refused import Refused
 from clip_jax.sharding import make_mesh
 from clip_jax.step import Program
-from clip_jax.train import Diverged, Health, Preempted, Run, agree, begin, open_data, train
+from clip_jax.train import (
+    Diverged,
+    Health,
+    Preempted,
+    Run,
+    agree,
+    begin,
+    check_data,
+    open_data,
+    train,
+)
 from tests.conftest import larger, losses, rows, tiny_digits, write_states
+from tests.data import conftest as made
 
 STEPS = 6
 
@@ -142,6 +154,32 @@ def test_starts_without_progress_are_counted_and_refused(tmp_path):
     with pytest.raises(Refused, match=r"the last 2 starts in .* all began at step 2"):
         starts(2)
     starts(2, dataclasses.replace(config, processes=ProcessesConfig(max_starts=10)))
+
+
+def test_a_run_on_other_data_is_refused(tmp_path, capsys):
+    """A table that grew was accepted: its order is another one from the first sample on."""
+    pairs, workdir = made.make_pairs(60), epath.Path(tmp_path / "run")
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+
+    def opened(rows):
+        source = made.table(tmp_path, rows)
+        config = tiny(data=dataclasses.replace(tiny().data, source=source), evals=())
+        return config, open_data(config, 0, 1)
+
+    config, data = opened(pairs[:40])
+    check_data(workdir, data)
+    assert "does not say on which data the run was trained" in capsys.readouterr().err
+    agree(config, workdir, data, Evaluations((), STEPS), 0)
+    check_data(workdir, data)
+    assert not capsys.readouterr().err
+    for others in (pairs, pairs[20:]):
+        with pytest.raises(Refused, match="run holds a run on other data"):
+            check_data(workdir, opened(others)[1])
+    members = tuple(MemberConfig(source=x.data.source) for x in (config, config))
+    data = dataclasses.replace(config.data, source=MixtureConfig(members=members))
+    opened(pairs[:40])
+    check_data(workdir, open_data(dataclasses.replace(config, data=data), 0, 1))
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

@@ -129,7 +129,7 @@ class MixtureSource:
     """All members' samples, one member after the other; `order` says which comes when."""
 
     def __init__(self, config: MixtureConfig, members: Sequence[Source]) -> None:
-        self._members = members
+        self.members = members
         self._ends = np.cumsum([len(member) for member in members], dtype=np.int64)
         self._begins = [0, *(phase.from_sample for phase in config.phases)]
         weights = [config.weights, *(phase.weights for phase in config.phases)]
@@ -145,14 +145,14 @@ class MixtureSource:
     def key(self, index: int) -> str:
         """Number of the member, and its key."""
         member, own = self._find(index)
-        return f"{member}/{self._members[member].key(own)}"
+        return f"{member}/{self.members[member].key(own)}"
 
     def load(
         self, index: int, rng: np.random.Generator
     ) -> tuple[bytes | UInt8[np.ndarray, "H W 3"], str]:
         """Get the member's sample."""
         member, own = self._find(index)
-        return self._members[member].load(own, rng)
+        return self.members[member].load(own, rng)
 
     def order(self, seed: int) -> Any:
         """An endless grain.MapDataset of indices: each member's epochs are permutations of it."""
@@ -160,7 +160,7 @@ class MixtureSource:
 
         orders = [
             grain.MapDataset.range(len(member)).seed((seed + number) % 2**32).shuffle().repeat()
-            for number, member in enumerate(self._members)
+            for number, member in enumerate(self.members)
         ]
         starts = [0, *self._ends.tolist()]
         phases = _phases(self._begins, self._patterns)
@@ -168,18 +168,18 @@ class MixtureSource:
 
     def stretches(self) -> Int64[np.ndarray, " stretches"]:
         """The members', one member after the other; none for those that have none."""
-        return np.concatenate([stretches_of(member) for member in self._members])
+        return np.concatenate([stretches_of(member) for member in self.members])
 
     def size(self, first: int, last: int) -> int:
         """The member's bytes."""
         member, own = self._find(first)
-        source = self._members[member]
+        source = self.members[member]
         return source.size(own, own + last - first) if isinstance(source, StretchSource) else 0
 
     def fetch(self, first: int, last: int) -> list[Record | SampleError]:
         """Get the member's records."""
         number, own = self._find(first)
-        member = self._members[number]
+        member = self.members[number]
         if not isinstance(member, StretchSource):
             return [Record(self.key(first), 0, functools.partial(member.load, own))]
         return [
@@ -198,7 +198,7 @@ class MixtureSource:
                 window=window,
                 shares=Equal(lanes, len(member)),
             )
-            for number, member in enumerate(self._members)
+            for number, member in enumerate(self.members)
         ]
         begins = [lanes.before(start) for start in self._begins]
         return LaneMixture([0, *self._ends.tolist()], orders, begins, self._patterns)

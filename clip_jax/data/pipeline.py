@@ -132,16 +132,12 @@ class Pipeline:
             Lanes(batch_size, part)
             _check_budget(config, cast(StretchSource, loader.source), part[1])
 
-    def fingerprint(self) -> str:
-        """Hash the source: how many samples it has, the keys of a hundred, evenly spread, and
-        the stretches in which they are read."""
-        count = self.num_samples
-        indices = sorted({i * count // 100 for i in range(100)})
-        named = [str(count), *(self._loader.source.key(i) for i in indices)] if count else ["0"]
-        digest = hashlib.sha256("\n".join(named).encode("utf-8", "replace"))
-        if self.order == "stretches":
-            digest.update(stretches_of(self._loader.source).tobytes())
-        return digest.hexdigest()[:12]
+    def fingerprints(self) -> list[str]:
+        """Hash the source, of a mixture each member: how many samples it has, the keys of a
+        hundred, evenly spread, and the stretches in which they are read."""
+        source = self._loader.source
+        members = source.members if isinstance(source, MixtureSource) else [source]
+        return [_fingerprint(one, self.order == "stretches") for one in members]
 
     def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
@@ -208,6 +204,16 @@ class Pipeline:
             start=start_step,
             budget=config.read_ahead_mib << 20,
         )
+
+
+def _fingerprint(source: Source, in_stretches: bool) -> str:
+    count = len(source)
+    indices = sorted({i * count // 100 for i in range(100)})
+    named = [str(count), *(source.key(i) for i in indices)] if count else ["0"]
+    digest = hashlib.sha256("\n".join(named).encode("utf-8", "replace"))
+    if in_stretches:
+        digest.update(stretches_of(source).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _lane_order(seed: int, lanes: Lanes, window: int, source: Source) -> LaneOrder:

@@ -99,7 +99,7 @@ def test_stretches_are_read_from_a_bucket_and_any_order_from_a_disk(rows):
     assert pipeline._settled_order(mixed, source) == "stretches"
     anywhere = open_pipeline(dataclasses.replace(rows, order="auto"))
     assert anywhere.order == "global"
-    assert anywhere.fingerprint() != open_pipeline(rows).fingerprint()
+    assert anywhere.fingerprints() != open_pipeline(rows).fingerprints()
 
 
 def test_stretches_that_cannot_be(rows):
