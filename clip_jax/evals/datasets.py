@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ class Labelled:
     count: int
     load: Callable[[int], tuple[ImageLike, int]]
     key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
+    labels: Sequence[int] | None = None  # of all, where they are known without reading images
 
     def __iter__(self) -> Iterator[tuple[ImageLike, int]]:
         return map(self.load, range(self.count))
@@ -104,6 +105,33 @@ class Translated:
 Data = Labelled | Tagged | Captioned | Contrasted | Translated
 
 
+def spread(data: Data, most: int) -> Data:
+    """Take at most so many items: as many of each class, where the classes are known without
+    reading, else evenly from the order of the data."""
+    if most >= data.count:
+        return data
+    chosen = np.arange(most) * data.count // most
+    if isinstance(data, Labelled) and data.labels is not None:
+        labels = np.asarray(data.labels)
+        by_class = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[by_class], labels[by_class])
+        rank = np.empty_like(by_class)  # how many of its class come before
+        rank[by_class] = np.arange(len(labels)) - starts
+        rounds = np.lexsort((labels, rank))
+        whole = np.flatnonzero(rank < rank[rounds[most]])  # the last round has some classes only
+        last = rounds[rank[rounds] == rank[rounds[most]]]
+        count = most - len(whole)
+        chosen = np.sort([*whole, *last[np.arange(count) * len(last) // max(count, 1)]])
+    changes: dict[str, Any] = {
+        name: [values[i] for i in chosen]
+        for name in ("labels", "groups")
+        if (values := getattr(data, name, None)) is not None
+    }
+    changes["load"] = lambda i: data.load(int(chosen[i]))
+    changes["key"] = lambda i: data.key(int(chosen[i]))
+    return replace(data, count=most, **changes)
+
+
 def split_folder(path: Place, split: Split) -> Place | None:
     """Return where a folder keeps a split; None where it has none.
 
@@ -163,8 +191,9 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     if not files:
         raise Refused(f"no images ({', '.join(_IMAGES)}) in the folders of {path}.")
     return Labelled(
-        names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0])
-    )
+        names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0]),
+        [label for _, label in files],
+    )  # fmt: skip
 
 
 def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned:
@@ -345,7 +374,8 @@ def open_digits(
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]
     return Labelled(
-        names, _DIGITS_TEMPLATES, len(labels), lambda i: (images[i], int(labels[i]))
+        names, _DIGITS_TEMPLATES, len(labels), lambda i: (images[i], int(labels[i])),
+        labels=labels.tolist(),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from clip_jax.evals.datasets import (
     Split,
     Tagged,
     Translated,
+    spread,
 )  # fmt: skip
 from clip_jax.evals.evaluator import Encoder, image_encoder
 from clip_jax.evals.languages import average
@@ -210,10 +211,16 @@ class Splits:
         self, name: str, open_split: Callable[[Split], Data], encoder: Encoder, *,
         most: int | None = None, kept: Kept | None = None,
     ) -> None:  # fmt: skip
-        """`most` is how many images of a split are read; `kept` has those decoded before."""
+        """`most` is how many images of a split are read, spread over its classes; `kept` has those
+        decoded before."""
+
+        def opened(split: Split) -> Data:
+            data = open_split(split)
+            return data if most is None else spread(data, most)
+
         self.name, self.encoder = name, encoder
-        self.open = functools.cache(open_split)
-        self._most, self._kept = most, kept or Kept(0)
+        self.open = functools.cache(opened)
+        self._kept = kept or Kept(0)
         self._embedded: dict[tuple[Split, bool], Embedded] = {}
 
     def embedded(self, split: Split, *, before_projection: bool = False) -> Embedded:
@@ -232,10 +239,9 @@ class Splits:
     ) -> Embedded:
         """Return what a compiled function of parameters and pixels gives. Missing likewise."""
         data = self.open(split)
-        count = min(data.count, self._most or data.count)
-        reader = Reader(data, self.encoder.preprocess, self.encoder.mesh, count)
+        reader = Reader(data, self.encoder.preprocess, self.encoder.mesh, data.count)
         return compute(
-            self._kept.read((self.name, split), reader), self.encoder.mesh, count, function,
+            self._kept.read((self.name, split), reader), self.encoder.mesh, data.count, function,
             self.encoder.params if params is None else params, f"{self.name}, {split}",
         )  # fmt: skip
 

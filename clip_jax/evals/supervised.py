@@ -48,6 +48,11 @@ def supervised(
         )
     mesh, classes, rng = splits.encoder.mesh, len(test_data.names), np.random.default_rng(seed)
     train, test = _part(splits, "train"), _part(splits, "test")
+    if len(np.unique(train[1])) < 2:
+        raise Refused(
+            f"{splits.name}: all training images that were read are of one class, of {classes}; "
+            f"{' and '.join(tasks)} need two classes at least (--images may be too few)."
+        )
     try:
         validation = _part(splits, "validation")
     except Missing:

@@ -2,11 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import decode
-from clip_jax.evals.datasets import open_captions, open_digits, open_folder, split_folder
+from clip_jax.evals.datasets import (
+    Contrasted,
+    Labelled,
+    open_captions,
+    open_digits,
+    open_folder,
+    split_folder,
+    spread,
+)
 from tests.evals.conftest import png, write_folder
 
 
@@ -80,3 +89,28 @@ def test_the_digits_are_a_data_set():
         assert sorted(label for _, label in data) == sorted(2 * list(range(10)))
         images |= {image.tobytes() for image, _ in data}
     assert len(images) == 60
+
+
+COUNTS = [10, 3, 7]  # images of each class
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"),
+    [(2, [1, 1, 0]), (3, [1, 1, 1]), (7, [3, 2, 2]), (12, [5, 3, 4]), (99, COUNTS)],
+)
+def test_a_few_images_are_spread_over_the_classes(most, counts):
+    """They were the first by path: of folders of classes one class."""
+    labels = np.repeat(range(3), COUNTS).tolist()
+    whole = Labelled(["a", "b", "c"], [], 20, lambda i: (str(i), labels[i]), str, labels)
+    some = spread(whole, most)
+    images, found = zip(*some, strict=True)
+    assert np.bincount(found, minlength=3).tolist() == counts
+    assert list(images) == [some.key(i) for i in range(some.count)]
+    assert list(some.labels or ()) == list(found)
+
+
+def test_without_labels_they_are_spread_over_the_order():
+    data = Contrasted(10, lambda i: (str(i), ("", "")), list("abcdefghij"), lambda *_: True)
+    some = spread(data, 4)
+    assert [image for image, _ in some] == ["0", "2", "5", "7"]
+    assert list(some.groups) == ["a", "c", "f", "h"]

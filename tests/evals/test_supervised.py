@@ -14,6 +14,7 @@ from clip_jax.evals import linear_probe, measure
 from clip_jax.evals import supervised as supervised_evals
 from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
 from clip_jax.evals.supervised import hold_out, supervised
+from clip_jax.refused import Refused
 from tests.evals.conftest import encoder_on, mesh_of
 
 
@@ -48,6 +49,13 @@ def search():
     few = functools.partial(linear_probe.search, lambdas=np.logspace(-2, 2, 3))
     with mock.patch.object(supervised_evals, "search", autospec=True, side_effect=few) as fake:
         yield fake
+
+
+def test_a_probe_of_one_class_is_refused(encoder):
+    one = dataclasses.replace(digits("train"), count=1)
+    splits = measure.Splits("digits", {"train": one, "test": digits("test")}.__getitem__, encoder)
+    with pytest.raises(Refused, match=r"are of one class, of 10; neighbours need two classes"):
+        supervised(splits, ["neighbours"])
 
 
 def test_every_number_is_what_scikit_learn_finds_on_the_same_features(encoder):
