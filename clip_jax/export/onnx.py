@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.files import read_json, write_json
-from clip_jax.convert.open_clip_config import text_cfg
+from clip_jax.convert.open_clip_config import is_cleaned, text_cfg
 from clip_jax.convert.weights import Weights
 from clip_jax.export.captions import caption_logits
 from clip_jax.export.graph import INLINE_BYTES, Graph
@@ -175,7 +175,7 @@ def _write_beside(
             "fill_color": preprocess.fill,
         }
         write_json(folder / "visual/preprocess_cfg.json", content)
-        cleaned = "tokenizer_kwargs" in text_cfg(config.text)  # as it says there
+        cleaned = "tokenizer_kwargs" in text_cfg(config.text) and is_cleaned(config.text)
         tokenizer_files.write(
             folder / "textual", config.text, cleaned, as_json=True, own_padding=own_padding
         )

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from clip_jax.convert.verify import our_outputs, relative_difference
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.export.onnx import caption_reader, outputs, write
 from clip_jax.models import zoo
 from clip_jax.refused import Refused
@@ -111,6 +112,10 @@ def test_the_layout_of_immich(tmp_path, families, name):
     vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "textual/tokenizer.json"))
     pad = vocabulary.token_to_id(settings["pad_token"])
     assert pad == 519 if config.text.pool in ("argmax", "eos") else pad in (0, 1)
+    texts = ["A Cat!", "a_b 4"]
+    for line, ours in zip(texts, make_tokenizer(config.text)(texts, 16, True), strict=True):
+        found = vocabulary.encode(" ".join(line.split())).ids  # all that is cleaned there
+        assert found == ours[: len(found)].tolist()
     theirs = outputs(tmp_path, "immich", config, "float32", family.images[:1], family.tokens[:1])
     for key, x in theirs.items():
         expected = family.ours[key][:1] / np.linalg.norm(family.ours[key][:1])
