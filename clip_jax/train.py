@@ -177,20 +177,20 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
 
 
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
-    """Refused unless the run in `workdir`, if there is one, was trained on these data. Of a mixture
-    there may be more members now."""
+    """Compare the data with those that the run in `workdir`, if there is one, was trained on. A
+    mixture may have more members. Raises `Refused` where keys or the number of samples differ."""
     kept = (recover_json(workdir / _DATA, warn) or {}).get("fingerprints")
     if kept is None:
         if (workdir / "config.json").exists() and processes.is_lead():
             warn(
-                f"{workdir} does not say on which data the run was trained, as older ones don't: "
-                "they are taken to be those of data.source."
+                f"{workdir} has no {_DATA}, since an older version wrote it: the run is resumed "
+                "without a check that data.source is what it was trained on."
             )
     elif pipeline.fingerprints()[: len(kept)] != kept:
         raise Refused(
-            f"{workdir} holds a run on other data: data.source has not the number of samples, or "
-            "not the keys, that it had then. Bring the data back, or start anew in another "
-            "--workdir. (A table that grows is a mixture, with a new member and a phase.)"
+            f"The run in {workdir} was trained on other data: the number of samples or the keys of "
+            "data.source have changed since. Restore the data, or start a new run in another "
+            "--workdir. (To add data to a run, append a mixture member with a phase to come.)"
         )
 
 

@@ -169,12 +169,12 @@ def test_a_run_on_other_data_is_refused(tmp_path, capsys):
 
     config, data = opened(pairs[:40])
     check_data(workdir, data)
-    assert "does not say on which data the run was trained" in capsys.readouterr().err
+    assert "has no data.json" in capsys.readouterr().err
     agree(config, workdir, data, Evaluations((), STEPS), 0)
     check_data(workdir, data)
     assert not capsys.readouterr().err
     for others in (pairs, pairs[20:]):
-        with pytest.raises(Refused, match="run holds a run on other data"):
+        with pytest.raises(Refused, match="was trained on other data"):
             check_data(workdir, opened(others)[1])
     members = tuple(MemberConfig(source=x.data.source) for x in (config, config))
     data = dataclasses.replace(config.data, source=MixtureConfig(members=members))
