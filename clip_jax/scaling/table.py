@@ -357,7 +357,9 @@ def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]
     columns = list(rows[0]) if rows else []
     for column in ("arch", "samples_seen", "gmacs_per_sample", metric):
         if column not in columns:
-            raise Refused(f"{path} has no column {column!r}; it has {', '.join(columns)}.")
+            raise Refused(
+                f"{path} has no column {column!r}; it has {', '.join(columns) or 'no rows'}."
+            )
     for condition in where:
         column, equals, pattern = condition.partition("=")
         if not equals or column not in columns:
