@@ -157,6 +157,7 @@ def glob(pattern: str) -> list[str]:
         "".join(_SIGNS.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*|\?)", rest))
     )
     paths = (path for path, _ in listed(folder, deep="/" in rest))
+    paths = (path for path in paths if "/." not in path[len(folder) :])  # dot files, as on a disk
     return sorted(path for path in paths if wanted.fullmatch(path[len(folder) + 1 :]))
 
 

@@ -148,6 +148,11 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
     yield from sorted(paths)
 
 
+def matching(folder: Place, pattern: str) -> list[Place]:
+    """Files in a folder that a pattern stands for, by name; dot files, as macOS's, are left out."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open for reading from any place; of a bucket, 8 MiB at a time are fetched."""
     path = os.fspath(path)

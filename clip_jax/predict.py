@@ -22,7 +22,8 @@ from clip_jax import files
 from clip_jax.data.embeddings import Embeddings, skipped_in
 from clip_jax.data.images import ImageError, center_crop, decode
 from clip_jax.data.sources import SampleError
-from clip_jax.data.sources.images import Images, absolute, image_files, open_images
+from clip_jax.data.sources.folder import image_files
+from clip_jax.data.sources.images import Images, absolute, open_images
 from clip_jax.evals.pictures import contact_sheet, in_words
 from clip_jax.files import Place
 from clip_jax.loading import Model, load, unit
@@ -67,7 +68,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     Refused if no image is left.
     """
     files.check_destination(config.sheet, "--sheet", folder=False)
-    paths = list(image_files(config.images))
+    paths = image_files(config.images)
     if not paths:
         given = ", ".join(map(str, config.images)) or "nothing"
         raise Refused(f"no images in {given}; --images takes files and folders of images.")

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from clip_jax import files
+from clip_jax import bucket, files
 from clip_jax.refused import Refused
 
 
@@ -53,6 +53,12 @@ def test_a_link_that_leads_back_is_followed_once(tmp_path):
     (tmp_path / "a/b/back").symlink_to(tmp_path / "a")
     (tmp_path / "a/also").symlink_to(tmp_path / "a/b/1.png")
     assert list(files.walk(tmp_path / "a")) == [f"{tmp_path}/a/also", f"{tmp_path}/a/b/1.png"]
+
+
+def test_a_pattern_leaves_dot_files_out_in_a_bucket_as_on_a_disk():
+    entries = [(f"gs://b/{name}.tar", (1, 1.0)) for name in ("._1", "1")]
+    with mock.patch.object(bucket, "listed", autospec=True, return_value=entries):
+        assert files.expand("gs://b/*.tar") == ["gs://b/1.tar"]
 
 
 def test_braces_that_mean_too_many_files_are_refused_at_once():

@@ -48,6 +48,10 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF"),
     *("JPEG2000", "PPM", "TGA", "ICO", "PCX", "DDS", "QOI"),
 )
+SUFFIXES = (  # of what is taken for an image, in folders and in tars
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".jp2", ".ppm", ".pgm"),
+)
 
 
 class ImageError(Refused):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_jax.data.images import ImageLike, decode
 from clip_jax.evals.datasets import Contrasted, read_json
-from clip_jax.files import Place
+from clip_jax.files import Place, matching
 from clip_jax.refused import Refused
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
@@ -95,7 +95,7 @@ def open_sugar_crepe(folder: Place) -> Contrasted:
     """
     images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
     rows = []
-    for file in sorted(folder.glob("*.json")):
+    for file in matching(folder, "*.json"):
         content = read_json(file)
         try:
             rows += [

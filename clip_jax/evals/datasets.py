@@ -9,17 +9,16 @@ import numpy as np
 from jaxtyping import Int8
 
 from clip_jax.data import digits
-from clip_jax.data.images import ImageLike
+from clip_jax.data.images import SUFFIXES, ImageLike
 from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.folder import image_files
 from clip_jax.evals import prompts
-from clip_jax.files import Place, place, walk
+from clip_jax.files import Place, matching
 from clip_jax.refused import Refused
 
 Split = Literal["train", "validation", "test"]
 
 _SPLITS = ("train", "val", "validation", "valid", "test")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-
 
 _NUMBERED = "image {}".format
 
@@ -182,14 +181,11 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
             f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
             "it needs one a line, in the order of the folders' names."
         )
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(map(place, walk(path / folder)))
-        if file.suffix.lower() in _IMAGES
-    ]
+    labels = {folder: label for label, folder in enumerate(folders)}
+    images = image_files(path / folder for folder in folders)
+    files = [(file, labels[file.relative_to(path).parts[0]]) for file in images]
     if not files:
-        raise Refused(f"no images ({', '.join(_IMAGES)}) in the folders of {path}.")
+        raise Refused(f"no images ({', '.join(SUFFIXES)}) in the folders of {path}.")
     return Labelled(
         names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0]),
         [label for _, label in files],
@@ -329,7 +325,7 @@ def open_voc(path: Place, *, split: Split) -> Tagged:
     Refused where lists are missing or differ in their images.
     """
     part = {"train": "train", "validation": "val", "test": "test"}[split]
-    lists = sorted((path / "ImageSets" / "Main").glob(f"*_{part}.txt"))
+    lists = matching(path / "ImageSets" / "Main", f"*_{part}.txt")
     if not lists:
         raise Refused(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
     rows = [[line.split() for line in _lines(file) if line.strip()] for file in lists]

@@ -136,7 +136,8 @@ def _crossmodal(file: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
 
 
 def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
-    files = [path for path in map(place, walk(folder)) if path.suffix == ".txt"]
+    texts = (path for path in map(place, walk(folder)) if path.suffix == ".txt")
+    files = [path for path in texts if not path.name.startswith(".")]
     index = next((path for path in files if path.name in _INDICES), None)
     if index is None:
         raise Refused(

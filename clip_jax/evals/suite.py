@@ -31,7 +31,7 @@ from clip_jax.evals.datasets import (
     split_folder,
     tfds_splits,
 )  # fmt: skip
-from clip_jax.files import Place
+from clip_jax.files import Place, matching
 from clip_jax.refused import Refused
 
 # Columns of openai_results.csv (see NOTICE).
@@ -185,9 +185,9 @@ def _find_texts(row: DataSet, root: Place, split: Split) -> Captioned | Contrast
             if (place / file).is_file():
                 return open_aro(place / file, place / "images")
     elif row.name == "sugar_crepe":
-        if any(folder.glob("*.json")):
+        if matching(folder, "*.json"):
             return open_sugar_crepe(folder)
-    elif annotations := sorted(folder.glob("*test_karpathy.json")):
+    elif annotations := matching(folder, "*test_karpathy.json"):
         images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
         return open_captions(annotations[0], images[0])
     raise Missing(

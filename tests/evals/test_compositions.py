@@ -59,6 +59,7 @@ def test_sugar_crepe_is_reported_by_kind(images):
         rows = {str(7 * i): {"filename": "a.png", "caption": f"{kind} {i}",
                              "negative_caption": "no"} for i in range(number)}  # fmt: skip
         (images.parent / f"{kind}.json").write_text(json.dumps(rows))
+    (images.parent / "._swap_obj.json").write_bytes(b"\0macOS's")
     data = open_sugar_crepe(images.parent)
     assert list(data.groups) == ["add_att"] * 2 + ["swap_obj"] * 3
     assert data.load(0) == (images / "a.png", ("add_att 0", "no"))

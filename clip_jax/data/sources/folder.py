@@ -1,12 +1,16 @@
 """A folder of images, each with its caption in a .txt of the same name."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from clip_jax import files
+from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import captions_of, read_file
-from clip_jax.data.sources.tar_members import IMAGES
+from clip_jax.data.sources.shards import listed, warn_once
+from clip_jax.files import Place
 from clip_jax.refused import Refused
 
 
@@ -17,6 +21,35 @@ class FolderConfig:
     path: str  # of the folder; folders in it count too
 
 
+def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Place]:
+    """List files as given, and of folders, in alphabetical order, the images in them.
+
+    Dot files, such as macOS's ._photo.jpg, are no images. A warning counts the others whose ending
+    is neither an image's nor one of `beside`.
+    """
+    images, folders, ignored = [], [], Counter()
+    for path in paths:
+        if not path.is_dir():
+            images.append(path)
+            continue
+        folders.append(str(path))
+        for file in sorted(map(files.place, files.walk(path))):
+            suffix = file.suffix.lower()
+            if file.name.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                images.append(file)
+            elif suffix not in beside:
+                ignored[suffix or "without an ending"] += 1
+    if ignored:
+        kinds = listed(f"{count:,} {suffix}" for suffix, count in ignored.most_common())
+        warn_once(
+            f"{ignored.total():,} files in {listed(folders)} are ignored: {kinds}. Images end in "
+            f"{', '.join(SUFFIXES)}"
+        )
+    return images
+
+
 class FolderSource:
     """One pair an image, by path in alphabetical order. Refused if there is no image."""
 
@@ -24,15 +57,11 @@ class FolderSource:
         self._folder = files.place(config.path)
         if not self._folder.is_dir():
             raise Refused(f"no folder at {config.path}; set data.source.path")
-        paths = map(files.place, files.walk(self._folder))
-        self._names = [
-            path.relative_to(self._folder).as_posix()
-            for path in paths
-            if path.suffix.lower()[1:] in IMAGES and not path.name.startswith(".")
-        ]
+        paths = image_files([self._folder], beside=[".txt"])
+        self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
             raise Refused(
-                f"{self._folder} has no images ({', '.join(IMAGES)}); set data.source.path"
+                f"{self._folder} has no images ({', '.join(SUFFIXES)}); set data.source.path"
             )
 
     def __len__(self) -> int:

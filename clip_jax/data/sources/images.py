@@ -1,17 +1,16 @@
 """Images alone, whatever is said of them: a folder, a table's column, the images of tars."""
 
 import os
-from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from clip_jax import files
+from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import read_file
+from clip_jax.data.sources.folder import image_files
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.files import Place
 from clip_jax.refused import Refused
-
-SUFFIXES = {f".{name}" for name in ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif")}
 
 
 @runtime_checkable
@@ -52,17 +51,6 @@ def absolute(source: str) -> str:
     return source if files.is_remote(source) else os.path.abspath(os.path.expanduser(source))
 
 
-def image_files(paths: Iterable[Place]) -> Iterator[Place]:
-    """Files as given, folders in alphabetical order with what is in them."""
-    for path in paths:
-        if path.is_dir():
-            for file in sorted(map(files.place, files.walk(path))):
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-                    yield file
-        else:
-            yield path
-
-
 class FolderImages:
     """Images of a folder and the folders in it, by path."""
 
@@ -70,7 +58,7 @@ class FolderImages:
         self._folder = folder
         self._names = [path.relative_to(folder).as_posix() for path in image_files([folder])]
         if not self._names:
-            raise Refused(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}).")
+            raise Refused(f"{folder} has no images ({', '.join(SUFFIXES)}).")
 
     def __len__(self) -> int:
         return len(self._names)

@@ -1,5 +1,6 @@
 """What shards have in common: where a row lies, and what to say of shards that cannot be read."""
 
+import functools
 import logging
 from collections.abc import Iterable
 from typing import Literal
@@ -46,3 +47,9 @@ def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards
     if bad_shards == "error":
         raise Refused(f"{message}. Repair them, or set data.source.bad_shards to skip")
     _log.warning("%s; skipped", message)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged the same one before."""
+    _log.warning(message)

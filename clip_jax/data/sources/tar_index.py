@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from clip_jax import files
 from clip_jax.clock import CLOCK
-from clip_jax.data.sources.shards import BadShards, Places, settle
-from clip_jax.data.sources.tar_members import TEXTS, members, samples
+from clip_jax.data.sources.shards import BadShards, Places, settle, warn_once
+from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
 from clip_jax.refused import Refused
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ _SCHEMA = pa.schema(
     [("key", pa.binary())]
     + [(f"{name}_{what}", pa.int64()) for name in ("image", *TEXTS) for what in ("offset", "size")]
 )
+_ENDINGS = {b"endings": " ".join((*IMAGES, *TEXTS)).encode()}  # an index of others is built anew
 _SHARDS = pa.schema(
     {
         "shard": pa.string(),
@@ -49,7 +50,8 @@ _SHARDS = pa.schema(
         "counts": pa.list_(pa.int32()),
         "ignored": pa.string(),
         "failure": pa.string(),
-    }
+    },
+    _ENDINGS,
 )
 
 
@@ -220,7 +222,7 @@ def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
 def write_rows(file: str, shard: Shard, rows: pa.RecordBatch) -> None:
     """Write one shard's rows; their metadata say of which, and what the summary holds of it."""
     fields = shard.__dict__ | {"edges": list(shard.edges), "counts": list(shard.counts)}
-    schema = _SCHEMA.with_metadata({"shard": json.dumps(fields)})
+    schema = _SCHEMA.with_metadata({b"shard": json.dumps(fields).encode()} | _ENDINGS)
     with pa.BufferOutputStream() as out:
         with pa.ipc.new_file(out, schema) as writer:
             writer.write_batch(rows.replace_schema_metadata(schema.metadata))
@@ -237,9 +239,10 @@ def read_shard(file: str) -> Shard | None:
     """What a file of rows says of its shard; None if it is not there or not whole."""
     try:
         reader = _reader(file)
-        if not reader.schema.equals(_SCHEMA):
+        metadata = reader.schema.metadata
+        content = json.loads(metadata[b"shard"])
+        if not (reader.schema.equals(_SCHEMA) and _ENDINGS.items() <= metadata.items()):
             return None
-        content = json.loads(reader.schema.metadata[b"shard"])
     except (OSError, pa.ArrowInvalid, TypeError, KeyError):
         return None
     return Shard(**content | {"stat": tuple(content["stat"])})
@@ -274,7 +277,7 @@ def read_summary(path: str) -> list[Shard]:
     """Read what `write_summary` wrote; empty if it isn't there or not whole."""
     try:
         reader = _reader(path)
-        if reader.schema != _SHARDS:
+        if not reader.schema.equals(_SHARDS, check_metadata=True):
             return []
         batch = reader.get_batch(0)
     except (OSError, pa.ArrowInvalid):
@@ -297,11 +300,11 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
     """Say what lies in the shards and is read by nobody."""
     notes = [json.loads(one.ignored) for one in shards if one.ignored]
     if notes:
-        _log.warning(
-            "%d members of %d shards, such as %s, are ignored: in WebDataset a name ends at its "
-            "first dot. Name them without further dots",
-            sum(count for count, _ in notes), len(notes), notes[0][1],
-        )  # fmt: skip
+        warn_once(
+            f"{sum(count for count, _ in notes):,} members of {len(notes):,} shards, such as "
+            f"{notes[0][1]}, are ignored: after its first dot a name says what the member is, one "
+            f"of {', '.join((*IMAGES, *TEXTS))}"
+        )
 
 
 # ----------------------------------------------------------------------------------- one shard
@@ -310,8 +313,7 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
 def index_shard(shard: str, size: int) -> pa.RecordBatch:
     """Find the samples of one tar. Refused says why it cannot be used, and from which byte.
 
-    The metadata say which stretches they lie in, and how many images and texts lie in it whose
-    names have dots of their own.
+    The metadata say which stretches they lie in, and how many members are ignored.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     edges, ignored = [], []

@@ -5,9 +5,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from clip_jax.data.images import SUFFIXES
 from clip_jax.refused import Refused
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif")
+IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "json", "cls")
 
 _BLOCK = 512
@@ -34,14 +35,14 @@ class Sample(NamedTuple):
 
 
 def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> Iterator[Sample]:
-    """Members in a row become samples; names with dots of their own are noted as `ignored`."""
+    """Members in a row become samples; others, dot files aside, are noted as `ignored`."""
     last_key, start, end, places = None, 0, 0, {}
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
         kind = _kind(extension)
         if not stem or kind is None:
-            if ignored is not None and stem and _kind(extension.rpartition(b".")[2]):
+            if ignored is not None and stem:
                 ignored.append(name)
             continue
         key = folder + b"/" + stem if folder else stem

@@ -18,9 +18,11 @@ from clip_jax.data.sources import SampleError, StoredSource, StretchSource
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.array_record import ArrayRecordConfig, decode_example, encode_example
 from clip_jax.data.sources.folder import FolderConfig, FolderSource
+from clip_jax.data.sources.images import open_images
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig
+from clip_jax.evals.datasets import open_folder
 from clip_jax.refused import Refused
 from tests.data.conftest import COLUMNS, FORMATS, make_pairs
 
@@ -140,6 +142,21 @@ def test_images_without_a_text_and_pipes_are_samples_with_a_reason(tmp_path):
         source.load(1, RNG)
     with pytest.raises(SampleError, match=r"\.jpg: a pipe or a device"):
         source.image(2)
+
+
+def test_all_readers_take_the_same_files_for_images_and_count_the_others(tmp_path, caplog):
+    """Dot files, which macOS puts beside each file, are neither."""
+    images = ["0.JPG", "1.gif", "2.tiff", "3.jp2", "4.ppm"]
+    wanted = [f"{folder}/{name}" for folder in "ab" for name in images]
+    for name in (*images, "._0.JPG", ".DS_Store", "a.heic", "b.HEIC", "README", "0.txt"):
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"x")
+    for source in (FolderSource(FolderConfig(path=str(tmp_path))), open_images(str(tmp_path))):
+        assert [source.key(i) for i in range(len(source))] == wanted
+    for message in ("6 files in", "4 .heic, 2 without", "8 files in", "4 .heic, 2 .txt, 2 without"):
+        assert message in caplog.text
+    assert list(open_folder(tmp_path)) == [(tmp_path / x, int(x[0] == "b")) for x in wanted]
 
 
 def test_examples_are_those_of_tensorflow():

@@ -13,6 +13,7 @@ import pytest
 
 from clip_jax import files
 from clip_jax.data.sources import SampleError, tar_index
+from clip_jax.data.sources.shards import warn_once
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.refused import Refused
 from tests.clock import HandClock
@@ -43,8 +44,8 @@ def test_members_become_pairs_in_order_whatever_their_names(format, tmp_path):
         names.append("m" * 300)
     members = [member for name in names for member in pair(name, name.encode())]
     write_tar(tmp_path / "a.tar", members, format=format)
-    extensions = ["JPEG", "png", "webp", "avif"]
-    members = [*pair("1", b"1"), ("1.npy", b"not ours")]
+    extensions = ["JPEG", "png", "webp", "avif", "gif", "bmp", "tiff", "jp2", "ppm"]
+    members = [*pair("1", b"1"), ("1.npy", b"not ours"), *pair("._1"), (".DS_Store", b"macOS's")]
     for name in extensions:
         members += [(f"{name}.txt", b"text"), (f"{name}.{name}", name.encode())]
     write_tar(tmp_path / "b.tar", members, format=format)
@@ -82,13 +83,15 @@ def test_missing_members_and_bad_text_are_samples_with_a_reason(tmp_path):
     assert source.load(4, RNG) == (b"y", "text")
 
 
-def test_names_with_dots_of_their_own_are_counted(tmp_path, caplog):
+def test_members_of_other_endings_are_counted(tmp_path, caplog):
+    """Those whose names have dots of their own, too."""
     write_tar(tmp_path / "a.tar", [*pair("1"), *pair("a.b"), ("1.seg.png", b"another stream")])
     write_tar(tmp_path / "b.tar", [*pair("2"), ("2.npy", b""), ("d.ir/3.jpg", b"x")])
     for _ in range(2):  # from the tars, and from the index
         caplog.clear()
+        warn_once.cache_clear()
         assert len(open_tar(tmp_path / "*.tar")) == 3
-        assert "3 members of 1 shards, such as a.b.jpg, are ignored" in caplog.text
+        assert "4 members of 2 shards, such as a.b.jpg, are ignored" in caplog.text
 
 
 def test_a_size_of_thousands_of_digits_and_gzip_are_refused(tmp_path):
@@ -166,6 +169,13 @@ def test_the_index_is_built_once_and_follows_changes(tmp_path, indexed):
         file.write_bytes(file.read_bytes()[:-100])  # not whole: built again
     assert len(open_tar(tmp_path / "{0..2}.tar", index=str(kept))) == 4
     assert indexed()[6:] == [f"{tmp_path}/2.tar"]
+    other = tar_index._SHARDS.with_metadata({b"endings": b"jpg txt"})  # of what is read
+    with (
+        mock.patch.object(tar_index, "_SHARDS", other),
+        mock.patch.object(tar_index, "_ENDINGS", other.metadata),
+    ):
+        open_tar(tmp_path / "{0..2}.tar", index=str(kept))
+    assert len(indexed()) == 7 + 3
 
 
 @pytest.mark.parametrize(
