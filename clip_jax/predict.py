@@ -1,6 +1,7 @@
 """Use a finished model: zero-shot labels for images, a folder embedded, a folder searched."""
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ from clip_jax.data.embeddings import Embeddings, skipped_in
 from clip_jax.data.images import ImageError, center_crop, decode
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.folder import image_files
-from clip_jax.data.sources.images import Images, absolute, open_images
+from clip_jax.data.sources.images import Images, absolute, fingerprint, open_images
+from clip_jax.data.sources.shards import listed
 from clip_jax.evals.pictures import contact_sheet, in_words
 from clip_jax.files import Place
 from clip_jax.loading import Model, load, unit
@@ -219,20 +221,28 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     _to_embed.cache_clear()  # the files may have changed
     source = open_images(config.source, config.image_column)
     number, parts = read_part(config.part)
-    first, end = ((i * len(source)) // parts for i in (number, number + 1))
-    starts = range(first, end, config.rows_per_file)
-    rows = [range(start, min(start + config.rows_per_file, end)) for start in starts]
+    rows = _rows_of_files(len(source), number, parts, config.rows_per_file)
     missing = [some for some in rows if _is_missing(_path_of(config, some))] or [range(0)]
     work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
     with runner(config.on) as does:
         does.run("embed", work, [(some, len(some)) for some in missing], model=True)
     skipped = [line for some in rows for line in skipped_in(_path_of(config, some)) or ()]
-    count = end - first - len(skipped)
+    count = sum(map(len, rows)) - len(skipped)
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
 
+def _rows_of_files(count: int, number: int, parts: int, each: int) -> list[range]:
+    """Which of `count` rows each file holds that a part of the work writes."""
+    first, end = ((i * count) // parts for i in (number, number + 1))
+    return [range(start, min(start + each, end)) for start in range(first, end, each)]
+
+
+def _name_of(rows: range) -> str:
+    return f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
+
+
 def _path_of(config: EmbedConfig, rows: range) -> Place:
-    return config.output / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
+    return config.output / _name_of(rows)
 
 
 def _is_missing(path: Place) -> bool:
@@ -246,7 +256,7 @@ def _to_embed(config: EmbedConfig) -> tuple[Model, Images]:
     """What a process embeds, file after file. Refused if the folder has another's embeddings."""
     model = load(config.model, dtype=config.dtype)
     source = open_images(config.source, config.image_column)
-    _check_manifest(config, model, len(source))
+    _check_manifest(config, model, source)
     return model, source
 
 
@@ -274,21 +284,27 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
     deque(counted(rows), maxlen=0)
 
 
-def _check_manifest(config: EmbedConfig, model: Model, rows: int) -> None:
+def _check_manifest(config: EmbedConfig, model: Model, source: Images) -> None:
     """Say what the folder holds; Refused if it holds something else already."""
     wanted = {
-        "model": absolute(str(config.model)), "source": absolute(config.source), "rows": rows,
-        "dtype": config.dtype, "parts": read_part(config.part)[1],
+        "model": absolute(str(config.model)), "source": absolute(config.source),
+        "rows": len(source), "dtype": config.dtype, "parts": read_part(config.part)[1],
         "rows_per_file": config.rows_per_file, "batch_size": config.batch_size,
         "image_column": config.image_column, "weights": _sample(model),
+        "fingerprint": fingerprint(source),
     }  # fmt: skip
     path = config.output / "embed.json"
     if path.exists():
-        there = read_json(path)
+        there = {"fingerprint": wanted["fingerprint"]} | read_json(path)  # an older one has none
         if there | {"weights": wanted["weights"]} == wanted != there:
             raise Refused(
                 f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
                 "another output."
+            )
+        if there | {"fingerprint": wanted["fingerprint"]} == wanted != there:
+            raise Refused(
+                f"{config.source} has other images than those that {config.output} was begun with, "
+                "or in another order: files were renamed or replaced. Choose another output."
             )
         for name, value in wanted.items():
             if there.get(name) != value:
@@ -296,7 +312,6 @@ def _check_manifest(config: EmbedConfig, model: Model, rows: int) -> None:
                     f"{config.output} holds embeddings with {name}={there.get(name)!r}, now "
                     f"{value!r}; resume with the same, or choose another output."
                 )
-        return
     files.write_whole(path, json.dumps(wanted, indent=1))
 
 
@@ -347,15 +362,16 @@ class Searcher:
 
     def __init__(self, model: Model, folder: Place) -> None:
         self._model, self._folder = model, folder
-        self._embeddings = Embeddings(folder)
         if not (folder / "embed.json").is_file():
-            raise Refused(f"{folder} has no embed.json; clip-jax embed writes it.")
+            raise Refused(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
         self._told = read_json(folder / "embed.json")
-        if missing := {"model", "source", "image_column", "weights"} - self._told.keys():
+        names = {"model", "source", "image_column", "weights", "rows", "parts", "rows_per_file"}
+        if missing := names - self._told.keys():
             raise Refused(
                 f"{folder / 'embed.json'} is damaged: it has no {min(missing)}. Embed the images "
                 "anew."
             )
+        self._check_files()
         sample = _sample(model)
         # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
         if len(sample) != len(self._told["weights"]) or not np.allclose(
@@ -364,6 +380,20 @@ class Searcher:
             raise Refused(
                 f"the embeddings in {folder} are another model's: {self._told['model']} made them. "
                 "Search with that, or embed the images anew."
+            )
+        self._embeddings = Embeddings(folder)
+
+    def _check_files(self) -> None:
+        """Raise Refused unless the files hold all rows."""
+        rows, parts, each = (self._told[name] for name in ("rows", "parts", "rows_per_file"))
+        written = {path.name for path in self._folder.iterdir()}
+        of_parts = (_rows_of_files(rows, number, parts, each) for number in range(parts))
+        names = [_name_of(some) for some in itertools.chain(*of_parts)]
+        if missing := [name for name in names if name not in written]:
+            raise Refused(
+                f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "
+                f"{listed(missing)}. Run the same clip-jax embed again (each of its parts), which "
+                "makes what is missing."
             )
 
     def search(

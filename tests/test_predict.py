@@ -210,7 +210,7 @@ def test_tars_give_the_folders_embeddings(folder, embedded, tmp_path, run):
     assert sheet.exists()
 
 
-def test_what_a_kill_has_left_is_finished(folder, tmp_path, run):
+def test_what_a_kill_has_left_is_finished_and_not_searched_before(folder, tmp_path, run, refused):
     killed = tmp_path / "killed"
     command = ["embed", folder / "model", folder / "photos", killed, "--rows-per-file", "2"]
     run(*command)
@@ -219,9 +219,27 @@ def test_what_a_kill_has_left_is_finished(folder, tmp_path, run):
         content = (killed / name).read_bytes()
         (killed / name).unlink()
     (killed / f".0123abcd.partial.{names[-20]}").write_bytes(content[: len(content) // 2])
+    said = refused("search", folder / "model", killed, "--text", "x")
+    assert f"lacks 20 of 101 files of embeddings: {names[-20]}, " in said
     run(*command)
     assert sorted(path.name for path in killed.iterdir()) == ["embed.json", *names]
     assert rows(killed).equals(whole)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.tar"])
+def test_images_that_were_renamed_are_not_embedded_twice(pattern, folder, tmp_path, run, refused):
+    """A resumed command compares more than their number; an older one learns what to compare."""
+    manifest = tmp_path / "out/embed.json"
+    for name in "abc":
+        image = shutil.copy(folder / "photos/000.png", tmp_path / f"{name}.png")
+        write_tar(tmp_path / f"{name}.tar", [("x.png", image.read_bytes())])
+    command = ["embed", folder / "model", tmp_path / pattern, manifest.parent]
+    run(*command)
+    manifest.write_text(manifest.read_text().replace('"fingerprint"', '"older"'))
+    run(*command)
+    for suffix in ("png", "tar"):
+        (tmp_path / f"a.{suffix}").rename(tmp_path / f"z.{suffix}")
+    assert "has other images than those that" in refused(*command)
 
 
 # ------------------------------------------------------------------ search

@@ -1,5 +1,6 @@
 """Images alone, whatever is said of them: a folder, a table's column, the images of tars."""
 
+import hashlib
 import os
 from typing import Protocol, runtime_checkable
 
@@ -44,6 +45,18 @@ def open_images(source: str, image_column: str = "image") -> Images:
         f"no images at {source}; it takes a folder, a .csv, .tsv or .jsonl, or tars "
         "(data/{00000..00041}.tar)."
     )
+
+
+def fingerprint(images: Images) -> str:
+    """Hash what tells images and their order: all keys; of tars the shards and their samples."""
+    digest = hashlib.sha256()
+    if isinstance(images, TarSource):
+        names = (f"{absolute(path)} {count}" for path, count in images.shards())
+    else:
+        names = map(images.key, range(len(images)))
+    for name in names:
+        digest.update(f"{name}\n".encode(errors="replace"))
+    return digest.hexdigest()[:12]
 
 
 def absolute(source: str) -> str:

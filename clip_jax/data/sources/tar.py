@@ -59,6 +59,10 @@ class TarSource:
         except (OSError, pa.ArrowInvalid) as error:
             raise SampleError(f"index of the shard: {error}") from error
 
+    def shards(self) -> list[tuple[str, int]]:
+        """Paths of the shards, and how many samples each has."""
+        return list(zip(self._index.paths, map(int, self._index.places.sizes), strict=True))
+
     def key(self, index: int) -> str:
         """Shard and the members' common name."""
         shard, rows, row = self._find(index)
