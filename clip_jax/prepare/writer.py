@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import numpy as np
 from etils import epath
 
 from clip_jax import files
-from clip_jax.data.sources import SampleError
+from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.data.sources.images import fingerprint
+from clip_jax.data.sources.shards import listed
 from clip_jax.files import Place
 from clip_jax.prepare import buckets, contamination, near, report, settle, stages
 from clip_jax.prepare.filters import Filter
@@ -28,6 +31,7 @@ from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.prepare.vocabulary import train_vocabulary
 from clip_jax.refused import Refused, read_part
 from clip_jax.tasks import Runner, runner
+from clip_jax.workdir import read_json
 
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
@@ -63,10 +67,13 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     per_task = config.samples_per_task if config.joins else 0
     layout = Layout(folder, len(source), per_task or config.samples_per_shard)
     stages.opened(config, layout)
-    _check_settings(folder, config, len(source))
+    _check_settings(folder, config, source)
     if (folder / _WHOLE).exists():
-        _clear(layout.work)
-        return json.loads(files.read(folder / "report.json"))
+        if not (missing := _missing(layout)):
+            _clear(layout.work)
+            return read_json(folder / "report.json")
+        print(f"{folder} lacks {listed(missing)}: written again", file=sys.stderr)
+        files.remove(folder / _WHOLE)
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
     with runner(config.on, config.threads) as does:
         work = _Work(does, config, layout)
@@ -228,21 +235,34 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *result["pictures"]])
 
 
-def _check_settings(folder: Place, config: PrepareConfig, samples: int) -> None:
-    """Refuse a folder that other settings have begun: its shards would not fit."""
-    kept = dataclasses.asdict(config) | {"samples": samples}
+def _missing(layout: Layout) -> list[str]:
+    """Name the files of a result that was whole once that are gone."""
+    written = {path.name for path in layout.folder.iterdir()}
+    if "report.json" not in written:
+        return ["report.json"]
+    count = read_json(layout.folder / "report.json")["shards"]["of"]
+    shards = [layout.shard(number, count) for number in range(count)]
+    names = [path.name for shard in shards for path in (shard, statistics_of(shard))]
+    return [name for name in names if name not in written]
+
+
+def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) -> None:
+    """Refuse a folder begun with other settings, or of other samples: its shards would not fit."""
+    kept = dataclasses.asdict(config)
+    kept |= {"samples": len(source), "fingerprint": fingerprint(source)}
     for name in ("destination", "on", "inspect", "index", "part", "threads"):
         del kept[name]
     kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
     kept["decontaminate"] = list(config.decontaminate)
     path = folder / "prepare.json"
-    if not path.exists():
-        files.write_whole(path, json.dumps(kept, indent=1))
-    elif json.loads(path.read_text()) != kept:
+    before = read_json(path)
+    if before and {"fingerprint": kept["fingerprint"]} | before != kept:  # an older one has none
         raise Refused(
-            f"{folder} was begun with other settings, see {path}; give the same ones to go on, or "
-            "another destination"
+            f"{folder} was begun with other settings, or of samples with other names or in another "
+            f"order, see {path}; give the same ones to go on, or another destination"
         )
+    if before != kept:
+        files.write_whole(path, json.dumps(kept, indent=1))
 
 
 def _report(

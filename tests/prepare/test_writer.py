@@ -14,7 +14,7 @@ from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import describe, prepare
 from tests.data.conftest import FORMATS
-from tests.prepare.conftest import DRAW, encoded, records
+from tests.prepare.conftest import DRAW, digests, encoded, records
 
 PAIRS = [(f"{i:02d}.png", encoded(10 + i, 20), f"text {i}") for i in range(20)]
 READ = Filter.read
@@ -68,6 +68,27 @@ def test_an_interrupted_run_goes_on_and_leaves_no_half_shard(source, tmp_path):
     assert read_all(tmp_path / "out") == [(image, text) for _, image, text in PAIRS]
     with pytest.raises(ValueError, match="begun with other settings"):
         prepare(PrepareConfig(**how, min_side=9))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_deleted_shard_is_written_again_unless_the_source_has_other_names(
+    shuffle, tmp_path, capsys
+):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    FORMATS["images_beside"](images, PAIRS)
+    how: dict[str, Any] = {"source": str(images), "samples_per_shard": 6, "shuffle": shuffle}
+    config = PrepareConfig(**how, destination=out)
+    report, before = prepare(config), digests(out)
+    lost = ["pairs-00002-of-00004.array_record", "pairs-00003-of-00004.json"]
+    for name in lost:
+        (out / name).unlink()
+    assert prepare(config) == report
+    assert digests(out) == before
+    assert f"lacks {', '.join(lost)}: written again" in capsys.readouterr().err
+    (images / "00.png").rename(images / "z.png")
+    with pytest.raises(ValueError, match="or of samples with other names"):
+        prepare(config)
 
 
 def test_large_images_are_made_smaller_and_others_encoded_anew(source, tmp_path):
