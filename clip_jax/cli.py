@@ -286,6 +286,8 @@ def prepare(args: Sequence[str]) -> int:
         vocabulary = writer.vocabulary(config)
         return _print(vocabulary, as_json, describe(vocabulary))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
+    if "kept" not in result["counts"]:
+        _say("no pair is kept; the counts say why each was dropped.", code=0)
     return _print(result, as_json, writer.describe(result))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -146,7 +146,7 @@ class Filter:
                 )
             self._scores = source.scores(config.score_column)
         if config.languages:
-            check_languages()
+            check_languages(config.languages)
 
     def read(self, index: int, pair: Callable[[], tuple[bytes, list[str]]] | None = None) -> Pair:
         """A pair that passes; `pair` gives image and captions where they have been fetched."""
@@ -224,9 +224,11 @@ def check_score(config: FilterConfig, score: float) -> None:
 # ----------------------------------------------------------------------------------- languages
 
 
-def check_languages() -> None:
-    """Refused where nothing that tells languages is installed."""
-    _detector()
+def check_languages(languages: Sequence[str] = ()) -> None:
+    """Refused for unknown codes, and where nothing that tells languages is installed."""
+    known = sorted(one["lang"] for one in _detector().detect("", k=-1, threshold=-1))  # all of them
+    if unknown := [code for code in languages if code not in known]:
+        raise Refused(f"languages={' '.join(unknown)}: no such code; known: {', '.join(known)}")
 
 
 @functools.cache

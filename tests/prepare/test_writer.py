@@ -131,9 +131,11 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     assert "5 of 5 shards are written" in describe(report)
 
 
-def test_nothing_is_kept(source, tmp_path):
-    how = {"source": source, "destination": tmp_path / "none", "samples_per_shard": 5}
-    assert prepare(PrepareConfig(**how, min_side=99))["counts"] == {"image side": 20}
+def test_nothing_is_kept(source, tmp_path, capsys):
+    assert main(["prepare", source, str(tmp_path / "none"), "--min-side", "99", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["counts"] == {"image side": 20}
+    assert "no pair is kept; the counts say why" in printed.err
     assert not (tmp_path / "none/contact_sheet.png").exists()
 
 
