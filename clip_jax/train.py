@@ -98,6 +98,7 @@ class Run:
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     """Make every part of the run; with the state that the loop begins with. See `train`."""
+    check_patches(config, workdir)
     timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
@@ -161,6 +162,19 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,
         timers, start, begun.state,
     )  # fmt: skip
+
+
+def check_patches(config: Config, workdir: epath.Path) -> None:
+    """Refused for a new run on images that are no multiple of the patch: the rest is not seen."""
+    size, patch = config.model.vision.image_size, getattr(config.model.vision, "patch_size", 1)
+    published = (384, 14)  # SigLIP's SO400M
+    begun = config.branch_from or (workdir / "config.json").exists()
+    if (rest := size % patch) and (size, patch) != published and not begun:
+        raise Refused(
+            f"model.vision.image_size={size} is no multiple of model.vision.patch_size={patch}: "
+            f"the last {rest} pixels would not be seen. Set it to {size - rest} or "
+            f"{size - rest + patch}."
+        )
 
 
 def open_data(config: Config, part: int, parts: int) -> Pipeline:

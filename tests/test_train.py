@@ -1,5 +1,6 @@
 """The run: what it leaves behind, how it resumes, what it refuses and how it fails."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -31,6 +32,7 @@ from clip_jax.train import (
     agree,
     begin,
     check_data,
+    check_patches,
     open_data,
     train,
 )
@@ -154,6 +156,19 @@ def test_starts_without_progress_are_counted_and_refused(tmp_path):
     with pytest.raises(Refused, match=r"the last 2 starts in .* all began at step 2"):
         starts(2)
     starts(2, dataclasses.replace(config, processes=ProcessesConfig(max_starts=10)))
+
+
+@pytest.mark.parametrize(("size", "patch"), [(16, 7), (384, 14)])
+def test_a_new_run_sees_all_pixels(size, patch, tmp_path):
+    """But for SigLIP's SO400M at 384 pixels, published so. A run that has begun goes on."""
+    model = tiny().model
+    vision = dataclasses.replace(model.vision, image_size=size, patch_size=patch)
+    config = tiny(model=dataclasses.replace(model, vision=vision))
+    expected = pytest.raises(Refused, match=r"last 2 pixels would not be seen\. Set it to 14 or 21")
+    with contextlib.nullcontext() if size == 384 else expected:
+        (check_patches if size == 384 else train)(config, epath.Path(tmp_path))
+    (tmp_path / "config.json").touch()
+    check_patches(config, epath.Path(tmp_path))
 
 
 def test_a_run_on_other_data_is_refused(tmp_path, capsys):
