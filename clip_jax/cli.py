@@ -5,6 +5,7 @@ bucket gave no answer (start again).
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -357,6 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return _together(141)  # as a shell reports SIGPIPE
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _together(_say(f"{error.strerror}: {error.filename}", code=2))
         return _failed(error)
 
 

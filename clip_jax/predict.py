@@ -222,11 +222,11 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     source = open_images(config.source, config.image_column)
     number, parts = read_part(config.part)
     rows = _rows_of_files(len(source), number, parts, config.rows_per_file)
-    missing = [some for some in rows if _is_missing(_path_of(config, some))] or [range(0)]
+    missing = [some for some in rows if _is_missing(_path_of(config.output, some))] or [range(0)]
     work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
     with runner(config.on) as does:
         does.run("embed", work, [(some, len(some)) for some in missing], model=True)
-    skipped = [line for some in rows for line in skipped_in(_path_of(config, some)) or ()]
+    skipped = [line for some in rows for line in skipped_in(_path_of(config.output, some)) or ()]
     count = sum(map(len, rows)) - len(skipped)
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
@@ -237,12 +237,8 @@ def _rows_of_files(count: int, number: int, parts: int, each: int) -> list[range
     return [range(start, min(start + each, end)) for start in range(first, end, each)]
 
 
-def _name_of(rows: range) -> str:
-    return f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
-
-
-def _path_of(config: EmbedConfig, rows: range) -> Place:
-    return config.output / _name_of(rows)
+def _path_of(folder: Place, rows: range) -> Place:
+    return folder / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
 
 
 def _is_missing(path: Place) -> bool:
@@ -261,7 +257,11 @@ def _to_embed(config: EmbedConfig) -> tuple[Model, Images]:
 
 
 def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
-    (model, source), path, size = _to_embed(config), _path_of(config, rows), config.batch_size
+    (model, source), path, size = (
+        _to_embed(config),
+        _path_of(config.output, rows),
+        config.batch_size,
+    )
     if not rows:
         return
     files.remove_partial(path)  # of a run that was killed
@@ -388,7 +388,7 @@ class Searcher:
         rows, parts, each = (self._told[name] for name in ("rows", "parts", "rows_per_file"))
         written = {path.name for path in self._folder.iterdir()}
         of_parts = (_rows_of_files(rows, number, parts, each) for number in range(parts))
-        names = [_name_of(some) for some in itertools.chain(*of_parts)]
+        names = [_path_of(self._folder, some).name for some in itertools.chain(*of_parts)]
         if missing := [name for name in names if name not in written]:
             raise Refused(
                 f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "

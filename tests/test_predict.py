@@ -140,6 +140,8 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["predict", "MODEL", "--images", "x.png"], "give at least one label"),
         (["predict", "MODEL", "--images", "x.png", "--labels", "cat", " "], "none empty"),
         (["predict", "MODEL", "--labels", "cat", "--template", "a"], "has no {}"),
+        (["predict", "MODEL", "--images", "x" * 300, "--labels", "a"], "name too long: xxx"),
+        (["embed", "MODEL", "x" * 300, "OUT"], "name too long: xxx"),
         (["embed", "MODEL", "nowhere", "OUT"], "no images at nowhere"),
         (["embed", "MODEL", "EMPTY", "OUT"], "has no images"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),

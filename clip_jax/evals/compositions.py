@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from clip_jax.data.images import ImageLike, decode
+from clip_jax.data.sources import SampleError, text_of
 from clip_jax.evals.datasets import Contrasted, read_json
 from clip_jax.files import Place, matching
 from clip_jax.refused import Refused
@@ -62,12 +63,12 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
             (
                 images / case["image_path"],
                 tuple(int(case[f"bbox_{side}"]) for side in "xywh"),
-                (case["true_caption"], case["false_caption"]),
+                (text_of(case["true_caption"]), text_of(case["false_caption"])),
                 case["relation_name"] if "relation_name" in case else "_".join(case["attributes"]),
             )
             for case in cases
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, SampleError) as error:
         raise Refused(
             f"{annotations} is not in ARO's format: a list of cases with image_path, bbox_x, "
             "bbox_y, bbox_w, bbox_h, true_caption, false_caption and relation_name or attributes "
@@ -78,7 +79,10 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
     def load(index: int) -> tuple[ImageLike, tuple[str, str]]:
         path, (x, y, width, height), captions, _ = rows[index]
         image: Image.Image = decode(path)
-        return image.crop((x, y, x + width, y + height)), captions
+        try:
+            return image.crop((x, y, x + width, y + height)), captions
+        except (ValueError, OverflowError, Image.DecompressionBombError) as error:
+            raise SampleError(f"box of {width} x {height} pixels at {x}, {y}: {error}") from error
 
     def in_mean(group: str, count: int) -> bool:
         return group not in _SYMMETRIC if relations else count >= _FEWEST

@@ -10,7 +10,7 @@ from jaxtyping import Int8
 
 from clip_jax.data import digits
 from clip_jax.data.images import SUFFIXES, ImageLike
-from clip_jax.data.sources import SampleError
+from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.folder import image_files
 from clip_jax.evals import prompts
 from clip_jax.files import Place, matching
@@ -163,7 +163,7 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
         raise Refused(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
     imagenet = prompts.class_names("imagenet1k") or []
     wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
-    numbers = all(folder.isdigit() for folder in folders)
+    numbers = all(folder.isdecimal() for folder in folders)
     if numbers:
         folders.sort(key=int)
     published = prompts.class_names(name) or imagenet  # ImageNetV2's folders are numbers, too
@@ -202,7 +202,7 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
     if not any((path / split).glob("*.tar")):
         raise Refused(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
     kind = path / "dataset_type.txt"
-    captions = kind.exists() and kind.read_text().strip().lower() == "retrieval"
+    captions = kind.exists() and "\n".join(_lines(kind)).strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
     source = TarSource(TarConfig(path=shards, caption="txt" if captions else "cls"))
     rng = np.random.default_rng(0)  # draws nothing: there is one text
@@ -298,16 +298,21 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
     """
     content = read_json(annotations)
     try:
-        files = {row["id"]: row["file_name"] for row in content["images"]}
+        files = {row["id"]: images / row["file_name"] for row in content["images"]}
         captions: dict[Any, list[str]] = {}
         for row in content["annotations"]:
-            captions.setdefault(row["image_id"], []).append(row["caption"])
-    except (KeyError, TypeError) as error:
+            captions.setdefault(row["image_id"], []).append(text_of(row["caption"]))
+    except (KeyError, TypeError, SampleError) as error:
         raise Refused(
             f"{annotations} is not in COCO's format: images with id and file_name, annotations "
             f"with image_id and caption ({error!r})."
         ) from error
-    rows = [(images / files[key], texts) for key, texts in captions.items()]
+    if unlisted := [key for key in captions if key not in files]:
+        raise Refused(
+            f"{annotations} has captions of {len(unlisted)} images that it does not list, such as "
+            f"image_id={unlisted[0]!r}; each needs an entry in images, with id and file_name."
+        )
+    rows = [(files[key], texts) for key, texts in captions.items()]
     return Captioned(len(rows), rows.__getitem__, lambda i: str(rows[i][0]))
 
 
@@ -384,7 +389,7 @@ def _lines(path: Place) -> list[str]:
         raise Refused(f"there is no {path}; it has one class name a line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read as text: {error}") from error
     return text.splitlines()  # CLEVR has a class without a name
 

@@ -216,6 +216,8 @@ class Splits:
 
         def opened(split: Split) -> Data:
             data = open_split(split)
+            if not data.count:
+                raise Refused(f"{name}: no images with a class or caption in its {split} split.")
             return data if most is None else spread(data, most)
 
         self.name, self.encoder = name, encoder

@@ -1,11 +1,14 @@
 """ARO's and SugarCrepe's files, and what counts in their numbers."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
+from clip_jax.data.sources import SampleError
 from clip_jax.evals.compositions import composition, open_aro, open_sugar_crepe
+from clip_jax.refused import Refused
 from tests.evals.conftest import png
 
 
@@ -40,6 +43,16 @@ def test_aro_shows_only_what_its_box_holds_and_averages_without_symmetric_relati
     won = np.array([True, True, False, True, False, False])
     values = composition(won, data.groups, data)
     assert values == {"acc": pytest.approx(3 / 6), "acc_macro": pytest.approx((2 / 3 + 1) / 2)}
+
+
+@pytest.mark.parametrize("width", ["left", math.nan, math.inf, -5, 10**9, 10**12])
+def test_aros_boxes_that_make_no_sense(width, images):
+    """A file whose boxes are no numbers is refused; one that cannot be cut out is a bad sample."""
+    path = images.parent / "x.json"
+    path.write_text(json.dumps([case(relation_name="on", bbox_w=width)]))
+    error = SampleError if isinstance(width, int) else Refused
+    with pytest.raises(error, match=r"not in ARO's format|box of -?\d+ x 5 pixels at 10, 2: "):
+        open_aro(path, images).load(0)
 
 
 def test_aros_attributes_count_from_25_cases_on(images):

@@ -13,9 +13,11 @@ from clip_jax.evals.datasets import (
     open_captions,
     open_digits,
     open_folder,
+    open_webdataset,
     split_folder,
     spread,
 )
+from clip_jax.refused import Refused
 from tests.evals.conftest import png, write_folder
 
 
@@ -26,6 +28,8 @@ def test_a_folder_is_named_by_its_folders(tmp_path):
     assert list(data.templates) == ["a photo of {c}, a type of food."]
     assert [label for _, label in data] == [0, 0, 1, 1]
     assert {decode(image).size for image, _ in data} == {(5, 6)}
+    write_folder(tmp_path / "digits", ["²", "1"])  # of which Python reads one as a number
+    assert list(open_folder(tmp_path / "digits").names) == ["1", "²"]
 
 
 def test_imagenets_folders_are_named_as_openai_did(tmp_path):
@@ -63,9 +67,22 @@ def test_cocos_format(tmp_path):
     path.write_text(json.dumps({"images": images, "annotations": texts}))
     expected = [(tmp_path / "a.png", ["one", "three"]), (tmp_path / "b.png", ["two"])]
     assert list(open_captions(path, tmp_path)) == expected
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="not in COCO's format"):
-        open_captions(path, tmp_path)
+    for content, says in (
+        ([], "not in COCO's format"),
+        ({"images": images[:1], "annotations": texts}, "of 1 images .* such as image_id=3"),
+        ({"images": [], "annotations": [texts[0] | {"caption": None}]}, "caption is missing"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(Refused, match=says):
+            open_captions(path, tmp_path)
+
+
+def test_the_kind_of_a_webdataset_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/0.tar").touch()
+    (tmp_path / "dataset_type.txt").write_bytes(b"\xe9")
+    with pytest.raises(Refused, match=r"dataset_type\.txt cannot be read as text"):
+        open_webdataset(tmp_path)
 
 
 def test_splits_lie_in_a_folder_or_are_it(tmp_path):

@@ -107,6 +107,8 @@ def test_what_cannot_be_probed_is_said(encoder):
 
     with pytest.raises(Missing, match="one class each"):
         supervised(measure.Splits("flickr", captions, encoder), ["probe"])
+    with pytest.raises(Refused, match="coco: no images with a class or caption in its test split"):
+        measure.Splits("coco", lambda split: Captioned(0, [].__getitem__), encoder).embedded("test")
 
     def other_classes(split):
         data = digits(split)

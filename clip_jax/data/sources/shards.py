@@ -14,6 +14,7 @@ BadShards = Literal["error", "skip"]
 _SHOWN = 5
 
 _log = logging.getLogger(__name__)
+warn_once = functools.cache(_log.warning)  # the same message once a process
 
 
 class Places:
@@ -48,9 +49,3 @@ def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards
     if bad_shards == "error":
         raise Refused(f"{message}. Repair them, or set data.source.bad_shards to skip")
     _log.warning("%s; skipped", message)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged the same one before."""
-    _log.warning(message)
