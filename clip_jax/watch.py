@@ -28,12 +28,14 @@ Row = dict[str, Any]  # of a step: numbers by name, or why it was `skipped`
 
 
 def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
-    """Evaluate a run's checkpoints, the oldest first, until it has ended; return the last numbers.
+    """Evaluate a run's checkpoints, the oldest first, to its last step, or to that of its
+    `stop_after`; return the last numbers.
 
     Every step gets a row in `evals/watch.jsonl` and is not read again after a kill. The row of a
     checkpoint that is damaged, or was deleted before its turn, says why it was skipped; should one
     be there at the next start, or come back, it gets another row, and the last one counts. Refused
-    where another watches this run. Where there are several processes, all call this alike.
+    where another watches this run, or its directory is gone. Where there are several processes, all
+    call this alike.
     """
     workdir, run = config.model, run_of(config.model)
     if run is None or split_name(workdir)[1]:
@@ -47,7 +49,11 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
         if writer:
             stack.callback(writer.close)
         while True:
-            is_over, steps = processes.gather(_left(workdir, run, finished))[0]
+            end, is_over, steps = processes.gather(_left(workdir, finished))[0]
+            if end is None:
+                raise Refused(
+                    f"{workdir} is gone, or its config.json is: there is no run to watch."
+                )
             if steps:
                 step = steps[0]
                 finished[step] = _evaluate(config, run, measures, step)
@@ -58,7 +64,7 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
                 break
             else:
                 clock.sleep(POLL_SECONDS)
-    last = {name: x for name, x in finished.get(run.steps, {}).items() if name != "skipped"}
+    last = {name: x for name, x in finished.get(end, {}).items() if name != "skipped"}
     if processes.is_lead():  # the run has written all of its own
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
@@ -72,12 +78,16 @@ def _writer(workdir: Place, finished: dict[int, Row]) -> Writer:
     return writer
 
 
-def _left(workdir: Place, run: Config, finished: dict[int, Row]) -> tuple[bool, list[int]]:
-    """Say whether the run has saved its last step, and which steps are to be evaluated."""
+def _left(workdir: Place, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
+    """Return the step at which the run stops (None: it is gone), whether it has saved that, and the
+    steps to be evaluated."""
+    run = run_of(workdir)  # anew: resumed, it may stop at another step
     steps = steps_in(workdir / "checkpoints")
     for step in [step for step, row in finished.items() if "skipped" in row and step not in steps]:
         del finished[step]  # the run put it aside or deleted it, and may save it anew
-    return run.steps in steps, [step for step in steps if step not in finished]
+    end = run.end if run else None
+    is_over = end is not None and max(steps, default=0) >= end
+    return end, is_over, [step for step in steps if step not in finished]
 
 
 def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int) -> Row:

@@ -1,6 +1,7 @@
 """`evaluate RUN --watch`: each checkpoint once, the oldest first, until the run has ended."""
 
 import json
+import shutil
 from unittest import mock
 
 import pytest
@@ -30,11 +31,14 @@ class MadeUp(HandClock):
         super().__init__()
         self.workdir, self.opened, self.later = workdir, [], []
         self.unusable, self.deleted = {}, set()
-        config = Config(model=TINY, steps=6, optim=OptimConfig(warmup_steps=1))
-        files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
+        self.start(None)
         result = {"step": 6, "samples_seen": 6144}
         files.write_whole(workdir / "result.json", json.dumps(result))
         self.save(*steps)
+
+    def start(self, end):
+        config = Config(model=TINY, steps=6, stop_after=end, optim=OptimConfig(warmup_steps=1))
+        files.write_whole(self.workdir / "config.json", json.dumps(to_dict(config)))
 
     def save(self, *steps):
         for step in steps:
@@ -90,6 +94,22 @@ def test_every_checkpoint_is_evaluated_once_until_the_last(run):
     run.watch()
     assert len(run.opened) == 4  # nothing is measured again
     assert run.last == {"acc": 0.6}
+
+
+def test_a_run_that_stops_early_is_watched_as_far_and_further_when_it_goes_on(run):
+    run.start(4)
+    run.later = [lambda: run.save(4)]
+    run.watch()
+    assert run.last == {"acc": 0.4}
+    run.start(5)
+    run.later = [lambda: run.start(None), lambda: run.save(5), lambda: run.save(6)]
+    assert set(run.watch()) == {2, 4, 5, 6}
+
+
+def test_a_run_that_is_gone_is_not_waited_for(run):
+    run.later = [lambda: shutil.rmtree(run.workdir)]
+    with pytest.raises(Refused, match="is gone"):
+        run.watch()
 
 
 def test_a_row_that_a_kill_has_torn_is_measured_again(run):
