@@ -43,7 +43,7 @@ class Batcher:
         clock: Clock = CLOCK,
     ) -> None:
         self._compute, self._batch_size, self._observe = compute, batch_size, observe
-        self._capacity, self._linger, self._last = capacity, linger, 0
+        self.capacity, self._linger, self._last = capacity, linger, 0
         self._clock = clock
         self._waiting: deque[tuple[_Job, int, np.ndarray]] = deque()
         self._changed = threading.Condition()
@@ -59,8 +59,8 @@ class Batcher:
         """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
         job = _Job(len(rows))
         with self._changed:
-            if self._closed or len(self._waiting) + len(rows) > self._capacity:
-                raise Full(f"{len(self._waiting)} rows are waiting, of at most {self._capacity}")
+            if self._closed or len(self._waiting) + len(rows) > self.capacity:
+                raise Full(f"{len(self._waiting)} rows are waiting, of at most {self.capacity}")
             self._waiting.extend((job, i, row) for i, row in enumerate(rows))
             self._changed.notify()
         return job.future

@@ -22,6 +22,7 @@ from clip_jax.serve.batcher import Batcher, Full
 
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_FOUND = 1000  # by one search
+_TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class ServeConfig:
     port: int = 8000
     token_file: Place | None = None  # whose first line a client sends: Authorization: Bearer ...
     batch_size: int = 64  # rows that are computed at once, at most; powers of two are compiled
-    queue: int = 512  # images, and as many texts, that may wait; beyond that clients get 429
+    queue: int = 512  # images that may wait, and 8 times as many texts; more is 413 or 429
     max_body_mib: float = 16.0  # MiB of a request; more is 413
     max_waiting_mib: float = 256.0  # MiB of all requests that are being answered; more is 429
     max_megapixels: float = 50.0  # of an image; more is 413
@@ -66,10 +67,10 @@ class Service:
         self.metrics = Metrics(self)
         self.images, self.texts = (
             Batcher(
-                self._encoder(name), config.batch_size, config.queue,
+                self._encoder(name), config.batch_size, capacity,
                 self.metrics.batch_size.labels(name).observe,
             )
-            for name in ("image", "text")
+            for name, capacity in (("image", config.queue), ("text", _TEXTS * config.queue))
         )  # fmt: skip
         self.threads = ThreadPoolExecutor(os.cpu_count(), "prepare")
         self.bytes_waiting = 0
@@ -162,10 +163,11 @@ class Service:
     ) -> Float[np.ndarray, "B E"]:
         if not items:
             return np.empty((0, self.model.config.embed_dim), np.float32)
-        most = self.config.queue
-        if len(items) > most:
-            raise Answer(413, f"{len(items)} of a kind in one request; at most {most} are taken.")
-        if len(batcher) + len(items) > most:
+        if len(items) > batcher.capacity:
+            raise Answer(
+                413, f"{len(items)} of a kind in one request; at most {batcher.capacity} are taken."
+            )
+        if len(batcher) + len(items) > batcher.capacity:
             raise Full("the queue is full")
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self.threads, prepare, *item) for item in enumerate(items)]

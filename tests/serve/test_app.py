@@ -30,6 +30,12 @@ def test_embeddings_are_the_models(client, model):
     np.testing.assert_allclose(found["texts"], words, atol=1e-6)
 
 
+def test_as_many_labels_as_imagenet_has_are_taken(start):
+    asked = {"images": [encoded(png(0))], "labels": [f"class {i}" for i in range(1000)]}
+    status, found, _ = start().ask("/label", asked)
+    assert (status, len(found["images"][0]["labels"])) == (200, 1000)
+
+
 def test_labels_are_predicts(client, folder):
     labels = ["a cat", "seven", "red"]
     images = [folder / "photos/0.png", folder / "photos/3.png"]
@@ -78,7 +84,8 @@ def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
         ("/embed", {"images": [encoded(png(0)[:200])]}, 400, "images[0]: truncated"),
         ("/embed", {"images": [encoded(png(0, 200, 100))]}, 413, "too large: 200 x 100 pixels"),
         ("/embed", {"texts": ["x" * 200_000]}, 413, "longer than 0.1 MiB"),
-        ("/embed", {"texts": ["x"] * 600}, 413, "at most 512"),
+        ("/embed", {"texts": ["x"] * 5000}, 413, "at most 4096"),
+        ("/embed", {"images": ["x"] * 600}, 413, "at most 512"),
         ("/label", {"images": [], "labels": []}, 400, "give at least one label"),
         ("/label", {"images": [], "labels": ["a"], "template": "b"}, 400, "has no {}"),
         ("/label", {"images": [], "labels": ["a"], "template": 1}, 400, "template is a string"),
@@ -113,11 +120,11 @@ def test_malformed_bodies_get_messages_and_leave_nothing_behind(client):
 
 def test_what_is_too_much_at_once_is_429(start):
     client = start(queue=2, max_waiting_mib=0.001)
-    with mock.patch.object(Batcher, "__len__", return_value=2):
+    with mock.patch.object(Batcher, "__len__", return_value=16):  # 8 times as many texts
         status, found, headers = client.ask("/embed", {"texts": ["a"]})
         assert (status, headers["retry-after"]) == (429, "1")
         assert "full" in found["error"]
-        assert 'clip_jax_waiting{tower="text"} 2.0' in client.ask("/metrics")[1]
+        assert 'clip_jax_waiting{tower="text"} 16.0' in client.ask("/metrics")[1]
     assert client.ask("/embed", {"texts": ["x" * 2000]})[0] == 429
     assert client.ask("/embed", {"texts": ["x"]})[0] == 200
 
