@@ -23,6 +23,7 @@ from clip_jax.serve.batcher import Batcher, Full
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_FOUND = 1000  # by one search
 _TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many
+_LETTERS = 1000  # of a text are read for each token of the context; what follows cannot matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,8 @@ class Service:
             raise Answer(status, f"images[{index}]: {error}.") from error
 
     def _tokens(self, index: int, text: str) -> np.ndarray:
-        return self.model.tokenize([text], truncate=True)[0]
+        most = _LETTERS * self.model.config.text.context_length
+        return self.model.tokenize([text[:most]], truncate=True)[0]
 
 
 def _only(asked: dict[str, Any], **defaults: Any) -> dict[str, Any]:

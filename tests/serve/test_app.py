@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from clip_jax.loading import Model
 from clip_jax.predict import PredictConfig, Searcher, predict, unit
 from clip_jax.serve.batcher import Batcher
 from tests.serve.conftest import encoded, png
@@ -28,6 +29,16 @@ def test_embeddings_are_the_models(client, model):
     words = unit(model.encode_text(model.tokenize(texts, truncate=True)))
     np.testing.assert_allclose(found["images"], images, atol=1e-6)
     np.testing.assert_allclose(found["texts"], words, atol=1e-6)
+
+
+def test_of_a_long_text_the_beginning_alone_is_tokenized(start, model):
+    text = "the number 7 &amp; café\n" * 20_000
+    with mock.patch.object(Model, "tokenize", autospec=True, side_effect=Model.tokenize) as read:
+        found = start().ask("/embed", {"texts": [text]})[1]["texts"]
+    ((beginning,),) = (call.args[1] for call in read.call_args_list)
+    assert len(beginning) == 1000 * model.config.text.context_length < len(text)
+    expected = unit(model.encode_text(model.tokenize([text], truncate=True)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_as_many_labels_as_imagenet_has_are_taken(start):
