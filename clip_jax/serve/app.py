@@ -19,6 +19,7 @@ from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
 MIB = 1 << 20
+_DROPPED = 4  # times the longest body are read of one that is refused
 
 
 def build(service: Service, token: str | None = None) -> Starlette:
@@ -49,7 +50,6 @@ class _Paths:
         headers: dict[str, str] = {}
         status, content = 200, {}
         try:
-            _check_token(self._token, request.headers.get("authorization", ""))
             asked, size = await self._read(request)
             try:
                 content = await self.work[path](asked)
@@ -71,24 +71,37 @@ class _Paths:
         return JSONResponse(content, status, headers)
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], int]:
-        """Read the body, counted in `bytes_waiting`, and the object that it is."""
+        """Read the body, counted in `bytes_waiting`, and the object that it is.
+
+        One that is refused is read on for a while and dropped: a connection that is closed before
+        is reset, and its client does not see why.
+        """
         service, config = self._service, self._service.config
-        most, body = config.max_body_mib * MIB, bytearray()
+        most, body, size = config.max_body_mib * MIB, bytearray(), 0
         too_long = Answer(413, f"the body is longer than {config.max_body_mib:g} MiB.")
         length = request.headers.get("content-length", "0")
+        refusal: Exception | None = _wrong_token(self._token, request)
         if length.isdecimal() and int(length[:20]) > most:
-            raise too_long
+            refusal = refusal or too_long
+        if refusal and "expect" in request.headers:  # nothing is sent before we say so
+            raise refusal
         try:
             async with asyncio.timeout(config.request_seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise too_long
-                    if service.bytes_waiting + len(body) > config.max_waiting_mib * MIB:
-                        raise Full("too many bytes are waiting")
-        except TimeoutError as error:
-            seconds = config.request_seconds
-            raise Answer(408, f"the body did not arrive in {seconds:g} seconds.") from error
+                    size += len(chunk)
+                    if size > most:
+                        refusal = refusal or too_long
+                    elif service.bytes_waiting + size > config.max_waiting_mib * MIB:
+                        refusal = refusal or Full("too many bytes are waiting")
+                    if size > _DROPPED * most:
+                        break
+                    if not refusal:
+                        body += chunk
+        except TimeoutError:
+            late = f"the body did not arrive in {config.request_seconds:g} seconds."
+            refusal = refusal or Answer(408, late)
+        if refusal:
+            raise refusal
         service.bytes_waiting += len(body)
         try:
             loop = asyncio.get_running_loop()
@@ -106,9 +119,7 @@ class _Paths:
 
     async def numbers(self, request: Request) -> Response:
         """Give Prometheus what it asks for."""
-        try:
-            _check_token(self._token, request.headers.get("authorization", ""))
-        except Answer as error:
+        if error := _wrong_token(self._token, request):
             return JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
         known = generate_latest(self._service.metrics.registry)
         return Response(known, media_type=CONTENT_TYPE_LATEST)
@@ -139,6 +150,8 @@ def _parse(body: bytes) -> dict[str, Any]:
     return asked
 
 
-def _check_token(token: str | None, given: str) -> None:
-    if token is not None and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode()):
-        raise Answer(401, "send the token of this server: Authorization: Bearer TOKEN.")
+def _wrong_token(token: str | None, request: Request) -> Answer | None:
+    given = request.headers.get("authorization", "")
+    if token is None or hmac.compare_digest(f"Bearer {token}".encode(), given.encode()):
+        return None
+    return Answer(401, "send the token of this server: Authorization: Bearer TOKEN.")

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,29 @@ class Client:
     async def call(
         self,
         path: str,
-        pieces: Sequence[bytes],
+        pieces: list[bytes],
         headers: dict[str, str] | None = None,
         get: bool = False,
         then: dict[str, Any] | None = None,
         whole: bool = True,
     ) -> Answered:
-        """Send the body in pieces. One that is not whole is followed by `then`, or by nothing."""
+        """Send the body in pieces, taken from the list. One that is not whole is followed by
+        `then`, or by nothing."""
         scope = {
             "type": "http", "http_version": "1.1", "method": "GET" if get else "POST",
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
             "headers": [(k.lower().encode(), x.encode()) for k, x in (headers or {}).items()],
         }  # fmt: skip
-        left, sent = [*pieces], []
+        sent = []
 
         async def receive() -> dict[str, Any]:
-            if left:
-                body = left.pop(0)
-                return {"type": "http.request", "body": body, "more_body": not whole or bool(left)}
+            if pieces:
+                body = pieces.pop(0)
+                return {
+                    "type": "http.request",
+                    "body": body,
+                    "more_body": not whole or bool(pieces),
+                }
             return then or await asyncio.get_running_loop().create_future()
 
         async def send(message: dict[str, Any]) -> None:

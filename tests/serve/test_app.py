@@ -152,6 +152,23 @@ def test_a_body_that_is_too_long_or_does_not_come_and_a_client_that_left(start):
     assert client.service.bytes_waiting == 0
 
 
+@pytest.mark.parametrize(
+    ("pieces", "headers", "status", "unread"),
+    [
+        (40, {}, 413, 0),  # so that it is no more under way when the connection is closed
+        (40, {"content-length": "163840"}, 413, 0),
+        (40, {"content-length": "163840", "expect": "100-continue"}, 413, 40),
+        (2000, {}, 413, 1897),  # after four times the longest body
+        (3, {"authorization": "wrong"}, 401, 0),
+    ],
+)
+def test_a_refused_body_is_read_on_for_a_while(start, pieces, headers, status, unread):
+    client, body = start(token="x", max_body_mib=0.1), [b" " * 4096] * pieces
+    found = asyncio.run(client.call("/embed", body, {"authorization": "Bearer x"} | headers))
+    assert (found[0], len(body)) == (status, unread)
+    assert client.service.bytes_waiting == 0
+
+
 def test_a_token_opens_everything_but_health(start):
     client = start(token="secret")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
