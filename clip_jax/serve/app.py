@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clip_jax.clock import CLOCK
 from clip_jax.refused import Refused
@@ -19,6 +20,7 @@ from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
 MIB = 1 << 20
+HEADER_SECONDS = 10.0  # in which the headers of a request have to arrive
 _DROPPED = 4  # times the longest body are read of one that is refused
 
 
@@ -35,6 +37,27 @@ def build(service: Service, token: str | None = None) -> Starlette:
         exception_handlers=errors,
         lifespan=paths.lifespan,
     )
+
+
+class Protocol(AutoHTTPProtocol):
+    """Uvicorn's, but a connection whose headers come too slowly is closed."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin to wait for headers."""
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of the headers, unless a request is being answered."""
+        super().data_received(data)
+        is_busy = self.cycle and not self.cycle.response_complete
+        if self._late and is_busy:
+            self._late.cancel()
+            self._late = None
+        elif not self._late and not is_busy:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
 
 class _Paths:

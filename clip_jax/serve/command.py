@@ -18,7 +18,7 @@ def serve(config: ServeConfig) -> None:
     try:
         import uvicorn
 
-        from clip_jax.serve.app import build
+        from clip_jax.serve.app import Protocol, build
     except ImportError as error:
         raise Refused("serving needs an extra: pip install 'clip-jax-pods[serve]'") from error
     token = _read_token(config.token_file)
@@ -33,8 +33,8 @@ def serve(config: ServeConfig) -> None:
         service = Service(config, load(config.model, dtype=config.dtype))
         service.warm_up()
         settings = uvicorn.Config(
-            build(service, token), log_level="warning", access_log=False, lifespan="on",
-            timeout_graceful_shutdown=60, server_header=False,
+            build(service, token), http=Protocol, log_level="warning", access_log=False,
+            lifespan="on", timeout_graceful_shutdown=60, server_header=False,
         )  # fmt: skip
         print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
         # Uvicorn ends by it, and then raises it again for whoever was there before.

@@ -57,23 +57,18 @@ class Client:
         then: dict[str, Any] | None = None,
         whole: bool = True,
     ) -> Answered:
-        """Send the body in pieces, taken from the list. One that is not whole is followed by
-        `then`, or by nothing."""
+        """Send the body in pieces. One that is not whole is followed by `then`, or by nothing."""
         scope = {
             "type": "http", "http_version": "1.1", "method": "GET" if get else "POST",
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
             "headers": [(k.lower().encode(), x.encode()) for k, x in (headers or {}).items()],
         }  # fmt: skip
-        sent = []
+        left, sent = pieces, []
 
         async def receive() -> dict[str, Any]:
-            if pieces:
-                body = pieces.pop(0)
-                return {
-                    "type": "http.request",
-                    "body": body,
-                    "more_body": not whole or bool(pieces),
-                }
+            if left:
+                body = left.pop(0)
+                return {"type": "http.request", "body": body, "more_body": not whole or bool(left)}
             return then or await asyncio.get_running_loop().create_future()
 
         async def send(message: dict[str, Any]) -> None:
