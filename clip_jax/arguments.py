@@ -11,6 +11,22 @@ from typing import Any
 
 from clip_jax.refused import Refused
 
+# Options of open_clip, transformers and others; a field of the configs that they would belong to;
+# and what takes their place there.
+_ELSEWHERE = (
+    ("lr optim.lr learning-rate", "optim", "--optim.learning-rate"),
+    ("wd optim.wd weight-decay", "optim", "--optim.weight-decay"),
+    ("warmup warmup-steps", "optim", "--optim.warmup-steps"),
+    ("epochs num-train-epochs max-steps", "steps", "--steps, of --batch-size pairs each"),
+    ("accum-freq gradient-accumulation-steps", "accumulation", "--accumulation"),
+    ("train-data", "data", "--data.source.path, with configs/pairs.py for example"),
+    ("workers", "data", "--data.workers"),
+    ("model", "steps", "a config file with another model, or --model.vision.depth and the like"),
+    ("pretrained", "init_from", "--init-from"),
+    ("output-dir logs", "workdir", "--workdir"),
+    ("output-dir", "output", "--output"),
+)
+
 
 def leading(args: Sequence[str]) -> list[str]:
     """Return what stands before the first flag."""
@@ -53,6 +69,7 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
     """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
     import tyro
 
+    _check_names(kind, args)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_place)
     try:
@@ -71,6 +88,16 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
             if isinstance(error, ValueError) and not isinstance(error, Refused) and _is_ours(error):
                 raise error from None
         raise
+
+
+def _check_names(kind: Any, args: Sequence[str]) -> None:
+    """Refuse what other tools call an option that has another name here."""
+    own = {field.name for field in dataclasses.fields(kind)}
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        for names, field, instead in _ELSEWHERE:
+            if flag in [f"--{name}" for name in names.split()] and field in own:
+                raise Refused(f"there is no option {flag}; take {instead}.")
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ bucket gave no answer (start again).
 """
 
 import dataclasses
+import difflib
 import errno
 import functools
 import json
@@ -376,7 +377,9 @@ def _run(args: Sequence[str]) -> int:
         print(__version__)
         return 0
     if args[0] not in COMMANDS:
-        return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.", code=2)
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.{meant}", code=2)
     return COMMANDS[args[0]](args[1:])
 
 

@@ -20,6 +20,7 @@ from tests.conftest import ROOT
     ("command", "says"),
     [
         ("nonsense", "no command 'nonsense'"),
+        ("tarin configs/digits.py", "no command 'tarin'; .* Did you mean train"),
         ("train", "train needs a config file"),
         ("train nowhere.py", r"no config file at nowhere\.py"),
         ("train configs/digits.py --mesh.data 3", "does not use all 8 devices"),
@@ -27,6 +28,18 @@ from tests.conftest import ROOT
         ("train configs/digits.py --steps 10", r"optim\.warmup_steps=200 leaves nothing"),
         ("train configs/pairs.py --data.source.path no.csv", r"no\.csv"),
         ("evaluate nowhere", "there is no nowhere"),
+        # What other tools call otherwise.
+        (
+            "train configs/digits.py --optim.lr 1",
+            "no option --optim.lr; take --optim.learning-rate",
+        ),
+        ("train configs/digits.py --learning_rate=1", "take --optim.learning-rate"),
+        ("train configs/digits.py --epochs 3", "take --steps"),
+        ("train configs/digits.py --train-data x", "take --data.source.path"),
+        ("train configs/digits.py --model ViT-B-32", "take a config file with another model"),
+        ("train configs/digits.py --output-dir x", "take --workdir"),
+        ("evaluate nowhere --output-dir x", "take --output"),
+        ("bench step configs/digits.py --lr 1", "take --optim.learning-rate"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),
