@@ -270,6 +270,19 @@ def filesystem(path: str) -> Any:
     return fsspec.filesystem(check(path))
 
 
+def check_bucket(path: str) -> None:
+    """Refused where no object can be put, since a URL's bucket does not exist."""
+    client, name = filesystem(path), path.split("/")[2]
+    try:  # which a workdir may do: not all may ask for the bucket itself
+        if path.startswith("s3://"):
+            client.call_s3("list_objects_v2", Bucket=name, MaxKeys=1)
+        else:
+            client.call("GET", "b/{}/o", name, maxResults=1)
+    except FileNotFoundError as error:
+        message = f"{path}: there is no bucket {name!r}; create it or correct the name."
+        raise Refused(message) from error
+
+
 @functools.cache
 def _may_write(scheme: str) -> bool:
     if scheme == "s3":

@@ -356,7 +356,7 @@ def check_destination(path: Place | None, option: str, folder: bool = True) -> N
         raise Refused(f"{path} is a folder; {option} takes a file.")
     if is_remote(above):
         with writing(path):
-            bucket.filesystem(os.fspath(above)).exists(os.fspath(above))
+            bucket.check_bucket(os.fspath(path))
         return
     while not os.path.lexists(above):
         above = above.parent

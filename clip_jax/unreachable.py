@@ -35,6 +35,8 @@ def explain(error: BaseException, what: str) -> Refused | Unreachable | None:
         return Unreachable(f"{what}: {told(error)}")
     if not of_client(error) and not isinstance(error, PermissionError):
         return None
+    if "NoSuchBucket" in str(error):
+        return Refused(f"{what}: there is no such bucket; correct the name.")
     refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs' OSError
     if refused or isinstance(error, PermissionError) or _NOT_LET_IN.search(name):
         return Refused(f"{what}: {told(error)}. {LOGIN}")

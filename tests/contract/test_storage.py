@@ -155,6 +155,15 @@ def test_whoever_is_not_let_in_is_told_where_credentials_come_from(bucket):
         files.write_whole(f"{bucket.url}/x", "x")
 
 
+def test_a_bucket_that_does_not_exist_is_refused_at_once(bucket):
+    with pytest.raises(Refused, match=r"there is no bucket 'test-\d+-none'; create it"):
+        files.check_destination(files.place(f"{bucket.url}-none/run"), "--workdir")
+    assert len(bucket.server.requests()) == 1
+    if bucket.url.startswith("s3://"):  # fake-gcs-server answers 500 instead of 404
+        with pytest.raises(Refused, match="-none/x cannot be read: there is no such bucket"):
+            files.expand(f"{bucket.url}-none/x/*.tar")
+
+
 def test_without_credentials_nothing_is_sent(bucket, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "STORAGE_EMULATOR_HOST"):
         monkeypatch.delenv(name, raising=False)
