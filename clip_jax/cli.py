@@ -350,7 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return _together(code)
     except Refused as error:
-        return _together(_say(str(error), code=2))
+        says = str(error)
+        if args[0] not in ("train", "plan", "bench"):  # whose source is `data.source`
+            says = says.replace("--data.source.", "--")
+        return _together(_say(says, code=2))
     except Unreachable as error:
         return _together(_say(f"{error}. The newest checkpoint is intact.", code=75))
     except KeyboardInterrupt:

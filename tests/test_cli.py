@@ -28,18 +28,13 @@ from tests.conftest import ROOT
         ("train configs/digits.py --steps 10", r"optim\.warmup_steps=200 leaves nothing"),
         ("train configs/pairs.py --data.source.path no.csv", r"no\.csv"),
         ("evaluate nowhere", "there is no nowhere"),
-        # What other tools call otherwise.
-        (
-            "train configs/digits.py --optim.lr 1",
-            "no option --optim.lr; take --optim.learning-rate",
-        ),
-        ("train configs/digits.py --learning_rate=1", "take --optim.learning-rate"),
-        ("train configs/digits.py --epochs 3", "take --steps"),
+        ("train configs/digits.py --optim.lr 1", "no option --optim.lr; take --optim.learning"),
+        ("train configs/digits.py --num_train_epochs=3", "take --steps"),
         ("train configs/digits.py --train-data x", "take --data.source.path"),
         ("train configs/digits.py --model ViT-B-32", "take a config file with another model"),
         ("train configs/digits.py --output-dir x", "take --workdir"),
         ("evaluate nowhere --output-dir x", "take --output"),
-        ("bench step configs/digits.py --lr 1", "take --optim.learning-rate"),
+        ("prepare file.csv out", "'image', only 'as it was'; set --image-column"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),
@@ -59,13 +54,14 @@ def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "file").write_text("as it was")
+    for name in ("file", "file.csv"):
+        (tmp_path / name).write_text("as it was\nx\n")
     assert main(command.split()) == 2
     printed = capsys.readouterr()
     assert re.search(says, printed.err), printed.err
     assert printed.err.count("\n") == 1
     assert bool(printed.out) == ("ladder" in command)  # which shows its runs first
-    assert (tmp_path / "file").read_text() == "as it was"
+    assert (tmp_path / "file").read_text() == "as it was\nx\n"
 
 
 @pytest.mark.parametrize(("end", "code"), [(Diverged("why"), 1), (Preempted("why"), 3)])

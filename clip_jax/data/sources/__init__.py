@@ -119,7 +119,7 @@ def check_column(path: str | Place, name: str, names: Sequence[str], option: str
     """Refused unless exactly one column has the name; `option` says where to give another."""
     if (count := names.count(name)) != 1:
         what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
-        advice = f"; set data.source.{option}" if option else ""
+        advice = f"; set --data.source.{option.replace('_', '-')}" if option else ""
         raise Refused(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
 
 

@@ -38,7 +38,7 @@ def _builder(config: TfdsConfig) -> Any:
         if getattr(config, option) not in features:
             raise Refused(
                 f"{folder} has no feature {getattr(config, option)!r}, only "
-                f"{', '.join(map(repr, features))}; set data.source.{option}"
+                f"{', '.join(map(repr, features))}; set --data.source.{option.replace('_', '-')}"
             )
     if config.split not in builder.info.splits:
         raise Refused(

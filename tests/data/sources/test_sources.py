@@ -82,7 +82,7 @@ def test_nothing_there(kind, tmp_path):
 @pytest.mark.parametrize("name", ["parquet", "saved_dataset"])
 def test_missing_columns_name_those_found(name, tmp_path):
     config = dataclasses.replace(FORMATS[name](tmp_path, PAIRS), image_column="jpg")
-    with pytest.raises(ValueError, match=r"no column 'jpg', only 'image', 'caption'.*image_column"):
+    with pytest.raises(ValueError, match=r"no column 'jpg', only 'image', 'caption'.*image-column"):
         open_single(config, 16)
 
 
@@ -117,7 +117,7 @@ def test_a_truncated_shard_is_named_with_its_reason_or_skipped(name, lost, tmp_p
     content, good = path.read_bytes(), [f"text {i}" for i in range(80) if i not in lost]
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        message = rf"1 shards of .*/1\.{name} \(.*\w{{3}}.*\).*bad_shards to skip"
+        message = rf"1 shards of .*/1\.{name} \(.*\w{{3}}.*\).*--data.source.bad-shards skip"
         with pytest.raises(Refused, match=message):
             open_single(config, 16)
         skipping = open_single(dataclasses.replace(config, bad_shards="skip"), 16)
