@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             says = says.replace("--data.source.", "--")
         return _together(_say(says, code=2))
     except Unreachable as error:
-        return _together(_say(f"{error}. The newest checkpoint is intact.", code=75))
+        return _together(_say(f"{error}. What was saved is intact.", code=75))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
         return _together(_say("interrupted.", code=130))

@@ -288,8 +288,8 @@ class Interrupt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             print(
-                "clip-jax: interrupted; the same command goes on from the newest checkpoint.",
-                file=sys.stderr, flush=True,
+                "clip-jax: interrupted; the same command goes on from the newest checkpoint, or "
+                "from the beginning if none was saved.", file=sys.stderr, flush=True,
             )  # fmt: skip
         os._exit(130)
 

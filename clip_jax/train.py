@@ -127,7 +127,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     agree(config, workdir, pipeline, evaluations, start)
     watchdog = processes.Watchdog(
         config.processes.watchdog_minutes,
-        f"The newest checkpoint in {workdir} is intact: the same command goes on from it.",
+        f"What was saved in {workdir} is intact: the same command goes on from it.",
     )
     if start:
         with timers.measure("restore"), watchdog:

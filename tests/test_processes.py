@@ -250,6 +250,7 @@ def test_ctrl_c_is_heard_between_two_steps(interrupt, ended, capfd):
     assert ended.get() == 130
     errors = capfd.readouterr().err
     assert errors.startswith("clip-jax: interrupted; the same command goes on")
+    assert "or from the beginning if none was saved" in errors
     assert errors.count("\n") == 1
 
 

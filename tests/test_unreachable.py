@@ -53,9 +53,9 @@ def test_what_an_error_means(error, kind):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (Unreachable("gs://b/x: no"), 75, "gs://b/x: no. The newest checkpoint is intact."),
+        (Unreachable("gs://b/x: no"), 75, "gs://b/x: no. What was saved is intact."),
         (Refused("gs://b/x: no"), 2, "gs://b/x: no"),
-        (HttpError(503), 75, "a bucket cannot be used: HttpError: code 503. The newest checkpoint"),
+        (HttpError(503), 75, "a bucket cannot be used: HttpError: code 503. What was saved"),
     ],
 )
 def test_how_a_command_ends(error, code, line, capsys):
