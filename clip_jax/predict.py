@@ -31,6 +31,7 @@ from clip_jax.files import Place
 from clip_jax.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.refused import Refused, check_picture, check_ranges, read_part
+from clip_jax.serialize import from_dict
 from clip_jax.tasks import Counted, On, runner
 from clip_jax.workdir import read_json
 
@@ -364,13 +365,12 @@ class Searcher:
         self._model, self._folder = model, folder
         if not (folder / "embed.json").is_file():
             raise Refused(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
-        self._told = read_json(folder / "embed.json")
-        names = {"model", "source", "image_column", "weights", "rows", "parts", "rows_per_file"}
-        if missing := names - self._told.keys():
-            raise Refused(
-                f"{folder / 'embed.json'} is damaged: it has no {min(missing)}. Embed the images "
-                "anew."
-            )
+        self._told = told = read_json(folder / "embed.json")
+        kinds = {"model": str, "source": str, "image_column": str, "weights": list[float]}
+        kinds |= dict.fromkeys(("rows", "parts", "rows_per_file"), int)
+        where = f"{folder / 'embed.json'} is damaged, embed the images anew: its "
+        for name, kind in kinds.items():
+            from_dict(kind, told.get(name), where + name)
         self._check_files()
         sample = _sample(model)
         # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.

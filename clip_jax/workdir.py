@@ -187,26 +187,30 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json(path: Place) -> dict[str, Any]:
-    """Read a JSON object that a run or `embed` keeps, {} where there is no file.
+def read_json(
+    path: Place, *names: str, advice: str = "Bring back a copy, or delete it."
+) -> dict[str, Any]:
+    """Read a JSON object that a command keeps, {} where there is no file.
 
-    Refused if it holds something else.
+    Refused, with the advice, if it holds something else or has not all the names.
     """
     if not path.exists():
         return {}
     value = parse(path.read_bytes())
-    if value is None:
-        raise Refused(f"{path} is damaged: it holds no JSON object.")
+    if value is None or not value.keys() >= {*names}:
+        having = f" with {', '.join(names)}" if names else ""
+        raise Refused(f"{path} is damaged: it holds no JSON object{having}. {advice}")
     return value
 
 
 def recover_json(path: Place, say: Callable[[str], None]) -> dict[str, Any]:
     """Read a JSON object that is about to be written anew; a damaged one is kept beside it."""
     try:
-        return read_json(path)
+        advice = "It is made anew; as it was it is kept in"
+        return read_json(path, advice=advice)
     except Refused as error:
         if processes.is_lead():
-            say(f"{error} It is made anew; as it was it is kept in {_keep_damaged(path)}")
+            say(f"{error} {_keep_damaged(path)}")
         return {}
 
 

@@ -325,7 +325,10 @@ def test_a_damaged_file_is_named_and_made_anew_alone(
     assert rows(output).equals(expected)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
+_NUMBER = '{"model": "m", "source": "s", "image_column": "image", "weights": 5}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", _NUMBER])
 def test_a_damaged_manifest_is_one_message(text, folder, embedded, tmp_path, refused):
     output = shutil.copytree(embedded, tmp_path / "out")
     (output / "embed.json").write_text(text)

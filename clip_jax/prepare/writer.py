@@ -36,6 +36,8 @@ from clip_jax.workdir import read_json
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
 _TEST_IMAGES = 2_000  # of an evaluation set that one task hashes
+_COUNTED = ("counts", "examples")  # what every report has
+_REPORT = ("samples", "found", "pictures", "shards", *_COUNTED)  # what the whole one has
 _WHOLE = "_SUCCESS"  # the file that says that nothing is missing, as Hadoop and Spark write it
 
 
@@ -71,7 +73,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     if (folder / _WHOLE).exists():
         if not (missing := _missing(layout)):
             _clear(layout.work)
-            return read_json(folder / "report.json")
+            return read_json(folder / "report.json", *_REPORT)
         print(f"{folder} lacks {listed(missing)}: written again", file=sys.stderr)
         files.remove(folder / _WHOLE)
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
@@ -240,7 +242,7 @@ def _missing(layout: Layout) -> list[str]:
     written = {path.name for path in layout.folder.iterdir()}
     if "report.json" not in written:
         return ["report.json"]
-    count = read_json(layout.folder / "report.json")["shards"]["of"]
+    count = read_json(layout.folder / "report.json", *_REPORT)["shards"]["of"]
     shards = [layout.shard(number, count) for number in range(count)]
     names = [path.name for shard in shards for path in (shard, statistics_of(shard))]
     return [name for name in names if name not in written]
@@ -277,7 +279,7 @@ def _report(
         counts += [layout.file(number, "read") for number in range(layout.reads)]
     compared = {"counts": dropped.counts, "examples": dropped.examples, "histograms": {}}
     total = report.merged(
-        [*(json.loads(files.read(path)) for path in counts), compared | {"extremes": {}}]
+        [*(read_json(path, *_COUNTED) for path in counts), compared | {"extremes": {}}]
     )
     examples = {name: one.pop("examples") for name, one in total["found"].items()}
     for name, source in contamination.named(config.decontaminate).items():

@@ -30,7 +30,8 @@ from clip_jax.scaling.price import HardwareConfig, duration, in_words
 from clip_jax.scaling.rules import BranchesConfig, RulesConfig
 from clip_jax.scaling.sweep import SweepConfig, halve
 from clip_jax.scaling.table import gmacs, short
-from clip_jax.serialize import to_dict
+from clip_jax.serialize import from_dict, to_dict
+from clip_jax.workdir import read_json
 
 # ------------------------------------------------------------------ the spec
 
@@ -183,12 +184,13 @@ def is_done(point: Point) -> bool:
     if not (point.workdir / "checkpoints").exists() and not _result(point.workdir):
         return False  # a config that nobody has trained by may be replaced
     check_resumable(point.workdir, point.config)
-    return _result(point.workdir).get("step", 0) >= point.config.end
+    step = _result(point.workdir).get("step", 0)
+    return from_dict(int, step, f"step in {point.workdir / 'result.json'}") >= point.config.end
 
 
 def _result(workdir: Path) -> dict[str, Any]:
-    path = workdir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    advice = f"Bring back a copy, or delete {workdir}: the point is trained anew."
+    return read_json(workdir / "result.json", advice=advice)
 
 
 # ------------------------------------------------------------------ the command

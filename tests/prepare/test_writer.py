@@ -13,6 +13,7 @@ from clip_jax.data.sources.any import PathConfig, guess_source
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import describe, prepare
+from clip_jax.refused import Refused
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import DRAW, digests, encoded, records
 
@@ -127,6 +128,14 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     for name in ("report.png", "contact_sheet.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 100
+    for name, damaged in (("report.json", "{}"), ("report.json", "["), ("prepare.json", "{")):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(damaged)
+        with pytest.raises(Refused, match=rf"{name} is damaged: .*, or delete it"):
+            prepare(PrepareConfig(**how))
+        (folder / name).write_text(kept)
+    (folder / "report.json").unlink()  # as the message says
+    assert prepare(PrepareConfig(**how)) == report
     assert "16  kept" in describe(report)
     assert "5 of 5 shards are written" in describe(report)
 

@@ -179,6 +179,12 @@ def test_what_is_missing_is_trained_and_a_failure_exits_with_1(tmp_path, capsys)
     for name in ("info_nce", "training_flops", "mparams", "loss", "seed"):
         assert all(float(row[name]) >= 0 for row in rows)
 
+    result = root / first["name"] / "result.json"
+    for damaged, says in (('{"step', "is damaged: .* or delete"), ('{"step": "x"}', "step in .*")):
+        result.write_text(damaged)
+        with pytest.raises(Refused, match=says):
+            climb(LadderCommand(spec=spec, root=root, jobs=2), print)
+
     # A spec that has changed since is refused before anything runs.
     capsys.readouterr()
     write_spec(tmp_path, "rules=RulesConfig(max_warmup_share=0.2)")
