@@ -88,8 +88,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Put data into the page, such that nothing in them can end the script that holds them."""
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    """Put data into the page: nothing in them ends the script that holds them, NaN is null."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    text = json.dumps(finite, allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)
 
