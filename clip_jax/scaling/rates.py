@@ -96,7 +96,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
             raise Refused(f"{config.table} has no column {column!r}; collect the sweep anew.")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
-        key = row["arch"], table.short(float(row["samples_seen"]))
+        key = row["arch"], table.short(table.number(row, "samples_seen"))
         groups.setdefault(key, []).append(row)
     choices = [_best(group, config) for group in groups.values()]
     if config.output:
@@ -114,10 +114,10 @@ def _best(group: Sequence[dict[str, str]], config: ChooseConfig) -> Choice:
     sign = 1 if config.best == "min" else -1
     trials: dict[tuple[float, ...], list[dict[str, str]]] = {}
     for row in group:
-        trials.setdefault(tuple(float(row[name]) for name in SWEPT), []).append(row)
+        trials.setdefault(tuple(table.number(row, name) for name in SWEPT), []).append(row)
     seeds = max(map(len, trials.values()))
     scores = {
-        trial: float(np.mean([sign * float(row[config.choose_by]) for row in rows]))
+        trial: float(np.mean([sign * table.number(row, config.choose_by) for row in rows]))
         for trial, rows in trials.items()
         if len(rows) == seeds  # others diverged with some seed
     }
@@ -152,7 +152,7 @@ def _best(group: Sequence[dict[str, str]], config: ChooseConfig) -> Choice:
     steps = [b / a for a, b in itertools.pairwise(rates)]
     first = trials[best][0]
     return Choice(
-        first["arch"], float(first["width"]), float(first["samples_seen"]),
+        first["arch"], table.number(first, "width"), table.number(first, "samples_seen"),
         dict(zip(SWEPT, best, strict=True)), len(trials), trials[best], edges, optima,
         max(steps, default=math.nan),
     )  # fmt: skip
@@ -233,7 +233,8 @@ def _point(choice: Choice, config: ChooseConfig) -> dict[str, Any]:
     """Say what was chosen, and what it measured in both metrics."""
     spread = {}
     for name in (config.choose_by, config.report):
-        values = [float(row[name]) for row in choice.rows if row[name]]
+        rows = [row for row in choice.rows if row[name]] or choice.rows
+        values = [table.number(row, name) for row in rows]
         spread[name] = {
             "mean": float(np.mean(values)),
             "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,

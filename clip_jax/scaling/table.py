@@ -167,7 +167,7 @@ def _csv_lines(path: Place) -> list[dict[str, str]]:
     """Read a CSV with a header; cells beyond it are dropped. Refused for what is no text."""
     try:
         text = io.StringIO(read_file(path).decode("utf-8"), newline="")
-        lines = list(csv.DictReader(text, restkey=""))
+        lines = list(csv.DictReader(text, restkey="", restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refused(f"{path} cannot be read as CSV: {error}.") from error
     return [{name: cell for name, cell in line.items() if name} for line in lines]
@@ -373,11 +373,13 @@ def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]
     return rows
 
 
-def _number(row: dict[str, str], column: str) -> float:
+def number(row: dict[str, str], column: str) -> float:
+    """Read a cell. Refused if it is empty or no number."""
     try:
         return float(row[column] or "")
     except ValueError as error:
-        raise Refused(f"{column} of {row['arch']} is {row[column]!r}, not a number.") from error
+        what = f"{column} of {row['arch']} is {row[column]!r}, not a number"
+        raise Refused(f"{what}: mend the table, or leave the row out by --where.") from error
 
 
 def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = "") -> Named:
@@ -386,7 +388,7 @@ def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = 
     if missing := set(columns) - rows[0].keys():
         raise Refused(f"the table has no column {missing.pop()!r}; it has {', '.join(rows[0])}.")
     values, samples, sizes, *others = (
-        np.array([_number(row, column) for row in rows]) for column in columns
+        np.array([number(row, column) for row in rows]) for column in columns
     )
     runs = Runs(
         size=sizes,

@@ -95,6 +95,15 @@ def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
         choose(config)
 
 
+@pytest.mark.parametrize("column", ["lr", "width", "samples_seen", "accuracy", "loss"])
+def test_a_cell_without_a_number_is_named(column, tmp_path):
+    config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
+    rows = list(csv.DictReader(write(config.table).read_text().splitlines()))
+    table.write([row | {column: "-" if column == "loss" else ""} for row in rows], config.table)
+    with pytest.raises(Refused, match=f"{column} of w16 is '-?', not a number: mend the table"):
+        choose(config)
+
+
 def test_a_parabola_estimates_the_rate_between_those_of_the_grid():
     assert vertex([1, 2, 4], [1.0, 0.5, 1.0]) == pytest.approx(2)
     values = [(math.log(rate / 3)) ** 2 for rate in (1, 2, 4, 8)]
