@@ -15,3 +15,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the paper's own font
     "svg.hashsalt": "clip_jax",  # the same picture is the same file
 }
+
+
+def plain(text: str) -> str:
+    """Escape a text for matplotlib, which else reads formulas between dollars."""
+    return text.replace("$", r"\$")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from clip_jax.style import plain
+
 TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
 LINE = 22  # bold letters that fit below
 
@@ -35,7 +37,7 @@ def contact_sheet(
     width, height = 1.5 * columns, (TILE + space) * rows + top
     figure = Figure(figsize=(width, height), dpi=100)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     grid = {
         "left": 0, "right": 1 - 0.08 / width, "wspace": 0.08 / TILE,
         "bottom": space / height, "top": 1 - top / height, "hspace": space / TILE,
@@ -50,7 +52,7 @@ def contact_sheet(
                 line = f"{line[: LINE // 2 - 1]}…{line[-LINE // 2 :]}"
             wrong = j == 0 and right is not None and not right[i]
             axis.text(
-                0.5, -0.04 - 0.14 * j, line, transform=axis.transAxes, ha="center", va="top",
+                0.5, -0.04 - 0.14 * j, plain(line), transform=axis.transAxes, ha="center", va="top",
                 fontsize=7, color="tab:red" if wrong else "black",
                 fontweight="bold" if j == 0 and right is not None else "normal",
             )  # fmt: skip
@@ -79,7 +81,7 @@ def similarity_matrix(
     )
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.set_title(title, fontsize=10)
+    axis.set_title(plain(title), fontsize=10)
     cells = axis.imshow(similarity, cmap="viridis")
     for (row, column), value in np.ndenumerate(similarity):
         red, green, blue, _ = cells.cmap(cells.norm(value))
@@ -92,7 +94,7 @@ def similarity_matrix(
         place = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
         axis.imshow(image, extent=place, interpolation="nearest")
     axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -1.52), xticks=[])
-    labels = ["\n".join(textwrap.wrap(text, 40)[:3]) for text in texts]
+    labels = [plain("\n".join(textwrap.wrap(text, 40)[:3])) for text in texts]
     axis.set_yticks(range(rows), labels, fontsize=8)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

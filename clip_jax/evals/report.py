@@ -16,6 +16,7 @@ from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.suite import OPENAI_MODELS, SUITE, published
 from clip_jax.files import Place, write_whole
 from clip_jax.refused import Refused
+from clip_jax.style import plain
 
 COLUMNS = (
     "acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task",
@@ -134,7 +135,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     from matplotlib.figure import Figure
 
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
-    present = np.unique(labels)
+    present, drawn = np.unique(labels), [plain(name) for name in names]
     accuracy = np.array([(predicted[labels == c] == c).mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 
@@ -145,7 +146,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     axis.bar(range(len(present)), accuracy[order], width=1.0 if len(present) > 60 else 0.8)
     axis.set(ylabel="accuracy", ylim=(0, 1), title=f"{len(present)} classes, the worst first")
     if len(present) <= 60:
-        shown = [names[present[i]] for i in order]
+        shown = [drawn[present[i]] for i in order]
         axis.set_xticks(range(len(present)), shown, rotation=90, fontsize=6)
     else:
         axis.set_xlabel("class")
@@ -167,8 +168,8 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
             dark = value > counts.max() / 2
             axis.text(column, row, value, ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
-    axis.set_xticks(range(len(columns)), [names[c] for c in columns], rotation=90, fontsize=7)
-    axis.set_yticks(range(len(worst)), [names[c] for c in worst], fontsize=7)
+    axis.set_xticks(range(len(columns)), [drawn[c] for c in columns], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(worst)), [drawn[c] for c in worst], fontsize=7)
     axis.set(xlabel="taken for", ylabel="is", title="The worst classes")
     figure.savefig(directory / "confusion.png")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_jax.pods.exchanges import Exchange
-from clip_jax.style import STYLE
+from clip_jax.style import STYLE, plain
 
 SECONDS = {
     "compute": "compute",
@@ -259,7 +259,7 @@ def draw(plans: Sequence[Plan], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         page = Figure(figsize=(8, 1.6 + 0.7 * len(plans)), layout="constrained")
         left, right = page.subplots(1, 2, sharey=True)
-        names = [f"{x.name}\n{'×'.join(map(str, x.mesh.values()))}" for x in plans]
+        names = [f"{plain(x.name)}\n{'×'.join(map(str, x.mesh.values()))}" for x in plans]
         parts = list(dict.fromkeys(part for x in plans for part in x.seconds_by_part))
         for place, plan in enumerate(plans):
             sizes = {k: v / 1e9 for k, v in plan.bytes_per_device.items() if k != "total"}

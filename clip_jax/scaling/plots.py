@@ -11,7 +11,7 @@ from clip_jax.files import Place, written_whole
 from clip_jax.scaling.compare import Family, crossing, ratios, sizes_of
 from clip_jax.scaling.fit import Fit, Prediction, best
 from clip_jax.scaling.laws import Law, Runs, pareto
-from clip_jax.style import STYLE
+from clip_jax.style import STYLE, plain
 
 Axes = Any  # matplotlib's: imported only where something is drawn
 Figure = Any
@@ -65,7 +65,7 @@ def figure(
         for label, (compute, prediction) in (predictions or {}).items():
             predicted(upper, label, compute, prediction)
         residuals(lower, named, fit)
-        upper.set_ylabel(error_label)
+        upper.set_ylabel(plain(error_label))
         lower.set_xlabel(compute_label)
         upper.tick_params(labelbottom=False)
         if training_flops is not None:
@@ -73,7 +73,7 @@ def figure(
                 "top", functions=(lambda c: c * training_flops, lambda f: f / training_flops)
             )
             top.set_xlabel("training FLOPs (3 × forward)")
-        page.suptitle(title)
+        page.suptitle(plain(title))
         page.legend(
             *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
         )
@@ -106,7 +106,7 @@ def compared(
                 markersize=4.5, color=color, alpha=0.6, markeredgewidth=0,
             )  # fmt: skip
             law = best(family.fit, span, sizes)["error"]
-            upper.plot(span, law.error, color=color, linewidth=1.4, label=name)
+            upper.plot(span, law.error, color=color, linewidth=1.4, label=plain(name))
             upper.fill_between(span, law.low, law.high, color=color, alpha=0.12, linewidth=0)
             if family is first:
                 lower.axhline(0, color=color, linewidth=1)
@@ -119,10 +119,10 @@ def compared(
                 for axes in (upper, lower):
                     axes.axvline(at, color=color, linewidth=0.8, dashes=(4, 3))
         _log_axes(upper)
-        upper.set_ylabel(error_label)
+        upper.set_ylabel(plain(error_label))
         upper.tick_params(labelbottom=False)
         lower.set_xscale("log")
-        lower.set_ylabel(f"off {next(iter(families))}, %")
+        lower.set_ylabel(f"off {plain(next(iter(families)))}, %")
         lower.set_xlabel(compute_label)
         page.legend(
             *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
@@ -165,11 +165,11 @@ def panel(
 def scatter(axes: Axes, named: Named, solid: Bool[np.ndarray, " n"]) -> None:
     """Draw one point a run: colour says the model, marker the samples; faint if not `solid`."""
     for model, color in _colors(named).items():
-        axes.plot([], [], linestyle="none", marker="o", color=color, markersize=5, label=model)
+        axes.plot([], [], linestyle="", marker="o", color=color, markersize=5, label=plain(model))
     for label, marker in _markers(named).items():
         axes.plot(
             [], [], linestyle="none", marker=marker, markersize=5, markerfacecolor="none",
-            markeredgecolor="#777777", label=f"{label} pairs",
+            markeredgecolor="#777777", label=f"{plain(label)} pairs",
         )  # fmt: skip
     colors, markers = _colors(named), _markers(named)
     for i, (model, samples) in enumerate(zip(named.model, named.samples, strict=True)):
@@ -188,7 +188,7 @@ def predicted(axes: Axes, label: str, compute: float, prediction: Prediction) ->
         capsize=2, linewidth=1, zorder=4,
     )  # fmt: skip
     axes.annotate(
-        label, (compute, float(prediction.high)), xytext=(0, 3), textcoords="offset points",
+        plain(label), (compute, float(prediction.high)), xytext=(0, 3), textcoords="offset points",
         ha="center", va="bottom", rotation=90, fontsize=7,
     )  # fmt: skip
 

@@ -19,6 +19,12 @@ def test_similarity_matrix_has_a_column_for_each_image_and_room_for_long_texts(t
     assert (picture[:, 0] == 255).all()  # no text is cut off at the left
 
 
+def test_dollars_are_letters(tmp_path: Path):
+    images, text = [np.zeros((32, 32, 3), np.uint8)] * 2, "$x^$"  # no formula
+    contact_sheet(tmp_path / "sheet.png", images, [[text] * 2] * 2, title=text)
+    similarity_matrix(tmp_path / "matrix.png", np.eye(2), images, [text] * 2, title=text)
+
+
 def test_long_lines_of_neighbours_do_not_meet(tmp_path: Path):
     images = [np.zeros((32, 32, 3), np.uint8)] * 8
     for name, text in (("short", "seven  5%"), ("long", "two thousand and seventy-seven  5%")):

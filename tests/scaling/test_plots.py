@@ -15,7 +15,7 @@ from tests.scaling.known import KNOWN, measured
 
 def named() -> plots.Named:
     runs = measured(KNOWN["additive"], noise=0.02, sizes=3)
-    models = tuple({3: "small", 30: "medium", 300: "large"}[round(s)] for s in runs.size)
+    models = tuple({3: "small", 30: "$^medium$", 300: "large"}[round(s)] for s in runs.size)
     return plots.Named(runs, models, tuple(f"{s:.0e}" for s in runs.samples))
 
 
@@ -31,12 +31,12 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     page, same = (
         plots.figure(
             table, fitted, fit_label="our law", others={"their law": PowerLaw(-0.1, 5.0)},
-            predictions={"what is next": ahead}, error_label="held-out loss", title="a ladder",
+            predictions={"what is next": ahead}, error_label="held-out loss", title="a $^ladder$",
         )
         for _ in range(2)
     )  # fmt: skip
-    wanted = ["small", "medium", "large", "1e+06 pairs", "their law", "what is next"]
-    wanted += ["held-out loss", "a ladder", "off the law, %", "training FLOPs (3 × forward)"]
+    wanted = ["small", r"\$^medium\$", "large", "1e+06 pairs", "their law", "what is next"]
+    wanted += ["held-out loss", r"a \$^ladder\$", "off the law, %", "training FLOPs (3 × forward)"]
     wanted += ["our law", "least error of each bin"] if form == "power" else []
     assert {*wanted} <= {*words(page)}
     upper, lower = page.axes[:2]
