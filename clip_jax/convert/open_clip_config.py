@@ -25,7 +25,7 @@ _LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, what
 _INERT = {
     "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_drop",
     "timm_drop_path", "timm_model_pretrained", "timm_proj_bias",
-    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pos_embed_type", "pad_id",
+    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pos_embed_type",
 }  # fmt: skip
 
 
@@ -217,7 +217,16 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
             f"{'without' if has_class_token else 'with'} multimodal_cfg: a text tower has a class "
             "token if a CoCa decoder stands on it."
         )
-    text_config = replace(text_config, tokenizer=_tokenizer(text, text_config, path.parent))
+    tokenizer = _tokenizer(text, text_config, path.parent)
+    pad = text.get("pad_id", 0, int)  # masked from the class token; of no other model it is read
+    if has_class_token and not tokenizer.file:
+        tokenizer = replace(tokenizer, pad_id=pad)
+    if has_class_token and pad != tokenizer.pad_id:
+        raise Refused(
+            f"{text.where}.pad_id={pad} is not supported: the class token sees no padding, which "
+            f"this model's tokenizer makes of id {tokenizer.pad_id}."
+        )
+    text_config = replace(text_config, tokenizer=tokenizer)
     config = CLIPConfig(
         embed_dim=top.count("embed_dim", 512),
         vision=_vision(vision, quick_gelu),
@@ -328,6 +337,8 @@ def text_cfg(text: TextConfig) -> dict[str, Any]:
         found["pool_type"] = text.pool
     if text.pool == "eos":
         found["eos_id"] = text.eos_token_id
+    if text.pool == "class_token" and text.tokenizer.pad_id:
+        found["pad_id"] = text.tokenizer.pad_id
     if not text.projection:
         found["proj_type"] = "none"
     if text.projection_bias:

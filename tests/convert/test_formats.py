@@ -13,6 +13,8 @@ from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.verify import verify
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
+from clip_jax.models.text import TokenizerConfig
+from tests import vocabularies
 from tests.convert.conftest import assert_same, cast, make_weights
 
 
@@ -186,6 +188,20 @@ def test_a_setting_that_we_do_not_have(tmp_path):
         changed["model_cfg"].setdefault(section, {})[name] = value
         path.write_text(json.dumps(changed))
         assert_refused(tmp_path, match)
+
+
+def test_a_class_token_masks_the_padding_of_its_tokenizer(tmp_path):
+    """open_clip masks pad_id, whatever its tokenizer pads with."""
+    weights = make_weights("coca")
+    words = vocabularies.unigram(tmp_path / "words.json")
+    rules = TokenizerConfig(file=str(words), clean="whitespace", begin_id=0, end_id=2, pad_id=1)
+    text = replace(weights.config.text, correct_class_mask=False, tokenizer=rules)
+    weights = replace(weights, config=replace(weights.config, text=text))
+    write_weights(weights, tmp_path / "out", "open-clip")
+    assert read_weights(tmp_path / "out").config.text.tokenizer.pad_id == 1
+    path = tmp_path / "out/open_clip_config.json"
+    path.write_text(path.read_text().replace('"pad_id": 1', '"pad_id": 3'))
+    assert_refused(tmp_path / "out", r"text_cfg.pad_id=3 is not supported: .* of id 1\.")
 
 
 def test_wrapped_names(tmp_path):

@@ -79,7 +79,7 @@ def folder_of(model, folder, settings=SETTINGS):
 def inputs(config):
     """Pixels, and tokens in which the padding's id stands also between others."""
     images, tokens = random_inputs(config)
-    tokens[:, 0] = config.text.begin_id
+    tokens[:, 0] = 598
     tokens[0, :8], tokens[0, 8:] = [598, 5, 0, 6, 7, 8, 9, 599], 0
     return images, tokens
 
@@ -111,6 +111,9 @@ OPTIONS = {
     # Where all widths agree, a pool's projections are one tensor.
     "the correct mask, one width": {"text_cfg": CORRECT, "vision_cfg": NARROW},
     "no attentional pool": {"vision_cfg": NO_QUERIES},  # as coca_base
+    "another padding": {
+        "text_cfg": SETTINGS["text_cfg"] | {"pad_id": 5, "hf_tokenizer_name": "toy"}
+    },
 }
 
 
