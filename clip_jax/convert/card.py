@@ -118,7 +118,8 @@ def _model(weights: Weights) -> dict[str, Any]:
         "text tower": f"width {text.width}, depth {text.depth}, {text.context_length} tokens, "
         f"{text.activation}, {text.pool} pooling",
         "images": f"{preprocess.image_size} pixels, {preprocess.resize_mode}, "
-        f"{preprocess.interpolation}; mean {preprocess.mean}, deviation {preprocess.std}",
+        f"{preprocess.interpolation}, rules of {preprocess.rules}; mean {preprocess.mean}, "
+        f"deviation {preprocess.std}",
         "texts": f"{text.vocab_size:,} ids, cleaning {tokenizer.clean}, padding on the "
         f"{tokenizer.pad_side} with {tokenizer.pad_id}",
     }

@@ -59,6 +59,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "image_size": weights.preprocess.image_size,
         "resize_mode": weights.preprocess.resize_mode,
         **({"fill": weights.preprocess.fill} if weights.preprocess.fill else {}),
+        **({"pixel_rules": rules} if (rules := weights.preprocess.rules) != "openai" else {}),
         "interpolation": weights.preprocess.interpolation,
         "image_mean": list(weights.preprocess.mean),
         "image_std": list(weights.preprocess.std),
@@ -142,6 +143,7 @@ _PREPROCESS = {
     "interpolation": "interpolation",
     "resize_mode": "resize_mode",
     "fill": "fill",
+    "rules": "pixel_rules",
 }
 
 

@@ -8,7 +8,6 @@ from clip_jax.convert.files import Tensors, read_json, read_tensors, write_json,
 from clip_jax.convert.settings import said_in
 from clip_jax.convert.state_dict import Row, from_params, to_params
 from clip_jax.convert.weights import DType, Weights, cast
-from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
@@ -44,12 +43,9 @@ def read(folder: Path) -> Weights:
     model = siglip_model if siglip else clip_model
     with said_in(folder / "config.json"):
         config = model.read_config(content, source)
-    default = Preprocess(image_size=config.vision.image_size)
     if siglip:
-        half = (0.5, 0.5, 0.5)
-        default = replace(default, mean=half, std=half, resize_mode="squash")
         tensors = siglip_model.split(tensors)
-    preprocess = image_processor.read(folder, default)
+    preprocess = image_processor.read(folder, config.vision.image_size, siglip)
     vocabulary = TokenizerConfig()
     if kind != "clip":
         vocabulary = tokenizer_files.missing(config.text, "punctuation" if siglip else "none")

@@ -4,6 +4,7 @@
 processors keep theirs and which then counts.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,40 @@ from clip_jax.refused import Refused
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 _RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_HALF = (0.5, 0.5, 0.5)
+_SIGLIP = Preprocess(mean=_HALF, std=_HALF, resize_mode="squash", rules="transformers")
+# What each class of transformers does where a file does not say it.
+_CLASSES = {
+    "CLIP": Preprocess(rules="transformers"),
+    "Siglip": _SIGLIP,
+    "ViT": replace(_SIGLIP, interpolation="bilinear"),
+}
 
 
-def read(folder: Path, default: Preprocess) -> Preprocess:
-    """Read what a processor would do with images for the model; `default` where no file says it.
+def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
+    """Read what a processor would do with images for a model of images of `size` pixels.
 
-    Refused names what we do not have.
+    What its file leaves out, or sets to null, its class decides: without a name CLIP's or, with
+    `siglip`, SigLIP's. Refused names what we do not have.
     """
     settings = _find(folder)
-    if settings is None:
-        return default
-    content, where = settings
-    size = default.image_size
-    resize, crop = content.get("size", size), content.get("crop_size", size)
+    content, where = ({}, "") if settings is None else settings
+    content = {name: value for name, value in content.items() if value is not None}
+    kind = content.get("image_processor_type", content.get("feature_extractor_type"))
+    own = "Siglip" if siglip else "CLIP"
+    name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
+    name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    if name not in _CLASSES and "resample" not in content:
+        raise Refused(
+            f"{where}: image_processor_type={kind!r:.99} without resample is not supported; write "
+            "resample there, 2 for bilinear or 3 for bicubic, as that class has it."
+        )
+    default = replace(_CLASSES.get(name, _CLASSES[own]), image_size=size)
+    square = {"height": size, "width": size}
+    resize = content.get("size", square if default.resize_mode == "squash" else size)
+    crop = content.get("crop_size", size)
     resize = {"shortest_edge": resize} if isinstance(resize, int) else resize
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    square = {"height": size, "width": size}
     cropped = content.get("do_center_crop", default.resize_mode == "shortest")
     if resize == square and (not cropped or crop == square):
         mode = "squash"
@@ -42,7 +61,7 @@ def read(folder: Path, default: Preprocess) -> Preprocess:
             f"is not supported for an image size of {size}."
         )
     kinds = {number: name for name, number in _RESAMPLE.items()}
-    resample = content.get("resample", _RESAMPLE["bicubic"])
+    resample = content.get("resample", _RESAMPLE[default.interpolation])
     scale = number_of(content.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
     steps = ("do_resize", "do_rescale", "do_normalize")
     if (
@@ -55,11 +74,11 @@ def read(folder: Path, default: Preprocess) -> Preprocess:
             f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is left "
             f"out ({', '.join(steps)}) is not supported."
         )
-    mean, std = content.get("image_mean"), content.get("image_std")
-    return Preprocess(
-        image_size=size,
-        mean=default.mean if mean is None else channels_of(mean, f"{where}: image_mean"),
-        std=default.std if std is None else channels_of(std, f"{where}: image_std", True),
+    mean, std = content.get("image_mean", default.mean), content.get("image_std", default.std)
+    return replace(
+        default,
+        mean=channels_of(mean, f"{where}: image_mean"),
+        std=channels_of(std, f"{where}: image_std", True),
         interpolation=kinds[resample],
         resize_mode=mode,
     )

@@ -256,7 +256,8 @@ def check(weights: Weights) -> None:
         "text.projection": not text.projection,
         "text.projection_bias": text.projection_bias,
         "text.norm_epsilon": text.norm_epsilon != 1e-5,
-        "preprocess": weights.preprocess != Preprocess(image_size=config.vision.image_size),
+        "preprocess": replace(weights.preprocess, rules="openai")
+        != Preprocess(image_size=config.vision.image_size),
         "text.tokenizer": text.tokenizer != TokenizerConfig(),
     }
     if isinstance(vision, ResNetConfig):

@@ -5,6 +5,7 @@ does to the pixel: resize and crop in the image's own mode, then convert to RGB.
 to RGB first (`decode`), so that crops are cheap and all modes are treated alike. The two agree on
 RGB images. In both, EXIF orientation is *not* applied, alpha is dropped, 16-bit gray is cut off at
 255, and of an animation the first frame counts, as in OpenAI's and open_clip's code.
+`Preprocess` has transformers' rules too, for weights that come from its folders.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 Channels = tuple[float, float, float]
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "squash", "longest"]
+Rules = Literal["openai", "transformers"]
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
@@ -77,6 +79,9 @@ class Preprocess:
     # shape. longest: longer side to image_size, bars beside it (both from open_clip).
     resize_mode: ResizeMode = "shortest"
     fill: int = 0  # of the bars, in every channel: 0 black, 255 white
+    # openai: resize and crop in the image's own mode, then to RGB without alpha; an odd margin is
+    # rounded to even. transformers: to RGB first, alpha over white; an odd margin is rounded down.
+    rules: Rules = "openai"
 
     def __post_init__(self) -> None:
         check_ranges(self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)")
@@ -86,6 +91,8 @@ class Preprocess:
             raise Refused(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
         if not 0 <= self.fill <= 255:
             raise Refused(f"fill={self.fill}: must be from 0 to 255")
+        if self.rules not in ("openai", "transformers"):
+            raise Refused(f"rules={self.rules!r}: know openai and transformers")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
@@ -96,6 +103,8 @@ class Preprocess:
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         """The same before it is normalised: what a device normalises, at a quarter of the bytes."""
         with _opened(image) as opened:
+            if self.rules == "transformers":
+                opened = _over_white(opened)
             return np.asarray(_to_rgb(self._resize(opened)))
 
     def _resize(self, image: Image.Image) -> Image.Image:
@@ -103,7 +112,7 @@ class Preprocess:
         if self.resize_mode == "squash":
             return image.resize((size, size), resample)
         if self.resize_mode == "shortest":
-            return _crop_of_resized(image, size, resample)
+            return _crop_of_resized(image, size, resample, down=self.rules == "transformers")
         longer = max(image.size)
         width, height = (max(1, round(side * size / longer)) for side in image.size)
         resized = image.resize((width, height), resample)
@@ -210,17 +219,20 @@ def _crop_of_resized(
     rng: np.random.Generator | None = None,
     full: tuple[int, int] | None = None,
     factor: int = 1,
+    down: bool = False,
 ) -> Image.Image:
     """Bring the shorter side to `size`; crop a square, at random with `rng`, else the middle.
 
-    `full` is the size of the image that was reduced by `factor` to this one, if it was.
+    `full` is the size of the image that was reduced by `factor` to this one, if it was. `down`
+    rounds the middle's offset down.
     """
     full = full or image.size
     short, long = sorted(full)
     resized_long = size * long // short
     spare = resized_long - size
     # round: halves go to the even number, as in torchvision's CenterCrop
-    offset = round(spare / 2) if rng is None else int(rng.integers(spare + 1))
+    middle = spare // 2 if down else round(spare / 2)
+    offset = middle if rng is None else int(rng.integers(spare + 1))
     wide = full[0] > full[1]
     left, top = (offset, 0) if wide else (0, offset)
     if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
@@ -254,6 +266,14 @@ def _random_box(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Convert to RGB as transformers does: what is transparent shows white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return _to_rgb(image)
 
 
 @contextlib.contextmanager

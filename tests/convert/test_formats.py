@@ -46,7 +46,9 @@ def test_there_and_back(tmp_path, name, to, dtype):
     weights = replace(weights, batches_tracked=7 if name == "resnet" else 0)
     if to == "open-clip":  # which has a colour of bars
         pixels = replace(weights.preprocess, resize_mode="longest", fill=200)
-        weights = replace(weights, preprocess=pixels)
+    else:
+        pixels = replace(weights.preprocess, rules="transformers")
+    weights = replace(weights, preprocess=pixels)
     write_weights(weights, tmp_path / "before", "clip-jax")
     before = read_weights(tmp_path / "before")
     assert_same(before, weights)
@@ -248,7 +250,8 @@ def test_settings_of_old_hugging_face_files(tmp_path):
         replace(tower, norm_epsilon=1e-3) for tower in (weights.config.vision, weights.config.text)
     )
     config = replace(weights.config, vision=vision, text=text)
-    assert_same(read_weights(tmp_path), replace(weights, config=config))
+    pixels = replace(weights.preprocess, rules="transformers")
+    assert_same(read_weights(tmp_path), replace(weights, config=config, preprocess=pixels))
 
 
 def test_weights_are_finite_floating_point_numbers(tmp_path):

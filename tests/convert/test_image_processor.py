@@ -1,21 +1,20 @@
 """Hugging Face's settings of pixels: which of two files counts, and what is refused in them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from clip_jax.convert import image_processor
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import OPENAI_MEAN, Preprocess
 
 SETTINGS = {
     "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
     "crop_size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.1, 0.2, 0.3],
     "image_std": [0.4, 0.5, 0.6],
 }  # fmt: skip
-OPENAI = Preprocess(image_size=32)
-MEANT = Preprocess(
-    image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear"
-)
+CLIPS = Preprocess(image_size=32, rules="transformers")
+MEANT = replace(CLIPS, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
 
 
 def test_of_two_files_the_processors_own_counts(tmp_path):
@@ -23,11 +22,11 @@ def test_of_two_files_the_processors_own_counts(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS | {"resample": 3}))
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # an older one, without any
-    assert image_processor.read(tmp_path, OPENAI).interpolation == "bicubic"
+    assert image_processor.read(tmp_path, 32).interpolation == "bicubic"
     path.write_text(json.dumps({"image_processor": SETTINGS, "processor_class": "CLIPProcessor"}))
-    assert image_processor.read(tmp_path, OPENAI) == MEANT
-    image_processor.write(tmp_path, OPENAI)
-    assert image_processor.read(tmp_path, OPENAI) == OPENAI  # what is written counts
+    assert image_processor.read(tmp_path, 32) == MEANT
+    image_processor.write(tmp_path, replace(CLIPS, rules="openai"))
+    assert image_processor.read(tmp_path, 32) == CLIPS  # what is written counts
 
 
 @pytest.mark.parametrize(
@@ -36,12 +35,30 @@ def test_of_two_files_the_processors_own_counts(tmp_path):
         ({"image_processor": [1]}, "image_processor is [1]; an object is needed"),
         ({"image_processor": SETTINGS | {"size": 31}}, "size={'shortest_edge': 31}"),
         ({"image_processor": SETTINGS | {"resample": 0}}, "resample=0"),
+        ({"image_processor": {"image_processor_type": "Bit"}}, "'Bit' without resample"),
     ],
 )
 def test_what_we_do_not_have_is_named(tmp_path, content, says):
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        image_processor.read(tmp_path, OPENAI)
+        image_processor.read(tmp_path, 32)
     assert says in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "siglip", "expected"),
+    [
+        (None, False, ("shortest", "bicubic", OPENAI_MEAN)),
+        (None, True, ("squash", "bicubic", (0.5, 0.5, 0.5))),
+        ("CLIPFeatureExtractor", True, ("shortest", "bicubic", OPENAI_MEAN)),
+        ("SiglipImageProcessorFast", False, ("squash", "bicubic", (0.5, 0.5, 0.5))),
+        ("ViTImageProcessor", False, ("squash", "bilinear", (0.5, 0.5, 0.5))),
+    ],
+)
+def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, siglip, expected):
+    content = {"image_processor_type": kind, "size": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    pixels = image_processor.read(tmp_path, 32, siglip)
+    assert (pixels.resize_mode, pixels.interpolation, pixels.mean) == expected

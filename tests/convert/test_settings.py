@@ -10,7 +10,6 @@ from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.convert.settings import channels_of
-from clip_jax.data.images import Preprocess
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.refused import Refused
 from tests import vocabularies
@@ -74,10 +73,10 @@ def test_every_value_wrong_in_turn(tmp_path, name, to, file):
         text = replace(weights.config.text, tokenizer=rules)
         weights = replace(weights, config=replace(weights.config, text=text))
     write_weights(weights, tmp_path, to)
-    text, default = weights.config.text, Preprocess(image_size=32)
+    text = weights.config.text
     path = tmp_path / file
     read = {  # what reads the file, and no more of the folder, which would take long
-        "preprocessor_config.json": lambda: image_processor.read(tmp_path, default),
+        "preprocessor_config.json": lambda: image_processor.read(tmp_path, 32),
         "open_clip_config.json": lambda: read_config(path),
         "config.json": lambda: read_weights(tmp_path),
     }.get(file, lambda: tokenizer_files.read(tmp_path, text, TokenizerConfig()))

@@ -1,13 +1,16 @@
-"""The same pixels as OpenAI's preprocessing, on photographs and on every odd kind of image."""
+"""The same pixels as OpenAI, open_clip and transformers make, of photographs and odd images."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage
+import transformers
 from PIL import Image
 
+from clip_jax.convert import image_processor
 from clip_jax.data.images import Preprocess, preprocess
 
 # Gray, palette and alpha are among them.
@@ -100,6 +103,25 @@ def test_seeked_frame_is_the_one_that_counts(openai_clip):
     theirs = reference(openai_clip.clip._transform(224), image)
     assert_same_pixels(preprocess(image), theirs)
     assert np.abs(preprocess(ODD["animated gif"]) - theirs).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "ViT"])
+def test_transformers_image_processors(kind, tmp_path):
+    """Also what its file leaves out. torchvision resizes with rounding of its own."""
+    square = {"height": 160, "width": 160}
+    size = {"shortest_edge": 160} if kind == "CLIP" else square
+    settings = {"do_convert_rgb": True, "size": size, "crop_size": square}
+    settings = {"image_processor_type": f"{kind}ImageProcessor", **settings}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    ours = image_processor.read(tmp_path, 160)
+    images = [PHOTO.resize(shape) for shape in [(640, 427), (427, 640), (333, 331), (33, 60)]]
+    images += [Image.open(io.BytesIO(data)) for data in ODD.values()]
+    for backend, bound in (("Pil", 0), ("", 2)):
+        theirs = getattr(transformers, f"{kind}ImageProcessor{backend}").from_pretrained(tmp_path)
+        for image in images:
+            (x,) = theirs(image, do_rescale=False, do_normalize=False)["pixel_values"]
+            difference = ours.pixels(image).astype(int) - np.transpose(np.array(x), (1, 2, 0))
+            assert np.abs(difference).max() <= bound
 
 
 @pytest.mark.parametrize(
