@@ -70,13 +70,19 @@ def _read_shards(path: Path) -> Tensors:
     return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Refused names the file and what is wrong."""
+def read_small(path: Path) -> bytes:
+    """Read a file of a configuration. Refused if it is no regular file, or longer than any."""
     data = map_file(path)
     if len(data) > MAX_JSON:
         raise Refused(f"{path} has {len(data)} bytes; no configuration is that long.")
+    return bytes(data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Refused names the file and what is wrong."""
+    data = read_small(path)
     try:
-        value = json.loads(bytes(data))
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):

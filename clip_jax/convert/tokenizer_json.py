@@ -7,7 +7,7 @@ from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
-from clip_jax.convert.files import MAX_JSON, read_json, write_json
+from clip_jax.convert.files import MAX_JSON, read_json, read_small, write_json
 from clip_jax.data.tokenizers.clip import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.models.text import TextConfig
 from clip_jax.refused import Refused
@@ -87,7 +87,7 @@ def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
         return model.get("vocab"), [tuple(pair) for pair in pairs if isinstance(pair, list)]
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_small(folder / "merges.txt").decode(errors="replace").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         return read_json(folder / "vocab.json"), [tuple(pair) for pair in merges]
     return None

@@ -25,7 +25,8 @@ def map_file(path: Path) -> memoryview:
     if path.is_dir():
         raise Refused(f"{path} is a directory; a file is needed.")
     if not path.is_file():  # opening a pipe would wait for ever
-        raise Refused(f"there is no file {path}.")
+        pipe = f"{path} is a pipe or a device; a regular file is needed."
+        raise Refused(pipe if path.exists() else f"there is no file {path}.")
     with path.open("rb") as file:
         if not file.seek(0, 2):
             raise Refused(f"{path} is empty.")

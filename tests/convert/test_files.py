@@ -9,6 +9,7 @@ import pytest
 
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights
+from clip_jax.convert.tokenizer_json import is_clip_tokenizer
 from tests.convert.conftest import refuse
 
 
@@ -36,7 +37,10 @@ def test_no_file_where_a_file_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is a directory"):
         read_weights(tmp_path)
     os.mkfifo(tmp_path / "pipe.pt")
-    refuse(tmp_path / "pipe.pt", "there is no file", read_weights)  # it is not waited for
+    refuse(tmp_path / "pipe.pt", "is a pipe or a device", read_weights)  # it is not waited for
+    (tmp_path / "merges.txt").symlink_to("/dev/zero")
+    (tmp_path / "vocab.json").write_text("{}")
+    refuse(tmp_path, r"merges\.txt is a pipe or a device", lambda x: is_clip_tokenizer(x, 600))
 
 
 def safetensors(path: Path, header: bytes | dict, data: bytes = b"") -> Path:

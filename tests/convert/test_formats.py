@@ -309,3 +309,6 @@ def test_laions_configuration_is_read(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
     config = read_weights(tmp_path).config
     assert config == replace(weights.config, dtype=config.dtype)
+    settings["text_cfg"] |= {"layers": 1 << 21, "cross_attn_ratio": 1 << 21}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    assert_refused(tmp_path, "decoder.cross_every=2097152 must be from 1 to 200")

@@ -97,6 +97,18 @@ def test_every_value_wrong_in_turn(tmp_path, name, to, file):
         assert len(message) < 2000
 
 
+def test_a_template_of_many_ids(tmp_path):
+    """A list of ids named often: 900 million from a few kilobytes."""
+    path = vocabularies.wordpiece(tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    template = content["post_processor"]
+    template["special_tokens"]["[CLS]"] |= {"ids": [2] * 30_000, "tokens": ["[CLS]"] * 30_000}
+    template["single"] = template["single"][:1] * 30_000 + template["single"][1:2]
+    path.write_text(json.dumps(content))
+    with pytest.raises(Refused, match="puts 900000000 ids around texts"):
+        tokenizer_files.read(tmp_path, make_weights("vit").config.text, TokenizerConfig())
+
+
 def test_sizes_beyond_reason_take_no_memory(tmp_path):
     write_weights(make_weights("vit"), tmp_path, "hugging-face")
     path = tmp_path / "config.json"

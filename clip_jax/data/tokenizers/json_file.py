@@ -4,9 +4,13 @@ The file says how text is split into words and words into ids. What its post-pro
 and how it would pad and cut, is left to the model's own rules.
 """
 
+import base64
 import contextlib
 import functools
+import json
+import math
 from collections.abc import Generator
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -14,15 +18,48 @@ from clip_jax.data.tokenizers.rules import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
 from clip_jax.refused import Refused
 
+_MOST_GROWTH = 1 << 14  # of a text at worst; a few hundred in sentencepiece's rules
+_GROWTH = {  # of one letter, in letters or bytes
+    "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 3,
+    "ByteLevel": 4, "Metaspace": 2,
+}  # fmt: skip
+
 
 def load(file: str) -> Tokenizer:
     """Read a `tokenizer.json`. Refused says what is wrong with it."""
     data = read_vocabulary(file)
     with damage_refused(file):
         tokenizer = Tokenizer.from_str(data.decode())
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        part = getattr(tokenizer, name)
+        if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
+            raise Refused(
+                f"{file}: the steps of its {name} may make a text more than {_MOST_GROWTH} times "
+                "as long, which would fill the memory; no vocabulary needs that. Take another file."
+            )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Bound how many times as long a step of a tokenizer makes a text."""
+    match step["type"]:
+        case "Sequence":
+            steps = next(value for value in step.values() if isinstance(value, list))
+            return math.prod(map(_growth, steps), start=1.0)
+        case "Replace":
+            pattern, length = step["pattern"].get("String"), len(step["content"])
+            # A regular expression may match between any two letters.
+            return max(1, length / len(pattern)) if pattern else 1 + length
+        case "Prepend":
+            return 1 + len(step["prepend"])
+        case "Precompiled":  # the length of a table, the table, and what it puts for letters
+            data = base64.b64decode(step["precompiled_charsmap"])
+            texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+            return max(1, *map(len, texts))
+        case kind:
+            return _GROWTH.get(kind, 1)
 
 
 @contextlib.contextmanager

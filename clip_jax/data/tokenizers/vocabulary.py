@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 
 from clip_jax import files
 from clip_jax.models.text import TokenizerConfig
@@ -16,6 +17,8 @@ _LARGEST = 256 << 20  # bytes; 901,629 words take about 50 million
 def read_vocabulary(file: str) -> bytes:
     """Read a vocabulary's file whole. Refused if there is none, or it is longer than any."""
     try:
+        if not files.is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
+            raise OSError("a folder, a pipe or a device")
         size, _ = files.stat(file)
         if size > _LARGEST:
             raise Refused(f"{file} has {size} bytes; no vocabulary is that long.")

@@ -1,8 +1,11 @@
 """A vocabulary's rules, each on texts that show it; and files that are no vocabulary."""
 
+import base64
 import json
+import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +152,38 @@ def test_size_is_bounded_before_it_is_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match="no vocabulary is that long"):
         make(file=str(path))
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """A pipe would wait for ever, and a device fill the memory."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(Refused, match=f"{name} cannot be read .a folder, a pipe or a device"):
+            make(file=str(tmp_path / name))
+
+
+def replaced(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+TABLE = base64.b64encode(bytes(4) + b"a" * 20_000).decode()  # of no letters, and one long text
+BOMBS = {
+    "each letter by two": ("normalizer", [replaced({"String": "a"}, "aa")] * 15),
+    "between any letters": ("normalizer", [replaced({"Regex": "x*"}, "aa")] * 10),
+    "nested": ("decoder", [{"type": "Sequence", "decoders": [replaced({"String": ""}, "a")] * 15}]),
+    "a table": ("normalizer", [{"type": "Precompiled", "precompiled_charsmap": TABLE}]),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_steps_that_multiply_a_text(tmp_path, files, name):
+    part, steps = BOMBS[name]
+    content = json.loads(Path(files["wordpiece"]).read_text())
+    content[part] = {"type": "Sequence", f"{part}s": steps}
+    (tmp_path / "words.json").write_text(json.dumps(content))
+    with pytest.raises(Refused, match=f"the steps of its {part} may make a text more than 16384"):
+        make(file=str(tmp_path / "words.json"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
