@@ -177,13 +177,20 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
         raise Refused(f"{where} is {said!r:.99}; known are {', '.join(_CLEANING)}.")
     clean = _CLEANING[said]
     section.used |= {"tokenizer_mode"}
-    if others := sorted(set(options) - {"clean"}):
+    strip = options.get("strip_sep_token", False)
+    if others := sorted(set(options) - {"clean", "strip_sep_token"}):
         raise Refused(f"{section.where}.tokenizer_kwargs: {others} are not supported.")
     if not name:
         return TokenizerConfig(clean=clean)
     absent = tokenizer_files.missing(text, clean)
+    if strip:  # of CLIPA, whose vocabulary is BERT's
+        absent = replace(absent, begin_id=101, end_id=0, pad_id=0)
     found = tokenizer_files.read(folder, text, absent)
-    return found if found is absent else tokenizer_files.with_cleaning(found, clean, where)
+    if found is absent:
+        return found
+    if strip:
+        found = tokenizer_files.without_separator(found, folder)
+    return tokenizer_files.with_cleaning(found, clean, where)
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:

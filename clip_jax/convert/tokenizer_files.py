@@ -238,3 +238,18 @@ def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> Token
             "supported."
         )
     return replace(config, clean=clean)
+
+
+def without_separator(config: TokenizerConfig, folder: Path) -> TokenizerConfig:
+    """Return a tokenizer that has id 0 for its separator, as open_clip's `strip_sep_token` does.
+
+    Refused unless the separator is what ends each text.
+    """
+    path = folder / CONFIG_NAME
+    token = _token(read_json(path) if path.exists() else {}, "sep_token", folder) or "[SEP]"
+    if config.end_id is None or json_file.load(config.file).token_to_id(token) != config.end_id:
+        raise Refused(
+            f"{folder}: strip_sep_token with sep_token={token!r:.99}, which does not end each text "
+            "of the tokenizer, is not supported."
+        )
+    return replace(config, end_id=0)

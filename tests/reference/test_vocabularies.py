@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from clip_jax.convert import tokenizer_files
-from clip_jax.convert.open_clip_config import read_config, write_tokenizer
+from clip_jax.convert.open_clip_config import read_config, text_cfg, write_tokenizer
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from tests import vocabularies
@@ -106,35 +106,42 @@ def test_vocabularies_of_the_size_of_gemmas_and_xlm_vs(tmp_path, kind, size, cls
     np.testing.assert_array_equal(ids, theirs(tmp_path / "out")(texts))
 
 
+GEMMA = FAST | {"pad_token": "<pad>", "eos_token": "<eos>"}
+BERT = FAST | {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "options", "clean"),
+    ("kind", "options", "rules"),
     [
-        ("sentencepiece_model", {"tokenizer_class": "SiglipTokenizer"}, "canonicalize"),
-        ("byte_fallback", FAST | {"pad_token": "<pad>", "eos_token": "<eos>"}, "canonicalize"),
-        ("byte_fallback", FAST | {"pad_token": "<pad>", "eos_token": "<eos>"}, "lower"),
-        ("wordpiece", FAST | {"pad_token": "[PAD]"}, "whitespace"),
-        ("unigram", FAST | {"pad_token": "<pad>"}, "whitespace"),
-        ("unigram", FAST | {"pad_token": "<pad>"}, "canonicalize"),
+        ("sentencepiece_model", {"tokenizer_class": "SiglipTokenizer"}, {"clean": "canonicalize"}),
+        ("byte_fallback", GEMMA, {"clean": "canonicalize"}),
+        ("byte_fallback", GEMMA, {"clean": "lower"}),
+        ("wordpiece", FAST | {"pad_token": "[PAD]"}, {"clean": "whitespace"}),
+        ("wordpiece", BERT, {"strip_sep_token": True}),  # CLIPA's
+        ("unigram", FAST | {"pad_token": "<pad>"}, {"clean": "whitespace"}),
+        ("unigram", FAST | {"pad_token": "<pad>"}, {"clean": "canonicalize"}),
     ],
 )
-def test_open_clip(open_clip, tmp_path, kind, options, clean):
+def test_open_clip(open_clip, tmp_path, kind, options, rules):
     """Its `HFTokenizer`, from a folder in, and from one that we write."""
     content = {
         "embed_dim": 8,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
         "text_cfg": {
             "context_length": LENGTH, "vocab_size": 1_000, "width": 64, "heads": 1, "layers": 1,
-            "hf_tokenizer_name": "toy", "tokenizer_kwargs": {"clean": clean},
+            "hf_tokenizer_name": "toy", "tokenizer_kwargs": rules,
             "pool_type": "last",
         },
     }  # fmt: skip
     folders = [tmp_path / name for name in ("before", "again")]
     for path in folders:
         path.mkdir()
-        (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
+    (folders[0] / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
     write_folder(folders[0], kind, **options)
     config, _ = read_config(folders[0] / "open_clip_config.json")
     write_tokenizer(folders[1], config.text)
+    again = {"model_cfg": content | {"text_cfg": text_cfg(config.text)}}
+    (folders[1] / "open_clip_config.json").write_text(json.dumps(again))
     own = ours(config.text.tokenizer)
     reference, written = (open_clip.get_tokenizer(f"local-dir:{path}") for path in folders)
 
