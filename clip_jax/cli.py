@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import errno
 import functools
-import json
 import os
 import select
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 
 from clip_jax import arguments
 from clip_jax.refused import Refused
+from clip_jax.serialize import to_json
 from clip_jax.unreachable import Unreachable, explained
 
 USAGE = """\
@@ -176,10 +176,12 @@ def convert(args: Sequence[str]) -> int:
     values: dict[str, Any] = {"destination": str(config.destination)}
     if done.activation_difference is not None:
         values["activation_difference"] = done.activation_difference
+    if done.unverified:
+        values["verification"] = f"written; cannot be verified because {done.unverified}"
     if proof := done.verification:
         most = proof.max_relative_difference
         values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
-    _print(values, as_json, "\n".join(f"{name:<24} {value}" for name, value in values.items()))
+    _print(values, as_json, _listed(values))
     return 0 if proof is None or proof.passed else 1
 
 
@@ -194,7 +196,7 @@ def export(args: Sequence[str]) -> int:
     if proof:
         values |= dataclasses.asdict(proof)
         values["max_relative_difference"] = proof.max_relative_difference
-    _print(values, as_json, "\n".join(f"{name:<24} {value}" for name, value in values.items()))
+    _print(values, as_json, _listed(values))
     return 0 if proof is None or proof.passed else 1
 
 
@@ -248,7 +250,7 @@ def _ladder(args: Sequence[str]) -> int:
     except Stopped as stopped:
         return _say(str(stopped), code=3)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     for point in (failures := [point for point in result["points"] if point["failure"]]):
         print(f"failed: {point['name']}: {point['failure']}", file=sys.stderr)
     if all(point["done"] for point in result["points"]):
@@ -332,8 +334,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _print(values: Any, as_json: bool, text: str) -> int:
-    print(json.dumps(values) if as_json else text)
+    print(to_json(values) if as_json else text)
     return 0
+
+
+def _listed(values: dict[str, Any]) -> str:
+    """One value a line, without those that there are not."""
+    return "\n".join(f"{name:<24} {x}" for name, x in values.items() if x is not None)
 
 
 def _say(message: str, code: int) -> int:

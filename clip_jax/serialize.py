@@ -1,6 +1,7 @@
 """Configurations as JSON and back, strictly: what a file says is checked against the dataclass."""
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any, Literal
@@ -19,6 +20,11 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, bool | int | float | str | None):
         return config
     return str(config)  # paths
+
+
+def to_json(value: Any) -> str:
+    """Write JSON values as one line of JSON, which has no NaN and no infinity: null for them."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def from_dict(kind: Any, data: Any, where: str = "config") -> Any:

@@ -16,6 +16,7 @@ from clip_jax import loading
 from clip_jax.cli import main
 from clip_jax.convert import folder
 from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.loading import Model, _encode, load, load_on_mesh, starting_params
 from clip_jax.models.generation import GenerationConfig
@@ -81,9 +82,16 @@ def test_verification_of_our_own_folder(run, tmp_path, capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["max_relative_difference"] == 0.0
     assert 1e-5 < values["rounding_loss"] < 1e-1
-    another = Weights(config=config, params=jax.tree.map(lambda x: x * np.float32(1.001), params))
-    with mock.patch.object(folder, "read", autospec=True, return_value=another):
-        assert main([*args, "--overwrite"]) == 1
+    assert main([*args, "--overwrite"]) == 0
+    assert "rounding_loss" not in capsys.readouterr().out  # where nothing is rounded
+    for factor, shown in ((1.001, float), (np.nan, type(None))):
+        scaled = jax.tree.map(lambda x, by=factor: x * np.float32(by), params)
+        other = Weights(config=config, params=scaled)
+        with mock.patch.object(folder, "read", autospec=True, return_value=other):
+            assert main([*args, "--overwrite", "--json"]) == 1
+        values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
+        assert isinstance(values["max_relative_difference"], shown)
+    assert not Verification("", 0.0, np.nan, 0.0, None).passed
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])

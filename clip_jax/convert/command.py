@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from clip_jax import files
 from clip_jax.convert import card, open_clip
 from clip_jax.convert.formats import FILES, Format, read_weights, write_weights
-from clip_jax.convert.verify import Verification, features_difference, verify
+from clip_jax.convert.verify import Unverifiable, Verification, features_difference, verify
 from clip_jax.convert.weights import DType
 from clip_jax.files import Place
 from clip_jax.models.layers import Activation
@@ -45,6 +45,7 @@ class Conversion:
     # relative difference of image features between this model's activation and the one that was
     # accepted in its place; None: the format has the model's own
     activation_difference: float | None
+    unverified: str = ""  # why no reference implementation can build what was written
 
 
 def convert(config: ConvertConfig) -> Conversion:
@@ -84,10 +85,13 @@ def convert(config: ConvertConfig) -> Conversion:
     write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
     if config.to not in FILES:
         card.write(destination, source, weights, _USE[config.to])
-    verification = None
-    if config.verify:
+    if not config.verify:
+        return Conversion(None, difference)
+    try:
         with files.local(destination) as here:
             verification = verify(weights, here, config.to, plain=config.plain, dtype=config.dtype)
+    except Unverifiable as error:
+        return Conversion(None, difference, str(error))
     return Conversion(verification, difference)
 
 

@@ -44,11 +44,16 @@ class Verification:
 
     @property
     def max_relative_difference(self) -> float:
-        return max(self.image_features, self.text_features, self.logits, self.caption_logits)
+        values = (self.image_features, self.text_features, self.logits, self.caption_logits)
+        return float(np.max(values))  # NaN if one is
 
     @property
     def passed(self) -> bool:
         return self.max_relative_difference <= BOUND  # False for NaN
+
+
+class Unverifiable(Refused):
+    """No reference implementation has such a model; the message says why, after "because"."""
 
 
 def random_inputs(config: CLIPConfig, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -109,13 +114,10 @@ def verify(
 
     openai-clip rounds weights to float16 whatever the file holds, and `dtype` may have rounded
     them: then the peer is compared with our model on the rounded weights, and the loss by rounding
-    is told apart. Refused if the peer is not installed.
+    is told apart. Refused if the peer is not installed, Unverifiable if it has no such model.
     """
     if to == "open-clip" and isinstance(weights.config.decoder, MaMMUTConfig):
-        raise Refused(
-            "MaMMUT has no peer to compare with: LAION's fork of open_clip is in no package. The "
-            "folder is written; leave out --verify."
-        )
+        raise Unverifiable("MaMMUT is in LAION's fork of open_clip alone, which is in no package")
     images, tokens = random_inputs(weights.config)
     params = _rounded(weights, to, plain, dtype)
     ours = our_outputs(weights.config, params, images, tokens)
@@ -220,7 +222,11 @@ def _big_vision_outputs(
     Its GELU is big_vision's only once it is set so.
     """
     _need("open_clip", "open_clip_torch")
-    settings = model_cfg(open_clip.as_computed(weights))
+    try:
+        settings = model_cfg(open_clip.as_computed(weights))
+    except Refused as error:
+        message = "open_clip, which reads these files too, has no image tower of these sizes"
+        raise Unverifiable(message) from error
     del settings["custom_text"]
     with _quiet():
         import torch

@@ -7,10 +7,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from clip_jax.cli import main
 from clip_jax.convert import hugging_face, open_clip, openai
+from clip_jax.convert import verify as convert_verify
 from clip_jax.convert.files import read_tensors, write_safetensors
 from clip_jax.convert.formats import read_weights, write_weights
-from clip_jax.convert.verify import verify
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
@@ -284,9 +285,20 @@ def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path):
 # ------------------------------------------------------------------ LAION's MaMMUT
 
 
-def test_mammut_has_no_reference_implementation_to_verify_with(tmp_path):
-    with pytest.raises(ValueError, match="MaMMUT has no peer"):
-        verify(make_weights("mammut"), tmp_path, "open-clip")
+@pytest.mark.parametrize(
+    ("name", "to", "why"),
+    [
+        ("mammut", "open-clip", "MaMMUT is in LAION's fork of open_clip alone"),
+        ("siglip", "big-vision", "open_clip, which reads these files too, has no image tower of"),
+    ],
+)
+def test_what_no_reference_implementation_builds_is_written(tmp_path, capsys, name, to, why):
+    write_weights(make_weights(name), tmp_path / "model", "clip-jax")
+    output = tmp_path / "out.npz"
+    with mock.patch.object(convert_verify, "_need", autospec=True):
+        assert main(["convert", str(tmp_path / "model"), str(output), "--to", to, "--verify"]) == 0
+    assert f"written; cannot be verified because {why}" in capsys.readouterr().out
+    assert output.exists()
 
 
 def test_laions_configuration_is_read(tmp_path):
