@@ -105,7 +105,7 @@ def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source:
     """
     shapes = param_shapes(config)
     rows = list(rows)
-    _check_rows(rows, shapes)
+    _check_rows(rows, shapes, f"{source} cannot be read")
     deepest = max((shapes[row.ours][0] for row in rows if "{}" in row.names[0]), default=0)
     if deepest > len(tensors):  # before a name is made for each
         raise Refused(
@@ -128,7 +128,7 @@ def from_params(rows: Iterable[Row], params: Params) -> Tensors:
     """Turn our nested dict into their tensors, in the dtypes it has."""
     flat = flatten(params)
     rows = list(rows)
-    _check_rows(rows, flat)
+    _check_rows(rows, flat, "the model cannot be written")
     tensors: Tensors = {}
     for row in rows:
         array = np.asarray(flat[row.ours])
@@ -168,9 +168,13 @@ def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Sh
     return expected
 
 
-def _check_rows(rows: Sequence[Row], ours: dict[str, Any]) -> None:
-    if left := {row.ours for row in rows} ^ set(ours):
-        raise Refused(f"the table of conversion and the model disagree about {sorted(left)}.")
+def _check_rows(rows: Sequence[Row], ours: dict[str, Any], what: str) -> None:
+    if left := sorted({row.ours for row in rows} ^ set(ours)):
+        raise Refused(
+            f"{what}: this format has no such combination of pooling and projections, of which "
+            f"{', '.join(left[:_SHOWN])} are left over. Correct it in the model's configuration, "
+            "or choose --to clip-jax."
+        )
 
 
 def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) -> None:
