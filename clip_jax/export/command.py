@@ -35,7 +35,8 @@ class ExportConfig:
     layout: onnx.Layout = "transformers-js"  # with onnx: who loads the folder
     normalize: bool = False  # with onnx: the towers' features have unit length (immich's always)
     # run the result (onnxruntime; a fresh process), compare with the model; exit code 1 if they
-    # differ by more than the type's rounding: float32 1e-5, float16 0.01, bfloat16 0.03
+    # differ by more than the type's rounding: float32 1e-5, float16 0.01, bfloat16 0.03; token ids
+    # of a few texts too, which must be the same
     verify: bool = False
     existing: bool = False  # write nothing: verify what lies at the output already
     image_size: int | None = None  # pixels; positions are resized to it
@@ -66,6 +67,9 @@ class Proof:
     text_features: float
     logits: float | None  # None: the folder computes none
     caption_logits: float | None = None  # of a decoder, for all words; None likewise
+    # of a few texts of mixed case and signs, to how many the folder's tokenizer.json gives other
+    # ids; None: it has none
+    texts_with_other_ids: int | None = None
 
     @property
     def max_relative_difference(self) -> float:
@@ -74,7 +78,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        return self.max_relative_difference <= self.bound  # False for NaN
+        return self.max_relative_difference <= self.bound and not self.texts_with_other_ids
 
 
 def export(config: ExportConfig) -> Proof | None:
@@ -145,6 +149,9 @@ def prove(config: ExportConfig, weights: Weights, folder: Path) -> Proof:
                 f"{list(ours[name].shape)}: it is another model's."
             )
         differences[name] = relative_difference(x, ours[name])
+    if (file := weights.config.text.tokenizer.file) == "clip" or (file and config.format == "onnx"):
+        layout = config.layout if config.format == "onnx" else None
+        differences["texts_with_other_ids"] = onnx.other_ids(folder, layout, weights.config.text)
     return Proof(runtime, BOUNDS[config.dtype], **differences)
 
 

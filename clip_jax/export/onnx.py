@@ -1,6 +1,7 @@
 """ONNX files in the layouts that transformers.js and immich load, and onnxruntime to prove them."""
 
 import importlib.util
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,16 @@ import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.files import read_json, write_json
-from clip_jax.convert.open_clip_config import is_cleaned, text_cfg
+from clip_jax.convert.open_clip_config import is_open_clips_own, text_cfg
 from clip_jax.convert.weights import Weights
+from clip_jax.data.tokenizers import json_file, make_tokenizer
+from clip_jax.data.tokenizers.vocabulary import JSON_NAME
 from clip_jax.export.captions import caption_logits
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import image_tower, sees_padding, text_tower
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.generation import MAX_LENGTH
+from clip_jax.models.text import TextConfig
 from clip_jax.refused import Refused
 
 # What writes captions, greedily, the begin token first; images.npy as StableHLO's READER has them.
@@ -29,6 +33,9 @@ for _ in range(1, {length}):
     logits = session.run(["logits"], {"pixel_values": pixels, "input_ids": captions})[0]
     captions = np.append(captions, logits[:, -1:].argmax(-1), axis=1)
 """
+
+# What --verify tokenizes: cases, signs, and more words than any context has.
+TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
 
 Layout = Literal["transformers-js", "immich"]
 HalfOrFull = Literal["float32", "float16"]
@@ -125,11 +132,15 @@ def write(
 
 
 def check(weights: Weights, layout: Layout) -> None:
-    """Refused for what a layout's reader cannot do with images."""
+    """Refused for what a layout's reader cannot do with images and texts."""
     if weights.preprocess.resize_mode == "longest":
         raise Refused(
             f"preprocess.resize_mode='longest' is nothing that {layout} does with images; choose "
             "--format stablehlo, whose manifest says it."
+        )
+    if layout == "immich" and weights.config.text.tokenizer.pad_side == "left":
+        raise Refused(
+            "immich pads texts on the right; text.tokenizer.pad_side='left' needs another --layout."
         )
 
 
@@ -157,12 +168,15 @@ def _write_beside(
     config, preprocess = weights.config, weights.preprocess
     own_padding = sees_padding(config.text)
     if layout == "immich":
+        words, own = text_cfg(config.text), is_open_clips_own(config.text)
+        if not own:  # tokenizer.json cleans: immich lowers no case, and joins words at underscores
+            words["tokenizer_kwargs"] = {"clean": "whitespace"}
         write_json(
             folder / "config.json",
             {
                 "embed_dim": config.embed_dim,
                 "vision_cfg": {"image_size": config.vision.image_size},
-                "text_cfg": text_cfg(config.text),
+                "text_cfg": words,
             },
         )
         content = {
@@ -175,9 +189,8 @@ def _write_beside(
             "fill_color": preprocess.fill,
         }
         write_json(folder / "visual/preprocess_cfg.json", content)
-        cleaned = "tokenizer_kwargs" in text_cfg(config.text) and is_cleaned(config.text)
         tokenizer_files.write(
-            folder / "textual", config.text, cleaned, as_json=True, own_padding=own_padding
+            folder / "textual", config.text, own, as_json=True, own_padding=own_padding
         )
         return
     siglip = _is_siglip(config)
@@ -245,6 +258,28 @@ def outputs(
     if called.whole:
         (found["logits"],) = _run(folder / called.whole, ["logits_per_image"], pixels | ids)
     return found
+
+
+def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
+    """Count of TEXTS those to which an exported tokenizer.json gives other ids than the model's.
+
+    It is read and padded as the layout's reader does it; None: StableHLO's. Where padding changes
+    no feature, its id may be another.
+    """
+    path = folder / ("textual" if layout == "immich" else "") / JSON_NAME
+    settings, theirs = read_json(path.with_name("tokenizer_config.json")), json_file.load(str(path))
+    own, length = text.tokenizer.pad_id, text.context_length
+    pad = theirs.token_to_id(settings["pad_token"]) if sees_padding(text) else own
+    side, texts = settings.get("padding_side", "right"), TEXTS
+    if layout == "immich":
+        side, clean = "right", read_json(folder / "config.json")["text_cfg"].get("tokenizer_kwargs")
+        texts = [" ".join(x.split()) for x in texts]
+        if clean == {"clean": "canonicalize"}:
+            texts = [x.translate(str.maketrans("", "", string.punctuation)).lower() for x in texts]
+    theirs.enable_padding(direction=side, pad_id=pad, length=length)
+    theirs.enable_truncation(length)
+    ids = [encoding.ids for encoding in theirs.encode_batch(texts)]
+    return int((make_tokenizer(text)(TEXTS, length, True) != ids).any(axis=1).sum())
 
 
 def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

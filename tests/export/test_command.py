@@ -4,6 +4,7 @@ tests/programs/test_stablehlo.py has what starts a process.
 """
 
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,11 @@ def test_onnx_is_verified_and_says_how_it_was_trained(model, tmp_path, capsys, f
     values = json.loads(capsys.readouterr().out)
     assert values["runtime"].startswith("onnxruntime ")
     assert values["max_relative_difference"] <= values["bound"] == 1e-5
+    assert values["texts_with_other_ids"] == 0
+    (path,) = (tmp_path / "out").rglob("tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
+    assert export(model, tmp_path / "out", "--existing", *flags) == 1
+    assert re.search(r"texts_with_other_ids +2\n", capsys.readouterr().out)
     assert "| zero_shot/seen/top1 | 0.93 |" in (tmp_path / "out/README.md").read_text()
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tokenizers
 
 from clip_jax.convert.verify import our_outputs, relative_difference
-from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.export.onnx import caption_reader, outputs, write
+from clip_jax.export.onnx import caption_reader, other_ids, outputs, write
 from clip_jax.models import zoo
+from clip_jax.models.text import TokenizerConfig
 from clip_jax.refused import Refused
 from tests.conftest import ROOT
 from tests.export.conftest import FAMILIES, Family
@@ -108,18 +107,26 @@ def test_the_layout_of_immich(tmp_path, families, name):
     assert (pixels["size"], pixels["interpolation"]) == ([size, size], "bicubic")
     words = json.loads((tmp_path / "config.json").read_text())["text_cfg"]
     assert words["context_length"] == config.text.context_length
-    settings = json.loads((tmp_path / "textual/tokenizer_config.json").read_text())
-    vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "textual/tokenizer.json"))
-    pad = vocabulary.token_to_id(settings["pad_token"])
-    assert pad == 519 if config.text.pool in ("argmax", "eos") else pad in (0, 1)
-    texts = ["A Cat!", "a_b 4"]
-    for line, ours in zip(texts, make_tokenizer(config.text)(texts, 16, True), strict=True):
-        found = vocabulary.encode(" ".join(line.split())).ids  # all that is cleaned there
-        assert found == ours[: len(found)].tolist()
+    assert other_ids(tmp_path, "immich", config.text) == 0
     theirs = outputs(tmp_path, "immich", config, "float32", family.images[:1], family.tokens[:1])
     for key, x in theirs.items():
         expected = family.ours[key][:1] / np.linalg.norm(family.ours[key][:1])
         assert relative_difference(x, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("clean", ["lower", "canonicalize", "clip"])
+def test_each_reader_makes_the_models_ids(tmp_path, families, clean):
+    """immich cleans whitespace or canonicalizes, in its own way, and lowers no case."""
+    weights = families("siglip").weights
+    text = weights.config.text
+    text = replace(text, tokenizer=replace(text.tokenizer, clean=clean))
+    weights = replace(weights, config=replace(weights.config, text=text))
+    for layout, folder in (("immich", "textual"), ("transformers-js", "")):
+        write(weights, tmp_path / layout, layout)
+        assert other_ids(tmp_path / layout, layout, text) == 0
+        path = tmp_path / layout / folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
+        assert other_ids(tmp_path / layout, layout, text) >= 2
 
 
 def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path, clip):
@@ -131,3 +138,6 @@ def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path
     bars = replace(weights, preprocess=replace(weights.preprocess, resize_mode="longest"))
     with pytest.raises(Refused, match="longest"):
         write(bars, tmp_path)
+    left = replace(weights.config.text, tokenizer=TokenizerConfig(pad_side="left"))
+    with pytest.raises(Refused, match="immich pads texts on the right"):
+        write(replace(weights, config=replace(weights.config, text=left)), tmp_path, "immich")

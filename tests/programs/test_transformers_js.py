@@ -24,7 +24,7 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
     gradient = np.linspace(0, 255, 60, dtype=np.uint8)
     picture = np.stack(np.broadcast_arrays(gradient, gradient[:40, None], gradient[7]), axis=2)
     Image.fromarray(picture).save(tmp_path / "picture.png")
-    labels, template = ["cat", "dog", "seven", "a house"], "a {}"
+    labels, template = ["Cat!", "snake_case dog", "it's 7 O'Clock", "a house"], "A photo of: {}."
     given = {
         "pixels": images.transpose(0, 3, 1, 2).ravel().tolist(), "shape": [3, 3, size, size],
         "ids": tokens.ravel().tolist(), "ids_shape": list(tokens.shape),
