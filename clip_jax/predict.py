@@ -366,8 +366,9 @@ class Searcher:
         if not (folder / "embed.json").is_file():
             raise Refused(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
         self._told = told = read_json(folder / "embed.json")
-        kinds = {"model": str, "source": str, "image_column": str, "weights": list[float]}
+        kinds: dict[str, Any] = dict.fromkeys(("model", "source", "image_column"), str)
         kinds |= dict.fromkeys(("rows", "parts", "rows_per_file"), int)
+        kinds |= {"weights": list[float]}
         where = f"{folder / 'embed.json'} is damaged, embed the images anew: its "
         for name, kind in kinds.items():
             from_dict(kind, told.get(name), where + name)

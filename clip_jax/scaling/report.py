@@ -5,7 +5,6 @@ The page is one file without a server: data, style and script are in it, and it 
 
 import dataclasses
 import fcntl
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from clip_jax.refused import Refused, check_ranges
 from clip_jax.scaling import answers, table
 from clip_jax.scaling import fit as fits
 from clip_jax.scaling.words import describe
+from clip_jax.serialize import to_json
 from clip_jax.workdir import parse, read_rows
 
 POINTS = 240  # of a run's curve, evenly spread
@@ -89,8 +89,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 def page(data: Mapping[str, Any]) -> str:
     """Put data into the page: nothing in them ends the script that holds them, NaN is null."""
-    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
-    text = json.dumps(finite, allow_nan=False).replace("<", "\\u003c")
+    text = to_json(data).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)
 
