@@ -92,9 +92,11 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 
 def _check_names(kind: Any, args: Sequence[str]) -> None:
     """Refuse what other tools call an option that has another name here."""
-    own = {field.name for field in dataclasses.fields(kind)}
+    own = {field.name: field.type for field in dataclasses.fields(kind)}
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
+        if not dataclasses.is_dataclass(own.get(flag[2:].replace("-", "_"), kind)):
+            continue  # it has that option itself, and not as a group
         for names, field, instead in _ELSEWHERE:
             if flag in [f"--{name}" for name in names.split()] and field in own:
                 raise Refused(f"there is no option {flag}; take {instead}.")

@@ -41,8 +41,8 @@ def test_absolute_paths_and_other_columns(tmp_path):
         ("header.csv", "image,caption\n", r"has no rows"),
         ("empty.jsonl", "", r"is empty"),
         ("lines.jsonl", "\nnothing\n[1]\n", r"no column 'image', only none"),
-        ("a.csv", "image,text\na,b\n", r"'caption', only 'image', 'text'.*source\.caption_column"),
-        ("a.jsonl", '{"file": "a", "caption": "b"}', r"'image', only 'file', 'caption'.*image_col"),
+        ("a.csv", "image,text\na,b\n", r"'caption', only 'image', 'text'.*source\.caption-column"),
+        ("a.jsonl", '{"file": "a", "caption": "b"}', r"'image', only 'file', 'caption'.*image-col"),
         ("twice.csv", "image,caption,caption\na,b,c\n", r"2 columns 'caption' among 'image', 'c"),
         ("quote.csv", 'image,caption\na.png,"open\nb.png,x\n', "ends within quotes"),
         # One block of Arrow's, and part of the next: the rest is taken for one long cell.
