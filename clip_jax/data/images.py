@@ -5,7 +5,6 @@ does to the pixel: resize and crop in the image's own mode, then convert to RGB.
 to RGB first (`decode`), so that crops are cheap and all modes are treated alike. The two agree on
 RGB images. In both, EXIF orientation is *not* applied, alpha is dropped, 16-bit gray is cut off at
 255, and of an animation the first frame counts, as in OpenAI's and open_clip's code.
-`Preprocess` has transformers' rules too, for weights that come from its folders.
 """
 
 import contextlib

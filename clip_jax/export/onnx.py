@@ -268,18 +268,21 @@ def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
     """
     path = folder / ("textual" if layout == "immich" else "") / JSON_NAME
     settings, theirs = read_json(path.with_name("tokenizer_config.json")), json_file.load(str(path))
-    own, length = text.tokenizer.pad_id, text.context_length
-    pad = theirs.token_to_id(settings["pad_token"]) if sees_padding(text) else own
+    token, length = settings.get("pad_token"), text.context_length
+    name = str(token.get("content") if isinstance(token, dict) else token)
+    pad = theirs.token_to_id(name) if sees_padding(text) else text.tokenizer.pad_id
+    if pad is None:
+        raise Refused(f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json.")
     side, texts = settings.get("padding_side", "right"), TEXTS
     if layout == "immich":
-        side, clean = "right", read_json(folder / "config.json")["text_cfg"].get("tokenizer_kwargs")
+        side, words = "right", read_json(folder / "config.json").get("text_cfg")
         texts = [" ".join(x.split()) for x in texts]
-        if clean == {"clean": "canonicalize"}:
+        if isinstance(words, dict) and words.get("tokenizer_kwargs") == {"clean": "canonicalize"}:
             texts = [x.translate(str.maketrans("", "", string.punctuation)).lower() for x in texts]
     theirs.enable_padding(direction=side, pad_id=pad, length=length)
     theirs.enable_truncation(length)
-    ids = [encoding.ids for encoding in theirs.encode_batch(texts)]
-    return int((make_tokenizer(text)(TEXTS, length, True) != ids).any(axis=1).sum())
+    ids, ours = theirs.encode_batch(texts), make_tokenizer(text)(TEXTS, length, True)
+    return sum(row.ids != own.tolist() for row, own in zip(ids, ours, strict=True))
 
 
 def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
