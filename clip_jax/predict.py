@@ -365,7 +365,7 @@ class Searcher:
         self._model, self._folder = model, folder
         if not (folder / "embed.json").is_file():
             raise Refused(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
-        self._told = told = read_json(folder / "embed.json")
+        self._told = told = read_json(folder / "embed.json", advice="Embed the images anew.")
         kinds: dict[str, Any] = dict.fromkeys(("model", "source", "image_column"), str)
         kinds |= dict.fromkeys(("rows", "parts", "rows_per_file"), int)
         kinds |= {"weights": list[float]}

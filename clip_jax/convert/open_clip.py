@@ -55,9 +55,10 @@ def find_weights(folder: Path) -> Path:
                 return path
     others = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
     if len(others) != 1:
+        names = ", ".join(path.name for path in others[:5])
         raise Refused(
-            f"{folder} holds {len(others)} files of weights ({[p.name for p in others[:5]]}); "
-            f"exactly one, or one called {WEIGHTS_NAME}, is needed."
+            f"{folder} holds {len(others)} files of weights ({names or 'none'}); a model's folder "
+            f"has exactly one (.safetensors, .bin or .pt), or one called {WEIGHTS_NAME}."
         )
     return others[0]
 

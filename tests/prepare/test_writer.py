@@ -173,5 +173,6 @@ def test_inspect_shows_the_first_samples(source, tmp_path, capsys):
 def test_wrong_config(wrong, message):
     with pytest.raises(ValueError, match=message):
         PrepareConfig(source="x.tar", **wrong)
-    with pytest.raises(ValueError, match="is no source"):
-        guess_source(PathConfig(path="x.zip"))
+    for path, says in (("*.zip", "is not a data source"), ("x.zip", "there is nothing at x.zip")):
+        with pytest.raises(ValueError, match=says):
+            guess_source(PathConfig(path=path))

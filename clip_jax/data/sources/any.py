@@ -92,8 +92,10 @@ def guess_source(config: PathConfig) -> SingleConfig:
         else:
             kind = FolderConfig
     if kind is None:
+        if not (any(sign in path for sign in "*?[{") or folder.exists()):
+            raise Refused(f"there is nothing at {path}; set --data.source.path")
         raise Refused(
-            f"{path} (data.source.path) is no source: give files that end in "
+            f"{path} (data.source.path) is not a data source: give files that end in "
             f"{', '.join(_SUFFIXES)}, or a folder of such files, of images, of save_to_disk or of "
             "a TFDS version"
         )

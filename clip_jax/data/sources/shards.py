@@ -47,5 +47,8 @@ def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards
         return
     message = f"{len(shards)} shards of data.source.path={pattern} are {what}: {listed(shards)}"
     if bad_shards == "error":
-        raise Refused(f"{message}. Repair them, or set --data.source.bad-shards skip")
+        raise Refused(
+            f"{message}. Repair them or leave them out (train, prepare: "
+            "--data.source.bad-shards skip)"
+        )
     _log.warning("%s; skipped", message)
