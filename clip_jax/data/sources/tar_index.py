@@ -303,7 +303,7 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
         warn_once(
             f"{sum(count for count, _ in notes):,} members of {len(notes):,} shards, such as "
             f"{notes[0][1]}, are ignored: after its first dot a name says what the member is, one "
-            f"of {', '.join((*IMAGES, *TEXTS))}"
+            f"of {', '.join((*IMAGES, *TEXTS))}; of a sample's images the first of these counts"
         )
 
 

@@ -35,8 +35,12 @@ class Sample(NamedTuple):
 
 
 def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> Iterator[Sample]:
-    """Members in a row become samples; others, dot files aside, are noted as `ignored`."""
-    last_key, start, end, places = None, 0, 0, {}
+    """Members in a row become samples; others, dot files aside, are noted as `ignored`.
+
+    Of images of several kinds in a sample, such as a mask beside the photo, the first in `IMAGES`
+    counts.
+    """
+    last_key, start, end, places, rank = None, 0, 0, {}, -1
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
@@ -45,13 +49,18 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
             if ignored is not None and stem:
                 ignored.append(name)
             continue
-        key = folder + b"/" + stem if folder else stem
-        if key != last_key or kind in places:
+        key, own = folder + b"/" + stem if folder else stem, _rank(extension)
+        beside = key == last_key and kind == "image" and kind in places and own != rank
+        if key != last_key or (kind in places and not beside):
             if last_key is not None:
                 yield Sample(last_key, start, end, places)
             last_key, start, places = key, begin, {}
         end = after
-        places[kind] = (offset, size)
+        if beside and ignored is not None:
+            ignored.append(name)
+        if not (beside and own > rank):
+            places[kind] = (offset, size)
+            rank = own if kind == "image" else rank
     if last_key is not None:
         yield Sample(last_key, start, end, places)
 
@@ -62,6 +71,11 @@ def _kind(extension: bytes) -> str | None:
     if name in IMAGES:
         return "image"
     return name if name in TEXTS else None
+
+
+def _rank(extension: bytes) -> int:
+    name = extension.lower().decode("ascii", "replace")
+    return IMAGES.index(name) if name in IMAGES else -1
 
 
 def members(

@@ -94,6 +94,14 @@ def test_members_of_other_endings_are_counted(tmp_path, caplog):
         assert "4 members of 2 shards, such as a.b.jpg, are ignored" in caplog.text
 
 
+def test_of_a_photo_and_a_mask_the_photo_counts(tmp_path):
+    members = [("1.jpg", b"photo"), ("1.tif", b"mask"), ("1.txt", b"text")]
+    members += [("2.bmp", b"mask"), ("2.jpg", b"photo"), ("2.txt", b"text")]
+    write_tar(tmp_path / "a.tar", members)
+    source = open_tar(tmp_path / "a.tar")
+    assert [source.load(i, RNG) for i in range(len(source))] == [(b"photo", "text")] * 2
+
+
 def test_a_size_of_thousands_of_digits_and_gzip_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
         member = tarfile.TarInfo("1.jpg")
