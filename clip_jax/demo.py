@@ -55,7 +55,7 @@ def build(config: DemoConfig) -> Any:
             raise gr.Error("Drop an image first.", print_exception=False)
         labels = [line.strip() for line in lines.splitlines() if line.strip()]
         try:
-            check_labels(labels, template)
+            labels = check_labels(labels, template)
             features = unit(model.encode_image(model.preprocess([image])))
             shares = probabilities(model, features, embed_labels(model, labels, template))[0]
         except Refused as error:

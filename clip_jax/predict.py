@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +78,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     model = load(config.model, dtype=config.dtype)
     if config.caption:
         model.clip.needs_decoder()
-    classes = embed_labels(model, config.labels, config.template) if config.labels else None
+    labels = list(dict.fromkeys(config.labels))
+    classes = embed_labels(model, labels, config.template) if labels else None
 
     def describe(pixels: np.ndarray) -> list[dict[str, Any]]:
         found: dict[str, list] = {}
@@ -88,7 +89,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         if classes is not None:
             features = unit(model.encode_image(pixels, batch_size=config.batch_size))
             rows = probabilities(model, features, classes)
-            found["labels"] = [ranked(config.labels, row) for row in rows]
+            found["labels"] = [ranked(labels, row) for row in rows]
         return [dict(zip(found, one, strict=True)) for one in zip(*found.values(), strict=True)]
 
     results, tiles = [], []
@@ -110,15 +111,14 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     return results
 
 
-def check_labels(labels: Sequence[str], template: str) -> None:
-    """Raise Refused if there is no label, an empty one, one twice, or no place for it in the
-    template."""
+def check_labels(labels: Sequence[str], template: str) -> list[str]:
+    """Return the labels, each once: two that are alike would share a probability. Raise Refused if
+    there is none, an empty one, or no place for it in the template."""
     if not labels or not all(label.strip() for label in labels):
         raise Refused(f"labels={list(labels)}: give at least one label and none empty.")
-    if twice := [label for label, count in Counter(labels).items() if count > 1]:
-        raise Refused(f"labels: {twice[0]!r} is given twice; they would share its probability.")
     if "{}" not in template:
         raise Refused(f"template={template!r} has no {{}} where the label goes.")
+    return list(dict.fromkeys(labels))
 
 
 def embed_labels(
@@ -423,12 +423,20 @@ class Searcher:
 
     @functools.cached_property
     def _images(self) -> Images:
+        told = self._told
         try:
-            return open_images(self._told["source"], self._told["image_column"])
+            images = open_images(told["source"], told["image_column"])
         except Refused as error:
             raise Refused(
                 f"the images that {self._folder} was made from are not where they were: {error}"
             ) from error
+        known = told.get("fingerprint")  # None: of an older version
+        if len(images) != told["rows"] or known not in (None, fingerprint(images)):
+            raise Refused(
+                f"{told['source']} has other images than {self._folder} was made from, or in "
+                "another order; bring them back, or embed them anew."
+            )
+        return images
 
     def picture(self, index: int) -> Image.Image:
         """Read an image that was found, by its `index`; gray if it is no longer there."""

@@ -130,10 +130,6 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (
-            ["predict", "MODEL", "--images", "x.png", "--labels", "a", "b", "a"],
-            "'a' is given twice",
-        ),
         (["predict", "MODEL", "--labels", "cat"], "no images in nothing"),
         (["predict", "MODEL", "--images", "MODEL", "--labels", "cat"], "no images in"),
         (["predict", "MODEL", "--images", "x.png", "--labels", "cat"], "none of the 1 images"),

@@ -115,7 +115,7 @@ class Service:
         labels, template = _strings(given["labels"], "labels"), given["template"]
         if not isinstance(template, str):
             raise Answer(400, "template is a string with {} where the label goes.")
-        check_labels(labels, template)
+        labels = check_labels(labels, template)
         classes, images = await asyncio.gather(
             self._embed_labels(labels, template), self.embed_images(given["images"])
         )

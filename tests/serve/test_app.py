@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from clip_jax.evals import prompts
 from clip_jax.loading import Model
 from clip_jax.predict import PredictConfig, Searcher, predict, unit
 from clip_jax.serve.app import HEADER_SECONDS, Protocol, build
@@ -38,7 +39,7 @@ def test_embeddings_are_the_models(client, model):
 
 
 def test_labels_are_predicts(client, folder):
-    labels = ["a cat", "seven", "red"]
+    labels = ["a cat", "seven", "red", "seven"]
     images = [folder / "photos/0.png", folder / "photos/3.png"]
     asked = {"images": [encoded(path.read_bytes()) for path in images], "labels": labels}
     for _ in range(2):  # the second time the labels are known
@@ -46,10 +47,11 @@ def test_labels_are_predicts(client, folder):
         assert status == 200
         config = PredictConfig(model=folder / "model", images=tuple(images), labels=tuple(labels))
         for ours, theirs in zip(predict(config), found["images"], strict=True):
+            assert len(ours["labels"]) == 3  # each once
             for a, b in zip(ours["labels"], theirs["labels"], strict=True):
                 assert a["label"] == b["label"]
                 assert a["probability"] == pytest.approx(b["probability"], abs=1e-6)
-    assert client.ask("/label", asked | {"labels": [*map(str, range(1000))]})[0] == 200  # ImageNet
+    assert client.ask("/label", asked | {"labels": prompts.class_names("imagenet1k")})[0] == 200
     other = client.ask("/label", asked | {"template": "no {} at all"})[1]
     assert other["images"] != found["images"]
 

@@ -2,11 +2,14 @@
 
 import hashlib
 import os
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from clip_jax import files
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import read_file
+from clip_jax.data.sources import StretchSource, read_file
 from clip_jax.data.sources.folder import image_files
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
@@ -48,14 +51,22 @@ def open_images(source: str, image_column: str = "image") -> Images:
 
 
 def fingerprint(images: Images) -> str:
-    """Hash what tells images and their order: all keys; of tars the shards and their samples."""
-    digest = hashlib.sha256()
-    if isinstance(images, TarSource):
-        names = (f"{absolute(path)} {count}" for path, count in images.shards())
+    """Hash what tells images and their order: names of files; of a table its paths; of shards, or
+    their parts, the names and how many samples each has."""
+    digest = hashlib.sha256(f"{len(images)}\n".encode())
+    names: Iterable[Any]
+    if isinstance(images, TableSource):
+        names = images.rows.paths()
+    elif isinstance(images, TarSource):
+        names = (f"{os.path.basename(path)} {count}" for path, count in images.shards())
+    elif isinstance(images, StretchSource):
+        starts = np.cumsum([0, *images.stretches()])
+        names = (images.key(int(start)) for start in starts if start < len(images))
     else:
         names = map(images.key, range(len(images)))
     for name in names:
-        digest.update(f"{name}\n".encode(errors="replace"))
+        digest.update(name.encode(errors="replace") if isinstance(name, str) else name)
+        digest.update(b"\n")
     return digest.hexdigest()[:12]
 
 

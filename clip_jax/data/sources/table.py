@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,19 @@ class TableSource:
                 f"{path} ends in {path.suffix!r}; data.source.path takes {', '.join(kinds)}"
             )
         with files.local(path) as here:
-            self._rows: _Delimited | _JsonLines = kinds[path.suffix](here, config)
-        if not len(self._rows):
+            self.rows: _Delimited | _JsonLines = kinds[path.suffix](here, config)
+        if not len(self.rows):
             raise Refused(f"{path} has no rows; data.source.path needs at least one pair")
         self._folder = path.parent
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def key(self, index: int) -> str:
         """Row (the first after the header is 1), of a JSONL the line, and image path."""
-        number = self._rows.number(index)
+        number = self.rows.number(index)
         try:
-            image, _ = self._rows[index]
+            image, _ = self.rows[index]
         except SampleError:
             return f"{number}:"
         shown = image if isinstance(image, bytes) else str(image).encode(errors="replace")
@@ -71,15 +72,15 @@ class TableSource:
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
         """Get the image file's bytes and the caption, of a JSONL's list one."""
-        return self.image(index), caption_of(self._rows[index][1], rng)
+        return self.image(index), caption_of(self.rows[index][1], rng)
 
     def captions(self, index: int) -> list[str]:
         """Get the caption of the row, of a JSONL's list all."""
-        return captions_of(self._rows[index][1])
+        return captions_of(self.rows[index][1])
 
     def image(self, index: int) -> bytes:
         """Get the image file's bytes."""
-        image = text_of(self._rows[index][0], "image path")
+        image = text_of(self.rows[index][0], "image path")
         if not image:
             raise SampleError("image path is empty")
         try:
@@ -179,6 +180,12 @@ class _Delimited:
             return self._malformed[index - whole][0]
         return index + 1 + int(np.searchsorted(self._before, index + 1, side="right"))
 
+    def paths(self) -> Iterator[bytes]:
+        """Get all of them in the file's order, and the malformed rows."""
+        for chunk in self._columns[0].chunks:
+            yield b"\n".join(path or b"" for path in chunk.to_pylist())
+        yield repr(self._malformed).encode()
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         whole = len(self._columns[0])
         if index >= whole:
@@ -231,7 +238,9 @@ class _JsonLines:
         )
         starts = np.concatenate([[0], ends[:-1] + 1])
         full = ends > starts  # not the end after the last newline, nor an empty line
-        self._starts, self._ends, self._lines = starts[full], ends[full], np.flatnonzero(full) + 1
+        self._starts, self._ends = starts[full], ends[full]
+        empty = np.flatnonzero(~full)
+        self._before = empty - np.arange(len(empty))  # lines that stand before each empty one
         self._image, self._caption = config.image_column, config.caption_column
         columns = dict.fromkeys(
             itertools.chain.from_iterable(
@@ -245,7 +254,11 @@ class _JsonLines:
 
     def number(self, index: int) -> int:
         """The line's place in the file, from 1."""
-        return int(self._lines[index])
+        return index + 1 + int(np.searchsorted(self._before, index, side="right"))
+
+    def paths(self) -> Iterator[mmap.mmap]:
+        """Get the whole file."""
+        yield self._bytes
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._parse(index)
