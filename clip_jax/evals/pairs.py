@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.pipeline import Batch, DataConfig, build
+from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
 from clip_jax.evals.alignment import POOL, diagnostics
 from clip_jax.evals.captions import loss_per_token
 from clip_jax.evals.evaluator import Encoder, encode_texts
@@ -42,6 +42,12 @@ class PairsEvaluator:
 
     def __init__(self, config: PairsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
+        count = len(open_source(config.data.source, 32))
+        if count < config.pairs:  # they would come twice, in one pool
+            raise Refused(
+                f"evals.pairs={config.pairs}, but their source has {count}; set evals.pairs, and "
+                "evals.pool (of `evaluate` --pool), to no more than that."
+            )
         self._read_once: Batch | None = None
 
     def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
@@ -62,19 +68,13 @@ class PairsEvaluator:
 
     def _read(self, encoder: Encoder) -> Batch:
         config = encoder.model.config
-        pipeline = build(
+        batches = build(
             self.config.data,
             tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
             image_size=config.vision.image_size,
             context_length=config.text.context_length,
             batch_size=self.config.pairs,
-        )
-        if pipeline.num_samples < self.config.pairs:  # they would come twice, in one pool
-            raise Refused(
-                f"evals.pairs={self.config.pairs}, but their source has {pipeline.num_samples}; "
-                "set evals.pairs, and evals.pool, to no more than that."
-            )
-        batches = pipeline.batches()
+        ).batches()
         try:
             return next(batches)
         finally:

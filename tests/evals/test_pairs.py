@@ -36,9 +36,8 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
 
 def test_more_pairs_than_there_are_would_come_twice_in_one_pool(tmp_path):
     data = DataConfig(source=made.table(tmp_path, made.make_pairs(20)), crop="center")
-    evaluator = PairsEvalConfig(data=data, pairs=21, pool=20).make()
     with pytest.raises(Refused, match=r"evals\.pairs=21, but their source has 20; set"):
-        dict(evaluator.run(encoder_on(mesh_of(1))))
+        PairsEvalConfig(data=data, pairs=21, pool=20).make()
 
 
 def test_wrong_values_are_explained():
