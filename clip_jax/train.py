@@ -31,9 +31,10 @@ from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
 from clip_jax.optim import averaged
 from clip_jax.refused import Refused
-from clip_jax.serialize import to_dict
+from clip_jax.retention import steps_in
+from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import Program, State
-from clip_jax.workdir import Claim, count_start, recover_json, warn
+from clip_jax.workdir import Claim, count_start, read_json, warn
 
 _DATA = "data.json"  # in the work directory: which samples the run is trained on
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run counts as lost
@@ -167,13 +168,11 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
 def check_patches(config: Config, workdir: epath.Path) -> None:
     """Refused for a new run on images that are no multiple of the patch: the rest is not seen."""
     size, patch = config.model.vision.image_size, getattr(config.model.vision, "patch_size", 1)
-    published = (384, 14)  # SigLIP's SO400M
-    begun = config.branch_from or (workdir / "config.json").exists()
-    if (rest := size % patch) and (size, patch) != published and not begun:
+    begun = config.branch_from or steps_in(workdir / "checkpoints")
+    if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
         raise Refused(
             f"model.vision.image_size={size} is no multiple of model.vision.patch_size={patch}: "
-            f"the last {rest} pixels would not be seen. Set it to {size - rest} or "
-            f"{size - rest + patch}."
+            f"the last {rest} pixels would not be seen. Set it to {size - rest + patch}."
         )
 
 
@@ -193,14 +192,19 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
     """Compare the data with those that the run in `workdir`, if there is one, was trained on. A
     mixture may have more members. Raises `Refused` where keys or the number of samples differ."""
-    kept = (recover_json(workdir / _DATA, warn) or {}).get("fingerprints")
-    if kept is None:
-        if (workdir / "config.json").exists() and processes.is_lead():
+    path = workdir / _DATA
+    if not steps_in(workdir / "checkpoints"):
+        return  # nothing has been trained
+    if not path.exists():
+        if processes.is_lead():
             warn(
                 f"{workdir} has no {_DATA}, since an older version wrote it: the run is resumed "
                 "without a check that data.source is what it was trained on."
             )
-    elif pipeline.fingerprints()[: len(kept)] != kept:
+        return
+    advice = "Bring back a copy, or delete it to go on without a check of the data."
+    kept = read_json(path, "fingerprints", advice=advice)["fingerprints"]
+    if pipeline.fingerprints()[: len(from_dict(list[str], kept, str(path)))] != kept:
         raise Refused(
             f"The run in {workdir} was trained on other data: the number of samples or the keys of "
             "data.source have changed since. Restore the data, or start a new run in another "

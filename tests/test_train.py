@@ -164,10 +164,10 @@ def test_a_new_run_sees_all_pixels(size, patch, tmp_path):
     model = tiny().model
     vision = dataclasses.replace(model.vision, image_size=size, patch_size=patch)
     config = tiny(model=dataclasses.replace(model, vision=vision))
-    expected = pytest.raises(Refused, match=r"last 2 pixels would not be seen\. Set it to 14 or 21")
+    expected = pytest.raises(Refused, match=r"last 2 pixels would not be seen\. Set it to 21")
     with contextlib.nullcontext() if size == 384 else expected:
         (check_patches if size == 384 else train)(config, epath.Path(tmp_path))
-    (tmp_path / "config.json").touch()
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
     check_patches(config, epath.Path(tmp_path))
 
 
@@ -175,7 +175,6 @@ def test_a_run_on_other_data_is_refused(tmp_path, capsys):
     """A table that grew was accepted: its order is another one from the first sample on."""
     pairs, workdir = made.make_pairs(60), epath.Path(tmp_path / "run")
     workdir.mkdir()
-    (workdir / "config.json").write_text("{}")
 
     def opened(rows):
         source = made.table(tmp_path, rows)
@@ -183,6 +182,8 @@ def test_a_run_on_other_data_is_refused(tmp_path, capsys):
         return config, open_data(config, 0, 1)
 
     config, data = opened(pairs[:40])
+    check_data(workdir, data)  # nothing has been trained
+    (workdir / "checkpoints/2").mkdir(parents=True)
     check_data(workdir, data)
     assert "has no data.json" in capsys.readouterr().err
     agree(config, workdir, data, Evaluations((), STEPS), 0)
@@ -195,6 +196,9 @@ def test_a_run_on_other_data_is_refused(tmp_path, capsys):
     data = dataclasses.replace(config.data, source=MixtureConfig(members=members))
     opened(pairs[:40])
     check_data(workdir, open_data(dataclasses.replace(config, data=data), 0, 1))
+    (workdir / "data.json").write_text('{"fingerprints": 3}')
+    with pytest.raises(Refused, match=r"data\.json"):
+        check_data(workdir, opened(pairs[:40])[1])
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
