@@ -272,15 +272,14 @@ def filesystem(path: str) -> Any:
 
 def check_bucket(path: str) -> None:
     """Refused where no object can be put, since a URL's bucket does not exist."""
-    client, name = filesystem(path), path.split("/")[2]
-    try:  # which a workdir may do: not all may ask for the bucket itself
+    client, (name, _, key) = filesystem(path), path.partition("://")[2].partition("/")
+    try:  # below the path alone: not all may list the bucket, or ask for it
         if path.startswith("s3://"):
-            client.call_s3("list_objects_v2", Bucket=name, MaxKeys=1)
+            client.call_s3("list_objects_v2", Bucket=name, Prefix=key, MaxKeys=1)
         else:
-            client.call("GET", "b/{}/o", name, maxResults=1)
+            client.call("GET", "b/{}/o", name, prefix=key, maxResults=1)
     except FileNotFoundError as error:
-        message = f"{path}: there is no bucket {name!r}; create it or correct the name."
-        raise Refused(message) from error
+        raise Refused(f"{path}: there is no bucket {name!r}; correct the name.") from error
 
 
 @functools.cache

@@ -358,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _together(code)
     except Refused as error:
         says = str(error)
-        if args[0] not in ("train", "plan", "bench"):  # whose source is `data.source`
-            says = says.replace("--data.source.", "--")
+        if args[0] in ("embed", "prepare"):  # whose source is no `data.source`
+            says = says.replace("--data.source.", "--").replace("data.source.path", "the source")
         return _together(_say(says, code=2))
     except Unreachable as error:
         return _together(_say(f"{error}. What was saved is intact.", code=75))

@@ -187,9 +187,7 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json(
-    path: Place, *names: str, advice: str = "Bring back a copy, or delete it."
-) -> dict[str, Any]:
+def read_json(path: Place, *names: str, advice: str = "Bring back a copy.") -> dict[str, Any]:
     """Read a JSON object that a command keeps, {} where there is no file.
 
     Refused, with the advice, if it holds something else or has not all the names.

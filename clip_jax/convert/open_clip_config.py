@@ -267,18 +267,13 @@ def is_open_clips_own(text: TextConfig) -> bool:
     """Say whether a tokenizer is the one that open_clip has inside."""
     tokenizer = text.tokenizer
     whole = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
-    return whole and is_cleaned(text)
-
-
-def is_cleaned(text: TextConfig) -> bool:
-    """Say whether what reads a folder of open_clip cleans texts as this tokenizer does."""
-    return text.tokenizer.clean in _CLEANING.values()
+    return whole and tokenizer.clean in _CLEANING.values()
 
 
 def write_tokenizer(folder: Path, text: TextConfig) -> None:
     """Write the files of a tokenizer that open_clip does not have inside."""
     if not is_open_clips_own(text):
-        tokenizer_files.write(folder, text, is_cleaned(text))
+        tokenizer_files.write(folder, text, text.tokenizer.clean in _CLEANING.values())
 
 
 def model_cfg(weights: Weights) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def similarity_matrix(
 def with_probabilities(
     logits: Float[np.ndarray, " classes"], names: Sequence[str], top: int = 3
 ) -> list[str]:
-    """Write the most probable names with their softmax probabilities, the best first."""
+    """Write the nearest names with their softmax over all names (of any model), the best first."""
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     best = np.argsort(-probabilities)[:top]

@@ -180,7 +180,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
         lines = [[*with_probabilities(outcome.logits[i], names), f"is: {names[labels[i]]}"]
                  for i in wrong]  # fmt: skip
         contact_sheet(directory / "errors.png", pictures, lines, right=[False] * len(wrong),
-                      title="Errors: the three nearest classes and the right one")  # fmt: skip
+                      title="Errors: three nearest classes (softmax), right one")  # fmt: skip
 
 
 def _picture(image: ImageLike) -> Image.Image:

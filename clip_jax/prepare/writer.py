@@ -242,7 +242,8 @@ def _missing(layout: Layout) -> list[str]:
     written = {path.name for path in layout.folder.iterdir()}
     if "report.json" not in written:
         return ["report.json"]
-    count = read_json(layout.folder / "report.json", *_REPORT)["shards"]["of"]
+    advice = "Bring back a copy, or delete it: the same command makes it anew."
+    count = read_json(layout.folder / "report.json", *_REPORT, advice=advice)["shards"]["of"]
     shards = [layout.shard(number, count) for number in range(count)]
     names = [path.name for shard in shards for path in (shard, statistics_of(shard))]
     return [name for name in names if name not in written]
@@ -259,9 +260,10 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
     path = folder / "prepare.json"
     before = read_json(path)
     if before and {"fingerprint": kept["fingerprint"]} | before != kept:  # an older one has none
+        differ = ", ".join(name for name in kept if before.get(name) != kept[name])
         raise Refused(
-            f"{folder} was begun with other settings, or of samples with other names or in another "
-            f"order, see {path}; give the same ones to go on, or another destination"
+            f"{folder} was begun with other settings: {differ} (fingerprint: the names of samples, "
+            f"or their order), see {path}; give the same ones to go on, or another destination"
         )
     if before != kept:
         files.write_whole(path, json.dumps(kept, indent=1))

@@ -27,12 +27,11 @@ def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Plac
     Dot files, such as macOS's ._photo.jpg, are no images. A warning counts the others whose ending
     is neither an image's nor one of `beside`.
     """
-    images, folders, ignored = [], [], Counter()
+    images, folders, ignored = [], {}, Counter()
     for path in paths:
         if not path.is_dir():
             images.append(path)
             continue
-        folders.append(str(path))
         for file in sorted(map(files.place, files.walk(path))):
             suffix = file.suffix.lower()
             if file.name.startswith("."):
@@ -41,6 +40,7 @@ def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Plac
                 images.append(file)
             elif suffix not in beside:
                 ignored[suffix or "without an ending"] += 1
+                folders[str(path)] = True
     if ignored:
         kinds = listed(f"{count:,} {suffix}" for suffix, count in ignored.most_common())
         warn_once(
