@@ -9,6 +9,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import select
 import signal
 import sys
@@ -358,8 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _together(code)
     except Refused as error:
         says = str(error)
-        if args[0] in ("embed", "prepare"):  # whose source is no `data.source`
-            says = says.replace("--data.source.", "--").replace("data.source.path", "the source")
+        if args[0] in ("embed", "prepare"):  # whose source is the argument SOURCE
+            says = re.sub(r"(--)?data\.source\.path", "SOURCE", says).replace(
+                "--data.source.", "--"
+            )
         return _together(_say(says, code=2))
     except Unreachable as error:
         return _together(_say(f"{error}. What was saved is intact.", code=75))

@@ -35,6 +35,7 @@ from tests.conftest import ROOT
         ("train configs/digits.py --output-dir x", "take --workdir"),
         ("evaluate nowhere --output-dir x", "take --output"),
         ("prepare file.csv out", "'image', only 'as it was'; set --image-column"),
+        ("prepare nowhere out", "there is nothing at nowhere; set SOURCE"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),
