@@ -156,7 +156,7 @@ def test_whoever_is_not_let_in_is_told_where_credentials_come_from(bucket):
 
 
 def test_a_bucket_that_does_not_exist_is_refused_at_once(bucket):
-    with pytest.raises(Refused, match=r"there is no bucket 'test-\d+-none'; create it"):
+    with pytest.raises(Refused, match=r"there is no bucket 'test-\d+-none'; correct"):
         files.check_destination(files.place(f"{bucket.url}-none/run"), "--workdir")
     assert len(bucket.server.requests()) == 1
     if bucket.url.startswith("s3://"):  # fake-gcs-server answers 500 instead of 404
