@@ -360,9 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         says = str(error)
         if args[0] in ("embed", "prepare"):  # whose source is the argument SOURCE
-            says = re.sub(r"(--)?data\.source\.path", "SOURCE", says).replace(
-                "--data.source.", "--"
-            )
+            says = re.sub(r"(--)?data\.source\.path", "SOURCE", says)
+            says = says.replace("--data.source.", "--")
         return _together(_say(says, code=2))
     except Unreachable as error:
         return _together(_say(f"{error}. What was saved is intact.", code=75))

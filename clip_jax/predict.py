@@ -78,7 +78,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     model = load(config.model, dtype=config.dtype)
     if config.caption:
         model.clip.needs_decoder()
-    labels = list(dict.fromkeys(config.labels))
+    labels = check_labels(config.labels, config.template) if config.labels else []
     classes = embed_labels(model, labels, config.template) if labels else None
 
     def describe(pixels: np.ndarray) -> list[dict[str, Any]]:
@@ -258,11 +258,8 @@ def _to_embed(config: EmbedConfig) -> tuple[Model, Images]:
 
 
 def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
-    (model, source), path, size = (
-        _to_embed(config),
-        _path_of(config.output, rows),
-        config.batch_size,
-    )
+    (model, source), path = _to_embed(config), _path_of(config.output, rows)
+    size = config.batch_size
     if not rows:
         return
     files.remove_partial(path)  # of a run that was killed
@@ -295,8 +292,9 @@ def _check_manifest(config: EmbedConfig, model: Model, source: Images) -> None:
         "fingerprint": fingerprint(source),
     }  # fmt: skip
     path = config.output / "embed.json"
+    before = read_json(path)
     if path.exists():
-        there = {"fingerprint": wanted["fingerprint"]} | read_json(path)  # an older one has none
+        there = {"fingerprint": wanted["fingerprint"]} | before  # an older one has none
         if there | {"weights": wanted["weights"]} == wanted != there:
             raise Refused(
                 f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
@@ -313,7 +311,8 @@ def _check_manifest(config: EmbedConfig, model: Model, source: Images) -> None:
                     f"{config.output} holds embeddings with {name}={there.get(name)!r}, now "
                     f"{value!r}; resume with the same, or choose another output."
                 )
-    files.write_whole(path, json.dumps(wanted, indent=1))
+    if before != wanted:
+        files.write_whole(path, json.dumps(wanted, indent=1))
 
 
 def _sample(model: Model) -> list[float]:

@@ -44,12 +44,12 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
-        kind = _kind(extension)
+        kind, own = _kind(extension)
         if not stem or kind is None:
             if ignored is not None and stem:
                 ignored.append(name)
             continue
-        key, own = folder + b"/" + stem if folder else stem, _rank(extension)
+        key = folder + b"/" + stem if folder else stem
         beside = key == last_key and kind == "image" and kind in places and own != rank
         if key != last_key or (kind in places and not beside):
             if last_key is not None:
@@ -66,16 +66,12 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
 
 
 @functools.lru_cache(maxsize=256)
-def _kind(extension: bytes) -> str | None:
+def _kind(extension: bytes) -> tuple[str | None, int]:
+    """Say what a member is, and of an image its ending's place in `IMAGES`."""
     name = extension.lower().decode("ascii", "replace")
     if name in IMAGES:
-        return "image"
-    return name if name in TEXTS else None
-
-
-def _rank(extension: bytes) -> int:
-    name = extension.lower().decode("ascii", "replace")
-    return IMAGES.index(name) if name in IMAGES else -1
+        return "image", IMAGES.index(name)
+    return (name if name in TEXTS else None), -1
 
 
 def members(
