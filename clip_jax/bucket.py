@@ -271,7 +271,7 @@ def filesystem(path: str) -> Any:
 
 
 def check_bucket(path: str) -> None:
-    """Refused where no object can be put, since a URL's bucket does not exist."""
+    """Raise Refused if the bucket of a URL does not exist."""
     client, (name, _, key) = filesystem(path), path.partition("://")[2].partition("/")
     try:  # below the path alone: not all may list the bucket, or ask for it
         if path.startswith("s3://"):

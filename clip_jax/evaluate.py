@@ -32,9 +32,9 @@ class EvaluateConfig(TasksConfig):
     # A run's work directory, a model folder, or a foreign file. Of a run the newest checkpoint, or
     # the one of RUN@20000 or RUN@best.
     model: Place
-    # run: the evaluators of the run's own config, with the options that are given here; digits:
-    # those that ship inside; clip: the CLIP paper's. By default run, where there is one that has
-    # evaluators and neither --dataset, --data-dir nor --digits asks for others; else digits.
+    # run: the evaluators of the run's own config, with the options given here; digits: the bundled
+    # digits data set; clip: the CLIP paper's data sets. By default run, where the run has
+    # evaluators and neither --dataset, --data-dir nor --digits is given; else digits.
     suite: Literal["run", "digits", "clip"] | None = None
     digits: DigitsEvalConfig = field(default_factory=lambda: DigitsEvalConfig(per_number=100))
     dtype: DType | None = None  # of the computation; None: a run's own, else float32
@@ -159,7 +159,7 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
 
 
 def _options(config: EvaluateConfig) -> dict[str, Any]:
-    """What is asked for otherwise than by default, of the tasks."""
+    """Options of the tasks that differ from their defaults."""
     usual = EvaluateConfig(model=config.model)
     names = {x.name for x in fields(TasksConfig)} - {"dataset", "data_dir"}
     return {x: getattr(config, x) for x in names if getattr(config, x) != getattr(usual, x)}

@@ -149,7 +149,7 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def matching(folder: Place, pattern: str) -> list[Place]:
-    """Files in a folder that a pattern stands for, by name; dot files, as macOS's, are left out."""
+    """List a folder's files that match a pattern, sorted; dot files, such as macOS's, are not."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 

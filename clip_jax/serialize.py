@@ -23,7 +23,7 @@ def to_dict(config: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Write JSON values as one line of JSON, which has no NaN and no infinity: null for them."""
+    """Return values as one line of JSON, with null for NaN and infinity, which JSON lacks."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 

@@ -166,7 +166,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
 
 
 def check_patches(config: Config, workdir: epath.Path) -> None:
-    """Refused for a new run on images that are no multiple of the patch: the rest is not seen."""
+    """Raise Refused for a new run whose image size is no multiple of its patch size."""
     size, patch = config.model.vision.image_size, getattr(config.model.vision, "patch_size", 1)
     begun = config.branch_from or steps_in(workdir / "checkpoints")
     if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
@@ -208,7 +208,7 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
         raise Refused(
             f"The run in {workdir} was trained on other data: the number of samples or the keys of "
             "data.source have changed since. Restore the data, or start a new run in another "
-            "--workdir. (To add data to a run, append a mixture member with a phase to come.)"
+            "--workdir. (To add data to a run, append a mixture member with a later phase.)"
         )
 
 

@@ -225,13 +225,13 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
             "token if a CoCa decoder stands on it."
         )
     tokenizer = _tokenizer(text, text_config, path.parent)
-    pad = text.get("pad_id", 0, int)  # masked from the class token; of no other model it is read
+    pad = text.get("pad_id", 0, int)  # without a class token it has no effect
     if has_class_token and not tokenizer.file:
         tokenizer = replace(tokenizer, pad_id=pad)
     if has_class_token and pad != tokenizer.pad_id:
         raise Refused(
-            f"{text.where}.pad_id={pad} is not supported: the class token sees no padding, which "
-            f"this model's tokenizer makes of id {tokenizer.pad_id}."
+            f"{text.where}.pad_id={pad} is not supported: the class token does not attend to "
+            f"padding, so that it must be the tokenizer's padding id, {tokenizer.pad_id}."
         )
     text_config = replace(text_config, tokenizer=tokenizer)
     config = CLIPConfig(

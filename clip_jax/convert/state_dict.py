@@ -171,9 +171,9 @@ def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Sh
 def _check_rows(rows: Sequence[Row], ours: dict[str, Any], what: str) -> None:
     if left := sorted({row.ours for row in rows} ^ set(ours)):
         raise Refused(
-            f"{what}: this format has no such combination of pooling and projections, of which "
-            f"{', '.join(left[:_SHOWN])} are left over. Correct it in the model's configuration, "
-            "or choose --to clip-jax."
+            f"{what}: the format lacks this combination of pooling and projections, and has no "
+            f"counterpart of {', '.join(left[:_SHOWN])}. Correct the model's configuration, or "
+            "choose --to clip-jax."
         )
 
 

@@ -95,7 +95,7 @@ def _read_json(
 def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
     """Return what a tokenizer.json puts before and after a text."""
     if (count := tokenizer.num_special_tokens_to_add(False)) > 2:
-        raise Refused(f"{file} puts {count} ids around texts: one before and one after are known.")
+        raise Refused(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
     with json_file.damage_refused(file):  # its post-processor may name tokens that it lacks
         bare = tokenizer.encode("a", add_special_tokens=False).ids
         whole = tokenizer.encode("a", add_special_tokens=True).ids

@@ -91,7 +91,7 @@ class Preprocess:
         if not 0 <= self.fill <= 255:
             raise Refused(f"fill={self.fill}: must be from 0 to 255")
         if self.rules not in ("openai", "transformers"):
-            raise Refused(f"rules={self.rules!r}: know openai and transformers")
+            raise Refused(f"rules={self.rules!r}: must be openai or transformers")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an

@@ -43,7 +43,7 @@ class TasksConfig:
     # likelihood: classify by how probable it finds each class's first prompt.
     tasks: tuple[Task, ...] = ("zero-shot",)
     templates: Path | None = None  # file with one prompt a line, {c} for the class
-    images: int | None = None  # of each split, evenly from all classes; None: all
+    images: int | None = None  # images of each split, spread evenly over its classes; None: all
     shots: tuple[int, ...] = supervised.SHOTS  # training images of each class, for few-shot
     neighbours: int = 20  # how many vote
     generation: GenerationConfig = GenerationConfig()  # how captions are written

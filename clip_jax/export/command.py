@@ -67,7 +67,7 @@ class Proof:
     text_features: float
     logits: float | None  # None: the folder computes none
     caption_logits: float | None = None  # of a decoder, for all words; None likewise
-    texts_with_other_ids: int | None = None  # of a few, by its tokenizer.json; None: it has none
+    texts_with_other_ids: int | None = None  # by the folder's tokenizer.json; None: none
 
     @property
     def max_relative_difference(self) -> float:

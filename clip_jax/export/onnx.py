@@ -261,10 +261,10 @@ def outputs(
 
 
 def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
-    """Count of TEXTS those to which an exported tokenizer.json gives other ids than the model's.
+    """Count those TEXTS whose ids by the exported tokenizer.json differ from the model's.
 
-    It is read and padded as the layout's reader does it; None: StableHLO's. Where padding changes
-    no feature, its id may be another.
+    The file is used, and texts are padded, as by the layout's reader (None: StableHLO's). Where
+    padding changes no feature, its id may differ.
     """
     path = folder / ("textual" if layout == "immich" else "") / JSON_NAME
     settings, theirs = read_json(path.with_name("tokenizer_config.json")), json_file.load(str(path))

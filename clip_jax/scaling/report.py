@@ -88,7 +88,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Put data into the page: nothing in them ends the script that holds them, NaN is null."""
+    """Put data into the page: no text in them can end its script, and NaN becomes null."""
     text = to_json(data).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)

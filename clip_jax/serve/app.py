@@ -40,7 +40,7 @@ def build(service: Service, token: str | None = None) -> Starlette:
 
 
 class Protocol(AutoHTTPProtocol):
-    """Uvicorn's, but a connection whose headers come too slowly is closed."""
+    """Uvicorn's protocol, which also closes connections whose headers arrive too slowly."""
 
     _late: asyncio.TimerHandle | None = None
 

@@ -182,7 +182,7 @@ def test_a_setting_that_we_do_not_have(tmp_path):
     for section, name, value, match in [
         ("vision_cfg", "qk_norm", True, "vision_cfg.qk_norm=True is not supported"),
         ("vision_cfg", "pool_type", "avg", "final_ln_after_pool=False is not supported"),
-        ("vision_cfg", "attentional_pool", True, "cannot be read: this format has no such combi"),
+        ("vision_cfg", "attentional_pool", True, "cannot be read: the format lacks this combi"),
         ("vision_cfg", "timm_model_name", "convnext_base", "timm_model_name='convnext_base'"),
         ("text_cfg", "embed_cls", True, "embed_cls=True is not supported without multimodal_cfg"),
         ("multimodal_cfg", "width", 64, "embed_cls=False is not supported with multimodal_cfg"),
@@ -205,7 +205,7 @@ def test_a_class_token_masks_the_padding_of_its_tokenizer(tmp_path):
     )
     assert read_weights(tmp_path).config.text.tokenizer.pad_id == 1
     path.write_text(path.read_text().replace('"pad_id": 1', '"pad_id": 3'))
-    assert_refused(tmp_path, r"text_cfg.pad_id=3 is not supported: .* of id 1\.")
+    assert_refused(tmp_path, r"text_cfg.pad_id=3 is not supported: .* padding id, 1\.")
 
 
 def test_wrapped_names(tmp_path):

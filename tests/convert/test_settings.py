@@ -105,7 +105,7 @@ def test_a_template_of_many_ids(tmp_path):
     template["special_tokens"]["[CLS]"] |= {"ids": [2] * 30_000, "tokens": ["[CLS]"] * 30_000}
     template["single"] = template["single"][:1] * 30_000 + template["single"][1:2]
     path.write_text(json.dumps(content))
-    with pytest.raises(Refused, match="puts 900000000 ids around texts"):
+    with pytest.raises(Refused, match="adds 900000000 special tokens to a text"):
         tokenizer_files.read(tmp_path, make_weights("vit").config.text, TokenizerConfig())
 
 
