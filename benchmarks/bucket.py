@@ -30,7 +30,7 @@ from input import (  # noqa: E402
     write_photographs,
 )
 
-from clip_jax import files  # noqa: E402
+from clip_jax.storage import files  # noqa: E402
 from tests.contract.servers import Server  # noqa: E402
 
 WARM, TIMED = 12, 39  # batches: half an epoch and two

@@ -23,7 +23,7 @@ import transformers
 
 from clip_jax.convert import open_clip as layout
 from clip_jax.convert.files import write_json, write_safetensors
-from clip_jax.loading import load
+from clip_jax.inference.loading import load
 from clip_jax.models.generation import GenerationConfig, generate
 
 LENGTH, ROUNDS = 30, 3

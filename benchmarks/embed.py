@@ -78,7 +78,7 @@ def main() -> None:
     import torch
 
     from clip_jax.convert.command import ConvertConfig, convert
-    from clip_jax.predict import EmbedConfig, embed
+    from clip_jax.inference.embed import EmbedConfig, embed
 
     given = [int(arg) for arg in sys.argv[1:]]
     images, chunks, workers = given + [IMAGES, CHUNKS, WORKERS][len(given) :]

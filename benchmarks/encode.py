@@ -18,7 +18,7 @@ BATCH, ROUNDS = 32, 5
 
 def ours(pixels: np.ndarray):
     from clip_jax.convert.weights import default_preprocess
-    from clip_jax.loading import Model
+    from clip_jax.inference.loading import Model
     from clip_jax.models import zoo
     from clip_jax.models.clip import CLIP
 

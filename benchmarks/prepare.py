@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clip_jax import arguments, cli, tasks
+from clip_jax import engine
+from clip_jax.cli import arguments, commands
 from clip_jax.prepare import writer
 from clip_jax.prepare.layout import PrepareConfig
 
@@ -91,11 +92,11 @@ def watch(most: list[float], stop: threading.Event) -> None:
 def run(arguments_given: list[str]) -> None:
     folder, *rest = arguments_given
     config, _ = arguments.read(
-        PrepareConfig, [f"{folder}/*.tar", *rest], ("source", "destination"), cli.prepare
+        PrepareConfig, [f"{folder}/*.tar", *rest], ("source", "destination"), commands.prepare
     )
     assert isinstance(config, PrepareConfig)
     assert config.destination is not None
-    for kind in (tasks.Here, tasks.OnRay):
+    for kind in (engine.Here, engine.OnRay):
         timed(kind)
     most, stop = [0.0, 0.0], threading.Event()
     threading.Thread(target=watch, args=(most, stop)).start()

@@ -21,9 +21,9 @@ import obstore  # noqa: F401
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from clip_jax import files
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from clip_jax.storage import files
 from tests.contract.servers import Server
 
 BUDGET, IMAGES = 64, 6_000  # MiB; pairs

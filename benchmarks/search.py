@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.data.embeddings import Embeddings
+from clip_jax.inference.search import Embeddings
 
 FILES, ROWS, WIDTH, QUERIES = 10, 100_000, 512, 5
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clip_jax.loading import load
+from clip_jax.inference.loading import load
 from clip_jax.models import zoo
 from tests.conftest import ROOT, write_tiny_model
 from tests.serve.conftest import encoded, png

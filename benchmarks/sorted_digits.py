@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from clip_jax import cli
+from clip_jax.cli import commands
 from clip_jax.data import digits, pipeline
 from clip_jax.data.sources import Record
 
@@ -51,4 +51,4 @@ if __name__ == "__main__":
             module.DigitsSource = Sorted
     config, workdir, *more = sys.argv[1:]
     order = ["--data.order", "stretches", "--workdir", workdir]
-    sys.exit(cli.main(["train", config, *order, *more]))
+    sys.exit(commands.main(["train", config, *order, *more]))

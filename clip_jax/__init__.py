@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from clip_jax.loading import load
+    from clip_jax.inference.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["available_models", "load", "tokenize"]
@@ -25,7 +25,7 @@ def tokenize(
 ) -> "np.ndarray":
     """Turn texts into OpenAI's token ids, int32 `[B, context_length]`, zero-padded.
 
-    Refused for a text that is too long, unless `truncate`, which keeps the end of text.
+    Raises InputError for a text that is too long, unless `truncate`, which keeps the end of text.
     """
     from clip_jax.data.tokenizers.clip import ClipTokenizer
 
@@ -35,7 +35,7 @@ def tokenize(
 def __getattr__(name: str) -> Any:
     """Look `load` up at its first use, so that `import clip_jax` brings neither jax nor Flax."""
     if name == "load":
-        from clip_jax.loading import load
+        from clip_jax.inference.loading import load
 
         return load
     raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")

@@ -21,7 +21,7 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if plans_only(Path("/dev")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from clip_jax.cli import main as run
+    from clip_jax.cli.commands import main as run
 
     return run()
 

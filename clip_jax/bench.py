@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax import bucket, flops, sharding
+from clip_jax import flops, sharding
 from clip_jax.chips import mfu
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
@@ -25,10 +25,11 @@ from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import SampleError, Source, StretchSource
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.pods import compile as pod
-from clip_jax.refused import Refused, check_ranges
 from clip_jax.step import Program
+from clip_jax.storage import bucket
 
 _WARM = 64  # samples before the stages are timed
 _MOST_BAD = 1000  # samples in a row
@@ -123,7 +124,7 @@ def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
         else:
             count += len(captions)
         if not count and number > _MOST_BAD:
-            raise Refused(f"none of {number} samples of data.source could be read")
+            raise InputError(f"none of {number} samples of data.source could be read")
     return {
         name: {"samples_per_second": count / wall[name], "computing": cpu[name] / wall[name]}
         for name in wall

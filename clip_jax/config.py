@@ -18,10 +18,13 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax import flops
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax import flops, processes
+from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import steps_in
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
+from clip_jax.display import warn
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.tasks import SuiteEvalConfig
@@ -31,12 +34,10 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.optim import Constant, InverseSqrt, OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
-from clip_jax.refused import Refused, check_ranges
-from clip_jax.retention import steps_in
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
-from clip_jax.workdir import read_json, recover_json, warn
+from clip_jax.storage.json_files import read_json, recover_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,31 +75,31 @@ class Config:
             stop_after="[1, inf)",
         )  # fmt: skip
         if any(a >= b for a, b in itertools.pairwise((*self.double_batch_at, self.steps))):
-            raise Refused(
+            raise InputError(
                 f"double_batch_at={self.double_batch_at} must rise and end before steps="
                 f"{self.steps}."
             )
         vision = self.model.vision
         group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else 1
         if self.accumulation > 1 and group is None:
-            raise Refused(
+            raise InputError(
                 f"accumulation={self.accumulation} needs model.vision.batch_norm_group: with whole "
                 "batches, BatchNorm would see the chunks instead."
             )
         if self.batch_size % (self.accumulation * (group or 1)):
-            raise Refused(
+            raise InputError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation="
                 f"{self.accumulation} × {group or 1} (model.vision.batch_norm_group)."
             )
         if self.branch_from is not None:
             _, step = branch_point(self.branch_from)
             if step >= self.steps:
-                raise Refused(
+                raise InputError(
                     f"branch_from={self.branch_from} leaves nothing of steps={self.steps}, which "
                     "counts from the beginning of the run branched from."
                 )
             if self.init_from:
-                raise Refused("branch_from and init_from both give the weights; give one.")
+                raise InputError("branch_from and init_from both give the weights; give one.")
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
@@ -134,7 +135,7 @@ RESUMABLE = (
 def load_config(path: str | Path) -> Config:
     """Run a config file's `get_config()`, or read the `config.json` that a run keeps.
 
-    Refused says what the file lacks.
+    Raises InputError, which says what the file lacks.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -143,15 +144,15 @@ def load_config(path: str | Path) -> Config:
             Config, to_dict(made), f"{path}: config"
         )  # types, which Python does not check
     if not path.is_file():
-        raise Refused(f"no config at {path}; a run keeps its own in its work directory.")
+        raise InputError(f"no config at {path}; a run keeps its own in its work directory.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise Refused(f"{path} is not JSON: {error}.") from error
+        raise InputError(f"{path} is not JSON: {error}.") from error
     try:
         return from_dict(Config, content, f"{path}: config")
-    except Refused as error:  # of a value out of its range, which does not know the file
-        raise error if str(path) in str(error) else Refused(f"{path}: {error}") from error
+    except InputError as error:  # of a value out of its range, which does not know the file
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
 
 
 def run_file(path: Path, function: str, kind: type) -> Any:
@@ -160,18 +161,20 @@ def run_file(path: Path, function: str, kind: type) -> Any:
     What goes wrong in the file is refused with its line.
     """
     if not path.is_file():
-        raise Refused(f"no config file at {path}; the ones that ship are in configs/.")
+        raise InputError(f"no config file at {path}; the ones that ship are in configs/.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise Refused(f"{path} is not a Python file; it must define {function}().")
+        raise InputError(f"{path} is not a Python file; it must define {function}().")
     module = importlib.util.module_from_spec(spec)
     with _blamed_on(path):
         spec.loader.exec_module(module)
         if function not in vars(module):
-            raise Refused(f"it has no {function}() -> {kind.__name__}; see configs/ for the shape.")
+            raise InputError(
+                f"it has no {function}() -> {kind.__name__}; see configs/ for the shape."
+            )
         made = vars(module)[function]()
     if not isinstance(made, kind):
-        raise Refused(
+        raise InputError(
             f"{function}() of {path} returned {type(made).__name__}, not a {kind.__name__}."
         )
     return made
@@ -191,12 +194,12 @@ def _blamed_on(path: Path) -> Generator[None]:
         if (
             Path(__file__).parent in last.parents
             and last != Path(__file__)
-            and not isinstance(error, Refused)
+            and not isinstance(error, InputError)
         ):
             raise
         place = f"{path}:{lines[-1]}" if lines else str(path)
-        what = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
-        raise Refused(f"{place}: {what}{getattr(error, 'msg', error)}") from error
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{place}: {what}{getattr(error, 'msg', error)}") from error
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -212,13 +215,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 
 def check_processes_agree(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refused that names what differs, unless all processes know the same facts.
+    """Raise InputError, which names what differs, unless all processes know the same facts.
 
     `facts` has one mapping for each process: of config, code, data and resume step.
     """
     for index, other in enumerate(facts):
         if differing := differences(dict(facts[0]), dict(other)):
-            raise Refused(
+            raise InputError(
                 f"processes 0 and {index} do not agree:\n"
                 + "\n".join(f"  {name}: {a} in 0, {b} in {index}" for name, a, b in differing)
                 + "\nStart all with the same config, code and data, and a --workdir that all see."
@@ -236,7 +239,7 @@ def branch_point(text: str) -> tuple[str, int]:
     """Read RUN@STEP: a work directory and one of its checkpoints."""
     run, at, step = text.rpartition("@")
     if not (at and run and step.isdecimal() and int(step)):
-        raise Refused(
+        raise InputError(
             f"branch_from={text!r} must be RUN@STEP, a work directory and the step of one of its "
             "checkpoints, such as runs/trunk@20000."
         )
@@ -247,7 +250,7 @@ def with_order(workdir: Path | epath.Path, config: Config) -> Config:
     """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
     path = workdir / "config.json"
     kept: dict[str, Any] = {}
-    with contextlib.suppress(Refused):  # damaged, which check_resumable says
+    with contextlib.suppress(InputError):  # damaged, which check_resumable says
         kept = read_json(path)
     if config.data.order != "auto" or not kept:
         return config
@@ -256,13 +259,14 @@ def with_order(workdir: Path | epath.Path, config: Config) -> Config:
 
 
 def check_resumable(workdir: Path | epath.Path, config: Config) -> None:
-    """Refused unless the run in `workdir` is this config's, up to what alters no update."""
+    """Raise InputError unless the run in `workdir` is this config's, up to what alters no
+    update."""
     path = workdir / "config.json"
-    before = recover_json(path, warn)
+    before = recover_json(path, warn if processes.is_lead() else None)
     allowed = (*RESUMABLE, "steps") if _goes_on(before, config) else RESUMABLE
     stands = max(steps_in(workdir / "checkpoints"), default=0)
     if before and (differing := _others(path, before, config, allowed, stands)):
-        raise Refused(
+        raise InputError(
             f"{workdir} holds a run with another config:\n" + "\n".join(differing) + "\n"
             "Give the same values to resume it, or another --workdir to start anew."
         )
@@ -275,13 +279,14 @@ def _goes_on(before: dict[str, Any], config: Config) -> bool:
 
 
 def check_branch(trunk: Path | epath.Path, config: Config) -> list[str]:
-    """List what a branch has otherwise than its trunk; Refused for what it may not change."""
+    """List what a branch has otherwise than its trunk; raises InputError for what it may not
+    change."""
     path = trunk / "config.json"
     if not (before := read_json(path)):
-        raise Refused(f"branch_from: there is no run in {trunk} (no config.json).")
+        raise InputError(f"branch_from: there is no run in {trunk} (no config.json).")
     _, stands = branch_point(config.branch_from or "")
     if differing := _others(path, before, config, BRANCHABLE, stands):
-        raise Refused(
+        raise InputError(
             f"a branch of {trunk} cannot differ from it in:\n" + "\n".join(differing) + "\n"
             "Give the same values. To begin with its weights alone, use --init-from."
         )
@@ -298,7 +303,7 @@ def _others(
     data.setdefault("order", "global")  # before there was another
     if "auto" in (data["order"], config.data.order):  # of a ladder's point, before it began
         data["order"] = config.data.order
-    with contextlib.suppress(Refused):  # an older file lacks fields that had no effect then
+    with contextlib.suppress(InputError):  # an older file lacks fields that had no effect then
         before = to_dict(from_dict(Config, before))
     now = to_dict(config)
     if stands is not None and _goes_on_reading(before, now, config.samples_after(stands)):

@@ -21,12 +21,12 @@ So with CoCa: `forward` writes the last token too, and projects its queries for 
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 Convention = Literal["matmul", "fvcore", "no_attention"]
 Tower = Literal["image", "text"]
@@ -102,7 +102,7 @@ def forward(
       text_length: tokens; the config's context length by default.
 
     Raises:
-      Refused: a size that the architecture cannot take.
+      InputError: a size that the architecture cannot take.
     """
     return Flops(
         _image(config, image_size, training=False).weigh(convention),
@@ -167,7 +167,7 @@ def _text(config: CLIPConfig, text_length: int | None) -> Operations:
     text = config.text
     length = text.context_length if text_length is None else text_length
     if not 1 <= length <= text.context_length:
-        raise Refused(
+        raise InputError(
             f"text_length={length} must lie between 1 and text.context_length="
             f"{text.context_length}."
         )

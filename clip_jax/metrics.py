@@ -14,13 +14,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from clip_jax import files, processes
+from clip_jax import processes
 from clip_jax.chips import peak_flops
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.files import Place
-from clip_jax.progress import Display
-from clip_jax.refused import Refused
-from clip_jax.workdir import Lines, recover_json
+from clip_jax.display import Display
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import Lines, recover_json
 
 # tensorboardX imports these where they are installed, for what is never asked of it here, and
 # PyTorch alone takes seconds of every command.
@@ -379,10 +380,10 @@ class Profiler:
 
 
 def profile_range(steps: str) -> tuple[int, int]:
-    """Read `10:15`: the first and the last step. Refused says what is wrong."""
+    """Read `10:15`: the first and the last step. Raises InputError, which says what is wrong."""
     first, _, last = steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise Refused(f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST.")
+        raise InputError(f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST.")
     return int(first), int(last)
 
 

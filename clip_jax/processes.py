@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 
 # What the compiler is asked for beyond its defaults. A flag of the environment wins.
 TPU_OPTIONS = {
@@ -72,8 +72,8 @@ def start(config: ProcessesConfig) -> None:
     """Join the other processes if the environment says that there are any. Before any computation.
 
     Cloud TPU, GKE and Slurm (in a step of several tasks) are recognised. Elsewhere the variables
-    CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT and
-    CLIP_JAX_PROCESS_INDEX say it, as `launch/local.py` does. Refused if one of the three lacks.
+    CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT and CLIP_JAX_PROCESS_INDEX
+    say it, as `launch/local.py` does. Raises InputError if one of the three lacks.
     """
     _set_flags()
     explicit = {name: os.environ.get(name, "") for name in _EXPLICIT}
@@ -84,7 +84,7 @@ def start(config: ProcessesConfig) -> None:
     if any(explicit.values()):
         if missing := [name for name, value in explicit.items() if not value]:
             given = ", ".join(f"{k}={v}" for k, v in explicit.items() if v)
-            raise Refused(f"the environment has {given} without {' and '.join(missing)}.")
+            raise InputError(f"the environment has {given} without {' and '.join(missing)}.")
         address, count, index = explicit.values()
         jax.distributed.initialize(
             address, int(count), int(index), cluster_detection_method="deactivate", **timeouts
@@ -164,7 +164,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def together(function: Callable[[], Any], kind: type[Refused]) -> Any:
+def together(function: Callable[[], Any], kind: type[InputError]) -> Any:
     """Call a function in every process; where it is refused in one, it is so in all."""
     value, why = None, ""
     try:

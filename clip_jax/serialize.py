@@ -6,8 +6,8 @@ import types
 import typing
 from typing import Any, Literal
 
-from clip_jax.files import place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage.files import place
 
 
 def to_dict(config: Any) -> Any:
@@ -31,14 +31,14 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     """Read a value of the annotated type `kind` from what `to_dict` wrote.
 
     Fields that are missing take their defaults, so that older files stay readable. Raises
-    Refused that names the place for an unknown field, a wrong type or a value out of range.
+    InputError that names the place for an unknown field, a wrong type or a value out of range.
     """
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, data, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if data not in args:
-            raise Refused(f"{where} is {data!r}; it must be one of {list(args)}.")
+            raise InputError(f"{where} is {data!r}; it must be one of {list(args)}.")
         return data
     if origin in (typing.Union, types.UnionType):
         return _read_union(args, data, where)
@@ -52,24 +52,26 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return float(data)
     if kind in (bool, int, float, str, type(None)):
         if type(data) is not kind:
-            raise Refused(f"{where} is {data!r}; it must be of type {kind.__name__}.")
+            raise InputError(f"{where} is {data!r}; it must be of type {kind.__name__}.")
         return data
     if not isinstance(data, str):
-        raise Refused(f"{where} is {data!r}; it must be a string.")
+        raise InputError(f"{where} is {data!r}; it must be a string.")
     return place(data)  # a path or a URL
 
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise Refused(f"{where} is {data!r}; it must be an object with {kind.__name__}'s fields.")
+        raise InputError(
+            f"{where} is {data!r}; it must be an object with {kind.__name__}'s fields."
+        )
     data = dict(data)
     name = data.pop("type", kind.__name__)
     if name != kind.__name__:
-        raise Refused(f"{where}.type is {name!r}; it must be {kind.__name__!r}.")
+        raise InputError(f"{where}.type is {name!r}; it must be {kind.__name__!r}.")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(fields)):
-        raise Refused(
+        raise InputError(
             f"{where} has unknown fields {unknown}; {kind.__name__} has {', '.join(fields)}."
         )
     values = {key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()}
@@ -78,7 +80,7 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
         if name not in values and field.default is field.default_factory is dataclasses.MISSING
     ]  # fmt: skip
     if missing:
-        raise Refused(f"{where} lacks {', '.join(missing)}, which {kind.__name__} needs.")
+        raise InputError(f"{where} lacks {', '.join(missing)}, which {kind.__name__} needs.")
     return kind(**values)
 
 
@@ -87,23 +89,23 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
         by_name = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
         name = data.get("type")
         if name not in by_name:
-            raise Refused(f"{where}.type is {name!r}; it must be one of {sorted(by_name)}.")
+            raise InputError(f"{where}.type is {name!r}; it must be one of {sorted(by_name)}.")
         return from_dict(by_name[name], data, where)
     errors = []
     for kind in kinds:
         try:
             return from_dict(kind, data, where)
-        except Refused as error:
+        except InputError as error:
             errors.append(str(error))
-    raise Refused(errors[0] if len(set(errors)) == 1 else " Or: ".join(errors))
+    raise InputError(errors[0] if len(set(errors)) == 1 else " Or: ".join(errors))
 
 
 def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(data, list | tuple):
-        raise Refused(f"{where} is {data!r}; it must be a list.")
+        raise InputError(f"{where} is {data!r}; it must be a list.")
     if kinds[-1:] == (...,):
         kinds = (kinds[0],) * len(data)
     if len(data) != len(kinds):
-        raise Refused(f"{where} has {len(data)} values; it must have {len(kinds)}.")
+        raise InputError(f"{where} has {len(data)} values; it must have {len(kinds)}.")
     pairs = enumerate(zip(kinds, data, strict=True))
     return tuple(from_dict(k, x, f"{where}[{i}]") for i, (k, x) in pairs)

@@ -19,12 +19,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.dimensions import table
 from clip_jax.models.layers import Layout
 from clip_jax.models.short_attention import short
-from clip_jax.refused import Refused, check_ranges
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
 BATCH_AXES = ("data", "fsdp")
@@ -45,20 +45,20 @@ class MeshConfig:
         check_ranges(self, "mesh.", **dict.fromkeys(("data", "fsdp", "tensor"), "[-1, inf)"))
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
-            raise Refused(
+            raise InputError(
                 f"mesh sizes must be positive, at most one of them -1, got data={self.data}, "
                 f"fsdp={self.fsdp}, tensor={self.tensor}."
             )
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Return the devices along each axis. Refused unless all are used."""
+    """Return the devices along each axis. Raises InputError unless all are used."""
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(devices // known, 1)
     if math.prod(sizes) != devices:
-        raise Refused(
+        raise InputError(
             f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not use "
             f"all {devices} devices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if len(slices) == 1 or devices[0].platform != "tpu":
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % len(slices):
-        raise Refused(
+        raise InputError(
             f"mesh data={sizes[0]} must be a multiple of the {len(slices)} slices, between which "
             "only the data axis may lie; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
@@ -94,7 +94,7 @@ def data_part(mesh: Mesh) -> tuple[int, int]:
     """Return which part of every global batch this process reads, and how many parts there are.
 
     Processes whose devices hold the same rows (those that share a row by `tensor`) read the same
-    part. Refused if the processes hold unequal or overlapping parts.
+    part. Raises InputError if the processes hold unequal or overlapping parts.
     """
     owners = mesh.devices.reshape(batch_shards(mesh), -1)
     rows: dict[int, set[int]] = {}
@@ -103,7 +103,7 @@ def data_part(mesh: Mesh) -> tuple[int, int]:
             rows.setdefault(device.process_index, set()).add(shard)
     parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(owners):
-        raise Refused(
+        raise InputError(
             f"mesh {dict(mesh.shape)} gives the {len(rows)} processes unequal parts of a batch; "
             "choose --mesh.tensor so that one divides the other: it and the devices of a process."
         )
@@ -237,10 +237,10 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
 
 
 def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
-    """Refused unless the mesh can split the global batch evenly."""
+    """Raise InputError unless the mesh can split the global batch evenly."""
     shards = batch_shards(mesh)
     if batch_size % shards:
-        raise Refused(
+        raise InputError(
             f"batch_size={batch_size} cannot be split over {shards} batch shards "
             f"(mesh data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}); choose a multiple of "
             f"{shards} with --batch-size, or another mesh."
@@ -270,7 +270,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
             parts = {a: mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ())}
             if size % math.prod(parts.values()):
                 over = " × ".join(f"{a}={n}" for a, n in parts.items())
-                raise Refused(
+                raise InputError(
                     f"{name} {x.shape}: dimension {dim}={size} cannot be split over mesh axis "
                     f"{over}; change " + " or ".join(f"--mesh.{a}" for a in parts) + "."
                 )

@@ -132,7 +132,7 @@ def init_state(
 def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     """Return state and batch as shapes that know where they lie on the mesh.
 
-    Refused unless the mesh can split the batch and every parameter.
+    Raises InputError unless the mesh can split the batch and every parameter.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
     model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, table(recipe.model))

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from clip_jax import files, processes, sharding
-from clip_jax.checkpoint import Checkpoints, Restored, restore_step
+from clip_jax import processes, sharding
+from clip_jax.checkpoints.claim import Claim, count_start
+from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
+from clip_jax.checkpoints.retention import steps_in
 from clip_jax.config import (
     Config,
     branch_point,
@@ -25,16 +27,17 @@ from clip_jax.config import (
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.display import warn
+from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.loading import starting_params
+from clip_jax.inference.loading import starting_params
 from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
 from clip_jax.optim import averaged
-from clip_jax.refused import Refused
-from clip_jax.retention import steps_in
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import Program, State
-from clip_jax.workdir import Claim, count_start, read_json, warn
+from clip_jax.storage import files
+from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the work directory: which samples the run is trained on
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run counts as lost
@@ -52,7 +55,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
     """Train to `config.end`, going on from the newest checkpoint in `workdir` if there is one.
 
     `workdir` may be in a bucket (`gs://`, `s3://`). Where there are several processes, all call
-    this alike. Returns what `result.json` holds. Raises Refused for a config that cannot run or
+    this alike. Returns what `result.json` holds. Raises InputError for a config that cannot run or
     does not fit the work directory, Diverged for a loss that is not finite, Preempted at SIGTERM.
     """
     workdir = epath.Path(workdir if files.is_remote(workdir) else Path(workdir).absolute())
@@ -166,11 +169,11 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
 
 
 def check_patches(config: Config, workdir: epath.Path) -> None:
-    """Raise Refused for a new run whose image size is no multiple of its patch size."""
+    """Raise InputError for a new run whose image size is no multiple of its patch size."""
     size, patch = config.model.vision.image_size, getattr(config.model.vision, "patch_size", 1)
     begun = config.branch_from or steps_in(workdir / "checkpoints")
     if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
-        raise Refused(
+        raise InputError(
             f"model.vision.image_size={size} is no multiple of model.vision.patch_size={patch}: "
             f"the last {rest} pixels would not be seen. Set it to {size - rest + patch}."
         )
@@ -191,7 +194,8 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
 
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
     """Compare the data with those that the run in `workdir`, if there is one, was trained on. A
-    mixture may have more members. Raises `Refused` where keys or the number of samples differ."""
+    mixture may have more members. Raises `InputError` where keys or the number of samples
+    differ."""
     path = workdir / _DATA
     if not steps_in(workdir / "checkpoints"):
         return  # nothing has been trained
@@ -205,7 +209,7 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
     advice = "Bring back a copy, or delete it to go on without a check of the data."
     kept = read_json(path, "fingerprints", advice=advice)["fingerprints"]
     if pipeline.fingerprints()[: len(from_dict(list[str], kept, str(path)))] != kept:
-        raise Refused(
+        raise InputError(
             f"The run in {workdir} was trained on other data: the number of samples or the keys of "
             "data.source have changed since. Restore the data, or start a new run in another "
             "--workdir. (To add data to a run, append a mixture member with a later phase.)"
@@ -215,7 +219,8 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
 def agree(
     config: Config, workdir: epath.Path, pipeline: Pipeline, evaluations: Evaluations, start: int
 ) -> None:
-    """Refused unless all processes mean the same run, and it has not failed here too often."""
+    """Raise InputError unless all processes mean the same run, and it has not failed here too
+    often."""
     data = pipeline.fingerprints()
     facts = {
         "config": to_dict(config),
@@ -232,7 +237,7 @@ def agree(
         files.write_whole(workdir / _DATA, json.dumps({"fingerprints": data}))
         begun = count_start(workdir / "starts.json", start)
     if processes.gather(begun)[0] > (config.processes.max_starts or math.inf):
-        raise Refused(
+        raise InputError(
             f"the last {config.processes.max_starts} starts in {workdir} all began at step {start} "
             "and ended without a new checkpoint; their last words say why. To try again, delete "
             "starts.json there or raise --processes.max-starts."
@@ -240,7 +245,7 @@ def agree(
 
 
 def check_best(config: Config, evaluations: Evaluations) -> None:
-    """Refused where no evaluator gives the result by which the best checkpoint is kept."""
+    """Raise InputError where no evaluator gives the result by which the best checkpoint is kept."""
     if config.checkpoint.best and config.checkpoint.best_of == "run":
         evaluations.check_gives(config.checkpoint.best)
 
@@ -261,7 +266,7 @@ def branch(config: Config, program: Program, trunk: epath.Path, start: int) -> R
 def restore(config: Config, found: Restored) -> Restored:
     """Check that what was read stands where this config's batches lead."""
     if found.position["samples"] != config.samples_after(found.step):
-        raise Refused(
+        raise InputError(
             f"the checkpoint of step {found.step} stands at sample {found.position['samples']}, "
             f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}) does "
             "not reach; use the batches it was trained with, or another --workdir."

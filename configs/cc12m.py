@@ -11,7 +11,7 @@ Expected: open_clip publishes an RN50 with QuickGELU trained on CC12M, 36.45% ze
 ImageNet, without its recipe; how near this one comes is not known here.
 """
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

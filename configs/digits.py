@@ -10,7 +10,7 @@ Pairs with the same caption are masked out of each other's negatives: there are 
 (94% / 76%), 1e-3 is too slow for the time (94% / 90%).
 """
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig

@@ -14,7 +14,7 @@ fixed before the largest count was looked at: L(N, D) on info_nce, fitted to the
 counts, must predict each run of the largest.
 """
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig

@@ -9,7 +9,7 @@ of the smaller three and must predict that of the largest. Rates are a factor of
 rule's own guess.
 """
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig

@@ -9,7 +9,7 @@ below log(batch size) = 6.2 within the first thousand steps if the captions desc
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

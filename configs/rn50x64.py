@@ -16,7 +16,7 @@ released weights).
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -15,7 +15,7 @@ Expected: above SigLIP's 76.7% zero-shot top-1 on ImageNet; theirs has 79.1% wit
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -13,7 +13,7 @@ Expected: 73% zero-shot top-1 on ImageNet for 9B samples of WebLI at 224 pixels 
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

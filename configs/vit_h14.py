@@ -12,7 +12,7 @@ Expected: 78.0% zero-shot top-1 on ImageNet on LAION-2B (theirs).
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -11,7 +11,7 @@ and batch are those of OpenAI's ViT-B/32: 32,768 pairs a step, for a pod.
 
 import dataclasses
 
-from clip_jax.checkpoint import CheckpointConfig
+from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

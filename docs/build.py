@@ -20,21 +20,21 @@ DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "clip_jax"
 
 PAGES = {  # title, and the modules or folders that stand there
-    "library": ("Library", ("__init__", "loading", "predict", "demo")),  # and what has no page
+    "library": ("Library", ("__init__", "inference", "serve")),  # and what has no page
     "models": ("Models", ("models",)),
     "training": (
         "Training",
-        ("config", "train", "step", "optim", "sharding", "checkpoint", "metrics", "processes"),
+        ("config", "train", "step", "optim", "sharding", "checkpoints", "metrics", "processes"),
     ),
     "losses": ("Losses", ("losses",)),
-    "data": ("Data", ("data", "prepare", "files", "bucket", "workdir")),
-    "evaluation": ("Evaluation", ("evaluate", "evals")),
+    "data": ("Data", ("data", "prepare", "storage", "engine")),
+    "evaluation": ("Evaluation", ("evals",)),
     "weights": ("Weights", ("convert",)),
     "pods": ("Pods", ("pods", "flops", "chips", "bench")),
     "scaling": ("Scaling", ("scaling",)),
 }
 # Nothing for a reader's own code:
-UNLISTED = ("__main__", "cli", "arguments", "refused", "serialize", "style")
+UNLISTED = ("__main__", "cli", "errors", "serialize", "display")
 
 
 def write(path: Path, text: str) -> None:
@@ -49,7 +49,7 @@ def write(path: Path, text: str) -> None:
 
 def help_of(*command: str) -> str:
     """What a command prints with `--help`."""
-    from clip_jax.cli import main
+    from clip_jax.cli.commands import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
@@ -60,12 +60,12 @@ def help_of(*command: str) -> str:
 
 def commands() -> str:
     """One section a command, in the order of `clip-jax --help`."""
-    from clip_jax import cli
+    from clip_jax.cli.commands import COMMANDS
 
     parts = ["# Commands\n", f"```text\n{help_of()}\n```\n"]
     scaling = ("ladder", "collect", "choose", "fit", "report")
     verbs = {"scale": scaling, "bench": ("input", "step", "loss")}
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").strip().partition(": clip-jax")[0]
         parts += [f"## clip-jax {name}\n", summary[:1].upper() + summary[1:] + ".\n"]
         if name not in verbs:
@@ -108,7 +108,7 @@ def reference(title: str, names: Sequence[str]) -> str:
 
 
 def figure(width: float, height: float, **panels: Any) -> tuple[Figure, Any]:
-    from clip_jax.style import STYLE
+    from clip_jax.display import STYLE
 
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(width, height), layout="constrained")

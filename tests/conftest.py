@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from clip_jax import arguments, cli, sharding
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax import sharding
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.cli import arguments, commands
 from clip_jax.config import Config
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
@@ -236,7 +237,7 @@ FLAGS = [
 
 @functools.cache
 def _read_flags() -> Config:
-    return arguments.read_run(Config, [str(DIGITS), *FLAGS], cli.train, "train")
+    return arguments.read_run(Config, [str(DIGITS), *FLAGS], commands.train, "train")
 
 
 def tiny_digits(**changes: Any) -> Config:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax import bench
 from clip_jax.bench import InputBench, describe_compute, describe_input, measure_input
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.clock import Clock
 from clip_jax.data.images import read_crop
 from clip_jax.data.pipeline import DataConfig

@@ -6,15 +6,15 @@ from unittest import mock
 
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.config import Config, check_resumable, differences, load_config, with_order
 from clip_jax.data.mixture import MemberConfig, MixtureConfig, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import Constant, OptimConfig
-from clip_jax.refused import Refused
 from clip_jax.serialize import to_dict
 
 
@@ -53,7 +53,7 @@ def test_a_bug_of_ours_under_a_config_file_stays_a_bug(tmp_path):
 def test_a_damaged_config_json_is_named(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(Refused, match=r"config\.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         load_config(path)
 
 
@@ -73,7 +73,7 @@ def test_the_order_that_a_run_began_with_is_kept(data, order, other, tmp_path):
     assert resumed.data.order == order
     check_resumable(tmp_path, resumed)
     changed = replace(config, data=replace(config.data, order=other))
-    with pytest.raises(Refused, match=f"data.order: {order} in .*, {other} given"):
+    with pytest.raises(InputError, match=f"data.order: {order} in .*, {other} given"):
         check_resumable(tmp_path, changed)
 
 
@@ -86,7 +86,7 @@ def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has
         (cosine, other_loss, r"loss\.mask_same_caption: False in .*, True given"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(InputError, match=message):
             check_resumable(tmp_path, now)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(endless)))
     check_resumable(tmp_path, replace(endless, steps=10_001))
@@ -120,5 +120,5 @@ def test_a_resumed_mixture_may_only_have_more_members_from_a_phase_to_come(tmp_p
         config((1.0, 3.0, 1.0), (8, (1.0, 1.0, 0.0))),
         config((1.0,), (8, (1.0,))),
     ):
-        with pytest.raises(Refused, match=r"another config:\n  data\.source\."):
+        with pytest.raises(InputError, match=r"another config:\n  data\.source\."):
             check_resumable(tmp_path, other)

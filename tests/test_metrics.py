@@ -9,8 +9,8 @@ from etils import epath
 from tensorboardX import record_writer
 
 from clip_jax import metrics
+from clip_jax.errors import InputError
 from clip_jax.metrics import Board, Goodput, Profiler, Timers, Writer, bucket_rates, profile_range
-from clip_jax.refused import Refused
 from tests.clock import HandClock
 
 
@@ -50,7 +50,7 @@ def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
         board = Board(str(tmp_path))
     board.add_scalar("loss", 2.0, 1)
     for ends in (board.flush, board.close):
-        with pytest.raises(Refused, match=rf"^no space left for {tmp_path}: free some"):
+        with pytest.raises(InputError, match=rf"^no space left for {tmp_path}: free some"):
             ends()
 
 
@@ -88,7 +88,7 @@ def test_goodput_adds_up_over_starts_and_knows_what_was_lost():
 
 def test_a_profile_of_some_steps_lands_in_the_work_directory(tmp_path):
     for wrong in ("10", "5:3", "0:3", "a:b", "1:2:3"):
-        with pytest.raises(Refused, match="profile_steps"):
+        with pytest.raises(InputError, match="profile_steps"):
             profile_range(wrong)
     profiler = Profiler("2:2", epath.Path(tmp_path))
     ended = []

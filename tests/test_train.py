@@ -13,15 +13,15 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.data.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.table import TableConfig
+from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations
-from clip_jax.loading import load, starting_params
+from clip_jax.inference.loading import load, starting_params
 from clip_jax.metrics import Reports
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
-from clip_jax.refused import Refused
 from clip_jax.sharding import make_mesh
 from clip_jax.step import Program
 from clip_jax.train import (
@@ -140,7 +140,7 @@ def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
         ("no step", {"branch_from": f"{parent}@3"}, "not of 3; name one"),
         ("other", {"batch_size": 32}, r"a branch of .* cannot differ from it in:\n  batch_size"),
     ):
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(InputError, match=message):
             train(dataclasses.replace(branch, **changes), tmp_path / name)
 
 
@@ -153,7 +153,7 @@ def test_starts_without_progress_are_counted_and_refused(tmp_path):
 
     for step in (0, 2, 2):
         starts(step)
-    with pytest.raises(Refused, match=r"the last 2 starts in .* all began at step 2"):
+    with pytest.raises(InputError, match=r"the last 2 starts in .* all began at step 2"):
         starts(2)
     starts(2, dataclasses.replace(config, processes=ProcessesConfig(max_starts=10)))
 
@@ -164,7 +164,7 @@ def test_a_new_run_sees_all_pixels(size, patch, tmp_path):
     model = tiny().model
     vision = dataclasses.replace(model.vision, image_size=size, patch_size=patch)
     config = tiny(model=dataclasses.replace(model, vision=vision))
-    expected = pytest.raises(Refused, match=r"last 2 pixels would not be seen\. Set it to 21")
+    expected = pytest.raises(InputError, match=r"last 2 pixels would not be seen\. Set it to 21")
     with contextlib.nullcontext() if size == 384 else expected:
         (check_patches if size == 384 else train)(config, epath.Path(tmp_path))
     (tmp_path / "checkpoints/2").mkdir(parents=True)
@@ -190,14 +190,14 @@ def test_a_run_on_other_data_is_refused(tmp_path, capsys):
     check_data(workdir, data)
     assert not capsys.readouterr().err
     for others in (pairs, pairs[20:]):
-        with pytest.raises(Refused, match="was trained on other data"):
+        with pytest.raises(InputError, match="was trained on other data"):
             check_data(workdir, opened(others)[1])
     members = tuple(MemberConfig(source=x.data.source) for x in (config, config))
     data = dataclasses.replace(config.data, source=MixtureConfig(members=members))
     opened(pairs[:40])
     check_data(workdir, open_data(dataclasses.replace(config, data=data), 0, 1))
     (workdir / "data.json").write_text('{"fingerprints": 3}')
-    with pytest.raises(Refused, match=r"data\.json"):
+    with pytest.raises(InputError, match=r"data\.json"):
         check_data(workdir, opened(pairs[:40])[1])
 
 

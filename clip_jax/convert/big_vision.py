@@ -25,10 +25,10 @@ from clip_jax.convert.weights import (
     square_side,
 )
 from clip_jax.data.images import Preprocess
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 _ROOT = "params/"
 _BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")
@@ -148,17 +148,17 @@ def _stacked(arrays: Tensors, source: str) -> Tensors:
     for name, parts in blocks.items():
         shapes = {x.shape for x in parts.values()}
         if sorted(parts) != list(range(len(parts))) or len(shapes) > 1 or name in tensors:
-            raise Refused(f"{source}: the blocks of {name} are not one stack: {sorted(parts)}.")
+            raise InputError(f"{source}: the blocks of {name} are not one stack: {sorted(parts)}.")
         tensors[name] = np.stack([parts[i] for i in range(len(parts))])
     return tensors
 
 
 def infer(arrays: Tensors, source: str) -> CLIPConfig:
-    """Read the architecture off the arrays. Refused names what is missing."""
+    """Read the architecture off the arrays. InputError names what is missing."""
     image, words = "img/Transformer/encoderblock", "txt/Encoder_0/encoderblock"
     kernel = arrays.get("img/embedding/kernel")
     if kernel is not None and kernel.ndim == 2:
-        raise Refused(
+        raise InputError(
             f"{source} is a SigLIP 2 of native aspect ratios (NaFlex), whose images have no fixed "
             "size; its fixed-resolution models are read."
         )
@@ -196,12 +196,13 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the arrays under big_vision's names. Refused if its SigLIP is not this model."""
+    """Return the arrays under big_vision's names. Raises InputError if its SigLIP is not this
+    model."""
     siglip_model.check(weights, "big_vision's SigLIP")
     config = weights.config
     vision = typing.cast(ViTConfig, config.vision)  # see `check`
     if {vision.activation, config.text.activation} != {"gelu_tanh"}:
-        raise Refused(
+        raise InputError(
             "big_vision computes both towers with gelu_tanh, and this model has "
             f"{vision.activation} and {config.text.activation}; choose --to clip-jax."
         )

@@ -7,11 +7,11 @@ from clip_jax.convert.files import Tensors
 from clip_jax.convert.openai import block_rows, vit_rows
 from clip_jax.convert.settings import Settings
 from clip_jax.convert.state_dict import Row, norm, part_queries
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 # Settings of open_clip's that it does not read.
 _UNREAD = {"context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries",
@@ -114,11 +114,11 @@ def split(tensors: Tensors) -> Tensors:
 
 
 def read_coca(section: Settings, text: TextConfig) -> CoCaConfig:
-    """Read `multimodal_cfg`. Refused if its decoder does not fit the text tower."""
+    """Read `multimodal_cfg`. Raises InputError if its decoder does not fit the text tower."""
     section.used |= _UNREAD
     width = section.count("width", 512)
     if width != text.width:
-        raise Refused(
+        raise InputError(
             f"{section.where}.width={width} is not text_cfg.width={text.width}, whose states it "
             "takes."
         )
@@ -137,9 +137,10 @@ def read_mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUT
 
 
 def _check_text(text: TextConfig, where: str) -> None:
-    """Refused where the decoder, which open_clip builds with the usual ones, would have others."""
+    """Raise InputError where the decoder, which open_clip builds with the usual ones, would have
+    others."""
     if text.norm_epsilon != 1e-5 or text.activation == "gelu_tanh" or text.mlp_ratio != 4.0:
-        raise Refused(
+        raise InputError(
             f"{where}: a decoder beside a text tower with norm_kwargs, act_kwargs or mlp_ratio is "
             "not supported: open_clip's has the usual ones."
         )

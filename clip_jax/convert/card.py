@@ -6,13 +6,13 @@ A run's configuration and results go with its weights as `training.json`, from f
 import json
 from typing import Any
 
-from clip_jax import files
 from clip_jax.convert import run
 from clip_jax.convert.weights import Weights
-from clip_jax.files import Place
 from clip_jax.models.clip import count
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.workdir import read_json
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import read_json
 
 NAME = "README.md"
 FACTS_NAME = "training.json"

@@ -10,12 +10,12 @@ from typing import Any
 from clip_jax.convert.settings import count_of, number_of
 from clip_jax.convert.state_dict import Row, norm
 from clip_jax.convert.weights import Weights, mlp_ratio
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 MODEL_TYPES = ("clip", "metaclip_2")
 ACTIVATIONS: dict[str, Activation] = {
@@ -84,10 +84,10 @@ class Section:
     def __init__(self, content: dict[str, Any], name: str, source: str) -> None:
         part = content.get(name) or {}
         if not isinstance(part, dict):
-            raise Refused(f"{source}: {name} is {part!r:.99}; an object is needed.")
+            raise InputError(f"{source}: {name} is {part!r:.99}; an object is needed.")
         self.values, self.source = part, source
         if self.count("num_channels", 3) != 3:
-            raise Refused(f"{source}: num_channels={part['num_channels']}; 3 are supported.")
+            raise InputError(f"{source}: num_channels={part['num_channels']}; 3 are supported.")
 
     def count(self, name: str, default: int) -> int:
         return count_of(self.values.get(name, default), f"{self.source}: {name}")
@@ -99,12 +99,12 @@ class Section:
     def activation(self, default: str) -> Activation:
         name = self.values.get("hidden_act", default)
         if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise Refused(f"{self.source}: hidden_act={name!r:.99}; known are {[*ACTIVATIONS]}.")
+            raise InputError(f"{self.source}: hidden_act={name!r:.99}; known are {[*ACTIVATIONS]}.")
         return ACTIVATIONS[name]
 
 
 def read_config(content: dict[str, Any], source: str) -> CLIPConfig:
-    """Read `config.json`. Raises Refused that names what is missing or unknown."""
+    """Read `config.json`. Raises InputError, which names what is missing or unknown."""
     # What `…_dict` holds, in old files, stands for the whole tower.
     old = [content.get(f"{name}_dict") is not None for name in ("vision_config", "text_config")]
     vision = Section(content, "vision_config_dict" if old[0] else "vision_config", source)
@@ -141,10 +141,10 @@ def read_config(content: dict[str, Any], source: str) -> CLIPConfig:
 
 
 def check(weights: Weights) -> None:
-    """Refused that lists what `CLIPModel` has no words for."""
+    """Raise InputError, which lists what `CLIPModel` has no words for."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     if isinstance(vision, ResNetConfig):
-        raise Refused(
+        raise InputError(
             "Hugging Face's CLIPModel has no ResNet; choose --to openai, open-clip or clip-jax."
         )
     wrong = {
@@ -162,7 +162,7 @@ def check(weights: Weights) -> None:
         "preprocess.resize_mode": weights.preprocess.resize_mode == "longest",
     }
     if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise Refused(
+        raise InputError(
             f"Hugging Face's CLIPModel cannot express this model's {', '.join(unsupported)}; "
             "choose --to open-clip or clip-jax."
         )

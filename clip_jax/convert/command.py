@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from clip_jax import files
 from clip_jax.convert import card, open_clip
 from clip_jax.convert.formats import FILES, Format, read_weights, write_weights
 from clip_jax.convert.verify import Unverifiable, Verification, features_difference, verify
 from clip_jax.convert.weights import DType
-from clip_jax.files import Place
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +51,18 @@ class Conversion:
 def convert(config: ConvertConfig) -> Conversion:
     """Write a model in another format; with `verify` compare with the peer's numbers.
 
-    Raises Refused when the source cannot be read, the format cannot express the model, or
+    Raises InputError when the source cannot be read, the format cannot express the model, or
     something is at the destination already.
     """
     source, destination = config.source, config.destination
     check_free(source, destination, config.overwrite)
     if config.to in FILES and destination.is_dir():
-        raise Refused(
+        raise InputError(
             f"{destination} is a directory; --to {config.to} writes a file, such as "
             f"{'x.pt' if config.to == 'openai' else 'x.npz'}."
         )
     if config.to not in FILES and destination.is_file():
-        raise Refused(f"{destination} is a file; --to {config.to} writes a folder.")
+        raise InputError(f"{destination} is a file; --to {config.to} writes a folder.")
     files.check_destination(destination, "the destination", folder=config.to not in FILES)
     weights = read_weights(
         source,
@@ -74,7 +74,7 @@ def convert(config: ConvertConfig) -> Conversion:
     difference = None
     if config.accept_activation:
         if config.to != "open-clip":
-            raise Refused(
+            raise InputError(
                 f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
                 "model's."
             )
@@ -96,12 +96,13 @@ def convert(config: ConvertConfig) -> Conversion:
 
 
 def check_free(source: Place, destination: Place, overwrite: bool) -> None:
-    """Refused if a destination is the source, or holds something that is not to be replaced."""
+    """Raise InputError if a destination is the source, or holds something that is not to be
+    replaced."""
     if source.exists() and destination.exists() and source.resolve() == destination.resolve():
-        raise Refused(f"{source} is both source and destination; choose another destination.")
+        raise InputError(f"{source} is both source and destination; choose another destination.")
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not overwrite:
-        raise Refused(f"something is at {destination} already; say --overwrite to replace it.")
+        raise InputError(f"something is at {destination} already; say --overwrite to replace it.")
 
 
 _USE = {  # how each folder is read, for its card

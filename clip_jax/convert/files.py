@@ -15,7 +15,7 @@ import safetensors.numpy
 from clip_jax.convert.npz import is_npz, read_npz
 from clip_jax.convert.torch_archive import map_file
 from clip_jax.convert.torch_pickle import read_torch
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 Tensors = dict[str, np.ndarray]
 
@@ -25,7 +25,7 @@ MAX_JSON = 16 << 20  # bytes
 def read_tensors(path: Path) -> Tensors:
     """Read every tensor of a file, or of the shards that an `.index.json` names.
 
-    Raises Refused that says what the file is, if it is not one of tensors.
+    Raises InputError, which says what the file is, if it is not one of tensors.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> Tensors:
         return read_npz(buffer, str(path))
     if head[:2] in (b"PK", b"\x80\x02"):
         return read_torch(buffer, str(path))
-    raise Refused(
+    raise InputError(
         f"{path} is neither safetensors nor a PyTorch file nor an .npz: it begins with "
         f"{head.hex(' ')}."
     )
@@ -48,45 +48,46 @@ def _read_safetensors(path: Path) -> Tensors:
         return safetensors.numpy.load_file(path)
     except (AttributeError, KeyError) as error:  # a type that NumPy does not have
         kind = str(error.args[0]).rpartition("attribute ")[2].strip("'")
-        raise Refused(
+        raise InputError(
             f"{path} holds tensors of type {kind}; float32, float16 and bfloat16 are read. Save "
             "the weights in one of them where they were quantized."
         ) from error
     except (safetensors.SafetensorError, OSError, TypeError) as error:
-        raise Refused(f"{path} is a damaged or truncated safetensors file: {error}.") from error
+        raise InputError(f"{path} is a damaged or truncated safetensors file: {error}.") from error
 
 
 def _read_shards(path: Path) -> Tensors:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise Refused(f"{path} has no weight_map from tensor to file.")
+        raise InputError(f"{path} has no weight_map from tensor to file.")
     tensors: Tensors = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or file == ".." or file.endswith(".json"):
-            raise Refused(f"{path} names {file!r}, which is not a file beside it.")
+            raise InputError(f"{path} names {file!r}, which is not a file beside it.")
         tensors |= read_tensors(path.parent / file)
     if missing := sorted(set(places) - set(tensors)):
-        raise Refused(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
+        raise InputError(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
     return tensors
 
 
 def read_small(path: Path) -> bytes:
-    """Read a file of a configuration. Refused if it is no regular file, or longer than any."""
+    """Read a file of a configuration. Raises InputError if it is no regular file, or longer than
+    any."""
     data = map_file(path)
     if len(data) > MAX_JSON:
-        raise Refused(f"{path} has {len(data)} bytes; no configuration is that long.")
+        raise InputError(f"{path} has {len(data)} bytes; no configuration is that long.")
     return bytes(data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Refused names the file and what is wrong."""
+    """Read a JSON object. InputError names the file and what is wrong."""
     data = read_small(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not JSON: {error}.") from error
+        raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise Refused(f"{path} holds a {type(value).__name__}; an object is needed.")
+        raise InputError(f"{path} holds a {type(value).__name__}; an object is needed.")
     return value
 
 

@@ -13,10 +13,10 @@ from clip_jax.convert.state_dict import Row, flatten, param_shapes, to_params
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
 from clip_jax.serialize import from_dict, to_dict
 
 WEIGHTS_NAME = "model.safetensors"
@@ -86,10 +86,10 @@ def is_folder(path: Path) -> bool:
 
 
 def read(folder: Path) -> Weights:
-    """Read the folder. Refused where the manifest and the configuration disagree."""
+    """Read the folder. Raises InputError where the manifest and the configuration disagree."""
     said = read_json(folder / MANIFEST_NAME)
     if said.get("format") != FORMAT or said.get("version") not in (1, VERSION):
-        raise Refused(
+        raise InputError(
             f"{folder / MANIFEST_NAME} is of format {said.get('format')!r}, version "
             f"{said.get('version')!r}; {FORMAT!r}, versions 1 and {VERSION} are read."
         )
@@ -97,7 +97,7 @@ def read(folder: Path) -> Weights:
     config = from_dict(CLIPConfig, content, str(folder / CONFIG_NAME))
     file = config.text.tokenizer.file
     if file not in ("", "clip", *vocabulary.NAMES):
-        raise Refused(
+        raise InputError(
             f"{folder / CONFIG_NAME}: text.tokenizer.file={file!r:.99}; it is one of "
             f"{', '.join(vocabulary.NAMES)}, beside it."
         )
@@ -117,12 +117,12 @@ def read(folder: Path) -> Weights:
         config = replace(config, text=replace(config.text, tokenizer=missing))
     for name, value in manifest(weights).items():
         if said.get(name) != value and not (said["version"] == 1 and name in _SINCE_2):
-            raise Refused(
+            raise InputError(
                 f"{folder / MANIFEST_NAME} says {name}={said.get(name)!r}, but {CONFIG_NAME} means "
                 f"{value!r}; one of them was changed by hand."
             )
     if weights.preprocess.image_size != config.vision.image_size:
-        raise Refused(
+        raise InputError(
             f"{folder / MANIFEST_NAME} says image_size={weights.preprocess.image_size}; the model "
             f"has {config.vision.image_size}."
         )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from clip_jax import files
+from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
     folder,
@@ -24,10 +24,10 @@ from clip_jax.convert.positions import resize_positions
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.weights import DType, Weights, same_sizes
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
-from clip_jax.files import Place
+from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation
-from clip_jax.refused import Refused
-from clip_jax.retention import split_name
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax"]
 FILES = ("openai", "big-vision")  # formats of one file; the others are folders
@@ -53,25 +53,25 @@ def read_weights(
     RUN@20000 is its checkpoint of that step, RUN@best its best; RUN alone its newest.
 
     `activation` and `architecture` answer what a bare file of tensors cannot say; where the format
-    says it itself, a contradiction raises Refused. `image_size` other than the model's resizes its
-    positions. `tokenizer` is the vocabulary of weights that came without theirs.
+    says it itself, a contradiction raises InputError. `image_size` other than the model's resizes
+    its positions. `tokenizer` is the vocabulary of weights that came without theirs.
     """
     path, which = split_name(path)
     if not path.exists():
-        raise Refused(
+        raise InputError(
             f"there is no {path}: a model is a file (.pt, .bin, .safetensors, .npz) or a folder."
         )
     if run.is_run(path):
         weights = run.read(path, which)
     elif which:
-        raise Refused(f"{path} is no run, which alone has a checkpoint @{which}.")
+        raise InputError(f"{path} is no run, which alone has a checkpoint @{which}.")
     else:
         with files.local(path) as here:
             weights = _at(path, here, _read(here, activation, architecture))
     _check_numbers(weights, path)
     said = weights.config.text.activation
     if activation not in (None, said):
-        raise Refused(
+        raise InputError(
             f"{path} says that its activation is {said}, not {activation}; leave out --activation."
         )
     if architecture is not None:
@@ -97,7 +97,7 @@ def _at(path: Place, here: Path, weights: Weights) -> Weights:
 def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
     text = weights.config.text
     if text.tokenizer.file:
-        raise Refused(
+        raise InputError(
             f"{path} came with its tokenizer, {text.tokenizer.file}; leave out --tokenizer."
         )
     text = replace(text, tokenizer=replace(text.tokenizer, file=file))
@@ -106,15 +106,16 @@ def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
 
 
 def _check_numbers(weights: Weights, path: Place) -> None:
-    """Refused if a weight is no finite number: nothing that comes of it would be one either."""
+    """Raise InputError if a weight is no finite number: nothing that comes of it would be one
+    either."""
     for name, array in flatten(weights.params).items():
         if array.dtype.kind in "biuc":
-            raise Refused(
+            raise InputError(
                 f"{path}: {name} has the type {array.dtype}; weights are floating-point numbers."
             )
         if not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
-            raise Refused(
+            raise InputError(
                 f"{path}: {name} has {bad} values of {array.size} that are NaN or infinite, so "
                 "every prediction would be; take an earlier checkpoint, or the file again."
             )
@@ -154,12 +155,12 @@ def _is_hugging_face(path: Path) -> bool:
 def write_weights(
     weights: Weights, path: Place, to: Format, *, plain: bool = False, dtype: DType | None = None
 ) -> None:
-    """Write a model in one of the formats. Refused if the format cannot express it.
+    """Write a model in one of the formats. Raises InputError if the format cannot express it.
 
     In a folder that held another format's files, those by which it was known are removed.
     """
     if plain and to != "openai":
-        raise Refused(f"--plain is a choice of --to openai; --to {to} has no such form.")
+        raise InputError(f"--plain is a choice of --to openai; --to {to} has no such form.")
     with files.written_whole(path) as partial:
         match to:
             case "openai":

@@ -8,10 +8,10 @@ from clip_jax.convert.files import Tensors, read_json, read_tensors, write_json,
 from clip_jax.convert.settings import said_in
 from clip_jax.convert.state_dict import Row, from_params, to_params
 from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS_NAMES = (
@@ -21,24 +21,24 @@ _POSITION_IDS = "embeddings.position_ids"  # buffers of old files
 
 
 def read(folder: Path) -> Weights:
-    """Read a model's folder. Raises Refused that names what is missing or unknown."""
+    """Read a model's folder. Raises InputError, which names what is missing or unknown."""
     source = str(folder / "config.json")
     content = read_json(folder / "config.json")
     kind = content.get("model_type")
     if kind == "siglip2":
-        raise Refused(
+        raise InputError(
             f"{source} has model_type='siglip2': SigLIP 2 of native aspect ratios (NaFlex), whose "
             "images have no fixed size. Its fixed-resolution models ('siglip') are read."
         )
     siglip = kind == siglip_model.MODEL_TYPE
     if not siglip and kind not in clip_model.MODEL_TYPES:
-        raise Refused(
+        raise InputError(
             f"{source} has model_type={kind!r:.99}; Hugging Face's CLIPModel ('clip'), "
             "MetaClip2Model ('metaclip_2') and SiglipModel ('siglip') are read."
         )
     path = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if path is None:
-        raise Refused(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
+        raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
     tensors = {n: x for n, x in read_tensors(path).items() if not n.endswith(_POSITION_IDS)}
     model = siglip_model if siglip else clip_model
     with said_in(folder / "config.json"):
@@ -68,7 +68,8 @@ def rows(config: CLIPConfig) -> list[Row]:
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the state dict under Hugging Face's names. Refused if it cannot be expressed."""
+    """Return the state dict under Hugging Face's names. Raises InputError if it cannot be
+    expressed."""
     siglip = _is_siglip(weights.config)
     (siglip_model if siglip else clip_model).check(weights)
     tensors = from_params(rows(weights.config), weights.params)

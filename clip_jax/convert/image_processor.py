@@ -11,7 +11,7 @@ from typing import Any
 from clip_jax.convert.files import read_json, write_json
 from clip_jax.convert.settings import channels_of, number_of
 from clip_jax.data.images import Interpolation, Preprocess
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
@@ -30,7 +30,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     """Read what a processor would do with images for a model of images of `size` pixels.
 
     What its file leaves out, or sets to null, its class decides: without a name CLIP's or, with
-    `siglip`, SigLIP's. Refused names what we do not have.
+    `siglip`, SigLIP's. InputError names what we do not have.
     """
     settings = _find(folder)
     content, where = ({}, "") if settings is None else settings
@@ -40,7 +40,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if name not in _CLASSES and "resample" not in content:
-        raise Refused(
+        raise InputError(
             f"{where}: image_processor_type={kind!r:.99} without resample is not supported; write "
             "resample there, 2 for bilinear or 3 for bicubic, as that class has it."
         )
@@ -56,7 +56,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     elif resize == {"shortest_edge": size} and cropped and crop == square:
         mode = "shortest"
     else:
-        raise Refused(
+        raise InputError(
             f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
             f"is not supported for an image size of {size}."
         )
@@ -70,7 +70,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
         or abs(scale * 255 - 1) > 1e-6
         or not all(content.get(step, True) for step in steps)
     ):
-        raise Refused(
+        raise InputError(
             f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is left "
             f"out ({', '.join(steps)}) is not supported."
         )
@@ -91,7 +91,9 @@ def _find(folder: Path) -> tuple[dict[str, Any], str] | None:
         content = read_json(path).get("image_processor")
         if content is not None:
             if not isinstance(content, dict):
-                raise Refused(f"{path}: image_processor is {content!r:.99}; an object is needed.")
+                raise InputError(
+                    f"{path}: image_processor is {content!r:.99}; an object is needed."
+                )
             return content, f"{path}: image_processor"
     path = folder / CONFIG_NAME
     return (read_json(path), str(path)) if path.exists() else None

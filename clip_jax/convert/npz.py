@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.convert.torch_archive import read_archive
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _SUFFIX = ".npy"
 _BFLOAT16 = np.dtype("V2")  # as NumPy's format has it, which knows no name for it
@@ -24,13 +24,13 @@ def is_npz(buffer: memoryview) -> bool:
 
 
 def read_npz(buffer: memoryview, source: str) -> dict[str, np.ndarray]:
-    """Return name → array, each a view of the file. Refused names the entry that is wrong."""
+    """Return name → array, each a view of the file. InputError names the entry that is wrong."""
     try:
         entries = read_archive(buffer, root=False)
-    except Refused as error:
-        raise Refused(f"{source}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     except (ValueError, OverflowError, struct.error) as error:
-        raise Refused(f"{source} is a damaged zip archive: {error}.") from error
+        raise InputError(f"{source} is a damaged zip archive: {error}.") from error
     return {
         name.removesuffix(_SUFFIX): _array(data, f"{source}: entry {name}")
         for name, data in entries.items()
@@ -46,12 +46,12 @@ def _array(data: memoryview, where: str) -> np.ndarray:
             read = np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head, max_header_size=_LONGEST_HEADER)
     except ValueError as error:
-        raise Refused(f"{where} is no array: {error!s:.200}.") from error
+        raise InputError(f"{where} is no array: {error!s:.200}.") from error
     if dtype.hasobject or dtype.kind not in "fiubV" or (dtype.kind == "V" and dtype != _BFLOAT16):
-        raise Refused(f"{where} holds values of type {dtype}; numbers are read.")
+        raise InputError(f"{where} holds values of type {dtype}; numbers are read.")
     values = data[head.tell() :]
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(values):
-        raise Refused(f"{where} claims {dtype}{list(shape)} and has {len(values)} bytes.")
+        raise InputError(f"{where} claims {dtype}{list(shape)} and has {len(values)} bytes.")
     array = np.frombuffer(values, ml_dtypes.bfloat16 if dtype == _BFLOAT16 else dtype)
     return array.reshape(shape, order="F" if fortran else "C")
 

@@ -9,10 +9,10 @@ from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_confi
 from clip_jax.convert.state_dict import Row, from_params, join_queries, to_params
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip import FULL_VOCAB_SIZE
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 # What open_clip's own loader would take, the first first.
@@ -56,7 +56,7 @@ def find_weights(folder: Path) -> Path:
     others = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
     if len(others) != 1:
         names = ", ".join(path.name for path in others[:5])
-        raise Refused(
+        raise InputError(
             f"{folder} holds {len(others)} files of weights ({names or 'none'}); a model's folder "
             f"has exactly one (.safetensors, .bin or .pt), or one called {WEIGHTS_NAME}."
         )
@@ -75,7 +75,7 @@ def read(
     tensors = _unwrapped(tensors)
     if config_path is None:
         if decoder := [n for n in tensors if n.startswith(("text_decoder.", "text.cross_attn."))]:
-            raise Refused(
+            raise InputError(
                 f"{source} has a caption decoder ({decoder[0]}), of which tensors alone do not say "
                 f"enough: put its {CONFIG_NAME} beside it."
             )
@@ -113,7 +113,7 @@ def _flat_names(tensors: Tensors) -> Tensors:
 
 
 def check(weights: Weights) -> None:
-    """Refused that lists what open_clip has no settings for."""
+    """Raise InputError, which lists what open_clip has no settings for."""
     vision, text = weights.config.vision, weights.config.text
     # A tokenizer of our own is written as Hugging Face's, which can only pad with end of text.
     own = text.tokenizer.file == "clip" and text.clip_vocab_size != FULL_VOCAB_SIZE
@@ -137,14 +137,14 @@ def check(weights: Weights) -> None:
         "text.pool": text.pool in ("class_token", "mean"),
     }  # fmt: skip
     if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise Refused(
+        raise InputError(
             f"open_clip's own towers cannot express this model's {', '.join(unsupported)}; "
             "choose --to clip-jax."
         )
     if isinstance(vision, ViTConfig) and vision.pool == "map":
         named = timm.as_named(vision)
         if named.activation != vision.activation:
-            raise Refused(
+            raise InputError(
                 f"open_clip would compute the image tower with {named.activation}, as timm's "
                 f"{timm.name_of(vision)} fixes it, and this model has {vision.activation}. Say "
                 "--accept-activation to write it all the same, as open_clip's released folders "
@@ -161,7 +161,8 @@ def as_computed(weights: Weights) -> Weights:
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the state dict under open_clip's names. Refused if it cannot be expressed."""
+    """Return the state dict under open_clip's names. Raises InputError if it cannot be
+    expressed."""
     check(weights)
     tensors = join_queries(from_params(table(weights.config), weights.params))
     if _is_siglip(weights.config):  # open_clip's class with a text tower of its own

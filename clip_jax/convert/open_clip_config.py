@@ -11,13 +11,13 @@ from clip_jax.convert.settings import Settings, channels_of, count_of, number_of
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
 from clip_jax.data.tokenizers.clip import FULL_VOCAB_SIZE
+from clip_jax.errors import InputError
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import Cleaning, Pool, TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 CONFIG_NAME = "open_clip_config.json"
 _LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, whatever the name
@@ -37,7 +37,7 @@ def _activation(section: Settings, quick_gelu: bool) -> Activation:
         return "gelu"
     if not quick_gelu and options == {"approximate": "tanh"}:
         return "gelu_tanh"
-    raise Refused(
+    raise InputError(
         f"{section.where}.act_kwargs={options!r:.99} with quick_gelu={quick_gelu} is not supported."
     )
 
@@ -45,14 +45,14 @@ def _activation(section: Settings, quick_gelu: bool) -> Activation:
 def _epsilon(section: Settings) -> float:
     options = section.get("norm_kwargs", {}, dict)
     if set(options) - {"eps"}:
-        raise Refused(f"{section.where}.norm_kwargs={options!r:.99}: only eps is supported.")
+        raise InputError(f"{section.where}.norm_kwargs={options!r:.99}: only eps is supported.")
     return number_of(options.get("eps", 1e-5), f"{section.where}.norm_kwargs.eps", True)
 
 
 def _trunk(section: Settings, name: str) -> ViTConfig:
     """Read a tower of timm's, whose name says all: also the activation."""
     if name not in timm.TRUNKS:
-        raise Refused(
+        raise InputError(
             f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; of timm's "
             f"there are {', '.join(timm.TRUNKS)}."
         )
@@ -64,7 +64,7 @@ def _trunk(section: Settings, name: str) -> ViTConfig:
     }
     needed = {"timm_pool": "map", "timm_proj": "none", "image_size": trunk.image_size}
     if wrong := [f"{key}={said[key]!r:.99}" for key in needed if said[key] != needed[key]]:
-        raise Refused(
+        raise InputError(
             f"{section.where}: {', '.join(wrong)} of a {name} is not supported: SigLIP's are "
             f"{needed}."
         )
@@ -82,13 +82,13 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     size = section.get("image_size", 224, object)
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
-            raise Refused(f"{section.where}.image_size={size!r:.99}: images must be square.")
+            raise InputError(f"{section.where}.image_size={size!r:.99}: images must be square.")
         size = size[0]
     image_size = count_of(size, f"{section.where}.image_size")
     if isinstance(layers, list):
         section.used |= {"patch_size", "mlp_ratio"}
         if len(layers) != 4 or any(type(x) is not int or not 1 <= x <= 200 for x in layers):
-            raise Refused(
+            raise InputError(
                 f"{section.where}.layers={layers!r:.99}: a ResNet has four stages of 1 to 200 "
                 "blocks."
             )
@@ -100,12 +100,12 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     pools: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
     queries = section.get("attentional_pool", False, object)
     if queries not in (False, True):
-        raise Refused(
+        raise InputError(
             f"{section.where}.attentional_pool={queries!r:.99} is not supported: open_clip calls "
             "it untested; true and false are."
         )
     if pool not in pools or (pool != "tok" and (queries or not ln_after)):
-        raise Refused(
+        raise InputError(
             f"{section.where}.pool_type={pool!r:.99} with final_ln_after_pool={ln_after} is not "
             "supported: clip_jax normalises after pooling."
         )
@@ -129,7 +129,7 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
 
 def _text(section: Settings, quick_gelu: bool) -> TextConfig:
     if tower := section.get("hf_model_name", None, str):
-        raise Refused(
+        raise InputError(
             f"{section.where}.hf_model_name={tower!r:.99} is not supported: a text tower "
             "of Hugging Face's (as of coca_roberta-ViT-B-32, or xlm-roberta's CLIP)."
         )
@@ -140,7 +140,7 @@ def _text(section: Settings, quick_gelu: bool) -> TextConfig:
     eos = section.count("eos_id", 2)
     projection = section.get("proj_type", "linear", str)
     if pool not in pools or projection not in ("linear", "none"):
-        raise Refused(
+        raise InputError(
             f"{section.where}: pool_type={pool!r:.99} with proj_type="
             f"{projection!r:.99} is not supported."
         )
@@ -174,12 +174,12 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
     where = f"{section.where}.tokenizer_kwargs.clean"
     said = options.get("clean", "whitespace" if name else "lower")
     if not isinstance(said, str) or said not in _CLEANING:
-        raise Refused(f"{where} is {said!r:.99}; known are {', '.join(_CLEANING)}.")
+        raise InputError(f"{where} is {said!r:.99}; known are {', '.join(_CLEANING)}.")
     clean = _CLEANING[said]
     section.used |= {"tokenizer_mode"}
     strip = options.get("strip_sep_token", False)
     if others := sorted(set(options) - {"clean", "strip_sep_token"}):
-        raise Refused(f"{section.where}.tokenizer_kwargs: {others} are not supported.")
+        raise InputError(f"{section.where}.tokenizer_kwargs: {others} are not supported.")
     if not name:
         return TokenizerConfig(clean=clean)
     absent = tokenizer_files.missing(text, clean)
@@ -194,7 +194,7 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
-    """Read `open_clip_config.json`. Refused names a setting that we do not have."""
+    """Read `open_clip_config.json`. InputError names a setting that we do not have."""
     content = read_json(path)
     with said_in(path):
         return _read_config(content, path)
@@ -219,7 +219,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         section.finish()
     has_class_token = text_config.pool == "class_token"
     if has_class_token != isinstance(decoder, CoCaConfig):
-        raise Refused(
+        raise InputError(
             f"{text.where}.embed_cls={has_class_token} is not supported "
             f"{'without' if has_class_token else 'with'} multimodal_cfg: a text tower has a class "
             "token if a CoCa decoder stands on it."
@@ -229,7 +229,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
     if has_class_token and not tokenizer.file:
         tokenizer = replace(tokenizer, pad_id=pad)
     if has_class_token and pad != tokenizer.pad_id:
-        raise Refused(
+        raise InputError(
             f"{text.where}.pad_id={pad} is not supported: the class token does not attend to "
             f"padding, so that it must be the tokenizer's padding id, {tokenizer.pad_id}."
         )

@@ -23,12 +23,12 @@ from clip_jax.convert.weights import (
     square_side,
 )
 from clip_jax.data.images import Preprocess
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 # Buffers of OpenAI's archives that repeat what shapes say.
 SIZES = ("input_resolution", "context_length", "vocab_size")
@@ -136,7 +136,7 @@ def infer(
 
     No tensor shows the activation and the number of heads. OpenAI's files are known by their
     buffers: QuickGELU and 64 channels a head. Elsewhere the architecture of these sizes tells the
-    heads, or `architecture` names it; the activation has to be given. Refused asks for it.
+    heads, or `architecture` names it; the activation has to be given. InputError asks for it.
     """
     openai = all(name in tensors for name in SIZES)
     vision = _infer_resnet(tensors, source) if _is_resnet(tensors) else _infer_vit(tensors, source)
@@ -158,7 +158,7 @@ def infer(
         known = same_sizes(config, architecture, source)
         activation = activation or (known.text.activation if architecture else None)
         if activation is None:
-            raise Refused(
+            raise InputError(
                 f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
                 "and those called -quickgelu) or GELU (most of open_clip's), and the wrong one "
                 "costs accuracy without an error. Say --activation quick_gelu or gelu."
@@ -243,7 +243,7 @@ def read(
 
 
 def check(weights: Weights) -> None:
-    """Refused that lists what OpenAI's format has no words for."""
+    """Raise InputError, which lists what OpenAI's format has no words for."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     wrong = {
         "decoder": config.decoder is not None,
@@ -276,7 +276,7 @@ def check(weights: Weights) -> None:
             "vision.norm_epsilon": vision.norm_epsilon != 1e-5,
         }
     if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise Refused(
+        raise InputError(
             f"OpenAI's format cannot express this model's {', '.join(unsupported)}; "
             "its loader assumes the released models' values. Try --to open-clip or clip-jax."
         )
@@ -292,8 +292,8 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under OpenAI's names, with the buffers of the released files.
 
     `dtype` "float16" halves what OpenAI's files have halved: matrices, convolutions and their
-    biases, not norms and embeddings. None keeps every array's own. Refused if the model cannot
-    be expressed.
+    biases, not norms and embeddings. None keeps every array's own. Raises InputError if the model
+    cannot be expressed.
     """
     check(weights)
     config = weights.config
@@ -327,7 +327,7 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
     try:
         import torch
     except ImportError as error:
-        raise Refused(
+        raise InputError(
             "writing OpenAI's .pt needs PyTorch: pip install torch, or choose --to open-clip or "
             "hugging-face, which do not."
         ) from error

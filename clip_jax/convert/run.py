@@ -5,14 +5,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from clip_jax.checkpoint import restore_params
+from clip_jax.checkpoints.manager import restore_params
+from clip_jax.checkpoints.retention import named_step
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.tokenizers import vocabulary
-from clip_jax.files import Place
 from clip_jax.models.clip import CLIP, CLIPConfig
-from clip_jax.retention import named_step
 from clip_jax.serialize import from_dict
-from clip_jax.workdir import read_json
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import read_json
 
 
 def is_run(path: Place) -> bool:

@@ -3,7 +3,7 @@
 import base64
 from typing import Any
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _UNIGRAM = 1  # of TrainerSpec.ModelType
 _UNKNOWN, _CONTROL = 2, 3  # of SentencePiece.Type
@@ -13,19 +13,19 @@ _SPACE = "▁"
 def to_json(data: bytes, file: str) -> dict[str, Any]:
     """Return the content of the `tokenizer.json` that splits texts in the same way.
 
-    Refused for a model of another kind than unigram, and without the package `protobuf`.
+    Raises InputError for a model of another kind than unigram, and without the package `protobuf`.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise Refused(
+        raise InputError(
             f"{file} becomes a tokenizer.json with the package protobuf alone: "
             "pip install 'clip-jax-pods[onnx]'."
         ) from error
     made_at_run_time: Any = sentencepiece_model_pb2
     model = made_at_run_time.ModelProto.FromString(data)
     if model.trainer_spec.model_type != _UNIGRAM:
-        raise Refused(
+        raise InputError(
             f"{file} is a sentencepiece model of another kind than unigram; give the "
             "tokenizer.json that was published beside it, by --tokenizer."
         )

@@ -7,31 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.images import Channels
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _LARGEST = 1 << 22  # of a size
 _FINITE = 1e6  # of any other number
 
 
 def count_of(value: Any, where: str) -> int:
-    """Return a size that a foreign configuration gives. Refused unless it is a sensible one."""
+    """Return a size that a foreign configuration gives. Raises InputError unless it is a sensible
+    one."""
     if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise Refused(f"{where} is {value!r:.99}; a whole number from 1 to {_LARGEST} is needed.")
+        raise InputError(
+            f"{where} is {value!r:.99}; a whole number from 1 to {_LARGEST} is needed."
+        )
     return value
 
 
 def number_of(value: Any, where: str, positive: bool = False) -> float:
-    """Return a finite number, above 0 if it has to be. Refused names where it stands."""
+    """Return a finite number, above 0 if it has to be. InputError names where it stands."""
     if type(value) not in (int, float) or not (0 if positive else -_FINITE) < value < _FINITE:
         least = " above 0" if positive else ""
-        raise Refused(f"{where} is {value!r:.99}; a finite number{least} is needed.")
+        raise InputError(f"{where} is {value!r:.99}; a finite number{least} is needed.")
     return float(value)
 
 
 def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
-    """Return three numbers, one for each of red, green and blue. Refused names the place."""
+    """Return three numbers, one for each of red, green and blue. InputError names the place."""
     if not isinstance(value, list | tuple) or len(value) != 3:
-        raise Refused(
+        raise InputError(
             f"{where} is {value!r:.99}; three numbers are needed, for red, green and blue."
         )
     numbers = (number_of(x, f"{where}[{i}]", positive) for i, x in enumerate(value))
@@ -39,10 +42,10 @@ def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
 
 
 def one_of(value: Any, where: str, choices: Any) -> Any:
-    """Return a value of a `Literal`. Refused lists its values."""
+    """Return a value of a `Literal`. InputError lists its values."""
     known = typing.get_args(choices)
     if not isinstance(value, str) or value not in known:
-        raise Refused(f"{where} is {value!r:.99}; known are {', '.join(known)}.")
+        raise InputError(f"{where} is {value!r:.99}; known are {', '.join(known)}.")
     return value
 
 
@@ -51,10 +54,10 @@ def said_in(path: Path) -> Generator[None]:
     """Put the file's name before a message about a value of it that does not have it."""
     try:
         yield
-    except Refused as error:
+    except InputError as error:
         if str(path) in str(error):
             raise
-        raise Refused(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 class Settings:
@@ -62,7 +65,7 @@ class Settings:
 
     def __init__(self, values: Any, where: str, inert: Iterable[str] = ()) -> None:
         if not isinstance(values, dict):
-            raise Refused(f"{where} is {values!r:.99}; an object is needed.")
+            raise InputError(f"{where} is {values!r:.99}; an object is needed.")
         self.values, self.where, self.used = values, where, set(inert)
 
     def get(self, name: str, default: Any, kind: type) -> Any:
@@ -72,7 +75,7 @@ class Settings:
         if value is None:
             return default
         if not isinstance(value, kind):
-            raise Refused(f"{self.where}.{name} is {value!r:.99}, of the wrong type.")
+            raise InputError(f"{self.where}.{name} is {value!r:.99}, of the wrong type.")
         return value
 
     def count(self, name: str, default: int) -> int:
@@ -84,4 +87,4 @@ class Settings:
     def finish(self) -> None:
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", {}, []):
-                raise Refused(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")
+                raise InputError(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")

@@ -11,11 +11,11 @@ from clip_jax.convert.clip_model import Section, block_rows, linear, towers
 from clip_jax.convert.files import Tensors
 from clip_jax.convert.state_dict import Row, join_queries, norm, part_queries
 from clip_jax.convert.weights import Weights, mlp_ratio
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 MODEL_TYPE = "siglip"
 _HEAD = "vision_model.head"
@@ -76,7 +76,7 @@ def join(tensors: Tensors, config: CLIPConfig) -> Tensors:
 
 
 def read_config(content: dict[str, Any], source: str) -> CLIPConfig:
-    """Read `config.json`. Raises Refused that names what is missing or unknown."""
+    """Read `config.json`. Raises InputError, which names what is missing or unknown."""
     vision = Section(content, "vision_config", source)
     text = Section(content, "text_config", source)
     width, text_width = vision.count("hidden_size", 768), text.count("hidden_size", 768)
@@ -84,7 +84,7 @@ def read_config(content: dict[str, Any], source: str) -> CLIPConfig:
         text.count("projection_size", text_width)
     )  # fmt: skip
     if not vision.values.get("vision_use_head", True) or projected != width:
-        raise Refused(
+        raise InputError(
             f"{source}: vision_use_head={vision.values.get('vision_use_head')!r:.99} with "
             f"projection_size={projected} for images of {width} is not supported: both towers "
             "must end in one space."
@@ -125,10 +125,10 @@ def read_config(content: dict[str, Any], source: str) -> CLIPConfig:
 
 
 def check(weights: Weights, format_name: str = "Hugging Face's SiglipModel") -> None:
-    """Refused that lists what a SigLIP model has no words for."""
+    """Raise InputError, which lists what a SigLIP model has no words for."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     if isinstance(vision, ResNetConfig):
-        raise Refused(f"{format_name} has no ResNet; choose --to openai, open-clip or clip-jax.")
+        raise InputError(f"{format_name} has no ResNet; choose --to openai, open-clip or clip-jax.")
     wrong = {
         "decoder": config.decoder is not None,
         "init_logit_bias=None": config.init_logit_bias is None,
@@ -144,7 +144,7 @@ def check(weights: Weights, format_name: str = "Hugging Face's SiglipModel") -> 
         "preprocess.resize_mode": weights.preprocess.resize_mode == "longest",
     }
     if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise Refused(
+        raise InputError(
             f"{format_name} cannot express this model's {', '.join(unsupported)}; "
             "choose --to open-clip or clip-jax."
         )

@@ -11,8 +11,8 @@ import numpy as np
 from einops import rearrange
 
 from clip_jax.convert.files import Tensors
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
-from clip_jax.refused import Refused
 
 _SHOWN = 10  # tensors that an error lists
 
@@ -101,14 +101,14 @@ def unflatten(flat: dict[str, Any]) -> Params:
 def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
     """Turn their tensors into our nested dict, in the dtypes they have.
 
-    Raises Refused that lists missing, surplus and misshapen tensors with both shapes.
+    Raises InputError, which lists missing, surplus and misshapen tensors with both shapes.
     """
     shapes = param_shapes(config)
     rows = list(rows)
     _check_rows(rows, shapes, f"{source} cannot be read")
     deepest = max((shapes[row.ours][0] for row in rows if "{}" in row.names[0]), default=0)
     if deepest > len(tensors):  # before a name is made for each
-        raise Refused(
+        raise InputError(
             f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
             f"has {len(tensors)} tensors."
         )
@@ -170,7 +170,7 @@ def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Sh
 
 def _check_rows(rows: Sequence[Row], ours: dict[str, Any], what: str) -> None:
     if left := sorted({row.ours for row in rows} ^ set(ours)):
-        raise Refused(
+        raise InputError(
             f"{what}: the format lacks this combination of pooling and projections, and has no "
             f"counterpart of {', '.join(left[:_SHOWN])}. Correct the model's configuration, or "
             "choose --to clip-jax."
@@ -189,7 +189,7 @@ def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) ->
     ]
     if complaints:
         more = len(complaints) - _SHOWN
-        raise Refused(
+        raise InputError(
             f"{source} does not fit the architecture; {len(complaints)} tensors differ:\n  "
             + "\n  ".join(complaints[:_SHOWN])
             + (f"\n  and {more} more" if more > 0 else "")

@@ -8,9 +8,9 @@ from typing import cast
 
 from clip_jax.convert.clip_model import linear
 from clip_jax.convert.state_dict import Row, norm
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 
 def _trunks() -> dict[str, ViTConfig]:
@@ -49,11 +49,11 @@ def name_of(vision: ViTConfig) -> str | None:
 def as_named(vision: ViTConfig) -> ViTConfig:
     """Return the tower with the activation that open_clip will compute it with.
 
-    Refused if timm has no such trunk.
+    Raises InputError if timm has no such trunk.
     """
     name = name_of(vision)
     if name is None:
-        raise Refused(
+        raise InputError(
             "open_clip builds attention-pooling towers by timm's names alone, and none is of "
             f"patch_size={vision.patch_size}, width={vision.width}, depth={vision.depth}, "
             f"image_size={vision.image_size}; choose --to hugging-face or clip-jax."

@@ -13,9 +13,9 @@ from clip_jax.convert.files import read_json, write_json
 from clip_jax.convert.tokenizer_json import is_clip_tokenizer, write_clip_tokenizer
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
-from clip_jax.files import write_whole
+from clip_jax.errors import InputError
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
-from clip_jax.refused import Refused
+from clip_jax.storage.files import write_whole
 
 CONFIG_NAME = "tokenizer_config.json"
 SIGLIP_NAME = "spiece.model"
@@ -38,10 +38,10 @@ def read(folder: Path, text: TextConfig, default: TokenizerConfig) -> TokenizerC
     path = folder / CONFIG_NAME
     settings = read_json(path) if path.exists() else {}
     if settings.get("truncation_side", "right") != "right":
-        raise Refused(f"{path}: truncation_side='left' is not supported: texts lose their end.")
+        raise InputError(f"{path}: truncation_side='left' is not supported: texts lose their end.")
     side = settings.get("padding_side", "right")
     if side not in ("right", "left"):
-        raise Refused(f"{path}: padding_side is {side!r:.99}; known are right and left.")
+        raise InputError(f"{path}: padding_side is {side!r:.99}; known are right and left.")
     kind = settings.get("tokenizer_class")
     if (folder / SIGLIP_NAME).exists() and kind in (None, "SiglipTokenizer"):
         return _read_siglip(folder, settings, side)
@@ -56,13 +56,13 @@ def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> Tokenizer
     file = str(folder / SIGLIP_NAME)
     model = sentence_piece.load(file)
     if not settings.get("do_lower_case", True):
-        raise Refused(f"{folder / CONFIG_NAME}: do_lower_case=False is not supported.")
+        raise InputError(f"{folder / CONFIG_NAME}: do_lower_case=False is not supported.")
     ids = []
     for name in ("eos_token", "pad_token"):
         token = _token(settings, name, folder) or "</s>"
         ids.append(model.piece_to_id(token))
         if model.id_to_piece(ids[-1]) != token:
-            raise Refused(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
+            raise InputError(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
     return TokenizerConfig(
         file=file, clean="punctuation", end_id=ids[0], pad_id=ids[1], pad_side=side
     )
@@ -78,7 +78,7 @@ def _read_json(
         token = _token(settings, name, folder)
         number = None if token is None else tokenizer.token_to_id(token)
         if token is not None and number is None:
-            raise Refused(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
+            raise InputError(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
         return number
 
     if "add_bos_token" in settings or "add_eos_token" in settings:
@@ -95,7 +95,7 @@ def _read_json(
 def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
     """Return what a tokenizer.json puts before and after a text."""
     if (count := tokenizer.num_special_tokens_to_add(False)) > 2:
-        raise Refused(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
+        raise InputError(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
     with json_file.damage_refused(file):  # its post-processor may name tokens that it lacks
         bare = tokenizer.encode("a", add_special_tokens=False).ids
         whole = tokenizer.encode("a", add_special_tokens=True).ids
@@ -104,14 +104,16 @@ def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
         after = whole[before + len(bare) :]
         if whole[before : before + len(bare)] == bare and len(after) <= 1:
             return (whole[0] if before else None), (after[0] if after else None)
-    raise Refused(f"{file} puts {whole} for {bare}: at most one id before and one after are known.")
+    raise InputError(
+        f"{file} puts {whole} for {bare}: at most one id before and one after are known."
+    )
 
 
 def _token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
-        raise Refused(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; a string is needed.")
+        raise InputError(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; a string is needed.")
     return value
 
 
@@ -127,12 +129,12 @@ def write(
     With `cleaned` its texts come cleaned; with `as_json` a sentencepiece model becomes a
     `tokenizer.json`, which is all that some readers know. Hugging Face repairs no mojibake and
     unescapes no HTML. `own_padding` as in `write_clip_tokenizer`.
-    Refused for a sentencepiece model with rules that no class of transformers has.
+    Raises InputError for a sentencepiece model with rules that no class of transformers has.
     """
     config = text.tokenizer
     if config.file == "clip":
         if not cleaned and config.clean != "clip":
-            raise Refused(
+            raise InputError(
                 f"transformers has CLIP's BPE with CLIP's cleaning alone, and this model's is "
                 f"{config.clean!r}; choose --to open-clip or clip-jax."
             )
@@ -163,7 +165,7 @@ def _write_siglip(
 ) -> dict[str, Any]:
     fits = config.clean == "punctuation" or (cleaned and config.clean == "canonicalize")
     if not fits or config.begin_id is not None or config.end_id is None:
-        raise Refused(
+        raise InputError(
             f"{config.file} with text.tokenizer.clean={config.clean!r}, begin_id="
             f"{config.begin_id}, end_id={config.end_id} is not what transformers does with a "
             "sentencepiece model (SiglipTokenizer: punctuation, None, an id); choose --to clip-jax."
@@ -233,7 +235,7 @@ def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> Token
         "punctuation": ("canonicalize",), "clip": ("clip",),
     }  # fmt: skip
     if clean not in covered.get(config.clean, ()):
-        raise Refused(
+        raise InputError(
             f"{where}: cleaning {clean!r} before a tokenizer whose own is {config.clean!r} is not "
             "supported."
         )
@@ -243,12 +245,12 @@ def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> Token
 def without_separator(config: TokenizerConfig, folder: Path) -> TokenizerConfig:
     """Return a tokenizer that has id 0 for its separator, as open_clip's `strip_sep_token` does.
 
-    Refused unless the separator is what ends each text.
+    Raises InputError unless the separator is what ends each text.
     """
     path = folder / CONFIG_NAME
     token = _token(read_json(path) if path.exists() else {}, "sep_token", folder) or "[SEP]"
     if config.end_id is None or json_file.load(config.file).token_to_id(token) != config.end_id:
-        raise Refused(
+        raise InputError(
             f"{folder}: strip_sep_token with sep_token={token!r:.99}, which does not end each text "
             "of the tokenizer, is not supported."
         )

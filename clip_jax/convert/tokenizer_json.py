@@ -9,8 +9,8 @@ from tokenizers.models import BPE
 
 from clip_jax.convert.files import MAX_JSON, read_json, read_small, write_json
 from clip_jax.data.tokenizers.clip import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
+from clip_jax.errors import InputError
 from clip_jax.models.text import TextConfig
-from clip_jax.refused import Refused
 
 _PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -70,7 +70,7 @@ def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
         return False
     try:
         tokenizer = ClipTokenizer(vocab_size)
-    except Refused:
+    except InputError:
         return False
     vocab, merges = vocabulary
     return vocab == tokenizer.vocab and merges == tokenizer.merges

@@ -9,7 +9,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _END = b"PK\x05\x06"
 _END_64 = b"PK\x06\x06"
@@ -21,15 +21,15 @@ _FULL_32 = 0xFFFFFFFF  # "see the zip64 field"
 
 
 def map_file(path: Path) -> memoryview:
-    """Map a file read-only. Refused says what it is instead of a file."""
+    """Map a file read-only. Raises InputError, which says what it is instead of a file."""
     if path.is_dir():
-        raise Refused(f"{path} is a directory; a file is needed.")
+        raise InputError(f"{path} is a directory; a file is needed.")
     if not path.is_file():  # opening a pipe would wait for ever
         pipe = f"{path} is a pipe or a device; a regular file is needed."
-        raise Refused(pipe if path.exists() else f"there is no file {path}.")
+        raise InputError(pipe if path.exists() else f"there is no file {path}.")
     with path.open("rb") as file:
         if not file.seek(0, 2):
-            raise Refused(f"{path} is empty.")
+            raise InputError(f"{path} is empty.")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
@@ -37,7 +37,7 @@ def read_archive(buffer: memoryview, root: bool = True) -> dict[str, memoryview]
     """Return entry name → its bytes in the file, with `root` without the archive's root folder.
 
     What lies under `code/` (TorchScript's program) is left out and may be compressed. Raises
-    Refused, or struct.error where the file ends too early.
+    InputError, or struct.error where the file ends too early.
     """
     entries: dict[str, memoryview] = {}
     spans = []
@@ -47,24 +47,24 @@ def read_archive(buffer: memoryview, root: bool = True) -> dict[str, memoryview]
             continue
         if method or flags & 1:
             kind = "compressed" if method else "encrypted"
-            raise Refused(
+            raise InputError(
                 f"entry {entry} is {kind}; PyTorch and numpy.savez store tensors as they are, so "
                 "this archive was not written by them. Unpack it and save it with one of them."
             )
         start = _data_start(buffer, header, entry)
         if packed != size or start + size > len(buffer):
-            raise Refused(
+            raise InputError(
                 f"entry {entry} claims {size} bytes at {start} of a file of {len(buffer)}; "
                 "it is truncated or damaged."
             )
         if path in entries:
-            raise Refused(f"two entries are called {entry}.")
+            raise InputError(f"two entries are called {entry}.")
         entries[path] = buffer[start : start + size]
         spans.append((header, start + size, entry))
     spans.sort()
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
-            raise Refused(f"entries {first} and {second} overlap; it is a zip bomb.")
+            raise InputError(f"entries {first} and {second} overlap; it is a zip bomb.")
     return entries
 
 
@@ -73,16 +73,16 @@ def _central_directory(buffer: memoryview) -> list[tuple[str, int, int, int, int
     tail = bytes(buffer[-(22 + 0xFFFF) :])
     end = tail.rfind(_END)
     if end < 0 or len(tail) - end < 22:
-        raise Refused("a truncated zip archive: its directory is missing.")
+        raise InputError("a truncated zip archive: its directory is missing.")
     count, total, size, offset = struct.unpack_from("<HHII", tail, end + 8)
     end += len(buffer) - len(tail)
     if end >= 20 and buffer[end - 20 : end - 16] == _LOCATOR_64:
         (end_64,) = struct.unpack_from("<Q", buffer, end - 12)
         if buffer[end_64 : end_64 + 4] != _END_64:
-            raise Refused("a damaged zip archive: its zip64 directory is missing.")
+            raise InputError("a damaged zip archive: its zip64 directory is missing.")
         count, total, size, offset = struct.unpack_from("<QQQQ", buffer, end_64 + 24)
     if count != total or count > _MAX_ENTRIES or offset + size > len(buffer):
-        raise Refused(
+        raise InputError(
             f"a damaged zip archive: {count} entries (at most {_MAX_ENTRIES}) in a "
             f"directory that ends at byte {offset + size} of {len(buffer)}."
         )
@@ -90,7 +90,7 @@ def _central_directory(buffer: memoryview) -> list[tuple[str, int, int, int, int
     at = offset
     for _ in range(count):
         if buffer[at : at + 4] != _CENTRAL:
-            raise Refused(f"a damaged zip archive at byte {at}.")
+            raise InputError(f"a damaged zip archive at byte {at}.")
         flags, method = struct.unpack_from("<HH", buffer, at + 8)
         packed, unpacked, names, extras, comments = struct.unpack_from("<IIHHH", buffer, at + 20)
         (header,) = struct.unpack_from("<I", buffer, at + 42)
@@ -116,6 +116,6 @@ def _zip64(extra: memoryview, *values: int) -> list[int]:
 
 def _data_start(buffer: memoryview, header: int, entry: str) -> int:
     if buffer[header : header + 4] != _LOCAL:
-        raise Refused(f"entry {entry} has no header at byte {header}; it is damaged.")
+        raise InputError(f"entry {entry} has no header at byte {header}; it is damaged.")
     names, extras = struct.unpack_from("<HH", buffer, header + 26)
     return header + 30 + names + extras

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.convert.torch_archive import read_archive
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _MAX_PICKLE = 8 << 20  # bytes; the structure of a large checkpoint takes one or two
 _MAX_OBJECTS = 100_000  # a checkpoint has some thousand tensors
@@ -82,16 +82,16 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
     """Read the tensors of a file that `torch.save` or `torch.jit.save` wrote, by name.
 
     Both pickle containers (zip, and the older stream) and TorchScript archives. Values that are
-    not tensors are dropped; of a training checkpoint the `state_dict` is read. Raises Refused.
+    not tensors are dropped; of a training checkpoint the `state_dict` is read. Raises InputError.
     """
     try:
         content, storages = _read_zip(buffer) if _is_zip(buffer) else _read_stream(buffer)
         return _views(content, storages, len(buffer))
-    except Refused as error:
-        raise Refused(f"{name}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     # Whatever opcodes a hostile file strings together: the reader is a machine that they drive.
     except (LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise Refused(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
+        raise InputError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
 
 
 def _is_zip(buffer: memoryview) -> bool:
@@ -101,9 +101,9 @@ def _is_zip(buffer: memoryview) -> bool:
 def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
     entries = read_archive(buffer)
     if "data.pkl" not in entries:
-        raise Refused("a zip archive without data.pkl: PyTorch did not write it.")
+        raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
     if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
-        raise Refused("it is big-endian; only little-endian files are read.")
+        raise InputError("it is big-endian; only little-endian files are read.")
     content, _ = _Reader(entries["data.pkl"]).read()
     storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
     return content, storages
@@ -121,18 +121,18 @@ def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
         sizes |= reader.item_sizes
         at += length
         if i == 0 and part != _LEGACY_MAGIC:
-            raise Refused("a pickle, but not one that torch.save wrote.")
+            raise InputError("a pickle, but not one that torch.save wrote.")
     _, protocol, system, content, keys = parts
     if protocol != _LEGACY_PROTOCOL or not system.get("little_endian", False):
-        raise Refused("it is of a PyTorch version or a byte order that is not read.")
+        raise InputError("it is of a PyTorch version or a byte order that is not read.")
     if not isinstance(keys, list) or any(type(key) is not str for key in keys):
-        raise Refused("its list of storages is damaged.")
+        raise InputError("its list of storages is damaged.")
     storages: dict[str, memoryview] = {}
     for key in keys:
         (numel,) = struct.unpack_from("<q", buffer, at)
         start, end = at + 8, at + 8 + numel * sizes.get(key, 1)
         if numel < 0 or end > len(buffer):
-            raise Refused(
+            raise InputError(
                 f"it is truncated: a storage of {numel} values ends at byte {end} of {len(buffer)}."
             )
         storages[key] = buffer[start:end]
@@ -143,10 +143,10 @@ def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
 def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dict[str, np.ndarray]:
     tensors = _find_tensors(_state_dict(content))
     if not tensors:
-        raise Refused("it holds no tensors.")
+        raise InputError("it holds no tensors.")
     total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if total > file_size:
-        raise Refused(
+        raise InputError(
             f"it has {file_size} bytes and claims {total} bytes of tensors: they share storage."
         )
     return {path: _view(tensor, storages, path) for path, tensor in tensors.items()}
@@ -173,11 +173,11 @@ def _find_tensors(content: Any) -> dict[str, _Tensor]:
         if not isinstance(items, dict):
             continue
         if seen + len(todo) + len(items) > _MAX_OBJECTS or depth > _MAX_DEPTH:
-            raise Refused("its objects are nested too deep, or are too many.")
+            raise InputError("its objects are nested too deep, or are too many.")
         for key, child in items.items():
             if isinstance(key, str):
                 if len(key) > _MAX_NAME:
-                    raise Refused(f"it has a name of {len(key)} characters.")
+                    raise InputError(f"it has a name of {len(key)} characters.")
                 todo.append((f"{path}.{key}" if path else key, child, depth + 1))
     return tensors
 
@@ -186,11 +186,11 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
     storage = tensor.storage
     what = f"tensor {path} of shape {list(tensor.shape)}"
     if storage.key not in storages:
-        raise Refused(f"{what} lies in storage {storage.key[:99]}, which the file lacks.")
+        raise InputError(f"{what} lies in storage {storage.key[:99]}, which the file lacks.")
     data = storages[storage.key]
     dtype = storage.dtype
     if storage.numel * dtype.itemsize != len(data):
-        raise Refused(
+        raise InputError(
             f"{what} lies in storage {storage.key[:99]} of {storage.numel} {dtype.name} values; "
             f"the file has {len(data)} bytes for it."
         )
@@ -199,7 +199,7 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)
     )
     if numel and (last >= storage.numel or numel > storage.numel):
-        raise Refused(
+        raise InputError(
             f"{what}, offset {tensor.offset} and strides {list(tensor.strides)} leaves its storage "
             f"of {storage.numel} values."
         )
@@ -221,7 +221,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
         or len(shape) > _MAX_DIMS
         or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers)
     ):
-        raise Refused("a tensor has an impossible offset, shape or stride.")
+        raise InputError("a tensor has an impossible offset, shape or stride.")
     return _Tensor(storage, offset, shape, strides)
 
 
@@ -246,7 +246,7 @@ class _Reader:
                 if position is None or position >= _MAX_PICKLE:
                     break
                 self.step(opcode.name, argument)
-        raise Refused(f"its pickle does not end within {_MAX_PICKLE} bytes.")
+        raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.")
 
     def step(self, opcode: str, argument: Any) -> None:
         stack = self.stack
@@ -275,7 +275,7 @@ class _Reader:
         elif opcode in ("APPEND", "APPENDS"):
             items = [stack.pop()] if opcode == "APPEND" else self.pop_mark()
             if type(stack[-1]) is not list:
-                raise Refused(f"its pickle appends to a {type(stack[-1]).__name__}.")
+                raise InputError(f"its pickle appends to a {type(stack[-1]).__name__}.")
             stack[-1].extend(items)
         elif opcode in ("SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.pop_mark()
@@ -293,7 +293,7 @@ class _Reader:
         elif opcode == "BINPERSID":
             stack.append(self.storage(stack.pop()))
         elif opcode not in ("PROTO", "FRAME"):
-            raise Refused(f"its pickle uses {opcode}, which files of tensors do not need.")
+            raise InputError(f"its pickle uses {opcode}, which files of tensors do not need.")
 
     def pop_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -304,21 +304,21 @@ class _Reader:
     def set_items(self, pairs: Any) -> None:
         target = self.stack[-1]
         if type(target) is not dict:
-            raise Refused(f"its pickle sets items of a {type(target).__name__}.")
+            raise InputError(f"its pickle sets items of a {type(target).__name__}.")
         for key, value in pairs:
             if type(key) not in (str, int):  # hashing nested tuples can take for ever
-                raise Refused(f"it has a dict with a {type(key).__name__} as key.")
+                raise InputError(f"it has a dict with a {type(key).__name__} as key.")
             target[key] = value
 
     def find(self, module: Any, name: Any) -> _Name:
         if type(module) is not str or type(name) is not str:
-            raise Refused("its pickle asks for something without a name.")
+            raise InputError("its pickle asks for something without a name.")
         asked = _Name(module, name)
         if asked.is_script_class or (asked.module, asked.name) in _MAKERS:
             return asked
         if asked.module in ("torch", "torch.storage") and asked.name in _DTYPES:
             return asked
-        raise Refused(
+        raise InputError(
             f"its pickle asks for {module[:99]}.{name[:99]}, which is refused: a pickle can run "
             "any program. Save the state dict alone (torch.save(model.state_dict(), path), or as "
             "safetensors)."
@@ -326,20 +326,20 @@ class _Reader:
 
     def make(self, what: Any, arguments: Any) -> Any:
         if not isinstance(what, _Name) or not isinstance(arguments, tuple):
-            raise Refused(f"its pickle calls a {type(what).__name__}.")
+            raise InputError(f"its pickle calls a {type(what).__name__}.")
         if what.is_script_class:
             return Inert()
         if (what.module, what.name) not in _MAKERS:
-            raise Refused(f"its pickle calls {what.module}.{what.name}.")
+            raise InputError(f"its pickle calls {what.module}.{what.name}.")
         return _MAKERS[what.module, what.name](*arguments)
 
     def build(self, state: Any, target: Any) -> None:
         if isinstance(target, Inert):
             if not isinstance(state, dict):
-                raise Refused("it has an object whose state is not a dict.")
+                raise InputError("it has an object whose state is not a dict.")
             target.attributes = state  # not a copy: many objects may be given one state
         elif not isinstance(target, dict | _Tensor):  # what is set there says nothing of tensors
-            raise Refused(f"its pickle sets the state of a {type(target).__name__}.")
+            raise InputError(f"its pickle sets the state of a {type(target).__name__}.")
 
     def storage(self, reference: Any) -> _Storage:
         kind, storage_type, key, _, numel, *view = reference
@@ -352,7 +352,7 @@ class _Reader:
             or not 0 <= numel < 1 << 60
             or any(v is not None for v in view)
         ):
-            raise Refused("it has a storage that is not described as torch.save does.")
+            raise InputError("it has a storage that is not described as torch.save does.")
         dtype = np.dtype(_DTYPES[storage_type.name])
         self.item_sizes[key] = dtype.itemsize
         return _Storage(dtype, key, numel)

@@ -21,9 +21,9 @@ from clip_jax.convert.formats import Format
 from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import to_params
 from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
 from clip_jax.models.decoder import MaMMUTConfig
-from clip_jax.refused import Refused
 
 BOUND = 1e-5  # relative difference that float32 explains
 _BATCH = 4
@@ -52,7 +52,7 @@ class Verification:
         return self.max_relative_difference <= BOUND  # False for NaN
 
 
-class Unverifiable(Refused):
+class Unverifiable(InputError):
     """No reference implementation has such a model; the message says why, after "because"."""
 
 
@@ -114,7 +114,8 @@ def verify(
 
     openai-clip rounds weights to float16 whatever the file holds, and `dtype` may have rounded
     them: then the peer is compared with our model on the rounded weights, and the loss by rounding
-    is told apart. Refused if the peer is not installed, Unverifiable if it has no such model.
+    is told apart. Raises InputError if the peer is not installed, Unverifiable if it has no such
+    model.
     """
     if to == "open-clip" and isinstance(weights.config.decoder, MaMMUTConfig):
         raise Unverifiable("MaMMUT is in LAION's fork of open_clip alone, which is in no package")
@@ -155,7 +156,7 @@ def _rounded(weights: Weights, to: Format, plain: bool, dtype: DType | None) -> 
 
 def _need(module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise Refused(
+        raise InputError(
             f"--verify compares with {package}, which is not installed: "
             "pip install 'clip-jax-pods[peers]'."
         )
@@ -224,7 +225,7 @@ def _big_vision_outputs(
     _need("open_clip", "open_clip_torch")
     try:
         settings = model_cfg(open_clip.as_computed(weights))
-    except Refused as error:
+    except InputError as error:
         message = "open_clip, which reads these files too, has no image tower of these sizes"
         raise Unverifiable(message) from error
     del settings["custom_text"]

@@ -9,11 +9,11 @@ import numpy as np
 
 from clip_jax.convert.files import Tensors
 from clip_jax.data.images import Preprocess
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 DType = Literal["float32", "float16", "bfloat16"]  # of tensors in files
 
@@ -36,14 +36,16 @@ def default_preprocess(config: CLIPConfig) -> Preprocess:
 
 
 def shape_of(tensors: Tensors, name: str, ndim: int, source: str) -> tuple[int, ...]:
-    """Return a tensor's shape, or a Refused that names what is missing."""
+    """Return a tensor's shape, or a InputError that names what is missing."""
     if name not in tensors:
-        raise Refused(
+        raise InputError(
             f"{source} lacks the tensor {name}: it holds no CLIP model of this format (its first "
             f"tensors are {sorted(tensors)[:5]})."
         )
     if tensors[name].ndim != ndim or 0 in tensors[name].shape:
-        raise Refused(f"{source}: {name} has shape {list(tensors[name].shape)}, not {ndim} axes.")
+        raise InputError(
+            f"{source}: {name} has shape {list(tensors[name].shape)}, not {ndim} axes."
+        )
     return tensors[name].shape
 
 
@@ -53,10 +55,10 @@ def count_blocks(tensors: Tensors, prefix: str) -> int:
 
 
 def square_side(count: int, what: str, source: str) -> int:
-    """Return √count. Refused if it is not whole."""
+    """Return √count. Raises InputError if it is not whole."""
     side = math.isqrt(max(count, 0))
     if count < 1 or side * side != count:
-        raise Refused(f"{source}: {what} has {count} positions, which make no square image.")
+        raise InputError(f"{source}: {what} has {count} positions, which make no square image.")
     return side
 
 
@@ -76,12 +78,12 @@ _PUBLISHED_RATIOS = sorted(
 def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLIPConfig:
     """Return the published architecture of these sizes: it has what no tensor shows, the heads.
 
-    With `architecture` that one, which has to fit. Refused if there is none.
+    With `architecture` that one, which has to fit. Raises InputError if there is none.
     """
     if architecture is not None:
         known = zoo.get(architecture)
         if type(known.vision) is not type(config.vision) or _sizes(known) != _sizes(config):
-            raise Refused(
+            raise InputError(
                 f"{source} is no {architecture}: its towers have widths, depths and MLP widths "
                 f"{_sizes(config)}, that architecture has {_sizes(known)}."
             )
@@ -89,7 +91,7 @@ def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLI
     for known in zoo.ARCHITECTURES.values():
         if type(known.vision) is type(config.vision) and _sizes(known) == _sizes(config):
             return known
-    raise Refused(
+    raise InputError(
         f"{source} has no configuration and its sizes are no published model's, so its number of "
         "attention heads is unknown. Put an open_clip_config.json beside it, or convert it where "
         "its configuration is known."

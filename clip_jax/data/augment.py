@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
-from clip_jax.refused import check_ranges
+from clip_jax.errors import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 
 _MAX_DIGITS = 6
 _NEVER_SEEN_SHARE = 0.2
@@ -124,7 +124,7 @@ class DigitsConfig:
 
 def _check_digits(digits: int) -> None:
     if not 1 <= digits <= _MAX_DIGITS:
-        raise Refused(f"digits={digits}: numbers have 1 to {_MAX_DIGITS} digits")
+        raise InputError(f"digits={digits}: numbers have 1 to {_MAX_DIGITS} digits")
 
 
 def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:

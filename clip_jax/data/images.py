@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from clip_jax import files
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.storage import files
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,7 +55,7 @@ SUFFIXES = (  # of what is taken for an image, in folders and in tars
 )
 
 
-class ImageError(Refused):
+class ImageError(InputError):
     """An image that cannot be used, and in one word why (`reason`)."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -85,13 +85,13 @@ class Preprocess:
     def __post_init__(self) -> None:
         check_ranges(self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)")
         if self.interpolation not in RESAMPLING:
-            raise Refused(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
+            raise InputError(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
         if self.resize_mode not in ("shortest", "squash", "longest"):
-            raise Refused(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
+            raise InputError(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
         if not 0 <= self.fill <= 255:
-            raise Refused(f"fill={self.fill}: must be from 0 to 255")
+            raise InputError(f"fill={self.fill}: must be from 0 to 255")
         if self.rules not in ("openai", "transformers"):
-            raise Refused(f"rules={self.rules!r}: must be openai or transformers")
+            raise InputError(f"rules={self.rules!r}: must be openai or transformers")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an

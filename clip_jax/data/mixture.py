@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from clip_jax.data.order import Equal, Lanes, Run, StretchOrder, joined
 from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
 from clip_jax.data.sources.any import SingleConfig
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 
 # Samples in which the weights are kept exactly, their resolution: as few of these as give every
 # member whose weight is not 0 a sample.
@@ -52,12 +52,12 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         starts = [0, *(phase.from_sample for phase in self.phases)]
         if not self.members:
-            raise Refused("data.source.members is empty: a mixture needs at least one")
+            raise InputError("data.source.members is empty: a mixture needs at least one")
         if starts != sorted(starts):
-            raise Refused(f"data.source.phases start at {starts[1:]}; they must rise from 0")
+            raise InputError(f"data.source.phases start at {starts[1:]}; they must rise from 0")
         for weights in (self.weights, *(phase.weights for phase in self.phases)):
             if len(weights) != len(self.members) or not sum(weights) > 0:
-                raise Refused(
+                raise InputError(
                     f"weights {weights} of data.source: needs {len(self.members)}, one a member, "
                     "not all 0"
                 )
@@ -89,7 +89,7 @@ def _counts(weights: Sequence[float]) -> tuple[Int64[np.ndarray, " members"], in
         counts[largest_rests[: block - counts.sum()]] += 1
         if all(counts[shares > 0]):
             return counts, block
-    raise Refused(
+    raise InputError(
         f"weights {tuple(weights)} of data.source: the smallest is less than one of "
         f"{_BLOCKS[-1]} samples; raise it, or leave its member out with weight 0"
     )

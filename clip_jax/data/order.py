@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _LANES = (16, 512)  # at most: in small batches, and in the largest
 _TINY = 64  # a batch in which each place is a lane: any number of processes divides it
@@ -57,7 +57,7 @@ class Lanes:
 
     def __post_init__(self) -> None:
         if self.count % self.part[1]:
-            raise Refused(
+            raise InputError(
                 f"batch_size={self.batch_size} is read in {self.count} lanes, which "
                 f"{self.part[1]} processes do not divide; choose a batch size that is 16 times a "
                 "multiple of the processes, or data.order=global"

@@ -12,11 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from clip_jax import bucket
 from clip_jax.clock import CLOCK
 from clip_jax.data.ahead import ReadAhead
 from clip_jax.data.order import LaneOrder, Lanes
 from clip_jax.data.sources import Record, SampleError, Source
+from clip_jax.storage import bucket
 
 _PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
 

@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from clip_jax import files
 from clip_jax.data import growth
 from clip_jax.data.augment import AugmentConfig, augment
 from clip_jax.data.digits import DigitsConfig
@@ -29,7 +28,8 @@ from clip_jax.data.order import LaneOrder, Lanes, OfPositions, StretchOrder
 from clip_jax.data.pieces import Batch, GlobalPieces, LanePieces, Sample, join
 from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
 from clip_jax.data.sources.any import SingleConfig, open_single
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.storage import files
 
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples before the share of bad ones is judged
@@ -68,7 +68,7 @@ class DataConfig:
             read_ahead_mib="[1, inf)",
         )  # fmt: skip
         if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
-            raise Refused(f"data.crop_scale={self.crop_scale} must rise")
+            raise InputError(f"data.crop_scale={self.crop_scale} must rise")
 
 
 def build(
@@ -81,9 +81,10 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Pipeline":
-    """Open the source. `batch_size` is global; Refused for what cannot be read or split."""
+    """Open the source. `batch_size` is global; raises InputError for what cannot be read or
+    split."""
     if batch_size < 1 or batch_size % process_count:
-        raise Refused(
+        raise InputError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
     return Pipeline(
@@ -143,8 +144,8 @@ class Pipeline:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
 
         After the steps `doubled_at` a batch is twice as many of the first ones, joined: the order
-        stays, and of several processes each has its rows of every one. Raises Refused once clearly
-        more than `max_bad_share` of the samples were bad.
+        stays, and of several processes each has its rows of every one. Raises InputError once
+        clearly more than `max_bad_share` of the samples were bad.
         """
         import grain
 
@@ -224,14 +225,15 @@ def _lane_order(seed: int, lanes: Lanes, window: int, source: Source) -> LaneOrd
 
 
 def _settled_order(config: DataConfig, source: Source) -> Literal["global", "stretches"]:
-    """The order that a run begins with. Refused for stretches of a source that has none."""
+    """The order that a run begins with. Raises InputError for stretches of a source that has
+    none."""
     members = config.source.members if isinstance(config.source, MixtureConfig) else ()
     paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
     together = isinstance(source, StretchSource) and len(source.stretches()) < len(source)
     if config.order == "auto":
         return "stretches" if together and any(map(files.is_remote, paths)) else "global"
     if config.order == "stretches" and not together:
-        raise Refused(
+        raise InputError(
             "data.order=stretches needs files with many records in each: tars, Parquet, "
             "ArrayRecord. clip-jax prepare writes such files; data.order=global reads any"
         )
@@ -245,7 +247,7 @@ def _check_budget(config: DataConfig, source: StretchSource, parts: int) -> None
     # Stretches of the window are half used, on average; a window of all begins with all.
     need = total / stretches * window / parts * (0.6 if window < stretches else 1.0)
     if need > config.read_ahead_mib << 20:
-        raise Refused(
+        raise InputError(
             f"data.read_ahead_mib={config.read_ahead_mib} is too little: of data.window="
             f"{config.window} stretches of {total / stretches / 2**20:.1f} MiB, each of {parts} "
             f"processes holds {need / 2**20:,.0f} MiB. Raise it, lower data.window (a new run then "
@@ -283,7 +285,7 @@ class _Loader:
             else:
                 key = here.key if isinstance(here, Record) else self.source.key(candidate)
                 return Sample(image, caption, position, key, skipped)
-        raise Refused(
+        raise InputError(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
             f"{skipped[0]['reason']}. Repair the data or change data.source"
         )
@@ -338,7 +340,7 @@ class _BadShare:
         if self._seen < _MIN_JUDGED or self._bad <= expected + 3 * math.sqrt(expected):
             return
         reasons = "; ".join(f"{event['key']}: {event['reason']}" for event in self._first)
-        raise Refused(
+        raise InputError(
             f"{self._bad} of the first {self._seen} samples could not be read, more than "
             f"data.max_bad_share={self._limit:g}. The first: {reasons}. Repair the data, or raise "
             "data.max_bad_share to go on without them"

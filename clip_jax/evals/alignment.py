@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 POOL = 1_024  # pairs that compete; the loss grows with their logarithm, so runs must share it
 _CHUNK = 1_024  # rows of a block on each batch shard
@@ -30,7 +30,7 @@ def uniformity(features: Float[np.ndarray, "B E"], mesh: Mesh) -> float:
     """Return log mean exp(−2 ‖x − y‖²) over all pairs of unit vectors: 0 if all are the same, less
     the more evenly they cover the sphere."""
     if len(features) < 2:
-        raise Refused(f"uniformity needs at least 2 features, got {len(features)}.")
+        raise InputError(f"uniformity needs at least 2 features, got {len(features)}.")
     count = len(features)
     chunk = min(_CHUNK, -(-count // sharding.batch_shards(mesh))) * sharding.batch_shards(mesh)
     whole = sharding.place(features, len(features), sharding.replicated(mesh))
@@ -69,7 +69,7 @@ def info_nce(
     pairs; what does not fill a last one is left out, since fewer negatives are an easier task.
     """
     if not 2 <= pool <= len(image_features):
-        raise Refused(
+        raise InputError(
             f"info_nce with pool={pool} needs 2 <= pool <= the {len(image_features)} pairs given."
         )
     shards = sharding.batch_shards(mesh)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from clip_jax.data.images import ImageLike, decode
 from clip_jax.data.sources import SampleError, text_of
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Contrasted, read_json
-from clip_jax.files import Place, matching
-from clip_jax.refused import Refused
+from clip_jax.storage.files import Place, matching
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
@@ -55,7 +55,8 @@ _SYMMETRIC = frozenset((
 def open_aro(annotations: Place, images: Place) -> Contrasted:
     """Open `visual_genome_relation.json` or `visual_genome_attribution.json`.
 
-    A case is the part of the image that its box holds. Refused for a file of another shape.
+    A case is the part of the image that its box holds. Raises InputError for a file of another
+    shape.
     """
     cases = read_json(annotations)
     try:
@@ -69,7 +70,7 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
             for case in cases
         ]
     except (KeyError, TypeError, ValueError, OverflowError, SampleError) as error:
-        raise Refused(
+        raise InputError(
             f"{annotations} is not in ARO's format: a list of cases with image_path, bbox_x, "
             "bbox_y, bbox_w, bbox_h, true_caption, false_caption and relation_name or attributes "
             f"({error!r})."
@@ -95,7 +96,7 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
 def open_sugar_crepe(folder: Place) -> Contrasted:
     """Open SugarCrepe's files (`swap_obj.json`, ...) with COCO's images in `val2017/` or `images/`.
 
-    Refused for a file of another shape.
+    Raises InputError for a file of another shape.
     """
     images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
     rows = []
@@ -107,12 +108,12 @@ def open_sugar_crepe(folder: Place) -> Contrasted:
                 for case in (content.values() if isinstance(content, dict) else content)
             ]
         except (KeyError, TypeError) as error:
-            raise Refused(
+            raise InputError(
                 f"{file} is not in SugarCrepe's format: cases with filename, caption and "
                 f"negative_caption ({error!r})."
             ) from error
     if not rows:
-        raise Refused(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
+        raise InputError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
     return Contrasted(
         len(rows),
         lambda i: rows[i][:2],

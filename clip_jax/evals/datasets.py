@@ -12,9 +12,9 @@ from clip_jax.data import digits
 from clip_jax.data.images import SUFFIXES, ImageLike
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.folder import image_files
+from clip_jax.errors import InputError
 from clip_jax.evals import prompts
-from clip_jax.files import Place, matching
-from clip_jax.refused import Refused
+from clip_jax.storage.files import Place, matching
 
 Split = Literal["train", "validation", "test"]
 
@@ -154,13 +154,13 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     Classes are called by `classnames.txt` in the folder (of a split: or beside it), one a line;
     else by `names`; else as published where the folders are the WordNet ids of ImageNet's classes
     or numbers of those of the data set `name`; else as the folders are. `name` also decides on
-    templates. Refused for a folder without classes and for a wrong number of names.
+    templates. Raises InputError for a folder without classes and for a wrong number of names.
     """
     if not path.is_dir():
-        raise Refused(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
+        raise InputError(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
     folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(folders) < 2:
-        raise Refused(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
+        raise InputError(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
     imagenet = prompts.class_names("imagenet1k") or []
     wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
     numbers = all(folder.isdecimal() for folder in folders)
@@ -177,7 +177,7 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
         names = [wnids.get(folder) or _spaced(folder) for folder in folders]
     if len(names) != len(folders):
         where = listed / "classnames.txt" if listed else "its published list"
-        raise Refused(
+        raise InputError(
             f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
             "it needs one a line, in the order of the folders' names."
         )
@@ -185,7 +185,7 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     images = image_files(path / folder for folder in folders)
     files = [(file, labels[file.relative_to(path).parts[0]]) for file in images]
     if not files:
-        raise Refused(f"no images ({', '.join(SUFFIXES)}) in the folders of {path}.")
+        raise InputError(f"no images ({', '.join(SUFFIXES)}) in the folders of {path}.")
     return Labelled(
         names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0]),
         [label for _, label in files],
@@ -200,7 +200,7 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
     from clip_jax.data.sources.tar import TarConfig, TarSource
 
     if not any((path / split).glob("*.tar")):
-        raise Refused(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
+        raise InputError(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
     kind = path / "dataset_type.txt"
     captions = kind.exists() and "\n".join(_lines(kind)).strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
@@ -234,14 +234,15 @@ def open_tfds(
 ) -> Labelled:  # fmt: skip
     """Open a prepared TFDS builder's folder, the one with `dataset_info.json`.
 
-    Class names are the builder's unless given. Refused for a split or feature that is not there.
+    Class names are the builder's unless given. Raises InputError for a split or feature that is not
+    there.
     """
     builder, examples = _open_tfds(path, split, image, label)
     feature = builder.info.features[label]
     if names is None:
         names = [_spaced(name) for name in feature.names]
     if len(names) != feature.num_classes:
-        raise Refused(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
+        raise InputError(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
 
     def load(index: int) -> tuple[ImageLike, int]:
         example = examples[index]
@@ -282,7 +283,7 @@ def _open_tfds(path: Place, split: str, image: str, label: str) -> tuple[Any, An
         ("feature", label, builder.info.features),
     ):  # fmt: skip
         if wanted.partition("[")[0] not in there:
-            raise Refused(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
+            raise InputError(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
     decoders = {image: tfds.decode.SkipDecoding()}
     return builder, builder.as_data_source(split=split, decoders=decoders)
 
@@ -294,7 +295,7 @@ def _encoded(image: Any) -> bytes:
 def open_captions(annotations: Place, images: Place) -> Captioned:
     """Open COCO's annotation format (Karpathy's splits of COCO and Flickr30k come in it).
 
-    Refused for a file of another shape. Images without a caption are left out.
+    Raises InputError for a file of another shape. Images without a caption are left out.
     """
     content = read_json(annotations)
     try:
@@ -303,12 +304,12 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
         for row in content["annotations"]:
             captions.setdefault(row["image_id"], []).append(text_of(row["caption"]))
     except (KeyError, TypeError, SampleError) as error:
-        raise Refused(
+        raise InputError(
             f"{annotations} is not in COCO's format: images with id and file_name, annotations "
             f"with image_id and caption ({error!r})."
         ) from error
     if unlisted := [key for key in captions if key not in files]:
-        raise Refused(
+        raise InputError(
             f"{annotations} has captions of {len(unlisted)} images that it does not list, such as "
             f"image_id={unlisted[0]!r}; each needs an entry in images, with id and file_name."
         )
@@ -317,29 +318,29 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
 
 
 def read_json(path: Place) -> Any:
-    """Read a file of annotations. Refused where it is not there or is no JSON."""
+    """Read a file of annotations. Raises InputError where it is not there or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read as JSON: {error}") from error
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def open_voc(path: Place, *, split: Split) -> Tagged:
     """Open `VOCdevkit/VOC2007`: `ImageSets/Main/{class}_{split}.txt` and `JPEGImages`.
 
-    Refused where lists are missing or differ in their images.
+    Raises InputError where lists are missing or differ in their images.
     """
     part = {"train": "train", "validation": "val", "test": "test"}[split]
     lists = matching(path / "ImageSets" / "Main", f"*_{part}.txt")
     if not lists:
-        raise Refused(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
+        raise InputError(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
     rows = [[line.split() for line in _lines(file) if line.strip()] for file in lists]
     images = [row[0] for row in rows[0]]
     for file, labels in zip(lists, rows, strict=True):
         if [row[0] for row in labels] != images:
-            raise Refused(f"{file} lists other images than {lists[0]}.")
+            raise InputError(f"{file} lists other images than {lists[0]}.")
         if not all(row[1:] in (["1"], ["0"], ["-1"]) for row in labels):
-            raise Refused(f"{file} needs an image and 1, 0 or -1 in each line.")
+            raise InputError(f"{file} needs an image and 1, 0 or -1 in each line.")
     truth = np.array([[row[1] for row in labels] for labels in rows]).astype(np.int8).T
     names = [file.name.removesuffix(f"_{part}.txt") for file in lists]
 
@@ -386,11 +387,11 @@ def _templates(name: str) -> Sequence[str]:
 
 def _lines(path: Place) -> list[str]:
     if not path.exists():
-        raise Refused(f"there is no {path}; it has one class name a line.")
+        raise InputError(f"there is no {path}; it has one class name a line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read as text: {error}") from error
+        raise InputError(f"{path} cannot be read as text: {error}") from error
     return text.splitlines()  # CLEVR has a class without a name
 
 

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int, UInt8
 
 from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
+from clip_jax.errors import check_ranges
 from clip_jax.evals.captions import captions
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.zero_shot import classifier, top_k_accuracy
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.refused import check_ranges
 
 _SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
 

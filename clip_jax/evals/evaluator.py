@@ -15,9 +15,9 @@ from jaxtyping import Float, Int, Shaped
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import read_captions
+from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.models.clip import CLIP, Params, l2_normalize
-from clip_jax.refused import Refused
 
 _BATCH = 256  # rows over all devices
 
@@ -95,7 +95,8 @@ class Evaluations:
                 yield values
 
     def check_gives(self, wanted: str) -> None:
-        """Refused where no evaluator gives a result of this name, as far as is known by now:
+        """Raise InputError where no evaluator gives a result of this name, as far as is known by
+        now:
 
         of data sets which there are, of all evaluators what they gave when they had their turn.
         """
@@ -107,7 +108,7 @@ class Evaluations:
             if given is None or {wanted, f"{wanted.partition('/')[0]}/*"} & given:
                 return
             found |= given
-        raise Refused(
+        raise InputError(
             f"checkpoint.best={wanted!r} is no result of this run's evaluators, which give "
             f"{', '.join(sorted(found)) or 'none'}. Name one of these, give the run evaluators "
             "(evals), or leave them to `evaluate RUN --watch` with --checkpoint.best-of watcher."

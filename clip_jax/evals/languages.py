@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Translated, read_json
 from clip_jax.evals.suite import SUITE, open_data_set
-from clip_jax.files import Place, place, walk
-from clip_jax.refused import Refused
+from clip_jax.storage.files import Place, place, walk
 
 BABEL = "babel_imagenet"
 _BABEL_FILES = (f"{BABEL}.json", "nllb_dist13b_prompts.json")
@@ -43,7 +43,7 @@ NAMES = (BABEL, *CAPTIONS)
 def open_languages(name: str, root: Place, languages: Sequence[str] = ()) -> Translated:
     """Open one of `NAMES` below `root`, in these languages or all that it has.
 
-    Missing says where it was looked for; Refused for files of another shape.
+    Missing says where it was looked for; raises InputError for files of another shape.
     """
     if name == BABEL:
         [imagenet] = (row for row in SUITE if row.name == "imagenet1k")
@@ -88,7 +88,7 @@ def open_babel(imagenet: Labelled, folder: Place, languages: Sequence[str] = ())
             if len(names[code]) != len(classes) or not 0 <= min(classes) <= max(classes) <= last:
                 raise ValueError(f"{code}: as many names as classes, which are 0 to {last}")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Refused(
+        raise InputError(
             f"{folder} is not in Babel-ImageNet's format: by language classes and their names, and "
             f"prompts with {{}} for the class ({error!r})."
         ) from error
@@ -129,7 +129,7 @@ def _crossmodal(file: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
         ]
         return [f"{row['image/key']}.jpg" for row in rows], captions
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Refused(
+        raise InputError(
             f"{file} is not in Crossmodal-3600's format: lines of image/key and, by language, "
             f"caption with one at least ({error!r})."
         ) from error
@@ -140,7 +140,7 @@ def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
     files = [path for path in texts if not path.name.startswith(".")]
     index = next((path for path in files if path.name in _INDICES), None)
     if index is None:
-        raise Refused(
+        raise InputError(
             f"{folder} has neither {_CROSSMODAL} nor a list of images, {' or '.join(_INDICES)}."
         )
     marked = [path for path in files if path.name.startswith(_XTD10)]
@@ -149,7 +149,7 @@ def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
     for path in marked or [path for path in files if path != index]:
         lines = _lines(path)
         if len(lines) != len(names):
-            raise Refused(f"{path} has {len(lines)} lines, but {index} {len(names)} images.")
+            raise InputError(f"{path} has {len(lines)} lines, but {index} {len(names)} images.")
         for row, line in zip(captions, lines, strict=True):
             if line:
                 row[path.stem.removeprefix(_XTD10)] = [line]
@@ -161,16 +161,16 @@ def _lines(path: Place) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
-        raise Refused(f"{path} cannot be read as text: {error}") from error
+        raise InputError(f"{path} cannot be read as text: {error}") from error
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
 def _chosen(name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
     if not known:
-        raise Refused(f"{name} has no captions.")
+        raise InputError(f"{name} has no captions.")
     chosen = [code for code in known if code in asked or not asked]
     if not chosen:
-        raise Refused(
+        raise InputError(
             f"--languages {' '.join(asked)}: {name} has none of them, but {', '.join(known)}."
         )
     return chosen

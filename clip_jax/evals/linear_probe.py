@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clip_jax import sharding
+from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import encode_images
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 LAMBDAS = np.logspace(-6, 6, 96)  # the paper's grid
 _COARSE_STEP = 16  # of the grid's indices, in the first round of the search
@@ -60,7 +60,7 @@ class Problem:
         count = len(features)
         self._classes = int(labels.max()) + 1 if classes is None else classes
         if count != len(labels) or count < 2 or labels.min() < 0 or labels.max() >= self._classes:
-            raise Refused(
+            raise InputError(
                 f"{count} features need as many labels (got {len(labels)}), two at least, in 0 to "
                 f"{self._classes - 1}."
             )
@@ -169,7 +169,7 @@ def search(
     the solution of one is the next one's start.
     """
     if not len(validation[1]):
-        raise Refused("the best λ is chosen by validation images, and there are none.")
+        raise InputError("the best λ is chosen by validation images, and there are none.")
     lambdas = np.asarray(lambdas)
     classes = classes or int(max(train[1].max(), validation[1].max())) + 1
     problem = Problem(*train, mesh, classes=classes)
@@ -189,11 +189,11 @@ def search(
 def few_per_class(
     labels: Int[np.ndarray, " B"], k: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " some"]:
-    """Draw the indices of k samples of each class. Refused names a class that has fewer."""
+    """Draw the indices of k samples of each class. InputError names a class that has fewer."""
     counts = np.bincount(labels)
     scarce = np.flatnonzero((counts > 0) & (counts < k))
     if len(scarce):
-        raise Refused(f"class {scarce[0]} has {counts[scarce[0]]} samples, {k} are asked for.")
+        raise InputError(f"class {scarce[0]} has {counts[scarce[0]]} samples, {k} are asked for.")
     order = rng.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.cumsum(counts) - counts
@@ -214,7 +214,7 @@ def nearest_neighbours(
     """
     features, labels = train
     if not 1 <= k <= len(features):
-        raise Refused(f"k={k} neighbours must be from 1 to the {len(features)} training rows.")
+        raise InputError(f"k={k} neighbours must be from 1 to the {len(features)} training rows.")
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(test_features)) // shards) * shards
     whole = sharding.replicated(mesh)

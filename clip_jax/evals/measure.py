@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
 from clip_jax import processes, sharding
+from clip_jax.display import Display
+from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.alignment import POOL, diagnostics
 from clip_jax.evals.caption_scores import bleu, cider
@@ -36,8 +38,6 @@ from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zero_shot import classification, classifier, multi_label
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.progress import Display
-from clip_jax.refused import Refused
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
                 found[language] = retrieve(part, encoder).values
             display.add(1)
     if not found:
-        raise Refused("no language says anything of the images that were read.")
+        raise InputError("no language says anything of the images that were read.")
     task = "zeroshot_classification" if data.names else "zeroshot_retrieval"
     return Outcome(task, average(found), images.skipped, by_language=found)
 
@@ -217,7 +217,7 @@ class Splits:
         def opened(split: Split) -> Data:
             data = open_split(split)
             if not data.count:
-                raise Refused(f"{name}: no images with a class or caption in its {split} split.")
+                raise InputError(f"{name}: no images with a class or caption in its {split} split.")
             return data if most is None else spread(data, most)
 
         self.name, self.encoder = name, encoder
@@ -284,7 +284,8 @@ def compute(
     belongs to each.
 
     `shares` are this process's rows of each batch of the first `count` images; the function takes
-    parameters and pixels. A terminal sees the progress. Refused where no image can be read.
+    parameters and pixels. A terminal sees the progress. Raises InputError where no image can be
+    read.
     """
     rows = sharding.batch_sharding(mesh)
     features: list[Any] = []
@@ -301,7 +302,7 @@ def compute(
             display.add(len(placed))
     answers, skipped = _of_all((answers, skipped))
     if not answers:
-        raise Refused(
+        raise InputError(
             f"none of {count} images can be read; the first: {list(skipped.values())[:1]}."
         )
     indices = np.array(list(answers))

@@ -7,11 +7,11 @@ import numpy as np
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.alignment import POOL, diagnostics
 from clip_jax.evals.captions import loss_per_token
 from clip_jax.evals.evaluator import Encoder, encode_texts
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class PairsEvalConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")
         if self.pool > self.pairs:
-            raise Refused(f"evals.pool={self.pool} must be at most pairs={self.pairs}.")
+            raise InputError(f"evals.pool={self.pool} must be at most pairs={self.pairs}.")
         if self.data.crop != "center":
-            raise Refused("data.crop of held-out pairs must be 'center', not 'random'.")
+            raise InputError("data.crop of held-out pairs must be 'center', not 'random'.")
 
     def make(self) -> "PairsEvaluator":
         return PairsEvaluator(self)
@@ -44,7 +44,7 @@ class PairsEvaluator:
         self.config, self.every_steps = config, config.every_steps
         count = len(open_source(config.data.source, 32))
         if count < config.pairs:  # they would come twice, in one pool
-            raise Refused(
+            raise InputError(
                 f"evals.pairs={config.pairs}, but their source has {count}; set evals.pairs, and "
                 "evals.pool (of `evaluate` --pool), to no more than that."
             )

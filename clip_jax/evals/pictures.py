@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from clip_jax.style import plain
+from clip_jax.display import plain
 
 TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
 LINE = 22  # bold letters that fit below

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data.images import ImageLike, center_crop, decode
+from clip_jax.display import plain
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled
 from clip_jax.evals.measure import Outcome
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.suite import OPENAI_MODELS, SUITE, published
-from clip_jax.files import Place, write_whole
-from clip_jax.refused import Refused
-from clip_jax.style import plain
+from clip_jax.storage.files import Place, write_whole
 
 COLUMNS = (
     "acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task",
@@ -45,7 +45,7 @@ def main_metric(name: str, outcome: Outcome) -> str:
     for metric in (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values):
         if metric in outcome.values:
             return metric
-    raise Refused(f"{name} has no values.")
+    raise InputError(f"{name} has no values.")
 
 
 def to_csv(outcomes: Outcomes, model: str) -> str:

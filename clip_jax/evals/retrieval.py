@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 RECALL_AT = (1, 5, 10)
 _TEXTS = 4_096  # texts of a chunk on each batch shard
@@ -30,7 +30,7 @@ def ranks(
 ) -> tuple[Int[np.ndarray, " texts"], Int[np.ndarray, " images"]]:
     """Rank the right image of every text, and the best caption of every image; 1 is the best.
 
-    Features are unit vectors. Raises Refused for an index out of range and for an image without
+    Features are unit vectors. Raises InputError for an index out of range and for an image without
     a caption.
     """
     num_images, num_texts = len(image_features), len(text_features)
@@ -40,7 +40,7 @@ def ranks(
         raise ValueError(f"image_of_text must lie in 0 to {num_images - 1}, the images given.")
     captioned = np.bincount(image_of_text, minlength=num_images)
     if not captioned.all():
-        raise Refused(f"image {np.argmin(captioned)} has no caption; leave such images out.")
+        raise InputError(f"image {np.argmin(captioned)} has no caption; leave such images out.")
 
     shards = sharding.batch_shards(mesh)
     chunk = min(_TEXTS, -(-num_texts // shards)) * shards

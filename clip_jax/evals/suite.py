@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.compositions import open_aro, open_sugar_crepe
 from clip_jax.evals.datasets import (
@@ -31,8 +32,7 @@ from clip_jax.evals.datasets import (
     split_folder,
     tfds_splits,
 )  # fmt: skip
-from clip_jax.files import Place, matching
-from clip_jax.refused import Refused
+from clip_jax.storage.files import Place, matching
 
 # Columns of openai_results.csv (see NOTICE).
 OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -127,11 +127,11 @@ def _published() -> dict[str, tuple[float, ...]]:
 def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
     """Find one data set under `root`. Missing says where it was looked for and how to get it.
 
-    Refused when what is there has another number of classes than the data set.
+    InputError when what is there has another number of classes than the data set.
     """
     data = _find(row, root, split)
     if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
-        raise Refused(f"{row.name} has {row.classes} classes, the one in {root} "
+        raise InputError(f"{row.name} has {row.classes} classes, the one in {root} "
                          f"{len(data.names)}.")  # fmt: skip
     return data
 

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing
 from clip_jax.evals.linear_probe import Problem, few_per_class, nearest_neighbours, search
 from clip_jax.evals.measure import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
-from clip_jax.refused import Refused
 
 Task = Literal["probe", "few-shot", "neighbours"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -35,21 +35,21 @@ def supervised(
     """Train on the train split, choose on the validation split, measure on the test split.
 
     `seed` decides what is held out and which samples few-shot probes see. `few_shot/{k}` are left
-    out where a class has fewer than k. Missing where there is no training split; Refused where
-    splits have other classes.
+    out where a class has fewer than k. Missing where there is no training split; raises InputError
+    where splits have other classes.
     """
     test_data, train_data = splits.open("test"), splits.open("train")
     if not isinstance(test_data, Labelled) or not isinstance(train_data, Labelled):
         raise Missing(f"{splits.name}: probes are for images of one class each.")
     if list(test_data.names) != list(train_data.names):
-        raise Refused(
+        raise InputError(
             f"{splits.name}: train has {len(train_data.names)} classes, test {len(test_data.names)}"
             ", and their names or order differ; both splits need the same folders."
         )
     mesh, classes, rng = splits.encoder.mesh, len(test_data.names), np.random.default_rng(seed)
     train, test = _part(splits, "train"), _part(splits, "test")
     if len(np.unique(train[1])) < 2:
-        raise Refused(
+        raise InputError(
             f"{splits.name}: all training images that were read are of one class, of {classes}; "
             f"{' and '.join(tasks)} need two classes at least (--images may be too few)."
         )

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from clip_jax import files, processes
+from clip_jax import processes
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals import compositions, datasets, languages, measure, prompts, suite, supervised
 from clip_jax.evals.alignment import POOL
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.reader import Kept
-from clip_jax.files import Place
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 Task = Literal[
     "zero-shot", "templates", "probe", "few-shot", "neighbours", "alignment", "captions",
@@ -52,7 +53,7 @@ class TasksConfig:
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise Refused("tasks is empty; name one at least, such as zero-shot.")
+            raise InputError("tasks is empty; name one at least, such as zero-shot.")
         check_ranges(
             self, images="[1, inf)", shots="[1, inf)", neighbours="[1, inf)", pool="[2, inf)",
             seed="[0, inf)",
@@ -101,7 +102,7 @@ class TasksEvaluator:
     def outcomes(self, encoder: Encoder) -> Iterator[tuple[measure.Splits, measure.Outcome]]:
         """Yield what each task finds; a data set that cannot be read is named and left out.
 
-        Refused where it is the only one.
+        Raises InputError where it is the only one.
         """
         for name, open_split in self._opened.items():
             splits = measure.Splits(
@@ -110,7 +111,7 @@ class TasksEvaluator:
             )  # fmt: skip
             try:
                 found = list(_outcomes(splits, self._config))
-            except Refused as error:
+            except InputError as error:
                 if len(self._opened) == 1:
                     raise
                 say(f"left out: {name}: {error}")
@@ -128,7 +129,7 @@ class TasksEvaluator:
         def opened(split: datasets.Split) -> datasets.Data:
             data = open_split(split)
             if self._templates and isinstance(data, datasets.Translated) and data.names:
-                raise Refused("--templates are of one language, these classes of several.")
+                raise InputError("--templates are of one language, these classes of several.")
             if self._templates and isinstance(data, datasets.Labelled | datasets.Tagged):
                 return replace(data, templates=self._templates)
             return data
@@ -178,15 +179,16 @@ def _outcomes(splits: measure.Splits, config: TasksConfig) -> Iterator[measure.O
 def data_sets(config: TasksConfig, skip: bool = False) -> dict[str, Open]:
     """Return what opens the splits of each data set asked for, by name.
 
-    Of the whole suite those that are there; the others are named with how to get them. Refused for
-    one that is asked for and not there, and where none is, unless `skip` says to go on without.
+    Of the whole suite those that are there; the others are named with how to get them. Raises
+    InputError for one that is asked for and not there, and where none is, unless `skip` says to go
+    on without.
     """
     found: dict[str, Open] = {}
     rows = {row.name: row for row in suite.SUITE}
     for name in config.dataset or rows:
         kind, _, path = name.partition(":")
         if not path and name not in (*rows, *languages.NAMES):
-            raise Refused(
+            raise InputError(
                 f"no data set {name!r}; say {', '.join(f'{k}:PATH' for k in _KINDS)} or one of "
                 f"{', '.join((*rows, *languages.NAMES))}."
             )
@@ -207,14 +209,14 @@ def data_sets(config: TasksConfig, skip: bool = False) -> dict[str, Open]:
             opened("test")  # wrong use is said before a model is loaded
         except datasets.Missing as error:
             if config.dataset and not skip:
-                raise Refused(str(error)) from error
+                raise InputError(str(error)) from error
             say(f"left out: {error}")
             continue
         if name in found:
-            raise Refused(f"two data sets are called {name}; rename a folder, or measure one.")
+            raise InputError(f"two data sets are called {name}; rename a folder, or measure one.")
         found[name] = opened
     if not found and not skip:
-        raise Refused(
+        raise InputError(
             f"none of the suite's {len(rows)} data sets is in {config.data_dir} (--data-dir)."
         )
     return found
@@ -233,7 +235,7 @@ def _open_own(
 ) -> datasets.Data:
     """Open somebody's own data of a kind. Missing where it has no such split."""
     if kind not in _KINDS:
-        raise Refused(
+        raise InputError(
             f"--dataset {kind}:{path} is of no known kind; say {', '.join(_KINDS)}, as in "
             "folder:PATH."
         )

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.prompts import ensemble
-from clip_jax.refused import Refused
 
 
 def classifier(
@@ -15,7 +15,7 @@ def classifier(
 ) -> Float[np.ndarray, "classes E"]:
     """Embed every class as the mean of its prompts' unit embeddings, scaled to unit length."""
     if not prompts or not all(prompts):
-        raise Refused("zero-shot classification needs at least one class, each with a prompt.")
+        raise InputError("zero-shot classification needs at least one class, each with a prompt.")
     features = encoder.texts([prompt for group in prompts for prompt in group])
     ends = np.cumsum([len(group) for group in prompts])
     return np.concatenate([ensemble(group[:, None]) for group in np.split(features, ends[:-1])])

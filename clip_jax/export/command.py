@@ -7,17 +7,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax import files
 from clip_jax.convert import card
 from clip_jax.convert.command import check_free
 from clip_jax.convert.formats import read_weights
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.export import onnx, stablehlo
-from clip_jax.files import Place
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.models.layers import Activation
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 # Relative differences that each type's rounding explains, over the depth of a model.
 BOUNDS: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
@@ -49,12 +49,12 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_ranges(self, image_size="[1, inf)")
         if self.format == "onnx" and self.dtype == "bfloat16":
-            raise Refused(
+            raise InputError(
                 "dtype='bfloat16': onnxruntime's CPU multiplies none; take --dtype float16, or "
                 "--format stablehlo."
             )
         if self.format == "stablehlo" and (self.normalize or self.layout != "transformers-js"):
-            raise Refused("--layout and --normalize are choices of --format onnx.")
+            raise InputError("--layout and --normalize are choices of --format onnx.")
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Proof:
 def export(config: ExportConfig) -> Proof | None:
     """Write the folder; with `verify` run it and compare with the model's numbers.
 
-    Raises Refused where the model cannot be read or exported, or something is at the output.
+    Raises InputError where the model cannot be read or exported, or something is at the output.
     """
     if not config.existing:
         check_free(config.model, config.output, config.overwrite)
         if config.output.is_file():
-            raise Refused(f"{config.output} is a file; export writes a folder.")
+            raise InputError(f"{config.output} is a file; export writes a folder.")
         files.check_destination(config.output, "the output", folder=True)
     weights = read_weights(
         config.model,
@@ -142,7 +142,7 @@ def prove(config: ExportConfig, weights: Weights, folder: Path) -> Proof:
     differences: dict[str, Any] = dict.fromkeys(ours)
     for name, x in theirs.items():
         if x.shape != ours[name].shape:
-            raise Refused(
+            raise InputError(
                 f"{folder} gives {name} of shape {list(np.shape(x))}, the model "
                 f"{list(ours[name].shape)}: it is another model's."
             )

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert.state_dict import flatten
+from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
 from clip_jax.models.layers import Activation
-from clip_jax.refused import Refused
 
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # which belongs to it
@@ -53,7 +53,8 @@ class Graph:
         return name
 
     def number(self, array: Any, what: str = "a weight") -> np.ndarray:
-        """Bring floats to the type that the graph computes in. Refused where float16 ends."""
+        """Bring floats to the type that the graph computes in. Raises InputError where float16
+        ends."""
         exact = np.asarray(array, np.float32)
         if not self._half:
             return exact
@@ -61,7 +62,7 @@ class Graph:
             found = exact.astype(np.float16)
         if not np.isfinite(found).all():
             most = np.abs(exact).max()
-            raise Refused(
+            raise InputError(
                 f"{what} has values up to {most:.3g}, and float16 ends at 65,504; take "
                 "--dtype float32."
             )

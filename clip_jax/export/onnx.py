@@ -14,13 +14,13 @@ from clip_jax.convert.open_clip_config import is_open_clips_own, text_cfg
 from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME
+from clip_jax.errors import InputError
 from clip_jax.export.captions import caption_logits
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import image_tower, sees_padding, text_tower
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.generation import MAX_LENGTH
 from clip_jax.models.text import TextConfig
-from clip_jax.refused import Refused
 
 # What writes captions, greedily, the begin token first; images.npy as StableHLO's READER has them.
 CAPTION_READER = """\
@@ -89,8 +89,8 @@ def write(
     """Write a folder of ONNX files, with the preprocessing and the tokenizer that the reader takes.
 
     `normalize`: the towers' features have unit length (immich's always have). Weights of a file
-    above `inline_bytes` lie beside it. Refused for what the reader cannot do, and without the
-    package `onnx`.
+    above `inline_bytes` lie beside it. Raises InputError for what the reader cannot do, and without
+    the package `onnx`.
     """
     _need("onnx", "--format onnx")
     check(weights, layout)
@@ -132,14 +132,14 @@ def write(
 
 
 def check(weights: Weights, layout: Layout) -> None:
-    """Refused for what a layout's reader cannot do with images and texts."""
+    """Raise InputError for what a layout's reader cannot do with images and texts."""
     if weights.preprocess.resize_mode == "longest":
-        raise Refused(
+        raise InputError(
             f"preprocess.resize_mode='longest' is nothing that {layout} does with images; choose "
             "--format stablehlo, whose manifest says it."
         )
     if layout == "immich" and weights.config.text.tokenizer.pad_side == "left":
-        raise Refused(
+        raise InputError(
             "immich pads texts on the right; text.tokenizer.pad_side='left' needs another --layout."
         )
 
@@ -242,8 +242,8 @@ def outputs(
     """Run the files by onnxruntime on normalised pixels [B, H, W, 3] and ids [B, L].
 
     Returns `image_features`, `text_features` and, where the layout has them, `logits` and, of all
-    tokens but the last, `caption_logits`. Refused that names a file that is missing, cut, or of
-    another kind.
+    tokens but the last, `caption_logits`. Raises InputError, which names a file that is missing,
+    cut, or of another kind.
     """
     _need("onnxruntime", "--verify")
     called = names(layout, config, dtype)
@@ -272,7 +272,7 @@ def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
     name = str(token.get("content") if isinstance(token, dict) else token)
     pad = theirs.token_to_id(name) if sees_padding(text) else text.tokenizer.pad_id
     if pad is None:
-        raise Refused(f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json.")
+        raise InputError(f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json.")
     side, texts = settings.get("padding_side", "right"), TEXTS
     if layout == "immich":
         side, words = "right", read_json(folder / "config.json").get("text_cfg")
@@ -289,7 +289,7 @@ def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[n
     import onnxruntime
 
     if not path.is_file():
-        raise Refused(f"there is no {path}; clip-jax export --format onnx writes it.")
+        raise InputError(f"there is no {path}; clip-jax export --format onnx writes it.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it says is in the exception
     try:
@@ -299,7 +299,7 @@ def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[n
         return session.run(wanted, inputs)
     except Exception as error:  # of types that its module does not name
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise Refused(
+        raise InputError(
             f"{path} cannot be run ({why:.300}): it is cut, its weights beside it are, or it is of "
             "another model. Export it again."
         ) from error
@@ -307,7 +307,7 @@ def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[n
 
 def _need(module: str, what: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise Refused(f"{what} needs the package {module}: pip install 'clip-jax-pods[onnx]'.")
+        raise InputError(f"{what} needs the package {module}: pip install 'clip-jax-pods[onnx]'.")
 
 
 def is_external(folder: Path) -> bool:

@@ -22,10 +22,10 @@ from clip_jax.convert import folder as model_folder
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tokenizer_json import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.generation import MAX_LENGTH, begin_and_end
 from clip_jax.models.layers import apart
-from clip_jax.refused import Refused
 
 IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
 FIRST_NAME, NEXT_NAME = "caption_first.stablehlo", "caption_next.stablehlo"
@@ -78,13 +78,13 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     logits [b, V] of what follows the begin token, and a state, a list of arrays; weights, state,
     ids [b] and their place [] in the text make those of what follows them, and the next state.
     `dtype` is that of the weights, and of the computation where it is bfloat16; features and logits
-    are float32. The batch is symbolic: any size runs. Refused without the package `flatbuffers`,
+    are float32. The batch is symbolic: any size runs. InputError without the package `flatbuffers`,
     and if a decoder's tokenizer has no begin and end.
     """
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
-        raise Refused(
+        raise InputError(
             "--format stablehlo needs the package flatbuffers: pip install 'clip-jax-pods[export]'."
         ) from error
     if weights.config.decoder is not None:
@@ -204,7 +204,7 @@ def outputs(
         )
         if done.returncode:
             why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise Refused(
+            raise InputError(
                 f"{folder} cannot be run ({why:.300}): a file of it is missing, cut or of another "
                 "model. Export it again."
             )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import InputError
 from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.caption import Axes, CaptionConfig, caption_loss, count_labels
 from clip_jax.losses.forms import Config, Result, dense
@@ -14,7 +15,6 @@ from clip_jax.losses.same_caption import caption_ids
 from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
 from clip_jax.losses.streamed import Route, streamed
-from clip_jax.refused import Refused
 
 __all__ = [
     "Axes",
@@ -49,12 +49,12 @@ def contrastive_loss(
     name) is needed by `mask_same_caption` and ignored without. Metrics:
     `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, k-fold ties 1/k.
 
-    Raises Refused if what the config needs is missing, or B doesn't divide by the shards.
+    Raises InputError if what the config needs is missing, or B doesn't divide by the shards.
     """
     if isinstance(config, SoftmaxConfig):
         logit_bias = jnp.zeros_like(logit_scale)
     if logit_bias is None:
-        raise Refused(
+        raise InputError(
             "SigmoidConfig needs a logit_bias, and the model has none: "
             "set model.init_logit_bias (SigLIP: -10) or choose SoftmaxConfig."
         )
@@ -63,7 +63,7 @@ def contrastive_loss(
     batch = len(image_features)
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     if batch % shards:
-        raise Refused(
+        raise InputError(
             f"A batch of {batch} does not divide into {shards} shards (mesh axes {axes}): "
             "change batch_size or the mesh."
         )

@@ -8,7 +8,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 Features = tuple[Float[Array, "B ..."], ...]
 Encode = Callable[[Any, Any], tuple[Features, Any]]
@@ -33,7 +33,7 @@ def cached_value_and_grad(
 
     A chunk takes every `num_chunks`-th run of `group_size` rows (those that share a BatchNorm).
     With B sharded contiguously and `num_chunks` · `group_size` a divisor of the rows per device,
-    every device so keeps its own rows. Raises Refused if B isn't divisible by that product.
+    every device so keeps its own rows. Raises InputError if B isn't divisible by that product.
     """
 
     def split(x: Array) -> Array:
@@ -44,7 +44,7 @@ def cached_value_and_grad(
 
     size = len(jax.tree.leaves(batch)[0])
     if size % (num_chunks * group_size):
-        raise Refused(
+        raise InputError(
             f"A batch of {size} does not divide into {num_chunks} chunks of whole groups of "
             f"{group_size}: change the batch size or the number of chunks."
         )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class CaptionConfig:
             chunk_size="[1, inf)",
         )  # fmt: skip
         if not self.weight and not self.contrastive_weight:
-            raise Refused(
+            raise InputError(
                 "caption.weight=0 with caption.contrastive_weight=0: nothing would train."
             )
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clip_jax.errors import check_ranges
 from clip_jax.losses.pairs import Form, Pairs, Precision, Statistics
-from clip_jax.refused import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

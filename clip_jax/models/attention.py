@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from clip_jax.errors import InputError
 from clip_jax.models.short_attention import MAX_LENGTH, vmem_bytes
-from clip_jax.refused import Refused
 
 Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
 # Queries, keys and values: [B, L, S·N·K], as the projection's matmul leaves them, or, where heads
@@ -112,7 +112,7 @@ def cudnn(
     ones alone.
     """
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
-        raise Refused(
+        raise InputError(
             f"model.attention='cudnn' computes in 16 bits, not in {qkv.dtype}; "
             "set --model.dtype bfloat16 or --model.attention xla."
         )

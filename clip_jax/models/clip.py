@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import Backend
 from clip_jax.models.decoder import (
     Caption,
@@ -21,7 +22,6 @@ from clip_jax.models.layers import DType, Layout, Remat
 from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
-from clip_jax.refused import Refused, check_ranges
 
 Params = dict[str, Any]
 
@@ -62,12 +62,12 @@ class CLIPConfig:
             and not self.vision.projection
             and self.vision.width != self.embed_dim
         ):
-            raise Refused(
+            raise InputError(
                 f"vision.projection=False needs vision.width={self.vision.width} to equal "
                 f"embed_dim={self.embed_dim}."
             )
         if not self.text.projection and self.text.width != self.embed_dim:
-            raise Refused(
+            raise InputError(
                 f"text.projection=False needs text.width={self.text.width} to equal "
                 f"embed_dim={self.embed_dim}."
             )
@@ -78,17 +78,17 @@ class CLIPConfig:
 
     def _check_decoder(self, decoder: DecoderConfig) -> None:
         if isinstance(self.vision, ResNetConfig):
-            raise Refused("decoder needs a vision transformer, not a ResNet: set model.vision.")
+            raise InputError("decoder needs a vision transformer, not a ResNet: set model.vision.")
         if isinstance(decoder, MaMMUTConfig):
             if self.text.pool == "class_token" or self.text.depth % decoder.cross_every:
-                raise Refused(
+                raise InputError(
                     f"decoder.cross_every={decoder.cross_every} needs text.depth={self.text.depth} "
                     f"to be a multiple, and text.pool={self.text.pool!r} another than class_token."
                 )
             return
         _check_heads("text.width", self.text.width, "decoder.num_heads", decoder.num_heads)
         if self.image_token_width != self.text.width or not self.text.causal:
-            raise Refused(
+            raise InputError(
                 f"CoCa's decoder needs text.causal=True, got {self.text.causal}, and image tokens "
                 f"of text.width={self.text.width}, got {self.image_token_width}: embed_dim where "
                 "vision.pool='queries', else vision.width."
@@ -103,7 +103,7 @@ class CLIPConfig:
 
 def _check_heads(width_name: str, width: int, name: str, heads: int) -> None:
     if width % heads:
-        raise Refused(f"{width_name}={width} is not divisible by {name}={heads}.")
+        raise InputError(f"{width_name}={width} is not divisible by {name}={heads}.")
 
 
 class Towers(nn.Module):
@@ -151,7 +151,7 @@ class Towers(nn.Module):
         self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
         if not isinstance(self.visual, ViT):
-            raise Refused("captions need a vision transformer, not a ResNet.")
+            raise InputError("captions need a vision transformer, not a ResNet.")
         states, _ = self.visual.tokens(images.astype(self.config.dtype), keys=keys)
         return self.visual.pool_and_tokens(states)
 
@@ -191,7 +191,7 @@ class Towers(nn.Module):
         self, images: Float[Array, "B H W C"], layer: int, norm: bool
     ) -> Float[Array, "B L D"]:
         if not isinstance(self.visual, ViT):
-            raise Refused("tokens of the image tower need a vision transformer, not a ResNet.")
+            raise InputError("tokens of the image tower need a vision transformer, not a ResNet.")
         index = _layer(layer, self.visual.config.depth, "vision")
         images = images.astype(self.config.dtype)
         last, every = self.visual.tokens(images, collect=index is not None)
@@ -327,9 +327,9 @@ class CLIP:
         return self.layout.einsum("BLD,DV->BLV", states, kernel).astype(jnp.float32)
 
     def needs_decoder(self) -> DecoderConfig:
-        """Return the decoder's configuration. Refused if the model has none."""
+        """Return the decoder's configuration. Raises InputError if the model has none."""
         if self.config.decoder is None:
-            raise Refused("this model writes no captions: it has no decoder (model.decoder).")
+            raise InputError("this model writes no captions: it has no decoder (model.decoder).")
         return self.config.decoder
 
     def image_tokens(
@@ -364,7 +364,7 @@ class CLIP:
 def _layer(layer: int, depth: int, tower: str) -> int | None:
     """Return the block's index, None for the last, whose output needs no collecting."""
     if not -depth <= layer < depth:
-        raise Refused(
+        raise InputError(
             f"layer={layer}: the {tower} tower has {depth} blocks, 0 to {depth - 1} "
             f"or −{depth} to −1."
         )

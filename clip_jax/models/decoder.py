@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import check_ranges
 from clip_jax.models import attention
 from clip_jax.models.attention import KV
 from clip_jax.models.layers import (
@@ -28,7 +29,6 @@ from clip_jax.models.layers import (
     Remat,
     scanned,
 )  # fmt: skip
-from clip_jax.refused import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

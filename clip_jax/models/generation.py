@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.decoder import Caption
 from clip_jax.models.layers import apart
 from clip_jax.models.text import TextConfig
-from clip_jax.refused import Refused, check_ranges
 
 MAX_LENGTH = 30
 
@@ -43,19 +43,20 @@ class GenerationConfig:
             length_penalty="[0, inf)",
         )  # fmt: skip
         if self.max_length is not None and self.min_length >= self.max_length:
-            raise Refused(
+            raise InputError(
                 f"generation.min_length={self.min_length} must be less than "
                 f"generation.max_length={self.max_length}."
             )
 
     def within(self, text: TextConfig) -> "GenerationConfig":
-        """Say how long captions may be. Refused if the model has not so many positions."""
+        """Say how long captions may be. Raises InputError if the model has not so many
+        positions."""
         most = text.context_length
         if self.max_length is None:
             length = min(most, MAX_LENGTH)
             return replace(self, max_length=length, min_length=min(self.min_length, length - 1))
         if self.max_length > most:
-            raise Refused(
+            raise InputError(
                 f"generation.max_length={self.max_length} is more than the model's "
                 f"text.context_length={most}."
             )
@@ -72,8 +73,8 @@ def generate(
     """Write a caption for each image: ids from begin to end of text, then padding.
 
     As in open_clip's `generate`, a row also ends with the padding id, should it be written. `seed`
-    stands for the config's: another is then the same program. Refused if the model has no decoder,
-    or not so many positions.
+    stands for the config's: another is then the same program. Raises InputError if the model has no
+    decoder, or not so many positions.
     """
     clip.needs_decoder()
     config = config.within(clip.config.text)
@@ -84,9 +85,9 @@ def generate(
 
 
 def begin_and_end(text: TextConfig) -> tuple[int, int]:
-    """Return the ids around each text. Refused if its tokenizer has none."""
+    """Return the ids around each text. Raises InputError if its tokenizer has none."""
     if text.begin_id is None or text.end_id is None:
-        raise Refused(
+        raise InputError(
             f"captions begin and end with an id, and text.tokenizer has begin_id={text.begin_id}, "
             f"end_id={text.end_id}."
         )

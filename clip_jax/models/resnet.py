@@ -12,8 +12,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import KEPT, Einsum, Init, Layout, Remat, uniform
-from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class ResNetConfig:
             batch_norm_group="[1, inf)",
         )  # fmt: skip
         if self.image_size % 32:
-            raise Refused(
+            raise InputError(
                 f"vision.image_size={self.image_size} is not a multiple of 32, "
                 "the stride of a ResNet."
             )
         if self.output_width % self.num_heads:
-            raise Refused(
+            raise InputError(
                 f"32 × vision.width={self.width} is not divisible by "
                 f"vision.num_heads={self.num_heads}."
             )
@@ -89,7 +89,7 @@ class BatchNorm(nn.Module):
         group = self.group or x.shape[0]
         count = group * x.shape[1] * x.shape[2]
         if x.shape[0] % group or count < 2:
-            raise Refused(
+            raise InputError(
                 f"a batch of shape {x.shape} cannot be normalised in groups of {group}: the batch "
                 "must be a multiple of vision.batch_norm_group, a group more than one value."
             )
@@ -249,7 +249,7 @@ class ModifiedResNet(nn.Module):
     ) -> Float[Array, "B E"]:
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise Refused(
+            raise InputError(
                 f"images have shape {images.shape}; this model needs "
                 f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
             )

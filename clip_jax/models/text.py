@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import KV
 from clip_jax.models.decoder import Cache, CrossTransformer, MaMMUTConfig
 from clip_jax.models.layers import (
@@ -21,7 +22,6 @@ from clip_jax.models.layers import (
     Transformer,
     uniform,
 )  # fmt: skip
-from clip_jax.refused import Refused, check_ranges
 
 Pool = Literal["argmax", "eos", "last", "class_token", "mean"]
 
@@ -85,11 +85,11 @@ class TextConfig:
             eos_token_id="[0, inf)", norm_epsilon="(0, inf)",
         )  # fmt: skip
         if self.width % self.num_heads:
-            raise Refused(
+            raise InputError(
                 f"text.width={self.width} is not divisible by text.num_heads={self.num_heads}."
             )
         if self.projection_bias and not self.projection:
-            raise Refused("text.projection_bias=True needs text.projection=True.")
+            raise InputError("text.projection_bias=True needs text.projection=True.")
 
     @property
     def num_positions(self) -> int:
@@ -182,7 +182,7 @@ class TextTransformer(nn.Module):
         x = self.embed(tokens)
         if isinstance(self.transformer, CrossTransformer):
             if collect:
-                raise Refused("states of single blocks of MaMMUT's text tower are not kept.")
+                raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
             return self.transformer(x, causal=c.causal)[0], None
         if c.pool != "class_token":
             return self.transformer(x, collect)
@@ -202,7 +202,7 @@ class TextTransformer(nn.Module):
         c = self.config
         length = tokens.shape[1]
         if length > c.context_length:
-            raise Refused(
+            raise InputError(
                 f"tokens have length {length}, more than text.context_length={c.context_length}."
             )
         positions = self.positional_embedding[:length]

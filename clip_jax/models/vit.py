@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.layers import (
     MLP,
@@ -22,7 +23,6 @@ from clip_jax.models.layers import (
     Transformer,
     uniform,
 )  # fmt: skip
-from clip_jax.refused import Refused, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,16 @@ class ViTConfig:
             norm_epsilon="(0, inf)", layer_scale="(-inf, inf)", patch_dropout="[0, 1)",
         )  # fmt: skip
         if self.image_size < self.patch_size:
-            raise Refused(
+            raise InputError(
                 f"vision.image_size={self.image_size} is smaller than one patch "
                 f"(vision.patch_size={self.patch_size})."
             )
         if self.width % self.num_heads:
-            raise Refused(
+            raise InputError(
                 f"vision.width={self.width} is not divisible by vision.num_heads={self.num_heads}."
             )
         if self.pool == "class_token" and not self.class_token:
-            raise Refused(
+            raise InputError(
                 "vision.pool='class_token' needs vision.class_token=True (or pool='mean')."
             )
 
@@ -196,7 +196,7 @@ class ViT(nn.Module):
         """
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise Refused(
+            raise InputError(
                 f"images have shape {images.shape}; this model needs "
                 f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
             )

@@ -10,13 +10,13 @@ Sources: CLIP paper, tables 19 and 20; open_clip's and MetaCLIP's model configur
 from dataclasses import replace
 from typing import NamedTuple
 
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 
 
 def _clip(
@@ -276,10 +276,12 @@ for _name, _parts in _RESNETS.items():
 
 
 def get(name: str) -> CLIPConfig:
-    """Look an architecture up by name. Refused lists the names that come close."""
+    """Look an architecture up by name. InputError lists the names that come close."""
     if name not in ARCHITECTURES:
         import difflib
 
         close = difflib.get_close_matches(name, ARCHITECTURES, n=5, cutoff=0.3)
-        raise Refused(f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?")
+        raise InputError(
+            f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?"
+        )
     return ARCHITECTURES[name]

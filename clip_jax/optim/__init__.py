@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import Params
 from clip_jax.optim.adafactor import Adafactor, scale_by_adafactor
 from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
@@ -28,7 +29,6 @@ from clip_jax.optim.wrappers import (
     scale_layers,
     scale_towers,
 )
-from clip_jax.refused import Refused, check_ranges
 
 __all__ = [
     "LAMB",
@@ -134,24 +134,24 @@ class OptimConfig:
             skip_norm_ratio="(1, inf)",
         )  # fmt: skip
         if set(self.locked) == set(TOWERS):
-            raise Refused("optim.locked holds both towers: nothing but a scale would train.")
+            raise InputError("optim.locked holds both towers: nothing but a scale would train.")
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
     """Return the learning rate of each step, counted from 0: linear warm-up, then the schedule.
 
-    The first step already moves (rate = peak / warm-up), as in open_clip. Raises Refused where the
-    warm-up or the cool-down is longer than the run.
+    The first step already moves (rate = peak / warm-up), as in open_clip. Raises InputError where
+    the warm-up or the cool-down is longer than the run.
     """
     warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
     kind = config.schedule
     if warmup >= steps:
-        raise Refused(
+        raise InputError(
             f"optim.warmup_steps={warmup} leaves nothing of steps={steps}; "
             "shorten the warm-up or train longer."
         )
     if isinstance(kind, CoolDown) and warmup + kind.steps > steps:
-        raise Refused(
+        raise InputError(
             f"optim.schedule.steps={kind.steps} of cool-down after optim.warmup_steps={warmup} are "
             f"more than steps={steps}; shorten one, or train longer."
         )

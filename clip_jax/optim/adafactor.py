@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from clip_jax.errors import check_ranges
 from clip_jax.models.clip import Params
 from clip_jax.optim.matrices import Rows, with_names
-from clip_jax.refused import check_ranges
 
 SQUARE_EPS = 1e-30  # added to the gradient's squares
 

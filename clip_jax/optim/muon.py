@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import check_ranges
 from clip_jax.models.clip import Params
 from clip_jax.optim.matrices import Rows, stack_of, with_names
-from clip_jax.refused import check_ranges
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; brings singular values to 0.7 .. 1.2
 

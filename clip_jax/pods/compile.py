@@ -25,12 +25,12 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.clock import CLOCK
+from clip_jax.errors import InputError
 from clip_jax.losses import choose_form, contrastive_loss
 from clip_jax.pods import schedule
 from clip_jax.pods.exchanges import Exchange, exchanges
 from clip_jax.pods.topology import NODE, Topology
 from clip_jax.pods.work import Work, read
-from clip_jax.refused import Refused
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import AnyMesh, MeshConfig
 from clip_jax.step import Program, Recipe
@@ -82,10 +82,11 @@ class Facts:
 
 
 def compile_step(request: Request) -> Facts:
-    """Compile in a process of its own. Refused for what can't be compiled; see `facts`."""
+    """Compile in a process of its own. Raises InputError for what can't be compiled; see
+    `facts`."""
     module, what, extra = COMPILERS[request.topology.is_tpu]
     if not _installed(module):
-        raise Refused(
+        raise InputError(
             f"planning for {request.topology} needs {what}, which is not installed (no device is "
             f"needed): pip install 'clip-jax-pods[{extra}]'."
         )
@@ -103,7 +104,7 @@ def compile_step(request: Request) -> Facts:
         raise RuntimeError(f"compiling for {request.topology} failed:\n{done.stderr[-4000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     if "error" in result:
-        raise Refused(result["error"])
+        raise InputError(result["error"])
     return from_dict(Facts, result)
 
 
@@ -251,7 +252,7 @@ def _devices(topology: Topology) -> list[jax.Device]:
     if not topology.is_tpu:
         hosts, each = divmod(topology.devices, NODE) if topology.devices > NODE else (1, 0)
         if hosts > 1 and each:
-            raise Refused(f"{topology}: beyond {NODE} GPUs give a multiple of {NODE}.")
+            raise InputError(f"{topology}: beyond {NODE} GPUs give a multiple of {NODE}.")
         shape = f"1x{hosts}x{topology.devices // hosts}"
         return topologies.get_topology_desc(
             platform="cuda", target_config=target(topology), topology=shape
@@ -263,7 +264,7 @@ def _devices(topology: Topology) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise Refused(f"topology {topology} is none that libtpu knows: {error}") from error
+        raise InputError(f"topology {topology} is none that libtpu knows: {error}") from error
 
 
 def main() -> None:
@@ -271,7 +272,7 @@ def main() -> None:
     request = from_dict(Request, json.load(sys.stdin))
     try:
         result = to_dict(facts(request, _devices(request.topology), Path(sys.argv[1])))
-    except Refused as error:
+    except InputError as error:
         result = {"error": str(error)}
     print(json.dumps(result))
 

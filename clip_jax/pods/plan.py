@@ -17,18 +17,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from clip_jax import files, flops, sharding
+from clip_jax import flops, sharding
 from clip_jax.config import Config
 from clip_jax.data import growth
-from clip_jax.files import Place, write_whole
+from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.models.layers import Remat
 from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Bounds, bounds, by_part
 from clip_jax.pods.compile import Facts, Request
 from clip_jax.pods.report import Plan
 from clip_jax.pods.topology import Topology
-from clip_jax.refused import Refused, check_picture, check_ranges
 from clip_jax.serialize import from_dict, to_dict
+from clip_jax.storage import files
+from clip_jax.storage.files import Place, write_whole
 
 COMPILES = 8  # of --fit, at most
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
@@ -70,7 +71,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
     """Plan a config on its topology, then on those it is compared with.
 
     `compile_` gives the facts of a request; by default the cache, then the compiler. Raises
-    Refused for a topology or mesh that cannot be, and where the compiler is missing.
+    InputError for a topology or mesh that cannot be, and where the compiler is missing.
     """
     files.check_destination(config.plot, "--plot", folder=False)
     if config.double_batch_at:  # the largest batch, and as many pairs
@@ -90,11 +91,12 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
 
 
 def request(config: PlanConfig) -> Request:
-    """Keep of a config what the compiled step depends on. Refused for what cannot be split."""
+    """Keep of a config what the compiled step depends on. Raises InputError for what cannot be
+    split."""
     devices = config.topology.devices
     data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
     if config.batch_size % (data * fsdp):
-        raise Refused(
+        raise InputError(
             f"batch_size={config.batch_size} cannot be split over {data * fsdp} batch shards of "
             f"{config.topology} (mesh data={data} × fsdp={fsdp}); change --batch-size or --mesh."
         )
@@ -114,7 +116,7 @@ def _variant(config: PlanConfig) -> Callable[[str], PlanConfig]:
             elif axis in ("data", "fsdp", "tensor") and value.lstrip("-").isdigit():
                 mesh = dataclasses.replace(mesh, **{axis: int(value)})
             else:
-                raise Refused(
+                raise InputError(
                     f"--compare {text}: {change!r} is not data=, fsdp=, tensor= or slices= with a "
                     "number; write v5e:16x16 or v5e:16x16/fsdp=8,slices=2."
                 )

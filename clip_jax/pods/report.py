@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from clip_jax.display import STYLE, plain
 from clip_jax.pods.exchanges import Exchange
-from clip_jax.style import STYLE, plain
 
 SECONDS = {
     "compute": "compute",

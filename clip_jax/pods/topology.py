@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from clip_jax import chips
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 # A family's name here -> the chip's in the table. Of the TPUs it is libtpu's own name too.
 TPUS = {
@@ -30,18 +30,18 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.slices < 1 or (self.slices > 1 and not self.is_tpu):
-            raise Refused(f"slices={self.slices}: give 1 or more of a TPU, 1 of {self.family}.")
+            raise InputError(f"slices={self.slices}: give 1 or more of a TPU, 1 of {self.family}.")
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Read a name. Refused says what there is."""
+        """Read a name. Raises InputError, which says what there is."""
         match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:/slices=(\d+))?", text)
         family, size, slices = match.groups() if match else ("", "0", None)
         dims = tuple(int(x) for x in size.split("x"))
         known = {name.lower(): name for name in (*TPUS, *GPUS)}
         name = known.get(family.lower(), "")
         if not all(dims) or len(dims) not in ((2, 3) if name in TPUS else (1,)) or not name:
-            raise Refused(
+            raise InputError(
                 f"topology {text!r} is none that can be planned; give a TPU slice such as "
                 f"v5e:16x16, v5p:4x4x8 or v5e:16x16/slices=2 (families {', '.join(TPUS)}) or GPUs "
                 f"such as H100:64 ({', '.join(GPUS)})."

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import UInt64
 
-from clip_jax import files
-from clip_jax.files import Place
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 _OFFSET = struct.Struct("<Q")
 _FRAME = struct.Struct("<QQI")  # order, index, length of the record that follows

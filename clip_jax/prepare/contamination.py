@@ -6,20 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt64
 
-from clip_jax import files
 from clip_jax.data.images import ImageError, decode
 from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.images import Images, open_images
+from clip_jax.errors import InputError
 from clip_jax.prepare import near
 from clip_jax.prepare.near import Look, Looks
-from clip_jax.refused import Refused
+from clip_jax.storage import files
 
 _BLOCK = 1 << 16  # test images compared at once
 
 
 def named(sets: tuple[str, ...]) -> dict[str, str]:
-    """Read `NAME=SOURCE`, or a source alone, which gives its own name. Refused for a name twice."""
+    """Read `NAME=SOURCE`, or a source alone, which gives its own name. Raises InputError for a name
+    twice."""
     found: dict[str, str] = {}
     for text in sets:
         name, equals, source = text.partition("=")
@@ -28,7 +29,7 @@ def named(sets: tuple[str, ...]) -> dict[str, str]:
             path = files.place(text.rstrip("/"))
             name = path.parent.name if "*" in path.name or "{" in path.name else path.stem
         if not name or not source or name in found:
-            raise Refused(
+            raise InputError(
                 f"decontaminate={text!r} is no set of its own; give NAME=SOURCE, each name once"
             )
         found[name] = source

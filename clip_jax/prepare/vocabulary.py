@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.data.tokenizers.clean import CLEANING
-from clip_jax.files import write_whole
+from clip_jax.errors import InputError
 from clip_jax.models.text import Cleaning
-from clip_jax.refused import Refused
+from clip_jax.storage.files import write_whole
 
 PAD, END, BEGIN, UNKNOWN = "<pad>", "<eos>", "<bos>", "<unk>"
 _SPECIAL = [PAD, END, BEGIN, UNKNOWN]
@@ -27,11 +27,11 @@ def train_vocabulary(
 ) -> dict[str, Any]:
     """Train on all captions, cleaned as the model will clean them; write a `tokenizer.json`.
 
-    Returns what was found and the flags with which a model takes it. Refused for a source without
-    captions, and for a size that has no room beside the bytes.
+    Returns what was found and the flags with which a model takes it. Raises InputError for a source
+    without captions, and for a size that has no room beside the bytes.
     """
     if size <= _SMALLEST:
-        raise Refused(
+        raise InputError(
             f"vocabulary_size={size}: {_SMALLEST} are taken by bytes and markers; give more."
         )
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
@@ -47,7 +47,7 @@ def train_vocabulary(
     counts = {"captions": 0, "unreadable": 0}
     tokenizer.train_from_iterator(_cleaned(source, clean, counts), trainer)
     if not counts["captions"]:
-        raise Refused(f"the source has no captions ({counts['unreadable']} samples unreadable).")
+        raise InputError(f"the source has no captions ({counts['unreadable']} samples unreadable).")
     content = json.loads(tokenizer.to_str())
     # Only the markers are looked for in texts: a caption's "<0x41>" is letters.
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in _SPECIAL]

@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clip_jax import files
 from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.data.sources.images import fingerprint
 from clip_jax.data.sources.shards import listed
-from clip_jax.files import Place
+from clip_jax.engine import Runner, runner
+from clip_jax.errors import InputError, read_part
 from clip_jax.prepare import buckets, contamination, near, report, settle, stages
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.prepare.vocabulary import train_vocabulary
-from clip_jax.refused import Refused, read_part
-from clip_jax.tasks import Runner, runner
-from clip_jax.workdir import read_json
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import read_json
 
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
@@ -55,10 +55,10 @@ def vocabulary(config: PrepareConfig) -> dict[str, Any]:
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write this part's shards that are not there yet; returns the report over all parts so far.
 
-    Refused for a source that is not usable, and for a folder begun with other settings.
+    Raises InputError for a source that is not usable, and for a folder begun with other settings.
     """
     if config.destination is None:
-        raise Refused("prepare needs a destination: clip-jax prepare SRC DST")
+        raise InputError("prepare needs a destination: clip-jax prepare SRC DST")
     config = config.with_filter()
     folder = config.destination
     files.check_destination(folder, "the destination")
@@ -261,7 +261,7 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
     before = read_json(path)
     if before and {"fingerprint": kept["fingerprint"]} | before != kept:  # an older one has none
         differ = ", ".join(name for name in kept if before.get(name) != kept[name])
-        raise Refused(
+        raise InputError(
             f"{folder} was begun with other settings: {differ} (fingerprint: the names of samples, "
             f"or their order), see {path}; give the same ones to go on, or another destination"
         )

@@ -12,13 +12,13 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from clip_jax import files
-from clip_jax.files import Place
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import zoo
-from clip_jax.refused import Refused, check_ranges
 from clip_jax.scaling import compare, plots, table
 from clip_jax.scaling import fit as fits
 from clip_jax.scaling.laws import BINS, OF_SIZE, Law, PowerLaw, Runs
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 TRAINING_FLOPS = 6e9  # of one forward GMAC
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms take besides
@@ -52,11 +52,11 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     for pair in config.samples:
         name, equals, number = pair.rpartition("=")
         if not equals:
-            raise Refused(f"samples={pair!r} must be CHECKPOINT=NUMBER, such as openai=12.8B.")
+            raise InputError(f"samples={pair!r} must be CHECKPOINT=NUMBER, such as openai=12.8B.")
         samples[name] = table.parse_count(number)
     rows, skipped = table.gather(config.paths, samples)
     if not rows:
-        raise Refused(
+        raise InputError(
             f"no finished run under {', '.join(map(str, config.paths))}"
             + "".join(f"\n  {line}" for line in skipped)
         )
@@ -98,10 +98,10 @@ class FitConfig:
             hold_out="(0, inf)", budget="(0, inf)",
         )  # fmt: skip
         if self.hold_out is not None and self.hold_out_samples is not None:
-            raise Refused("give hold_out or hold_out_samples, not both.")
+            raise InputError("give hold_out or hold_out_samples, not both.")
         asked = self.hold_out, self.hold_out_samples, self.budget
         if self.compare and (self.predict or any(x is not None for x in asked)):
-            raise Refused("compare fits several laws; hold_out, predict and budget ask one.")
+            raise InputError("compare fits several laws; hold_out, predict and budget ask one.")
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _compared(
     """Fit every family of runs on its own, and compare every two."""
     column = str(config.compare)
     if column not in rows[0]:
-        raise Refused(f"compare={column!r} is no column; there are {', '.join(rows[0])}.")
+        raise InputError(f"compare={column!r} is no column; there are {', '.join(rows[0])}.")
     by_value: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         by_value.setdefault(row[column] or "", []).append(row)
@@ -251,13 +251,13 @@ def _compared(
                 config.form, labelled.runs, through,
                 bins=config.bins, draws=config.draws, seed=config.seed + number,
             )  # fmt: skip
-        except Refused as error:
+        except InputError as error:
             warnings.append(f"{name} is left out: {error}")
             continue
         families[name] = compare.Family(labelled.runs, fitting)
         alike[name] = _by_the_rest(mine, labelled)
     if len(families) < 2:
-        raise Refused(
+        raise InputError(
             f"compare={column!r} takes two families of runs or more; there is "
             + "; ".join([*families, *warnings]) + "."
         )  # fmt: skip
@@ -303,7 +303,7 @@ def _size(model: str, sizes: Mapping[str, float]) -> float:
 def _asked(wanted: str, sizes: Mapping[str, float]) -> tuple[float, float, float | None]:
     model, at, samples = wanted.rpartition("@")
     if not at:
-        raise Refused(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
+        raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
     samples, slash, third = samples.partition("/")
     return (
         _size(model, sizes),

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from clip_jax.scaling.estimates import estimate
 from clip_jax.scaling.laws import (
     BINS,
@@ -203,24 +203,24 @@ def fit(
       seed: of the bootstrap.
 
     Raises:
-      Refused: too few points for the law's parameters, errors that are not positive, or an
+      InputError: too few points for the law's parameters, errors that are not positive, or an
         additive law through a frontier, whose bins have no size and no samples.
     """
     law, wanted = LAWS[form], len(LAWS[form]._fields) + 1
     if not (runs.error > 0).all():
-        raise Refused(
+        raise InputError(
             f"errors must be positive to have a logarithm; the least is {runs.error.min()}. For a "
             "metric that is better when larger, the error is 1 − metric, as a fraction."
         )
     if issubclass(law, OF_SIZE) and through == "frontier":
-        raise Refused(f"the {form} law needs sizes and samples: fit it through all runs.")
+        raise InputError(f"the {form} law needs sizes and samples: fit it through all runs.")
     if law in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
         what = "distinct samples" if law is Repeated else "batch"
-        raise Refused(f"the {form} law needs the {what} of each run, more than 0.")
+        raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
     edges = bin_edges(runs.compute, bins) if through == "frontier" else None
     fitted = runs if edges is None else _at_bins(runs, edges)
     if len(fitted.error) < wanted:
-        raise Refused(
+        raise InputError(
             f"{len(fitted.error)} points ({through}) cannot determine the {wanted - 1} parameters "
             f"of the {form} law and their scatter: it takes {wanted} or more."
         )
@@ -333,11 +333,11 @@ def hold_out(
     """Fit the runs that are not `held` and predict those that are: usually the largest.
 
     A fit through the frontier speaks of the best runs alone, so of the held-out ones those are
-    predicted that no other run beats with as little compute. Raises Refused if none is left.
+    predicted that no other run beats with as little compute. Raises InputError if none is left.
     """
     tested = held & pareto(runs) if through == "frontier" else held
     if not tested.any():
-        raise Refused(
+        raise InputError(
             f"nothing to predict: of {len(held)} runs {held.sum()} are held out, and none of these "
             f"is tested; their compute reaches {runs.compute.max():g}."
         )

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_jax import flops
+from clip_jax.checkpoints.retention import steps_in
 from clip_jax.config import Config, branch_point, check_resumable, run_file, with_order
-from clip_jax.files import check_destination, write_whole
+from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant
-from clip_jax.refused import Refused, check_ranges, read_part
-from clip_jax.retention import steps_in
 from clip_jax.scaling import jobs
 from clip_jax.scaling.price import HardwareConfig, duration, in_words
 from clip_jax.scaling.rules import BranchesConfig, RulesConfig
 from clip_jax.scaling.sweep import SweepConfig, halve
 from clip_jax.scaling.table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.workdir import read_json
+from clip_jax.storage.files import check_destination, write_whole
+from clip_jax.storage.json_files import read_json
 
 # ------------------------------------------------------------------ the spec
 
@@ -55,28 +55,28 @@ class LadderConfig:
             self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]"
         )  # fmt: skip
         if self.base.double_batch_at:
-            raise Refused("base.double_batch_at: a ladder's points have one batch size each.")
+            raise InputError("base.double_batch_at: a ladder's points have one batch size each.")
         for name in ("models", "samples", "seeds"):
             if not getattr(self, name):
-                raise Refused(f"{name} is empty; a ladder needs at least one.")
+                raise InputError(f"{name} is empty; a ladder needs at least one.")
         for name in ("samples", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise Refused(f"{name}={getattr(self, name)} names one twice.")
+                raise InputError(f"{name}={getattr(self, name)} names one twice.")
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):
-            raise Refused(
+            raise InputError(
                 f"batch_sizes={self.batch_sizes} must have one for each of samples={self.samples}."
             )
         if self.branches and self.sweep:
-            raise Refused("branches and sweep: sweep points of schedules of their own.")
+            raise InputError("branches and sweep: sweep points of schedules of their own.")
         if self.branches and len(set(self.batch_sizes)) > 1:
-            raise Refused(
+            raise InputError(
                 f"batch_sizes={self.batch_sizes} differ, but branches of one trunk all have its "
                 "batch size; give one for all, or no branches."
             )
 
 
 def load_ladder(path: str | Path) -> LadderConfig:
-    """Run a spec's `get_ladder()`. Refused says what the file lacks."""
+    """Run a spec's `get_ladder()`. Raises InputError, which says what the file lacks."""
     ladder: LadderConfig = run_file(Path(path), "get_ladder", LadderConfig)
     return ladder
 
@@ -144,7 +144,7 @@ def grid(ladder: LadderConfig, root: Path) -> list[Point]:
         points += _with_trunks(mine, ladder.branches) if ladder.branches else mine
     names = [point.name for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise Refused(f"points would share the names {sorted(twice)}; samples lie too close.")
+        raise InputError(f"points would share the names {sorted(twice)}; samples lie too close.")
     return points
 
 
@@ -160,7 +160,7 @@ def _with_trunks(points: Sequence[Point], branches: BranchesConfig) -> list[Poin
             schedule = branches.cool_down(point.config.steps)
             begin.append(point.config.steps - schedule.steps)
             if begin[-1] < max(optim.warmup_steps, 1):
-                raise Refused(
+                raise InputError(
                     f"{point.name} has {point.config.steps} steps: with a warm-up of "
                     f"{optim.warmup_steps}, no trunk is left before branches.share="
                     f"{branches.share}; give more samples, or a smaller batch_size or share."
@@ -180,7 +180,8 @@ def _with_trunks(points: Sequence[Point], branches: BranchesConfig) -> list[Poin
 
 
 def is_done(point: Point) -> bool:
-    """Say whether a point is trained to its end. Refused if its directory holds another run."""
+    """Say whether a point is trained to its end. Raises InputError if its directory holds another
+    run."""
     if not (point.workdir / "checkpoints").exists() and not _result(point.workdir):
         return False  # a config that nobody has trained by may be replaced
     check_resumable(point.workdir, point.config)
@@ -237,7 +238,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
         check_destination(root, "--root")
         if ladder.sweep and ladder.sweep.halving:
             if command.part != "1/1" or not command.jobs:
-                raise Refused(
+                raise InputError(
                     f"part={command.part!r}, jobs={command.jobs}: a round of halving compares all "
                     "trials of a point, so one process trains them; choose points with --only."
                 )
@@ -273,7 +274,7 @@ def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
     """Return a command's part of the points, the longest first; trunks go with their branches."""
     wanted = {point.name for point in points if fnmatch(point.name, command.only)}
     if not wanted:
-        raise Refused(f"only={command.only!r} matches no point; the first is {points[0].name}.")
+        raise InputError(f"only={command.only!r} matches no point; the first is {points[0].name}.")
     wanted |= {point.trunk for point in points if point.name in wanted}
     together: dict[str, list[Point]] = {}
     for point in points:

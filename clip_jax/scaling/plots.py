@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from clip_jax.files import Place, written_whole
+from clip_jax.display import STYLE, plain
 from clip_jax.scaling.compare import Family, crossing, ratios, sizes_of
 from clip_jax.scaling.fit import Fit, Prediction, best
 from clip_jax.scaling.laws import Law, Runs, pareto
-from clip_jax.style import STYLE, plain
+from clip_jax.storage.files import Place, written_whole
 
 Axes = Any  # matplotlib's: imported only where something is drawn
 Figure = Any

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax import chips
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         if self.peak_flops is None and self.chip not in chips.chips():
-            raise Refused(
+            raise InputError(
                 f"hardware.chip={self.chip!r} is none of {', '.join(chips.chips())}; take one of "
                 "these or give hardware.peak_flops."
             )

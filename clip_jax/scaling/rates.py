@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from clip_jax import files
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from clip_jax.scaling import table
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 SWEPT = {"lr": "rate", "global_batch": "batch", "warmup": "warm-up", "weight_decay": "weight decay"}
 
@@ -37,7 +37,7 @@ class ChooseConfig:
 
     def __post_init__(self) -> None:
         if self.choose_by == self.report:
-            raise Refused(
+            raise InputError(
                 f"choose_by and report are both {self.report!r}: the best of many trials by a "
                 "metric is partly luck in it; report another one, or one of other data."
             )
@@ -87,13 +87,13 @@ class Rule(NamedTuple):
 def choose(config: ChooseConfig) -> dict[str, Any]:
     """Return the best trial of every point, and the rule with its check, as JSON values.
 
-    Raises Refused for a table without the columns of a sweep.
+    Raises InputError for a table without the columns of a sweep.
     """
     files.check_destination(config.output, "--output", folder=False)
     rows = table.read(config.table, config.choose_by, config.where)
     for column in (*SWEPT, "width", "seed", config.report):
         if column not in rows[0]:
-            raise Refused(f"{config.table} has no column {column!r}; collect the sweep anew.")
+            raise InputError(f"{config.table} has no column {column!r}; collect the sweep anew.")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         key = row["arch"], table.short(table.number(row, "samples_seen"))
@@ -123,7 +123,7 @@ def _best(group: Sequence[dict[str, str]], config: ChooseConfig) -> Choice:
     }
     scores = {trial: score for trial, score in scores.items() if math.isfinite(score)}
     if not scores:
-        raise Refused(
+        raise InputError(
             f"{config.table}: no trial of {group[0]['arch']} with {group[0]['samples_seen']} "
             f"samples has a finite {config.choose_by} with every seed; sweep lower rates."
         )

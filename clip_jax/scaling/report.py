@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clip_jax import files
 from clip_jax.config import branch_point
-from clip_jax.files import Place, place
-from clip_jax.refused import Refused, check_ranges
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.scaling import answers, table
 from clip_jax.scaling import fit as fits
 from clip_jax.scaling.words import describe
 from clip_jax.serialize import to_json
-from clip_jax.workdir import parse, read_rows
+from clip_jax.storage import files
+from clip_jax.storage.files import Place, place
+from clip_jax.storage.json_files import parse, read_rows
 
 POINTS = 240  # of a run's curve, evenly spread
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # before evaluations
@@ -59,7 +59,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
     known = {run["folder"] for run in runs}
     runs += [_row(row) for row in rows if str(row["source"]) not in known]
     if not runs:
-        raise Refused(f"no run under {', '.join(map(str, config.paths))}: give ladders or tables.")
+        raise InputError(
+            f"no run under {', '.join(map(str, config.paths))}: give ladders or tables."
+        )
     metric = config.metric or _main_metric(rows)
     metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
     laws, said = _laws(config, rows, metric, metric_is, runs)
@@ -229,12 +231,12 @@ def _laws(
             read = table.read(path, metric, config.where)
             try:
                 result = answers.fit(asked)
-            except Refused as error:
+            except InputError as error:
                 if not config.compare:
                     raise
                 said = [f"{error} So here is one law for all.", ""]
                 result = answers.fit(dataclasses.replace(asked, compare=None))
-        except Refused as error:
+        except InputError as error:
             return [], [str(error).replace(str(path), "the table")]
     laws = []
     for name, family in result.get("families", {metric: result}).items():

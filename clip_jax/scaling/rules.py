@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from clip_jax.config import Config
+from clip_jax.errors import check_ranges
 from clip_jax.optim import CoolDown, OptimConfig
-from clip_jax.refused import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

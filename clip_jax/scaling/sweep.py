@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from clip_jax.config import Config
-from clip_jax.refused import Refused, check_ranges
-from clip_jax.workdir import read_rows
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.storage.json_files import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,9 @@ class SweepConfig:
         for name in ("rates", "batch_sizes", "warmups", "weight_decays"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name in ("rates", "warmups") and not values):
-                raise Refused(f"sweep.{name}={values} must name each value once, and one at least.")
+                raise InputError(
+                    f"sweep.{name}={values} must name each value once, and one at least."
+                )
 
     def trials(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Make a config for every combination at one batch size, named by what is swept."""
@@ -66,7 +68,7 @@ class SweepConfig:
         for rate, warmup, decay in itertools.product(self.rates, self.warmups, decays):
             warmup_steps = round(warmup * config.optim.warmup_steps)
             if warmup_steps >= config.steps:
-                raise Refused(
+                raise InputError(
                     f"sweep.warmups={warmup:g} makes {warmup_steps} steps of warm-up, of "
                     f"{config.steps}: take a smaller multiple, or rules.max_warmup_share."
                 )

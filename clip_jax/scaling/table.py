@@ -21,19 +21,19 @@ import jax
 import numpy as np
 
 from clip_jax import flops
+from clip_jax.checkpoints.retention import WATCHED
 from clip_jax.config import branch_point
 from clip_jax.data import growth
-from clip_jax.files import Place, place, walk, write_whole
-from clip_jax.files import read as read_file
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
-from clip_jax.retention import WATCHED
 from clip_jax.scaling.laws import Runs
 from clip_jax.scaling.plots import Named
 from clip_jax.serialize import from_dict
-from clip_jax.workdir import read_rows
+from clip_jax.storage.files import Place, place, walk, write_whole
+from clip_jax.storage.files import read as read_file
+from clip_jax.storage.json_files import read_rows
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def parse_count(text: str) -> float:
     """Read "12.8B", "400M", "64K" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMB]?)", text.strip(), re.IGNORECASE)
     if not match:
-        raise Refused(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
+        raise InputError(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
     return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
 
 
@@ -99,7 +99,7 @@ def _size_of(arch: str) -> Row:
     """Size of an architecture by the name that open_clip gives it."""
     try:
         config = zoo.get(arch)
-    except Refused as error:
+    except InputError as error:
         raise Unfinished(str(error)) from None
     return {"gmacs_per_sample": round(gmacs(config), 4), "mparams": round(mparams(config), 3)}
 
@@ -124,7 +124,7 @@ def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[list[Row]
     skipped: list[str] = []
     for path in paths:
         if not path.exists():
-            raise Refused(f"{path} does not exist; give work directories or tables.")
+            raise InputError(f"{path} does not exist; give work directories or tables.")
         for file in sorted(_files(path)):
             for read_row in _readers(file, samples):
                 try:
@@ -164,12 +164,13 @@ def _readers(file: Place, samples: dict[str, float]) -> list[Callable[[], Row]]:
 
 
 def _csv_lines(path: Place) -> list[dict[str, str]]:
-    """Read a CSV with a header; cells beyond it are dropped. Refused for what is no text."""
+    """Read a CSV with a header; cells beyond it are dropped. Raises InputError for what is no
+    text."""
     try:
         text = io.StringIO(read_file(path).decode("utf-8"), newline="")
         lines = list(csv.DictReader(text, restkey="", restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Refused(f"{path} cannot be read as CSV: {error}.") from error
+        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
     return [{name: cell for name, cell in line.items() if name} for line in lines]
 
 
@@ -348,45 +349,45 @@ def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]
 
     Trials that a round of a sweep has stopped are left out.
 
-    Raises Refused for a file that is no such table, a column that is not there, and when
+    Raises InputError for a file that is no such table, a column that is not there, and when
     nothing is left.
     """
     if not path.is_file():
-        raise Refused(f"no table at {path}; `clip-jax scale collect` writes one.")
+        raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
     rows = _csv_lines(path)
     columns = list(rows[0]) if rows else []
     for column in ("arch", "samples_seen", "gmacs_per_sample", metric):
         if column not in columns:
-            raise Refused(
+            raise InputError(
                 f"{path} has no column {column!r}; it has {', '.join(columns) or 'no rows'}."
             )
     for condition in where:
         column, equals, pattern = condition.partition("=")
         if not equals or column not in columns:
-            raise Refused(
+            raise InputError(
                 f"where={condition!r} must be COLUMN=PATTERN with one of {', '.join(columns)}."
             )
         rows = [row for row in rows if fnmatch(row[column] or "", pattern)]
     rows = [row for row in rows if row[metric] and not row.get("stopped_of")]
     if not rows:
-        raise Refused(f"no row of {path} has {metric!r} and matches {list(where)}.")
+        raise InputError(f"no row of {path} has {metric!r} and matches {list(where)}.")
     return rows
 
 
 def number(row: dict[str, str], column: str) -> float:
-    """Read a cell. Refused if it is empty or no number."""
+    """Read a cell. Raises InputError if it is empty or no number."""
     try:
         return float(row[column] or "")
     except ValueError as error:
         what = f"{column} of {row['arch']} is {row[column]!r}, not a number"
-        raise Refused(f"{what}: mend the table, or leave the row out by --where.") from error
+        raise InputError(f"{what}: mend the table, or leave the row out by --where.") from error
 
 
 def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = "") -> Named:
     """Make runs of rows: errors from the metric, `third` from a column, labels for a plot."""
     columns = [metric, "samples_seen", "gmacs_per_sample", *([third] if third else [])]
     if missing := set(columns) - rows[0].keys():
-        raise Refused(f"the table has no column {missing.pop()!r}; it has {', '.join(rows[0])}.")
+        raise InputError(f"the table has no column {missing.pop()!r}; it has {', '.join(rows[0])}.")
     values, samples, sizes, *others = (
         np.array([number(row, column) for row in rows]) for column in columns
     )
@@ -397,7 +398,7 @@ def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = 
         third=others[0] if others else None,
     )
     if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
-        raise Refused(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
+        raise InputError(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
     labels = tuple(
         row.get("samples_seen_scale") or short(count)
         for row, count in zip(rows, samples.tolist(), strict=True)

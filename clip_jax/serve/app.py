@@ -15,7 +15,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clip_jax.clock import CLOCK
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
@@ -81,7 +81,7 @@ class _Paths:
         except Answer as error:
             status, content = error.status, {"error": str(error)}
             headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        except Refused as error:
+        except InputError as error:
             status, content = 400, {"error": str(error)}
         except ClientDisconnect:
             status = 499  # which nobody reads

@@ -4,28 +4,28 @@ import signal
 import socket
 import sys
 
-from clip_jax.files import Place
-from clip_jax.loading import load
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.inference.loading import load
 from clip_jax.serve.service import ServeConfig, Service
+from clip_jax.storage.files import Place
 
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM, which lets requests end, or an interrupt.
 
-    Refused if an extra is missing, the address is taken, or the token's file is empty.
+    Raises InputError if an extra is missing, the address is taken, or the token's file is empty.
     """
     try:
         import uvicorn
 
         from clip_jax.serve.app import Protocol, build
     except ImportError as error:
-        raise Refused("serving needs an extra: pip install 'clip-jax-pods[serve]'") from error
+        raise InputError("serving needs an extra: pip install 'clip-jax-pods[serve]'") from error
     token = _read_token(config.token_file)
     try:
         taken = socket.create_server((config.host, config.port), backlog=2048)
     except OSError as error:
-        raise Refused(
+        raise InputError(
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
             "this machine's; choose others by --port and --host."
         ) from error
@@ -48,7 +48,7 @@ def _read_token(file: Place | None) -> str | None:
     try:
         token = next(iter(file.read_text().splitlines()), "").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"token_file={str(file)!r} cannot be read: {error}.") from error
+        raise InputError(f"token_file={str(file)!r} cannot be read: {error}.") from error
     if not token:
-        raise Refused(f"token_file={str(file)!r} holds no token in its first line.")
+        raise InputError(f"token_file={str(file)!r} holds no token in its first line.")
     return token

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_jax.data.images import MAX_PIXELS, ImageError, size_of
-from clip_jax.files import Place
-from clip_jax.loading import Model
-from clip_jax.predict import DTYPE, Searcher, check_labels, probabilities, prompts, ranked, unit
-from clip_jax.refused import check_ranges
+from clip_jax.errors import check_ranges
+from clip_jax.inference.loading import Model, unit
+from clip_jax.inference.predict import DTYPE, check_labels, probabilities, prompts, ranked
+from clip_jax.inference.search import Searcher
 from clip_jax.serve.batcher import Batcher, Full
+from clip_jax.storage.files import Place
 
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_FOUND = 1000  # by one search

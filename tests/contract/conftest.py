@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from clip_jax import bucket as bucket_client
-from clip_jax import files
+from clip_jax.storage import bucket as bucket_client
+from clip_jax.storage import files
 from tests.clock import HandClock
 from tests.conftest import ROOT
 from tests.contract.servers import Server

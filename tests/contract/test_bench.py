@@ -4,9 +4,10 @@ import itertools
 import json
 from unittest import mock
 
-from clip_jax import bench, files
+from clip_jax import bench
 from clip_jax.bench import describe_input
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
+from clip_jax.storage import files
 from tests.conftest import ROOT
 from tests.data.conftest import FORMATS, make_pairs
 

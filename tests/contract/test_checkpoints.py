@@ -13,16 +13,19 @@ import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clip_jax import bucket as bucket_client
-from clip_jax import cli, evaluate, files, loading, watch
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.checkpoints.claim import Claim
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.checkpoints.retention import WATCHED, named_step, split_name, steps_in
+from clip_jax.cli import commands
 from clip_jax.config import Config
-from clip_jax.evaluate import EvaluateConfig
+from clip_jax.inference import evaluate, loading, watch
+from clip_jax.inference.evaluate import EvaluateConfig
 from clip_jax.metrics import Writer
 from clip_jax.models.clip import CLIP
-from clip_jax.retention import WATCHED, named_step, split_name, steps_in
 from clip_jax.serialize import to_dict
-from clip_jax.workdir import Claim, Lines, read_rows
+from clip_jax.storage import bucket as bucket_client
+from clip_jax.storage import files
+from clip_jax.storage.json_files import Lines, read_rows
 from tests.clock import HandClock
 from tests.conftest import TINY
 from tests.contract.conftest import FEW, PAIRS, write_pictures
@@ -204,7 +207,7 @@ def test_a_run_whose_data_go_away_ends_with_75_and_its_checkpoint_is_whole(gs, t
         mock.patch.object(Checkpoints, "save", autospec=True, side_effect=save),
     ):
         bucket_client._bucket.cache_clear()
-        assert cli.main(["train", PAIRS, *run, *FEW, "--steps", "1000000"]) == 75
+        assert commands.main(["train", PAIRS, *run, *FEW, "--steps", "1000000"]) == 75
     line = capfd.readouterr().err.splitlines()[-1]
     assert re.match(rf"clip-jax: {gs.url}/.* cannot be read: no good answer.*is intact\.$", line)
     gs.server.behave()

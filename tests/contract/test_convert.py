@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from clip_jax import files
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import keep
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.storage import files
 from tests import vocabularies
 from tests.convert.conftest import make_weights
 

@@ -11,7 +11,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax import files
 from clip_jax.data import pipeline
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.mixture import MemberConfig, MixtureConfig
@@ -19,6 +18,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import StoredSource, StretchSource, array_record
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.storage import files
 from tests.conftest import ROOT
 from tests.data.conftest import COLUMNS, FORMATS, assert_same, make_pairs, take, write_tar
 

@@ -3,11 +3,11 @@
 import json
 from unittest import mock
 
-from clip_jax import files
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.data.sources import tar_index
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import prepare
+from clip_jax.storage import files
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import digests, encoded
 

@@ -6,9 +6,9 @@ three share none.
 
 import pytest
 
-from clip_jax import bucket as bucket_client
-from clip_jax import files
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import bucket as bucket_client
+from clip_jax.storage import files
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -25,7 +25,7 @@ def test_files_are_written_listed_read_and_removed(folder):
         "{a,z}.bin": ["a.bin", "z.bin"],  # it need not exist
     }.items():
         assert files.expand(f"{folder}/{pattern}") == [f"{folder}/{name}" for name in names]
-    with pytest.raises(Refused, match="nothing matches"):
+    with pytest.raises(InputError, match="nothing matches"):
         files.expand(f"{folder}/*.png")
     names = ["a.bin", "a.txt", "b 1.bin", "sub/c.bin"]
     assert list(files.walk(folder)) == [f"{folder}/{name}" for name in names]
@@ -149,18 +149,20 @@ def test_what_fails_is_asked_for_again(bucket, fault):
 
 def test_whoever_is_not_let_in_is_told_where_credentials_come_from(bucket):
     bucket.server.behave(faults={"403": 1.0})
-    with pytest.raises(Refused, match=rf"{bucket.url}/x cannot be read: .*Credentials come from"):
+    with pytest.raises(
+        InputError, match=rf"{bucket.url}/x cannot be read: .*Credentials come from"
+    ):
         files.read(f"{bucket.url}/x")
-    with pytest.raises(Refused, match=rf"{bucket.url}/x cannot be written: .*Credentials come"):
+    with pytest.raises(InputError, match=rf"{bucket.url}/x cannot be written: .*Credentials come"):
         files.write_whole(f"{bucket.url}/x", "x")
 
 
 def test_a_bucket_that_does_not_exist_is_refused_at_once(bucket):
-    with pytest.raises(Refused, match=r"there is no bucket 'test-\d+-none'; correct"):
+    with pytest.raises(InputError, match=r"there is no bucket 'test-\d+-none'; correct"):
         files.check_destination(files.place(f"{bucket.url}-none/run"), "--workdir")
     assert len(bucket.server.requests()) == 1
     if bucket.url.startswith("s3://"):  # fake-gcs-server answers 500 instead of 404
-        with pytest.raises(Refused, match="-none/x cannot be read: there is no such bucket"):
+        with pytest.raises(InputError, match="-none/x cannot be read: there is no such bucket"):
             files.expand(f"{bucket.url}-none/x/*.tar")
 
 
@@ -169,6 +171,8 @@ def test_without_credentials_nothing_is_sent(bucket, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(bucket_client, "_may_write", bucket_client._may_write.__wrapped__)
-    with pytest.raises(Refused, match=rf"^{bucket.url}/out cannot be written: no credentials\. Cr"):
+    with pytest.raises(
+        InputError, match=rf"^{bucket.url}/out cannot be written: no credentials\. Cr"
+    ):
         files.check_destination(files.place(f"{bucket.url}/out"), "--output")
     assert bucket.server.requests() == []

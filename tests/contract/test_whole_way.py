@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax import files
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.storage import files
 from tests.conftest import ROOT
 from tests.contract.conftest import FEW, PAIRS, write_pictures
 from tests.forks import Forks

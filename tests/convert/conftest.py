@@ -14,12 +14,12 @@ import pytest
 from clip_jax.convert.files import read_tensors
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.weights import DType, Weights, default_preprocess
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT
 
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
@@ -107,7 +107,7 @@ def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors
     """The file is refused with one line that names it, and little memory is used."""
     tracemalloc.start()
     try:
-        with pytest.raises(Refused, match=match) as error:
+        with pytest.raises(InputError, match=match) as error:
             read(path)
         assert tracemalloc.get_traced_memory()[1] < MAX_MEMORY
     finally:

@@ -2,7 +2,7 @@
 
 import json
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from tests.conftest import TINY, write_run
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
 from clip_jax.convert.files import read_tensors, write_safetensors

@@ -7,8 +7,8 @@ import tokenizers
 
 from clip_jax.convert import tokenizer_files
 from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.errors import InputError
 from clip_jax.models.text import TextConfig, TokenizerConfig
-from clip_jax.refused import Refused
 from tests import vocabularies
 
 TEXTS = [*vocabularies.captions(100), "  a  b ", "Hello, World! it's", "", "ﬁne ½ Å", "日本語 x"]
@@ -32,5 +32,5 @@ def test_the_same_ids(tmp_path, clean):
 def test_another_kind_is_refused(tmp_path):
     file = vocabularies.sentencepiece_model(tmp_path / "words.model", kind="bpe")
     rules = TokenizerConfig(file=str(file), clean="punctuation", end_id=1, pad_id=1)
-    with pytest.raises(Refused, match="another kind than unigram"):
+    with pytest.raises(InputError, match="another kind than unigram"):
         tokenizer_files.write(tmp_path, replace(TEXT, tokenizer=rules), as_json=True)

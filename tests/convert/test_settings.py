@@ -10,8 +10,8 @@ from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.convert.settings import channels_of
+from clip_jax.errors import InputError
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
 from tests import vocabularies
 from tests.convert.conftest import make_weights
 
@@ -40,7 +40,7 @@ WRONG = [
 )
 def test_mean_and_standard_deviation(value, message):
     """The test below shows that every format's file is named."""
-    with pytest.raises(Refused, match=f"^x.json: std.*{message}"):
+    with pytest.raises(InputError, match=f"^x.json: std.*{message}"):
         channels_of(value, "x.json: std", True)
 
 
@@ -89,7 +89,7 @@ def test_every_value_wrong_in_turn(tmp_path, name, to, file):
         path.write_text(json.dumps(content))
         try:
             read()
-        except Refused as error:
+        except InputError as error:
             refusals.append(str(error))
     assert refusals
     for message in refusals:
@@ -105,7 +105,7 @@ def test_a_template_of_many_ids(tmp_path):
     template["special_tokens"]["[CLS]"] |= {"ids": [2] * 30_000, "tokens": ["[CLS]"] * 30_000}
     template["single"] = template["single"][:1] * 30_000 + template["single"][1:2]
     path.write_text(json.dumps(content))
-    with pytest.raises(Refused, match="adds 900000000 special tokens to a text"):
+    with pytest.raises(InputError, match="adds 900000000 special tokens to a text"):
         tokenizer_files.read(tmp_path, make_weights("vit").config.text, TokenizerConfig())
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from clip_jax.data.sources import SampleError
+from clip_jax.errors import InputError
 from clip_jax.evals.compositions import composition, open_aro, open_sugar_crepe
-from clip_jax.refused import Refused
 from tests.evals.conftest import png
 
 
@@ -50,7 +50,7 @@ def test_aros_boxes_that_make_no_sense(width, images):
     """A file whose boxes are no numbers is refused; one that cannot be cut out is a bad sample."""
     path = images.parent / "x.json"
     path.write_text(json.dumps([case(relation_name="on", bbox_w=width)]))
-    error = SampleError if isinstance(width, int) else Refused
+    error = SampleError if isinstance(width, int) else InputError
     with pytest.raises(error, match=r"not in ARO's format|box of -?\d+ x 5 pixels at 10, 2: "):
         open_aro(path, images).load(0)
 

@@ -7,6 +7,7 @@ import pytest
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import decode
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import (
     Contrasted,
     Labelled,
@@ -17,7 +18,6 @@ from clip_jax.evals.datasets import (
     split_folder,
     spread,
 )
-from clip_jax.refused import Refused
 from tests.evals.conftest import png, write_folder
 
 
@@ -73,7 +73,7 @@ def test_cocos_format(tmp_path):
         ({"images": [], "annotations": [texts[0] | {"caption": None}]}, "caption is missing"),
     ):
         path.write_text(json.dumps(content))
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(InputError, match=says):
             open_captions(path, tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_the_kind_of_a_webdataset_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test/0.tar").touch()
     (tmp_path / "dataset_type.txt").write_bytes(b"\xe9")
-    with pytest.raises(Refused, match=r"dataset_type\.txt cannot be read as text"):
+    with pytest.raises(InputError, match=r"dataset_type\.txt cannot be read as text"):
         open_webdataset(tmp_path)
 
 

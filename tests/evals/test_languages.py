@@ -5,12 +5,12 @@ import json
 
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.evals import languages
 from clip_jax.evals.datasets import Labelled, Missing
 from clip_jax.evals.languages import average, open_babel, open_languages, open_translated
 from clip_jax.evals.measure import Outcome
 from clip_jax.evals.report import to_csv, to_markdown
-from clip_jax.refused import Refused
 
 
 @pytest.fixture
@@ -41,16 +41,16 @@ def test_xtd10_and_a_language_that_lacks_a_caption(xtd10):
 
 
 def test_what_does_not_fit_is_refused(xtd10):
-    with pytest.raises(Refused, match="has none of them, but de, es"):
+    with pytest.raises(InputError, match="has none of them, but de, es"):
         open_translated(xtd10, ("fr",))
     (xtd10 / "MIC/test_1kcaptions_de.txt").write_text("ein Hund\n")
-    with pytest.raises(Refused, match=r"test_1kcaptions_de.txt has 1 lines, but .* 2 images"):
+    with pytest.raises(InputError, match=r"test_1kcaptions_de.txt has 1 lines, but .* 2 images"):
         open_translated(xtd10)
     (xtd10 / "XTD10/test_image_names.txt").unlink()
-    with pytest.raises(Refused, match="nor a list of images"):
+    with pytest.raises(InputError, match="nor a list of images"):
         open_translated(xtd10)
     (xtd10 / "captions.jsonl").write_text('{"image/key": "a", "de": {"caption": []}}\n')
-    with pytest.raises(Refused, match="not in Crossmodal-3600's format"):
+    with pytest.raises(InputError, match="not in Crossmodal-3600's format"):
         open_translated(xtd10)
     with pytest.raises(Missing, match=r"put .*flickr30k-200 in"):
         open_languages("flickr30k-200", xtd10.parent)
@@ -86,7 +86,7 @@ def test_babel_imagenet_names_some_classes(tmp_path):
 )
 def test_a_lying_babel_imagenet_is_refused(row, tmp_path):
     babel(tmp_path, DE=row)
-    with pytest.raises(Refused, match="not in Babel-ImageNet's format"):
+    with pytest.raises(InputError, match="not in Babel-ImageNet's format"):
         open_babel(IMAGENET, tmp_path)
 
 

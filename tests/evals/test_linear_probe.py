@@ -6,10 +6,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe as probe
 from clip_jax.evals.evaluator import encode_images
 from clip_jax.models.clip import CLIP
-from clip_jax.refused import Refused
 from tests.evals.conftest import SMALL, drawn, mesh_of
 
 
@@ -54,7 +54,7 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
     assert min(accuracies) < max(accuracies)
     some, none = ((np.eye(4, dtype=np.float32)[:n], np.arange(n)) for n in (4, 0))
     assert probe.search(some, some, mesh_of(1), lambdas=[0.1, 1, 10]) == 10  # all are right
-    with pytest.raises(Refused, match="there are none"):
+    with pytest.raises(InputError, match="there are none"):
         probe.search(some, none, mesh_of(1))
 
 

@@ -5,10 +5,10 @@ import pytest
 
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig, build
+from clip_jax.errors import InputError
 from clip_jax.evals.alignment import diagnostics
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.refused import Refused
 from tests.data import conftest as made
 from tests.evals.conftest import encoder_on, mesh_of
 
@@ -36,7 +36,7 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
 
 def test_more_pairs_than_there_are_would_come_twice_in_one_pool(tmp_path):
     data = DataConfig(source=made.table(tmp_path, made.make_pairs(20)), crop="center")
-    with pytest.raises(Refused, match=r"evals\.pairs=21, but their source has 20; set"):
+    with pytest.raises(InputError, match=r"evals\.pairs=21, but their source has 20; set"):
         PairsEvalConfig(data=data, pairs=21, pool=20).make()
 
 

@@ -10,11 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from clip_jax.data.digits import DigitsConfig
+from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe, measure
 from clip_jax.evals import supervised as supervised_evals
 from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
 from clip_jax.evals.supervised import hold_out, supervised
-from clip_jax.refused import Refused
 from tests.evals.conftest import encoder_on, mesh_of
 
 
@@ -54,7 +54,7 @@ def search():
 def test_a_probe_of_one_class_is_refused(encoder):
     one = dataclasses.replace(digits("train"), count=1)
     splits = measure.Splits("digits", {"train": one, "test": digits("test")}.__getitem__, encoder)
-    with pytest.raises(Refused, match=r"are of one class, of 10; neighbours need two classes"):
+    with pytest.raises(InputError, match=r"are of one class, of 10; neighbours need two classes"):
         supervised(splits, ["neighbours"])
 
 
@@ -107,7 +107,9 @@ def test_what_cannot_be_probed_is_said(encoder):
 
     with pytest.raises(Missing, match="one class each"):
         supervised(measure.Splits("flickr", captions, encoder), ["probe"])
-    with pytest.raises(Refused, match="coco: no images with a class or caption in its test split"):
+    with pytest.raises(
+        InputError, match="coco: no images with a class or caption in its test split"
+    ):
         measure.Splits("coco", lambda split: Captioned(0, [].__getitem__), encoder).embedded("test")
 
     def other_classes(split):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.checkpoint import CheckpointConfig
-from clip_jax.cli import main
+from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import named_step, steps_in
+from clip_jax.cli.commands import main
 from clip_jax.config import Config
+from clip_jax.errors import InputError
 from clip_jax.evals import reader
 from clip_jax.evals.tasks import SuiteEvalConfig, data_sets
-from clip_jax.refused import Refused
-from clip_jax.retention import named_step, steps_in
 from clip_jax.serialize import from_dict
 from clip_jax.train import train
 from tests.conftest import rows, tiny_digits
@@ -95,16 +95,16 @@ def test_the_best_so_far_is_saved_whenever_it_is_and_kept(run):
     assert results[named_step(workdir, "best")] == max(results.values())
     config = from_dict(Config, json.loads((workdir / "config.json").read_text()))
     unknown = dataclasses.replace(config, checkpoint=CheckpointConfig(best="imagenet1k/acc1"))
-    with pytest.raises(Refused, match=r"which give animals/\*"):
+    with pytest.raises(InputError, match=r"which give animals/\*"):
         train(unknown, workdir.parent / "other")
 
 
 def test_wrong_use_is_said_before_training(animals, tmp_path):
-    with pytest.raises(Refused, match="imagenet1k is not in"):
+    with pytest.raises(InputError, match="imagenet1k is not in"):
         SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path)).make()
-    with pytest.raises(Refused, match=r"evals\.memory_mib=-1"):
+    with pytest.raises(InputError, match=r"evals\.memory_mib=-1"):
         SuiteEvalConfig(memory_mib=-1)
-    with pytest.raises(Refused, match="two data sets are called animals"):
+    with pytest.raises(InputError, match="two data sets are called animals"):
         data_sets(SuiteEvalConfig(dataset=(f"folder:{animals}",) * 2))
     missing = SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path), missing="skip")
     assert missing.make().names == ()

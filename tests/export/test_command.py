@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.export.command import Proof
 from tests.conftest import COCA, TINY, write_run, write_tiny_model
 

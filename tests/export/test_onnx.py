@@ -9,10 +9,10 @@ import onnx
 import pytest
 
 from clip_jax.convert.verify import our_outputs, relative_difference
+from clip_jax.errors import InputError
 from clip_jax.export.onnx import caption_reader, other_ids, outputs, write
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
 from tests.conftest import ROOT
 from tests.export.conftest import FAMILIES, Family
 
@@ -44,7 +44,7 @@ def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name)
     ours = our_outputs(config, family.weights.params, images, full)
     theirs = outputs(tmp_path, "transformers-js", config, "float32", images, short)
     assert relative_difference(theirs["logits"], ours["logits"]) <= 1e-5
-    with pytest.raises(Refused, match=r"text_model\.onnx cannot be run"):
+    with pytest.raises(InputError, match=r"text_model\.onnx cannot be run"):
         outputs(tmp_path, "transformers-js", config, "float32", images, np.tile(full, 2))
 
 
@@ -87,10 +87,12 @@ def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
     assert max(compared(tmp_path, clip).values()) <= 1e-5
     data = tmp_path / "onnx/vision_model.onnx_data"
     data.write_bytes(data.read_bytes()[:-64])
-    with pytest.raises(Refused, match=r"vision_model.onnx cannot be run .*its weights beside it"):
+    with pytest.raises(
+        InputError, match=r"vision_model.onnx cannot be run .*its weights beside it"
+    ):
         compared(tmp_path, clip)
     data.with_name("vision_model.onnx").unlink()
-    with pytest.raises(Refused, match=r"there is no .*vision_model.onnx"):
+    with pytest.raises(InputError, match=r"there is no .*vision_model.onnx"):
         compared(tmp_path, clip)
 
 
@@ -133,11 +135,11 @@ def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path
     weights = clip.weights
     projection = weights.params["text"]["text_projection"] + np.float32(1e6)
     text = weights.params["text"] | {"text_projection": projection}
-    with pytest.raises(Refused, match=r"1e\+06, and float16 ends at 65,504"):
+    with pytest.raises(InputError, match=r"1e\+06, and float16 ends at 65,504"):
         write(replace(weights, params=weights.params | {"text": text}), tmp_path, dtype="float16")
     bars = replace(weights, preprocess=replace(weights.preprocess, resize_mode="longest"))
-    with pytest.raises(Refused, match="longest"):
+    with pytest.raises(InputError, match="longest"):
         write(bars, tmp_path)
     left = replace(weights.config.text, tokenizer=TokenizerConfig(pad_side="left"))
-    with pytest.raises(Refused, match="immich pads texts on the right"):
+    with pytest.raises(InputError, match="immich pads texts on the right"):
         write(replace(weights, config=replace(weights.config, text=left)), tmp_path, "immich")

@@ -12,11 +12,11 @@ import tokenizers
 from safetensors.flax import load_file
 
 from clip_jax.convert.verify import relative_difference
+from clip_jax.errors import InputError
 from clip_jax.export.stablehlo import PLATFORMS, READER, caption_reader, write
-from clip_jax.loading import load
+from clip_jax.inference.loading import load
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
 from tests.conftest import ROOT
 
 
@@ -42,7 +42,7 @@ def test_both_towers_at_any_batch_size_from_one_artifact(tmp_path, clip):
 def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families):
     weights = families("coca").weights
     text = replace(weights.config.text, tokenizer=TokenizerConfig(file="", end_id=1))
-    with pytest.raises(Refused, match="begin_id=None"):
+    with pytest.raises(InputError, match="begin_id=None"):
         write(replace(weights, config=replace(weights.config, text=text)), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.errors import InputError
 from clip_jax.losses import Axes, CaptionConfig, caption_loss, count_labels
-from clip_jax.refused import Refused
 from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES
 
@@ -85,5 +85,5 @@ def test_no_logits_of_all_positions_are_held_and_gradients_keep_their_dtypes():
 def test_labels_are_counted_and_weights_checked():
     assert count_labels(jnp.array([[3, 2, 0], [0, 0, 0]]), 0) == 2
     assert count_labels(jnp.zeros((2, 3), jnp.int32), 0) == 1
-    with pytest.raises(Refused, match="nothing would train"):
+    with pytest.raises(InputError, match="nothing would train"):
         CaptionConfig(weight=0.0, contrastive_weight=0.0)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig, _choose, begin_and_end, generate
-from clip_jax.refused import Refused
 from tests.conftest import COCA, MAMMUT, batch, parameters
 
 # One block of each: every block is compiled apart.
@@ -123,10 +123,10 @@ def test_captions_are_as_long_as_the_model_allows_and_need_an_id_to_begin_with()
     assert GenerationConfig().within(replace(text, context_length=77)).max_length == 30
     chosen = GenerationConfig(max_length=7)
     assert chosen.within(text) == chosen
-    with pytest.raises(Refused, match="min_length=6 must be less than"):
+    with pytest.raises(InputError, match="min_length=6 must be less than"):
         GenerationConfig(max_length=6, min_length=6)
-    with pytest.raises(Refused, match="context_length=10"):
+    with pytest.raises(InputError, match="context_length=10"):
         generate(CLIP(COCA), {}, jnp.zeros((1, 3, 32)), GenerationConfig(max_length=11))
     tokenizer = replace(COCA.text.tokenizer, file="x.json")
-    with pytest.raises(Refused, match="begin_id=None"):
+    with pytest.raises(InputError, match="begin_id=None"):
         begin_and_end(replace(COCA.text, tokenizer=tokenizer))

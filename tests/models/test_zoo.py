@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.refused import Refused
 from clip_jax.sharding import make_mesh, param_shardings
 from tests.conftest import MESHES
 
@@ -101,5 +101,5 @@ def test_parameters_of_captioners_and_resnets(name, millions):
 
 
 def test_an_unknown_architecture_names_its_neighbours():
-    with pytest.raises(Refused, match="ViT-B-32"):
+    with pytest.raises(InputError, match="ViT-B-32"):
         zoo.get("ViT-B32")

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.dimensions import table
 from clip_jax.optim import (
@@ -20,7 +21,6 @@ from clip_jax.optim import (
     schedule,
 )
 from clip_jax.optim.wrappers import scale_layers
-from clip_jax.refused import Refused
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
 
@@ -50,7 +50,7 @@ def test_the_warm_up_is_linear_and_the_schedule_follows(kind, steps, expected):
     ],
 )
 def test_a_schedule_longer_than_the_run_is_refused(kind, steps, message):
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InputError, match=message):
         schedule(dataclasses.replace(SCHEDULED, schedule=kind), steps)
 
 

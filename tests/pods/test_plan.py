@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clip_jax import flops, sharding
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.optim import Adafactor, AdamW, OptimConfig
 from clip_jax.pods import compile as pod

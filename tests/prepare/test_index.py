@@ -1,6 +1,6 @@
 """`prepare --index`: what it refuses; what it does is tested in tests/contract."""
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 
 
 def test_what_has_no_index(capsys):

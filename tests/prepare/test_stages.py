@@ -7,8 +7,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax.cli import main
-from clip_jax.loading import load
+from clip_jax.cli.commands import main
+from clip_jax.inference.loading import load
 from clip_jax.prepare import stages
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import describe, prepare

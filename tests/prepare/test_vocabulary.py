@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.prepare.layout import PrepareConfig

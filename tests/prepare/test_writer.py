@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.data.sources.any import PathConfig, guess_source
+from clip_jax.errors import InputError
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import describe, prepare
-from clip_jax.refused import Refused
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import DRAW, digests, encoded, records
 
@@ -131,7 +131,7 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     for name, damaged in (("report.json", "{}"), ("report.json", "["), ("prepare.json", "{")):
         kept = (folder / name).read_text()
         (folder / name).write_text(damaged)
-        with pytest.raises(Refused, match=rf"{name} is damaged: .* Bring back a copy"):
+        with pytest.raises(InputError, match=rf"{name} is damaged: .* Bring back a copy"):
             prepare(PrepareConfig(**how))
         (folder / name).write_text(kept)
     (folder / "report.json").unlink()  # as the message says

@@ -31,10 +31,10 @@ def test_a_reader_who_has_enough_ends_the_command_quietly():
     ("code", "heavy"),
     [
         (
-            "import clip_jax, clip_jax.cli; clip_jax.cli.main(['--help'])",
+            "import clip_jax, clip_jax.cli.commands; clip_jax.cli.commands.main(['--help'])",
             HEAVY | {"jax", "flax", "numpy", "scipy", "grain", "tyro", "orbax"},
         ),
-        ("import clip_jax.train, clip_jax.loading", HEAVY | {"tensorflow_datasets"}),
+        ("import clip_jax.train, clip_jax.inference.loading", HEAVY | {"tensorflow_datasets"}),
     ],
     ids=["the package and --help", "training"],
 )

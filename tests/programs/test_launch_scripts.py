@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from clip_jax import arguments, cli
+from clip_jax.cli import arguments, commands
 from clip_jax.prepare.layout import PrepareConfig
 from tests.conftest import ROOT
 
@@ -93,7 +93,7 @@ def test_the_ray_job_is_what_kuberay_takes_and_its_command_ours():
         kubernetes("v1", "Pod", "x", group["template"])
     program, verb, *rest = spec["entrypoint"].replace("gs://BUCKET", "/tmp").split()
     assert (program, verb) == ("clip-jax", "prepare")
-    config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), cli.prepare)
+    config, _ = arguments.read(PrepareConfig, rest, ("source", "destination"), commands.prepare)
     assert (config.on, config.joins) == ("ray", True)
 
 

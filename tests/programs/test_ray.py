@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from tests.conftest import ROOT, write_tiny_model
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import CHANGES, digests, jpeg, scene
@@ -65,7 +65,7 @@ def test_invalid_input_that_a_worker_meets_is_one_message(source, tmp_path):
 DRIVER = """
 import os
 from pathlib import Path
-from clip_jax.tasks import runner
+from clip_jax.engine import runner
 
 def work(task, counted):
     Path("begun").write_text(f"{os.getpid()}\\n")

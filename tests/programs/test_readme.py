@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax import arguments, cli
+from clip_jax.cli import arguments, commands
 from clip_jax.evals import suite, supervised
 from tests.conftest import FLAGS, ROOT, rows
 from tests.data.conftest import make_pairs, table, write_tar
@@ -72,7 +72,7 @@ def in_sh(pages=PAGES):
     return "".join(blocks("sh", pages)).replace("\\\n", " ").splitlines()
 
 
-def commands():
+def typed():
     """What stands in `sh` blocks and is ours, as arguments of `clip-jax`."""
     for line in in_sh():
         words = shlex.split(line, comments=True)
@@ -130,7 +130,7 @@ def test_every_block_of_the_readme_and_the_pages_runs(directory, tmp_path_factor
     assert "(1, 17, 16) (1, 16, 16, 3)\n" in rest
 
 
-@pytest.mark.parametrize("command", [*commands()], ids=" ".join)
+@pytest.mark.parametrize("command", [*typed()], ids=" ".join)
 def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
     def read(*args):
         parse(*args)
@@ -142,7 +142,7 @@ def test_the_flags_of_what_needs_a_pod_are_read(command, monkeypatch):
         mock.patch.object(arguments, "parse", autospec=True, side_effect=read),
         pytest.raises(EOFError),
     ):
-        cli._run(command)
+        commands._run(command)
 
 
 def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
@@ -182,7 +182,9 @@ def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, caps
         tool, *words = shlex.split(line.replace("01242", "00001").replace("1/4", "1/1"))
         assert tool in ("img2dataset", "clip-jax")
         if tool == "clip-jax":
-            assert cli.main(words + SMALL * (words[0] == "train")) == 0, capsys.readouterr().err
+            assert commands.main(words + SMALL * (words[0] == "train")) == 0, (
+                capsys.readouterr().err
+            )
     names = {"imagenet1k/acc1", "imagenet1k/mean_per_class_recall"}
     for file in ("runs/cc12m/result.json", "report/result.json"):
         assert names <= json.loads((tmp_path / file).read_text()).keys()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from clip_jax.cli import COMMANDS
+from clip_jax.cli.commands import COMMANDS
 from tests.conftest import ROOT
 
 UNLISTED = {f"clip_jax.{name}" for name in ("cli", "arguments", "refused", "serialize", "style")}
@@ -46,7 +46,7 @@ def test_every_command_is_one_click_away(site):
 
 def test_every_module_that_says_what_it_is_stands_in_the_reference(site):
     listed = set().union(*map(anchors, site.values()))
-    assert {"clip_jax.load", "clip_jax.loading.Model", "clip_jax.train.train"} <= listed
+    assert {"clip_jax.load", "clip_jax.inference.loading.Model", "clip_jax.train.train"} <= listed
     paths = (ROOT / "clip_jax").rglob("[!_]*.py")
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     assert modules - listed == UNLISTED

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.convert.formats import write_weights
-from clip_jax.loading import load
+from clip_jax.inference.loading import load
 from tests.export.conftest import families  # noqa: F401 (a fixture)
 
 

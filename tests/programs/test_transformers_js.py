@@ -10,8 +10,8 @@ from PIL import Image
 
 from clip_jax.convert.verify import relative_difference
 from clip_jax.export.onnx import write
-from clip_jax.loading import Model
-from clip_jax.predict import embed_labels, probabilities, unit
+from clip_jax.inference.loading import Model, unit
+from clip_jax.inference.predict import embed_labels, probabilities
 from tests.export.conftest import families  # noqa: F401 (a fixture)
 
 

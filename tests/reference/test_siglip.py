@@ -16,10 +16,10 @@ from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.verify import BOUND, relative_difference, verify
-from clip_jax.loading import Model, unit
+from clip_jax.inference.loading import Model, unit
+from clip_jax.inference.predict import probabilities
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.predict import probabilities
 from tests.convert.conftest import assert_same
 from tests.reference.parity import random_weights, read_back
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, CLIPProcessor
 
 from clip_jax.convert.command import ConvertConfig, convert
 from clip_jax.convert.verify import BOUND, relative_difference
-from clip_jax.loading import load
+from clip_jax.inference.loading import load
 from clip_jax.models.clip import l2_normalize
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.optim import OptimConfig

@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.refused import Refused
 from clip_jax.scaling import plots, table
 from clip_jax.scaling.answers import CollectConfig, FitConfig, collect, fit
 from clip_jax.scaling.words import describe
@@ -100,7 +100,7 @@ def test_what_a_law_takes_besides_is_a_column(tmp_path: Path):
     for at in optimal["divisions"]:
         assert at["size"]["value"] * at["samples"]["value"] == pytest.approx(at["compute"])
     assert "best division of compute: N grows as C^0.3" in describe(result)
-    with pytest.raises(Refused, match="no column 'global_batch'"):
+    with pytest.raises(InputError, match="no column 'global_batch'"):
         fit(replace(config, form="batched"))
 
 
@@ -132,7 +132,7 @@ def test_a_budget_names_a_model_and_its_samples():
     ],
 )
 def test_wrong_use_is_told(changes: dict, message: str):
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InputError, match=message):
         fit(replace(LAION, **changes))
 
 
@@ -150,7 +150,7 @@ HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
 )
 def test_a_file_that_is_no_table_is_refused(content, says, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(InputError, match=says):
         fit(FitConfig(table=tmp_path / "t.csv"))
 
 
@@ -222,12 +222,12 @@ def test_nothing_is_collected_of_nothing_or_of_damaged_runs(tmp_path: Path):
         "a/result.json": "{", "a/config.json": "{}", "b/result.json": "[]", "b/config.json": "{}",
         "c/results.jsonl": "no", "d/results.jsonl": "{}", "d/params.txt": "model: RN50",
     })  # fmt: skip
-    with pytest.raises(Refused, match="no finished run") as raised:
+    with pytest.raises(InputError, match="no finished run") as raised:
         collect(CollectConfig(paths=(tmp_path,), output=tmp_path / "t.csv"))
     assert str(raised.value).count(": not ") == 4  # each with its reason
-    with pytest.raises(Refused, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         collect(CollectConfig(paths=(tmp_path / "none",)))
-    with pytest.raises(Refused, match="CHECKPOINT=NUMBER"):
+    with pytest.raises(InputError, match="CHECKPOINT=NUMBER"):
         collect(CollectConfig(paths=(tmp_path,), samples=("12.8B",)))
 
 

@@ -10,10 +10,10 @@ import pytest
 from jax._src import xla_bridge
 
 from clip_jax import flops
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.config import load_config
+from clip_jax.errors import InputError
 from clip_jax.optim import Constant, CoolDown
-from clip_jax.refused import Refused
 from clip_jax.scaling import jobs, table
 from clip_jax.scaling import ladder as ladders
 from clip_jax.scaling.ladder import LadderCommand, climb, grid, load_ladder
@@ -54,7 +54,7 @@ def test_every_point_follows_the_rules():
     ],
 )
 def test_ladders_that_make_no_sense_are_refused(changes: dict[str, Any], message: str):
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InputError, match=message):
         grid(tiny_ladder(**({"samples": (128, 512)} | changes)), Path("root"))
 
 
@@ -182,7 +182,7 @@ def test_what_is_missing_is_trained_and_a_failure_exits_with_1(tmp_path, capsys)
     result = root / first["name"] / "result.json"
     for damaged, says in (('{"step', "is damaged: .* or delete"), ('{"step": "x"}', "step in .*")):
         result.write_text(damaged)
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(InputError, match=says):
             climb(LadderCommand(spec=spec, root=root, jobs=2), print)
 
     # A spec that has changed since is refused before anything runs.
@@ -227,5 +227,5 @@ def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
 )
 def test_wrong_use_of_the_command(changes, message, tmp_path):
     values = {"spec": write_spec(tmp_path), "root": tmp_path / "root"} | changes
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InputError, match=message):
         climb(LadderCommand(**values), print)

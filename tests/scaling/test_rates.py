@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clip_jax.cli import main
-from clip_jax.refused import Refused
+from clip_jax.cli.commands import main
+from clip_jax.errors import InputError
 from clip_jax.scaling import table
 from clip_jax.scaling.rates import ChooseConfig, choose, describe, fit_rule, vertex
 
@@ -79,9 +79,9 @@ def test_trials_that_a_round_stopped_are_not_chosen(tmp_path):
     assert all(point["lr"] != RATES[3] for point in best["points"])
     assert "batch_exponent" not in best["rule"]  # one batch says nothing of it
     assert "batch /" not in describe(best)
-    with pytest.raises(Refused, match="no column 'top1'; collect the sweep anew"):
+    with pytest.raises(InputError, match="no column 'top1'; collect the sweep anew"):
         choose(ChooseConfig(table=trials, choose_by="loss", report="top1"))
-    with pytest.raises(Refused, match="choose_by and report are both 'loss'"):
+    with pytest.raises(InputError, match="choose_by and report are both 'loss'"):
         ChooseConfig(table=trials, choose_by="loss", report="loss")
 
 
@@ -91,7 +91,7 @@ def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
     for point in choose(config)["points"]:
         assert abs(math.log2(point["lr"] / best_rate(point["width"], 64))) < 0.55
     write(config.table, diverged=RATES)
-    with pytest.raises(Refused, match="samples has a finite loss with every seed"):
+    with pytest.raises(InputError, match="samples has a finite loss with every seed"):
         choose(config)
 
 
@@ -100,7 +100,7 @@ def test_a_cell_without_a_number_is_named(column, tmp_path):
     config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
     rows = list(csv.DictReader(write(config.table).read_text().splitlines()))
     table.write([row | {column: "-" if column == "loss" else ""} for row in rows], config.table)
-    with pytest.raises(Refused, match=f"{column} of w16 is '-?', not a number: mend the table"):
+    with pytest.raises(InputError, match=f"{column} of w16 is '-?', not a number: mend the table"):
         choose(config)
 
 

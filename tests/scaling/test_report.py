@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from clip_jax.scaling.report import ReportConfig, page, report
 from tests.scaling.conftest import POINTS, write_ladder
 
@@ -69,7 +69,7 @@ def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
 def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: Path):
     assert "</script><b>" not in page({"title": "</script><b>"})  # which would end its script
     assert '{"loss": null}' in page({"loss": float("nan")})
-    with pytest.raises(Refused, match="no run under"):
+    with pytest.raises(InputError, match="no run under"):
         report(ReportConfig(paths=(tmp_path,), output=tmp_path / "page.html"))
     (tmp_path / "config.json").write_text("[")
     (tmp_path / "result.json").write_text("{")

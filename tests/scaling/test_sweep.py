@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from clip_jax.scaling import jobs
 from clip_jax.scaling.ladder import LadderCommand, climb, grid
 from clip_jax.scaling.rules import RulesConfig
@@ -36,11 +36,11 @@ def test_a_point_has_a_trial_for_every_combination():
 
 
 def test_sweeps_that_make_no_sense_are_refused():
-    with pytest.raises(Refused, match=r"sweep\.rates=\(1, 1\) must name each value once"):
+    with pytest.raises(InputError, match=r"sweep\.rates=\(1, 1\) must name each value once"):
         SweepConfig(rates=(1, 1))
-    with pytest.raises(Refused, match=r"sweep\.warmups=\(\)"):
+    with pytest.raises(InputError, match=r"sweep\.warmups=\(\)"):
         SweepConfig(warmups=())
-    with pytest.raises(Refused, match=r"sweep\.warmups=50 makes 100 steps of warm-up, of 64"):
+    with pytest.raises(InputError, match=r"sweep\.warmups=50 makes 100 steps of warm-up, of 64"):
         grid(ladder(SweepConfig(warmups=(1, 50))), Path("root"))
 
 

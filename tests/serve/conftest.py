@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.loading import Model, load
-from clip_jax.predict import EmbedConfig, embed
+from clip_jax.inference.embed import EmbedConfig, embed
+from clip_jax.inference.loading import Model, load
 from clip_jax.serve.app import build
 from clip_jax.serve.service import ServeConfig, Service
 from tests.conftest import write_tiny_model

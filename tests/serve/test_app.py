@@ -11,8 +11,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from clip_jax.evals import prompts
-from clip_jax.loading import Model
-from clip_jax.predict import PredictConfig, Searcher, predict, unit
+from clip_jax.inference.loading import Model, unit
+from clip_jax.inference.predict import PredictConfig, predict
+from clip_jax.inference.search import Searcher
 from clip_jax.serve.app import HEADER_SECONDS, Protocol, build
 from clip_jax.serve.batcher import Batcher
 from tests.serve.conftest import encoded, png

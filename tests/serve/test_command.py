@@ -2,7 +2,7 @@
 
 import sys
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 
 
 def test_without_the_extra_one_message_says_what_to_install(monkeypatch, capsys):

@@ -19,7 +19,7 @@ import jax
 from jax._src import distributed
 
 from clip_jax import processes
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.data.pipeline import Batch, Pipeline
 from tests.clock import HandClock
 

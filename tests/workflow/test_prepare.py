@@ -12,7 +12,7 @@ from tests.prepare.conftest import captions, encoded
 # Stops at the ninth sample, in the second of three shards, and says so.
 INTERRUPTED = """
 import sys
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from clip_jax.prepare.filters import Filter
 
 read = Filter.read

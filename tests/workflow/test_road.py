@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax.predict import unit
+from clip_jax.inference.loading import unit
 from tests.conftest import ROOT, losses
 from tests.data.conftest import make_pairs
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from clip_jax.retention import WATCHED, named_step, steps_in
+from clip_jax.checkpoints.retention import WATCHED, named_step, steps_in
 from tests.conftest import ROOT, rows
 from tests.workflow import watching
 

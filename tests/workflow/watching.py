@@ -11,14 +11,15 @@ from unittest import mock
 import jax
 import numpy as np
 
-from clip_jax import files, watch
-from clip_jax.checkpoint import CheckpointConfig, Checkpoints
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.clock import Clock
 from clip_jax.config import Config
-from clip_jax.evaluate import EvaluateConfig, Measures
+from clip_jax.inference import watch
+from clip_jax.inference.evaluate import EvaluateConfig, Measures
 from clip_jax.metrics import Writer
 from clip_jax.models.clip import CLIP
 from clip_jax.serialize import to_dict
+from clip_jax.storage import files
 from tests.conftest import TINY
 
 STEPS = 12

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from clip_jax import files
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 
 class SampleError(Exception):
@@ -89,7 +89,8 @@ class ScoredSource(Protocol):
     """A source with numbers beside its pairs, such as a CLIP score."""
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column, NaN where a value is missing. Refused if there is no such column."""
+        """Get a column, NaN where a value is missing. Raises InputError if there is no such
+        column."""
         ...
 
 
@@ -116,11 +117,12 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
 
 
 def check_column(path: str | Place, name: str, names: Sequence[str], option: str = "") -> None:
-    """Refused unless exactly one column has the name; `option` says where to give another."""
+    """Raise InputError unless exactly one column has the name; `option` says where to give
+    another."""
     if (count := names.count(name)) != 1:
         what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
         advice = f"; set --data.source.{option.replace('_', '-')}" if option else ""
-        raise Refused(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
+        raise InputError(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
 
 
 def read_file(path: Place, what: str) -> bytes:
@@ -131,7 +133,7 @@ def read_file(path: Place, what: str) -> bytes:
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise SampleError(f"{what}: a pipe or a device, not a file: {str(path)!r:.300}")
         return files.read(path)
-    except Refused:
+    except InputError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)

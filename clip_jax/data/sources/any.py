@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from clip_jax import files
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.sources import Source
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
@@ -15,7 +14,8 @@ from clip_jax.data.sources.shards import BadShards
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig, TfdsSource
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 _SUFFIXES: dict[str, Any] = {
     **dict.fromkeys((".tar", ".gz", ".tgz"), TarConfig),  # which says why it reads no gzip
@@ -76,7 +76,8 @@ def open_single(config: SingleConfig, image_size: int, part: tuple[int, int] = (
 
 
 def guess_source(config: PathConfig) -> SingleConfig:
-    """Tell the format by a path's ending, or by what a folder holds. Refused if neither does."""
+    """Tell the format by a path's ending, or by what a folder holds. Raises InputError if neither
+    does."""
     path = config.path
     folder = files.place(path)
     kind = _SUFFIXES.get(folder.suffix)
@@ -93,8 +94,8 @@ def guess_source(config: PathConfig) -> SingleConfig:
             kind = FolderConfig
     if kind is None:
         if not (any(sign in path for sign in "*?[{") or folder.exists()):
-            raise Refused(f"there is nothing at {path}; set --data.source.path")
-        raise Refused(
+            raise InputError(f"there is nothing at {path}; set --data.source.path")
+        raise InputError(
             f"{path} (data.source.path) is not a data source: give files that end in "
             f"{', '.join(_SUFFIXES)}, or a folder of such files, of images, of save_to_disk or of "
             "a TFDS version"
@@ -105,7 +106,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
         given["caption"], given["caption_key"] = "json", given.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
     if not given.keys() <= names:
-        raise Refused(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
+        raise InputError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
     if "bad_shards" in names:
         given["bad_shards"] = config.bad_shards
     return kind(path=path, **given)

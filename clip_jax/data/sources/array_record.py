@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax import files
 from clip_jax.data.sources import Record, SampleError, caption_of, captions_of
 from clip_jax.data.sources.array_record_file import ArrayRecordFile
 from clip_jax.data.sources.shards import BadShards, Places, settle
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 _THREADS = 64  # that read the files' ends
 _STRETCH = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
@@ -35,7 +35,8 @@ class ArrayRecordConfig:
 
 
 class ArrayRecordSource:
-    """One pair a record, in the order of shards and records. Refused for shards not usable."""
+    """One pair a record, in the order of shards and records. Raises InputError for shards not
+    usable."""
 
     def __init__(self, config: ArrayRecordConfig) -> None:
         paths = files.expand(config.path)
@@ -46,7 +47,7 @@ class ArrayRecordSource:
         self._shards = [shard for shard in opened if not isinstance(shard, str)]
         self._places = Places(len(shard) for shard in self._shards)
         if not len(self):
-            raise Refused(f"{config.path} has no records; data.source.path needs at least one")
+            raise InputError(f"{config.path} has no records; data.source.path needs at least one")
         self._config = config
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class ArrayRecordSource:
         shard, place = self._places.find(first)
         try:
             return self._shards[shard].read(place, place + last - first)
-        except Refused:
+        except InputError:
             raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise SampleError(f"record cannot be read: {error}") from error
@@ -152,7 +153,7 @@ def _open(path: str) -> ArrayRecordFile | str:
         shard = ArrayRecordFile(path)
     except FileNotFoundError:
         return f"{path} (missing)"
-    except Refused:
+    except InputError:
         raise
     except (OSError, ValueError, IndexError) as error:
         return f"{path} ({error})"

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from clip_jax import files
+from clip_jax.storage import files
 
 _BLOCK = 1 << 16  # bytes
 _BLOCK_HEADER = 24  # bytes: a hash, and the distances to both ends of the chunk that goes on

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clip_jax import files
 from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import captions_of, read_file
 from clip_jax.data.sources.shards import listed, warn_once
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +51,16 @@ def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Plac
 
 
 class FolderSource:
-    """One pair an image, by path in alphabetical order. Refused if there is no image."""
+    """One pair an image, by path in alphabetical order. Raises InputError if there is no image."""
 
     def __init__(self, config: FolderConfig) -> None:
         self._folder = files.place(config.path)
         if not self._folder.is_dir():
-            raise Refused(f"no folder at {config.path}; set data.source.path")
+            raise InputError(f"no folder at {config.path}; set data.source.path")
         paths = image_files([self._folder], beside=[".txt"])
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
-            raise Refused(
+            raise InputError(
                 f"{self._folder} has no images ({', '.join(SUFFIXES)}); set data.source.path"
             )
 

@@ -7,14 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from clip_jax import files
 from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import StretchSource, read_file
 from clip_jax.data.sources.folder import image_files
 from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class Images(Protocol):
 def open_images(source: str, image_column: str = "image") -> Images:
     """Open a folder of images, a table with a column of paths, or a pattern of tars.
 
-    Captions need not be there. Refused if there is no such source or no image in it.
+    Captions need not be there. Raises InputError if there is no such source or no image in it.
     """
     if source.endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
         return TableSource(TableConfig(path=source, image_column=image_column, caption_column=""))
@@ -44,7 +44,7 @@ def open_images(source: str, image_column: str = "image") -> Images:
     path = files.place(source)
     if path.is_dir():
         return FolderImages(path)
-    raise Refused(
+    raise InputError(
         f"no images at {source}; it takes a folder, a .csv, .tsv or .jsonl, or tars "
         "(data/{00000..00041}.tar)."
     )
@@ -82,7 +82,7 @@ class FolderImages:
         self._folder = folder
         self._names = [path.relative_to(folder).as_posix() for path in image_files([folder])]
         if not self._names:
-            raise Refused(f"{folder} has no images ({', '.join(SUFFIXES)}).")
+            raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
 
     def __len__(self) -> int:
         return len(self._names)

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 
-from clip_jax import files
 from clip_jax.data.sources import (
     Record,
     SampleError,
@@ -27,7 +26,8 @@ from clip_jax.data.sources import (
     scores,
 )
 from clip_jax.data.sources.shards import BadShards, Places, settle
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 _THREADS = 16  # that read the files' ends
 _OPEN_GROUPS = 8  # row groups kept in memory; each thread works in one at a time
@@ -44,7 +44,7 @@ class ParquetConfig:
 
 
 class ParquetSource:
-    """One pair a row, in the order of files and rows. Refused for files not usable."""
+    """One pair a row, in the order of files and rows. Raises InputError for files not usable."""
 
     def __init__(self, config: ParquetConfig) -> None:
         paths = files.expand(config.path)
@@ -67,7 +67,7 @@ class ParquetSource:
         self._groups, self._places = groups, Places(sizes)
         self._sizes = np.array(sizes, np.int64)
         if not len(self):
-            raise Refused(f"{config.path} has no rows; data.source.path needs at least one")
+            raise InputError(f"{config.path} has no rows; data.source.path needs at least one")
         self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
         self._read = functools.lru_cache(maxsize=_OPEN_GROUPS)(self._read_group)
@@ -200,7 +200,7 @@ def _metadata(path: str) -> Any:
 
 
 def check_columns(path: str, schema: pa.Schema, image_column: str, caption_column: str) -> None:
-    """Refused names the option of a column that the file lacks or has twice."""
+    """InputError names the option of a column that the file lacks or has twice."""
     check_column(path, image_column, schema.names, "image_column")
     check_column(path, caption_column, schema.names, "caption_column")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from clip_jax import files
 from clip_jax.data.sources import captions_of, scores
 from clip_jax.data.sources.parquet import cell, check_columns, image_of, pair_of
 from clip_jax.data.sources.shards import Places
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class SavedDatasetConfig:
 
 
 class SavedDatasetSource:
-    """One pair a row; the files stay on disk, mapped. Refused for folders not usable."""
+    """One pair a row; the files stay on disk, mapped. Raises InputError for folders not usable."""
 
     def __init__(self, config: SavedDatasetConfig) -> None:
         folder = files.place(config.path)
         if (folder / "dataset_dict.json").is_file():
             splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-            raise Refused(
+            raise InputError(
                 f"{folder} holds several splits; set data.source.path to one of "
                 f"{', '.join(str(folder / split) for split in splits)}"
             )
@@ -43,13 +43,13 @@ class SavedDatasetSource:
                     for name in self._names
                 ]
         except (OSError, pa.ArrowException) as error:
-            raise Refused(_unusable(folder, error)) from error
+            raise InputError(_unusable(folder, error)) from error
         for name, part in zip(self._names, self._parts, strict=True):
             check_columns(name, part.schema, config.image_column, config.caption_column)
         self._columns = [config.image_column, config.caption_column]
         self._places = Places(part.num_rows for part in self._parts)
         if not len(self):
-            raise Refused(f"{folder} has no rows; data.source.path needs at least one")
+            raise InputError(f"{folder} has no rows; data.source.path needs at least one")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -81,19 +81,19 @@ class SavedDatasetSource:
 
 
 def _data_files(folder: Place) -> list[str]:
-    """Names of the Arrow files. Refused for a folder that save_to_disk did not write."""
+    """Names of the Arrow files. Raises InputError for a folder that save_to_disk did not write."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [str(file["filename"]) for file in state["_data_files"]]
         is_reordered = bool(state.get("_indices_data_files"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Refused(_unusable(folder, error)) from error
+        raise InputError(_unusable(folder, error)) from error
     except (LookupError, TypeError, AttributeError) as error:
-        raise Refused(
+        raise InputError(
             _unusable(folder, f"its state.json lists no data files: {error!r}")
         ) from error
     if is_reordered:
-        raise Refused(
+        raise InputError(
             _unusable(folder, "it keeps an order of its own: call flatten_indices() first")
         )
     return names

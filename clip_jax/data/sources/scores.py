@@ -7,30 +7,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64
 
-from clip_jax import files
 from clip_jax.data.sources import check_column
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 
 def numbers(path: str, table: pa.Table, column: str) -> Float64[np.ndarray, " N"]:
-    """Get a column as float64, NaN where it is empty. Refused if it holds no numbers."""
+    """Get a column as float64, NaN where it is empty. Raises InputError if it holds no numbers."""
     check_column(path, column, table.schema.names)
     try:
         return table[column].cast(pa.float64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         kind = table[column].type
-        raise Refused(f"column {column!r} of {path} is {kind}, no numbers") from error
+        raise InputError(f"column {column!r} of {path} is {kind}, no numbers") from error
 
 
 def of_parquet(path: str, column: str) -> Float64[np.ndarray, " N"]:
-    """Read one column of a file. Refused if the file or the column is not usable."""
+    """Read one column of a file. Raises InputError if the file or the column is not usable."""
     return numbers(path, _read(path, [column]), column)
 
 
 def beside_tar(shard: str, keys: Sequence[str], column: str) -> Float64[np.ndarray, " N"]:
     """Read the column of img2dataset's Parquet file beside a tar, for these members.
 
-    NaN for members of which it says nothing. Refused if the file or the column is not usable.
+    NaN for members of which it says nothing. Raises InputError if the file or the column is not
+    usable.
     """
     path = f"{shard.removesuffix('.tar')}.parquet"
     table = _read(path, ["key", column])
@@ -46,4 +47,4 @@ def _read(path: str, columns: list[str]) -> pa.Table:
                 check_column(path, column, file.schema_arrow.names)
             return file.read(columns)
     except (OSError, pa.ArrowException) as error:
-        raise Refused(f"{columns[-1]!r} is to be read from {path}: {error}") from error
+        raise InputError(f"{columns[-1]!r} is to be read from {path}: {error}") from error

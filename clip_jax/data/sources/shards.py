@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 BadShards = Literal["error", "skip"]
 
@@ -41,13 +41,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards) -> None:
-    """Name shards that cannot be read (each with its reason, if any): Refused, or a warning."""
+    """Name shards that cannot be read (each with its reason, if any): InputError, or a warning."""
     shards = list(shards)
     if not shards:
         return
     message = f"{len(shards)} shards of data.source.path={pattern} are {what}: {listed(shards)}"
     if bad_shards == "error":
-        raise Refused(
+        raise InputError(
             f"{message}. Repair them or leave them out (train, prepare: "
             "--data.source.bad-shards skip)"
         )

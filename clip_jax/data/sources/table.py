@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax import files
 from clip_jax.data.sources import (
     SampleError,
     caption_of,
@@ -20,7 +19,8 @@ from clip_jax.data.sources import (
     read_file,
     text_of,
 )
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
 _LINES = (".jsonl", ".ndjson")
@@ -38,23 +38,23 @@ class TableConfig:
 
 
 class TableSource:
-    """One pair a row. Refused if the file, a column or every row is missing."""
+    """One pair a row. Raises InputError if the file, a column or every row is missing."""
 
     def __init__(self, config: TableConfig) -> None:
         path = files.place(config.path)
         if not path.is_file():
-            raise Refused(
+            raise InputError(
                 f"no table at {config.path}; set data.source.path to a .csv, .tsv or .jsonl"
             )
         kinds = {**dict.fromkeys(_DELIMITERS, _Delimited), **dict.fromkeys(_LINES, _JsonLines)}
         if path.suffix not in kinds:
-            raise Refused(
+            raise InputError(
                 f"{path} ends in {path.suffix!r}; data.source.path takes {', '.join(kinds)}"
             )
         with files.local(path) as here:
             self.rows: _Delimited | _JsonLines = kinds[path.suffix](here, config)
         if not len(self.rows):
-            raise Refused(f"{path} has no rows; data.source.path needs at least one pair")
+            raise InputError(f"{path} has no rows; data.source.path needs at least one pair")
         self._folder = path.parent
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class TableSource:
             raise SampleError("image path is empty")
         try:
             where = files.place(image) if files.is_remote(image) else self._folder / image
-        except Refused as error:
+        except InputError as error:
             raise SampleError(str(error)) from error
         return read_file(where, "image file")
 
@@ -162,7 +162,7 @@ class _Delimited:
                 break
             except pa.ArrowInvalid as error:
                 if "block" not in str(error) or size <= block_size or block_size == _BLOCKS[-1]:
-                    raise Refused(
+                    raise InputError(
                         f"{path} (data.source.path) does not parse: {error}. A quote that never "
                         "closes?"
                     ) from error
@@ -224,7 +224,7 @@ class _JsonLines:
 
     def __init__(self, path: Path, config: TableConfig) -> None:
         if not path.stat().st_size:
-            raise Refused(f"{path} is empty; data.source.path needs at least one pair")
+            raise InputError(f"{path} is empty; data.source.path needs at least one pair")
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         buffer = np.frombuffer(self._bytes, np.uint8)

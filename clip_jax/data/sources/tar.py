@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64
 
-from clip_jax import files
 from clip_jax.data.sources import Record, SampleError, caption_of, captions_of, scores
 from clip_jax.data.sources.shards import BadShards, listed
 from clip_jax.data.sources.tar_index import TarIndex, open_index
 from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class TarConfig:
 
 
 class TarSource:
-    """All pairs of all shards, in the order of the pattern. Refused for shards not usable."""
+    """All pairs of all shards, in the order of the pattern. Raises InputError for shards not
+    usable."""
 
     def __init__(self, config: TarConfig, part: tuple[int, int] = (0, 1)) -> None:
         """`part` is which of several processes' this is: they share the index's building."""
@@ -44,7 +45,7 @@ class TarSource:
         assert index is not None  # it waits for the others
         self._index: TarIndex = index
         if not len(self):
-            raise Refused(
+            raise InputError(
                 f"no samples in {listed(index.paths)}; data.source.path needs tars with "
                 f"images ({', '.join(IMAGES)}) and texts ({', '.join(TEXTS)})"
             )
@@ -117,7 +118,7 @@ class TarSource:
         read = functools.partial(_slice, data, begin)
         try:
             inside = list(samples(members(read, begin, end, end + 1, len(data))))
-        except Refused as error:
+        except InputError as error:
             raise SampleError(f"shard changed: {error}") from error
         wanted = ("image", self._caption)
         return [
@@ -227,4 +228,4 @@ def _class_names(path: str) -> list[str]:
         with files.open_file(path) as file:
             return file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"data.source.class_names={path}: {error}") from error
+        raise InputError(f"data.source.class_names={path}: {error}") from error

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clip_jax import files
 from clip_jax.clock import CLOCK
 from clip_jax.data.sources.shards import BadShards, Places, settle, warn_once
 from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def open_index(
     """Open the index of the shards that `path` stands for, after building what is missing of it.
 
     `folder` may be empty. Of what is missing in a bucket this process builds its part; then it
-    waits for the others', or returns None if something is missing still. Refused for bad shards.
+    waits for the others', or returns None if something is missing still. Raises InputError for bad
+    shards.
     """
     shards = files.expand(path)
     name = index_name(shards, folder)
@@ -132,7 +133,7 @@ def open_index(
             shared = files.is_remote(name)
             known = _complete(name, present, by_shard, part if shared else (0, 1), wait)
         except OSError as error:
-            raise Refused(
+            raise InputError(
                 f"the index of {path} cannot be written to {name}: {error}; set "
                 "data.source.index to a folder that can be written"
             ) from error
@@ -212,7 +213,7 @@ def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
         content = json.loads(rows.schema.metadata[b"stretches"])
         ignored = rows.schema.metadata.get(b"ignored", b"").decode()
         shard = Shard(path, stat, content["edges"], content["counts"], ignored)
-    except (Refused, OSError) as error:
+    except (InputError, OSError) as error:
         shard = Shard(path, stat, [0], [], "", str(error))
         rows = pa.RecordBatch.from_pydict({name: [] for name in _SCHEMA.names}, schema=_SCHEMA)
     write_rows(file, shard, rows)
@@ -311,7 +312,8 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
 
 
 def index_shard(shard: str, size: int) -> pa.RecordBatch:
-    """Find the samples of one tar. Refused says why it cannot be used, and from which byte.
+    """Find the samples of one tar. Raises InputError, which says why it cannot be used, and from
+    which byte.
 
     The metadata say which stretches they lie in, and how many members are ignored.
     """
@@ -322,7 +324,7 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
         return files.read_ranges(shard, [(at, min(count, size - at))])[0] if at < size else b""
 
     if str(shard).endswith((".gz", ".tgz")) or read(0, 2) == b"\x1f\x8b":
-        raise Refused(
+        raise InputError(
             "is compressed with gzip, which has no random access; gunzip it (JPEGs hardly "
             "shrink anyway)"
         )
@@ -337,7 +339,7 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
         end = sample.end
     expected = _expected(shard)
     if expected is not None and len(edges) != expected:
-        raise Refused(f"has {len(edges)} samples, img2dataset counted {expected}")
+        raise InputError(f"has {len(edges)} samples, img2dataset counted {expected}")
     metadata = {"stretches": json.dumps(_stretches([*edges, end] if edges else [0]))}
     if ignored:
         metadata["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
@@ -363,7 +365,7 @@ def _expected(shard: str) -> int | None:
     except FileNotFoundError:
         pass
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise Refused(f"{PurePosixPath(stem).name}_stats.json is no img2dataset's") from error
+        raise InputError(f"{PurePosixPath(stem).name}_stats.json is no img2dataset's") from error
     try:
         import pyarrow.parquet
 

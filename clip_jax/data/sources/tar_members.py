@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from clip_jax.data.images import SUFFIXES
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "json", "cls")
@@ -79,7 +79,8 @@ def members(
 ) -> Iterator[Member]:
     """Members from a header at `start` to before `end`, or to the end mark.
 
-    `read(offset, size)` is asked for `at_once` bytes where a header lies. Refused for damage.
+    `read(offset, size)` is asked for `at_once` bytes where a header lies. Raises InputError for
+    damage.
     """
     at, of_member, long_name, long_size = start, start, None, None
     ahead, begin = b"", start  # bytes of the file, and where they start
@@ -89,24 +90,24 @@ def members(
             ahead, begin = read(at, at_once), at
         header = ahead[at - begin : at - begin + _BLOCK]
         if len(header) < _BLOCK:
-            raise Refused(f"truncated: ends at byte {size_of_file} without an end mark")
+            raise InputError(f"truncated: ends at byte {size_of_file} without an end mark")
         if not header.strip(b"\0"):
             return
         if not _checksum_holds(header):
-            raise Refused(f"damaged: no tar header at byte {at}")
+            raise InputError(f"damaged: no tar header at byte {at}")
         kind = header[156:157]
         size = _octal(header[124:136])
         if kind not in (b"x", b"g", b"L") and long_size is not None:
             size = long_size
         data, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
         if size < 0 or at > size_of_file:
-            raise Refused(
+            raise InputError(
                 f"truncated: the member at byte {data} has {size} bytes, the file ends at "
                 f"{size_of_file}"
             )
         if kind in (b"L", b"x"):
             if size > _MAX_HEADER:
-                raise Refused(f"damaged: a name of {size} bytes at byte {data}")
+                raise InputError(f"damaged: a name of {size} bytes at byte {data}")
             content = ahead[data - begin : data - begin + size]
             content = content if len(content) == size else read(data, size)
             if kind == b"L":
@@ -149,10 +150,10 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
     while content:
         length, _, _ = content.partition(b" ")
         if not length[:20].isdigit() or not 0 < int(length[:20]) <= len(content):
-            raise Refused("damaged: an extended header that does not parse")
+            raise InputError("damaged: an extended header that does not parse")
         name, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         fields[name] = value
         content = content[int(length) :]
     if not fields.get(b"size", b"0").isdigit() or len(fields.get(b"size", b"")) > 20:
-        raise Refused("damaged: an extended header whose size is no number")
+        raise InputError("damaged: an extended header whose size is no number")
     return fields

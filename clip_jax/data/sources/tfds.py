@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax import files
 from clip_jax.data.sources import SampleError, caption_of, captions_of
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,12 @@ class TfdsConfig:
 
 
 def _builder(config: TfdsConfig) -> Any:
-    """Open a version's folder. Refused where it is none, or lacks what is asked for."""
+    """Open a version's folder. Raises InputError where it is none, or lacks what is asked for."""
     import tensorflow_datasets as tfds
 
     folder = files.place(config.path)
     if not (folder / "dataset_info.json").is_file():
-        raise Refused(
+        raise InputError(
             f"no dataset_info.json in {folder}; set data.source.path to the version's folder "
             "of a prepared TFDS builder, such as .../coco_captions/1.1.0"
         )
@@ -36,12 +36,12 @@ def _builder(config: TfdsConfig) -> Any:
     features = list(builder.info.features)
     for option in ("image_column", "caption_column"):
         if getattr(config, option) not in features:
-            raise Refused(
+            raise InputError(
                 f"{folder} has no feature {getattr(config, option)!r}, only "
                 f"{', '.join(map(repr, features))}; set --data.source.{option.replace('_', '-')}"
             )
     if config.split not in builder.info.splits:
-        raise Refused(
+        raise InputError(
             f"{folder} has no split {config.split!r}, only "
             f"{', '.join(map(repr, builder.info.splits))}; set data.source.split"
         )
@@ -49,7 +49,7 @@ def _builder(config: TfdsConfig) -> Any:
 
 
 class TfdsSource:
-    """One pair an example, images as they were stored. Refused for folders not usable."""
+    """One pair an example, images as they were stored. Raises InputError for folders not usable."""
 
     def __init__(self, config: TfdsConfig) -> None:
         self._examples = _builder(config).as_data_source(
@@ -99,7 +99,7 @@ class TfdsBucketSource(ArrayRecordSource):
     def __init__(self, config: TfdsConfig) -> None:
         info = _builder(config).info
         if info.file_format.value != "array_record":
-            raise Refused(
+            raise InputError(
                 f"{config.path} is stored as {info.file_format.value}; in a bucket a set of TFDS "
                 'is read as array_record: build it with file_format="array_record", or read it '
                 "from a disk"

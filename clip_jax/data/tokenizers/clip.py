@@ -18,8 +18,8 @@ from jaxtyping import Int32, Integer
 from tokenizers.models import BPE
 
 from clip_jax.data.tokenizers.clean import CLEANING, repaired
+from clip_jax.errors import InputError
 from clip_jax.models.text import Cleaning
-from clip_jax.refused import Refused
 
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -72,7 +72,7 @@ class ClipTokenizer:
     pooling by argmax needs that).
 
     Cheap to construct and to pickle: the vocabulary is read at the first use. Threads may share it.
-    Raises Refused for a `vocab_size` outside [514, 49408].
+    Raises InputError for a `vocab_size` outside [514, 49408].
     """
 
     vocab_size: int = FULL_VOCAB_SIZE
@@ -80,7 +80,7 @@ class ClipTokenizer:
 
     def __post_init__(self) -> None:
         if not _SMALLEST_VOCAB_SIZE <= self.vocab_size <= FULL_VOCAB_SIZE:
-            raise Refused(
+            raise InputError(
                 f"vocab_size={self.vocab_size}: CLIP's tokenizer has {_SMALLEST_VOCAB_SIZE} "
                 f"(bytes only) to {FULL_VOCAB_SIZE} ids; set the text model's vocab_size between, "
                 "or give the vocabulary that it has: text.tokenizer.file."
@@ -97,11 +97,11 @@ class ClipTokenizer:
     ) -> Int32[np.ndarray, "B L"]:
         """Token ids of each text between start-of-text and end-of-text, then zeros.
 
-        A text with more than `context_length` ids raises Refused, or loses its tail if
+        A text with more than `context_length` ids raises InputError, or loses its tail if
         `truncate` (end-of-text stays last). A text that is not a str raises TypeError.
         """
         if context_length < 2:
-            raise Refused(
+            raise InputError(
                 f"context_length={context_length}: at least 2 are needed, start and end of text"
             )
         if isinstance(texts, str):
@@ -112,7 +112,7 @@ class ClipTokenizer:
             if len(text_ids) > context_length:
                 if not truncate:
                     shown = text if len(text) <= 200 else f"{text[:200]}…"
-                    raise Refused(
+                    raise InputError(
                         f"the text {shown!r} has more than context_length={context_length} ids; "
                         "shorten it, or give truncate=True"
                     )

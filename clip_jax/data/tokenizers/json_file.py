@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from clip_jax.data.tokenizers.rules import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 _MOST_GROWTH = 1 << 14  # of a text at worst; a few hundred in sentencepiece's rules
 _GROWTH = {  # of one letter, in letters or bytes
@@ -26,14 +26,14 @@ _GROWTH = {  # of one letter, in letters or bytes
 
 
 def load(file: str) -> Tokenizer:
-    """Read a `tokenizer.json`. Refused says what is wrong with it."""
+    """Read a `tokenizer.json`. Raises InputError, which says what is wrong with it."""
     data = read_vocabulary(file)
     with damage_refused(file):
         tokenizer = Tokenizer.from_str(data.decode())
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, name)
         if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
-            raise Refused(
+            raise InputError(
                 f"{file}: the steps of its {name} may make a text more than {_MOST_GROWTH} times "
                 "as long, which would fill the memory; no vocabulary needs that. Take another file."
             )
@@ -64,13 +64,13 @@ def _growth(step: dict[str, Any]) -> float:
 
 @contextlib.contextmanager
 def damage_refused(file: str) -> Generator[None]:
-    """Raise Refused where the library fails, or panics, on what a file says."""
+    """Raise InputError where the library fails, or panics, on what a file says."""
     try:
         yield
     except BaseException as error:  # a panic of the Rust library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise Refused(f"{file} is no tokenizer.json: {error!s:.200}") from None
+        raise InputError(f"{file} is no tokenizer.json: {error!s:.200}") from None
 
 
 class JSONTokenizer(FileTokenizer):

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from clip_jax.data.tokenizers.clean import CLEANING
+from clip_jax.errors import InputError
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
 
 _SHOWN = 200  # letters of a text in a message
 
@@ -40,7 +40,8 @@ class FileTokenizer(abc.ABC):
     def __call__(
         self, texts: str | Sequence[str], context_length: int, truncate: bool = False
     ) -> Int32[np.ndarray, "B L"]:
-        """Token ids of each text, by the rules of `config`. Refused for a text that is too long."""
+        """Token ids of each text, by the rules of `config`. Raises InputError for a text that is
+        too long."""
         return to_rows(texts, self._encode, self.config, context_length, truncate)
 
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
@@ -58,21 +59,21 @@ def to_rows(
 ) -> Int32[np.ndarray, "B L"]:
     """Clean texts, encode them, and apply a vocabulary's rules.
 
-    Refused for a text that is too long, unless `truncate`.
+    Raises InputError for a text that is too long, unless `truncate`.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     begin = [] if config.begin_id is None else [config.begin_id]
     end = [] if config.end_id is None else [config.end_id]
     room = context_length - len(begin) - len(end)
     if room < 0:
-        raise Refused(f"context_length={context_length}: begin and end of text do not fit.")
+        raise InputError(f"context_length={context_length}: begin and end of text do not fit.")
     ids = np.full((len(texts), context_length), config.pad_id, np.int32)
     clean = CLEANING[config.clean]
     for row, text, words in zip(ids, texts, encode([clean(x) for x in texts]), strict=True):
         if len(words) > room:
             if not truncate:
                 shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-                raise Refused(
+                raise InputError(
                     f"the text {shown!r} has more than context_length={context_length} ids; "
                     "shorten it, or give truncate=True"
                 )
@@ -88,8 +89,10 @@ def to_rows(
 
 
 def check_ids(config: TokenizerConfig, size: int, source: str) -> None:
-    """Refused if a rule names an id that a vocabulary of `size` does not have."""
+    """Raise InputError if a rule names an id that a vocabulary of `size` does not have."""
     for name in ("begin_id", "end_id", "pad_id"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < size:
-            raise Refused(f"text.tokenizer.{name}={value} is no id of {source}, which has {size}.")
+            raise InputError(
+                f"text.tokenizer.{name}={value} is no id of {source}, which has {size}."
+            )

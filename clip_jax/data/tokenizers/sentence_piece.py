@@ -6,16 +6,16 @@ from sentencepiece import SentencePieceProcessor
 
 from clip_jax.data.tokenizers.rules import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 
 
 def load(file: str) -> SentencePieceProcessor:
-    """Read a sentencepiece model. Refused says what is wrong with it."""
+    """Read a sentencepiece model. Raises InputError, which says what is wrong with it."""
     data = read_vocabulary(file)
     try:
         return SentencePieceProcessor(model_proto=data)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise Refused(
+        raise InputError(
             f"{file} is neither a tokenizer.json nor a sentencepiece model: {error!s:.200}"
         ) from error
 

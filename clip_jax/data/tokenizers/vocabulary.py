@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 import os
 
-from clip_jax import files
+from clip_jax.errors import InputError
 from clip_jax.models.text import TokenizerConfig
-from clip_jax.refused import Refused
+from clip_jax.storage import files
 
 JSON_NAME = "tokenizer.json"
 SENTENCEPIECE_NAME = "tokenizer.model"
@@ -15,16 +15,17 @@ _LARGEST = 256 << 20  # bytes; 901,629 words take about 50 million
 
 
 def read_vocabulary(file: str) -> bytes:
-    """Read a vocabulary's file whole. Refused if there is none, or it is longer than any."""
+    """Read a vocabulary's file whole. Raises InputError if there is none, or it is longer than
+    any."""
     try:
         if not files.is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
             raise OSError("a folder, a pipe or a device")
         size, _ = files.stat(file)
         if size > _LARGEST:
-            raise Refused(f"{file} has {size} bytes; no vocabulary is that long.")
+            raise InputError(f"{file} has {size} bytes; no vocabulary is that long.")
         return files.read(file)
     except OSError as error:
-        raise Refused(
+        raise InputError(
             f"{file} cannot be read ({error.strerror or error}): text.tokenizer.file is a "
             "tokenizer.json or a sentencepiece model."
         ) from error
@@ -38,7 +39,8 @@ def is_json(data: bytes) -> bool:
 def keep(config: TokenizerConfig, folder: str) -> str:
     """Copy a vocabulary's file into a folder; return the name it has there.
 
-    CLIP's, which is bundled, needs no copy. Refused if another vocabulary is kept there already.
+    CLIP's, which is bundled, needs no copy. Raises InputError if another vocabulary is kept there
+    already.
     """
     if config.file in ("", "clip"):
         return config.file
@@ -47,11 +49,11 @@ def keep(config: TokenizerConfig, folder: str) -> str:
     path = f"{folder.rstrip('/')}/{name}"
     try:
         before = read_vocabulary(path)
-    except Refused:
+    except InputError:
         files.write_whole(path, data)
         return name
     if before != data:
-        raise Refused(f"{path} is another vocabulary than {config.file}.")
+        raise InputError(f"{path} is another vocabulary than {config.file}.")
     return name
 
 
@@ -63,7 +65,8 @@ def digest(config: TokenizerConfig) -> str:
 
 
 def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> None:
-    """Refused that names the difference, if weights were trained with other ids than `ours`.
+    """Raise InputError, which names the difference, if weights were trained with other ids than
+    `ours`.
 
     Weights that came without their vocabulary cannot say.
     """
@@ -72,7 +75,7 @@ def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> N
         if field.name == "file" and not {"clip", ""} & set(values):
             values = read_vocabulary(ours.file), read_vocabulary(theirs.file)
         if theirs.file and values[0] != values[1]:
-            raise Refused(
+            raise InputError(
                 f"{source} has the words of other ids: its text.tokenizer.{field.name} is "
                 f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
                 "Give it the same tokenizer, or take the image tower alone with --init-towers."

@@ -13,8 +13,8 @@ from importlib import resources
 import numpy as np
 from jaxtyping import Float, Int
 
-from clip_jax.files import Place
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage.files import Place
 
 PLAIN_TEMPLATE = "a photo of a {c}."
 
@@ -49,17 +49,17 @@ def fill(template: str, name: str) -> str:
 
 
 def read_templates(path: Place) -> list[str]:
-    """Read one template a line. Refused for a line without a place for the class."""
+    """Read one template a line. Raises InputError for a line without a place for the class."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read as text: {error}") from error
+        raise InputError(f"{path} cannot be read as text: {error}") from error
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if "{c}" not in line and "{}" not in line:
-            raise Refused(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
+            raise InputError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
     if not lines:
-        raise Refused(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
+        raise InputError(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
     return lines
 
 

@@ -22,8 +22,8 @@ from clip_jax.data.sources.images import open_images
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig
+from clip_jax.errors import InputError
 from clip_jax.evals.datasets import open_folder
-from clip_jax.refused import Refused
 from tests.data.conftest import COLUMNS, FORMATS, make_pairs
 
 PAIRS = [(f"{i:02d}.jpg", b"image %d" % i, f"text {i}") for i in range(80)]
@@ -64,7 +64,7 @@ def test_a_tfds_set_in_a_bucket_that_is_no_array_record_is_refused(tmp_path):
     config = FORMATS["tfds"](tmp_path, PAIRS[:3])
     info = Path(config.path) / "dataset_info.json"
     info.write_text(re.sub("array_?record", "parquet", info.read_text()))
-    with pytest.raises(Refused, match=r"is stored as parquet; in a bucket .* as array_record"):
+    with pytest.raises(InputError, match=r"is stored as parquet; in a bucket .* as array_record"):
         TfdsBucketSource(config)
 
 
@@ -90,10 +90,10 @@ def test_missing_columns_name_those_found(name, tmp_path):
 def test_foreign_states_of_save_to_disk_and_several_splits_are_refused(state, tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/state.json").write_text(state)
-    with pytest.raises(Refused, match="no usable folder of save_to_disk"):
+    with pytest.raises(InputError, match="no usable folder of save_to_disk"):
         SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path / "train")))
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    with pytest.raises(Refused, match=r"several splits; set data\.source\.path to .*train"):
+    with pytest.raises(InputError, match=r"several splits; set data\.source\.path to .*train"):
         SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path)))
 
 
@@ -118,14 +118,14 @@ def test_a_truncated_shard_is_named_with_its_reason_or_skipped(name, lost, tmp_p
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
         message = rf"1 shards of .*/1\.{name} \(.*\w{{3}}.*\).*--data.source.bad-shards skip"
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(InputError, match=message):
             open_single(config, 16)
         skipping = open_single(dataclasses.replace(config, bad_shards="skip"), 16)
         assert [skipping.load(i, RNG)[1] for i in range(len(skipping))] == good
     assert f"1.{name} (" in caplog.text
     path.unlink()
     there = dataclasses.replace(config, path=str(tmp_path / f"{{0,1}}.{name}"))
-    with pytest.raises(Refused, match=rf"1\.{name} \("):
+    with pytest.raises(InputError, match=rf"1\.{name} \("):
         open_single(there, 16)
 
 
@@ -201,7 +201,7 @@ def test_mutated_files(case, tmp_path):
         try:
             load = _Loader(DataConfig(source=config), 16)
             samples = [load(i, i % len(load.source)) for i in range(len(pairs))]
-        except Refused as error:
+        except InputError as error:
             messages.append(str(error))
         else:
             skipped = [event for sample in samples for event in sample.skipped]

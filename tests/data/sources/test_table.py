@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data.sources.table import TableConfig, TableSource
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
 from tests.data.conftest import make_pairs, outcome, table
 
 RNG = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def test_absolute_paths_and_other_columns(tmp_path):
 def test_unusable_tables(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InputError, match=message):
         TableSource(TableConfig(path=str(tmp_path / name)))
 
 

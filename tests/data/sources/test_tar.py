@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax import files
 from clip_jax.data.sources import SampleError, tar_index
 from clip_jax.data.sources.shards import warn_once
 from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.refused import Refused
+from clip_jax.errors import InputError
+from clip_jax.storage import files
 from tests.clock import HandClock
 from tests.data.conftest import outcome, write_tar
 
@@ -107,10 +107,10 @@ def test_a_size_of_thousands_of_digits_and_gzip_are_refused(tmp_path):
         member = tarfile.TarInfo("1.jpg")
         member.pax_headers = {"size": "9" * 5000}
         file.addfile(member)
-    with pytest.raises(Refused, match="whose size is no number"):
+    with pytest.raises(InputError, match="whose size is no number"):
         open_tar(tmp_path / "a.tar")
     tarfile.open(tmp_path / "packed.tar", "w:gz").close()
-    with pytest.raises(Refused, match=r"packed\.tar .*gzip, which has no random access"):
+    with pytest.raises(InputError, match=r"packed\.tar .*gzip, which has no random access"):
         open_tar(tmp_path / "packed.tar")
 
 
@@ -164,7 +164,7 @@ def test_the_index_is_built_once_and_follows_changes(tmp_path, indexed):
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:700])
     for _ in range(2):  # a bad one is read each time
-        with pytest.raises(Refused, match=r"1\.tar \(truncated"):
+        with pytest.raises(InputError, match=r"1\.tar \(truncated"):
             open_tar(tmp_path / "{0..2}.tar", index=str(kept))
     (tmp_path / "1.tar").write_bytes(whole)
     source = open_tar(tmp_path / "{0..2}.tar", index=str(kept))

@@ -12,8 +12,8 @@ import pytest
 
 from clip_jax.data.tokenizers import make_tokenizer, read_captions, vocabulary
 from clip_jax.data.tokenizers.clean import CLEANING
+from clip_jax.errors import InputError
 from clip_jax.models.text import TextConfig, TokenizerConfig
-from clip_jax.refused import Refused
 from tests import vocabularies
 
 TEXT = TextConfig(context_length=8, vocab_size=1_000, width=8, num_heads=1, pool="last")
@@ -125,7 +125,7 @@ NO_VOCABULARIES = {
 def test_files_that_are_no_vocabulary(tmp_path, name):
     path = tmp_path / "words"
     path.write_bytes(NO_VOCABULARIES[name])
-    with pytest.raises(Refused, match="words") as error:
+    with pytest.raises(InputError, match="words") as error:
         make(file=str(path))
     assert len(str(error.value)) < 600
 
@@ -159,7 +159,9 @@ def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.json", "zero.json"):
-        with pytest.raises(Refused, match=f"{name} cannot be read .a folder, a pipe or a device"):
+        with pytest.raises(
+            InputError, match=f"{name} cannot be read .a folder, a pipe or a device"
+        ):
             make(file=str(tmp_path / name))
 
 
@@ -182,7 +184,9 @@ def test_steps_that_multiply_a_text(tmp_path, files, name):
     content = json.loads(Path(files["wordpiece"]).read_text())
     content[part] = {"type": "Sequence", f"{part}s": steps}
     (tmp_path / "words.json").write_text(json.dumps(content))
-    with pytest.raises(Refused, match=f"the steps of its {part} may make a text more than 16384"):
+    with pytest.raises(
+        InputError, match=f"the steps of its {part} may make a text more than 16384"
+    ):
         make(file=str(tmp_path / "words.json"))
 
 

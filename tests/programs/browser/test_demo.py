@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from clip_jax.cli import main
-from clip_jax.data.embeddings import Embeddings
-from clip_jax.loading import load
-from clip_jax.predict import PredictConfig, predict
+from clip_jax.cli.commands import main
+from clip_jax.inference.loading import load
+from clip_jax.inference.predict import PredictConfig, predict
+from clip_jax.inference.search import Embeddings
 from tests.conftest import ROOT, TINY, write_tiny_model
 
 COLORS = ("red", "lime", "blue", "yellow", "black", "white")

@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import expect
 
-from clip_jax.cli import main
+from clip_jax.cli.commands import main
 from tests.scaling.conftest import write_ladder
 
 

@@ -1,0 +1,180 @@
+"""A run's work directory: who may write to it, and what in it can no longer be read."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from clip_jax import processes
+from clip_jax.clock import CLOCK, Clock
+from clip_jax.display import warn
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.errors import Unreachable
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import parse
+
+LEASE_SECONDS = 45  # without a sign of life after which a training in a bucket counts as dead
+RENEW_SECONDS = 10
+_OUT_OF_REACH = (OSError, InputError, Unreachable)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+class Claim:
+    """One training, or watching, at a time in a folder: from `take` until the context is left.
+
+    On a disk a lock of the file system's, which ends with its process. In a bucket a lease: a
+    chain of numbered objects, each of which only one process can create; whoever made the newest
+    holds it, and makes the next every few seconds. A lease that ends so is taken over.
+    """
+
+    def __init__(self, workdir: epath.Path, work: str = "training", clock: Clock = CLOCK) -> None:
+        self._workdir, self._work, self._clock = workdir, work, clock
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def take(self) -> None:
+        """Claim the directory, for all processes at once; raises InputError where another has
+        it."""
+        refusal = processes.gather("")[0]  # connects all: JAX waits less long for that than a lease
+        if processes.is_lead():
+            take = _lease if files.is_remote(self._workdir) else _lock
+            try:
+                self._held.callback(take(self._workdir, self._work, self._clock))
+            except InputError as error:
+                refusal = str(error)
+        if refusal := processes.gather(refusal)[0]:
+            raise InputError(refusal)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}
+
+
+def _taken(workdir: epath.Path, work: str, holder: dict[str, Any]) -> InputError:
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+    or_else = ", or choose another --workdir for this run" if work == "training" else ""
+    return InputError(f"{who} is {work} in {workdir}; end it first{or_else}.")
+
+
+def _lock(workdir: epath.Path, work: str, _: Clock) -> Callable[[], None]:
+    """Lock a file, and note in it who did; return what unlocks it."""
+    files.make_folder(workdir)
+    path = workdir / "lock"
+    with files.writing(path):
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:  # some cluster file systems: better unlocked than not at all
+            return lambda: os.close(number)
+        os.close(number)
+        raise _taken(workdir, work, parse(path.read_bytes()) or {}) from error
+    with files.writing(path):
+        os.ftruncate(number, 0)
+        os.pwrite(number, json.dumps(_me()).encode(), 0)
+    return lambda: os.close(number)
+
+
+def _lease(workdir: epath.Path, work: str, clock: Clock) -> Callable[[], None]:
+    """Take the lease when it is free; return what gives it back."""
+    folder, me = f"{workdir}/lease", _me()
+    number, holder = _newest(folder)
+    free = not holder or holder.get("released")
+    if not free:
+        warn(
+            f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that has "
+            f"died, this {work} begins within {LEASE_SECONDS} seconds."
+        )
+    since = clock.now()
+    while not free or not _extend(folder, number + 1, me):
+        if not free:
+            clock.sleep(RENEW_SECONDS / 5)
+        seen = number
+        number, holder = _newest(folder)
+        free = holder.get("released") or clock.now() > since + LEASE_SECONDS
+        if number != seen and not holder.get("released"):
+            raise _taken(workdir, work, holder)
+    return _Renewal(folder, number + 1, me, work, clock).end
+
+
+def _numbers(folder: str) -> list[int]:
+    return [int(path.rpartition("/")[2]) for path in files.walk(folder)]
+
+
+def _newest(folder: str) -> tuple[int, dict[str, Any]]:
+    """Return number and content of the newest object; 0 and {} where there is none."""
+    while True:
+        number = max(_numbers(folder), default=0)
+        if not number:
+            return 0, {}
+        with contextlib.suppress(FileNotFoundError):  # the next one came while we looked
+            return number, json.loads(files.read(f"{folder}/{number:012d}"))
+
+
+def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
+    """Create the next object and remove the one before; False where another was faster."""
+    path = f"{folder}/{number:012d}"
+    if not files.create(path, json.dumps(content).encode()):
+        there = parse(files.read(path)) or {}
+        if there.get("id") != content["id"]:  # else an answer was lost, and it was tried again
+            return False
+    if max(_numbers(folder)) > number:  # of somebody who has removed theirs of this number
+        files.remove(path)
+        return False
+    files.remove(f"{folder}/{number - 1:012d}")
+    return True
+
+
+class _Renewal:
+    """A thread that renews the lease until `end`; where it is lost, it ends the process."""
+
+    def __init__(
+        self, folder: str, number: int, me: dict[str, Any], work: str, clock: Clock
+    ) -> None:
+        self._folder, self._number, self._me, self._work = folder, number, me, work
+        self._over, self._clock = threading.Event(), clock
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._clock.wait(self._over, RENEW_SECONDS):
+            try:
+                kept = _extend(self._folder, self._number + 1, self._me)
+            except _OUT_OF_REACH:  # the next try will tell
+                continue
+            if not kept:
+                warn(
+                    f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, after "
+                    f"{LEASE_SECONDS} seconds without a sign of life from this one."
+                )
+                os._exit(2)
+            self._number += 1
+
+    def end(self) -> None:
+        """Say that the directory is free."""
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(*_OUT_OF_REACH):  # then it lapses
+            _extend(self._folder, self._number + 1, self._me | {"released": True})
+
+
+def count_start(path: Place, step: int) -> int:
+    """Note in a file that the run begins at `step`; return how often in a row it began there."""
+    earlier = (parse(path.read_bytes()) if path.exists() else None) or {}
+    starts = earlier.get("starts", 0) + 1 if earlier.get("step") == step else 1
+    files.write_whole(path, json.dumps({"step": step, "starts": starts}))
+    return starts

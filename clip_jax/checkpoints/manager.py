@@ -1,0 +1,382 @@
+"""Orbax checkpoints: the state and the data position in one atomic unit, with their checksums."""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import math
+import operator
+import traceback
+import zlib
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import checkpoint_managers as policies
+
+from clip_jax import processes
+from clip_jax.checkpoints.retention import (
+    Best,
+    Results,
+    Retention,
+    Unusable,
+    named_step,
+    orbax_place,
+    steps_in,
+    stored,
+)
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.clip import CLIP, Params, split_batch_stats
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+
+Position = dict[str, Any]  # samples seen and the like, by name
+
+# What a store says when it is out of reach for a while: nothing is known of the checkpoint then.
+_OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
+                 "RESOURCE_EXHAUSTED", "ABORTED")  # fmt: skip
+
+
+class Damaged(Exception):
+    """A checkpoint that does not give back what was saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
+    keep: int = 3  # newest checkpoints kept, all of which a run can go on from
+    # Checkpoints kept for `clip-jax evaluate RUN --watch`, where a run has such a watcher: the
+    # oldest that it has not finished with.
+    keep_unwatched: int = 4
+    also: tuple[int, ...] = ()  # steps that are saved and kept besides: where branches begin
+    # Name of a result, such as imagenet1k/acc1: the checkpoint with the best is kept besides. A
+    # step whose evaluation gives the best so far is saved, whenever it is.
+    best: str | None = None
+    best_mode: Literal["max", "min"] = "max"  # which result is the best: the highest or the lowest
+    # Whose results: of the run's own evaluators, or of `clip-jax evaluate RUN --watch` beside it.
+    best_of: Literal["run", "watcher"] = "run"
+
+    def __post_init__(self) -> None:
+        at_least_one = dict.fromkeys(("every_steps", "keep", "keep_unwatched", "also"), "[1, inf)")
+        check_ranges(self, "checkpoint.", **at_least_one)
+        if self.best is not None and not self.best.strip():
+            raise InputError("checkpoint.best is empty; give the name of a result, or None.")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on from."""
+
+    step: int
+    state: Any
+    position: Position
+    said: tuple[str, ...] = ()  # of newer checkpoints, which are damaged
+
+
+class Checkpoints:
+    """`<workdir>/checkpoints/<step>/`, written in the background.
+
+    A checkpoint exists whole or not at all: Orbax writes beside it and renames (on buckets: marks
+    it as committed), so a process killed while saving leaves the one before. With it are kept the
+    checksums of its arrays, so that what a disk loses later is noticed.
+    """
+
+    def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
+        self._directory = orbax_place(directory)
+        self._best: Best | None = None
+        if config.best:
+            self._best = Best(name=config.best, mode=config.best_mode, of=config.best_of)
+            _drop_damaged_results(self._directory)
+        due = [
+            policies.FixedIntervalPolicy(config.every_steps),
+            policies.SpecificStepsPolicy(config.also),
+            policies.PreemptionCheckpointingPolicy(),
+        ]
+        kept = Retention(
+            self._directory.parent, config.keep, config.keep_unwatched, config.also, self._best
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policies.AnySavePolicy(due),
+                # Without it Orbax doesn't keep the results, by which the policy finds the best.
+                best_fn=self._best.value if self._best else None,
+                preservation_policy=kept,
+                cleanup_tmp_directories=True,
+            ),
+        )
+        self._best_value = self._best_kept()
+
+    def _best_kept(self) -> float:
+        """Return the best result of those that are kept with checkpoints; -inf without any."""
+        if not self._best or self._best.of == "watcher":
+            return float("inf")
+        kept = (stored(self._directory, step) or {} for step in self._manager.all_steps())
+        return max(map(self._best.value, kept), default=float("-inf"))
+
+    def is_best(self, results: Results) -> bool:
+        """Say whether a step with these results is to be saved as the best so far."""
+        return self._best is not None and self._best.value(results) > self._best_value
+
+    def latest_step(self) -> int | None:
+        """Return the newest complete checkpoint's step, None when there is none."""
+        return self._manager.latest_step()
+
+    def should_save(self, step: int) -> bool:
+        """Say whether this step is due, or the platform has announced a preemption."""
+        return step != self.latest_step() and self._manager.should_save(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Say whether all processes agreed to stop at this step. Ask at every step."""
+        return self._manager.reached_preemption(step)
+
+    def save(
+        self, step: int, state: Any, position: Position, results: Results | None = None
+    ) -> None:
+        """Save now, unless this step is saved already. Returns when the arrays are copied.
+
+        `results` are those of the step's evaluation, by which the best checkpoint is kept.
+        """
+        if step != self.latest_step():
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                position=_PositionSave(position, checksums(state)),
+            )
+            kept = dict(results or {}) if self._best else None
+            with files.writing(self._directory):  # also of the save before, in the background
+                self._manager.save(step, args=items, metrics=kept, force=True)
+            if self._best and kept:
+                self._best_value = max(self._best_value, self._best.value(kept))
+
+    def restore(self, state: Any) -> Restored:
+        """Read the newest intact checkpoint: a state of these shapes, where their shardings say.
+
+        Newer ones, which are damaged, are put aside. All processes call this at once. InputError
+        where none is intact; then all stay where they are.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found, why = None, ""
+            try:
+                found = _read(self._directory / str(step), ocp.args.StandardRestore(state))
+            except Damaged as error:
+                why = str(error)
+            reasons = [reason for reason in processes.gather(why) if reason]
+            if found and not reasons:
+                said = [self._put_aside(*each) for each in damaged.items() if processes.is_lead()]
+                processes.gather(None)  # nobody lists the steps before that is done
+                self._manager.reload()
+                self._best_value = self._best_kept()
+                return Restored(step, *found, tuple(said))
+            damaged[step] = reasons[0]
+        each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
+        raise InputError(
+            f"no checkpoint in {self._directory} is intact: {each}. Bring back a copy of one, or "
+            "start anew in another --workdir."
+        )
+
+    def _put_aside(self, step: int, why: str) -> str:
+        """Move a step's folder to where nobody takes it for a checkpoint; return what to say."""
+        aside = self._directory.parent / "damaged"
+        names = itertools.chain([str(step)], (f"{step}-{i}" for i in itertools.count(2)))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        files.move_folder(self._directory / str(step), target)
+        return f"the checkpoint of step {step} is damaged ({why}); it is kept in {target}"
+
+    def wait(self) -> None:
+        """Block until what was saved is on disk."""
+        with files.writing(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and release the background threads."""
+        with files.writing(self._directory):
+            self._manager.close()
+
+
+def _drop_damaged_results(directory: epath.Path) -> None:
+    """Delete what was kept as a checkpoint's results and can no longer be read."""
+    if processes.is_lead():
+        for step in steps_in(directory):
+            if stored(directory, step) is None:
+                files.remove(directory / str(step) / "metrics" / "metrics")
+    processes.gather(None)  # nobody reads them before that is done
+
+
+def restore_step(workdir: Place, step: int, state: Any) -> Restored:
+    """Read one checkpoint of a run that may be going on: nothing there is touched.
+
+    Raises InputError where that step is not kept, or is damaged.
+    """
+    step = named_step(workdir, str(step))
+    with _refusing(workdir, step) as folder:
+        return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
+
+
+def restore_params(workdir: Place, step: int, model: CLIP, places: Any = None) -> Params:
+    """Read a checkpoint's parameters alone, whatever mesh they were trained on.
+
+    `places` are their shardings: each device reads its own part and nothing else. By default all
+    goes to the first device. Where the run keeps an average of its weights (optim.ema_decay), that.
+    Raises Unusable if the checkpoint is damaged.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    if places is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: one, shapes)
+    shapes = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    trainable, batch_stats = split_batch_stats(shapes)
+    with _refusing(workdir, step) as folder:
+        average = _average_in(folder)
+        target: Any = {"params": shapes}
+        if average:  # of what is trained, to which BatchNorm's statistics belong
+            target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
+            target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
+        args = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        restored, _ = _read(folder, args)
+    found = functools.reduce(operator.getitem, average, restored) if average else {}
+    return restored.get("params", {}) | found
+
+
+@contextlib.contextmanager
+def _refusing(workdir: Place, step: int) -> Generator[epath.Path]:
+    """The folder of a step; what is damaged in it is refused."""
+    try:
+        yield orbax_place(workdir) / "checkpoints" / str(step)
+    except Damaged as error:
+        raise Unusable(
+            f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
+            "command puts it aside and goes on from the newest one that is intact."
+        ) from error
+
+
+def _average_in(folder: epath.Path) -> tuple[str, ...]:
+    """Return where in a saved state the average of the weights lies; () if there is none."""
+    try:
+        saved: Any = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    except Exception as error:
+        raise _damaged(error) from error
+    optimizer = saved.get("opt_state")
+    for path in (("ema",), ("inner", "ema")):  # the latter where updates may be skipped
+        tree = optimizer
+        for name in path:
+            tree = tree.get(name) if isinstance(tree, Mapping) else None
+        if tree:
+            return ("opt_state", *path)
+    return ()
+
+
+# ---------------------------------------------------------------------------------- checksums
+
+
+@jax.jit
+def checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
+    """Sum up every array of a tree to 32 bits, which change if any one of its elements does.
+
+    Whole numbers are summed, and each element's place goes into them: so the sum is the same on
+    every mesh, each device reads its own part, and nothing but the sums is exchanged.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _sum(x) for path, x in leaves}
+
+
+def _sum(x: Array) -> UInt32[Array, ""]:
+    width = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    weight = jnp.uint32(1)  # odd, as every factor here: no change of one element is lost
+    for dim in range(x.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+        weight += place * jnp.uint32(2 * math.prod(x.shape[dim + 1 :]) % 2**32)
+    mixed = (bits ^ (bits >> 16)) * weight
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+class _PositionHandler(ocp.JsonCheckpointHandler):
+    """Writes position and checksums as JSON in the background, once the device has the latter."""
+
+    async def async_save(
+        self, directory: epath.Path, item: Any = None, args: Any = None
+    ) -> list[Any]:
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args))]
+
+    async def _write(self, directory: epath.Path, args: "_PositionSave") -> None:
+        if processes.is_lead():
+            sums = await asyncio.to_thread(jax.device_get, args.checksums)
+            content = args.position | {"checksums": {name: int(x) for name, x in sums.items()}}
+            text = json.dumps(content | {"checksum": _crc(content)})
+            (directory / "metadata").write_text(text)
+
+
+@ocp.args.register_with_handler(_PositionHandler, for_save=True, for_restore=True)
+@dataclass
+class _PositionSave(ocp.args.CheckpointArgs):
+    position: Position
+    checksums: dict[str, Array]
+
+
+def _crc(content: Position) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a traceback that Orbax or asyncio logs tells more than the one error raised.
+
+    It does not for a full disk, nor for reads that failed beside the one whose error is raised.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, Exception):
+        return True
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    is_orbax = any("orbax" in frame.f_code.co_filename for frame in frames)
+    return not (files.is_full(error) or (is_orbax and "never retrieved" in record.getMessage()))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
+def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Position]:
+    """Read a step's state and position, and compare the checksums. Damaged says what is wrong.
+
+    No process waits for another here, whatever any of them meets.
+    """
+    args = ocp.args.Composite(state=state, position=ocp.args.JsonRestore())
+    try:
+        items = ocp.CompositeCheckpointHandler().restore(folder, args=args)
+        position = dict(items["position"])
+    except Exception as error:  # a broken file has made Orbax and tensorstore raise a dozen kinds
+        raise _damaged(error) from error
+    expected, own = position.pop("checksums", None), position.pop("checksum", None)
+    if expected or own:  # older checkpoints have neither
+        if own != _crc(position | {"checksums": expected}):
+            raise Damaged("position/metadata is not what was saved")
+        found = jax.device_get(checksums(items["state"]))
+        wrong = [name for name, x in found.items() if int(x) != expected.get(name, int(x))]
+        if wrong:
+            raise Damaged(f"{len(wrong)} of {len(found)} arrays are not what was saved: {wrong[0]}")
+    return items["state"], position
+
+
+def _damaged(error: Exception) -> Damaged:
+    """Say in one line what reading a checkpoint met; errors that say nothing of it go on."""
+    outside = isinstance(error, MemoryError | ConnectionError | TimeoutError | PermissionError)
+    if outside or any(word in str(error) for word in _OUT_OF_REACH):
+        raise error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return Damaged(f"{type(error).__name__}: {first[:200]}")

@@ -1,0 +1,179 @@
+"""Which checkpoints of a run there are, which of them RUN@20000 and RUN@best mean, and which stay.
+
+A watcher beside the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/watch.jsonl` for
+every step it has finished with. The run keeps the oldest steps that have no row yet.
+"""
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from clip_jax import processes
+from clip_jax.checkpoints import orbax
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import parse, read_json, read_rows
+
+Results = Mapping[str, Any]  # of one step, by name
+
+WATCH = "evals/watch"  # of a work directory: the folder that its watcher claims
+WATCHED = "evals/watch.jsonl"  # and a row for every step that the watcher has finished with
+
+
+class Unusable(InputError):
+    """A checkpoint that is not kept, is damaged, or holds values that are no numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """By which result a checkpoint is the best."""
+
+    name: str
+    mode: Literal["max", "min"]
+    of: Literal["run", "watcher"]  # who evaluates
+
+    def value(self, results: Results) -> float:
+        """Return the result such that larger is better; -inf where there is none."""
+        value = results.get(self.name, float("nan"))
+        if value != value:  # none, or no number
+            return float("-inf")
+        return value if self.mode == "max" else -value
+
+
+# --------------------------------------------------------------------------------- which there are
+
+
+def orbax_place(directory: epath.PathLike) -> epath.Path:
+    """A folder as Orbax takes it; the first on s3:// teaches it that."""
+    place = files.place(directory)
+    if os.fspath(directory).startswith("s3://"):
+        orbax.enable()
+    return epath.Path(place if files.is_remote(directory) else os.path.abspath(place))
+
+
+def steps_in(directory: epath.PathLike) -> list[int]:
+    """List the steps whose checkpoints are complete, the newest last."""
+    found = ocp.path.step.standard_name_format().find_all(orbax_place(directory))
+    return sorted(step.step for step in found)
+
+
+def split_name(path: Place) -> tuple[Place, str]:
+    """Split RUN@20000 and RUN@best in the run and what stands behind the last @.
+
+    A path that exists is itself, and so is one without such a suffix.
+    """
+    run, at, which = os.fspath(path).rpartition("@")
+    if not (at and run and (which == "best" or which.isdecimal())) or path.exists():
+        return path, ""
+    return files.place(run), which
+
+
+def named_step(workdir: Place, which: str) -> int:
+    """Return the step that stands behind the @, the newest for "". Unusable if there is none."""
+    steps = steps_in(workdir / "checkpoints")
+    if not steps:
+        raise Unusable(
+            f"{workdir / 'checkpoints'} holds no checkpoint: the run has saved none yet."
+        )
+    kept = f"{workdir} keeps the checkpoints of steps {', '.join(map(str, steps))}"
+    if which == "best":
+        best = _best_of(workdir)
+        if best is None:
+            raise InputError(
+                f"{workdir}@best: the run was trained without --checkpoint.best, the name of a "
+                f"result; {kept}, such as {workdir}@{steps[-1]}."
+            )
+        found = results_of(workdir, steps, best)
+        if not any(best.name in results for results in found.values()):
+            raise InputError(
+                f"{workdir}@best: none of its checkpoints has {best.name} yet; {kept}."
+            )
+        return max(steps, key=lambda step: (best.value(found[step]), step))
+    if which and int(which) not in steps:
+        raise Unusable(
+            f"{kept}, not of {which}; name one of these, or train that run with a larger "
+            "--checkpoint.keep."
+        )
+    return int(which) if which else steps[-1]
+
+
+def _best_of(workdir: Place) -> Best | None:
+    config = read_json(workdir / "config.json").get("checkpoint") or {}
+    if not config.get("best"):
+        return None
+    return Best(name=config["best"], mode=config["best_mode"], of=config["best_of"])
+
+
+def results_of(workdir: Place, steps: Sequence[int], best: Best) -> dict[int, Results]:
+    """Return what is known of each of these steps: kept with it, or found by the watcher."""
+    if best.of == "watcher":
+        rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
+        return {step: rows.get(step, {}) for step in steps}
+    return {step: stored(workdir / "checkpoints", step) or {} for step in steps}
+
+
+def stored(directory: Place, step: int) -> Results | None:
+    """Return the results that Orbax keeps with a checkpoint; None where they are no such thing."""
+    path = directory / str(step) / "metrics" / "metrics"
+    return parse(path.read_bytes()) if path.exists() else {}
+
+
+# --------------------------------------------------------------------------------- which are kept
+
+
+@dataclass
+class _Info:
+    step: int
+    time: datetime.datetime
+    metrics: dict[str, Any] | None
+
+
+class Retention(policies.PreservationPolicy):
+    """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
+
+    All processes ask it at once.
+    """
+
+    def __init__(
+        self, workdir: Place, keep: int, keep_unwatched: int, also: Sequence[int], best: Best | None
+    ) -> None:
+        self._workdir, self._best, self._keep_unwatched = workdir, best, keep_unwatched
+        kept = [policies.LatestN(keep), policies.CustomSteps(also)]
+        if best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+        self._policy = policies.AnyPreservationPolicy(kept)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [x.step for x in checkpoints]
+        unwatched, rows = processes.gather(self._look(steps) if processes.is_lead() else None)[0]
+        results: Sequence[Results] = [x.metrics or {} for x in checkpoints]
+        if self._best and self._best.of == "watcher":
+            results = rows
+        name = self._best.name if self._best else ""
+        infos = [
+            _Info(x.step, x.time, dict(row) if name in row else None)
+            for x, row in zip(checkpoints, results, strict=True)
+        ]
+        keep = self._policy.should_preserve(infos, context=context)
+        return [kept or step in unwatched for step, kept in zip(steps, keep, strict=True)]
+
+    def _look(self, steps: Sequence[int]) -> tuple[list[int], list[Results]]:
+        """List the oldest steps that a watcher has yet to finish with, and its rows of all.
+
+        Both are of one reading: so a step is among the former, or its row counts for the best.
+        """
+        rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
+        unwatched = [step for step in sorted(steps) if step not in rows][: self._keep_unwatched]
+        is_watched = (self._workdir / WATCH).exists()
+        return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]

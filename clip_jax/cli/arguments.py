@@ -1,0 +1,131 @@
+"""What a person types after a command, read into the dataclass that the command takes."""
+
+import dataclasses
+import itertools
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FunctionType, NoneType
+from typing import Any
+
+from clip_jax.errors import InputError
+
+# Options of open_clip, transformers and others; a field of the configs that they would belong to;
+# and what takes their place there.
+_ELSEWHERE = (
+    ("lr optim.lr learning-rate", "optim", "--optim.learning-rate"),
+    ("wd optim.wd weight-decay", "optim", "--optim.weight-decay"),
+    ("warmup warmup-steps", "optim", "--optim.warmup-steps"),
+    ("epochs num-train-epochs max-steps", "steps", "--steps, of --batch-size pairs each"),
+    ("accum-freq gradient-accumulation-steps", "accumulation", "--accumulation"),
+    ("train-data", "data", "--data.source.path, with configs/pairs.py for example"),
+    ("workers", "data", "--data.workers"),
+    ("model", "steps", "a config file with another model, or --model.vision.depth and the like"),
+    ("pretrained", "init_from", "--init-from"),
+    ("output-dir logs", "workdir", "--workdir"),
+    ("output-dir", "output", "--output"),
+)
+
+
+def leading(args: Sequence[str]) -> list[str]:
+    """Return what stands before the first flag."""
+    return list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+
+
+def read(
+    kind: Any, args: Sequence[str], positional: Sequence[str], command: FunctionType, verb: str = ""
+) -> tuple[Any, bool]:
+    """Read a command's config, its first fields by position; say whether --json was given."""
+    rest = [arg for arg in args if arg != "--json"]
+    values = leading(rest)[: len(positional)]
+    names = positional[: len(values)]
+    flags = [part for pair in zip(names, values, strict=True) for part in (f"--{pair[0]}", pair[1])]
+    verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
+    config = parse(kind, [*flags, *rest[len(values) :]], f"{verb} [--json]", command)
+    return config, len(rest) < len(args)
+
+
+def read_run(
+    kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
+) -> Any:
+    """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
+    from clip_jax.config import Config, load_config
+
+    path = leading(args)[0] if leading(args) else None
+    rest = list(args[1:] if path else args)
+    if path is None and not {"-h", "--help"} & set(rest):
+        raise InputError(f"{verb} needs a config file: clip-jax {verb} configs/digits.py")
+    default = load_config(path) if path else Config()
+    return parse(kind, rest, f"{verb} CONFIG", command, kind(**fields(default), **defaults))
+
+
+def fields(instance: Any) -> dict[str, Any]:
+    """Return a dataclass's fields by name, those inside as they are."""
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+
+
+def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None) -> Any:
+    """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
+    import tyro
+
+    _check_names(kind, args)
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_place)
+    try:
+        return tyro.cli(
+            kind,
+            registry=registry,
+            prog=f"clip-jax {verb}",
+            description=(command.__doc__ or "").strip(),
+            args=list(args),
+            config=(tyro.conf.AvoidSubcommands,),
+            **({} if default is None else {"default": default}),
+        )
+    except SystemExit as stopped:  # at any ValueError of a dataclass, also at those that are bugs
+        error: BaseException | None = stopped
+        while error := error.__context__:
+            if (
+                isinstance(error, ValueError)
+                and not isinstance(error, InputError)
+                and _is_ours(error)
+            ):
+                raise error from None
+        raise
+
+
+def _check_names(kind: Any, args: Sequence[str]) -> None:
+    """Refuse what other tools call an option that has another name here."""
+    own = {field.name: field.type for field in dataclasses.fields(kind)}
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        if not dataclasses.is_dataclass(own.get(flag[2:].replace("-", "_"), kind)):
+            continue  # it has that option itself, and not as a group
+        for names, field, instead in _ELSEWHERE:
+            if flag in [f"--{name}" for name in names.split()] and field in own:
+                raise InputError(f"there is no option {flag}; take {instead}.")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Say whether an exception came through this package's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(__file__).parents[1] in Path(frame.filename).parents for frame in frames)
+
+
+def _place(info: Any) -> Any:
+    """Tell tyro how to read what may be a path or a URL."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    from clip_jax.storage.files import Place, place
+
+    kinds = set(typing.get_args(info.type)) or {info.type}
+    if kinds - {NoneType} != set(typing.get_args(Place)):
+        return None
+    optional = NoneType in kinds
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|PATH" if optional else "PATH",
+        instance_from_str=lambda args: None if optional and args == ["None"] else place(args[0]),
+        is_instance=lambda x: isinstance(x, tuple(kinds)),
+        str_from_instance=lambda x: [str(x)],
+    )

@@ -1,0 +1,419 @@
+"""One sub-command per verb; each only parses and calls one function.
+
+Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted after saving, 75 a
+bucket gave no answer (start again).
+"""
+
+import dataclasses
+import difflib
+import errno
+import functools
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_jax.cli import arguments
+from clip_jax.errors import InputError
+from clip_jax.serialize import to_json
+from clip_jax.storage.errors import Unreachable, explained
+
+USAGE = """\
+usage: clip-jax COMMAND [...]
+
+CLIP in JAX: train it, evaluate it, use it, carry the weights both ways.
+
+commands:
+{commands}
+
+`clip-jax COMMAND --help` says what a command takes.
+"""
+
+SCALE_USAGE = """\
+usage: clip-jax scale VERB [...]
+
+Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law.
+
+  ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: the price)
+  collect RUN ...    gather finished runs into one table
+  choose TABLE       the best trial of each point of a sweep; the rule for rates, checked
+  fit TABLE          fit a law, with intervals; predict runs, spend a budget, compare families, draw
+  report RUN ...     one HTML page to look at: points, laws, curves, costs, what failed
+
+`clip-jax scale VERB --help` says what a verb takes.
+"""
+
+BENCH_USAGE = """\
+usage: clip-jax bench VERB CONFIG [...]
+
+What this machine does a second, with a run's config.
+
+  input    samples of each stage of reading, of the whole pipeline, and what limits it
+  step     training steps on made-up data: pairs, MFU, memory (CPU, GPU, TPU)
+  loss     the loss alone with its gradients
+
+`clip-jax bench VERB --help` says what a verb takes.
+"""
+
+
+def train(args: Sequence[str]) -> int:
+    """train a model from a config file: clip-jax train configs/digits.py"""
+    from clip_jax.config import Config
+
+    @dataclass(frozen=True, kw_only=True)
+    class Run(Config):
+        workdir: str  # where the run lives, or gs://, s3://; the same command resumes it
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.workdir.strip():
+                raise InputError(f"workdir={self.workdir!r} is empty; give a folder or gs://...")
+
+    path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
+    # A run's own config.json means that run.
+    workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
+    given = arguments.fields(arguments.read_run(Run, args, train, "train", workdir=str(workdir)))
+    workdir = given.pop("workdir")
+
+    from clip_jax import processes
+    from clip_jax.train import Diverged, Preempted
+    from clip_jax.train import train as run_training
+
+    try:
+        with processes.interrupt:
+            processes.start(given["processes"])
+            run_training(Config(**given), workdir)
+    except Diverged as error:
+        return _say(str(error), code=1)
+    except Preempted as error:
+        return _say(str(error), code=3)
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL [--watch]"""
+    from clip_jax import processes
+    from clip_jax.evals.report import to_table
+    from clip_jax.inference.evaluate import EvaluateConfig
+    from clip_jax.inference.evaluate import evaluate as run_evaluation
+    from clip_jax.inference.watch import watch
+
+    config, as_json = arguments.read(EvaluateConfig, args, ("model",), evaluate)
+    processes.start(processes.ProcessesConfig())
+    values = watch(config) if config.watch else run_evaluation(config)
+    if processes.is_lead():
+        _print(values, as_json, to_table(values))
+    return 0
+
+
+def predict(args: Sequence[str]) -> int:
+    """label or caption images: clip-jax predict MODEL --images photos --labels cat dog"""
+    from clip_jax.evals.pictures import in_words
+    from clip_jax.inference.predict import PredictConfig
+    from clip_jax.inference.predict import predict as run_prediction
+
+    config, as_json = arguments.read(PredictConfig, args, ("model",), predict)
+    results = run_prediction(config)
+    lines = [f"{result['image']:<32} " + "  ".join(in_words(result, 5)) for result in results]
+    return _print(results, as_json, "\n".join(lines))
+
+
+def embed(args: Sequence[str]) -> int:
+    """embed a folder, table or tars to Parquet: clip-jax embed MODEL SOURCE OUTPUT"""
+    from clip_jax.inference.embed import EmbedConfig
+    from clip_jax.inference.embed import embed as run_embedding
+
+    config, as_json = arguments.read(EmbedConfig, args, ("model", "source", "output"), embed)
+    result = run_embedding(config)
+    for line in result["skipped"]:
+        print(f"skipped {line['key']}: {line['reason']}", file=sys.stderr)
+    return _print(result, as_json, f"{result['images']} images in {result['output']}")
+
+
+def search(args: Sequence[str]) -> int:
+    """search an embedded folder: clip-jax search MODEL EMBEDDINGS --text 'a red bicycle'"""
+    from clip_jax.inference.search import SearchConfig
+    from clip_jax.inference.search import search as run_search
+
+    config, as_json = arguments.read(SearchConfig, args, ("model", "embeddings"), search)
+    results = run_search(config)
+    text = "\n".join(f"{x['similarity']:.4f}  {x['key']}" for x in results)
+    return _print(results, as_json, text)
+
+
+def demo(args: Sequence[str]) -> int:
+    """serve a page that labels and searches: clip-jax demo MODEL --embeddings EMBEDDINGS"""
+    from clip_jax.serve.demo import DemoConfig
+    from clip_jax.serve.demo import demo as serve
+
+    config, _ = arguments.read(DemoConfig, args, ("model",), demo)
+    serve(config)
+    return 0
+
+
+def serve(args: Sequence[str]) -> int:
+    """serve over HTTP, many clients at once: clip-jax serve MODEL --embeddings EMBEDDINGS"""
+    from clip_jax.serve.command import serve as run_server
+    from clip_jax.serve.service import ServeConfig
+
+    config, _ = arguments.read(ServeConfig, args, ("model",), serve)
+    run_server(config)
+    return 0
+
+
+def convert(args: Sequence[str]) -> int:
+    """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
+    from clip_jax.convert.command import ConvertConfig
+    from clip_jax.convert.command import convert as run_conversion
+
+    config, as_json = arguments.read(ConvertConfig, args, ("source", "destination"), convert)
+    done = run_conversion(config)
+    values: dict[str, Any] = {"destination": str(config.destination)}
+    if done.activation_difference is not None:
+        values["activation_difference"] = done.activation_difference
+    if done.unverified:
+        values["verification"] = f"written; cannot be verified because {done.unverified}"
+    if proof := done.verification:
+        most = proof.max_relative_difference
+        values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
+    _print(values, as_json, _listed(values))
+    return 0 if proof is None or proof.passed else 1
+
+
+def export(args: Sequence[str]) -> int:
+    """write a model as ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
+    from clip_jax.export.command import ExportConfig
+    from clip_jax.export.command import export as run_export
+
+    config, as_json = arguments.read(ExportConfig, args, ("model", "output"), export)
+    proof = run_export(config)
+    values: dict[str, Any] = {"output": str(config.output)}
+    if proof:
+        values |= dataclasses.asdict(proof)
+        values["max_relative_difference"] = proof.max_relative_difference
+    _print(values, as_json, _listed(values))
+    return 0 if proof is None or proof.passed else 1
+
+
+def scale(args: Sequence[str]) -> int:
+    """scaling laws: clip-jax scale ladder SPEC, collect RUN ..., fit TABLE, report RUN ..."""
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb in ("-h", "--help"):
+        print(SCALE_USAGE)
+        return 0
+    if verb == "ladder":
+        return _ladder(rest)
+    from clip_jax.scaling import answers, rates
+    from clip_jax.scaling.report import ReportConfig, report
+    from clip_jax.scaling.words import describe
+
+    if verb == "fit":
+        config, as_json = arguments.read(answers.FitConfig, rest, ("table",), scale, "scale fit")
+        result = answers.fit(config)
+        return _print(result, as_json, describe(result))
+    if verb == "choose":
+        kind = rates.ChooseConfig
+        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
+        result = rates.choose(config)
+        return _print(result, as_json, rates.describe(result))
+    paths = arguments.leading(rest)
+    rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
+    if verb == "collect":
+        config, as_json = arguments.read(answers.CollectConfig, rest, (), scale, "scale collect")
+        result = answers.collect(config)
+        _print(result, as_json, f"{result['rows']} runs in {result['table']}")
+        for line in result["skipped"]:
+            print(f"left out: {line}", file=sys.stderr)
+    elif verb == "report":
+        config, as_json = arguments.read(ReportConfig, rest, (), scale, "scale report")
+        result = report(config)
+        shown = (f"{number} {status}" for status, number in result["runs"].items())
+        _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
+    else:
+        raise InputError(f"scale needs ladder, collect, choose, fit or report, not {verb!r}.")
+    return 0
+
+
+def _ladder(args: Sequence[str]) -> int:
+    from clip_jax.scaling.jobs import Stopped
+    from clip_jax.scaling.ladder import LadderCommand, climb
+
+    config, as_json = arguments.read(LadderCommand, args, ("spec",), scale, "scale ladder")
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    try:
+        result = climb(config, say)
+    except Stopped as stopped:
+        return _say(str(stopped), code=3)
+    if as_json:
+        print(to_json(result))
+    for point in (failures := [point for point in result["points"] if point["failure"]]):
+        print(f"failed: {point['name']}: {point['failure']}", file=sys.stderr)
+    if all(point["done"] for point in result["points"]):
+        print(f"next: clip-jax scale collect {result['root']}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def plan(args: Sequence[str]) -> int:
+    """what a run takes on a pod you don't have: clip-jax plan CONFIG --topology v5e:16x16"""
+    from clip_jax.pods.plan import PlanConfig
+    from clip_jax.pods.plan import plan as make_plan
+    from clip_jax.pods.report import compare, describe
+
+    rest, as_json = [arg for arg in args if arg != "--json"], "--json" in args
+    plans = make_plan(arguments.read_run(PlanConfig, rest, plan, "plan"))
+    values, text = plans[0].to_json(), describe(plans[0])
+    if len(plans) > 1:
+        values["compared"] = [x.to_json() for x in plans[1:]]
+        text += "\n" + compare(plans)
+    return _print(values, as_json, text)
+
+
+def prepare(args: Sequence[str]) -> int:
+    """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect, --index"""
+    from clip_jax.prepare import writer
+    from clip_jax.prepare.layout import PrepareConfig
+
+    config, as_json = arguments.read(PrepareConfig, args, ("source", "destination"), prepare)
+    if config.index:
+        from clip_jax.prepare import index
+
+        indexed = index.index(config.source, config.part, config.bad_shards)
+        return _print(indexed, as_json, index.describe(indexed))
+    if config.vocabulary:
+        from clip_jax.prepare.vocabulary import describe
+
+        vocabulary = writer.vocabulary(config)
+        return _print(vocabulary, as_json, describe(vocabulary))
+    result = writer.inspect(config) if config.inspect else writer.prepare(config)
+    if "kept" not in result["counts"]:
+        _say("no pair is kept; the counts say why each was dropped.", code=0)
+    return _print(result, as_json, writer.describe(result))
+
+
+def bench(args: Sequence[str]) -> int:
+    """measure this machine: clip-jax bench input CONFIG, bench step CONFIG, bench loss CONFIG"""
+    from clip_jax import bench as benches
+
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if verb in ("-h", "--help"):
+        print(BENCH_USAGE)
+        return 0
+    if verb not in benches.BENCHES:
+        raise InputError(f"bench needs one of {', '.join(benches.BENCHES)}; got {verb!r}.")
+    kind, measure, describe = benches.BENCHES[verb]
+    flags = [arg for arg in rest if arg != "--json"]
+    config = arguments.read_run(kind, flags, bench, f"bench {verb}")
+    if verb != "input":  # which computes on no device
+        from clip_jax import processes
+
+        processes.start(config.processes)  # with the flags that training takes
+    result = measure(config)
+    return _print(result, len(flags) < len(rest), describe(result))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "embed": embed,
+    "search": search,
+    "demo": demo,
+    "serve": serve,
+    "convert": convert,
+    "export": export,
+    "prepare": prepare,
+    "plan": plan,
+    "scale": scale,
+    "bench": bench,
+}
+
+
+def _print(values: Any, as_json: bool, text: str) -> int:
+    print(to_json(values) if as_json else text)
+    return 0
+
+
+def _listed(values: dict[str, Any]) -> str:
+    """One value a line, without those that there are not."""
+    return "\n".join(f"{name:<24} {x}" for name, x in values.items() if x is not None)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"clip-jax: {message}", file=sys.stderr)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with explained():
+            code = _run(args)
+        sys.stdout.flush()
+        return _together(code)
+    except InputError as error:
+        says = str(error)
+        if args[0] in ("embed", "prepare"):  # whose source is the argument SOURCE
+            says = re.sub(r"(--)?data\.source\.path", "SOURCE", says)
+            says = says.replace("--data.source.", "--")
+        return _together(_say(says, code=2))
+    except Unreachable as error:
+        return _together(_say(f"{error}. What was saved is intact.", code=75))
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
+        return _together(_say("interrupted.", code=130))
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return _together(141)  # as a shell reports SIGPIPE
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _together(_say(f"{error.strerror}: {error.filename}", code=2))
+        return _failed(error)
+
+
+def _run(args: Sequence[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        listing = "\n".join(
+            f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
+        )
+        print(USAGE.format(commands=listing))
+        return 0
+    if args[0] == "--version":
+        from clip_jax import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.{meant}", code=2)
+    return COMMANDS[args[0]](args[1:])
+
+
+def _unread() -> bool:
+    """Say whether the reader of the output, `head` say, has left; if so, drop the rest of it."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLERR)
+    if left := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
+def _together(code: int) -> int:
+    """Return the exit code; with other processes that may wait for this one, leave at once."""
+    processes = sys.modules.get("clip_jax.processes")  # none is there without it
+    return processes.leave(code) if processes and code not in (0, 3) else code
+
+
+def _failed(error: Exception) -> int:
+    """Let Python report a bug, unless its way out is through other processes."""
+    processes = sys.modules.get("clip_jax.processes")
+    if not processes or processes.is_alone():
+        raise error
+    traceback.print_exception(error)
+    return _together(1)

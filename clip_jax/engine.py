@@ -1,0 +1,206 @@
+"""Many tasks of one kind, done by threads of this process or on Ray, wherever its nodes are.
+
+Work is a function of a task and of what wraps its indices to count them. It reads and writes files,
+each of which appears whole and is a function of the task alone; so a task that is done twice, by a
+node that was thought dead, or again after a stop, changes nothing. What work returns is a line
+for people, or None.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Literal
+
+from clip_jax.display import Display
+from clip_jax.errors import InputError
+from clip_jax.storage.errors import Unreachable
+
+On = Literal["here", "ray"]
+Counted = Callable[[Iterable[int]], Iterator[int]]
+Work = Callable[[Any, Counted], str | None]
+
+_STEP = 64  # samples between movements of the progress bar
+_RETRIES = 20  # of a task whose worker or node dies; a task that kills its worker ends some time
+_AHEAD = 10_000  # tasks that Ray is told of at a time
+
+
+class _Stopped(Exception):
+    """Another thread failed, or a person pressed Ctrl-C."""
+
+
+class Here:
+    """Threads of this process; no others where the work has a model, which takes all devices."""
+
+    def __init__(self, threads: int = 0) -> None:
+        """0 threads: one a core."""
+        self._threads = threads or os.cpu_count()
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(
+        self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
+    ) -> None:
+        """Do all tasks, each given with how many samples it counts.
+
+        `model` says that the work keeps a model in memory, between tasks and on an accelerator. An
+        error, or Ctrl-C, stops all of them at their next sample.
+        """
+        if not tasks:
+            return
+        stop = threading.Event()
+        display = Display(name, sum(size for _, size in tasks))
+
+        def counted(indices: Iterable[int]) -> Iterator[int]:
+            done = 0
+            for index in indices:
+                if stop.is_set():
+                    raise _Stopped
+                yield index
+                done += 1
+                if done % _STEP == 0:
+                    display.add(_STEP)
+            display.add(done % _STEP)
+
+        if model:
+            with display:
+                for task, _ in tasks:
+                    _show(work(task, counted))
+            return
+        with display, ThreadPoolExecutor(self._threads) as threads:
+            futures = [threads.submit(work, task, counted) for task, _ in tasks]
+            try:
+                for future in as_completed(futures):
+                    _show(future.result())
+            except BaseException:
+                stop.set()
+                threads.shutdown(cancel_futures=True)
+                raise
+
+
+class OnRay:
+    """Ray's nodes: those of RAY_ADDRESS or of a cluster that `ray start` began here, else its own.
+
+    A task asks for one core; work with a model gets an actor for each GPU, for each TPU host, and
+    where there is neither for each node. Tasks of workers and nodes that die are done elsewhere.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("--on ray needs Ray: pip install 'clip-jax-pods[ray]'") from error
+        self._ray: Any = ray
+        self._after = contextlib.ExitStack()
+
+    def __enter__(self) -> "OnRay":
+        with contextlib.ExitStack() as stack:
+            # Ray says on standard output what died; there our result goes.
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if not self._ray.is_initialized():
+                try:
+                    how = {"logging_level": "ERROR", "log_to_driver": False}
+                    self._ray.init(include_dashboard=False, **how)
+                except ConnectionError as error:
+                    where = os.environ.get("RAY_ADDRESS") or "the cluster of `ray start`"
+                    raise InputError(f"no Ray at {where} (RAY_ADDRESS): {error}") from error
+                stack.callback(self._ray.shutdown)
+            self._after = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._after.close()
+
+    def run(
+        self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
+    ) -> None:
+        """See `Here.run`. An error lets go of the tasks that have not begun."""
+        if not tasks:
+            return
+        ray, work = self._ray, self._ray.put(functools.partial(_there, os.getcwd(), work))
+        actors = self._actors() if model else []
+        call = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call)
+        free = deque([actor.call for actor in actors] or [call] * _AHEAD)
+        waiting, left = deque(range(len(tasks))), dict.fromkeys(range(len(tasks)))
+        running, begun = {}, Counter()
+
+        def following() -> int | None:
+            if waiting:
+                return waiting.popleft()
+            # A holder may be lost, or slow: those with nothing to do begin what is left a second
+            # time (the backup tasks of MapReduce, OSDI 2004, section 3.6).
+            return next((task for task in left if begun[task] == 1), None) if actors else None
+
+        with Display(name, sum(size for _, size in tasks)) as display:
+            try:
+                while left:
+                    while free and (task := following()) is not None:
+                        at = free.popleft()
+                        running[at.remote(work, tasks[task][0])] = task, at
+                        begun[task] += 1
+                    (done,), _ = ray.wait(list(running), num_returns=1)
+                    task, at = running.pop(done)
+                    free.append(at)
+                    if task in left:
+                        _show(ray.get(done))
+                        del left[task]
+                        display.add(tasks[task][1])
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, InputError | Unreachable):
+                    raise error.cause from error
+                raise
+            finally:
+                for reference in running if not actors else ():
+                    ray.cancel(reference)
+                for actor in actors:
+                    ray.kill(actor)
+
+    def _actors(self) -> list[Any]:
+        """One holder of a model for each accelerator, or where none has any for each node."""
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=_RETRIES)(_Holder)
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        asked: list[dict[str, Any]] = [
+            {"num_gpus": 1} for node in nodes for _ in range(int(node.get("GPU", 0)))
+        ]
+        asked += [{"resources": {"TPU": node["TPU"]}} for node in nodes if node.get("TPU")]
+        asked = asked or [{"scheduling_strategy": "SPREAD"} for node in nodes if node.get("CPU")]
+        return [kind.options(num_cpus=1, **options).remote() for options in asked]
+
+
+def _there(folder: str, work: Work, task: Any) -> str | None:
+    """Do a task where relative paths mean what they mean here, if the node has the folder."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    return work(task, iter)
+
+
+def _call(work: Callable[[Any], str | None], task: Any) -> str | None:
+    return work(task)
+
+
+class _Holder:
+    """A process of its own, in which what work caches stays."""
+
+    def call(self, work: Callable[[Any], str | None], task: Any) -> str | None:
+        return work(task)
+
+
+def _show(line: str | None) -> None:
+    if line:
+        print(line, file=sys.stderr)
+
+
+Runner = Here | OnRay
+
+
+def runner(on: On, threads: int = 0) -> Runner:
+    """Make what does tasks in the place that a person named. It is a block: workers are let go."""
+    return OnRay() if on == "ray" else Here(threads)

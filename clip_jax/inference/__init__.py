@@ -1,0 +1,1 @@
+"""Use a finished model: load, evaluate, predict, embed, search."""

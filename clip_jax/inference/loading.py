@@ -1,0 +1,258 @@
+"""A finished model from wherever it lies: a run, our folder, OpenAI's or another format's."""
+
+import functools
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
+
+from clip_jax import processes, sharding
+from clip_jax.checkpoints.manager import restore_params
+from clip_jax.checkpoints.retention import Unusable, named_step, split_name
+from clip_jax.convert import run
+from clip_jax.convert.formats import read_weights
+from clip_jax.convert.weights import cast, default_preprocess
+from clip_jax.data.images import ImageLike, Preprocess
+from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
+from clip_jax.data.tokenizers.vocabulary import check_same
+from clip_jax.display import Display
+from clip_jax.errors import InputError
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.models.layers import Activation
+from clip_jax.optim import TOWERS, Tower
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to use: its functions, its weights, and how its inputs are made.
+
+    `model.clip.encode_image(model.params, images)` is the pure function underneath.
+    """
+
+    config: CLIPConfig
+    params: Params
+    image_preprocess: Preprocess
+
+    @property
+    def clip(self) -> CLIP:
+        return CLIP(self.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return make_tokenizer(self.config.text)
+
+    def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int32[Any, "B L"]:
+        """Turn texts into token ids; a text that is too long is an error, or cut."""
+        return self.tokenizer(texts, self.config.text.context_length, truncate)
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Any, "B H W C"]:
+        """Turn images of any kind, or one, into the model's input."""
+        many = images if isinstance(images, list | tuple) else [typing.cast(ImageLike, images)]
+        return np.stack([self.image_preprocess(image) for image in many])
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Mesh, Params]:
+        """All devices of this process, and the parameters copied to each."""
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
+        return mesh, jax.device_put(self.params, sharding.replicated(mesh))
+
+    def encode_image(
+        self, images: Float[Any, "B H W C"], *, batch_size: int = 64
+    ) -> Float[Array, "B E"]:
+        """Embed what `preprocess` returns, `batch_size` at a time; features are not normalised."""
+        return self._in_batches("encode_image", np.asarray(images), batch_size)
+
+    def encode_text(
+        self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
+    ) -> Float[Array, "B E"]:
+        """Embed what `tokenize` returns, `batch_size` at a time; features are not normalised."""
+        return self._in_batches("encode_text", np.asarray(tokens), batch_size)
+
+    def caption(
+        self,
+        images: Float[Any, "B H W C"],
+        generation: GenerationConfig = GenerationConfig(),
+        *,
+        batch_size: int = 64,
+    ) -> list[str]:
+        """Describe what `preprocess` returns, `batch_size` at a time.
+
+        Raises InputError if the model has no decoder: CoCa and MaMMUT have.
+        """
+        self.clip.needs_decoder()
+        generation = generation.within(self.config.text)
+        # Another seed is the same program.
+        seed, generation = jnp.uint32(generation.seed), replace(generation, seed=0)
+        write = functools.partial(_caption, self.clip, generation, seed=seed)
+        ids = np.empty((len(images), typing.cast(int, generation.max_length)), np.int32)
+        self._in_rows("caption", write, np.asarray(images), ids, batch_size)
+        return read_captions(ids, self.config.text)
+
+    def _in_batches(self, method: str, rows: np.ndarray, batch_size: int) -> Float[Array, "B E"]:
+        """Run over all local devices; a terminal sees the progress of more than a few batches."""
+        features = np.empty((len(rows), self.config.embed_dim), np.float32)
+        encode = functools.partial(_encode, self.clip, method)
+        self._in_rows(method, encode, rows, features, batch_size)
+        return jnp.asarray(features)
+
+    def _in_rows(
+        self, name: str, function: Any, rows: np.ndarray, results: np.ndarray, batch_size: int
+    ) -> None:
+        """Fill `results` with a function of parameters and rows."""
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1.")
+        mesh, params = self._placed
+        placed = sharding.batch_sharding(mesh)
+        starts = range(0, len(rows), batch_size)
+        with Display(name, len(rows), quiet=len(starts) < 8) as display:
+            for start in starts:
+                batch = rows[start : start + batch_size]
+                size = padded_size(len(batch), sharding.batch_shards(mesh), batch_size)
+                found = function(params, sharding.place(batch, size, placed))
+                results[start : start + len(batch)] = np.asarray(found)[: len(batch)]
+                display.add(len(batch))
+
+
+def unit(features: Any) -> Float[np.ndarray, "B E"]:
+    """Scale rows to unit length."""
+    rows = np.asarray(features)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def padded_size(rows: int, shards: int, batch_size: int) -> int:
+    """Return how many rows to compute for `rows`: a power of two for each of `shards` devices.
+
+    No more than the full batch takes; so a batch size is compiled for few shapes.
+    """
+    full, each = -(-batch_size // shards), -(-rows // shards)
+    return shards * min(full, 1 << (each - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(clip: CLIP, method: str, params: Params, inputs: Array) -> Float[Array, "B E"]:
+    return getattr(clip, method)(params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _caption(
+    clip: CLIP, generation: GenerationConfig, params: Params, images: Array, seed: Array
+) -> Int32[Array, "B L"]:
+    _, image_tokens = clip.encode_image_and_tokens(params, images)
+    return generate(clip, params, image_tokens, generation, seed)
+
+
+def load(
+    path: str | Place,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    image_size: int | None = None,
+    activation: Activation | None = None,
+    architecture: str | None = None,
+    tokenizer: str | None = None,
+) -> Model:
+    """Load a model from a run's work directory, a model folder or a foreign file.
+
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `dtype` is that
+    of the computation. `image_size` other than the model's resizes its positions.
+    `activation` and `architecture` answer what a bare file of tensors cannot say; the error that
+    asks for them explains; `tokenizer` is the vocabulary of weights that came without theirs, a
+    tokenizer.json or a sentencepiece model. Foreign files are read as data: nothing in them is
+    executed.
+    """
+    weights = read_weights(
+        files.place(path), activation=activation, architecture=architecture,
+        image_size=image_size, tokenizer=tokenizer,
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
+    config = replace(weights.config, dtype=dtype)
+    return Model(config, params, weights.preprocess)
+
+
+def load_on_mesh(
+    path: str | Place, mesh: Mesh, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> Model:
+    """Load a model as `load` does, with each parameter where the training step would have it.
+
+    Of a run each device reads its own part of a checkpoint: neither a device nor a process ever
+    has more. Where there are several processes, all call this alike.
+    """
+    place, which = split_name(files.place(path))
+    if run.is_run(place):
+        config = replace(run.read_config(place), dtype=dtype)
+        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+        places = sharding.param_shardings(config, shapes, mesh)
+        step = processes.together(lambda: named_step(place, which), Unusable)
+        step = processes.gather(step)[0]  # one, while the run goes on
+        params = processes.together(
+            lambda: restore_params(place, step, CLIP(config), places), Unusable
+        )
+        if bad := {name: n for name, n in jax.device_get(_not_finite(params)).items() if n}:
+            raise Unusable(
+                f"{place}: {next(iter(bad))} has {next(iter(bad.values()))} values that are NaN or "
+                "infinite, so every prediction would be; take an earlier checkpoint."
+            )
+        return Model(config, params, default_preprocess(config))
+    weights = read_weights(files.place(path))
+
+    def put(x: np.ndarray, on: jax.sharding.Sharding) -> Array:
+        return jax.make_array_from_callback(x.shape, on, cast(np.asarray(x), "float32").__getitem__)
+
+    places = sharding.param_shardings(weights.config, weights.params, mesh)
+    params = jax.tree.map(put, weights.params, places)
+    return Model(replace(weights.config, dtype=dtype), params, weights.preprocess)
+
+
+@jax.jit
+def _not_finite(params: Params) -> dict[str, Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {sharding.path_name(path): (~jnp.isfinite(x)).sum() for path, x in leaves}
+
+
+def starting_params(
+    path: str | Place, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
+) -> Params:
+    """Read the weights with which a training of the architecture `config` can begin, in float32.
+
+    Positions are fitted: the image tower's resized to its image size, the text tower's cut to its
+    context length. With one tower alone, neither the other nor the logit scale is returned.
+    Raises InputError, which names the first parameter whose shape is another.
+    """
+    weights = read_weights(files.place(path), image_size=config.vision.image_size)
+    if "text" in towers:
+        check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
+    params = dict(weights.params)
+    text, length = params["text"], config.text.context_length
+    positions = text["positional_embedding"]
+    if weights.config.text.pool == config.text.pool == "class_token":  # the last is the token's
+        positions = np.concatenate([positions[:length], positions[-1:]])
+    params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
+    names = [TOWERS[tower] for tower in towers]
+    if "image" in towers and "batch_stats" in params:
+        names.append("batch_stats")
+    if set(towers) == set(TOWERS):
+        names = list(params)
+    expected = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    taken = {name: params[name] for name in names}
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {sharding.path_name(path): x.shape for path, x in leaves}
+
+    has, needs = shapes(taken), shapes({name: expected.get(name, {}) for name in taken})
+    for name in sorted(has.keys() | needs.keys()):
+        if has.get(name) != needs.get(name):
+            raise InputError(
+                f"init_from={str(path)!r} has {name} {has.get(name, 'not at all')}, and the model "
+                f"needs {needs.get(name, 'none')}: give the same architecture under --model, or "
+                "take one tower with --init-towers."
+            )
+    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)

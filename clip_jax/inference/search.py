@@ -1,0 +1,271 @@
+"""Search an embedded folder by text or image."""
+
+import functools
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+from PIL import Image
+
+from clip_jax.data.images import ImageError, center_crop, decode
+from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.images import Images, fingerprint, open_images
+from clip_jax.data.sources.shards import listed
+from clip_jax.errors import InputError, check_picture, check_ranges
+from clip_jax.evals.pictures import contact_sheet
+from clip_jax.inference.embed import path_of, rows_of_files, sample
+from clip_jax.inference.loading import Model, load, unit
+from clip_jax.inference.predict import SHEET, TILE
+from clip_jax.serialize import from_dict
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import read_json
+
+BLOCK = 65_536  # vectors whose similarities are in memory at a time
+
+Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and similarities, best first
+
+
+def nearest(
+    vectors: Float[np.ndarray, "B E"], query: Float[np.ndarray, " E"], count: int
+) -> Nearest:
+    """Find the rows with the largest products; of equal ones the earlier row wins."""
+    rows, similarities = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for start in range(0, len(vectors), BLOCK):
+        block = vectors[start : start + BLOCK] @ query
+        worst = np.partition(block, -count)[-count] if len(block) > count else -np.inf
+        good = np.flatnonzero(block >= worst)
+        rows.append(start + good)
+        similarities.append(block[good])
+    row, similarity = np.concatenate(rows), np.concatenate(similarities)
+    order = np.lexsort((row, -similarity))[:count]
+    return row[order], similarity[order]
+
+
+def read_rows(path: Place) -> pa.Table:
+    """Read one file that `clip-jax embed` wrote: `index`, `key`, `embedding`. Raises InputError if
+    it is damaged."""
+    try:
+        with files.open_file(path) as file:
+            table = pq.read_table(file, page_checksum_verification=True)
+        return table.select(["index", "key", "embedding"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{path} is damaged ({why}); delete it and run the same clip-jax embed again, which "
+            "makes only what is missing."
+        ) from error
+
+
+def _count(path: Place) -> int:
+    try:
+        with files.open_file(path) as file:
+            return pq.read_metadata(file).num_rows
+    except (pa.ArrowException, OSError):
+        return read_rows(path).num_rows  # which names the file that is damaged
+
+
+class Embeddings:
+    """A folder of `rows-*.parquet`. The first use lays the vectors out in one file, which is mapped
+    from disk from then on; it is made anew when the folder has changed."""
+
+    def __init__(self, folder: Place) -> None:
+        paths = sorted(folder.glob("rows-*.parquet"))
+        if not paths:
+            raise InputError(f"no embeddings in {folder}; clip-jax embed writes them.")
+        listed = zip(paths, files.stats([str(path) for path in paths]), strict=True)
+        stamp = [[path.name, *(stat or ())] for path, stat in listed]
+        self._cache = files.beside(folder, "search")
+        self.vectors: Float[np.ndarray, "B E"]
+        try:
+            self._open(stamp)
+        except (OSError, ValueError, pa.ArrowException):  # none, of other files, or damaged
+            self._lay_out(paths, stamp)
+            self._open(stamp)
+
+    def _open(self, stamp: list) -> None:
+        if json.loads((self._cache / "files.json").read_text()) != stamp:
+            raise ValueError("the folder has changed")
+        self.vectors = np.load(self._cache / "vectors.npy", mmap_mode="r")
+        with pa.memory_map(str(self._cache / "rows.arrow")) as file:
+            self._rows = pa.ipc.open_file(file).read_all()
+
+    def _lay_out(self, paths: list[Place], stamp: list) -> None:
+        counts = [_count(path) for path in paths]
+        width = read_rows(paths[0])["embedding"].type.list_size
+        for name in ("files.json", "index.usearch"):  # what is about to be out of date
+            files.remove(self._cache / name)
+        names = []
+        with files.written_whole(self._cache / "vectors.npy") as partial:
+            vectors = np.lib.format.open_memmap(partial, "w+", np.float32, (sum(counts), width))
+            start = 0
+            for path, count in zip(paths, counts, strict=True):
+                table = read_rows(path)
+                flat = table["embedding"].combine_chunks().flatten()
+                vectors[start : start + count] = flat.to_numpy().reshape(count, width)
+                names.append(table.select(["index", "key"]).replace_schema_metadata(None))
+                start += count
+            vectors.flush()
+            del vectors
+        table = pa.concat_tables(names)
+        with (
+            files.written_whole(self._cache / "rows.arrow") as partial,
+            pa.ipc.new_file(str(partial), table.schema) as writer,
+        ):
+            writer.write_table(table)
+        files.write_whole(self._cache / "files.json", json.dumps(stamp))
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def row(self, row: int) -> tuple[int, str]:
+        """Return a row's index in the source and its key."""
+        return self._rows["index"][row].as_py(), self._rows["key"][row].as_py()
+
+    def exact(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
+        """Compare with every vector."""
+        return nearest(self.vectors, query, count)
+
+    def approximate(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
+        """Ask usearch's graph, which the first use builds."""
+        try:
+            from usearch.index import Index
+        except ImportError as error:
+            raise InputError(
+                "--index usearch needs the package: pip install 'clip-jax-pods[search]'"
+            ) from error
+        path = self._cache / "index.usearch"
+        if not path.exists():
+            index = Index(ndim=self.vectors.shape[1], metric="ip", dtype="f32")
+            index.add(np.arange(len(self)), self.vectors)
+            with files.written_whole(path) as partial:
+                index.save(str(partial))
+        index = Index.restore(str(path), view=True)
+        matches = index.search(query, min(count, len(self)))
+        return matches.keys.astype(np.int64), (1 - matches.distances).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The images of an embedded folder that are closest to a text or an image."""
+
+    model: Place  # the model that embedded them
+    embeddings: Place  # folder that `clip-jax embed` wrote
+    text: str = ""  # what to look for, in words
+    image: Place | None = None  # what to look for, as an image
+    top: int = 10  # how many to return
+    index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
+    sheet: Place | None = None  # picture of what was found
+
+    def __post_init__(self) -> None:
+        if bool(self.text.strip()) == bool(self.image):
+            raise InputError("search needs one of --text and --image, and no empty text.")
+        check_ranges(self, top="[1, inf)")
+        check_picture(self.sheet, "sheet")
+
+
+def search(config: SearchConfig) -> list[dict[str, Any]]:
+    """Return `key`, `similarity` (cosine) and `index` in the source of the best, best first."""
+    files.check_destination(config.sheet, "--sheet", folder=False)
+    searcher = Searcher(load(config.model), config.embeddings)
+    results = searcher.search(config.image or config.text, config.top, config.index)
+    if config.sheet:
+        tiles = [center_crop(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
+        lines = [[f"{x['similarity']:.3f}", x["key"]] for x in results]
+        title = config.text or str(config.image)
+        with files.written_whole(config.sheet) as path:
+            contact_sheet(path, tiles, lines, columns=5, title=title)
+    return results
+
+
+class Searcher:
+    """An embedded folder beside its model. Raises InputError if another model embedded it."""
+
+    def __init__(self, model: Model, folder: Place) -> None:
+        self._model, self._folder = model, folder
+        if not (folder / "embed.json").is_file():
+            raise InputError(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
+        self._told = told = read_json(folder / "embed.json", advice="Embed the images anew.")
+        kinds: dict[str, Any] = dict.fromkeys(("model", "source", "image_column"), str)
+        kinds |= dict.fromkeys(("rows", "parts", "rows_per_file"), int)
+        kinds |= {"weights": list[float]}
+        where = f"{folder / 'embed.json'} is damaged, embed the images anew: its "
+        for name, kind in kinds.items():
+            from_dict(kind, told.get(name), where + name)
+        self._check_files()
+        own = sample(model)
+        # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
+        if len(own) != len(self._told["weights"]) or not np.allclose(
+            own, self._told["weights"], rtol=1 / 128, atol=1e-6
+        ):
+            raise InputError(
+                f"the embeddings in {folder} are another model's: {self._told['model']} made them. "
+                "Search with that, or embed the images anew."
+            )
+        self._embeddings = Embeddings(folder)
+
+    def _check_files(self) -> None:
+        """Raise InputError unless the files hold all rows."""
+        rows, parts, each = (self._told[name] for name in ("rows", "parts", "rows_per_file"))
+        written = {path.name for path in self._folder.iterdir()}
+        of_parts = (rows_of_files(rows, number, parts, each) for number in range(parts))
+        names = [path_of(self._folder, some).name for some in itertools.chain(*of_parts)]
+        if missing := [name for name in names if name not in written]:
+            raise InputError(
+                f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "
+                f"{listed(missing)}. Run the same clip-jax embed again (each of its parts), which "
+                "makes what is missing."
+            )
+
+    def search(
+        self, query: str | Place, top: int, index: Literal["exact", "usearch"] = "exact"
+    ) -> list[dict[str, Any]]:
+        """Find what is closest to a text, or to the image at a path; see `search`."""
+        if isinstance(query, str):
+            features = self._model.encode_text(self._model.tokenize([query], truncate=True))
+        else:
+            features = self._model.encode_image(self._model.preprocess([query]))
+        return self.closest(unit(features)[0], top, index)
+
+    def closest(
+        self,
+        features: Float[np.ndarray, " E"],
+        top: int,
+        index: Literal["exact", "usearch"] = "exact",
+    ) -> list[dict[str, Any]]:
+        """Find what is closest to an embedding of unit length; see `search`."""
+        find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
+        results: list[dict[str, Any]] = []
+        for row, similarity in zip(*find(features, top), strict=True):
+            number, key = self._embeddings.row(int(row))
+            results.append({"key": key, "similarity": float(similarity), "index": number})
+        return results
+
+    @functools.cached_property
+    def _images(self) -> Images:
+        told = self._told
+        try:
+            images = open_images(told["source"], told["image_column"])
+        except InputError as error:
+            raise InputError(
+                f"the images that {self._folder} was made from are not where they were: {error}"
+            ) from error
+        known = told.get("fingerprint")  # None: of an older version
+        if len(images) != told["rows"] or known not in (None, fingerprint(images)):
+            raise InputError(
+                f"{told['source']} has other images than {self._folder} was made from, or in "
+                "another order; bring them back, or embed them anew."
+            )
+        return images
+
+    def picture(self, index: int) -> Image.Image:
+        """Read an image that was found, by its `index`; gray if it is no longer there."""
+        try:
+            return decode(self._images.image(index))
+        except (SampleError, ImageError):
+            return Image.new("RGB", (TILE, TILE), "gray")

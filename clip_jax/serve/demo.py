@@ -1,0 +1,125 @@
+"""A page in the browser: label or describe an image, search an embedded folder."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.inference.loading import load, unit
+from clip_jax.inference.predict import check_labels, embed_labels, probabilities
+from clip_jax.inference.search import Searcher
+from clip_jax.storage.files import Place
+
+SHOWN = 640  # pixels of the longer side of a picture that was found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Serve the page until interrupted."""
+
+    model: Place  # a run's work directory, a model folder, or a foreign file
+    embeddings: Place | None = None  # folder that `clip-jax embed` wrote: adds the search
+    host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
+    port: int = 7860
+
+    def __post_init__(self) -> None:
+        check_ranges(self, port="[1, 65535]")
+
+
+def demo(config: DemoConfig) -> None:
+    """Serve the page until interrupted. Raises InputError if Gradio is missing or the port is
+    taken."""
+    gr = _gradio()
+    page = build(config)
+    plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        page.launch(
+            server_name=config.host, server_port=config.port, share=False, inbrowser=False,
+            ssr_mode=False, show_error=True, footer_links=[], theme=plain,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(
+            f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
+            "this machine's; choose others by --port and --host."
+        ) from error
+    finally:
+        page.close()
+
+
+def build(config: DemoConfig) -> Any:
+    """Lay out the page, a `gradio.Blocks`, around a loaded model."""
+    gr = _gradio()
+    model = load(config.model)
+    searcher = Searcher(model, config.embeddings) if config.embeddings else None
+
+    def label(image: str | None, lines: str, template: str) -> dict[str, float]:
+        if not image:
+            raise gr.Error("Drop an image first.", print_exception=False)
+        labels = [line.strip() for line in lines.splitlines() if line.strip()]
+        try:
+            labels = check_labels(labels, template)
+            features = unit(model.encode_image(model.preprocess([image])))
+            shares = probabilities(model, features, embed_labels(model, labels, template))[0]
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return {name: float(share) for name, share in zip(labels, shares, strict=True)}
+
+    def caption(image: str | None) -> str:
+        if not image:
+            raise gr.Error("Drop an image first.", print_exception=False)
+        try:
+            return model.caption(model.preprocess([image]))[0]
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def search(text: str, count: float) -> list[tuple[Any, str]]:
+        if searcher is None or not text.strip():
+            raise gr.Error("Type what to look for.", print_exception=False)
+        pictures = []
+        for hit in searcher.search(text, int(count)):
+            picture = searcher.picture(hit["index"])
+            picture.thumbnail((SHOWN, SHOWN))
+            pictures.append((picture, f"{hit['similarity']:.3f}  {hit['key']}"))
+        return pictures
+
+    # A day's uploads and results lie in Gradio's temporary folder, no longer.
+    day = 24 * 3600
+    with gr.Blocks(title="clip_jax", analytics_enabled=False, delete_cache=(3600, day)) as page:
+        gr.Markdown(f"# clip_jax\n{config.model}")
+        with gr.Tab("Label an image"), gr.Row():
+            with gr.Column():
+                # A path, so that the pixels are what `clip-jax predict` sees.
+                image = gr.Image(label="Image", type="filepath", image_mode=None, height=320,
+                                 sources=["upload", "clipboard"], buttons=[])  # fmt: skip
+                # What the file holds is ours to read, or to refuse in one sentence.
+                image.preprocess = lambda file: file and file.path
+                lines = gr.Textbox(label="Labels, one a line", lines=4)
+                template = gr.Textbox(label="Sentence around each", value="a photo of a {}.")
+                button = gr.Button("Label", variant="primary")
+            bars = gr.Label(label="Probabilities", num_top_classes=20)
+        button.click(label, [image, lines, template], bars, api_name="label")
+        if model.config.decoder is not None:
+            with gr.Row():
+                describe = gr.Button("Describe the image")
+                words = gr.Textbox(label="Caption", scale=3)
+            describe.click(caption, [image], words, api_name="caption")
+        if searcher is not None:
+            with gr.Tab("Search"):
+                with gr.Row():
+                    text = gr.Textbox(label="What to look for", scale=3)
+                    count = gr.Slider(4, 48, value=12, step=4, label="Images")
+                go = gr.Button("Search", variant="primary")
+                gallery = gr.Gallery(label="Closest first", columns=4, height="auto", buttons=[])
+            for event in (text.submit, go.click):
+                event(search, [text, count], gallery, api_name="search")
+    return page
+
+
+def _gradio() -> Any:
+    # Read at import: without it Gradio asks its maker's server for the newest version.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError("the page needs Gradio: pip install 'clip-jax-pods[demo]'") from error
+    return gradio

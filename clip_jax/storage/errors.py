@@ -1,0 +1,71 @@
+"""What errors of a bucket mean: nobody let us in, or it is out of reach for a while."""
+
+import contextlib
+import re
+import traceback
+from collections.abc import Generator
+
+from clip_jax.errors import InputError
+
+LOGIN = (
+    "Credentials come from `gcloud auth application-default login` or the machine for gs://, from "
+    "AWS_ACCESS_KEY_ID or ~/.aws for s3://."
+)
+
+_CLIENTS = (
+    "obstore", "gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google", "requests",
+)  # fmt: skip
+_NOT_LET_IN = re.compile("Unauthenticated|PermissionDenied|Credential|RefreshError")
+_AWAY = re.compile("Connect|Timeout|Disconnected|Transport|Payload|Proxy")
+_REFUSAL = re.compile(r"\b4\d\d [A-Z]")  # an answer that asking again will not change
+OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's words
+
+
+class Unreachable(Exception):
+    """A bucket gave no answer for as long as it is asked again; nothing is wrong with the run."""
+
+
+def explain(error: BaseException, what: str) -> InputError | Unreachable | None:
+    """Say what an error means that using a bucket has met; None for anything else.
+
+    A PermissionError, which clients raise too, is taken for one of theirs.
+    """
+    name, code = type(error).__name__, str(getattr(error, "code", ""))
+    if any(word in str(error) for word in OUT_OF_REACH):
+        return Unreachable(f"{what}: {told(error)}")
+    if not of_client(error) and not isinstance(error, PermissionError):
+        return None
+    if "NoSuchBucket" in str(error):
+        return InputError(f"{what}: there is no such bucket; correct the name.")
+    refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs' OSError
+    if refused or isinstance(error, PermissionError) or _NOT_LET_IN.search(name):
+        return InputError(f"{what}: {told(error)}. {LOGIN}")
+    if name == "GenericError" and not _REFUSAL.search(str(error)):
+        return Unreachable(f"{what}: no good answer, however often it was asked. {told(error)}")
+    if code == "429" or code.startswith("5") or _AWAY.search(name):
+        return Unreachable(f"{what}: {told(error)}")
+    return None
+
+
+@contextlib.contextmanager
+def explained() -> Generator[None]:
+    """Turn what a client raises anywhere within into what it means."""
+    try:
+        yield
+    except Exception as error:
+        if of_client(error) and (said := explain(error, "a bucket cannot be used")):
+            raise said from error
+        raise
+
+
+def of_client(error: BaseException) -> bool:
+    """Say whether an error is one of a bucket's client, or was raised there."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    names = [type(error).__module__, *(frame.f_globals.get("__name__", "") for frame in frames)]
+    return any(name.partition(".")[0] in _CLIENTS for name in names)
+
+
+def told(error: BaseException) -> str:
+    """Return its kind and its first line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first:.300}"

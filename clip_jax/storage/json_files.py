@@ -1,0 +1,110 @@
+"""JSON and JSON Lines files that a command keeps: read, recovered where a kill has torn them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from clip_jax.clock import CLOCK, Clock
+from clip_jax.errors import InputError
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+
+_UPLOAD_SECONDS = 60  # between rewritings of a file in a bucket, which cannot append
+
+
+def parse(data: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, None if the bytes are none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json(path: Place, *names: str, advice: str = "Bring back a copy.") -> dict[str, Any]:
+    """Read a JSON object that a command keeps, {} where there is no file.
+
+    InputError, with the advice, if it holds something else or has not all the names.
+    """
+    if not path.exists():
+        return {}
+    value = parse(path.read_bytes())
+    if value is None or not value.keys() >= {*names}:
+        having = f" with {', '.join(names)}" if names else ""
+        raise InputError(f"{path} is damaged: it holds no JSON object{having}. {advice}")
+    return value
+
+
+def recover_json(path: Place, say: Callable[[str], None] | None) -> dict[str, Any]:
+    """Read a JSON object that is about to be written anew; {} if it is damaged.
+
+    With `say`, which one process of several passes, a damaged file is kept under another name.
+    """
+    try:
+        return read_json(path, advice="It is made anew; the damaged file is kept as")
+    except InputError as error:
+        if say:
+            say(f"{error} {_keep_damaged(path)}")
+        return {}
+
+
+def _keep_damaged(path: Place) -> Place:
+    copy = path.with_name(path.name + ".damaged")
+    files.write_whole(copy, path.read_bytes())
+    return copy
+
+
+class Lines:
+    """A JSONL file that grows by rows with a `step`; a resumed run first drops what it will redo.
+
+    Without a `resume_step` nothing is dropped but a line that a kill has torn.
+
+    A bucket has no appends: there the rows are kept in memory, and the file is written anew when
+    `flush` says so or once a minute.
+    """
+
+    def __init__(
+        self, path: Place, resume_step: int | None, say: Callable[[str], None], clock: Clock = CLOCK
+    ) -> None:
+        self._path, self._appends = path, not files.is_remote(path)
+        self._lines = []
+        self._clock, self._written = clock, clock.now()
+        if path.exists():
+            rows, damaged = _rows(path.read_bytes())
+            kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
+            self._lines = [json.dumps(row) + "\n" for row in kept]
+            if damaged:
+                copy = _keep_damaged(path)
+                say(f"{path}: {damaged} damaged lines are left out; as it was it is kept in {copy}")
+            files.write_whole(path, "".join(self._lines))
+        if self._appends:
+            self._lines = []
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        if self._appends:
+            with files.writing(self._path), self._path.open("a") as file:
+                file.writelines(lines)
+            return
+        self._lines += lines
+        if self._clock.now() > self._written + _UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """See that everything is in the file."""
+        if self._lines:
+            files.write_whole(self._path, "".join(self._lines))
+        self._written = self._clock.now()
+
+
+def read_rows(path: Place) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file that are whole; none where there is no file."""
+    return _rows(path.read_bytes())[0] if path.exists() else []
+
+
+def _rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows, and how many lines are none; not the last, torn by a kill."""
+    whole, _, _ = content.rpartition(b"\n")
+    lines = [parse(line) or {} for line in whole.splitlines()]
+    rows = [row for row in lines if isinstance(row.get("step"), int)]
+    return rows, len(lines) - len(rows)

@@ -1,0 +1,133 @@
+"""Wrong use, and how the console script starts itself."""
+
+import importlib.util
+import os
+import re
+import sys
+from unittest import mock
+
+import pytest
+
+from clip_jax import __main__ as console_script
+from clip_jax.cli import arguments
+from clip_jax.cli.commands import demo, main
+from clip_jax.serve.demo import DemoConfig
+from clip_jax.train import Diverged, Preempted
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("nonsense", "no command 'nonsense'"),
+        ("tarin configs/digits.py", "no command 'tarin'; .* Did you mean train"),
+        ("train", "train needs a config file"),
+        ("train nowhere.py", r"no config file at nowhere\.py"),
+        ("train configs/digits.py --mesh.data 3", "does not use all 8 devices"),
+        ("train configs/digits.py --batch-size 12", "batch_size=12 cannot be split over 8"),
+        ("train configs/digits.py --steps 10", r"optim\.warmup_steps=200 leaves nothing"),
+        ("train configs/pairs.py --data.source.path no.csv", r"no\.csv"),
+        ("evaluate nowhere", "there is no nowhere"),
+        ("train configs/digits.py --optim.lr 1", "no option --optim.lr; take --optim.learning"),
+        ("train configs/digits.py --num_train_epochs=3", "take --steps"),
+        ("train configs/digits.py --train-data x", "take --data.source.path"),
+        ("train configs/digits.py --model ViT-B-32", "take a config file with another model"),
+        ("train configs/digits.py --output-dir x", "take --workdir"),
+        ("evaluate nowhere --output-dir x", "take --output"),
+        ("prepare file.csv out", "'image', only 'as it was'; set --image-column"),
+        ("prepare nowhere out", "there is nothing at nowhere; set SOURCE"),
+        ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
+        ("bench nonsense", "bench needs one of input"),
+        ("bench input", "bench input needs a config file"),
+        ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),
+        # A destination is checked before anything is done.
+        ("train configs/pairs.py --data.source.path no --workdir file/x", "file is a .* --workdir"),
+        ("evaluate nowhere --output file/x", "file is a file, .* --output"),
+        ("predict no --images no --labels x --sheet file/x.png", "file is a file, .* --sheet"),
+        ("search nowhere nowhere --text x --sheet file/x.png", "file is a file, .* --sheet"),
+        ("plan configs/digits.py --plot file/x.png", "file is a file, .* --plot"),
+        ("scale fit nowhere --plot file/x.png", "file is a file, .* --plot"),
+        ("scale collect nowhere --output file/x", "file is a file, .* --output"),
+        ("scale ladder configs/ladder_digits.py --root file/x", "file is a file, .* --root"),
+    ],
+)
+def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("file", "file.csv"):
+        (tmp_path / name).write_text("as it was\nx\n")
+    assert main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert re.search(says, printed.err), printed.err
+    assert printed.err.count("\n") == 1
+    assert bool(printed.out) == ("ladder" in command)  # which shows its runs first
+    assert (tmp_path / "file").read_text() == "as it was\nx\n"
+
+
+@pytest.mark.parametrize(("end", "code"), [(Diverged("why"), 1), (Preempted("why"), 3)])
+def test_what_ended_a_run_is_its_exit_code(end, code, capsys, monkeypatch, tmp_path):
+    with (
+        mock.patch("clip_jax.processes.start", autospec=True),
+        mock.patch("clip_jax.train.train", autospec=True, side_effect=end),
+    ):
+        command = ["train", str(ROOT / "configs/digits.py"), "--workdir", str(tmp_path)]
+        assert main(command) == code
+    assert "why" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train configs/digits.py --optim.learning-rat 1", "--optim.learning-rate"),
+        ("train configs/digits.py --batch-size 0", "batch_size=0 must be at least 2"),
+        ("train configs/digits.py --batch-size many", "many"),
+        ("train configs/digits.py --model.vision.num-heads 7", "vision.num_heads=7"),
+        ("demo nowhere --port 65536", "must be from 1 to 65535"),
+    ],
+)
+def test_a_wrong_flag_is_explained_and_exits_with_2(command, says, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_console_script_starts_itself_once_with_huge_pages():
+    with (
+        mock.patch.object(os, "execv", autospec=True) as execute,
+        mock.patch.object(sys, "platform", "linux"),
+        mock.patch.object(sys, "argv", ["clip-jax", "--version"]),
+        mock.patch.dict(os.environ),
+    ):
+        os.environ.pop("GLIBC_TUNABLES", None)
+        assert console_script.main() == 0
+        execute.assert_called_once_with(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+        assert console_script.main() == 0
+        execute.assert_called_once()
+
+
+def test_libtpu_is_left_alone_where_no_accelerator_is(tmp_path):
+    others = {name: x for name, x in os.environ.items() if not name.startswith("TPU_")}
+    with (
+        mock.patch.object(importlib.util, "find_spec", autospec=True) as find,
+        mock.patch.dict(os.environ, others, clear=True),
+    ):
+        find.return_value = None
+        assert not console_script.plans_only(tmp_path)
+        find.side_effect = lambda name, package=None: name == "libtpu" or None
+        assert console_script.plans_only(tmp_path)
+        (tmp_path / "vfio").mkdir()
+        assert console_script.plans_only(tmp_path)
+        (tmp_path / "vfio/0").touch()
+        assert not console_script.plans_only(tmp_path)
+        (tmp_path / "vfio/0").unlink()
+        os.environ["TPU_WORKER_HOSTNAMES"] = "a,b"
+        assert not console_script.plans_only(tmp_path)
+
+
+def test_json_is_printed_on_request_alone():
+    for args, as_json in ((["nowhere"], False), (["nowhere", "--json"], True)):
+        assert arguments.read(DemoConfig, args, ("model",), demo)[1] is as_json

@@ -1,0 +1,267 @@
+"""`clip-jax evaluate` on data sets of every layout, on one and eight devices, with a real model."""
+
+import csv
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.cli.commands import main
+from clip_jax.config import Config
+from clip_jax.convert.folder import write as write_model
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.errors import InputError
+from clip_jax.evals import measure, reader, supervised
+from clip_jax.evals.datasets import Tagged, open_folder
+from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.evals.prompts import ensemble
+from clip_jax.evals.report import to_markdown
+from clip_jax.evals.suite import SUITE
+from clip_jax.evals.zero_shot import multi_label
+from clip_jax.inference.evaluate import EvaluateConfig, _own, _suite, _warn_of_other_numbers, run_of
+from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    weights = Weights(config=SMALL, params=drawn(), preprocess=default_preprocess(SMALL))
+    write_model(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """41 images in six folders, one that is none; captions of all."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    captions = {"images": [], "annotations": []}
+    for name in ("blue", "dark", "green", "grey", "light", "red"):
+        colour = rng.integers(0, 256, 3)
+        (root / "mine" / name).mkdir(parents=True)
+        for i in range(7 - (name == "dark")):
+            pixels = np.clip(colour + rng.normal(0, 25, (20, 14, 3)), 0, 255)
+            file, number = root / "mine" / name / f"{i}.png", len(captions["images"])
+            file.write_bytes(png(pixels.astype(np.uint8)))
+            captions["images"].append({"id": number, "file_name": str(file)})
+            texts = [f"{name} {i} {j}" for j in range(1 + i % 3)]
+            captions["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+    (root / "mine" / "grey" / "broken.png").write_bytes(b"not an image")
+    (root / "flickr30k" / "images").mkdir(parents=True)
+    (root / "flickr30k" / "flickr30k_test_karpathy.json").write_text(json.dumps(captions))
+    return root
+
+
+@pytest.fixture
+def evaluate(model, capsys):
+    """What the command measures, and what it says on standard error."""
+
+    def run(*args):
+        assert main(["evaluate", str(model), *map(str, args), "--json"]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    return run
+
+
+def embedded(data, encoder):
+    return measure.Splits("data", lambda split: data, encoder).embedded("test")
+
+
+def test_a_folder_gives_the_same_numbers_on_a_mesh(data, monkeypatch):
+    monkeypatch.setattr(reader, "_BATCH", 17)
+    folder = open_folder(data / "mine")
+    encoders = encoder_on(mesh_of(1)), encoder_on(mesh_of(8, data=2, fsdp=2, tensor=2))
+    one, other = (measure.classify(folder, embedded(folder, x), x) for x in encoders)
+    assert one.logits is not None
+    assert other.logits is not None
+    assert len(one.labels) == 41
+    assert one.skipped[0].startswith(f"{data}/mine/")
+    assert one.logits.std(axis=0).min() > 3e-3  # images differ far beyond the tolerance below
+    assert other.values == pytest.approx(one.values, abs=1e-6)
+    np.testing.assert_allclose(other.logits, one.logits, atol=1e-5)
+    np.testing.assert_array_equal(other.labels, one.labels)
+
+
+def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatch):
+    """What it prints is in tables and pictures, too."""
+    few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
+    monkeypatch.setattr(supervised, "search", few)
+    for split, files in (("train", "[0-6].png"), ("test", "[1-3].png")):
+        for file in (data / "mine").glob(f"*/{files}"):
+            copy = tmp_path / "colours" / split / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    templates, out = tmp_path / "mine.txt", tmp_path / "out"
+    templates.write_text("a photo of a {c}.\n{c}\nthe colour {c}\n")
+    args = ["--dataset", f"folder:{tmp_path / 'colours'}", "--templates", templates]
+    tasks = ["--tasks", "zero-shot", "templates", "probe", "few-shot", "neighbours", "alignment"]
+    values, said = evaluate(*args, *tasks, "--shots", 9, "--output", out)
+    names = {"acc1", "acc5", "mean_per_class_recall", "linear_probe/acc1", "linear_probe/lambda",
+             "neighbours/acc1", "templates/spread", "templates/gain", "templates/selected",
+             "template/{c}", "template/the colour {c}"}  # fmt: skip
+    assert {f"colours/{name}" for name in names} <= values.keys()
+    assert values == json.loads((out / "result.json").read_text())
+    assert "colours: few-shot of 9 left out: a class has fewer" in said
+    assert "colours: alignment is for images with captions" in said
+    chosen = (out / "colours/templates.txt").read_text().splitlines()
+    assert f"chosen on validation images: {'; '.join(chosen)}" in said
+    table = csv.DictReader((out / "colours/templates.csv").read_text().splitlines())
+    alone = {f"colours/template/{row['template']}": float(row["acc1"]) for row in table}
+    assert len(alone) == 3
+    assert alone.items() <= values.items()
+    results = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert {(row["dataset"], row["model"]) for row in results} == {("colours", "tiny")}
+    rows = {row["task"]: row for row in results}
+    assert float(rows["linear_probe"]["lp_acc1"]) == values["colours/linear_probe/acc1"]
+    assert float(rows["zeroshot_classification"]["acc1"]) == values["colours/acc1"]
+    assert rows["zeroshot_classification"]["lp_acc1"] == ""
+    report = (out / "results.md").read_text()
+    assert f"| colours | acc1 | {100 * values['colours/acc1']:.1f} |" in report
+    assert "| colours | linear_probe/acc1 | " in report
+    for name in ("classes", "confusion", "errors"):
+        with Image.open(out / f"colours/{name}.png") as picture:
+            assert picture.width > 200
+
+
+def test_the_digits_take_every_task(evaluate, tmp_path):
+    few = ["--digits.per-number", 1, "--digits.source.digits", 1, "--pool", 16]
+    tasks = ["--tasks", "zero-shot", "templates", "neighbours", "alignment"]
+    values, _ = evaluate(*few, *tasks, "--output", tmp_path)
+    assert {"zero_shot/seen/top1", "digits/acc1", "digits/templates/gain",
+            "digits/neighbours/acc1"} <= values.keys()  # fmt: skip
+    for name in ("predictions.png", "digits/confusion.png", "results.md"):
+        assert (tmp_path / name).exists()
+    held_out = DataConfig(source=DigitsConfig(digits=1, split="test"), crop="center")
+    pairs = PairsEvalConfig(data=held_out, pairs=16, pool=16).make()
+    expected = dict(pairs.run(encoder_on(mesh_of(8))))
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_task_without_its_split_is_named_and_the_others_run(evaluate, model, data, capsys):
+    args = ["--dataset", f"folder:{data / 'mine'}", "--tasks"]
+    values, said = evaluate(*args, "zero-shot", "probe", "templates")
+    assert "mine/acc1" in values
+    assert "mine/grey/broken.png: not an image" in said
+    assert f"probe left out: {data / 'mine'} has no train split" in said
+    assert "templates left out: mine has not two templates" in said
+    assert main(["evaluate", str(model), *args, "probe"]) == 2
+    assert "nothing could be measured with --tasks probe" in capsys.readouterr().err
+
+
+def test_pairs_that_differ_in_order(evaluate, data, tmp_path):
+    files = sorted((data / "mine").glob("*/1.png"))
+    cases = [
+        {"image_path": str(file), "bbox_x": 1, "bbox_y": 1, "bbox_w": 9, "bbox_h": 9,
+         "true_caption": f"{file.parent.name} on white", "relation_name": "on",
+         "false_caption": f"white on {file.parent.name}"} for file in files
+    ]  # fmt: skip
+    path = tmp_path / "visual_genome_relation.json"
+    path.write_text(json.dumps(cases))
+    values, _ = evaluate("--dataset", f"aro:{path}")
+    assert set(values) == {"visual_genome_relation/acc", "visual_genome_relation/acc_macro"}
+
+    # The same by hand: the nearer of the two captions.
+    encoder = encoder_on(mesh_of(1))
+    crops = [Image.open(file).crop((1, 1, 10, 10)) for file in files]
+    images = encoder.images(np.stack([encoder.preprocess(x) for x in crops]))
+    own, other = (
+        (images * encoder.texts([case[f"{kind}_caption"] for case in cases])).sum(axis=1)
+        for kind in ("true", "false")
+    )
+    assert values["visual_genome_relation/acc"] == pytest.approx((own > other).mean())
+
+
+def test_images_of_any_number_of_classes_are_ranked_for_each():
+    def load(i):
+        return np.full((16, 16, 3), 40 * i, np.uint8), np.array([1, -1 + i % 3], np.int8)
+
+    tagged, encoder = Tagged(["dark", "red"], ["a {c}", "{c}"], 6, load), encoder_on(mesh_of(1))
+    images = embedded(tagged, encoder)
+    classes = ensemble(encoder.classes(tagged.templates, tagged.names))
+    expected = multi_label(images.features @ classes.T, images.labels)
+    assert measure.zero_shot(tagged, images, encoder).values == pytest.approx(expected)
+    assert len(expected) == 2
+
+
+def test_published_numbers_stand_beside():
+    values = {"acc1": 0.5, "mean_per_class_recall": 0.4}
+    outcome = measure.Outcome("zeroshot_classification", values)
+    probe = measure.Outcome("linear_probe", {"linear_probe/acc1": 0.8})
+    values = {"mean_average_precision": 0.5, "mean_average_precision_11": 0.6}
+    voc = measure.Outcome("zeroshot_classification", values)
+    outcomes = [("pets", outcome), ("cifar10", outcome), ("cifar10", probe)]
+    rows = to_markdown([*outcomes, ("voc2007_multilabel", voc)], "mine")
+    assert rows.splitlines()[2:] == [
+        "| pets | mean_per_class_recall | 40.0 | 85.3 | 87.0 | 88.9 | 93.2 | 93.7 |",
+        "| cifar10 | acc1 | 50.0 | 71.6 | 89.8 | 90.8 | 95.6 | 94.9 |",
+        "| cifar10 | linear_probe/acc1 | 80.0 |  |  |  |  |  |",
+        "| voc2007_multilabel | mean_average_precision_11 | 60.0 |  |  |  |  |  |",
+    ]
+
+
+def test_a_suite_runs_what_is_there_and_names_the_rest(evaluate, data, tmp_path):
+    (tmp_path / "flickr30k").symlink_to(data / "flickr30k")
+    for number in range(10):
+        (tmp_path / "mnist" / str(number)).mkdir(parents=True)
+    (tmp_path / "mnist" / "0" / "broken.png").write_bytes(b"not an image")
+    args = ["--suite", "clip", "--data-dir", tmp_path, "--tasks", "zero-shot", "alignment"]
+    values, said = evaluate(*args)
+    assert {name.partition("/")[0] for name in values} == {"flickr30k"}
+    assert 0 < values["flickr30k/text_retrieval_recall@10"] < 1
+    assert values["flickr30k/info_nce_pool"] == 41
+    assert "flickr30k/modality_gap" in values
+    assert "left out: cifar10 is not in" in said
+    assert "left out: mnist: none of 1 images can be read" in said
+    assert "tensorflow_datasets build cifar10" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--dataset", "nonsense"], "no data set 'nonsense'"),
+        (["--dataset", "zip:x"], "is of no known kind"),
+        (["--dataset", "folder:nowhere"], "there is no folder nowhere"),
+        (["--dataset", "folder:."], "has no test split; put it in"),
+        (["--dataset", "webdataset:nowhere"], "there are no tars in nowhere/test"),
+        (["--dataset", "aro:nowhere.json"], "nowhere.json cannot be read as JSON"),
+        (["--dataset", "cifar10"], "cifar10 is not in data: "),
+        (["--templates", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+        (["--suite", "clip", "--data-dir", "."], f"none of the suite's {len(SUITE)} data sets"),
+        (["--suite", "run"], "is no run with evaluators"),
+    ],
+)
+def test_wrong_use_is_explained(args, says, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert main(["evaluate", str(model), *args]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, capsys):
+    assert run_of(model) is None  # whose config.json is a model's
+    run = Config(evals=(DigitsEvalConfig(),), data=DataConfig(source=DigitsConfig(digits=4)))
+    pairs = Config(evals=(PairsEvalConfig(),))
+    ask = functools.partial(EvaluateConfig, model=tmp_path)
+    asked = ask(digits=DigitsEvalConfig(per_number=1))
+    for config, of, suite in (
+        (ask(), run, "run"), (asked, run, "digits"), (ask(), None, "digits"),
+        (ask(tasks=("neighbours",)), run, "digits"), (ask(data_dir="here"), run, "clip"),
+        (ask(pool=9), pairs, "run"), (ask(images=9, suite="digits"), pairs, "digits"),
+    ):  # fmt: skip
+        assert _suite(config, of) == suite
+    assert [own.pool for own in _own(ask(pool=9), pairs)] == [9]
+    with pytest.raises(InputError, match=r"--images: the evaluators of .* have no such option"):
+        _suite(ask(images=9), pairs)
+    _warn_of_other_numbers(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
+    assert not capsys.readouterr().err
+    _warn_of_other_numbers(asked, run)
+    assert "data.source.digits=4, this measures --digits.source.dig" in capsys.readouterr().err
+    for wrong in ({"shots": (0,)}, {"pool": 1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            EvaluateConfig(model=tmp_path, **wrong)

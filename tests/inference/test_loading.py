@@ -1,0 +1,243 @@
+"""Loading a model from a run and from files; converting it, and what is refused."""
+
+import dataclasses
+import functools
+import importlib
+import json
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax.cli.commands import main
+from clip_jax.convert import folder
+from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert.verify import Verification
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.inference import loading
+from clip_jax.inference.loading import Model, _encode, load, load_on_mesh, starting_params
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
+from tests.conftest import COCA, RESNET, TINY, larger, parameters, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Work directory, architecture and parameters of a run with an image tower, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = {"vit": TINY, "resnet": RESNET}
+    return functools.cache(lambda name: write_run(models[name], folder / name))
+
+
+def test_a_run_is_loaded(run):
+    workdir, config, params = run("vit")
+    model = load(workdir)
+    assert model.config == dataclasses.replace(config, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    size = config.vision.image_size
+    pixels = model.preprocess([np.zeros((40, 30, 3), np.uint8), np.ones((20, 20, 3), np.uint8)])
+    assert pixels.shape == (2, size, size, 3)
+    image_features = model.encode_image(pixels)
+    text_features = model.encode_text(model.tokenize(["a photo", "of a cat"]))
+    assert image_features.shape == text_features.shape == (2, 16)
+    expected = jax.jit(model.clip.encode_image)(params, pixels)
+    np.testing.assert_allclose(image_features, expected, rtol=1e-5)
+    assert load(workdir, dtype="bfloat16").config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypatch):
+    """A folder is placed on the mesh alike; parameters that are not finite are refused."""
+    workdir, _, params = run(name)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "read_weights", None)  # which has it all in this process
+        models = [load_on_mesh(workdir, mesh)]
+    convert(ConvertConfig(source=workdir, destination=tmp_path, to="clip-jax"))
+    models.append(load_on_mesh(tmp_path, mesh))
+    for model in models:
+        jax.tree.map(np.testing.assert_array_equal, model.params, params)
+        places = param_shardings(model.config, model.params, mesh)
+        assert jax.tree.map(lambda x: x.sharding, model.params) == places
+    split = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(models[0].params))
+    assert split < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
+    damaged = params | {"logit_scale": np.float32(np.inf)}
+    with (
+        mock.patch.object(loading, "restore_params", autospec=True, return_value=damaged),
+        pytest.raises(ValueError, match="logit_scale has 1 values that are NaN or infinite"),
+    ):
+        load_on_mesh(workdir, mesh)
+
+
+def test_verification_of_our_own_folder(run, tmp_path, capsys):
+    """If the numbers differ, the exit code is 1."""
+    workdir, config, params = run("vit")
+    args = ["convert", str(workdir), str(tmp_path / "out"), "--to", "clip-jax", "--verify"]
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_relative_difference"] == 0.0
+    assert main([*args, "--overwrite", "--dtype", "float16", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["max_relative_difference"] == 0.0
+    assert 1e-5 < values["rounding_loss"] < 1e-1
+    assert main([*args, "--overwrite"]) == 0
+    assert "rounding_loss" not in capsys.readouterr().out  # where nothing is rounded
+    for factor, shown in ((1.001, float), (np.nan, type(None))):
+        scaled = jax.tree.map(lambda x, by=factor: x * np.float32(by), params)
+        other = Weights(config=config, params=scaled)
+        with mock.patch.object(folder, "read", autospec=True, return_value=other):
+            assert main([*args, "--overwrite", "--json"]) == 1
+        values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
+        assert isinstance(values["max_relative_difference"], shown)
+    assert not Verification("", 0.0, np.nan, 0.0, None).passed
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_another_image_size(run, name):
+    workdir, config, params = run(name)
+    size = 2 * config.vision.image_size
+    model = load(workdir, image_size=size)
+    assert model.config.vision.image_size == model.image_preprocess.image_size == size
+    assert model.encode_image(np.zeros((1, size, size, 3), np.float32)).shape == (1, 16)
+    np.testing.assert_array_equal(model.params["logit_scale"], params["logit_scale"])
+
+
+def test_the_library_says_what_can_be_loaded():
+    # Whether or not the module of the same name was imported, before or after.
+    assert importlib.import_module("clip_jax.inference.loading").load is clip_jax.load is load
+    with pytest.raises(ValueError, match="there is no nowhere"):
+        clip_jax.load("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("destination", "extra", "says"),
+    [
+        ("out", ["--to", "clip-jax"], "something is at"),
+        ("run", ["--to", "clip-jax"], "is both source and destination"),
+        ("out", ["--to", "openai", "--overwrite"], "is a directory; --to openai writes a file"),
+        ("out/file", ["--to", "clip-jax", "--overwrite"], "is a file; --to clip-jax writes a"),
+        ("new", ["--to", "clip-jax", "--plain"], "--plain is a choice of --to openai"),
+        ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
+        ("new", ["--to", "clip-jax", "--activation", "gelu"], "its activation is quick_gelu, not"),
+        ("new", ["--to", "clip-jax", "--architecture", "ViT-H-14"], "is no ViT-H-14: its towers"),
+        ("new", ["--to", "clip-jax", "--architecture", "ViT"], "no architecture 'ViT'; did"),
+        ("out/file/new", ["--to", "clip-jax"], "is a file, and"),
+    ],
+)
+def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says):
+    workdir, _, _ = run("vit")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("here")
+    to = workdir if destination == "run" else tmp_path / destination
+    assert main(["convert", str(workdir), str(to), *extra]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().split("\n")) == 1
+    assert says in error
+    assert (tmp_path / "out/file").read_text() == "here"
+
+
+def test_another_format_in_the_same_folder(run, tmp_path):
+    """What is written last is what is read, not the mark that another format left."""
+    workdir, _, params = run("vit")
+    kinds = ["clip-jax", "hugging-face", "open-clip", "hugging-face", "clip-jax", "open-clip"]
+    for to in kinds:
+        convert(ConvertConfig(source=workdir, destination=tmp_path, to=to, overwrite=True))
+        (tmp_path / "notes.txt").write_text("mine")
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path).params, params)
+        assert (tmp_path / "manifest.json").exists() == (to == "clip-jax")
+        assert (tmp_path / "open_clip_config.json").exists() == (to == "open-clip")
+        assert (tmp_path / "notes.txt").exists()
+
+
+# ------------------------------------------------------------------ any number of rows
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(TINY, parameters(TINY), default_preprocess(TINY))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 37])
+def test_any_number_of_rows_equals_the_pure_function(model, count):
+    rng = np.random.default_rng(count)
+    images = rng.normal(size=(count, 16, 16, 3)).astype(np.float32)
+    tokens = rng.integers(0, 520, (count, 10)).astype(np.int32)
+    for found, method, rows in (
+        (model.encode_image(images, batch_size=16), model.clip.encode_image, images),
+        (model.encode_text(tokens, batch_size=16), model.clip.encode_text, tokens),
+    ):
+        assert isinstance(found, jax.Array)
+        assert found.shape == (count, 16)
+        if count:
+            expected = jax.jit(method)(model.params, jax.numpy.asarray(rows))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_few_shapes_are_compiled_for_all_devices(model):
+    """On 8 devices, 41 lengths up to 40 need the sizes 8, 16, 32 and 40."""
+    mesh, params = model._placed
+    assert mesh.size == len(jax.local_devices()) == 8
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(params))
+    encode: Any = _encode
+    encode.clear_cache()
+    for count in range(41):
+        model.encode_text(np.ones((count, 10), np.int32), batch_size=40)
+    assert encode._cache_size() == 4
+
+
+def test_drawn_captions_depend_on_the_seed():
+    writer = Model(COCA, parameters(COCA), default_preprocess(COCA))
+    images = np.zeros((8, 16, 16, 3), np.float32)
+    first, second = (
+        writer.caption(images, GenerationConfig(method="sample", seed=seed)) for seed in (0, 1)
+    )
+    assert first != second
+
+
+def test_a_terminal_sees_progress_of_long_lists_alone(model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    rows = np.ones((80, 10), np.int32)
+    model.encode_text(rows, batch_size=40)
+    assert not capsys.readouterr().err
+    model.encode_text(rows, batch_size=8)
+    printed = capsys.readouterr()
+    assert "encode_text" in printed.err
+    assert not printed.out
+
+
+def test_a_batch_size_of_none_is_refused(model):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        model.encode_text(np.ones((1, 10), np.int32), batch_size=0)
+
+
+# ------------------------------------------------------------------ weights to begin with
+
+
+def test_positions_are_fitted_to_resolution_and_text(run):
+    workdir, _, before = run("vit")
+    params = starting_params(workdir, larger(TINY))
+    positions = params["visual"]["positional_embedding"]
+    assert positions.shape == (1 + 4 * 4, 32)
+    old = before["visual"]["positional_embedding"]
+    np.testing.assert_array_equal(positions[0], old[0])  # the class token's
+    assert old[1:].min() < positions[1:].mean() < old[1:].max()
+    np.testing.assert_array_equal(
+        params["text"]["positional_embedding"], before["text"]["positional_embedding"][:5]
+    )
+    np.testing.assert_array_equal(params["visual"]["proj"], before["visual"]["proj"])
+
+
+def test_weights_that_do_not_fit_are_named(run):
+    """The image tower alone can be taken."""
+    workdir, text = run("vit")[0], TINY.text
+    rules = dataclasses.replace(text.tokenizer, clean="lower")
+    for changes, message in (
+        ({"width": 64}, r"has text/.* and the model needs"),
+        ({"tokenizer": rules}, "its text.tokenizer.clean is 'clip', this model's 'lower'"),
+    ):
+        other = dataclasses.replace(TINY, text=dataclasses.replace(text, **changes))
+        with pytest.raises(ValueError, match=message):
+            starting_params(workdir, other)
+        assert set(starting_params(workdir, other, ["image"])) == {"visual"}

@@ -1,0 +1,68 @@
+"""Paths on disk: what stands between a person's path and a file. Buckets: see tests/contract."""
+
+import errno
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from clip_jax.errors import InputError
+from clip_jax.storage import bucket, files
+
+
+def test_a_url_of_another_kind_is_refused():
+    with pytest.raises(InputError, match="ftp:// is not read"):
+        files.place("ftp://a/b")
+
+
+def test_a_full_disk_is_one_message_that_names_the_path(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    files.write_whole(tmp_path / "a", "before")
+    message = pytest.raises(InputError, match=rf"no space left for {tmp_path}/a")
+    with message, mock.patch.object(os, "fsync", autospec=True, side_effect=full):
+        files.write_whole(tmp_path / "a", "after")
+    with message, files.writing(tmp_path / "a"), open("/dev/full", "wb") as really_full:
+        really_full.write(b"x")
+    assert (tmp_path / "a").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_errors_are_bugs(tmp_path):
+    with pytest.raises(ValueError, match="unpack"), files.writing(tmp_path / "a"):
+        raise ValueError("not enough values to unpack")
+
+
+def test_a_destination_is_checked(tmp_path):
+    (tmp_path / "file").write_text("")
+    files.check_destination(tmp_path / "new/folder", "--output")
+    assert not (tmp_path / "new").exists()
+    for path, folder, message in (
+        (tmp_path / "file", True, rf"{tmp_path}/file is a file; --output needs a folder"),
+        (tmp_path / "file/below", True, r"file is a file, and .*file/below is below it; --output"),
+        (tmp_path, False, "is a folder; --output takes a file"),
+        (Path("/proc/new"), True, r"/proc cannot be written .*choose another --output"),
+    ):
+        with pytest.raises(InputError, match=message):
+            files.check_destination(path, "--output", folder=folder)
+
+
+def test_a_link_that_leads_back_is_followed_once(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/1.png").touch()
+    (tmp_path / "a/b/back").symlink_to(tmp_path / "a")
+    (tmp_path / "a/also").symlink_to(tmp_path / "a/b/1.png")
+    assert list(files.walk(tmp_path / "a")) == [f"{tmp_path}/a/also", f"{tmp_path}/a/b/1.png"]
+
+
+def test_a_pattern_leaves_dot_files_out_in_a_bucket_as_on_a_disk():
+    entries = [(f"gs://b/{name}.tar", (1, 1.0)) for name in ("._1", "1")]
+    with mock.patch.object(bucket, "listed", autospec=True, return_value=entries):
+        assert files.expand("gs://b/*.tar") == ["gs://b/1.tar"]
+
+
+def test_braces_that_mean_too_many_files_are_refused_at_once():
+    for pattern in ("{0..99999999999}.tar", "{0..99999}/{0..99999}.tar"):
+        with pytest.raises(InputError, match=r"stands for 1\d\d?,000,000,000 files"):
+            files.expand(pattern)
+    assert files.expand("{08..10}/{a,b}") == ["08/a", "08/b", "09/a", "09/b", "10/a", "10/b"]

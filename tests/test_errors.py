@@ -1,0 +1,190 @@
+"""Every number that a person can give, out of its range; and a bug stays a bug."""
+
+import dataclasses
+import math
+import types
+import typing
+from unittest import mock
+
+import pytest
+
+from clip_jax import bench
+from clip_jax.cli import commands
+from clip_jax.config import Config
+from clip_jax.convert.command import ConvertConfig
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.mixture import MemberConfig
+from clip_jax.errors import InputError, check_ranges, read_part
+from clip_jax.evals import tasks
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.export.command import ExportConfig
+from clip_jax.inference import embed, evaluate, predict, search
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.pods.plan import PlanConfig
+from clip_jax.pods.topology import Topology
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.scaling import answers, ladder
+from clip_jax.scaling.report import ReportConfig
+from clip_jax.serve.demo import DemoConfig
+from clip_jax.serve.service import ServeConfig
+
+COMMANDS = (
+    Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
+    search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
+    answers.CollectConfig, answers.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
+    ReportConfig, bench.InputBench, bench.ComputeBench, ExportConfig, ServeConfig,
+)  # fmt: skip
+GIVEN = {  # where there is no default, or none that can stand alone
+    "PredictConfig.labels": ("cat",),
+    "SearchConfig.text": "a cat",
+    "ConvertConfig.to": "openai",
+    "ExportConfig.format": "onnx",
+    "LadderConfig.base": Config(),
+    "LadderConfig.models": {"one": CLIPConfig()},
+    "LadderConfig.samples": (4096,),
+    "MemberConfig.source": DigitsConfig(),
+    "MixtureConfig.members": (MemberConfig(source=DigitsConfig()),),
+    "PhaseConfig.from_sample": 0,
+    "PhaseConfig.weights": (1.0,),
+    "DataConfig.crop_scale": (0.9, 1.0),
+    "HalvingConfig.metric": "info_nce",
+}
+
+
+def names(**fields: str) -> set[str]:
+    """`Config.seed` and so on, from fields by dataclass."""
+    return {f"{kind}.{name}" for kind, listed in fields.items() for name in listed.split()}
+
+
+# What zero, a negative number or infinity stands for is said beside the field.
+NEGATIVE = names(
+    MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean",
+    ViTConfig="layer_scale", PrepareConfig="min_score max_score",
+    RulesConfig="batch_exponent width_exponent",
+)  # fmt: skip
+INFINITE = {"PrepareConfig.min_score": -math.inf, "PrepareConfig.max_score": math.inf}
+ZERO = names(
+    TokenizerConfig="begin_id end_id pad_id", SuiteEvalConfig="seed memory_mib", Config="seed",
+    DataConfig="seed workers threads max_bad_share", DigitsConfig="split_seed",
+    MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
+    FitConfig="seed", LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
+    PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
+    "seed", HardwareConfig="price start_seconds", RulesConfig="max_warmup_share",
+    ReportConfig="price", InputBench="warmup", ComputeBench="warmup", ViTConfig="patch_dropout",
+    GenerationConfig="seed length_penalty", CaptionConfig="weight contrastive_weight",
+    TextConfig="eos_token_id", SoftmaxConfig="budget_mib label_smoothing",
+    SigmoidConfig="budget_mib label_smoothing", Muon="momentum adam_rate",
+    OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 image_rate "
+    "text_rate ema_decay", SweepConfig="warmups weight_decays",
+    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale",
+    Jitter="rotation scale stretch shear shift elastic thickness fade drift shade tint noise",
+)  # fmt: skip
+
+
+def parts(kind: typing.Any) -> list[typing.Any]:
+    """The kinds inside of an annotation: of a union, a tuple, a mapping."""
+    inside = [part for one in typing.get_args(kind) for part in parts(one)]
+    return inside or [kind]
+
+
+def numbers() -> dict[str, tuple[type, str, type]]:
+    """Every field that takes a number, through all commands: its dataclass, name and type."""
+    found, ahead = {}, list(COMMANDS)
+    while ahead:
+        kind = ahead.pop()
+        hints = typing.get_type_hints(kind)
+        inherited = typing.get_type_hints(Config) if kind is not Config else {}
+        for field in dataclasses.fields(kind):
+            if issubclass(kind, Config) and field.name in inherited:
+                continue
+            for part in parts(hints[field.name]):
+                if part is Topology:  # is read from its name, which checks it
+                    continue
+                if dataclasses.is_dataclass(part):
+                    ahead.append(part)
+                elif part in (int, float):
+                    found[f"{kind.__name__}.{field.name}"] = (kind, field.name, part)
+    return found
+
+
+def example(kind: type) -> typing.Any:
+    """An instance of defaults, and of GIVEN where there are none."""
+    values, hints = {}, typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if (name := f"{kind.__name__}.{field.name}") in GIVEN:
+            values[field.name] = GIVEN[name]
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            kind_of = parts(hints[field.name])[0]
+            values[field.name] = 1 if kind_of in (int, float) else kind_of("x")
+    return kind(**values)
+
+
+FIELDS = numbers()
+assert {*NEGATIVE, *INFINITE, *ZERO} <= FIELDS.keys()
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS))
+def test_a_number_out_of_range_is_refused_by_name(field):
+    kind, name, number = FIELDS[field]
+    hint = typing.get_type_hints(kind)[name]
+    several = any(typing.get_origin(k) is tuple for k in (hint, *typing.get_args(hint)))
+    length = len(getattr(example(kind), name) or (0,)) if several else 1
+    wrong = [1 << 70] if number is int else [math.nan, math.inf, -math.inf]
+    wrong = [x for x in wrong if x != INFINITE.get(field)]
+    wrong += [] if field in NEGATIVE else [number(-2)]
+    wrong += [] if field in ZERO | NEGATIVE else [number(0)]
+    for value in wrong:
+        with pytest.raises(InputError, match=name):
+            dataclasses.replace(example(kind), **{name: (value,) * length if several else value})
+
+
+@pytest.mark.parametrize(
+    ("given", "needed", "says"),
+    [
+        (0, "[1, inf)", "at least 1"),
+        (math.nan, "(0, inf)", "more than 0"),
+        (2, "[0, 1)", "from 0 to below 1"),
+        (0, "(0, 1]", "more than 0 and at most 1"),
+        (2, "(0, 1)", "more than 0 and below 1"),
+        (9, "(-inf, 8]", "at most 8"),
+        (9, "(-inf, 8)", "less than 8"),
+        (math.inf, "(-inf, inf)", "a finite number"),
+        ((3, 0), "[1, 5]", "from 1 to 5"),
+        (1 << 64, "[0, inf)", "of 64 bits"),
+        ("many", "[0, 0.5]", "from 0 to 0.5"),
+    ],
+)
+def test_a_range_is_said_in_words(given, needed, says):
+    config = types.SimpleNamespace(x=given)
+    with pytest.raises(InputError, match=f"^part.x=.* must be {says}\\.$"):
+        check_ranges(config, "part.", x=needed)
+
+
+def test_parts_are_counted_from_one():
+    assert [read_part(text) for text in ("1/1", "1/4", "4/4")] == [(0, 1), (0, 4), (3, 4)]
+    for text in ("", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/4", "a/b", "²/4", f"1/{'9' * 5000}"):
+        with pytest.raises(InputError, match="must be i/n"):
+            read_part(text)
+
+
+def planted(*_: object) -> None:
+    list(zip([1], [1, 2], strict=True))  # a ValueError, as `InputError` is
+
+
+def test_a_bug_in_the_check_of_flags_is_none_of_the_users():
+    with (
+        mock.patch.object(predict, "check_labels", autospec=True, side_effect=planted),
+        pytest.raises(ValueError, match="zip"),
+    ):
+        commands.main(["predict", "model", "--labels", "cat"])
+
+
+def test_a_bug_in_one_data_set_does_not_leave_it_out(tmp_path):
+    config = evaluate.EvaluateConfig(model=tmp_path)
+    evaluator = tasks.TasksEvaluator(config, dict.fromkeys("ab", planted))
+    with (
+        mock.patch.object(tasks.measure, "Splits", autospec=True),
+        mock.patch.object(tasks, "_outcomes", autospec=True, side_effect=planted),
+        pytest.raises(ValueError, match="zip"),
+    ):
+        list(evaluator.outcomes(mock.Mock(spec=Encoder)))
