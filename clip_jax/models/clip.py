@@ -95,6 +95,11 @@ class CLIPConfig:
             )
 
     @property
+    def has_logit_bias(self) -> bool:
+        """Whether probabilities are the sigmoid's, of single pairs (SigLIP)."""
+        return self.init_logit_bias is not None
+
+    @property
     def image_token_width(self) -> int:
         """Channels of the tokens that a decoder attends to."""
         is_pooled = isinstance(self.vision, ViTConfig) and self.vision.pool == "queries"

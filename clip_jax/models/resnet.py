@@ -54,7 +54,35 @@ class ResNetConfig:
     @property
     def num_tokens(self) -> int:
         """Positions that the attention pooling sees: the mean and every place of the last map."""
-        return (self.image_size // 32) ** 2 + 1
+        return (self.image_size // 32) ** 2 + self.extra_tokens
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens before those of the map: their mean."""
+        return 1
+
+    @property
+    def positions_path(self) -> str:
+        """The path of the positional embedding in the whole model's parameters."""
+        return "visual/attnpool/positional_embedding"
+
+    @property
+    def activation(self) -> str:
+        return "relu"
+
+    @property
+    def pool(self) -> str:
+        return "attention"
+
+    @property
+    def has_map_head(self) -> bool:
+        """Whether a learned query's attention and an MLP pool the tokens (SigLIP)."""
+        return False
+
+    @property
+    def summary(self) -> str:
+        """The architecture in one line, for model cards."""
+        return f"ResNet of width {self.width}, layers {self.layers}"
 
 
 SPLIT_STAGES = (3, 4)  # whose kernels, 95% of the weights, are split over a mesh

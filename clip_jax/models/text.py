@@ -92,13 +92,28 @@ class TextConfig:
             raise InputError("text.projection_bias=True needs text.projection=True.")
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether a learned token behind the text's stands for the text."""
+        return self.pool == "class_token"
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether a text's embedding depends on the id of its padding and on how much there is."""
+        return not self.causal or self.pool not in ("argmax", "eos")
+
+    @property
     def num_positions(self) -> int:
-        return self.context_length + (self.pool == "class_token")
+        return self.context_length + self.has_class_token
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id of CLIP's end of text: the highest, or where ids were added above it, `eos`."""
+        return self.eos_token_id if self.pool == "eos" else self.vocab_size - 1
 
     @property
     def clip_vocab_size(self) -> int:
         """How many ids CLIP's BPE has here: up to the end of text, which may have others above."""
-        return self.eos_token_id + 1 if self.pool == "eos" else self.vocab_size
+        return self.end_of_text_id + 1
 
     @property
     def begin_id(self) -> int | None:

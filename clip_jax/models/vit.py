@@ -88,6 +88,29 @@ class ViTConfig:
     def num_tokens(self) -> int:
         return self.num_patches + self.class_token
 
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens before those of the patches."""
+        return int(self.class_token)
+
+    @property
+    def positions_path(self) -> str:
+        """The path of the positional embedding in the whole model's parameters."""
+        return "visual/positional_embedding"
+
+    @property
+    def has_map_head(self) -> bool:
+        """Whether a learned query's attention and an MLP pool the tokens (SigLIP)."""
+        return self.pool == "map"
+
+    @property
+    def summary(self) -> str:
+        """The architecture in one line, for model cards."""
+        return (
+            f"ViT of width {self.width}, depth {self.depth}, patches of {self.patch_size} pixels, "
+            f"{self.activation}, {self.pool} pooling"
+        )
+
     def caption_tokens(self, patches: int) -> int:
         """Tokens that a caption decoder attends to, of so many patches."""
         if self.pool == "queries":
