@@ -1,5 +1,7 @@
 """The configuration of a run: composes the parts' dataclasses, nothing else.
 
+A renamed field gets a row in `RENAMED` of `checkpoints/run_config.py`, so that older runs resume.
+
 A config file is Python with `get_config() -> Config`; flags override its fields by name.
 """
 
@@ -21,6 +23,7 @@ from etils import epath
 from clip_jax import flops, processes
 from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.checkpoints.retention import steps_in
+from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.display import warn
@@ -37,7 +40,7 @@ from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
-from clip_jax.storage.json_files import read_json, recover_json
+from clip_jax.storage.json_files import recover_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +153,14 @@ def load_config(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
     try:
-        return from_dict(Config, content, f"{path}: config")
+        return of_run(content, f"{path}: config")
     except InputError as error:  # of a value out of its range, which does not know the file
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+
+
+def of_run(content: Any, where: str = "config") -> Config:
+    """Read the content of a run's `config.json`, which an older version may have written."""
+    return from_dict(Config, upgrade(content) if isinstance(content, dict) else content, where)
 
 
 def run_file(path: Path, function: str, kind: type) -> Any:
@@ -248,10 +256,9 @@ def branch_point(text: str) -> tuple[str, int]:
 
 def with_order(workdir: Path | epath.Path, config: Config) -> Config:
     """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
-    path = workdir / "config.json"
     kept: dict[str, Any] = {}
     with contextlib.suppress(InputError):  # damaged, which check_resumable says
-        kept = read_json(path)
+        kept = read_run_config(workdir)
     if config.data.order != "auto" or not kept:
         return config
     order = kept.get("data", {}).get("order", "global")
@@ -262,7 +269,7 @@ def check_resumable(workdir: Path | epath.Path, config: Config) -> None:
     """Raise InputError unless the run in `workdir` is this config's, up to what alters no
     update."""
     path = workdir / "config.json"
-    before = recover_json(path, warn if processes.is_lead() else None)
+    before = upgrade(recover_json(path, warn if processes.is_lead() else None))
     allowed = (*RESUMABLE, "steps") if _goes_on(before, config) else RESUMABLE
     stands = max(steps_in(workdir / "checkpoints"), default=0)
     if before and (differing := _others(path, before, config, allowed, stands)):
@@ -282,7 +289,7 @@ def check_branch(trunk: Path | epath.Path, config: Config) -> list[str]:
     """List what a branch has otherwise than its trunk; raises InputError for what it may not
     change."""
     path = trunk / "config.json"
-    if not (before := read_json(path)):
+    if not (before := read_run_config(trunk)):
         raise InputError(f"branch_from: there is no run in {trunk} (no config.json).")
     _, stands = branch_point(config.branch_from or "")
     if differing := _others(path, before, config, BRANCHABLE, stands):

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from clip_jax.cli.commands import main
-from clip_jax.config import Config, check_resumable, differences, load_config, with_order
+from clip_jax.config import Config, check_resumable, differences, load_config, of_run, with_order
 from clip_jax.data.mixture import MemberConfig, MixtureConfig, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
@@ -16,6 +16,7 @@ from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import Constant, OptimConfig
 from clip_jax.serialize import to_dict
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,19 @@ def test_a_damaged_config_json_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json"):
         load_config(path)
+
+
+BEFORE = json.loads((ROOT / "tests/golden/run_configs.json").read_text())  # of version e1a3b50
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_run_of_the_version_before_resumes(name, tmp_path):
+    config = load_config(ROOT / f"configs/{name}.py")
+    (tmp_path / "config.json").write_text(json.dumps(BEFORE[name]))
+    check_resumable(tmp_path, config)
+    assert load_config(tmp_path / "config.json") == config == of_run(to_dict(config))
+    with pytest.raises(InputError, match=r"  seed: 0 in .*, 7 given"):
+        check_resumable(tmp_path, replace(config, seed=7))
 
 
 @pytest.mark.parametrize(

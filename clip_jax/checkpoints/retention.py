@@ -16,10 +16,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from clip_jax import processes
 from clip_jax.checkpoints import orbax
+from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
-from clip_jax.storage.json_files import parse, read_json, read_rows
+from clip_jax.storage.json_files import parse, read_rows
 
 Results = Mapping[str, Any]  # of one step, by name
 
@@ -105,7 +106,7 @@ def named_step(workdir: Place, which: str) -> int:
 
 
 def _best_of(workdir: Place) -> Best | None:
-    config = read_json(workdir / "config.json").get("checkpoint") or {}
+    config = read_run_config(workdir).get("checkpoint") or {}
     if not config.get("best"):
         return None
     return Best(name=config["best"], mode=config["best_mode"], of=config["best_of"])

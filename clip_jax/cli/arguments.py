@@ -52,6 +52,7 @@ def read_run(
     """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
     from clip_jax.config import Config, load_config
 
+    _check_renamed(args)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help"} & set(rest):
@@ -92,6 +93,17 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
             ):
                 raise error from None
         raise
+
+
+def _check_renamed(args: Sequence[str]) -> None:
+    """Raise InputError for a flag that an earlier version had, with the one to use instead."""
+    from clip_jax.checkpoints.run_config import is_renamed
+
+    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        old, new = is_renamed(flag[2:].replace("-", "_"))
+        if old:
+            now = f"is now --{new.replace('_', '-')}" if new else "was removed"
+            raise InputError(f"{flag} {now}.")
 
 
 def _check_names(kind: Any, args: Sequence[str]) -> None:

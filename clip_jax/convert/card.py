@@ -6,6 +6,7 @@ A run's configuration and results go with its weights as `training.json`, from f
 import json
 from typing import Any
 
+from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert import run
 from clip_jax.convert.weights import Weights
 from clip_jax.models.clip import count
@@ -61,7 +62,7 @@ def training(source: Place) -> dict[str, Any] | None:
     if run.is_run(source):
         result = source / "result.json"
         return {
-            "config": read_json(source / "config.json"),
+            "config": read_run_config(source),
             "result": read_json(result) if result.is_file() else {},
         }
     if source.is_dir() and (source / FACTS_NAME).is_file():

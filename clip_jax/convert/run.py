@@ -7,12 +7,12 @@ import numpy as np
 
 from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import named_step
+from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import Place
-from clip_jax.storage.json_files import read_json
 
 
 def is_run(path: Place) -> bool:
@@ -32,7 +32,7 @@ def read(workdir: Place, which: str = "") -> Weights:
 
 def read_config(workdir: Place) -> CLIPConfig:
     """Read the architecture of a run's model, with its vocabulary."""
-    content = read_json(workdir / "config.json")
+    content = read_run_config(workdir)
     config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
     for name in vocabulary.NAMES:  # a copy, so that the run is whole without the file it came from
         if (workdir / name).is_file():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
-from clip_jax.config import Config
+from clip_jax.config import Config, of_run
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError
 from clip_jax.evals import datasets, measure, report
@@ -20,7 +20,6 @@ from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.tasks import Open, SuiteEvalConfig, TasksConfig, TasksEvaluator, data_sets, say
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
-from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
@@ -113,7 +112,7 @@ def run_of(path: Place) -> Config | None:
     """Return the config of a run's work directory; None where it is none, or an older one's."""
     path, _ = split_name(path)
     try:
-        return from_dict(Config, json.loads((path / "config.json").read_text()))
+        return of_run(json.loads((path / "config.json").read_text()))
     except (OSError, ValueError):
         return None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.config import branch_point
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.scaling import answers, table
@@ -111,6 +112,7 @@ def _folders(paths: Sequence[Place]) -> list[Place]:
 def _run(folder: Place, finished: Mapping[str, table.Row]) -> dict[str, Any]:
     """What the page shows of a work directory."""
     run, result = (_read(folder / name) for name in ("config.json", "result.json"))
+    run = upgrade(run)
     step, steps = result.get("step", 0), run.get("steps", 0)
     try:
         row = finished.get(str(folder)) or table.of_run(run, step)

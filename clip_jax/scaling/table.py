@@ -22,6 +22,7 @@ import numpy as np
 
 from clip_jax import flops
 from clip_jax.checkpoints.retention import WATCHED
+from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.config import branch_point
 from clip_jax.data import growth
 from clip_jax.errors import InputError
@@ -194,6 +195,7 @@ def _ours(file: Place) -> Row:
         raise Unfinished("no config.json beside it")
     with _expecting("the result.json and config.json of a work directory"):
         result, run = (json.loads(path.read_text()) for path in (file, config))
+        run = upgrade(run)
         end = min(run["steps"], run.get("stop_after") or run["steps"])
         if result.get("step") != end:
             raise Unfinished(f"stopped at step {result.get('step')} of {end}")

@@ -1,0 +1,64 @@
+"""`config.json` of a run directory as a plain dict, with the names that fields have today."""
+
+from collections.abc import Callable
+from typing import Any
+
+from clip_jax.storage.files import Place
+from clip_jax.storage.json_files import read_json
+
+# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
+# field is gone and changed no result. A path goes through lists: `evals.pool` is a field of each
+# evaluator. A row for a group moves all of its fields.
+RENAMED: dict[str, str | None] = {}
+
+# Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
+UPGRADES: list[Callable[[dict[str, Any]], None]] = []
+
+
+def upgrade(config: dict[str, Any]) -> dict[str, Any]:
+    """Give the dict of a `config.json` today's names, in place; return it.
+
+    A dict that has them already stays as it is.
+    """
+    for old, new in RENAMED.items():
+        _move(config, old.split("."), new.split(".") if new else [])
+    for change in UPGRADES:
+        change(config)
+    return config
+
+
+def _move(node: Any, old: list[str], new: list[str]) -> None:
+    """Move a field to its new path; without one, remove it."""
+    if isinstance(node, list):
+        for each in node:
+            _move(each, old, new)
+    elif not isinstance(node, dict):
+        return
+    elif len(old) > 1 and (not new or (len(new) > 1 and old[0] == new[0])):
+        _move(node.get(old[0]), old[1:], new[1:])
+    else:  # what is left of the path is a name, or leads to another group
+        source: Any = node
+        for group in old[:-1]:
+            source = source.get(group) if isinstance(source, dict) else None
+        if isinstance(source, dict) and old[-1] in source:
+            value, target = source.pop(old[-1]), node
+            for group in new[:-1]:
+                target = target.setdefault(group, {})
+            if new:
+                target.setdefault(new[-1], value)
+
+
+def is_renamed(path: str) -> tuple[bool, str | None]:
+    """Say whether a field, or a group that it was in, has another name; and its path today.
+
+    The path is None where the field is gone.
+    """
+    for old, new in RENAMED.items():
+        if path == old or path.startswith(old + "."):
+            return True, new and new + path[len(old) :]
+    return False, path
+
+
+def read_run_config(workdir: Place) -> dict[str, Any]:
+    """Read a run's `config.json`, {} where there is none. InputError if it is damaged."""
+    return upgrade(read_json(workdir / "config.json"))
