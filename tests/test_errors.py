@@ -47,7 +47,6 @@ GIVEN = {  # where there is no default, or none that can stand alone
     "PhaseConfig.from_sample": 0,
     "PhaseConfig.weights": (1.0,),
     "DataConfig.crop_scale": (0.9, 1.0),
-    "HalvingConfig.metric": "info_nce",
 }
 
 

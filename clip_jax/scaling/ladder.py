@@ -27,7 +27,7 @@ from clip_jax.optim import Constant
 from clip_jax.scaling import jobs
 from clip_jax.scaling.price import HardwareConfig, duration, in_words
 from clip_jax.scaling.rules import BranchesConfig, RulesConfig
-from clip_jax.scaling.sweep import SweepConfig, halve
+from clip_jax.scaling.sweep import SweepConfig
 from clip_jax.scaling.table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import check_destination, write_whole
@@ -236,15 +236,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     failures: dict[str, str] = {}
     if not command.dry_run:
         check_destination(root, "--root")
-        if ladder.sweep and ladder.sweep.halving:
-            if command.part != "1/1" or not command.jobs:
-                raise InputError(
-                    f"part={command.part!r}, jobs={command.jobs}: a round of halving compares all "
-                    "trials of a point, so one process trains them; choose points with --only."
-                )
-            failures = halve(points, ladder.sweep.halving, train, say)
-        else:
-            failures = train(missing)
+        failures = train(missing)
         if command.jobs:
             done |= {point.name for point in missing} - failures.keys()
     return {

@@ -1,43 +1,11 @@
-"""A sweep: every point of a ladder at several rates, batches, warm-ups and weight decays.
-
-All trials of a grid are trained to their end, or, in successive halving (Jamieson and Talwalkar
-2016, arXiv:1502.07943), each round trains the better ones of the round before further. A trial is
-an ordinary run; stopped by a round, it goes on from its checkpoint where the next one wants it.
-"""
+"""A sweep: every point of a ladder at several learning rates, batches, warm-ups, weight decays."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import numpy as np
 
 from clip_jax.config import Config
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.storage.json_files import read_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalvingConfig:
-    """Successive halving: rounds of which only the best trials of each point reach the next.
-
-    The first round stops at steps / factor^rounds, the last at the end. Trials are compared in the
-    middle of their schedules, so a rate that pays late may be lost; leave room (a factor of 2).
-    """
-
-    metric: str  # of the runs' evaluations, by which a round judges: info_nce
-    best: Literal["min", "max"] = "min"
-    factor: int = 2  # one in so many goes on
-    rounds: int = 2  # before the last
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "sweep.halving.", factor="[2, inf)", rounds="[1, inf)")
-
-    def stops(self, steps: int) -> list[int | None]:
-        """Return the steps at which a trial's rounds end; None: its own end."""
-        shares = [self.factor**-n for n in range(self.rounds, 0, -1)]
-        return [*(max(round(share * steps), 1) for share in shares), None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +16,6 @@ class SweepConfig:
     batch_sizes: tuple[int, ...] = ()  # none: the point's own. Samples stay, steps follow
     warmups: tuple[float, ...] = (1.0,)  # steps of warm-up, as multiples of what the rules give
     weight_decays: tuple[float, ...] = ()  # none: the base's own
-    halving: HalvingConfig | None = None  # None: a grid, all trials to their end
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -85,72 +52,6 @@ class SweepConfig:
             ]  # fmt: skip
             name = "".join(f"-{text}" for values, text in parts if len(values) > 1)
             yield name, replace(config, optim=optim)
-
-
-Point = Any  # of a ladder: name, model, samples, config, workdir
-Train = Callable[[Sequence[Point]], dict[str, str]]
-
-
-def halve(
-    trials: Sequence[Point], halving: HalvingConfig, train: Train, say: Callable[[str], None]
-) -> dict[str, str]:
-    """Train in rounds; returns why trials failed, by name.
-
-    `train` brings what it is given to where its config stops. A trial's seeds are judged by their
-    mean and go on together; one that failed is behind all others. Whatever was trained before
-    counts: the same call goes on after a stop, to the same choice.
-    """
-    failures: dict[str, str] = {}
-    alive = list(trials)
-    for number in range(halving.rounds + 1):
-        stops = [halving.stops(trial.config.steps)[number] for trial in alive]
-        stopped = [
-            trial._replace(config=replace(trial.config, stop_after=stop))
-            for trial, stop in zip(alive, stops, strict=True)
-        ]
-        failures |= train([trial for trial in stopped if trial.name not in failures])
-        if number < halving.rounds:
-            kept = {name for group in _groups(stopped) for name in _best(group, halving)}
-            say(
-                f"round {number + 1}: {len(kept)} of {len(alive)} runs go on, by {halving.metric}: "
-                + ", ".join(sorted(kept))
-            )
-            alive = [trial for trial in alive if trial.name in kept]
-    return failures
-
-
-def measured(trial: Point, metric: str) -> float:
-    """Return what a run measured where it stops; NaN if it did not come there."""
-    found = [
-        row[metric]
-        for row in read_rows(trial.workdir / "metrics.jsonl")
-        if row["step"] == trial.config.end and metric in row
-    ]
-    return float(found[-1]) if found else math.nan
-
-
-def _groups(trials: Sequence[Point]) -> list[list[Point]]:
-    """Put the trials of each point together."""
-    groups: dict[tuple[str, int], list[Point]] = {}
-    for trial in trials:
-        groups.setdefault((trial.model, trial.samples), []).append(trial)
-    return list(groups.values())
-
-
-def _best(group: Sequence[Point], halving: HalvingConfig) -> list[str]:
-    """Name the runs of the best trials of a point, all seeds of each."""
-    seeds: dict[Config, list[Point]] = {}
-    for trial in group:
-        data = replace(trial.config.data, seed=0)
-        seeds.setdefault(replace(trial.config, seed=0, data=data), []).append(trial)
-    sign = 1 if halving.best == "min" else -1
-
-    def score(runs: Sequence[Point]) -> float:
-        mean = sign * float(np.mean([measured(run, halving.metric) for run in runs]))
-        return math.inf if math.isnan(mean) else mean
-
-    ranked = sorted(seeds.values(), key=score)
-    return [run.name for runs in ranked[: math.ceil(len(ranked) / halving.factor)] for run in runs]
 
 
 def _digits(number: float) -> float:

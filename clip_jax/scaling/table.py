@@ -196,7 +196,7 @@ def _ours(file: Place) -> Row:
     with _expecting("the result.json and config.json of a work directory"):
         result, run = (json.loads(path.read_text()) for path in (file, config))
         run = upgrade(run)
-        end = min(run["steps"], run.get("stop_after") or run["steps"])
+        end = run["steps"]  # a run that --stop-after has stopped is in the middle of its schedule
         if result.get("step") != end:
             raise Unfinished(f"stopped at step {result.get('step')} of {end}")
         watched = {row["step"]: row for row in read_rows(file.parent / WATCHED)}
@@ -206,7 +206,6 @@ def _ours(file: Place) -> Row:
             raise Unfinished(f"its watcher skipped step {end}: {reason}")
         row = of_run(run, end)
         row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
-        row |= {"stopped_of": run["steps"]} if end < run["steps"] else {}  # by a sweep's round
     return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
 
 
@@ -349,8 +348,6 @@ def write(rows: list[Row], path: Place) -> None:
 def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]:
     """Read the rows that have the metric and match every COLUMN=PATTERN of `where`.
 
-    Trials that a round of a sweep has stopped are left out.
-
     Raises InputError for a file that is no such table, a column that is not there, and when
     nothing is left.
     """
@@ -370,7 +367,7 @@ def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]
                 f"where={condition!r} must be COLUMN=PATTERN with one of {', '.join(columns)}."
             )
         rows = [row for row in rows if fnmatch(row[column] or "", pattern)]
-    rows = [row for row in rows if row[metric] and not row.get("stopped_of")]
+    rows = [row for row in rows if row[metric]]
     if not rows:
         raise InputError(f"no row of {path} has {metric!r} and matches {list(where)}.")
     return rows

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, tiny_digits
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 SPEC = """\
 from clip_jax.scaling.rules import BranchesConfig, RulesConfig
-from clip_jax.scaling.sweep import HalvingConfig, SweepConfig
+from clip_jax.scaling.sweep import SweepConfig
 from tests.scaling.conftest import tiny_ladder
 
 def get_ladder():

@@ -188,7 +188,8 @@ def test_runs_of_every_kind_become_one_table(tmp_path: Path):
     result = {"step": 100, "samples_seen": 6_400, "zero_shot/seen/top1": 0.5}
     write(logs, {
         "ours/done/config.json": config, "ours/done/result.json": result,
-        "ours/stopped/config.json": config, "ours/stopped/result.json": result | {"step": 40},
+        "ours/stopped/config.json": config | {"stop_after": 40},
+        "ours/stopped/result.json": result | {"step": 40},
         "open_clip/params.txt": PARAMS, "open_clip/checkpoints/results.jsonl": RESULTS,
         "benchmark.csv": BENCHMARK,
     })  # fmt: skip
