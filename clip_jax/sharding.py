@@ -1,8 +1,8 @@
 """The device mesh and the one table that says how every parameter lies on it.
 
-Read the table as: path → the names of its dimensions (`models.dimensions`) → (through `DIMENSIONS`)
-mesh axes. It is strict both ways: a parameter without a row and a row without a parameter are
-errors that name it.
+Read the table as: path → the names of its dimensions (`CLIPConfig.dimensions`, to which each tower
+adds its rows) → (through `DIMENSIONS`) mesh axes. It is strict both ways: a parameter without a row
+and a row without a parameter are errors that name it.
 """
 
 import functools
@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int, Shaped
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.dimensions import table
 from clip_jax.models.layers import Layout
 from clip_jax.models.short_attention import short
 
@@ -120,7 +119,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(
+def put_rows(
     rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding, fill: float = 0
 ) -> Shaped[Array, "length ..."]:
     """Fill rows up to `length` and put them on the mesh; every process has all of them."""
@@ -185,9 +184,9 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
 
         return local(x, kernel)
 
-    place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
+    by_rows = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     whole_heads = mesh.shape[DIMENSIONS["N"]] == 1
-    return Layout(place, lookup, _attend(mesh, backend), einsum, conv, whole_heads)
+    return Layout(by_rows, lookup, _attend(mesh, backend), einsum, conv, whole_heads)
 
 
 def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
@@ -254,13 +253,13 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params:
     """Look every parameter up in the table. Arrays or shapes in, NamedShardings out."""
-    rows = table(config)
+    rows = config.dimensions()
     used = set()
 
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
         name = path_name(path)
         if name not in rows:
-            raise ValueError(f"parameter {name} {x.shape} has no row in dimensions.table.")
+            raise ValueError(f"parameter {name} {x.shape} has no row in CLIPConfig.dimensions.")
         used.add(name)
         dims = rows[name].split()
         if len(dims) != len(x.shape):
@@ -278,7 +277,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if unused := rows.keys() - used:
-        raise ValueError(f"rows of dimensions.table match no parameter: {sorted(unused)}.")
+        raise ValueError(f"rows of CLIPConfig.dimensions match no parameter: {sorted(unused)}.")
     return shardings
 
 

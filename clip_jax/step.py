@@ -35,7 +35,6 @@ from clip_jax.models.clip import (
     l2_normalize,
     split_batch_stats,
 )
-from clip_jax.models.dimensions import table
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import TOWERS, GuardState, OptimConfig, Tower, make_optimizer, schedule
@@ -86,7 +85,7 @@ class Program:
         self.state, self.batch = shapes(recipe, mesh)
         places = jax.tree.map(lambda x: x.sharding, self.state)
         self._rate = schedule(recipe.optim, recipe.steps)
-        optimizer = make_optimizer(recipe.optim, table(recipe.model))
+        optimizer = make_optimizer(recipe.optim, recipe.model.dimensions())
         self._init = jax.jit(
             functools.partial(init_state, model=self.model, optimizer=optimizer),
             out_shardings=places,
@@ -135,7 +134,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     Raises InputError unless the mesh can split the batch and every parameter.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
-    model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, table(recipe.model))
+    model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, recipe.model.dimensions())
     state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), model, optimizer))
     params = sharding.param_shardings(recipe.model, state.params, mesh)
     opt_state = sharding.like_params(state.opt_state, params, mesh)
@@ -171,7 +170,7 @@ def encode(
     images, texts = model.normalize(batch["image"]), batch["text"]
     keys = None
     if key is not None and "image" not in locked:
-        keys = _row_keys(key, layout.place(batch["row"]))
+        keys = _row_keys(key, layout.constrain(batch["row"]))
     written: Features = ()
     if model.config.decoder is not None:
         image_features, image_tokens = model.encode_image_and_tokens(params, images, keys)
@@ -179,7 +178,7 @@ def encode(
         axes = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
         written = (
             caption_loss(
-                layout.place(states), params["decoder"]["vocab_projection"], texts[:, 1:],
+                layout.constrain(states), params["decoder"]["vocab_projection"], texts[:, 1:],
                 pad_id=model.config.text.tokenizer.pad_id, chunk_size=caption.chunk_size,
                 mesh=mesh, axes=axes,
             ),
@@ -191,7 +190,7 @@ def encode(
             image_features, batch_stats = model.encode_image_train(params, images, keys)
         text_features = model.encode_text(params, texts)
     features = (l2_normalize(image_features), l2_normalize(text_features), *written)
-    return tuple(layout.place(x) for x in features), batch_stats
+    return tuple(layout.constrain(x) for x in features), batch_stats
 
 
 def _row_keys(key: Array, rows: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -279,7 +278,7 @@ def train_step(
             accumulation,
             group_size=group or 1,
         )
-    optimizer = make_optimizer(optim, table(model.config))
+    optimizer = make_optimizer(optim, model.config.dimensions())
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable, rate=rate)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable

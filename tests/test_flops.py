@@ -139,7 +139,8 @@ def test_a_step_is_counted_as_its_config_says():
     def step(model, *locked):
         return flops.of_step(Config(model=model, batch_size=8, optim=OptimConfig(locked=locked)))
 
-    assert step(flip).image == 3 * 8 * flops.vit(flip.vision, 512, 20).weigh("matmul")
+    blocks = 12 * 21 * (12 * 768**2 + 2 * 21 * 768)  # 20 patches and the class token
+    assert step(flip).image == 3 * 8 * 2 * (49 * 32**2 * 3 * 768 + blocks + 768 * 512)
     assert step(flip).text == step(plain).text
     assert 0.38 < step(flip).image / step(plain).image < 0.46
     assert step(flip, "image") == step(plain, "image")

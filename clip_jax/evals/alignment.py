@@ -33,7 +33,7 @@ def uniformity(features: Float[np.ndarray, "B E"], mesh: Mesh) -> float:
         raise InputError(f"uniformity needs at least 2 features, got {len(features)}.")
     count = len(features)
     chunk = min(_CHUNK, -(-count // sharding.batch_shards(mesh))) * sharding.batch_shards(mesh)
-    whole = sharding.place(features, len(features), sharding.replicated(mesh))
+    whole = sharding.put_rows(features, len(features), sharding.replicated(mesh))
     total = 0.0
     for start in range(0, count, chunk):
         rows = features[start : start + chunk]
@@ -42,7 +42,10 @@ def uniformity(features: Float[np.ndarray, "B E"], mesh: Mesh) -> float:
         split = sharding.batch_sharding(mesh)
         total += float(
             _potential(
-                sharding.place(rows, chunk, split), sharding.place(index, chunk, split), whole, mesh
+                sharding.put_rows(rows, chunk, split),
+                sharding.put_rows(index, chunk, split),
+                whole,
+                mesh,
             )
         )
     return float(np.log(total / (count * (count - 1))))
@@ -74,11 +77,11 @@ def info_nce(
         )
     shards = sharding.batch_shards(mesh)
     padded = -(-pool // shards) * shards
-    real = sharding.place(np.ones(pool, bool), padded, sharding.replicated(mesh))
+    real = sharding.put_rows(np.ones(pool, bool), padded, sharding.replicated(mesh))
     losses = []
     for start in range(0, len(image_features) - pool + 1, pool):
         images, texts = (
-            sharding.place(x[start : start + pool], padded, sharding.batch_sharding(mesh))
+            sharding.put_rows(x[start : start + pool], padded, sharding.batch_sharding(mesh))
             for x in (image_features, text_features)
         )
         losses.append(float(_loss(images, texts, np.float32(logit_scale), real, mesh)))

@@ -54,10 +54,10 @@ def likelihood(model: CLIP, mesh: Mesh) -> Callable[..., Callable[[Params, Any],
 
     def score(params: Params, images: jax.Array, tokens: jax.Array) -> jax.Array:
         _, image_tokens = model.encode_image_and_tokens(params, normalized(model, images))
-        place = model.layout.place
+        by_rows = model.layout.constrain
 
         def one(text: jax.Array) -> jax.Array:
-            rows = place(jax.numpy.broadcast_to(text, (len(images), len(text))))
+            rows = by_rows(jax.numpy.broadcast_to(text, (len(images), len(text))))
             return -_loss(model, mesh, params, image_tokens, rows)
 
         return jax.lax.map(one, tokens).T
@@ -71,7 +71,7 @@ def _loss(
 ) -> jax.Array:
     _, states = model.encode_text_and_write(params, tokens, image_tokens)
     return caption_loss(
-        model.layout.place(states), params["decoder"]["vocab_projection"], tokens[:, 1:],
+        model.layout.constrain(states), params["decoder"]["vocab_projection"], tokens[:, 1:],
         pad_id=model.config.text.tokenizer.pad_id, chunk_size=CaptionConfig().chunk_size,
         mesh=mesh, axes=AXES,
     )  # fmt: skip

@@ -178,6 +178,6 @@ def in_batches(
     results = []
     for start in range(0, count, batch_size):
         batch = [x[start : start + batch_size] for x in rows]
-        found = function(params, *(sharding.place(x, batch_size, placed) for x in batch))
+        found = function(params, *(sharding.put_rows(x, batch_size, placed) for x in batch))
         results.append(np.asarray(found)[: len(batch[0])])
     return np.concatenate(results)

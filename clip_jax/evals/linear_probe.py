@@ -77,7 +77,7 @@ class Problem:
         split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
         rows = (centred @ self._axes, labels.astype(np.int32), np.ones(count, bool))
-        self._data = tuple(sharding.place(part, padded, split) for part in rows)
+        self._data = tuple(sharding.put_rows(part, padded, split) for part in rows)
         self._count, self._whole = count, whole
         self._start = np.zeros((features.shape[1] + 1, self._classes), np.float32)
 
@@ -222,7 +222,7 @@ def nearest_neighbours(
     predictions = []
     for start in range(0, len(test_features), batch_size):
         part = _unit(test_features[start : start + batch_size])
-        placed = sharding.place(part, batch_size, sharding.batch_sharding(mesh))
+        placed = sharding.put_rows(part, batch_size, sharding.batch_sharding(mesh))
         votes = _vote(placed, *known, k, int(labels.max()) + 1, mesh)
         predictions.append(np.asarray(votes)[: len(part)])
     return np.concatenate(predictions)

@@ -48,7 +48,7 @@ def ranks(
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def place(rows: np.ndarray, fill: float = 0) -> Array:
-        return sharding.place(rows, chunk, split, fill)
+        return sharding.put_rows(rows, chunk, split, fill)
 
     # Pass 1: similarity of the right pairs, by the kind of product that pass 2 compares with.
     own = np.empty(num_texts, np.float32)
@@ -61,8 +61,8 @@ def ranks(
 
     # Pass 2: how many wrong ones are at least as similar.
     padded = -(-num_images // _IMAGES) * _IMAGES
-    images = sharding.place(image_features, padded, whole)
-    bests = sharding.place(best, padded, whole, np.inf)
+    images = sharding.put_rows(image_features, padded, whole)
+    bests = sharding.put_rows(best, padded, whole, np.inf)
     text_ranks, image_ranks = np.ones(num_texts, np.int64), np.ones(num_images, np.int64)
     for start in starts:
         part = slice(start, start + chunk)

@@ -117,7 +117,7 @@ class Model:
             for start in starts:
                 batch = rows[start : start + batch_size]
                 size = padded_size(len(batch), sharding.batch_shards(mesh), batch_size)
-                found = function(params, sharding.place(batch, size, placed))
+                found = function(params, sharding.put_rows(batch, size, placed))
                 results[start : start + len(batch)] = np.asarray(found)[: len(batch)]
                 display.add(len(batch))
 

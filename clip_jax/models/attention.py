@@ -72,18 +72,20 @@ def xla(
 
 
 def cached(
-    qkv: QKV, heads: int, cache: KV, place: Int[Array, ""]
+    qkv: QKV, heads: int, cache: KV, position: Int[Array, ""]
 ) -> tuple[Float[Array, "B L *NK"], KV]:
     """Let one token see itself and those before it, whose keys and values are cached.
 
-    Its own are put into the cache at `place`, and the cache is returned.
+    Its own are put into the cache at `position`, and the cache is returned.
     """
     q, *new = _parts(qkv, heads)
     keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, x.swapaxes(1, 2).astype(old.dtype), place, axis=2)
+        jax.lax.dynamic_update_slice_in_dim(
+            old, x.swapaxes(1, 2).astype(old.dtype), position, axis=2
+        )
         for old, x in zip(cache, new, strict=True)
     )
-    out = kept(q, (keys, values), jnp.arange(keys.shape[2]) <= place)
+    out = kept(q, (keys, values), jnp.arange(keys.shape[2]) <= position)
     return _like(out, qkv), (keys, values)
 
 

@@ -1,6 +1,7 @@
 """CLIP as pure functions of a nested dict of parameters (paper, figure 3)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,15 +12,9 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import Backend
-from clip_jax.models.decoder import (
-    Caption,
-    CoCaDecoder,
-    DecoderConfig,
-    MaMMUTConfig,
-    MaMMUTDecoder,
-)
-from clip_jax.models.layers import DType, Layout, Remat
-from clip_jax.models.resnet import ModifiedResNet, ResNetConfig
+from clip_jax.models.decoder import Caption, DecoderConfig
+from clip_jax.models.layers import DType, Layout, Remat, Rows
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
 
@@ -57,42 +52,14 @@ class CLIPConfig:
             init_logit_scale="(0, inf)", init_logit_bias="(-inf, inf)",
             image_mean="(-inf, inf)", image_std="(0, inf)",
         )  # fmt: skip
-        if (
-            isinstance(self.vision, ViTConfig)
-            and not self.vision.projection
-            and self.vision.width != self.embed_dim
-        ):
-            raise InputError(
-                f"vision.projection=False needs vision.width={self.vision.width} to equal "
-                f"embed_dim={self.embed_dim}."
-            )
-        if not self.text.projection and self.text.width != self.embed_dim:
-            raise InputError(
-                f"text.projection=False needs text.width={self.text.width} to equal "
-                f"embed_dim={self.embed_dim}."
-            )
-        if isinstance(self.vision, ViTConfig) and self.vision.pool == "queries":
-            _check_heads("embed_dim", self.embed_dim, "vision.pool_heads", self.vision.pool_heads)
+        self.vision.check_width(self.embed_dim)
+        self.text.check_width(self.embed_dim)
         if self.decoder is not None:
-            self._check_decoder(self.decoder)
-
-    def _check_decoder(self, decoder: DecoderConfig) -> None:
-        if isinstance(self.vision, ResNetConfig):
-            raise InputError("decoder needs a vision transformer, not a ResNet: set model.vision.")
-        if isinstance(decoder, MaMMUTConfig):
-            if self.text.pool == "class_token" or self.text.depth % decoder.cross_every:
+            if not isinstance(self.vision, ViTConfig):
                 raise InputError(
-                    f"decoder.cross_every={decoder.cross_every} needs text.depth={self.text.depth} "
-                    f"to be a multiple, and text.pool={self.text.pool!r} another than class_token."
+                    "decoder needs a vision transformer, not a ResNet: set model.vision."
                 )
-            return
-        _check_heads("text.width", self.text.width, "decoder.num_heads", decoder.num_heads)
-        if self.image_token_width != self.text.width or not self.text.causal:
-            raise InputError(
-                f"CoCa's decoder needs text.causal=True, got {self.text.causal}, and image tokens "
-                f"of text.width={self.text.width}, got {self.image_token_width}: embed_dim where "
-                "vision.pool='queries', else vision.width."
-            )
+            self.decoder.check(self.text, self.image_token_width)
 
     @property
     def has_logit_bias(self) -> bool:
@@ -102,126 +69,43 @@ class CLIPConfig:
     @property
     def image_token_width(self) -> int:
         """Channels of the tokens that a decoder attends to."""
-        is_pooled = isinstance(self.vision, ViTConfig) and self.vision.pool == "queries"
-        return self.embed_dim if is_pooled else self.vision.width
+        return self.vision.pooled_width(self.embed_dim)
 
-
-def _check_heads(width_name: str, width: int, name: str, heads: int) -> None:
-    if width % heads:
-        raise InputError(f"{width_name}={width} is not divisible by {name}={heads}.")
+    def dimensions(self) -> Rows:
+        """Return path → dimension names for every parameter; see `layers` for the names."""
+        rows = {"logit_scale": ""} | ({"logit_bias": ""} if self.has_logit_bias else {})
+        rows |= self.vision.dimensions()
+        if self.decoder is None:
+            return rows | self.text.dimensions()
+        return rows | self.decoder.dimensions(self.text)
 
 
 class Towers(nn.Module):
-    """Both towers and the logit scale under one tree of parameters."""
+    """The towers, the decoder and the logit scale under one tree of parameters."""
 
     config: CLIPConfig
     layout: Layout = Layout()
 
     def setup(self) -> None:
         c = self.config
-        if isinstance(c.vision, ResNetConfig):
-            self.visual = ModifiedResNet(c.vision, c.embed_dim, c.remat, self.layout)
+        self.visual = c.vision.module(c.embed_dim, c.remat, c.unroll, self.layout)
+        options: dict[str, Any] = {
+            "embed_dim": c.embed_dim, "dtype": c.dtype, "remat": c.remat, "unroll": c.unroll,
+            "layout": self.layout,
+        }  # fmt: skip
+        if c.decoder is None:
+            self.text = TextTransformer(c.text, **options)
         else:
-            self.visual = ViT(c.vision, c.embed_dim, c.remat, c.unroll, self.layout)
-        mammut = c.decoder if isinstance(c.decoder, MaMMUTConfig) else None
-        self.text = TextTransformer(
-            c.text, c.embed_dim, c.dtype, c.remat, c.unroll, self.layout, mammut
-        )  # fmt: skip
-        if isinstance(c.decoder, MaMMUTConfig):
-            self.decoder = MaMMUTDecoder(c.image_token_width, c.text.width, c.text.vocab_size)
-        elif c.decoder is not None:
-            self.decoder = CoCaDecoder(
-                c.decoder, c.text.width, c.text.vocab_size, c.text.block(self.layout), c.remat,
-                c.unroll,
-            )  # fmt: skip
+            self.text, self.decoder = c.decoder.modules(c.text, c.image_token_width, options)
         scale = math.log(c.init_logit_scale)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), ())
         if c.init_logit_bias is not None:
             bias = nn.initializers.constant(c.init_logit_bias)
             self.logit_bias = self.param("logit_bias", bias, ())
 
-    def encode_image(
-        self,
-        images: Float[Array, "B H W C"],
-        keys: Key[Array, " B"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "B E"]:
-        images = images.astype(self.config.dtype)
-        if isinstance(self.visual, ModifiedResNet):
-            return self.visual(images, train=train)
-        return self.visual(images, keys)
-
-    def encode_image_and_tokens(
-        self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
-        if not isinstance(self.visual, ViT):
-            raise InputError("captions need a vision transformer, not a ResNet.")
-        states, _ = self.visual.tokens(images.astype(self.config.dtype), keys=keys)
-        return self.visual.pool_and_tokens(states)
-
-    def encode_text_and_write(
-        self, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B M C"]
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
-        """Embed texts, and return the decoder's states of all their tokens but the last."""
-        if isinstance(self.decoder, MaMMUTDecoder):
-            return self.text(tokens), self.write(tokens[:, :-1], image_tokens)[0]
-        states, _ = self.text.states(tokens)
-        written, _ = self.decoder(states[:, : tokens.shape[1] - 1], image_tokens)
-        return self.text.pool(states, tokens), written
-
-    def write(
-        self,
-        tokens: Int[Array, "R L"],
-        image_tokens: Float[Array, "B M C"] | None,
-        cache: Caption | None = None,
-        place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Caption | None]:
-        own = None if cache is None else cache.decoder
-        if isinstance(self.decoder, MaMMUTDecoder):
-            image = None if image_tokens is None else self.decoder(image_tokens)
-            x, own = self.text.decode(tokens, image, own, place)
-            return x, None if own is None else Caption(None, own)
-        if cache is None or cache.text is None or place is None:
-            x, _ = self.text.states(tokens)
-            return self.decoder(x[:, : tokens.shape[1]], image_tokens)[0], None
-        x, kept = self.text.step(tokens, cache.text, place)
-        x, own = self.decoder(x, image_tokens, own, place)
-        return x, None if own is None else Caption(kept, own)
-
-    def encode_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        return self.text(tokens)
-
-    def image_tokens(
-        self, images: Float[Array, "B H W C"], layer: int, norm: bool
-    ) -> Float[Array, "B L D"]:
-        if not isinstance(self.visual, ViT):
-            raise InputError("tokens of the image tower need a vision transformer, not a ResNet.")
-        index = _layer(layer, self.visual.config.depth, "vision")
-        images = images.astype(self.config.dtype)
-        last, every = self.visual.tokens(images, collect=index is not None)
-        x = last if every is None or index is None else every[index]
-        return self.visual.ln_post(x) if norm else x
-
-    def pool_image(self, states: Float[Array, "B L D"]) -> Float[Array, "B E"]:
-        return self.visual.pool(states.astype(self.config.dtype))
-
-    def text_tokens(
-        self, tokens: Int[Array, "B L"], layer: int, norm: bool
-    ) -> Float[Array, "B L D"]:
-        index = _layer(layer, self.config.text.depth, "text")
-        last, every = self.text.states(tokens, collect=index is not None)
-        x = last if every is None or index is None else every[index]
-        x = x[:, : tokens.shape[1]]  # without a class token's
-        return self.text.ln_final(x) if norm else x
-
-    def __call__(
-        self, images: Float[Array, "B H W C"], tokens: Int[Array, "B L"]
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
-        if self.config.decoder is not None:
-            image_features, image_tokens = self.encode_image_and_tokens(images)
-            return image_features, self.encode_text_and_write(tokens, image_tokens)[0]
-        return self.encode_image(images), self.encode_text(tokens)
+    def run(self, function: Callable[["Towers"], Any]) -> Any:
+        """Compute something with the modules."""
+        return function(self)
 
 
 @dataclass(frozen=True)
@@ -239,9 +123,18 @@ class CLIP:
     def init(self, key: Array) -> Params:
         """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
         c = self.config
-        images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3))
+        images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3), c.dtype)
         tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
-        variables = cast(Params, Towers(c).init(key, images, tokens))
+
+        def everything(towers: Towers) -> None:
+            if c.decoder is None:
+                towers.visual(images)
+                towers.text(tokens)
+            else:
+                _, image_tokens = _vit(towers).pool_and_tokens(_vit(towers).tokens(images)[0])
+                towers.decoder.embed_and_write(towers.text, tokens, image_tokens)
+
+        variables = cast(Params, Towers(c).init(key, everything, method="run"))
         return variables.pop("params") | variables
 
     def normalize(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -251,7 +144,8 @@ class CLIP:
 
     def encode_image(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         """Embed normalised images `[B, H, W, 3]`."""
-        return self._apply(params, images, method="encode_image").astype(jnp.float32)
+        images = images.astype(self.config.dtype)
+        return self._run(params, lambda towers: towers.visual(images)).astype(jnp.float32)
 
     def encode_image_train(
         self, params: Params, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
@@ -261,15 +155,15 @@ class CLIP:
         With `keys`, one for each image, a ViT drops patches as its config says. Returns features
         and the new `batch_stats` (for a ViT empty: there is nothing to write).
         """
-        features, updates = Towers(self.config, self.layout).apply(
-            _variables(params), images, keys, train=True, method="encode_image",
-            mutable=["batch_stats"],
-        )  # fmt: skip
+        images = images.astype(self.config.dtype)
+        features, updates = self._run(
+            params, lambda towers: towers.visual(images, keys, train=True), mutable=["batch_stats"]
+        )
         return features.astype(jnp.float32), updates.get("batch_stats", {})
 
     def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Embed token ids `[B, L]`, L at most the context length."""
-        return self._apply(params, tokens, method="encode_text").astype(jnp.float32)
+        return self._run(params, lambda towers: towers.text(tokens)).astype(jnp.float32)
 
     def encode_image_and_tokens(
         self, params: Params, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
@@ -278,7 +172,13 @@ class CLIP:
 
         With `keys` patches are dropped, as in `encode_image_train`.
         """
-        features, tokens = self._apply(params, images, keys, method="encode_image_and_tokens")
+        images = images.astype(self.config.dtype)
+
+        def pooled(towers: Towers) -> tuple[Array, Array]:
+            visual = _vit(towers)
+            return visual.pool_and_tokens(visual.tokens(images, keys=keys)[0])
+
+        features, tokens = self._run(params, pooled)
         return features.astype(jnp.float32), tokens
 
     def encode_text_and_write(
@@ -288,7 +188,9 @@ class CLIP:
 
         Times `decoder/vocab_projection` those are the logits of the tokens that follow.
         """
-        features, states = self._apply(params, tokens, image_tokens, method="encode_text_and_write")
+        features, states = self._run(
+            params, lambda towers: towers.decoder.embed_and_write(towers.text, tokens, image_tokens)
+        )
         return features.astype(jnp.float32), states
 
     def decode_text(
@@ -296,7 +198,9 @@ class CLIP:
     ) -> Float[Array, "B L V"]:
         """Return the logits of each token's successor, given an image and the tokens up to it."""
         self.needs_decoder()
-        states, _ = self._apply(params, tokens, image_tokens, method="write")
+        states, _ = self._run(
+            params, lambda towers: towers.decoder.write(towers.text, tokens, image_tokens)
+        )
         return self.vocabulary_logits(params, states)
 
     def decode_next(
@@ -305,24 +209,22 @@ class CLIP:
         tokens: Int[Array, " R"],
         image_tokens: Float[Array, "B M C"] | None,
         cache: Caption,
-        place: Int[Array, ""],
+        position: Int[Array, ""],
     ) -> tuple[Float[Array, "R V"], Caption]:
-        """Return the logits of what follows one more token, the one at `place` in its row.
+        """Return the logits of what follows one more token, the one at `position` in its row.
 
         `params` are `apart`'s. Image tokens are needed with the first one only; then `cache` (see
         `empty_cache`) has them.
         There may be several rows for each image, one after the other.
         """
-        states, cache = self._apply(
-            params, tokens[:, None], image_tokens, cache, place, method="write"
-        )
+        more = (tokens[:, None], image_tokens, cache, position)
+        states, cache = self._run(params, lambda towers: towers.decoder.write(towers.text, *more))
         return self.vocabulary_logits(params, states)[:, 0], cache
 
     def empty_cache(self, rows: int, length: int) -> Caption:
         """Make room for the keys and values of `length` tokens of each row."""
-        c, text = self.config, self.config.text
-        sizes = (text.depth, text.num_heads, text.width)
-        return Caption.empty(self.needs_decoder(), sizes, rows, length, c.dtype)
+        c = self.config
+        return self.needs_decoder().empty_cache(c.text, rows, length, c.dtype)
 
     def vocabulary_logits(
         self, params: Params, states: Float[Array, "B L D"]
@@ -344,12 +246,21 @@ class CLIP:
 
         `layer` counts from 0 or, negative, from the end (LLaVA takes −2); `norm` applies `ln_post`.
         """
-        states = self._apply(params, images, layer, norm, method="image_tokens")
-        return states.astype(jnp.float32)
+        images = images.astype(self.config.dtype)
+
+        def states(towers: Towers) -> Array:
+            visual = _vit(towers)
+            index = _layer(layer, visual.config.depth, "vision")
+            last, every = visual.tokens(images, collect=index is not None)
+            x = last if every is None or index is None else every[index]
+            return visual.ln_post(x) if norm else x
+
+        return self._run(params, states).astype(jnp.float32)
 
     def pool_image(self, params: Params, states: Float[Array, "B L D"]) -> Float[Array, "B E"]:
         """Embed what `image_tokens` returns without `norm`, as `encode_image` does at the end."""
-        return self._apply(params, states, method="pool_image").astype(jnp.float32)
+        states = states.astype(self.config.dtype)
+        return self._run(params, lambda towers: _vit(towers).pool(states)).astype(jnp.float32)
 
     def text_tokens(
         self, params: Params, tokens: Int[Array, "B L"], layer: int = -1, norm: bool = False
@@ -359,11 +270,27 @@ class CLIP:
         Diffusion models condition on these: Stable Diffusion 1 on the last block's with `norm`, 2
         on layer −2 with `norm`, XL on layer −2 as it is.
         """
-        states = self._apply(params, tokens, layer, norm, method="text_tokens")
-        return states.astype(jnp.float32)
 
-    def _apply(self, params: Params, *args: Any, method: str) -> Any:
-        return Towers(self.config, self.layout).apply(_variables(params), *args, method=method)
+        def states(towers: Towers) -> Array:
+            index = _layer(layer, self.config.text.depth, "text")
+            last, every = towers.text.states(tokens, collect=index is not None)
+            x = last if every is None or index is None else every[index]
+            x = x[:, : tokens.shape[1]]  # without a class token's
+            return towers.text.ln_final(x) if norm else x
+
+        return self._run(params, states).astype(jnp.float32)
+
+    def _run(self, params: Params, function: Callable[[Towers], Any], **options: Any) -> Any:
+        """Compute something with the modules of these parameters."""
+        trainable, batch_stats = split_batch_stats(params)
+        variables = {"params": trainable, "batch_stats": batch_stats}
+        return Towers(self.config, self.layout).apply(variables, function, method="run", **options)
+
+
+def _vit(towers: Towers) -> ViT:
+    if not isinstance(towers.visual, ViT):
+        raise InputError("tokens of the image tower need a vision transformer, not a ResNet.")
+    return towers.visual
 
 
 def _layer(layer: int, depth: int, tower: str) -> int | None:
@@ -379,12 +306,6 @@ def _layer(layer: int, depth: int, tower: str) -> int | None:
 def l2_normalize(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
     """Scale vectors to unit length."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
-
-
-def _variables(params: Params) -> Params:
-    """Sort our one tree into Flax's collections."""
-    trainable, batch_stats = split_batch_stats(params)
-    return {"params": trainable, "batch_stats": batch_stats}
 
 
 def split_batch_stats(params: Params) -> tuple[Params, Params]:

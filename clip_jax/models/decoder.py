@@ -1,11 +1,12 @@
 """Captions beside the contrast: CoCa (arXiv:2205.01917) and MaMMUT (arXiv:2303.16839).
 
 CoCa's decoder stands on the text tower, whose token states it takes; MaMMUT's is the text tower
-itself, run a second time, causal and with an eye on the image.
+itself, run a second time, causal and with an eye on the image. The configs say what is built of
+either, and how the text tower changes with it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from clip_jax.errors import check_ranges
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.attention import KV
 from clip_jax.models.layers import (
     MLP,
+    MLP_ROWS,
+    NORM_ROWS,
+    OUT_ROWS,
     STACKS,
     Block,
     BlockConfig,
@@ -26,36 +30,17 @@ from clip_jax.models.layers import (
     Einsum,
     Init,
     LayerNorm,
+    Layout,
+    Operations,
     Remat,
+    Rows,
+    block_operations,
+    block_rows,
     scanned,
+    stacked,
+    under,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoCaConfig:
-    """Layers of the text tower's width above it, each of which also attends to the image."""
-
-    depth: int = 12  # layers, of a causal block and one that attends to the image
-    num_heads: int = 8  # attention heads
-    mlp_ratio: float = 4.0  # MLP width / width
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "decoder.", depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaMMUTConfig:
-    """The text tower twice: as it is for the contrast; causal, and seeing the image, to write."""
-
-    cross_every: int = 2  # text blocks for each block that attends to the image, behind the first
-    # The MLP of those text blocks that are followed by one that attends to the image.
-    first_mlp: bool = True
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "decoder.", cross_every="[1, 200]")  # each is compiled
-
-
-DecoderConfig = CoCaConfig | MaMMUTConfig
+from clip_jax.models.text import TextConfig, TextTransformer
 
 
 class Cache(NamedTuple):
@@ -63,6 +48,11 @@ class Cache(NamedTuple):
 
     own: tuple[KV, ...]  # of each of its blocks
     image: KV | None = None  # None: not yet computed
+
+
+CROSS_ATTENTION_ROWS = {
+    "q/kernel": "D N K", "q/bias": "N K", "kv/kernel": "D S N K", "kv/bias": "S N K",
+}  # fmt: skip
 
 
 class CrossAttention(nn.Module):
@@ -121,9 +111,9 @@ class CrossBlock(nn.Module):
         if kv is None and image is not None:
             image = LayerNorm(c.epsilon, name="ln_1_kv")(image)
         y, kv = attn(LayerNorm(c.epsilon, name="ln_1")(x), image, kv)
-        x = checkpoint_name(c.layout.place(x + y), "residual")
+        x = checkpoint_name(c.layout.constrain(x + y), "residual")
         mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
-        return c.layout.place(x + mlp(LayerNorm(c.epsilon, name="ln_2")(x))), kv
+        return c.layout.constrain(x + mlp(LayerNorm(c.epsilon, name="ln_2")(x))), kv
 
 
 class Layer(nn.Module):
@@ -139,13 +129,13 @@ class Layer(nn.Module):
         x: Float[Array, "R L D"],
         cache: Cache | None,
         image: Float[Array, "B M C"] | None,
-        place: Int[Array, ""] | None,
+        position: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "R L D"], Cache | None]:
         own, kv = [], None if cache is None else cache.image
         for i in range(self.blocks):
             config = self.config._replace(mlp=i > 0 or self.first_mlp)
             kept = None if cache is None else cache.own[i]
-            x, kept = Block(config, name=f"self_{i}")(x, kept, None, place)
+            x, kept = Block(config, name=f"self_{i}")(x, kept, None, position)
             own.append(kept)
             if i == 0 and (image is not None or kv is not None):
                 x, kv = CrossBlock(self.config, name="cross")(x, image, kv)
@@ -175,18 +165,52 @@ class CrossTransformer(nn.Module):
         *,
         causal: bool = True,
         caches: list[Cache] | None = None,
-        place: Int[Array, ""] | None = None,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
         own = (self.config._replace(causal=causal), self.blocks, self.first_mlp)
-        x = self.config.layout.place(x)
+        x = self.config.layout.constrain(x)
         if caches is None:
             stack = scanned(Layer, self.layers, self.remat, self.unroll, shared=3)
-            return stack(*own, name=STACKS[1])(x, None, image, place)[0], None
+            return stack(*own, name=STACKS[1])(x, None, image, position)[0], None
         kept = []
         for i, cache in enumerate(caches):
-            x, cache = Layer(*own, name=f"{STACKS[1]}_{i}")(x, cache, image, place)
+            x, cache = Layer(*own, name=f"{STACKS[1]}_{i}")(x, cache, image, position)
             kept.append(cache)
         return x, cast(list[Cache], kept)
+
+
+def _cross_rows(blocks: int, first_mlp: bool) -> Rows:
+    """Name the dimensions of a `CrossTransformer`'s parameters."""
+    rows = under("attn", CROSS_ATTENTION_ROWS | under("out_proj", OUT_ROWS)) | under(
+        "mlp", MLP_ROWS
+    )
+    for norm in ("ln_1", "ln_1_kv", "ln_2"):
+        rows |= under(norm, NORM_ROWS)
+    rows = under("cross", rows)
+    for i in range(blocks):
+        rows |= under(f"self_{i}", block_rows(mlp=i > 0 or first_mlp))
+    return under(f"transformer/{STACKS[1]}", stacked(rows))
+
+
+def _cross_operations(
+    tokens: int, width: int, mlp_width: int, seen: int, image_width: int
+) -> Operations:
+    """Count one block that attends to `seen` tokens of an image."""
+    return Operations(
+        macs=2 * tokens * width * (width + mlp_width) + 2 * seen * image_width * width,
+        attention_macs=2 * tokens * seen * width,
+        layer_norm=2 * tokens * width + seen * image_width,
+    )
+
+
+def _vocabulary_operations(text: TextConfig, tokens: int) -> Operations:
+    """Count the norm and the comparison with every word that end both decoders."""
+    return Operations(macs=tokens * text.width * text.vocab_size, layer_norm=tokens * text.width)
+
+
+def _empty(text: TextConfig, heads: int, rows: int, length: int, dtype: DType) -> KV:
+    empty = jnp.zeros((rows, heads, length, text.width // heads), dtype)
+    return empty, empty
 
 
 class Caption(NamedTuple):
@@ -195,22 +219,204 @@ class Caption(NamedTuple):
     text: list[KV] | None  # of CoCa's text tower, block by block
     decoder: list[Cache]
 
-    @classmethod
-    def empty(
-        cls, config: DecoderConfig, text: tuple[int, int, int], rows: int, length: int, dtype: DType
-    ) -> "Caption":
-        """Make room for `length` tokens of each row; `text` is the tower's depth, heads, width."""
-        depth, heads, width = text
 
-        def room(heads: int) -> KV:
-            empty = jnp.zeros((rows, heads, length, width // heads), dtype)
-            return empty, empty
+# ------------------------------------------------------------------ CoCa
 
-        if isinstance(config, CoCaConfig):
-            own = Cache((room(config.num_heads),))
-            return cls([room(heads)] * depth, [own] * config.depth)
-        own = Cache((room(heads),) * config.cross_every)
-        return cls(None, [own] * (depth // config.cross_every))
+
+@dataclass(frozen=True, kw_only=True)
+class CoCaConfig:
+    """Layers of the text tower's width above it, each of which also attends to the image."""
+
+    depth: int = 12  # layers, of a causal block and one that attends to the image
+    num_heads: int = 8  # attention heads
+    mlp_ratio: float = 4.0  # MLP width / width
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "decoder.", depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)")
+
+    def check(self, text: TextConfig, image_width: int) -> None:
+        """Raise InputError unless it fits the text tower and the image's tokens."""
+        if text.width % self.num_heads:
+            raise InputError(
+                f"text.width={text.width} is not divisible by decoder.num_heads={self.num_heads}."
+            )
+        if image_width != text.width or not text.causal:
+            raise InputError(
+                f"CoCa's decoder needs text.causal=True, got {text.causal}, and image tokens "
+                f"of text.width={text.width}, got {image_width}: embed_dim where "
+                "vision.pool='queries', else vision.width."
+            )
+
+    def modules(
+        self, text: TextConfig, image_width: int, options: dict[str, Any]
+    ) -> tuple[TextTransformer, nn.Module]:
+        """Build the text tower and the decoder; `options` are the fields of a `TextTransformer`."""
+        return TextTransformer(text, **options), CoCaDecoder(
+            self, text, options["remat"], options["unroll"], options["layout"]
+        )
+
+    def dimensions(self, text: TextConfig) -> Rows:
+        """Name the dimensions of the parameters of the decoder and of the text tower."""
+        rows = _cross_rows(1, True) | under("ln_final", NORM_ROWS) | {"vocab_projection": "D V"}
+        return text.dimensions() | under("decoder", rows)
+
+    def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
+        """Count the text tower, for one text."""
+        return text.operations(embed_dim, tokens)
+
+    def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
+        """Count the decoder for one caption that sees `seen` image tokens."""
+        width, mlp_width = text.width, int(text.width * self.mlp_ratio)
+        layer = block_operations(tokens, width, mlp_width)
+        layer += _cross_operations(tokens, width, mlp_width, seen, image_width)
+        return self.depth * layer + _vocabulary_operations(text, tokens)
+
+    def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
+        """Make room for the keys and values of `length` tokens of each row."""
+        own = Cache((_empty(text, self.num_heads, rows, length, dtype),))
+        blocks = [_empty(text, text.num_heads, rows, length, dtype)] * text.depth
+        return Caption(blocks, [own] * self.depth)
+
+
+class CoCaDecoder(nn.Module):
+    """From the text tower's token states to states of which the next token is read off."""
+
+    config: CoCaConfig
+    text: TextConfig  # whose activation and LayerNorm's ε it shares
+    remat: Remat
+    unroll: int
+    layout: Layout
+
+    def setup(self) -> None:
+        c, width = self.config, self.text.width
+        block = self.text.block(self.layout)._replace(
+            num_heads=c.num_heads, mlp_width=int(width * c.mlp_ratio),
+            init_fns=BlockInit.text(width, c.depth),
+        )  # fmt: skip
+        self.transformer = CrossTransformer(block, c.depth, remat=self.remat, unroll=self.unroll)
+        self.ln_final = LayerNorm(block.epsilon)
+        init = nn.initializers.normal(width**-0.5)
+        self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
+
+    def embed_and_write(
+        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
+        """Embed texts, and return the decoder's states of all their tokens but the last."""
+        states, _ = tower.states(tokens)
+        written, _ = self.transformer(states[:, : tokens.shape[1] - 1], image)
+        return tower.pool(states, tokens), self.ln_final(written)
+
+    def write(
+        self,
+        tower: TextTransformer,
+        tokens: Int[Array, "R L"],
+        image: Float[Array, "B M C"] | None,
+        cache: Caption | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "R L D"], Caption | None]:
+        """Return the states of all tokens, or of one more and the cache with it."""
+        if cache is None or cache.text is None or position is None:
+            states, _ = tower.states(tokens)
+            x, _ = self.transformer(states[:, : tokens.shape[1]], image)
+            return self.ln_final(x), None
+        x, kept = tower.step(tokens, cache.text, position)
+        x, own = self.transformer(x, image, caches=cache.decoder, position=position)
+        return self.ln_final(x), Caption(kept, cast(list[Cache], own))
+
+
+# ------------------------------------------------------------------ MaMMUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaMMUTConfig:
+    """The text tower twice: as it is for the contrast; causal, and seeing the image, to write."""
+
+    cross_every: int = 2  # text blocks for each block that attends to the image, behind the first
+    # The MLP of those text blocks that are followed by one that attends to the image.
+    first_mlp: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "decoder.", cross_every="[1, 200]")  # each is compiled
+
+    def check(self, text: TextConfig, image_width: int) -> None:
+        """Raise InputError unless it fits the text tower."""
+        if text.has_class_token or text.depth % self.cross_every:
+            raise InputError(
+                f"decoder.cross_every={self.cross_every} needs text.depth={text.depth} "
+                f"to be a multiple, and text.pool={text.pool!r} another than class_token."
+            )
+
+    def modules(
+        self, text: TextConfig, image_width: int, options: dict[str, Any]
+    ) -> tuple[TextTransformer, nn.Module]:
+        """Build the text tower and what it needs to write, of a `TextTransformer`'s fields."""
+        return MaMMUTText(text, **options, decoder=self), MaMMUTDecoder(
+            image_width, text.width, text.vocab_size
+        )
+
+    def dimensions(self, text: TextConfig) -> Rows:
+        """Name the dimensions of the parameters of the decoder and of the text tower."""
+        rows = {"decoder/image_projection": "D -", "decoder/vocab_projection": "D V"}
+        return text.dimensions(_cross_rows(self.cross_every, self.first_mlp)) | rows
+
+    def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
+        """Count the text tower without the image, for one text."""
+        return text.operations(embed_dim, tokens, self._blocks(text, tokens))
+
+    def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
+        """Count the decoder for one caption that sees `seen` image tokens."""
+        crossed = _cross_operations(tokens, text.width, text.mlp_width, seen, text.width)
+        projected = Operations(macs=seen * image_width * text.width)
+        blocks = self._blocks(text, tokens) + (text.depth // self.cross_every) * crossed
+        return blocks + projected + _vocabulary_operations(text, tokens)
+
+    def _blocks(self, text: TextConfig, tokens: int) -> Operations:
+        first, later = (
+            block_operations(tokens, text.width, text.mlp_width, mlp)
+            for mlp in (self.first_mlp, True)
+        )
+        return (text.depth // self.cross_every) * (first + (self.cross_every - 1) * later)
+
+    def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
+        """Make room for the keys and values of `length` tokens of each row."""
+        own = Cache((_empty(text, text.num_heads, rows, length, dtype),) * self.cross_every)
+        return Caption(None, [own] * (text.depth // self.cross_every))
+
+
+DecoderConfig = CoCaConfig | MaMMUTConfig
+
+
+class MaMMUTText(TextTransformer):
+    """The text tower, of layers that can attend to the image."""
+
+    decoder: MaMMUTConfig = MaMMUTConfig()
+
+    def stack(self, block: BlockConfig) -> CrossTransformer:
+        each = self.decoder.cross_every
+        return CrossTransformer(
+            block, self.config.depth // each, each, self.decoder.first_mlp, self.remat, self.unroll
+        )
+
+    def states(
+        self, tokens: Int[Array, "B L"], collect: bool = False
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """Return the last block's states, without the image."""
+        if collect:
+            raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
+        return self.transformer(self.embed(tokens), causal=self.config.causal)[0], None
+
+    def decode(
+        self,
+        tokens: Int[Array, "R L"],
+        image: Float[Array, "B M D"] | None,
+        caches: list[Cache] | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
+        """Run the tower as a decoder; see `CrossTransformer`."""
+        x, caches = self.transformer(
+            self.embed(tokens, position), image, caches=caches, position=position
+        )
+        return self.ln_final(x), caches
 
 
 class MaMMUTDecoder(nn.Module):
@@ -227,37 +433,22 @@ class MaMMUTDecoder(nn.Module):
         init = nn.initializers.normal(self.width**-0.5)
         self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
 
-    def __call__(self, image: Float[Array, "B M C"]) -> Float[Array, "B M D"]:
-        return image @ self.image_projection.astype(image.dtype)
+    def embed_and_write(
+        self, tower: MaMMUTText, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
+        """Embed texts, and return the decoder's states of all their tokens but the last."""
+        return tower(tokens), self.write(tower, tokens[:, :-1], image)[0]
 
-
-class CoCaDecoder(nn.Module):
-    """From the text tower's token states to states of which the next token is read off."""
-
-    config: CoCaConfig
-    width: int
-    vocab_size: int
-    block: BlockConfig  # of the text tower, whose activation and LayerNorm's ε it shares
-    remat: Remat = "none"
-    unroll: int = 1
-
-    def setup(self) -> None:
-        c = self.config
-        block = self.block._replace(
-            num_heads=c.num_heads, mlp_width=int(self.width * c.mlp_ratio),
-            init_fns=BlockInit.text(self.width, c.depth),
-        )  # fmt: skip
-        self.transformer = CrossTransformer(block, c.depth, remat=self.remat, unroll=self.unroll)
-        self.ln_final = LayerNorm(block.epsilon)
-        init = nn.initializers.normal(self.width**-0.5)
-        self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
-
-    def __call__(
+    def write(
         self,
-        x: Float[Array, "R L D"],
+        tower: MaMMUTText,
+        tokens: Int[Array, "R L"],
         image: Float[Array, "B M C"] | None,
-        caches: list[Cache] | None = None,
-        place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
-        x, caches = self.transformer(x, image, caches=caches, place=place)
-        return self.ln_final(x), caches
+        cache: Caption | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "R L D"], Caption | None]:
+        """Return the states of all tokens, or of one more and the cache with it."""
+        if image is not None:
+            image = image @ self.image_projection.astype(image.dtype)
+        x, own = tower.decode(tokens, image, None if cache is None else cache.decoder, position)
+        return x, None if own is None else Caption(None, own)

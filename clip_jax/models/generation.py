@@ -95,7 +95,7 @@ def begin_and_end(text: TextConfig) -> tuple[int, int]:
 
 
 def _choose(
-    logits: Float[Array, "B V"], place: Int[Array, ""], *, config: GenerationConfig, seed: Any
+    logits: Float[Array, "B V"], position: Int[Array, ""], *, config: GenerationConfig, seed: Any
 ) -> Int[Array, " B"]:
     if config.method == "greedy":
         return logits.argmax(-1)
@@ -109,7 +109,7 @@ def _choose(
         logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
     # One noise for all rows: what an image gets does not depend on the others. Threefry, whatever
     # the default.
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
     noise = jax.random.gumbel(key, logits.shape[-1:])
     return (logits / config.temperature + noise).argmax(-1)
 
@@ -122,21 +122,21 @@ def _write(
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
     rows = len(image_tokens)
 
-    def extend(ids: Array, logits: Array, place: Array, done: Array) -> tuple[Array, Array]:
-        """Put the token that follows the one at `place` into its row."""
+    def extend(ids: Array, logits: Array, position: Array, done: Array) -> tuple[Array, Array]:
+        """Put the token that follows the one at `position` into its row."""
         is_end = jnp.arange(logits.shape[-1]) == end
-        logits = jnp.where(is_end & (place + 1 < config.min_length), -jnp.inf, logits)
-        chosen = jnp.where(place + 2 == length, end, choose(logits, place))
+        logits = jnp.where(is_end & (position + 1 < config.min_length), -jnp.inf, logits)
+        chosen = jnp.where(position + 2 == length, end, choose(logits, position))
         chosen = jnp.where(done, pad, chosen).astype(ids.dtype)
-        ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], place + 1, axis=1)
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], position + 1, axis=1)
         return ids, done | (chosen == end) | (chosen == pad)
 
     def body(state: Any) -> Any:
-        ids, place, done, cache = state
-        token = jax.lax.dynamic_index_in_dim(ids, place, axis=1, keepdims=False)
-        logits, cache = clip.decode_next(params, token, None, cache, place)
-        ids, done = extend(ids, logits, place, done)
-        return ids, place + 1, done, cache
+        ids, position, done, cache = state
+        token = jax.lax.dynamic_index_in_dim(ids, position, axis=1, keepdims=False)
+        logits, cache = clip.decode_next(params, token, None, cache, position)
+        ids, done = extend(ids, logits, position, done)
+        return ids, position + 1, done, cache
 
     ids = jnp.full((rows, length), pad, jnp.int32).at[:, 0].set(begin)
     first = jnp.zeros((), jnp.int32)
@@ -157,15 +157,15 @@ def _search(
     images = len(image_tokens)
 
     def extend(state: Any, logits: Array, cache: Caption) -> Any:
-        ids, place, scores, best_ids, best, _ = state
+        ids, position, scores, best_ids, best, _ = state
         gains = jax.nn.log_softmax(logits).reshape(images, count, -1)
         vocabulary = jnp.arange(gains.shape[-1])
         # What ends here,
-        ended = (scores + gains[:, :, end]) / (place + 1.0) ** config.length_penalty
-        ended = jnp.where(place + 1 < config.min_length, -jnp.inf, ended)
+        ended = (scores + gains[:, :, end]) / (position + 1.0) ** config.length_penalty
+        ended = jnp.where(position + 1 < config.min_length, -jnp.inf, ended)
         winner = ended.argmax(1)
         found = jnp.take_along_axis(ids, winner[:, None, None], axis=1)[:, 0]
-        found = found.at[:, place + 1].set(end)
+        found = found.at[:, position + 1].set(end)
         score = ended.max(1)
         best_ids = jnp.where((score > best)[:, None], found, best_ids)
         best = jnp.maximum(score, best)
@@ -175,19 +175,19 @@ def _search(
         scores, chosen = jax.lax.top_k(total, count)
         parents, tokens = jnp.divmod(chosen, len(vocabulary))
         ids = jnp.take_along_axis(ids, parents[:, :, None], axis=1)
-        ids = ids.at[:, :, place + 1].set(tokens.astype(ids.dtype))
+        ids = ids.at[:, :, position + 1].set(tokens.astype(ids.dtype))
         cache = _reorder(cache, (parents + count * jnp.arange(images)[:, None]).ravel())
-        return ids, place + 1, scores, best_ids, best, cache
+        return ids, position + 1, scores, best_ids, best, cache
 
     def body(state: Any) -> Any:
-        ids, place, *_, cache = state
-        token = jax.lax.dynamic_index_in_dim(ids, place, axis=2, keepdims=False).ravel()
-        return extend(state, *clip.decode_next(params, token, None, cache, place))
+        ids, position, *_, cache = state
+        token = jax.lax.dynamic_index_in_dim(ids, position, axis=2, keepdims=False).ravel()
+        return extend(state, *clip.decode_next(params, token, None, cache, position))
 
     def goes_on(state: Any) -> Array:
-        _, place, scores, _, best, _ = state
+        _, position, scores, _, best, _ = state
         attainable = scores[:, 0] / (length - 1.0) ** config.length_penalty
-        return (place < length - 1) & (best < attainable).any()
+        return (position < length - 1) & (best < attainable).any()
 
     ids = jnp.full((images, count, length), pad, jnp.int32).at[:, :, 0].set(begin)
     first = jnp.zeros((), jnp.int32)

@@ -1,13 +1,16 @@
 """What both towers are made of: the pre-norm residual block of CLIP's transformers (paper, 2.4).
 
-Dimension key of the repository, in signatures and in einsum strings alike:
+Dimension key of the repository, in signatures, einsum strings and the rows of parameters alike:
 `B` batch, `H W C` image, `P Q` patch rows and columns, `L` tokens, `D` width, `S` query-key-value,
-`N` heads, `K` head dim, `F` MLP width, `E` embedding, `V` vocabulary.
+`N` heads, `K` head dim, `F` MLP width, `E` embedding, `V` vocabulary. Parameters alone have
+`depth`, the scanned axis; `O`, channels of a convolution; `W`, the width of a token embedding
+table; and `-`, what is never split (gains, biases, positions, the rows of that table).
 """
 
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,18 +36,45 @@ KEPT = {
 KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
 STACKS = ("resblocks", "layers")  # of `Transformer`, of `decoder.CrossTransformer`
 Init = Callable[..., Array]
+Rows = dict[str, str]  # path of a parameter → the names of its dimensions
 _ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
 
 
 class Layout(NamedTuple):
     """How arrays lie on a mesh, which the model does not know (`sharding.layout` does)."""
 
-    place: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
+    constrain: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
     attend: Callable[[Array, int, bool], Array] = attention.xla  # of qkv, heads, causal or not
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # of x [B, ...] and a kernel
     conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel split by D
     whole_heads: bool = True  # every device has all of them
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a forward pass does, before a convention of `flops` weighs it."""
+
+    macs: int = 0  # multiply-adds of convolutions and matmuls with weights
+    attention_macs: int = 0  # multiply-adds of the two products between activations
+    layer_norm: int = 0  # elements normalised
+    batch_norm: int = 0  # elements normalised
+
+    def __add__(self, other: "Operations") -> "Operations":
+        return Operations(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __rmul__(self, times: int) -> "Operations":
+        return Operations(*(times * count for count in astuple(self)))
+
+
+def under(prefix: str, rows: Rows) -> Rows:
+    """Put a prefix before every path."""
+    return {f"{prefix}/{path}": names for path, names in rows.items()}
+
+
+def stacked(rows: Rows) -> Rows:
+    """Return the rows of a scanned stack of modules, from those of one."""
+    return {path: f"depth {names}" for path, names in rows.items()}
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -106,6 +136,9 @@ class BlockConfig(NamedTuple):
     causal: bool = False  # a token sees none behind it
     layout: Layout = Layout()
     mlp: bool = True  # False: the attention branch alone
+
+
+NORM_ROWS = {"scale": "-", "bias": "-"}
 
 
 class LayerNorm(nn.Module):
@@ -194,6 +227,12 @@ class Einsum(nn.Module):
         return x @ kernel.reshape(x.shape[-1], -1) if bias is None else affine(x, kernel, bias)
 
 
+OUT_ROWS = {"kernel": "N K D", "bias": "-"}  # of the projection that ends an attention
+ATTENTION_ROWS = {"in_proj/kernel": "D S N K", "in_proj/bias": "S N K"} | under(
+    "out_proj", OUT_ROWS
+)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 
@@ -208,12 +247,12 @@ class Attention(nn.Module):
         x: Float[Array, "B L D"],
         keys: Bool[Array, "B L"] | None = None,
         cache: attention.KV | None = None,
-        place: Int[Array, ""] | None = None,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
         """Attend to all tokens, to those that `keys` names, or to what a cache holds.
 
-        With `cache` x is one token, whose keys and values are put at `place`; it sees those up to
-        there. Returns the cache with it.
+        With `cache` x is one token, whose keys and values are put at `position`; it sees those up
+        to there. Returns the cache with it.
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
@@ -222,8 +261,8 @@ class Attention(nn.Module):
             flat=self.layout.whole_heads, name="in_proj",
         )(x)  # fmt: skip
         qkv = checkpoint_name(qkv, "qkv")
-        if cache is not None and place is not None:
-            x, cache = attention.cached(qkv, self.num_heads, cache, place)
+        if cache is not None and position is not None:
+            x, cache = attention.cached(qkv, self.num_heads, cache, position)
         elif keys is not None:  # which no kernel takes
             x = attention.xla(qkv, self.num_heads, self.causal, keys=keys)
         else:
@@ -233,6 +272,11 @@ class Attention(nn.Module):
             flat=self.layout.whole_heads, name="out_proj",
         )(checkpoint_name(x, "attended"))  # fmt: skip
         return x, cache
+
+
+MLP_ROWS = {
+    "c_fc/kernel": "D F", "c_fc/bias": "F", "c_proj/kernel": "F D", "c_proj/bias": "-",
+}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -267,6 +311,23 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
+def block_rows(layer_scale: float | None = None, mlp: bool = True) -> Rows:
+    """Name the dimensions of one block's parameters."""
+    rows = under("ln_1", NORM_ROWS) | under("attn", ATTENTION_ROWS)
+    if mlp:
+        rows |= under("ln_2", NORM_ROWS) | under("mlp", MLP_ROWS)
+    return rows if layer_scale is None else rows | {"ls_1/gamma": "-", "ls_2/gamma": "-"}
+
+
+def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) -> Operations:
+    """Count one block: per token 4·width² for attention and 2·width·mlp_width."""
+    return Operations(
+        macs=tokens * (4 * width * width + mlp * 2 * width * mlp_width),
+        attention_macs=2 * tokens * tokens * width,
+        layer_norm=(1 + mlp) * tokens * width,
+    )
+
+
 class Block(nn.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)).
 
@@ -282,7 +343,7 @@ class Block(nn.Module):
         x: Float[Array, "B L D"],
         cache: attention.KV | None = None,
         keys: Bool[Array, "B L"] | None = None,
-        place: Int[Array, ""] | None = None,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | attention.KV | None]:
         c = self.config
         attn = Attention(c.num_heads, c.init_fns, c.causal, c.layout, name="attn")
@@ -290,12 +351,12 @@ class Block(nn.Module):
         if c.layer_scale is not None:
             ls_1 = LayerScale(c.layer_scale, name="ls_1")
             ls_2 = LayerScale(c.layer_scale, name="ls_2")
-        y, cache = attn(LayerNorm(c.epsilon, name="ln_1")(x), keys, cache, place)
-        x = c.layout.place(x + ls_1(y))
+        y, cache = attn(LayerNorm(c.epsilon, name="ln_1")(x), keys, cache, position)
+        x = c.layout.constrain(x + ls_1(y))
         x = checkpoint_name(x, "residual")
         if c.mlp:
             mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
-            x = c.layout.place(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
+            x = c.layout.constrain(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
         return x, x if self.collect else cache
 
 
@@ -358,14 +419,14 @@ class Transformer(nn.Module):
         *,
         keys: Bool[Array, "B L"] | None = None,
         caches: list[attention.KV] | None = None,
-        place: Int[Array, ""] | None = None,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
-        x = self.config.layout.place(x)
+        x = self.config.layout.constrain(x)
         if caches is None:
             stack = scanned(Block, self.depth, self.remat, self.unroll, shared=3)
-            return stack(self.config, collect, name=STACKS[0])(x, None, keys, place)
+            return stack(self.config, collect, name=STACKS[0])(x, None, keys, position)
         kept = []
         for i, cache in enumerate(caches):
-            x, cache = Block(self.config, name=f"{STACKS[0]}_{i}")(x, cache, keys, place)
+            x, cache = Block(self.config, name=f"{STACKS[0]}_{i}")(x, cache, keys, position)
             kept.append(cache)
         return x, kept

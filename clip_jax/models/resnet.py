@@ -10,10 +10,20 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.layers import KEPT, Einsum, Init, Layout, Remat, uniform
+from clip_jax.models.layers import (
+    KEPT,
+    Einsum,
+    Init,
+    Layout,
+    Operations,
+    Remat,
+    Rows,
+    under,
+    uniform,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,7 @@ class ResNetConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Positions that the attention pooling sees: the mean and every place of the last map."""
+        """Tokens of the attention pooling: the mean and every position of the last map."""
         return (self.image_size // 32) ** 2 + self.extra_tokens
 
     @property
@@ -83,6 +93,69 @@ class ResNetConfig:
     def summary(self) -> str:
         """The architecture in one line, for model cards."""
         return f"ResNet of width {self.width}, layers {self.layers}"
+
+    def check_width(self, embed_dim: int) -> None:
+        """Raise InputError unless embeddings can have so many dimensions: any, by a projection."""
+
+    def pooled_width(self, embed_dim: int) -> int:
+        """Channels of what is projected."""
+        return self.output_width
+
+    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ModifiedResNet":
+        return ModifiedResNet(self, embed_dim, remat, layout)
+
+    def dimensions(self) -> Rows:
+        """Name the dimensions of the parameters and statistics; the late stages are split."""
+        norms = [f"bn{i}" for i in (1, 2, 3)]
+        rows = {f"conv{i}/kernel": "P Q C O" for i in (1, 2, 3)}
+        for stage, depth in enumerate(self.layers, start=1):
+            names = "P Q C D" if stage in SPLIT_STAGES else "P Q C O"
+            for i in range(depth):
+                block = f"layer{stage}/{i}"
+                rows |= {f"{block}/conv{j}/kernel": names for j in (1, 2, 3)}
+                norms += [f"{block}/bn{j}" for j in (1, 2, 3)]
+                if i == 0:
+                    rows[f"{block}/downsample/0/kernel"] = names
+                    norms.append(f"{block}/downsample/1")
+        rows |= {f"{norm}/{name}": "-" for norm in norms for name in ("scale", "bias")}
+        statistics = {f"{norm}/{name}": "-" for norm in norms for name in ("mean", "var")}
+        rows |= under("attnpool", {"positional_embedding": "L -"} | {
+            "c_proj/kernel": "N K E", "c_proj/bias": "E",
+        })  # fmt: skip
+        for name in ("q_proj", "k_proj", "v_proj"):
+            rows |= under(f"attnpool/{name}", {"kernel": "D N K", "bias": "N K"})
+        return under("visual", rows) | under("batch_stats/visual", statistics)
+
+    def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
+        """Count the tower for one image.
+
+        In training one token queries in the attention pool, the one whose answer is used; in
+        published profiles all do, which is 5% more for RN50.
+        """
+        width, size = self.width, self.image_size // 2
+        # Stem: three 3×3 convolutions, the first with stride 2, then 2×2 average pooling.
+        macs = 9 * size**2 * (3 * (width // 2) + (width // 2) ** 2 + width // 2 * width)
+        batch_norm = size**2 * 2 * width
+        size, inputs = size // 2, width
+        for stage, blocks in enumerate(self.layers):
+            planes = width * 2**stage
+            outputs = 4 * planes
+            for block in range(blocks):
+                # Strides are average pools, after the 3×3 convolution and before the 1×1.
+                out_size = size // 2 if stage > 0 and block == 0 else size
+                macs += size**2 * (inputs * planes + 9 * planes**2)
+                macs += out_size**2 * planes * outputs
+                batch_norm += size**2 * 2 * planes + out_size**2 * outputs
+                if block == 0:  # the shortcut changes width
+                    macs += out_size**2 * inputs * outputs
+                    batch_norm += out_size**2 * outputs
+                inputs, size = outputs, out_size
+        queries = 1 if training else self.num_tokens
+        return Operations(
+            macs=macs + 2 * self.num_tokens * inputs**2 + queries * inputs * (inputs + embed_dim),
+            attention_macs=2 * queries * self.num_tokens * inputs,
+            batch_norm=batch_norm,
+        )
 
 
 SPLIT_STAGES = (3, 4)  # whose kernels, 95% of the weights, are split over a mesh
@@ -222,12 +295,12 @@ class Stage(nn.Module):
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
             x = block(self.planes, stride, self.norm, self.conv, name=str(i))(x)
-            x = self.layout.place(x)
+            x = self.layout.constrain(x)
         return x
 
 
 class AttentionPool2d(nn.Module):
-    """Attention whose one query is the mean over all places of the map, as OpenAI pools."""
+    """Attention whose one query is the mean over all positions of the map, as OpenAI pools."""
 
     config: ResNetConfig
     embed_dim: int
@@ -273,8 +346,13 @@ class ModifiedResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "B H W C"], *, train: bool = False
+        self,
+        images: Float[Array, "B H W C"],
+        keys: Key[Array, " B"] | None = None,
+        *,
+        train: bool = False,
     ) -> Float[Array, "B E"]:
+        """Embed images; in training BatchNorm takes the batch's statistics. `keys` are a ViT's."""
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):
             raise InputError(
@@ -289,7 +367,7 @@ class ModifiedResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         x = nn.relu(norm(name="bn2")(conv(x, c.width // 2, 3, name="conv2")))
         x = nn.relu(norm(name="bn3")(conv(x, c.width, 3, name="conv3")))
-        x = self.layout.place(avg_pool(x, 2))
+        x = self.layout.constrain(avg_pool(x, 2))
         split = functools.partial(conv, convolve=self.layout.conv)
         for i, depth in enumerate(c.layers):
             stage = Stage(

@@ -55,7 +55,7 @@ def _short_forward(
 ) -> tuple[Array, tuple[Array, Lengths]]:
     call = functools.partial(_call, _forward, heads=heads, causal=causal, interpret=interpret)
     ndim = {3: 3, 5: 4}[qkv.ndim]
-    return split(call, ndim)(qkv, *_given(lengths)), (qkv, lengths)
+    return split(call, ndim)(qkv, *_known(lengths)), (qkv, lengths)
 
 
 def _short_backward(
@@ -64,13 +64,13 @@ def _short_backward(
 ) -> tuple[Array, None]:  # fmt: skip
     qkv, lengths = kept
     call = functools.partial(_call, _backward, heads=heads, causal=causal, interpret=interpret)
-    return split(call, qkv.ndim)(qkv, gradient, *_given(lengths)), None
+    return split(call, qkv.ndim)(qkv, gradient, *_known(lengths)), None
 
 
 short.defvjp(_short_forward, _short_backward)
 
 
-def _given(lengths: Lengths) -> tuple[Array, ...]:
+def _known(lengths: Lengths) -> tuple[Array, ...]:
     return () if lengths is None else (lengths,)
 
 
@@ -180,8 +180,8 @@ def _by_row(
         for head in range(heads):
             at = [pl.ds((third * heads + head) * dim, dim) for third in range(3)]
             values = [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in rest]
-            for place, x in zip(at, kernel(*values, seen=seen), strict=False):
-                out_ref[0, :, place] = x.astype(out_ref.dtype)
+            for lanes, x in zip(at, kernel(*values, seen=seen), strict=False):
+                out_ref[0, :, lanes] = x.astype(out_ref.dtype)
 
     def block(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, length, width), lambda i, _: (i, 0, 0))

@@ -1,7 +1,7 @@
 """The text tower: a causal transformer read at the end-of-text token (CLIP paper, 2.4)."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,27 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import KV
-from clip_jax.models.decoder import Cache, CrossTransformer, MaMMUTConfig
 from clip_jax.models.layers import (
+    NORM_ROWS,
+    STACKS,
     Activation,
     BlockConfig,
     BlockInit,
     DType,
     LayerNorm,
     Layout,
+    Operations,
     Remat,
+    Rows,
     Transformer,
+    block_operations,
+    block_rows,
+    stacked,
+    under,
     uniform,
 )  # fmt: skip
 
 Pool = Literal["argmax", "eos", "last", "class_token", "mean"]
-
-
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
 
 
@@ -138,12 +143,40 @@ class TextConfig:
             BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
         )  # fmt: skip
 
+    def check_width(self, embed_dim: int) -> None:
+        """Raise InputError unless embeddings can have so many dimensions."""
+        if not self.projection and self.width != embed_dim:
+            raise InputError(
+                f"text.projection=False needs text.width={self.width} to equal "
+                f"embed_dim={embed_dim}."
+            )
+
+    def dimensions(self, stack: Rows | None = None) -> Rows:
+        """Name the dimensions of the parameters; `stack` are its layers' if they are others."""
+        blocks = under(f"transformer/{STACKS[0]}", stacked(block_rows()))
+        rows = {"token_embedding": "- W", "positional_embedding": "L -"} | (stack or blocks)
+        rows |= under("ln_final", NORM_ROWS)
+        if self.has_class_token:
+            rows["class_embedding"] = "-"
+        if self.projection:
+            rows["text_projection"] = "D E"
+        if self.projection_bias:
+            rows["text_projection_bias"] = "-"
+        return under("text", rows)
+
+    def operations(
+        self, embed_dim: int, tokens: int, stack: Operations | None = None
+    ) -> Operations:
+        """Count the tower for one text; looking an embedding up costs nothing."""
+        tokens += self.has_class_token
+        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
+        # OpenAI and open_clip normalise every token, then read one.
+        ends = Operations(self.projection * self.width * embed_dim, layer_norm=tokens * self.width)
+        return ends + (stack or blocks)
+
 
 class TextTransformer(nn.Module):
-    """Token and position embeddings, a transformer, the end-of-text state, a projection.
-
-    With `decoder` it is MaMMUT's, whose second run writes captions.
-    """
+    """Token and position embeddings, a transformer, the end-of-text state, a projection."""
 
     config: TextConfig
     embed_dim: int
@@ -151,7 +184,6 @@ class TextTransformer(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     layout: Layout = Layout()
-    decoder: MaMMUTConfig | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -161,18 +193,11 @@ class TextTransformer(nn.Module):
         self.positional_embedding = self.param(
             "positional_embedding", nn.initializers.normal(0.01), (c.num_positions, c.width)
         )
-        if c.pool == "class_token":
+        if c.has_class_token:
             self.class_embedding = self.param(
                 "class_embedding", nn.initializers.normal(0.01), (c.width,)
             )
-        block = c.block(self.layout)
-        if self.decoder is None:
-            self.transformer = Transformer(block, c.depth, self.remat, self.unroll)
-        else:
-            each = self.decoder.cross_every
-            self.transformer = CrossTransformer(
-                block, c.depth // each, each, self.decoder.first_mlp, self.remat, self.unroll
-            )
+        self.transformer = self.stack(c.block(self.layout))
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
             self.text_projection = self.param(
@@ -182,6 +207,9 @@ class TextTransformer(nn.Module):
             self.text_projection_bias = self.param(
                 "text_projection_bias", uniform(c.width**-0.5), (self.embed_dim,)
             )
+
+    def stack(self, block: BlockConfig) -> Any:
+        return Transformer(block, self.config.depth, self.remat, self.unroll)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         return self.pool(self.states(tokens)[0], tokens)
@@ -195,11 +223,7 @@ class TextTransformer(nn.Module):
         """
         c = self.config
         x = self.embed(tokens)
-        if isinstance(self.transformer, CrossTransformer):
-            if collect:
-                raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
-            return self.transformer(x, causal=c.causal)[0], None
-        if c.pool != "class_token":
+        if not c.has_class_token:
             return self.transformer(x, collect)
         real, one = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
         token = self.class_embedding + self.positional_embedding[tokens.shape[1]]
@@ -211,9 +235,9 @@ class TextTransformer(nn.Module):
         )
 
     def embed(
-        self, tokens: Int[Array, "B L"], place: Int[Array, ""] | None = None
+        self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
-        """Look tokens up, and add the positions from the first or from `place` on."""
+        """Look tokens up, and add the positions from the first or from `position` on."""
         c = self.config
         length = tokens.shape[1]
         if length > c.context_length:
@@ -221,29 +245,15 @@ class TextTransformer(nn.Module):
                 f"tokens have length {length}, more than text.context_length={c.context_length}."
             )
         positions = self.positional_embedding[:length]
-        if place is not None:
-            positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, place, length)
+        if position is not None:
+            positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, position, length)
         return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
 
     def step(
-        self, tokens: Int[Array, "B 1"], caches: list[KV], place: Int[Array, ""]
+        self, tokens: Int[Array, "B 1"], caches: list[KV], position: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], list[KV]]:
         """Return the states of one more token, and the blocks' caches with it."""
-        tower = cast(Transformer, self.transformer)
-        return tower(self.embed(tokens, place), caches=caches, place=place)
-
-    def decode(
-        self,
-        tokens: Int[Array, "R L"],
-        image: Float[Array, "B M D"] | None,
-        caches: list[Cache] | None = None,
-        place: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
-        """Run MaMMUT's tower as a decoder; see `CrossTransformer`."""
-        x = self.embed(tokens, place)
-        tower = cast(CrossTransformer, self.transformer)
-        x, caches = tower(x, image, caches=caches, place=place)
-        return self.ln_final(x), caches
+        return self.transformer(self.embed(tokens, position), caches=caches, position=position)
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Take the state that stands for the text, norm and project it."""

@@ -10,17 +10,27 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.decoder import CrossAttention
+from clip_jax.models.decoder import CROSS_ATTENTION_ROWS, CrossAttention
 from clip_jax.models.layers import (
     MLP,
+    MLP_ROWS,
+    NORM_ROWS,
+    OUT_ROWS,
+    STACKS,
     Activation,
     BlockConfig,
     BlockInit,
     Einsum,
     LayerNorm,
     Layout,
+    Operations,
     Remat,
+    Rows,
     Transformer,
+    block_operations,
+    block_rows,
+    stacked,
+    under,
     uniform,
 )  # fmt: skip
 
@@ -117,6 +127,55 @@ class ViTConfig:
             return self.pool_queries - 1
         return patches + (self.class_token and self.pool in ("map", "mean_all"))
 
+    def pooled_width(self, embed_dim: int) -> int:
+        """Channels of what is projected, and of the tokens that a caption decoder attends to."""
+        return embed_dim if self.pool == "queries" else self.width
+
+    def check_width(self, embed_dim: int) -> None:
+        """Raise InputError unless embeddings can have so many dimensions."""
+        if not self.projection and self.width != embed_dim:
+            raise InputError(
+                f"vision.projection=False needs vision.width={self.width} to equal "
+                f"embed_dim={embed_dim}."
+            )
+        if self.pool == "queries" and embed_dim % self.pool_heads:
+            raise InputError(
+                f"embed_dim={embed_dim} is not divisible by vision.pool_heads={self.pool_heads}."
+            )
+
+    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
+        return ViT(self, embed_dim, remat, unroll, layout)
+
+    def dimensions(self) -> Rows:
+        """Name the dimensions of the parameters."""
+        blocks = stacked(block_rows(self.layer_scale))
+        rows = {"conv1/kernel": "P Q C D", "positional_embedding": "L -"}
+        rows |= under(f"transformer/{STACKS[0]}", blocks) | under("ln_post", NORM_ROWS)
+        if self.class_token:
+            rows["class_embedding"] = "-"
+        if self.pre_norm:
+            rows |= under("ln_pre", NORM_ROWS)
+        if self.patch_bias:
+            rows["conv1/bias"] = "-"
+        if self.pool in HEADS:
+            rows |= under("attn_pool", HEADS[self.pool].dimensions())
+        if self.projection:
+            rows["proj"] = "D E"
+        return under("visual", rows)
+
+    def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
+        """Count the tower for one image, in training without the patches that are dropped."""
+        tokens = (self.kept_patches if training else self.num_patches) + self.class_token
+        patch, projected = self.patch_size**2 * 3, self.projection * self.pooled_width(embed_dim)
+        ends = Operations(
+            macs=self.num_patches * patch * self.width + projected * embed_dim,
+            layer_norm=(self.pre_norm * tokens + 1) * self.width,
+        )
+        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
+        if self.pool not in HEADS:
+            return ends + blocks
+        return ends + blocks + HEADS[self.pool].operations(self, embed_dim, tokens, training)
+
 
 def drop_patches(
     x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int
@@ -131,6 +190,21 @@ class AttentionPool(nn.Module):
     """One learned query attends to all tokens, then a residual MLP (SigLIP's "MAP" head)."""
 
     config: ViTConfig
+    embed_dim: int
+
+    @staticmethod
+    def dimensions() -> Rows:
+        rows = {"latent": "- - -"} | CROSS_ATTENTION_ROWS | under("proj", OUT_ROWS)
+        return rows | under("norm", NORM_ROWS) | under("mlp", MLP_ROWS)
+
+    @staticmethod
+    def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
+        # One query: its projections and MLP are of one token. ln_post is of all tokens.
+        return Operations(
+            macs=2 * c.width * (c.width + tokens * c.width + c.mlp_width),
+            attention_macs=2 * tokens * c.width,
+            layer_norm=tokens * c.width,
+        )
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B D"]:
@@ -154,6 +228,22 @@ class QueryPool(nn.Module):
     config: ViTConfig
     embed_dim: int
 
+    @staticmethod
+    def dimensions() -> Rows:
+        rows = CROSS_ATTENTION_ROWS | under("out_proj", OUT_ROWS)
+        norms = under("ln_q", NORM_ROWS) | under("ln_k", NORM_ROWS)
+        return {"query": "- -"} | under("attn", rows) | norms
+
+    @staticmethod
+    def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
+        # The queries are projected once, not, as published profiles count, for each image.
+        projected = c.pool_queries * embed_dim * (1 if training else 2)
+        return Operations(
+            macs=(2 * tokens * c.width + projected) * embed_dim,
+            attention_macs=2 * c.pool_queries * tokens * embed_dim,
+            layer_norm=(tokens - 1) * c.width + c.pool_queries * embed_dim,
+        )
+
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B Q E"]:
         c = self.config
@@ -162,6 +252,9 @@ class QueryPool(nn.Module):
         init = uniform(self.embed_dim**-0.5)
         attn = CrossAttention(c.pool_heads, init, init, name="attn")
         return attn(query[None], LayerNorm(c.norm_epsilon, name="ln_k")(x))[0]
+
+
+HEADS = {"map": AttentionPool, "queries": QueryPool}  # pools with parameters of their own
 
 
 class ViT(nn.Module):
@@ -194,17 +287,20 @@ class ViT(nn.Module):
         )  # fmt: skip
         self.transformer = Transformer(block, c.depth, self.remat, self.unroll)
         self.ln_post = LayerNorm(c.norm_epsilon)
-        if c.pool == "map":
-            self.attn_pool = AttentionPool(c)
-        if c.pool == "queries":
-            self.attn_pool = QueryPool(c, self.embed_dim)
+        if c.pool in HEADS:
+            self.attn_pool = HEADS[c.pool](c, self.embed_dim)
         if c.projection:
-            width = self.embed_dim if c.pool == "queries" else c.width
-            self.proj = self.param("proj", normal, (width, self.embed_dim))
+            shape = (c.pooled_width(self.embed_dim), self.embed_dim)
+            self.proj = self.param("proj", normal, shape)
 
     def __call__(
-        self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
+        self,
+        images: Float[Array, "B H W C"],
+        keys: Key[Array, " B"] | None = None,
+        *,
+        train: bool = False,
     ) -> Float[Array, "B E"]:
+        """Embed images; with `keys` patches are dropped. Nothing else differs in training."""
         return self.pool(self.tokens(images, keys=keys)[0])
 
     def tokens(

@@ -186,7 +186,7 @@ def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformat
 
     Around them, where asked for: locked towers, averaged weights, skipped updates. Its `update`
     takes the step's learning rate as `rate`: the compiled step knows no schedule. `rows` name the
-    dimensions of every parameter (`models.dimensions.table`).
+    dimensions of every parameter (`CLIPConfig.dimensions`).
     """
     moments = {"b1": config.b1, "b2": config.b2}
     adam = functools.partial(

@@ -1,7 +1,7 @@
 """What of a parameter is one layer's and one matrix, by the names of its dimensions.
 
 Layers are stacked in one array (`depth`), and so are query, key and value (`S`). `Rows` are those
-of `models.dimensions.table`.
+of `CLIPConfig.dimensions`.
 """
 
 import math

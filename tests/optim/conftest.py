@@ -13,14 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from clip_jax import sharding
 from clip_jax.convert.state_dict import unflatten
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.dimensions import table
 from clip_jax.optim import OptimConfig, make_optimizer
 from clip_jax.sharding import MeshConfig, make_mesh, path_name
 from tests.conftest import TINY, parameters
 
 RATE = 1e-2
 UPDATES = 8
-ROWS = table(TINY)
+ROWS = TINY.dimensions()
 # An array of each kind, of one tower, and of what a block stacks: queries, keys and values.
 _CHOSEN = re.compile(
     "visual/(conv1|class_emb)|logit_scale|text/(token|positional|text_proj|ln_final/scale)"
@@ -30,7 +29,9 @@ _CHOSEN = re.compile(
 
 def names_only(config: CLIPConfig) -> Params:
     """The tree of a model's trainable parameters, each an array of as many axes, of length 1."""
-    rows = {path: row for path, row in table(config).items() if not path.startswith("batch_stats")}
+    rows = {
+        path: row for path, row in config.dimensions().items() if not path.startswith("batch_stats")
+    }
     return unflatten({path: jnp.ones((1,) * len(row.split())) for path, row in rows.items()})
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from clip_jax.models import zoo
-from clip_jax.models.dimensions import table
 from clip_jax.optim import decay_mask
 from clip_jax.optim.matrices import stack_of, with_names
 from clip_jax.sharding import path_name
@@ -23,7 +22,7 @@ def test_linear_maps_and_what_decays_are_known_by_name(name):
     """All kernels but those of patches are linear; gains, biases and scalars do not decay."""
     config = zoo.get(name)
     tree = names_only(config)
-    stacks = with_names(table(config), lambda names, _: bool(stack_of(names)), tree)
+    stacks = with_names(config.dimensions(), lambda names, _: bool(stack_of(names)), tree)
     kernels = {"kernel", "proj", "text_projection", "image_projection"}
     tables = {"token_embedding", "positional_embedding", "latent", "query", "vocab_projection"}
     decays = jax.tree.leaves(decay_mask(tree))

@@ -10,7 +10,6 @@ import pytest
 
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.dimensions import table
 from clip_jax.optim import (
     CoolDown,
     Cosine,
@@ -105,7 +104,7 @@ def test_towers_have_their_own_rates_and_the_average_follows_the_weights():
 def test_layers_have_rates_that_rise_towards_the_end(name):
     """Twelve layers below one another; of RN50, sixteen blocks."""
     config = zoo.get(name)
-    rows, thin = table(config), names_only(config)
+    rows, thin = config.dimensions(), names_only(config)
     thin = jax.tree_util.tree_map_with_path(
         lambda path, x: x.repeat(12, 0) if rows[path_name(path)].startswith("depth") else x, thin
     )
