@@ -36,7 +36,7 @@ from tests.contract.servers import Server  # noqa: E402
 WARM, TIMED = 12, 39  # batches: half an epoch and two
 RUNS: dict[str, dict[str, Any]] = {
     "disk": {"where": "disk"},
-    "disk, stretches": {"where": "disk", "order": "stretches"},
+    "disk, blocks": {"where": "disk", "order": "blocks"},
     "disk, 2 workers": {"where": "disk", "workers": 2, "threads": 2},
     "disk, 3 workers": {"where": "disk", "workers": 3, "threads": 1},
     "bucket": {"where": "bucket"},
@@ -50,10 +50,10 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
-    from clip_jax.data.mixture import MemberConfig, MixtureConfig
+    from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
-    from clip_jax.data.tokenizers.clip import ClipTokenizer
+    from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
     def shards(first: int, last: int) -> TarConfig:
         return TarConfig(path=f"{place}/{{{first:05d}..{last:05d}}}.tar")

@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/index.py
 
 Of a tar: samples indexed a second. Of 41,455 shards of 10,000 samples: CPU seconds and memory to
-open their summary. Of 414 million samples in seven million stretches: microseconds a sample.
+open their summary. Of 414 million samples in seven million blocks: microseconds a sample.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.order import Lanes, OfPositions, StretchOrder
+from clip_jax.data.order.blocks import BlockOrder, OfPositions, Streams
 from clip_jax.data.sources import tar_index
 from tests.data.conftest import write_tar
 
@@ -47,19 +47,19 @@ def open_a_large_index(folder: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(index.places) == 414_550_000
-    assert index.stretch(414_549_999)[0] == 41_454
+    assert index.block(414_549_999)[0] == 41_454
     print(f"opened in {time.process_time() - start:.1f} s of CPU, {peak / 1e6:.0f} MB")
 
 
 def order_a_large_set() -> None:
-    sizes, lanes = np.full(7_000_000, 60), Lanes(32768, (0, 64))
-    shares = OfPositions(lanes, int(sizes.sum()))
-    order = StretchOrder(sizes, seed=0, window=1024, shares=shares)
+    sizes, streams = np.full(7_000_000, 60), Streams(32768, (0, 64))
+    shares = OfPositions(streams, int(sizes.sum()))
+    order = BlockOrder(sizes, seed=0, shuffle_blocks=1024, shares=shares)
     took = []
     for first in (0, 1, 257, 513):  # the first finds the epoch's permutation
         start = time.process_time()
-        for lane in lanes.own:
-            order.at(lane, first * lanes.width, 256 * lanes.width)
+        for stream in streams.own:
+            order.at(stream, first * streams.width, 256 * streams.width)
         took.append(time.process_time() - start)
     print(f"{min(took[1:]) / 256 / 512 * 1e6:.2f} µs a sample, after {took[0]:.1f} s")
 

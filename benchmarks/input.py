@@ -111,7 +111,7 @@ def open_clip_batches(place: Path | str, workers: int):
 def clip_jax_batches(folder: Path, workers: int, threads: int):
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
-    from clip_jax.data.tokenizers.clip import ClipTokenizer
+    from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
     config = DataConfig(
         source=TarConfig(path=str(folder / "*.tar")),

@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clip_jax.data.mixture import MemberConfig, MixtureConfig
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.any import PathConfig
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 from tests.data.conftest import FORMATS, make_pairs
 
 KINDS = ("tar", "table", "parquet", "array_record", "saved_dataset", "tfds")

@@ -4,8 +4,9 @@
 
 Classes in a batch, pairs of one class in it, how far classes' shares of 20 batches scatter (all
 over what independent draws would give), and how far apart in batches two neighbours of the file
-come. Stretches hold 60 samples. WebDataset's buffers are open_clip's: eight workers, 128 shards
-dealt to them in random order, each worker with a buffer of 5,000 samples and batches of its own.
+come. Blocks hold 60 samples. WebDataset's buffers are open_clip's: eight workers, 128 shards
+given to them in random order, each worker with a buffer of 5,000 samples and batches of its
+own.
 """
 
 import random
@@ -13,18 +14,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clip_jax.data.order import Lanes, OfPositions, StretchOrder
+from clip_jax.data.order.blocks import BlockOrder, OfPositions, Streams
 
-CLASSES, EACH, STRETCH, SHARDS, WORKERS, BUFFER = 1000, 1280, 60, 128, 8, 5000
+CLASSES, EACH, BLOCK, SHARDS, WORKERS, BUFFER = 1000, 1280, 60, 128, 8, 5000
 COUNT = CLASSES * EACH
 
 
-def stretches(batch_size: int, window: int) -> np.ndarray:
-    lanes, sizes = Lanes(batch_size), np.full(COUNT // STRETCH, STRETCH)
-    shares = OfPositions(lanes, int(sizes.sum()))
-    order = StretchOrder(sizes, seed=0, window=window, shares=shares)
+def blocks(batch_size: int, shuffle_blocks: int) -> np.ndarray:
+    streams, sizes = Streams(batch_size), np.full(COUNT // BLOCK, BLOCK)
+    shares = OfPositions(streams, int(sizes.sum()))
+    order = BlockOrder(sizes, seed=0, shuffle_blocks=shuffle_blocks, shares=shares)
     steps = int(sizes.sum()) // batch_size
-    runs = [order.at(lane, 0, steps * lanes.width).record for lane in lanes.own]
+    runs = [order.at(stream, 0, steps * streams.width).record for stream in streams.own]
     return np.stack([run.reshape(steps, -1) for run in runs], 1).reshape(steps, batch_size)
 
 
@@ -83,9 +84,9 @@ def main() -> None:
         steps = COUNT // batch_size
         anywhere = np.random.default_rng(0).permutation(COUNT)[: steps * batch_size]
         print(describe("global", anywhere.reshape(steps, batch_size)), flush=True)
-        for window in (256, 1024, 4096):
-            made = stretches(batch_size, window)
-            print(describe(f"stretches, window {window:,}", made), flush=True)
+        for size in (256, 1024, 4096):
+            made = blocks(batch_size, size)
+            print(describe(f"{size:,} shuffle blocks", made), flush=True)
         print(describe("WebDataset's buffers", web_dataset(batch_size)), flush=True)
 
 

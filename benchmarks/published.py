@@ -31,7 +31,7 @@ from clip_jax.convert.formats import Format, read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.verify import BOUND, random_inputs
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig

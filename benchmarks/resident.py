@@ -1,4 +1,4 @@
-"""Resident memory of a run that reads stretches from a slow bucket, by `data.read_ahead_mib`.
+"""Resident memory of a run that reads blocks from a slow bucket, by `data.read_ahead_mib`.
 
     PYTHONPATH=. python benchmarks/resident.py [SECONDS]
 
@@ -54,13 +54,13 @@ def upload(url: str) -> None:
 def measure(url: str, seconds: float) -> int:
     """Read for so long; print by how many MiB memory grew at most in each half of the time."""
     pipeline = build(
-        DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, window=8),
+        DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, shuffle_blocks=8),
         tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
         image_size=32,
         context_length=8,
         batch_size=64,
     )
-    assert pipeline.order == "stretches"
+    assert pipeline.order == "blocks"
     before, most, samples, start = resident(), [0, 0], 0, time.monotonic()
     for batch in pipeline.batches(0):
         samples += len(batch.keys)

@@ -1,8 +1,8 @@
-"""A run on the digits with its pairs sorted by number, read by stretches: does it learn as well?
+"""A run on the digits with its pairs sorted by number, read by blocks: does it learn as well?
 
     PYTHONPATH=. python benchmarks/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
 
-All pairs of a number lie together, in stretches of 32. What follows WORKDIR goes to `train`.
+All pairs of a number lie together, in blocks of 32. What follows WORKDIR goes to `train`.
 """
 
 import sys
@@ -13,11 +13,11 @@ from clip_jax.cli import commands
 from clip_jax.data import digits, pipeline
 from clip_jax.data.sources import Record
 
-STRETCH = 32
+BLOCK = 32
 
 
 class Sorted(digits.DigitsSource):
-    """The same pairs in another order, as one long file of stretches."""
+    """The same pairs in another order, as one long file of blocks."""
 
     def load(self, index, rng):
         return super().load(self._place(index), rng)
@@ -30,9 +30,9 @@ class Sorted(digits.DigitsSource):
         number, turn = divmod(index, -(-len(self) // numbers))
         return min(turn * numbers + number, len(self) - 1)
 
-    def stretches(self):
-        whole, rest = divmod(len(self), STRETCH)
-        return np.array([STRETCH] * whole + [rest] * bool(rest))
+    def blocks(self):
+        whole, rest = divmod(len(self), BLOCK)
+        return np.array([BLOCK] * whole + [rest] * bool(rest))
 
     def size(self, first, last):
         return 256 * (last - first)
@@ -50,5 +50,5 @@ if __name__ == "__main__":
         if hasattr(module, "DigitsSource"):
             module.DigitsSource = Sorted
     config, workdir, *more = sys.argv[1:]
-    order = ["--data.order", "stretches", "--workdir", workdir]
+    order = ["--data.order", "blocks", "--workdir", workdir]
     sys.exit(commands.main(["train", config, *order, *more]))

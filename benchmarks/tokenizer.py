@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
 CAPTIONS = 100_000
 BATCH = 1_000

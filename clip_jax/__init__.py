@@ -27,7 +27,7 @@ def tokenize(
 
     Raises InputError for a text that is too long, unless `truncate`, which keeps the end of text.
     """
-    from clip_jax.data.tokenizers.clip import ClipTokenizer
+    from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
     return ClipTokenizer()(texts, context_length, truncate)
 

@@ -23,7 +23,7 @@ from clip_jax.config import Config
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.pipeline import Pipeline, build, open_source
-from clip_jax.data.sources import SampleError, Source, StretchSource
+from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
@@ -83,8 +83,8 @@ def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
     tokenize, length = _tokenizer(config), config.model.text.context_length
     source = open_source(data.source, size)
     read = (
-        _read_stretches(source)
-        if isinstance(source, StretchSource) and order == "stretches"
+        _read_blocks(source)
+        if isinstance(source, BlockSource) and order == "blocks"
         else _read_any(source)
     )
     wall: dict[str, float] = defaultdict(float)
@@ -140,9 +140,9 @@ def _read_any(source: Source) -> Read:
     return lambda rng: source.load(int(order.integers(len(source))), rng)
 
 
-def _read_stretches(source: StretchSource) -> Read:
-    """Stretches at random, whole, and their samples."""
-    order, sizes = np.random.default_rng(0), source.stretches()
+def _read_blocks(source: BlockSource) -> Read:
+    """Blocks at random, whole, and their samples."""
+    order, sizes = np.random.default_rng(0), source.blocks()
     ends, records = np.cumsum(sizes), []
 
     def read(rng: np.random.Generator) -> tuple[Any, str]:

@@ -119,23 +119,23 @@ def order() -> Figure:
     """Which record each position of an epoch reads, by the code that training uses."""
     import grain
 
-    from clip_jax.data.order import Lanes, OfPositions, StretchOrder
+    from clip_jax.data.order.blocks import BlockOrder, OfPositions, Streams
 
-    count, lanes = 2_048, Lanes(64 * 4)
+    count, streams = 2_048, Streams(64 * 4)
     mixed = np.array(list(grain.MapDataset.range(count).seed(0).shuffle()))
-    stretches = StretchOrder(
-        np.full(64, count // 64), seed=0, window=64, shares=OfPositions(lanes, count)
+    blocks = BlockOrder(
+        np.full(64, count // 64), seed=0, shuffle_blocks=64, shares=OfPositions(streams, count)
     )
     read = np.zeros(count, int)
-    for lane in range(lanes.count):
-        place = np.arange(count // lanes.count)
-        position = place // lanes.width * lanes.batch_size + lane * lanes.width
-        read[position + place % lanes.width] = stretches.at(lane, 0, len(place)).record
+    for stream in range(streams.count):
+        place = np.arange(count // streams.count)
+        position = place // streams.width * streams.batch_size + stream * streams.width
+        read[position + place % streams.width] = blocks.at(stream, 0, len(place)).record
     drawn, panels = figure(7, 2.8, ncols=2, sharey=True)
-    for panel, records, name in zip(panels, (mixed, read), ("global", "stretches"), strict=True):
-        colours = np.arange(count) % lanes.batch_size // lanes.width
+    for panel, records, name in zip(panels, (mixed, read), ("global", "blocks"), strict=True):
+        colours = np.arange(count) % streams.batch_size // streams.width
         panel.scatter(np.arange(count), records, c=colours, s=1.5, cmap="viridis", rasterized=True)
-        panel.set(title=f"data.order = {name}", xlabel="position in the epoch (colour: lane)")
+        panel.set(title=f"data.order = {name}", xlabel="position in the epoch (colour: stream)")
     panels[0].set_ylabel("record")
     return drawn
 

@@ -15,7 +15,7 @@ from clip_jax.cli.commands import main
 from clip_jax.clock import Clock
 from clip_jax.data.images import read_crop
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.sources.table import TableConfig
+from clip_jax.data.sources.text_table import TableConfig
 from tests.conftest import DIGITS, FLAGS, ROOT
 
 QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]

@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.cli.commands import main
 from clip_jax.config import Config, check_resumable, differences, load_config, of_run, with_order
-from clip_jax.data.mixture import MemberConfig, MixtureConfig, PhaseConfig
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.errors import InputError
@@ -73,7 +73,11 @@ def test_a_run_of_the_version_before_resumes(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "order", "other"),
-    [({"order": "stretches"}, "stretches", "global"), ({}, "global", "stretches")],
+    [
+        ({"order": "blocks"}, "blocks", "global"),
+        ({"order": "stretches"}, "blocks", "global"),  # its name before
+        ({}, "global", "blocks"),
+    ],
 )
 def test_the_order_that_a_run_began_with_is_kept(data, order, other, tmp_path):
     """Also where the data have moved since, and where there was but one order."""

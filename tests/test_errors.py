@@ -13,7 +13,7 @@ from clip_jax.cli import commands
 from clip_jax.config import Config
 from clip_jax.convert.command import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.mixture import MemberConfig
+from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.evals import tasks
 from clip_jax.evals.evaluator import Encoder

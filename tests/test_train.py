@@ -14,8 +14,8 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
-from clip_jax.data.mixture import MemberConfig, MixtureConfig
-from clip_jax.data.sources.table import TableConfig
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
+from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations
 from clip_jax.inference.loading import load, starting_params

@@ -6,13 +6,20 @@ from typing import Any
 from clip_jax.storage.files import Place
 from clip_jax.storage.json_files import read_json
 
+
+def _rename_order(config: dict[str, Any]) -> None:
+    data = config.get("data")
+    if isinstance(data, dict) and data.get("order") == "stretches":
+        data["order"] = "blocks"
+
+
 # Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
 # field is gone and changed no result. A path goes through lists: `evals.pool` is a field of each
 # evaluator. A row for a group moves all of its fields.
-RENAMED: dict[str, str | None] = {}
+RENAMED: dict[str, str | None] = {"data.window": "data.shuffle_blocks"}
 
 # Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = []
+UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order]
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from clip_jax.convert.files import read_json
 from clip_jax.convert.settings import Settings, channels_of, count_of, number_of, one_of, said_in
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
-from clip_jax.data.tokenizers.clip import FULL_VOCAB_SIZE
+from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
 from clip_jax.convert.files import MAX_JSON, read_json, read_small, write_json
-from clip_jax.data.tokenizers.clip import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.errors import InputError
 from clip_jax.models.text import TextConfig
 

@@ -23,10 +23,10 @@ from clip_jax.data import growth
 from clip_jax.data.augment import AugmentConfig, augment
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, read_crop
-from clip_jax.data.mixture import ENDLESS, MixtureConfig, MixtureSource
-from clip_jax.data.order import LaneOrder, Lanes, OfPositions, StretchOrder
-from clip_jax.data.pieces import Batch, GlobalPieces, LanePieces, Sample, join
-from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
+from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, join
+from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
+from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
+from clip_jax.data.sources import BlockSource, Record, SampleError, Source, blocks_of
 from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.storage import files
@@ -55,16 +55,16 @@ class DataConfig:
     threads: int = 2  # that read and decode; 0: none, in the caller's thread
     prefetch: int = 2  # batches made ahead of need
     max_bad_share: float = 0.05  # of samples that cannot be read, before the run stops
-    order: Literal["auto", "global", "stretches"] = "auto"  # stretches: many samples a request, of
-    # files read from front to back; global: any sample next; auto: stretches in buckets
-    window: int = 1024  # stretches, of the whole batch, among which their order shuffles
-    read_ahead_mib: int = 4096  # of stretches that a process holds, read and not yet used
+    order: Literal["auto", "global", "blocks"] = "auto"  # blocks: many samples a request, of
+    # files read from front to back; global: any sample next; auto: blocks in buckets
+    shuffle_blocks: int = 1024  # size of the shuffle buffer of order=blocks, over all processes
+    read_ahead_mib: int = 4096  # MiB of blocks that a process holds, read and not yet used
 
     def __post_init__(self) -> None:
         check_ranges(
             self, "data.",
             seed="[0, 4294967295]", threads="[0, inf)", workers="[0, inf)", crop_scale="(0, 1]",
-            prefetch="[1, inf)", max_bad_share="[0, 1]", window="[1, inf)",
+            prefetch="[1, inf)", max_bad_share="[0, 1]", shuffle_blocks="[1, inf)",
             read_ahead_mib="[1, inf)",
         )  # fmt: skip
         if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
@@ -92,7 +92,7 @@ def build(
         _Loader(config, image_size, (process_index, process_count)),
         functools.partial(_tokenized, tokenizer, context_length),
         batch_size=batch_size,
-        part=(process_index, process_count),
+        process=(process_index, process_count),
     )
 
 
@@ -102,15 +102,15 @@ def _tokenized(
     return tokenizer(texts, context_length, True)
 
 
-def open_source(config: SourceConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> Source:
+def open_source(config: SourceConfig, image_size: int, process: tuple[int, int] = (0, 1)) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels.
 
-    `part` is which of several processes' this is: they share the building of an index.
+    `process` is which of several processes' this is: they share the building of an index.
     """
     if isinstance(config, MixtureConfig):
-        members = [open_single(member.source, image_size, part) for member in config.members]
+        members = [open_single(member.source, image_size, process) for member in config.members]
         return MixtureSource(config, members)
-    return open_single(config, image_size, part)
+    return open_single(config, image_size, process)
 
 
 class Pipeline:
@@ -123,22 +123,22 @@ class Pipeline:
         tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]],
         *,
         batch_size: int,
-        part: tuple[int, int],
+        process: tuple[int, int],
     ) -> None:
         self._config, self._loader, self._tokenize = config, loader, tokenize
-        self._batch_size, self._part = batch_size, part
+        self._batch_size, self._process = batch_size, process
         self.num_samples = len(loader.source)  # in one epoch
         self.order = _settled_order(config, loader.source)
-        if self.order == "stretches":
-            Lanes(batch_size, part)
-            _check_budget(config, cast(StretchSource, loader.source), part[1])
+        if self.order == "blocks":
+            Streams(batch_size, process)
+            _check_budget(config, cast(BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
         """Hash the source, of a mixture each member: how many samples it has, the keys of a
-        hundred, evenly spread, and the stretches in which they are read."""
+        hundred, evenly spread, and the blocks in which they are read."""
         source = self._loader.source
         members = source.members if isinstance(source, MixtureSource) else [source]
-        return [_fingerprint(one, self.order == "stretches") for one in members]
+        return [_fingerprint(one, self.order == "blocks") for one in members]
 
     def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
@@ -151,11 +151,11 @@ class Pipeline:
 
         config = self._config
         first = growth.samples_after(1, doubled_at, start_step)
-        make = self._in_lanes(first) if self.order == "stretches" else self._globally()
+        make = self._in_streams(first) if self.order == "blocks" else self._globally()
         number = make.number
         # A thread makes a piece of a batch, so that the first is soon there and few are in memory.
         ahead = config.prefetch * number << len(doubled_at)
-        stream = (
+        dataset = (
             grain.MapDataset.range(ENDLESS)
             .map(make)[first * number :]
             .to_iter_dataset(
@@ -169,14 +169,14 @@ class Pipeline:
 
             if not flags.FLAGS.is_parsed():  # Grain's processes read flags, and we have none
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(
+            dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     config.workers, per_worker_buffer_size=-(-ahead // config.workers)
                 ),
                 worker_init_fn=_leave_interrupts,
             )
         bad = _BadShare(config.max_bad_share)
-        with contextlib.closing(iter(stream)) as pieces, contextlib.closing(make):
+        with contextlib.closing(iter(dataset)) as pieces, contextlib.closing(make):
             for step in itertools.count(start_step):
                 times = growth.batch_after(1, doubled_at, step)
                 batch = join(list(itertools.islice(pieces, number * times)))
@@ -192,74 +192,77 @@ class Pipeline:
         else:
             # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
             order = grain.MapDataset.range(self.num_samples).seed(seed).shuffle().repeat()
-        return GlobalPieces(self._loader, self._tokenize, order, self._batch_size, self._part)
+        return GlobalPieces(self._loader, self._tokenize, order, self._batch_size, self._process)
 
-    def _in_lanes(self, start_step: int) -> LanePieces:
-        config, lanes = self._config, Lanes(self._batch_size, self._part)
-        return LanePieces(
+    def _in_streams(self, start_step: int) -> StreamPieces:
+        config, streams = self._config, Streams(self._batch_size, self._process)
+        return StreamPieces(
             self._loader,
             self._tokenize,
-            functools.partial(_lane_order, config.seed, lanes, config.window),
-            lanes,
+            functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks),
+            streams,
             workers=max(1, config.workers),
             start=start_step,
             budget=config.read_ahead_mib << 20,
         )
 
 
-def _fingerprint(source: Source, in_stretches: bool) -> str:
+def _fingerprint(source: Source, in_blocks: bool) -> str:
     count = len(source)
     indices = sorted({i * count // 100 for i in range(100)})
     named = [str(count), *(source.key(i) for i in indices)] if count else ["0"]
     digest = hashlib.sha256("\n".join(named).encode("utf-8", "replace"))
-    if in_stretches:
-        digest.update(stretches_of(source).tobytes())
+    if in_blocks:
+        digest.update(blocks_of(source).tobytes())
     return digest.hexdigest()[:12]
 
 
-def _lane_order(seed: int, lanes: Lanes, window: int, source: Source) -> LaneOrder:
+def _stream_order(seed: int, streams: Streams, shuffle_blocks: int, source: Source) -> StreamOrder:
     if isinstance(source, MixtureSource):
-        return source.lane_order(seed, lanes, window)
-    shares = OfPositions(lanes, len(source))
-    return StretchOrder(stretches_of(source), seed=seed, window=window, shares=shares)
+        return source.stream_order(seed, streams, shuffle_blocks)
+    shares = OfPositions(streams, len(source))
+    return BlockOrder(blocks_of(source), seed=seed, shuffle_blocks=shuffle_blocks, shares=shares)
 
 
-def _settled_order(config: DataConfig, source: Source) -> Literal["global", "stretches"]:
-    """The order that a run begins with. Raises InputError for stretches of a source that has
+def _settled_order(config: DataConfig, source: Source) -> Literal["global", "blocks"]:
+    """The order that a run begins with. Raises InputError for blocks of a source that has
     none."""
     members = config.source.members if isinstance(config.source, MixtureConfig) else ()
     paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
-    together = isinstance(source, StretchSource) and len(source.stretches()) < len(source)
+    together = isinstance(source, BlockSource) and len(source.blocks()) < len(source)
     if config.order == "auto":
-        return "stretches" if together and any(map(files.is_remote, paths)) else "global"
-    if config.order == "stretches" and not together:
+        return "blocks" if together and any(map(files.is_remote, paths)) else "global"
+    if config.order == "blocks" and not together:
         raise InputError(
-            "data.order=stretches needs files with many records in each: tars, Parquet, "
+            "data.order=blocks needs files with many records in each: tars, Parquet, "
             "ArrayRecord. clip-jax prepare writes such files; data.order=global reads any"
         )
     return config.order
 
 
-def _check_budget(config: DataConfig, source: StretchSource, parts: int) -> None:
-    """Refuse a budget below what the window holds: reading would stand still, or exceed it."""
-    stretches, total = len(source.stretches()), source.size(0, len(source))
-    window = min(config.window, stretches)
-    # Stretches of the window are half used, on average; a window of all begins with all.
-    need = total / stretches * window / parts * (0.6 if window < stretches else 1.0)
+def _check_budget(config: DataConfig, source: BlockSource, processes: int) -> None:
+    """Refuse a budget below the size of the shuffle buffer: reading would stop, or exceed it."""
+    blocks, total = len(source.blocks()), source.size(0, len(source))
+    buffer = min(config.shuffle_blocks, blocks)
+    # Blocks in the buffer are half used, on average; a buffer of all begins with all.
+    need = total / blocks * buffer / processes * (0.6 if buffer < blocks else 1.0)
     if need > config.read_ahead_mib << 20:
         raise InputError(
-            f"data.read_ahead_mib={config.read_ahead_mib} is too little: of data.window="
-            f"{config.window} stretches of {total / stretches / 2**20:.1f} MiB, each of {parts} "
-            f"processes holds {need / 2**20:,.0f} MiB. Raise it, lower data.window (a new run then "
-            "shuffles less), or write the data anew with clip-jax prepare, in shorter stretches"
+            f"data.read_ahead_mib={config.read_ahead_mib} is too little: of data.shuffle_blocks="
+            f"{config.shuffle_blocks} blocks of {total / blocks / 2**20:.1f} MiB, each of "
+            f"{processes} processes holds {need / 2**20:,.0f} MiB. Raise it, lower "
+            "data.shuffle_blocks (a new run then shuffles less), or write the data anew with "
+            "clip-jax prepare, in shorter blocks"
         )
 
 
 class _Loader:
     """A sample of a position: the record that the order puts there, or the next good one."""
 
-    def __init__(self, config: DataConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> None:
-        self.source = open_source(config.source, image_size, part)
+    def __init__(
+        self, config: DataConfig, image_size: int, process: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.source = open_source(config.source, image_size, process)
         self._config, self._image_size = config, image_size
 
     def __reduce__(self) -> Any:

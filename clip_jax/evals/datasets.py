@@ -11,7 +11,7 @@ from jaxtyping import Int8
 from clip_jax.data import digits
 from clip_jax.data.images import SUFFIXES, ImageLike
 from clip_jax.data.sources import SampleError, text_of
-from clip_jax.data.sources.folder import image_files
+from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.storage.files import Place, matching

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from clip_jax.data.images import ImageError, center_crop, decode
 from clip_jax.data.sources import SampleError
-from clip_jax.data.sources.folder import image_files
+from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet, in_words
 from clip_jax.inference.loading import Model, load, unit

@@ -22,7 +22,7 @@ SECONDS = {
 }
 SHARE = ", of the card's what JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
 IMAGE_BYTES = 70e3  # a JPEG of 640 x 480
-STRETCH_BYTES = 4 << 20  # one request, in the order of stretches
+BLOCK_BYTES = 4 << 20  # one request, in the order of blocks
 
 HOW = {
     "parameters": "exact, from the shardings",
@@ -124,7 +124,7 @@ def describe(plan: Plan) -> str:
 
 def reading(images: float, decoded: float | None) -> str:
     """What a host's input must do a second, and whether its cores can."""
-    requests = images * IMAGE_BYTES / STRETCH_BYTES
+    requests = images * IMAGE_BYTES / BLOCK_BYTES
     line = (
         f"a host reads {images:,.0f} images/s: of {IMAGE_BYTES / 1e3:.0f} kB each, "
         f"{images * IMAGE_BYTES / 1e6:,.0f} MB/s in {requests:,.1f} requests/s of a bucket"

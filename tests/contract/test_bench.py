@@ -26,7 +26,7 @@ def test_input_from_a_bucket_says_what_it_asks_for(gs, tmp_path, capsys):
     with mock.patch.object(bench, "CLOCK", clock):
         assert main([*command, *flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["order"] == "stretches"
+    assert result["order"] == "blocks"
     assert result["bucket_requests_per_second"] > 0
     read = result["bucket_bytes_per_second"]
     used = read / result["bytes_read_per_byte_used"]

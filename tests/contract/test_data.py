@@ -13,9 +13,9 @@ import pytest
 
 from clip_jax.data import pipeline
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.mixture import MemberConfig, MixtureConfig
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.sources import StoredSource, StretchSource, array_record
+from clip_jax.data.sources import BlockSource, StoredSource, array_record
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.storage import files
@@ -35,17 +35,17 @@ def upload(bucket, config, folder):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_is_read_from_a_bucket_and_a_stretch_by_one_request(format, gs, tmp_path):
+def test_every_format_is_read_from_a_bucket_and_a_block_by_one_request(format, gs, tmp_path):
     remote = upload(gs, FORMATS[format](tmp_path, PAIRS), tmp_path)
     expected = [(image, text) for _, image, text in PAIRS]
     source = open_single(PathConfig(path=remote.path, **COLUMNS.get(format, {})), 16)
     assert isinstance(source, StoredSource)
     assert [source.load(i, RNG) for i in range(len(source))] == expected
     assert source.captions(9) == ["text 9"]
-    if isinstance(source, StretchSource):
-        spans = list(itertools.pairwise([0, *np.cumsum(source.stretches()).tolist()]))
+    if isinstance(source, BlockSource):
+        spans = list(itertools.pairwise([0, *np.cumsum(source.blocks()).tolist()]))
         source = open_single(remote, 16)  # another, which keeps no row groups
-        assert isinstance(source, StretchSource)
+        assert isinstance(source, BlockSource)
         gs.server.requests()
         records = [record for span in spans for record in source.fetch(*span)]
         assert len(gs.server.requests()) == len(spans)
@@ -70,8 +70,8 @@ def test_faults_of_a_bucket_lose_and_double_nothing(gs, tmp_path):
     """What a run reads from a faulty bucket is what it reads from disk."""
     local = FORMATS["array_record"](tmp_path, make_pairs(60))
     remote = upload(gs, local, tmp_path)
-    with mock.patch.object(array_record, "_STRETCH", 20_000):  # a few records: many requests
-        wanted = take(DataConfig(source=local, order="stretches"), 10)
+    with mock.patch.object(array_record, "_BLOCK_BYTES", 20_000):  # a few records: many requests
+        wanted = take(DataConfig(source=local, order="blocks"), 10)
         gs.server.behave(faults={"503": 0.1, "429": 0.1, "cut": 0.1, "reset": 0.1}, only="GET")
         found = take(DataConfig(source=remote, read_ahead_mib=8), 10)
     assert {one["status"] for one in gs.server.requests()} > {429, 503}
@@ -81,10 +81,10 @@ def test_faults_of_a_bucket_lose_and_double_nothing(gs, tmp_path):
         assert not second.skipped
 
 
-@pytest.mark.parametrize("order", ["global", "stretches"])
+@pytest.mark.parametrize("order", ["global", "blocks"])
 def test_worker_processes_do_not_matter(order, tmp_path):
-    """Of a mixture with a bad image, resumed: the same batches, and the same events. In stretches,
-    two workers have nine lanes, so that one of them has nothing to do for the tenth piece."""
+    """Of a mixture with a bad image, resumed: the same batches, and the same events. In blocks,
+    two workers have nine streams, so that one of them has nothing to do for the tenth piece."""
     pairs = [*make_pairs(40), ("broken.jpg", b"not an image", "a caption")]
     sources = (FORMATS["tar"](tmp_path, pairs), DigitsConfig(samples=9))
     config = DataConfig(
@@ -107,7 +107,7 @@ import clip_jax.data.images
 assert "PIL.TiffImagePlugin" not in sys.modules  # Pillow's readers are loaded at the first image
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 assert TfdsSource(TfdsConfig(path=sys.argv[1])).load(0, np.random.default_rng(0))[1] == "text 0"
 assert "tensorflow" not in sys.modules
 pipeline = build(DataConfig(threads=2, prefetch=8), tokenizer=ClipTokenizer(1024), image_size=16,

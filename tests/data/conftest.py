@@ -20,13 +20,13 @@ from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, Pipeline, build
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
-from clip_jax.data.sources.folder import FolderConfig
+from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.data.sources.parquet import ParquetConfig
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig
-from clip_jax.data.sources.table import TableConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.data.sources.tfds import TfdsConfig
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
 _rng = np.random.default_rng(0)
 PICTURES = [_rng.integers(0, 256, (48, 48 + 8 * i, 3), np.uint8) for i in range(6)]

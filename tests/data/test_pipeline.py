@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import pieces
 from clip_jax.data.digits import DigitsSource
+from clip_jax.data.order import batches
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources import any as any_source
@@ -75,7 +75,7 @@ def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, data):
     # No threads: beartype draws from `random` in them, which hypothesis minds.
     config = digits(samples, threads=0)
     with loading(blank):
-        with mock.patch.object(pieces, "_PIECE", sizes):
+        with mock.patch.object(batches, "_PIECE", sizes):
             first, second = (
                 of_processes(config, count, processes, start=start, batch_size=batch_size)
                 for start, count, processes in zip(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.text import TextConfig

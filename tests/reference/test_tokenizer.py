@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data.tokenizers.clean import repaired
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
 TOKENIZER = ClipTokenizer()
 WORDS = (

@@ -15,7 +15,7 @@ from tests.workflow.conftest import SMALL, STEPS, samples, training
 
 PAIRS = (
     *FEW, "--steps", str(STEPS), "--batch-size", "16", "--checkpoint.every-steps", "3",
-    "--data.order", "stretches", "--data.window", "1",
+    "--data.order", "blocks", "--data.shuffle-blocks", "1",
 )  # fmt: skip
 
 

@@ -61,26 +61,26 @@ class Record(NamedTuple):
 
 
 @runtime_checkable
-class StretchSource(Source, Protocol):
+class BlockSource(Source, Protocol):
     """A source whose records lie together in files, so that one request reads many."""
 
-    def stretches(self) -> Int64[np.ndarray, " stretches"]:
-        """How many records each stretch holds, in the order of the records."""
+    def blocks(self) -> Int64[np.ndarray, " blocks"]:
+        """How many records each block holds, in the order of the records."""
         ...
 
     def size(self, first: int, last: int) -> int:
-        """Bytes of the records from `first` to before `last`, which are of one stretch."""
+        """Bytes of the records from `first` to before `last`, which are of one block."""
         ...
 
     def fetch(self, first: int, last: int) -> list[Record | SampleError]:
-        """Read records of one stretch in one go. Raises SampleError where none can be read."""
+        """Read records of one block in one go. Raises SampleError where none can be read."""
         ...
 
 
-def stretches_of(source: Source) -> Int64[np.ndarray, " stretches"]:
-    """A source's stretches; each record is one where they lie apart."""
-    if isinstance(source, StretchSource):
-        return source.stretches()
+def blocks_of(source: Source) -> Int64[np.ndarray, " blocks"]:
+    """A source's blocks; each record is one where they lie apart."""
+    if isinstance(source, BlockSource):
+        return source.blocks()
     return np.ones(len(source), np.int64)
 
 

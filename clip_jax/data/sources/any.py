@@ -7,12 +7,12 @@ from typing import Any
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.sources import Source
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
-from clip_jax.data.sources.folder import FolderConfig, FolderSource
+from clip_jax.data.sources.image_folder import FolderConfig, FolderSource
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
 from clip_jax.data.sources.shards import BadShards
-from clip_jax.data.sources.table import TableConfig, TableSource
 from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.data.sources.text_table import TableConfig, TableSource
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig, TfdsSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -49,20 +49,20 @@ SingleConfig = (
 )
 
 
-def open_single(config: SingleConfig, image_size: int, part: tuple[int, int] = (0, 1)) -> Source:
+def open_single(config: SingleConfig, image_size: int, process: tuple[int, int] = (0, 1)) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels.
 
-    `part` is which of several processes' this is: they share the building of an index.
+    `process` is which of several processes' this is: they share the building of an index.
     """
     match config:
         case PathConfig():
-            return open_single(guess_source(config), image_size, part)
+            return open_single(guess_source(config), image_size, process)
         case DigitsConfig():
             return DigitsSource(config, image_size)
         case TableConfig():
             return TableSource(config)
         case TarConfig():
-            return TarSource(config, part)
+            return TarSource(config, process)
         case FolderConfig():
             return FolderSource(config)
         case ParquetConfig():

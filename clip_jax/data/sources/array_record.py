@@ -21,7 +21,7 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 
 _THREADS = 64  # that read the files' ends
-_STRETCH = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
+_BLOCK_BYTES = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class ArrayRecordSource:
     def __len__(self) -> int:
         return len(self._places)
 
-    def stretches(self) -> Int64[np.ndarray, " stretches"]:
-        """Records of each stretch: whole groups, some MiB of a shard by its records' mean size."""
+    def blocks(self) -> Int64[np.ndarray, " blocks"]:
+        """Records of each block: whole groups, some MiB of a shard by its records' mean size."""
         counts = [np.zeros(0, np.int64)]
         for shard in filter(len, self._shards):
-            groups = round(_STRETCH / (shard.end / len(shard) * shard.group))
+            groups = round(_BLOCK_BYTES / (shard.end / len(shard) * shard.group))
             each = max(1, groups) * shard.group
             counts.append(np.diff(np.append(np.arange(0, len(shard), each), len(shard))))
         return np.concatenate(counts)

@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import StretchSource, read_file
-from clip_jax.data.sources.folder import image_files
-from clip_jax.data.sources.table import TableConfig, TableSource
+from clip_jax.data.sources import BlockSource, read_file
+from clip_jax.data.sources.image_folder import image_files
 from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.data.sources.text_table import TableConfig, TableSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
@@ -59,8 +59,8 @@ def fingerprint(images: Images) -> str:
         names = images.rows.paths()
     elif isinstance(images, TarSource):
         names = (f"{os.path.basename(path)} {count}" for path, count in images.shards())
-    elif isinstance(images, StretchSource):
-        starts = np.cumsum([0, *images.stretches()])
+    elif isinstance(images, BlockSource):
+        starts = np.cumsum([0, *images.blocks()])
         names = (images.key(int(start)) for start in starts if start < len(images))
     else:
         names = map(images.key, range(len(images)))

@@ -102,7 +102,7 @@ class ParquetSource:
         spans = map(self._span, range(len(self._groups)))
         return np.cumsum([0, *(end - begin for begin, end in spans)])
 
-    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+    def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """Rows of each row group."""
         return self._sizes
 

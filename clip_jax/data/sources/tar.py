@@ -37,11 +37,11 @@ class TarSource:
     """All pairs of all shards, in the order of the pattern. Raises InputError for shards not
     usable."""
 
-    def __init__(self, config: TarConfig, part: tuple[int, int] = (0, 1)) -> None:
-        """`part` is which of several processes' this is: they share the index's building."""
+    def __init__(self, config: TarConfig, process: tuple[int, int] = (0, 1)) -> None:
+        """`process` is which of several processes' this is: they share the index's building."""
         self._caption, self._caption_key = config.caption, config.caption_key
         self._classes = _class_names(config.class_names)
-        index = open_index(config.path, config.index, config.bad_shards, part)
+        index = open_index(config.path, config.index, config.bad_shards, process)
         assert index is not None  # it waits for the others
         self._index: TarIndex = index
         if not len(self):
@@ -82,8 +82,8 @@ class TarSource:
         """Get the text, or all texts of a list in a .json."""
         return captions_of(self._value(self._read(index, self._caption)[0]))
 
-    def stretches(self) -> Int64[np.ndarray, " stretches"]:
-        """Samples of each stretch: some MiB of a shard, from the first header to the last byte."""
+    def blocks(self) -> Int64[np.ndarray, " blocks"]:
+        """Samples of each block: some MiB of a shard, from the first header to the last byte."""
         return self._index.counts
 
     def size(self, first: int, last: int) -> int:
@@ -91,14 +91,14 @@ class TarSource:
         return self._index.bytes_before(last) - self._index.bytes_before(first)
 
     def fetch(self, first: int, last: int) -> list[Record | SampleError]:
-        """Read samples of one stretch by one request, and take them apart by their headers.
+        """Read samples of one block by one request, and take them apart by their headers.
 
-        Of a part of a stretch the rows say where it lies.
+        Of a part of a block the rows say where it lies.
         """
-        shard, begin, end, *whole = self._index.stretch(first)
+        shard, begin, end, *whole = self._index.block(first)
         path = self._index.paths[shard]
         if [first, last] == whole:
-            samples = self._in_stretch(path, begin, end)
+            samples = self._in_block(path, begin, end)
         else:
             samples = self._in_rows(path, first, last)
         if len(samples) != last - first:
@@ -113,7 +113,7 @@ class TarSource:
             for key, parts in samples
         ]
 
-    def _in_stretch(self, path: str, begin: int, end: int) -> "list[_Parts]":
+    def _in_block(self, path: str, begin: int, end: int) -> "list[_Parts]":
         (data,) = _read(path, [(begin, end - begin)])
         read = functools.partial(_slice, data, begin)
         try:

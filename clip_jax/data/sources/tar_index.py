@@ -1,6 +1,6 @@
-"""The index of tars: how many samples each shard has, which stretches they lie in, and where.
+"""The index of tars: how many samples each shard has, which blocks they lie in, and where.
 
-A file holds all shards' counts and stretches, which a source keeps in memory. In a folder of the
+A file holds all shards' counts and blocks, which a source keeps in memory. In a folder of the
 same name each shard's rows are a file, read when a row is needed. Rows are written as they are
 found, so that several processes share the work and a killed one loses what it was at.
 """
@@ -32,7 +32,7 @@ _THREADS = 16  # that read headers: waiting takes most of the time
 _THREADS_REMOTE = 64
 _AT_ONCE = 1 << 16  # bytes of a header's read: what a disk's system reads anyway
 _AT_ONCE_REMOTE = 1 << 12  # a header, a caption and the next header
-_STRETCH = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
+_BLOCK_BYTES = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
 _OPEN = 256  # shards whose rows are in memory, or mapped
 _LOOK = 2.0  # seconds between looks at what other processes have written
 _SAID = 60.0  # seconds between lines on who is waited for
@@ -61,14 +61,14 @@ class Shard:
 
     path: str
     stat: tuple[int, float]  # its size and time
-    edges: Sequence[int] | np.ndarray  # bytes at which its stretches begin, and where the last ends
-    counts: Sequence[int] | np.ndarray  # samples of each stretch
+    edges: Sequence[int] | np.ndarray  # bytes at which its blocks begin, and where the last ends
+    counts: Sequence[int] | np.ndarray  # samples of each block
     ignored: str = ""  # JSON: how many members are ignored, and one of them
     failure: str = ""  # why it cannot be used
 
 
 class TarIndex:
-    """All usable shards: their stretches, and their rows on demand."""
+    """All usable shards: their blocks, and their rows on demand."""
 
     def __init__(self, shards: Sequence[tuple[Shard, str]]) -> None:
         """Each with the file of its rows."""
@@ -87,8 +87,8 @@ class TarIndex:
         self._before = np.cumsum(self._ends - self._begins) - (self._ends - self._begins)
         self.rows = functools.lru_cache(maxsize=_OPEN)(self._read_rows)
 
-    def stretch(self, record: int) -> tuple[int, int, int, int, int]:
-        """Of the stretch that holds a record: its shard, first and last byte, first and last."""
+    def block(self, record: int) -> tuple[int, int, int, int, int]:
+        """Of the block that holds a record: its shard, first and last byte, first and last."""
         at = int(np.searchsorted(self._firsts, record, side="right")) - 1
         first = int(self._firsts[at])
         edges = int(self._begins[at]), int(self._ends[at])
@@ -110,11 +110,15 @@ class TarIndex:
 
 
 def open_index(
-    path: str, folder: str, bad_shards: BadShards, part: tuple[int, int] = (0, 1), wait: bool = True
+    path: str,
+    folder: str,
+    bad_shards: BadShards,
+    process: tuple[int, int] = (0, 1),
+    wait: bool = True,
 ) -> TarIndex | None:
     """Open the index of the shards that `path` stands for, after building what is missing of it.
 
-    `folder` may be empty. Of what is missing in a bucket this process builds its part; then it
+    `folder` may be empty. Of what is missing in a bucket this process indexes its share; then it
     waits for the others', or returns None if something is missing still. Raises InputError for bad
     shards.
     """
@@ -131,7 +135,7 @@ def open_index(
             files.make_folder(name)
             by_shard = {(one.path, one.stat): one for one in known}
             shared = files.is_remote(name)
-            known = _complete(name, present, by_shard, part if shared else (0, 1), wait)
+            known = _complete(name, present, by_shard, process if shared else (0, 1), wait)
         except OSError as error:
             raise InputError(
                 f"the index of {path} cannot be written to {name}: {error}; set "
@@ -160,10 +164,10 @@ def _complete(
     name: str,
     present: list[tuple[str, tuple[int, float]]],
     known: dict[Any, Shard],
-    part: tuple[int, int],
+    process: tuple[int, int],
     wait: bool,
 ) -> list[Shard] | None:
-    """Index this part's shards, wait for the other parts', and write what all say."""
+    """Index this process's shards, wait for the others', and write the summary of all."""
     indexed: dict[int, Shard] = {}
     written = {os.path.basename(path) for path in files.walk(name)}
 
@@ -178,7 +182,7 @@ def _complete(
             kept = _index_and_write(shard, stat, file)
         return kept
 
-    own = range(part[0], len(present), part[1])
+    own = range(process[0], len(present), process[1])
     threads = _THREADS_REMOTE if files.is_remote(name) else _THREADS
     with ThreadPoolExecutor(threads) as pool:
         indexed.update(zip(own, pool.map(one, own), strict=True))
@@ -202,7 +206,7 @@ def _complete(
                 _log.warning("waiting for %d shards that others index", len(present) - len(indexed))
             CLOCK.sleep(_LOOK)
     entries = [indexed[number] for number in range(len(present))]
-    if part[0] == 0 or not wait:
+    if process[0] == 0 or not wait:
         write_summary(f"{name}.arrow", entries)
     return entries
 
@@ -210,7 +214,7 @@ def _complete(
 def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
     try:
         rows = index_shard(path, stat[0])
-        content = json.loads(rows.schema.metadata[b"stretches"])
+        content = json.loads(rows.schema.metadata[b"blocks"])
         ignored = rows.schema.metadata.get(b"ignored", b"").decode()
         shard = Shard(path, stat, content["edges"], content["counts"], ignored)
     except (InputError, OSError) as error:
@@ -315,7 +319,7 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
     """Find the samples of one tar. Raises InputError, which says why it cannot be used, and from
     which byte.
 
-    The metadata say which stretches they lie in, and how many members are ignored.
+    The metadata say which blocks they lie in, and how many members are ignored.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     edges, ignored = [], []
@@ -340,17 +344,17 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
     expected = _expected(shard)
     if expected is not None and len(edges) != expected:
         raise InputError(f"has {len(edges)} samples, img2dataset counted {expected}")
-    metadata = {"stretches": json.dumps(_stretches([*edges, end] if edges else [0]))}
+    metadata = {"blocks": json.dumps(_blocks([*edges, end] if edges else [0]))}
     if ignored:
         metadata["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
     rows = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
     return rows.replace_schema_metadata(metadata)
 
 
-def _stretches(edges: list[int]) -> dict[str, list[int]]:
+def _blocks(edges: list[int]) -> dict[str, list[int]]:
     """Cut a shard at samples, in about equal parts of some MiB."""
     places = np.array(edges)
-    parts = max(1, round((edges[-1] - edges[0]) / _STRETCH))
+    parts = max(1, round((edges[-1] - edges[0]) / _BLOCK_BYTES))
     marks = edges[0] + np.arange(1, parts) * (edges[-1] - edges[0]) / parts
     cuts = np.unique([0, *np.searchsorted(places, marks), len(edges) - 1])
     return {"edges": places[cuts].tolist(), "counts": np.diff(cuts).tolist()}

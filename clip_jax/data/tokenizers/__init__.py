@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Integer
 
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 from clip_jax.data.tokenizers.json_file import JSONTokenizer
 from clip_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from clip_jax.data.tokenizers.vocabulary import is_json, read_vocabulary

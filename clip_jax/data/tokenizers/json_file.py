@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from clip_jax.data.tokenizers.rules import FileTokenizer
+from clip_jax.data.tokenizers.file_tokenizer import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
 from clip_jax.errors import InputError
 

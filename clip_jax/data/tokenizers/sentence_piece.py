@@ -4,7 +4,7 @@ import functools
 
 from sentencepiece import SentencePieceProcessor
 
-from clip_jax.data.tokenizers.rules import FileTokenizer
+from clip_jax.data.tokenizers.file_tokenizer import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
 from clip_jax.errors import InputError
 

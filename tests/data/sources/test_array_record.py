@@ -73,13 +73,13 @@ def test_damage_is_a_value_error_and_nothing_else(tmp_path):
     assert 40 < refused < 90
 
 
-@mock.patch.object(array_record, "_STRETCH", 42_000)
-def test_stretches_are_whole_groups_of_about_a_size(tmp_path):
+@mock.patch.object(array_record, "_BLOCK_BYTES", 42_000)
+def test_blocks_are_whole_groups_of_about_a_size(tmp_path):
     records = [random.Random(i).randbytes(1_000) for i in range(100)]
     for number, group in enumerate((1, 7)):
         write_records(tmp_path / f"{number}.array_record", f"group_size:{group}", records)
     source = ArrayRecordSource(ArrayRecordConfig(path=str(tmp_path / "*.array_record")))
-    assert source.stretches().tolist() == [39, 39, 22, 42, 42, 16]
+    assert source.blocks().tolist() == [39, 39, 22, 42, 42, 16]
     assert source.size(0, 200) == pytest.approx(200 * 1_000, rel=0.05)
     assert source.size(0, 39) == pytest.approx(42_000, rel=0.02)
     assert [len(records) for records in (source.fetch(0, 39), source.fetch(184, 200))] == [39, 16]

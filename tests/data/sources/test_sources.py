@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.data.pipeline import DataConfig, _Loader
-from clip_jax.data.sources import SampleError, StoredSource, StretchSource
+from clip_jax.data.sources import BlockSource, SampleError, StoredSource
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.array_record import ArrayRecordConfig, decode_example, encode_example
-from clip_jax.data.sources.folder import FolderConfig, FolderSource
+from clip_jax.data.sources.image_folder import FolderConfig, FolderSource
 from clip_jax.data.sources.images import open_images
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
@@ -28,7 +28,7 @@ from tests.data.conftest import COLUMNS, FORMATS, make_pairs
 
 PAIRS = [(f"{i:02d}.jpg", b"image %d" % i, f"text {i}") for i in range(80)]
 RNG = np.random.default_rng(0)
-STRETCHES = {  # of formats whose records lie together: each shard, or its row groups
+BLOCKES = {  # of formats whose records lie together: each shard, or its row groups
     "tar": [27, 27, 26],
     "tar_json": [40, 40],
     "parquet": [30, 10, 30, 10],
@@ -47,10 +47,10 @@ def test_pairs_are_the_same_samples_in_every_format(format, tmp_path):
         assert [source.load(i, RNG) for i in range(len(source))] == expected
     assert [(source.image(i), *source.captions(i)) for i in range(80)] == expected
     assert len({source.key(i) for i in range(80)}) == 80
-    assert isinstance(source, StretchSource) == (format in STRETCHES)
-    if isinstance(source, StretchSource):
-        assert source.stretches().tolist() == STRETCHES[format]
-        spans = [*itertools.pairwise([0, *np.cumsum(STRETCHES[format]).tolist()])]
+    assert isinstance(source, BlockSource) == (format in BLOCKES)
+    if isinstance(source, BlockSource):
+        assert source.blocks().tolist() == BLOCKES[format]
+        spans = [*itertools.pairwise([0, *np.cumsum(BLOCKES[format]).tolist()])]
         sizes = [source.size(*span) for span in spans]
         assert min(sizes) > 0
         assert sum(sizes) == source.size(0, 80)

@@ -1,4 +1,4 @@
-"""Tars: what an index holds, what is refused and why, and what a stretch reads."""
+"""Tars: what an index holds, what is refused and why, and what a block reads."""
 
 import itertools
 import json
@@ -189,8 +189,8 @@ def test_the_index_is_built_once_and_follows_changes(tmp_path, indexed):
 @pytest.mark.parametrize(
     ("format", "caption"), [*zip(FORMATS, ("txt", "json", "txt"), strict=True)]
 )
-@mock.patch.object(tar_index, "_STRETCH", 20_000)
-def test_a_stretch_holds_what_its_samples_are(format, caption, tmp_path):
+@mock.patch.object(tar_index, "_BLOCK_BYTES", 20_000)
+def test_a_block_holds_what_its_samples_are(format, caption, tmp_path):
     """Read in one go, whole or in part, samples are as those read one by one, faults included."""
     long = "m" * 120 if format != tarfile.USTAR_FORMAT else "m"
     for shard in range(2):
@@ -202,7 +202,7 @@ def test_a_stretch_holds_what_its_samples_are(format, caption, tmp_path):
             members += [(f"only-{i}.jpg", b"y")] * (i % 7 == 0)
         write_tar(tmp_path / f"{shard}.tar", members, format=format)
     source = open_tar(tmp_path / "*.tar", caption=caption)
-    counts = source.stretches()
+    counts = source.blocks()
     assert counts.sum() == len(source)
     assert len(counts) >= 8
     spans = [*itertools.pairwise([0, *np.cumsum(counts).tolist()])]

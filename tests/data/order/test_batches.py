@@ -1,4 +1,4 @@
-"""Batches in stretches of records that lie together: alike in any number of processes."""
+"""Batches in blocks of records that lie together: alike in any number of processes."""
 
 import collections
 import dataclasses
@@ -8,9 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax.data import mixture, pieces, pipeline
+from clip_jax.data import pipeline
 from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.order import Lanes
+from clip_jax.data.order import batches
+from clip_jax.data.order.blocks import Streams
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import Record
 from clip_jax.data.sources import any as any_source
@@ -24,7 +26,7 @@ class Rows(DigitsSource):
     def load(self, index, rng):
         return np.full((8, 8, 3), rng.integers(256), np.uint8), f"number {index}"
 
-    def stretches(self):
+    def blocks(self):
         return np.full(len(self) // 12, 12)
 
     def size(self, first, last):
@@ -36,12 +38,12 @@ class Rows(DigitsSource):
 
 @pytest.fixture
 def rows():
-    """Digits are read in stretches, also as a mixture's member."""
+    """Digits are read in blocks, also as a mixture's member."""
     with mock.patch.object(any_source, "DigitsSource", Rows):
-        yield digits(samples=240, order="stretches", window=16)
+        yield digits(samples=240, order="blocks", shuffle_blocks=16)
 
 
-def test_in_stretches_processes_and_threads_do_not_matter(rows):
+def test_in_blocks_processes_and_threads_do_not_matter(rows):
     """Nor where a run is resumed, in another number of processes."""
     whole = take(rows, 42)
     for start, processes, threads in ((0, 2, 0), (19, 4, 3), (38, 1, 1)):
@@ -54,12 +56,12 @@ def test_in_stretches_processes_and_threads_do_not_matter(rows):
     assert {batch.reading.bytes_used for batch in whole} == {12}
 
 
-def test_in_stretches_a_mixture_is_alike_in_processes(rows):
+def test_in_blocks_a_mixture_is_alike_in_processes(rows):
     members = tuple(
-        mixture.MemberConfig(source=DigitsConfig(samples=count), weight=weight)
+        MemberConfig(source=DigitsConfig(samples=count), weight=weight)
         for count, weight in ((120, 3.0), (36, 1.0))
     )
-    config = dataclasses.replace(rows, source=mixture.MixtureConfig(members=members))
+    config = dataclasses.replace(rows, source=MixtureConfig(members=members))
     whole = take(config, 30)
     assert_same(whole[25:], of_processes(config, 5, 3, start=25))
     keys = [key for batch in whole for key in batch.keys]
@@ -69,41 +71,41 @@ def test_in_stretches_a_mixture_is_alike_in_processes(rows):
 
 
 def test_a_batch_is_made_in_equal_pieces_of_a_few_dozen_samples():
-    load = mock.create_autospec(pieces.Load, instance=True)
+    load = mock.create_autospec(batches.Load, instance=True)
     numbers = {12: 1, 64: 1, 67: 1, 70: 2, 256: 4, 1024: 16}
     for samples, number in numbers.items():
-        made = pieces.GlobalPieces(load, len, range(9), 2 * samples, (1, 2))
+        made = batches.GlobalPieces(load, len, range(9), 2 * samples, (1, 2))
         assert made.number == number, samples
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
-def test_in_stretches_workers_have_whole_lanes(workers):
-    lanes, load = Lanes(256), mock.create_autospec(pieces.Load, instance=True)
-    made = pieces.LanePieces(load, len, len, lanes, workers, 0, 0)
+def test_in_blocks_workers_have_whole_streams(workers):
+    streams, load = Streams(256), mock.create_autospec(batches.Load, instance=True)
+    made = batches.StreamPieces(load, len, len, streams, workers, 0, 0)
     of_worker = [
         {i % made.number for i in range(3 * made.number) if i % workers == worker}
         for worker in range(workers)
     ]
-    assert sum(map(len, of_worker)) == made.number >= lanes.count
+    assert sum(map(len, of_worker)) == made.number >= streams.count
     assert made.number % workers == 0
 
 
-def test_stretches_are_read_from_a_bucket_and_any_order_from_a_disk(rows):
+def test_blocks_are_read_from_a_bucket_and_any_order_from_a_disk(rows):
     source = Rows(DigitsConfig(samples=240), 8)
     far, near = (DataConfig(source=TarConfig(path=path)) for path in ("gs://b/x.tar", "x.tar"))
-    assert pipeline._settled_order(far, source) == "stretches"
+    assert pipeline._settled_order(far, source) == "blocks"
     assert pipeline._settled_order(near, source) == "global"
     assert pipeline._settled_order(far, DigitsSource(DigitsConfig(), 8)) == "global"
-    members = tuple(mixture.MemberConfig(source=one.source) for one in (near, far))
-    mixed = DataConfig(source=mixture.MixtureConfig(members=members))
-    assert pipeline._settled_order(mixed, source) == "stretches"
+    members = tuple(MemberConfig(source=one.source) for one in (near, far))
+    mixed = DataConfig(source=MixtureConfig(members=members))
+    assert pipeline._settled_order(mixed, source) == "blocks"
     anywhere = open_pipeline(dataclasses.replace(rows, order="auto"))
     assert anywhere.order == "global"
     assert anywhere.fingerprints() != open_pipeline(rows).fingerprints()
 
 
-def test_stretches_that_cannot_be(rows):
-    with pytest.raises(ValueError, match=r"in 9 lanes, which 8 processes do not divide"):
+def test_blocks_that_cannot_be(rows):
+    with pytest.raises(ValueError, match=r"in 9 streams, which 8 processes do not divide"):
         open_pipeline(rows, batch_size=72, process_count=8)
     with mock.patch.object(Rows, "size", autospec=True, side_effect=lambda _, a, b: (b - a) << 20):
         config = dataclasses.replace(rows, read_ahead_mib=100)
@@ -112,6 +114,6 @@ def test_stretches_that_cannot_be(rows):
         open_pipeline(config, process_count=2)
     with (
         mock.patch.object(any_source, "DigitsSource", DigitsSource),
-        pytest.raises(ValueError, match=r"data\.order=stretches needs files with many records"),
+        pytest.raises(ValueError, match=r"data\.order=blocks needs files with many records"),
     ):
         open_pipeline(rows)

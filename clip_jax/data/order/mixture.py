@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from clip_jax.data.order import Equal, Lanes, Run, StretchOrder, joined
-from clip_jax.data.sources import Record, SampleError, Source, StretchSource, stretches_of
+from clip_jax.data.order.blocks import BlockOrder, Equal, Run, Streams, joined
+from clip_jax.data.sources import BlockSource, Record, SampleError, Source, blocks_of
 from clip_jax.data.sources.any import SingleConfig
 from clip_jax.errors import InputError, check_ranges
 
 # Samples in which the weights are kept exactly, their resolution: as few of these as give every
 # member whose weight is not 0 a sample.
-_BLOCKS = tuple(4096 << doublings for doublings in range(11))
+_PERIODS = tuple(4096 << doublings for doublings in range(11))
 ENDLESS = 1 << 53  # positions
 
 
@@ -70,10 +70,10 @@ class MixtureConfig:
 
 
 class _Pattern:
-    """Which member each sample of a block has, and how many of it the block gave before."""
+    """Which member each sample of a period has, and how many of it the period gave before."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self.counts, self.block = _counts(weights)
+        self.counts, self.period = _counts(weights)
         places = [(np.arange(count) + 0.5) / count for count in self.counts]
         order = np.argsort(np.concatenate(places), kind="stable")
         self.member = np.repeat(np.arange(len(weights)), self.counts)[order]
@@ -81,17 +81,17 @@ class _Pattern:
 
 
 def _counts(weights: Sequence[float]) -> tuple[Int64[np.ndarray, " members"], int]:
-    """Count each member's samples in a block, and the block's."""
+    """Count each member's samples in a period, and the period's."""
     shares = np.asarray(weights, np.float64) / sum(weights)
-    for block in _BLOCKS:
-        counts = np.floor(shares * block).astype(np.int64)
-        largest_rests = np.argsort(counts - shares * block, kind="stable")
-        counts[largest_rests[: block - counts.sum()]] += 1
+    for period in _PERIODS:
+        counts = np.floor(shares * period).astype(np.int64)
+        largest_rests = np.argsort(counts - shares * period, kind="stable")
+        counts[largest_rests[: period - counts.sum()]] += 1
         if all(counts[shares > 0]):
-            return counts, block
+            return counts, period
     raise InputError(
         f"weights {tuple(weights)} of data.source: the smallest is less than one of "
-        f"{_BLOCKS[-1]} samples; raise it, or leave its member out with weight 0"
+        f"{_PERIODS[-1]} samples; raise it, or leave its member out with weight 0"
     )
 
 
@@ -105,20 +105,20 @@ class _Phase:
 
     def at(self, position: int) -> tuple[int, int]:
         """Member, and how many samples it gave before."""
-        block, place = divmod(position - self.start, self.pattern.block)
+        period, place = divmod(position - self.start, self.pattern.period)
         member = int(self.pattern.member[place])
-        done = self.before[member] + block * self.pattern.counts[member] + self.pattern.rank[place]
+        done = self.before[member] + period * self.pattern.counts[member] + self.pattern.rank[place]
         return member, int(done)
 
     def given(self, position: int) -> Int64[np.ndarray, " members"]:
         """How many samples each member gave before a position."""
-        block, place = divmod(position - self.start, self.pattern.block)
+        period, place = divmod(position - self.start, self.pattern.period)
         rest = np.bincount(self.pattern.member[:place], minlength=len(self.before))
-        return self.before + block * self.pattern.counts + rest
+        return self.before + period * self.pattern.counts + rest
 
 
 def _phases(starts: Sequence[int], patterns: Sequence[_Pattern]) -> list[_Phase]:
-    """Phases that begin at these positions, of a batch or of one lane of it."""
+    """Phases that begin at these positions, of a batch or of one stream of it."""
     phases = [_Phase(0, np.zeros_like(patterns[0].counts), patterns[0])]
     for start, pattern in zip(starts[1:], patterns[1:], strict=True):
         phases.append(_Phase(start, phases[-1].given(start), pattern))
@@ -166,21 +166,21 @@ class MixtureSource:
         phases = _phases(self._begins, self._patterns)
         return grain.MapDataset.range(ENDLESS).map(_Order(phases, starts, orders))
 
-    def stretches(self) -> Int64[np.ndarray, " stretches"]:
+    def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """The members', one member after the other; none for those that have none."""
-        return np.concatenate([stretches_of(member) for member in self.members])
+        return np.concatenate([blocks_of(member) for member in self.members])
 
     def size(self, first: int, last: int) -> int:
         """The member's bytes."""
         member, own = self._find(first)
         source = self.members[member]
-        return source.size(own, own + last - first) if isinstance(source, StretchSource) else 0
+        return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
 
     def fetch(self, first: int, last: int) -> list[Record | SampleError]:
         """Get the member's records."""
         number, own = self._find(first)
         member = self.members[number]
-        if not isinstance(member, StretchSource):
+        if not isinstance(member, BlockSource):
             return [Record(self.key(first), 0, functools.partial(member.load, own))]
         return [
             record
@@ -189,70 +189,70 @@ class MixtureSource:
             for record in member.fetch(own, own + last - first)
         ]
 
-    def lane_order(self, seed: int, lanes: Lanes, window: int) -> "LaneMixture":
-        """The order in stretches: each lane has its own place in each member."""
+    def stream_order(self, seed: int, streams: Streams, shuffle_blocks: int) -> "StreamMixture":
+        """The order in blocks: each stream has its own place in each member."""
         orders = [
-            StretchOrder(
-                stretches_of(member),
+            BlockOrder(
+                blocks_of(member),
                 seed=(seed + number) % 2**32,
-                window=window,
-                shares=Equal(lanes, len(member)),
+                shuffle_blocks=shuffle_blocks,
+                shares=Equal(streams, len(member)),
             )
             for number, member in enumerate(self.members)
         ]
-        begins = [lanes.before(start) for start in self._begins]
-        return LaneMixture([0, *self._ends.tolist()], orders, begins, self._patterns)
+        begins = [streams.before(start) for start in self._begins]
+        return StreamMixture([0, *self._ends.tolist()], orders, begins, self._patterns)
 
 
-class LaneMixture:
-    """What each lane reads of a mixture: members by the lane's own place, alike in all lanes."""
+class StreamMixture:
+    """What each stream reads of a mixture: members by its own place, alike in all streams."""
 
     def __init__(
         self,
         starts: list[int],
-        orders: list[StretchOrder],
-        begins: list[Int64[np.ndarray, " lanes"]],
+        orders: list[BlockOrder],
+        begins: list[Int64[np.ndarray, " streams"]],
         patterns: list[_Pattern],
     ) -> None:
         self._starts, self._orders = starts, orders
         self._begins, self._patterns = begins, patterns
-        self._lanes: dict[int, list[_Phase]] = {}
+        self._streams: dict[int, list[_Phase]] = {}
 
-    def at(self, lane: int, place: int, count: int) -> Run:
-        """The records at `count` places of a lane."""
-        phases = self._of(lane)
+    def at(self, stream: int, place: int, count: int) -> Run:
+        """The records at `count` places of a stream."""
+        phases = self._of(stream)
         runs = []
         while count:
             number = max(i for i, phase in enumerate(phases) if phase.start <= place)
             end = phases[number + 1].start if number + 1 < len(phases) else ENDLESS
             here = min(count, end - place)
-            runs.append(self._in_phase(phases[number], lane, place, here))
+            runs.append(self._in_phase(phases[number], stream, place, here))
             place, count = place + here, count - here
         return joined(runs)
 
-    def reach(self, lane: int) -> int:
-        """Places of the lane in which a piece is begun and ended, at most."""
-        shares = [pattern.counts / pattern.block for pattern in self._patterns]
+    def reach(self, stream: int) -> int:
+        """Places of the stream in which a piece is begun and ended, at most."""
+        shares = [pattern.counts / pattern.period for pattern in self._patterns]
         return max(
-            int(order.reach(lane) / min(share[number] for share in shares if share[number])) + 1
+            int(order.reach(stream) / min(share[number] for share in shares if share[number])) + 1
             for number, order in enumerate(self._orders)
             if any(share[number] for share in shares)
         )
 
-    def _of(self, lane: int) -> list[_Phase]:
-        if lane not in self._lanes:
-            begins = [int(begin[lane]) for begin in self._begins]
-            self._lanes[lane] = _phases(begins, self._patterns)
-        return self._lanes[lane]
+    def _of(self, stream: int) -> list[_Phase]:
+        if stream not in self._streams:
+            begins = [int(begin[stream]) for begin in self._begins]
+            self._streams[stream] = _phases(begins, self._patterns)
+        return self._streams[stream]
 
-    def _in_phase(self, phase: _Phase, lane: int, place: int, count: int) -> Run:
+    def _in_phase(self, phase: _Phase, stream: int, place: int, count: int) -> Run:
         pattern, places = phase.pattern, np.arange(place, place + count) - phase.start
-        members = pattern.member[places % pattern.block]
+        members = pattern.member[places % pattern.period]
         given = phase.given(place)
         joined = Run(*(np.empty(count, np.int64) for _ in Run._fields))
         for member in np.unique(members):
             here = np.flatnonzero(members == member)
-            run = self._orders[member].at(lane, int(given[member]), len(here))
+            run = self._orders[member].at(stream, int(given[member]), len(here))
             start = self._starts[member]
             shifted = (run.record + start, run.epoch, run.first + start, run.last + start)
             for array, values in zip(joined, shifted, strict=True):

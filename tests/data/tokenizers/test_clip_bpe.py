@@ -6,8 +6,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax.data.tokenizers import clip
-from clip_jax.data.tokenizers.clip import ClipTokenizer
+from clip_jax.data.tokenizers import clip_bpe
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 
 TOKENIZER = ClipTokenizer()
 
@@ -82,7 +82,7 @@ def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
     assert small.decode(ids[0]) == TOKENIZER.decode(TOKENIZER(text)[0])
 
 
-@mock.patch.object(clip, "_MAX_CACHED_WORDS", 3)
+@mock.patch.object(clip_bpe, "_MAX_CACHED_WORDS", 3)
 def test_the_cache_changes_nothing():
     tokenizer = ClipTokenizer()
     text = "a b c d e f g a b c d e f g don't don't " + "x" * 100

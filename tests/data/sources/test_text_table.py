@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clip_jax.data.sources.table import TableConfig, TableSource
+from clip_jax.data.sources.text_table import TableConfig, TableSource
 from clip_jax.errors import InputError
 from tests.data.conftest import make_pairs, outcome, table
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig, _Pattern
+from clip_jax.data.order.mixture import (
+    MemberConfig,
+    MixtureConfig,
+    MixtureSource,
+    PhaseConfig,
+    _Pattern,
+)
 from tests.data.conftest import Numbers
 
 
@@ -31,9 +37,9 @@ def test_shares_are_the_weights():
 
 
 def test_a_small_weight_is_read_and_a_tiny_one_refused():
-    """Where 4096 samples have none of a member, the block in which weights are kept is larger."""
+    """Where 4096 samples have none of a member, the period in which weights are kept is larger."""
     pattern = _Pattern((1.0, 1e-4))
-    assert (pattern.block, pattern.counts.tolist()) == (8192, [8191, 1])
+    assert (pattern.period, pattern.counts.tolist()) == (8192, [8191, 1])
     assert _Pattern((1.0, 1e-3, 0.0)).counts.tolist() == [4092, 4, 0]  # as before
     with pytest.raises(ValueError, match="the smallest is less than one of 4194304 samples"):
         mixture((1.0, 1e-9))

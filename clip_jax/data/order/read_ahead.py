@@ -1,4 +1,4 @@
-"""Stretches of files, fetched before their records are needed: by several requests at once, within
+"""Blocks of files, fetched before their records are needed: by several requests at once, within
 a budget of bytes, and each record given up when it is used."""
 
 import threading
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from clip_jax.clock import CLOCK
-from clip_jax.data.order import LaneOrder, Run
-from clip_jax.data.sources import Record, SampleError, StretchSource
+from clip_jax.data.order.blocks import Run, StreamOrder
+from clip_jax.data.sources import BlockSource, Record, SampleError
 
 _REQUESTS = 16  # at once: of 4 MiB in 100 ms each, 640 MiB a second
 _AHEAD = 16  # part of the budget for samples from what is waited for to what is read: 256 MiB
@@ -33,22 +33,22 @@ class _Piece:
 
 
 class ReadAhead:
-    """Records of some lanes, from a step on. Close it to end its threads."""
+    """Records of some streams, from a step on. Close it to end its threads."""
 
     def __init__(
         self,
-        source: StretchSource,
-        order: LaneOrder,
-        lanes: Sequence[int],
+        source: BlockSource,
+        order: StreamOrder,
+        streams: Sequence[int],
         *,
         width: int,
         start: int,
         budget: int,
     ) -> None:
-        """`width` is a lane's places in a batch, `start` the first step, `budget` in bytes."""
-        self._source, self._order, self._lanes, self._width = source, order, lanes, width
+        """`width` is a stream's places in a batch, `start` the first step, `budget` in bytes."""
+        self._source, self._order, self._streams, self._width = source, order, streams, width
         self._start, self._budget = start, budget
-        records = width * len(lanes)  # a step
+        records = width * len(streams)  # a step
         size = max(source.size(0, len(source)) / len(source) * records, 1)
         self._ahead = max(2, min(int(budget / _AHEAD / size), len(source) // records))  # steps
         self._lock = threading.Lock()
@@ -63,9 +63,9 @@ class ReadAhead:
         for work in (self._plan, *[self._fetch] * _REQUESTS):
             threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
 
-    def run(self, step: int, lane: int) -> Run:
-        """The records of a lane's part of a batch."""
-        return self._order.at(lane, step * self._width, self._width)
+    def run(self, step: int, stream: int) -> Run:
+        """The records of a stream's part of a batch."""
+        return self._order.at(stream, step * self._width, self._width)
 
     def take(self, step: int, record: int, key: _Key) -> Record:
         """Wait for a record; each is there once an epoch. Raises SampleError if it is a bad one."""
@@ -119,8 +119,8 @@ class ReadAhead:
         to_plan: dict[_Key, int] = {}  # places of begun pieces that no planned step has had
         step = self._start
         while True:
-            for lane in self._lanes:
-                run = self.run(step, lane)
+            for stream in self._streams:
+                run = self.run(step, stream)
                 places = zip(run.epoch.tolist(), run.first.tolist(), run.last.tolist(), strict=True)
                 for epoch, first, last in places:
                     key = (epoch, first)
@@ -137,10 +137,10 @@ class ReadAhead:
     def _used_before(self) -> dict[_Key, set[int]]:
         """Records that were used of pieces which earlier steps have begun."""
         used: dict[_Key, set[int]] = {}
-        for lane in self._lanes:
+        for stream in self._streams:
             place = self._start * self._width
-            back = min(place, self._order.reach(lane))
-            run = self._order.at(lane, place - back, back) if back else None
+            back = min(place, self._order.reach(stream))
+            run = self._order.at(stream, place - back, back) if back else None
             for i in range(back):
                 assert run is not None
                 key = (int(run.epoch[i]), int(run.first[i]))

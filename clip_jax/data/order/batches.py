@@ -1,7 +1,7 @@
 """Batches put together of pieces, each made by one thread.
 
-In the global order a piece is a few dozen samples. In the order of stretches it is a lane's part of
-the batch, and a worker process has whole lanes: it alone reads their stretches.
+In the global order a piece is a few dozen samples. In the order of blocks it is the
+stream's rows of the batch, and a worker process has whole streams: it alone reads their blocks.
 """
 
 import threading
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from clip_jax.clock import CLOCK
-from clip_jax.data.ahead import ReadAhead
-from clip_jax.data.order import LaneOrder, Lanes
+from clip_jax.data.order.blocks import StreamOrder, Streams
+from clip_jax.data.order.read_ahead import ReadAhead
 from clip_jax.data.sources import Record, SampleError, Source
 from clip_jax.storage import bucket
 
@@ -41,7 +41,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of one global batch."""
+    """This process's rows of one global batch."""
 
     image: UInt8[np.ndarray, "B H W 3"]
     text: Int32[np.ndarray, "B L"]
@@ -116,26 +116,26 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
 
 @dataclass(frozen=True)
 class GlobalPieces:
-    """Makes the i-th of the pieces, `number` a batch, of which this process has a part."""
+    """Makes the i-th of the pieces, `number` a batch, of this process's rows."""
 
     load: Load
     tokenize: Tokenize
     order: Any  # record of a position
     batch_size: int
-    part: tuple[int, int]
+    process: tuple[int, int]
 
     @property
     def number(self) -> int:
         """In how many equal pieces of a few dozen samples a batch is made; one if in none."""
-        size = self.batch_size // self.part[1]
+        size = self.batch_size // self.process[1]
         number = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
         return number if size // number >= _PIECE[0] else 1
 
     def __call__(self, i: int) -> Piece:
         step, piece = divmod(i, self.number)
-        own = self.batch_size // self.part[1]
+        own = self.batch_size // self.process[1]
         size = own // self.number
-        first = step * self.batch_size + self.part[0] * own + piece * size
+        first = step * self.batch_size + self.process[0] * own + piece * size
         samples = [self.load(at, int(self.order[at])) for at in range(first, first + size)]
         return _piece(samples, self.tokenize, Reading(*bucket.requested()))
 
@@ -144,14 +144,14 @@ class GlobalPieces:
 
 
 @dataclass(frozen=True)
-class LanePieces:
-    """Makes pieces of `number` a batch, each a lane's part; some are empty, so that workers, which
-    take pieces in turn, have the same lanes in every batch."""
+class StreamPieces:
+    """Makes pieces of `number` a batch, each a stream's; some are empty, so that workers, which
+    take pieces in turn, have the same streams in every batch."""
 
     load: Load
     tokenize: Tokenize
-    make_order: Callable[[Source], LaneOrder]
-    lanes: Lanes
+    make_order: Callable[[Source], StreamOrder]
+    streams: Streams
     workers: int
     start: int  # step
     budget: int  # bytes read ahead
@@ -160,17 +160,17 @@ class LanePieces:
     @property
     def number(self) -> int:
         """Pieces a batch."""
-        return -(-len(self.lanes.own) // self.workers) * self.workers
+        return -(-len(self.streams.own) // self.workers) * self.workers
 
     def __call__(self, i: int) -> Piece | NoPiece:
         step, place = divmod(i, self.number)
-        own = self.lanes.own
+        own = self.streams.own
         if place >= len(own):
             return ()
         ahead = self._ahead.get(lambda: self._open(own[i % self.workers :: self.workers]))
-        lane, width = own[place], self.lanes.width
-        first = step * self.lanes.batch_size + lane * width
-        run = ahead.run(step, lane)
+        stream, width = own[place], self.streams.width
+        first = step * self.streams.batch_size + stream * width
+        run = ahead.run(step, stream)
         samples, used, waited = [], 0, 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
             asked = CLOCK.now()
@@ -183,13 +183,13 @@ class LanePieces:
             samples.append(self.load(at, int(record), fetched))
         return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
 
-    def _open(self, lanes: Sequence[int]) -> ReadAhead:
+    def _open(self, streams: Sequence[int]) -> ReadAhead:
         source: Any = self.load.source
         return ReadAhead(
             source,
             self.make_order(source),
-            lanes,
-            width=self.lanes.width,
+            streams,
+            width=self.streams.width,
             start=self.start,
             budget=self.budget // self.workers,
         )

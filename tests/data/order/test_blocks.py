@@ -1,4 +1,4 @@
-"""The order in stretches: each record once an epoch, from any step on, near its neighbours."""
+"""The order in blocks: each record once an epoch, from any step on, near its neighbours."""
 
 import itertools
 import pickle
@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.data import order
-from clip_jax.data.order import Equal, Lanes, OfPositions, StretchOrder, count_lanes
+from clip_jax.data.order import blocks
+from clip_jax.data.order.blocks import BlockOrder, Equal, OfPositions, Streams, count_streams
 
 ORDER_OF_TWELVE = [
     [1, 4, 9, 8, 11, 7, 0, 5, 2, 3, 10, 6],
@@ -18,48 +18,52 @@ ORDER_OF_TWELVE = [
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
-def in_stretches(sizes, batch_size, *, seed=0, window=8, shares=OfPositions):
+def in_blocks(sizes, batch_size, *, seed=0, shuffle_blocks=8, shares=OfPositions):
     sizes = np.array(sizes, np.int64)
-    shares = shares(Lanes(batch_size), int(sizes.sum()))
-    return StretchOrder(sizes, seed=seed, window=window, shares=shares)
+    shares = shares(Streams(batch_size), int(sizes.sum()))
+    return BlockOrder(sizes, seed=seed, shuffle_blocks=shuffle_blocks, shares=shares)
 
 
-def read(made, batch_size, start, steps, part=(0, 1)):
+def read(made, batch_size, start, steps, process=(0, 1)):
     """Records and pieces of some batches, as far as a process has them: [steps, places]."""
-    lanes = Lanes(batch_size, part)
-    runs = [made.at(lane, start * lanes.width, steps * lanes.width) for lane in lanes.own]
+    streams = Streams(batch_size, process)
+    runs = [made.at(stream, start * streams.width, steps * streams.width) for stream in streams.own]
     return [
-        np.stack([array.reshape(steps, lanes.width) for array in arrays], 1).reshape(steps, -1)
+        np.stack([array.reshape(steps, streams.width) for array in arrays], 1).reshape(steps, -1)
         for arrays in zip(*runs, strict=True)
     ]
 
 
-def test_lanes_follow_from_the_batch():
-    lanes = {1: 1, 12: 12, 64: 64, 72: 9, 256: 16, 1000: 50, 1024: 64, 1536: 96, 4096: 256}
-    lanes[32768] = 512
-    assert {size: count_lanes(size) for size in lanes} == lanes
+def test_streams_follow_from_the_batch():
+    streams = {1: 1, 12: 12, 64: 64, 72: 9, 256: 16, 1000: 50, 1024: 64, 1536: 96, 4096: 256}
+    streams[32768] = 512
+    assert {size: count_streams(size) for size in streams} == streams
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=SIZES,
     batch_size=st.sampled_from([1, 2, 6, 12, 20, 48, 64, 96, 256, 1003]),
-    window=st.sampled_from([1, 16, 64, 1024]),
+    shuffle_blocks=st.sampled_from([1, 16, 64, 1024]),
     chunk=st.sampled_from([1, 13, 1024]),
     data=st.data(),
 )
-def test_every_record_once_an_epoch(sizes, batch_size, window, chunk, data):
+def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, data):
     """In the epochs' exact positions, and alike where one stops and goes on with processes."""
     count = sum(sizes)
     steps = -(-3 * count // batch_size)
-    with mock.patch.object(order, "_CHUNK", chunk):
-        whole = read(in_stretches(sizes, batch_size, window=window), batch_size, 0, steps)
-        divisors = [n for n in range(1, 9) if count_lanes(batch_size) % n == 0]
+    with mock.patch.object(blocks, "_CHUNK", chunk):
+        whole = read(
+            in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks), batch_size, 0, steps
+        )
+        divisors = [n for n in range(1, 9) if count_streams(batch_size) % n == 0]
         stop = data.draw(st.integers(0, steps - 1))
         processes = data.draw(st.sampled_from(divisors))
-        resumed = pickle.loads(pickle.dumps(in_stretches(sizes, batch_size, window=window)))
+        resumed = pickle.loads(
+            pickle.dumps(in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks))
+        )
         parts = [
-            read(resumed, batch_size, stop, steps - stop, part=(process, processes))
+            read(resumed, batch_size, stop, steps - stop, process=(process, processes))
             for process in range(processes)
         ]
     for array, pieces in zip(whole, zip(*parts, strict=True), strict=True):
@@ -79,43 +83,43 @@ def test_every_record_once_an_epoch(sizes, batch_size, window, chunk, data):
     start=st.integers(0, 300),
 )
 def test_equal_shares_give_every_record_once(sizes, batch_size, start):
-    """The shares of all lanes in an epoch hold each record once, whatever each lane has had."""
-    count, lanes = sum(sizes), Lanes(batch_size)
-    made = in_stretches(sizes, batch_size, shares=Equal)
-    shares = Equal(lanes, count)
+    """The shares of all streams in an epoch hold each record once, whatever each stream has had."""
+    count, streams = sum(sizes), Streams(batch_size)
+    made = in_blocks(sizes, batch_size, shares=Equal)
+    shares = Equal(streams, count)
     epoch = start // count
     records = []
-    for lane in range(lanes.count):
-        first, last = int(shares(epoch)[lane]), int(shares(epoch + 1)[lane])
+    for stream in range(streams.count):
+        first, last = int(shares(epoch)[stream]), int(shares(epoch + 1)[stream])
         if last > first:
-            records += made.at(lane, first, last - first).record.tolist()
+            records += made.at(stream, first, last - first).record.tolist()
     assert sorted(records) == list(range(count))
 
 
-def test_a_piece_is_read_by_one_lane_in_one_go():
-    """A lane's cut divides a stretch in two; there are no more pieces, and none reaches farther
-    than the window."""
-    sizes, batch_size, window = np.full(400, 50), 64, 64
-    made = in_stretches(sizes, batch_size, window=window)
+def test_a_piece_is_read_by_one_stream_in_one_go():
+    """A stream's cut divides a block in two; there are no more pieces, and none reaches farther
+    than the buffer."""
+    sizes, batch_size, buffer = np.full(400, 50), 64, 64
+    made = in_blocks(sizes, batch_size, shuffle_blocks=buffer)
     steps = int(sizes.sum()) // batch_size
-    lanes = Lanes(batch_size)
+    streams = Streams(batch_size)
     _, _, first, _ = read(made, batch_size, 0, steps)
     owners = {}
-    for lane in range(lanes.count):
-        own = first.reshape(steps, lanes.count, lanes.width)[:, lane].reshape(-1)
+    for stream in range(streams.count):
+        own = first.reshape(steps, streams.count, streams.width)[:, stream].reshape(-1)
         for piece in np.unique(own):
             places = np.flatnonzero(own == piece)
             # Of ranks, whose places jitter.
-            assert places[-1] - places[0] <= 1.2 * window / lanes.count * 50
-            owners.setdefault(piece, []).append(lane)
+            assert places[-1] - places[0] <= 1.2 * buffer / streams.count * 50
+            owners.setdefault(piece, []).append(stream)
     assert all(len(found) == 1 for found in owners.values())
-    assert len(owners) <= len(sizes) + lanes.count - 1
+    assert len(owners) <= len(sizes) + streams.count - 1
 
 
 def test_the_order_is_a_public_format_and_another_for_each_seed():
     """A checkpoint only knows its step: another order would repeat and lose samples on resume."""
     records, other = (
-        read(in_stretches([3] * 4, 2, seed=seed), 2, 0, 12)[0].reshape(2, -1).tolist()
+        read(in_blocks([3] * 4, 2, seed=seed), 2, 0, 12)[0].reshape(2, -1).tolist()
         for seed in (0, 1)
     )
     assert records == ORDER_OF_TWELVE
@@ -123,10 +127,10 @@ def test_the_order_is_a_public_format_and_another_for_each_seed():
 
 
 def test_sorted_data_are_mixed():
-    """Photographs sorted by class, in stretches of 60: batches much like independent draws."""
+    """Photographs sorted by class, in blocks of 60: batches much like independent draws."""
     classes, each, batch_size, steps = 1000, 1280, 1024, 20
     count = classes * each
-    made = in_stretches(np.full(count // 60 + 1, 60), batch_size, window=1024)
+    made = in_blocks(np.full(count // 60 + 1, 60), batch_size, shuffle_blocks=1024)
     batches = range(0, count // batch_size, count // batch_size // steps)
     labels = [read(made, batch_size, step, 1)[0][0] // each for step in batches]
     counts = np.stack([np.bincount(x, minlength=classes + 1) for x in labels])
@@ -140,7 +144,7 @@ def test_sorted_data_are_mixed():
 def test_of_sorted_data_any_time_has_an_even_share():
     """Of any fifty batches, each class has about as even a share as in independent draws."""
     count, batch_size, steps = 50_000, 128, 50
-    made = in_stretches([32] * (count // 32) + [count % 32], batch_size, window=1024)
+    made = in_blocks([32] * (count // 32) + [count % 32], batch_size, shuffle_blocks=1024)
     records = read(made, batch_size, 0, 31 * steps)[0].reshape(31, -1)
     for classes in (10, 80, 256):
         shares = np.stack([np.bincount(x, minlength=classes) for x in records * classes // count])
@@ -149,8 +153,8 @@ def test_of_sorted_data_any_time_has_an_even_share():
 
 
 def test_epochs_put_others_together():
-    """Stretches that come together in an epoch do not in the next one."""
-    made = in_stretches([8] * 4096, 256)  # 16 lanes of 256 stretches
+    """Blocks that come together in an epoch do not in the next one."""
+    made = in_blocks([8] * 4096, 256)  # 16 streams of 256 blocks
     times = [np.argsort(made._epoch(epoch)[0]) % 256 // 4 for epoch in range(4)]
     for before, after in itertools.combinations(times, 2):
         together = np.zeros((64, 64), np.int64)
