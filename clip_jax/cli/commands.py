@@ -285,11 +285,6 @@ def prepare(args: Sequence[str]) -> int:
 
         indexed = index.index(config.source, config.part, config.bad_shards)
         return _print(indexed, as_json, index.describe(indexed))
-    if config.vocabulary:
-        from clip_jax.prepare.vocabulary import describe
-
-        vocabulary = writer.vocabulary(config)
-        return _print(vocabulary, as_json, describe(vocabulary))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
     if "kept" not in result["counts"]:
         _say("no pair is kept; the counts say why each was dropped.", code=0)

@@ -1,13 +1,12 @@
 """Training images near an evaluation's test images, to be taken out (the CLIP paper, section 5)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt64
 
 from clip_jax.data.images import ImageError, decode
-from clip_jax.data.sources import SampleError, StoredSource
+from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.images import Images, open_images
 from clip_jax.errors import InputError
@@ -74,17 +73,3 @@ class EvaluationImages:
                 name = self.names[int(self.sets[at])]
                 found.append((name, int(self.indices[at]), int(differ[place])))
         return sorted(found, key=lambda match: match[2])
-
-
-def shown(
-    sets: dict[str, str], found: dict[str, list[tuple[int, int]]], source: StoredSource
-) -> Iterator[tuple[bytes, str, bytes, str]]:
-    """Training images beside the test images that they look like; both by index, for each set."""
-    for name, pairs in found.items():
-        images = open_set(sets[name])
-        for index, image in pairs:
-            try:
-                first, second = source.image(index), images.image(image)
-            except SampleError:
-                continue
-            yield first, source.key(index), second, f"{name}: {images.key(image)}"

@@ -207,11 +207,11 @@ class Filter:
 
 
 class Contaminated(SampleError):
-    """An image that looks like evaluations' test images; `matches` as `EvaluationImages` gives."""
+    """A near-duplicate of evaluations' test images; `matches` as `EvaluationImages` gives."""
 
     def __init__(self, matches: list[tuple[str, int, int]]) -> None:
         name, index, distance = matches[0]
-        super().__init__(f"in {name}: looks like its image {index}, {distance} bits differ")
+        super().__init__(f"in {name}: near duplicate of its image {index}, {distance} bits differ")
         self.matches = matches
 
 

@@ -6,7 +6,6 @@ from typing import Literal
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
 from clip_jax.errors import check_ranges, read_part
-from clip_jax.models.text import Cleaning
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import Place
@@ -23,7 +22,7 @@ class PrepareConfig(FilterConfig):
     source: str  # file, pattern or folder: tars, Parquet, ArrayRecord, table, TFDS, save_to_disk
     destination: Place | None = None  # folder of the shards
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
-    inspect: bool = False  # only show the first samples and statistics, and draw a contact sheet
+    inspect: bool = False  # only show the first samples and statistics
     index: bool = False  # only index the source's tars, so that no run begins with it; see --part
     image_column: str = ""  # where the source has columns; empty: the format's default
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
@@ -38,16 +37,12 @@ class PrepareConfig(FilterConfig):
     resize: int = 0  # pixels; larger images get a shorter side of so many; 0: sizes as they are
     encode: Literal["keep", "jpeg", "webp"] = "keep"  # keep: bytes as they are; resized ones: jpeg
     quality: int = 95  # of what is encoded anew
-    vocabulary: str | None = None  # write no shards, but a tokenizer.json trained on the captions
-    vocabulary_size: int = 32_000  # ids at most, 260 of them bytes and markers
-    vocabulary_clean: Cleaning = "lower"  # of the captions, as the model is to clean its texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(
             self, samples_per_shard="[1, inf)", samples_per_task="[0, inf)", seed="[0, inf)",
             threads="[0, 1024]", batch_size="[1, inf)", resize="[0, inf)", quality="[1, 100]",
-            vocabulary_size="[261, inf)",
         )  # fmt: skip
         read_part(self.part)
 

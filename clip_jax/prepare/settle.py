@@ -1,11 +1,8 @@
-"""What becomes of each sample, once all are read: one process, a byte a sample in memory.
+"""What becomes of each sample, once all are read: one process, a byte a sample in memory, and nine
+for the share with the best scores."""
 
-Rows and scores are read file by file, as often as a question needs.
-"""
-
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8, UInt64
 
-from clip_jax.data.sources import SampleError, StoredSource
+from clip_jax.data.sources import StoredSource
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig
 from clip_jax.prepare.stages import CANDIDATE, DUPLICATE, NEAR, NOT_TOP, REPEATED, ROWS, SCORE
@@ -21,8 +18,6 @@ from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
 _THREADS = 16  # that read files ahead
-_DIGIT = 16  # bits of a number decided at a time
-_SHOWN = 12  # near duplicates
 
 REASONS = {
     DUPLICATE: "duplicate image",
@@ -38,7 +33,7 @@ class Dropped:
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
-    near: list[tuple[int, int]] = field(default_factory=list)  # indices, and of what is like them
+    near: tuple[int, int] | None = None  # index of the first near-duplicate, and what it is near
 
 
 def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray, " N"], Dropped]:
@@ -50,16 +45,14 @@ def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray,
     if config.drop_near_duplicates:
         kinds["alike"] = (NEAR, near.BANDS * layout.join_buckets)
     for kind, (verdict, count) in kinds.items():
-        first: dict[int, int] = {}
+        first = []
         for data in _ahead([layout.joined(kind, bucket) for bucket in range(count)]):
-            found = buckets.table(data, REPEATED)
-            new = verdicts[found["index"]] != DUPLICATE if verdict == NEAR else slice(None)
-            verdicts[found["index"][new]] = verdict
-            for index, of in found[new][:_SHOWN].tolist():
-                first[index] = min(of, first.get(index, of))
-            first = dict(sorted(first.items())[:_SHOWN])
+            repeated = buckets.table(data, REPEATED)
+            new = verdicts[repeated["index"]] != DUPLICATE if verdict == NEAR else slice(None)
+            verdicts[repeated["index"][new]] = verdict
+            first += repeated[new][:1].tolist()
         if verdict == NEAR:
-            dropped.near = list(first.items())
+            dropped.near = min(first, default=None)
     files.write_whole(layout.candidates, verdicts.tobytes())
     return verdicts, dropped
 
@@ -73,48 +66,15 @@ def settle(
             out = np.isnan(score) | (score < config.min_score) | (score > config.max_score)
             verdicts[index[out]] = SCORE
     if config.top_share < 1 and CANDIDATE in verdicts:
-        chunks = functools.partial(_scored, layout, config, verdicts)
-        wanted = math.ceil(Fraction(str(config.top_share)) * int((verdicts == CANDIDATE).sum()))
-        least, ties = kth_largest(lambda: (score for _, score in chunks()), wanted)
-        for index, score in chunks():
-            keys = sortable(score)
-            equal = np.flatnonzero(keys == least)
-            out = keys < least
-            out[equal[ties:]] = True
-            ties -= min(ties, len(equal))
-            verdicts[index[out]] = NOT_TOP
+        indices, scores = map(np.concatenate, zip(*_scored(layout, config, verdicts), strict=True))
+        wanted = math.ceil(Fraction(str(config.top_share)) * len(scores))
+        least = np.partition(scores, -wanted)[-wanted]
+        ties = np.flatnonzero(scores == least)
+        out = scores < least
+        out[ties[wanted - np.count_nonzero(scores > least) :]] = True
+        verdicts[indices[out]] = NOT_TOP
     files.write_whole(layout.verdicts, verdicts.tobytes())
     return verdicts
-
-
-def sortable(numbers: Float64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """64 bits that are ordered as the numbers are."""
-    bits = np.ascontiguousarray(numbers + 0.0, np.float64).view(np.uint64)  # -0 as 0
-    sign = np.uint64(1 << 63)
-    return np.where(bits & sign, ~bits, bits | sign)
-
-
-def kth_largest(
-    chunks: Callable[[], Iterator[Float64[np.ndarray, "..."]]], k: int
-) -> tuple[np.uint64, int]:
-    """The k-th largest number, `sortable`, and how many that equal it are among the k largest.
-
-    Exact, by four readings, with 65,536 counts in memory.
-    """
-    prefix = 0
-    for shift in range(64 - _DIGIT, -1, -_DIGIT):
-        counts = np.zeros(1 << _DIGIT, np.int64)
-        for chunk in chunks():
-            keys = sortable(chunk)
-            if shift + _DIGIT < 64:
-                keys = keys[keys >> np.uint64(shift + _DIGIT) == np.uint64(prefix)]
-            digits = (keys >> np.uint64(shift)) & np.uint64((1 << _DIGIT) - 1)
-            counts += np.bincount(digits.astype(np.int64), minlength=1 << _DIGIT)
-        above = np.cumsum(counts[::-1]) - counts[::-1]  # of each digit, from the largest
-        place = int(np.searchsorted(above, k) - 1)
-        k -= int(above[place])
-        prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
-    return np.uint64(prefix), k
 
 
 def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"]) -> list[Group]:
@@ -127,15 +87,15 @@ def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " 
     ends: Int64[np.ndarray, " buckets"] = np.cumsum(counts)
     kept, size = int(ends[-1]), config.samples_per_shard
     shards, each = -(-kept // size), max(1, layout.per_task // size)
-    found = []
+    tasks = []
     for first in range(0, shards, each):
         last = min(first + each, shards)
         start, end = first * size, min(last * size, kept)
         low = int(np.searchsorted(ends, start, side="right"))
         high = int(np.searchsorted(ends, end, side="left")) + 1
         skip = start - (int(ends[low - 1]) if low else 0)
-        found.append(Group(first, last, shards, (low, high), skip, end - start))
-    return found
+        tasks.append(Group(first, last, shards, (low, high), skip, end - start))
+    return tasks
 
 
 def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: StoredSource) -> Dropped:
@@ -144,22 +104,9 @@ def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: Stored
         if count := int((verdicts == verdict).sum()):
             dropped.counts[reason] = count
             index = int(np.argmax(verdicts == verdict))
-            like = [of for near, of in dropped.near if near == index and verdict == NEAR]
-            what = f"{reason}: looks like {source.key(like[0])}" if like else reason
-            dropped.examples[reason] = f"{source.key(index)}: {what}"
+            of = f" of {source.key(dropped.near[1])}" if verdict == NEAR and dropped.near else ""
+            dropped.examples[reason] = f"{source.key(index)}: {reason}{of}"
     return dropped
-
-
-def shown(
-    alike: list[tuple[int, int]], source: StoredSource
-) -> Iterator[tuple[bytes, str, bytes, str]]:
-    """Near duplicates beside what they are near, as far as they can be read again."""
-    for pair in alike:
-        try:
-            (first, said), (second, also) = ((source.image(i), source.key(i)) for i in pair)
-        except SampleError:
-            continue
-        yield first, said, second, also
 
 
 def _scored(

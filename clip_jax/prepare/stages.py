@@ -15,16 +15,16 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.data.images import size_of
-from clip_jax.data.sources import Record, SampleError, StoredSource, StretchSource
+from clip_jax.data.sources import BlockSource, Record, SampleError, StoredSource
 from clip_jax.data.sources.any import PathConfig, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.engine import Counted
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.prepare import buckets, contamination, near
 from clip_jax.prepare.contamination import EvaluationImages
+from clip_jax.prepare.counts import Statistics
 from clip_jax.prepare.filters import Contaminated, Filter, Pair
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
-from clip_jax.prepare.report import Statistics
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
@@ -123,18 +123,18 @@ def _passing(
         except SampleError as error:
             statistics.drop(record.key if record else source.key(index), error)
             if isinstance(error, Contaminated):
-                statistics.match(index, error.matches)
+                statistics.match(error.matches)
 
 
 def _fetched(source: StoredSource, indices: Iterator[int]) -> Iterator[tuple[int, Record | None]]:
-    """Read samples by stretches, where the source has some; without a record: to be read alone."""
-    ends = np.cumsum(source.stretches()) if isinstance(source, StretchSource) else None
+    """Read samples by blocks, where the source has some; without a record: to be read alone."""
+    ends = np.cumsum(source.blocks()) if isinstance(source, BlockSource) else None
     first, last, records = 0, 0, []
     for index in indices:
         if ends is None:
             yield index, None
             continue
-        assert isinstance(source, StretchSource)
+        assert isinstance(source, BlockSource)
         if not first <= index < last:
             first, last = index, int(ends[np.searchsorted(ends, index, side="right")])
             try:

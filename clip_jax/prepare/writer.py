@@ -13,22 +13,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from clip_jax.data.sources import SampleError, StoredSource
-from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.data.sources.images import fingerprint
 from clip_jax.data.sources.shards import listed
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_part
-from clip_jax.prepare import buckets, contamination, near, report, settle, stages
+from clip_jax.prepare import buckets, contamination, counts, near, settle, stages
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
-from clip_jax.prepare.vocabulary import train_vocabulary
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 from clip_jax.storage.json_files import read_json
@@ -37,19 +34,8 @@ _INSPECTED = 1_000  # samples
 _SHOWN = 5
 _TEST_IMAGES = 2_000  # of an evaluation set that one task hashes
 _COUNTED = ("counts", "examples")  # what every report has
-_REPORT = ("samples", "found", "pictures", "shards", *_COUNTED)  # what the whole one has
+_REPORT = ("samples", "found", "shards", *_COUNTED)  # what the whole one has
 _WHOLE = "_SUCCESS"  # the file that says that nothing is missing, as Hadoop and Spark write it
-
-
-def vocabulary(config: PrepareConfig) -> dict[str, Any]:
-    """Train a vocabulary on the source's captions."""
-    assert config.vocabulary is not None
-    return train_vocabulary(
-        stages.open_source(config),
-        config.vocabulary,
-        config.vocabulary_size,
-        config.vocabulary_clean,
-    )
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -188,12 +174,11 @@ class _Work:
 
 
 def inspect(config: PrepareConfig) -> dict[str, Any]:
-    """Show the first pairs that pass, count what is wrong in up to 1,000 evenly spread ones, and
-    draw a contact sheet and histograms, in `destination` or here."""
+    """Show the first pairs that pass, and count what is wrong in up to 1,000 evenly spread ones."""
     config = config.with_filter()
     source = stages.open_source(config)
     passes = Filter(config, source)
-    statistics = report.Statistics()
+    statistics = counts.Statistics()
     for index in np.unique(np.linspace(0, len(source) - 1, _INSPECTED).astype(int)).tolist():
         try:
             pair = passes.read(index)
@@ -212,29 +197,17 @@ def inspect(config: PrepareConfig) -> dict[str, Any]:
         except SampleError as error:
             values = {"dropped": str(error)}
         first.append({"key": source.key(index), **values})
-    folder = config.destination or Path()
-    pictures = [folder / "contact_sheet.png", folder / "statistics.png"]
-    result = report.merged([statistics.to_dict()])
-    with files.written_whole(pictures[0]) as path:
-        report.contact_sheet(path, source)
-    with files.written_whole(pictures[1]) as path:
-        report.draw(path, result)
-    return {
-        "samples": len(source),
-        "first": first,
-        **result,
-        "pictures": [str(p) for p in pictures],
-    }
+    return {"samples": len(source), "first": first, **counts.merged([statistics.to_dict()])}
 
 
 def describe(result: dict[str, Any]) -> str:
     """Lines for people, of `prepare` or `inspect`."""
     lines = [f"{result['samples']:,} samples"]
     lines += [json.dumps(pair, ensure_ascii=False) for pair in result.get("first", ())]
-    lines.append(report.describe(result))
+    lines.append(counts.describe(result))
     if "shards" in result:
         lines.append("{written} of {of} shards are written".format(**result["shards"]))
-    return "\n".join([*lines, *result["pictures"]])
+    return "\n".join(lines)
 
 
 def _missing(layout: Layout) -> list[str]:
@@ -258,7 +231,7 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
     kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
     kept["decontaminate"] = list(config.decontaminate)
     path = folder / "prepare.json"
-    before = read_json(path)
+    before = {name: value for name, value in read_json(path).items() if name in kept}
     if before and {"fingerprint": kept["fingerprint"]} | before != kept:  # an older one has none
         differ = ", ".join(name for name in kept if before.get(name) != kept[name])
         raise InputError(
@@ -272,60 +245,30 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
 def _report(
     config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[Place]
 ) -> dict[str, Any]:
-    """Write what all parts have done so far, as JSON and as pictures; and, if that is all, so."""
+    """Write what all processes have done so far; and, if that is all, mark it as complete."""
     folder = layout.folder
     there = {path.name for path in folder.iterdir()}
     done = [x for x in shards if {x.name, statistics_of(x).name} <= there]
-    counts = [statistics_of(shard) for shard in done]
+    paths = [statistics_of(shard) for shard in done]
     if config.joins:
-        counts += [layout.file(number, "read") for number in range(layout.reads)]
+        paths += [layout.file(number, "read") for number in range(layout.reads)]
     compared = {"counts": dropped.counts, "examples": dropped.examples, "histograms": {}}
-    total = report.merged(
-        [*(read_json(path, *_COUNTED) for path in counts), compared | {"extremes": {}}]
+    total = counts.merged(
+        [*(read_json(path, *_COUNTED) for path in paths), compared | {"extremes": {}}]
     )
-    examples = {name: one.pop("examples") for name, one in total["found"].items()}
     for name, source in contamination.named(config.decontaminate).items():
         one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
         one["of"] = len(contamination.open_set(source))
-    pictures = _draw(config, layout, total, dropped.near, examples)
     result = {
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},
         **total,
-        "pictures": [str(picture) for picture in pictures],
     }
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
     if len(done) == len(shards):
         files.write_whole(folder / _WHOLE, "")
         _clear(layout.work)
     return result
-
-
-def _draw(
-    config: PrepareConfig,
-    layout: Layout,
-    total: dict[str, Any],
-    alike: list[tuple[int, int]],
-    found: dict[str, list[tuple[int, int]]],
-) -> list[Place]:
-    """Draw the counts, what is written, and what is dropped beside what it looks like."""
-    folder, (source, _) = layout.folder, stages.opened(config, layout)
-    drawn: dict[str, Callable[[Path], None]] = {"report.png": lambda path: report.draw(path, total)}
-    if alike:
-        rows = settle.shown(alike, source)
-        drawn["near_duplicates.png"] = lambda path: report.side_by_side(path, rows)
-    if found:
-        pairs = contamination.shown(contamination.named(config.decontaminate), found, source)
-        drawn["contamination.png"] = lambda path: report.side_by_side(path, pairs)
-    if total["counts"].get("kept"):
-        written = ArrayRecordConfig(path=str(folder / "pairs-*.array_record"))
-        drawn["contact_sheet.png"] = lambda path: report.contact_sheet(
-            path, ArrayRecordSource(written)
-        )
-    for name, draw in drawn.items():
-        with files.written_whole(folder / name) as path:
-            draw(path)
-    return [folder / name for name in drawn]
 
 
 def _clear(folder: Place) -> None:

@@ -2,18 +2,14 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
-import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, decode_example
-from clip_jax.prepare import report
 
-DRAW = report.draw
 _SIDE = 160
 
 
@@ -88,12 +84,3 @@ def records(folder: Path) -> list[dict[str, list[bytes]]]:
 
 def captions(folder: Path) -> list[list[str]]:
     return [[text.decode() for text in record["caption"]] for record in records(folder)]
-
-
-@pytest.fixture(autouse=True)
-def draw() -> Generator[mock.Mock]:
-    """Draw no bars, which take most of the time of so few pairs."""
-    with mock.patch.object(
-        report, "draw", autospec=True, side_effect=lambda path, _: path.touch()
-    ) as fake:
-        yield fake

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from clip_jax.prepare import contamination, near
 from clip_jax.prepare.contamination import EvaluationImages, named
@@ -36,10 +35,8 @@ def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
     assert report["counts"]["kept"] == 13
     assert sum(report["counts"].values()) == 19
     assert "3 of 7 images of flowers (42.86%) are there, in 4 pairs" in describe(report)
-    assert "looks like its image 0, " in report["examples"]["in flowers"]
+    assert "near duplicate of its image 0, " in report["examples"]["in flowers"]
     assert captions(tmp_path / "out") == [[f"text {i}"] for i in range(12)] + [["text 15"]]
-    with Image.open(tmp_path / "out/contamination.png") as sheet:
-        assert sheet.width == 640
     assert {"prepare.json", "_SUCCESS"} < {path.name for path in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out/work").exists()
 

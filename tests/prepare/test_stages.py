@@ -48,7 +48,7 @@ def test_pairs_are_deduplicated_and_shuffled_by_their_keys(format, pairs, tmp_pa
     assert report["counts"] == {
         "kept": NUMBER - 8, "near duplicate": 4, "duplicate image": 3, "not an image": 1,
     }  # fmt: skip
-    assert " looks like " in report["examples"]["near duplicate"]
+    assert "near duplicate of " in report["examples"]["near duplicate"]
     written = records(out)
     by_caption = {caption.encode(): image for _, image, caption in pairs[: NUMBER - 8]}
     assert {x["caption"][0]: x["image"][0] for x in written} == by_caption
@@ -59,7 +59,6 @@ def test_pairs_are_deduplicated_and_shuffled_by_their_keys(format, pairs, tmp_pa
     shards = [json.loads(path.read_text()) for path in sorted(out.glob("pairs-*.json"))]
     assert [shard["counts"]["kept"] for shard in shards] == [8, 8, 5]
     assert report["shards"] == {"written": 3, "of": 3}
-    assert (out / "near_duplicates.png").exists()
     assert not (out / "work").exists()
     assert "4  near duplicate" in describe(report)
 
@@ -67,7 +66,7 @@ def test_pairs_are_deduplicated_and_shuffled_by_their_keys(format, pairs, tmp_pa
 def test_the_shards_do_not_depend_on_how_the_work_is_shared(source, tmp_path):
     first = prepare(joined(source, tmp_path / "a"))
     same = prepare(joined(source, tmp_path / "b", threads=4, samples_per_task=3))
-    assert same | {"pictures": first["pictures"]} == first
+    assert same == first
     assert digests(tmp_path / "b") == digests(tmp_path / "a") != {}
     for part in ("2/3", "1/3", "3/3"):
         last = prepare(joined(source, tmp_path / "c", samples_per_task=40, threads=1, part=part))

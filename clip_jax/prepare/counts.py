@@ -1,0 +1,131 @@
+"""What `clip-jax prepare` kept and dropped: counts, examples and histograms."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from clip_jax.data.sources import SampleError
+
+_KEPT = "kept"
+_EDGES = {  # of the histograms; what lies outside counts in the first or the last bin
+    "shorter side, pixels": np.geomspace(8, 8192, 61),
+    "longer side / shorter side": np.linspace(1, 4, 61),
+    "image, KiB": np.geomspace(0.5, 8192, 57),
+    "caption, characters": np.geomspace(1, 1024, 61),
+}
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+class Statistics:
+    """Counts the pairs of a shard."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._values: dict[str, list[float]] = {name: [] for name in _EDGES}
+        self._matches: dict[str, dict[str, Any]] = {}
+
+    @property
+    def kept(self) -> int:
+        """How many pairs are kept so far."""
+        return self._counts[_KEPT]
+
+    def keep(self, size: tuple[int, int], num_bytes: int, captions: list[str]) -> None:
+        """Count a pair that is kept: width and height, length of the file, captions."""
+        self._counts[_KEPT] += 1
+        short, long = sorted(size)
+        for name, value in zip(_EDGES, (short, long / short, num_bytes / 1024), strict=False):
+            self._values[name].append(value)
+        self._values["caption, characters"] += [len(caption) for caption in captions]
+
+    def drop(self, key: str, error: SampleError) -> None:
+        """Count a pair that is not."""
+        reason = str(error).partition(":")[0]
+        self._counts[reason] += 1
+        self._examples.setdefault(reason, f"{key}: {error}")
+
+    def match(self, matches: Sequence[tuple[str, int, int]]) -> None:
+        """Count a pair that is dropped as a near-duplicate of images of evaluation sets."""
+        for name in {name for name, _, _ in matches}:
+            one = self._matches.setdefault(name, {"pairs": 0, "images": []})
+            one["pairs"] += 1
+            one["images"] += [image for other, image, _ in matches if other == name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and an example by reason, histograms, least and largest values; `found`: images of
+        evaluation sets."""
+        return {
+            "counts": dict(self._counts),
+            "examples": self._examples,
+            "found": self._matches,
+            "histograms": {
+                name: np.histogram(np.clip(self._values[name], edges[0], edges[-1]), edges)[0]
+                .astype(int)
+                .tolist()
+                for name, edges in _EDGES.items()
+            },
+            "extremes": {
+                name: [float(min(values)), float(max(values))]
+                for name, values in self._values.items()
+                if values
+            },
+        }
+
+
+def merged(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Sum what `Statistics.to_dict` made; `quantiles` are exact to a bin of the histograms."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    histograms = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in _EDGES.items()}
+    extremes: dict[str, list[float]] = {}
+    sets: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        counts.update(shard["counts"])
+        for name, some in shard.get("found", {}).items():
+            total = sets.setdefault(name, {"pairs": 0, "images": set()})
+            total["pairs"] += some["pairs"]
+            total["images"].update(some["images"])
+        examples = shard["examples"] | examples
+        for name, histogram in shard["histograms"].items():
+            histograms[name] += np.array(histogram)
+        for name, (low, high) in shard["extremes"].items():
+            before = extremes.get(name, [low, high])
+            extremes[name] = [min(low, before[0]), max(high, before[1])]
+    return {
+        "counts": dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))),
+        "examples": examples,
+        "quantiles": {
+            name: {
+                f"{share:.0%}": _quantile(histograms[name], _EDGES[name], share, *extremes[name])
+                for share in _QUANTILES
+            }
+            for name in extremes
+        },
+        "histograms": {name: histogram.tolist() for name, histogram in histograms.items()},
+        "found": {name: one | {"images": len(one["images"])} for name, one in sorted(sets.items())},
+    }
+
+
+def _quantile(
+    histogram: np.ndarray, edges: np.ndarray, share: float, low: float, high: float
+) -> float:
+    below = np.concatenate([[0], np.cumsum(histogram)])
+    return float(np.clip(np.interp(share * below[-1], below, edges), low, high))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Lines for people."""
+    lines = [f"{count:>12,}  {reason}" for reason, count in report["counts"].items()]
+    lines += [f"{'':>14}such as {example}" for example in report["examples"].values()]
+    for name, one in report["found"].items():
+        share = f" ({one['images'] / one['of']:.2%})" if one.get("of") else ""
+        lines.append(
+            f"{one['images']:,} of {one.get('of', '?'):,} images of {name}{share} are there, in "
+            f"{one['pairs']:,} pairs, which are dropped"
+        )
+    for name, quantiles in report["quantiles"].items():
+        shares = ", ".join(f"{share} {value:.3g}" for share, value in quantiles.items())
+        lines.append(f"{name}: about {shares}")
+    return "\n".join(lines)
