@@ -54,6 +54,7 @@ def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
     from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+    from clip_jax.models.images import Square
 
     def shards(first: int, last: int) -> TarConfig:
         return TarConfig(path=f"{place}/{{{first:05d}..{last:05d}}}.tar")
@@ -71,7 +72,7 @@ def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
         threads=run.get("threads", 3),
         order=run.get("order", "auto"),
     )
-    how = {"image_size": SIZE, "context_length": 77, "batch_size": BATCH}
+    how = {"image_spec": Square(SIZE), "context_length": 77, "batch_size": BATCH}
     pipeline = build(
         config, tokenizer=ClipTokenizer(), process_index=part[0], process_count=part[1], **how
     )

@@ -112,6 +112,7 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
     from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+    from clip_jax.models.images import Square
 
     config = DataConfig(
         source=TarConfig(path=str(folder / "*.tar")),
@@ -119,7 +120,7 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
         workers=workers,
         threads=threads,
     )
-    how = {"image_size": SIZE, "context_length": 77, "batch_size": BATCH}
+    how = {"image_spec": Square(SIZE), "context_length": 77, "batch_size": BATCH}
     for batch in build(config, tokenizer=ClipTokenizer(), **how).batches():
         assert batch.image.shape == (BATCH, SIZE, SIZE, 3)
         assert batch.text.shape == (BATCH, 77)

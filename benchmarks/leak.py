@@ -22,6 +22,7 @@ from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.any import PathConfig
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+from clip_jax.models.images import Square
 from tests.data.conftest import FORMATS, make_pairs
 
 KINDS = ("tar", "table", "parquet", "array_record", "saved_dataset", "tfds")
@@ -58,7 +59,7 @@ def held(samples: int, paths: list[str]) -> list[int]:
         max_bad_share=1.0,
     )
     config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, flip=0.5))
-    how = {"image_size": 64, "context_length": 32, "batch_size": 256}
+    how = {"image_spec": Square(64), "context_length": 32, "batch_size": 256}
     batches = build(config, tokenizer=ClipTokenizer(), **how).batches()
     next(batches)  # the worker has started
     seen, found = 0, []

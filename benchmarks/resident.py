@@ -23,6 +23,7 @@ from PIL import Image
 
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from clip_jax.models.images import Square
 from clip_jax.storage import files
 from tests.contract.servers import Server
 
@@ -56,7 +57,7 @@ def measure(url: str, seconds: float) -> int:
     pipeline = build(
         DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, shuffle_blocks=8),
         tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
-        image_size=32,
+        image_spec=Square(32),
         context_length=8,
         batch_size=64,
     )

@@ -28,7 +28,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.pods import compile as pod
-from clip_jax.step import Program
+from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket
 
 _WARM = 64  # samples before the stages are timed
@@ -59,7 +59,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     pipeline = build(
         data,
         tokenizer=_tokenizer(config),
-        image_size=config.model.vision.image_size,
+        image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
         batch_size=config.batch_size,
     )
@@ -79,9 +79,9 @@ def measure_input(config: InputBench) -> dict[str, Any]:
 
 def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
     """Each stage over the same samples, one after the other, in this thread."""
-    data, size = config.data, config.model.vision.image_size
+    data, spec = config.data, config.model.vision.image_spec
     tokenize, length = _tokenizer(config), config.model.text.context_length
-    source = open_source(data.source, size)
+    source = open_source(data.source, spec.side)
     read = (
         _read_blocks(source)
         if isinstance(source, BlockSource) and order == "blocks"
@@ -109,7 +109,7 @@ def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
                 image, caption = timed("read", read, rng)
                 if isinstance(image, bytes):
                     crop = functools.partial(read_crop, scaled=data.scaled_decode)
-                    crop_args = (image, size, crop_rng, data.crop_scale)
+                    crop_args = (image, spec, crop_rng, data.crop_scale)
                     image = timed("decode and crop", crop, *crop_args)
                     if data.augment != type(data.augment)():
                         timed("augment", augment, image, rng, data.augment)
@@ -281,13 +281,13 @@ def measure_loss(config: ComputeBench) -> dict[str, Any]:
     return result | {"form": pod.loss_form(config.recipe, mesh)}
 
 
-def _made_up(config: Config) -> dict[str, np.ndarray]:
+def _made_up(config: Config) -> Inputs:
     rng = np.random.default_rng(config.seed)
-    size, text = config.model.vision.image_size, config.model.text
+    spec, text = config.model.vision.image_spec, config.model.text
     tokens = rng.integers(1, text.vocab_size - 1, (config.batch_size, text.context_length))
     tokens[:, -1] = text.vocab_size - 1  # the end of text
-    pixels = (config.batch_size, size, size, 3)
-    return {"image": rng.integers(0, 256, pixels, np.uint8), "text": tokens.astype(np.int32)}
+    pixels = rng.integers(0, 256, (config.batch_size, spec.side, spec.side, 3), np.uint8)
+    return {"image": spec.pack(pixels), "text": tokens.astype(np.int32)}
 
 
 def _measure(

@@ -8,7 +8,7 @@ and a row without a parameter are errors that name it.
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from clip_jax.display import Display
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params
@@ -27,6 +28,7 @@ from clip_jax.models.short_attention import short
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
 BATCH_AXES = ("data", "fsdp")
+ROWS = 256  # of a batch over all devices, where nothing else is said
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
 # A token embedding table is split by its width: its length, 901,629 say, divides by nothing.
 WIDTH = ("tensor", "fsdp")
@@ -123,9 +125,61 @@ def put_rows(
     rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding, fill: float = 0
 ) -> Shaped[Array, "length ..."]:
     """Fill rows up to `length` and put them on the mesh; every process has all of them."""
-    filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
-    filled[: len(rows)] = rows
+    filled = rows
+    if len(rows) < length:
+        filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
+        filled[: len(rows)] = rows
     return jax.make_array_from_callback(filled.shape, on, filled.__getitem__)
+
+
+def compute_batches(
+    function: Callable[..., Any], batches: Iterable[tuple[Any, ...]], display: Display
+) -> Shaped[np.ndarray, "B ..."]:
+    """Join what a compiled function gives for each of some batches that are on the mesh."""
+    results: list[Any] = []
+    for batch in batches:
+        if results:  # one behind, so that the devices never wait for the host
+            results[-1] = np.asarray(results[-1])
+        results.append(function(*batch))
+        display.add(len(results[-1]))
+    return np.concatenate([np.asarray(x) for x in results])
+
+
+def in_batches(
+    function: Callable[..., Any], mesh: Mesh, params: Any, *rows: Any,
+    batch_size: int = ROWS, name: str = "",
+) -> Shaped[np.ndarray, "B ..."]:  # fmt: skip
+    """Run a compiled function of parameters and rows over all rows, `batch_size` at a time.
+
+    Rows are images or token ids, which every process has. The last batch is filled up with zeros,
+    which are cut off again. With a `name` a terminal sees the progress of more than a few batches.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1.")
+    count, shards = len(jax.tree.leaves(rows)[0]), batch_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+    starts = range(0, max(count, 1), batch_size)  # of no rows a batch of zeros says the shape
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        for start in starts:
+            length = padded_size(min(count - start, batch_size), shards, batch_size)
+            batch = slice(start, start + batch_size)
+            put = functools.partial(_put, batch=batch, length=length, on=batch_sharding(mesh))
+            yield params, *jax.tree.map(put, rows)
+
+    with Display(name, count, quiet=not name or len(starts) < 8) as display:
+        return compute_batches(function, batches(), display)[:count]
+
+
+def _put(rows: Any, batch: slice, length: int, on: NamedSharding) -> Array:
+    return put_rows(np.asarray(rows[batch]), length, on)
+
+
+def padded_size(rows: int, shards: int, batch_size: int) -> int:
+    """Return how many rows to compute for `rows`: a power of two for each of `shards` devices, at
+    most the full batch; so few shapes are compiled."""
+    each = -(-rows // shards)
+    return shards * min(batch_size // shards, 1 << max(each - 1, 0).bit_length())
 
 
 def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:

@@ -113,10 +113,10 @@ class Program:
         stays out of the compiled step, so that runs that differ in it alone share the program.
         """
         given = {**batch, "rate": np.float32(self._rate(step))}
-        return {
-            name: jax.make_array_from_process_local_data(x.sharding, given[name])
-            for name, x in self.batch.items()
-        }
+        return jax.tree.map(
+            lambda x, rows: jax.make_array_from_process_local_data(x.sharding, rows),
+            self.batch, {name: given[name] for name in self.batch},
+        )  # fmt: skip
 
 
 def init_state(
@@ -139,10 +139,11 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     params = sharding.param_shardings(recipe.model, state.params, mesh)
     opt_state = sharding.like_params(state.opt_state, params, mesh)
     places = State(sharding.replicated(mesh), params, opt_state)
-    size, length = recipe.model.vision.image_size, recipe.model.text.context_length
+    images = recipe.model.vision.image_spec.shapes(recipe.batch_size)
+    length = recipe.model.text.context_length
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.tree.map(_placed, state, places), {
-        "image": jax.ShapeDtypeStruct((recipe.batch_size, size, size, 3), jnp.uint8, sharding=rows),
+        "image": jax.tree.map(lambda x: _placed(x, rows), images),
         "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32, sharding=rows),
         "rate": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
     }

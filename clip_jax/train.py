@@ -184,7 +184,7 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
     return build(
         config.data,
         tokenizer=make_tokenizer(config.model.text),
-        image_size=config.model.vision.image_size,
+        image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
         batch_size=config.batch_size,
         process_index=part,

@@ -14,15 +14,18 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.images import Images, ImageSpec, Square, normalize, pixels_of
 from clip_jax.storage import files
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,6 +36,8 @@ Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "squash", "longest"]
 Rules = Literal["openai", "transformers"]
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -96,8 +101,20 @@ class Preprocess:
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
         encoded image's bytes or path. Raises ImageError."""
-        scaled = self.pixels(image).astype(np.float32) / np.float32(255)
-        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return pixels_of(self.normalize(self.pixels(image)[None]))[0]
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What `batch` makes of images."""
+        return Square(self.image_size)
+
+    def batch(self, image: ImageLike) -> Images:
+        """One image as a batch of bytes, which a device normalises. Raises ImageError."""
+        return self.image_spec.pack(self.pixels(image)[None])
+
+    def normalize(self, images: Images) -> Images:
+        """Scale bytes to [0, 1], then by the mean and standard deviation."""
+        return normalize(images, self.mean, self.std)
 
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         """The same before it is normalised: what a device normalises, at a quarter of the bytes."""
@@ -109,7 +126,7 @@ class Preprocess:
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
         if self.resize_mode == "squash":
-            return image.resize((size, size), resample)
+            return image.resize(self.image_spec.fit(*image.size), resample)
         if self.resize_mode == "shortest":
             return _crop_of_resized(image, size, resample, down=self.rules == "transformers")
         longer = max(image.size)
@@ -119,6 +136,20 @@ class Preprocess:
         border = (left, top, size - width - left, size - height - top)
         bands = len(resized.getbands())
         return ImageOps.expand(resized, border, (self.fill,) * bands if bands > 1 else self.fill)
+
+
+def read_ahead(
+    batches: Iterable[Sequence[Item]], read: Callable[[Item], Result], ahead: int = 2
+) -> Iterator[list[Result]]:
+    """Read the items of each batch in threads, so many batches ahead of need."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting: deque[list[Future[Result]]] = deque()
+        for batch in batches:
+            waiting.append([threads.submit(read, item) for item in batch])
+            if len(waiting) > ahead:
+                yield [future.result() for future in waiting.popleft()]
+        for futures in waiting:
+            yield [future.result() for future in futures]
 
 
 def preprocess(
@@ -147,20 +178,21 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def read_crop(
     data: bytes,
-    size: int,
+    spec: ImageSpec,
     rng: np.random.Generator | None = None,
     scale: tuple[float, float] | None = None,
     *,
     scaled: bool = True,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode and crop in one: at random with `rng`, else the middle. Raises ImageError.
+    """Decode, crop and resize in one: at random with `rng`, else the middle. Raises ImageError.
 
-    With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop then still has at least
-    `size` pixels a side; the choice of the crop does not depend on it.
+    Without `scale` a square is cut for a tower of squares; any other takes all of the image.
+    With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop then still has at least as
+    many pixels a side as the tower takes; the choice of the crop does not depend on it.
     """
     with _opened(data, load=False) as image:
         full = image.size
-        smallest = min(full)
+        smallest, size = min(full), max(spec.fit(*full))
         if rng is not None and scale is not None:
             smallest = min(smallest, math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST))
         factor = next((f for f in (8, 4, 2) if smallest >= f * size), 1)
@@ -170,9 +202,11 @@ def read_crop(
         reduced = (tuple(-(-side // f) for side in full) == image.size for f in (1, 2, 4, 8))
         factor = 2 ** list(reduced).index(True)
         rgb = _to_rgb(image)
-    if rng is None or scale is None:
+    if rng is not None and scale is not None:
+        return _resized_box(rgb, spec, _random_box(*full, rng, scale), factor)
+    if isinstance(spec, Square):
         return np.array(_crop_of_resized(rgb, size, Image.Resampling.BICUBIC, rng, full, factor))
-    return _resized_box(rgb, size, _random_box(*full, rng, scale), factor)
+    return _resized_box(rgb, spec, (0, 0, *full), factor)
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -196,19 +230,19 @@ def random_square_crop(
     if scale is None:
         return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC, rng))
     box = _random_box(image.width, image.height, rng, scale)
-    return _resized_box(image, size, box, 1)
+    return _resized_box(image, Square(size), box, 1)
 
 
 def _resized_box(
-    image: Image.Image, size: int, box: tuple[int, int, int, int], factor: int
+    image: Image.Image, spec: ImageSpec, box: tuple[int, int, int, int], factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Bring a box of the full image, of which `image` is 1 / `factor`, to a square."""
+    """Bring a box of the full image, of which `image` is 1 / `factor`, to the tower's size."""
+    left, top, right, bottom = box
+    size = spec.fit(right - left, bottom - top)
     if factor == 1:
-        return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
-    left, top, right, bottom = (edge / factor for edge in box)
-    return np.array(
-        image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    )
+        return np.array(image.crop(box).resize(size, Image.Resampling.BICUBIC))
+    reduced = (left / factor, top / factor, right / factor, bottom / factor)
+    return np.array(image.resize(size, Image.Resampling.BICUBIC, box=reduced))
 
 
 def _crop_of_resized(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 
 from clip_jax.data import growth
 from clip_jax.data.augment import AugmentConfig, augment
@@ -29,6 +29,7 @@ from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
 from clip_jax.data.sources import BlockSource, Record, SampleError, Source, blocks_of
 from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.images import Images, ImageSpec
 from clip_jax.storage import files
 
 _MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
@@ -75,7 +76,7 @@ def build(
     config: DataConfig,
     *,
     tokenizer: Tokenize,
-    image_size: int,
+    image_spec: ImageSpec,
     context_length: int,
     batch_size: int,
     process_index: int = 0,
@@ -89,7 +90,7 @@ def build(
         )
     return Pipeline(
         config,
-        _Loader(config, image_size, (process_index, process_count)),
+        _Loader(config, image_spec, (process_index, process_count)),
         functools.partial(_tokenized, tokenizer, context_length),
         batch_size=batch_size,
         process=(process_index, process_count),
@@ -260,14 +261,14 @@ class _Loader:
     """A sample of a position: the record that the order puts there, or the next good one."""
 
     def __init__(
-        self, config: DataConfig, image_size: int, process: tuple[int, int] = (0, 1)
+        self, config: DataConfig, image_spec: ImageSpec, process: tuple[int, int] = (0, 1)
     ) -> None:
-        self.source = open_source(config.source, image_size, process)
-        self._config, self._image_size = config, image_size
+        self.source = open_source(config.source, image_spec.side, process)
+        self._config, self._spec = config, image_spec
 
     def __reduce__(self) -> Any:
         # A worker opens the source itself: open files and mapped memory do not travel.
-        return _Loader, (self._config, self._image_size)
+        return _Loader, (self._config, self._spec)
 
     def __call__(
         self, position: int, record: int, fetched: Record | SampleError | None = None
@@ -295,7 +296,7 @@ class _Loader:
 
     def _load(
         self, record: int, fetched: Record | SampleError | None, rng: np.random.Generator
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    ) -> tuple[Images, str]:
         if isinstance(fetched, SampleError):
             raise fetched
         image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
@@ -307,18 +308,18 @@ class _Loader:
             raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
         config = self._config
         if isinstance(image, np.ndarray):
-            return image, caption
+            return self._spec.pack(image[None]), caption
         try:
             pixels = read_crop(
                 image,
-                self._image_size,
+                self._spec,
                 rng if config.crop == "random" else None,
                 config.crop_scale,
                 scaled=config.scaled_decode,
             )
         except ImageError as error:
             raise SampleError(str(error)) from error
-        return augment(pixels, rng, config.augment), caption
+        return self._spec.pack(augment(pixels, rng, config.augment)[None]), caption
 
 
 def _leave_interrupts(*_: int) -> None:

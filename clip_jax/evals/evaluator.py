@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
@@ -18,8 +18,7 @@ from clip_jax.data.tokenizers import read_captions
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.models.clip import CLIP, Params, l2_normalize
-
-_BATCH = 256  # rows over all devices
+from clip_jax.models.images import Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +36,9 @@ class Encoder:
     def logit_scale(self) -> float:
         return float(np.exp(jax.device_get(self.params["logit_scale"])))
 
-    def images(self, pixels: Shaped[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B E"]:
+    def images(self, images: Images) -> Float[np.ndarray, "B E"]:
         """Embed images that every process has, at unit length."""
-        return encode_images(self.model, self.params, pixels, self.mesh)
+        return encode_images(self.model, self.params, images, self.mesh)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Embed texts at unit length."""
@@ -122,20 +121,21 @@ class Evaluations:
 
 
 def encode_images(
-    model: CLIP, params: Params, images: Shaped[np.ndarray, "B H W C"], mesh: Mesh, *,
-    batch_size: int = _BATCH, normalize: bool = True,
+    model: CLIP, params: Params, images: Images, mesh: Mesh, *,
+    batch_size: int = sharding.ROWS, normalize: bool = True,
 ) -> Float[np.ndarray, "B E"]:  # fmt: skip
     """Embed images, unit length unless told otherwise, in order, on every process alike."""
     encode = image_encoder(model, mesh, normalize)
-    return in_batches(encode, params, mesh, images, batch_size=batch_size)
+    return sharding.in_batches(encode, mesh, params, images, batch_size=batch_size)
 
 
 def encode_texts(
     model: CLIP, params: Params, tokens: Int[np.ndarray, "B L"], mesh: Mesh, *,
-    batch_size: int = _BATCH,
+    batch_size: int = sharding.ROWS,
 ) -> Float[np.ndarray, "B E"]:  # fmt: skip
     """Embed token rows, unit length, in the given order, on every process alike."""
-    return in_batches(text_encoder(model, mesh), params, mesh, tokens, batch_size=batch_size)
+    encode = text_encoder(model, mesh)
+    return sharding.in_batches(encode, mesh, params, tokens, batch_size=batch_size)
 
 
 @functools.lru_cache(maxsize=8)
@@ -143,10 +143,8 @@ def image_encoder(model: CLIP, mesh: Mesh, normalize: bool) -> Callable[[Params,
     """Compile the image tower for one batch over the mesh; its features are on every device."""
     model = laid_out(model, mesh)
 
-    def encode(params: Params, images: jax.Array) -> jax.Array:
-        if images.dtype == np.uint8:
-            images = model.normalize(images)
-        features = model.encode_image(params, images)
+    def encode(params: Params, images: Images) -> jax.Array:
+        features = model.encode_image(params, model.normalize(images))
         return l2_normalize(features) if normalize else features
 
     return jax.jit(encode, out_shardings=sharding.replicated(mesh))
@@ -166,18 +164,3 @@ def text_encoder(model: CLIP, mesh: Mesh) -> Callable[[Params, Any], jax.Array]:
 def laid_out(model: CLIP, mesh: Mesh) -> CLIP:
     """Return the model that computes on the mesh as in training."""
     return replace(model, layout=sharding.layout(mesh, model.config.attention))
-
-
-def in_batches(
-    function: Callable, params: Params, mesh: Mesh, *rows: np.ndarray, batch_size: int = _BATCH
-) -> np.ndarray:
-    """Run a function of rows over equal batches; the last is filled with zeros, cut off again."""
-    shards, count = sharding.batch_shards(mesh), len(rows[0])
-    batch_size = -(-min(batch_size, count) // shards) * shards
-    placed = sharding.batch_sharding(mesh)
-    results = []
-    for start in range(0, count, batch_size):
-        batch = [x[start : start + batch_size] for x in rows]
-        found = function(params, *(sharding.put_rows(x, batch_size, placed) for x in batch))
-        results.append(np.asarray(found)[: len(batch[0])])
-    return np.concatenate(results)

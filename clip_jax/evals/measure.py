@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zero_shot import classification, classifier, multi_label
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.images import Images
 
 
 @dataclass(frozen=True)
@@ -287,27 +288,25 @@ def compute(
     parameters and pixels. A terminal sees the progress. Raises InputError where no image can be
     read.
     """
-    rows = sharding.batch_sharding(mesh)
-    features: list[Any] = []
+    put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     answers: dict[int, Any] = {}
     skipped: dict[int, str] = {}
-    with Display(what, count, quiet=not processes.is_lead(), fleeting=True) as display:
+
+    def batches() -> Iterator[tuple[Any, Images]]:
         for share in shares:
-            placed = jax.make_array_from_process_local_data(rows, share.pixels)
-            if features:  # one behind, so that the device never waits for the host
-                features[-1] = np.asarray(features[-1])
-            features.append(function(params, placed))
-            answers |= share.answers
-            skipped |= share.skipped
-            display.add(len(placed))
+            answers.update(share.answers)
+            skipped.update(share.skipped)
+            yield params, jax.tree.map(put, share.images)
+
+    with Display(what, count, quiet=not processes.is_lead(), fleeting=True) as display:
+        features = sharding.compute_batches(function, batches(), display)
     answers, skipped = _of_all((answers, skipped))
     if not answers:
         raise InputError(
             f"none of {count} images can be read; the first: {list(skipped.values())[:1]}."
         )
     indices = np.array(list(answers))
-    found = np.concatenate([np.asarray(x) for x in features])[indices]
-    return Embedded(found, indices, list(answers.values()), list(skipped.values()))
+    return Embedded(features[indices], indices, list(answers.values()), list(skipped.values()))
 
 
 def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:

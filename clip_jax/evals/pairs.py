@@ -71,7 +71,7 @@ class PairsEvaluator:
         batches = build(
             self.config.data,
             tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
-            image_size=config.vision.image_size,
+            image_spec=config.vision.image_spec,
             context_length=config.text.context_length,
             batch_size=self.config.pairs,
         ).batches()

@@ -8,11 +8,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import Backend
 from clip_jax.models.decoder import Caption, DecoderConfig
+from clip_jax.models.images import Images, as_dtype, is_normalized, normalize, zeros
 from clip_jax.models.layers import DType, Layout, Remat, Rows
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
@@ -123,7 +124,7 @@ class CLIP:
     def init(self, key: Array) -> Params:
         """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
         c = self.config
-        images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3), c.dtype)
+        images = as_dtype(zeros(c.vision.image_spec, 1), c.dtype)
         tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
 
         def everything(towers: Towers) -> None:
@@ -137,27 +138,29 @@ class CLIP:
         variables = cast(Params, Towers(c).init(key, everything, method="run"))
         return variables.pop("params") | variables
 
-    def normalize(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Scale pixels to [0, 1], then by the model's mean and standard deviation."""
-        c = self.config
-        return (images.astype(jnp.float32) / 255 - jnp.array(c.image_mean)) / jnp.array(c.image_std)
+    def normalize(self, images: Images) -> Images:
+        """Scale bytes to [0, 1], then by the model's mean and standard deviation; leave images that
+        are normalised."""
+        if is_normalized(images):
+            return images
+        return normalize(images, self.config.image_mean, self.config.image_std)
 
-    def encode_image(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
-        """Embed normalised images `[B, H, W, 3]`."""
-        images = images.astype(self.config.dtype)
-        return self._run(params, lambda towers: towers.visual(images)).astype(jnp.float32)
+    def encode_image(self, params: Params, images: Images) -> Float[Array, "B E"]:
+        """Embed normalised images, pixels `[B, H, W, 3]` or patches."""
+        inputs = as_dtype(images, self.config.dtype)
+        return self._run(params, lambda towers: towers.visual(inputs)).astype(jnp.float32)
 
     def encode_image_train(
-        self, params: Params, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
+        self, params: Params, images: Images, keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B E"], Params]:
         """Embed normalised images as in training: BatchNorm takes its statistics from the batch.
 
         With `keys`, one for each image, a ViT drops patches as its config says. Returns features
         and the new `batch_stats` (for a ViT empty: there is nothing to write).
         """
-        images = images.astype(self.config.dtype)
+        inputs = as_dtype(images, self.config.dtype)
         features, updates = self._run(
-            params, lambda towers: towers.visual(images, keys, train=True), mutable=["batch_stats"]
+            params, lambda towers: towers.visual(inputs, keys, train=True), mutable=["batch_stats"]
         )
         return features.astype(jnp.float32), updates.get("batch_stats", {})
 
@@ -166,17 +169,17 @@ class CLIP:
         return self._run(params, lambda towers: towers.text(tokens)).astype(jnp.float32)
 
     def encode_image_and_tokens(
-        self, params: Params, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None
+        self, params: Params, images: Images, keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
         """Embed normalised images, and return what the caption decoder attends to.
 
         With `keys` patches are dropped, as in `encode_image_train`.
         """
-        images = images.astype(self.config.dtype)
+        inputs = as_dtype(images, self.config.dtype)
 
         def pooled(towers: Towers) -> tuple[Array, Array]:
             visual = _vit(towers)
-            return visual.pool_and_tokens(visual.tokens(images, keys=keys)[0])
+            return visual.pool_and_tokens(visual.tokens(inputs, keys=keys)[0])
 
         features, tokens = self._run(params, pooled)
         return features.astype(jnp.float32), tokens
@@ -240,18 +243,18 @@ class CLIP:
         return self.config.decoder
 
     def image_tokens(
-        self, params: Params, images: Float[Array, "B H W C"], layer: int = -1, norm: bool = False
+        self, params: Params, images: Images, layer: int = -1, norm: bool = False
     ) -> Float[Array, "B L D"]:
         """Return the states after one block of a vision transformer, class token first if it has.
 
         `layer` counts from 0 or, negative, from the end (LLaVA takes −2); `norm` applies `ln_post`.
         """
-        images = images.astype(self.config.dtype)
+        inputs = as_dtype(images, self.config.dtype)
 
         def states(towers: Towers) -> Array:
             visual = _vit(towers)
             index = _layer(layer, visual.config.depth, "vision")
-            last, every = visual.tokens(images, collect=index is not None)
+            last, every = visual.tokens(inputs, collect=index is not None)
             x = last if every is None or index is None else every[index]
             return visual.ln_post(x) if norm else x
 

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.images import Square
 from clip_jax.models.layers import (
     KEPT,
     Einsum,
@@ -55,6 +56,10 @@ class ResNetConfig:
                 f"32 × vision.width={self.width} is not divisible by "
                 f"vision.num_heads={self.num_heads}."
             )
+
+    @property
+    def image_spec(self) -> Square:
+        return Square(self.image_size)
 
     @property
     def output_width(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.decoder import CROSS_ATTENTION_ROWS, CrossAttention
+from clip_jax.models.images import Square
 from clip_jax.models.layers import (
     MLP,
     MLP_ROWS,
@@ -84,6 +85,10 @@ class ViTConfig:
     @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def image_spec(self) -> Square:
+        return Square(self.image_size)
 
     @property
     def num_patches(self) -> int:

@@ -27,6 +27,7 @@ from clip_jax.data.sources.tar import TarConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.data.sources.tfds import TfdsConfig
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+from clip_jax.models.images import Square
 
 _rng = np.random.default_rng(0)
 PICTURES = [_rng.integers(0, 256, (48, 48 + 8 * i, 3), np.uint8) for i in range(6)]
@@ -217,7 +218,7 @@ def outcome(load: Callable[[], Any]) -> Any:
 
 def open_pipeline(config: DataConfig, batch_size: int = 12, **how: int) -> Pipeline:
     """A pipeline of pictures of 8 x 8 pixels."""
-    shape = {"image_size": 8, "context_length": 16, "batch_size": batch_size}
+    shape = {"image_spec": Square(8), "context_length": 16, "batch_size": batch_size}
     return build(config, tokenizer=TOKENIZER, **shape, **how)
 
 

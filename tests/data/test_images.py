@@ -22,6 +22,7 @@ from clip_jax.data.images import (
     random_square_crop,
     read_crop,
 )
+from clip_jax.models.images import Square
 
 
 def save(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -131,10 +132,10 @@ def test_what_is_not_decoded_at_a_fraction_is_decoded_and_cropped(scale, photo):
     cases = ((large, "JPEG", False), (small, "JPEG", True), (large, "PNG", True))
     for image, format, scaled in cases:
         data = save(image, format)
-        found = read_crop(data, 224, np.random.default_rng(1), scale, scaled=scaled)
+        found = read_crop(data, Square(224), np.random.default_rng(1), scale, scaled=scaled)
         wanted = random_square_crop(decode(data), 224, np.random.default_rng(1), scale)
         np.testing.assert_array_equal(found, wanted)
-        middle = read_crop(data, 224, scaled=scaled)
+        middle = read_crop(data, Square(224), scaled=scaled)
         np.testing.assert_array_equal(middle, center_crop(decode(data), 224))
 
 
@@ -146,11 +147,12 @@ def test_scaled_decoding_is_not_visible(size):
     photo = Image.fromarray(skimage.data.astronaut())  # 512 x 512
     data = save(photo.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=92)
     for scale, seed in itertools.product((None, (0.9, 1.0), (0.3, 1.0)), range(3)):
-        exact = read_crop(data, 224, np.random.default_rng(seed), scale, scaled=False)
-        found = read_crop(data, 224, np.random.default_rng(seed), scale)
+        exact = read_crop(data, Square(224), np.random.default_rng(seed), scale, scaled=False)
+        found = read_crop(data, Square(224), np.random.default_rng(seed), scale)
         squared = np.mean((found / 255.0 - exact / 255.0) ** 2)
         assert -10 * np.log10(squared + 1e-9) > 36  # PSNR
-    assert (read_crop(data, 224) != read_crop(data, 224, scaled=False)).any()  # it did something
+    exact = read_crop(data, Square(224), scaled=False)
+    assert (read_crop(data, Square(224)) != exact).any()  # it did something
 
 
 # ------------------------------------------------------------------- images that cannot be used

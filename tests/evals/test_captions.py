@@ -8,7 +8,7 @@ import pytest
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
 from clip_jax.evals.captions import captions, likelihood, loss_per_token, writer
-from clip_jax.evals.evaluator import Encoder, in_batches
+from clip_jax.evals.evaluator import Encoder
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
 from tests.conftest import COCA, batch, parameters
@@ -56,7 +56,7 @@ def test_captions_are_written_on_the_mesh(encoder, log_probabilities):
     """Greedily: each token is the most probable after those before it, up to the end of text."""
     pixels, generation = batch(COCA, 16)["image"][:5], GenerationConfig(min_length=1)
     write = writer(encoder.model, encoder.mesh, generation)
-    ids = in_batches(write, encoder.params, encoder.mesh, pixels)
+    ids = sharding.in_batches(write, encoder.mesh, encoder.params, pixels)
     assert captions(encoder, pixels, generation) == encoder.read(ids)
     of_all = log_probabilities(pixels[np.arange(12) % 5], ids[np.arange(12) % 5])
     free = np.cumsum(ids == COCA.text.end_id, axis=1)[:, :-2] == 0  # the last is always the end

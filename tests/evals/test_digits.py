@@ -33,8 +33,8 @@ def reading(evaluator, first, second):
         def texts(self, texts):
             return one[[of_text[text] for text in texts]]
 
-        def images(self, pixels):
-            numbers = self.numbers(pixels)
+        def images(self, images):
+            numbers = self.numbers(images)
             return one[first(numbers)] + one[second(numbers)] / 2
 
     small = encoder_on(mesh_of(1))

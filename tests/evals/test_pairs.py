@@ -9,6 +9,7 @@ from clip_jax.errors import InputError
 from clip_jax.evals.alignment import diagnostics
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.retrieval import retrieval
+from clip_jax.models.images import Square
 from tests.data import conftest as made
 from tests.evals.conftest import encoder_on, mesh_of
 
@@ -24,7 +25,7 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     data = DataConfig(source=DigitsConfig(split="test"), crop="center", threads=1)
     batches = build(
         data, tokenizer=lambda texts, *_: captions.extend(texts) or encoder.tokenize(texts),
-        image_size=16, context_length=16, batch_size=37,
+        image_spec=Square(16), context_length=16, batch_size=37,
     ).batches()  # fmt: skip
     images, texts = encoder.images(next(batches).image), encoder.texts(captions[:37])
     batches.close()

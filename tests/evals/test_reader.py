@@ -37,7 +37,7 @@ def test_the_parts_of_all_processes_are_every_image_in_its_row(parts, monkeypatc
             shares.append(list(Reader(data(), Preprocess(image_size=8), mesh_of(4), COUNT)))
     assert len({len(x) for x in shares}) == 1  # batches of each process
     batches = [
-        np.concatenate([share.pixels for share in batch]) for batch in zip(*shares, strict=True)
+        np.concatenate([share.images for share in batch]) for batch in zip(*shares, strict=True)
     ]
     assert {len(batch) for batch in batches} == {8}
     levels = np.concatenate(batches)[:, 4, 4, 0]
@@ -70,5 +70,5 @@ def test_images_are_decoded_once_and_kept_within_the_budget():
         kept = Kept(budget)
         first, second = (list(kept.read("name", images)) for _ in range(2))
         assert sorted(loads) == sorted(list(range(COUNT)) * times)
-        np.testing.assert_array_equal(first[0].pixels, second[0].pixels)
+        np.testing.assert_array_equal(first[0].images, second[0].images)
         assert [len(share.answers) + len(share.skipped) for share in first] == [COUNT]

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64
 
 from clip_jax.clock import CLOCK
 from clip_jax.data.order.blocks import StreamOrder, Streams
 from clip_jax.data.order.read_ahead import ReadAhead
 from clip_jax.data.sources import Record, SampleError, Source
+from clip_jax.models.images import Images, concatenate
 from clip_jax.storage import bucket
 
 _PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
@@ -43,7 +44,7 @@ class Reading:
 class Batch:
     """This process's rows of one global batch."""
 
-    image: UInt8[np.ndarray, "B H W 3"]
+    image: Images
     text: Int32[np.ndarray, "B L"]
     index: Int64[np.ndarray, " B"]  # global positions
     keys: list[str]  # of the samples used
@@ -55,7 +56,7 @@ class Batch:
 class Sample:
     """One sample of a batch."""
 
-    image: UInt8[np.ndarray, "H W 3"]
+    image: Images  # one
     caption: str
     position: int
     key: str
@@ -86,7 +87,7 @@ class _Notes:
     reading: Reading
 
 
-Piece = tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, "B L"], _Notes]
+Piece = tuple[Images, Int32[np.ndarray, "B L"], _Notes]
 NoPiece = tuple[()]  # and not None, which Grain would leave out
 
 
@@ -98,14 +99,14 @@ def _piece(samples: Sequence[Sample], tokenize: Tokenize, reading: Reading) -> P
         reading=reading,
     )
     texts = tokenize([sample.caption for sample in samples])
-    return np.stack([sample.image for sample in samples]), texts, notes
+    return concatenate([sample.image for sample in samples]), texts, notes
 
 
 def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
     """Put a batch together."""
     images, texts, notes = zip(*filter(None, pieces), strict=True)
     return Batch(
-        image=np.concatenate(images),  # a copy, also of one piece: shared memory is given back
+        image=concatenate(images),  # a copy, also of one piece: shared memory is given back
         text=np.concatenate(texts),
         index=np.concatenate([one.index for one in notes]),
         keys=[key for one in notes for key in one.keys],

@@ -24,6 +24,7 @@ from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDataset
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import open_folder
+from clip_jax.models.images import Square
 from tests.data.conftest import COLUMNS, FORMATS, make_pairs
 
 PAIRS = [(f"{i:02d}.jpg", b"image %d" % i, f"text {i}") for i in range(80)]
@@ -199,7 +200,7 @@ def test_mutated_files(case, tmp_path):
         path = list(files)[number % len(files)]
         path.write_bytes(mutate(files[path], rng))
         try:
-            load = _Loader(DataConfig(source=config), 16)
+            load = _Loader(DataConfig(source=config), Square(16))
             samples = [load(i, i % len(load.source)) for i in range(len(pairs))]
         except InputError as error:
             messages.append(str(error))
