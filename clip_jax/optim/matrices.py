@@ -4,12 +4,10 @@ Layers are stacked in one array (`depth`), and so are query, key and value (`S`)
 of `CLIPConfig.dimensions`.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jaxtyping import Array
 
 Rows = Mapping[str, str]
 # Linear maps between hidden widths, apart from what stacks them: how many dimensions are the input.
@@ -31,31 +29,11 @@ def path_of(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-class Stack(NamedTuple):
-    """An array of matrices: axes that stack them, of their inputs, of their outputs."""
+def matrix_of(names: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the axes of one matrix's inputs and outputs; the others stack matrices.
 
-    stacked: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Count the inputs and outputs of one matrix."""
-        inputs, outputs = ([shape[i] for i in axes] for axes in (self.inputs, self.outputs))
-        return math.prod(inputs), math.prod(outputs)
-
-    def apply(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """Apply a function of matrices [n, inputs, outputs] to all of them."""
-        order = [*self.stacked, *self.inputs, *self.outputs]
-        back = sorted(range(x.ndim), key=order.__getitem__)
-        turned = x.transpose(order)
-        return (
-            function(turned.reshape(-1, *self.sizes(x.shape))).reshape(turned.shape).transpose(back)
-        )
-
-
-def stack_of(names: list[str]) -> Stack | None:
-    """Find the matrices of a parameter; None where it is no linear map between hidden widths."""
-    stacked = tuple(i for i, name in enumerate(names) if name in ("depth", "S"))
-    own = [i for i in range(len(names)) if i not in stacked]
+    None where a parameter is no linear map between hidden widths.
+    """
+    own = [i for i, name in enumerate(names) if name not in ("depth", "S")]
     inputs = LINEAR.get(" ".join(names[i] for i in own))
-    return None if inputs is None else Stack(stacked, tuple(own[:inputs]), tuple(own[inputs:]))
+    return None if inputs is None else (tuple(own[:inputs]), tuple(own[inputs:]))

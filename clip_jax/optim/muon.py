@@ -6,14 +6,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+import optax.contrib
+from jaxtyping import Array, Int
 
 from clip_jax.errors import check_ranges
 from clip_jax.models.clip import Params
-from clip_jax.optim.matrices import Rows, stack_of, with_names
+from clip_jax.optim.matrices import Rows, matrix_of, with_names
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; brings singular values to 0.7 .. 1.2
 
@@ -51,50 +51,37 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     config: Muon, rows: Rows, *, eps: float, first_moment: str
 ) -> optax.GradientTransformation:
-    """Orthogonalise the momentum of linear maps; `rows` must know every parameter as one."""
-    beta = config.momentum
+    """Orthogonalise the momentum of linear maps; `rows` must know every parameter as one.
+
+    optax.contrib.scale_by_muon does it. Its third state, the iteration's coefficients, is a
+    constant here and is not saved.
+    """
+    muon = optax.contrib.scale_by_muon(
+        ns_steps=config.iterations, beta=config.momentum, eps=eps,
+        mu_dtype=jnp.dtype(first_moment), nesterov=config.nesterov,
+        weight_dimension_numbers=lambda tree: with_names(rows, dimension_numbers, tree),
+    )  # fmt: skip
+
+    def dimension_numbers(names: list[str], _: Any) -> optax.contrib.MuonDimensionNumbers:
+        return optax.contrib.MuonDimensionNumbers(*(matrix_of(names) or ()))
 
     def init(params: Any) -> MuonState:
-        mu = optax.tree.zeros_like(params, dtype=jnp.dtype(first_moment))
-        return MuonState(jnp.zeros((), jnp.int32), mu)
+        state: Any = muon.init(params)
+        return MuonState(state.count, state.mu)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        step: Any = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
-        if config.nesterov:
-            ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(step))
-            here = optax.tree.bias_correction(updates, beta, step)
-            mean = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, here)
-        else:
-            mean = optax.tree.bias_correction(mu, beta, step)
+        before = optax.contrib.MuonState(state.count, state.mu, jnp.asarray(QUINTIC))
+        result: Any = muon.update(updates, before)
+        return with_names(rows, scaled, result[0]), MuonState(result[1].count, result[1].mu)
 
-        def scaled(names: list[str], x: Array) -> Array:
-            stack = stack_of(names)
-            assert stack
-            inputs, outputs = stack.sizes(x.shape)
-            if config.rms is None:
-                length = math.sqrt(max(1, outputs / inputs))
-            else:
-                length = config.rms * math.sqrt(max(inputs, outputs))
-            return length * stack.apply(lambda x: orthogonal(x, config.iterations, eps), x)
-
-        kept: Any = optax.tree.cast(mu, jnp.dtype(first_moment))
-        return with_names(rows, scaled, mean), MuonState(step, kept)
+    def scaled(names: list[str], x: Array) -> Array:
+        inputs, outputs = (math.prod(x.shape[i] for i in axes) for axes in matrix_of(names) or ())
+        if config.rms is None:
+            return math.sqrt(max(1, outputs / inputs)) * x
+        return config.rms * math.sqrt(max(inputs, outputs)) * x
 
     return optax.GradientTransformation(init, update)
-
-
-def orthogonal(x: Float[Array, "n r c"], iterations: int, eps: float) -> Float[Array, "n r c"]:
-    """Bring the singular values of each matrix near 1: x ← ax + (b·xxᵀ + c·(xxᵀ)²)x."""
-    a, b, c = QUINTIC
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
-    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + eps)
-    for _ in range(iterations):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
 
 
 def split(
@@ -103,7 +90,7 @@ def split(
     """One optimizer for linear maps, another for the rest."""
 
     def labels(params: Any) -> Any:
-        return with_names(rows, lambda names, _: "linear" if stack_of(names) else "rest", params)
+        return with_names(rows, lambda names, _: "linear" if matrix_of(names) else "rest", params)
 
     transforms: Mapping[Hashable, Any] = {"linear": linear, "rest": rest}
     return optax.partition(transforms, labels)

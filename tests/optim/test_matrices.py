@@ -3,13 +3,11 @@
 import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from clip_jax.models import zoo
 from clip_jax.optim import decay_mask
-from clip_jax.optim.matrices import stack_of, with_names
+from clip_jax.optim.matrices import matrix_of, with_names
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
 
@@ -22,7 +20,7 @@ def test_linear_maps_and_what_decays_are_known_by_name(name):
     """All kernels but those of patches are linear; gains, biases and scalars do not decay."""
     config = zoo.get(name)
     tree = names_only(config)
-    stacks = with_names(config.dimensions(), lambda names, _: bool(stack_of(names)), tree)
+    stacks = with_names(config.dimensions(), lambda names, _: bool(matrix_of(names)), tree)
     kernels = {"kernel", "proj", "text_projection", "image_projection"}
     tables = {"token_embedding", "positional_embedding", "latent", "query", "vocab_projection"}
     decays = jax.tree.leaves(decay_mask(tree))
@@ -34,11 +32,7 @@ def test_linear_maps_and_what_decays_are_known_by_name(name):
         assert decayed == (last in kernels | tables), name
 
 
-def test_functions_of_matrices_are_applied_to_each():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 3, 2, 5)), jnp.float32)
-    stack = stack_of(["depth", "D", "S", "N", "K"])
-    assert stack.sizes(x.shape) == (6, 10)
-    got = stack.apply(lambda m: m @ m.mT @ m, x)
-    one = np.asarray(x[1, :, 2]).reshape(6, 10)
-    np.testing.assert_allclose(got[1, :, 2].reshape(6, 10), one @ one.T @ one, rtol=1e-4)
-    assert stack_of(["depth", "S", "N", "K"]) is None
+def test_the_axes_of_a_matrix():
+    assert matrix_of(["depth", "D", "S", "N", "K"]) == ((1,), (3, 4))
+    assert matrix_of(["depth", "N", "K", "D"]) == ((1, 2), (3,))
+    assert matrix_of(["depth", "S", "N", "K"]) is None

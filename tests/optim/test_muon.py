@@ -1,11 +1,13 @@
 """Muon beside optax.contrib.muon, layer by layer, query, key and value apart, on a mesh too."""
 
+import math
+
 import numpy as np
 import optax
 import pytest
 
 from clip_jax.optim import Muon, OptimConfig
-from clip_jax.optim.matrices import stack_of
+from clip_jax.optim.matrices import matrix_of
 from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES
 from tests.optim.conftest import RATE, ROWS, beginning, followed, gradients, layers, optimized
@@ -20,9 +22,10 @@ def matrices(tree):
     for name, x in layers(tree, apart="depth S").items():
         path = name.rstrip("0123456789/")
         names = [dim for dim in ROWS[path].split() if dim not in ("depth", "S")]
-        if stack := stack_of(names):
-            ahead = x.shape[: x.ndim - len(names)]
-            x = x.reshape(*ahead, *stack.sizes(x.shape[len(ahead) :]))
+        if axes := matrix_of(names):
+            of_names = x.shape[x.ndim - len(names) :]
+            sizes = [math.prod(of_names[i] for i in side) for side in axes]
+            x = x.reshape(*x.shape[: x.ndim - len(names)], *sizes)
         single[name] = x
     return single
 
@@ -38,7 +41,7 @@ def test_each_layer_is_optaxs(muon, decay, mesh):
     """Every matrix goes where optax's takes it, up to a share of how far it goes."""
     optim = OptimConfig(optimizer=muon, weight_decay=decay, b2=0.95)
     params = matrices(beginning())
-    is_linear = {name: bool(stack_of(ROWS[name.rstrip("0123456789/")].split())) for name in params}
+    is_linear = {name: bool(matrix_of(ROWS[name.rstrip("0123456789/")].split())) for name in params}
     weights = {"kernel", "proj", "text_projection", "token_embedding", "positional_embedding"}
     decays = {name: bool(weights & set(name.split("/"))) for name in params}
     both = {"eps": optim.eps, "weight_decay": decay, "nesterov": muon.nesterov}
