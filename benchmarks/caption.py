@@ -22,7 +22,8 @@ import torch
 import transformers
 
 from clip_jax.convert import open_clip as layout
-from clip_jax.convert.files import write_json, write_safetensors
+from clip_jax.convert.settings import write_json
+from clip_jax.convert.tensor_files import write_safetensors
 from clip_jax.inference.loading import load
 from clip_jax.models.generation import GenerationConfig, generate
 

@@ -77,7 +77,7 @@ def main() -> None:
     import open_clip
     import torch
 
-    from clip_jax.convert.command import ConvertConfig, convert
+    from clip_jax.convert.conversion import ConvertConfig, convert
     from clip_jax.inference.embed import EmbedConfig, embed
 
     given = [int(arg) for arg in sys.argv[1:]]

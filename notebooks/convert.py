@@ -38,7 +38,7 @@ from PIL import Image
 
 import clip_jax
 from clip_jax.config import load_config
-from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.data.digits import DigitsSource
 from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import count, l2_normalize

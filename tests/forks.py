@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 MODULES = (
-    *("cli", "train", "evaluate", "predict", "convert.command", "prepare.writer", "bench"),
+    *("cli", "train", "evaluate", "predict", "convert.conversion", "prepare.writer", "bench"),
     *("scaling.ladder", "scaling.answers", "scaling.plots"),
 )
 OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")

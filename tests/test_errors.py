@@ -11,7 +11,7 @@ import pytest
 from clip_jax import bench
 from clip_jax.cli import commands
 from clip_jax.config import Config
-from clip_jax.convert.command import ConvertConfig
+from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.errors import InputError, check_ranges, read_part

@@ -169,8 +169,8 @@ def serve(args: Sequence[str]) -> int:
 
 def convert(args: Sequence[str]) -> int:
     """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
-    from clip_jax.convert.command import ConvertConfig
-    from clip_jax.convert.command import convert as run_conversion
+    from clip_jax.convert.conversion import ConvertConfig
+    from clip_jax.convert.conversion import convert as run_conversion
 
     config, as_json = arguments.read(ConvertConfig, args, ("source", "destination"), convert)
     done = run_conversion(config)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.convert import siglip_model, tokenizer_files
-from clip_jax.convert.files import Tensors
-from clip_jax.convert.npz import write_npz
+from clip_jax.convert.archives import write_npz
 from clip_jax.convert.state_dict import Row, from_params, to_params
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
     Weights,

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any, cast
 
-from clip_jax.convert.files import Tensors
 from clip_jax.convert.openai import block_rows, vit_rows
 from clip_jax.convert.settings import Settings
 from clip_jax.convert.state_dict import Row, norm, part_queries
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig

@@ -10,19 +10,19 @@ import numpy as np
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
-    folder,
     hugging_face,
     image_processor,
+    model_folder,
     open_clip,
     open_clip_config,
     openai,
     run,
     tokenizer_files,
 )
-from clip_jax.convert.files import read_json, read_tensors
-from clip_jax.convert.positions import resize_positions
+from clip_jax.convert.settings import read_json
 from clip_jax.convert.state_dict import flatten
-from clip_jax.convert.weights import DType, Weights, same_sizes
+from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.weights import DType, Weights, resize_positions, same_sizes
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation
@@ -35,7 +35,7 @@ FILES = ("openai", "big-vision")  # formats of one file; the others are folders
 _KNOWN = {
     *(open_clip_config.CONFIG_NAME, open_clip.WEIGHTS_NAME),
     *("config.json", hugging_face.WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
-    *(folder.MANIFEST_NAME, folder.CONFIG_NAME, folder.WEIGHTS_NAME),
+    *(model_folder.MANIFEST_NAME, model_folder.CONFIG_NAME, model_folder.WEIGHTS_NAME),
     *(tokenizer_files.CONFIG_NAME, tokenizer_files.SIGLIP_NAME, *vocabulary.NAMES),
 }
 
@@ -124,8 +124,8 @@ def _check_numbers(weights: Weights, path: Place) -> None:
 def _read(path: Path, activation: Activation | None, architecture: str | None) -> Weights:
     config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
     if path.is_dir():
-        if folder.is_folder(path):
-            return folder.read(path)
+        if model_folder.is_folder(path):
+            return model_folder.read(path)
         if _is_hugging_face(path):
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
@@ -172,7 +172,7 @@ def write_weights(
             case "big-vision":
                 big_vision.write(weights, partial, dtype=dtype)
             case "clip-jax":
-                folder.write(weights, partial, dtype=dtype)
+                model_folder.write(weights, partial, dtype=dtype)
         written = {file.name for file in partial.iterdir()} if to not in FILES else _KNOWN
     for name in _KNOWN - written:
         files.remove(path / name)

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_jax.convert import clip_model, image_processor, siglip_model, tokenizer_files
-from clip_jax.convert.files import Tensors, read_json, read_tensors, write_json, write_safetensors
-from clip_jax.convert.settings import said_in
+from clip_jax.convert.settings import read_json, said_in, write_json
 from clip_jax.convert.state_dict import Row, from_params, to_params
+from clip_jax.convert.tensor_files import Tensors, read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.files import read_json, write_json
-from clip_jax.convert.settings import channels_of, number_of
+from clip_jax.convert.settings import channels_of, number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.errors import InputError
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_jax.convert import captioners, openai, timm
-from clip_jax.convert.files import Tensors, write_json, write_safetensors
 from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_config, write_tokenizer
+from clip_jax.convert.settings import write_json
 from clip_jax.convert.state_dict import Row, from_params, join_queries, to_params
+from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError

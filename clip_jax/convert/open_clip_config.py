@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.convert import captioners, timm, tokenizer_files
-from clip_jax.convert.files import read_json
-from clip_jax.convert.settings import Settings, channels_of, count_of, number_of, one_of, said_in
+from clip_jax.convert.settings import (
+    Settings,
+    channels_of,
+    count_of,
+    number_of,
+    one_of,
+    read_json,
+    said_in,
+)
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE

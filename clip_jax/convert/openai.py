@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.convert.files import Tensors
 from clip_jax.convert.state_dict import Row, from_params, norm, to_params
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
     Weights,

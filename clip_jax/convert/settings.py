@@ -1,16 +1,45 @@
-"""Values of a foreign configuration, checked where they are read, so that messages name them."""
+"""Foreign JSON files and their values, checked where they are read, so that messages name them."""
 
+import json
 import typing
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clip_jax.convert.archives import map_file
 from clip_jax.data.images import Channels
 from clip_jax.errors import InputError
 
+MAX_JSON = 16 << 20  # bytes
 _LARGEST = 1 << 22  # of a size
 _FINITE = 1e6  # of any other number
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file of a configuration. Raises InputError if it is no regular file, or longer than
+    any."""
+    data = map_file(path)
+    if len(data) > MAX_JSON:
+        raise InputError(f"{path} has {len(data)} bytes; no configuration is that long.")
+    return bytes(data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. InputError names the file and what is wrong."""
+    data = read_small(path)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}; an object is needed.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object so that people can read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def count_of(value: Any, where: str) -> int:

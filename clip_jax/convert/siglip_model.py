@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert.clip_model import Section, block_rows, linear, towers
-from clip_jax.convert.files import Tensors
 from clip_jax.convert.state_dict import Row, join_queries, norm, part_queries
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import Weights, mlp_ratio
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from clip_jax.convert.files import Tensors
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 

@@ -3,15 +3,17 @@
 What is read is what transformers' tokenizer would do; what is written makes it give our ids.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import sentencepiece_json
-from clip_jax.convert.files import read_json, write_json
-from clip_jax.convert.tokenizer_json import is_clip_tokenizer, write_clip_tokenizer
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers.models import BPE, Unigram
+
+from clip_jax.convert.settings import MAX_JSON, read_json, read_small, write_json
 from clip_jax.data.tokenizers import json_file, sentence_piece
+from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
@@ -19,6 +21,8 @@ from clip_jax.storage.files import write_whole
 
 CONFIG_NAME = "tokenizer_config.json"
 SIGLIP_NAME = "spiece.model"
+_UNIGRAM = 1  # of sentencepiece's TrainerSpec.ModelType
+_UNKNOWN, _CONTROL = 2, 3  # of its SentencePiece.Type
 # Rules of released vocabularies, by their number of ids: (begin, end, padding).
 _RELEASED = {
     32_000: (None, 1, 1), 250_000: (None, 1, 1), 256_000: (None, 1, 0), 901_629: (0, 2, 1),
@@ -148,13 +152,10 @@ def write(
         "padding_side": config.pad_side,
         "truncation_side": "right",
     }
-    if as_json and not is_json(data):
-        data = json.dumps(sentencepiece_json.to_json(data, config.file)).encode()
-        write_whole(folder / JSON_NAME, data)
-        config = replace(config, file=str(folder / JSON_NAME))
-    if is_json(data):
+    if is_json(data) or as_json:
+        tokenizer = json_file.load(config.file) if is_json(data) else _unigram(data, config.file)
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings |= _write_json(folder, json.loads(data), config, cleaned)
+        settings |= _write_json(folder, tokenizer, config, cleaned)
     else:
         settings |= _write_siglip(folder, data, config, cleaned)
     write_json(folder / CONFIG_NAME, settings)
@@ -182,48 +183,83 @@ def _write_siglip(
 
 
 def _write_json(
-    folder: Path, content: dict[str, Any], config: TokenizerConfig, cleaned: bool
+    folder: Path, tokenizer: HubTokenizer, config: TokenizerConfig, cleaned: bool
 ) -> dict[str, Any]:
     """Write the vocabulary with the rules put into it; return the names of its special tokens."""
-    names = {i: token for token, i in json_file.load(config.file).get_vocab().items()}
-    steps = [] if cleaned else _CLEANING[config.clean]
-    before = content.get("normalizer")
-    if steps and before is not None:
-        steps = [*steps, before]
+    steps = [] if cleaned else list(_CLEANING[config.clean])
+    if steps and tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
     if steps:
-        content["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    single = [{"Sequence": {"id": "A", "type_id": 0}}]
-    special = {}
-    for at, value in ((0, config.begin_id), (len(single), config.end_id)):
-        if value is not None:
-            token = names[value]
-            entry = {"SpecialToken": {"id": token, "type_id": 0}}
-            single = [entry, *single] if at == 0 else [*single, entry]
-            special[token] = {"id": token, "ids": [value], "tokens": [token]}
-    content |= {"truncation": None, "padding": None}
-    content["post_processor"] = {
-        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special,
-    } if special else None  # fmt: skip
-    raw = json.dumps(content, ensure_ascii=False).encode()
-    write_whole(folder / JSON_NAME, raw)
+        tokenizer.normalizer = normalizers.Sequence(steps)
     ids = {"bos_token": config.begin_id, "eos_token": config.end_id, "pad_token": config.pad_id}
-    return {name: names[value] for name, value in ids.items() if value is not None}
+    names = {name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
+    around = {names[x]: ids[x] for x in ("bos_token", "eos_token") if x in names}
+    template = [names.get("bos_token"), "$A", names.get("eos_token")]
+    parts = [part for part in template if part is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=parts, special_tokens=list(around.items())
+    )
+    write_whole(folder / JSON_NAME, tokenizer.to_str())
+    return names
 
 
-def _replace(pattern: str, by: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": by}
+def _unigram(data: bytes, file: str) -> HubTokenizer:
+    """Return what splits texts as a sentencepiece unigram model does, for readers without it.
+
+    Raises InputError for a model of another kind than unigram, and without the package `protobuf`.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise InputError(
+            f"{file} becomes a tokenizer.json with the package protobuf alone: "
+            "pip install 'clip-jax-pods[onnx]'."
+        ) from error
+    made_at_run_time: Any = sentencepiece_model_pb2
+    model = made_at_run_time.ModelProto.FromString(data)
+    if model.trainer_spec.model_type != _UNIGRAM:
+        raise InputError(
+            f"{file} is a sentencepiece model of another kind than unigram; give the "
+            "tokenizer.json that was published beside it, by --tokenizer."
+        )
+    rules, pieces = model.normalizer_spec, model.pieces
+    tokenizer = HubTokenizer(
+        Unigram(
+            [(piece.piece, piece.score) for piece in pieces],
+            next(i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN),
+            model.trainer_spec.byte_fallback,
+        )
+    )
+    steps: list[normalizers.Normalizer] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if rules.add_dummy_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=True)
+            for piece in pieces
+            if piece.type in (_UNKNOWN, _CONTROL)
+        ]
+    )
+    return tokenizer
 
 
-_LOWER = {"type": "Lowercase"}
-_SPACES = [_replace(r"\s+", " "), {"type": "Strip", "strip_left": True, "strip_right": True}]
-_SIGNS = _replace(r"[!-/:-@\[-`{-~]", "")  # ASCII's punctuation
+_LOWER = normalizers.Lowercase()
+_SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+_SIGNS = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")  # ASCII's punctuation
 # Cleaning as normalizers of a tokenizer.json, which have no repair of mojibake and HTML.
-_CLEANING: dict[Cleaning, list[dict[str, Any]]] = {
+_CLEANING: dict[Cleaning, list[normalizers.Normalizer]] = {
     "none": [],
     "lower": [_LOWER],
     "whitespace": _SPACES,
     "punctuation": [_LOWER, _SIGNS, *_SPACES],
-    "canonicalize": [_replace("_", " "), _LOWER, _SIGNS, *_SPACES],
+    "canonicalize": [normalizers.Replace("_", " "), _LOWER, _SIGNS, *_SPACES],
     "clip": [*_SPACES, _LOWER],
 }
 
@@ -255,3 +291,86 @@ def without_separator(config: TokenizerConfig, folder: Path) -> TokenizerConfig:
             "of the tokenizer, is not supported."
         )
     return replace(config, end_id=0)
+
+
+# ------------------------------------------------------------------ CLIP's vocabulary
+
+_PIECES = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = False) -> None:
+    """Write the two files that `CLIPProcessor.from_pretrained` needs to tokenize and to pad.
+
+    Padding is end-of-text, as Hugging Face's CLIP does it: the end is read at its first place, so
+    features are those of our zeros. (Its "!" has id 0, but as a padding token it would also be
+    taken out of texts.) Hugging Face applies no ftfy and unescapes no HTML. With `own_padding`, for
+    readers that take a padding token out of no text, it is the model's own.
+    """
+    tokenizer = ClipTokenizer(text.clip_vocab_size)
+    content = HubTokenizer(
+        BPE(
+            vocab=tokenizer.vocab,
+            merges=tokenizer.merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=WORD_END,
+            unk_token=END_OF_TEXT,
+        )
+    )
+    content.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    content.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    content.decoder = decoders.ByteLevel()
+    content.post_processor = processors.RobertaProcessing(
+        (END_OF_TEXT, tokenizer.end_of_text),
+        (START_OF_TEXT, tokenizer.start_of_text),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    content.add_special_tokens([START_OF_TEXT, END_OF_TEXT])
+    (folder / JSON_NAME).write_text(content.to_str(pretty=False))
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": text.context_length,
+        "bos_token": START_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "pad_token": content.id_to_token(text.tokenizer.pad_id) if own_padding else END_OF_TEXT,
+        "do_lower_case": True,
+    }
+    write_json(folder / CONFIG_NAME, settings)
+
+
+def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
+    """Say whether a folder's tokenizer files hold CLIP's vocabulary and merges of that size."""
+    vocabulary = _read_vocab(folder)
+    if vocabulary is None:
+        return False
+    try:
+        tokenizer = ClipTokenizer(vocab_size)
+    except InputError:
+        return False
+    vocab, merges = vocabulary
+    return vocab == tokenizer.vocab and merges == tokenizer.merges
+
+
+def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:
+    if (path := folder / JSON_NAME).exists():
+        if path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes
+            return None
+        model = read_json(path).get("model")
+        merges = model.get("merges") if isinstance(model, dict) else None
+        if not isinstance(model, dict) or not isinstance(merges, list):
+            return None
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+        return model.get("vocab"), [tuple(pair) for pair in pairs if isinstance(pair, list)]
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        lines = read_small(folder / "merges.txt").decode(errors="replace").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return read_json(folder / "vocab.json"), [tuple(pair) for pair in merges]
+    return None

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.torch_archive import read_archive
+from clip_jax.convert.archives import read_archive
 from clip_jax.errors import InputError
 
 _MAX_PICKLE = 8 << 20  # bytes; the structure of a large checkpoint takes one or two

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from clip_jax.convert import folder, open_clip, openai
+from clip_jax.convert import model_folder, open_clip, openai
 from clip_jax.convert.formats import Format
 from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import to_params
@@ -132,7 +132,7 @@ def verify(
         case "big-vision":
             peer, theirs = "open_clip", _big_vision_outputs(weights, path, images, tokens)
         case "clip-jax":
-            again = folder.read(path)
+            again = model_folder.read(path)
             peer, theirs = "clip_jax", our_outputs(again.config, again.params, images, tokens)
     loss = None
     if params is not weights.params:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.convert import card
-from clip_jax.convert.command import check_free
+from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import read_weights
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files
-from clip_jax.convert.files import read_json, write_json
 from clip_jax.convert.open_clip_config import is_open_clips_own, text_cfg
+from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from clip_jax.convert import folder as model_folder
+from clip_jax.convert import model_folder
 from clip_jax.convert.state_dict import flatten, unflatten
-from clip_jax.convert.tokenizer_json import write_clip_tokenizer
+from clip_jax.convert.tokenizer_files import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params

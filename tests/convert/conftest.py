@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.convert.files import read_tensors
 from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.weights import DType, Weights, default_preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo

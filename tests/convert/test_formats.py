@@ -11,8 +11,8 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
-from clip_jax.convert.files import read_tensors, write_safetensors
 from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax.cli.commands import main
 from clip_jax.config import Config
-from clip_jax.convert.folder import write as write_model
+from clip_jax.convert.model_folder import write as write_model
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig

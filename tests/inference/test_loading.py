@@ -13,8 +13,8 @@ import pytest
 
 import clip_jax
 from clip_jax.cli.commands import main
-from clip_jax.convert import folder
-from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert import model_folder
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.inference import loading
@@ -87,7 +87,7 @@ def test_verification_of_our_own_folder(run, tmp_path, capsys):
     for factor, shown in ((1.001, float), (np.nan, type(None))):
         scaled = jax.tree.map(lambda x, by=factor: x * np.float32(by), params)
         other = Weights(config=config, params=scaled)
-        with mock.patch.object(folder, "read", autospec=True, return_value=other):
+        with mock.patch.object(model_folder, "read", autospec=True, return_value=other):
             assert main([*args, "--overwrite", "--json"]) == 1
         values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
         assert isinstance(values["max_relative_difference"], shown)

@@ -14,8 +14,8 @@ import numpy as np
 import packaging.version
 import torch
 
-from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import BOUND, our_outputs, relative_difference
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.models.clip import CLIP, CLIPConfig

@@ -14,9 +14,9 @@ import transformers
 from torch.nn import functional as F
 
 from clip_jax.convert import open_clip as layout
-from clip_jax.convert.command import ConvertConfig, convert
-from clip_jax.convert.files import write_safetensors
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.tensor_files import write_safetensors
 from clip_jax.convert.verify import BOUND, our_outputs, random_inputs, relative_difference
 from clip_jax.losses import CaptionConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIP

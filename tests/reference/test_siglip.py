@@ -11,10 +11,10 @@ from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipMo
 
 from clip_jax.convert import open_clip, timm
 from clip_jax.convert.clip_model import towers
-from clip_jax.convert.command import ConvertConfig, convert
-from clip_jax.convert.files import read_tensors
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import param_shapes
+from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import BOUND, relative_difference, verify
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import probabilities

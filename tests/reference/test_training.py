@@ -12,8 +12,8 @@ import torch
 from clip_jax import sharding
 from clip_jax.convert import open_clip as conversion
 from clip_jax.convert import open_clip_config
-from clip_jax.convert.files import Tensors
 from clip_jax.convert.openai import read as read_openai_names
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import Weights
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo

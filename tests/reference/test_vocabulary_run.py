@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, CLIPProcessor
 
-from clip_jax.convert.command import ConvertConfig, convert
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.verify import BOUND, relative_difference
 from clip_jax.inference.loading import load
 from clip_jax.models.clip import l2_normalize

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.convert.files import read_tensors
 from clip_jax.convert.formats import read_weights
-from clip_jax.convert.tokenizer_json import is_clip_tokenizer
+from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.tokenizer_files import is_clip_tokenizer
 from tests.convert.conftest import refuse
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.files import read_json, read_tensors, write_json, write_safetensors
+from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import Row, flatten, param_shapes, to_params
+from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary

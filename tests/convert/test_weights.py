@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clip_jax.convert.positions import resize_positions
+from clip_jax.convert.weights import resize_positions
 from tests.convert.conftest import make_weights
 
 

@@ -3,23 +3,18 @@
 The format is told by a file's content, not by its name. Nothing needs torch, nothing is executed.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from clip_jax.convert.npz import is_npz, read_npz
-from clip_jax.convert.torch_archive import map_file
+from clip_jax.convert.archives import is_npz, map_file, read_npz
+from clip_jax.convert.settings import read_json
 from clip_jax.convert.torch_pickle import read_torch
 from clip_jax.errors import InputError
 
 Tensors = dict[str, np.ndarray]
-
-MAX_JSON = 16 << 20  # bytes
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -68,32 +63,6 @@ def _read_shards(path: Path) -> Tensors:
     if missing := sorted(set(places) - set(tensors)):
         raise InputError(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
     return tensors
-
-
-def read_small(path: Path) -> bytes:
-    """Read a file of a configuration. Raises InputError if it is no regular file, or longer than
-    any."""
-    data = map_file(path)
-    if len(data) > MAX_JSON:
-        raise InputError(f"{path} has {len(data)} bytes; no configuration is that long.")
-    return bytes(data)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. InputError names the file and what is wrong."""
-    data = read_small(path)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}; an object is needed.")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object so that people can read it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:

@@ -1,0 +1,133 @@
+"""Zip archives as PyTorch and NumPy write them, mapped into memory and never unpacked.
+
+An entry is read as it is stored in the file: compressed, encrypted or overlapping entries are
+refused, so nothing can grow beyond the file's own size.
+"""
+
+import io
+import itertools
+import math
+import mmap
+import struct
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from clip_jax.errors import InputError
+
+_HEADER = 30  # bytes of an entry's own header, before its name
+_SUFFIX = ".npy"
+_BFLOAT16 = np.dtype("V2")  # as NumPy's format has it, which knows no name for it
+_LONGEST_HEADER = 10_000  # bytes, as NumPy's own limit
+
+
+def map_file(path: Path) -> memoryview:
+    """Map a file read-only. Raises InputError, which says what it is instead of a file."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; a file is needed.")
+    if not path.is_file():  # opening a pipe would wait for ever
+        pipe = f"{path} is a pipe or a device; a regular file is needed."
+        raise InputError(pipe if path.exists() else f"there is no file {path}.")
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            raise InputError(f"{path} is empty.")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def read_archive(buffer: memoryview, root: bool = True) -> dict[str, memoryview]:
+    """Return entry name → its bytes in the file, with `root` without the archive's root folder.
+
+    What lies under `code/` (TorchScript's program) is left out and may be compressed. Raises
+    InputError, or struct.error where the file ends too early.
+    """
+    entries: dict[str, memoryview] = {}
+    spans = []
+    for info in _directory(buffer):
+        entry, header, size = info.orig_filename, info.header_offset, info.file_size
+        path = entry.partition("/")[2] if root else entry
+        if path.startswith("code/") or entry.endswith("/"):
+            continue
+        if info.compress_type or info.flag_bits & 1:
+            kind = "compressed" if info.compress_type else "encrypted"
+            raise InputError(
+                f"entry {entry} is {kind}; PyTorch and numpy.savez store tensors as they are, so "
+                "this archive was not written by them. Unpack it and save it with one of them."
+            )
+        if buffer[header : header + 4] != b"PK\x03\x04":
+            raise InputError(f"entry {entry} has no header at byte {header}; it is damaged.")
+        start = header + _HEADER + sum(struct.unpack_from("<HH", buffer, header + 26))
+        if info.compress_size != size or start + size > len(buffer):
+            raise InputError(
+                f"entry {entry} claims {size} bytes at {start} of a file of {len(buffer)}; "
+                "it is truncated or damaged."
+            )
+        if path in entries:
+            raise InputError(f"two entries are called {entry}.")
+        entries[path] = buffer[start : start + size]
+        spans.append((header, start + size, entry))
+    spans.sort()
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start < end:
+            raise InputError(f"entries {first} and {second} overlap; it is a zip bomb.")
+    return entries
+
+
+def _directory(buffer: memoryview) -> list[zipfile.ZipInfo]:
+    mapped = buffer.obj
+    file = mapped if isinstance(mapped, mmap.mmap) else io.BytesIO(buffer)
+    try:
+        with zipfile.ZipFile(file) as archive:  # ty: ignore[no-matching-overload]
+            return archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        raise InputError(f"a truncated or damaged zip archive: {error}.") from error
+
+
+def is_npz(buffer: memoryview) -> bool:
+    """Say whether an archive's first entry is an array."""
+    length = int.from_bytes(buffer[26:28], "little")
+    return bytes(buffer[30 : 30 + length]).endswith(_SUFFIX.encode())
+
+
+def read_npz(buffer: memoryview, source: str) -> dict[str, np.ndarray]:
+    """Return name → array, each a view of the file. InputError names the entry that is wrong."""
+    try:
+        entries = read_archive(buffer, root=False)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    except (ValueError, OverflowError, struct.error) as error:
+        raise InputError(f"{source} is a damaged zip archive: {error}.") from error
+    return {
+        name.removesuffix(_SUFFIX): _array(data, f"{source}: entry {name}")
+        for name, data in entries.items()
+    }
+
+
+def _array(data: memoryview, where: str) -> np.ndarray:
+    head = io.BytesIO(bytes(data[: _LONGEST_HEADER + 16]))
+    try:
+        version = np.lib.format.read_magic(head)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(head, max_header_size=_LONGEST_HEADER)
+    except ValueError as error:
+        raise InputError(f"{where} is no array: {error!s:.200}.") from error
+    if dtype.hasobject or dtype.kind not in "fiubV" or (dtype.kind == "V" and dtype != _BFLOAT16):
+        raise InputError(f"{where} holds values of type {dtype}; numbers are read.")
+    values = data[head.tell() :]
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(values):
+        raise InputError(f"{where} claims {dtype}{list(shape)} and has {len(values)} bytes.")
+    array = np.frombuffer(values, ml_dtypes.bfloat16 if dtype == _BFLOAT16 else dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as `numpy.savez` does."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            plain = np.asarray(array, order="C")
+            plain = plain.view(_BFLOAT16) if plain.dtype == ml_dtypes.bfloat16 else plain
+            with archive.open(f"{name}{_SUFFIX}", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, plain, allow_pickle=False)
