@@ -6,15 +6,18 @@ The file has no configuration: sizes are read off the arrays, the rest is what b
 """
 
 import re
-import typing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clip_jax.convert import siglip_model, tokenizer_files
+from clip_jax.convert import open_clip, tokenizer_files, verify
 from clip_jax.convert.archives import write_npz
+from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
+from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import Row, from_params, to_params
+from clip_jax.convert.target import Target, fixed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
@@ -33,6 +36,7 @@ from clip_jax.models.vit import ViTConfig
 _ROOT = "params/"
 _BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")
 _QKV = ("query", "key", "value")
+_ACTIVATIONS = {"vision.activation": "gelu_tanh", "text.activation": "gelu_tanh"}
 _SIGLIP2_WORDS = 256_000  # whose images transformers resizes bilinearly
 
 
@@ -42,11 +46,23 @@ def is_big_vision(tensors: Tensors) -> bool:
 
 
 def _norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("scale", "bias")]
+    return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
 
 
 def _linear(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("kernel", "bias")]
+    return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in ("kernel", "bias")]
+
+
+def _stacked_heads(ours: str, theirs: str, names: tuple[str, ...], blocks: str = "") -> list[Row]:
+    """Rows of several projections to heads that are one of ours; `blocks`: the axis of a stack."""
+    kinds = {
+        "kernel": (f"S {blocks}D N K", f"{blocks}D S N K"),
+        "bias": (f"S {blocks}N K", f"{blocks}S N K"),
+    }
+    return [
+        Row(f"{ours}/{kind}", tuple(f"{theirs}/{name}/{kind}" for name in names), " -> ".join(axes))
+        for kind, axes in kinds.items()
+    ]
 
 
 def _mlp(ours: str, theirs: str) -> list[Row]:
@@ -60,16 +76,7 @@ def _blocks(ours: str, theirs: str) -> list[Row]:
     attention = f"{theirs}/MultiHeadDotProductAttention_0"
     return [
         *_norm(f"{ours}/ln_1", f"{theirs}/LayerNorm_0"),
-        Row(
-            f"{ours}/attn/in_proj/kernel",
-            tuple(f"{attention}/{n}/kernel" for n in _QKV),
-            "S Z D N K -> Z D S N K",
-        ),
-        Row(
-            f"{ours}/attn/in_proj/bias",
-            tuple(f"{attention}/{n}/bias" for n in _QKV),
-            "S Z N K -> Z S N K",
-        ),
+        *_stacked_heads(f"{ours}/attn/in_proj", attention, _QKV, "Z "),
         *_linear(f"{ours}/attn/out_proj", f"{attention}/out"),
         *_norm(f"{ours}/ln_2", f"{theirs}/LayerNorm_1"),
         *_mlp(f"{ours}/mlp", theirs),
@@ -87,16 +94,7 @@ def rows(config: CLIPConfig) -> list[Row]:
         *_norm("visual/ln_post", "img/Transformer/encoder_norm"),
         Row(f"{pool}/latent", f"{head}/probe"),
         *_linear(f"{pool}/q", f"{attention}/query"),
-        Row(
-            f"{pool}/kv/kernel",
-            tuple(f"{attention}/{n}/kernel" for n in _QKV[1:]),
-            "S D N K -> D S N K",
-        ),
-        Row(
-            f"{pool}/kv/bias",
-            tuple(f"{attention}/{n}/bias" for n in _QKV[1:]),
-            "S N K -> S N K",
-        ),
+        *_stacked_heads(f"{pool}/kv", attention, _QKV[1:]),
         *_linear(f"{pool}/proj", f"{attention}/out"),
         *_norm(f"{pool}/norm", f"{head}/LayerNorm_0"),
         *_mlp(f"{pool}/mlp", head),
@@ -145,17 +143,16 @@ def _stacked(arrays: Tensors, source: str) -> Tensors:
             blocks.setdefault(f"{match[1]}/{match[3]}", {})[int(match[2])] = array
         else:
             tensors[name] = array
-    for name, parts in blocks.items():
-        shapes = {x.shape for x in parts.values()}
-        if sorted(parts) != list(range(len(parts))) or len(shapes) > 1 or name in tensors:
-            raise InputError(f"{source}: the blocks of {name} are not one stack: {sorted(parts)}.")
-        tensors[name] = np.stack([parts[i] for i in range(len(parts))])
+    for name, stack in blocks.items():
+        shapes = {x.shape for x in stack.values()}
+        if sorted(stack) != list(range(len(stack))) or len(shapes) > 1 or name in tensors:
+            raise InputError(f"{source}: the blocks of {name} are not one stack: {sorted(stack)}.")
+        tensors[name] = np.stack([stack[i] for i in range(len(stack))])
     return tensors
 
 
 def infer(arrays: Tensors, source: str) -> CLIPConfig:
     """Read the architecture off the arrays. InputError names what is missing."""
-    image, words = "img/Transformer/encoderblock", "txt/Encoder_0/encoderblock"
     kernel = arrays.get("img/embedding/kernel")
     if kernel is not None and kernel.ndim == 2:
         raise InputError(
@@ -165,29 +162,23 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
     patch, _, _, width = shape_of(arrays, "img/embedding/kernel", 4, source)
     positions = shape_of(arrays, "img/pos_embedding", 3, source)[1]
     side = square_side(positions, "img/pos_embedding", source)
-    sizes = {}
-    for tower in (image, words):
-        query = f"{tower}/MultiHeadDotProductAttention_0/query/kernel"
-        depth, _, heads, _ = shape_of(arrays, query, 4, source)
-        mlp = shape_of(arrays, f"{tower}/MlpBlock_0/Dense_0/kernel", 3, source)[2]
-        sizes[tower] = depth, heads, mlp
     vocab, text_width = shape_of(arrays, "txt/Embed_0/embedding", 2, source)
     projection = "txt/head/kernel" in arrays
-    depth, heads, mlp = sizes[image]
-    # The released So400m/14 of 384 pixels sees 378 of them.
     vision = ViTConfig(
+        # The released So400m/14 of 384 pixels sees 378 of them.
         image_size=384 if (side, patch) == (27, 14) else side * patch,
-        patch_size=patch, width=width, depth=depth, num_heads=heads,
-        mlp_ratio=mlp_ratio(width, mlp), pool="map", class_token=False, pre_norm=False,
-        patch_bias=True, projection=False, activation="gelu_tanh", norm_epsilon=1e-6,
-    )  # fmt: skip
-    depth, heads, mlp = sizes[words]
+        patch_size=patch,
+        **_tower(arrays, "img/Transformer/encoderblock", width, source),
+        **fixed(SIGLIP_ASSUMPTIONS | _ACTIVATIONS, "vision"),
+    )
     text = TextConfig(
         context_length=shape_of(arrays, "txt/pos_embedding", 3, source)[1],
-        vocab_size=vocab, width=text_width, depth=depth, num_heads=heads,
-        mlp_ratio=mlp_ratio(text_width, mlp), causal=False, pool="last", projection=projection,
-        projection_bias=projection, activation="gelu_tanh", norm_epsilon=1e-6,
-    )  # fmt: skip
+        vocab_size=vocab,
+        **_tower(arrays, "txt/Encoder_0/encoderblock", text_width, source),
+        **fixed(SIGLIP_ASSUMPTIONS | _ACTIVATIONS, "text"),
+        projection=projection,
+        projection_bias=projection,
+    )
     half = (0.5, 0.5, 0.5)
     return CLIPConfig(
         embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0,
@@ -195,21 +186,53 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
     )  # fmt: skip
 
 
+def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, Any]:
+    query = f"{blocks}/MultiHeadDotProductAttention_0/query/kernel"
+    depth, _, heads, _ = shape_of(arrays, query, 4, source)
+    hidden = shape_of(arrays, f"{blocks}/MlpBlock_0/Dense_0/kernel", 3, source)[2]
+    ratio = mlp_ratio(width, hidden)
+    sizes = {"width": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
+    return {**sizes, "norm_epsilon": 1e-6}
+
+
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the arrays under big_vision's names. Raises InputError if its SigLIP is not this
     model."""
-    siglip_model.check(weights, "big_vision's SigLIP")
-    config = weights.config
-    vision = typing.cast(ViTConfig, config.vision)  # see `check`
-    if {vision.activation, config.text.activation} != {"gelu_tanh"}:
-        raise InputError(
-            "big_vision computes both towers with gelu_tanh, and this model has "
-            f"{vision.activation} and {config.text.activation}; choose --to clip-jax."
-        )
-    tensors = from_params(rows(config), weights.params)
+    check_siglip(weights, "big_vision's SigLIP", _ACTIVATIONS)
+    tensors = from_params(rows(weights.config), weights.params)
     return {f"{_ROOT}{name}": cast(x, dtype) for name, x in tensors.items()}
 
 
 def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     """Write the `.npz`."""
     write_npz(path, to_tensors(weights, dtype))
+
+
+def _outputs(
+    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
+) -> verify.Outputs:
+    """Of open_clip's model of these sizes and its loader of big_vision's files.
+
+    Its GELU is big_vision's only once it is set so.
+    """
+    with verify.library("open_clip", "open_clip_torch"):
+        try:
+            settings = model_cfg(open_clip.as_computed(weights))
+        except InputError as error:
+            message = "open_clip, which reads these files too, has no image tower of these sizes"
+            raise verify.Unverifiable(message) from error
+        del settings["custom_text"]
+        import torch
+        from open_clip.convert import load_big_vision_weights
+        from open_clip.model import CustomTextCLIP
+
+        model = CustomTextCLIP(**settings).eval()
+        load_big_vision_weights(model, str(path))
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.startswith("GELU"):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, torch.nn.GELU("tanh"))
+        return verify.torch_outputs(model.encode_image, model.encode_text, model, images, tokens)
+
+
+TARGET = Target(write=write, reference="open_clip", outputs=_outputs, example="x.npz")

@@ -3,13 +3,21 @@
 from dataclasses import replace
 from typing import Any, cast
 
-from clip_jax.convert.openai import block_rows, vit_rows
+from clip_jax.convert.openai import BLOCK, vit_rows
 from clip_jax.convert.settings import Settings
-from clip_jax.convert.state_dict import Row, norm, part_queries
+from clip_jax.convert.state_dict import (
+    Row,
+    block_rows,
+    heads_out,
+    norm,
+    query_rows,
+    split_queries,
+)
+from clip_jax.convert.target import Assumptions
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -21,27 +29,27 @@ _UNREAD = {"context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries",
 def rows(config: CLIPConfig) -> list[Row]:
     """The table, of tensors that `split` has parted."""
     vision = cast(ViTConfig, config.vision)
-    found = vit_rows(vision)
+    rows = vit_rows(vision)
     if vision.pool == "queries":
-        found += _pool_rows(vision.width == config.embed_dim)
-    found += [
+        rows += _pool_rows(vision.width == config.embed_dim)
+    rows += [
         Row("text/token_embedding", "text.token_embedding.weight"),
         Row("text/positional_embedding", "text.positional_embedding"),
         *norm("text/ln_final", "text.ln_final"),
         Row("logit_scale", "logit_scale"),
     ]
-    if config.init_logit_bias is not None:
-        found.append(Row("logit_bias", "logit_bias"))
+    if config.has_logit_bias:
+        rows.append(Row("logit_bias", "logit_bias"))
     if isinstance(config.decoder, MaMMUTConfig):
         return [
-            *found,
+            *rows,
             *_layer_rows("text", config.decoder.cross_every, config.decoder.first_mlp),
             Row("decoder/image_projection", "map_viz2txt_kv"),
             Row("decoder/vocab_projection", "text.text_projection"),
         ]
     return [
-        *found,
-        *block_rows("text/transformer/resblocks", "text.transformer.resblocks.{}"),
+        *rows,
+        *block_rows("text/transformer/resblocks", "text.transformer.resblocks.{}", BLOCK),
         Row("text/class_embedding", "text.cls_emb"),
         Row("text/text_projection", "text.text_projection"),
         *_layer_rows("decoder", 1, True),
@@ -54,7 +62,7 @@ def _pool_rows(fused: bool) -> list[Row]:
     """Rows of the attentional pool, whose projections are one tensor if all widths are the same."""
     ours, theirs = "visual/attn_pool", "visual.attn_pool"
     q, kv = f"{ours}/attn/q", f"{ours}/attn/kv"
-    projections = _query_rows(f"{ours}/attn", f"{theirs}.attn")
+    projections = query_rows(f"{ours}/attn", *(f"{theirs}.attn.in_proj_*.{x}" for x in ("q", "kv")))
     if not fused:
         weights = tuple(f"{theirs}.attn.{name}_proj_weight" for name in "kv")
         projections = [row for row in projections if not row.ours.endswith("kernel")] + [
@@ -66,17 +74,7 @@ def _pool_rows(fused: bool) -> list[Row]:
         *norm(f"{ours}/ln_q", f"{theirs}.ln_q"),
         *norm(f"{ours}/ln_k", f"{theirs}.ln_k"),
         *projections,
-        Row(f"{ours}/attn/out_proj/kernel", f"{theirs}.attn.out_proj.weight", "D (N K) -> N K D"),
-        Row(f"{ours}/attn/out_proj/bias", f"{theirs}.attn.out_proj.bias"),
-    ]
-
-
-def _query_rows(ours: str, theirs: str) -> list[Row]:
-    return [
-        Row(f"{ours}/q/kernel", f"{theirs}.in_proj_weight.q", "(N K) D -> D N K"),
-        Row(f"{ours}/q/bias", f"{theirs}.in_proj_bias.q", "(N K) -> N K"),
-        Row(f"{ours}/kv/kernel", f"{theirs}.in_proj_weight.kv", "(S N K) D -> D S N K"),
-        Row(f"{ours}/kv/bias", f"{theirs}.in_proj_bias.kv", "(S N K) -> S N K"),
+        *heads_out(f"{ours}/attn/out_proj", f"{theirs}.attn.out_proj"),
     ]
 
 
@@ -87,24 +85,24 @@ def _layer_rows(tower: str, blocks: int, first_mlp: bool) -> list[Row]:
     own = [
         row._replace(first=i, step=blocks)
         for i in range(blocks)
-        for row in block_rows(f"{layers}/self_{i}", f"{name}.resblocks.{{}}")
+        for row in block_rows(f"{layers}/self_{i}", f"{name}.resblocks.{{}}", BLOCK)
         if first_mlp or not row.ours.startswith((f"{layers}/self_0/mlp", f"{layers}/self_0/ln_2"))
     ]
-    cross, attention = f"{name}.cross_attn.{{}}", f"{name}.cross_attn.{{}}.attn"
+    cross = f"{name}.cross_attn.{{}}"
     block = [
-        row for row in block_rows(f"{layers}/cross", cross) if "in_proj" not in row.ours
+        row for row in block_rows(f"{layers}/cross", cross, BLOCK) if "in_proj" not in row.ours
     ]  # fmt: skip
     return [
         *own,
         *block,
         *norm(f"{layers}/cross/ln_1_kv", f"{cross}.ln_1_kv"),
-        *_query_rows(f"{layers}/cross/attn", attention),
+        *query_rows(f"{layers}/cross/attn", *(f"{cross}.attn.in_proj_*.{x}" for x in ("q", "kv"))),
     ]
 
 
 def split(tensors: Tensors) -> Tensors:
-    """Part the projections of attention to the image into the query's and the others'."""
-    return part_queries(
+    """Split the projections of attention to the image into the query's and the others'."""
+    return split_queries(
         tensors,
         lambda name: (
             ".attn.in_proj_" in name
@@ -178,22 +176,18 @@ def settings(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any], dict[s
     return top, image, words
 
 
-def wrong(config: CLIPConfig) -> dict[str, bool]:
-    """Name what of a model with a decoder open_clip's layout has no words for."""
-    text, decoder = config.text, config.decoder
-    coca = decoder if isinstance(decoder, CoCaConfig) else CoCaConfig()
+def assumptions(decoder: DecoderConfig) -> Assumptions:
+    """Return what open_clip's layout assumes of a model with a decoder."""
     is_coca = isinstance(decoder, CoCaConfig)
     return {
-        "text.correct_class_mask (open_clip computes the other)": is_coca
-        and text.correct_class_mask,
-        "decoder.mlp_ratio": coca.mlp_ratio != 4.0,
-        "text.pool": text.pool != ("class_token" if is_coca else "mean"),
-        "text.projection": text.projection != is_coca,
-        "text.projection_bias": text.projection_bias,
-        "text.causal": text.causal != is_coca,
-        "text.norm_epsilon": text.norm_epsilon != 1e-5,
-        "text.mlp_ratio": text.mlp_ratio != 4.0,
-        "text.activation": text.activation == "gelu_tanh",
-        "vision.pool": isinstance(config.vision, ViTConfig)
-        and config.vision.pool not in (("queries", "class_token") if is_coca else ("mean_all",)),
+        "decoder.mlp_ratio": 4.0,
+        "vision.pool": ("queries", "class_token") if is_coca else "mean_all",
+        "text.correct_class_mask": False if is_coca else (True, False),
+        "text.pool": "class_token" if is_coca else "mean",
+        "text.projection": is_coca,
+        "text.projection_bias": False,
+        "text.causal": is_coca,
+        "text.norm_epsilon": 1e-5,
+        "text.mlp_ratio": 4.0,
+        "text.activation": ("quick_gelu", "gelu"),
     }

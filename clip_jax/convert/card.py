@@ -10,7 +10,6 @@ from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert import run
 from clip_jax.convert.weights import Weights
 from clip_jax.models.clip import count
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 from clip_jax.storage.json_files import read_json
@@ -103,19 +102,12 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _model(weights: Weights) -> dict[str, Any]:
-    config, preprocess = weights.config, weights.preprocess
-    vision, text = config.vision, config.text
-    kind = (
-        f"ResNet of width {vision.width}, layers {vision.layers}"
-        if isinstance(vision, ResNetConfig)
-        else f"ViT of width {vision.width}, depth {vision.depth}, patches of {vision.patch_size} "
-        f"pixels, {vision.activation}, {vision.pool} pooling"
-    )
+    config, preprocess, text = weights.config, weights.preprocess, weights.config.text
     tokenizer = text.tokenizer
     return {
         "parameters": f"{count(weights.params):,}",
         "embedding": f"{config.embed_dim} dimensions",
-        "image tower": kind,
+        "image tower": config.vision.summary,
         "text tower": f"width {text.width}, depth {text.depth}, {text.context_length} tokens, "
         f"{text.activation}, {text.pool} pooling",
         "images": f"{preprocess.image_size} pixels, {preprocess.resize_mode}, "
@@ -142,12 +134,12 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _settings(part: dict[str, Any]) -> str:
+def _settings(values: dict[str, Any]) -> str:
     """Name a dataclass of the configuration and its plain fields."""
-    kind = str(part.get("type", "")).removesuffix("Config").removesuffix("Source")
+    kind = str(values.get("type", "")).removesuffix("Config").removesuffix("Source")
     plain = [
         f"{name}={value}"
-        for name, value in part.items()
+        for name, value in values.items()
         if name != "type" and value is not None and not isinstance(value, dict | list)
     ]
     return " ".join([kind, *([f"({', '.join(plain)})"] if plain else [])])

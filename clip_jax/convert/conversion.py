@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass
 
-from clip_jax.convert import card, open_clip
-from clip_jax.convert.formats import FILES, Format, read_weights, write_weights
-from clip_jax.convert.verify import Unverifiable, Verification, features_difference, verify
+from clip_jax.convert import card
+from clip_jax.convert.formats import (
+    TARGETS,
+    Format,
+    check_options,
+    read_weights,
+    verify,
+    write_weights,
+)
+from clip_jax.convert.verify import Unverifiable, Verification, features_difference
 from clip_jax.convert.weights import DType
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
@@ -14,7 +21,7 @@ from clip_jax.storage.files import Place
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert, to what, and whether to prove it."""
+    """What to convert, to what, and whether to verify it."""
 
     source: Place  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
     destination: Place  # folder to write; with --to openai or big-vision a file
@@ -39,31 +46,38 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was found out on the way."""
+    """The numbers of a conversion."""
 
-    verification: Verification | None  # None: not asked for
+    verification: Verification | None  # None: not verified
     # relative difference of image features between this model's activation and the one that was
-    # accepted in its place; None: the format has the model's own
+    # accepted instead; None: the format has the model's own
     activation_difference: float | None
     unverified: str = ""  # why no reference implementation can build what was written
 
 
 def convert(config: ConvertConfig) -> Conversion:
-    """Write a model in another format; with `verify` compare with the peer's numbers.
+    """Write a model in another format; with `verify` compare with the reference implementation.
 
     Raises InputError when the source cannot be read, the format cannot express the model, or
     something is at the destination already.
     """
-    source, destination = config.source, config.destination
+    source, destination, target = config.source, config.destination, TARGETS[config.to]
     check_free(source, destination, config.overwrite)
-    if config.to in FILES and destination.is_dir():
+    if target.example and destination.is_dir():
         raise InputError(
             f"{destination} is a directory; --to {config.to} writes a file, such as "
-            f"{'x.pt' if config.to == 'openai' else 'x.npz'}."
+            f"{target.example}."
         )
-    if config.to not in FILES and destination.is_file():
+    if not target.example and destination.is_file():
         raise InputError(f"{destination} is a file; --to {config.to} writes a folder.")
-    files.check_destination(destination, "the destination", folder=config.to not in FILES)
+    files.check_destination(destination, "the destination", folder=not target.example)
+    options = {"plain": True} if config.plain else {}
+    check_options(config.to, **options)
+    if config.accept_activation and target.as_computed is None:
+        raise InputError(
+            f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
+            "model's."
+        )
     weights = read_weights(
         source,
         activation=config.activation,
@@ -72,24 +86,19 @@ def convert(config: ConvertConfig) -> Conversion:
         tokenizer=config.tokenizer,
     )
     difference = None
-    if config.accept_activation:
-        if config.to != "open-clip":
-            raise InputError(
-                f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
-                "model's."
-            )
-        changed = open_clip.as_computed(weights)
+    if config.accept_activation and target.as_computed is not None:
+        changed = target.as_computed(weights)
         if changed.config != weights.config:
             difference = features_difference(changed, weights)
         weights = changed
-    write_weights(weights, destination, config.to, plain=config.plain, dtype=config.dtype)
-    if config.to not in FILES:
-        card.write(destination, source, weights, _USE[config.to])
+    write_weights(weights, destination, config.to, dtype=config.dtype, **options)
+    if target.use:
+        card.write(destination, source, weights, target.use)
     if not config.verify:
         return Conversion(None, difference)
     try:
         with files.local(destination) as here:
-            verification = verify(weights, here, config.to, plain=config.plain, dtype=config.dtype)
+            verification = verify(weights, here, config.to, dtype=config.dtype, **options)
     except Unverifiable as error:
         return Conversion(None, difference, str(error))
     return Conversion(verification, difference)
@@ -103,10 +112,3 @@ def check_free(source: Place, destination: Place, overwrite: bool) -> None:
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not overwrite:
         raise InputError(f"something is at {destination} already; say --overwrite to replace it.")
-
-
-_USE = {  # how each folder is read, for its card
-    "open-clip": "`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
-    "hugging-face": "`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`.",
-    "clip-jax": "`clip_jax.load(FOLDER)`; `manifest.json` says how pixels and ids are made.",
-}

@@ -11,7 +11,6 @@ from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
     hugging_face,
-    image_processor,
     model_folder,
     open_clip,
     open_clip_config,
@@ -21,7 +20,9 @@ from clip_jax.convert import (
 )
 from clip_jax.convert.settings import read_json
 from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights, resize_positions, same_sizes
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
@@ -30,12 +31,16 @@ from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
 Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax"]
-FILES = ("openai", "big-vision")  # formats of one file; the others are folders
-# By which a folder is told to be of a format, and its inputs; left by another they would mislead.
+TARGETS: dict[Format, Target] = {
+    "openai": openai.TARGET,
+    "open-clip": open_clip.TARGET,
+    "hugging-face": hugging_face.TARGET,
+    "big-vision": big_vision.TARGET,
+    "clip-jax": model_folder.TARGET,
+}
+# By which a folder is known to be of a format, and its inputs; left by another they would mislead.
 _KNOWN = {
-    *(open_clip_config.CONFIG_NAME, open_clip.WEIGHTS_NAME),
-    *("config.json", hugging_face.WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
-    *(model_folder.MANIFEST_NAME, model_folder.CONFIG_NAME, model_folder.WEIGHTS_NAME),
+    *(name for target in TARGETS.values() for name in target.names),
     *(tokenizer_files.CONFIG_NAME, tokenizer_files.SIGLIP_NAME, *vocabulary.NAMES),
 }
 
@@ -67,12 +72,12 @@ def read_weights(
         raise InputError(f"{path} is no run, which alone has a checkpoint @{which}.")
     else:
         with files.local(path) as here:
-            weights = _at(path, here, _read(here, activation, architecture))
+            weights = _relocated(path, here, _read(here, activation, architecture))
     _check_numbers(weights, path)
-    said = weights.config.text.activation
-    if activation not in (None, said):
+    own = weights.config.text.activation
+    if activation not in (None, own):
         raise InputError(
-            f"{path} says that its activation is {said}, not {activation}; leave out --activation."
+            f"{path} says that its activation is {own}, not {activation}; leave out --activation."
         )
     if architecture is not None:
         same_sizes(weights.config, architecture, str(path))
@@ -83,26 +88,26 @@ def read_weights(
     return resize_positions(weights, image_size)
 
 
-def _at(path: Place, here: Path, weights: Weights) -> Weights:
-    """Name a vocabulary's place in a bucket, of which `here` was a copy for a while."""
-    text = weights.config.text
-    file = text.tokenizer.file
-    if here == path or not file.startswith(f"{here}/"):
+def _relocated(path: Place, copy: Path, weights: Weights) -> Weights:
+    """Name a vocabulary in a bucket by its URL, where it was read from a temporary `copy`."""
+    file = weights.config.text.tokenizer.file
+    if copy == path or not file.startswith(f"{copy}/"):
         return weights
-    kept = os.fspath(path / file.removeprefix(f"{here}/"))
-    text = replace(text, tokenizer=replace(text.tokenizer, file=kept))
+    return _with_file(weights, os.fspath(path / file.removeprefix(f"{copy}/")))
+
+
+def _with_file(weights: Weights, file: str) -> Weights:
+    text = weights.config.text
+    text = replace(text, tokenizer=replace(text.tokenizer, file=file))
     return replace(weights, config=replace(weights.config, text=text))
 
 
 def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
-    text = weights.config.text
-    if text.tokenizer.file:
-        raise InputError(
-            f"{path} came with its tokenizer, {text.tokenizer.file}; leave out --tokenizer."
-        )
-    text = replace(text, tokenizer=replace(text.tokenizer, file=file))
-    make_tokenizer(text)  # or say what is wrong with it
-    return replace(weights, config=replace(weights.config, text=text))
+    if own := weights.config.text.tokenizer.file:
+        raise InputError(f"{path} came with its tokenizer, {own}; leave out --tokenizer.")
+    weights = _with_file(weights, file)
+    make_tokenizer(weights.config.text)  # or say what is wrong with it
+    return weights
 
 
 def _check_numbers(weights: Weights, path: Place) -> None:
@@ -153,26 +158,47 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def write_weights(
-    weights: Weights, path: Place, to: Format, *, plain: bool = False, dtype: DType | None = None
+    weights: Weights, path: Place, to: Format, *, dtype: DType | None = None, **options: bool
 ) -> None:
     """Write a model in one of the formats. Raises InputError if the format cannot express it.
 
-    In a folder that held another format's files, those by which it was known are removed.
+    `options` are those of its `Target`, such as `plain`. In a folder that held another format's
+    files, those by which it was known are removed.
     """
-    if plain and to != "openai":
-        raise InputError(f"--plain is a choice of --to openai; --to {to} has no such form.")
+    target = TARGETS[to]
+    check_options(to, **options)
     with files.written_whole(path) as partial:
-        match to:
-            case "openai":
-                openai.write(weights, partial, plain=plain, dtype=dtype)
-            case "open-clip":
-                open_clip.write(weights, partial, dtype=dtype)
-            case "hugging-face":
-                hugging_face.write(weights, partial, dtype=dtype)
-            case "big-vision":
-                big_vision.write(weights, partial, dtype=dtype)
-            case "clip-jax":
-                model_folder.write(weights, partial, dtype=dtype)
-        written = {file.name for file in partial.iterdir()} if to not in FILES else _KNOWN
+        target.write(weights, partial, dtype=dtype, **options)
+        written = _KNOWN if target.example else {file.name for file in partial.iterdir()}
     for name in _KNOWN - written:
         files.remove(path / name)
+
+
+def check_options(to: Format, **options: bool) -> None:
+    """Raise InputError, which names the right format, for an option of another one."""
+    for name in options.keys() - set(TARGETS[to].options):
+        flag = f"--{name.replace('_', '-')}"
+        right = " or ".join(key for key, target in TARGETS.items() if name in target.options)
+        raise InputError(f"{flag} is a choice of --to {right}; --to {to} has no such form.")
+
+
+def verify(
+    weights: Weights, path: Path, to: Format, *, dtype: DType | None = None, **options: bool
+) -> Verification:
+    """Load what was written at `path` with the format's own library and compare.
+
+    That library or `dtype` may round weights: then it is compared with our model on the rounded
+    weights, and the loss by rounding is a number of its own. Raises InputError if the library is
+    not installed, Unverifiable if it has no such model.
+    """
+    target = TARGETS[to]
+    images, tokens = random_inputs(weights.config)
+    params = target.rounded(weights, dtype, **options)
+    ours = our_outputs(weights.config, params, images, tokens)
+    theirs = target.outputs(weights, path, images, tokens, **options)
+    loss = None
+    if params is not weights.params:
+        exact = our_outputs(weights.config, weights.params, images, tokens)
+        loss = max(relative_difference(ours[name], exact[name]) for name in exact)
+    differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
+    return Verification(reference=target.reference, rounding_loss=loss, **differences)

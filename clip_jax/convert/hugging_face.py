@@ -1,16 +1,37 @@
-"""Hugging Face's format: a folder that a model and a processor of transformers load."""
+"""Hugging Face's format: a folder that a model and a processor of transformers load.
 
+`CLIPModel` and `MetaClip2Model` differ in how the end of text is looked for: by its id in MetaCLIP
+2, whatever the id is; in CLIP the id 2 stands for the highest id. `SiglipModel` is SigLIP's, and
+fixed-resolution SigLIP 2's; that of native aspect ratios (NaFlex) is another model.
+"""
+
+import typing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from clip_jax.convert import clip_model, image_processor, siglip_model, tokenizer_files
-from clip_jax.convert.settings import read_json, said_in, write_json
-from clip_jax.convert.state_dict import Row, from_params, to_params
+import numpy as np
+
+from clip_jax.convert import image_processor, tokenizer_files, verify
+from clip_jax.convert.settings import Settings, count_of, naming, read_json, write_json
+from clip_jax.convert.state_dict import (
+    BlockNames,
+    Row,
+    block_rows,
+    from_params,
+    join_queries,
+    map_head_rows,
+    norm,
+    split_queries,
+    to_params,
+)
+from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
 from clip_jax.convert.tensor_files import Tensors, read_tensors, write_safetensors
-from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.text import TokenizerConfig
+from clip_jax.models.layers import Activation
+from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "model.safetensors"
@@ -18,73 +39,327 @@ _WEIGHTS_NAMES = (
     WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 _POSITION_IDS = "embeddings.position_ids"  # buffers of old files
+_ACTIVATIONS: dict[str, Activation] = {  # for a name of ours the last one is written
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_LEGACY_EOS = 2  # a wrong id that stood in the configurations; Hugging Face reads it as "argmax"
+
+# ------------------------------------------------------------------ names of tensors
+
+_BLOCK = BlockNames(
+    "layer_norm1", tuple(f"self_attn.{n}_proj.*" for n in "qkv"), "self_attn.out_proj",
+    "layer_norm2", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+_IMAGE_HEAD, _TEXT_HEAD = "vision_model.head", "text_model.head"
+_FUSED = f"{_IMAGE_HEAD}.attention.in_proj_"  # query, key and value in one tensor
+_PATCHES = "vision_model.embeddings.patch_embedding"
+_TOWERS = [
+    Row("visual/conv1/kernel", f"{_PATCHES}.weight", "D C P Q -> P Q C D"),
+    Row("visual/positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    *block_rows("visual/transformer/resblocks", "vision_model.encoder.layers.{}", _BLOCK),
+    *norm("visual/ln_post", "vision_model.post_layernorm"),
+    Row("text/token_embedding", "text_model.embeddings.token_embedding.weight"),
+    Row("text/positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    *block_rows("text/transformer/resblocks", "text_model.encoder.layers.{}", _BLOCK),
+    *norm("text/ln_final", "text_model.final_layer_norm"),
+]  # fmt: skip
+_CLIP = [
+    *_TOWERS,
+    Row("visual/class_embedding", "vision_model.embeddings.class_embedding"),
+    *norm("visual/ln_pre", "vision_model.pre_layrnorm"),  # as they write it
+    Row("visual/proj", "visual_projection.weight", "E D -> D E"),
+    Row("text/text_projection", "text_projection.weight", "E D -> D E"),
+    Row("logit_scale", "logit_scale"),
+]
+_SIGLIP = [
+    *_TOWERS,
+    Row("visual/conv1/bias", f"{_PATCHES}.bias"),
+    *map_head_rows(
+        _IMAGE_HEAD, "probe", "attention.in_proj_*.q", "attention.in_proj_*.kv",
+        "attention.out_proj", "layernorm",
+    ),
+    Row("logit_scale", "logit_scale", "1 -> "),
+    Row("logit_bias", "logit_bias", "1 -> "),
+]  # fmt: skip
+
+
+def rows(config: CLIPConfig) -> list[Row]:
+    """The table, of tensors whose fused projections are split."""
+    if not config.vision.has_map_head:
+        return _CLIP
+    if not config.text.projection:
+        return _SIGLIP
+    return [
+        *_SIGLIP,
+        Row("text/text_projection", f"{_TEXT_HEAD}.weight", "E D -> D E"),
+        Row("text/text_projection_bias", f"{_TEXT_HEAD}.bias"),
+    ]
+
+
+# ------------------------------------------------------------------ settings
+
+# Settings of both towers → our fields.
+_SIZES = {
+    "hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+    "image_size": "image_size", "patch_size": "patch_size", "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
+# Their defaults: vision, text.
+_CLIP_DEFAULTS = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+     "num_attention_heads": 12, "image_size": 224, "patch_size": 32},
+    {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+     "num_attention_heads": 8, "vocab_size": 49_408, "max_position_embeddings": 77},
+)  # fmt: skip
+_SIGLIP_DEFAULTS = (
+    {**_CLIP_DEFAULTS[0], "patch_size": 16},
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+     "num_attention_heads": 12, "vocab_size": 32_000, "max_position_embeddings": 64},
+)  # fmt: skip
+
+CLIP_ASSUMPTIONS: Assumptions = {
+    "vision": ViTConfig,
+    "decoder": None,
+    "has_logit_bias": False,
+    "vision.pool": "class_token",
+    "vision.pre_norm": True,
+    "vision.patch_bias": False,
+    "vision.projection": True,
+    "vision.layer_scale": None,
+    "text.causal": True,
+    "text.pool": ("argmax", "eos"),
+    "text.projection": True,
+    "text.projection_bias": False,
+    "preprocess.resize_mode": ("shortest", "squash"),
+}
+SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
+    "vision": ViTConfig,
+    "decoder": None,
+    "has_logit_bias": True,
+    "vision.pool": "map",
+    "vision.class_token": False,
+    "vision.pre_norm": False,
+    "vision.patch_bias": True,
+    "vision.projection": False,
+    "vision.layer_scale": None,
+    "text.causal": False,
+    "text.pool": "last",
+    "preprocess.resize_mode": ("shortest", "squash"),
+}
+
+
+def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
+    """Raise InputError, which lists what a SigLIP model called `name` cannot express."""
+    assumptions = {
+        **SIGLIP_ASSUMPTIONS, "text.projection_bias": weights.config.text.projection, **more,
+    }  # fmt: skip
+    check_assumptions(weights, name, assumptions, "choose --to open-clip or clip-jax.")
+
+
+def _sections(content: dict[str, Any], source: str) -> tuple[Settings, Settings]:
+    """Return the settings of both towers; what `…_dict` holds, in old files, is the whole tower."""
+    sections = []
+    for tower in ("vision_config", "text_config"):
+        name = tower if content.get(f"{tower}_dict") is None else f"{tower}_dict"
+        section = Settings(content.get(name) or {}, f"{source}: {name}")
+        if (channels := section.count("num_channels", 3)) != 3:
+            raise InputError(f"{section.where}.num_channels={channels}; 3 are supported.")
+        sections.append(section)
+    return sections[0], sections[1]
+
+
+def _tower(section: Settings, sizes: dict[str, int], activation: str, epsilon: float) -> Any:
+    """Return the fields of a tower's configuration, from its settings and their defaults."""
+    fields: dict[str, Any] = {
+        _SIZES[name]: section.count(name, default)
+        for name, default in sizes.items()
+        if name in _SIZES
+    }
+    name = section.get("hidden_act", activation, object)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise InputError(f"{section.where}.hidden_act={name!r:.99}; known are {[*_ACTIVATIONS]}.")
+    hidden = section.count("intermediate_size", sizes["intermediate_size"])
+    return fields | {
+        "mlp_ratio": mlp_ratio(fields["width"], hidden),
+        "activation": _ACTIVATIONS[name],
+        "norm_epsilon": section.number("layer_norm_eps", epsilon),
+    }
+
+
+def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
+    sections = _sections(content, source)
+    vision, text = (
+        _tower(section, sizes, "quick_gelu", 1e-5)
+        for section, sizes in zip(sections, _CLIP_DEFAULTS, strict=True)
+    )
+    eos = sections[1].count("eos_token_id", 49_407)
+    # The end of text, where it has the highest id, is where argmax is too.
+    argmax = content["model_type"] == "clip" and eos in (_LEGACY_EOS, text["vocab_size"] - 1)
+    return CLIPConfig(
+        embed_dim=count_of(content.get("projection_dim", 512), f"{source}: projection_dim"),
+        vision=ViTConfig(**vision),
+        text=TextConfig(
+            **text,
+            pool="argmax" if argmax else "eos",
+            eos_token_id=TextConfig.eos_token_id if argmax else eos,
+        ),
+    )
+
+
+def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
+    sections = _sections(content, source)
+    vision, text = (
+        _tower(section, sizes, "gelu_pytorch_tanh", 1e-6)
+        for section, sizes in zip(sections, _SIGLIP_DEFAULTS, strict=True)
+    )
+    projected = sections[1].count("projection_size", text["width"])
+    has_head = sections[0].get("vision_use_head", True, object)
+    if not has_head or projected != vision["width"]:
+        raise InputError(
+            f"{source}: vision_use_head={has_head!r:.99} with projection_size={projected} for "
+            f"images of {vision['width']} is not supported: both towers must end in one space."
+        )
+    return CLIPConfig(
+        embed_dim=vision["width"],
+        vision=ViTConfig(**vision, **fixed(SIGLIP_ASSUMPTIONS, "vision")),
+        text=TextConfig(**text, **fixed(SIGLIP_ASSUMPTIONS, "text"), projection_bias=True),
+        init_logit_scale=10.0,
+        init_logit_bias=-10.0,
+    )
+
+
+def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what both classes of models say of the image tower and of the text tower."""
+    names: dict[str, str] = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    vision, text = (
+        {theirs: getattr(tower, ours) for theirs, ours in _SIZES.items() if hasattr(tower, ours)}
+        | {
+            "intermediate_size": tower.mlp_width,
+            "hidden_act": names[tower.activation],
+            "layer_norm_eps": tower.norm_epsilon,
+        }
+        for tower in (typing.cast(ViTConfig, config.vision), config.text)
+    )
+    return vision, text
+
+
+def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
+    """Return what `config.json` says."""
+    config, text = weights.config, weights.config.text
+    vision_config, text_config = towers(config)
+    top: dict[str, Any] = {}
+    if config.vision.has_map_head:
+        kind, model_type = "Siglip", "siglip"
+        text_config["projection_size"] = config.embed_dim
+    else:
+        is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
+        kind, model_type = ("MetaClip2", "metaclip_2") if is_metaclip else ("CLIP", "clip")
+        eos = text.end_of_text_id
+        text_config["eos_token_id"] = eos
+        if not is_metaclip:
+            text_config |= {"bos_token_id": eos - 1, "pad_token_id": eos}
+        top = {"projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592}
+        for section in (vision_config, text_config):
+            section["projection_dim"] = config.embed_dim
+    return {
+        "architectures": [f"{kind}Model"],
+        "model_type": model_type,
+        "dtype": dtype,
+        **top,
+        "vision_config": {"model_type": f"{model_type}_vision_model", **vision_config},
+        "text_config": {"model_type": f"{model_type}_text_model", **text_config},
+    }
+
+
+# ------------------------------------------------------------------ folders
 
 
 def read(folder: Path) -> Weights:
     """Read a model's folder. Raises InputError, which names what is missing or unknown."""
-    source = str(folder / "config.json")
-    content = read_json(folder / "config.json")
+    path = folder / "config.json"
+    content = read_json(path)
     kind = content.get("model_type")
     if kind == "siglip2":
         raise InputError(
-            f"{source} has model_type='siglip2': SigLIP 2 of native aspect ratios (NaFlex), whose "
+            f"{path} has model_type='siglip2': SigLIP 2 of native aspect ratios (NaFlex), whose "
             "images have no fixed size. Its fixed-resolution models ('siglip') are read."
         )
-    siglip = kind == siglip_model.MODEL_TYPE
-    if not siglip and kind not in clip_model.MODEL_TYPES:
+    if kind not in ("clip", "metaclip_2", "siglip"):
         raise InputError(
-            f"{source} has model_type={kind!r:.99}; Hugging Face's CLIPModel ('clip'), "
+            f"{path} has model_type={kind!r:.99}; Hugging Face's CLIPModel ('clip'), "
             "MetaClip2Model ('metaclip_2') and SiglipModel ('siglip') are read."
         )
-    path = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
-    if path is None:
+    file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
+    if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
-    tensors = {n: x for n, x in read_tensors(path).items() if not n.endswith(_POSITION_IDS)}
-    model = siglip_model if siglip else clip_model
-    with said_in(folder / "config.json"):
-        config = model.read_config(content, source)
-    if siglip:
-        tensors = siglip_model.split(tensors)
+    tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
+    tensors = split_queries(tensors, lambda name: name.startswith(_FUSED))
+    siglip = kind == "siglip"
+    with naming(path):
+        config = (_read_siglip if siglip else _read_clip)(content, str(path))
     preprocess = image_processor.read(folder, config.vision.image_size, siglip)
-    vocabulary = TokenizerConfig()
+    default = TokenizerConfig()
     if kind != "clip":
-        vocabulary = tokenizer_files.missing(config.text, "punctuation" if siglip else "none")
-    text = replace(config.text, tokenizer=tokenizer_files.read(folder, config.text, vocabulary))
+        default = tokenizer_files.missing(config.text, "punctuation" if siglip else "none")
+    text = replace(config.text, tokenizer=tokenizer_files.read(folder, config.text, default))
     config = replace(config, text=text, image_mean=preprocess.mean, image_std=preprocess.std)
     return Weights(
         config=config,
-        params=to_params(rows(config), tensors, config, str(path)),
+        params=to_params(rows(config), tensors, config, str(file)),
         preprocess=preprocess,
     )
-
-
-def _is_siglip(config: CLIPConfig) -> bool:
-    return isinstance(config.vision, ViTConfig) and config.vision.pool == "map"
-
-
-def rows(config: CLIPConfig) -> list[Row]:
-    """The table."""
-    return siglip_model.rows(config) if _is_siglip(config) else clip_model.TABLE
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under Hugging Face's names. Raises InputError if it cannot be
     expressed."""
-    siglip = _is_siglip(weights.config)
-    (siglip_model if siglip else clip_model).check(weights)
-    tensors = from_params(rows(weights.config), weights.params)
-    tensors = siglip_model.join(tensors, weights.config) if siglip else tensors
+    config = weights.config
+    if config.vision.has_map_head:
+        check_siglip(weights, "Hugging Face's SiglipModel", {})
+    else:
+        advice = "choose --to open-clip or clip-jax."
+        check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
+    tensors = join_queries(from_params(rows(config), weights.params))
+    if not config.text.projection:  # which SiglipModel always has: one that changes nothing
+        kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
+        tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)
+        tensors[f"{_TEXT_HEAD}.bias"] = np.zeros(width, kind)
     return {n: cast(x, dtype) for n, x in tensors.items()}
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
     """Write everything that transformers' model and processor need offline."""
     tensors = to_tensors(weights, dtype)
-    siglip = _is_siglip(weights.config)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     kind = tensors["text_model.final_layer_norm.weight"].dtype.name
-    config = (siglip_model if siglip else clip_model).config_json(weights, kind)
-    write_json(folder / "config.json", config)
-    image_processor.write(folder, weights.preprocess, siglip)
+    write_json(folder / "config.json", config_json(weights, kind))
+    image_processor.write(folder, weights.preprocess, weights.config.vision.has_map_head)
     tokenizer_files.write(folder, weights.config.text)
+
+
+def _outputs(
+    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
+) -> verify.Outputs:
+    with verify.library("transformers", "transformers"):
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(path, local_files_only=True).eval().float()
+
+        def encode_image(pixels: Any) -> Any:
+            return model.get_image_features(pixel_values=pixels).pooler_output
+
+        def encode_text(ids: Any) -> Any:
+            return model.get_text_features(input_ids=ids).pooler_output
+
+        return verify.torch_outputs(encode_image, encode_text, model, images, tokens)
+
+
+TARGET = Target(
+    write=write, reference="transformers", outputs=_outputs,
+    names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
+    use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`.",
+)  # fmt: skip

@@ -1,17 +1,23 @@
 """open_clip's format: OpenAI's names with more options, beside an `open_clip_config.json`."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from clip_jax.convert import captioners, openai, timm
+import numpy as np
+
+from clip_jax.convert import captioners, openai, timm, verify
 from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_config, write_tokenizer
 from clip_jax.convert.settings import write_json
 from clip_jax.convert.state_dict import Row, from_params, join_queries, to_params
+from clip_jax.convert.target import Assumptions, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
 
@@ -27,15 +33,12 @@ _TEXT_PREFIXES = (
 )  # fmt: skip
 
 
-def _is_siglip(config: CLIPConfig) -> bool:
-    return isinstance(config.vision, ViTConfig) and config.vision.pool == "map"
-
-
 def table(config: CLIPConfig) -> list[Row]:
     """OpenAI's rows and those of open_clip's options."""
     if config.decoder is not None:
         return captioners.rows(config)
-    rows = timm.rows() + openai.text_rows() if _is_siglip(config) else openai.rows(config)
+    is_timm = config.vision.has_map_head
+    rows = timm.rows() + openai.text_rows() if is_timm else openai.rows(config)
     if config.text.projection_bias or not config.text.projection:
         rows = [row for row in rows if row.ours != "text/text_projection"]
     if config.text.projection_bias:
@@ -43,7 +46,7 @@ def table(config: CLIPConfig) -> list[Row]:
             Row("text/text_projection", "text_projection.weight", "E D -> D E"),
             Row("text/text_projection_bias", "text_projection.bias"),
         ]
-    if config.init_logit_bias is not None:
+    if config.has_logit_bias:
         rows.append(Row("logit_bias", "logit_bias"))
     return rows
 
@@ -113,50 +116,57 @@ def _flat_names(tensors: Tensors) -> Tensors:
     }
 
 
+def _assumptions(config: CLIPConfig) -> Assumptions:
+    text = config.text
+    quick = text.activation == "quick_gelu"
+    assumptions: dict[str, Any] = {
+        "vision.activation": ("quick_gelu", "relu") if quick else ("gelu", "gelu_tanh", "relu"),
+        "vision.pool": ("class_token", "mean", "map", "attention"),
+        "text.pool": ("argmax", "eos", "last"),
+    }
+    if not config.vision.has_map_head:
+        assumptions |= {
+            "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
+        }  # fmt: skip
+    if config.decoder is not None:
+        assumptions |= captioners.assumptions(config.decoder)
+    if text.tokenizer.file == "clip" and (not text.causal or text.pool == "last"):
+        assumptions["text.clip_vocab_size"] = FULL_VOCAB_SIZE
+    return assumptions
+
+
+_REASONS = {
+    "vision.activation": "QuickGELU is of both towers or of none",
+    "text.correct_class_mask": "open_clip computes the other mask",
+    # Another of CLIP's is written as Hugging Face's, which can only pad with end of text.
+    "text.clip_vocab_size": "a smaller one's padding with id 0, which text.causal=False and "
+    "text.pool='last' see, cannot be written",
+}
+
+
 def check(weights: Weights) -> None:
     """Raise InputError, which lists what open_clip has no settings for."""
-    vision, text = weights.config.vision, weights.config.text
-    # A tokenizer of our own is written as Hugging Face's, which can only pad with end of text.
-    own = text.tokenizer.file == "clip" and text.clip_vocab_size != FULL_VOCAB_SIZE
-    wrong = {
-        f"padding with id 0 in a vocabulary of {text.clip_vocab_size}, which "
-        "text.causal=False and text.pool='last' see": own
-        and (not text.causal or text.pool == "last")
-    }
-    if isinstance(vision, ViTConfig):
-        quick = (vision.activation == "quick_gelu", text.activation == "quick_gelu")
-        wrong |= {
-            "one tower with QuickGELU": quick[0] != quick[1],
-        }
-        wrong |= {} if _is_siglip(weights.config) else {
-            "vision.class_token=False": not vision.class_token,
-            "vision.patch_bias": vision.patch_bias,
-            "vision.projection=False": not vision.projection,
-        }  # fmt: skip
-    wrong |= captioners.wrong(weights.config) if weights.config.decoder is not None else {
-        "vision.pool": isinstance(vision, ViTConfig) and vision.pool in ("queries", "mean_all"),
-        "text.pool": text.pool in ("class_token", "mean"),
-    }  # fmt: skip
-    if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
+    assumptions = _assumptions(weights.config)
+    check_assumptions(
+        weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
+    )
+    vision = weights.config.vision
+    if not (isinstance(vision, ViTConfig) and vision.has_map_head):
+        return
+    named = timm.as_named(vision)
+    if named != vision:
         raise InputError(
-            f"open_clip's own towers cannot express this model's {', '.join(unsupported)}; "
-            "choose --to clip-jax."
+            f"open_clip would compute the image tower with {named.activation}, as timm's "
+            f"{timm.name_of(vision)} fixes it, and this model has {vision.activation}. Say "
+            "--accept-activation to write it all the same, as open_clip's released folders "
+            "are; the difference is then measured. Or choose --to hugging-face or clip-jax."
         )
-    if isinstance(vision, ViTConfig) and vision.pool == "map":
-        named = timm.as_named(vision)
-        if named.activation != vision.activation:
-            raise InputError(
-                f"open_clip would compute the image tower with {named.activation}, as timm's "
-                f"{timm.name_of(vision)} fixes it, and this model has {vision.activation}. Say "
-                "--accept-activation to write it all the same, as open_clip's released folders "
-                "are; the difference is then measured. Or choose --to hugging-face or clip-jax."
-            )
 
 
 def as_computed(weights: Weights) -> Weights:
     """Return the model as open_clip will compute it: with the activation a timm name fixes."""
     vision = weights.config.vision
-    if not isinstance(vision, ViTConfig) or vision.pool != "map":
+    if not (isinstance(vision, ViTConfig) and vision.has_map_head):
         return weights
     return replace(weights, config=replace(weights.config, vision=timm.as_named(vision)))
 
@@ -166,7 +176,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     expressed."""
     check(weights)
     tensors = join_queries(from_params(table(weights.config), weights.params))
-    if _is_siglip(weights.config):  # open_clip's class with a text tower of its own
+    if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}
     counters = openai.counters(tensors, weights.batches_tracked)
@@ -192,3 +202,32 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     }
     write_json(folder / CONFIG_NAME, content)
     write_tokenizer(folder, weights.config.text)
+
+
+def _outputs(
+    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
+) -> verify.Outputs:
+    if isinstance(weights.config.decoder, MaMMUTConfig):
+        message = "MaMMUT is in LAION's fork of open_clip alone, which is in no package"
+        raise verify.Unverifiable(message)
+    with verify.library("open_clip", "open_clip_torch"):
+        import open_clip
+        import torch
+
+        model = open_clip.create_model(f"local-dir:{path}").eval()
+        encode = [model.encode_image, model.encode_text]
+        if not hasattr(model, "text_decoder"):
+            return verify.torch_outputs(*encode, model, images, tokens)
+        encode = [functools.partial(f, normalize=False) for f in encode]  # CoCa's default is True
+        outputs = verify.torch_outputs(*encode, model, images, tokens)
+        with torch.no_grad():
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+            written = model(pixels, torch.from_numpy(tokens).long())["logits"]
+        return outputs | {"caption_logits": written.numpy()}
+
+
+TARGET = Target(
+    write=write, reference="open_clip", outputs=_outputs, as_computed=as_computed,
+    names=(CONFIG_NAME, WEIGHTS_NAME),
+    use="`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
+)  # fmt: skip

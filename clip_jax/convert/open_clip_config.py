@@ -10,10 +10,10 @@ from clip_jax.convert.settings import (
     Settings,
     channels_of,
     count_of,
+    naming,
     number_of,
     one_of,
     read_json,
-    said_in,
 )
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
@@ -56,32 +56,32 @@ def _epsilon(section: Settings) -> float:
     return number_of(options.get("eps", 1e-5), f"{section.where}.norm_kwargs.eps", True)
 
 
-def _trunk(section: Settings, name: str) -> ViTConfig:
+def _timm_tower(section: Settings, name: str) -> ViTConfig:
     """Read a tower of timm's, whose name says all: also the activation."""
-    if name not in timm.TRUNKS:
+    if name not in timm.TOWERS:
         raise InputError(
             f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; of timm's "
-            f"there are {', '.join(timm.TRUNKS)}."
+            f"there are {', '.join(timm.TOWERS)}."
         )
-    trunk = timm.TRUNKS[name]
-    said = {
+    tower = timm.TOWERS[name]
+    values = {
         "timm_pool": section.get("timm_pool", "avg", str),
         "timm_proj": section.get("timm_proj", "linear", str),
         "image_size": section.count("image_size", 224),
     }
-    needed = {"timm_pool": "map", "timm_proj": "none", "image_size": trunk.image_size}
-    if wrong := [f"{key}={said[key]!r:.99}" for key in needed if said[key] != needed[key]]:
+    needed = {"timm_pool": "map", "timm_proj": "none", "image_size": tower.image_size}
+    if wrong := [f"{key}={values[key]!r:.99}" for key in needed if values[key] != needed[key]]:
         raise InputError(
             f"{section.where}: {', '.join(wrong)} of a {name} is not supported: SigLIP's are "
             f"{needed}."
         )
-    return trunk
+    return tower
 
 
 def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     name = section.get("timm_model_name", None, str)
     if name is not None:
-        return _trunk(section, name)
+        return _timm_tower(section, name)
     section.used |= {"timm_pool", "timm_proj"}
     layers = section.get("layers", 12, object)
     width = section.count("width", 768)
@@ -179,10 +179,10 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
     options = section.get("tokenizer_kwargs", {}, dict)
     name = section.get("hf_tokenizer_name", "", str)
     where = f"{section.where}.tokenizer_kwargs.clean"
-    said = options.get("clean", "whitespace" if name else "lower")
-    if not isinstance(said, str) or said not in _CLEANING:
-        raise InputError(f"{where} is {said!r:.99}; known are {', '.join(_CLEANING)}.")
-    clean = _CLEANING[said]
+    cleaning = options.get("clean", "whitespace" if name else "lower")
+    if not isinstance(cleaning, str) or cleaning not in _CLEANING:
+        raise InputError(f"{where} is {cleaning!r:.99}; known are {', '.join(_CLEANING)}.")
+    clean = _CLEANING[cleaning]
     section.used |= {"tokenizer_mode"}
     strip = options.get("strip_sep_token", False)
     if others := sorted(set(options) - {"clean", "strip_sep_token"}):
@@ -192,18 +192,18 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
     absent = tokenizer_files.missing(text, clean)
     if strip:  # of CLIPA, whose vocabulary is BERT's
         absent = replace(absent, begin_id=101, end_id=0, pad_id=0)
-    found = tokenizer_files.read(folder, text, absent)
-    if found is absent:
-        return found
+    tokenizer = tokenizer_files.read(folder, text, absent)
+    if tokenizer is absent:
+        return absent
     if strip:
-        found = tokenizer_files.without_separator(found, folder)
-    return tokenizer_files.with_cleaning(found, clean, where)
+        tokenizer = tokenizer_files.without_separator(tokenizer, folder)
+    return tokenizer_files.with_cleaning(tokenizer, clean, where)
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
     """Read `open_clip_config.json`. InputError names a setting that we do not have."""
     content = read_json(path)
-    with said_in(path):
+    with naming(path):
         return _read_config(content, path)
 
 
@@ -273,8 +273,8 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
 def is_open_clips_own(text: TextConfig) -> bool:
     """Say whether a tokenizer is the one that open_clip has inside."""
     tokenizer = text.tokenizer
-    whole = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
-    return whole and tokenizer.clean in _CLEANING.values()
+    is_full = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
+    return is_full and tokenizer.clean in _CLEANING.values()
 
 
 def write_tokenizer(folder: Path, text: TextConfig) -> None:
@@ -288,10 +288,10 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
     top: dict[str, Any] = {"embed_dim": config.embed_dim}
     if text.activation == "quick_gelu":
         top["quick_gelu"] = True
-    if config.init_logit_bias is not None:
+    if config.has_logit_bias:
         top["init_logit_bias"] = config.init_logit_bias
     vision_cfg: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
-    if isinstance(vision, ViTConfig) and vision.pool == "map":
+    if isinstance(vision, ViTConfig) and vision.has_map_head:
         top["custom_text"] = True
         vision_cfg = {
             "image_size": vision.image_size,
@@ -324,14 +324,14 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
     if config.decoder is not None:
         for name in ("no_causal_mask", "pool_type", "proj_type"):  # said by the kind of decoder
             words.pop(name, None)
-        parts = zip((top, vision_cfg, words), captioners.settings(config), strict=True)
-        top, vision_cfg, words = (a | b for a, b in parts)
+        sections = zip((top, vision_cfg, words), captioners.settings(config), strict=True)
+        top, vision_cfg, words = (a | b for a, b in sections)
     return {**top, "vision_cfg": vision_cfg, "text_cfg": words}
 
 
 def text_cfg(text: TextConfig) -> dict[str, Any]:
     """Return what open_clip's configuration says of the text tower and its tokenizer."""
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "width": text.width,
@@ -341,24 +341,24 @@ def text_cfg(text: TextConfig) -> dict[str, Any]:
         **_options(text),
     }
     if not text.causal:
-        found["no_causal_mask"] = True
+        content["no_causal_mask"] = True
     if text.pool != "argmax":
-        found["pool_type"] = text.pool
+        content["pool_type"] = text.pool
     if text.pool == "eos":
-        found["eos_id"] = text.eos_token_id
+        content["eos_id"] = text.eos_token_id
     if text.pool == "class_token" and text.tokenizer.pad_id:
-        found["pad_id"] = text.tokenizer.pad_id
+        content["pad_id"] = text.tokenizer.pad_id
     if not text.projection:
-        found["proj_type"] = "none"
+        content["proj_type"] = "none"
     if text.projection_bias:
-        found["proj_bias"] = True
+        content["proj_bias"] = True
     if is_open_clips_own(text) and text.tokenizer.clean != "clip":
-        found["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
+        content["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
     if not is_open_clips_own(text):
         clean = {ours: theirs for theirs, ours in _CLEANING.items()}.get(text.tokenizer.clean)
-        found["hf_tokenizer_name"] = _LOCAL
-        found["tokenizer_kwargs"] = {"clean": clean or "whitespace"}
-    return found
+        content["hf_tokenizer_name"] = _LOCAL
+        content["tokenizer_kwargs"] = {"clean": clean or "whitespace"}
+    return content
 
 
 def _options(tower: ViTConfig | TextConfig) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """OpenAI's format: the released TorchScript archives, and the same names as a plain state dict."""
 
+import importlib.util
 import re
+import sys
+import types
 import typing
 import warnings
 from dataclasses import replace
@@ -9,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.convert.state_dict import Row, from_params, norm, to_params
+from clip_jax.convert import verify
+from clip_jax.convert.state_dict import (
+    BlockNames,
+    Row,
+    block_rows,
+    from_params,
+    heads_out,
+    norm,
+    to_params,
+)
+from clip_jax.convert.target import Assumptions, Target, assumed, check_assumptions
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
@@ -24,7 +37,7 @@ from clip_jax.convert.weights import (
 )
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
@@ -36,23 +49,10 @@ COUNTER = "num_batches_tracked"  # BatchNorm's; counts updates and is read by no
 MASK = "attn_mask"  # the text tower's, which tracing puts into an archive; causal, as we compute it
 
 
-def block_rows(ours: str, theirs: str, layer_scale: bool = False) -> list[Row]:
-    """Rows of a stack of residual blocks."""
-    rows = [
-        *norm(f"{ours}/ln_1", f"{theirs}.ln_1"),
-        Row(f"{ours}/attn/in_proj/kernel", f"{theirs}.attn.in_proj_weight", "(S N K) D -> D S N K"),
-        Row(f"{ours}/attn/in_proj/bias", f"{theirs}.attn.in_proj_bias", "(S N K) -> S N K"),
-        Row(f"{ours}/attn/out_proj/kernel", f"{theirs}.attn.out_proj.weight", "D (N K) -> N K D"),
-        Row(f"{ours}/attn/out_proj/bias", f"{theirs}.attn.out_proj.bias"),
-        *norm(f"{ours}/ln_2", f"{theirs}.ln_2"),
-        Row(f"{ours}/mlp/c_fc/kernel", f"{theirs}.mlp.c_fc.weight", "F D -> D F"),
-        Row(f"{ours}/mlp/c_fc/bias", f"{theirs}.mlp.c_fc.bias"),
-        Row(f"{ours}/mlp/c_proj/kernel", f"{theirs}.mlp.c_proj.weight", "D F -> F D"),
-        Row(f"{ours}/mlp/c_proj/bias", f"{theirs}.mlp.c_proj.bias"),
-    ]
-    if layer_scale:
-        rows += [Row(f"{ours}/ls_{i}/gamma", f"{theirs}.ls_{i}.gamma") for i in (1, 2)]
-    return rows
+_IMAGE_BLOCK = "visual.transformer.resblocks.{}"
+BLOCK = BlockNames(
+    "ln_1", ("attn.in_proj_*",), "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"
+)  # fmt: skip
 
 
 def vit_rows(vision: ViTConfig) -> list[Row]:
@@ -63,11 +63,11 @@ def vit_rows(vision: ViTConfig) -> list[Row]:
         Row("visual/positional_embedding", "visual.positional_embedding"),
         *norm("visual/ln_post", "visual.ln_post"),
         Row("visual/proj", "visual.proj"),
-        *block_rows(
-            "visual/transformer/resblocks", "visual.transformer.resblocks.{}",
-            vision.layer_scale is not None,
-        ),
-    ]  # fmt: skip
+        *block_rows("visual/transformer/resblocks", _IMAGE_BLOCK, BLOCK),
+    ]
+    if vision.layer_scale is not None:
+        ours = "visual/transformer/resblocks"
+        rows += [Row(f"{ours}/ls_{i}/gamma", f"{_IMAGE_BLOCK}.ls_{i}.gamma") for i in (1, 2)]
     if vision.pre_norm:
         rows += norm("visual/ln_pre", "visual.ln_pre")
     return rows
@@ -76,15 +76,15 @@ def vit_rows(vision: ViTConfig) -> list[Row]:
 def resnet_rows(vision: ResNetConfig) -> list[Row]:
     """Rows of a modified ResNet, the running statistics among them."""
     convs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-    places = [(f"visual/{c}", f"visual/{b}") for c, b in convs]
+    pairs = [(f"visual/{c}", f"visual/{b}") for c, b in convs]
     for stage, depth in enumerate(vision.layers, 1):
         for block in range(depth):
             prefix = f"visual/layer{stage}/{block}"
-            places += [(f"{prefix}/{c}", f"{prefix}/{b}") for c, b in convs]
+            pairs += [(f"{prefix}/{c}", f"{prefix}/{b}") for c, b in convs]
             if block == 0:
-                places.append((f"{prefix}/downsample/0", f"{prefix}/downsample/1"))
+                pairs.append((f"{prefix}/downsample/0", f"{prefix}/downsample/1"))
     rows = []
-    for conv, bn in places:
+    for conv, bn in pairs:
         theirs = bn.replace("/", ".")
         rows += [
             Row(f"{conv}/kernel", f"{conv.replace('/', '.')}.weight", "D C P Q -> P Q C D"),
@@ -101,8 +101,7 @@ def resnet_rows(vision: ResNetConfig) -> list[Row]:
     return [
         *rows,
         Row(f"{pool}/positional_embedding", "visual.attnpool.positional_embedding"),
-        Row(f"{pool}/c_proj/kernel", "visual.attnpool.c_proj.weight", "E (N K) -> N K E"),
-        Row(f"{pool}/c_proj/bias", "visual.attnpool.c_proj.bias"),
+        *heads_out(f"{pool}/c_proj", "visual.attnpool.c_proj"),
     ]
 
 
@@ -111,7 +110,7 @@ def text_rows() -> list[Row]:
     return [
         Row("text/token_embedding", "token_embedding.weight"),
         Row("text/positional_embedding", "positional_embedding"),
-        *block_rows("text/transformer/resblocks", "transformer.resblocks.{}"),
+        *block_rows("text/transformer/resblocks", "transformer.resblocks.{}", BLOCK),
         *norm("text/ln_final", "ln_final"),
         Row("text/text_projection", "text_projection"),
         Row("logit_scale", "logit_scale"),
@@ -242,44 +241,36 @@ def read(
     )
 
 
-def check(weights: Weights) -> None:
-    """Raise InputError, which lists what OpenAI's format has no words for."""
-    config, vision, text = weights.config, weights.config.vision, weights.config.text
-    wrong = {
-        "decoder": config.decoder is not None,
-        "init_logit_bias": config.init_logit_bias is not None,
-        "text.activation": text.activation != "quick_gelu",
-        "text.num_heads (one per 64 channels)": text.width != text.num_heads * 64,
-        "text.mlp_ratio": text.mlp_width != text.width * 4,
-        "text.causal": not text.causal,
-        "text.pool": text.pool != "argmax",
-        "text.projection": not text.projection,
-        "text.projection_bias": text.projection_bias,
-        "text.norm_epsilon": text.norm_epsilon != 1e-5,
-        "preprocess": replace(weights.preprocess, rules="openai")
-        != Preprocess(image_size=config.vision.image_size),
-        "text.tokenizer": text.tokenizer != TokenizerConfig(),
+def _assumptions(config: CLIPConfig) -> Assumptions:
+    """Return what `clip.load` builds: the released models' values, whatever the file holds."""
+    vision = config.vision
+    size = vision.image_size
+    if isinstance(vision, ViTConfig):  # whole patches
+        size -= size % vision.patch_size
+    return {
+        "decoder": None,
+        "has_logit_bias": False,
+        "text.activation": "quick_gelu",
+        "text.head_width": 64,
+        "text.mlp_ratio": 4.0,
+        "text.causal": True,
+        "text.pool": "argmax",
+        "text.projection": True,
+        "text.projection_bias": False,
+        "text.norm_epsilon": 1e-5,
+        "vision.activation": ("quick_gelu", "relu"),
+        "vision.head_width": 64,
+        "vision.mlp_ratio": 4.0,
+        "vision.pool": ("class_token", "attention"),
+        "vision.pre_norm": True,
+        "vision.patch_bias": False,
+        "vision.projection": True,
+        "vision.layer_scale": None,
+        "vision.norm_epsilon": 1e-5,
+        "vision.image_size": size,
+        **assumed("preprocess", Preprocess(image_size=vision.image_size), "rules"),
+        **assumed("text.tokenizer", TokenizerConfig()),
     }
-    if isinstance(vision, ResNetConfig):
-        wrong["vision.num_heads (one per 64 channels)"] = vision.width * 32 != vision.num_heads * 64
-    else:
-        wrong |= {
-            "vision.activation": vision.activation != "quick_gelu",
-            "vision.image_size (whole patches)": vision.image_size % vision.patch_size != 0,
-            "vision.num_heads (one per 64 channels)": vision.width != vision.num_heads * 64,
-            "vision.mlp_ratio": vision.mlp_width != vision.width * 4,
-            "vision.pool": vision.pool != "class_token",
-            "vision.pre_norm": not vision.pre_norm,
-            "vision.patch_bias": vision.patch_bias,
-            "vision.projection": not vision.projection,
-            "vision.layer_scale": vision.layer_scale is not None,
-            "vision.norm_epsilon": vision.norm_epsilon != 1e-5,
-        }
-    if unsupported := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise InputError(
-            f"OpenAI's format cannot express this model's {', '.join(unsupported)}; "
-            "its loader assumes the released models' values. Try --to open-clip or clip-jax."
-        )
 
 
 _KEPT_FLOAT32 = re.compile(
@@ -295,8 +286,9 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     biases, not norms and embeddings. None keeps every array's own. Raises InputError if the model
     cannot be expressed.
     """
-    check(weights)
     config = weights.config
+    advice = "choose --to open-clip or clip-jax."
+    check_assumptions(weights, "OpenAI's format", _assumptions(config), advice)
     tensors = from_params(rows(config), weights.params)
     for name, array in tensors.items():
         kept = dtype == "float16" and _KEPT_FLOAT32.fullmatch(name)
@@ -339,10 +331,10 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
     for name, array in tensors.items():
         *parents, last = name.split(".")
         module = root
-        for part in parents:
-            if part not in dict(module.named_children()):
-                module.add_module(part, torch.nn.Module())
-            module = module.get_submodule(part)
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, torch.nn.Module())
+            module = module.get_submodule(parent)
         if array.dtype.kind == "f" and "running_" not in last:
             parameter = torch.nn.Parameter(torch_tensor(array), requires_grad=False)
             module.register_parameter(last, parameter)
@@ -353,6 +345,39 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
         torch.jit.script(root).save(str(path))
 
 
+def _rounded(weights: Weights, dtype: DType | None, plain: bool = False) -> Params:
+    """Return what openai-clip computes with: an archive's matrices it rounds to float16."""
+    dtype = dtype if plain else "float16"
+    if dtype in (None, "float32"):
+        return weights.params
+    tensors = without_bookkeeping(to_tensors(weights, dtype))
+    return to_params(rows(weights.config), tensors, weights.config, "rounded weights")
+
+
+def _outputs(
+    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray, plain: bool = False
+) -> verify.Outputs:
+    with verify.library("clip", "openai-clip"):
+        if "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources"):
+            # openai-clip 1.0.1 takes `packaging` from it; new setuptools no longer has it.
+            import packaging.version
+
+            stub: Any = types.ModuleType("pkg_resources")
+            stub.packaging = packaging
+            sys.modules.setdefault("pkg_resources", stub)
+        import clip
+        import torch
+        from clip.model import build_model
+
+        if plain:  # its loader cannot read one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            model = build_model(dict(state)).float()
+            model.load_state_dict({n: x.float() for n, x in state.items() if n not in SIZES})
+        else:
+            model, _ = clip.load(str(path), device="cpu")
+        return verify.torch_outputs(model.encode_image, model.encode_text, model, images, tokens)
+
+
 def torch_tensor(array: np.ndarray) -> Any:
     """Return a torch tensor of the same bits, its own memory. Knows bfloat16."""
     import torch
@@ -361,3 +386,9 @@ def torch_tensor(array: np.ndarray) -> Any:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+TARGET = Target(
+    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, options=("plain",),
+    example="x.pt",
+)  # fmt: skip

@@ -79,7 +79,7 @@ def one_of(value: Any, where: str, choices: Any) -> Any:
 
 
 @contextmanager
-def said_in(path: Path) -> Generator[None]:
+def naming(path: Path) -> Generator[None]:
     """Put the file's name before a message about a value of it that does not have it."""
     try:
         yield

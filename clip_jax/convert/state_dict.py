@@ -69,8 +69,82 @@ class Row(NamedTuple):
 
 
 def norm(ours: str, theirs: str) -> list[Row]:
-    """Rows of a LayerNorm's gain and bias."""
+    """Rows of a LayerNorm's gain and bias in PyTorch."""
     return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def linear(ours: str, theirs: str) -> list[Row]:
+    """Rows of a linear layer in PyTorch."""
+    return [
+        Row(f"{ours}/kernel", f"{theirs}.weight", "F D -> D F"),
+        Row(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+def heads_out(ours: str, theirs: str) -> list[Row]:
+    """Rows of attention's output projection in PyTorch."""
+    return [
+        Row(f"{ours}/kernel", f"{theirs}.weight", "D (N K) -> N K D"),
+        Row(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+class BlockNames(NamedTuple):
+    """What a PyTorch implementation calls the parts of a residual block."""
+
+    ln_1: str
+    qkv: tuple[str, ...]  # one fused tensor or three, * for weight or bias
+    out: str
+    ln_2: str
+    fc1: str
+    fc2: str
+
+
+def block_rows(ours: str, theirs: str, names: BlockNames) -> list[Row]:
+    """Rows of a stack of residual blocks."""
+    weights, biases = (
+        tuple(f"{theirs}.{name.replace('*', kind)}" for name in names.qkv)
+        for kind in ("weight", "bias")
+    )
+    fused = len(names.qkv) == 1
+    return [
+        *norm(f"{ours}/ln_1", f"{theirs}.{names.ln_1}"),
+        Row(
+            f"{ours}/attn/in_proj/kernel", weights,
+            "(S N K) D -> D S N K" if fused else "S (N K) D -> D S N K",
+        ),
+        Row(
+            f"{ours}/attn/in_proj/bias", biases,
+            "(S N K) -> S N K" if fused else "S (N K) -> S N K",
+        ),
+        *heads_out(f"{ours}/attn/out_proj", f"{theirs}.{names.out}"),
+        *norm(f"{ours}/ln_2", f"{theirs}.{names.ln_2}"),
+        *linear(f"{ours}/mlp/c_fc", f"{theirs}.{names.fc1}"),
+        *linear(f"{ours}/mlp/c_proj", f"{theirs}.{names.fc2}"),
+    ]  # fmt: skip
+
+
+def query_rows(ours: str, q: str, kv: str) -> list[Row]:
+    """Rows of a query's projection, and of keys' and values' in one; * for weight or bias."""
+    return [
+        Row(f"{ours}/q/kernel", q.replace("*", "weight"), "(N K) D -> D N K"),
+        Row(f"{ours}/q/bias", q.replace("*", "bias"), "(N K) -> N K"),
+        Row(f"{ours}/kv/kernel", kv.replace("*", "weight"), "(S N K) D -> D S N K"),
+        Row(f"{ours}/kv/bias", kv.replace("*", "bias"), "(S N K) -> S N K"),
+    ]
+
+
+def map_head_rows(theirs: str, latent: str, q: str, kv: str, out: str, ln: str) -> list[Row]:
+    """Rows of SigLIP's attention pooling; names below `theirs`."""
+    ours = "visual/attn_pool"
+    return [
+        Row(f"{ours}/latent", f"{theirs}.{latent}"),
+        *query_rows(ours, f"{theirs}.{q}", f"{theirs}.{kv}"),
+        *heads_out(f"{ours}/proj", f"{theirs}.{out}"),
+        *norm(f"{ours}/norm", f"{theirs}.{ln}"),
+        *linear(f"{ours}/mlp/c_fc", f"{theirs}.mlp.fc1"),
+        *linear(f"{ours}/mlp/c_proj", f"{theirs}.mlp.fc2"),
+    ]
 
 
 @functools.lru_cache(maxsize=32)
@@ -138,22 +212,22 @@ def from_params(rows: Iterable[Row], params: Params) -> Tensors:
     return tensors
 
 
-def part_queries(tensors: Tensors, is_fused: Callable[[str], bool]) -> Tensors:
-    """Part tensors that hold query, key and value into `.q` and `.kv`."""
-    parted = {name: x for name, x in tensors.items() if not is_fused(name)}
+def split_queries(tensors: Tensors, is_fused: Callable[[str], bool]) -> Tensors:
+    """Split tensors that hold query, key and value into `.q` and `.kv`."""
+    separate = {name: x for name, x in tensors.items() if not is_fused(name)}
     for name, x in tensors.items():
         if is_fused(name) and x.ndim and len(x) % 3 == 0:
-            parted[f"{name}.q"], parted[f"{name}.kv"] = np.split(x, [len(x) // 3])
-    return parted
+            separate[f"{name}.q"], separate[f"{name}.kv"] = np.split(x, [len(x) // 3])
+    return separate
 
 
 def join_queries(tensors: Tensors) -> Tensors:
-    """Undo `part_queries`."""
+    """Undo `split_queries`."""
     joined = {name: x for name, x in tensors.items() if not name.endswith((".q", ".kv"))}
     for name, x in tensors.items():
         if name.endswith(".q"):
-            whole = name.removesuffix(".q")
-            joined[whole] = np.concatenate([x, tensors[f"{whole}.kv"]])
+            fused = name.removesuffix(".q")
+            joined[fused] = np.concatenate([x, tensors[f"{fused}.kv"]])
     return joined
 
 

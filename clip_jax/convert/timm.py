@@ -6,16 +6,15 @@ The name fixes the sizes and, unlike in the released weights' own code, the acti
 from dataclasses import replace
 from typing import cast
 
-from clip_jax.convert.clip_model import linear
-from clip_jax.convert.state_dict import Row, norm
+from clip_jax.convert.state_dict import BlockNames, Row, block_rows, map_head_rows, norm
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.vit import ViTConfig
 
 
-def _trunks() -> dict[str, ViTConfig]:
+def _towers() -> dict[str, ViTConfig]:
     """timm's name → tower. Those with tanh GELU are the ones added with SigLIP 2, and So400m/16."""
-    trunks: dict[str, ViTConfig] = {}
+    towers: dict[str, ViTConfig] = {}
     for name, architecture, sizes, activation in (
         ("vit_base_patch32", "ViT-B-32-SigLIP2-256", (256,), "gelu_tanh"),
         ("vit_base_patch16", "ViT-B-16-SigLIP", (224, 256, 384, 512), "gelu"),
@@ -28,20 +27,17 @@ def _trunks() -> dict[str, ViTConfig]:
         vision = cast(ViTConfig, zoo.get(architecture).vision)
         for size in sizes:
             tower = replace(vision, image_size=size, activation=activation)
-            trunks[f"{name}_siglip_{size}"] = tower
-    return trunks
+            towers[f"{name}_siglip_{size}"] = tower
+    return towers
 
 
-TRUNKS: dict[str, ViTConfig] = _trunks()
+TOWERS: dict[str, ViTConfig] = _towers()
 
 
 def name_of(vision: ViTConfig) -> str | None:
-    """Return the name of the trunk with these sizes, whatever its activation; None without one."""
-    for name, trunk in TRUNKS.items():
-        if (
-            replace(trunk, activation=vision.activation, patch_dropout=vision.patch_dropout)
-            == vision
-        ):
+    """Return the name of the tower with these sizes, whatever its activation; None without one."""
+    for name, tower in TOWERS.items():
+        if replace(vision, activation=tower.activation, patch_dropout=0.0) == tower:
             return name
     return None
 
@@ -49,7 +45,7 @@ def name_of(vision: ViTConfig) -> str | None:
 def as_named(vision: ViTConfig) -> ViTConfig:
     """Return the tower with the activation that open_clip will compute it with.
 
-    Raises InputError if timm has no such trunk.
+    Raises InputError if timm has no such tower.
     """
     name = name_of(vision)
     if name is None:
@@ -58,34 +54,20 @@ def as_named(vision: ViTConfig) -> ViTConfig:
             f"patch_size={vision.patch_size}, width={vision.width}, depth={vision.depth}, "
             f"image_size={vision.image_size}; choose --to hugging-face or clip-jax."
         )
-    return replace(vision, activation=TRUNKS[name].activation)
+    return replace(vision, activation=TOWERS[name].activation)
+
+
+_BLOCK = BlockNames("norm1", ("attn.qkv.*",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def rows() -> list[Row]:
-    """The table of a trunk."""
-    trunk, block, pool = "visual.trunk", "visual.trunk.blocks.{}", "visual.trunk.attn_pool"
-    ours, our_pool = "visual/transformer/resblocks", "visual/attn_pool"
+    """The table of an image tower."""
+    theirs = "visual.trunk"
     return [
-        Row("visual/conv1/kernel", f"{trunk}.patch_embed.proj.weight", "D C P Q -> P Q C D"),
-        Row("visual/conv1/bias", f"{trunk}.patch_embed.proj.bias"),
-        Row("visual/positional_embedding", f"{trunk}.pos_embed", "1 L D -> L D"),
-        *norm(f"{ours}/ln_1", f"{block}.norm1"),
-        Row(f"{ours}/attn/in_proj/kernel", f"{block}.attn.qkv.weight", "(S N K) D -> D S N K"),
-        Row(f"{ours}/attn/in_proj/bias", f"{block}.attn.qkv.bias", "(S N K) -> S N K"),
-        Row(f"{ours}/attn/out_proj/kernel", f"{block}.attn.proj.weight", "D (N K) -> N K D"),
-        Row(f"{ours}/attn/out_proj/bias", f"{block}.attn.proj.bias"),
-        *norm(f"{ours}/ln_2", f"{block}.norm2"),
-        *linear(f"{ours}/mlp/c_fc", f"{block}.mlp.fc1"),
-        *linear(f"{ours}/mlp/c_proj", f"{block}.mlp.fc2"),
-        *norm("visual/ln_post", f"{trunk}.norm"),
-        Row(f"{our_pool}/latent", f"{pool}.latent"),
-        Row(f"{our_pool}/q/kernel", f"{pool}.q.weight", "(N K) D -> D N K"),
-        Row(f"{our_pool}/q/bias", f"{pool}.q.bias", "(N K) -> N K"),
-        Row(f"{our_pool}/kv/kernel", f"{pool}.kv.weight", "(S N K) D -> D S N K"),
-        Row(f"{our_pool}/kv/bias", f"{pool}.kv.bias", "(S N K) -> S N K"),
-        Row(f"{our_pool}/proj/kernel", f"{pool}.proj.weight", "D (N K) -> N K D"),
-        Row(f"{our_pool}/proj/bias", f"{pool}.proj.bias"),
-        *norm(f"{our_pool}/norm", f"{pool}.norm"),
-        *linear(f"{our_pool}/mlp/c_fc", f"{pool}.mlp.fc1"),
-        *linear(f"{our_pool}/mlp/c_proj", f"{pool}.mlp.fc2"),
+        Row("visual/conv1/kernel", f"{theirs}.patch_embed.proj.weight", "D C P Q -> P Q C D"),
+        Row("visual/conv1/bias", f"{theirs}.patch_embed.proj.bias"),
+        Row("visual/positional_embedding", f"{theirs}.pos_embed", "1 L D -> L D"),
+        *block_rows("visual/transformer/resblocks", f"{theirs}.blocks.{{}}", _BLOCK),
+        *norm("visual/ln_post", f"{theirs}.norm"),
+        *map_head_rows(f"{theirs}.attn_pool", "latent", "q.*", "kv.*", "proj", "norm"),
     ]

@@ -102,14 +102,14 @@ def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
         raise InputError(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
     with json_file.damage_refused(file):  # its post-processor may name tokens that it lacks
         bare = tokenizer.encode("a", add_special_tokens=False).ids
-        whole = tokenizer.encode("a", add_special_tokens=True).ids
-    extra = len(whole) - len(bare)
+        ids = tokenizer.encode("a", add_special_tokens=True).ids
+    extra = len(ids) - len(bare)
     for before in range(min(extra, 1) + 1):
-        after = whole[before + len(bare) :]
-        if whole[before : before + len(bare)] == bare and len(after) <= 1:
-            return (whole[0] if before else None), (after[0] if after else None)
+        after = ids[before + len(bare) :]
+        if ids[before : before + len(bare)] == bare and len(after) <= 1:
+            return (ids[0] if before else None), (after[0] if after else None)
     raise InputError(
-        f"{file} puts {whole} for {bare}: at most one id before and one after are known."
+        f"{file} puts {ids} for {bare}: at most one id before and one after are known."
     )
 
 

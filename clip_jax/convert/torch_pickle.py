@@ -313,11 +313,10 @@ class _Reader:
     def find(self, module: Any, name: Any) -> _Name:
         if type(module) is not str or type(name) is not str:
             raise InputError("its pickle asks for something without a name.")
-        asked = _Name(module, name)
-        if asked.is_script_class or (asked.module, asked.name) in _MAKERS:
-            return asked
-        if asked.module in ("torch", "torch.storage") and asked.name in _DTYPES:
-            return asked
+        is_storage = module in ("torch", "torch.storage") and name in _DTYPES
+        maker = _Name(module, name)
+        if is_storage or maker.is_script_class or (module, name) in _MAKERS:
+            return maker
         raise InputError(
             f"its pickle asks for {module[:99]}.{name[:99]}, which is refused: a pickle can run "
             "any program. Save the state dict alone (torch.save(model.state_dict(), path), or as "

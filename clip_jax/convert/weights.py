@@ -16,8 +16,6 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.vit import ViTConfig
 
 DType = Literal["float32", "float16", "bfloat16"]  # of tensors in files
 
@@ -75,7 +73,7 @@ def mlp_ratio(width: int, mlp_width: int) -> float:
 
 
 _PUBLISHED_RATIOS = sorted(
-    {c.vision.mlp_ratio for c in zoo.ARCHITECTURES.values() if isinstance(c.vision, ViTConfig)}
+    {getattr(c.vision, "mlp_ratio", 4.0) for c in zoo.ARCHITECTURES.values()}
 )
 
 
@@ -86,14 +84,14 @@ def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLI
     """
     if architecture is not None:
         known = zoo.get(architecture)
-        if type(known.vision) is not type(config.vision) or _sizes(known) != _sizes(config):
+        if _sizes(known) != _sizes(config):
             raise InputError(
                 f"{source} is no {architecture}: its towers have widths, depths and MLP widths "
                 f"{_sizes(config)}, that architecture has {_sizes(known)}."
             )
         return known
     for known in zoo.ARCHITECTURES.values():
-        if type(known.vision) is type(config.vision) and _sizes(known) == _sizes(config):
+        if _sizes(known) == _sizes(config):
             return known
     raise InputError(
         f"{source} has no configuration and its sizes are no published model's, so its number of "
@@ -102,13 +100,16 @@ def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLI
     )
 
 
-def _sizes(config: CLIPConfig) -> tuple[object, ...]:
-    vision, text = config.vision, config.text
-    if isinstance(vision, ResNetConfig):
-        image = (vision.layers, vision.width)
-    else:
-        image = (vision.width, vision.depth, vision.mlp_width)
-    return (*image, text.width, text.depth, text.mlp_width, config.decoder)
+def _sizes(config: CLIPConfig) -> dict[str, object]:
+    names = ("width", "layers", "depth", "mlp_width")
+    towers = {"vision": config.vision, "text": config.text}
+    sizes = {
+        f"{tower}.{name}": getattr(values, name)
+        for tower, values in towers.items()
+        for name in names
+        if hasattr(values, name)
+    }
+    return sizes if config.decoder is None else {**sizes, "decoder": config.decoder}
 
 
 def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:
@@ -119,7 +120,8 @@ def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:
 
 
 def resize_positions(weights: Weights, image_size: int) -> Weights:
-    """Return the model for images of `image_size` pixels; positions by antialiased bicubic.
+    """Return the model for images of `image_size` pixels; positions by antialiased bicubic, as
+    open_clip resizes them.
 
     The class token's (a ResNet's mean token's) position stays. Raises ValueError for a size that
     the architecture cannot have.
@@ -128,15 +130,13 @@ def resize_positions(weights: Weights, image_size: int) -> Weights:
     config = replace(weights.config, vision=vision)
     preprocess = replace(weights.preprocess, image_size=image_size)
     flat = flatten(weights.params)
-    resnet = isinstance(vision, ResNetConfig)
-    name = "visual/attnpool/positional_embedding" if resnet else "visual/positional_embedding"
-    before = np.asarray(flat[name])
-    extra = 1 if resnet else int(vision.class_token)
-    side = round((vision.num_tokens - extra) ** 0.5)
-    old_side = round((len(before) - extra) ** 0.5)
+    before = np.asarray(flat[vision.positions_path])
+    extra = vision.extra_tokens
+    side = math.isqrt(vision.num_tokens - extra)
+    old_side = math.isqrt(len(before) - extra)
     if side != old_side:
         grid = rearrange(before[extra:].astype(np.float32), "(h w) D -> h w D", h=old_side)
         grid = jax.image.resize(jnp.asarray(grid), (side, side, grid.shape[-1]), "cubic")
         grid = rearrange(np.asarray(grid), "h w D -> (h w) D").astype(before.dtype)
-        flat[name] = np.concatenate([before[:extra], grid])
+        flat[vision.positions_path] = np.concatenate([before[:extra], grid])
     return replace(weights, config=config, preprocess=preprocess, params=unflatten(flat))

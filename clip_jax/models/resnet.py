@@ -67,6 +67,11 @@ class ResNetConfig:
         return self.width * 32
 
     @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.output_width // self.num_heads
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the attention pooling: the mean and every position of the last map."""
         return (self.image_size // 32) ** 2 + self.extra_tokens

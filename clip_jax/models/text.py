@@ -97,6 +97,11 @@ class TextConfig:
             raise InputError("text.projection_bias=True needs text.projection=True.")
 
     @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.num_heads
+
+    @property
     def has_class_token(self) -> bool:
         """Whether a learned token behind the text's stands for the text."""
         return self.pool == "class_token"

@@ -91,6 +91,11 @@ class ViTConfig:
         return Square(self.image_size)
 
     @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.num_heads
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 

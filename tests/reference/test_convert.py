@@ -13,9 +13,9 @@ from transformers import CLIPConfig as TheirConfig
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_jax.convert import openai
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
-from clip_jax.convert.verify import random_inputs, relative_difference, verify
+from clip_jax.convert.verify import random_inputs, relative_difference
 from clip_jax.convert.weights import resize_positions
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo

@@ -10,12 +10,12 @@ import torch
 from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipModel
 
 from clip_jax.convert import open_clip, timm
-from clip_jax.convert.clip_model import towers
 from clip_jax.convert.conversion import ConvertConfig, convert
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import read_weights, verify, write_weights
+from clip_jax.convert.hugging_face import towers
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.tensor_files import read_tensors
-from clip_jax.convert.verify import BOUND, relative_difference, verify
+from clip_jax.convert.verify import BOUND, relative_difference
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import probabilities
 from clip_jax.models import zoo
@@ -55,7 +55,7 @@ def siglip(name):
 
 
 @pytest.fixture
-def toy_trunk(monkeypatch):
+def toy_tower(monkeypatch):
     """Register the small image towers with timm, whose names alone open_clip can build."""
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
@@ -71,7 +71,7 @@ def toy_trunk(monkeypatch):
         vit_toy_siglip.__module__ = __name__
         register_model(vit_toy_siglip)
         fixed = "gelu" if activation == "gelu" else "gelu_tanh"
-        monkeypatch.setitem(timm.TRUNKS, "vit_toy_siglip", replace(vision, activation=fixed))
+        monkeypatch.setitem(timm.TOWERS, "vit_toy_siglip", replace(vision, activation=fixed))
 
     return register
 
@@ -87,9 +87,9 @@ def toy_trunk(monkeypatch):
         ("big-vision", "g-opt"),
     ],
 )
-def test_there_and_back(tmp_path, toy_trunk, to, name):
+def test_there_and_back(tmp_path, toy_tower, to, name):
     weights, path = siglip(name), tmp_path / "out.npz"
-    toy_trunk(weights.config.vision, "gelu_tanh" if to == "open-clip" else "gelu")
+    toy_tower(weights.config.vision, "gelu_tanh" if to == "open-clip" else "gelu")
     write_weights(weights, path, to)
     assert verify(weights, path, to).passed
     again = read_weights(path)
@@ -129,10 +129,10 @@ def test_hugging_faces_own_folder(tmp_path):
     read_back(weights, tmp_path / "out", "hugging-face", original)
 
 
-def test_the_activation_that_a_name_fixes(tmp_path, toy_trunk):
+def test_the_activation_that_a_name_fixes(tmp_path, toy_tower):
     """Exact GELU where the model has tanh: refused, or said and measured."""
     weights = siglip("base")
-    toy_trunk(weights.config.vision, "gelu")
+    toy_tower(weights.config.vision, "gelu")
     write_weights(weights, tmp_path / "ours", "clip-jax")
     settings = {"source": tmp_path / "ours", "destination": tmp_path / "out", "to": "open-clip"}
     with pytest.raises(ValueError, match=r"vit_toy_siglip fixes it.*--accept-activation"):
@@ -216,11 +216,11 @@ def test_siglips_sizes_are_open_clips(open_clip):
 
 
 def test_timms_names_have_the_sizes_and_the_activations_that_we_say():
-    import timm as peer
+    import timm as reference
 
-    for name, vision in timm.TRUNKS.items():
+    for name, vision in timm.TOWERS.items():
         with torch.device("meta"):
-            model = peer.create_model(name, pretrained=False, num_classes=0)
+            model = reference.create_model(name, pretrained=False, num_classes=0)
         mlp = model.blocks[0].mlp
         tanh = type(mlp.act).__name__ != "GELU" or mlp.act.approximate == "tanh"
         assert tanh == (vision.activation == "gelu_tanh"), name

@@ -1,0 +1,98 @@
+"""What `convert --to` has to know of a format: how it is written, what it assumes, who checks it.
+
+A format that is written has a module with a `TARGET`, and a row in `formats.TARGETS`.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import jax
+
+from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.errors import InputError
+from clip_jax.models.clip import Params
+
+# Field or property of the configuration → the value that the format has, or a tuple of values; a
+# class stands for any of its objects. What a tower does not have is not compared.
+Assumptions = dict[str, Any]
+
+
+def check_assumptions(
+    weights: Weights,
+    name: str,
+    assumptions: Assumptions,
+    advice: str,
+    reasons: Mapping[str, str] | None = None,
+) -> None:
+    """Raise InputError, which lists what a format called `name` cannot express.
+
+    Fields are `CLIPConfig`'s, or below `preprocess.`; `reasons` are added to the message.
+    """
+    problems: dict[str, str] = {}
+    for field, expected in assumptions.items():
+        if field.partition(".")[0] in problems:  # another kind of tower: its fields say no more
+            continue
+        root = weights if field.startswith("preprocess.") else weights.config
+        try:
+            value = operator.attrgetter(field)(root)
+        except AttributeError:
+            continue
+        values = expected if isinstance(expected, tuple) else (expected,)
+        if any(isinstance(value, x) if isinstance(x, type) else value == x for x in values):
+            continue
+        reason = f": {reasons[field]}" if reasons and field in reasons else ""
+        needed = " or ".join(map(_shown, values))
+        problems[field] = f"{field}={_shown(value)} (needs {needed}{reason})"
+    if problems:
+        listed = ", ".join(problems.values())
+        raise InputError(f"{name} cannot express this model's {listed}; {advice}")
+
+
+def _shown(value: Any) -> str:
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__name__ if is_dataclass(kind) else repr(value)
+
+
+def assumed(prefix: str, value: Any, *but: str) -> dict[str, Any]:
+    """Return assumptions that a dataclass's fields, other than `but`, are those of `value`.
+
+    A tuple, such as an image mean, is one value.
+    """
+    names = [field.name for field in fields(value) if field.name not in but]
+    values = {f"{prefix}.{name}": getattr(value, name) for name in names}
+    return {name: (x,) if isinstance(x, tuple) else x for name, x in values.items()}
+
+
+def fixed(assumptions: Assumptions, prefix: str) -> dict[str, Any]:
+    """Return the keyword arguments of a tower's configuration that a format assumes."""
+    return {
+        name.removeprefix(f"{prefix}."): value
+        for name, value in assumptions.items()
+        if name.startswith(f"{prefix}.") and not isinstance(value, tuple)
+    }
+
+
+def rounded(weights: Weights, dtype: DType | None) -> Params:
+    """Return a model's parameters as a file of `dtype` holds them."""
+    if dtype in (None, "float32"):
+        return weights.params
+    return jax.tree.map(lambda x: cast(x, dtype), weights.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A format that `convert --to` writes. Functions take the keywords of `options` too."""
+
+    write: Callable[..., None]  # writes weights to a path; `dtype` None keeps every array's own
+    reference: str  # the library that --verify compares with
+    outputs: Callable[..., Any]  # its `verify.Outputs`, of weights, path, images and tokens
+    rounded: Callable[..., Params] = rounded  # what it computes with, of weights and `dtype`
+    # Returns the model as the library will compute it, where its format does not have the model's
+    # activation.
+    as_computed: Callable[[Weights], Weights] | None = None
+    options: tuple[str, ...] = ()  # such as `plain`, of ConvertConfig, which others do not have
+    example: str = ""  # name of a file, for a format of one file; empty: it is a folder
+    names: tuple[str, ...] = ()  # of a folder's files by which it is known to be of the format
+    use: str = ""  # how a folder is read, for its model card
