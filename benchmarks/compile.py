@@ -41,7 +41,7 @@ def small(
         text=TextConfig(vocab_size=520, context_length=length, **sizes), **more,
     )  # fmt: skip
     recipe = Recipe(
-        model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=64
+        model=model, objective=(SoftmaxConfig(),), optim=OptimConfig(), steps=10_000, batch_size=64
     )
     return Request(recipe=recipe, mesh=MeshConfig(fsdp=fsdp), topology=Topology.parse(topology))
 

@@ -119,7 +119,11 @@ def step(*names: str) -> None:
             text=dataclasses.replace(model.text, depth=1, vocab_size=1024),
         )  # fmt: skip
         recipe = Recipe(
-            model=model, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=64
+            model=model,
+            objective=(SoftmaxConfig(),),
+            optim=OptimConfig(),
+            steps=10_000,
+            batch_size=64,
         )
         where = Topology.parse("v5e:2x2")
         request = pod.Request(recipe=recipe, mesh=MeshConfig(fsdp=2), topology=where)

@@ -54,7 +54,7 @@ def ours(model: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
     from clip_jax.step import Program, Recipe
 
     recipe = Recipe(
-        model=model, loss=SoftmaxConfig(), optim=OptimConfig(),
+        model=model, objective=(SoftmaxConfig(),), optim=OptimConfig(),
         steps=10_000, batch_size=len(data["text"]),
     )  # fmt: skip
     program = Program(recipe, sharding.make_mesh(sharding.MeshConfig()))

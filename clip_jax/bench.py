@@ -265,19 +265,25 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
 def measure_loss(config: ComputeBench) -> dict[str, Any]:
     """The loss alone with its metrics and all gradients, from features that lie as in the step."""
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
-    compiled = pod.compile_loss(config.recipe, mesh)
+    program = Program(config.recipe, mesh)
+    compiled, (scalars, outputs, _, carried) = pod.compile_loss(program)
     rng = np.random.default_rng(config.seed)
-    shape = (config.batch_size, config.model.embed_dim)
-    features = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    wide = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in features]
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    scale = np.float32(config.model.init_logit_scale)
-    bias = np.float32(config.model.init_logit_bias or 0)
-    ids = np.arange(config.batch_size, dtype=np.int32)
-    inputs = jax.device_put((*wide, scale, bias, ids), (rows, rows, whole, whole, rows))
+    known = {"logit_scale": np.log(config.model.init_logit_scale)}
+    known["logit_bias"] = config.model.init_logit_bias or 0.0
+
+    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
+        rows = rng.standard_normal(x.shape, np.float32)
+        rows /= np.linalg.norm(rows, axis=-1, keepdims=True) if x.ndim > 1 else 1
+        return jax.device_put(rows.astype(x.dtype), x.sharding)
+
+    inputs = program.place(_made_up(config))
+    del inputs["rate"]
+    scalars = {
+        name: jax.device_put(np.float32(known[name]), x.sharding) for name, x in scalars.items()
+    }
+    arguments = (scalars, jax.tree.map(draw, outputs), inputs, jax.tree.map(draw, carried))
     work = flops.of_step(config).loss
-    result = _measure(config, mesh, lambda: compiled(*inputs), work, pod.peak(compiled))
+    result = _measure(config, mesh, lambda: compiled(*arguments), work, pod.peak(compiled))
     return result | {"form": pod.loss_form(config.recipe, mesh)}
 
 

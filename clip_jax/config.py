@@ -15,6 +15,7 @@ import os
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.pairs import PairsEvalConfig
 from clip_jax.evals.tasks import SuiteEvalConfig
-from clip_jax.losses import CaptionConfig, SigmoidConfig, SoftmaxConfig
+from clip_jax.losses import SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -60,8 +61,8 @@ class Config:
     init_from: str | None = None  # weights to begin with: a run, a model folder, a foreign file
     init_towers: tuple[Tower, ...] = ("image", "text")  # which of its towers are taken
     data: DataConfig = field(default_factory=DataConfig)
-    loss: SoftmaxConfig | SigmoidConfig = field(default_factory=SoftmaxConfig)
-    caption: CaptionConfig = field(default_factory=CaptionConfig)  # of a model with a decoder
+    # What is minimised: a weighted sum of terms, such as a contrastive loss and a caption loss.
+    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -131,7 +132,7 @@ RESUMABLE = (
     *("stop_after", "mesh", "accumulation", "checkpoint", "processes", "evals", "report_every"),
     *("profile_steps", "compilation_cache"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
-    *("model.attention", "model.remat", "model.unroll", "caption.chunk_size"),
+    *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
 )
 
 
@@ -219,6 +220,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
             path = f"{prefix}.{name}" if prefix else name
             differing += differences(old.get(name), new.get(name), path)
         return differing
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [x for i, (a, b) in pairs for x in differences(a, b, f"{prefix}.{i}")]
     return [] if old == new else [(prefix, old, new)]
 
 
@@ -318,7 +322,7 @@ def _others(
     return [
         f"  {name}: {old} in {path}, {new} given"
         for name, old, new in differences(before, now)
-        if not any(name == some or name.startswith(some + ".") for some in allowed)
+        if not any(fnmatch(name, some) or name.startswith(some + ".") for some in allowed)
     ]
 
 

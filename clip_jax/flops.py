@@ -72,7 +72,9 @@ class TrainingFlops(NamedTuple):
 
 def of_step(run: Any) -> TrainingFlops:
     """Count one training step of a run's Config or Recipe, with its dropped patches and locks."""
-    return training(run.model, run.batch_size, locked=run.optim.locked)
+    locked = run.optim.locked
+    macs = sum(term.macs(run.model, run.batch_size, locked) for term in run.objective)
+    return training(run.model, run.batch_size, locked=locked)._replace(loss=2 * macs)
 
 
 def forward(

@@ -335,11 +335,13 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
     return shardings
 
 
-def like_params(tree: Any, shardings: Params, mesh: AnyMesh) -> Any:
+def like_params(
+    tree: Any, shardings: Params, mesh: AnyMesh, others: NamedSharding | None = None
+) -> Any:
     """Shard whatever mirrors the parameters (moments, averages) as they are; scalars are copied.
 
-    A dimension of length 1, along which a moment is a mean, is not split. Raises ValueError for an
-    array whose path does not end in a parameter's path.
+    A dimension of length 1, along which a moment is a mean, is not split. An array whose path does
+    not end in a parameter's path is sharded as `others` says; without it, ValueError is raised.
     """
     flat = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
 
@@ -352,6 +354,8 @@ def like_params(tree: Any, shardings: Params, mesh: AnyMesh) -> Any:
                 axes = zip(x.shape, flat[name].spec, strict=True)
                 spec = PartitionSpec(*(None if size == 1 else axis for size, axis in axes))
                 return NamedSharding(mesh, spec)
+        if others is not None:
+            return others
         raise ValueError(f"{'/'.join(parts)} {x.shape} mirrors no parameter.")
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -5,7 +5,7 @@ Train, plan, bench and tests share all three: what one compiles is what the othe
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import jax
@@ -18,15 +18,14 @@ from jaxtyping import Array, Float, Int, Key
 from clip_jax import processes, sharding
 from clip_jax.losses import (
     Axes,
-    CaptionConfig,
-    SigmoidConfig,
+    Context,
+    Objective,
     SoftmaxConfig,
+    TermConfig,
     cached_value_and_grad,
-    caption_ids,
-    caption_loss,
-    contrastive_loss,
-    count_labels,
 )
+from clip_jax.losses import objective as terms
+from clip_jax.losses.objective import Inputs, Metrics, Outputs
 from clip_jax.models.clip import (
     CLIP,
     CLIPConfig,
@@ -40,12 +39,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import TOWERS, GuardState, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.sharding import AnyMesh
 
-# "image": uint8 [B, H, W, 3], "text": int32 [B, L], "rate": float32, the step's learning rate
-Inputs = dict[str, Any]
-Metrics = dict[str, Any]  # name -> scalar
-# Of images and of texts; with a decoder also what writing each text cost.
-Features = tuple[Float[Array, "B ..."], ...]
-LossConfig = SoftmaxConfig | SigmoidConfig
+FrozenParams = dict[str, dict[str, Params]]  # by a term's name and that of its model
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +50,13 @@ class State:
     step: Any  # int32 scalar: updates done, and so the number of the next batch
     params: Any  # nested dict, float32
     opt_state: Any  # Optax's
+    carried: dict[str, Any] = field(default_factory=dict)  # by terms of the objective
+    frozen: FrozenParams = field(default_factory=dict)  # never saved; see `losses.Term.frozen`
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, by name."""
+        trees = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        return trees | ({"carried": self.carried} if self.carried else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +64,19 @@ class Recipe:
     """What decides an update, the data and the mesh aside."""
 
     model: CLIPConfig
-    loss: LossConfig
+    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)
     optim: OptimConfig
-    caption: CaptionConfig = CaptionConfig()  # read where the model has a decoder
     steps: int  # of the whole run: the schedule's end
     batch_size: int  # pairs over all devices
     accumulation: int = 1
     seed: int = 0  # of the parameters, and of what training drops
 
+    def __post_init__(self) -> None:
+        terms.check(self.objective, self.model)
+
 
 class Program:
-    """A recipe on a mesh: where its arrays lie, and the two functions compiled for them.
+    """A recipe on a mesh: the shardings of its arrays, and the two functions compiled for them.
 
     `state` and `batch` are shapes that know their shardings (see `shapes`). Nothing is computed
     or compiled before `init` or `step` is called.
@@ -83,219 +86,209 @@ class Program:
         self.recipe, self.mesh = recipe, mesh
         self.model = CLIP(recipe.model)
         self.state, self.batch = shapes(recipe, mesh)
-        places = jax.tree.map(lambda x: x.sharding, self.state)
-        self._rate = schedule(recipe.optim, recipe.steps)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        self._learning_rate = schedule(recipe.optim, recipe.steps)
         optimizer = make_optimizer(recipe.optim, recipe.model.dimensions())
         self._init = jax.jit(
-            functools.partial(init_state, model=self.model, optimizer=optimizer),
-            out_shardings=places,
+            functools.partial(
+                init_state, model=self.model, optimizer=optimizer, objective=recipe.objective
+            ),
+            out_shardings=replace(shardings, frozen={}),
         )
         self.step: Any = jax.jit(
             functools.partial(
-                train_step, model=self.model, optim=recipe.optim,
-                loss=recipe.loss, caption=recipe.caption, mesh=mesh,
-                accumulation=recipe.accumulation, seed=recipe.seed,
+                train_step, model=self.model, objective=recipe.objective, optim=recipe.optim,
+                mesh=mesh, accumulation=recipe.accumulation, seed=recipe.seed,
             ),
-            in_shardings=(places, jax.tree.map(lambda x: x.sharding, self.batch)),
-            out_shardings=(places, sharding.replicated(mesh)),
+            in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, self.batch)),
+            out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=processes.compiler_options(mesh.devices.flat[0].platform),
         )  # fmt: skip
 
-    def init(self, given: Params | None = None) -> State:
-        """Draw the state where it lies, with the parameters that are `given` in their place."""
-        return self._init(jax.random.key(self.recipe.seed), given=given)
+    def init(self, params: Params | None = None, frozen: FrozenParams | None = None) -> State:
+        """Draw the state, sharded, with `params` in place of those drawn.
+
+        `frozen` are the parameters of the models that the terms of the objective name.
+        """
+        state = self._init(jax.random.key(self.recipe.seed), params=params)
+        return self.with_frozen(state, frozen)
+
+    def resume(self, saved: dict[str, Any], frozen: FrozenParams | None = None) -> State:
+        """Make the state of what a checkpoint holds (see `State.saved`)."""
+        return self.with_frozen(State(**saved), frozen)
+
+    def with_frozen(self, state: State, frozen: FrozenParams | None) -> State:
+        """Put the terms' frozen parameters on the mesh. They must have the shapes of `state`."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state.frozen)
+        return replace(state, frozen=jax.device_put(frozen or {}, shardings))
 
     def place(self, batch: Inputs, step: int = 0) -> Inputs:
-        """Put this process's part of a batch, NumPy arrays by name, on the mesh.
+        """Put this process's share of a batch, NumPy arrays by name, on the mesh.
 
         With it goes the learning rate of `step`, the number of steps taken before: the schedule
         stays out of the compiled step, so that runs that differ in it alone share the program.
         """
-        given = {**batch, "rate": np.float32(self._rate(step))}
+        values = {**batch, "rate": np.float32(self._learning_rate(step))}
         return jax.tree.map(
             lambda x, rows: jax.make_array_from_process_local_data(x.sharding, rows),
-            self.batch, {name: given[name] for name in self.batch},
+            self.batch, {name: values[name] for name in self.batch},
         )  # fmt: skip
 
 
 def init_state(
-    key: Array, model: CLIP, optimizer: optax.GradientTransformation, given: Params | None = None
-) -> State:
-    """Draw parameters, except those given, and start the optimizer at step 0."""
-    params = model.init(key) | (given or {})
+    key: Array, model: CLIP, optimizer: optax.GradientTransformation,
+    objective: Objective = (), params: Params | None = None,
+) -> State:  # fmt: skip
+    """Draw parameters, with `params` in place of those drawn, and start the rest at step 0."""
+    params = model.init(key) | (params or {})
     trainable, _ = split_batch_stats(params)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+    carried = terms.init(objective, trainable)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried)
 
 
 def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
-    """Return state and batch as shapes that know where they lie on the mesh.
+    """Return state and batch as shapes that know their shardings on the mesh.
 
     Raises InputError unless the mesh can split the batch and every parameter.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
     model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, recipe.model.dimensions())
-    state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), model, optimizer))
+    begin = functools.partial(init_state, jax.random.key(0), model, optimizer, recipe.objective)
+    state = jax.eval_shape(begin)
     params = sharding.param_shardings(recipe.model, state.params, mesh)
-    opt_state = sharding.like_params(state.opt_state, params, mesh)
-    places = State(sharding.replicated(mesh), params, opt_state)
-    images = recipe.model.vision.image_spec.shapes(recipe.batch_size)
-    length = recipe.model.text.context_length
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    return jax.tree.map(_placed, state, places), {
-        "image": jax.tree.map(lambda x: _placed(x, rows), images),
-        "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32, sharding=rows),
-        "rate": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+    shardings = State(
+        sharding.replicated(mesh),
+        params,
+        sharding.like_params(state.opt_state, params, mesh),
+        sharding.like_params(state.carried, params, mesh, others=sharding.replicated(mesh)),
+    )
+    frozen = {
+        term.name: {name: _frozen(own.config, mesh) for name, own in term.frozen().items()}
+        for term in recipe.objective
+        if term.frozen()
     }
+    rows = sharding.batch_sharding(mesh)
+    length = recipe.model.text.context_length
+    batch: Inputs = {
+        "image": recipe.model.vision.image_spec.shapes(recipe.batch_size),
+        "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32),
+    }
+    for term in recipe.objective:
+        batch |= term.inputs(recipe.model, recipe.batch_size)
+    batch = jax.tree.map(lambda x: _placed(x, rows), batch)
+    batch["rate"] = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
+    return replace(jax.tree.map(_placed, state, shardings), frozen=frozen), batch
 
 
-def _placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _frozen(config: CLIPConfig, mesh: AnyMesh) -> Params:
+    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    return jax.tree.map(_placed, params, sharding.param_shardings(config, params, mesh))
+
+
+def context(
+    model: CLIP, mesh: Mesh, state: State, params: Params, inputs: Inputs, outputs: Outputs
+) -> Context:
+    """Gather what the objective's functions see; parameters and outputs are differentiated."""
+    axes = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
+    model = replace(model, layout=sharding.layout(mesh, model.config.attention))
+    return Context(model, params, inputs, outputs, mesh, axes, state.frozen, state.carried)
 
 
 def encode(
-    trainable: Params, batch_stats: Params, batch: Inputs, *, model: CLIP, mesh: Mesh,
-    locked: tuple[Tower, ...] = (), key: Array | None = None,
-    caption: CaptionConfig = CaptionConfig(),
-) -> tuple[Features, Params]:  # fmt: skip
-    """Embed both sides of a batch at unit length; return them and BatchNorm's new statistics.
+    x: Context, objective: Objective, locked: tuple[Tower, ...] = (), key: Array | None = None
+) -> tuple[Outputs, Params]:
+    """Compute the outputs of a chunk that the objective keeps, embeddings at unit length, and
+    BatchNorm's new statistics.
 
-    With a decoder, each row's caption loss is the third of the features. With `key` patches are
-    dropped: a pair's `row` in the global batch decides which, so that
+    With `key` patches are dropped: a pair's `row` in the global batch decides which, so that
     neither the mesh nor the number of chunks matters.
     """
-    layout = sharding.layout(mesh, model.config.attention)
-    model = replace(model, layout=layout)
-    frozen = {TOWERS[tower]: jax.lax.stop_gradient(trainable[TOWERS[tower]]) for tower in locked}
-    params = join_batch_stats(trainable | frozen, batch_stats)
-    images, texts = model.normalize(batch["image"]), batch["text"]
+    frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
+    x = replace(x, params=x.params | frozen)
+    constrain, inputs, needs = x.model.layout.constrain, x.inputs, terms.needs(objective)
+    further = [name.split(":") for name in needs if terms.is_embedding(name)]
+    names = {tower: [tower, *(n for t, n in further if t == tower)] for tower in ("image", "text")}
+    images = {name: x.model.normalize(inputs[name]) for name in names["image"]}
+    texts = {name: inputs[name] for name in names["text"]}
     keys = None
     if key is not None and "image" not in locked:
-        keys = _row_keys(key, layout.constrain(batch["row"]))
-    written: Features = ()
-    if model.config.decoder is not None:
-        image_features, image_tokens = model.encode_image_and_tokens(params, images, keys)
-        text_features, states = model.encode_text_and_write(params, texts, image_tokens)
-        axes = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
-        written = (
-            caption_loss(
-                layout.constrain(states), params["decoder"]["vocab_projection"], texts[:, 1:],
-                pad_id=model.config.text.tokenizer.pad_id, chunk_size=caption.chunk_size,
-                mesh=mesh, axes=axes,
-            ),
-        )  # fmt: skip
-    else:
-        if "image" in locked:  # as when it is used: all patches, BatchNorm's running statistics
-            image_features = model.encode_image(params, images)
-        else:
-            image_features, batch_stats = model.encode_image_train(params, images, keys)
-        text_features = model.encode_text(params, texts)
-    features = (l2_normalize(image_features), l2_normalize(text_features), *written)
-    return tuple(layout.constrain(x) for x in features), batch_stats
+        keys = _row_keys(key, constrain(inputs["row"]))
+    # A locked tower is as when it is used: all patches, BatchNorm's running statistics.
+    outputs, batch_stats = x.model.outputs(
+        x.params, images, texts, needs, keys, train="image" not in locked
+    )
+    outputs = {
+        name: l2_normalize(y) if terms.is_embedding(name) else constrain(y)
+        for name, y in outputs.items()
+    }
+    kept = terms.encode(objective, replace(x, outputs=outputs))
+    return {name: constrain(y) for name, y in kept.items()}, batch_stats
 
 
 def _row_keys(key: Array, rows: Int[Array, " B"]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
-def compare(
-    trainable: Params, image_features: Float[Array, "B E"], text_features: Float[Array, "B E"],
-    *written: Float[Array, " B"],
-    text: Int[Array, "B L"], loss: LossConfig, mesh: Mesh, pad_id: int = 0,
-    caption: CaptionConfig = CaptionConfig(),
-) -> tuple[Float[Array, ""], Metrics]:  # fmt: skip
-    """Compute the loss of one global batch: the contrastive, and what was `written`, if any.
-
-    In the contrastive loss every other pair is a negative; the caption loss is a token's mean.
-    """
-    value, metrics = contrastive_loss(
-        loss,
-        image_features,
-        text_features,
-        jnp.exp(trainable["logit_scale"]),
-        trainable.get("logit_bias"),
-        caption_ids=caption_ids(text),
-        mesh=mesh,
-        axes=sharding.BATCH_AXES,
-    )
-    if not written:
-        return value, metrics
-    mean = written[0].sum() / count_labels(text[:, 1:], pad_id)
-    parts = {"contrastive_loss": value, "caption_loss": mean}
-    value = caption.contrastive_weight * value + caption.weight * mean
-    return value, metrics | jax.lax.stop_gradient(parts)
-
-
-def compute_loss(
-    trainable: Params, batch_stats: Params, batch: Inputs, *, model: CLIP, loss: LossConfig,
-    mesh: Mesh, locked: tuple[Tower, ...] = (), key: Array | None = None,
-    caption: CaptionConfig = CaptionConfig(),
-) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:  # fmt: skip
-    """Compute the loss of one global batch, and with it metrics and BatchNorm's new statistics."""
-    features, batch_stats = encode(
-        trainable, batch_stats, batch, model=model, mesh=mesh, locked=locked, key=key,
-        caption=caption,
-    )  # fmt: skip
-    value, metrics = compare(
-        trainable, *features, text=batch["text"], loss=loss, mesh=mesh, caption=caption,
-        pad_id=model.config.text.tokenizer.pad_id,
-    )  # fmt: skip
-    return value, (metrics, batch_stats)
-
-
 def train_step(
-    state: State, batch: Inputs, *, model: CLIP, optim: OptimConfig, loss: LossConfig, mesh: Mesh,
-    accumulation: int = 1, seed: int = 0, caption: CaptionConfig = CaptionConfig(),
+    state: State, batch: Inputs, *, model: CLIP, objective: Objective, optim: OptimConfig,
+    mesh: Mesh, accumulation: int = 1, seed: int = 0,
 ) -> tuple[State, Metrics]:  # fmt: skip
-    """Take one step: towers, global similarity, loss, gradients, update.
+    """Take one step: towers, objective, gradients, update.
 
     With `accumulation` the towers see the batch in that many chunks, one after the other, in the
     memory of one; the gradients are those of the whole. `seed` is that of the patch dropout.
     """
     trainable, batch_stats = split_batch_stats(state.params)
-    vision, rate = model.config.vision, batch["rate"]
-    batch, key = {name: batch[name] for name in ("image", "text")}, None
+    towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
+    scalars = {name: x for name, x in trainable.items() if name not in towers}
+    inputs = {name: x for name, x in batch.items() if name != "rate"}
+    vision, key = model.config.vision, None
     if isinstance(vision, ViTConfig) and vision.patch_dropout:
         # Threefry, whatever the default: the rows' keys must give the same under vmap.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
-        batch = batch | {"row": jnp.arange(len(batch["text"]))}
-    options: dict[str, Any] = {
-        "model": model, "mesh": mesh, "locked": optim.locked, "key": key, "caption": caption
-    }  # fmt: skip
-    pad_id = model.config.text.tokenizer.pad_id
-    writing: dict[str, Any] = {"mesh": mesh, "caption": caption, "pad_id": pad_id}
-    if accumulation == 1:
-        objective = jax.value_and_grad(
-            functools.partial(compute_loss, loss=loss, **options), has_aux=True
-        )
-        (value, (metrics, batch_stats)), grads = objective(trainable, batch_stats, batch)
-    else:
-        group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else None
-        (value, (metrics, batch_stats)), grads = cached_value_and_grad(
-            lambda params, chunk: encode(params, batch_stats, chunk, **options),
-            functools.partial(compare, text=batch["text"], loss=loss, **writing),
-            trainable,
-            batch,
-            accumulation,
-            group_size=group or 1,
-        )
+        inputs = inputs | {"row": jnp.arange(len(inputs["text"]))}
+    context_of = functools.partial(context, model, mesh, state)
+
+    def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
+        params = join_batch_stats(scalars | towers, batch_stats)
+        return encode(context_of(params, chunk, {}), objective, optim.locked, key)
+
+    def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
+        return terms.total(objective, context_of(scalars, inputs, outputs))
+
+    group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else None
+    result = cached_value_and_grad(
+        encode_chunk, compare, towers, scalars, inputs, accumulation, group_size=group or 1
+    )
+    grads, metrics = result.params | result.others, result.aux
     optimizer = make_optimizer(optim, model.config.dimensions())
-    updates, opt_state = optimizer.update(grads, state.opt_state, trainable, rate=rate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trainable, rate=batch["rate"])
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable
     trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
+    batch_stats, carried = result.statistics, {}
+    if state.carried:
+        carried = terms.update(objective, context_of(trainable, inputs, result.outputs))
     if isinstance(opt_state, GuardState):
         done = opt_state.skipped == state.opt_state.skipped
         _, before = split_batch_stats(state.params)
-        batch_stats = jax.tree.map(lambda a, b: jnp.where(done, a, b), batch_stats, before)
+        batch_stats, carried = jax.tree.map(
+            lambda a, b: jnp.where(done, a, b), (batch_stats, carried), (before, state.carried)
+        )
         metrics |= {
             "skipped_updates": opt_state.skipped, "skipped_in_a_row": opt_state.skipped_in_a_row
         }  # fmt: skip
     metrics |= {
-        "loss": value,
+        "loss": result.loss,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(trainable),
         "logit_scale": jnp.exp(trainable["logit_scale"]),
-        "learning_rate": rate,
+        "learning_rate": batch["rate"],
     }
-    return State(state.step + 1, join_batch_stats(trainable, batch_stats), opt_state), metrics
+    params = join_batch_stats(trainable, batch_stats)
+    return State(state.step + 1, params, opt_state, carried, state.frozen), metrics

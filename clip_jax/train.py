@@ -31,11 +31,12 @@ from clip_jax.display import warn
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.inference.loading import starting_params
+from clip_jax.losses import Objective
 from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
 from clip_jax.optim import averaged
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.step import Program, State
+from clip_jax.step import FrozenParams, Program, State
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
@@ -141,10 +142,10 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
                     record = {"from": config.branch_from, "differs": differs}
                     files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
             else:
-                begun = restore(config, checkpoints.restore(program.state))
+                begun = restore(config, checkpoints.restore(program.state.saved()))
     else:
-        begun = Restored(0, begin(config, program), {})
-    start = begun.step
+        begun = Restored(0, begin(config, program).saved(), {})
+    start, state = begun.step, program.resume(begun.state, frozen_params(config.objective))
 
     reports = Reports(
         workdir, timers,
@@ -157,14 +158,14 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         reports.line(line)
     from_where = f"going on from step {start}" if start else "from the beginning"
     reports.line(
-        f"{count(begun.state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an "
+        f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an "
         f"epoch, mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind} on "
         f"{jax.process_count()} processes, {from_where} to step {config.end}, in {workdir}"
     )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
         config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,
-        timers, start, begun.state,
+        timers, start, state,
     )  # fmt: skip
 
 
@@ -257,9 +258,21 @@ def begin(config: Config, program: Program) -> State:
     return program.init(starting_params(config.init_from, config.model, config.init_towers))
 
 
+def frozen_params(objective: Objective) -> FrozenParams:
+    """Read the weights of the models that terms of the objective compute with."""
+    return {
+        term.name: {
+            name: starting_params(model.weights, model.config)
+            for name, model in term.frozen().items()
+        }
+        for term in objective
+        if term.frozen()
+    }
+
+
 def branch(config: Config, program: Program, trunk: epath.Path, start: int) -> Restored:
     """Read the state that another run had at a step. Its seconds are its own."""
-    found = restore(config, restore_step(trunk, start, program.state))
+    found = restore(config, restore_step(trunk, start, program.state.saved()))
     return replace(found, position={"seconds/steps": 0.0})
 
 
@@ -345,7 +358,7 @@ def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
     """Save state and data position, and write out the metrics; with `wait`, finish the save too."""
     position = {"samples": run.config.samples_after(step), **run.reports.position()}
     with run.timers.measure("save"):
-        run.checkpoints.save(step, run.state, position, results)
+        run.checkpoints.save(step, run.state.saved(), position, results)
         if wait:
             run.checkpoints.wait()
     run.reports.flush()

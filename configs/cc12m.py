@@ -27,7 +27,7 @@ def get_config() -> Config:
         batch_size=1_024,
         model=zoo.get("RN50"),
         data=DataConfig(source=PathConfig(path="prepared"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(
             learning_rate=1e-3, warmup_steps=10_000, weight_decay=0.1, b2=0.999, eps=1e-8
         ),

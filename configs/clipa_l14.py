@@ -33,7 +33,7 @@ def get_config() -> Config:
         batch_size=65_536,
         model=dataclasses.replace(model, vision=vision, text=text, remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16, crop_scale=(0.4, 1.0)),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=2.048e-3, warmup_steps=782, b2=0.95),
         checkpoint=CheckpointConfig(every_steps=1_000),
         evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),

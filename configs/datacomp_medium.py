@@ -31,7 +31,7 @@ def get_config() -> Config:
         batch_size=4_096,
         model=dataclasses.replace(zoo.get("ViT-B-32"), remat="hidden"),
         data=DataConfig(source=PathConfig(path="prepared"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=500),
         checkpoint=CheckpointConfig(every_steps=2_500),
         evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=2_500),),

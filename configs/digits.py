@@ -34,7 +34,7 @@ def get_config() -> Config:
             dtype="float32",
         ),
         data=DataConfig(source=digits, threads=1),
-        loss=SoftmaxConfig(mask_same_caption=True),
+        objective=(SoftmaxConfig(mask_same_caption=True),),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=200, weight_decay=0.1),
         checkpoint=CheckpointConfig(every_steps=400),
         evals=(DigitsEvalConfig(source=digits, every_steps=400),),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_jax.config import Config, run_file
+from clip_jax.losses import CaptionConfig
 from clip_jax.models.decoder import CoCaConfig
 
 
@@ -20,6 +21,7 @@ def get_config() -> Config:
     model = digits.model
     return replace(
         digits,
+        objective=(*digits.objective, CaptionConfig(weight=2.0)),
         model=replace(
             model,
             vision=replace(model.vision, pool="queries", pool_queries=17, pool_heads=4),

@@ -34,7 +34,8 @@ def get_ladder() -> LadderConfig:
     )
     return replace(
         own,
-        base=replace(own.base, caption=CaptionConfig(weight=1.0, contrastive_weight=1.0)),
+        # The caption term is left out for models without a decoder.
+        base=replace(own.base, objective=(*own.base.objective, CaptionConfig(weight=1.0))),
         models={"clip": clip, "coca": coca, "mammut": mammut},
         samples=(12_288, 24_576, 49_152),
         seeds=(0,),

@@ -25,7 +25,7 @@ def get_config() -> Config:
         batch_size=512,
         model=dataclasses.replace(zoo.get("ViT-S-16"), remat="hidden"),
         data=DataConfig(source=PathConfig(path="pairs.csv"), threads=8),
-        loss=SoftmaxConfig(mask_same_caption=True),
+        objective=(SoftmaxConfig(mask_same_caption=True),),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=1_000, clip_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=1_000),
         evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=2_000),),

@@ -36,7 +36,7 @@ def get_config() -> Config:
             remat="full",
         ),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=3.6e-4, warmup_steps=2_000, b2=0.999, eps=1e-8),
         checkpoint=CheckpointConfig(every_steps=1_000),
         evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),

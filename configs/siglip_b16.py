@@ -29,7 +29,7 @@ def get_config() -> Config:
         batch_size=32_768,
         model=dataclasses.replace(zoo.get("ViT-B-16-SigLIP"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SigmoidConfig(),
+        objective=(SigmoidConfig(),),
         optim=OptimConfig(
             learning_rate=1e-3, warmup_steps=10_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0
         ),

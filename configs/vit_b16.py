@@ -30,7 +30,7 @@ def get_config() -> Config:
         batch_size=32_768,
         model=dataclasses.replace(zoo.get("ViT-B/16"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2_000),
         checkpoint=CheckpointConfig(every_steps=1_000),
         evals=(SuiteEvalConfig(dataset=("imagenet1k",), missing="skip", every_steps=10_000),),

@@ -31,7 +31,7 @@ def get_config() -> Config:
         batch_size=65_536,
         model=dataclasses.replace(zoo.get("ViT-bigG-14"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=2.5e-4, warmup_steps=10_000, b2=0.95, clip_norm=1.0),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),

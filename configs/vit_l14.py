@@ -31,7 +31,7 @@ def get_config() -> Config:
         batch_size=32_768,
         model=dataclasses.replace(zoo.get("ViT-L/14"), remat="attention"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=4e-4, warmup_steps=2_000),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),

@@ -30,7 +30,7 @@ def get_config() -> Config:
         model=dataclasses.replace(zoo.get("ViT-L/14@336px"), remat="full"),
         init_from="runs/vit_l14",
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
-        loss=SoftmaxConfig(),
+        objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=500),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),

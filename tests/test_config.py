@@ -97,11 +97,11 @@ def test_the_order_that_a_run_began_with_is_kept(data, order, other, tmp_path):
 
 def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has_no_end(tmp_path):
     cosine, endless = Config(), Config(optim=OptimConfig(schedule=Constant()))
-    other_loss = replace(cosine, loss=SoftmaxConfig(mask_same_caption=True))
+    other_loss = replace(cosine, objective=(SoftmaxConfig(mask_same_caption=True),))
     for before, now, message in (
         (endless, replace(endless, steps=9_999), "steps: 10000 in .*, 9999 given"),
         (cosine, replace(cosine, steps=10_001), "steps: 10000 in .*, 10001 given"),
-        (cosine, other_loss, r"loss\.mask_same_caption: False in .*, True given"),
+        (cosine, other_loss, r"objective\.0\.mask_same_caption: False in .*, True given"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))
         with pytest.raises(InputError, match=message):

@@ -70,9 +70,9 @@ ZERO = names(
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
     "seed", HardwareConfig="price start_seconds", RulesConfig="max_warmup_share",
     ReportConfig="price", InputBench="warmup", ComputeBench="warmup", ViTConfig="patch_dropout",
-    GenerationConfig="seed length_penalty", CaptionConfig="weight contrastive_weight",
-    TextConfig="eos_token_id", SoftmaxConfig="budget_mib label_smoothing",
-    SigmoidConfig="budget_mib label_smoothing", Muon="momentum adam_rate",
+    GenerationConfig="seed length_penalty", CaptionConfig="weight",
+    TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
+    SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_rate",
     OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 image_rate "
     "text_rate ema_decay", SweepConfig="warmups weight_decays",
     AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale",

@@ -58,7 +58,7 @@ def test_token_embeddings_are_looked_up_where_they_are(sizes):
 
 def test_optimizer_state_is_sharded_as_its_parameters():
     recipe = Recipe(
-        model=TINY, loss=SoftmaxConfig(), optim=OptimConfig(), steps=10_000, batch_size=16
+        model=TINY, objective=(SoftmaxConfig(),), optim=OptimConfig(), steps=10_000, batch_size=16
     )
     shardings = jax.tree.map(lambda x: x.sharding, shapes(recipe, MESH_222)[0])
     adam = shardings.opt_state[0]

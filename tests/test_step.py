@@ -14,11 +14,11 @@ import optax
 import pytest
 
 from clip_jax import sharding
-from clip_jax.losses import SigmoidConfig
+from clip_jax.losses import CaptionConfig, SigmoidConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.pods.exchanges import collectives
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import Program, Recipe, State, encode
+from clip_jax.step import Program, Recipe, State, context, encode
 from tests.conftest import (
     COCA,
     GOLDEN_LOSS,
@@ -48,7 +48,7 @@ SMALLER_MESHES = {"1": (MeshConfig(), 1), "1x2x2": (MeshConfig(data=1, fsdp=2, t
 
 
 def recipe(config, **options):
-    options = {"loss": GOLDEN_LOSS, "optim": OPTIM} | options
+    options = {"objective": (GOLDEN_LOSS,), "optim": OPTIM} | options
     return Recipe(model=config, steps=10, batch_size=16, **options)
 
 
@@ -132,7 +132,8 @@ def test_a_kernel_on_a_mesh_takes_the_same_step():
 
 def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch():
     """Of a CoCa, also with patch dropout, of which step and row decide; devices keep their rows."""
-    step = functools.partial(Step, FLIP_COCA, loss=SigmoidConfig(form="ring"))
+    objective = (SigmoidConfig(form="ring"), CaptionConfig())
+    step = functools.partial(Step, FLIP_COCA, objective=objective)
     whole, parts = step(), step(mesh="8", accumulation=2)
     _, metrics = expected = whole()
     check_equal(expected, parts())
@@ -178,7 +179,8 @@ def test_patch_dropout_drops_by_row_and_key_and_a_step_by_the_runs_seed():
     @jax.jit
     def images(key, rows):
         inputs = data | {"row": rows}
-        return encode(params, {}, inputs, model=CLIP(config), mesh=mesh, key=key)[0][0]
+        x = context(CLIP(config), mesh, State(0, params, None), params, inputs, {})
+        return encode(x, (), key=key)[0]["image"]
 
     key = jax.random.key(0, impl="threefry2x32")
     first = images(key, jnp.arange(4))

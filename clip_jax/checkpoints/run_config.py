@@ -22,6 +22,23 @@ RENAMED: dict[str, str | None] = {"data.window": "data.shuffle_blocks"}
 UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order]
 
 
+def _loss_to_objective(config: dict[str, Any]) -> None:
+    """Make terms of `loss` and of `caption`, which counted where the model has a decoder."""
+    if "loss" not in config:
+        return
+    loss, caption = config.pop("loss"), dict(config.pop("caption", {"type": "CaptionConfig"}))
+    weight = caption.pop("contrastive_weight", 1.0)
+    config["objective"] = [loss]
+    if (config.get("model") or {}).get("decoder"):
+        config["objective"] = [loss | {"weight": weight}, caption]
+
+
+UPGRADES.append(_loss_to_objective)
+
+# Where the options of groups are that an upgrade took apart.
+SPLIT = {"loss": "objective.0", "caption": "objective.1"}
+
+
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     """Give the dict of a `config.json` today's names, in place; return it.
 
@@ -60,7 +77,7 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
 
     The path is None where the field is gone.
     """
-    for old, new in RENAMED.items():
+    for old, new in (RENAMED | SPLIT).items():
         if path == old or path.startswith(old + "."):
             return True, new and new + path[len(old) :]
     return False, path

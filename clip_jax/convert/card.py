@@ -120,13 +120,13 @@ def _model(weights: Weights) -> dict[str, Any]:
 
 def _training(config: dict[str, Any]) -> dict[str, Any]:
     """What of a run's configuration a reader of its weights wants to know."""
-    data, optim, loss = (config.get(name) or {} for name in ("data", "optim", "loss"))
+    data, optim = (config.get(name) or {} for name in ("data", "optim"))
     steps, batch = config.get("steps", 0), config.get("batch_size", 0)
     schedule = (optim.get("schedule") or {}).get("type", "")
     return {
         "data": _settings(data.get("source") or {}),
         "pairs seen": f"{steps * batch:,} ({steps:,} steps of {batch:,})",
-        "loss": _settings(loss),
+        "loss": "; ".join(map(_settings, config.get("objective") or [])),
         "optimizer": _settings(optim) + (f", {schedule.lower()} schedule" if schedule else ""),
         "augmentation": f"crop {data.get('crop')}, {_settings(data.get('augment') or {})}",
         "began with": config.get("branch_from") or config.get("init_from") or "random weights",

@@ -1,40 +1,56 @@
 """Gradients of one big batch in the memory of a small one (GradCache: Gao et al. 2021)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
 
-Features = tuple[Float[Array, "B ..."], ...]
-Encode = Callable[[Any, Any], tuple[Features, Any]]
+Outputs = dict[str, Float[Array, "B ..."]]
+
+
+class Gradients(NamedTuple):
+    """A loss with its gradients, and what came with them."""
+
+    loss: Float[Array, ""]
+    aux: Any  # of the loss
+    outputs: Outputs  # of the global batch
+    statistics: Any  # of the towers, averaged over the chunks
+    params: Any  # gradient of what the towers are made of
+    others: Any  # gradient of what the loss alone takes
 
 
 def cached_value_and_grad(
-    encode: Encode,
-    loss_fn: Callable[..., tuple[Array, Any]],
+    encode: Callable[[Any, Any], tuple[Outputs, Any]],
+    loss_fn: Callable[[Any, Outputs], tuple[Array, Any]],
     params: Any,
+    others: Any,
     batch: Any,
-    num_chunks: int,
+    num_chunks: int = 1,
     *,
     group_size: int = 1,
-) -> tuple[tuple[Array, Any], Any]:
-    """Differentiate `loss_fn(params, *features) -> (loss, aux)`, encoding chunk by chunk.
+) -> Gradients:
+    """Differentiate `loss_fn(others, outputs) -> (loss, aux)`, encoding chunk by chunk.
 
-    `encode(params, chunk)` gives ((image features, text features, ...), statistics) of a chunk of
-    `batch`, a tree of arrays [B, ...]. It runs twice per chunk, so what it draws must follow from
-    the chunk; only features [B, E] and one chunk's activations are held. Returns ((loss, (aux,
-    statistics averaged over the chunks)), gradient), exactly those of one big batch; `loss_fn` sees
-    the batch's own order.
+    `encode(params, chunk)` gives (outputs by name, statistics) of a chunk of `batch`, a tree of
+    arrays [B, ...]. One chunk is encoded once, and its derivative kept. Of several, each is encoded
+    twice, so what it draws must follow from the chunk; only outputs and one chunk's activations are
+    held. The gradients are exactly those of one big batch; `loss_fn` sees the batch's own order.
 
     A chunk takes every `num_chunks`-th run of `group_size` rows (those that share a BatchNorm).
     With B sharded contiguously and `num_chunks` · `group_size` a divisor of the rows per device,
     every device so keeps its own rows. Raises InputError if B isn't divisible by that product.
     """
+    differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    if num_chunks == 1:
+        outputs, pull_back, statistics = jax.vjp(lambda p: encode(p, batch), params, has_aux=True)
+        (loss, aux), (d_others, d_outputs) = differentiate(others, outputs)
+        return Gradients(loss, aux, outputs, statistics, *pull_back(d_outputs), d_others)
 
     def split(x: Array) -> Array:
         return rearrange(x, "(Q N G) ... -> N (Q G) ...", N=num_chunks, G=group_size)
@@ -50,19 +66,18 @@ def cached_value_and_grad(
         )
     chunks = jax.tree.map(split, batch)
 
-    _, (features, statistics) = lax.scan(
+    _, (outputs, statistics) = lax.scan(
         lambda _, chunk: (None, encode(params, chunk)), None, chunks
     )
-    features = jax.tree.map(join, features)
-    statistics = jax.tree.map(lambda x: x.mean(0), statistics)
+    outputs = jax.tree.map(join, outputs)
+    (loss, aux), (d_others, d_outputs) = differentiate(others, outputs)
 
-    grad_fn = jax.value_and_grad(lambda p, f: loss_fn(p, *f), argnums=(0, 1), has_aux=True)
-    (loss, aux), (grads, d_features) = grad_fn(params, features)
-
-    def pull_back(grads: Any, inputs: Any) -> tuple[Any, None]:
+    def add(grads: Any, inputs: Any) -> tuple[Any, None]:
         chunk, d_chunk = inputs
-        _, vjp = jax.vjp(lambda p: encode(p, chunk)[0], params)
-        return jax.tree.map(lambda a, b: a + b, grads, *vjp(d_chunk)), None
+        _, pull_back = jax.vjp(lambda p: encode(p, chunk)[0], params)
+        return jax.tree.map(jnp.add, grads, *pull_back(d_chunk)), None
 
-    grads, _ = lax.scan(pull_back, grads, (chunks, jax.tree.map(split, d_features)))
-    return (loss, (aux, statistics)), grads
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = lax.scan(add, zeros, (chunks, jax.tree.map(split, d_outputs)))
+    statistics = jax.tree.map(lambda x: x.mean(0), statistics)
+    return Gradients(loss, aux, outputs, statistics, grads, d_others)

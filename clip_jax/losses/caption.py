@@ -7,7 +7,7 @@ them some positions at a time, and the backward computes them again.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +16,36 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import check_ranges
+from clip_jax.losses.objective import Axes, Context, Outputs, Result, Term
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
-    """What the caption loss counts beside the contrastive one; read where a model has a decoder."""
+class CaptionConfig(Term):
+    """Cross-entropy of a caption's tokens, written by the model's decoder (CoCa, MaMMUT)."""
 
-    weight: float = 2.0  # of the caption loss, per token (CoCa: 2)
-    contrastive_weight: float = 1.0  # of the contrastive loss
+    name: ClassVar[str] = "caption"
+    needs: ClassVar[tuple[str, ...]] = ("caption_states",)
+
+    weight: float = 2.0  # factor of the mean over tokens in the objective (CoCa: 2, MaMMUT: 1)
     chunk_size: int = 2_048  # positions of a device whose logits are held at a time
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, "caption.", weight="[0, inf)", contrastive_weight="[0, inf)",
-            chunk_size="[1, inf)",
+        check_ranges(self, "CaptionConfig.", weight="[0, inf)", chunk_size="[1, inf)")
+
+    def encode(self, x: Context) -> Outputs:
+        """Sum up the loss of each row."""
+        kernel = x.params["decoder"]["vocab_projection"]
+        rows = caption_loss(
+            x.outputs["caption_states"], kernel, x.inputs["text"][:, 1:], mesh=x.mesh, axes=x.axes,
+            pad_id=x.model.config.text.tokenizer.pad_id, chunk_size=self.chunk_size,
         )  # fmt: skip
-        if not self.weight and not self.contrastive_weight:
-            raise InputError(
-                "caption.weight=0 with caption.contrastive_weight=0: nothing would train."
-            )
+        return {"rows": rows}
 
-
-class Axes(NamedTuple):
-    """Which mesh axes split the rows, the kernel's width and its words."""
-
-    rows: tuple[str, ...]
-    width: str
-    words: str
+    def loss(self, x: Context) -> Result:
+        """Average over the tokens of the global batch."""
+        labels, pad_id = x.inputs["text"][:, 1:], x.model.config.text.tokenizer.pad_id
+        return x.outputs["rows"].sum() / count_labels(labels, pad_id), {}
 
 
 def caption_loss(
@@ -64,25 +66,25 @@ def caption_loss(
     """
     options = {"pad_id": pad_id, "chunk": chunk_size}
     if mesh is None or axes is None:
-        forward = functools.partial(_forward, words=None, **options)
-        backward = functools.partial(_backward, words=None, **options)
+        forward = functools.partial(_forward, vocabulary=None, **options)
+        backward = functools.partial(_backward, vocabulary=None, **options)
     else:
-        width, words = axes.width, axes.words
+        width, vocabulary = axes.width, axes.vocabulary
         others = tuple(axis for axis in axes.rows if axis != width)
 
         def whole(kernel: Array, states: Array) -> Array:
             return lax.all_gather(kernel.astype(states.dtype), width, axis=0, tiled=True)
 
         def local_forward(states: Array, kernel: Array, labels: Array) -> Any:
-            return _forward(states, whole(kernel, states), labels, words=words, **options)
+            return _forward(states, whole(kernel, states), labels, vocabulary=vocabulary, **options)
 
         def local_backward(states: Array, kernel: Array, *more: Array) -> Any:
             d_states, d_kernel = _backward(
-                states, whole(kernel, states), *more, words=words, **options
+                states, whole(kernel, states), *more, vocabulary=vocabulary, **options
             )
             return d_states, lax.psum_scatter(lax.psum(d_kernel, others), width, tiled=True)
 
-        rows, table = P(axes.rows), P(width, words)
+        rows, table = P(axes.rows), P(width, vocabulary)
         shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
         inputs = (rows, table, rows)
         # As in `streamed`, the custom derivative is outside the shard_map.
@@ -113,19 +115,22 @@ def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
 
 def _forward(
     states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"], *,
-    words: str | None, pad_id: int, chunk: int,
+    vocabulary: str | None, pad_id: int, chunk: int,
 ) -> tuple[Float[Array, " B"], Float[Array, "B L"]]:  # fmt: skip
-    """Return each row's loss and each position's log Σ exp; `words`: the axis of other words."""
+    """Return each row's loss and each position's log Σ exp.
+
+    `vocabulary`: the mesh axis that splits it; None: none does.
+    """
     kernel = kernel.astype(states.dtype)
 
     def visit(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         states, labels = chunk
         logits = _logits(states, kernel)
-        top = logits.max(-1) if words is None else lax.pmax(logits.max(-1), words)
+        top = logits.max(-1) if vocabulary is None else lax.pmax(logits.max(-1), vocabulary)
         total = jnp.exp(logits - top[:, None]).sum(-1)
-        label = jnp.where(_is_label(labels, logits.shape[1], words), logits, 0).sum(-1)
-        if words is not None:
-            total, label = lax.psum((total, label), words)
+        label = jnp.where(_is_label(labels, logits.shape[1], vocabulary), logits, 0).sum(-1)
+        if vocabulary is not None:
+            total, label = lax.psum((total, label), vocabulary)
         normalizer = top + jnp.log(total)
         return None, (normalizer - label, normalizer)
 
@@ -136,7 +141,7 @@ def _forward(
 def _backward(
     states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"],
     normalizer: Float[Array, "B L"], d_rows: Float[Array, " B"], *,
-    words: str | None, pad_id: int, chunk: int,
+    vocabulary: str | None, pad_id: int, chunk: int,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "D V"]]:  # fmt: skip
     weights = jnp.where(labels != pad_id, d_rows[:, None], 0)
     d_kernel = jnp.zeros(kernel.shape, jnp.float32)
@@ -146,12 +151,12 @@ def _backward(
         states, labels, normalizer, weights = chunk
         logits = _logits(states, kernel)
         d_logits = jnp.exp(logits - normalizer[:, None])
-        d_logits -= _is_label(labels, logits.shape[1], words)
+        d_logits -= _is_label(labels, logits.shape[1], vocabulary)
         d_logits = (d_logits * weights[:, None]).astype(states.dtype)
         d_kernel += _product("ND,NV->DV", states, d_logits)
         d_states = _product("NV,DV->ND", d_logits, kernel)
-        if words is not None:
-            d_states = lax.psum(d_states, words)
+        if vocabulary is not None:
+            d_states = lax.psum(d_states, vocabulary)
         return d_kernel, d_states.astype(states.dtype)
 
     chunks = (states, labels, normalizer, weights)
@@ -167,8 +172,8 @@ def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def _is_label(labels: Int[Array, " N"], count: int, words: str | None) -> Bool[Array, "N V"]:
-    first = 0 if words is None else lax.axis_index(words) * count
+def _is_label(labels: Int[Array, " N"], count: int, vocabulary: str | None) -> Bool[Array, "N V"]:
+    first = 0 if vocabulary is None else lax.axis_index(vocabulary) * count
     return labels[:, None] == first + jnp.arange(count)
 
 

@@ -7,16 +7,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from clip_jax.losses.pairs import Side, Statistics, accuracy, compare, summarise
-from clip_jax.losses.sigmoid import SigmoidConfig
-from clip_jax.losses.softmax import SoftmaxConfig
+from clip_jax.losses.pairs import Pairwise, Side, Statistics, accuracy, compare, summarise
 
-Config = SoftmaxConfig | SigmoidConfig
 Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
 def conclude(
-    config: Config, image: Statistics, text: Statistics, scale: Float[Array, ""]
+    config: Pairwise, image: Statistics, text: Statistics, scale: Float[Array, ""]
 ) -> Result:
     """Average loss and accuracies over the pairs whose statistics are given."""
     metrics = {
@@ -27,7 +24,7 @@ def conclude(
 
 
 def dense(
-    config: Config,
+    config: Pairwise,
     image: Side,
     text: Side,
     scale: Float[Array, ""],
@@ -45,6 +42,6 @@ def dense(
     pairs = compare(image, text, config.precision)
     if mesh is not None:
         pairs = place(pairs, P(axes, None))
-    terms = config.terms(pairs, scale, bias)
-    rows, columns = summarise(pairs, terms, scale, 1), summarise(pairs, terms, scale, 0)
+    summands = config.summand(pairs, scale, bias)
+    rows, columns = summarise(pairs, summands, scale, 1), summarise(pairs, summands, scale, 0)
     return conclude(config, rows, columns, scale)

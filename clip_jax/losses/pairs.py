@@ -3,11 +3,15 @@
 A loss is written once, on `Statistics`; the forms of `forms.py` only gather them differently.
 """
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from clip_jax.errors import check_ranges
+from clip_jax.losses.objective import Term
 
 Form = Literal["auto", "dense", "blocked", "ring"]
 Precision = Literal["default", "high", "highest"]
@@ -47,6 +51,48 @@ class Side(NamedTuple):
     features: Float[Array, "B E"]
     index: Int[Array, " B"]  # position in the global batch
     caption_ids: Int[Array, " B"] | None  # given: other pairs with the same id are masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairwise(Term):
+    """A loss of the similarity matrix: a subclass says which, the forms compute it."""
+
+    needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
+
+    form: Form = "auto"  # how it is computed; all forms give one result
+    block_size: int = 512  # text columns handled at a time by blocked and ring
+    budget_mib: int = 256  # auto: what logits (dense) or gathered embeddings (blocked) may take
+    precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
+    mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, f"{type(self).__name__}.", weight="[0, inf)", block_size="[1, inf)",
+            budget_mib="[0, inf)",
+        )  # fmt: skip
+
+    def summand(
+        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Float[Array, "R C"]:
+        """Return what `Statistics.term_sum` adds up over a row or column."""
+        raise NotImplementedError
+
+    def losses(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
+    ) -> Float[Array, " B"]:
+        """Return the loss of each pair from the statistics of its image and its text."""
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
+        """Return d Σ losses / d logits on a block."""
+        raise NotImplementedError
 
 
 def compare(image: Side, text: Side, precision: Precision) -> Pairs:

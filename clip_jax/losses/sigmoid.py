@@ -1,32 +1,30 @@
 """SigLIP: every image-text pair is one yes-or-no question (Zhai et al. 2023, algorithm 1)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip_jax.errors import check_ranges
-from clip_jax.losses.pairs import Form, Pairs, Precision, Statistics
+from clip_jax.losses.contrastive import Contrastive
+from clip_jax.losses.pairs import Pairs, Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigmoidConfig:
+class SigmoidConfig(Contrastive):
     """Binary cross-entropy of all B² pairs, summed, divided by B; needs `logit_bias`."""
 
-    form: Form = "auto"  # how it is computed; all forms give one result
-    block_size: int = 512  # text columns handled at a time by blocked and ring
-    budget_mib: int = 256  # auto: what logits (dense) or gathered features (blocked) may take
-    precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
-    mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
+    needs_bias: ClassVar[bool] = True
+
     label_smoothing: float = 0.0  # targets 1 and 0 become 1 − s/2 and s/2
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, "loss.", block_size="[1, inf)", budget_mib="[0, inf)", label_smoothing="[0, 1)"
-        )
+        super().__post_init__()
+        check_ranges(self, "SigmoidConfig.", label_smoothing="[0, 1)")
 
-    def terms(
+    def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, "R C"]:
         """Return what `Statistics.term_sum` adds up: the loss of every pair."""

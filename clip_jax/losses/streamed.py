@@ -16,8 +16,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from clip_jax.losses.forms import Config, Result, conclude
-from clip_jax.losses.pairs import Side, Statistics, compare, merge, nothing, rebase, summarise
+from clip_jax.losses.forms import Result, conclude
+from clip_jax.losses.pairs import (
+    Pairwise,
+    Side,
+    Statistics,
+    compare,
+    merge,
+    nothing,
+    rebase,
+    summarise,
+)
 
 # images, columns = visit(images, texts, columns): compare this device's images with some texts,
 # given what is known so far of either.
@@ -112,7 +121,7 @@ def by_blocks(visit: Visit, size: int) -> Visit:
 
 
 def streamed(
-    config: Config,
+    config: Pairwise,
     image: Side,
     text: Side,
     scale: Float[Array, ""],
@@ -126,9 +135,9 @@ def streamed(
     def local_forward(image: Side, text: Side, scale: Array, bias: Array) -> tuple[Result, Any]:
         def visit(rows: Statistics, text: Side, columns: Statistics) -> tuple[Any, Any]:
             pairs = compare(image, text, config.precision)
-            terms = config.terms(pairs, scale, bias)
-            rows = merge(rows, summarise(pairs, terms, scale, 1), scale)
-            return rows, merge(columns, summarise(pairs, terms, scale, 0), scale)
+            summands = config.summand(pairs, scale, bias)
+            rows = merge(rows, summarise(pairs, summands, scale, 1), scale)
+            return rows, merge(columns, summarise(pairs, summands, scale, 0), scale)
 
         texts = route.gather(text)
         rows, columns = (nothing(len(x.index), x.features.dtype) for x in (image, texts))

@@ -1,5 +1,6 @@
 """CLIP as pure functions of a nested dict of parameters (paper, figure 3)."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -196,6 +197,28 @@ class CLIP:
         )
         return features.astype(jnp.float32), states
 
+    def outputs(
+        self,
+        params: Params,
+        images: dict[str, Images],
+        texts: dict[str, Int[Array, "B L"]],
+        needs: frozenset[str] = frozenset(),
+        keys: Key[Array, " B"] | None = None,
+        train: bool = False,
+    ) -> tuple[dict[str, Float[Array, "B ..."]], Params]:
+        """Compute what a training step's terms need of the towers, by the names of `losses.Term`.
+
+        `images` (normalised) and `texts` hold the batch as "image" and "text", and further ones by
+        the names of their inputs. Returns outputs, embeddings float32 and not of unit length, and
+        `batch_stats`: with `train` as BatchNorm updates them.
+        """
+        compute = functools.partial(_outputs, images, texts, needs, keys, train)
+        out, updates = self._run(params, compute, mutable=["batch_stats"])
+        embeddings = {
+            name: x.astype(jnp.float32) for name, x in out.items() if "_" not in name.split(":")[0]
+        }
+        return out | embeddings, updates.get("batch_stats", {})
+
     def decode_text(
         self, params: Params, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B M C"]
     ) -> Float[Array, "B L V"]:
@@ -294,6 +317,41 @@ def _vit(towers: Towers) -> ViT:
     if not isinstance(towers.visual, ViT):
         raise InputError("tokens of the image tower need a vision transformer, not a ResNet.")
     return towers.visual
+
+
+def _outputs(
+    images: dict[str, Images], texts: dict[str, Array], needs: frozenset[str],
+    keys: Array | None, train: bool, towers: Towers,
+) -> dict[str, Array]:  # fmt: skip
+    """Compute what `CLIP.outputs` returns; each tower runs once for each of its inputs."""
+    out: dict[str, Array] = {}
+    images = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
+    layers = [(name, *name.split("_tokens:")) for name in sorted(needs) if "_tokens:" in name]
+    of_image = {name: int(layer) for name, tower, layer in layers if tower == "image"}
+    of_text = {name: int(layer) for name, tower, layer in layers if tower == "text"}
+    writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
+    if writes or of_image:
+        visual = _vit(towers)
+        last, every = visual.tokens(images["image"], keys=keys, collect=bool(of_image))
+        out["image"], image_tokens = visual.pool_and_tokens(last)
+        out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}
+    else:
+        out["image"] = towers.visual(images["image"], keys, train=train)
+    if writes:
+        decoder = towers.decoder
+        out["text"], out["caption_states"] = decoder.embed_and_write(
+            towers.text, tokens, image_tokens
+        )
+    elif not of_text:
+        out["text"] = towers.text(tokens)
+    if of_text:
+        last, every = towers.text.states(tokens, collect=True)
+        out.setdefault("text", towers.text.pool(last, tokens))
+        states = cast(Array, every)[:, :, : tokens.shape[1]]  # without a class token's
+        out |= {name: states[layer] for name, layer in of_text.items()}
+    for name in images.keys() - {"image"}:
+        out[f"image:{name}"] = towers.visual(images[name], train=train)
+    return out | {f"text:{name}": towers.text(texts[name]) for name in texts.keys() - {"text"}}
 
 
 def _layer(layer: int, depth: int, tower: str) -> int | None:

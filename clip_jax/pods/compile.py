@@ -21,19 +21,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
-from clip_jax.losses import choose_form, contrastive_loss
+from clip_jax.losses.objective import total
 from clip_jax.pods import schedule
 from clip_jax.pods.exchanges import Exchange, exchanges
 from clip_jax.pods.topology import NODE, Topology
 from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import AnyMesh, MeshConfig
-from clip_jax.step import Program, Recipe
+from clip_jax.step import Program, Recipe, State, context, encode
 
 # What compiles for a platform, and what brings it.
 COMPILERS = {
@@ -136,7 +135,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         batch=held["batch"],
         words=held["words"],
         words_optimizer=held["words_optimizer"],
-        loss=peak(compile_loss(request.recipe, mesh)),
+        loss=peak(compile_loss(program)[0]),
         fits=False,
         peak_bytes=0,
     )
@@ -204,29 +203,37 @@ def parts(state: Any, batch: Any) -> dict[str, int]:
 
 
 def loss_form(recipe: Recipe, mesh: AnyMesh) -> str:
-    """Return the form of the loss that the step takes."""
+    """Return the form in which the step computes its objective, of several terms each one's."""
     shards = sharding.batch_shards(mesh)
-    return choose_form(recipe.loss, recipe.batch_size, recipe.model.embed_dim, shards)
+    forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
+    return ", ".join(form for form in forms if form)
 
 
-def compile_loss(recipe: Recipe, mesh: Mesh) -> Any:
-    """Compile value and gradient of the loss alone, from features that lie as in the step."""
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    features = (recipe.batch_size, recipe.model.embed_dim)
-    wide = jax.ShapeDtypeStruct(features, jnp.float32, sharding=rows)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    ids = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32, sharding=rows)
+def compile_loss(program: Program) -> tuple[Any, Any]:
+    """Compile value and gradients of the objective alone; return also the shapes that it takes:
+    scalar parameters, outputs of the towers, inputs, and what the terms carry."""
+    objective, model, mesh = program.recipe.objective, program.model, program.mesh
+    state, rows = program.state, sharding.batch_sharding(mesh)
+    inputs = {name: x for name, x in program.batch.items() if name != "rate"}
+    scalars = {name: x for name, x in state.params.items() if not isinstance(x, dict)}
+    carried = State(None, None, None, state.carried, state.frozen)
 
-    def value(image: Any, text: Any, scale: Any, bias: Any, caption_ids: Any) -> Any:
-        return contrastive_loss(
-            recipe.loss, image, text, scale, bias,
-            caption_ids=caption_ids, mesh=mesh, axes=sharding.BATCH_AXES,
-        )  # fmt: skip
+    def encoded(state: State, inputs: Any) -> Any:
+        return encode(context(model, mesh, state, state.params, inputs, {}), objective)[0]
 
-    gradient = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)
-    placed = (whole, (rows, rows, whole, whole))
-    compiled = jax.jit(gradient, out_shardings=placed)
-    return compiled.lower(wide, wide, scalar, scalar, ids).compile()
+    outputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+        jax.eval_shape(encoded, state, inputs),
+    )
+
+    def value(scalars: Any, outputs: Any, inputs: Any, carried: State) -> Any:
+        return total(objective, context(model, mesh, carried, scalars, inputs, outputs))
+
+    gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+    shardings = jax.tree.map(lambda x: x.sharding, (scalars, outputs))
+    compiled = jax.jit(gradient, out_shardings=(sharding.replicated(mesh), shardings))
+    takes = (scalars, outputs, inputs, carried)
+    return compiled.lower(*takes).compile(), takes
 
 
 def peak(compiled: Any) -> int:

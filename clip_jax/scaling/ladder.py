@@ -22,6 +22,7 @@ from clip_jax import flops
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.config import Config, branch_point, check_resumable, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_part
+from clip_jax.losses.objective import fitting
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant
 from clip_jax.scaling import jobs
@@ -134,7 +135,12 @@ def grid(ladder: LadderConfig, root: Path) -> list[Point]:
             whole = min(lengths) if ladder.branches else steps  # branches share their warm-up
             optim = ladder.rules.apply(ladder.base, batch_size, width, whole)
             one = replace(
-                ladder.base, model=architecture, steps=steps, batch_size=batch_size, optim=optim
+                ladder.base,
+                model=architecture,
+                steps=steps,
+                batch_size=batch_size,
+                optim=optim,
+                objective=fitting(ladder.base.objective, architecture),
             )
             for trial, seed in itertools.product(sweep.trials(one), ladder.seeds):
                 swept, config = trial

@@ -242,11 +242,12 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 
 def _kinds(run: dict[str, Any]) -> Row:
     """Say by what families of runs are told apart: from a work directory's config."""
-    source, loss = run.get("data", {}).get("source", {}), run.get("loss", {}).get("type", "")
+    source = run.get("data", {}).get("source", {})
+    losses = [term["type"] for term in run.get("objective", [])]
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
     schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
     return {
-        "family": decoder or ("SigLIP" if loss == "SigmoidConfig" else "CLIP"),
+        "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
         "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
         "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
     }

@@ -20,6 +20,7 @@ RENAMED = {
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     monkeypatch.setattr(run_config, "RENAMED", RENAMED)
+    monkeypatch.setattr(run_config, "SPLIT", {"loss": "objective.0"})
     monkeypatch.setattr(run_config, "UPGRADES", [lambda config: config.setdefault("steps", 1)])
 
 
@@ -55,6 +56,7 @@ def test_a_damaged_config_is_left_as_it_is(config):
         ("rate", (True, "learning_rate")),
         ("rates", (False, "rates")),
         ("evals.looks", (True, None)),
+        ("loss.form", (True, "objective.0.form")),
         ("caption.weight", (True, "objective.caption.weight")),
     ],
 )

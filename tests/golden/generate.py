@@ -54,7 +54,7 @@ def export() -> None:
 
 if __name__ == "__main__":
     export()
-    recipe = Recipe(model=TINY, loss=GOLDEN_LOSS, optim=OPTIM, steps=10, batch_size=16)
+    recipe = Recipe(model=TINY, objective=(GOLDEN_LOSS,), optim=OPTIM, steps=10, batch_size=16)
     program = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
     after, metrics = program.step(program.init(parameters(TINY)), program.place(batch(TINY)))
     step = sums_of_step(*jax.device_get((after.params, metrics)))

@@ -82,8 +82,8 @@ def test_no_logits_of_all_positions_are_held_and_gradients_keep_their_dtypes():
     assert f"{B}x{L}x{V}x" not in text
 
 
-def test_labels_are_counted_and_weights_checked():
+def test_labels_are_counted_and_the_weight_checked():
     assert count_labels(jnp.array([[3, 2, 0], [0, 0, 0]]), 0) == 2
     assert count_labels(jnp.zeros((2, 3), jnp.int32), 0) == 1
-    with pytest.raises(InputError, match="nothing would train"):
-        CaptionConfig(weight=0.0, contrastive_weight=0.0)
+    with pytest.raises(InputError, match=r"CaptionConfig\.weight=-1\.0 must be at least 0"):
+        CaptionConfig(weight=-1.0)

@@ -127,14 +127,14 @@ def test_captions_are_numbered_like_numpy_unique() -> None:
 
 def test_invalid_input_is_named(mesh: Mesh) -> None:
     x, scale = jnp.eye(12), jnp.float32(10)
-    with pytest.raises(ValueError, match="init_logit_bias"):
+    with pytest.raises(ValueError, match="SigmoidConfig needs logit_bias"):
         contrastive_loss(SigmoidConfig(), x, x, scale)
     with pytest.raises(ValueError, match="caption_ids"):
         contrastive_loss(SoftmaxConfig(mask_same_caption=True), x, x, scale)
     with pytest.raises(ValueError, match="12 does not divide into 8 shards"):
         contrastive_loss(SoftmaxConfig(), x, x, scale, mesh=mesh, axes=AXES)
     with pytest.raises(ValueError, match="12 does not divide into 8 chunks"):
-        cached_value_and_grad(lambda *_: ((), {}), lambda *_: (0, {}), {}, x, 8)
+        cached_value_and_grad(lambda *_: ({}, {}), lambda *_: (0, {}), {}, {}, x, 8)
     with pytest.raises(ValueError, match="label_smoothing=1"):
         SoftmaxConfig(label_smoothing=1.0)
     with pytest.raises(ValueError, match="block_size=0"):

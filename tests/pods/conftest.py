@@ -25,7 +25,7 @@ MODEL = CLIPConfig(
 
 def recipe(model: CLIPConfig = MODEL, form: str = "dense") -> Recipe:
     loss, optim = SoftmaxConfig(form=form), OptimConfig(warmup_steps=1)
-    return Recipe(model=model, loss=loss, optim=optim, steps=10, batch_size=BATCH)
+    return Recipe(model=model, objective=(loss,), optim=optim, steps=10, batch_size=BATCH)
 
 
 def module(*lines: str) -> str:

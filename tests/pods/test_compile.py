@@ -137,7 +137,7 @@ class Recorded(Program):
 
         self.step = mock.Mock(side_effect=stop, lower=stop)
 
-    def init(self, given: Any = None) -> Any:
+    def init(self, params: Any = None, frozen: Any = None) -> Any:
         shapes = jax.eval_shape(super().init)
         return jax.tree.map(
             lambda x, placed: x.update(sharding=placed.sharding), shapes, self.state

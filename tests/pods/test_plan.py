@@ -63,7 +63,9 @@ def facts(request: Request, fixed: int = GIB, pair: int = 2**28) -> Facts:
 def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, words):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     optim = OptimConfig(first_moment="bfloat16", optimizer=kind)
-    recipe = Recipe(model=TINY, loss=SoftmaxConfig(), optim=optim, steps=10_000, batch_size=16)
+    recipe = Recipe(
+        model=TINY, objective=(SoftmaxConfig(),), optim=optim, steps=10_000, batch_size=16
+    )
     program = Program(recipe, mesh)
 
     def on_one_device(tree):

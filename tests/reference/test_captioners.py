@@ -19,11 +19,12 @@ from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.tensor_files import write_safetensors
 from clip_jax.convert.verify import BOUND, our_outputs, random_inputs, relative_difference
 from clip_jax.losses import CaptionConfig, SoftmaxConfig
+from clip_jax.losses.objective import total
 from clip_jax.models.clip import CLIP
 from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import compute_loss
+from clip_jax.step import State, context, encode
 from tests.convert.conftest import CONFIGS
 from tests.reference.parity import random_weights
 
@@ -156,9 +157,14 @@ def test_both_losses_are_open_clips(coca, open_clip, tmp_path):
     contrastive, caption = (x.item() for x in loss(**out, labels=labels))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch = {"image": jnp.asarray(pixels), "text": jnp.asarray(tokens)}
-    options = {"loss": SoftmaxConfig(), "mesh": mesh, "caption": CaptionConfig()}
-    objective = jax.jit(lambda p, b: compute_loss(p, {}, b, model=clip, **options))
-    value, (metrics, _) = objective(weights.params, batch)
+    objective = (SoftmaxConfig(), CaptionConfig())
+
+    @jax.jit
+    def compute(params, batch):
+        x = context(clip, mesh, State(0, params, None), params, batch, {})
+        return total(objective, replace(x, outputs=encode(x, objective)[0]))
+
+    value, metrics = compute(weights.params, batch)
     np.testing.assert_allclose(metrics["contrastive_loss"], contrastive, rtol=BOUND)
     np.testing.assert_allclose(2 * metrics["caption_loss"], caption, rtol=BOUND)
     np.testing.assert_allclose(value, contrastive + caption, rtol=BOUND)

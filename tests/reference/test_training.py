@@ -81,7 +81,9 @@ def train_there(open_clip, config: CLIPConfig, optim: OptimConfig, model) -> lis
 def train_here(config: CLIPConfig, optim: OptimConfig, params) -> tuple[list[float], Tensors]:
     """Train with the step that runs on pods."""
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    recipe = Recipe(model=config, loss=SoftmaxConfig(), optim=optim, steps=STEPS, batch_size=BATCH)
+    recipe = Recipe(
+        model=config, objective=(SoftmaxConfig(),), optim=optim, steps=STEPS, batch_size=BATCH
+    )
     program = Program(recipe, mesh)
     state = program.init(params)
     losses = []

@@ -1,0 +1,199 @@
+"""The objective of a training step: a weighted sum of terms.
+
+A term is a config dataclass with its weight, and pure functions. A step calls them in this order:
+
+1. `encode`, while a chunk of the batch is in the towers: numbers of each pair (a row term, such as
+   a caption's loss), or a teacher's embeddings.
+2. `loss`, once the outputs of the global batch are known (a global term compares them).
+3. `update`, after the parameters have changed, for a term that carries a state of its own.
+
+Embeddings, and what `encode` returns, are kept for the global batch; all other outputs of the
+towers exist while their chunk is encoded. So any term goes with gradient accumulation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from jax import ShapeDtypeStruct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from clip_jax.errors import InputError
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+
+Inputs = dict[str, Any]  # the batch by name: "image", "text", and what terms read besides
+Outputs = dict[str, Float[Array, "B ..."]]
+Metrics = dict[str, Any]  # name -> scalar
+Result = tuple[Float[Array, ""], Metrics]
+
+
+class Axes(NamedTuple):
+    """The mesh axes that split the rows of a batch, a kernel's width, and its vocabulary."""
+
+    rows: tuple[str, ...]
+    width: str
+    vocabulary: str
+
+
+class Frozen(NamedTuple):
+    """A model that a term computes with and nothing trains, such as a teacher."""
+
+    config: CLIPConfig
+    weights: str  # where they are read from: a run, a model folder, a file
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a term's functions see: of one chunk in `encode`, of the global batch afterwards."""
+
+    model: CLIP  # as it lies on the mesh; `replace(model, config=...)` is another one there
+    params: Params  # in `loss` those that belong to no tower: `logit_scale`, `logit_bias`
+    inputs: Inputs
+    outputs: Outputs  # of the towers, and of the term's own `encode`
+    mesh: Mesh
+    axes: Axes
+    frozen: Mapping[str, Params] = field(default_factory=dict)  # by the names of `frozen`
+    carried: Any = None  # as `init` or the last `update` returned it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of an objective; what a subclass does not define it does not need.
+
+    `needs` names outputs of the towers beside the embeddings `image` and `text`, [B, E] of unit
+    length, which every term has:
+
+    - `caption_states`: the decoder's states of all tokens but the last, [B, L − 1, D].
+    - `image_tokens:LAYER`, `text_tokens:LAYER`: states after a block, [B, L, D]; negative layers
+      count from the end.
+    - `image:INPUT`, `text:INPUT`: embeddings of further images or texts of the batch, by the name
+      of the input: several views, synthetic captions.
+    """
+
+    name: ClassVar[str] = "term"  # of its metrics and of what it carries; once in an objective
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    weight: float = 1.0  # factor of this term in the sum
+
+    def check(self, model: CLIPConfig) -> None:
+        """Raise InputError unless the model has what the term needs."""
+
+    def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, ShapeDtypeStruct]:
+        """Shapes of what the term reads from the batch beside images and texts, by name."""
+        return {}
+
+    def frozen(self) -> dict[str, Frozen]:
+        """Models that the term computes with and nothing trains, by name.
+
+        Their parameters are sharded like the model's, and passed to the step; they are never
+        saved, decayed or counted as trained.
+        """
+        return {}
+
+    def init(self, params: Params) -> Any:
+        """Begin what the term carries from step to step: a tree of arrays, saved with the state.
+
+        An array whose path ends in a parameter's path is sharded as that is, others are replicated.
+        """
+        return {}
+
+    def encode(self, x: Context) -> Outputs:
+        """Compute outputs [B, ...] of one chunk by name. They are differentiated."""
+        return {}
+
+    def loss(self, x: Context) -> Result:
+        """Compute the term's value for the global batch, not yet weighted, and its metrics."""
+        raise NotImplementedError
+
+    def update(self, x: Context) -> Any:
+        """Return what is carried to the next step; the context has the updated parameters."""
+        return x.carried
+
+    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
+        """Count the multiply-adds of one step, forward and backward, without those of the towers
+        and the decoder. `locked` towers take no gradient."""
+        return 0
+
+    def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> str | None:
+        """Name the form in which it is computed on so many batch shards, if it has several."""
+        return None
+
+
+Objective = tuple[Term, ...]
+
+
+def check(objective: Objective, model: CLIPConfig) -> None:
+    """Raise InputError unless the terms go together, and with the model."""
+    names = [term.name for term in objective]
+    if len(set(names)) < len(names) or not any(term.weight for term in objective):
+        raise InputError(
+            f"objective has the terms {', '.join(names) or 'none'} with the weights "
+            f"{[term.weight for term in objective]}: give at least one with a weight above 0, and "
+            "each name once."
+        )
+    for term in objective:
+        term.check(model)
+    writes = any("caption_states" in term.needs for term in objective)
+    if writes != (model.decoder is not None):
+        wrong = "needs model.decoder" if writes else "trains no model.decoder"
+        raise InputError(
+            f"the objective ({', '.join(names)}) {wrong}: give the objective a CaptionConfig and "
+            "the model a decoder, or neither."
+        )
+
+
+def fitting(objective: Objective, model: CLIPConfig) -> Objective:
+    """Leave out the terms of a decoder that the model does not have."""
+    writes = model.decoder is not None
+    return tuple(term for term in objective if writes or "caption_states" not in term.needs)
+
+
+def needs(objective: Objective) -> frozenset[str]:
+    """Return the outputs of the towers that the terms need beside the embeddings."""
+    return frozenset(name for term in objective for name in term.needs)
+
+
+def encode(objective: Objective, x: Context) -> Outputs:
+    """Return the outputs of a chunk that are kept: embeddings, and what the terms compute."""
+    kept = {name: y for name, y in x.outputs.items() if is_embedding(name)}
+    for term in objective:
+        own = term.encode(_seen_by(term, x))
+        kept |= {f"{term.name}/{name}": y for name, y in own.items()}
+    return kept
+
+
+def is_embedding(name: str) -> bool:
+    """Say whether an output of the towers is an embedding, and no states of tokens."""
+    return name.partition(":")[0] in ("image", "text")
+
+
+def total(objective: Objective, x: Context) -> Result:
+    """Add up the weighted terms; of several, each one's value is a metric `NAME_loss`."""
+    parts, metrics = [], {}
+    for term in objective:
+        value, own = term.loss(_seen_by(term, x))
+        metrics |= own | ({f"{term.name}_loss": value} if len(objective) > 1 else {})
+        parts.append(value if term.weight == 1 else term.weight * value)
+    return sum(parts[1:], start=parts[0]), metrics
+
+
+def init(objective: Objective, params: Params) -> dict[str, Any]:
+    """Begin what the terms carry, by their names; terms without anything are left out."""
+    carried = {term.name: term.init(params) for term in objective}
+    return {name: tree for name, tree in carried.items() if tree}
+
+
+def update(objective: Objective, x: Context) -> dict[str, Any]:
+    """Return what the terms carry to the next step."""
+    return {t.name: t.update(_seen_by(t, x)) for t in objective if t.name in x.carried}
+
+
+def _seen_by(term: Term, x: Context) -> Context:
+    """Give a term what is its own of the outputs, frozen parameters and carried states."""
+    prefix = f"{term.name}/"
+    outputs = {name.removeprefix(prefix): y for name, y in x.outputs.items()}
+    return Context(
+        x.model, x.params, x.inputs, outputs, x.mesh, x.axes,
+        x.frozen.get(term.name, {}), x.carried.get(term.name),
+    )  # fmt: skip

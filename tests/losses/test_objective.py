@@ -1,0 +1,226 @@
+"""The objective's seam is wide enough: three terms that stand here alone — with a frozen teacher,
+with a state of their own, with vectors from the batch — go where every term goes."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import ShapeDtypeStruct
+
+from clip_jax import flops
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.errors import InputError
+from clip_jax.losses import CaptionConfig, Context, Frozen, SigmoidConfig, SoftmaxConfig, Term
+from clip_jax.models.clip import CLIPConfig, l2_normalize
+from clip_jax.pods import compile as pod
+from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import Program, Recipe
+from tests.conftest import COCA, MESHES, OPTIM, TINY, assert_close, batch, parameters
+
+TEACHER = replace(TINY, embed_dim=24, vision=replace(TINY.vision, width=16, depth=1))
+SCALE = 20.0
+
+
+def cross_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTerm(Term):
+    """The similarities of a frozen model are the targets of the trained one's (MobileCLIP)."""
+
+    name: ClassVar[str] = "teacher"
+
+    def frozen(self):
+        return {"model": Frozen(TEACHER, "runs/teacher")}
+
+    def encode(self, x: Context):
+        model, params = replace(x.model, config=TEACHER), x.frozen["model"]
+        images, texts = model.normalize(x.inputs["image"]), x.inputs["text"]
+        embeddings = {
+            "image": model.encode_image(params, images), "text": model.encode_text(params, texts)
+        }  # fmt: skip
+        return {f"of_{name}": l2_normalize(y) for name, y in embeddings.items()}
+
+    def loss(self, x: Context):
+        y = x.outputs
+        targets = jax.nn.softmax(SCALE * y["of_image"] @ y["of_text"].T)
+        logits = jnp.exp(x.params["logit_scale"]) * y["image"] @ y["text"].T
+        return cross_entropy(targets, logits), {}
+
+    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]):
+        own = flops.forward(TEACHER).total // 2
+        return batch_size * own + batch_size**2 * (TEACHER.embed_dim + 3 * model.embed_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageTerm(Term):
+    """A slow copy of the image tower says, less its running centre, what a token sees (DINO)."""
+
+    name: ClassVar[str] = "average"
+    needs: ClassVar[tuple[str, ...]] = ("image_tokens:-1",)
+
+    def init(self, params):
+        shape = params["visual"]["proj"].shape[-1]
+        return {"visual": jax.tree.map(jnp.copy, params["visual"]), "centre": jnp.zeros(shape)}
+
+    def encode(self, x: Context):
+        slow = x.params | {"visual": x.carried["visual"]}
+        target = x.model.encode_image(slow, x.model.normalize(x.inputs["image"]))
+        states = x.outputs["image_tokens:-1"].mean(1) @ x.params["visual"]["proj"]
+        probabilities = jax.nn.softmax(SCALE * (l2_normalize(target) - x.carried["centre"]))
+        rows = -(probabilities * jax.nn.log_softmax(l2_normalize(states))).sum(-1)
+        return {"rows": rows, "target": l2_normalize(target)}
+
+    def loss(self, x: Context):
+        return x.outputs["rows"].mean(), {"centre_norm": jnp.linalg.norm(x.carried["centre"])}
+
+    def update(self, x: Context):
+        def mix(slow, new):
+            return 0.9 * slow + 0.1 * new
+
+        visual = jax.tree.map(mix, x.carried["visual"], x.params["visual"])
+        return {"visual": visual, "centre": mix(x.carried["centre"], x.outputs["target"].mean(0))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTerm(Term):
+    """Vectors stored with the pairs are what the image embeddings should be (regression), and
+    further captions with them."""
+
+    name: ClassVar[str] = "stored"
+    needs: ClassVar[tuple[str, ...]] = ("text:synthetic",)
+
+    def inputs(self, model: CLIPConfig, batch_size: int):
+        length = model.text.context_length
+        return {
+            "vectors": ShapeDtypeStruct((batch_size, model.embed_dim), jnp.bfloat16),
+            "synthetic": ShapeDtypeStruct((batch_size, length), jnp.int32),
+        }
+
+    def loss(self, x: Context):
+        vectors = x.inputs["vectors"].astype(jnp.float32)
+        both = x.outputs["image"] + x.outputs["text:synthetic"]
+        return 1 - (both * vectors).sum(-1).mean(), {}
+
+    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]):
+        return 3 * batch_size * flops.forward(model).text // 2
+
+
+TERMS = (TeacherTerm(weight=0.5), AverageTerm(weight=0.3), StoredTerm(weight=2.0))
+
+
+def inputs() -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+    pairs = batch(TINY)
+    vectors = rng.standard_normal((16, TINY.embed_dim), np.float32)
+    return pairs | {
+        "vectors": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(jnp.bfloat16),
+        "synthetic": np.roll(pairs["text"], 1, axis=0),
+    }
+
+
+def program(terms: Sequence[Term], mesh: str = "1", accumulation: int = 1) -> Program:
+    sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
+    recipe = Recipe(
+        model=TINY, objective=cast(Any, (SoftmaxConfig(), *terms)), optim=OPTIM, steps=10,
+        batch_size=16, accumulation=accumulation,
+    )  # fmt: skip
+    return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
+
+
+def begin(own: Program) -> Any:
+    frozen = {"teacher": {"model": parameters(TEACHER)}} if own.state.frozen else None
+    return own.init(parameters(TINY), frozen)
+
+
+def steps(own: Program, state: Any, count: int) -> tuple[Any, dict[str, Any]]:
+    metrics = {}
+    for _ in range(count):
+        state, metrics = own.step(state, own.place(inputs()))
+    return state, jax.device_get(metrics)
+
+
+@functools.cache
+def on_one_device() -> Any:
+    own = program(TERMS)
+    return jax.device_get(steps(own, begin(own), 2))
+
+
+@pytest.mark.parametrize("mesh", ["1", *MESHES])
+def test_terms_are_the_same_on_every_mesh_and_accumulated(mesh: str) -> None:
+    (expected, metrics), own = on_one_device(), program(TERMS, mesh, accumulation=2)
+    state, got = steps(own, begin(own), 2)
+    assert_close(metrics, got)
+    assert_close(*(optax.tree.get(x.opt_state, "mu") for x in (expected, state)))
+    assert_close(expected.carried, state.carried)
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, begin(own).frozen)
+    weights = {"contrastive": 1, "teacher": 0.5, "average": 0.3, "stored": 2}
+    total = sum(weight * got[f"{name}_loss"] for name, weight in weights.items())
+    assert got["loss"] == pytest.approx(total, rel=1e-6)
+    assert got["centre_norm"] > 0
+    placed = jax.tree.map(lambda x: x.sharding, own.state)
+    assert placed.carried["average"]["visual"] == placed.params["visual"]
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
+def test_each_term_is_saved_and_resumed_bit_for_bit_without_its_teacher(term, tmp_path) -> None:
+    own = program([term], "4x2")
+    state, _ = steps(own, begin(own), 1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    checkpoints.save(1, state.saved(), {"samples": 16})
+    checkpoints.wait()
+    expected = jax.device_get(steps(own, state, 1))  # which takes the state's memory
+    restored = checkpoints.restore(own.state.saved())
+    checkpoints.close()
+    resumed = own.resume(restored.state, begin(own).frozen)
+    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(steps(own, resumed, 1)))
+    assert restored.state.keys() == {"step", "params", "opt_state"} | (
+        {"carried"} if term.name == "average" else set()
+    )
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
+def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
+    def counted(terms: Sequence[Term]) -> tuple[int, int]:
+        own = program(terms)
+        return sum(pod.parts(own.state, own.batch).values()), flops.of_step(own.recipe).total
+
+    def size(config: CLIPConfig, part: Any = lambda params: params) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(part(parameters(config))))
+
+    memory, work = (a - b for a, b in zip(counted([term]), counted([]), strict=True))
+    known = {
+        "teacher": size(TEACHER),
+        "average": size(TINY, lambda params: params["visual"]) + 4 * TINY.embed_dim,
+        "stored": 16 * (2 * TINY.embed_dim + 4 * TINY.text.context_length),
+    }
+    words = size(TEACHER, lambda params: params["text"]["token_embedding"])
+    assert memory in (known[term.name], known[term.name] + words)  # shown apart as well
+    assert work == 2 * term.macs(TINY, 16, ())
+    compiled, (_, outputs, _, _) = pod.compile_loss(program([term]))
+    assert pod.peak(compiled) > 0
+    assert outputs.keys() > {"image", "text"} or term.name == "average"
+
+
+def test_an_objective_that_does_not_fit_is_refused() -> None:
+    def recipe(model: CLIPConfig, *terms: Any) -> Recipe:
+        return Recipe(model=model, objective=terms, optim=OPTIM, steps=10, batch_size=16)
+
+    for terms, message in (
+        ((), "terms none with the weights"),
+        ((SoftmaxConfig(), SoftmaxConfig()), "contrastive, contrastive .* each name once"),
+        ((SoftmaxConfig(weight=0.0),), r"\[0\.0\]: give at least one with a weight above 0"),
+        ((SoftmaxConfig(), CaptionConfig()), "needs model.decoder: give"),
+        ((SigmoidConfig(),), "set model.init_logit_bias"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recipe(TINY, *terms)
+    with pytest.raises(InputError, match="trains no model"):
+        recipe(COCA, SoftmaxConfig())
