@@ -325,18 +325,18 @@ def _outputs(
 ) -> dict[str, Array]:  # fmt: skip
     """Compute what `CLIP.outputs` returns; each tower runs once for each of its inputs."""
     out: dict[str, Array] = {}
-    images = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
+    pixels = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
     layers = [(name, *name.split("_tokens:")) for name in sorted(needs) if "_tokens:" in name]
     of_image = {name: int(layer) for name, tower, layer in layers if tower == "image"}
     of_text = {name: int(layer) for name, tower, layer in layers if tower == "text"}
     writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
     if writes or of_image:
         visual = _vit(towers)
-        last, every = visual.tokens(images["image"], keys=keys, collect=bool(of_image))
+        last, every = visual.tokens(pixels["image"], keys=keys, collect=bool(of_image))
         out["image"], image_tokens = visual.pool_and_tokens(last)
         out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}
     else:
-        out["image"] = towers.visual(images["image"], keys, train=train)
+        out["image"] = towers.visual(pixels["image"], keys, train=train)
     if writes:
         decoder = towers.decoder
         out["text"], out["caption_states"] = decoder.embed_and_write(
@@ -349,8 +349,8 @@ def _outputs(
         out.setdefault("text", towers.text.pool(last, tokens))
         states = cast(Array, every)[:, :, : tokens.shape[1]]  # without a class token's
         out |= {name: states[layer] for name, layer in of_text.items()}
-    for name in images.keys() - {"image"}:
-        out[f"image:{name}"] = towers.visual(images[name], train=train)
+    for name in pixels.keys() - {"image"}:
+        out[f"image:{name}"] = towers.visual(pixels[name], train=train)
     return out | {f"text:{name}": towers.text(texts[name]) for name in texts.keys() - {"text"}}
 
 
