@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from clip_jax.display import Display
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
-from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.clip import CLIPConfig, Params, path_name
 from clip_jax.models.layers import Layout
 from clip_jax.models.short_attention import short
 
@@ -298,11 +298,6 @@ def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
             f"(mesh data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}); choose a multiple of "
             f"{shards} with --batch-size, or another mesh."
         )
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Write a tree path as `visual/conv1/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params:

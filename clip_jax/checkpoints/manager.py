@@ -33,7 +33,7 @@ from clip_jax.checkpoints.retention import (
     stored,
 )
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.clip import CLIP, Params, split_batch_stats
+from clip_jax.models.clip import CLIP, Params, path_name, split_batch_stats
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
@@ -292,7 +292,7 @@ def checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
     every mesh, each device reads its own part, and nothing but the sums is exchanged.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _sum(x) for path, x in leaves}
+    return {path_name(path): _sum(x) for path, x in leaves}
 
 
 def _sum(x: Array) -> UInt32[Array, ""]:

@@ -19,8 +19,9 @@ from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
-from clip_jax.models.clip import OPENAI_MEAN, OPENAI_STD, CLIPConfig
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig
+from clip_jax.models.images import OPENAI_MEAN, OPENAI_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import Cleaning, Pool, TextConfig, TokenizerConfig

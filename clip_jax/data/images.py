@@ -25,11 +25,16 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.images import Images, ImageSpec, Square, normalize, pixels_of
+from clip_jax.models.images import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    Images,
+    ImageSpec,
+    Square,
+    normalize,
+    pixels_of,
+)
 from clip_jax.storage import files
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Channels = tuple[float, float, float]
 Interpolation = Literal["bicubic", "bilinear"]

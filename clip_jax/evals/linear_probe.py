@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from clip_jax import sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import encode_images
-from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.vit import ViTConfig
 
 LAMBDAS = np.logspace(-6, 6, 96)  # the paper's grid
@@ -218,10 +218,11 @@ def nearest_neighbours(
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(test_features)) // shards) * shards
     whole = sharding.replicated(mesh)
-    known = jax.device_put(_unit(features), whole), jax.device_put(labels.astype(np.int32), whole)
+    rows = l2_normalize(features.astype(np.float32))
+    known = jax.device_put((rows, labels.astype(np.int32)), whole)
     predictions = []
     for start in range(0, len(test_features), batch_size):
-        part = _unit(test_features[start : start + batch_size])
+        part = l2_normalize(test_features[start : start + batch_size].astype(np.float32))
         placed = sharding.put_rows(part, batch_size, sharding.batch_sharding(mesh))
         votes = _vote(placed, *known, k, int(labels.max()) + 1, mesh)
         predictions.append(np.asarray(votes)[: len(part)])
@@ -236,11 +237,6 @@ def _vote(
     _, nearest = jax.lax.top_k(jnp.einsum("TD,BD->TB", rows, known, precision="highest"), k)
     votes = jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1).argmax(1)
     return jax.lax.with_sharding_constraint(votes, sharding.replicated(mesh))
-
-
-def _unit(rows: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def probe_features(

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.convert import card
@@ -135,10 +134,7 @@ def prove(config: ExportConfig, weights: Weights, folder: Path) -> Proof:
         dtype: onnx.HalfOrFull = "float16" if config.dtype == "float16" else "float32"
         theirs = onnx.outputs(folder, config.layout, weights.config, dtype, images, tokens)
         if config.normalize or config.layout == "immich":
-            ours |= {
-                name: np.asarray(l2_normalize(jnp.asarray(ours[name])))
-                for name in ("image_features", "text_features")
-            }
+            ours |= {name: l2_normalize(ours[name]) for name in ("image_features", "text_features")}
     differences: dict[str, Any] = dict.fromkeys(ours)
     for name, x in theirs.items():
         if x.shape != ours[name].shape:

@@ -23,7 +23,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.data.tokenizers.vocabulary import check_same
 from clip_jax.display import Display
 from clip_jax.errors import InputError
-from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.models.layers import Activation
 from clip_jax.optim import TOWERS, Tower
@@ -123,9 +123,8 @@ class Model:
 
 
 def unit(features: Any) -> Float[np.ndarray, "B E"]:
-    """Scale rows to unit length."""
-    rows = np.asarray(features)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    """Scale rows to unit length, on the host."""
+    return l2_normalize(np.asarray(features))
 
 
 def padded_size(rows: int, shards: int, batch_size: int) -> int:
@@ -214,7 +213,7 @@ def load_on_mesh(
 @jax.jit
 def _not_finite(params: Params) -> dict[str, Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {sharding.path_name(path): (~jnp.isfinite(x)).sum() for path, x in leaves}
+    return {path_name(path): (~jnp.isfinite(x)).sum() for path, x in leaves}
 
 
 def starting_params(
@@ -245,7 +244,7 @@ def starting_params(
 
     def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {sharding.path_name(path): x.shape for path, x in leaves}
+        return {path_name(path): x.shape for path, x in leaves}
 
     has, needs = shapes(taken), shapes({name: expected.get(name, {}) for name in taken})
     for name in sorted(has.keys() | needs.keys()):

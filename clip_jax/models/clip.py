@@ -4,26 +4,33 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import Backend
 from clip_jax.models.decoder import Caption, DecoderConfig
-from clip_jax.models.images import Images, as_dtype, is_normalized, normalize, zeros
+from clip_jax.models.images import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    Images,
+    as_dtype,
+    is_normalized,
+    normalize,
+    zeros,
+)
 from clip_jax.models.layers import DType, Layout, Remat, Rows
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,8 +371,10 @@ def _layer(layer: int, depth: int, tower: str) -> int | None:
     return None if layer in (-1, depth - 1) else layer
 
 
-def l2_normalize(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """Scale vectors to unit length."""
+def l2_normalize(x: AnyArray) -> AnyArray:
+    """Scale vectors to unit length; NumPy's by NumPy."""
+    if isinstance(x, np.ndarray):
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
@@ -378,6 +387,11 @@ def split_batch_stats(params: Params) -> tuple[Params, Params]:
 def join_batch_stats(trainable: Params, batch_stats: Params) -> Params:
     """Undo `split_batch_stats`."""
     return {**trainable, "batch_stats": batch_stats} if batch_stats else trainable
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Write a tree path as `visual/conv1/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def count(params: Params) -> int:

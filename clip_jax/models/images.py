@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+# Mean and standard deviation of RGB in [0, 1].
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+INCEPTION_MEAN = INCEPTION_STD = (0.5, 0.5, 0.5)  # SigLIP's, by timm's name
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

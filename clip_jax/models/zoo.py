@@ -13,6 +13,7 @@ from typing import NamedTuple
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
@@ -94,10 +95,9 @@ def _siglip(
         projection=projection, projection_bias=projection, activation="gelu_tanh",
         norm_epsilon=1e-6,
     )  # fmt: skip
-    half = (0.5, 0.5, 0.5)
     return CLIPConfig(
         embed_dim=vision.width, vision=image_tower, text=text_tower, init_logit_scale=10.0,
-        init_logit_bias=-10.0, image_mean=half, image_std=half,
+        init_logit_bias=-10.0, image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD,
     )  # fmt: skip
 
 

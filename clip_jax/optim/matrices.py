@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from clip_jax.models.clip import path_name
+
 Rows = Mapping[str, str]
 # Linear maps between hidden widths, apart from what stacks them: how many dimensions are the input.
 # Not among them: words, positions, patches, learned queries, convolutions, and the output words.
@@ -19,14 +21,9 @@ def with_names(rows: Rows, function: Callable[..., Any], tree: Any, *others: Any
     """Map `function(names of the dimensions, x, *others)` over arrays that `rows` name."""
 
     def at(path: tuple[Any, ...], *xs: Any) -> Any:
-        return function(rows[path_of(path)].split(), *xs)
+        return function(rows[path_name(path)].split(), *xs)
 
     return jax.tree_util.tree_map_with_path(at, tree, *others)
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """Write a tree path as `visual/conv1/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def matrix_of(names: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.clip import Params
-from clip_jax.optim.matrices import Rows, path_of
+from clip_jax.models.clip import Params, path_name
+from clip_jax.optim.matrices import Rows
 
 Tower = Literal["image", "text"]
 TOWERS = {"image": "visual", "text": "text"}  # where in the parameters
@@ -60,11 +60,11 @@ def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
     def update(updates: Any, _: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         depths = {
-            path[0].key: len(x) for path, x in leaves if rows[path_of(path)].startswith("depth")
+            path[0].key: len(x) for path, x in leaves if rows[path_name(path)].startswith("depth")
         }
 
         def scaled(path: tuple[Any, ...], x: Array) -> Array:
-            name = path_of(path)
+            name = path_name(path)
             tower, *inside = name.split("/")
             depth = depths.get(tower, len(blocks))
             if rows[name].startswith("depth"):

@@ -26,6 +26,7 @@ from clip_jax import sharding
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
+from clip_jax.models.clip import path_name
 from clip_jax.pods import schedule
 from clip_jax.pods.exchanges import Exchange, exchanges
 from clip_jax.pods.topology import NODE, Topology
@@ -190,7 +191,7 @@ def parts(state: Any, batch: Any) -> dict[str, int]:
         sizes = (
             math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
-            if of in sharding.path_name(path)
+            if of in path_name(path)
         )
         return sum(sizes)
 
