@@ -6,28 +6,22 @@ A config file is Python with `get_config() -> Config`; flags override its fields
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import itertools
 import json
-import math
 import os
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from clip_jax import flops, processes
+from clip_jax import flops
 from clip_jax.checkpoints.manager import CheckpointConfig
-from clip_jax.checkpoints.retention import steps_in
-from clip_jax.checkpoints.run_config import read_run_config, upgrade
+from clip_jax.checkpoints.resume import branch_point, order_of
+from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.pairs import PairsEvalConfig
@@ -36,12 +30,12 @@ from clip_jax.losses import SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.optim import Constant, InverseSqrt, OptimConfig, Tower
+from clip_jax.optim import OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
-from clip_jax.storage.json_files import recover_json
+from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,26 +121,16 @@ class Config:
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
 
-# What may change between a run and its resumption: it alters no update.
-RESUMABLE = (
-    *("stop_after", "mesh", "accumulation", "checkpoint", "processes", "evals", "report_every"),
-    *("profile_steps", "compilation_cache"),
-    *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
-    *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
-)
-
-
 def load_config(path: str | Path) -> Config:
     """Run a config file's `get_config()`, or read the `config.json` that a run keeps.
 
-    Raises InputError, which says what the file lacks.
+    A name such as `vit_b16` means the config of that name that ships with the package. Raises
+    InputError, which says what the file lacks.
     """
     path = Path(path)
     if path.suffix != ".json":
-        made = run_file(path, "get_config", Config)
-        return from_dict(
-            Config, to_dict(made), f"{path}: config"
-        )  # types, which Python does not check
+        config = run_file(path, "get_config", Config)
+        return from_dict(Config, to_dict(config), f"{path}: config")  # checks the types
     if not path.is_file():
         raise InputError(f"no config at {path}; a run keeps its own in its work directory.")
     try:
@@ -164,13 +148,46 @@ def of_run(content: Any, where: str = "config") -> Config:
     return from_dict(Config, upgrade(content) if isinstance(content, dict) else content, where)
 
 
+def complete(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the dict of a run's config with defaults for the fields that an older version lacked.
+
+    The defaults of new fields change nothing.
+    """
+    with contextlib.suppress(InputError):
+        return to_dict(from_dict(Config, run)) if run else {}
+    return run
+
+
+def with_order(config: Config, workdir: Place) -> Config:
+    """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
+    order = order_of(workdir)
+    if config.data.order != "auto" or order is None:
+        return config
+    return replace(config, data=replace(config.data, order=order))
+
+
+def bundled_configs() -> dict[str, Path]:
+    """Return the config files that ship with the package, by name.
+
+    A wheel has them as `clip_jax.configs`; a checkout beside the package, in `configs/`.
+    """
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((x for x in folders if x.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
 def run_file(path: Path, function: str, kind: type) -> Any:
     """Run a Python file and return what one of its functions does, which must be a `kind`.
 
-    What goes wrong in the file is refused with its line.
+    The path may be the name of a bundled config. What goes wrong in the file is refused with its
+    line.
     """
     if not path.is_file():
-        raise InputError(f"no config file at {path}; the ones that ship are in configs/.")
+        bundled = bundled_configs()
+        if str(path) not in bundled:
+            raise InputError(f"no config file at {path}; by name there are {', '.join(bundled)}.")
+        path = bundled[str(path)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file; it must define {function}().")
@@ -206,138 +223,6 @@ def _blamed_on(path: Path) -> Generator[None]:
             and not isinstance(error, InputError)
         ):
             raise
-        place = f"{path}:{lines[-1]}" if lines else str(path)
+        where = f"{path}:{lines[-1]}" if lines else str(path)
         what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"{place}: {what}{getattr(error, 'msg', error)}") from error
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """List the fields in which two configs, as dicts, differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        differing = []
-        for name in names:
-            path = f"{prefix}.{name}" if prefix else name
-            differing += differences(old.get(name), new.get(name), path)
-        return differing
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [x for i, (a, b) in pairs for x in differences(a, b, f"{prefix}.{i}")]
-    return [] if old == new else [(prefix, old, new)]
-
-
-def check_processes_agree(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError, which names what differs, unless all processes know the same facts.
-
-    `facts` has one mapping for each process: of config, code, data and resume step.
-    """
-    for index, other in enumerate(facts):
-        if differing := differences(dict(facts[0]), dict(other)):
-            raise InputError(
-                f"processes 0 and {index} do not agree:\n"
-                + "\n".join(f"  {name}: {a} in 0, {b} in {index}" for name, a, b in differing)
-                + "\nStart all with the same config, code and data, and a --workdir that all see."
-            )
-
-
-# What a branch may have otherwise than the run that it begins in: nothing before it depends on it.
-BRANCHABLE = (
-    *(*RESUMABLE, "steps", "optim.schedule", "optim.final_learning_rate", "branch_from"),
-    "double_batch_at",  # later than the branch: the number of pairs seen there is checked
-)
-
-
-def branch_point(text: str) -> tuple[str, int]:
-    """Read RUN@STEP: a work directory and one of its checkpoints."""
-    run, at, step = text.rpartition("@")
-    if not (at and run and step.isdecimal() and int(step)):
-        raise InputError(
-            f"branch_from={text!r} must be RUN@STEP, a work directory and the step of one of its "
-            "checkpoints, such as runs/trunk@20000."
-        )
-    return run, int(step)
-
-
-def with_order(workdir: Path | epath.Path, config: Config) -> Config:
-    """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
-    kept: dict[str, Any] = {}
-    with contextlib.suppress(InputError):  # damaged, which check_resumable says
-        kept = read_run_config(workdir)
-    if config.data.order != "auto" or not kept:
-        return config
-    order = kept.get("data", {}).get("order", "global")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, order=order))
-
-
-def check_resumable(workdir: Path | epath.Path, config: Config) -> None:
-    """Raise InputError unless the run in `workdir` is this config's, up to what alters no
-    update."""
-    path = workdir / "config.json"
-    before = upgrade(recover_json(path, warn if processes.is_lead() else None))
-    allowed = (*RESUMABLE, "steps") if _goes_on(before, config) else RESUMABLE
-    stands = max(steps_in(workdir / "checkpoints"), default=0)
-    if before and (differing := _others(path, before, config, allowed, stands)):
-        raise InputError(
-            f"{workdir} holds a run with another config:\n" + "\n".join(differing) + "\n"
-            "Give the same values to resume it, or another --workdir to start anew."
-        )
-
-
-def _goes_on(before: dict[str, Any], config: Config) -> bool:
-    """Say whether a run is only made longer, under a schedule that does not know its end."""
-    has_no_end = isinstance(config.optim.schedule, Constant | InverseSqrt)
-    return has_no_end and before.get("steps", math.inf) <= config.steps
-
-
-def check_branch(trunk: Path | epath.Path, config: Config) -> list[str]:
-    """List what a branch has otherwise than its trunk; raises InputError for what it may not
-    change."""
-    path = trunk / "config.json"
-    if not (before := read_run_config(trunk)):
-        raise InputError(f"branch_from: there is no run in {trunk} (no config.json).")
-    _, stands = branch_point(config.branch_from or "")
-    if differing := _others(path, before, config, BRANCHABLE, stands):
-        raise InputError(
-            f"a branch of {trunk} cannot differ from it in:\n" + "\n".join(differing) + "\n"
-            "Give the same values. To begin with its weights alone, use --init-from."
-        )
-    return [line.strip() for line in _others(path, before, config, RESUMABLE)]
-
-
-def _others(
-    path: Path | epath.Path, before: dict[str, Any], config: Config, allowed: Sequence[str],
-    stands: int | None = None,
-) -> list[str]:  # fmt: skip
-    """List what the config kept in `path` has otherwise than this one, apart from `allowed`, and
-    from what a mixture reads after the step at which the run `stands`."""
-    data = before.setdefault("data", {})
-    data.setdefault("order", "global")  # before there was another
-    if "auto" in (data["order"], config.data.order):  # of a ladder's point, before it began
-        data["order"] = config.data.order
-    with contextlib.suppress(InputError):  # an older file lacks fields that had no effect then
-        before = to_dict(from_dict(Config, before))
-    now = to_dict(config)
-    if stands is not None and _goes_on_reading(before, now, config.samples_after(stands)):
-        before["data"]["source"] = now["data"]["source"]
-    return [
-        f"  {name}: {old} in {path}, {new} given"
-        for name, old, new in differences(before, now)
-        if not any(fnmatch(name, some) or name.startswith(some + ".") for some in allowed)
-    ]
-
-
-def _goes_on_reading(before: dict[str, Any], now: dict[str, Any], samples: int) -> bool:
-    """Say whether two configs have mixtures that give the same first `samples`: members were added
-    at the end, not read before a phase that is to come."""
-    old, new = before["data"].get("source") or {}, now["data"]["source"]
-    if not ("members" in old and "members" in new):
-        return False
-    known, phases = len(old["members"]), len(old["phases"])
-    added = [0.0] * (len(new["members"]) - known)
-    padded = [x | {"weights": [*x["weights"], *added]} for x in old["phases"]]
-    return (
-        new["members"][:known] == old["members"]
-        and [x["weight"] for x in new["members"][known:]] == added
-        and new["phases"][:phases] == padded
-        and all(x["from_sample"] >= samples for x in new["phases"][phases:])
-    )
+        raise InputError(f"{where}: {what}{getattr(error, 'msg', error)}") from error

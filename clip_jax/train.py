@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,10 @@ from etils import epath
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
 from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
+from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
 from clip_jax.checkpoints.retention import steps_in
-from clip_jax.config import (
-    Config,
-    branch_point,
-    check_branch,
-    check_processes_agree,
-    check_resumable,
-    with_order,
-)
+from clip_jax.checkpoints.run_config import read_run_config
+from clip_jax.config import Config, complete, with_order
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
@@ -108,23 +104,26 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
-    trunk, branched = None, 0
+    parent, branched = None, 0
     if config.branch_from:
         run, branched = branch_point(config.branch_from)
-        trunk = epath.Path(run)
-        config = with_order(trunk, config)
-    config = with_order(workdir, config)
+        parent = epath.Path(run)
+        config = with_order(config, parent)
+    config = with_order(config, workdir)
     pipeline = open_data(config, *sharding.data_part(mesh))
     config = replace(config, data=replace(config.data, order=pipeline.order))  # for good
     evaluations = Evaluations(config.evals, config.end)
     check_best(config, evaluations)
 
     claim.take()
-    check_resumable(workdir, config)
+    now, differs = to_dict(config), list[str]()
+    before = complete(read_run_config(workdir, recover=True))
+    check_resumable(workdir, before, now, config.samples_after)
     check_data(workdir, pipeline)
-    differs = check_branch(trunk, config) if trunk else []
-    if trunk:
-        check_data(trunk, pipeline)
+    if parent:
+        before = complete(read_run_config(parent))
+        differs = check_branch(parent, before, now, config.samples_after(branched))
+        check_data(parent, pipeline)
     if processes.is_lead():
         vocabulary.keep(config.model.text.tokenizer, str(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
@@ -136,8 +135,8 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     )
     if start:
         with timers.measure("restore"), watchdog:
-            if trunk and not checkpoints.latest_step():
-                begun = branch(config, program, trunk, start)
+            if parent and not checkpoints.latest_step():
+                begun = branch(config, program, parent, start)
                 if processes.is_lead():
                     record = {"from": config.branch_from, "differs": differs}
                     files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
@@ -245,6 +244,20 @@ def agree(
         )
 
 
+def check_processes_agree(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError, which names what differs, unless all processes know the same facts.
+
+    `facts` has one mapping for each process: of config, code, data and resume step.
+    """
+    for index, other in enumerate(facts):
+        if differing := differences(dict(facts[0]), dict(other)):
+            raise InputError(
+                f"processes 0 and {index} do not agree:\n"
+                + "\n".join(f"  {name}: {a} in 0, {b} in {index}" for name, a, b in differing)
+                + "\nStart all with the same config, code and data, and a --workdir that all see."
+            )
+
+
 def check_best(config: Config, evaluations: Evaluations) -> None:
     """Raise InputError where no evaluator gives the result by which the best checkpoint is kept."""
     if config.checkpoint.best and config.checkpoint.best_of == "run":
@@ -270,9 +283,9 @@ def frozen_params(objective: Objective) -> FrozenParams:
     }
 
 
-def branch(config: Config, program: Program, trunk: epath.Path, start: int) -> Restored:
+def branch(config: Config, program: Program, parent: epath.Path, start: int) -> Restored:
     """Read the state that another run had at a step. Its seconds are its own."""
-    found = restore(config, restore_step(trunk, start, program.state.saved()))
+    found = restore(config, restore_step(parent, start, program.state.saved()))
     return replace(found, position={"seconds/steps": 0.0})
 
 

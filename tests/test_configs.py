@@ -15,7 +15,7 @@ from clip_jax.scaling.ladder import grid, load_ladder
 from clip_jax.step import Program
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 
 def read(path: Path) -> Config:

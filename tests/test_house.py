@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 
 # Tests of the repository, and of files that several modules have to refuse.
 WITHOUT_A_MODULE = {"house", "configs", "launch", "convert/hostile"}
+PACKAGE = ROOT / "clip_jax"
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
@@ -41,6 +42,16 @@ def test_ci_runs_every_folder_that_the_readmes_command_leaves_out():
     # By a marker of our own, every stage could leave a test out.
     assert "--strict-markers" in ini["addopts"]
     assert not ini.get("markers")
+
+
+def test_the_wheel_has_every_package():
+    """Where one is missing here, an installed command fails to import it."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = [path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")]
+    assert setuptools["packages"] == sorted(
+        [".".join(folder.parts) for folder in folders] + ["clip_jax.configs"]
+    )
+    assert {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")} == set(folders)
 
 
 def test_the_package_reads_time_in_its_clock_alone():

@@ -16,7 +16,6 @@ import pytest
 from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
-from clip_jax.config import check_processes_agree
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.processes import (
@@ -30,20 +29,6 @@ from clip_jax.processes import (
 from clip_jax.sharding import MeshConfig, data_part, make_mesh
 from tests.clock import HandClock
 from tests.data.conftest import open_pipeline
-
-
-@pytest.mark.parametrize(
-    ("fact", "value", "says"),
-    [
-        ("config", {"seed": 1}, r"config\.seed: 0 in 0, 1 in 2"),
-        ("resume step", 0, "resume step: 300 in 0, 0 in 2"),
-    ],
-)
-def test_what_processes_do_not_agree_on_is_named(fact, value, says):
-    facts = {"config": {"seed": 0}, "code": "abc", "data": "def", "resume step": 300}
-    check_processes_agree([facts, facts])
-    with pytest.raises(ValueError, match=says):
-        check_processes_agree([facts, facts, facts | {fact: value}])
 
 
 def test_another_data_set_has_another_fingerprint():

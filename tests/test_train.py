@@ -33,6 +33,7 @@ from clip_jax.train import (
     begin,
     check_data,
     check_patches,
+    check_processes_agree,
     open_data,
     train,
 )
@@ -62,6 +63,20 @@ def final_state(workdir):
 
 def assert_identical(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "says"),
+    [
+        ("config", {"seed": 1}, r"config\.seed: 0 in 0, 1 in 2"),
+        ("resume step", 0, "resume step: 300 in 0, 0 in 2"),
+    ],
+)
+def test_what_processes_do_not_agree_on_is_named(fact, value, says):
+    facts = {"config": {"seed": 0}, "code": "abc", "data": "def", "resume step": 300}
+    check_processes_agree([facts, facts])
+    with pytest.raises(ValueError, match=says):
+        check_processes_agree([facts, facts, facts | {fact: value}])
 
 
 @pytest.fixture(scope="module")

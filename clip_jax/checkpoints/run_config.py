@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+from clip_jax import processes
+from clip_jax.display import warn
 from clip_jax.storage.files import Place
-from clip_jax.storage.json_files import read_json
+from clip_jax.storage.json_files import read_json, recover_json
 
 
 def _rename_order(config: dict[str, Any]) -> None:
     data = config.get("data")
-    if isinstance(data, dict) and data.get("order") == "stretches":
-        data["order"] = "blocks"
+    if isinstance(data, dict):
+        order = data.setdefault("order", "global")  # once the only one
+        data["order"] = "blocks" if order == "stretches" else order
 
 
 # Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
@@ -83,6 +86,14 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
     return False, path
 
 
-def read_run_config(workdir: Place) -> dict[str, Any]:
-    """Read a run's `config.json`, {} where there is none. InputError if it is damaged."""
-    return upgrade(read_json(workdir / "config.json"))
+def read_run_config(workdir: Place, *, recover: bool = False) -> dict[str, Any]:
+    """Read a run's `config.json`, {} where there is none. InputError if it is damaged.
+
+    With `recover`, a damaged one counts as none, and a copy of it is kept.
+    """
+    path = workdir / "config.json"
+    if recover:
+        config = recover_json(path, warn if processes.is_lead() else None)
+    else:
+        config = read_json(path)
+    return upgrade(config) if config else {}

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_jax import flops
+from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
-from clip_jax.config import Config, branch_point, check_resumable, run_file, with_order
+from clip_jax.checkpoints.run_config import read_run_config
+from clip_jax.config import Config, complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.losses.objective import fitting
 from clip_jax.models.clip import CLIPConfig
@@ -190,7 +192,8 @@ def is_done(point: Point) -> bool:
     run."""
     if not (point.workdir / "checkpoints").exists() and not _result(point.workdir):
         return False  # a config that nobody has trained by may be replaced
-    check_resumable(point.workdir, point.config)
+    before = complete(read_run_config(point.workdir, recover=True))
+    check_resumable(point.workdir, before, to_dict(point.config), point.config.samples_after)
     step = _result(point.workdir).get("step", 0)
     return from_dict(int, step, f"step in {point.workdir / 'result.json'}") >= point.config.end
 
@@ -235,7 +238,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     def train(points: Sequence[Point]) -> dict[str, str]:
         points = [point for point in points if not is_done(point)]
         for point in points:
-            config = with_order(point.workdir, point.config)  # as it began, if it did
+            config = with_order(point.config, point.workdir)  # as it began, if it did
             write_whole(point.workdir / "config.json", json.dumps(to_dict(config), indent=1))
         return _train(points, root, command.jobs, say) if command.jobs else {}
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
-from clip_jax.config import branch_point
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.scaling import answers, table
 from clip_jax.scaling import fit as fits

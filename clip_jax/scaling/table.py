@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from clip_jax import flops
+from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
 from clip_jax.checkpoints.run_config import upgrade
-from clip_jax.config import branch_point
 from clip_jax.data import growth
 from clip_jax.errors import InputError
 from clip_jax.models import zoo

@@ -1,0 +1,134 @@
+"""Which settings may change where a run resumes, or where another run branches from it.
+
+Runs are compared by their configs as dicts: `before` is the earlier run's, with every field of
+today, and `now` the new one's.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from clip_jax.checkpoints.retention import steps_in
+from clip_jax.checkpoints.run_config import read_run_config
+from clip_jax.errors import InputError
+from clip_jax.storage.files import Place
+
+SamplesAfter = Callable[[int], int]  # pairs that a run sees in its first steps
+
+# What may change between a run and its resumption: it alters no update.
+RESUMABLE = (
+    *("stop_after", "mesh", "accumulation", "checkpoint", "processes", "evals", "report_every"),
+    *("profile_steps", "compilation_cache"),
+    *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
+    *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
+)
+# What a branch may change besides: nothing before it depends on it.
+BRANCHABLE = (
+    *("steps", "optim.schedule", "optim.final_learning_rate", "branch_from"),
+    "double_batch_at",  # later than the branch: the number of pairs seen there is checked
+)
+_ENDLESS = ("Constant", "InverseSqrt")  # schedules that do not know the run's last step
+
+
+def check_resumable(
+    workdir: Place, before: dict[str, Any], now: dict[str, Any], samples_after: SamplesAfter
+) -> None:
+    """Raise InputError unless the run in `workdir` may go on with the config `now`.
+
+    Without a run there, `before` is empty. A run may become longer where its schedule has no end.
+    """
+    is_longer = before.get("steps", math.inf) <= now["steps"]
+    is_endless = now["optim"]["schedule"]["type"] in _ENDLESS
+    allowed = (*RESUMABLE, "steps") if is_longer and is_endless else RESUMABLE
+    samples = samples_after(max(steps_in(workdir / "checkpoints"), default=0))
+    if before and (lines := _differing(workdir, before, now, allowed, samples)):
+        raise InputError(
+            f"{workdir} holds a run with another config:\n" + "\n".join(lines) + "\n"
+            "Give the same values to resume it, or another --workdir to start anew."
+        )
+
+
+def branch_point(text: str) -> tuple[str, int]:
+    """Read RUN@STEP: a run directory and the step of one of its checkpoints."""
+    run, at, step = text.rpartition("@")
+    if not (at and run and step.isdecimal() and int(step)):
+        raise InputError(
+            f"branch_from={text!r} must be RUN@STEP, a work directory and the step of one of its "
+            "checkpoints, such as runs/parent@20000."
+        )
+    return run, int(step)
+
+
+def check_branch(
+    parent: Place, before: dict[str, Any], now: dict[str, Any], samples: int
+) -> list[str]:
+    """List the settings of a branch that differ from its parent run, which had seen `samples`.
+
+    Raises InputError for those that may not differ.
+    """
+    if not before:
+        raise InputError(f"branch_from: there is no run in {parent} (no config.json).")
+    if lines := _differing(parent, before, now, RESUMABLE + BRANCHABLE, samples):
+        raise InputError(
+            f"a branch of {parent} cannot differ from it in:\n" + "\n".join(lines) + "\n"
+            "Give the same values. To begin with its weights alone, use --init-from."
+        )
+    return [line.strip() for line in _differing(parent, before, now, RESUMABLE)]
+
+
+def order_of(workdir: Place) -> str | None:
+    """Return the order of samples that the run in `workdir` has; None where there is no run."""
+    with contextlib.suppress(InputError):  # damaged: a resuming run says so
+        return read_run_config(workdir).get("data", {}).get("order")
+    return None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """List the fields in which two configs, as dicts, differ, with both values."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = ({str(i): x for i, x in enumerate(values)} for values in (old, new))
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    return [
+        each
+        for name in dict.fromkeys([*old, *new])
+        for each in differences(
+            old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name
+        )
+    ]
+
+
+def _differing(
+    workdir: Place, before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str],
+    samples: int | None = None,
+) -> list[str]:  # fmt: skip
+    """List the settings that differ, apart from those allowed, and from what a mixture reads after
+    the first `samples`."""
+    data = dict(before.get("data", {}))
+    if "auto" in (data.get("order"), now["data"]["order"]):  # of a ladder's run that never began
+        data["order"] = now["data"]["order"]
+    if samples is not None and _begin_alike(data.get("source"), now["data"]["source"], samples):
+        data["source"] = now["data"]["source"]
+    return [
+        f"  {name}: {old} in {workdir / 'config.json'}, {new} given"
+        for name, old, new in differences(before | {"data": data}, now)
+        if not any(fnmatch(name, some) or name.startswith(some + ".") for some in allowed)
+    ]
+
+
+def _begin_alike(old: Any, new: Any, samples: int) -> bool:
+    """Say whether two sources are mixtures that give the same first `samples`: members were added
+    at the end, and are first read in a phase that is still to come."""
+    if not (old and "members" in old and "members" in new):
+        return False
+    known, phases = len(old["members"]), len(old["phases"])
+    added = [0.0] * (len(new["members"]) - known)
+    padded = [x | {"weights": [*x["weights"], *added]} for x in old["phases"]]
+    return (
+        new["members"][:known] == old["members"]
+        and [x["weight"] for x in new["members"][known:]] == added
+        and new["phases"][:phases] == padded
+        and all(x["from_sample"] >= samples for x in new["phases"][phases:])
+    )
