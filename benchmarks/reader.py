@@ -16,9 +16,9 @@ from PIL import Image
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
-from clip_jax.evals import measure
 from clip_jax.evals.datasets import open_folder
 from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -51,7 +51,7 @@ encoder = Encoder(
 
 
 def evaluated(images: int) -> None:
-    measure.Splits("images", lambda _: data, encoder, most=images).embedded("test")
+    Splits("images", lambda _: data, encoder, most=images).embedded("test")
 
 
 def decoded(images: int) -> None:

@@ -24,8 +24,8 @@ from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.evals.tasks import SuiteEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
+from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +92,7 @@ class Run:
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
             program.model, averaged(self.state.opt_state, self.state.params), program.mesh,
-            preprocess, lambda texts: tokenizer(texts, length, True),
+            preprocess, lambda texts: tokenizer(texts, length, True), self.workdir.name,
         )  # fmt: skip
 
 
@@ -359,7 +358,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """Run the evaluators that are due, on the run's own mesh; return what they found."""
     results: dict[str, float] = {}
     with run.timers.measure("evaluation"):
-        for values in run.evaluations.run(step, run.encoder):
+        for values in run.evaluations.run(step, run.encoder, run.workdir / "evals"):
             run.watchdog.beat()
             run.reports.evaluated(step, values)
             results |= values
@@ -426,11 +425,7 @@ def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: objec
 
 
 def end(run: Run) -> dict[str, Any]:
-    """Draw what the evaluators can draw, say where everything is, and return the result."""
-    with tempfile.TemporaryDirectory() as scratch:
-        run.evaluations.draw(run.encoder, Path(scratch))
-        if processes.is_lead():
-            files.copy_tree(Path(scratch), run.workdir / "evals")
+    """Say where everything is, and return the result."""
     workdir = run.workdir
     run.reports.line(run.reports.goodput.describe())
     run.reports.line(

@@ -19,7 +19,7 @@ from clip_jax.config import Config
 from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig

@@ -18,7 +18,7 @@ from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
-from clip_jax.evals.tasks import SuiteEvalConfig
+from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.optim import OptimConfig

@@ -9,7 +9,7 @@ import pytest
 from clip_jax import sharding
 from clip_jax.config import Config, load_config
 from clip_jax.evals import evaluator
-from clip_jax.evals.tasks import SuiteEvalConfig
+from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.scaling.ladder import grid, load_ladder
 from clip_jax.step import Program
@@ -58,8 +58,8 @@ def test_a_step_and_evaluation_trace(name):
     assert shapes[0] == shapes[1]
     assert metrics["loss"].shape == ()
     # On the mesh, with the parameters where the step has them.
-    image = evaluator.image_encoder(run.model, run.mesh, normalize=True)
-    text = evaluator.text_encoder(run.model, run.mesh)
+    image = evaluator.compiled(evaluator.embed_images, run.model, run.mesh)
+    text = evaluator.compiled(evaluator.embed_texts, run.model, run.mesh)
     images = jax.eval_shape(image, run.state.params, run.batch["image"])
     texts = jax.eval_shape(text, run.state.params, run.batch["text"])
     assert images.shape == texts.shape == (config.batch_size, config.model.embed_dim)

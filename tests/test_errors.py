@@ -15,7 +15,7 @@ from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.errors import InputError, check_ranges, read_part
-from clip_jax.evals import tasks
+from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.export.command import ExportConfig
 from clip_jax.inference import embed, evaluate, predict, search
@@ -180,10 +180,6 @@ def test_a_bug_in_the_check_of_flags_is_none_of_the_users():
 
 def test_a_bug_in_one_data_set_does_not_leave_it_out(tmp_path):
     config = evaluate.EvaluateConfig(model=tmp_path)
-    evaluator = tasks.TasksEvaluator(config, dict.fromkeys("ab", planted))
-    with (
-        mock.patch.object(tasks.measure, "Splits", autospec=True),
-        mock.patch.object(tasks, "_outcomes", autospec=True, side_effect=planted),
-        pytest.raises(ValueError, match="zip"),
-    ):
-        list(evaluator.outcomes(mock.Mock(spec=Encoder)))
+    evaluator = suite.SuiteEvaluator(config, dict.fromkeys("ab", planted))
+    with pytest.raises(ValueError, match="zip"):
+        list(evaluator.run(mock.Mock(spec=Encoder)))

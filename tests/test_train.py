@@ -266,7 +266,7 @@ def test_a_run_is_loaded_and_evaluated_with_its_averaged_weights(changes, tmp_pa
     optimizer = state.opt_state.inner if changes else state.opt_state
     assert_identical(load(tmp_path).params, optimizer.ema)
     program = Program(config.recipe, make_mesh(config.mesh))
-    run = mock.Mock(spec=Run, config=config, program=program, state=state)
+    run = mock.Mock(spec=Run, config=config, program=program, state=state, workdir=tmp_path)
     assert_identical(Run.encoder.fget(run).params, optimizer.ema)
 
 

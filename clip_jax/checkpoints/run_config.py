@@ -16,13 +16,23 @@ def _rename_order(config: dict[str, Any]) -> None:
         data["order"] = "blocks" if order == "stretches" else order
 
 
+def _drop_tasks(config: dict[str, Any]) -> None:
+    """Forget the tasks `alignment` and `templates` of data sets, and the pool of the former."""
+    evaluators = config.get("evals")
+    for evaluator in evaluators if isinstance(evaluators, list) else ():
+        if isinstance(evaluator, dict) and isinstance(tasks := evaluator.get("tasks"), list):
+            evaluator.pop("pool", None)
+            left = [task for task in tasks if task not in ("alignment", "templates")]
+            evaluator["tasks"] = left or ["zero-shot"]
+
+
 # Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
 # field is gone and changed no result. A path goes through lists: `evals.pool` is a field of each
 # evaluator. A row for a group moves all of its fields.
 RENAMED: dict[str, str | None] = {"data.window": "data.shuffle_blocks"}
 
 # Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order]
+UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order, _drop_tasks]
 
 
 def _loss_to_objective(config: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def train(args: Sequence[str]) -> int:
 def evaluate(args: Sequence[str]) -> int:
     """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL [--watch]"""
     from clip_jax import processes
-    from clip_jax.evals.report import to_table
+    from clip_jax.evals.results import to_table
     from clip_jax.inference.evaluate import EvaluateConfig
     from clip_jax.inference.evaluate import evaluate as run_evaluation
     from clip_jax.inference.watch import watch

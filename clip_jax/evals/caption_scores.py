@@ -38,10 +38,10 @@ _TWO = {"cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"]
 
 def words_of(text: str) -> list[str]:
     """Cut a caption into its words."""
-    found: list[str] = []
+    words: list[str] = []
     for word in _WORD.findall(text.lower().replace("’", "'")):
-        found += _TWO.get(word, [_BRACKETS.get(word, word)])
-    return [word for word in found if word not in _PUNCTUATION and not set(word) <= set(".-")]
+        words += _TWO.get(word, [_BRACKETS.get(word, word)])
+    return [word for word in words if word not in _PUNCTUATION and not set(word) <= set(".-")]
 
 
 def _n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -52,7 +52,7 @@ def _n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return BLEU-1 to BLEU-4 of a whole set, each caption's nearest reference for its length."""
-    right, given = np.zeros(_ORDER), np.zeros(_ORDER)
+    right, written = np.zeros(_ORDER), np.zeros(_ORDER)
     length = wanted = 0
     for caption, texts in zip(captions, references, strict=True):
         words, others = words_of(caption), [words_of(text) for text in texts]
@@ -61,12 +61,12 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
             most |= _n_grams(other)
         for gram, count in _n_grams(words).items():
             right[len(gram) - 1] += min(count, most[gram])
-        given += [max(len(words) - n, 0) for n in range(_ORDER)]
+        written += [max(len(words) - n, 0) for n in range(_ORDER)]
         length += len(words)
         wanted += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
     ratio = (length + _TINY) / (wanted + _SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    products = np.cumprod((right + _TINY) / (given + _SMALL))
+    products = np.cumprod((right + _TINY) / (written + _SMALL))
     return [float(x ** (1 / n) * penalty) for n, x in enumerate(products, 1)]
 
 

@@ -5,7 +5,9 @@ round. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with o
 swapped or added.
 """
 
+import functools
 from collections.abc import Sequence
+from importlib import resources
 
 import numpy as np
 from jaxtyping import Bool
@@ -19,37 +21,13 @@ from clip_jax.storage.files import Place, matching
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
-# Relations that ARO leaves out of its mean, because turned round they hold as well, or as little.
-# fmt: off
-_SYMMETRIC = frozenset((
-    "adjusting", "attached to", "between", "bigger than", "biting", "boarding", "brushing",
-    "chewing", "cleaning", "climbing", "close to", "coming from", "coming out of", "contain",
-    "crossing", "dragging", "draped over", "drinking", "drinking from", "driving", "driving down",
-    "driving on", "eating from", "eating in", "enclosing", "exiting", "facing", "filled with",
-    "floating in", "floating on", "flying", "flying above", "flying in", "flying over",
-    "flying through", "full of", "going down", "going into", "going through", "grazing in",
-    "growing in", "growing on", "guiding", "hanging from", "hanging in", "hanging off",
-    "hanging over", "higher than", "holding onto", "hugging", "in between", "jumping off",
-    "jumping on", "jumping over", "kept in", "larger than", "leading", "leaning over", "leaving",
-    "licking", "longer than", "looking in", "looking into", "looking out", "looking over",
-    "looking through", "lying next to", "lying on top of", "making", "mixed with", "mounted on",
-    "moving", "on the back of", "on the edge of", "on the front of", "on the other side of",
-    "opening", "painted on", "parked at", "parked beside", "parked by", "parked in",
-    "parked in front of", "parked near", "parked next to", "perched on", "petting", "piled on",
-    "playing", "playing in", "playing on", "playing with", "pouring", "reaching for", "reading",
-    "reflected on", "riding on", "running in", "running on", "running through", "seen through",
-    "sitting behind", "sitting beside", "sitting by", "sitting in front of", "sitting near",
-    "sitting next to", "sitting under", "skiing down", "skiing on", "sleeping in", "sleeping on",
-    "smiling at", "sniffing", "splashing", "sprinkled on", "stacked on", "standing against",
-    "standing around", "standing behind", "standing beside", "standing in front of",
-    "standing near", "standing next to", "staring at", "stuck in", "surrounding", "swimming in",
-    "swinging", "talking to", "topped with", "touching", "traveling down", "traveling on", "tying",
-    "typing on", "underneath", "wading in", "waiting for", "walking across", "walking by",
-    "walking down", "walking next to", "walking through", "working in", "working on", "worn on",
-    "wrapped around", "wrapped in", "by", "of", "near", "next to", "with", "beside",
-    "on the side of", "around",
-))
-# fmt: on
+
+@functools.cache
+def _symmetric() -> frozenset[str]:
+    """Relations that ARO leaves out of its mean, because turned round they hold as well, or as
+    little."""
+    text = resources.files("clip_jax.evals").joinpath("aro_symmetric.txt").read_text()
+    return frozenset(text.splitlines())
 
 
 def open_aro(annotations: Place, images: Place) -> Contrasted:
@@ -86,11 +64,10 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
             raise SampleError(f"box of {width} x {height} pixels at {x}, {y}: {error}") from error
 
     def in_mean(group: str, count: int) -> bool:
-        return group not in _SYMMETRIC if relations else count >= _FEWEST
+        return group not in _symmetric() if relations else count >= _FEWEST
 
-    return Contrasted(
-        len(rows), load, [row[3] for row in rows], in_mean, key=lambda i: str(rows[i][0])
-    )
+    groups = [row[3] for row in rows]
+    return Contrasted(len(rows), load, groups, in_mean, key=lambda i: str(rows[i][0]))
 
 
 def open_sugar_crepe(folder: Place) -> Contrasted:
@@ -114,14 +91,11 @@ def open_sugar_crepe(folder: Place) -> Contrasted:
             ) from error
     if not rows:
         raise InputError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
+    groups = [row[2] for row in rows]
     return Contrasted(
-        len(rows),
-        lambda i: rows[i][:2],
-        [row[2] for row in rows],
-        lambda *_: True,
-        True,
-        lambda i: str(rows[i][0]),
-    )
+        len(rows), lambda i: rows[i][:2], groups, lambda *_: True, True,
+        key=lambda i: str(rows[i][0]),
+    )  # fmt: skip
 
 
 def composition(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,88 +20,68 @@ Split = Literal["train", "validation", "test"]
 
 _SPLITS = ("train", "val", "validation", "valid", "test")
 
-_NUMBERED = "image {}".format
-
 
 class Missing(Exception):
     """The data set is not on this disk; the message says how to get it."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Images of classes. `load` gives what `data.images` reads, and the class's number."""
+class _Items:
+    """Images and what belongs to each. `load` gives what `data.images` reads, and the answer."""
 
-    names: Sequence[str]
-    templates: Sequence[str]
-    count: int
-    load: Callable[[int], tuple[ImageLike, int]]
-    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
-    labels: Sequence[int] | None = None  # of all, where they are known without reading images
-
-    def __iter__(self) -> Iterator[tuple[ImageLike, int]]:
-        return map(self.load, range(self.count))
-
-
-@dataclass(frozen=True)
-class Tagged:
-    """Images with any number of classes: `load` gives 1 for each that is there, −1 for the others,
-    and 0 where only objects too difficult to count are of it."""
-
-    names: Sequence[str]
-    templates: Sequence[str]
-    count: int
-    load: Callable[[int], tuple[ImageLike, Int8[np.ndarray, " classes"]]]
-    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
-
-    def __iter__(self) -> Iterator[tuple[ImageLike, Int8[np.ndarray, " classes"]]]:
-        return map(self.load, range(self.count))
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """Images with one or several captions each."""
-
-    count: int
-    load: Callable[[int], tuple[ImageLike, Sequence[str]]]
-    key: Callable[[int], str] = _NUMBERED  # names one image, so that a person finds it
-
-    def __iter__(self) -> Iterator[tuple[ImageLike, Sequence[str]]]:
-        return map(self.load, range(self.count))
-
-
-@dataclass(frozen=True)
-class Contrasted:
-    """Images with a right and a wrong caption: `load` gives both, the right one first."""
-
-    count: int
-    load: Callable[[int], tuple[ImageLike, tuple[str, str]]]
-    groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
-    in_mean: Callable[[str, int], bool]  # whether a group of so many cases counts in the mean
-    name_groups: bool = False  # whether there are few enough to report each
-    key: Callable[[int], str] = _NUMBERED
-
-    def __iter__(self) -> Iterator[tuple[ImageLike, tuple[str, str]]]:
-        return map(self.load, range(self.count))
-
-
-@dataclass(frozen=True)
-class Translated:
-    """The same images in several languages. `said` reads what `load` gives with an image: a
-    language's captions, or its number of the class; None where it says nothing of the image."""
-
-    languages: Sequence[str]
-    names: Mapping[str, Sequence[str]]  # of classes, by language; empty: there are captions
-    templates: Mapping[str, Sequence[str]]
     count: int
     load: Callable[[int], tuple[ImageLike, Any]]
-    said: Callable[[str, Any], Any]
-    key: Callable[[int], str] = _NUMBERED
+    key: Callable[[int], str] = field(default="image {}".format, kw_only=True)  # for messages
 
     def __iter__(self) -> Iterator[tuple[ImageLike, Any]]:
         return map(self.load, range(self.count))
 
 
+@dataclass(frozen=True)
+class Labelled(_Items):
+    """Images of classes; an answer is the class's number."""
+
+    names: Sequence[str]
+    templates: Sequence[str]
+    labels: Sequence[int] | None = None  # of all, where they are known without reading images
+
+
+@dataclass(frozen=True)
+class Tagged(_Items):
+    """Images with any number of classes; an answer is [classes], int8: 1 for each that is there, −1
+    for the others, and 0 where only objects too difficult to count are of it."""
+
+    names: Sequence[str]
+    templates: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Captioned(_Items):
+    """Images with one or several captions each, which are the answer."""
+
+
+@dataclass(frozen=True)
+class Contrasted(_Items):
+    """Images with a right and a wrong caption: an answer is both, the right one first."""
+
+    groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
+    in_mean: Callable[[str, int], bool]  # whether a group of so many cases counts in the mean
+    name_groups: bool = False  # whether there are few enough to report each
+
+
+@dataclass(frozen=True)
+class Translated(_Items):
+    """The same images in several languages. `answer_in` reads a language's captions, or its number
+    of the class, from an image's answer; None where the language has none."""
+
+    languages: Sequence[str]
+    answer_in: Callable[[str, Any], Any]
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of classes, by language
+    templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 Data = Labelled | Tagged | Captioned | Contrasted | Translated
+OpenSplit = Callable[[Split], Data]
 
 
 def spread(data: Data, most: int) -> Data:
@@ -117,10 +97,10 @@ def spread(data: Data, most: int) -> Data:
         rank = np.empty_like(by_class)  # how many of its class come before
         rank[by_class] = np.arange(len(labels)) - starts
         rounds = np.lexsort((labels, rank))
-        whole = np.flatnonzero(rank < rank[rounds[most]])  # the last round has some classes only
+        full = np.flatnonzero(rank < rank[rounds[most]])  # the last round has some classes only
         last = rounds[rank[rounds] == rank[rounds[most]]]
-        count = most - len(whole)
-        chosen = np.sort([*whole, *last[np.arange(count) * len(last) // max(count, 1)]])
+        count = most - len(full)
+        chosen = np.sort([*full, *last[np.arange(count) * len(last) // max(count, 1)]])
     changes: dict[str, Any] = {
         name: [values[i] for i in chosen]
         for name in ("labels", "groups")
@@ -170,7 +150,7 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     beside = [path, path.parent] if path.name in _SPLITS else [path]
     listed = next((f for f in beside if (f / "classnames.txt").is_file()), None)
     if listed:
-        names = _lines(listed / "classnames.txt")
+        names = _class_names(listed)
     elif names is None and numbers and len(folders) == len(published):
         names = published
     elif names is None:
@@ -187,8 +167,8 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     if not files:
         raise InputError(f"no images ({', '.join(SUFFIXES)}) in the folders of {path}.")
     return Labelled(
-        names, _templates(name), len(files), files.__getitem__, lambda i: str(files[i][0]),
-        [label for _, label in files],
+        len(files), files.__getitem__, names, prompts.templates(name),
+        [label for _, label in files], key=lambda i: str(files[i][0]),
     )  # fmt: skip
 
 
@@ -202,7 +182,7 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
     if not any((path / split).glob("*.tar")):
         raise InputError(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
     kind = path / "dataset_type.txt"
-    captions = kind.exists() and "\n".join(_lines(kind)).strip().lower() == "retrieval"
+    captions = kind.exists() and prompts.read_text(kind).strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
     source = TarSource(TarConfig(path=shards, caption="txt" if captions else "cls"))
     rng = np.random.default_rng(0)  # draws nothing: there is one text
@@ -213,9 +193,9 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
             image, text = source.load(index, rng)
             return image, [line for line in text.splitlines() if line.strip()]
 
-        return Captioned(len(source), load_captions, source.key)
+        return Captioned(len(source), load_captions, key=source.key)
 
-    names = _lines(path / "classnames.txt")
+    names = _class_names(path)
 
     def load(index: int) -> tuple[ImageLike, int]:
         image, label = source.load(index, rng)
@@ -224,72 +204,52 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
         return image, int(label)
 
     templates = path / "zeroshot_classification_templates.txt"
-    chosen = prompts.read_templates(templates) if templates.exists() else _templates("")
-    return Labelled(names, chosen, len(source), load, source.key)
+    chosen = prompts.read_templates(templates) if templates.exists() else prompts.templates("")
+    return Labelled(len(source), load, names, chosen, key=source.key)
 
 
 def open_tfds(
-    path: Place, *, split: str, image: str = "image", label: str = "label",
-    names: Sequence[str] | None = None, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,),
-) -> Labelled:  # fmt: skip
-    """Open a prepared TFDS builder's folder, the one with `dataset_info.json`.
+    path: Place, *, split: str, names: Sequence[str] | None, templates: Sequence[str]
+) -> Labelled | Tagged:
+    """Open a prepared TFDS builder's folder, the one with `dataset_info.json`: images of one class,
+    or as VOC's of any number.
 
-    Class names are the builder's unless given. Raises InputError for a split or feature that is not
-    there.
+    Class names are the builder's unless given. Missing where it has no such split; raises
+    InputError for a wrong number of names.
     """
-    builder, examples = _open_tfds(path, split, image, label)
-    feature = builder.info.features[label]
-    if names is None:
-        names = [_spaced(name) for name in feature.names]
-    if len(names) != feature.num_classes:
-        raise InputError(f"{path} has {feature.num_classes} classes, but {len(names)} are named.")
-
-    def load(index: int) -> tuple[ImageLike, int]:
-        example = examples[index]
-        return _encoded(example[image]), int(example[label])
-
-    return Labelled(names, templates, len(examples), load)
-
-
-def open_tfds_voc(
-    path: Place, *, split: str, templates: Sequence[str] = (prompts.PLAIN_TEMPLATE,)
-) -> Tagged:
-    """Open TFDS's `voc/2007`, whose images have any number of the 20 classes."""
-    builder, examples = _open_tfds(path, split, "image", "labels_no_difficult")
-    names = builder.info.features["labels"].feature.names
-
-    def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
-        example = examples[index]
-        truth = np.full(len(names), -1, np.int8)
-        truth[np.asarray(example["labels"], np.int64)] = 0
-        truth[np.asarray(example["labels_no_difficult"], np.int64)] = 1
-        return _encoded(example["image"]), truth
-
-    return Tagged(names, templates, len(examples), load)
-
-
-def tfds_splits(path: Place) -> Sequence[str]:
-    """Return the names of a prepared TFDS builder's splits."""
-    content = json.loads((path / "dataset_info.json").read_text())
-    return [split["name"] for split in content.get("splits", [])]
-
-
-def _open_tfds(path: Place, split: str, image: str, label: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(str(path))
-    for what, wanted, there in (
-        ("split", split, builder.info.splits), ("feature", image, builder.info.features),
-        ("feature", label, builder.info.features),
-    ):  # fmt: skip
-        if wanted.partition("[")[0] not in there:
-            raise InputError(f"{path} has no {what} {wanted!r}, only {', '.join(there)}.")
-    decoders = {image: tfds.decode.SkipDecoding()}
-    return builder, builder.as_data_source(split=split, decoders=decoders)
+    if split not in builder.info.splits:
+        raise Missing(f"{path} has no {split} split, only {', '.join(builder.info.splits)}.")
+    features, decoders = builder.info.features, {"image": tfds.decode.SkipDecoding()}
+    examples = builder.as_data_source(split=split, decoders=decoders)
 
+    def image_of(example: Any) -> bytes:
+        image = example["image"]
+        return image if isinstance(image, bytes) else image.item()
 
-def _encoded(image: Any) -> bytes:
-    return image if isinstance(image, bytes) else image.item()
+    if "labels_no_difficult" in features:
+        classes = features["labels"].feature.names
+
+        def load_tags(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
+            example = examples[index]
+            truth = np.full(len(classes), -1, np.int8)
+            truth[np.asarray(example["labels"], np.int64)] = 0
+            truth[np.asarray(example["labels_no_difficult"], np.int64)] = 1
+            return image_of(example), truth
+
+        return Tagged(len(examples), load_tags, classes, templates)
+
+    def load(index: int) -> tuple[ImageLike, int]:
+        example = examples[index]
+        return image_of(example), int(example["label"])
+
+    count = features["label"].num_classes
+    names = names or [_spaced(name) for name in features["label"].names]
+    if len(names) != count:
+        raise InputError(f"{path} has {count} classes, but {len(names)} are named.")
+    return Labelled(len(examples), load, names, templates)
 
 
 def open_captions(annotations: Place, images: Place) -> Captioned:
@@ -314,7 +274,7 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
             f"image_id={unlisted[0]!r}; each needs an entry in images, with id and file_name."
         )
     rows = [(files[key], texts) for key, texts in captions.items()]
-    return Captioned(len(rows), rows.__getitem__, lambda i: str(rows[i][0]))
+    return Captioned(len(rows), rows.__getitem__, key=lambda i: str(rows[i][0]))
 
 
 def read_json(path: Place) -> Any:
@@ -334,7 +294,10 @@ def open_voc(path: Place, *, split: Split) -> Tagged:
     lists = matching(path / "ImageSets" / "Main", f"*_{part}.txt")
     if not lists:
         raise InputError(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
-    rows = [[line.split() for line in _lines(file) if line.strip()] for file in lists]
+    rows = [
+        [line.split() for line in prompts.read_text(file).splitlines() if line.strip()]
+        for file in lists
+    ]
     images = [row[0] for row in rows[0]]
     for file, labels in zip(lists, rows, strict=True):
         if [row[0] for row in labels] != images:
@@ -347,9 +310,8 @@ def open_voc(path: Place, *, split: Split) -> Tagged:
     def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
         return path / "JPEGImages" / f"{images[index]}.jpg", truth[index]
 
-    return Tagged(
-        names, _templates("voc2007"), len(images), load, lambda i: f"JPEGImages/{images[i]}.jpg"
-    )
+    key = lambda i: f"JPEGImages/{images[i]}.jpg"  # noqa: E731
+    return Tagged(len(images), load, names, prompts.templates("voc2007"), key=key)
 
 
 # Of the digits' captions, those that say the number in words.
@@ -376,23 +338,16 @@ def open_digits(
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]
     return Labelled(
-        names, _DIGITS_TEMPLATES, len(labels), lambda i: (images[i], int(labels[i])),
-        labels=labels.tolist(),
+        len(labels), lambda i: (images[i], int(labels[i])), names, _DIGITS_TEMPLATES,
+        labels.tolist(),
     )  # fmt: skip
 
 
-def _templates(name: str) -> Sequence[str]:
-    return prompts.templates(name) or (prompts.PLAIN_TEMPLATE,)
-
-
-def _lines(path: Place) -> list[str]:
+def _class_names(folder: Place) -> list[str]:
+    path = folder / "classnames.txt"
     if not path.exists():
         raise InputError(f"there is no {path}; it has one class name a line.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from error
-    return text.splitlines()  # CLEVR has a class without a name
+    return prompts.read_text(path).splitlines()  # CLEVR has a class without a name
 
 
 def _spaced(name: str) -> str:

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
+from clip_jax import processes
 from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.errors import check_ranges
-from clip_jax.evals.captions import captions
+from clip_jax.evals.captioning import captions
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.zero_shot import classifier, top_k_accuracy
 from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.images import Images
+from clip_jax.storage.files import Place
 
 _SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
 
@@ -40,29 +42,28 @@ class DigitsEvalConfig:
 
 class DigitsEvaluator:
     """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1`, top-5s, and `order`: how often 42
-    is nearer to the captions of 42 than to those of 24.
+    is nearer to the captions of 42 than to those of 24. Draws `predictions.png`: some of the images
+    with their three best labels.
 
     With a decoder also `caption/seen/exact`, `caption/unseen/exact`: how often what it writes is
     one of the number's captions, word by word."""
 
     def __init__(self, config: DigitsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
-        k = config.source.digits
-        self._numbers = list(range(10**k))
-        seen, unseen = digits.number_split(k, config.source.split_seed)
-        self._splits = {
-            "seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]
-        }  # fmt: skip
+        seen, unseen = digits.number_split(config.source.digits, config.source.split_seed)
+        splits = {"seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]}
+        self._splits = {name: numbers for name, numbers in splits.items() if numbers}
         self._rendered: dict[tuple[str, int], Any] = {}
 
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
-        weights, k = self._classifier(encoder), self.config.source.digits
-        for name, numbers in self._splits.items():
-            if not numbers:
-                continue
-            images, labels = self._images(name, _size(encoder))
-            logits = encoder.images(images) @ weights.T
+        k, most = self.config.source.digits, self.config.max_prompts
+        weights = classifier(encoder, [digits.prompts(n, k)[:most] for n in range(10**k)])
+        tiles, right, lines = [], [], []
+        for name in self._splits:
+            spec = encoder.model.config.vision.image_spec
+            images, labels = self._images(name, spec.side)
+            logits = encoder.images(spec.pack(images)) @ weights.T
             yield f"zero_shot/{name}/top1", top_k_accuracy(logits, labels, 1)
             yield f"zero_shot/{name}/top5", top_k_accuracy(logits, labels, 5)
             backwards = np.array([int(f"{n:0{k}d}"[::-1]) for n in labels])
@@ -71,14 +72,19 @@ class DigitsEvaluator:
                 own, other = logits[pairs, labels[pairs]], logits[pairs, backwards[pairs]]
                 yield f"zero_shot/{name}/order", float((own > other).mean())
             if encoder.model.config.decoder is not None:
-                written = captions(encoder, images, _SHORT)
-                # As they come out of the tokenizer: "eighty - one" for "eighty-one".
-                own = {
-                    n: encoder.read(encoder.tokenize(digits.prompts(n, k)))
-                    for n in set(labels.tolist())
-                }
-                right = [x in own[n] for x, n in zip(written, labels.tolist(), strict=True)]
-                yield f"caption/{name}/exact", float(np.mean(right))
+                yield f"caption/{name}/exact", _exact(encoder, spec.pack(images), labels, k)
+            firsts = np.unique(labels, return_index=True)[1]  # an image of each number
+            for row in firsts[:: max(len(firsts) // 16, 1)][:16]:
+                tiles.append(images[row])
+                right.append(bool(logits[row].argmax() == labels[row]))
+                names = [digits.number_words(number, k) for number in range(10**k)]
+                best = with_probabilities(encoder.logit_scale * logits[row], names)
+                lines.append([*best, "(trained on)" if name == "seen" else "(never trained on)"])
+        if output and processes.is_lead():
+            title = f"Handwriting of held-out writers: the three nearest of {10**k} numbers"
+            contact_sheet(
+                output / "predictions.png", tiles, lines, right=right, title=title + " (red: wrong)"
+            )
 
     def _images(
         self, split: str, size: int
@@ -90,34 +96,11 @@ class DigitsEvaluator:
             )
         return self._rendered[split, size]
 
-    def draw(self, encoder: Encoder, folder: Path) -> None:
-        """Write `predictions.png`: held-out images with their three best labels."""
-        weights = self._classifier(encoder)
-        k, images, labels, unseen = self.config.source.digits, [], [], []
-        for name, numbers in self._splits.items():
-            some = numbers[:: max(len(numbers) // 16, 1)][:16]
-            if some:
-                drawn = digits.evaluation_set(self.config.source, some, 1, _size(encoder))
-                images += list(drawn[0])
-                labels += list(drawn[1])
-                unseen += [name == "unseen"] * len(some)
-        logits = encoder.logit_scale * (encoder.images(np.stack(images)) @ weights.T)
-        names = [digits.number_words(number, k) for number in self._numbers]
-        lines = [
-            [*with_probabilities(row, names), "(never trained on)" if new else "(trained on)"]
-            for row, new in zip(logits, unseen, strict=True)
-        ]
-        contact_sheet(
-            folder / "predictions.png", images, lines,
-            right=[bool(a == b) for a, b in zip(logits.argmax(1), labels, strict=True)],
-            title="Handwriting of held-out writers: the three nearest of "
-            f"{len(names)} numbers (red: wrong)",
-        )  # fmt: skip
 
-    def _classifier(self, encoder: Encoder) -> Float[np.ndarray, "classes E"]:
-        k, most = self.config.source.digits, self.config.max_prompts
-        return classifier(encoder, [digits.prompts(n, k)[:most] for n in self._numbers])
-
-
-def _size(encoder: Encoder) -> int:
-    return encoder.model.config.vision.image_size
+def _exact(
+    encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int
+) -> float:  # fmt: skip
+    # Captions as they come out of the tokenizer: "eighty - one" for "eighty-one".
+    own = {n: encoder.read(encoder.tokenize(digits.prompts(n, k))) for n in set(labels.tolist())}
+    pairs = zip(captions(encoder, images, _SHORT), labels.tolist(), strict=True)
+    return float(np.mean([caption in own[n] for caption, n in pairs]))

@@ -1,24 +1,25 @@
-"""What evaluators share: a model with its inputs, and features of any number of images or texts,
-computed on the whole mesh under the layout of the training step."""
+"""What evaluators share: a model with its inputs on a mesh; and when each of them has its turn."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from clip_jax import sharding
+from clip_jax import processes, sharding
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import read_captions
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
+from clip_jax.models.vit import ViTConfig
+from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Encoder:
     mesh: Mesh
     preprocess: Preprocess
     tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], cut to length
+    name: str = "model"  # in tables
     _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -38,11 +40,19 @@ class Encoder:
 
     def images(self, images: Images) -> Float[np.ndarray, "B E"]:
         """Embed images that every process has, at unit length."""
-        return encode_images(self.model, self.params, images, self.mesh)
+        return self.compute(embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Embed texts at unit length."""
-        return encode_texts(self.model, self.params, self.tokenize(texts), self.mesh)
+        return self.compute(embed_texts, self.tokenize(texts))
+
+    def compute(
+        self, function: Callable[..., Array], *rows: Any, batch_size: int = sharding.ROWS,
+        **options: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """Run a function as of `compiled` over images or tokens that every process has."""
+        run = compiled(function, self.model, self.mesh, **options)
+        return sharding.in_batches(run, self.mesh, self.params, *rows, batch_size=batch_size)
 
     def read(self, ids: Int[np.ndarray, "B L"]) -> list[str]:
         """Turn ids that the model has written back into texts."""
@@ -60,12 +70,62 @@ class Encoder:
         return features.reshape(len(templates), len(names), -1)
 
 
+@functools.lru_cache(maxsize=16)
+def compiled(
+    function: Callable[..., Array], model: CLIP, mesh: Mesh, /, **options: Any
+) -> Callable[..., Array]:
+    """Compile `function(model, params, *rows, **options)` for batches that are split over the mesh,
+    as in training; what it returns is on every device."""
+    model = replace(model, layout=sharding.layout(mesh, model.config.attention))
+    bound = functools.partial(function, model, **options)
+    return jax.jit(bound, out_shardings=sharding.replicated(mesh))
+
+
+def embed_images(
+    model: CLIP, params: Params, images: Images, *, normalize: bool = True
+) -> Float[Array, "B E"]:
+    """Embed images, at unit length unless `normalize` is off."""
+    features = model.encode_image(params, model.normalize(images))
+    return l2_normalize(features) if normalize else features
+
+
+def embed_texts(
+    model: CLIP, params: Params, tokens: Int[Array, "B L"]
+) -> Float[Array, "B E"]:  # fmt: skip
+    """Embed rows of tokens at unit length."""
+    return l2_normalize(model.encode_text(params, tokens))
+
+
+def without_projection(model: CLIP, params: Params) -> tuple[CLIP, Params]:
+    """Return the model whose image embeddings are what a probe takes, the paper's choice: a ViT's
+    features before the projection, a ResNet's embeddings."""
+    config = model.config
+    if not (isinstance(config.vision, ViTConfig) and config.vision.projection):
+        return model, params
+    vision = replace(config.vision, projection=False)
+    visual = {name: x for name, x in params["visual"].items() if name != "proj"}
+    return (
+        replace(model, config=replace(config, embed_dim=vision.width, vision=vision)),
+        {**params, "visual": visual},
+    )
+
+
 class Evaluator(Protocol):
-    """Built from its own config; yields named numbers, in training and on finished weights."""
+    """Built by `make` of its own config, which is a member of `Config.evals`; yields named numbers,
+    in training and on finished weights.
+
+    One that knows from the start on which data sets it measures has their `names`: its results are
+    called `NAME/METRIC`.
+    """
 
     every_steps: int
 
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]: ...
+    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+        """Measure a model; with `output`, also write tables and pictures into that folder.
+
+        All processes call it and get the same numbers; one writes.
+        """
+        ...
 
 
 class Evaluations:
@@ -75,7 +135,7 @@ class Evaluations:
         """`configs` have `make() -> Evaluator`; `steps` are those of the whole run."""
         self._evaluators: list[Evaluator] = [config.make() for config in configs]
         self._steps = steps
-        self._results: dict[int, set[str]] = {}  # names that each evaluator has given
+        self._results: dict[int, set[str]] = {}  # names of the numbers that each one yielded
 
     def measured(self) -> list[str]:
         """Name what is measured: all processes must find the same data sets."""
@@ -85,11 +145,13 @@ class Evaluations:
         """Say whether any evaluator has its turn; the last step is always one."""
         return step == self._steps or any(step % e.every_steps == 0 for e in self._evaluators)
 
-    def run(self, step: int, encoder: Encoder) -> Iterator[dict[str, float]]:
-        """Yield what each evaluator finds whose turn it is."""
+    def run(self, step: int, encoder: Encoder, output: Place) -> Iterator[dict[str, float]]:
+        """Yield the results of each evaluator whose turn it is; at the last step they also write
+        tables and pictures to `output`."""
+        last = step == self._steps
         for index, evaluator in enumerate(self._evaluators):
-            if step == self._steps or step % evaluator.every_steps == 0:
-                values = dict(evaluator.run(encoder))
+            if last or step % evaluator.every_steps == 0:
+                values = dict(evaluator.run(encoder, output if last else None))
                 self._results[index] = {*values}
                 yield values
 
@@ -99,68 +161,22 @@ class Evaluations:
 
         of data sets which there are, of all evaluators what they gave when they had their turn.
         """
-        found: set[str] = set()
+        known: set[str] = set()
         for index, evaluator in enumerate(self._evaluators):
-            given = self._results.get(index)
-            if given is None and (data_sets := getattr(evaluator, "names", None)) is not None:
-                given = {f"{name}/*" for name in data_sets}
-            if given is None or {wanted, f"{wanted.partition('/')[0]}/*"} & given:
+            names = self._results.get(index)
+            if names is None and (data_sets := getattr(evaluator, "names", None)) is not None:
+                names = {f"{name}/*" for name in data_sets}
+            if names is None or {wanted, f"{wanted.partition('/')[0]}/*"} & names:
                 return
-            found |= given
+            known |= names
         raise InputError(
             f"checkpoint.best={wanted!r} is no result of this run's evaluators, which give "
-            f"{', '.join(sorted(found)) or 'none'}. Name one of these, give the run evaluators "
+            f"{', '.join(sorted(known)) or 'none'}. Name one of these, give the run evaluators "
             "(evals), or leave them to `evaluate RUN --watch` with --checkpoint.best-of watcher."
         )
 
-    def draw(self, encoder: Encoder, folder: Path) -> None:
-        """Let those draw that can, into a folder; all processes compute, one keeps."""
-        for evaluator in self._evaluators:
-            if draw := getattr(evaluator, "draw", None):
-                draw(encoder, folder)
 
-
-def encode_images(
-    model: CLIP, params: Params, images: Images, mesh: Mesh, *,
-    batch_size: int = sharding.ROWS, normalize: bool = True,
-) -> Float[np.ndarray, "B E"]:  # fmt: skip
-    """Embed images, unit length unless told otherwise, in order, on every process alike."""
-    encode = image_encoder(model, mesh, normalize)
-    return sharding.in_batches(encode, mesh, params, images, batch_size=batch_size)
-
-
-def encode_texts(
-    model: CLIP, params: Params, tokens: Int[np.ndarray, "B L"], mesh: Mesh, *,
-    batch_size: int = sharding.ROWS,
-) -> Float[np.ndarray, "B E"]:  # fmt: skip
-    """Embed token rows, unit length, in the given order, on every process alike."""
-    encode = text_encoder(model, mesh)
-    return sharding.in_batches(encode, mesh, params, tokens, batch_size=batch_size)
-
-
-@functools.lru_cache(maxsize=8)
-def image_encoder(model: CLIP, mesh: Mesh, normalize: bool) -> Callable[[Params, Any], jax.Array]:
-    """Compile the image tower for one batch over the mesh; its features are on every device."""
-    model = laid_out(model, mesh)
-
-    def encode(params: Params, images: Images) -> jax.Array:
-        features = model.encode_image(params, model.normalize(images))
-        return l2_normalize(features) if normalize else features
-
-    return jax.jit(encode, out_shardings=sharding.replicated(mesh))
-
-
-@functools.lru_cache(maxsize=8)
-def text_encoder(model: CLIP, mesh: Mesh) -> Callable[[Params, Any], jax.Array]:
-    """Compile the text tower for one batch over the mesh; its features are on every device."""
-    model = laid_out(model, mesh)
-
-    def encode(params: Params, tokens: jax.Array) -> jax.Array:
-        return l2_normalize(model.encode_text(params, tokens))
-
-    return jax.jit(encode, out_shardings=sharding.replicated(mesh))
-
-
-def laid_out(model: CLIP, mesh: Mesh) -> CLIP:
-    """Return the model that computes on the mesh as in training."""
-    return replace(model, layout=sharding.layout(mesh, model.config.attention))
+def say(line: str) -> None:
+    """Write a line to standard error, once for all processes."""
+    if processes.is_lead():
+        print(line, file=sys.stderr)

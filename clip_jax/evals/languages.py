@@ -8,11 +8,12 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+
+import numpy as np
 
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Translated, read_json
-from clip_jax.evals.suite import SUITE, open_data_set
+from clip_jax.evals.prompts import read_text
 from clip_jax.storage.files import Place, place, walk
 
 BABEL = "babel_imagenet"
@@ -22,53 +23,18 @@ _XTD10 = "test_1kcaptions_"  # before a language's name
 _CROSSMODAL = "captions.jsonl"
 
 
-class Source(NamedTuple):
-    """Where a data set is looked for below the data folder, and where it comes from."""
-
-    folders: tuple[str, ...]
-    source: str
-
-
-CAPTIONS = {
-    "xtd10": Source(
-        ("xtd10", "multilingual_mscoco"), "adobe-research/Cross-lingual-Test-Dataset-XTD10"
-    ),
-    "xtd200": Source(("xtd200",), "visheratin/nllb-clip, data/xtd200"),
-    "flickr30k-200": Source(("flickr30k-200",), "visheratin/nllb-clip, data/flickr30k-200"),
-    "crossmodal3600": Source(("crossmodal3600", "xm3600"), "google.github.io/crossmodal-3600"),
-}
-NAMES = (BABEL, *CAPTIONS)
-
-
-def open_languages(name: str, root: Place, languages: Sequence[str] = ()) -> Translated:
-    """Open one of `NAMES` below `root`, in these languages or all that it has.
-
-    Missing says where it was looked for; raises InputError for files of another shape.
-    """
-    if name == BABEL:
-        [imagenet] = (row for row in SUITE if row.name == "imagenet1k")
-        images = open_data_set(imagenet, root)
-        assert isinstance(images, Labelled)
-        return open_babel(images, _babel_folder(root), languages)
-    folders, source = CAPTIONS[name]
-    for folder in (root / x for x in folders):
-        if folder.is_dir():
-            return open_translated(folder, languages)
-    raise Missing(f"{name} is not in {root}: put {source} in {root / folders[0]}, images/ there.")
-
-
-def _babel_folder(root: Place) -> Place:
+def babel_folder(root: Place) -> Place:
     """Find Babel-ImageNet's texts, which BabelNet's license (no commerce) keeps out of here."""
     spec = importlib.util.find_spec("clip_benchmark")
-    places = [root / BABEL]
+    folders = [root / BABEL]
     if spec and spec.submodule_search_locations:
-        places += [Path(x) / "datasets" for x in spec.submodule_search_locations]
-    for folder in places:
+        folders += [Path(x) / "datasets" for x in spec.submodule_search_locations]
+    for folder in folders:
         if all((folder / file).is_file() for file in _BABEL_FILES):
             return folder
     raise Missing(
-        f"{BABEL}: put {' and '.join(_BABEL_FILES)} of gregor-ge/Babel-ImageNet in {places[0]}, or "
-        "pip install clip-benchmark, which has them. Their license excludes commercial use."
+        f"{BABEL}: put {' and '.join(_BABEL_FILES)} of gregor-ge/Babel-ImageNet in {folders[0]}, "
+        "or pip install clip-benchmark, which has them. Their license excludes commercial use."
     )
 
 
@@ -95,8 +61,8 @@ def open_babel(imagenet: Labelled, folder: Place, languages: Sequence[str] = ())
     chosen = _chosen(BABEL, [code for code in names if code in prompts], languages)
     of_class = {code: {c: i for i, c in enumerate(numbers[code])} for code in chosen}
     return Translated(
-        chosen, names, prompts, imagenet.count, imagenet.load,
-        lambda language, label: of_class[language].get(label), imagenet.key,
+        imagenet.count, imagenet.load, chosen,
+        lambda language, label: of_class[language].get(label), names, prompts, key=imagenet.key,
     )  # fmt: skip
 
 
@@ -116,8 +82,8 @@ def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
         return images / names[index], captions[index]
 
     return Translated(
-        chosen, {}, {}, len(names), load, lambda language, texts: texts.get(language),
-        lambda i: str(images / names[i]),
+        len(names), load, chosen, lambda language, texts: texts.get(language),
+        key=lambda i: str(images / names[i]),
     )  # fmt: skip
 
 
@@ -158,32 +124,26 @@ def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
 
 def _lines(path: Place) -> list[str]:
     """Lines that end where a file says so: captions may have Unicode's other separators."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from error
-    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
-def _chosen(name: str, known: Sequence[str], asked: Sequence[str]) -> list[str]:
+def _chosen(name: str, known: Sequence[str], wanted: Sequence[str]) -> list[str]:
     if not known:
         raise InputError(f"{name} has no captions.")
-    chosen = [code for code in known if code in asked or not asked]
+    chosen = [code for code in known if code in wanted or not wanted]
     if not chosen:
         raise InputError(
-            f"--languages {' '.join(asked)}: {name} has none of them, but {', '.join(known)}."
+            f"--languages {' '.join(wanted)}: {name} has none of them, but {', '.join(known)}."
         )
     return chosen
 
 
 def average(by_language: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Name each language's numbers, and before them their means: `mean/METRIC`, `de/METRIC`."""
-    metrics: dict[str, list[float]] = {}
-    for values in by_language.values():
-        for metric, value in values.items():
-            metrics.setdefault(metric, []).append(value)
-    means = {f"mean/{metric}": sum(x) / len(x) for metric, x in metrics.items()}
-    each: dict[str, Any] = {
-        f"{code}/{m}": x for code, row in by_language.items() for m, x in row.items()
+    each = {f"{code}/{m}": x for code, row in by_language.items() for m, x in row.items()}
+    metrics = dict.fromkeys(metric for row in by_language.values() for metric in row)
+    means = {
+        f"mean/{m}": float(np.mean([row[m] for row in by_language.values() if m in row]))
+        for m in metrics
     }
     return means | each

@@ -1,4 +1,7 @@
-"""Linear probe (CLIP paper, A.3), few-shot probe and nearest neighbours on frozen features.
+"""What labels add to frozen features: linear probe, few-shot probes, nearest neighbours.
+
+CLIP paper, section 3.2 and appendix A.3. All need a training split; where there is no validation
+split, a fifth of the training images is held out to choose λ, and trained on afterwards.
 
 Logistic regression minimises  Σ cross-entropy + λ/2 ‖W‖²  with an unpenalised intercept, which is
 scikit-learn's objective at C = 1/λ. The same problem is solved in better coordinates: features are
@@ -8,7 +11,7 @@ axis is scaled by the curvature expected there, so that L-BFGS needs tens of ste
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,17 +19,112 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
 from clip_jax.errors import InputError
-from clip_jax.evals.evaluator import encode_images
+from clip_jax.evals.datasets import Labelled, Missing, Split
+from clip_jax.evals.evaluator import compiled, embed_images, say, without_projection
+from clip_jax.evals.reader import Outcome, Splits
+from clip_jax.evals.zero_shot import classification
 from clip_jax.models.clip import CLIP, Params, l2_normalize
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.images import Images
 
+SHOTS = (1, 2, 4, 8, 16)  # figure 6 of the paper
 LAMBDAS = np.logspace(-6, 6, 96)  # the paper's grid
 _COARSE_STEP = 16  # of the grid's indices, in the first round of the search
 _CHECK_EVERY = 8  # L-BFGS steps between looks at the objective
+_HELD_OUT = 5  # one in so many, of a training set without a validation split
+
+Part = tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]]  # features and labels
+
+
+def probe(splits: Splits, seed: int = 0) -> Outcome:
+    """Fit a linear probe with the λ that the validation images choose, and measure it on the test
+    split.
+
+    `seed` decides which training images stand in for a validation split. Missing where there is no
+    training split; raises InputError where splits have other classes.
+    """
+    train, validation, test, classes = _examples(splits, seed)
+    mesh = splits.encoder.mesh
+    strength = search(train, validation, mesh, classes=classes)
+    fitted = Problem(*_joined(train, validation), mesh, classes=classes).fit(strength)
+    values = classification(fitted.logits(test[0]), test[1])
+    values = {f"linear_probe/{name}": value for name, value in values.items()}
+    return Outcome("linear_probe", values | {"linear_probe/lambda": strength})
+
+
+def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Outcome:
+    """Fit probes to k images of each class; `few_shot/{k}` are left out where a class has fewer.
+
+    `seed` also decides which images these are; Missing and InputError as for `probe`.
+    """
+    train, validation, test, classes = _examples(splits, seed)
+    mesh, values = splits.encoder.mesh, {}
+    fewest = np.bincount(train[1], minlength=classes).min()
+    for k in shots:
+        if k > fewest:
+            say(f"{splits.name}: few-shot of {k} left out: a class has fewer training images")
+            continue
+        rows = few_per_class(train[1], k, np.random.default_rng([seed, k]))
+        few = train[0][rows], train[1][rows]
+        strength = search(few, validation, mesh, classes=classes)
+        fitted = Problem(*few, mesh, classes=classes).fit(strength)
+        values[f"few_shot/{k}"] = fitted.accuracy(*test)
+    return Outcome("few_shot", values)
+
+
+def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
+    """Label test images by the vote of the k nearest training images; Missing and InputError as for
+    `probe`."""
+    train, validation, test, _ = _examples(splits, seed)
+    known = _joined(train, validation)
+    votes = nearest_neighbours(known, test[0], splits.encoder.mesh, k=min(k, len(known[1])))
+    return Outcome("neighbours", {"neighbours/acc1": float((votes == test[1]).mean())})
+
+
+def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
+    """Return the training, validation and test splits, and how many classes they have."""
+    test_data, train_data = splits.open("test"), splits.open("train")
+    if not isinstance(test_data, Labelled) or not isinstance(train_data, Labelled):
+        raise Missing("probes are for images of one class each.")
+    classes = len(test_data.names)
+    if list(test_data.names) != list(train_data.names):
+        raise InputError(
+            f"{splits.name}: train has {len(train_data.names)} classes, test {classes}"
+            ", and their names or order differ; both splits need the same folders."
+        )
+    train, test = _part(splits, "train"), _part(splits, "test")
+    if len(np.unique(train[1])) < 2:
+        raise InputError(
+            f"{splits.name}: all training images that were read are of one class, of {classes}; "
+            "probes and neighbours need two classes at least (--images may be too few)."
+        )
+    try:
+        validation = _part(splits, "validation")
+    except Missing:
+        held_out = hold_out(train[1], np.random.default_rng(seed))
+        rest = np.setdiff1d(np.arange(len(train[1])), held_out)
+        train, validation = ((train[0][rows], train[1][rows]) for rows in (rest, held_out))
+    return train, validation, test, classes
+
+
+def _part(splits: Splits, split: Split) -> Part:
+    images = splits.embedded(split, True)
+    return images.features, images.labels
+
+
+def _joined(first: Part, second: Part) -> Part:
+    return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+
+
+def hold_out(labels: Int[np.ndarray, " B"], rng: np.random.Generator) -> Int[np.ndarray, " rows"]:
+    """Choose a fifth of the images, one at least, of no class the last; none, if none can."""
+    order = rng.permutation(len(labels))
+    _, last = np.unique(labels[order][::-1], return_index=True)
+    spare = np.delete(order, len(order) - 1 - last)  # without one of each class, the last in order
+    return spare[: max(len(order) // _HELD_OUT, 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +172,11 @@ class Problem:
 
         shards = sharding.batch_shards(mesh)
         padded = -(-count // shards) * shards
-        split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
         rows = (centred @ self._axes, labels.astype(np.int32), np.ones(count, bool))
         self._data = tuple(sharding.put_rows(part, padded, split) for part in rows)
-        self._count, self._whole = count, whole
+        self._count, self._replicated = count, replicated
         self._start = np.zeros((features.shape[1] + 1, self._classes), np.float32)
 
     def fit(self, strength: float, *, max_steps: int = 1_000, tolerance: float = 2e-7) -> Probe:
@@ -86,8 +184,8 @@ class Problem:
         `tolerance` of itself: three of float32's own steps. A slow problem (λ of 1e-3 on digits)
         that stopped at 1e-6 was 1e-5 above its optimum, at 2e-7 it is 3e-6."""
         scale = np.append((self._curvature + strength) / self._count, 1 / self._classes) ** -0.5
-        scale = jax.device_put(scale[:, None].astype(np.float32), self._whole)
-        start = jax.device_put(self._start, self._whole)
+        scale = jax.device_put(scale[:, None].astype(np.float32), self._replicated)
+        start = jax.device_put(self._start, self._replicated)
         weights, value, steps = _solve(
             start / scale, scale, np.float32(strength / self._count), *self._data,
             np.int32(max_steps), np.float32(tolerance),
@@ -169,7 +267,10 @@ def search(
     the solution of one is the next one's start.
     """
     if not len(validation[1]):
-        raise InputError("the best λ is chosen by validation images, and there are none.")
+        raise Missing(
+            "λ is chosen by validation images, and no training image can be spared for them; add "
+            "images, or a validation split."
+        )
     lambdas = np.asarray(lambdas)
     classes = classes or int(max(train[1].max(), validation[1].max())) + 1
     problem = Problem(*train, mesh, classes=classes)
@@ -215,18 +316,11 @@ def nearest_neighbours(
     features, labels = train
     if not 1 <= k <= len(features):
         raise InputError(f"k={k} neighbours must be from 1 to the {len(features)} training rows.")
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(test_features)) // shards) * shards
-    whole = sharding.replicated(mesh)
-    rows = l2_normalize(features.astype(np.float32))
-    known = jax.device_put((rows, labels.astype(np.int32)), whole)
-    predictions = []
-    for start in range(0, len(test_features), batch_size):
-        part = l2_normalize(test_features[start : start + batch_size].astype(np.float32))
-        placed = sharding.put_rows(part, batch_size, sharding.batch_sharding(mesh))
-        votes = _vote(placed, *known, k, int(labels.max()) + 1, mesh)
-        predictions.append(np.asarray(votes)[: len(part)])
-    return np.concatenate(predictions)
+    replicated, classes = sharding.replicated(mesh), int(labels.max()) + 1
+    rows, queries = (l2_normalize(np.asarray(x, np.float32)) for x in (features, test_features))
+    known = jax.device_put((rows, labels.astype(np.int32)), replicated)
+    vote = lambda known, queries: _vote(queries, *known, k, classes, mesh)  # noqa: E731
+    return sharding.in_batches(vote, mesh, known, queries, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -240,21 +334,9 @@ def _vote(
 
 
 def probe_features(
-    model: CLIP, params: Params, images: Shaped[np.ndarray, "B H W C"], mesh: Mesh
+    model: CLIP, params: Params, images: Images, mesh: Mesh
 ) -> Float[np.ndarray, "B D"]:
     """Embed images for a probe. Lengths are kept: the probe sees what the tower puts out."""
-    return encode_images(*without_projection(model, params), images, mesh, normalize=False)
-
-
-def without_projection(model: CLIP, params: Params) -> tuple[CLIP, Params]:
-    """Return the model whose image embeddings are what a probe takes, the paper's choice: a ViT's
-    features before the projection, a ResNet's embeddings."""
-    config = model.config
-    if not (isinstance(config.vision, ViTConfig) and config.vision.projection):
-        return model, params
-    vision = replace(config.vision, projection=False)
-    visual = {name: x for name, x in params["visual"].items() if name != "proj"}
-    return (
-        replace(model, config=replace(config, embed_dim=vision.width, vision=vision)),
-        {**params, "visual": visual},
-    )
+    model, params = without_projection(model, params)
+    run = compiled(embed_images, model, mesh, normalize=False)
+    return sharding.in_batches(run, mesh, params, images)

@@ -2,20 +2,36 @@
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from clip_jax.display import plain
+from clip_jax.storage.files import Place, write_whole
 
 TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
 LINE = 22  # bold letters that fit below
 
 
+def new_figure(size: tuple[float, float], dpi: int = 100, layout: Any = None) -> Any:
+    """Return a figure of so many inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Place, **options: Any) -> None:
+    """Write a figure to disk or a bucket, as PNG unless its name ends otherwise."""
+    kind = path.suffix[1:] or "png"
+    write_whole(path, lambda file: figure.savefig(file, format=kind, **options))
+
+
 def contact_sheet(
-    path: Path,
+    path: Place,
     images: Sequence[UInt8[np.ndarray, "H W C"]],
     lines: Sequence[Sequence[str]],
     *,
@@ -27,16 +43,12 @@ def contact_sheet(
 
     With `right` the first line is the answer: bold, and red where it is wrong.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     space = 0.1 + 0.2 * max(map(len, lines))  # for the texts, which no layout may squeeze
     top = 0.4 if title else 0.1
     width, height = 1.5 * columns, (TILE + space) * rows + top
-    figure = Figure(figsize=(width, height), dpi=100)
-    FigureCanvasAgg(figure)
+    figure = new_figure((width, height))
     figure.suptitle(plain(title), fontsize=10)
     grid = {
         "left": 0, "right": 1 - 0.08 / width, "wspace": 0.08 / TILE,
@@ -56,12 +68,11 @@ def contact_sheet(
                 fontsize=7, color="tab:red" if wrong else "black",
                 fontweight="bold" if j == 0 and right is not None else "normal",
             )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")  # texts stand outside the axes
+    save(figure, path, bbox_inches="tight")  # texts stand outside the axes
 
 
 def similarity_matrix(
-    path: Path,
+    path: Place,
     similarity: Float[np.ndarray, "texts images"],
     images: Sequence[UInt8[np.ndarray, "H W C"]],
     texts: Sequence[str],
@@ -72,14 +83,8 @@ def similarity_matrix(
 
     Texts are wrapped, and cut after three lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows, columns = similarity.shape
-    figure = Figure(
-        figsize=(0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), dpi=100, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure((0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), layout="constrained")
     axis = figure.subplots()
     axis.set_title(plain(title), fontsize=10)
     cells = axis.imshow(similarity, cmap="viridis")
@@ -91,8 +96,8 @@ def similarity_matrix(
             color="white" if dark else "black",
         )  # fmt: skip
     for column, image in enumerate(images):
-        place = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
-        axis.imshow(image, extent=place, interpolation="nearest")
+        corners = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
+        axis.imshow(image, extent=corners, interpolation="nearest")
     axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -1.52), xticks=[])
     labels = [plain("\n".join(textwrap.wrap(text, 40)[:3])) for text in texts]
     axis.set_yticks(range(rows), labels, fontsize=8)
@@ -100,8 +105,7 @@ def similarity_matrix(
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(cells, ax=axis, shrink=0.6, label="cosine similarity")
     bar.outline.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")  # long texts reach beyond the layout
+    save(figure, path, bbox_inches="tight")  # long texts reach beyond the layout
 
 
 def with_probabilities(

@@ -1,15 +1,24 @@
-"""Images of a data set for the whole mesh: each process decodes its own part of every batch."""
+"""A data set's splits on the whole mesh: each process decodes its own part of every batch, and what
+the model computes of them is on every process."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Shaped
 
-from clip_jax import sharding
+from clip_jax import processes, sharding
 from clip_jax.data.images import ImageError, Preprocess, read_ahead
 from clip_jax.data.sources import SampleError
-from clip_jax.evals.datasets import Data
+from clip_jax.display import Display
+from clip_jax.errors import InputError
+from clip_jax.evals.datasets import Data, OpenSplit, Split, spread
+from clip_jax.evals.evaluator import Encoder, compiled, embed_images, without_projection
 from clip_jax.models.images import Images, num_bytes, write_row, zeros
 
 # Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.4 ms of a core an image,
@@ -18,7 +27,7 @@ _BATCH = 128
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalBatch:
     """One process's rows of a batch. A row without an answer is zeros: padding, or unreadable."""
 
     images: Images
@@ -33,18 +42,18 @@ class Reader:
     batch shards, and its row `i` is the data set's image `start + i`.
     """
 
-    def __init__(self, data: Data, preprocess: Preprocess, mesh: Mesh, count: int) -> None:
-        """`count` is how many images are read, from the first."""
-        self._data, self._preprocess, self.count = data, preprocess, count
+    def __init__(self, data: Data, preprocess: Preprocess, mesh: Mesh) -> None:
+        self._data, self._preprocess = data, preprocess
         shards = sharding.batch_shards(mesh)
-        self._part, parts = sharding.data_part(mesh)
-        self._rows = -(-min(_BATCH * parts, count) // shards) * shards // parts  # of this process
-        self._batch = self._rows * parts
+        self._process, processes = sharding.data_part(mesh)
+        self._rows = -(-min(_BATCH * processes, data.count) // shards) * shards // processes
+        self._batch = self._rows * processes
 
-    def __iter__(self) -> Iterator[Share]:
-        firsts = (start + self._part * self._rows for start in range(0, self.count, self._batch))
-        mine = (range(first, min(first + self._rows, self.count)) for first in firsts)
-        return map(self._share, read_ahead(mine, self._read, ahead=1))
+    def __iter__(self) -> Iterator[LocalBatch]:
+        count = self._data.count
+        firsts = (start + self._process * self._rows for start in range(0, count, self._batch))
+        mine = (range(first, min(first + self._rows, count)) for first in firsts)
+        return map(self._batch_of, read_ahead(mine, self._read, ahead=1))
 
     def _read(self, index: int) -> tuple[int, Images | None, Any]:
         try:
@@ -53,37 +62,139 @@ class Reader:
         except (ImageError, SampleError) as error:
             return index, None, f"{self._data.key(index)}: {error}"
 
-    def _share(self, rows: list[tuple[int, Images | None, Any]]) -> Share:
-        share = Share(zeros(self._preprocess.image_spec, self._rows), {}, {})
+    def _batch_of(self, rows: list[tuple[int, Images | None, Any]]) -> LocalBatch:
+        batch = LocalBatch(zeros(self._preprocess.image_spec, self._rows), {}, {})
         for row, (index, image, answer) in enumerate(rows):
             if image is None:
-                share.skipped[index] = answer
+                batch.skipped[index] = answer
             else:
-                write_row(share.images, row, image)
-                share.answers[index] = answer
-        return share
+                write_row(batch.images, row, image)
+                batch.answers[index] = answer
+        return batch
 
 
-class Kept:
+class ImageCache:
     """Decoded images in host memory between evaluations: whole data sets, up to a budget."""
 
     def __init__(self, budget: int) -> None:
         """`budget` in bytes of this process."""
         self._free = budget
-        self._known: dict[Any, list[Share]] = {}
+        self._known: dict[Any, list[LocalBatch]] = {}
 
-    def read(self, key: Any, reader: Reader) -> Iterator[Share]:
+    def read(self, key: Any, reader: Reader) -> Iterator[LocalBatch]:
         """Give what the reader reads, from memory where it was kept under this key."""
         if key in self._known:
             yield from self._known[key]
             return
-        kept: list[Share] | None = []
-        for share in reader:
+        kept: list[LocalBatch] | None = []
+        for batch in reader:
             if kept is not None:
-                kept.append(share)
-                if len(kept) * num_bytes(share.images) > self._free:
+                kept.append(batch)
+                if len(kept) * num_bytes(batch.images) > self._free:
                     kept = None
-            yield share
+            yield batch
         if kept:
             self._known[key] = kept
-            self._free -= sum(num_bytes(share.images) for share in kept)
+            self._free -= sum(num_bytes(batch.images) for batch in kept)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The images of a data set that could be read, in order."""
+
+    features: Shaped[np.ndarray, "B ..."]  # or what else was computed of each
+    indices: Int[np.ndarray, " B"]  # in the data set
+    answers: list  # what belongs to each: a class, truths, captions
+    skipped: list[str]  # images that cannot be read, and why
+
+    @functools.cached_property
+    def labels(self) -> Int[np.ndarray, "B ..."]:
+        return np.array(self.answers)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of one task on one data set: numbers by name, and for a classification more."""
+
+    task: str  # CLIP_benchmark's name
+    values: dict[str, float]
+    skipped: list[str] = field(default_factory=list)
+    names: Sequence[str] = ()
+    logits: Float[np.ndarray, "B classes"] | None = None  # cosine × logit scale
+    labels: Int[np.ndarray, " B"] | None = None
+    indices: Int[np.ndarray, " B"] | None = None
+    of_template: dict[str, float] = field(default_factory=dict)  # top-1 of each alone
+    by_language: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Splits:
+    """A data set's splits, each opened and embedded when first asked for, once for all tasks."""
+
+    def __init__(
+        self, name: str, open_split: OpenSplit, encoder: Encoder, *, most: int | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:  # fmt: skip
+        """`most` is how many images of a split are read, spread over its classes; `cache` has those
+        decoded before."""
+
+        def opened(split: Split) -> Data:
+            data = open_split(split)
+            if not data.count:
+                raise InputError(f"{name}: no images with a class or caption in its {split} split.")
+            return data if most is None else spread(data, most)
+
+        self.name, self.encoder = name, encoder
+        self.open = functools.cache(opened)
+        self.embedded = functools.cache(self._embed)  # (split, before_projection)
+        self._cache = cache or ImageCache(0)
+
+    def _embed(self, split: Split, before_projection: bool = False) -> Embedded:
+        """Return embeddings of unit length, or the features that a linear probe takes. Missing, if
+        the split is not on disk."""
+        if not before_projection:
+            return self.compute(split, embed_images)
+        model, params = without_projection(self.encoder.model, self.encoder.params)
+        encoder = replace(self.encoder, model=model, params=params)
+        return self.compute(split, embed_images, encoder=encoder, normalize=False)
+
+    def compute(
+        self, split: Split, function: Callable[..., Array], *more: Any,
+        encoder: Encoder | None = None, **options: Any,
+    ) -> Embedded:  # fmt: skip
+        """Run a function as of `compiled` over all images of a split that can be read, on every
+        process alike, and keep what belongs to each image.
+
+        `more` are arrays that the function takes after the pixels. A terminal sees the progress.
+        Missing, if the split is not on disk; raises InputError where no image can be read.
+        """
+        encoder = encoder or self.encoder
+        run, data = compiled(function, encoder.model, encoder.mesh, **options), self.open(split)
+        reader = Reader(data, encoder.preprocess, encoder.mesh)
+        rows = sharding.batch_sharding(encoder.mesh)
+        put = functools.partial(jax.make_array_from_process_local_data, rows)
+        answers: dict[int, Any] = {}
+        skipped: dict[int, str] = {}
+
+        def batches() -> Iterator[tuple[Any, ...]]:
+            for batch in self._cache.read((self.name, split), reader):
+                answers.update(batch.answers)
+                skipped.update(batch.skipped)
+                yield encoder.params, jax.tree.map(put, batch.images), *more
+
+        quiet, title = not processes.is_lead(), f"{self.name}, {split}"
+        with Display(title, data.count, quiet=quiet, fleeting=True) as display:
+            features = sharding.compute_batches(run, batches(), display)
+        answers, skipped = _of_all((answers, skipped))
+        if not answers:
+            raise InputError(
+                f"none of {data.count} images can be read; the first: {list(skipped.values())[:1]}."
+            )
+        indices = np.array(list(answers))
+        return Embedded(features[indices], indices, list(answers.values()), list(skipped.values()))
+
+
+def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:
+    """Bring together what each process knows of its images, in the order of the data set."""
+    rows = [[(i, np.asarray(x).tolist()) for i, x in one.items()] for one in known]
+    every = processes.gather(rows)
+    return [dict(sorted(map(tuple, itertools.chain(*parts)))) for parts in zip(*every, strict=True)]

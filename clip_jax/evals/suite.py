@@ -1,218 +1,157 @@
-"""The CLIP paper's data sets (tables 9 and 11): where each lies, its names, and its metric.
+"""Data sets as an evaluator, the CLIP paper's and anybody's own: in training and afterwards."""
 
-A data set is looked for under one root, by name: CLIP_benchmark's WebDataset layout
-(`NAME/test/*.tar`, or `wds_NAME`), a folder of classes (`NAME/test/CLASS/` or `NAME/CLASS/`),
-or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`). Beside them stand the
-pairs that a model without a sense of order or composition cannot tell apart (ARO, SugarCrepe).
-"""
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
-import csv
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from clip_jax import processes
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.evals import captioning, linear_probe, prompts, results
+from clip_jax.evals.catalog import data_sets
+from clip_jax.evals.datasets import Data, Labelled, Missing, OpenSplit, Split, Tagged, Translated
+from clip_jax.evals.evaluator import Encoder, say
+from clip_jax.evals.reader import ImageCache, Outcome, Splits
+from clip_jax.evals.zero_shot import zero_shot
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.storage.files import Place
 
-from clip_jax.errors import InputError
-from clip_jax.evals import prompts
-from clip_jax.evals.compositions import open_aro, open_sugar_crepe
-from clip_jax.evals.datasets import (
-    Captioned,
-    Contrasted,
-    Data,
-    Labelled,
-    Missing,
-    Split,
-    Tagged,
-    open_captions,
-    open_folder,
-    open_tfds,
-    open_tfds_voc,
-    open_voc,
-    open_webdataset,
-    split_folder,
-    tfds_splits,
-)  # fmt: skip
-from clip_jax.storage.files import Place, matching
-
-# Columns of openai_results.csv (see NOTICE).
-OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+Task = Literal["zero-shot", "captions", "likelihood", "probe", "few-shot", "neighbours"]
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """One row of the suite."""
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What is measured, and on what."""
 
-    name: str  # CLIP_benchmark's
-    classes: int = 0  # 0: texts instead of classes
-    tfds: str = ""  # builder[/config]; empty: TFDS has none that works without TensorFlow
-    split: Split = "test"  # TFDS's for the test
-    metric: str = "acc1"  # the paper's choice
-    published: bool = False  # TFDS's order of classes is that of the published names
-    folders: tuple[str, str] = ("", "")  # first and last, where theirs is; numbered ones always are
-    named_like: str = ""  # whose published names TFDS's order has; empty: its own
-    like: str = ""  # whose templates, and names unless said otherwise; empty: its own
-    source: str = ""  # where a folder of it comes from
+    # Names of the CLIP paper's; folder:PATH, one folder a class, maybe below train/, val/ and
+    # test/; webdataset:PATH, CLIP_benchmark's tars; aro:FILE.json with images/ beside;
+    # sugar_crepe:PATH. In many languages: babel_imagenet, xtd10, xtd200, flickr30k-200,
+    # crossmodal3600; languages:PATH, captions as they have them. None: the CLIP paper's.
+    dataset: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()  # of data sets in many, by their own codes; None: all
+    data_dir: str = "data"  # folder of the suite's data sets, local or in a bucket
+    # zero-shot: classify by names, or retrieve. probe: logistic regression on features. few-shot:
+    # the same on --shots of each class. neighbours: the vote of the nearest. These three need a
+    # training split. captions: BLEU and CIDEr of what a decoder writes. likelihood: classify by how
+    # probable it finds each class's first prompt.
+    tasks: tuple[Task, ...] = ("zero-shot",)
+    templates: Path | None = None  # file with one prompt a line, {c} for the class
+    images: int | None = None  # images of each split, spread evenly over its classes; None: all
+    shots: tuple[int, ...] = linear_probe.SHOTS  # training images of each class, for few-shot
+    neighbours: int = 20  # how many vote
+    generation: GenerationConfig = GenerationConfig()  # how captions are written
+    seed: int = 0  # draws few-shot samples, and validation images where a data set has none
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise InputError("tasks is empty; name one at least, such as zero-shot.")
+        check_ranges(
+            self, images="[1, inf)", shots="[1, inf)", neighbours="[1, inf)", seed="[0, inf)"
+        )
+
+
+# Each on the splits of one data set; Missing says what it lacks.
+TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
+    "zero-shot": lambda s, _: zero_shot(s.open("test"), s.embedded("test"), s.encoder),
+    "captions": lambda s, config: captioning.describe(s, config.generation),
+    "likelihood": lambda s, _: captioning.classify_by_likelihood(s),
+    "probe": lambda s, config: linear_probe.probe(s, config.seed),
+    "few-shot": lambda s, config: linear_probe.few_shot(s, config.shots, config.seed),
+    "neighbours": lambda s, config: linear_probe.neighbours(s, config.neighbours, config.seed),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteEvalConfig(SuiteConfig):
+    """The same while training: `clip-jax evaluate` of the run gives the same numbers."""
+
+    missing: Literal["error", "skip"] = "error"  # data sets not on disk; skip names and omits them
+    memory_mib: int = 4_096  # of decoded images that each process keeps between evaluations
+    every_steps: int = 5_000  # steps between evaluations; the last step always counts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "evals.", memory_mib="[0, inf)", every_steps="[1, inf)")
+
+    def make(self) -> "SuiteEvaluator":
+        skip = self.missing == "skip"
+        opened = data_sets(self.dataset, self.data_dir, self.languages, skip)
+        return SuiteEvaluator(self, opened, self.every_steps, self.memory_mib << 20)
+
+
+class SuiteEvaluator:
+    """Yields `DATASET/METRIC`, CLIP_benchmark's names of both; writes `results.csv`, `results.md`
+    and pictures of each data set."""
+
+    def __init__(
+        self, config: SuiteConfig, opened: Mapping[str, OpenSplit], every_steps: int = 1,
+        memory: int = 0,
+    ) -> None:  # fmt: skip
+        """`opened` gives a data set's splits by its name (see `data_sets`); `memory` is how many
+        bytes of decoded images each process keeps."""
+        self.every_steps, self._config, self._opened = every_steps, config, opened
+        self._cache = ImageCache(memory)
+        self._templates = prompts.read_templates(config.templates) if config.templates else None
 
     @property
-    def prompts(self) -> str:
-        return self.like or self.name
+    def names(self) -> tuple[str, ...]:
+        """The data sets on disk."""
+        return tuple(self._opened)
+
+    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+        """Do all tasks on all data sets that allow them, and write tables after each data set.
+
+        A data set that cannot be read is named and left out; InputError where it is the only one.
+        """
+        outcomes: list[tuple[str, Outcome]] = []
+        for name, open_split in self._opened.items():
+            splits = Splits(
+                name, self._with_templates(open_split), encoder, most=self._config.images,
+                cache=self._cache,
+            )  # fmt: skip
+            try:
+                new = list(_outcomes(splits, self._config))
+            except InputError as error:
+                if len(self._opened) == 1:
+                    raise
+                say(f"left out: {name}: {error}")
+                continue
+            outcomes += [(name, outcome) for outcome in new]
+            if output and new and processes.is_lead():
+                results.write(output, outcomes, encoder.name)
+                for outcome in new:
+                    results.draw(output / name, splits.open("test"), outcome)
+            for outcome in new:
+                for metric, value in outcome.values.items():
+                    yield f"{name}/{metric}", value
+
+    def _with_templates(self, open_split: OpenSplit) -> OpenSplit:
+        """Use the templates of the config, if any, instead of a data set's own."""
+
+        def opened(split: Split) -> Data:
+            data = open_split(split)
+            if self._templates and isinstance(data, Translated) and data.names:
+                raise InputError("--templates are of one language, these classes of several.")
+            if self._templates and isinstance(data, Labelled | Tagged):
+                return replace(data, templates=self._templates)
+            return data
+
+        return opened
 
 
-_MEAN = "mean_per_class_recall"
-_R5 = "image_retrieval_recall@5"
-SUITE = (
-    DataSet("imagenet1k", 1_000, "imagenet2012", "validation", published=True),
-    DataSet("imagenetv2", 1_000, "imagenet_v2", published=True, like="imagenet1k"),
-    DataSet("imagenet-a", 200, like="imagenet1k", source="hendrycks/natural-adv-examples"),
-    DataSet("imagenet-r", 200, like="imagenet1k", source="hendrycks/imagenet-r"),
-    DataSet("imagenet_sketch", 1_000, "imagenet_sketch", published=True, like="imagenet1k"),
-    DataSet("objectnet", 113, like="imagenet1k", source="objectnet.dev"),
-    DataSet("cifar10", 10, "cifar10"),
-    DataSet("cifar100", 100, "cifar100"),
-    DataSet("food101", 101, "food101", "validation"),
-    DataSet("birdsnap", 500, source="thomasberg.org/datasets/birdsnap"),
-    DataSet("sun397", 397, "sun397"),
-    DataSet("cars", 196, "cars196"),
-    DataSet("fgvc_aircraft", 100, metric=_MEAN, source="robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
-    DataSet("voc2007", 20, source="CLIP_benchmark's export: objects cut out by their boxes"),
-    DataSet("voc2007_multilabel", 20, "voc/2007", metric="mean_average_precision_11",
-            like="voc2007", source="host.robots.ox.ac.uk/pascal/VOC/voc2007"),
-    DataSet("dtd", 47, "dtd"),
-    DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published=True),
-    DataSet("caltech101", 102, "caltech101", metric=_MEAN, published=True,
-            named_like="caltech101_vtab", folders=("BACKGROUND_Google", "yin_yang")),
-    DataSet("flowers", 102, "oxford_flowers102", metric=_MEAN, published=True),
-    DataSet("mnist", 10, "mnist", published=True),
-    DataSet("fer2013", 7, folders=("angry", "surprise"),
-            source="kaggle.com/datasets/msambare/fer2013"),
-    DataSet("stl10", 10, "stl10"),
-    DataSet("eurosat", 10, "eurosat/rgb", "train", published=True,
-            folders=("AnnualCrop", "SeaLake")),
-    DataSet("resisc45", 45, "resisc45", "train"),
-    DataSet("gtsrb", 43, source="benchmark.ini.rub.de"),
-    DataSet("kitti_closest_vehicle_distance", 4, source="CLIP_benchmark's export"),
-    DataSet("country211", 211, folders=("AD", "ZW"),
-            source="github.com/openai/CLIP/blob/main/data/country211.md"),
-    DataSet("pcam", 2, "patch_camelyon", published=True),
-    DataSet("ucf101", 101, source="crcv.ucf.edu/data/UCF101.php: the middle frame of each video"),
-    DataSet("clevr_count_all", 8, source="CLIP_benchmark's export: counts of 3 to 10"),
-    DataSet("svhn", 10, "svhn_cropped", published=True),
-    DataSet("hateful_memes", 2, metric="roc_auc",
-            source="hatefulmemeschallenge.com, by label: 0 harmless, 1 hateful"),
-    DataSet("renderedsst2", 2, source="github.com/openai/CLIP/blob/main/data/rendered-sst2.md"),
-    DataSet("mscoco_captions", metric=_R5,
-            source="cocodataset.org (val2014) and coco_test_karpathy.json"),
-    DataSet("flickr30k", metric=_R5, source="Flickr30k's images and flickr30k_test_karpathy.json"),
-    DataSet("aro_relation", metric="acc_macro", source="visual_genome_relation.json and images/ of "
-            "github.com/mertyg/vision-language-models-are-bows"),
-    DataSet("aro_attribution", metric="acc_macro", source="visual_genome_attribution.json and "
-            "images/ of github.com/mertyg/vision-language-models-are-bows"),
-    DataSet("sugar_crepe", metric="acc", source="the .json of github.com/RAIVNLab/sugar-crepe and "
-            "COCO's val2017/"),
-)  # fmt: skip
-
-
-def published(name: str) -> tuple[float, ...]:
-    """Return what OpenAI's `OPENAI_MODELS` reach on a data set, by open_clip's measurement."""
-    return _published().get(name, ())
-
-
-@functools.cache
-def _published() -> dict[str, tuple[float, ...]]:
-    text = resources.files("clip_jax.evals").joinpath("openai_results.csv").read_text()
-    rows = csv.reader(text.splitlines()[1:])
-    return {name: tuple(float(x) for x in values) for name, _, *values in rows}
-
-
-def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
-    """Find one data set under `root`. Missing says where it was looked for and how to get it.
-
-    InputError when what is there has another number of classes than the data set.
-    """
-    data = _find(row, root, split)
-    if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
-        raise InputError(f"{row.name} has {row.classes} classes, the one in {root} "
-                         f"{len(data.names)}.")  # fmt: skip
-    return data
-
-
-def _find(row: DataSet, root: Place, split: Split) -> Data:
-    there = False
-    for folder in (root / row.name, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
-        part = split_folder(folder, split)
-        if part and part != folder and any(part.glob("*.tar")):
-            return open_webdataset(folder, split=part.name)
-        there |= any((folder / "test").glob("*.tar"))
-    if not row.classes:
-        return _find_texts(row, root, split)
-    if row.metric == "mean_average_precision_11":
-        for folder in (root / row.name, root / "VOCdevkit" / "VOC2007"):
-            if (folder / "ImageSets").is_dir():
-                return open_voc(folder, split=split)
-    if row.tfds and (versions := sorted((root / row.tfds).glob("*/dataset_info.json"))):
-        folder = versions[-1].parent
-        name = row.split if split == "test" else split
-        taken = split != "test" and name == row.split  # EuroSAT's only split is the test here
-        if not taken and name in tfds_splits(folder):
-            if row.metric == "mean_average_precision_11":
-                return open_tfds_voc(folder, split=name, templates=_templates(row))
-            names = prompts.class_names(row.named_like or row.prompts) if row.published else None
-            return open_tfds(folder, split=name, names=names, templates=_templates(row))
-        raise Missing(f"{row.name}: {folder} has no {split} split apart from its test.")
-    folder = split_folder(root / row.name, split) if (root / row.name).is_dir() else None
-    if folder and any(entry.is_dir() for entry in folder.iterdir()):
-        return open_folder(folder, name=row.prompts, names=_names_of_folders(row, folder))
-    there |= (root / row.name).is_dir()
-    if there and split != "test":
-        raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
-    raise Missing(_advice(row, root))
-
-
-def _names_of_folders(row: DataSet, folder: Place) -> Sequence[str] | None:
-    """Return the published names where the folders are the ones that they stand for."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    matches = (names[0], names[-1]) == row.folders and len(names) == row.classes
-    return prompts.class_names(row.prompts) if matches else None
-
-
-def _find_texts(row: DataSet, root: Place, split: Split) -> Captioned | Contrasted:
-    folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
-    if split != "test":
-        raise Missing(f"{row.name} has no {split} split.")
-    if row.name.startswith("aro_"):
-        file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
-        for place in (folder, parent):
-            if (place / file).is_file():
-                return open_aro(place / file, place / "images")
-    elif row.name == "sugar_crepe":
-        if matching(folder, "*.json"):
-            return open_sugar_crepe(folder)
-    elif annotations := matching(folder, "*test_karpathy.json"):
-        images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
-        return open_captions(annotations[0], images[0])
-    raise Missing(
-        f"{row.name}: put {row.source} in {folder}"
-        + (", the images in val2014/ or images/ there." if row.metric == _R5 else ".")
-    )
-
-
-def _templates(row: DataSet) -> Sequence[str]:
-    return prompts.templates(row.prompts) or (prompts.PLAIN_TEMPLATE,)
-
-
-def _advice(row: DataSet, root: Place) -> str:
-    ways = []
-    if row.tfds:
-        ways.append(
-            f"python -m tensorflow_datasets build {row.tfds} --data_dir {root} "
-            "--file_format array_record"
-        )
-    if row.metric == "mean_average_precision_11":
-        ways.append(f"VOC2007 from {row.source} as {root}/VOCdevkit/VOC2007")
-    else:
-        ways.append(
-            f"a folder for each class in {root / row.name}/test"
-            + (f" (from {row.source})" if row.source else "")
-        )
-        ways.append(f"CLIP_benchmark's tars in {root / row.name}/test")
-    return f"{row.name} is not in {root}: " + "; or ".join(ways) + "."
+def _outcomes(splits: Splits, config: SuiteConfig) -> Iterator[Outcome]:
+    """Run the tasks on one data set; say which it has no data for, and what could not be read."""
+    for name, task in TASKS.items():
+        if name not in config.tasks:
+            continue
+        try:
+            outcome = task(splits, config)
+        except Missing as error:
+            say(f"{splits.name}: {name} left out: {error}")
+            continue
+        for line in outcome.skipped[:3]:
+            say(f"{splits.name}: {line}")
+        if len(outcome.skipped) > 3:
+            say(f"{splits.name}: {len(outcome.skipped)} images in all could not be read")
+        if outcome.values:
+            yield outcome

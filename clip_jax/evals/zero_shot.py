@@ -1,24 +1,120 @@
-"""Zero-shot classification (CLIP paper, 3.1): the nearest averaged prompt embedding wins."""
+"""Zero-shot tasks: what each kind of data set is for, without training.
+
+Classification (CLIP paper, 3.1): the nearest averaged prompt embedding wins.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
 
+from clip_jax import processes
+from clip_jax.display import Display
 from clip_jax.errors import InputError
+from clip_jax.evals import prompts
+from clip_jax.evals.compositions import composition
+from clip_jax.evals.datasets import Captioned, Contrasted, Data, Labelled, Tagged, Translated
 from clip_jax.evals.evaluator import Encoder
-from clip_jax.evals.prompts import ensemble
+from clip_jax.evals.languages import average
+from clip_jax.evals.reader import Embedded, Outcome
+from clip_jax.evals.retrieval import retrieval
 
 
-def classifier(
-    encoder: Encoder, prompts: Sequence[Sequence[str]]
-) -> Float[np.ndarray, "classes E"]:
+def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
+    """Do without training what the data set is for: classify, tag, retrieve, or tell apart."""
+    match data:
+        case Labelled():
+            return classify(data, images, encoder)
+        case Tagged():
+            return tag(data, images, encoder)
+        case Captioned():
+            return retrieve(images, encoder)
+        case Contrasted():
+            return contrast(data, images, encoder)
+        case Translated():
+            return translate(data, images, encoder)
+
+
+def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
+    """Classify every image by class names × templates, averaged in embedding space.
+
+    With several templates also each template alone: mean, spread, gain of the ensemble.
+    """
+    labels = images.labels
+    texts = encoder.classes(data.templates, data.names)
+    logits = images.features @ prompts.ensemble(texts).T
+    values, of_template = classification(logits, labels), {}
+    if len(data.templates) > 1:
+        sensitivity, alone = prompts.sensitivity(images.features, labels, texts)
+        values |= sensitivity
+        of_template = dict(zip(data.templates, alone, strict=True))
+    return Outcome(
+        "zeroshot_classification", values, images.skipped, data.names,
+        logits * encoder.logit_scale, labels, images.indices, of_template,
+    )  # fmt: skip
+
+
+def tag(data: Tagged, images: Embedded, encoder: Encoder) -> Outcome:
+    """Rank all images for each class: mean average precision, CLIP_benchmark's and VOC2007's."""
+    texts = prompts.ensemble(encoder.classes(data.templates, data.names))
+    values = multi_label(images.features @ texts.T, images.labels)
+    return Outcome("zeroshot_classification", values, images.skipped)
+
+
+def retrieve(images: Embedded, encoder: Encoder) -> Outcome:
+    """Find images by captions and captions by images; an image may have several."""
+    owner = np.repeat(np.arange(len(images.answers)), [len(texts) for texts in images.answers])
+    texts = encoder.texts([text for group in images.answers for text in group])
+    values = retrieval(images.features, texts, owner, encoder.mesh)
+    return Outcome("zeroshot_retrieval", values, images.skipped)
+
+
+def contrast(data: Contrasted, images: Embedded, encoder: Encoder) -> Outcome:
+    """Count how often the right caption is nearer to its image than the wrong one; ties lose."""
+    texts = encoder.texts([text for pair in images.answers for text in pair])
+    right, wrong = texts[::2], texts[1::2]
+    own, other = ((images.features * x).sum(axis=1) for x in (right, wrong))
+    groups = [data.groups[i] for i in images.indices]
+    values = composition(own > other, groups, data)
+    return Outcome("image_caption_selection", values, images.skipped)
+
+
+def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
+    """Classify or retrieve in each language, the images being embedded once; and the means.
+
+    A language that says nothing of the images read is left out.
+    """
+    results: dict[str, dict[str, float]] = {}
+    quiet = not processes.is_lead()
+    with Display("languages", len(data.languages), quiet=quiet, fleeting=True) as display:
+        for language in data.languages:
+            answers = [data.answer_in(language, answer) for answer in images.answers]
+            mine = [i for i, answer in enumerate(answers) if answer is not None]
+            part = Embedded(
+                images.features[mine], images.indices[mine], [answers[i] for i in mine], []
+            )
+            if mine and data.names:
+                templates, names = data.templates[language], data.names[language]
+                texts = [[prompts.fill(t, name) for t in templates] for name in names]
+                logits = part.features @ classifier(encoder, texts).T
+                results[language] = classification(logits, part.labels)
+            elif mine:
+                results[language] = retrieve(part, encoder).values
+            display.add(1)
+    if not results:
+        raise InputError("no language says anything of the images that were read.")
+    task = "zeroshot_classification" if data.names else "zeroshot_retrieval"
+    return Outcome(task, average(results), images.skipped, by_language=results)
+
+
+def classifier(encoder: Encoder, texts: Sequence[Sequence[str]]) -> Float[np.ndarray, "classes E"]:
     """Embed every class as the mean of its prompts' unit embeddings, scaled to unit length."""
-    if not prompts or not all(prompts):
+    if not texts or not all(texts):
         raise InputError("zero-shot classification needs at least one class, each with a prompt.")
-    features = encoder.texts([prompt for group in prompts for prompt in group])
-    ends = np.cumsum([len(group) for group in prompts])
-    return np.concatenate([ensemble(group[:, None]) for group in np.split(features, ends[:-1])])
+    features = encoder.texts([text for group in texts for text in group])
+    groups = np.split(features, np.cumsum([len(group) for group in texts])[:-1])
+    return np.concatenate([prompts.ensemble(group[:, None]) for group in groups])
 
 
 def ranks_of_own(
@@ -99,7 +195,6 @@ def multi_label(
 
 def roc_auc(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
     """Return how often a true sample scores above a false one; ties count half."""
-    negatives = np.sort(scores[~truth])
-    below = np.searchsorted(negatives, scores[truth], "left")
-    not_above = np.searchsorted(negatives, scores[truth], "right")
-    return float((below + not_above).sum() / (2 * truth.sum() * len(negatives)))
+    count = truth.sum()
+    above = rankdata(scores)[truth].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(truth) - count)))

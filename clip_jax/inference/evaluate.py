@@ -2,22 +2,20 @@
 `clip-jax evaluate MODEL`."""
 
 import functools
+import itertools
 import json
-import tempfile
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config, of_run
-from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError
-from clip_jax.evals import datasets, measure, report
+from clip_jax.evals.catalog import data_sets
+from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.evaluator import Encoder
-from clip_jax.evals.pairs import PairsEvalConfig
-from clip_jax.evals.tasks import Open, SuiteEvalConfig, TasksConfig, TasksEvaluator, data_sets, say
+from clip_jax.evals.evaluator import Encoder, Evaluator, say
+from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
@@ -25,7 +23,7 @@ from clip_jax.storage.files import Place
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TasksConfig):
+class EvaluateConfig(SuiteConfig):
     """Evaluate a model as its run did, on the bundled digits, on the CLIP paper's data sets, or on
     your own."""
 
@@ -57,54 +55,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 class Measures:
-    """What a command measures, opened once for any number of checkpoints."""
+    """The evaluators of a command, made once for any number of checkpoints."""
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
-        self._suite = _suite(config, run)
+        suite = _suite(config, run)
         self._config = config = _with_digits_of(run, config)
-        self._opened = data_sets(config) if self._suite == "clip" else {}
-        self._own = [x.make() for x in _own(config, run)] if self._suite == "run" else []
-        self._tasks = list(dict.fromkeys(config.tasks))
-        if self._suite == "digits":
+        self._evaluators: list[Evaluator] = []
+        self._tasks_on_digits: tuple[str, ...] = ()
+        if suite == "run":
+            self._evaluators = [x.make() for x in _own(config, run)]
+        elif suite == "clip":
+            opened = data_sets(config.dataset, config.data_dir, config.languages)
+            memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
+            self._evaluators = [SuiteEvaluator(config, opened, memory=memory)]
+        else:
             _warn_of_other_numbers(config, run)
+            if "zero-shot" in config.tasks:
+                self._evaluators = [config.digits.make()]
             # As a data set they also have templates and pictures, for those who want them.
-            more = config.templates or config.output
-            done = {"alignment"} if more else {"alignment", "zero-shot"}
-            self._tasks = [task for task in self._tasks if task not in done]
-        memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
-        wanted = replace(config, tasks=tuple(self._tasks) or config.tasks)
-        self._sets = TasksEvaluator(wanted, self._opened, memory=memory)
+            with_zero_shot = config.templates or config.output
+            self._tasks_on_digits = tuple(
+                task for task in config.tasks if task != "zero-shot" or with_zero_shot
+            )
 
     def of(self, encoder: Encoder, output: Place | None) -> dict[str, float]:
         """Measure one model; write tables and pictures to `output`."""
-        config, values = self._config, {}
-        if self._suite == "run":
-            for evaluator in self._own:
-                values |= dict(evaluator.run(encoder))
-                _draw(output, evaluator, encoder)
-            _write(config, output, values, [])
-            return values
-        if self._suite == "digits":
-            values |= _digits(config, output, encoder)
-            if self._tasks:
-                self._opened["digits"] = _open_digits(config, encoder)
-
-        outcomes: list[tuple[str, measure.Outcome]] = []
-        for splits, outcome in self._sets.outcomes(encoder):
-            name = splits.name
-            outcomes.append((name, outcome))
-            values |= {f"{name}/{metric}": value for metric, value in outcome.values.items()}
-            if outcome.task == "templates":
-                values |= {f"{name}/template/{t}": x for t, x in outcome.of_template.items()}
-                say(f"{name}: chosen on validation images: " + "; ".join(outcome.templates))
-            data = splits.open("test")
-            if output and processes.is_lead() and isinstance(data, datasets.Labelled):
-                with files.written_whole(output / name) as folder:
-                    report.draw(folder, data, outcome)
-            _write(config, output, values, outcomes)
+        config, evaluators, values = self._config, self._evaluators, {}
+        if self._tasks_on_digits:
+            side = encoder.model.config.vision.image_spec.side
+            open_split = functools.partial(
+                open_digits, config.digits.source, per_number=config.digits.per_number,
+                image_size=side,
+            )  # fmt: skip
+            as_suite = replace(config, tasks=self._tasks_on_digits)
+            evaluators = [*evaluators, SuiteEvaluator(as_suite, {"digits": open_split})]
+        for evaluator in evaluators:
+            rows = evaluator.run(encoder, output)
+            for _, of_data_set in itertools.groupby(rows, lambda row: row[0].partition("/")[0]):
+                values |= dict(of_data_set)
+                if output and processes.is_lead():
+                    files.write_whole(output / "result.json", json.dumps(values, indent=1))
         if not values:
             raise InputError(f"nothing could be measured with --tasks {' '.join(config.tasks)}.")
-        _write(config, output, values, outcomes)
         return values
 
 
@@ -122,10 +114,13 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
     model = load_on_mesh(config.model, mesh, dtype=dtype)
+    how = model.image_preprocess
+    clip = replace(
+        model.clip, config=replace(model.clip.config, image_mean=how.mean, image_std=how.std)
+    )
     return Encoder(
-        model.clip, model.params, mesh, model.image_preprocess,
-        lambda texts: model.tokenize(texts, True),
-    )  # fmt: skip
+        clip, model.params, mesh, how, lambda texts: model.tokenize(texts, True), config.model.name
+    )
 
 
 def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:
@@ -161,7 +156,7 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
 def _options(config: EvaluateConfig) -> dict[str, Any]:
     """Options of the tasks that differ from their defaults."""
     usual = EvaluateConfig(model=config.model)
-    names = {x.name for x in fields(TasksConfig)} - {"dataset", "data_dir"}
+    names = {x.name for x in fields(SuiteConfig)} - {"dataset", "data_dir"}
     return {x: getattr(config, x) for x in names if getattr(config, x) != getattr(usual, x)}
 
 
@@ -176,52 +171,10 @@ def _own(config: EvaluateConfig, run: Config | None) -> list[Any]:
 
 def _with_digits_of(run: Config | None, config: EvaluateConfig) -> EvaluateConfig:
     """Ask for the numbers that the run had, unless others are asked for."""
-    found = [own.source for own in (run.evals if run else ()) if isinstance(own, DigitsEvalConfig)]
-    if not found or config.digits != EvaluateConfig(model=config.model).digits:
+    own = [x.source for x in (run.evals if run else ()) if isinstance(x, DigitsEvalConfig)]
+    if not own or config.digits != EvaluateConfig(model=config.model).digits:
         return config
-    return replace(config, digits=replace(config.digits, source=found[0]))
-
-
-def _write(
-    config: EvaluateConfig, output: Place | None, values: dict[str, float],
-    outcomes: list[tuple[str, measure.Outcome]],
-) -> None:  # fmt: skip
-    if output and processes.is_lead() and values:
-        report.write(output, values, outcomes, config.model.name)
-
-
-def _draw(output: Place | None, evaluator: Any, encoder: Encoder) -> None:
-    """Let an evaluator that can draw do so; all processes compute, one keeps."""
-    if output and hasattr(evaluator, "draw"):
-        with tempfile.TemporaryDirectory() as scratch:
-            evaluator.draw(encoder, Path(scratch))
-            if processes.is_lead():
-                files.copy_tree(Path(scratch), output)
-
-
-def _open_digits(config: EvaluateConfig, encoder: Encoder) -> Open:
-    return functools.partial(
-        datasets.open_digits,
-        config.digits.source,
-        per_number=config.digits.per_number,
-        image_size=encoder.model.config.vision.image_size,
-    )
-
-
-def _digits(config: EvaluateConfig, output: Place | None, encoder: Encoder) -> dict[str, float]:
-    """Run the evaluators of training; draw what the model says of the scans."""
-    values: dict[str, float] = {}
-    if "zero-shot" in config.tasks:
-        evaluator = config.digits.make()
-        values |= evaluator.run(encoder)
-        _draw(output, evaluator, encoder)
-    if "alignment" in config.tasks:
-        source = replace(config.digits.source, split="test")
-        pairs = PairsEvalConfig(
-            data=DataConfig(source=source, crop="center"), pairs=config.pool, pool=config.pool
-        )
-        values |= pairs.make().run(encoder)
-    return values
+    return replace(config, digits=replace(config.digits, source=own[0]))
 
 
 def _warn_of_other_numbers(config: EvaluateConfig, run: Config | None) -> None:
@@ -229,9 +182,9 @@ def _warn_of_other_numbers(config: EvaluateConfig, run: Config | None) -> None:
     if run is None:
         return
     for name in ("digits", "split_seed"):
-        asked = getattr(config.digits.source, name)
-        if (learned := getattr(run.data.source, name, asked)) != asked:
+        measured = getattr(config.digits.source, name)
+        if (learned := getattr(run.data.source, name, measured)) != measured:
             say(
                 f"the run was trained with data.source.{name}={learned}, this measures "
-                f"--digits.source.{name.replace('_', '-')} {asked}"
+                f"--digits.source.{name.replace('_', '-')} {measured}"
             )

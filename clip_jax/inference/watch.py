@@ -17,7 +17,7 @@ from clip_jax.checkpoints.retention import WATCH, WATCHED, Unusable, split_name,
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
 from clip_jax.errors import InputError
-from clip_jax.evals.tasks import say
+from clip_jax.evals.evaluator import say
 from clip_jax.inference.evaluate import EvaluateConfig, Measures, open_encoder, run_of
 from clip_jax.metrics import Writer
 from clip_jax.storage import files

@@ -62,3 +62,11 @@ def test_a_damaged_config_is_left_as_it_is(config):
 )
 def test_a_field_of_a_renamed_group_is_renamed(path, now):
     assert is_renamed(path) == now
+
+
+def test_evaluators_forget_the_tasks_that_are_gone(monkeypatch):
+    monkeypatch.setattr(run_config, "UPGRADES", [run_config._drop_tasks])
+    suites = [["probe", "alignment"], ["templates"]]
+    before: list = [{"tasks": tasks, "pool": 1_024} for tasks in suites]
+    after = upgrade({"evals": [*before, {"pool": 9}]})["evals"]
+    assert after == [{"tasks": ["probe"]}, {"tasks": ["zero-shot"]}, {"pool": 9}]

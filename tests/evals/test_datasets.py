@@ -93,8 +93,8 @@ def test_splits_lie_in_a_folder_or_are_it(tmp_path):
     assert split_folder(tmp_path, "test") == tmp_path / "val"  # as ImageNet's
     assert split_folder(tmp_path, "validation") is None
     (tmp_path / "test").mkdir()
-    found = [split_folder(tmp_path, split) for split in ("train", "validation", "test")]
-    assert found == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
+    folders = [split_folder(tmp_path, split) for split in ("train", "validation", "test")]
+    assert folders == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
 
 
 def test_the_digits_are_a_data_set():
@@ -118,12 +118,12 @@ COUNTS = [10, 3, 7]  # images of each class
 def test_a_few_images_are_spread_over_the_classes(most, counts):
     """They were the first by path: of folders of classes one class."""
     labels = np.repeat(range(3), COUNTS).tolist()
-    whole = Labelled(["a", "b", "c"], [], 20, lambda i: (str(i), labels[i]), str, labels)
-    some = spread(whole, most)
-    images, found = zip(*some, strict=True)
-    assert np.bincount(found, minlength=3).tolist() == counts
+    data = Labelled(20, lambda i: (str(i), labels[i]), ["a", "b", "c"], [], labels, key=str)
+    some = spread(data, most)
+    images, of_images = zip(*some, strict=True)
+    assert np.bincount(of_images, minlength=3).tolist() == counts
     assert list(images) == [some.key(i) for i in range(some.count)]
-    assert list(some.labels or ()) == list(found)
+    assert list(some.labels or ()) == list(of_images)
 
 
 def test_without_labels_they_are_spread_over_the_order():

@@ -1,6 +1,7 @@
 """Embeddings of any number of rows on a mesh, which evaluator has its turn, and what it gives."""
 
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -10,8 +11,7 @@ import pytest
 
 from clip_jax import sharding
 from clip_jax.errors import InputError
-from clip_jax.evals import evaluator
-from clip_jax.evals.evaluator import Evaluations, encode_images, encode_texts
+from clip_jax.evals.evaluator import Evaluations, embed_images, embed_texts
 from clip_jax.models.clip import CLIP, l2_normalize
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
@@ -23,6 +23,7 @@ def test_embeddings_on_a_mesh_are_the_pure_functions():
     tokens = rng.integers(1, 600, (13, 16), np.int32)
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
     placed = jax.device_put(params, sharding.param_shardings(SMALL, params, mesh))
+    encoder = dataclasses.replace(encoder_on(mesh), params=placed)
 
     @jax.jit
     def plain(pixels, tokens):
@@ -31,23 +32,23 @@ def test_embeddings_on_a_mesh_are_the_pure_functions():
         return normal, *features, *map(l2_normalize, features)
 
     normal, raw, _, images, texts = map(np.asarray, plain(pixels, tokens))
-    found = encode_images(model, placed, pixels, mesh, batch_size=6)  # eight, for four shards
-    np.testing.assert_allclose(found, images, atol=1e-5)
-    found = encode_images(model, placed, normal, mesh, normalize=False)
-    np.testing.assert_allclose(found, raw, rtol=1e-4, atol=1e-4)
-    found = encode_texts(model, placed, tokens, mesh, batch_size=6)
-    np.testing.assert_allclose(found, texts, atol=1e-5)
+    got = encoder.compute(embed_images, pixels, batch_size=6)  # eight, for four shards
+    np.testing.assert_allclose(got, images, atol=1e-5)
+    got = encoder.compute(embed_images, normal, normalize=False)
+    np.testing.assert_allclose(got, raw, rtol=1e-4, atol=1e-4)
+    got = encoder.compute(embed_texts, tokens, batch_size=6)
+    np.testing.assert_allclose(got, texts, atol=1e-5)
 
 
 def test_texts_are_embedded_once_for_all_data_sets():
     encoder = encoder_on(mesh_of(1))
     calls = []
 
-    def encode(model, params, tokens, mesh, *, batch_size=0):
+    def encode(run, mesh, params, tokens, *, batch_size=0):
         calls.append(len(tokens))
         return tokens[:, :3].astype(np.float32)
 
-    with mock.patch.object(evaluator, "encode_texts", autospec=True, side_effect=encode):
+    with mock.patch.object(sharding, "in_batches", autospec=True, side_effect=encode):
         first = encoder.classes(["a {c}", "the {c}"], ["cat", "dog"])
         again = encoder.classes(["the {c}", "one {c}"], ["dog", "cat"])
     assert calls == [4, 2]
@@ -68,7 +69,10 @@ class Fixed:
     def make(self):
         return self
 
-    def run(self, encoder):
+    outputs: list = dataclasses.field(default_factory=list, kw_only=True)
+
+    def run(self, encoder, output=None):
+        self.outputs.append(output)
         yield from self.values.items()
 
 
@@ -78,11 +82,13 @@ class Named(Fixed):
 
 
 def test_each_has_its_turn_and_all_at_the_last_step():
-    evaluations = Evaluations([Fixed(2, {"a": 0.5}), Fixed(3, {"b": 4.0})], 11)
+    first, second = Fixed(2, {"a": 0.5}), Fixed(3, {"b": 4.0})
+    evaluations, folder = Evaluations([first, second], 11), Path("evals")
     assert [step for step in range(1, 12) if evaluations.due(step)] == [2, 3, 4, 6, 8, 9, 10, 11]
     encoder = encoder_on(mesh_of(1))
-    assert list(evaluations.run(3, encoder)) == [{"b": 4.0}]
-    assert list(evaluations.run(11, encoder)) == [{"a": 0.5}, {"b": 4.0}]
+    assert list(evaluations.run(3, encoder, folder)) == [{"b": 4.0}]
+    assert list(evaluations.run(11, encoder, folder)) == [{"a": 0.5}, {"b": 4.0}]
+    assert (first.outputs, second.outputs) == ([folder], [None, folder])  # written at the end
     assert Evaluations([Named(2, {}, ("x", "y")), Fixed(1, {})], 1).measured() == ["x", "y"]
 
 
@@ -91,7 +97,7 @@ def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():
     encoder = encoder_on(mesh_of(1))
     for step in (2, 3):  # each the turn of one
         evaluations.check_gives("b")  # nobody knows yet
-        list(evaluations.run(step, encoder))
+        list(evaluations.run(step, encoder, Path()))
     evaluations.check_gives("info_nce")
     with pytest.raises(InputError, match=r"'b' is no result of .* which give a/acc1, info_nce\."):
         evaluations.check_gives("b")

@@ -6,11 +6,12 @@ import json
 import pytest
 
 from clip_jax.errors import InputError
-from clip_jax.evals import languages
+from clip_jax.evals import catalog, languages
+from clip_jax.evals.catalog import open_languages
 from clip_jax.evals.datasets import Labelled, Missing
-from clip_jax.evals.languages import average, open_babel, open_languages, open_translated
-from clip_jax.evals.measure import Outcome
-from clip_jax.evals.report import to_csv, to_markdown
+from clip_jax.evals.languages import average, open_babel, open_translated
+from clip_jax.evals.reader import Outcome
+from clip_jax.evals.results import to_csv, to_markdown
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_xtd10_and_a_language_that_lacks_a_caption(xtd10):
     assert (first, second) == (xtd10 / "images/a.jpg", xtd10 / "images/b.jpg")
     assert captions == {"es": ["un perro"], "de": ["ein Hund"]}
     assert others == {"de": ["zwei\u2028Katzen"]}
-    assert (data.said("es", captions), data.said("es", others)) == (["un perro"], None)
+    assert (data.answer_in("es", captions), data.answer_in("es", others)) == (["un perro"], None)
     assert open_translated(xtd10, ("es", "jp")).languages == ["es"]
 
 
@@ -64,7 +65,7 @@ def test_of_crossmodal_the_first_caption_counts(tmp_path):
     assert data.load(0) == (tmp_path / "k.jpg", {"de": ["eins"]})
 
 
-IMAGENET = Labelled(["tench", "goldfish", "shark"], [], 3, lambda i: ("", i))
+IMAGENET = Labelled(3, lambda i: ("", i), ["tench", "goldfish", "shark"], [])
 
 
 def babel(folder, **names):
@@ -77,7 +78,7 @@ def test_babel_imagenet_names_some_classes(tmp_path):
     babel(tmp_path, DE=[[0, 2], ["Schleie", "Hai"]], LA=[[1], ["carassius"]])
     data = open_babel(IMAGENET, tmp_path)
     assert data.languages == ["de", "la"]
-    assert [data.said("de", label) for _, label in data] == [0, None, 1]
+    assert [data.answer_in("de", label) for _, label in data] == [0, None, 1]
     assert (data.names["de"], data.templates["de"]) == (["Schleie", "Hai"], ["ein {}"])
 
 
@@ -92,7 +93,7 @@ def test_a_lying_babel_imagenet_is_refused(row, tmp_path):
 
 def test_texts_that_are_not_there_are_asked_for_with_their_license(tmp_path, monkeypatch):
     monkeypatch.setattr(languages.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(languages, "open_data_set", lambda row, root: IMAGENET)
+    monkeypatch.setattr(catalog, "open_data_set", lambda row, root: IMAGENET)
     with pytest.raises(Missing, match="excludes commercial use"):
         open_languages("babel_imagenet", tmp_path)
     (tmp_path / "babel_imagenet").mkdir()

@@ -1,4 +1,8 @@
-"""Probes against scikit-learn in float64, whatever the mesh."""
+"""Probes against scikit-learn in float64, whatever the mesh; and on splits of a data set."""
+
+import dataclasses
+import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -6,11 +10,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from clip_jax.data.digits import DigitsConfig
 from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe as probe
-from clip_jax.evals.evaluator import encode_images
+from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
+from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP
-from tests.evals.conftest import SMALL, drawn, mesh_of
+from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
     assert min(accuracies) < max(accuracies)
     some, none = ((np.eye(4, dtype=np.float32)[:n], np.arange(n)) for n in (4, 0))
     assert probe.search(some, some, mesh_of(1), lambdas=[0.1, 1, 10]) == 10  # all are right
-    with pytest.raises(InputError, match="there are none"):
+    with pytest.raises(Missing, match="no training image can be spared"):
         probe.search(some, none, mesh_of(1))
 
 
@@ -83,6 +89,130 @@ def test_probe_features_stand_before_the_projection():
     assert features.shape == (5, 32)
     projected = features @ np.asarray(params["visual"]["proj"])
     projected /= np.linalg.norm(projected, axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        projected, encode_images(model, params, images, mesh), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(projected, encoder_on(mesh).images(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """A small model of random weights, whose features still tell digits apart."""
+
+    def tokens(texts):
+        codes = [[1 + sum(map(ord, word)) % 590 for word in text.split()] for text in texts]
+        return np.array([(row + [599] + [0] * 16)[:16] for row in codes], np.int32)
+
+    return encoder_on(mesh_of(1), tokens, scale=0.3, mean=(0.5,) * 3, std=(1.0,) * 3)
+
+
+@functools.cache
+def drawn_digits(split):
+    return open_digits(DigitsConfig(digits=1), split, per_number=20, image_size=16)
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def without_validation(split):
+    if split == "validation":
+        raise Missing("there is none")
+    return drawn_digits(split)
+
+
+@pytest.fixture
+def search():
+    """Probes try three λ, not 96."""
+    few = functools.partial(probe.search, lambdas=np.logspace(-2, 2, 3))
+    with mock.patch.object(probe, "search", autospec=True, side_effect=few) as fake:
+        yield fake
+
+
+def test_a_probe_of_one_class_is_refused(encoder):
+    one = dataclasses.replace(drawn_digits("train"), count=1)
+    splits = Splits("digits", {"train": one, "test": drawn_digits("test")}.__getitem__, encoder)
+    with pytest.raises(InputError, match="are of one class, of 10; probes and"):
+        probe.neighbours(splits)
+
+
+def test_every_number_is_what_scikit_learn_finds_on_the_same_features(encoder, search, capsys):
+    splits = Splits("digits", drawn_digits, encoder)
+    outcomes = probe.probe(splits), probe.few_shot(splits, (2, 40)), probe.neighbours(splits)
+    values = {name: x for outcome in outcomes for name, x in outcome.values.items()}
+    assert "digits: few-shot of 40 left out: a class has fewer" in capsys.readouterr().err
+    names = {f"linear_probe/{x}" for x in ("acc1", "acc5", "mean_per_class_recall", "lambda")}
+    assert set(values) == names | {"few_shot/2", "neighbours/acc1"}  # no class has 40
+    train, validation, test = map(probe._part, 3 * [splits], SPLITS)
+    assert train[0].shape[1] == 32  # before the projection
+    both = [np.concatenate(pair) for pair in zip(train, validation, strict=True)]
+    strength = values["linear_probe/lambda"]
+    theirs = LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-8)
+    theirs.fit(both[0].astype(np.float64), both[1])
+    assert values["linear_probe/acc1"] == pytest.approx(theirs.score(*test), abs=0.001)
+    votes = KNeighborsClassifier(20, metric="cosine").fit(*both)
+    assert values["neighbours/acc1"] == pytest.approx(votes.score(*test), abs=0.011)
+    assert 0.15 < values["few_shot/2"] < values["linear_probe/acc1"] - 0.1
+
+
+def test_a_fifth_of_the_training_images_stands_in_for_validation(encoder, search):
+    splits = Splits("digits", without_validation, encoder)
+    first = probe.probe(splits).values
+    train, validation, *_ = search.call_args.args
+    assert (len(train[1]), len(validation[1])) == (160, 40)
+    assert probe.probe(splits).values == first
+
+
+def test_each_split_is_opened_and_embedded_once(encoder):
+    opened = []
+    splits = Splits("digits", lambda split: opened.append(split) or drawn_digits(split), encoder)
+    with mock.patch.object(
+        Splits, "compute", autospec=True, side_effect=Splits.compute
+    ) as computed:
+        for _ in range(2):
+            probe.neighbours(splits)
+    assert sorted(opened) == sorted(SPLITS)
+    assert computed.call_count == 3
+
+
+def test_what_cannot_be_probed_is_said(encoder):
+    def captions(split):
+        return Captioned(1, lambda i: (np.zeros((16, 16, 3), np.uint8), ["x"]))
+
+    with pytest.raises(Missing, match="one class each"):
+        probe.probe(Splits("flickr", captions, encoder))
+    with pytest.raises(
+        InputError, match="coco: no images with a class or caption in its test split"
+    ):
+        Splits("coco", lambda split: Captioned(0, [].__getitem__), encoder).embedded("test")
+
+    def other_classes(split):
+        data = drawn_digits(split)
+        names = data.names if split == "test" else data.names[::-1]
+        return Labelled(data.count, data.load, names, data.templates)
+
+    with pytest.raises(ValueError, match="digits: train has 10 classes, test 10, and"):
+        probe.probe(Splits("digits", other_classes, encoder))
+
+
+def test_what_is_held_out_leaves_every_class_something_to_learn_from():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(50), 20)
+    held_out = probe.hold_out(labels, np.random.default_rng(3))
+    order = np.random.default_rng(3).permutation(1000)
+    np.testing.assert_array_equal(held_out, order[:200])  # a plain fifth, where there are plenty
+    for counts in ([1, 1, 2], [2, 2], [1, 5, 1], [3]):
+        labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+        held_out = probe.hold_out(labels, rng)
+        assert len(held_out) >= 1
+        assert set(np.delete(labels, held_out)) == set(range(len(counts)))
+    assert len(probe.hold_out(np.arange(10), rng)) == 0
+
+
+def test_a_strength_needs_images_to_be_chosen_by(encoder):
+    def one_each(split):
+        data = without_validation(split)
+        if split == "test":
+            return data
+        return dataclasses.replace(data, count=10, load=lambda i: data.load(20 * i))
+
+    splits = Splits("few", one_each, encoder)
+    with pytest.raises(Missing, match="no training image can be spared"):
+        probe.probe(splits)
+    assert set(probe.neighbours(splits, 3).values) == {"neighbours/acc1"}

@@ -7,9 +7,9 @@ import pytest
 
 from clip_jax import processes, sharding
 from clip_jax.data.images import ImageError, Preprocess
-from clip_jax.evals import measure, reader
+from clip_jax.evals import reader
 from clip_jax.evals.datasets import Labelled
-from clip_jax.evals.reader import Kept, Reader
+from clip_jax.evals.reader import ImageCache, Reader
 from tests.evals.conftest import mesh_of
 
 COUNT, BROKEN = 19, 7  # of images: no mesh divides them
@@ -25,25 +25,25 @@ def data(loads=None):
             raise ImageError("truncated", "in the middle")
         return np.full((9, 9, 3), index, np.uint8), 2 * index
 
-    return Labelled(["a", "b"], [], COUNT, load)
+    return Labelled(COUNT, load, ["a", "b"], [])
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_parts_of_all_processes_are_every_image_in_its_row(parts, monkeypatch):
     monkeypatch.setattr(reader, "_BATCH", 8 // parts)
-    shares = []
+    local = []
     for part in range(parts):
         with mock.patch.object(sharding, "data_part", autospec=True, return_value=(part, parts)):
-            shares.append(list(Reader(data(), Preprocess(image_size=8), mesh_of(4), COUNT)))
-    assert len({len(x) for x in shares}) == 1  # batches of each process
+            local.append(list(Reader(data(), Preprocess(image_size=8), mesh_of(4))))
+    assert len({len(x) for x in local}) == 1  # batches of each process
     batches = [
-        np.concatenate([share.images for share in batch]) for batch in zip(*shares, strict=True)
+        np.concatenate([part.images for part in batch]) for batch in zip(*local, strict=True)
     ]
     assert {len(batch) for batch in batches} == {8}
     levels = np.concatenate(batches)[:, 4, 4, 0]
     expected = [i if i != BROKEN else 0 for i in range(COUNT)]
     np.testing.assert_array_equal(levels, expected + [0] * (24 - COUNT))
-    answers = [share.answers | share.skipped for part in shares for share in part]
+    answers = [batch.answers | batch.skipped for part in local for batch in part]
     together = {index: answer for some in answers for index, answer in some.items()}
     assert sum(map(len, answers)) == len(together) == COUNT
     assert together.pop(BROKEN) == f"image {BROKEN}: truncated: in the middle"
@@ -57,18 +57,18 @@ def test_what_each_process_knows_comes_together_in_order():
         return [mine, *([list(x.items()) for x in other] for other in of_others)]
 
     with mock.patch.object(processes, "gather", autospec=True, side_effect=gather):
-        answers, skipped = measure._of_all(({0: np.array([9]), 6: np.array([8])}, {5: "gone"}))
+        answers, skipped = reader._of_all(({0: np.array([9]), 6: np.array([8])}, {5: "gone"}))
     assert [*answers.items()] == [(0, [9]), (2, [5]), (3, [7]), (4, [1]), (6, [8])]
     assert [*skipped.items()] == [(1, "torn"), (5, "gone")]
 
 
 def test_images_are_decoded_once_and_kept_within_the_budget():
     loads = []
-    images = Reader(data(loads), Preprocess(image_size=8), mesh_of(8), COUNT)
+    images = Reader(data(loads), Preprocess(image_size=8), mesh_of(8))
     for budget, times in ((1 << 20, 1), (8 * 8 * 3 * 10, 2)):
         loads.clear()
-        kept = Kept(budget)
+        kept = ImageCache(budget)
         first, second = (list(kept.read("name", images)) for _ in range(2))
         assert sorted(loads) == sorted(list(range(COUNT)) * times)
         np.testing.assert_array_equal(first[0].images, second[0].images)
-        assert [len(share.answers) + len(share.skipped) for share in first] == [COUNT]
+        assert [len(batch.answers) + len(batch.skipped) for batch in first] == [COUNT]

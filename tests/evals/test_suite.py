@@ -1,254 +1,114 @@
-"""Every data set of the suite: its classes and names; and each layout that it may have on disk."""
+"""Data sets while training: what a run writes is what `evaluate` of its checkpoint says."""
 
-import io
-import itertools
+import dataclasses
 import json
-import re
-import shutil
-from typing import Any
 
+import numpy as np
 import pytest
-import tensorflow_datasets as tfds
+from PIL import Image
 
-from clip_jax.data.images import decode
-from clip_jax.data.sources import SampleError
-from clip_jax.evals import prompts, suite
-from clip_jax.evals.datasets import Labelled, Missing, Tagged
-from tests.data.conftest import write_tar
-from tests.evals.conftest import png, write_folder
-
-BY_NAME = {row.name: row for row in suite.SUITE}
-VOC = BY_NAME["voc2007_multilabel"]
-LABELLED = [row for row in suite.SUITE if row.classes and row is not VOC]
-
-
-def prepare(root, row, features, example, splits=("test",)):
-    """Write what TFDS would: a builder of that name with one example in each split."""
-
-    class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        __module__ = "stand_in"  # TFDS would look for files of its own in the package `tests`
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = root
-
-        def _info(self):
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {name: iter([(0, example | {"image": io.BytesIO(png())})]) for name in splits}
-
-        _generate_examples = None  # abstract in TFDS; the splits above bring their examples
-
-    builder = StandIn(data_dir=str(root / "prepared"), file_format="array_record")
-    builder.download_and_prepare()
-    (root / row.tfds).mkdir(parents=True)
-    shutil.move(builder.data_dir, root / row.tfds / "1.0.0")
+from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import named_step, steps_in
+from clip_jax.cli.commands import main
+from clip_jax.config import Config
+from clip_jax.errors import InputError
+from clip_jax.evals import reader
+from clip_jax.evals.catalog import data_sets
+from clip_jax.evals.suite import SuiteEvalConfig
+from clip_jax.serialize import from_dict
+from clip_jax.train import train
+from tests.conftest import rows, tiny_digits
 
 
-def real_features(row):
-    """The features of TFDS's own builder, which needs no data to say them."""
-    return tfds.builder(row.tfds, data_dir="nowhere").info.features
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    """Nineteen pictures in three classes, and one file that is none: no mesh divides them."""
+    root, rng = tmp_path_factory.mktemp("animals") / "animals", np.random.default_rng(0)
+    for label, name in enumerate(("ant", "bee", "cat")):
+        (root / name).mkdir(parents=True)
+        for number in range(6 + (label == 1)):
+            pixels = rng.integers(0, 256, (20, 24, 3), np.uint8) // (label + 1)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    (root / "cat" / "torn.png").write_bytes(b"\x89PNG")
+    captions = root.parent / "captions"
+    captions.mkdir()
+    files = sorted(path for path in root.rglob("*.png") if path.stem != "torn")
+    (captions / "filenames.txt").write_text("".join(f"{path}\n" for path in files))
+    for language, word in (("eng_Latn", "picture"), ("nob_Latn", "bilde")):  # no two are alike
+        lines = "".join(f"{word} {i}\n" for i in range(len(files)))
+        (captions / f"{language}.txt").write_text(lines)
+    return root
 
 
-@pytest.mark.parametrize("row", LABELLED, ids=lambda row: row.name)
-def test_published_and_tfds_names_are_as_many_as_the_classes(row):
-    assert prompts.templates(row.prompts)
-    names = prompts.class_names(row.name)
-    if names and row.named_like == "":
-        assert len(names) == row.classes
-    if row.tfds:
-        assert len(real_features(row)["label"].names) == row.classes
+@pytest.fixture(scope="module")
+def run(animals, tmp_path_factory):
+    """Evaluated at steps 3 and 6, saved every five: 3 is saved only where it is the best."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    checkpoint = CheckpointConfig(every_steps=5, best="animals/acc1")
+    sets = (f"folder:{animals}", f"languages:{animals.parent / 'captions'}")
+    evals = (SuiteEvalConfig(dataset=sets, every_steps=3),)
+    config = tiny_digits(steps=6, evals=evals, checkpoint=checkpoint)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    return workdir, train(config, workdir)
 
 
-def test_a_data_set_that_is_missing_says_how_to_get_it(tmp_path):
-    for row in suite.SUITE:
-        with pytest.raises(Missing, match=rf"^{row.name}( is not in|: put) "):
-            suite.open_data_set(row, tmp_path)
+def test_a_run_and_evaluate_give_the_same_digits_on_any_mesh(run, capsys, monkeypatch):
+    workdir, result = run
+    assert main(["evaluate", str(workdir), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values.keys() >= {
+        *("animals/acc1", "animals/mean_per_class_recall"),
+        *(f"captions/{x}/text_retrieval_recall@5" for x in ("eng_Latn", "nob_Latn", "mean")),
+    }
+    assert values == {name: result[name] for name in values}
+    assert any(values.items() <= row.items() for row in rows(workdir))
+    table = (workdir / "evals/results.md").read_text()
+    assert f"| animals | acc1 | {100 * values['animals/acc1']:.1f} |" in table
+    assert (workdir / "evals/animals/confusion.png").is_file()
+
+    monkeypatch.setattr(reader, "_BATCH", 7)  # several batches, the last one part empty
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    assert main(["evaluate", str(workdir), "--suite", "run", *mesh, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(values, abs=1e-6)
 
 
-def test_a_folder_of_classes(tmp_path):
-    row, folder = BY_NAME["dtd"], tmp_path / "dtd" / "test"
-    write_folder(folder, [f"class_{i:04d}" for i in range(row.classes)])
-    data = suite.open_data_set(row, tmp_path)
-    assert isinstance(data, Labelled)
-    assert len(data.names) == data.count == row.classes
-    assert data.load(1)[1] == 1
-    assert data.names[1] == "class 0001"
-    with pytest.raises(Missing, match=r"dtd in .* has no train split"):
-        suite.open_data_set(row, tmp_path, "train")
-    (folder / "one_more").mkdir()
-    with pytest.raises(ValueError, match=f"dtd has {row.classes} classes"):
-        suite.open_data_set(row, tmp_path)
+def test_options_are_those_of_the_runs_own_data_sets(run, animals, capsys):
+    """Any option measured the bundled digits instead; so did a config that cannot be read."""
+    workdir, _ = run
+    few = ["--images", "5", "--tasks", "zero-shot", "neighbours", "--json"]
+    results = []
+    for data in ([], ["--dataset", f"folder:{animals}"]):
+        assert main(["evaluate", str(workdir), *data, *few]) == 0
+        values = json.loads(capsys.readouterr().out)
+        results.append({name: x for name, x in values.items() if name.startswith("animals/")})
+    assert results[0] == results[1] != {}
+    text = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(text[:-9])
+    try:
+        assert main(["evaluate", str(workdir)]) == 2
+    finally:
+        (workdir / "config.json").write_text(text)
+    assert "config.json cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder", ["cars", "wds_vtab-cars"])
-def test_clip_benchmarks_tars(folder, tmp_path):
-    row, path = BY_NAME["cars"], tmp_path / folder
-    names = [f"name {i}" for i in range(row.classes)]
-    (path / "test").mkdir(parents=True)
-    labels = (b"1", b"196", b"x")
-    members = [[(f"{i}.png", png()), (f"{i}.cls", label)] for i, label in enumerate(labels)]
-    write_tar(path / "test" / "0.tar", itertools.chain(*members))
-    (path / "classnames.txt").write_text("\n".join(names))
-    (path / "zeroshot_classification_templates.txt").write_text("a {c}, seen.")
-    data = suite.open_data_set(row, tmp_path)
-    assert (list(data.names), data.templates, data.load(0)[1]) == (names, ["a {c}, seen."], 1)
-    for i, label in ((1, "196"), (2, "x")):
-        with pytest.raises(SampleError, match=f"cls is '{label}', not a number below 196"):
-            data.load(i)
-    with pytest.raises(Missing, match="has no train split"):
-        suite.open_data_set(row, tmp_path, "train")
-    (path / "classnames.txt").write_text("\n".join(names[1:]))
-    with pytest.raises(ValueError, match=f"cars has {row.classes} classes"):
-        suite.open_data_set(row, tmp_path)
+def test_the_best_so_far_is_saved_whenever_it_is_and_kept(run):
+    workdir, _ = run
+    results = {row["step"]: row["animals/acc1"] for row in rows(workdir) if "animals/acc1" in row}
+    assert results.keys() == {3, 6}
+    assert steps_in(workdir / "checkpoints") == [3, 5, 6]  # 3 is no multiple of 5
+    assert results[named_step(workdir, "best")] == max(results.values())
+    config = from_dict(Config, json.loads((workdir / "config.json").read_text()))
+    unknown = dataclasses.replace(config, checkpoint=CheckpointConfig(best="imagenet1k/acc1"))
+    with pytest.raises(InputError, match=r"which give animals/\*"):
+        train(unknown, workdir.parent / "other")
 
 
-@pytest.mark.parametrize("name", ["sun397", "food101", "eurosat", "pets"])
-def test_a_prepared_tfds_builder(name, tmp_path):
-    row = BY_NAME[name]
-    names = real_features(row)["label"].names
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
-    splits = list(dict.fromkeys(("train", row.split)))
-    prepare(tmp_path, row, features, {"label": 1}, splits)
-    data = suite.open_data_set(row, tmp_path)
-    assert (data.count, data.load(0)[1], len(data.names)) == (1, 1, row.classes)
-    assert decode(data.load(0)[0]).size == (5, 6)
-    assert not any("_" in name for name in data.names)
-    if name == "sun397":
-        assert {"abbey", "apse indoor"} <= set(data.names)
-    if row.published:
-        assert list(data.names) == prompts.class_names(name)
-    if row.split == "train":  # TFDS has no other: the test would be trained on
-        with pytest.raises(Missing, match="no train split apart from its test"):
-            suite.open_data_set(row, tmp_path, "train")
-    else:
-        assert suite.open_data_set(row, tmp_path, "train").count == 1
-
-
-@pytest.mark.parametrize("name", ["pets", "flowers", "caltech101", "eurosat", "imagenet1k"])
-def test_tfds_has_the_order_of_the_published_names(name):
-    row = BY_NAME[name]
-    theirs = real_features(row)["label"].names
-    published = prompts.class_names(row.named_like or row.prompts)
-    if name == "imagenet1k":
-        assert theirs == prompts.imagenet_wnids()
-        return
-
-    def stems(words):
-        spaced = re.sub("([a-z])([A-Z])", r"\1 \2", words)
-        return {word[:4] for word in re.split("[ _-]", spaced.lower()) if len(word) > 2}
-
-    strange = [pair for pair in zip(theirs, published, strict=True)
-               if not stems(pair[0]) & stems(pair[1])]  # fmt: skip
-    assert len(strange) <= 1, strange  # reworded altogether
-
-
-@pytest.mark.parametrize(
-    ("name", "folders", "called"),
-    [
-        ("country211", ["AD", *(f"B{chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(209)),
-                        "ZW"], "Andorra"),
-        ("fer2013", ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"], "angry"),
-        ("gtsrb", [f"{i:05d}" for i in range(43)], "red and white circle 20 kph speed limit"),
-        ("clevr_count_all", [str(i) for i in range(3, 11)], "three"),
-        ("flowers", [str(i) for i in range(1, 103)], "pink primrose"),
-        ("hateful_memes", ["0", "1"], "meme"),
-    ],
-)  # fmt: skip
-def test_folders_that_stand_for_published_names(name, folders, called, tmp_path):
-    write_folder(tmp_path / name / "test", folders)
-    data = suite.open_data_set(BY_NAME[name], tmp_path)
-    assert data.names[data.load(0)[1]] == called
-    assert list(data.names) == prompts.class_names(name)
-
-
-def test_other_folders_keep_their_own_names(tmp_path):
-    """Caltech-101's published names stand in the order of its own folders, capitals first."""
-    middle = [f"m{i:03d}" for i in range(99)]
-    lower = sorted(["accordion", "background_google", *middle, "yin_yang"])
-    write_folder(tmp_path / "caltech101", lower)
-    data = suite.open_data_set(BY_NAME["caltech101"], tmp_path)
-    assert (data.names[0], data.names[1]) == ("accordion", "background google")
-
-
-def test_voc_in_its_own_layout(tmp_path):
-    """Three images; the second has a difficult bird and no other."""
-    folder = tmp_path / "VOCdevkit" / "VOC2007"
-    lists = folder / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    classes = ["aeroplane", "bicycle", "bird", *(f"class{i:02d}" for i in range(17))]
-    marks = dict.fromkeys(classes, (-1, -1, -1)) | {"aeroplane": (-1, -1, 1), "bird": (1, 0, -1)}
-    for name, of_images in marks.items():
-        lines = [f"{i:06d} {mark:2d}\n" for i, mark in enumerate(of_images, start=1)]
-        (lists / f"{name}_test.txt").write_text("".join(lines))
-    data = suite.open_data_set(VOC, tmp_path)
-    assert isinstance(data, Tagged)
-    assert list(data.names) == classes
-    of_classes = zip(*(data.load(i)[1] for i in range(3)), strict=True)
-    assert dict(zip(data.names, of_classes, strict=True)) == marks
-    assert data.load(0)[0] == folder / "JPEGImages" / "000001.jpg"
-    (lists / "bird_test.txt").write_text("000001 1\n")
-    with pytest.raises(ValueError, match=r"bird_test\.txt lists other images"):
-        suite.open_data_set(VOC, tmp_path)
-
-
-def test_voc_from_tfds(tmp_path):
-    names = real_features(VOC)["labels"].feature.names
-    assert len(names) == VOC.classes
-    labels = tfds.features.Sequence(tfds.features.ClassLabel(names=names))
-    features = {"image": tfds.features.Image(), "labels": labels, "labels_no_difficult": labels}
-    prepare(tmp_path, VOC, features, {"labels": [2, 7], "labels_no_difficult": [7]})
-    data = suite.open_data_set(VOC, tmp_path)
-    truth = data.load(0)[1]
-    assert (list(data.names), truth[2], truth[7], truth.sum()) == (names, 0, 1, 1 - 18)
-
-
-COCO = {
-    "images": [{"id": 0, "file_name": "a.png"}],
-    "annotations": [{"image_id": 0, "caption": "noise"}],
-}
-PAIR = ("a dog", "a cat")  # the right caption, and the wrong one
-ARO: dict[str, Any] = dict(zip(("true_caption", "false_caption"), PAIR, strict=True))
-ARO |= {"image_path": "a.png", "relation_name": "on"}
-ARO |= {f"bbox_{side}": 4 for side in "xywh"}
-SUGAR_CREPE = {"filename": "a.png", "caption": PAIR[0], "negative_caption": PAIR[1]}
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "content", "images", "texts"),
-    [
-        ("mscoco_captions", "mscoco_captions/x_test_karpathy.json", COCO, "val2014", ["noise"]),
-        ("flickr30k", "flickr30k/x_test_karpathy.json", COCO, "images", ["noise"]),
-        ("flickr30k", "flickr30k/x_test_karpathy.json", COCO, "", ["noise"]),
-        ("aro_relation", "aro_relation/visual_genome_relation.json", [ARO], "images", PAIR),
-        ("aro_attribution", "aro/visual_genome_attribution.json", [ARO], "images", PAIR),
-        ("sugar_crepe", "sugar_crepe/swap_obj.json", {"7": SUGAR_CREPE}, "val2017", PAIR),
-    ],
-)
-def test_images_with_texts(name, file, content, images, texts, tmp_path):
-    image = (tmp_path / file).parent / images / "a.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(png())
-    (tmp_path / file).write_text(json.dumps(content))
-    data = suite.open_data_set(BY_NAME[name], tmp_path)
-    assert data.load(0)[1] == texts
-    assert data.key(0) == str(image)
-    with pytest.raises(Missing, match="has no train split"):
-        suite.open_data_set(BY_NAME[name], tmp_path, "train")
-
-
-def test_captions_in_tars(tmp_path):
-    folder = tmp_path / "wds_mscoco_captions"
-    (folder / "test").mkdir(parents=True)
-    (folder / "dataset_type.txt").write_text("retrieval")
-    write_tar(folder / "test" / "0.tar", [("0.png", png()), ("0.txt", b"one\ntwo\n")])
-    data = suite.open_data_set(BY_NAME["mscoco_captions"], tmp_path)
-    assert data.load(0) == (png(), ["one", "two"])
-
-
-def test_the_published_numbers_are_of_data_sets_and_metrics_of_the_suite():
-    text = (suite.resources.files("clip_jax.evals") / "openai_results.csv").read_text()
-    for name, metric in (line.split(",")[:2] for line in text.splitlines()[1:]):
-        assert BY_NAME[name].metric == metric
-        assert len(suite.published(name)) == len(suite.OPENAI_MODELS)
-    assert suite.published("imagenet1k") == (0.5982, 0.6332, 0.6834, 0.7554, 0.7656)
-    assert suite.published("nothing") == ()
+def test_wrong_use_is_said_before_training(animals, tmp_path):
+    with pytest.raises(InputError, match="imagenet1k is not in"):
+        SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path)).make()
+    with pytest.raises(InputError, match=r"evals\.memory_mib=-1"):
+        SuiteEvalConfig(memory_mib=-1)
+    with pytest.raises(InputError, match="two data sets are called animals"):
+        data_sets((f"folder:{animals}",) * 2, "data")
+    missing = SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path), missing="skip")
+    assert missing.make().names == ()

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.cli import arguments, commands
-from clip_jax.evals import suite, supervised
+from clip_jax.evals import catalog, linear_probe
 from tests.conftest import FLAGS, ROOT, rows
 from tests.data.conftest import make_pairs, table, write_tar
 from tests.forks import Forks
@@ -172,10 +172,10 @@ def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, caps
                 file.write_bytes(next(pictures))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    sets = [dataclasses.replace(x, classes=4) for x in suite.SUITE if x.name == "imagenet1k"]
-    monkeypatch.setattr(suite, "SUITE", tuple(sets))
-    few = functools.partial(supervised.search, lambdas=np.logspace(-2, 2, 3))
-    monkeypatch.setattr(supervised, "search", few)
+    row = dataclasses.replace(catalog._ROWS["imagenet1k"], classes=4)
+    monkeypatch.setattr(catalog, "_ROWS", {"imagenet1k": row})
+    few = functools.partial(linear_probe.search, lambdas=np.logspace(-2, 2, 3))
+    monkeypatch.setattr(linear_probe, "search", few)
     lines = in_sh([ROOT / "docs/tutorials/imagenet.md"])
     assert len(lines) == 7
     for line in lines:

@@ -13,11 +13,13 @@ import torch
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
-from clip_jax.evals import measure
+from clip_jax.evals.catalog import open_languages
 from clip_jax.evals.datasets import Labelled
 from clip_jax.evals.evaluator import Encoder
-from clip_jax.evals.languages import open_babel, open_languages
+from clip_jax.evals.languages import open_babel
+from clip_jax.evals.reader import Embedded
 from clip_jax.evals.retrieval import retrieval
+from clip_jax.evals.zero_shot import translate
 from clip_jax.models.clip import CLIP
 from tests.conftest import TINY
 
@@ -97,8 +99,8 @@ def test_recalls_of_each_language(tmp_path, monkeypatch):
     loaded = [data.load(i) for i in range(data.count)]
     seen = vectors([next(iter(answer.values()))[0] for _, answer in loaded])
     features = unit(seen + 0.25 * noise).astype(np.float32)
-    images = measure.Embedded(features, np.arange(data.count), [x for _, x in loaded], [])
-    ours = measure.translate(data, images, ENCODER)
+    images = Embedded(features, np.arange(data.count), [x for _, x in loaded], [])
+    ours = translate(data, images, ENCODER)
     # A picture is its path.
     opened = lambda path: types.SimpleNamespace(convert=lambda mode: Path(path))  # noqa: E731
     monkeypatch.setattr("PIL.Image.open", opened)
@@ -127,7 +129,7 @@ def test_zero_shot_of_a_language(monkeypatch):
     language = "ne"  # of fewer classes
     texts = Path(builder.__file__).parent
     labels = np.random.default_rng(5).integers(0, 1_000, 600)
-    imagenet = Labelled([""] * 1_000, [], 600, lambda i: ("", int(labels[i])))
+    imagenet = Labelled(600, lambda i: ("", int(labels[i])), [""] * 1_000, [])
     data = open_babel(imagenet, texts, (language,))
     indices, names = json.loads((texts / "babel_imagenet.json").read_text())[language.upper()]
     prompts_of = json.loads((texts / "nllb_dist13b_prompts.json").read_text())[language.upper()]
@@ -139,8 +141,8 @@ def test_zero_shot_of_a_language(monkeypatch):
     noise = np.random.default_rng(6).standard_normal((600, 16))
     features = np.stack([weights.get(x, np.zeros(16)) for x in labels]) + 1.2 * unit(noise)
     features = unit(features).astype(np.float32)
-    images = measure.Embedded(features, np.arange(600), list(labels), [])
-    ours = measure.translate(data, images, ENCODER)
+    images = Embedded(features, np.arange(600), list(labels), [])
+    ours = translate(data, images, ENCODER)
     mine = np.flatnonzero(np.isin(labels, indices))
 
     class Loader(list):

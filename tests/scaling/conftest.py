@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.config import load_config
-from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.scaling.answers import CollectConfig, collect
 from clip_jax.scaling.ladder import LadderConfig, grid
 from clip_jax.scaling.rules import BranchesConfig

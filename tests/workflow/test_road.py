@@ -67,7 +67,7 @@ def test_a_server_answers_finishes_what_is_pending_at_sigterm_and_exits(one, sta
 LADDER = """\
 from dataclasses import replace
 from clip_jax.scaling.ladder import LadderConfig
-from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from tests.conftest import tiny_digits
 
 def get_ladder():

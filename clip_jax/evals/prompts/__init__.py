@@ -1,13 +1,10 @@
-"""Class names and templates as published, and what phrasing does to accuracy.
+"""Class names and templates as published, and how much the phrasing matters.
 
 The data files are CLIP_benchmark's (see NOTICE), ImageNet's names and its 80 templates OpenAI's.
-Sensitivity and greedy selection follow OpenAI's prompt-engineering notebook.
 """
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
@@ -31,9 +28,9 @@ def class_names(data_set: str) -> list[str] | None:
     return _data("class_names.json").get(data_set)
 
 
-def templates(data_set: str) -> list[str] | None:
-    """Return the published templates, with `{c}` where the class goes; None without any."""
-    return _data("templates.json").get(data_set)
+def templates(data_set: str) -> list[str]:
+    """Return the published templates, with `{c}` where the class goes, or a plain one."""
+    return _data("templates.json").get(data_set) or [PLAIN_TEMPLATE]
 
 
 @functools.cache
@@ -48,13 +45,17 @@ def fill(template: str, name: str) -> str:
     return template.replace("{c}", name).replace("{}", name)
 
 
-def read_templates(path: Place) -> list[str]:
-    """Read one template a line. Raises InputError for a line without a place for the class."""
+def read_text(path: Place) -> str:
+    """Read a file that a person wrote. Raises InputError where it is not there or is no text."""
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as text: {error}") from error
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
+
+
+def read_templates(path: Place) -> list[str]:
+    """Read one template a line. Raises InputError for a line without `{c}` for the class."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if "{c}" not in line and "{}" not in line:
             raise InputError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
@@ -71,72 +72,20 @@ def ensemble(
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """How much the phrasing matters: top-1 accuracies."""
-
-    of_template: dict[str, float]  # each alone
-    ensemble: float  # of all of them
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(list(self.of_template.values())))
-
-    @property
-    def spread(self) -> float:
-        """Best minus worst template."""
-        return max(self.of_template.values()) - min(self.of_template.values())
-
-    @property
-    def gain(self) -> float:
-        """What the ensemble adds to a template's mean accuracy."""
-        return self.ensemble - self.mean
-
-    def values(self) -> dict[str, float]:
-        return {
-            "templates/mean": self.mean, "templates/spread": self.spread,
-            "templates/ensemble": self.ensemble, "templates/gain": self.gain,
-        }  # fmt: skip
-
-
 def sensitivity(
     image_features: Float[np.ndarray, "B E"],
     labels: Int[np.ndarray, " B"],
     features: Float[np.ndarray, "templates classes E"],
-    templates: Sequence[str],
-) -> Sensitivity:
-    """Measure every template alone and all together."""
-    alone = {
-        template: _accuracy(image_features, labels, weights)
-        for template, weights in zip(templates, features, strict=True)
-    }
-    return Sensitivity(alone, _accuracy(image_features, labels, ensemble(features)))
+) -> tuple[dict[str, float], list[float]]:
+    """Return how much the phrasing matters: the mean top-1 accuracy of single templates, best minus
+    worst, the accuracy of all together and what that adds to the mean; and that of each alone."""
 
+    def accuracy(weights: Float[np.ndarray, "classes E"]) -> float:
+        return float(((image_features @ weights.T).argmax(axis=1) == labels).mean())
 
-def greedy_selection(
-    image_features: Float[np.ndarray, "B E"],
-    labels: Int[np.ndarray, " B"],
-    features: Float[np.ndarray, "templates classes E"],
-) -> list[int]:
-    """Choose templates for validation images: the best one, then whichever helps most, while any
-    does. Returns their indices in that order."""
-    chosen: list[int] = []
-    best = -1.0
-    while len(chosen) < len(features):
-        rest = [i for i in range(len(features)) if i not in chosen]
-        accuracies = [
-            _accuracy(image_features, labels, ensemble(features[[*chosen, i]])) for i in rest
-        ]
-        if max(accuracies) <= best:
-            break
-        best = max(accuracies)
-        chosen.append(rest[int(np.argmax(accuracies))])
-    return chosen
-
-
-def _accuracy(
-    image_features: Float[np.ndarray, "B E"],
-    labels: Int[np.ndarray, " B"],
-    weights: Float[np.ndarray, "classes E"],
-) -> float:
-    return float(((image_features @ weights.T).argmax(axis=1) == labels).mean())
+    alone, together = [accuracy(weights) for weights in features], accuracy(ensemble(features))
+    mean = float(np.mean(alone))
+    return {
+        "templates/mean": mean, "templates/spread": max(alone) - min(alone),
+        "templates/ensemble": together, "templates/gain": together - mean,
+    }, alone  # fmt: skip

@@ -1,21 +1,18 @@
-"""Results for people and for other programs: a table, CLIP_benchmark's CSV, Markdown, pictures."""
+"""Results on data sets, for people and other programs: CLIP_benchmark's CSV, Markdown, pictures."""
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from clip_jax.data.images import ImageLike, center_crop, decode
 from clip_jax.display import plain
-from clip_jax.errors import InputError
-from clip_jax.evals.datasets import Labelled
-from clip_jax.evals.measure import Outcome
-from clip_jax.evals.pictures import contact_sheet, with_probabilities
-from clip_jax.evals.suite import OPENAI_MODELS, SUITE, published
+from clip_jax.evals.catalog import OPENAI_MODELS, SUITE, published
+from clip_jax.evals.datasets import Data
+from clip_jax.evals.pictures import contact_sheet, new_figure, save, with_probabilities
+from clip_jax.evals.reader import Outcome
 from clip_jax.storage.files import Place, write_whole
 
 COLUMNS = (
@@ -25,15 +22,9 @@ COLUMNS = (
 )  # fmt: skip
 _METRIC = {row.name: row.metric for row in SUITE}
 _USUAL = (
-    "templates/selected",
-    "mean/acc1",
-    "mean/image_retrieval_recall@5",
-    "acc1",
-    "image_retrieval_recall@5",
-    "acc",
+    "mean/acc1", "mean/image_retrieval_recall@5", "acc1", "image_retrieval_recall@5", "acc",
     "linear_probe/acc1",
-    "info_nce",
-)
+)  # fmt: skip
 _WORST = 12  # classes of the confusion matrix
 
 Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the order of the report
@@ -42,10 +33,8 @@ Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the ord
 def main_metric(name: str, outcome: Outcome) -> str:
     """Return the metric by which the CLIP paper reports a data set; of a probe likewise."""
     wanted = _METRIC.get(name, "")
-    for metric in (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values):
-        if metric in outcome.values:
-            return metric
-    raise InputError(f"{name} has no values.")
+    names = (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values)
+    return next(metric for metric in names if metric in outcome.values)
 
 
 def to_csv(outcomes: Outcomes, model: str) -> str:
@@ -79,41 +68,23 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
         beside = published(name) if outcome.task.startswith("zeroshot") else ()
-        value = outcome.values[metric]
-        share = not metric.startswith("info_nce")
-        cells = [f"{100 * value:.1f}" if share else f"{value:.3f}"]
-        cells += [f"{100 * x:.1f}" for x in beside] or [""] * len(OPENAI_MODELS)
+        cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
+        cells += [""] * (len(OPENAI_MODELS) + 1 - len(cells))
         lines.append(f"| {name} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def to_table(values: Mapping[str, float]) -> str:
     """Draw names and numbers for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("evaluation")
-    table.add_column("value", justify="right")
-    for name, value in values.items():
-        table.add_row(name, f"{value:.4f}")
-    file = io.StringIO()
-    Console(file=file, width=100, color_system=None).print(table)
-    return file.getvalue().rstrip()
+    width = max(map(len, values), default=0)
+    return "\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items())
 
 
-def write(
-    directory: Place, values: Mapping[str, float], outcomes: Outcomes, model: str
-) -> None:  # fmt: skip
-    """Write `result.json`; of data sets `results.csv`, `results.md`, and each one's templates.
-
-    `NAME/templates.csv` has the accuracy of each alone, the best first; `NAME/templates.txt` those
-    chosen, for `--templates`.
-    """
-    write_whole(directory / "result.json", json.dumps(dict(values), indent=1))
-    if outcomes:
-        write_whole(directory / "results.csv", to_csv(outcomes, model))
-        write_whole(directory / "results.md", to_markdown(outcomes, model))
+def write(directory: Place, outcomes: Outcomes, model: str) -> None:
+    """Write `results.csv`, `results.md`, and of each data set with several templates the accuracy
+    of each alone, the best first, in `NAME/templates.csv`."""
+    write_whole(directory / "results.csv", to_csv(outcomes, model))
+    write_whole(directory / "results.md", to_markdown(outcomes, model))
     for name, outcome in outcomes:
         if outcome.of_template:
             file = io.StringIO()
@@ -121,27 +92,19 @@ def write(
             writer.writerow(("template", "acc1"))
             writer.writerows(sorted(outcome.of_template.items(), key=lambda row: -row[1]))
             write_whole(directory / name / "templates.csv", file.getvalue())
-        if outcome.templates:
-            lines = "".join(f"{template}\n" for template in outcome.templates)
-            write_whole(directory / name / "templates.txt", lines)
 
 
-def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
-    """Draw `classes.png`, `confusion.png` of the worst classes and `errors.png`."""
-    directory.mkdir(parents=True, exist_ok=True)
+def draw(directory: Place, data: Data, outcome: Outcome) -> None:
+    """Draw a classification: `classes.png`, `confusion.png` of the worst classes, `errors.png`."""
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
     present, drawn = np.unique(labels), [plain(name) for name in names]
     accuracy = np.array([(predicted[labels == c] == c).mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 
     # Every class, the worst first; names only while a person can read them.
-    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((8, 4), 110, "constrained")
     axis = figure.subplots()
     axis.bar(range(len(present)), accuracy[order], width=1.0 if len(present) > 60 else 0.8)
     axis.set(ylabel="accuracy", ylim=(0, 1), title=f"{len(present)} classes, the worst first")
@@ -150,7 +113,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
         axis.set_xticks(range(len(present)), shown, rotation=90, fontsize=6)
     else:
         axis.set_xlabel("class")
-    figure.savefig(directory / "classes.png")
+    save(figure, directory / "classes.png")
 
     # The worst classes against what they are taken for.
     worst = present[order[:_WORST]]
@@ -159,8 +122,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     busiest = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[: 2 * _WORST])
     columns, counts = columns[busiest], counts[:, busiest]
     size = (2.5 + 0.35 * len(columns), 2.5 + 0.3 * len(worst))
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, 110, "constrained")
     axis = figure.subplots()
     axis.imshow(counts, cmap="Blues")
     for (row, column), value in np.ndenumerate(counts):
@@ -171,7 +133,7 @@ def draw(directory: Path, data: Labelled, outcome: Outcome) -> None:
     axis.set_xticks(range(len(columns)), [drawn[c] for c in columns], rotation=90, fontsize=7)
     axis.set_yticks(range(len(worst)), [drawn[c] for c in worst], fontsize=7)
     axis.set(xlabel="taken for", ylabel="is", title="The worst classes")
-    figure.savefig(directory / "confusion.png")
+    save(figure, directory / "confusion.png")
 
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # from all over: data sets lie class by class

@@ -1,4 +1,4 @@
-"""Held-out pairs during training: what their embeddings give, the same each time."""
+"""Held-out pairs during training: their numbers, by definition and the same each time."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,11 @@ import pytest
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.errors import InputError
-from clip_jax.evals.alignment import diagnostics
-from clip_jax.evals.pairs import PairsEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig, info_nce
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.models.images import Square
 from tests.data import conftest as made
-from tests.evals.conftest import encoder_on, mesh_of
+from tests.evals.conftest import encoder_on, mesh_of, unit
 
 
 def test_the_numbers_are_those_of_the_first_pairs_each_time():
@@ -29,7 +28,7 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     ).batches()  # fmt: skip
     images, texts = encoder.images(next(batches).image), encoder.texts(captions[:37])
     batches.close()
-    expected = diagnostics(images, texts, encoder.logit_scale, mesh, pool=13)
+    expected = {"info_nce": info_nce(images, texts, encoder.logit_scale, 13)}
     expected |= retrieval(images, texts, np.arange(37), mesh)
     assert first == pytest.approx(expected, rel=1e-5)
     assert 1 < first["info_nce"] < 5
@@ -46,3 +45,19 @@ def test_wrong_values_are_explained():
         PairsEvalConfig(pairs=8, pool=9)
     with pytest.raises(ValueError, match="must be 'center'"):
         PairsEvalConfig(data=DataConfig())
+
+
+def textbook_loss(images, texts, scale):
+    logits = scale * images.astype(np.float64) @ texts.T.astype(np.float64)
+    sums = [np.log(np.exp(logits).sum(axis=axis)) for axis in (0, 1)]
+    return float((sum(sums) / 2 - np.diag(logits)).mean())
+
+
+def test_info_nce_is_the_mean_of_full_pools():
+    """Of 53 pairs, one is in none."""
+    rng = np.random.default_rng(0)
+    images = unit(rng.standard_normal((53, 12)) + 0.5)
+    texts = unit(images + 0.7 * rng.standard_normal((53, 12)))
+    pools = [slice(a, a + 13) for a in (0, 13, 26, 39)]
+    expected = np.mean([textbook_loss(images[pool], texts[pool], 10.0) for pool in pools])
+    assert info_nce(images, texts, 10.0, 13) == pytest.approx(expected, rel=1e-5)

@@ -7,8 +7,8 @@ import pytest
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
-from clip_jax.evals.captions import captions, likelihood, loss_per_token, writer
-from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.captioning import captions, log_likelihood, loss_per_token, write
+from clip_jax.evals.evaluator import Encoder, compiled
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
 from tests.conftest import COCA, batch, parameters
@@ -48,15 +48,15 @@ def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilitie
     assert loss_per_token(encoder, pixels, tokens) == pytest.approx(mean, rel=1e-5)
 
     placed = jax.device_put(images, sharding.batch_sharding(encoder.mesh))
-    got = likelihood(encoder.model, encoder.mesh)(texts)(encoder.params, placed)
+    score = compiled(log_likelihood, encoder.model, encoder.mesh, mesh=encoder.mesh)
+    got = score(encoder.params, placed, texts)
     np.testing.assert_allclose(np.ravel(got), (gains * real).sum(1), rtol=1e-5)
 
 
 def test_captions_are_written_on_the_mesh(encoder, log_probabilities):
     """Greedily: each token is the most probable after those before it, up to the end of text."""
     pixels, generation = batch(COCA, 16)["image"][:5], GenerationConfig(min_length=1)
-    write = writer(encoder.model, encoder.mesh, generation)
-    ids = sharding.in_batches(write, encoder.mesh, encoder.params, pixels)
+    ids = encoder.compute(write, pixels, generation=generation)
     assert captions(encoder, pixels, generation) == encoder.read(ids)
     of_all = log_probabilities(pixels[np.arange(12) % 5], ids[np.arange(12) % 5])
     free = np.cumsum(ids == COCA.text.end_id, axis=1)[:, :-2] == 0  # the last is always the end

@@ -1,0 +1,106 @@
+"""Captions on the whole mesh: written, and how probable given texts are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from clip_jax import sharding
+from clip_jax.evals import prompts
+from clip_jax.evals.caption_scores import bleu, cider
+from clip_jax.evals.datasets import Captioned, Labelled, Missing
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.reader import Outcome, Splits
+from clip_jax.evals.zero_shot import classification
+from clip_jax.losses import Axes, CaptionConfig, caption_loss
+from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.models.images import Images
+
+_AXES = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
+
+
+def describe(splits: Splits, generation: GenerationConfig) -> Outcome:
+    """Write a caption for each image, greedily unless told otherwise, and compare with its own.
+
+    Missing where the images have no captions.
+    """
+    if not isinstance(splits.open("test"), Captioned):
+        raise Missing("the images have no captions of their own.")
+    images = splits.compute("test", write, generation=generation)
+    captions = splits.encoder.read(images.features)
+    values = {f"bleu{n}": x for n, x in enumerate(bleu(captions, images.answers), 1)}
+    values["cider"] = cider(captions, images.answers)
+    return Outcome("captioning", values, images.skipped)
+
+
+def classify_by_likelihood(splits: Splits) -> Outcome:
+    """Classify every image by which class's prompt the decoder finds most probable, given it.
+
+    Of the templates the first. Missing where the images have no classes.
+    """
+    data, encoder = splits.open("test"), splits.encoder
+    if not isinstance(data, Labelled):
+        raise Missing("the images have no classes.")
+    tokens = encoder.tokenize([prompts.fill(data.templates[0], name) for name in data.names])
+    images = splits.compute("test", log_likelihood, tokens, mesh=encoder.mesh)
+    values = classification(images.features, images.labels)
+    return Outcome(
+        "likelihood_classification", {f"likelihood/{name}": x for name, x in values.items()},
+        images.skipped,
+    )  # fmt: skip
+
+
+def captions(encoder: Encoder, images: Images, generation: GenerationConfig) -> list[str]:
+    """Describe images that every process has."""
+    return encoder.read(encoder.compute(write, images, generation=generation))
+
+
+def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B L"]) -> float:
+    """Return the caption loss of pairs that every process has: the mean of all tokens."""
+    rows = encoder.compute(loss_of_text, images, tokens, mesh=encoder.mesh)
+    real = tokens[:, 1:] != encoder.model.config.text.tokenizer.pad_id
+    return float(rows.sum() / max(real.sum(), 1))
+
+
+def write(
+    model: CLIP, params: Params, images: Images, *, generation: GenerationConfig
+) -> Int[Array, "B L"]:
+    """Write a caption for each image, as token ids."""
+    _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
+    return generate(model, params, image_tokens, generation)
+
+
+def loss_of_text(
+    model: CLIP, params: Params, images: Images, tokens: Int[Array, "B L"], *,
+    mesh: Mesh,
+) -> Float[Array, " B"]:  # fmt: skip
+    """Return the loss of each image's own text, summed over its tokens."""
+    _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
+    return _loss(model, mesh, params, image_tokens, tokens)
+
+
+def log_likelihood(
+    model: CLIP, params: Params, images: Images, tokens: Int[Array, "T L"], *,
+    mesh: Mesh,
+) -> Float[Array, "B T"]:  # fmt: skip
+    """Return log p(text | image) of all images and all of some texts."""
+    _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
+
+    def one(text: Int[Array, " L"]) -> Float[Array, " B"]:
+        rows = model.layout.constrain(jnp.broadcast_to(text, (len(image_tokens), len(text))))
+        return -_loss(model, mesh, params, image_tokens, rows)
+
+    return jax.lax.map(one, tokens).T
+
+
+def _loss(
+    model: CLIP, mesh: Mesh, params: Params, image_tokens: Array, tokens: Int[Array, "B L"]
+) -> Float[Array, " B"]:
+    _, states = model.encode_text_and_write(params, tokens, image_tokens)
+    return caption_loss(
+        model.layout.constrain(states), params["decoder"]["vocab_projection"], tokens[:, 1:],
+        pad_id=model.config.text.tokenizer.pad_id, chunk_size=CaptionConfig().chunk_size,
+        mesh=mesh, axes=_AXES,
+    )  # fmt: skip

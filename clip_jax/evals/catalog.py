@@ -1,0 +1,321 @@
+"""The data sets that can be named: the CLIP paper's (tables 9 and 11), each with its names and
+metric; ARO and SugarCrepe; those in many languages; and anybody's own, as KIND:PATH.
+
+A data set is looked for under one root, by name: CLIP_benchmark's WebDataset layout
+(`NAME/test/*.tar`, or `wds_NAME`), a folder of classes (`NAME/test/CLASS/` or `NAME/CLASS/`),
+or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
+"""
+
+import csv
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from clip_jax.errors import InputError
+from clip_jax.evals import languages, prompts
+from clip_jax.evals.compositions import open_aro, open_sugar_crepe
+from clip_jax.evals.datasets import (
+    Data,
+    Labelled,
+    Missing,
+    OpenSplit,
+    Split,
+    Tagged,
+    Translated,
+    open_captions,
+    open_folder,
+    open_tfds,
+    open_voc,
+    open_webdataset,
+    split_folder,
+)  # fmt: skip
+from clip_jax.evals.evaluator import say
+from clip_jax.storage import files
+from clip_jax.storage.files import Place, matching
+
+# Columns of openai_results.csv (see NOTICE).
+OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One row of the suite."""
+
+    name: str  # CLIP_benchmark's
+    classes: int = 0  # 0: texts instead of classes
+    tfds: str = ""  # builder[/config]; empty: TFDS has none that works without TensorFlow
+    split: Split = "test"  # TFDS's for the test
+    metric: str = "acc1"  # the paper's choice
+    published: bool = False  # TFDS's order of classes is that of the published names
+    folders: tuple[str, str] = ("", "")  # first and last, where theirs is; numbered ones always are
+    named_like: str = ""  # whose published names TFDS's order has; empty: its own
+    like: str = ""  # whose templates, and names unless said otherwise; empty: its own
+    source: str = ""  # where a folder of it comes from
+
+    @property
+    def prompts(self) -> str:
+        return self.like or self.name
+
+    @property
+    def is_voc(self) -> bool:
+        return self.metric == "mean_average_precision_11"
+
+
+_MEAN = "mean_per_class_recall"
+_R5 = "image_retrieval_recall@5"
+SUITE = (
+    DataSet("imagenet1k", 1_000, "imagenet2012", "validation", published=True),
+    DataSet("imagenetv2", 1_000, "imagenet_v2", published=True, like="imagenet1k"),
+    DataSet("imagenet-a", 200, like="imagenet1k", source="hendrycks/natural-adv-examples"),
+    DataSet("imagenet-r", 200, like="imagenet1k", source="hendrycks/imagenet-r"),
+    DataSet("imagenet_sketch", 1_000, "imagenet_sketch", published=True, like="imagenet1k"),
+    DataSet("objectnet", 113, like="imagenet1k", source="objectnet.dev"),
+    DataSet("cifar10", 10, "cifar10"),
+    DataSet("cifar100", 100, "cifar100"),
+    DataSet("food101", 101, "food101", "validation"),
+    DataSet("birdsnap", 500, source="thomasberg.org/datasets/birdsnap"),
+    DataSet("sun397", 397, "sun397"),
+    DataSet("cars", 196, "cars196"),
+    DataSet("fgvc_aircraft", 100, metric=_MEAN, source="robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
+    DataSet("voc2007", 20, source="CLIP_benchmark's export: objects cut out by their boxes"),
+    DataSet("voc2007_multilabel", 20, "voc/2007", metric="mean_average_precision_11",
+            like="voc2007", source="host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    DataSet("dtd", 47, "dtd"),
+    DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published=True),
+    DataSet("caltech101", 102, "caltech101", metric=_MEAN, published=True,
+            named_like="caltech101_vtab", folders=("BACKGROUND_Google", "yin_yang")),
+    DataSet("flowers", 102, "oxford_flowers102", metric=_MEAN, published=True),
+    DataSet("mnist", 10, "mnist", published=True),
+    DataSet("fer2013", 7, folders=("angry", "surprise"),
+            source="kaggle.com/datasets/msambare/fer2013"),
+    DataSet("stl10", 10, "stl10"),
+    DataSet("eurosat", 10, "eurosat/rgb", "train", published=True,
+            folders=("AnnualCrop", "SeaLake")),
+    DataSet("resisc45", 45, "resisc45", "train"),
+    DataSet("gtsrb", 43, source="benchmark.ini.rub.de"),
+    DataSet("kitti_closest_vehicle_distance", 4, source="CLIP_benchmark's export"),
+    DataSet("country211", 211, folders=("AD", "ZW"),
+            source="github.com/openai/CLIP/blob/main/data/country211.md"),
+    DataSet("pcam", 2, "patch_camelyon", published=True),
+    DataSet("ucf101", 101, source="crcv.ucf.edu/data/UCF101.php: the middle frame of each video"),
+    DataSet("clevr_count_all", 8, source="CLIP_benchmark's export: counts of 3 to 10"),
+    DataSet("svhn", 10, "svhn_cropped", published=True),
+    DataSet("hateful_memes", 2, metric="roc_auc",
+            source="hatefulmemeschallenge.com, by label: 0 harmless, 1 hateful"),
+    DataSet("renderedsst2", 2, source="github.com/openai/CLIP/blob/main/data/rendered-sst2.md"),
+    DataSet("mscoco_captions", metric=_R5,
+            source="cocodataset.org (val2014) and coco_test_karpathy.json"),
+    DataSet("flickr30k", metric=_R5, source="Flickr30k's images and flickr30k_test_karpathy.json"),
+    DataSet("aro_relation", metric="acc_macro", source="visual_genome_relation.json and images/ of "
+            "github.com/mertyg/vision-language-models-are-bows"),
+    DataSet("aro_attribution", metric="acc_macro", source="visual_genome_attribution.json and "
+            "images/ of github.com/mertyg/vision-language-models-are-bows"),
+    DataSet("sugar_crepe", metric="acc", source="the .json of github.com/RAIVNLab/sugar-crepe and "
+            "COCO's val2017/"),
+)  # fmt: skip
+
+
+def published(name: str) -> tuple[float, ...]:
+    """Return what OpenAI's `OPENAI_MODELS` reach on a data set, by open_clip's measurement."""
+    return _published().get(name, ())
+
+
+@functools.cache
+def _published() -> dict[str, tuple[float, ...]]:
+    text = resources.files("clip_jax.evals").joinpath("openai_results.csv").read_text()
+    rows = csv.reader(text.splitlines()[1:])
+    return {name: tuple(float(x) for x in values) for name, _, *values in rows}
+
+
+# In many languages: the folders where each may be, and its source.
+_CAPTIONS = {
+    "xtd10": (("xtd10", "multilingual_mscoco"), "adobe-research/Cross-lingual-Test-Dataset-XTD10"),
+    "xtd200": (("xtd200",), "visheratin/nllb-clip, data/xtd200"),
+    "flickr30k-200": (("flickr30k-200",), "visheratin/nllb-clip, data/flickr30k-200"),
+    "crossmodal3600": (("crossmodal3600", "xm3600"), "google.github.io/crossmodal-3600"),
+}
+_ROWS = {row.name: row for row in SUITE}
+_NAMES = (*_ROWS, languages.BABEL, *_CAPTIONS)
+_KINDS = ("folder", "webdataset", "aro", "sugar_crepe", "languages")
+
+
+def data_sets(
+    names: Sequence[str], data_dir: str, codes: Sequence[str] = (), skip: bool = False
+) -> dict[str, OpenSplit]:
+    """Return what opens the splits of each data set, by name; without `names` of the whole suite
+    those that are below `data_dir`, while the others are named with how to get them.
+
+    `codes` are the languages of data sets in many, by default all. Raises InputError for a named
+    one that is not on disk, and where none is, unless `skip` says to go on without.
+    """
+    opened: dict[str, OpenSplit] = {}
+    for text in names or _ROWS:
+        kind, _, path = text.partition(":")
+        if not path and text not in _NAMES:
+            raise InputError(
+                f"no data set {text!r}; say {', '.join(f'{k}:PATH' for k in _KINDS)} or one of "
+                f"{', '.join(_NAMES)}."
+            )
+        if path:
+            own = files.place(path)
+            name = _name(own) if own.is_dir() else own.stem
+            open_split = functools.partial(_open_own, kind, own, codes)
+        else:
+            name = text
+            open_split = functools.partial(_open_named, name, files.place(data_dir), codes)
+        open_split = functools.cache(open_split)
+        try:
+            open_split("test")  # wrong use is said before a model is loaded
+        except Missing as error:
+            if names and not skip:
+                raise InputError(str(error)) from error
+            say(f"left out: {error}")
+            continue
+        if name in opened:
+            raise InputError(f"two data sets are called {name}; rename a folder, or measure one.")
+        opened[name] = open_split
+    if not opened and not skip:
+        raise InputError(
+            f"none of the suite's {len(SUITE)} data sets is in {data_dir} (--data-dir)."
+        )
+    return opened
+
+
+def _name(folder: Place) -> str:
+    return folder.absolute().name if isinstance(folder, Path) else folder.name
+
+
+def _open_own(kind: str, path: Place, codes: Sequence[str], split: Split) -> Data:
+    """Open somebody's own data of a kind. Missing where it has no such split."""
+    if kind not in _KINDS:
+        raise InputError(
+            f"--dataset {kind}:{path} is of no known kind; say {', '.join(_KINDS)}, as in "
+            "folder:PATH."
+        )
+    if kind in ("folder", "webdataset"):
+        part = split_folder(path, split)
+        if part is None:
+            raise Missing(f"{path} has no {split} split; put it in {path / split}.")
+        if kind == "folder":
+            return open_folder(part, name=_name(path))
+        return open_webdataset(path, split="test" if part == path else part.name)
+    _check_is_test(str(path), split)
+    if kind == "aro":
+        return open_aro(path, path.parent / "images")
+    if kind == "languages":
+        return languages.open_translated(path, codes)
+    return open_sugar_crepe(path)
+
+
+def _check_is_test(name: str, split: Split) -> None:
+    if split != "test":
+        raise Missing(f"{name} has no {split} split.")
+
+
+def _open_named(name: str, root: Place, codes: Sequence[str], split: Split) -> Data:
+    if name in _ROWS:
+        return open_data_set(_ROWS[name], root, split)
+    _check_is_test(name, split)
+    return open_languages(name, root, codes)
+
+
+def open_languages(name: str, root: Place, codes: Sequence[str] = ()) -> Translated:
+    """Open a data set in many languages below `root`, in these or all that it has.
+
+    Missing says where it was looked for; raises InputError for files of another shape.
+    """
+    if name == languages.BABEL:
+        imagenet = open_data_set(_ROWS["imagenet1k"], root)
+        assert isinstance(imagenet, Labelled)
+        return languages.open_babel(imagenet, languages.babel_folder(root), codes)
+    folders, source = _CAPTIONS[name]
+    for folder in (root / x for x in folders):
+        if folder.is_dir():
+            return languages.open_translated(folder, codes)
+    raise Missing(f"{name} is not in {root}: put {source} in {root / folders[0]}, images/ there.")
+
+
+def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
+    """Open one data set of the suite under `root`. Missing says where it was looked for and how to
+    get it.
+
+    InputError when the one on disk has another number of classes than the data set.
+    """
+    data = _open_row(row, root, split)
+    if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
+        raise InputError(f"{row.name} has {row.classes} classes, the one in {root} "
+                         f"{len(data.names)}.")  # fmt: skip
+    return data
+
+
+def _open_row(row: DataSet, root: Place, split: Split) -> Data:
+    folder, exists = root / row.name, False
+    for tars in (folder, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
+        part = split_folder(tars, split)
+        if part and part != tars and any(part.glob("*.tar")):
+            return open_webdataset(tars, split=part.name)
+        exists |= any((tars / "test").glob("*.tar"))
+    if not row.classes:
+        _check_is_test(row.name, split)
+        return _open_texts(row, root)
+    if row.is_voc:
+        for devkit in (folder, root / "VOCdevkit" / "VOC2007"):
+            if (devkit / "ImageSets").is_dir():
+                return open_voc(devkit, split=split)
+    if row.tfds and (versions := sorted((root / row.tfds).glob("*/dataset_info.json"))):
+        name = row.split if split == "test" else split
+        if split != "test" and name == row.split:  # EuroSAT's only split is the test here
+            raise Missing(f"{row.name} has no {split} split apart from its test.")
+        names = prompts.class_names(row.named_like or row.prompts) if row.published else None
+        templates = prompts.templates(row.prompts)
+        return open_tfds(versions[-1].parent, split=name, names=names, templates=templates)
+    part = split_folder(folder, split) if folder.is_dir() else None
+    if part and any(entry.is_dir() for entry in part.iterdir()):
+        return open_folder(part, name=row.prompts, names=_names_of_folders(row, part))
+    if (exists or folder.is_dir()) and split != "test":
+        raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
+    raise Missing(_advice(row, root))
+
+
+def _names_of_folders(row: DataSet, folder: Place) -> Sequence[str] | None:
+    """Return the published names where the folders are the ones that they stand for."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    matches = (names[0], names[-1]) == row.folders and len(names) == row.classes
+    return prompts.class_names(row.prompts) if matches else None
+
+
+def _open_texts(row: DataSet, root: Place) -> Data:
+    folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
+    if row.name.startswith("aro_"):
+        file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
+        for aro in (folder, parent):
+            if (aro / file).is_file():
+                return open_aro(aro / file, aro / "images")
+    elif row.name == "sugar_crepe":
+        if matching(folder, "*.json"):
+            return open_sugar_crepe(folder)
+    elif annotations := matching(folder, "*test_karpathy.json"):
+        images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
+        return open_captions(annotations[0], images[0])
+    raise Missing(
+        f"{row.name}: put {row.source} in {folder}"
+        + (", the images in val2014/ or images/ there." if row.metric == _R5 else ".")
+    )
+
+
+def _advice(row: DataSet, root: Place) -> str:
+    ways = []
+    if row.tfds:
+        ways.append(
+            f"python -m tensorflow_datasets build {row.tfds} --data_dir {root} "
+            "--file_format array_record"
+        )
+    if row.is_voc:
+        ways.append(f"VOC2007 from {row.source} as {root}/VOCdevkit/VOC2007")
+    else:
+        origin = f" (from {row.source})" if row.source else ""
+        ways.append(f"a folder for each class in {root / row.name}/test{origin}")
+        ways.append(f"CLIP_benchmark's tars in {root / row.name}/test")
+    return f"{row.name} is not in {root}: " + "; or ".join(ways) + "."

@@ -1,0 +1,99 @@
+"""Pairs held out from training: the loss among them, and retrieval."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import logsumexp
+
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.evals.captioning import loss_per_token
+from clip_jax.evals.evaluator import Encoder, embed_texts
+from clip_jax.evals.retrieval import retrieval
+from clip_jax.storage.files import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsEvalConfig:
+    """The first pairs of a source that training does not see, always the same."""
+
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(source=DigitsConfig(split="test"), crop="center")
+    )  # where the pairs come from
+    pairs: int = 1_024  # how many
+    # How many compete in info_nce: the loss grows with their logarithm, so runs that are compared
+    # must share it.
+    pool: int = 1_024
+    every_steps: int = 1_000  # steps between evaluations; the last step always counts
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")
+        if self.pool > self.pairs:
+            raise InputError(f"evals.pool={self.pool} must be at most pairs={self.pairs}.")
+        if self.data.crop != "center":
+            raise InputError("data.crop of held-out pairs must be 'center', not 'random'.")
+
+    def make(self) -> "PairsEvaluator":
+        return PairsEvaluator(self)
+
+
+class PairsEvaluator:
+    """Yields `info_nce`, the recalls, and a decoder's `caption_loss`."""
+
+    def __init__(self, config: PairsEvalConfig) -> None:
+        self.config, self.every_steps = config, config.every_steps
+        count = len(open_source(config.data.source, 32))
+        if count < config.pairs:  # they would come twice, in one pool
+            raise InputError(
+                f"evals.pairs={config.pairs}, but their source has {count}; set evals.pairs and "
+                "evals.pool to no more than that."
+            )
+        self._read: Batch | None = None
+
+    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+        """Embed all pairs and measure them."""
+        batch = self._batch(encoder)
+        images, texts = encoder.images(batch.image), encoder.compute(embed_texts, batch.text)
+        yield "info_nce", info_nce(images, texts, encoder.logit_scale, self.config.pool)
+        yield from retrieval(images, texts, np.arange(len(images)), encoder.mesh).items()
+        if encoder.model.config.decoder is not None:
+            yield "caption_loss", loss_per_token(encoder, batch.image, batch.text)
+
+    def _batch(self, encoder: Encoder) -> Batch:
+        """The pairs, read at the first evaluation: a run has one way of reading them."""
+        if self._read is None:
+            config = encoder.model.config
+            batches = build(
+                self.config.data,
+                tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
+                image_spec=config.vision.image_spec,
+                context_length=config.text.context_length,
+                batch_size=self.config.pairs,
+            ).batches()
+            with contextlib.closing(batches):
+                self._read = next(batches)
+        return self._read
+
+
+def info_nce(
+    image_features: Float[np.ndarray, "B E"],
+    text_features: Float[np.ndarray, "B E"],
+    logit_scale: float,
+    pool: int,
+) -> float:
+    """Return the symmetric contrastive loss among `pool` pairs, averaged over pools of that size.
+
+    Unit vectors; `logit_scale` is the factor itself, not its logarithm. Pools are consecutive
+    pairs; what does not fill a last one is left out, since fewer negatives are an easier task.
+    """
+    losses = []
+    for start in range(0, len(image_features) - pool + 1, pool):
+        rows = slice(start, start + pool)
+        logits = logit_scale * image_features[rows] @ text_features[rows].T
+        both = logsumexp(logits, axis=0) + logsumexp(logits, axis=1)
+        losses.append((both / 2 - np.diagonal(logits)).mean())
+    return float(np.mean(losses))
