@@ -149,10 +149,7 @@ def _read_blocks(source: BlockSource) -> Read:
         if not records:
             at = int(order.integers(len(sizes)))
             records.extend(source.fetch(int(ends[at] - sizes[at]), int(ends[at])))
-        record = records.pop()
-        if isinstance(record, SampleError):
-            raise record
-        return record.load(rng)
+        return records.pop().load(rng)
 
     return read
 

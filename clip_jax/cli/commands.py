@@ -9,7 +9,6 @@ import difflib
 import errno
 import functools
 import os
-import re
 import select
 import signal
 import sys
@@ -353,11 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return _together(code)
     except InputError as error:
-        says = str(error)
-        if args[0] in ("embed", "prepare"):  # whose source is the argument SOURCE
-            says = re.sub(r"(--)?data\.source\.path", "SOURCE", says)
-            says = says.replace("--data.source.", "--")
-        return _together(_say(says, code=2))
+        return _together(_say(str(error), code=2))
     except Unreachable as error:
         return _together(_say(f"{error}. What was saved is intact.", code=75))
     except KeyboardInterrupt:

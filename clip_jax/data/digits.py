@@ -121,6 +121,9 @@ class DigitsConfig:
         _check_digits(self.digits)
         check_ranges(self, "source.", samples="[1, inf)", split_seed="[0, inf)")
 
+    def open(self, image_size: int, _: tuple[int, int]) -> "DigitsSource":
+        return DigitsSource(self, image_size)
+
 
 def _check_digits(digits: int) -> None:
     if not 1 <= digits <= _MAX_DIGITS:

@@ -8,7 +8,6 @@ a resumed run needs to know.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import signal
@@ -26,7 +25,7 @@ from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, join
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
 from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
-from clip_jax.data.sources import BlockSource, Record, SampleError, Source, blocks_of
+from clip_jax.data.sources import AnyRecord, BlockSource, SampleError, Source, blocks_of, digest
 from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import Images, ImageSpec
@@ -109,7 +108,10 @@ def open_source(config: SourceConfig, image_size: int, process: tuple[int, int] 
     `process` is which of several processes' this is: they share the building of an index.
     """
     if isinstance(config, MixtureConfig):
-        members = [open_single(member.source, image_size, process) for member in config.members]
+        members = [
+            open_single(member.source, image_size, process, f"data.source.members[{i}].source")
+            for i, member in enumerate(config.members)
+        ]
         return MixtureSource(config, members)
     return open_single(config, image_size, process)
 
@@ -135,11 +137,10 @@ class Pipeline:
             _check_budget(config, cast(BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
-        """Hash the source, of a mixture each member: how many samples it has, the keys of a
-        hundred, evenly spread, and the blocks in which they are read."""
+        """Hash the source, of a mixture each member."""
         source = self._loader.source
         members = source.members if isinstance(source, MixtureSource) else [source]
-        return [_fingerprint(one, self.order == "blocks") for one in members]
+        return [digest(one, blocks=self.order == "blocks") for one in members]
 
     def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
         """Batch number `start_step` and all after it. Close the generator to end its threads.
@@ -208,16 +209,6 @@ class Pipeline:
         )
 
 
-def _fingerprint(source: Source, in_blocks: bool) -> str:
-    count = len(source)
-    indices = sorted({i * count // 100 for i in range(100)})
-    named = [str(count), *(source.key(i) for i in indices)] if count else ["0"]
-    digest = hashlib.sha256("\n".join(named).encode("utf-8", "replace"))
-    if in_blocks:
-        digest.update(blocks_of(source).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _stream_order(seed: int, streams: Streams, shuffle_blocks: int, source: Source) -> StreamOrder:
     if isinstance(source, MixtureSource):
         return source.stream_order(seed, streams, shuffle_blocks)
@@ -271,7 +262,7 @@ class _Loader:
         return _Loader, (self._config, self._spec)
 
     def __call__(
-        self, position: int, record: int, fetched: Record | SampleError | None = None
+        self, position: int, record: int, fetched: AnyRecord | SampleError | None = None
     ) -> Sample:
         """Load the record, unless it was `fetched` already, or the next good one."""
         skipped = []
@@ -284,10 +275,10 @@ class _Loader:
             try:
                 image, caption = self._load(candidate, here, rng)
             except SampleError as error:
-                key = here.key if isinstance(here, Record) else self.source.key(candidate)
+                key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
                 skipped.append({"position": position, "key": key, "reason": str(error)})
             else:
-                key = here.key if isinstance(here, Record) else self.source.key(candidate)
+                key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
                 return Sample(image, caption, position, key, skipped)
         raise InputError(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
@@ -295,7 +286,7 @@ class _Loader:
         )
 
     def _load(
-        self, record: int, fetched: Record | SampleError | None, rng: np.random.Generator
+        self, record: int, fetched: AnyRecord | SampleError | None, rng: np.random.Generator
     ) -> tuple[Images, str]:
         if isinstance(fetched, SampleError):
             raise fetched

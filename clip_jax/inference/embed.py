@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.data.sources.images import Images, absolute, fingerprint, open_images
+from clip_jax.data.sources import StoredSource, digest
+from clip_jax.data.sources.any import absolute, open_images
 from clip_jax.engine import Counted, On, runner
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.inference.loading import Model, load, unit
@@ -87,7 +88,7 @@ def _is_missing(path: Place) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _to_embed(config: EmbedConfig) -> tuple[Model, Images]:
+def _to_embed(config: EmbedConfig) -> tuple[Model, StoredSource]:
     """What a process embeds, file after file. Raises InputError if the folder has another's
     embeddings."""
     model = load(config.model, dtype=config.dtype)
@@ -121,25 +122,25 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
     deque(counted(rows), maxlen=0)
 
 
-def _check_manifest(config: EmbedConfig, model: Model, source: Images) -> None:
+def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> None:
     """Say what the folder holds; raises InputError if it holds something else already."""
     wanted = {
         "model": absolute(str(config.model)), "source": absolute(config.source),
         "rows": len(source), "dtype": config.dtype, "parts": read_part(config.part)[1],
         "rows_per_file": config.rows_per_file, "batch_size": config.batch_size,
         "image_column": config.image_column, "weights": sample(model),
-        "fingerprint": fingerprint(source),
+        "digest": digest(source, blocks=False),
     }  # fmt: skip
     path = config.output / "embed.json"
     before = read_json(path)
     if path.exists():
-        there = {"fingerprint": wanted["fingerprint"]} | before  # an older one has none
+        there = {"digest": wanted["digest"]} | before  # an older one has none
         if there | {"weights": wanted["weights"]} == wanted != there:
             raise InputError(
                 f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
                 "another output."
             )
-        if there | {"fingerprint": wanted["fingerprint"]} == wanted != there:
+        if there | {"digest": wanted["digest"]} == wanted != there:
             raise InputError(
                 f"{config.source} has other images than those that {config.output} was begun with, "
                 "or in another order: files were renamed or replaced. Choose another output."

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from clip_jax.data.images import ImageError, center_crop, decode
-from clip_jax.data.sources import SampleError
-from clip_jax.data.sources.images import Images, fingerprint, open_images
+from clip_jax.data.sources import SampleError, StoredSource, digest
+from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet
@@ -247,7 +247,7 @@ class Searcher:
         return results
 
     @functools.cached_property
-    def _images(self) -> Images:
+    def _images(self) -> StoredSource:
         told = self._told
         try:
             images = open_images(told["source"], told["image_column"])
@@ -255,8 +255,8 @@ class Searcher:
             raise InputError(
                 f"the images that {self._folder} was made from are not where they were: {error}"
             ) from error
-        known = told.get("fingerprint")  # None: of an older version
-        if len(images) != told["rows"] or known not in (None, fingerprint(images)):
+        known = told.get("digest")  # None: of an older version
+        if len(images) != told["rows"] or known not in (None, digest(images, blocks=False)):
             raise InputError(
                 f"{told['source']} has other images than {self._folder} was made from, or in "
                 "another order; bring them back, or embed them anew."

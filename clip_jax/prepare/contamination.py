@@ -6,9 +6,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from clip_jax.data.images import ImageError, decode
-from clip_jax.data.sources import SampleError
-from clip_jax.data.sources.any import PathConfig, open_single
-from clip_jax.data.sources.images import Images, open_images
+from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.errors import InputError
 from clip_jax.prepare import near
 from clip_jax.prepare.near import Look, Looks
@@ -35,16 +33,7 @@ def named(sets: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def open_set(source: str) -> Images:
-    """Open a set's images: a folder, a table or tars, without captions; or Parquet, ArrayRecord."""
-    if source.endswith((".parquet", ".array_record")):
-        opened = open_single(PathConfig(path=source), image_size=1)
-        assert isinstance(opened, Images), source
-        return opened
-    return open_images(source)
-
-
-def look_at(images: Images, index: int) -> Look | None:
+def look_at(images: StoredSource, index: int) -> Look | None:
     """Hash a test image; None for a plain one and one that cannot be read."""
     try:
         return near.look(decode(images.image(index)))

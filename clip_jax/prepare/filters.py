@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from clip_jax.data.images import ImageError, decode
-from clip_jax.data.sources import SampleError, ScoredSource, StoredSource
+from clip_jax.data.sources import SampleError, ScoredSource, StoredRecord, StoredSource
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
@@ -148,15 +148,11 @@ class Filter:
         if config.languages:
             check_languages(config.languages)
 
-    def read(self, index: int, pair: Callable[[], tuple[bytes, list[str]]] | None = None) -> Pair:
-        """A pair that passes; `pair` gives image and captions where they have been fetched."""
+    def read(self, index: int, record: StoredRecord | None = None) -> Pair:
+        """A pair that passes; `record` is given where it has been fetched."""
         score = self._score(index)
-        if pair is None:
-            captions, image = self._source.captions(index), None
-        else:
-            image, captions = pair()
-        captions = self._captions(captions)
-        image = self._source.image(index) if image is None else image
+        record = record or self._source.record(index)
+        captions, image = self._captions(record.captions()), record.image()
         try:
             picture = decode(image)
         except ImageError as error:
@@ -170,7 +166,7 @@ class Filter:
         look = near.look(picture) if compares else None
         if self._evaluation and look is not None and (matches := self._evaluation().matches(look)):
             raise Contaminated(matches)
-        return Pair(image, picture, captions, score, look, self._source.key(index))
+        return Pair(image, picture, captions, score, look, record.key)
 
     def _score(self, index: int) -> float:
         config = self._config

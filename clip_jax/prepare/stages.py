@@ -8,15 +8,15 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.data.images import size_of
-from clip_jax.data.sources import BlockSource, Record, SampleError, StoredSource
-from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.sources import BlockSource, SampleError, StoredRecord, StoredSource
+from clip_jax.data.sources.any import PathConfig, open_images, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.engine import Counted
 from clip_jax.inference.loading import Model, load, unit
@@ -41,7 +41,7 @@ def open_source(config: PrepareConfig) -> StoredSource:
     """Open what is to be prepared."""
     names = ("image_column", "caption_column", "bad_shards")
     how = {name: getattr(config, name) for name in names}
-    source = open_single(PathConfig(path=config.source, **how), image_size=1)
+    source = open_single(PathConfig(path=config.source, **how), image_size=1, option="SOURCE")
     assert isinstance(source, StoredSource), config.source  # what has a path never draws
     return source
 
@@ -64,7 +64,7 @@ def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
 def look_at_set(source: str, target: tuple[range, Place], counted: Counted) -> None:
     """Hash images of an evaluation set, those in a range of it."""
     indices, path = target
-    images = contamination.open_set(source)
+    images = open_images(source, option="--decontaminate")
     seen = [(index, contamination.look_at(images, index)) for index in counted(indices)]
     rows = np.array([(index, look) for index, look in seen if look is not None], near.ROW)
     files.write_whole(path, rows.tobytes())
@@ -119,14 +119,16 @@ def _passing(
     source, passes = opened(config, layout)
     for index, record in _fetched(source, counted(layout.indices(number))):
         try:
-            yield index, passes.read(index, record and record.pair)
+            yield index, passes.read(index, record)
         except SampleError as error:
             statistics.drop(record.key if record else source.key(index), error)
             if isinstance(error, Contaminated):
                 statistics.match(error.matches)
 
 
-def _fetched(source: StoredSource, indices: Iterator[int]) -> Iterator[tuple[int, Record | None]]:
+def _fetched(
+    source: StoredSource, indices: Iterator[int]
+) -> Iterator[tuple[int, StoredRecord | None]]:
     """Read samples by blocks, where the source has some; without a record: to be read alone."""
     ends = np.cumsum(source.blocks()) if isinstance(source, BlockSource) else None
     first, last, records = 0, 0, []
@@ -134,15 +136,13 @@ def _fetched(source: StoredSource, indices: Iterator[int]) -> Iterator[tuple[int
         if ends is None:
             yield index, None
             continue
-        assert isinstance(source, BlockSource)
         if not first <= index < last:
             first, last = index, int(ends[np.searchsorted(ends, index, side="right")])
             try:
-                records = source.fetch(first, last)
+                records = cast(Any, source).fetch(first, last)
             except SampleError:  # each says by itself what is wrong
                 records = [None] * (last - first)
-        found = records[index - first]
-        yield index, found if isinstance(found, Record) and found.pair else None
+        yield index, records[index - first]
 
 
 def _order(config: PrepareConfig, layout: Layout, index: int, key: str) -> int:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clip_jax.data.sources import SampleError, StoredSource
-from clip_jax.data.sources.images import fingerprint
+from clip_jax.data.sources import BlockSource, SampleError, StoredSource, digest
+from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_part
@@ -120,7 +120,7 @@ class _Work:
         """Hash the images of all evaluation sets, which every reader compares with."""
         layout, parts = self._layout, []
         for number, source in enumerate(contamination.named(self._config.decontaminate).values()):
-            images = len(contamination.open_set(source))
+            images = len(open_images(source, option="--decontaminate"))
             starts = range(0, images, _TEST_IMAGES)
             ranges = [range(start, min(start + _TEST_IMAGES, images)) for start in starts]
             targets = [(some, layout.work / f"set-{number}-{some.start}") for some in ranges]
@@ -225,17 +225,20 @@ def _missing(layout: Layout) -> list[str]:
 def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) -> None:
     """Refuse a folder begun with other settings, or of other samples: its shards would not fit."""
     kept = dataclasses.asdict(config)
-    kept |= {"samples": len(source), "fingerprint": fingerprint(source)}
+    kept |= {
+        "samples": len(source),
+        "digest": digest(source, blocks=isinstance(source, BlockSource)),
+    }
     for name in ("destination", "on", "inspect", "index", "part", "threads"):
         del kept[name]
     kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
     kept["decontaminate"] = list(config.decontaminate)
     path = folder / "prepare.json"
     before = {name: value for name, value in read_json(path).items() if name in kept}
-    if before and {"fingerprint": kept["fingerprint"]} | before != kept:  # an older one has none
+    if before and {"digest": kept["digest"]} | before != kept:  # an older one has none
         differ = ", ".join(name for name in kept if before.get(name) != kept[name])
         raise InputError(
-            f"{folder} was begun with other settings: {differ} (fingerprint: the names of samples, "
+            f"{folder} was begun with other settings: {differ} (digest: the names of samples, "
             f"or their order), see {path}; give the same ones to go on, or another destination"
         )
     if before != kept:
@@ -258,7 +261,7 @@ def _report(
     )
     for name, source in contamination.named(config.decontaminate).items():
         one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
-        one["of"] = len(contamination.open_set(source))
+        one["of"] = len(open_images(source, option="--decontaminate"))
     result = {
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},

@@ -72,7 +72,7 @@ def expand(pattern: str) -> list[str]:
         else:
             paths += sorted(glob.glob(path, recursive=True))
     if not paths:
-        raise InputError(f"nothing matches {pattern!r}; set data.source.path to files that exist")
+        raise InputError(f"nothing matches {pattern!r}")
     return paths
 
 

@@ -41,7 +41,7 @@ def test_every_format_is_read_from_a_bucket_and_a_block_by_one_request(format, g
     source = open_single(PathConfig(path=remote.path, **COLUMNS.get(format, {})), 16)
     assert isinstance(source, StoredSource)
     assert [source.load(i, RNG) for i in range(len(source))] == expected
-    assert source.captions(9) == ["text 9"]
+    assert source.record(9).captions() == ["text 9"]
     if isinstance(source, BlockSource):
         spans = list(itertools.pairwise([0, *np.cumsum(source.blocks()).tolist()]))
         source = open_single(remote, 16)  # another, which keeps no row groups

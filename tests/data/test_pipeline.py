@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_jax.data import digits as digits_module
 from clip_jax.data.digits import DigitsSource
 from clip_jax.data.order import batches
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import SampleError
-from clip_jax.data.sources import any as any_source
 from tests.data import conftest as made
 from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
 
@@ -26,7 +26,7 @@ def loading(load):
         def load(self, index, rng):
             return load(index, rng)
 
-    return mock.patch.object(any_source, "DigitsSource", Fake)
+    return mock.patch.object(digits_module, "DigitsSource", Fake)
 
 
 def blank(index, rng):

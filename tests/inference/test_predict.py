@@ -138,7 +138,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["predict", "MODEL", "--labels", "cat", "--template", "a"], "has no {}"),
         (["predict", "MODEL", "--images", "x" * 300, "--labels", "a"], "name too long: xxx"),
         (["embed", "MODEL", "x" * 300, "OUT"], "name too long: xxx"),
-        (["embed", "MODEL", "nowhere", "OUT"], "no images at nowhere"),
+        (["embed", "MODEL", "nowhere", "OUT"], "SOURCE: there is nothing at nowhere"),
         (["embed", "MODEL", "EMPTY", "OUT"], "has no images"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),
@@ -233,7 +233,7 @@ def test_images_that_were_renamed_are_not_embedded_twice(pattern, folder, tmp_pa
         write_tar(tmp_path / f"{name}.tar", [("x.png", image.read_bytes())])
     command = ["embed", folder / "model", tmp_path / pattern, manifest.parent]
     run(*command)
-    manifest.write_text(manifest.read_text().replace('"fingerprint"', '"older"'))
+    manifest.write_text(manifest.read_text().replace('"digest"', '"older"'))
     run(*command)
     for suffix in ("png", "tar"):
         (tmp_path / f"a.{suffix}").rename(tmp_path / f"z.{suffix}")

@@ -88,7 +88,7 @@ def test_a_deleted_shard_is_written_again_unless_the_source_has_other_names(
     assert digests(out) == before
     assert f"lacks {', '.join(lost)}: written again" in capsys.readouterr().err
     (images / "00.png").rename(images / "z.png")
-    with pytest.raises(ValueError, match="other settings: fingerprint "):
+    with pytest.raises(ValueError, match="other settings: digest "):
         prepare(config)
 
 

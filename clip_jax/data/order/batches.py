@@ -15,7 +15,7 @@ from jaxtyping import Int32, Int64
 from clip_jax.clock import CLOCK
 from clip_jax.data.order.blocks import StreamOrder, Streams
 from clip_jax.data.order.read_ahead import ReadAhead
-from clip_jax.data.sources import Record, SampleError, Source
+from clip_jax.data.sources import AnyRecord, SampleError, Source
 from clip_jax.models.images import Images, concatenate
 from clip_jax.storage import bucket
 
@@ -70,7 +70,7 @@ class Load(Protocol):
     source: Source
 
     def __call__(
-        self, position: int, record: int, fetched: Record | SampleError | None = None
+        self, position: int, record: int, fetched: AnyRecord | SampleError | None = None
     ) -> Sample: ...
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from clip_jax.data.order.blocks import BlockOrder, Equal, Run, Streams, joined
-from clip_jax.data.sources import BlockSource, Record, SampleError, Source, blocks_of
+from clip_jax.data.sources import BlockSource, Record, Source, blocks_of
 from clip_jax.data.sources.any import SingleConfig
 from clip_jax.errors import InputError, check_ranges
 
@@ -176,18 +176,14 @@ class MixtureSource:
         source = self.members[member]
         return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
 
-    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+    def fetch(self, first: int, last: int) -> list[Record]:
         """Get the member's records."""
         number, own = self._find(first)
         member = self.members[number]
         if not isinstance(member, BlockSource):
             return [Record(self.key(first), 0, functools.partial(member.load, own))]
-        return [
-            record
-            if isinstance(record, SampleError)
-            else record._replace(key=f"{number}/{record.key}")
-            for record in member.fetch(own, own + last - first)
-        ]
+        records = member.fetch(own, own + last - first)
+        return [Record(f"{number}/{one.key}", one.size, one.load) for one in records]
 
     def stream_order(self, seed: int, streams: Streams, shuffle_blocks: int) -> "StreamMixture":
         """The order in blocks: each stream has its own place in each member."""

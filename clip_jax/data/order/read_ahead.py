@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from clip_jax.clock import CLOCK
 from clip_jax.data.order.blocks import Run, StreamOrder
-from clip_jax.data.sources import BlockSource, Record, SampleError
+from clip_jax.data.sources import AnyRecord, BlockSource, SampleError
 
 _REQUESTS = 16  # at once: of 4 MiB in 100 ms each, 640 MiB a second
 _AHEAD = 16  # part of the budget for samples from what is waited for to what is read: 256 MiB
@@ -25,7 +25,7 @@ class _Piece:
     last: int
     used: set[int]  # records that were used before a run was resumed
     size: int  # bytes held: expected ones until the records are there
-    records: list[Record | SampleError | None] | None = None  # None: not there yet
+    records: list[AnyRecord | SampleError | None] | None = None  # None: not there yet
 
     @property
     def count(self) -> int:
@@ -67,7 +67,7 @@ class ReadAhead:
         """The records of a stream's part of a batch."""
         return self._order.at(stream, step * self._width, self._width)
 
-    def take(self, step: int, record: int, key: _Key) -> Record:
+    def take(self, step: int, record: int, key: _Key) -> AnyRecord:
         """Wait for a record; each is there once an epoch. Raises SampleError if it is a bad one."""
         with self._lock:
             if step > self._demanded:
@@ -107,7 +107,7 @@ class ReadAhead:
         """Hold a record no longer."""
         assert piece.records is not None
         fetched, piece.records[place] = piece.records[place], None
-        if isinstance(fetched, Record):
+        if isinstance(fetched, AnyRecord):
             piece.size -= fetched.size
             self._held -= fetched.size
 
@@ -177,13 +177,13 @@ class ReadAhead:
                 piece = self._queue.popleft()
             first = piece.key[1]
             try:
-                records: list[Record | SampleError | None] = [
+                records: list[AnyRecord | SampleError | None] = [
                     *self._source.fetch(first, piece.last)
                 ]
             except SampleError as error:
                 records = [error] * piece.count
             with self._lock:
-                size = sum(record.size for record in records if isinstance(record, Record))
+                size = sum(record.size for record in records if isinstance(record, AnyRecord))
                 self._held += size - piece.size
                 piece.size, piece.records = size, records
                 for record in piece.used:

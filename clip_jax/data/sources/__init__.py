@@ -1,5 +1,7 @@
 """One file a format: random access, a length, a key for each sample."""
 
+import abc
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -38,31 +40,60 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
-class StoredSource(Source, Protocol):
-    """A source of files' bytes, with all captions of an image: what `clip-jax prepare` copies."""
-
-    def image(self, index: int) -> bytes:
-        """Get the encoded image. Raises SampleError."""
-        ...
-
-    def captions(self, index: int) -> list[str]:
-        """Get all captions. Raises SampleError."""
-        ...
-
-
 class Record(NamedTuple):
-    """One sample as it lies in its file, read together with its neighbours."""
+    """One sample, ready to be loaded."""
 
     key: str
     size: int  # bytes
     load: Callable[[np.random.Generator], tuple[bytes | UInt8[np.ndarray, "H W 3"], str]]
-    pair: Callable[[], tuple[bytes, list[str]]] | None = None  # image and all captions; SampleError
+
+
+class StoredRecord(NamedTuple):
+    """One sample as it is stored; each part is decoded, or read, when it is asked for."""
+
+    key: str
+    size: int  # bytes; 0 where nothing was read
+    image: Callable[[], bytes]  # SampleError where there is none
+    text: Callable[[], Any]  # what `captions_of` takes. SampleError
+
+    def load(self, rng: np.random.Generator) -> tuple[bytes, str]:
+        """Get the encoded image and a caption."""
+        return self.image(), caption_of(self.text(), rng)
+
+    def captions(self) -> list[str]:
+        """Get all captions. Raises SampleError."""
+        return captions_of(self.text())
+
+
+AnyRecord = Record | StoredRecord
+
+
+class StoredSource(abc.ABC):
+    """A `Source` of encoded images with all their captions: what `clip-jax prepare` copies."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def key(self, index: int) -> str:
+        """Name one sample, the same in every run, so that a person finds it."""
+
+    @abc.abstractmethod
+    def record(self, index: int) -> StoredRecord:
+        """Get one sample as it is stored. Raises SampleError if it cannot be read."""
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
+        """Get the encoded image and a caption. Raises SampleError."""
+        return self.record(index).load(rng)
+
+    def image(self, index: int) -> bytes:
+        """Get the encoded image. Raises SampleError."""
+        return self.record(index).image()
 
 
 @runtime_checkable
 class BlockSource(Source, Protocol):
-    """A source whose records lie together in files, so that one request reads many."""
+    """A source whose records are stored in blocks, so that one request reads many."""
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """How many records each block holds, in the order of the records."""
@@ -72,7 +103,7 @@ class BlockSource(Source, Protocol):
         """Bytes of the records from `first` to before `last`, which are of one block."""
         ...
 
-    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+    def fetch(self, first: int, last: int) -> Sequence[AnyRecord]:
         """Read records of one block in one go. Raises SampleError where none can be read."""
         ...
 
@@ -82,6 +113,17 @@ def blocks_of(source: Source) -> Int64[np.ndarray, " blocks"]:
     if isinstance(source, BlockSource):
         return source.blocks()
     return np.ones(len(source), np.int64)
+
+
+def digest(source: Source, *, blocks: bool) -> str:
+    """Hash what tells a source from others: how many samples it has, the keys of a hundred of them,
+    evenly spread, and the `blocks` in which they are read."""
+    count = len(source)
+    keys = [source.key(i) for i in sorted({i * count // 100 for i in range(100)}) if count]
+    hashed = hashlib.sha256("\n".join([str(count), *keys]).encode("utf-8", "replace"))
+    if blocks:
+        hashed.update(blocks_of(source).tobytes())
+    return hashed.hexdigest()[:12]
 
 
 @runtime_checkable
@@ -117,11 +159,10 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
 
 
 def check_column(path: str | Place, name: str, names: Sequence[str], option: str = "") -> None:
-    """Raise InputError unless exactly one column has the name; `option` says where to give
-    another."""
+    """Raise InputError unless exactly one column has the name; `option` gives another."""
     if (count := names.count(name)) != 1:
         what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
-        advice = f"; set --data.source.{option.replace('_', '-')}" if option else ""
+        advice = f"; set {option}" if option else ""
         raise InputError(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
 
 

@@ -1,29 +1,24 @@
-"""Any one source: the configs there are, and what opens each."""
+"""Any one source: the configs there are, how a path says which, and how one is opened."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from clip_jax.data.digits import DigitsConfig, DigitsSource
-from clip_jax.data.sources import Source
-from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
-from clip_jax.data.sources.image_folder import FolderConfig, FolderSource
-from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
-from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.sources import Source, StoredSource
+from clip_jax.data.sources.array_record import ArrayRecordConfig
+from clip_jax.data.sources.image_folder import FolderConfig
+from clip_jax.data.sources.parquet import ParquetConfig
+from clip_jax.data.sources.saved_dataset import SavedDatasetConfig
 from clip_jax.data.sources.shards import BadShards
-from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.data.sources.text_table import TableConfig, TableSource
-from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig, TfdsSource
+from clip_jax.data.sources.tar import TarConfig
+from clip_jax.data.sources.text_table import TableConfig
+from clip_jax.data.sources.tfds import TfdsConfig
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-_SUFFIXES: dict[str, Any] = {
-    **dict.fromkeys((".tar", ".gz", ".tgz"), TarConfig),  # which says why it reads no gzip
-    ".array_record": ArrayRecordConfig,
-    ".parquet": ParquetConfig,
-    **dict.fromkeys((".csv", ".tsv", ".jsonl", ".ndjson"), TableConfig),
-}
-_OF_FOLDERS = (".tar", ".array_record", ".parquet")  # what a folder may hold, in this order
+_IN_FOLDERS = (TarConfig, ArrayRecordConfig, ParquetConfig)  # shards that a folder may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +30,11 @@ class PathConfig:
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
     bad_shards: BadShards = "error"  # missing, truncated or damaged ones
 
+    def open(self, image_size: int, process: tuple[int, int]) -> Source:
+        return guess_source(self).open(image_size, process)
 
+
+# A new format has a line here. Its config has the path's endings, if any, in `suffixes`.
 SingleConfig = (
     PathConfig
     | DigitsConfig
@@ -49,30 +48,44 @@ SingleConfig = (
 )
 
 
-def open_single(config: SingleConfig, image_size: int, process: tuple[int, int] = (0, 1)) -> Source:
+def open_single(
+    config: SingleConfig,
+    image_size: int,
+    process: tuple[int, int] = (0, 1),
+    option: str = "data.source",
+) -> Source:
     """Open what a source's config describes; sources that draw do so in `image_size` pixels.
 
-    `process` is which of several processes' this is: they share the building of an index.
+    `process` is which of several processes' this is: they share the building of an index. Raises
+    InputError, which begins with the `option` that the config was given by.
     """
-    match config:
-        case PathConfig():
-            return open_single(guess_source(config), image_size, process)
-        case DigitsConfig():
-            return DigitsSource(config, image_size)
-        case TableConfig():
-            return TableSource(config)
-        case TarConfig():
-            return TarSource(config, process)
-        case FolderConfig():
-            return FolderSource(config)
-        case ParquetConfig():
-            return ParquetSource(config)
-        case ArrayRecordConfig():
-            return ArrayRecordSource(config)
-        case TfdsConfig():
-            return (TfdsBucketSource if files.is_remote(config.path) else TfdsSource)(config)
-        case SavedDatasetConfig():
-            return SavedDatasetSource(config)
+    try:
+        return config.open(image_size, process)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def open_images(path: str, image_column: str = "image", option: str = "SOURCE") -> StoredSource:
+    """Open images whose captions need not be there: a folder, a table, tars, Parquet, ArrayRecord.
+
+    Raises InputError if there is no such source or no image in it.
+    """
+    config = PathConfig(path=path)
+    try:
+        folder = files.place(path)
+        kind = FolderConfig(path=path) if folder.is_dir() else guess_source(config)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+    if isinstance(kind, TableConfig):
+        kind = dataclasses.replace(kind, image_column=image_column, caption_column="")
+    source = open_single(kind, image_size=1, option=option)
+    assert isinstance(source, StoredSource), path  # what has a path never draws
+    return source
+
+
+def absolute(path: str) -> str:
+    """Make what `open_images` takes independent of the working directory."""
+    return path if files.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def guess_source(config: PathConfig) -> SingleConfig:
@@ -80,33 +93,35 @@ def guess_source(config: PathConfig) -> SingleConfig:
     does."""
     path = config.path
     folder = files.place(path)
-    kind = _SUFFIXES.get(folder.suffix)
+    kinds: dict[str, Any] = {
+        suffix: kind for kind in get_args(SingleConfig) for suffix in getattr(kind, "suffixes", ())
+    }
+    kind = kinds.get(folder.suffix)
     if kind is None and folder.is_dir():
         names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
-        inside = [s for s in _OF_FOLDERS if any(name.endswith(s) for name in names)]
+        shards = [x for x in _IN_FOLDERS if any(name.endswith(x.suffixes[0]) for name in names)]
         if "state.json" in names:
             kind = SavedDatasetConfig
         elif "dataset_info.json" in names:
             kind = TfdsConfig
-        elif inside:
-            kind, path = _SUFFIXES[inside[0]], f"{path.rstrip('/')}/*{inside[0]}"
+        elif shards:
+            kind, path = shards[0], f"{path.rstrip('/')}/*{shards[0].suffixes[0]}"
         else:
             kind = FolderConfig
     if kind is None:
         if not (any(sign in path for sign in "*?[{") or folder.exists()):
-            raise InputError(f"there is nothing at {path}; set --data.source.path")
+            raise InputError(f"there is nothing at {path}")
         raise InputError(
-            f"{path} (data.source.path) is not a data source: give files that end in "
-            f"{', '.join(_SUFFIXES)}, or a folder of such files, of images, of save_to_disk or of "
-            "a TFDS version"
+            f"{path} is not a data source: give files that end in {', '.join(kinds)}, or a folder "
+            "of such files, of images, of save_to_disk or of a TFDS version"
         )
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    given = {name: value for name, value in columns.items() if value}
+    options: dict[str, Any] = {name: value for name, value in columns.items() if value}
     if kind is TarConfig and config.caption_column:
-        given["caption"], given["caption_key"] = "json", given.pop("caption_column")
+        options["caption"], options["caption_key"] = "json", options.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
-    if not given.keys() <= names:
-        raise InputError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(given)} out")
+    if not options.keys() <= names:
+        raise InputError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(options)} out")
     if "bad_shards" in names:
-        given["bad_shards"] = config.bad_shards
-    return kind(path=path, **given)
+        options["bad_shards"] = config.bad_shards
+    return kind(path=path, **options)

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int64
 
-from clip_jax.data.sources import Record, SampleError, caption_of, captions_of
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource
 from clip_jax.data.sources.array_record_file import ArrayRecordFile
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
@@ -32,9 +32,13 @@ class ArrayRecordConfig:
     image_column: str = "image"  # feature with the encoded image
     caption_column: str = "caption"  # feature with one or several texts
     bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    suffixes: ClassVar = (".array_record",)
+
+    def open(self, *_: Any) -> "ArrayRecordSource":
+        return ArrayRecordSource(self)
 
 
-class ArrayRecordSource:
+class ArrayRecordSource(StoredSource):
     """One pair a record, in the order of shards and records. Raises InputError for shards not
     usable."""
 
@@ -47,7 +51,7 @@ class ArrayRecordSource:
         self._shards = [shard for shard in opened if not isinstance(shard, str)]
         self._places = Places(len(shard) for shard in self._shards)
         if not len(self):
-            raise InputError(f"{config.path} has no records; data.source.path needs at least one")
+            raise InputError(f"{config.path} has no records")
         self._config = config
 
     def __len__(self) -> int:
@@ -72,44 +76,28 @@ class ArrayRecordSource:
         """Bytes of these records, by the mean of their shard."""
         return int(np.diff(np.interp([first, last], *self._bytes))[0])
 
-    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+    def fetch(self, first: int, last: int) -> list[StoredRecord]:
         """Read records of one shard by one request."""
-        return [
-            Record(
-                self.key(first + i),
-                len(record),
-                functools.partial(self._pair, record),
-                functools.partial(self._whole, record),
-            )
-            for i, record in enumerate(self._read(first, last))
-        ]
+        records = self._read(first, last)
+        return [self._record(self.key(i), x) for i, x in enumerate(records, first)]
 
     def key(self, index: int) -> str:
         """Shard and number of the record."""
         shard, place = self._places.find(index)
         return f"{self._shards[shard].path}:{place}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and the caption."""
-        return self._pair(*self._read(index, index + 1), rng)
+    def record(self, index: int) -> StoredRecord:
+        """Read one record."""
+        return self.fetch(index, index + 1)[0]
 
-    def image(self, index: int) -> bytes:
-        """Get the encoded image."""
-        return self._image(self._features(*self._read(index, index + 1)))
-
-    def captions(self, index: int) -> list[str]:
-        """Get all values of the caption's feature."""
-        (record,) = self._read(index, index + 1)
-        return captions_of(self._features(record).get(self._config.caption_column))
-
-    def _pair(self, record: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
-        features = self._features(record)
-        return self._image(features), caption_of(features.get(self._config.caption_column), rng)
-
-    def _whole(self, record: bytes) -> tuple[bytes, list[str]]:
-        features = self._features(record)
-        captions = captions_of(features.get(self._config.caption_column))
-        return self._image(features), captions
+    def _record(self, key: str, record: bytes) -> StoredRecord:
+        features = functools.cache(lambda: self._features(record))
+        return StoredRecord(
+            key,
+            len(record),
+            lambda: self._image(features()),
+            lambda: features().get(self._config.caption_column),
+        )
 
     def _features(self, record: bytes) -> dict[str, Any]:
         return decode_example(record)
@@ -176,9 +164,9 @@ def _example() -> Any:
     )
 
     def message(name: str, field: str, label: int, of: int, type_name: str | None = None) -> Any:
-        found = file.message_type.add(name=name)
-        found.field.add(name=field, number=1, label=label, type=of, type_name=type_name)
-        return found
+        added = file.message_type.add(name=name)
+        added.field.add(name=field, number=1, label=label, type=of, type_name=type_name)
+        return added
 
     message("BytesList", "value", kind.LABEL_REPEATED, kind.TYPE_BYTES)
     one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED

@@ -1,13 +1,13 @@
 """A folder of images, each with its caption in a .txt of the same name."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import captions_of, read_file
+from clip_jax.data.sources import StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -19,6 +19,9 @@ class FolderConfig:
     """Images and sidecar texts: a/cat.jpg and a/cat.txt."""
 
     path: str  # of the folder; folders in it count too
+
+    def open(self, *_: Any) -> "FolderSource":
+        return FolderSource(self)
 
 
 def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Place]:
@@ -50,19 +53,17 @@ def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Plac
     return images
 
 
-class FolderSource:
+class FolderSource(StoredSource):
     """One pair an image, by path in alphabetical order. Raises InputError if there is no image."""
 
     def __init__(self, config: FolderConfig) -> None:
         self._folder = files.place(config.path)
         if not self._folder.is_dir():
-            raise InputError(f"no folder at {config.path}; set data.source.path")
+            raise InputError(f"no folder at {config.path}")
         paths = image_files([self._folder], beside=[".txt"])
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
-            raise InputError(
-                f"{self._folder} has no images ({', '.join(SUFFIXES)}); set data.source.path"
-            )
+            raise InputError(f"{self._folder} has no images ({', '.join(SUFFIXES)})")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -71,16 +72,9 @@ class FolderSource:
         """The image's path in the folder."""
         return self._names[index].encode(errors="surrogateescape").decode(errors="replace")
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the image file's bytes and the text file's content; nothing here is random."""
-        return self.image(index), self.captions(index)[0]
-
-    def image(self, index: int) -> bytes:
-        """Get the image file's bytes."""
+    def record(self, index: int) -> StoredRecord:
+        """Get the image file and the text file, each read when it is asked for."""
         path = self._folder / self._names[index]
-        return read_file(path, path.suffix)
-
-    def captions(self, index: int) -> list[str]:
-        """Get the text file's content, one caption."""
-        text = (self._folder / self._names[index]).with_suffix(".txt")
-        return captions_of(read_file(text, ".txt"))
+        image = functools.partial(read_file, path, path.suffix)
+        text = functools.partial(read_file, path.with_suffix(".txt"), ".txt")
+        return StoredRecord(self.key(index), 0, image, text)

@@ -10,21 +10,14 @@ import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 
-from clip_jax.data.sources import (
-    Record,
-    SampleError,
-    caption_of,
-    captions_of,
-    check_column,
-    scores,
-)
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_column, scores
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -41,9 +34,13 @@ class ParquetConfig:
     image_column: str = "image"  # encoded images, or structs with `bytes` (Hugging Face)
     caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
     bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    suffixes: ClassVar = (".parquet",)
+
+    def open(self, *_: Any) -> "ParquetSource":
+        return ParquetSource(self)
 
 
-class ParquetSource:
+class ParquetSource(StoredSource):
     """One pair a row, in the order of files and rows. Raises InputError for files not usable."""
 
     def __init__(self, config: ParquetConfig) -> None:
@@ -67,7 +64,7 @@ class ParquetSource:
         self._groups, self._places = groups, Places(sizes)
         self._sizes = np.array(sizes, np.int64)
         if not len(self):
-            raise InputError(f"{config.path} has no rows; data.source.path needs at least one")
+            raise InputError(f"{config.path} has no rows")
         self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
         self._read = functools.lru_cache(maxsize=_OPEN_GROUPS)(self._read_group)
@@ -111,19 +108,12 @@ class ParquetSource:
         before = np.concatenate([[0], np.cumsum(self._sizes)])
         return int(np.diff(np.interp([first, last], before, self._edges))[0])
 
-    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
+    def fetch(self, first: int, last: int) -> list[StoredRecord]:
         """Read rows of one row group, which costs the whole of it."""
         group, row = self._places.find(first)
         table = self._table(group).slice(row, last - first)
-        size = table.nbytes // len(table)
         return [
-            Record(
-                self.key(first + i),
-                size,
-                functools.partial(pair_of, table, self._columns, i),
-                functools.partial(_whole, table, self._columns, i),
-            )
-            for i in range(last - first)
+            record_of(table, self._columns, i, self.key(first + i)) for i in range(last - first)
         ]
 
     def key(self, index: int) -> str:
@@ -133,29 +123,13 @@ class ParquetSource:
         before = sum(self._metadata[number].row_group(g).num_rows for g in range(place))
         return f"{self._paths[number]}:{before + row}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and the caption."""
-        table, row = self._row(index)
-        return pair_of(table, self._columns, row, rng)
-
-    def image(self, index: int) -> bytes:
-        """Get the encoded image."""
-        table, row = self._row(index)
-        return image_of(table, self._columns[0], row)
-
-    def captions(self, index: int) -> list[str]:
-        """Get all texts of the caption's cell."""
-        table, row = self._row(index)
-        return captions_of(cell(table, self._columns[1], row))
+    def record(self, index: int) -> StoredRecord:
+        """Get a row."""
+        return self.fetch(index, index + 1)[0]
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
         """Get a column of numbers from all files."""
         return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
-
-    def _row(self, index: int) -> tuple[pa.Table, int]:
-        """Table of the row group, and row in it."""
-        group, row = self._places.find(index)
-        return self._table(group), row
 
     def _table(self, group: int) -> pa.Table:
         with self._lock:
@@ -205,21 +179,13 @@ def check_columns(path: str, schema: pa.Schema, image_column: str, caption_colum
     check_column(path, caption_column, schema.names, "caption_column")
 
 
-def pair_of(
-    table: pa.Table, columns: list[str], row: int, rng: np.random.Generator
-) -> tuple[bytes, str]:
-    """Image bytes and caption of a row of an Arrow table."""
-    return image_of(table, columns[0], row), caption_of(cell(table, columns[1], row), rng)
+def record_of(table: pa.Table, columns: list[str], row: int, key: str) -> StoredRecord:
+    """Get a row of an Arrow table."""
+    image, text = (functools.partial(_cell, table, name, row) for name in columns)
+    return StoredRecord(key, table.nbytes // len(table), lambda: _image(image()), text)
 
 
-def _whole(table: pa.Table, columns: list[str], row: int) -> tuple[bytes, list[str]]:
-    captions = captions_of(cell(table, columns[1], row))
-    return image_of(table, columns[0], row), captions
-
-
-def image_of(table: pa.Table, column: str, row: int) -> bytes:
-    """Image bytes of a row of an Arrow table."""
-    image = cell(table, column, row)
+def _image(image: Any) -> bytes:
     if isinstance(image, dict):  # Hugging Face's Image feature
         image = image.get("bytes")
     if not isinstance(image, bytes):
@@ -228,7 +194,7 @@ def image_of(table: pa.Table, column: str, row: int) -> bytes:
     return image
 
 
-def cell(table: pa.Table, name: str, row: int) -> Any:
+def _cell(table: pa.Table, name: str, row: int) -> Any:
     """A value as Python's; SampleError for text that is not UTF-8."""
     try:
         return table[name][row].as_py()

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from clip_jax.data.sources import captions_of, scores
-from clip_jax.data.sources.parquet import cell, check_columns, image_of, pair_of
+from clip_jax.data.sources import StoredRecord, StoredSource, scores
+from clip_jax.data.sources.parquet import check_columns, record_of
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -23,8 +24,11 @@ class SavedDatasetConfig:
     image_column: str = "image"
     caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
 
+    def open(self, *_: Any) -> "SavedDatasetSource":
+        return SavedDatasetSource(self)
 
-class SavedDatasetSource:
+
+class SavedDatasetSource(StoredSource):
     """One pair a row; the files stay on disk, mapped. Raises InputError for folders not usable."""
 
     def __init__(self, config: SavedDatasetConfig) -> None:
@@ -32,52 +36,42 @@ class SavedDatasetSource:
         if (folder / "dataset_dict.json").is_file():
             splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
             raise InputError(
-                f"{folder} holds several splits; set data.source.path to one of "
+                f"{folder} holds several splits; give one of "
                 f"{', '.join(str(folder / split) for split in splits)}"
             )
         self._names = _data_files(folder)
         try:
-            with files.local(folder) as here:
-                self._parts = [
-                    pa.ipc.open_stream(pa.memory_map(str(here / name))).read_all()
+            with files.local(folder) as copy:
+                self._tables = [
+                    pa.ipc.open_stream(pa.memory_map(str(copy / name))).read_all()
                     for name in self._names
                 ]
         except (OSError, pa.ArrowException) as error:
             raise InputError(_unusable(folder, error)) from error
-        for name, part in zip(self._names, self._parts, strict=True):
-            check_columns(name, part.schema, config.image_column, config.caption_column)
+        for name, table in zip(self._names, self._tables, strict=True):
+            check_columns(name, table.schema, config.image_column, config.caption_column)
         self._columns = [config.image_column, config.caption_column]
-        self._places = Places(part.num_rows for part in self._parts)
+        self._places = Places(table.num_rows for table in self._tables)
         if not len(self):
-            raise InputError(f"{folder} has no rows; data.source.path needs at least one")
+            raise InputError(f"{folder} has no rows")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def key(self, index: int) -> str:
         """File and row."""
-        part, row = self._places.find(index)
-        return f"{self._names[part]}:{row}"
+        file, row = self._places.find(index)
+        return f"{self._names[file]}:{row}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and the caption."""
-        part, row = self._places.find(index)
-        return pair_of(self._parts[part], self._columns, row, rng)
-
-    def image(self, index: int) -> bytes:
-        """Get the encoded image."""
-        part, row = self._places.find(index)
-        return image_of(self._parts[part], self._columns[0], row)
-
-    def captions(self, index: int) -> list[str]:
-        """Get all texts of the caption's cell."""
-        part, row = self._places.find(index)
-        return captions_of(cell(self._parts[part], self._columns[1], row))
+    def record(self, index: int) -> StoredRecord:
+        """Get a row."""
+        file, row = self._places.find(index)
+        return record_of(self._tables[file].slice(row, 1), self._columns, 0, self.key(index))
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
         """Get a column of numbers from all files."""
-        parts = zip(self._names, self._parts, strict=True)
-        return np.concatenate([scores.numbers(name, part, column) for name, part in parts])
+        tables = zip(self._names, self._tables, strict=True)
+        return np.concatenate([scores.numbers(name, table, column) for name, table in tables])
 
 
 def _data_files(folder: Place) -> list[str]:
@@ -100,4 +94,4 @@ def _data_files(folder: Place) -> list[str]:
 
 
 def _unusable(folder: Place, why: object) -> str:
-    return f"{folder} is no usable folder of save_to_disk: {why}; see data.source.path"
+    return f"{folder} is no usable folder of save_to_disk: {why}"

@@ -45,10 +45,7 @@ def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards
     shards = list(shards)
     if not shards:
         return
-    message = f"{len(shards)} shards of data.source.path={pattern} are {what}: {listed(shards)}"
+    message = f"{len(shards)} shards of {pattern} are {what}: {listed(shards)}"
     if bad_shards == "error":
-        raise InputError(
-            f"{message}. Repair them or leave them out (train, prepare: "
-            "--data.source.bad-shards skip)"
-        )
+        raise InputError(f"{message}. Repair them, or leave them out with bad_shards=skip")
     _log.warning("%s; skipped", message)

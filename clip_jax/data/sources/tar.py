@@ -4,16 +4,15 @@ The index (tar_index.py) is built once, in parallel, and kept beside the shards 
 your choice; a shard that changes is read anew.
 """
 
-import functools
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64
 
-from clip_jax.data.sources import Record, SampleError, caption_of, captions_of, scores
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, captions_of, scores
 from clip_jax.data.sources.shards import BadShards, listed
 from clip_jax.data.sources.tar_index import TarIndex, open_index
 from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
@@ -31,9 +30,13 @@ class TarConfig:
     class_names: str = ""  # file with one class name a line, for .cls; empty: the number itself
     index: str = ""  # folder for the index; empty: where the first shard is
     bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    suffixes: ClassVar = (".tar", ".gz", ".tgz")  # whose InputError says why gzip is not read
+
+    def open(self, _: int, process: tuple[int, int]) -> "TarSource":
+        return TarSource(self, process)
 
 
-class TarSource:
+class TarSource(StoredSource):
     """All pairs of all shards, in the order of the pattern. Raises InputError for shards not
     usable."""
 
@@ -46,8 +49,8 @@ class TarSource:
         self._index: TarIndex = index
         if not len(self):
             raise InputError(
-                f"no samples in {listed(index.paths)}; data.source.path needs tars with "
-                f"images ({', '.join(IMAGES)}) and texts ({', '.join(TEXTS)})"
+                f"no samples in {listed(index.paths)}: tars need images "
+                f"({', '.join(IMAGES)}) and texts ({', '.join(TEXTS)})"
             )
 
     def __len__(self) -> int:
@@ -60,27 +63,21 @@ class TarSource:
         except (OSError, pa.ArrowInvalid) as error:
             raise SampleError(f"index of the shard: {error}") from error
 
-    def shards(self) -> list[tuple[str, int]]:
-        """Paths of the shards, and how many samples each has."""
-        return list(zip(self._index.paths, map(int, self._index.places.sizes), strict=True))
-
     def key(self, index: int) -> str:
         """Shard and the members' common name."""
         shard, rows, row = self._find(index)
         return f"{shard}:{rows['key'][row].as_py().decode(errors='replace')}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the image member's bytes and the text; a list of texts in a .json draws one."""
-        image, text = self._read(index, "image", self._caption)
-        return image, caption_of(self._value(text), rng)
-
-    def image(self, index: int) -> bytes:
-        """Get the image member's bytes."""
-        return self._read(index, "image")[0]
-
-    def captions(self, index: int) -> list[str]:
-        """Get the text, or all texts of a list in a .json."""
-        return captions_of(self._value(self._read(index, self._caption)[0]))
+    def record(self, index: int) -> StoredRecord:
+        """Read the image member and the text's."""
+        shard, rows, row = self._find(index)
+        spans = {}
+        for name in ("image", self._caption):
+            offset = rows[f"{name}_offset"][row].as_py()
+            if offset is not None:
+                spans[name] = offset, rows[f"{name}_size"][row].as_py()
+        members = dict(zip(spans, _read(shard, list(spans.values())), strict=True))
+        return self._record(self.key(index), members)
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """Samples of each block: some MiB of a shard, from the first header to the last byte."""
@@ -90,75 +87,41 @@ class TarSource:
         """Bytes of the shards in which these lie, headers included."""
         return self._index.bytes_before(last) - self._index.bytes_before(first)
 
-    def fetch(self, first: int, last: int) -> list[Record | SampleError]:
-        """Read samples of one block by one request, and take them apart by their headers.
-
-        Of a part of a block the rows say where it lies.
-        """
-        shard, begin, end, *whole = self._index.block(first)
+    def fetch(self, first: int, last: int) -> list[StoredRecord]:
+        """Read samples of one block, whole, by one request, and split it by its headers."""
+        shard, begin, end, *block = self._index.block(first)
         path = self._index.paths[shard]
-        if [first, last] == whole:
-            samples = self._in_block(path, begin, end)
-        else:
-            samples = self._in_rows(path, first, last)
-        if len(samples) != last - first:
-            raise SampleError(f"shard changed: other members at byte {begin}")
-        return [
-            Record(
-                f"{path}:{key.decode(errors='replace')}",
-                sum(map(len, parts.values())),
-                functools.partial(self._pair, parts),
-                functools.partial(self._whole, parts),
-            )
-            for key, parts in samples
-        ]
-
-    def _in_block(self, path: str, begin: int, end: int) -> "list[_Parts]":
         (data,) = _read(path, [(begin, end - begin)])
-        read = functools.partial(_slice, data, begin)
+        view = memoryview(data)
+
+        def read(at: int, size: int) -> bytes:
+            return bytes(view[at - begin : at - begin + size])
+
         try:
             inside = list(samples(members(read, begin, end, end + 1, len(data))))
         except InputError as error:
             raise SampleError(f"shard changed: {error}") from error
+        if len(inside) != block[1] - block[0]:
+            raise SampleError(f"shard changed: other members at byte {begin}")
         wanted = ("image", self._caption)
         return [
-            (one.key, {k: read(*one.places[k]) for k in wanted if k in one.places})
-            for one in inside
+            self._record(
+                f"{path}:{one.key.decode(errors='replace')}",
+                {name: read(*one.spans[name]) for name in wanted if name in one.spans},
+            )
+            for one in inside[first - block[0] : last - block[0]]
         ]
 
-    def _in_rows(self, path: str, first: int, last: int) -> "list[_Parts]":
-        _, rows, row = self._find(first)
-        names = ("image", self._caption)
-        inside = rows.slice(row, last - first).to_pydict()
-        places = [
-            {n: (inside[f"{n}_offset"][i], inside[f"{n}_size"][i]) for n in names
-             if inside[f"{n}_offset"][i] is not None}
-            for i in range(last - first)
-        ]  # fmt: skip
-        edges = [(at, at + size) for one in places for at, size in one.values()]
-        begin = min((at for at, _ in edges), default=0)
-        end = max((at for _, at in edges), default=0)
-        (data,) = _read(path, [(begin, end - begin)])
-        read = functools.partial(_slice, data, begin)
-        return [
-            (key, {name: read(*place) for name, place in one.items()})
-            for key, one in zip(inside["key"], places, strict=True)
-        ]
+    def _record(self, key: str, members: dict[str, bytes]) -> StoredRecord:
+        def member(name: str) -> bytes:
+            if name not in members:
+                endings = "/.".join(IMAGES) if name == "image" else name
+                raise SampleError(f"no .{endings} member")
+            return members[name]
 
-    def _pair(self, parts: dict[str, bytes], rng: np.random.Generator) -> tuple[bytes, str]:
-        self._check_parts(parts, "image", self._caption)
-        return parts["image"], caption_of(self._value(parts[self._caption]), rng)
-
-    def _whole(self, parts: dict[str, bytes]) -> tuple[bytes, list[str]]:
-        self._check_parts(parts, self._caption)
-        captions = captions_of(self._value(parts[self._caption]))
-        self._check_parts(parts, "image")
-        return parts["image"], captions
-
-    def _check_parts(self, parts: dict[str, bytes], *names: str) -> None:
-        for name in names:
-            if name not in parts:
-                raise _no_member(name)
+        size = sum(map(len, members.values()))
+        text = lambda: self._value(member(self._caption))  # noqa: E731
+        return StoredRecord(key, size, lambda: member("image"), text)
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
         """Get a column of img2dataset's Parquet files beside the shards, by the members' keys."""
@@ -169,16 +132,6 @@ class TarSource:
             keys = [path.rpartition("/")[2] for path in paths]
             columns.append(scores.beside_tar(shard, keys, column))
         return np.concatenate(columns)
-
-    def _read(self, index: int, *names: str) -> list[bytes]:
-        shard, rows, row = self._find(index)
-        wanted = []
-        for name in names:
-            offset = rows[f"{name}_offset"][row].as_py()
-            if offset is None:
-                raise _no_member(name)
-            wanted.append((offset, rows[f"{name}_size"][row].as_py()))
-        return _read(shard, wanted)
 
     def _value(self, member: bytes) -> Any:
         """What `caption_of` takes."""
@@ -200,25 +153,14 @@ class TarSource:
         return self._classes[int(label)]
 
 
-_Parts = tuple[bytes, dict[str, bytes]]  # a sample's key, and its members' bytes
-
-
 def _read(shard: str, ranges: list[tuple[int, int]]) -> list[bytes]:
     try:
         contents = files.read_ranges(shard, ranges)
     except OSError as error:
         raise SampleError(f"shard: {error.strerror or error}") from error
-    if [len(part) for part in contents] != [size for _, size in ranges]:
+    if list(map(len, contents)) != [size for _, size in ranges]:
         raise SampleError("shard ended before the member did: it changed during the run")
     return contents
-
-
-def _slice(data: bytes, begin: int, at: int, size: int) -> bytes:
-    return data[at - begin : at - begin + size]
-
-
-def _no_member(name: str) -> SampleError:
-    return SampleError(f"no .{'/.'.join(IMAGES) if name == 'image' else name} member")
 
 
 def _class_names(path: str) -> list[str]:
@@ -228,4 +170,4 @@ def _class_names(path: str) -> list[str]:
         with files.open_file(path) as file:
             return file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.source.class_names={path}: {error}") from error
+        raise InputError(f"class_names={path}: {error}") from error

@@ -139,7 +139,7 @@ def open_index(
         except OSError as error:
             raise InputError(
                 f"the index of {path} cannot be written to {name}: {error}; set "
-                "data.source.index to a folder that can be written"
+                "index to a folder that can be written"
             ) from error
         if known is None:
             return None
@@ -336,7 +336,7 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
     for sample in samples(members(read, 0, size + 1, size, at_once), ignored):
         columns["key"].append(sample.key)
         for kind in ("image", *TEXTS):
-            offset, length = sample.places.get(kind, (None, None))
+            offset, length = sample.spans.get(kind, (None, None))
             columns[f"{kind}_offset"].append(offset)
             columns[f"{kind}_size"].append(length)
         edges.append(sample.start)

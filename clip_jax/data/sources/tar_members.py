@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     key: bytes
     start: int
     end: int
-    places: dict[str, tuple[int, int]]  # offset and size by kind: image, txt, json, cls
+    spans: dict[str, tuple[int, int]]  # offset and size by kind: image, txt, json, cls
 
 
 def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> Iterator[Sample]:
@@ -40,7 +40,7 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
     Of images of several kinds in a sample, such as a mask beside the photo, the first in `IMAGES`
     counts.
     """
-    last_key, start, end, places, rank = None, 0, 0, {}, -1
+    last_key, start, end, spans, rank = None, 0, 0, {}, -1
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
@@ -50,19 +50,19 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
                 ignored.append(name)
             continue
         key = folder + b"/" + stem if folder else stem
-        beside = key == last_key and kind == "image" and kind in places and own != rank
-        if key != last_key or (kind in places and not beside):
+        beside = key == last_key and kind == "image" and kind in spans and own != rank
+        if key != last_key or (kind in spans and not beside):
             if last_key is not None:
-                yield Sample(last_key, start, end, places)
-            last_key, start, places = key, begin, {}
+                yield Sample(last_key, start, end, spans)
+            last_key, start, spans = key, begin, {}
         end = after
         if beside and ignored is not None:
             ignored.append(name)
         if not (beside and own > rank):
-            places[kind] = (offset, size)
+            spans[kind] = (offset, size)
             rank = own if kind == "image" else rank
     if last_key is not None:
-        yield Sample(last_key, start, end, places)
+        yield Sample(last_key, start, end, spans)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,20 +1,20 @@
 """A CSV, TSV or JSONL of image paths and captions."""
 
 import csv
+import functools
 import itertools
 import json
 import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from clip_jax.data.sources import (
     SampleError,
-    caption_of,
-    captions_of,
+    StoredRecord,
+    StoredSource,
     check_column,
     read_file,
     text_of,
@@ -23,7 +23,6 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
-_LINES = (".jsonl", ".ndjson")
 _BLOCKS = (1 << 20, 1 << 24, 1 << 30)  # bytes of a CSV read at once: a row must lie in one
 _PEEK_LINES = 100  # of a JSONL, to learn which columns it has
 
@@ -35,26 +34,26 @@ class TableConfig:
     path: str  # .csv or .tsv with a header, or .jsonl; images relative to its folder
     image_column: str = "image"  # column of the image's path
     caption_column: str = "caption"  # column of the text; empty: none, for images alone
+    suffixes: ClassVar = (".csv", ".tsv", ".jsonl", ".ndjson")
+
+    def open(self, *_: Any) -> "TableSource":
+        return TableSource(self)
 
 
-class TableSource:
+class TableSource(StoredSource):
     """One pair a row. Raises InputError if the file, a column or every row is missing."""
 
     def __init__(self, config: TableConfig) -> None:
         path = files.place(config.path)
         if not path.is_file():
-            raise InputError(
-                f"no table at {config.path}; set data.source.path to a .csv, .tsv or .jsonl"
-            )
-        kinds = {**dict.fromkeys(_DELIMITERS, _Delimited), **dict.fromkeys(_LINES, _JsonLines)}
-        if path.suffix not in kinds:
-            raise InputError(
-                f"{path} ends in {path.suffix!r}; data.source.path takes {', '.join(kinds)}"
-            )
-        with files.local(path) as here:
-            self.rows: _Delimited | _JsonLines = kinds[path.suffix](here, config)
+            raise InputError(f"no table at {config.path}; give a .csv, .tsv or .jsonl")
+        if path.suffix not in config.suffixes:
+            raise InputError(f"{path} ends in {path.suffix!r}, not {', '.join(config.suffixes)}")
+        kind = _Delimited if path.suffix in _DELIMITERS else _JsonLines
+        with files.local(path) as copy:
+            self.rows: _Delimited | _JsonLines = kind(copy, config)
         if not len(self.rows):
-            raise InputError(f"{path} has no rows; data.source.path needs at least one pair")
+            raise InputError(f"{path} has no rows; it needs at least one pair")
         self._folder = path.parent
 
     def __len__(self) -> int:
@@ -70,24 +69,20 @@ class TableSource:
         shown = image if isinstance(image, bytes) else str(image).encode(errors="replace")
         return f"{number}:{shown.decode(errors='replace')}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the image file's bytes and the caption, of a JSONL's list one."""
-        return self.image(index), caption_of(self.rows[index][1], rng)
+    def record(self, index: int) -> StoredRecord:
+        """Get a row: its image's file, and the caption, of a JSONL's list all."""
+        image, text = self.rows[index]
+        return StoredRecord(self.key(index), 0, functools.partial(self._image, image), lambda: text)
 
-    def captions(self, index: int) -> list[str]:
-        """Get the caption of the row, of a JSONL's list all."""
-        return captions_of(self.rows[index][1])
-
-    def image(self, index: int) -> bytes:
-        """Get the image file's bytes."""
-        image = text_of(self.rows[index][0], "image path")
+    def _image(self, value: Any) -> bytes:
+        image = text_of(value, "image path")
         if not image:
             raise SampleError("image path is empty")
         try:
-            where = files.place(image) if files.is_remote(image) else self._folder / image
+            path = files.place(image) if files.is_remote(image) else self._folder / image
         except InputError as error:
             raise SampleError(str(error)) from error
-        return read_file(where, "image file")
+        return read_file(path, "image file")
 
 
 def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
@@ -163,8 +158,7 @@ class _Delimited:
             except pa.ArrowInvalid as error:
                 if "block" not in str(error) or size <= block_size or block_size == _BLOCKS[-1]:
                     raise InputError(
-                        f"{path} (data.source.path) does not parse: {error}. A quote that never "
-                        "closes?"
+                        f"{path} does not parse: {error}. A quote that never closes?"
                     ) from error
         self._columns = [table[name] for name in names]
         # Of each malformed row, how many others stand before it, and itself.
@@ -179,12 +173,6 @@ class _Delimited:
         if index >= whole:
             return self._malformed[index - whole][0]
         return index + 1 + int(np.searchsorted(self._before, index + 1, side="right"))
-
-    def paths(self) -> Iterator[bytes]:
-        """Get all of them in the file's order, and the malformed rows."""
-        for chunk in self._columns[0].chunks:
-            yield b"\n".join(path or b"" for path in chunk.to_pylist())
-        yield repr(self._malformed).encode()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         whole = len(self._columns[0])
@@ -224,7 +212,7 @@ class _JsonLines:
 
     def __init__(self, path: Path, config: TableConfig) -> None:
         if not path.stat().st_size:
-            raise InputError(f"{path} is empty; data.source.path needs at least one pair")
+            raise InputError(f"{path} is empty; it needs at least one pair")
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         buffer = np.frombuffer(self._bytes, np.uint8)
@@ -255,10 +243,6 @@ class _JsonLines:
     def number(self, index: int) -> int:
         """The line's place in the file, from 1."""
         return index + 1 + int(np.searchsorted(self._before, index, side="right"))
-
-    def paths(self) -> Iterator[mmap.mmap]:
-        """Get the whole file."""
-        yield self._bytes
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._parse(index)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, caption_of, captions_of
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_column
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -21,6 +21,9 @@ class TfdsConfig:
     image_column: str = "image"  # feature with the image
     caption_column: str = "caption"  # Text feature, or a sequence of texts
 
+    def open(self, *_: Any) -> StoredSource:
+        return (TfdsBucketSource if files.is_remote(self.path) else TfdsSource)(self)
+
 
 def _builder(config: TfdsConfig) -> Any:
     """Open a version's folder. Raises InputError where it is none, or lacks what is asked for."""
@@ -29,26 +32,21 @@ def _builder(config: TfdsConfig) -> Any:
     folder = files.place(config.path)
     if not (folder / "dataset_info.json").is_file():
         raise InputError(
-            f"no dataset_info.json in {folder}; set data.source.path to the version's folder "
-            "of a prepared TFDS builder, such as .../coco_captions/1.1.0"
+            f"no dataset_info.json in {folder}; give the version's folder of a prepared TFDS "
+            "builder, such as .../coco_captions/1.1.0"
         )
     builder: Any = tfds.builder_from_directory(str(folder))
-    features = list(builder.info.features)
     for option in ("image_column", "caption_column"):
-        if getattr(config, option) not in features:
-            raise InputError(
-                f"{folder} has no feature {getattr(config, option)!r}, only "
-                f"{', '.join(map(repr, features))}; set --data.source.{option.replace('_', '-')}"
-            )
+        check_column(folder, getattr(config, option), list(builder.info.features), option)
     if config.split not in builder.info.splits:
         raise InputError(
             f"{folder} has no split {config.split!r}, only "
-            f"{', '.join(map(repr, builder.info.splits))}; set data.source.split"
+            f"{', '.join(map(repr, builder.info.splits))}; set split"
         )
     return builder
 
 
-class TfdsSource:
+class TfdsSource(StoredSource):
     """One pair an example, images as they were stored. Raises InputError for folders not usable."""
 
     def __init__(self, config: TfdsConfig) -> None:
@@ -64,33 +62,19 @@ class TfdsSource:
         """Split and number of the example."""
         return f"{self._config.split}:{index}"
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and the caption."""
-        example = self._example(index)
-        return self._image(example), caption_of(self._caption(example), rng)
-
-    def image(self, index: int) -> bytes:
-        """Get the encoded image."""
-        return self._image(self._example(index))
-
-    def captions(self, index: int) -> list[str]:
-        """Get all texts of the caption's feature."""
-        return captions_of(self._caption(self._example(index)))
-
-    def _example(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> StoredRecord:
+        """Read one example."""
         try:
-            return self._examples[index]
+            example = self._examples[index]
         except (OSError, ValueError, RuntimeError) as error:
             raise SampleError(f"example cannot be read: {error}") from error
-
-    def _image(self, example: dict[str, Any]) -> bytes:
-        image = _bytes(example[self._config.image_column])
-        if not isinstance(image, bytes):
-            raise SampleError(f"image is {type(image).__name__}, not encoded bytes")
-        return image
-
-    def _caption(self, example: dict[str, Any]) -> Any:
-        return _texts(example[self._config.caption_column])
+        config = self._config
+        return StoredRecord(
+            self.key(index),
+            0,
+            lambda: _bytes(example[config.image_column]),
+            lambda: _texts(example[config.caption_column]),
+        )
 
 
 class TfdsBucketSource(ArrayRecordSource):
@@ -131,8 +115,11 @@ def _as_stored(config: TfdsConfig) -> dict[str, Any]:
     return {config.image_column: tfds.decode.SkipDecoding()}
 
 
-def _bytes(image: Any) -> Any:
-    return image.item() if isinstance(image, np.ndarray) and image.ndim == 0 else image
+def _bytes(image: Any) -> bytes:
+    image = image.item() if isinstance(image, np.ndarray) and image.ndim == 0 else image
+    if not isinstance(image, bytes):
+        raise SampleError(f"image is {type(image).__name__}, not encoded bytes")
+    return image
 
 
 def _texts(caption: Any) -> Any:

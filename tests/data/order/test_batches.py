@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from clip_jax.data import digits as digits_module
 from clip_jax.data import pipeline
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.order import batches
@@ -15,7 +16,6 @@ from clip_jax.data.order.blocks import Streams
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import Record
-from clip_jax.data.sources import any as any_source
 from clip_jax.data.sources.tar import TarConfig
 from tests.data.conftest import assert_same, digits, of_processes, open_pipeline, take
 
@@ -39,7 +39,7 @@ class Rows(DigitsSource):
 @pytest.fixture
 def rows():
     """Digits are read in blocks, also as a mixture's member."""
-    with mock.patch.object(any_source, "DigitsSource", Rows):
+    with mock.patch.object(digits_module, "DigitsSource", Rows):
         yield digits(samples=240, order="blocks", shuffle_blocks=16)
 
 
@@ -113,7 +113,7 @@ def test_blocks_that_cannot_be(rows):
             open_pipeline(config)
         open_pipeline(config, process_count=2)
     with (
-        mock.patch.object(any_source, "DigitsSource", DigitsSource),
+        mock.patch.object(digits_module, "DigitsSource", DigitsSource),
         pytest.raises(ValueError, match=r"data\.order=blocks needs files with many records"),
     ):
         open_pipeline(rows)

@@ -89,7 +89,7 @@ def test_transposed_records_are_read_on_a_disk_only(tmp_path):
     record = encode_example({"image": [b"image"], "caption": [b"caption"]})
     write_records(tmp_path / "x.array_record", "group_size:2,transpose:true", [record] * 5)
     config = ArrayRecordConfig(path=str(tmp_path / "x.array_record"))
-    assert ArrayRecordSource(config).captions(4) == ["caption"]
+    assert ArrayRecordSource(config).record(4).captions() == ["caption"]
     file = ArrayRecordFile(config.path)
     with (
         mock.patch.object(array_record.files, "is_remote", autospec=True, return_value=True),

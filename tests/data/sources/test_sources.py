@@ -15,10 +15,9 @@ import pytest
 
 from clip_jax.data.pipeline import DataConfig, _Loader
 from clip_jax.data.sources import BlockSource, SampleError, StoredSource
-from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.sources.any import PathConfig, open_images, open_single
 from clip_jax.data.sources.array_record import ArrayRecordConfig, decode_example, encode_example
 from clip_jax.data.sources.image_folder import FolderConfig, FolderSource
-from clip_jax.data.sources.images import open_images
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
 from clip_jax.data.sources.saved_dataset import SavedDatasetConfig, SavedDatasetSource
 from clip_jax.data.sources.tfds import TfdsBucketSource, TfdsConfig
@@ -29,7 +28,7 @@ from tests.data.conftest import COLUMNS, FORMATS, make_pairs
 
 PAIRS = [(f"{i:02d}.jpg", b"image %d" % i, f"text {i}") for i in range(80)]
 RNG = np.random.default_rng(0)
-BLOCKES = {  # of formats whose records lie together: each shard, or its row groups
+BLOCKS = {  # of formats whose records lie together: each shard, or its row groups
     "tar": [27, 27, 26],
     "tar_json": [40, 40],
     "parquet": [30, 10, 30, 10],
@@ -46,12 +45,12 @@ def test_pairs_are_the_same_samples_in_every_format(format, tmp_path):
         source = open_single(one, 16)
         assert isinstance(source, StoredSource)
         assert [source.load(i, RNG) for i in range(len(source))] == expected
-    assert [(source.image(i), *source.captions(i)) for i in range(80)] == expected
+    assert [(source.image(i), *source.record(i).captions()) for i in range(80)] == expected
     assert len({source.key(i) for i in range(80)}) == 80
-    assert isinstance(source, BlockSource) == (format in BLOCKES)
+    assert isinstance(source, BlockSource) == (format in BLOCKS)
     if isinstance(source, BlockSource):
-        assert source.blocks().tolist() == BLOCKES[format]
-        spans = [*itertools.pairwise([0, *np.cumsum(BLOCKES[format]).tolist()])]
+        assert source.blocks().tolist() == BLOCKS[format]
+        spans = [*itertools.pairwise([0, *np.cumsum(BLOCKS[format]).tolist()])]
         sizes = [source.size(*span) for span in spans]
         assert min(sizes) > 0
         assert sum(sizes) == source.size(0, 80)
@@ -76,14 +75,14 @@ def test_a_tfds_set_in_a_bucket_that_is_no_array_record_is_refused(tmp_path):
     "kind", [ParquetConfig, ArrayRecordConfig, SavedDatasetConfig, FolderConfig, TfdsConfig]
 )
 def test_nothing_there(kind, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.source\.path"):
+    with pytest.raises(ValueError, match=r"^data\.source: .*none"):
         open_single(kind(path=str(tmp_path / "none")), 16)
 
 
 @pytest.mark.parametrize("name", ["parquet", "saved_dataset"])
 def test_missing_columns_name_those_found(name, tmp_path):
     config = dataclasses.replace(FORMATS[name](tmp_path, PAIRS), image_column="jpg")
-    with pytest.raises(ValueError, match=r"no column 'jpg', only 'image', 'caption'.*image-column"):
+    with pytest.raises(ValueError, match=r"no column 'jpg', only 'image', .*; set image_column"):
         open_single(config, 16)
 
 
@@ -94,7 +93,7 @@ def test_foreign_states_of_save_to_disk_and_several_splits_are_refused(state, tm
     with pytest.raises(InputError, match="no usable folder of save_to_disk"):
         SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path / "train")))
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    with pytest.raises(InputError, match=r"several splits; set data\.source\.path to .*train"):
+    with pytest.raises(InputError, match=r"several splits; give one of .*train"):
         SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path)))
 
 
@@ -118,7 +117,7 @@ def test_a_truncated_shard_is_named_with_its_reason_or_skipped(name, lost, tmp_p
     content, good = path.read_bytes(), [f"text {i}" for i in range(80) if i not in lost]
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        message = rf"1 shards of .*/1\.{name} \(.*\w{{3}}.*\).*--data.source.bad-shards skip"
+        message = rf"1 shards of .*/1\.{name} \(.*\w{{3}}.*\).*with bad_shards=skip"
         with pytest.raises(InputError, match=message):
             open_single(config, 16)
         skipping = open_single(dataclasses.replace(config, bad_shards="skip"), 16)
@@ -155,8 +154,8 @@ def test_all_readers_take_the_same_files_for_images_and_count_the_others(tmp_pat
             (folder / name).write_bytes(b"x")
     for source in (FolderSource(FolderConfig(path=str(tmp_path))), open_images(str(tmp_path))):
         assert [source.key(i) for i in range(len(source))] == wanted
-    for message in ("6 files in", "4 .heic, 2 without", "8 files in", "4 .heic, 2 .txt, 2 without"):
-        assert message in caplog.text
+    assert "6 files in" in caplog.text
+    assert "4 .heic, 2 without" in caplog.text
     assert list(open_folder(tmp_path)) == [(tmp_path / x, int(x[0] == "b")) for x in wanted]
 
 
@@ -207,7 +206,7 @@ def test_mutated_files(case, tmp_path):
         else:
             skipped = [event for sample in samples for event in sample.skipped]
             assert all(event["key"] and event["reason"] for event in skipped)
-            assert all(sample.image.shape == (16, 16, 3) for sample in samples)
+            assert all(sample.image.shape == (1, 16, 16, 3) for sample in samples)
             skips += bool(skipped)
         path.write_bytes(files[path])
     assert len(messages) + skips > 6

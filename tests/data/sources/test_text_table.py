@@ -35,14 +35,18 @@ def test_absolute_paths_and_other_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.csv", None, r"no table at .*none\.csv; set data\.source\.path"),
-        ("pairs.xlsx", "x", r"ends in '\.xlsx'; data\.source\.path takes \.csv, \.tsv"),
+        ("none.csv", None, r"no table at .*none\.csv; give a \.csv"),
+        ("pairs.xlsx", "x", r"ends in '\.xlsx', not \.csv, \.tsv"),
         ("empty.csv", "", r"no column 'image', only none"),
         ("header.csv", "image,caption\n", r"has no rows"),
         ("empty.jsonl", "", r"is empty"),
         ("lines.jsonl", "\nnothing\n[1]\n", r"no column 'image', only none"),
-        ("a.csv", "image,text\na,b\n", r"'caption', only 'image', 'text'.*source\.caption-column"),
-        ("a.jsonl", '{"file": "a", "caption": "b"}', r"'image', only 'file', 'caption'.*image-col"),
+        ("a.csv", "image,text\na,b\n", r"'caption', only 'image', 'text'; set caption_column"),
+        (
+            "a.jsonl",
+            '{"file": "a", "caption": "b"}',
+            r"'image', only 'file', .*; set image_c",
+        ),
         ("twice.csv", "image,caption,caption\na,b,c\n", r"2 columns 'caption' among 'image', 'c"),
         ("quote.csv", 'image,caption\na.png,"open\nb.png,x\n', "ends within quotes"),
         # One block of Arrow's, and part of the next: the rest is taken for one long cell.
@@ -121,4 +125,4 @@ def test_captions_across_blocks(sign, tmp_path):
     assert len(source) == 601
     for i in (0, 300, 599):
         assert source.load(i, RNG) == (b"x", lines)
-    assert len(source.captions(600)[0]) == 1_500_000
+    assert len(source.record(600).captions()[0]) == 1_500_000
