@@ -51,19 +51,19 @@ def tpu() -> None:
     for topology in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"):
         facts = compile_step(small(topology, 16, 8, 10, fsdp=1, dtype="float32"))
         kinds = ("all-reduce", "reduce-scatter")
-        summed = sum(x.bytes for x in facts.exchanges if x.kind in kinds and "data" in x.axes)
+        summed = sum(x.bytes for x in facts.collectives if x.kind in kinds and "data" in x.axes)
         assert 0.5 <= summed / facts.parameters < 1.5
         print(f"{topology}: {facts.parameters=} {summed=}", flush=True)
 
 
 def gpu() -> None:
-    """Every kind of GPU is compiled for; more than one node exchanges over the network."""
+    """Every kind of GPU is compiled for; more than one node communicates over the network."""
     for topology in ("H100:8", "H100:16", "A100:8", "H200:8", "B200:8"):
         request = small(topology, 16, 8, 10, dtype="float32")
         facts = compile_step(request)
         assert facts.mesh == (request.topology.devices // 2, 2, 1)
         assert facts.peak_bytes > facts.parameters + facts.optimizer + facts.batch
-        between = sum(x.received_from_slices for x in facts.exchanges)
+        between = sum(x.received_from_slices for x in facts.collectives)
         assert (between > 0) == (request.topology.islands > 1)
         assert sum(x.times * (x.flops or 0) for x in facts.works) > 0
         print(f"{topology}: {facts.peak_bytes=} {between=}", flush=True)
@@ -79,7 +79,7 @@ def cudnn() -> None:
 
 
 def tables() -> None:
-    """A large token embedding table is never gathered: the rows of a batch are exchanged."""
+    """A large token embedding table is never gathered: the rows of a batch are sent."""
     for name, architecture, topology in TABLES:
         config = load_config(ROOT / f"configs/{name}.py")
         # XLA's attention, with which BENCHMARKS.md was measured; nothing here depends on it.
@@ -95,12 +95,12 @@ def tables() -> None:
         rows = 4 * recipe.batch_size // (data * fsdp) * text.context_length * text.width
         # Nothing reads or writes as much as all texts' embeddings, not even in bfloat16.
         assert max(x.bytes for x in facts.works) < rows * data * fsdp / 2
-        sent = sum(x.bytes for x in facts.exchanges if x.kind == "all-to-all")
+        sent = sum(x.bytes for x in facts.collectives if x.kind == "all-to-all")
         assert abs(sent / (2 * rows) - 1) < 0.01  # forward and backward
-        gathered = [x.bytes / x.times for x in facts.exchanges if x.kind == "all-gather"]
+        gathered = [x.bytes / x.times for x in facts.collectives if x.kind == "all-gather"]
         assert max(gathered) < table / 4
         summed = [
-            x.bytes for x in facts.exchanges if x.axes == ("data",) and x.kind != "all-gather"
+            x.bytes for x in facts.collectives if x.axes == ("data",) and x.kind != "all-gather"
         ]
         assert any(abs(size / (table / fsdp) - 1) < 0.1 for size in summed), summed
         print(f"{architecture}: {facts.peak_bytes=} {table=} {sent=}", flush=True)

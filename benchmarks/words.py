@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_jax import sharding
 from clip_jax.models import zoo
-from clip_jax.pods.exchanges import collectives
+from clip_jax.pods.collectives import collectives
 from clip_jax.sharding import WIDTH, MeshConfig, make_mesh
 
 BATCH = 32_768

@@ -16,7 +16,7 @@ import pytest
 from clip_jax import sharding
 from clip_jax.losses import CaptionConfig, SigmoidConfig
 from clip_jax.models.clip import CLIP
-from clip_jax.pods.exchanges import collectives
+from clip_jax.pods.collectives import collectives
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context, encode
 from tests.conftest import (
@@ -143,7 +143,7 @@ def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch
     assert abs(later["loss"] - metrics["loss"]) > 1e-3
     found = collectives(parts.compiled.as_text(), dict(parts.program.mesh.shape))
     assert {x.kind for x in found} == {"all-reduce", "collective-permute"}
-    passed = [shape.dims for x in found if x.kind != "all-reduce" for shape in x.shapes]
+    passed = [dims for x in found if x.kind != "all-reduce" for _, dims in x.arrays]
     assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's rows, never patches
 
 

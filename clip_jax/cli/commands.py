@@ -262,7 +262,7 @@ def plan(args: Sequence[str]) -> int:
     """what a run takes on a pod you don't have: clip-jax plan CONFIG --topology v5e:16x16"""
     from clip_jax.pods.plan import PlanConfig
     from clip_jax.pods.plan import plan as make_plan
-    from clip_jax.pods.report import compare, describe
+    from clip_jax.pods.summary import compare, describe
 
     rest, as_json = [arg for arg in args if arg != "--json"], "--json" in args
     plans = make_plan(arguments.read_run(PlanConfig, rest, plan, "plan"))

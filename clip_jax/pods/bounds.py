@@ -1,12 +1,13 @@
-"""How long a training step takes at least, and how long the compiler thinks: three figures.
+"""How long a training step takes at least, and how long the compiler thinks it takes.
 
-The hard bound: all work overlaps, so the longest of compute, memory and links at their peaks. The
-bound operation by operation: a device takes one after the other, each at least as long as its own
-compute or memory. The estimate: the compiler's cycles, without exchanges.
+The overlapped bound: all work overlaps, so the longest of compute, memory and links at their peaks.
+The sequential bound: a device takes one operation after the other, each at least as long as its own
+compute or memory. The compiler estimate: its cycles, without collectives.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from clip_jax.chips import Chip
 from clip_jax.pods.work import Work
@@ -16,60 +17,48 @@ from clip_jax.pods.work import Work
 NETWORK = {"TPU v5e": 3.125e9, "TPU v6e": 12.5e9}
 
 
-class Bounds(NamedTuple):
-    """Seconds of one step by part; None: not known."""
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one step, or of a part of it; None: not known."""
 
     compute: float | None
     memory: float
-    interconnect: float | None
-    network: float | None
+    interconnect: float | None = None  # within a slice or node
+    network: float | None = None  # between them
     operations: float | None  # one after the other, each its own longer part
     compiler: float | None  # its estimate
 
     @property
-    def step(self) -> float:
+    def overlapped(self) -> float:
         """The step takes no less, however its parts overlap."""
-        return max(x for x in self[:4] if x is not None)
+        parts = (self.compute, self.memory, self.interconnect, self.network)
+        return max(x for x in parts if x is not None)
 
     @property
-    def one_by_one(self) -> float | None:
+    def sequential(self) -> float | None:
         """Nor less than this, since a device takes its operations one after the other."""
-        return self.operations and max(self.step, self.operations)
+        return self.operations and max(self.overlapped, self.operations)
 
 
-class Seconds(NamedTuple):
-    """What one part of a step takes; None: a kernel that doesn't say."""
-
-    compute: float | None
-    memory: float
-    operations: float | None
-    compiler: float | None
-
-
-def seconds(chip: Chip, works: Sequence[Work]) -> Seconds:
+def times(chip: Chip, works: Sequence[Work]) -> Times:
     """Divide work by a device's peaks. Copies beside other operations fill what these leave."""
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     memory = sum(x.times * x.bytes for x in works) / bandwidth
-    known = [(x, x.flops) for x in works if x.flops is not None]
-    is_known = len(known) == len(works)
-    compute = sum(x.times * flops for x, flops in known) / peak
-    shown = [(x.times, flops / peak, x.bytes / bandwidth) for x, flops in known if not x.hidden]
-    operations = sum(times * max(parts) for times, *parts in shown)
-    cycles = [(x.times, x.cycles) for x in works if x.cycles is not None]
-    estimate = None
+    compute = operations = estimate = None
+    counted = [(x, x.flops) for x in works if x.flops is not None]
+    if len(counted) == len(works):
+        compute = sum(x.times * flops for x, flops in counted) / peak
+        shown = [
+            x.times * max(flops / peak, x.bytes / bandwidth) for x, flops in counted if not x.hidden
+        ]
+        operations = max(sum(shown), memory)
+    cycles = [x.times * x.cycles for x in works if x.cycles is not None]
     if chip.clock and len(cycles) == len(works):
-        estimate = sum(times * count for times, count in cycles) / chip.clock
-    return Seconds(
-        compute=compute if is_known else None,
-        memory=memory,
-        operations=max(operations, memory) if is_known else None,
-        compiler=estimate,
-    )
+        estimate = sum(cycles) / chip.clock
+    return Times(compute=compute, memory=memory, operations=operations, compiler=estimate)
 
 
-def bounds(
-    chip: Chip, works: Sequence[Work], interconnect_bytes: int | None, network_bytes: int
-) -> Bounds:
+def bounds(chip: Chip, works: Sequence[Work], interconnect_bytes: int, network_bytes: int) -> Times:
     """Bound a step.
 
     Args:
@@ -80,20 +69,15 @@ def bounds(
     """
     inwards = chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2 / chip.devices
     network = NETWORK.get(chip.name)
-    whole = seconds(chip, works)
-    return Bounds(
-        compute=whole.compute,
-        memory=whole.memory,
-        interconnect=None if interconnect_bytes is None or not inwards
-        else interconnect_bytes / inwards,
-        network=0.0 if not network_bytes else network and network_bytes * chip.devices / network,
-        operations=whole.operations,
-        compiler=whole.compiler,
-    )  # fmt: skip
+    return dataclasses.replace(
+        times(chip, works),
+        interconnect=interconnect_bytes / inwards if inwards else None,
+        network=network_bytes and network and network_bytes * chip.devices / network,
+    )
 
 
-def by_part(chip: Chip, works: Sequence[Work]) -> dict[str, Seconds]:
-    """Say what each part of a step takes, the longest first."""
+def by_part(chip: Chip, works: Sequence[Work]) -> dict[str, Times]:
+    """Return what each part of a step takes, the longest first."""
     names = dict.fromkeys(x.part for x in works)
-    parts = {name: seconds(chip, [x for x in works if x.part == name]) for name in names}
+    parts = {name: times(chip, [x for x in works if x.part == name]) for name in names}
     return dict(sorted(parts.items(), key=lambda item: -(item[1].operations or item[1].memory)))

@@ -5,8 +5,8 @@ loaded twice; a process that has seen one platform's devices compiles for no oth
 `compile_step` starts `python -m clip_jax.pods.compile`, a process of its own.
 """
 
+import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -28,18 +29,16 @@ from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
 from clip_jax.models.clip import path_name
 from clip_jax.pods import schedule
-from clip_jax.pods.exchanges import Exchange, exchanges
-from clip_jax.pods.topology import NODE, Topology
+from clip_jax.pods.collectives import Collective, collectives
+from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import AnyMesh, MeshConfig
 from clip_jax.step import Program, Recipe, State, context, encode
 
-# What compiles for a platform, and what brings it.
-COMPILERS = {
-    True: ("libtpu", "the TPU compiler, libtpu", "tpu"),
-    False: ("jax_plugins.xla_cuda13", "JAX's plugin for CUDA", "plan-gpu"),
-}
+# Distributions that compile for TPUs and for GPUs.
+TPU_COMPILER = ("libtpu",)
+GPU_COMPILER = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
 # Kernels can be tried out on a card alone; without one Triton's products need the trial.
 WITHOUT_A_CARD = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
@@ -65,30 +64,30 @@ class Facts:
     optimizer: int
     batch: int
     loss: int  # peak of the loss compiled alone
-    fits: bool  # the compiler took it; else there are no works and exchanges
+    token_embedding: int = 0  # of the parameters, the token embedding table
+    token_embedding_optimizer: int = 0  # of the optimizer's state, the table's
+    fits: bool  # the compiler took it; else there are no works and collectives
     peak_bytes: int
-    words: int = 0  # of the parameters, the token embedding table
-    words_optimizer: int = 0  # of the optimizer, its
     works: tuple[Work, ...] = ()
-    exchanges: tuple[Exchange, ...] = ()
+    collectives: tuple[Collective, ...] = ()
 
     def calls(self) -> dict[str, int]:
         """Count the calls of kernels and libraries in a step, by name."""
-        kernels: dict[str, int] = {}
+        kernels: Counter[str] = Counter()
         for work in self.works:
             if work.target and work.flops != 0:
-                kernels[work.target] = kernels.get(work.target, 0) + work.times
-        return kernels
+                kernels[work.target] += work.times
+        return dict(kernels)
 
 
 def compile_step(request: Request) -> Facts:
     """Compile in a process of its own. Raises InputError for what can't be compiled; see
     `facts`."""
-    module, what, extra = COMPILERS[request.topology.is_tpu]
-    if not _installed(module):
+    names, extra = (TPU_COMPILER, "tpu") if request.topology.is_tpu else (GPU_COMPILER, "plan-gpu")
+    if not installed(names[0]):
         raise InputError(
-            f"planning for {request.topology} needs {what}, which is not installed (no device is "
-            f"needed): pip install 'clip-jax-pods[{extra}]'."
+            f"planning for {request.topology} needs the compiler {names[0]}, which is not "
+            f"installed (no device is needed): pip install 'clip-jax-pods[{extra}]'."
         )
     quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,43 +107,38 @@ def compile_step(request: Request) -> Facts:
     return from_dict(Facts, result)
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it would lie in
-        return False
+def installed(*names: str) -> list[str]:
+    """Return name and version of those distributions that are installed."""
+    versions = []
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    return versions
 
 
 def facts(request: Request, devices: list[jax.Device], folder: Path | None = None) -> Facts:
-    """Compile the step and the loss alone, and read off memory, exchanges and work.
+    """Compile the step and the loss alone, and read off memory, collectives and work.
 
     Where the step does not fit, the TPU compiler says only what it needs; the GPU's compiles all
     the same. `folder` is where the compiler wrote its kernels' schedules.
     """
-    mesh = sharding.make_mesh(request.mesh, devices)
-    program = Program(request.recipe, mesh)
+    recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
+    program = Program(recipe, mesh)
     start = CLOCK.now()
-    held = parts(program.state, program.batch)
-    placed = held["parameters"] + held["optimizer"] + held["batch"]
+    held = held_bytes(program.state, program.batch)
+    compiler = TPU_COMPILER if request.topology.is_tpu else GPU_COMPILER
     result = Facts(
-        mesh=tuple(mesh.shape.values()),
-        form=loss_form(request.recipe, mesh),
-        versions=_versions(request.topology),
-        compile_seconds=0.0,
-        parameters=held["parameters"],
-        optimizer=held["optimizer"],
-        batch=held["batch"],
-        words=held["words"],
-        words_optimizer=held["words_optimizer"],
-        loss=peak(compile_loss(program)[0]),
-        fits=False,
-        peak_bytes=0,
-    )
+        mesh=tuple(mesh.shape.values()), form=loss_form(recipe, mesh),
+        versions=", ".join(installed("jax", *compiler)), compile_seconds=0.0,
+        loss=peak(compile_loss(program)[0]), fits=False, peak_bytes=0, **held,
+    )  # fmt: skip
     try:
+        options = WITHOUT_A_CARD if devices[0].platform in ("gpu", "cuda") else {}
         lowered = program.step.lower(program.state, program.batch)
-        compiled = lowered.compile(compiler_options=_options(devices[0].platform))
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        if (needed := needed_bytes(str(error), placed)) is None:
+        arguments = held["parameters"] + held["optimizer"] + held["batch"]
+        if (needed := needed_bytes(str(error), arguments)) is None:
             raise
         seconds = CLOCK.now() - start
         return dataclasses.replace(result, peak_bytes=needed, compile_seconds=seconds)
@@ -152,42 +146,26 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     return dataclasses.replace(
         result, fits=True, peak_bytes=peak(compiled), compile_seconds=seconds,
         works=tuple(read(text, lambda name: schedule.cycles(folder, name) if folder else None)),
-        exchanges=tuple(exchanges(text, mesh.shape, request.topology.islands)),
+        collectives=tuple(collectives(text, mesh.shape, request.topology.islands)),
     )  # fmt: skip
-
-
-def _options(platform: str) -> dict[str, bool | int]:
-    """Return what compiling without the devices takes beside the options of training."""
-    return dict(WITHOUT_A_CARD) if platform in ("gpu", "cuda") else {}
-
-
-def _versions(topology: Topology) -> str:
-    compilers = ("libtpu",) if topology.is_tpu else ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
-    versions = []
-    for name in ("jax", *compilers):
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return ", ".join(versions)
 
 
 def needed_bytes(message: str, held: int) -> int | None:
     """Read from the compiler's complaint what a step would take; None: it complains of another.
 
-    `held` is what lies on a device anyway: the earliest complaint speaks of the rest alone.
+    `held` is what a device holds anyway: the earliest complaint speaks of the rest alone.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    whole = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    total = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     rest = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
-    size = whole or rest
-    return size and int(float(size[1]) * units[size[2]]) + (0 if whole else held)
+    size = total or rest
+    return size and int(float(size[1]) * units[size[2]]) + (0 if total else held)
 
 
-def parts(state: Any, batch: Any) -> dict[str, int]:
+def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
     """Add up what one device holds of state and batch (arrays, or shapes with shardings)."""
 
-    def held(tree: Any, of: str = "") -> int:
+    def size(tree: Any, of: str = "") -> int:
         sizes = (
             math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -196,10 +174,10 @@ def parts(state: Any, batch: Any) -> dict[str, int]:
         return sum(sizes)
 
     rest = [getattr(state, name) for name in vars(state) if name != "params"]
-    words = "token_embedding"
     return {
-        "parameters": held(state.params), "optimizer": held(rest), "batch": held(batch),
-        "words": held(state.params, words), "words_optimizer": held(rest, words),
+        "parameters": size(state.params), "optimizer": size(rest), "batch": size(batch),
+        "token_embedding": size(state.params, "token_embedding"),
+        "token_embedding_optimizer": size(rest, "token_embedding"),
     }  # fmt: skip
 
 
@@ -258,10 +236,8 @@ def _devices(topology: Topology) -> list[jax.Device]:
     from jax.experimental import topologies
 
     if not topology.is_tpu:
-        hosts, each = divmod(topology.devices, NODE) if topology.devices > NODE else (1, 0)
-        if hosts > 1 and each:
-            raise InputError(f"{topology}: beyond {NODE} GPUs give a multiple of {NODE}.")
-        shape = f"1x{hosts}x{topology.devices // hosts}"
+        nodes = topology.islands
+        shape = f"1x{nodes}x{topology.devices // nodes}"
         return topologies.get_topology_desc(
             platform="cuda", target_config=target(topology), topology=shape
         ).devices

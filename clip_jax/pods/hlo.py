@@ -12,7 +12,19 @@ from typing import NamedTuple
 
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _CALLS = ("call", "call-start", "conditional", "async-start", "fusion")
+_HEAD = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _HOST = 5  # the memory space of arrays that lie with the host
+
+
+def search(pattern: str, text: str) -> str:
+    """Return the first group of a pattern's first match; "" where there is none."""
+    match = re.search(pattern, text)
+    return match[1] if match else ""
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read `8,128`."""
+    return tuple(int(x) for x in text.split(",") if x)
 
 
 class Shape(NamedTuple):
@@ -59,15 +71,13 @@ class Instruction(NamedTuple):
     @property
     def source(self) -> str:
         """Where in the program it comes from."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1] if match else ""
+        return search(r'op_name="([^"]*)"', self.attributes)
 
     def called(self, *keys: str) -> list[str]:
         """Name the computations that it calls by these attributes, and its branches."""
-        matches = [re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes) for key in keys]
-        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
-        return [match[1] for match in matches if match] + names
+        names = [search(rf"\b{key}=%?([\w.\-]+)", self.attributes) for key in keys]
+        branches = search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        return [name for name in names if name] + re.findall(r"%?([\w.\-]+)", branches)
 
 
 Computation = dict[str, Instruction]
@@ -75,53 +85,43 @@ Computation = dict[str, Instruction]
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Read computations by name, and the name of the entry. ValueError for what isn't HLO."""
-    computations: dict[str, Computation] = {}
-    entry, current, pending = "", None, ""
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", None
     for line in text.splitlines():
-        if current is None:
+        if name is None:
             header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
             if header and not line.startswith("HloModule"):
-                current = computations.setdefault(header[2], {})
-                entry = header[2] if header[1] else entry
-            continue
-        pending = f"{pending}\n{line}" if pending else line
-        depth = _depth(pending)
-        if depth == -1 and line.startswith("}"):
-            current, pending = None, ""
-        elif depth == 0:  # else the attributes go on in the next line
-            if instruction := _instruction(pending):
-                current[instruction.name] = instruction
-            pending = ""
-    if current is not None or entry not in computations:
-        raise ValueError(f"HLO breaks off in {pending[:80] or list(computations)[-1:]}")
+                name = header[2]
+                bodies[name] = []
+                entry = name if header[1] else entry
+        elif re.match(r"\}(, execution_thread=.*)?$", line):
+            name = None
+        elif _HEAD.match(line):
+            bodies[name].append(line)
+        elif bodies[name]:  # attributes go on
+            bodies[name][-1] += f"\n{line}"
+    if name is not None or entry not in bodies:
+        raise ValueError(f"HLO breaks off in {name or list(bodies)[-1:]}")
+    computations = {
+        name: {x.name: x for x in map(_instruction, lines)} for name, lines in bodies.items()
+    }
     return computations, entry
 
 
-def _depth(text: str) -> int | None:
-    """Return how many brackets are open outside of strings; None within a string."""
-    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
-    if '"' in bare:
-        return None
-    return sum(map(bare.count, "({[")) - sum(map(bare.count, ")}]"))
-
-
-def _instruction(text: str) -> Instruction | None:
-    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", text)
-    if not head:
-        return None
-    rest = text[head.end() :]
+def _instruction(text: str) -> Instruction:
+    _, is_root, name, rest = _HEAD.split(text, maxsplit=1)
     end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     end = _closing(rest)
     return Instruction(
-        name=head[2],
+        name=name,
         opcode=opcode,
         shapes=tuple(read_shapes(shape)),
         operands=tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : end])),
         arguments=rest[len(opcode) + 1 : end],
         attributes=rest[end + 1 :],
-        root=bool(head[1]),
+        root=bool(is_root),
     )
 
 
@@ -138,21 +138,17 @@ def _closing(text: str) -> int:
 def read_shapes(text: str) -> Iterator[Shape]:
     """Read `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`, flat."""
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text):
-        size = tuple(int(x) for x in dims.split(",") if x)
         order, _, rest = layout.partition(":")
-        tile, space = re.search(r"T\(([\d,]+)\)", rest), re.search(r"S\((\d+)\)", rest)
+        tile, space = numbers(search(r"T\(([\d,]+)\)", rest)), search(r"S\((\d+)\)", rest)
         # GPUs have no tiles, and their space 1 is HBM too.
-        fast = bool(tile and space and int(space[1]) not in (0, _HOST))
-        yield Shape(
-            dtype, size, fast, tuple(int(x) for x in order.split(",") if x),
-            tuple(int(x) for x in tile[1].split(",")) if tile else (),
-        )  # fmt: skip
+        fast = bool(tile and space and int(space) not in (0, _HOST))
+        yield Shape(dtype, numbers(dims), fast, numbers(order), tile)
 
 
 def trips(instruction: Instruction, computations: Mapping[str, Computation]) -> int:
     """Read how often a loop runs: XLA says it, or the condition compares a counter to it."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes):
-        return int(known[1])
+    if known := search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes):
+        return int(known)
     inside = [computations[name] for name in instruction.called("condition")]
     inside += [computations[n] for c in inside for x in c.values() for n in x.called("calls")]
     limits = {

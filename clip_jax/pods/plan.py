@@ -1,45 +1,46 @@
 """`clip-jax plan CONFIG --topology v5e:16x16`: what a run takes on a pod that you don't have.
 
 The training step of the config is compiled for the pod (`compile.py`); memory and collectives are
-read off the result, times are bounds at the chips' peaks (`bounds.py`).
+read from the result, times are bounds at the chips' peaks (`bounds.py`).
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from clip_jax import flops, sharding
+from clip_jax import flops, processes, sharding
 from clip_jax.config import Config
 from clip_jax.data import growth
+from clip_jax.display import warn
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.models.layers import Remat
 from clip_jax.pods import compile as pod
-from clip_jax.pods.bounds import Bounds, bounds, by_part
-from clip_jax.pods.compile import Facts, Request
-from clip_jax.pods.report import Plan
+from clip_jax.pods.bounds import Times, bounds, by_part
+from clip_jax.pods.collectives import Collective
+from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
-from clip_jax.storage.files import Place, write_whole
+from clip_jax.storage.files import Place
 
 COMPILES = 8  # of --fit, at most
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
-# What the compiled program is made of; the cache forgets when one of these files changes.
-CODE = ("models", "losses", "optim", "sharding.py", "step.py", "processes.py", "pods")
 V5E = Topology.parse("v5e:16x16")
+# Of a step's seconds: how `--json` names them, what they are, and how MFU compares to them.
+BOUNDS = {
+    "bound": ("overlapped bound", "≤"),
+    "sequential_bound": ("sequential bound", "≤"),
+    "compiler_estimate": ("compiler estimate", "≈"),
+}
 GPU_SHARE = 0.75  # of a card's memory that JAX takes, where XLA_PYTHON_CLIENT_MEM_FRACTION is unset
-COMPILERS = (
-    *("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax"),
-)
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
 Compile = Callable[[Request], Facts]
 AsText = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1, metavar="NAME:SIZE[/slices=N]", instance_from_str=lambda x: Topology.parse(x[0]),
@@ -51,20 +52,69 @@ AsText = tyro.constructors.PrimitiveConstructorSpec(
 class PlanConfig(Config):
     """A run's config, and the pod that it is planned for."""
 
-    # v5e:16x16/slices=2: two of them, joined by the data-centre network along the data axis.
+    # v5e:16x16/slices=2: two of them, joined by the network between slices along the data axis.
     topology: Annotated[Topology, AsText] = V5E  # TPUs (v5e:16x16) or GPUs (H100:64)
-    chip_hour_price: float | None = None  # of one chip, in any currency: prices the run
-    mfu: float = 0.4  # what the run is taken to reach, where its bound is not lower
-    decoded: float | None = None  # images/s of a host's cores, `samples_per_second` of bench input
+    chip_hour_price: float | None = None  # price of one chip-hour, in any currency
+    mfu: float = 0.4  # MFU that the run is assumed to reach, unless its bound is lower
+    decoded: float | None = None  # images/s that a host decodes (samples_per_second of bench input)
     fit: bool = False  # find the cheapest remat and the largest batch that fit
-    compare: tuple[str, ...] = ()  # more of: v5p:4x4x8, v5e:16x16/fsdp=8, v5e:16x16/slices=2
-    plot: Place | None = None  # draw time and memory by part: plan.png, .svg or .pdf
-    cache: Path | None = None  # of compiled facts; None: clip_jax/plan in the user's cache folder
+    compare: tuple[str, ...] = ()  # other pods or meshes: v5p:4x4x8, v5e:16x16/fsdp=8,slices=2
+    plot: Place | None = None  # picture of time and memory by part: plan.png, .svg or .pdf
+    cache: Path | None = None  # folder of compiled results (default: ~/.cache/clip_jax/plan)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)", decoded="(0, inf)")
         check_picture(self.plot, "plot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One config on one pod."""
+
+    name: str  # of the topology
+    fits: bool
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    remat: str
+    form: str  # of the loss
+    optimizer: str  # its name
+    hbm_bytes: float  # of one device, that a run may use
+    is_gpu: bool
+    bytes_per_device: dict[str, int]  # by part, and the total
+    token_embedding_bytes: dict[str, int]  # of parameters and optimizer, the token embedding table
+    model_flops_per_step: int  # of all devices, nothing recomputed
+    collectives: tuple[Collective, ...]
+    calls: dict[str, int]  # of kernels and libraries in a step, by name
+    seconds: Times | None  # at the peaks; None: it does not fit
+    seconds_by_part: dict[str, Times]  # of the step
+    gigabytes: float  # that a device reads from and writes to HBM, padding included
+    step_seconds: dict[str, float | None]  # by its name in `BOUNDS`; None: not known
+    peak_flops: float  # of all devices
+    steps: int
+    mfu: float  # what hours and price assume
+    hours: float
+    images_per_second_per_host: float  # that it must read and decode
+    decoded_per_second_per_host: float | None  # that it can, as measured; None: not measured
+    price: float | None
+    versions: str
+    compile_seconds: float
+    fit_compiles: int = 0  # how many were needed to find batch and remat
+
+    def mfu_at(self, bound: str) -> float | None:
+        """Return the MFU of a step that takes as long as one of its `step_seconds`."""
+        seconds = self.step_seconds[bound]
+        return seconds and self.model_flops_per_step / (self.peak_flops * seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, each bound of the step by its own name, and FLOPs per device."""
+        values = dataclasses.asdict(self)
+        for name, seconds in values.pop("step_seconds").items():
+            values |= {f"step_seconds_{name}": seconds, f"mfu_{name}": self.mfu_at(name)}
+        return values | {
+            "model_flops_per_step_per_device": self.model_flops_per_step / self.devices
+        }
 
 
 def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
@@ -80,10 +130,10 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
     compile_ = compile_ or compiling(config)
     first = fit(config, compile_) if config.fit else assess(config, compile_(request(config)))
-    others = [assess(c, compile_(request(c))) for c in map(_variant(config), config.compare)]
-    plans = [first, *others]
+    others = [_variant(config, text) for text in config.compare]
+    plans = [first, *(assess(other, compile_(request(other))) for other in others)]
     if config.plot:
-        from clip_jax.pods.report import draw
+        from clip_jax.pods.summary import draw
 
         with files.written_whole(config.plot) as path:
             draw(plans, path)
@@ -91,8 +141,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
 
 
 def request(config: PlanConfig) -> Request:
-    """Keep of a config what the compiled step depends on. Raises InputError for what cannot be
-    split."""
+    """Return what the compiled step depends on. Raises InputError for what cannot be split."""
     devices = config.topology.devices
     data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
     if config.batch_size % (data * fsdp):
@@ -103,26 +152,23 @@ def request(config: PlanConfig) -> Request:
     return Request(recipe=config.recipe, mesh=config.mesh, topology=config.topology)
 
 
-def _variant(config: PlanConfig) -> Callable[[str], PlanConfig]:
+def _variant(config: PlanConfig, text: str) -> PlanConfig:
     """Read `v5e:16x16/fsdp=8,slices=2`: another topology, mesh or both."""
-
-    def read(text: str) -> PlanConfig:
-        name, _, changes = text.partition("/")
-        mesh = config.mesh
-        for change in filter(None, changes.split(",")):
-            axis, _, value = change.partition("=")
-            if axis == "slices" and value.isdigit():
-                name += f"/{change}"
-            elif axis in ("data", "fsdp", "tensor") and value.lstrip("-").isdigit():
-                mesh = dataclasses.replace(mesh, **{axis: int(value)})
-            else:
-                raise InputError(
-                    f"--compare {text}: {change!r} is not data=, fsdp=, tensor= or slices= with a "
-                    "number; write v5e:16x16 or v5e:16x16/fsdp=8,slices=2."
-                )
-        return dataclasses.replace(config, topology=Topology.parse(name), mesh=mesh)
-
-    return read
+    name, _, changes = text.partition("/")
+    sizes = {}
+    for change in filter(None, changes.split(",")):
+        axis, _, value = change.partition("=")
+        if axis == "slices" and value.isdigit():
+            name += f"/{change}"
+        elif axis in ("data", "fsdp", "tensor") and value.lstrip("-").isdigit():
+            sizes[axis] = int(value)
+        else:
+            raise InputError(
+                f"--compare {text}: {change!r} is not data=, fsdp=, tensor= or slices= with a "
+                "number; write v5e:16x16 or v5e:16x16/fsdp=8,slices=2."
+            )
+    mesh = dataclasses.replace(config.mesh, **sizes)
+    return dataclasses.replace(config, topology=Topology.parse(name), mesh=mesh)
 
 
 def usable_bytes(topology: Topology) -> float:
@@ -137,23 +183,20 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
     """Turn what the compiler says into memory, times, the MFU's bounds, and the run's price."""
     topology, chip = config.topology, config.topology.chip
     model_flops = flops.of_step(config).total
-    is_fitting = facts.fits and facts.peak_bytes <= usable_bytes(topology)
+    peak_flops = topology.devices * chip.peak_flops / chip.devices
     known = {name: getattr(facts, name) for name in ("parameters", "optimizer", "batch", "loss")}
     rest = facts.peak_bytes - sum(known.values())
-    seconds: Bounds | None = None
-    if is_fitting:
-        seconds = bounds(
-            chip, facts.works, sum(x.received for x in facts.exchanges),
-            sum(x.received_from_slices for x in facts.exchanges),
-        )  # fmt: skip
-    peak = topology.devices * chip.peak_flops / chip.devices
-
-    def mfu(step: float | None) -> float | None:
-        return step and model_flops / (peak * step)
-
-    caps = [mfu(seconds.step), mfu(seconds.one_by_one)] if seconds else []
-    reached = min([config.mfu, *(cap for cap in caps if cap)])
-    hours = config.steps * model_flops / (peak * reached) / 3600
+    seconds, parts, step_seconds = None, {}, dict.fromkeys(BOUNDS)
+    if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
+        received = sum(x.received for x in facts.collectives)
+        from_slices = sum(x.received_from_slices for x in facts.collectives)
+        seconds = bounds(chip, facts.works, received, from_slices)
+        parts = by_part(chip, facts.works)
+        values = (seconds.overlapped, seconds.sequential, seconds.compiler)
+        step_seconds = dict(zip(BOUNDS, values, strict=True))
+    least = max(step_seconds[name] or 0 for name in ("bound", "sequential_bound"))
+    mfu = min(config.mfu, model_flops / (peak_flops * least)) if least else config.mfu
+    hours = config.steps * model_flops / (peak_flops * mfu) / 3600
     return Plan(
         name=str(topology),
         fits=is_fitting,
@@ -165,23 +208,20 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         optimizer=type(config.optim.optimizer).__name__,
         hbm_bytes=usable_bytes(topology),
         is_gpu=not topology.is_tpu,
-        words={"parameters": facts.words, "optimizer": facts.words_optimizer},
         bytes_per_device=known | {"activations and workspace": rest, "total": facts.peak_bytes},
+        token_embedding_bytes={
+            "parameters": facts.token_embedding, "optimizer": facts.token_embedding_optimizer
+        },
         model_flops_per_step=model_flops,
-        collectives=facts.exchanges,
+        collectives=facts.collectives,
         calls=facts.calls(),
-        seconds=seconds._asdict() if seconds else {},
-        seconds_by_part={k: v._asdict() for k, v in by_part(chip, facts.works).items()}
-        if is_fitting else {},
+        seconds=seconds,
+        seconds_by_part=parts,
         gigabytes=sum(x.times * x.bytes for x in facts.works) / 1e9,
-        step_seconds_bound=seconds and seconds.step,
-        step_seconds_one_by_one=seconds and seconds.one_by_one,
-        step_seconds_compiler=seconds and seconds.compiler,
-        mfu_bound=mfu(seconds and seconds.step),
-        mfu_one_by_one=mfu(seconds and seconds.one_by_one),
-        mfu_compiler=mfu(seconds and seconds.compiler),
+        step_seconds=step_seconds,
+        peak_flops=peak_flops,
         steps=config.steps,
-        mfu=reached,
+        mfu=mfu,
         hours=hours,
         images_per_second_per_host=images_per_host(config, hours, topology),
         decoded_per_second_per_host=config.decoded,
@@ -215,16 +255,16 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         left -= 1
         model = dataclasses.replace(config.model, remat=remat)
         tried = dataclasses.replace(config, model=model, batch_size=per_device * shards)
-        _say(f"fit: remat {remat}, {per_device} pairs a device ({left} compiles left)")
+        warn(f"fit: remat {remat}, {per_device} pairs a device ({left} compiles left)")
         return assess(tried, compile_(request(tried)))
 
-    asked = max(config.batch_size // shards, 1)
+    wanted = max(config.batch_size // shards, 1)
     for remat in REMAT:
-        assessed = attempt(remat, asked)
+        assessed = attempt(remat, wanted)
         if assessed.fits:
             break
-    fitting = {asked: assessed} if assessed.fits else {}
-    low, high = (asked, None) if assessed.fits else (0, asked)  # fits, does not fit
+    best = assessed if assessed.fits else None
+    low, high = (wanted, None) if best else (0, wanted)  # fits, does not fit
     while left and (high is None or high - low > max(8, low // 16)):
         fixed = assessed.bytes_per_device["parameters"] + assessed.bytes_per_device["optimizer"]
         each = max(assessed.bytes_per_device["total"] - fixed, 1) / (assessed.batch_size // shards)
@@ -236,70 +276,29 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
                 break
         assessed = attempt(remat, guess)
         if assessed.fits:
-            low, fitting[guess] = guess, assessed
+            low, best = guess, assessed
         else:
             high = guess
-    if not fitting:
-        return assessed
-    return dataclasses.replace(fitting[low], fit_compiles=COMPILES - left)
+    return dataclasses.replace(best, fit_compiles=COMPILES - left) if best else assessed
 
 
 def compiling(config: PlanConfig) -> Compile:
-    """Return a compile that looks on disk first, and shows that it works."""
+    """Return a compile that looks on disk first: for the same code, compilers and flags."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = config.cache or home / "clip_jax/plan"
+    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+    program = " ".join([processes.code_version(), *pod.installed(*LIBRARIES), *flags])
 
-    def cached(wanted: Request) -> Facts:
-        asked = json.dumps(to_dict(wanted))
-        key = hashlib.sha256(f"{asked} {_code()}".encode()).hexdigest()[:24]
+    def cached(request: Request) -> Facts:
+        values = to_dict(request)
+        key = hashlib.sha256(f"{json.dumps(values)} {program}".encode()).hexdigest()[:24]
         path = folder / f"{key}.json"
         if path.is_file():
             return from_dict(Facts, json.loads(path.read_text())["facts"])
-        with _working(f"compiling for {wanted.topology}"):
-            facts = pod.compile_step(wanted)
+        warn(f"compiling for {request.topology} (a minute or a few) ...")
+        facts = pod.compile_step(request)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = json.dumps({"request": json.loads(asked), "facts": to_dict(facts)})
-        write_whole(str(path), lambda file: file.write(kept.encode()))
+        files.write_whole(path, json.dumps({"request": values, "facts": to_dict(facts)}))
         return facts
 
     return cached
-
-
-def _code() -> str:
-    """Name the code, the compilers and their flags, which make the program."""
-    digest = hashlib.sha256()
-    root = resources.files("clip_jax")
-    for name in CODE:
-        place = root / name
-        files = sorted(place.iterdir(), key=lambda x: x.name) if place.is_dir() else [place]
-        for file in files:
-            if file.name.endswith(".py"):
-                digest.update(file.read_bytes())
-    versions = []
-    for name in COMPILERS:
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
-    return " ".join([digest.hexdigest(), *versions, *flags])
-
-
-def _working(text: str) -> Any:
-    """Show on standard error what goes on and for how long."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        _say(f"{text} (a minute or a few) ...")
-    progress = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    progress.add_task(text, total=None)
-    return progress
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

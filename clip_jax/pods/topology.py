@@ -31,6 +31,8 @@ class Topology:
     def __post_init__(self) -> None:
         if self.slices < 1 or (self.slices > 1 and not self.is_tpu):
             raise InputError(f"slices={self.slices}: give 1 or more of a TPU, 1 of {self.family}.")
+        if not self.is_tpu and self.devices > NODE and self.devices % NODE:
+            raise InputError(f"{self}: beyond {NODE} GPUs give a multiple of {NODE}.")
 
     @classmethod
     def parse(cls, text: str) -> "Topology":

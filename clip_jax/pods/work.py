@@ -5,15 +5,16 @@ operation reads from and writes to HBM, in the whole tiles that arrays lie in. C
 compiler's own estimate, of a kernel its schedule's length.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from clip_jax.pods import hlo
-from clip_jax.pods.exchanges import KINDS
-from clip_jax.pods.hlo import Computation, Instruction, Shape
+from clip_jax.pods.collectives import KINDS
+from clip_jax.pods.hlo import Computation, Instruction, Shape, numbers, search
 
 # What computes nothing and moves nothing, or is counted where the work is. All else is counted.
 FREE = {
@@ -109,18 +110,17 @@ _PARTS = (
 
 
 def _target(x: Instruction) -> str:
-    target = re.search(r'custom_call_target="([^"]*)"', x.attributes)
-    return target[1] if target and x.opcode == "custom-call" else ""
+    is_call = x.opcode == "custom-call"
+    return search(r'custom_call_target="([^"]*)"', x.attributes) if is_call else ""
 
 
 def _program(kernel: Instruction) -> str:
-    body = re.search(r'"body":"([^"]*)"', kernel.attributes)
-    return body[1] if body else kernel.name
+    return search(r'"body":"([^"]*)"', kernel.attributes) or kernel.name
 
 
 def _estimate(x: Instruction) -> int:
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
-    return int(cycles[1]) if cycles and int(cycles[1]) < _UNKNOWN else 0  # none, as of exchanges
+    cycles = int(search(r'"estimated_cycles":"(\d+)"', x.attributes) or 0)
+    return cycles if cycles < _UNKNOWN else 0  # none, as of collectives
 
 
 # --------------------------------------------------------------------------------------- FLOPs
@@ -137,8 +137,8 @@ def count_flops(
     before = [computation[name] for name in x.operands if name in computation]
     operands = [operand.shapes[0] for operand in before if operand.shapes]
     if x.opcode == "dot":
-        dims = _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
-        return _passes(x) * 2 * math.prod(x.shapes[0].dims) * _product(operands[0], dims)
+        dims = numbers(search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes))
+        return _passes(x) * _product(x.shapes[0], operands[0], dims)
     if x.opcode == "convolution":
         return _passes(x) * _convolution(x, *operands[:2], x.shapes[0])
     return _custom_flops(x, operands) if x.opcode == "custom-call" else 0
@@ -147,12 +147,11 @@ def count_flops(
 def _custom_flops(x: Instruction, operands: list[Shape]) -> float | None:
     target = _target(x)
     if target == KERNEL:
-        operations = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', x.attributes)
-        return float(operations[1]) if operations else None
+        flops = search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', x.attributes)
+        return float(flops) if flops else None
     if target.startswith("__cublas$"):
-        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
-        dims = [int(d) for d in re.findall(r"\d+", contracted[1])] if contracted else []
-        return 2.0 * math.prod(x.shapes[0].dims) * _product(operands[0], dims)
+        contracted = search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
+        return _product(x.shapes[0], operands[0], numbers(contracted.replace('"', "")))
     if target.startswith("__cudnn$conv"):  # of the gradients too, in the forward one's terms
         first, second, result = *operands[:2], x.shapes[0]
         if "BackwardInput" in target:
@@ -167,53 +166,37 @@ def _custom_flops(x: Instruction, operands: list[Shape]) -> float | None:
 
 
 def _passes(x: Instruction) -> int:
-    precision = re.search(r"operand_precision=\{(\w+)", x.attributes)
-    return PASSES[precision[1]] if precision else 1
+    return PASSES[search(r"operand_precision=\{(\w+)", x.attributes) or "default"]
 
 
-def _numbers(pattern: str, text: str) -> list[int]:
-    window = re.search(pattern, text)
-    return [int(n) for n in window[1].split(",") if n] if window else []
-
-
-def _product(shape: Shape, dims: list[int]) -> int:
-    return math.prod(shape.dims[d] for d in dims)
+def _product(result: Shape, lhs: Shape, contracted: tuple[int, ...]) -> float:
+    return 2.0 * math.prod(result.dims) * math.prod(lhs.dims[d] for d in contracted)
 
 
 def _convolution(x: Instruction, lhs: Shape, rhs: Shape, result: Shape) -> float:
     """2 × multiply-adds, those with padding and between dilated elements left out, as XLA does."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
-    if not labels:
-        raise ValueError(f"{x.name}: a convolution without dim_labels")
-    inputs, kernel, output = labels.groups()
-    out = result.dims
-    window = re.search(r"window=\{([^}]*)\}", x.attributes)
-    fields = dict(f.split("=") for f in window[1].split()) if window else {}
-    rank = len(output) - 2
+    labels = search(r"dim_labels=(\w+->\w+)", x.attributes)
+    inputs, kernel, output = re.split("_|->", labels)  # of one without any an error
+    fields = dict(f.split("=") for f in search(r"window=\{([^}]*)\}", x.attributes).split())
 
-    def values(name: str, default: int) -> list[int]:
-        return [int(v) for v in fields[name].split("x")] if name in fields else [default] * rank
+    def of_window(name: str, default: int, dim: int) -> int:
+        return int(fields[name].split("x")[dim].split("_")[0]) if name in fields else default
 
-    low = (
-        [int(p.split("_")[0]) for p in fields["pad"].split("x")] if "pad" in fields else [0] * rank
-    )
-    steps = zip(
-        values("size", 1), values("stride", 1), low, values("lhs_dilate", 1),
-        values("rhs_dilate", 1), strict=True,
-    )  # fmt: skip
-    pairs = 1
-    for number, (size, stride, pad, lhs_dilate, rhs_dilate) in enumerate(steps):
-        here, there = lhs.dims[inputs.index(str(number))], out[output.index(str(number))]
-        places = (
-            o * stride - pad + k * rhs_dilate
-            for o, k in itertools.product(range(there), range(size))
-        )
-        pairs *= sum(not p % lhs_dilate and 0 <= p < here * lhs_dilate for p in places)
-    groups = _numbers(r"batch_group_count=(\d+)", x.attributes) or [1]
-    return (
-        2.0 * pairs * out[output.index("b")] * out[output.index("f")]
-        * rhs.dims[kernel.index("i")] / groups[0]
-    )  # fmt: skip
+    pairs = 1  # of an output and an input that a weight multiplies
+    for dim in range(len(output) - 2):
+        outputs = np.arange(result.dims[output.index(str(dim))])[:, None]
+        weights = np.arange(of_window("size", 1, dim))
+        positions = (
+            outputs * of_window("stride", 1, dim) - of_window("pad", 0, dim)
+            + weights * of_window("rhs_dilate", 1, dim)
+        )  # fmt: skip
+        dilation = of_window("lhs_dilate", 1, dim)
+        end = lhs.dims[inputs.index(str(dim))] * dilation
+        inside = (positions % dilation == 0) & (positions >= 0) & (positions < end)
+        pairs *= int(inside.sum())
+    groups = int(search(r"batch_group_count=(\d+)", x.attributes) or 1)
+    batch, features = (result.dims[output.index(label)] for label in "bf")
+    return 2.0 * pairs * batch * features * rhs.dims[kernel.index("i")] / groups
 
 
 # --------------------------------------------------------------------------------------- bytes
@@ -248,7 +231,7 @@ def _traffic(
 
 
 def _read(
-    inner: Computation, number: int, computations: Mapping[str, Computation], whole: Instruction
+    inner: Computation, number: int, computations: Mapping[str, Computation], operand: Instruction
 ) -> int:
     """Count what a fusion reads of one operand: all, the slices it takes, or nothing of it."""
     names = {
@@ -264,11 +247,11 @@ def _read(
             total += sum(shape.padded_bytes for shape in x.shapes)
         elif x.opcode == "fusion":
             [called] = (computations[name] for name in x.called("calls"))
-            places = [place for place, name in enumerate(x.operands) if name in names]
-            total += sum(_read(called, place, computations, whole) for place in places)
+            numbers = [i for i, name in enumerate(x.operands) if name in names]
+            total += sum(_read(called, i, computations, operand) for i in numbers)
         elif x.opcode not in UNREAD or x.operands[0] not in names:
-            return _slow(whole)
-    return min(total, _slow(whole))
+            return _slow(operand)
+    return min(total, _slow(operand))
 
 
 def _results(inner: Computation) -> list[Instruction]:
@@ -285,7 +268,7 @@ def _written(x: Instruction, inner: Computation, computations: Mapping[str, Comp
     if x.opcode == "fusion" and len(x.shapes) == 1:
         [called] = (computations[name] for name in x.called("calls"))
         return _written(_results(called)[0], called, computations)
-    # What a fusion hands through, or an exchange that goes on behind it, it does not write.
+    # What a fusion hands through, or a collective that goes on behind it, it does not write.
     return 0 if x.opcode in ("parameter", *KINDS) else sum(s.padded_bytes for s in x.shapes)
 
 

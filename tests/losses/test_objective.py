@@ -190,7 +190,7 @@ def test_each_term_is_saved_and_resumed_bit_for_bit_without_its_teacher(term, tm
 def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     def counted(terms: Sequence[Term]) -> tuple[int, int]:
         own = program(terms)
-        return sum(pod.parts(own.state, own.batch).values()), flops.of_step(own.recipe).total
+        return sum(pod.held_bytes(own.state, own.batch).values()), flops.of_step(own.recipe).total
 
     def size(config: CLIPConfig, part: Any = lambda params: params) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(part(parameters(config))))

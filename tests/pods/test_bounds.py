@@ -18,10 +18,10 @@ def work(flops: float | None = 0.0, size: int = 0, cycles: int | None = 0, **mor
 def test_operations_one_after_the_other_take_longer_than_all_at_once():
     compute = work(SECOND["flops"], SECOND["bytes"] // 4, cycles=3_000_000_000)
     moving = work(0.0, SECOND["bytes"] // 2, times=2, part="copies")
-    found = bounds(V5E, [compute, moving], 0, 0)
-    assert found.compute == pytest.approx(1)
-    assert found.memory == found.step == pytest.approx(1.25)
-    assert found.one_by_one == found.compiler == pytest.approx(2)
+    result = bounds(V5E, [compute, moving], 0, 0)
+    assert result.compute == pytest.approx(1)
+    assert result.memory == result.overlapped == pytest.approx(1.25)
+    assert result.sequential == result.compiler == pytest.approx(2)
     parts = by_part(V5E, [compute, moving])
     assert list(parts) == ["MLP", "copies"]
     assert parts["MLP"].operations == pytest.approx(1)
@@ -30,18 +30,20 @@ def test_operations_one_after_the_other_take_longer_than_all_at_once():
 def test_copies_beside_other_operations_cost_no_time_of_their_own():
     compute = work(SECOND["flops"])
     hidden = work(size=SECOND["bytes"] // 2, hidden=True)
-    assert bounds(V5E, [compute, hidden], 0, 0).one_by_one == pytest.approx(1)
-    assert bounds(V5E, [compute, hidden, hidden, hidden], 0, 0).one_by_one == pytest.approx(1.5)
+    assert bounds(V5E, [compute, hidden], 0, 0).sequential == pytest.approx(1)
+    assert bounds(V5E, [compute, hidden, hidden, hidden], 0, 0).sequential == pytest.approx(1.5)
 
 
 def test_a_kernel_without_a_figure_makes_its_bound_unknown():
     plain, kernel = work(SECOND["flops"], cycles=1), work(None, SECOND["bytes"], cycles=None)
-    found = bounds(V5E, [plain, kernel], 0, 0)
-    assert found.compute is found.operations is found.one_by_one is found.compiler is None
-    assert found.step == pytest.approx(1)  # its bytes are known
+    result = bounds(V5E, [plain, kernel], 0, 0)
+    assert result.compute is result.operations is result.sequential is result.compiler is None
+    assert result.overlapped == pytest.approx(1)  # its bytes are known
 
 
 def test_links_bound_a_step_too():
-    assert bounds(V5E, [work()], 400_000_000_000, 0).step == pytest.approx(2)  # half is inwards
-    assert bounds(V5E, [work()], 0, 3_125_000_000).step == pytest.approx(1)
+    assert bounds(V5E, [work()], 400_000_000_000, 0).overlapped == pytest.approx(
+        2
+    )  # half is inwards
+    assert bounds(V5E, [work()], 0, 3_125_000_000).overlapped == pytest.approx(1)
     assert bounds(chips()["TPU v4"], [work()], 0, 5).network is None

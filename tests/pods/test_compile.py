@@ -1,8 +1,8 @@
-"""What the compiled step exchanges between devices, read from XLA's text.
+"""The collectives of the compiled step, read from XLA's text.
 
-Allowed are gathers of parameters and token ids under `fsdp`, and of the loss's features [B, E] and
-vectors [B]. The token embedding table stays where it is: its rows are exchanged.
-A gradient of a split parameter is summed to where its shard lies.
+Allowed are gathers of parameters and token ids under `fsdp`, and of the loss's embeddings [B, E]
+and vectors [B]. The token embedding table is never gathered: its rows are sent.
+A gradient of a split parameter is summed into its shard alone.
 """
 
 import functools
@@ -17,8 +17,8 @@ import pytest
 from clip_jax import processes, sharding
 from clip_jax import train as training
 from clip_jax.pods import compile as pod
+from clip_jax.pods.collectives import collectives
 from clip_jax.pods.compile import Facts, Request
-from clip_jax.pods.exchanges import collectives
 from clip_jax.pods.topology import Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
@@ -40,20 +40,22 @@ def program(sizes: Sizes, form: str = "dense") -> Program:
 def planned() -> tuple[Facts, str]:
     """What `plan` reads from a step on the CPU's own devices, and the text that it reads."""
     request = Request(recipe=recipe(), mesh=MESH, topology=TOPOLOGY)
-    with mock.patch.object(pod, "exchanges", autospec=True, side_effect=pod.exchanges) as reader:
+    with mock.patch.object(
+        pod, "collectives", autospec=True, side_effect=pod.collectives
+    ) as reader:
         facts = pod.facts(request, jax.devices())
     return facts, reader.call_args.args[0]
 
 
 def faults(text: str, sizes: Sizes) -> list[str]:
-    """Say which exchanges of a compiled step are not allowed."""
+    """Describe the collectives of a compiled step that are not allowed."""
     mesh, params = program(sizes).mesh, program(sizes).state.params
     tensor = mesh.shape["tensor"]
     split, whole, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
     for x in jax.tree.leaves(params):
         spec = [a if isinstance(a, tuple) else (a,) for a in x.sharding.spec]
         is_split = any("fsdp" in axes for axes in spec)
-        if is_split:  # as it lies, but for fsdp
+        if is_split:  # as it is sharded, but for fsdp
             pairs = list(zip(x.shape, [*spec, *[()] * len(x.shape)], strict=False))
             shard = tuple(d // math.prod(mesh.shape[a] for a in axes if a) for d, axes in pairs)
             copy = tuple(d // tensor if "tensor" in axes else d for d, axes in pairs)
@@ -72,22 +74,22 @@ def faults(text: str, sizes: Sizes) -> list[str]:
     length, width = MODEL.text.context_length, MODEL.text.width
     ids = ("s32", (BATCH // mesh.shape["data"], length))
     words = (BATCH // sharding.batch_shards(mesh), length, width)
-    found = []
+    result = []
     for x in collectives(text, mesh.shape):
-        for shape in x.shapes:
-            dims = _dims(shape.dims)
+        for array in x.arrays:
+            dims = _dims(array[1])
             batch_axes = set(x.axes) <= set(sharding.BATCH_AXES)
             if x.kind == "all-gather" and not (
                 (dims in split and x.axes == ("fsdp",))
                 or (dims in features and batch_axes)
-                or (shape[:2] == ids and x.axes == ("fsdp",))
-                or (shape.dims == words and x.axes == ("tensor",))
+                or (array == ids and x.axes == ("fsdp",))
+                or (array[1] == words and x.axes == ("tensor",))
             ):
-                found.append(f"gather of {shape.dims} over {x.axes}: {x.source}")
+                result.append(f"gather of {array[1]} over {x.axes}: {x.source}")
             copied = split if "fsdp" in x.axes else unsplit - shards
             if x.kind == "all-reduce" and "data" in x.axes and dims in copied - whole:
-                found.append(f"replicated gradient {shape.dims} over {x.axes}: {x.source}")
-    return found
+                result.append(f"replicated gradient {array[1]} over {x.axes}: {x.source}")
+    return result
 
 
 def _dims(dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,13 +104,17 @@ def test_only_parameters_and_features_are_gathered_and_gradients_stay_split(size
         text = one.step.lower(one.state, one.batch).compile().as_text()
     assert faults(text, sizes) == []
     assert f"[{BATCH},{MODEL.text.context_length},{MODEL.text.width}]" not in text
-    exchanged = collectives(text, program(sizes).mesh.shape)
-    blocks = [x for x in exchanged if x.kind == "all-gather" and "transformer/while" in x.source]
+    mesh = program(sizes).mesh
+    blocks = [
+        x
+        for x in collectives(text, mesh.shape)
+        if x.kind == "all-gather" and "transformer/while" in x.source
+    ]
     assert blocks
     assert all(x.times == MODEL.text.depth for x in blocks)  # a layer at a time
 
 
-def test_exchanges_that_are_not_allowed_are_found():
+def test_collectives_that_are_not_allowed_are_named():
     fsdp, data, both = "{{0,1,2,3},{4,5,6,7}}", "{{0,4},{1,5},{2,6},{3,7}}", "{{0,1,2,3,4,5,6,7}}"
     for kind, dims, groups, fault in (
         ("all-gather", (48, 12, 40), fsdp, "gather of"),  # activations
@@ -173,7 +179,7 @@ def test_facts_are_read_from_what_is_compiled(planned):
     assert (facts.fits, facts.mesh) == (True, (2, 4, 1))
     assert facts.peak_bytes > facts.parameters + facts.optimizer + facts.batch
     assert sum(x.times * x.bytes for x in facts.works) > facts.peak_bytes
-    parts = {(x.kind, *x.axes, x.part) for x in facts.exchanges}
+    parts = {(x.kind, *x.axes, x.part) for x in facts.collectives}
     assert ("all-gather", "fsdp", "image tower, forward") in parts
     assert ("all-gather", "data", "fsdp", "loss, forward") in parts
 

@@ -17,20 +17,30 @@ from clip_jax.pods.topology import GPUS, Topology
     ],
 )
 def test_a_name_is_read_and_written(name, devices, islands, chip):
-    found = Topology.parse(name)
-    assert str(found) == name
-    assert (found.devices, found.islands, found.chip.name) == (devices, islands, chip)
+    topology = Topology.parse(name)
+    assert str(topology) == name
+    assert (topology.devices, topology.islands, topology.chip.name) == (devices, islands, chip)
 
 
 @pytest.mark.parametrize(
-    "name", ["v9:4x4", "v5litepod-8", "v5e:3", "H100:0", "H100:8x8", "H100:8/slices=2", "v5e:4x4/x"]
+    "name",
+    [
+        "v9:4x4",
+        "v5litepod-8",
+        "v5e:3",
+        "H100:0",
+        "H100:8x8",
+        "H100:12",
+        "H100:8/slices=2",
+        "v5e:4x4/x",
+    ],
 )
 def test_what_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=r"v5e:16x16|slices=2"):
+    with pytest.raises(ValueError, match=r"v5e:16x16|slices=2|a multiple of 8"):
         Topology.parse(name)
 
 
 @pytest.mark.parametrize("family", GPUS)
 def test_every_gpu_is_described_to_the_compiler(family):
-    found = Topology.parse(f"{family}:8")
-    assert pod.memory_of_card(found) == pytest.approx(found.chip.hbm_bytes, rel=0.08)
+    topology = Topology.parse(f"{family}:8")
+    assert pod.memory_of_card(topology) == pytest.approx(topology.chip.hbm_bytes, rel=0.08)

@@ -20,14 +20,14 @@ def request(topology: str, model: CLIPConfig = MODEL, **mesh: int) -> Request:
 def test_the_sums_of_gradients_are_found(topology):
     """Two bytes of each parameter at least cross the links, and not much more than four."""
     facts, kinds = compile_step(request(topology)), ("all-reduce", "reduce-scatter")
-    summed = sum(x.bytes for x in facts.exchanges if x.kind in kinds and "data" in x.axes)
+    summed = sum(x.bytes for x in facts.collectives if x.kind in kinds and "data" in x.axes)
     assert 0.5 <= summed / facts.parameters < 1.5
 
 
 def test_between_slices_there_is_the_network():
     facts = compile_step(request("v4:2x2x1/slices=2", fsdp=2))
     assert (facts.fits, facts.mesh) == (True, (4, 2, 1))
-    assert sum(x.received_from_slices for x in facts.exchanges) > 0
+    assert sum(x.received_from_slices for x in facts.collectives) > 0
 
 
 def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split():
@@ -35,9 +35,9 @@ def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split
     model = dataclasses.replace(MODEL, vision=tower)
     facts = compile_step(request("v5e:2x4", model, fsdp=4))
     assert facts.fits
-    assert sum(x.received_from_slices for x in facts.exchanges) == 0
+    assert sum(x.received_from_slices for x in facts.collectives) == 0
     assert any(work.cycles for work in facts.works if work.flops)
-    ours = [x for x in facts.exchanges if x.part.startswith("image tower")]
+    ours = [x for x in facts.collectives if x.part.startswith("image tower")]
     assert {x.axes for x in ours if x.kind == "all-gather"} == {("fsdp",)}
     split = [x.bytes for x in ours if x.kind == "reduce-scatter" and x.axes == ("fsdp",)]
     sums = [x.bytes for x in ours if x.kind == "all-reduce" and "fsdp" in x.axes]

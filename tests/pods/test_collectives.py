@@ -1,10 +1,10 @@
-"""Exchanges between devices, read from HLO as the TPU compiler writes it."""
+"""Collectives, read from HLO as the TPU compiler writes it."""
 
-from clip_jax.pods.exchanges import collectives
+from clip_jax.pods.collectives import collectives
 from tests.pods.conftest import module
 
 
-def test_exchanges_between_slices_are_read():
+def test_collectives_between_slices_are_read():
     """The TPU compiler writes them as transfers of one chip with its likes on the other slices."""
     transfer = "u32[], token[]) recv(%a), channel_id={}, frontend_attributes={{{}}}"
     name = '_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{}"'

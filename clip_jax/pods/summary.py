@@ -1,0 +1,211 @@
+"""A plan for people: tables and a picture."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clip_jax.display import STYLE, plain
+from clip_jax.pods.plan import BOUNDS, Plan
+
+SECONDS = {
+    "compute": "compute",
+    "memory": "HBM, whole tiles",
+    "interconnect": "interconnect",
+    "network": "network between slices or nodes",
+}
+SHARE = ", of the card's what JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+IMAGE_BYTES = 70e3  # a JPEG of 640 x 480
+BLOCK_BYTES = 4 << 20  # one request, in the order of blocks
+
+HOW = {
+    "parameters": "exact, from the shardings",
+    "optimizer": "exact, from the shardings",
+    "batch": "exact, from the shardings",
+    "loss": "the loss compiled alone",
+    "activations and workspace": "peak of the compiled step minus the above",
+    "total": "peak of the compiled step",
+}
+
+
+def describe(plan: Plan) -> str:
+    """Tables of memory, collectives and times, and what the run costs."""
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    gigabytes = plan.bytes_per_device["total"] / 1e9
+    lines = [
+        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} ({rows} a "
+        f"shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
+        f"{plan.hbm_bytes / 1e9:.1f} GB a device" + (SHARE if plan.is_gpu else ""),
+    ]
+    if plan.fit_compiles:
+        lines.append(
+            f"Found with {plan.fit_compiles} compiles: --model.remat {plan.remat} "
+            f"--batch-size {plan.batch_size}"
+        )
+    lines += [_memory(plan), _collectives(plan)]
+    lines.append(_table(("kernel or library", "calls a step"), plan.calls.items()))
+    if plan.seconds:
+        seconds = {what: getattr(plan.seconds, name) for name, what in SECONDS.items()}
+        shown = [(what, _seconds(value)) for what, value in seconds.items() if value != 0]
+        lines += [_parts(plan), _table(("at the peaks", "seconds a step"), shown)]
+    lines.append(
+        f"model FLOPs: {plan.model_flops_per_step:.4g} a step, "
+        f"{plan.model_flops_per_step / plan.devices:.4g} a device"
+    )
+    if plan.is_gpu and plan.seconds:
+        lines.append(
+            "HBM traffic counts every operand; what a card's cache still holds costs less."
+        )
+    for bound, (label, sign) in BOUNDS.items() if plan.seconds else ():
+        seconds, mfu = plan.step_seconds[bound], plan.mfu_at(bound)
+        value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
+        lines.append(f"{label}: {value}")
+    cost = "" if plan.price is None else f", price {plan.price:,.0f}"
+    lines.append(
+        f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
+        f"at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}"
+    )
+    lines.append(reading(plan.images_per_second_per_host, plan.decoded_per_second_per_host))
+    return "\n".join(filter(None, lines))
+
+
+def reading(images: float, decoded: float | None) -> str:
+    """What a host's input must do a second, and whether its cores can."""
+    requests = images * IMAGE_BYTES / BLOCK_BYTES
+    line = (
+        f"a host reads {images:,.0f} images/s: of {IMAGE_BYTES / 1e3:.0f} kB each, "
+        f"{images * IMAGE_BYTES / 1e6:,.0f} MB/s in {requests:,.1f} requests/s of a bucket"
+    )
+    if decoded is None:
+        return f"{line} (--decoded compares it with what bench input measured)"
+    verdict = "enough" if decoded >= images else "TOO FEW: the devices will wait"
+    return f"{line}; its cores decode {decoded:,.0f}: {verdict}"
+
+
+def compare(plans: Sequence[Plan]) -> str:
+    """One row a plan."""
+    rows = []
+    for x in plans:
+        known = {name: getattr(x.seconds, name) or 0.0 for name in SECONDS if x.seconds}
+        seconds, mfus = x.step_seconds["bound"], map(x.mfu_at, BOUNDS)
+        fits = "yes" if x.fits else "no"
+        rows.append((
+            x.name,
+            "×".join(map(str, x.mesh.values())),
+            x.remat,
+            f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
+            "" if seconds is None else f"{seconds:.4f}",
+            " / ".join("–" if mfu is None else f"{mfu:.1%}" for mfu in mfus if x.fits),
+            max(known, key=lambda name: known[name], default=""),
+            f"{x.hours:,.1f}",
+            "" if x.price is None else f"{x.price:,.0f}",
+        ))  # fmt: skip
+    mfu = "MFU: overlapped ≤ / sequential ≤ / compiler ≈"
+    names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", mfu, "limit", "hours", "price")
+    return _table(names, rows, left=3)
+
+
+def _memory(plan: Plan) -> str:
+    rows = []
+    for name, size in plan.bytes_per_device.items():
+        label = f"optimizer, {plan.optimizer}" if name == "optimizer" else name
+        rows.append((label, HOW[name], _mib(size)))
+        if table := plan.token_embedding_bytes.get(name):
+            rows.append(("  of it, the token embedding", HOW[name], _mib(table)))
+    return _table(("memory of a device", "how it is known", "MiB"), rows, left=2)
+
+
+def _collectives(plan: Plan) -> str:
+    """Collectives joined by kind, axes and part of the step; the smallest in one row."""
+    sums: dict[tuple[str, str, str], np.ndarray] = {}
+    for x in plan.collectives:
+        key = (x.kind, " × ".join(x.axes), x.part)
+        counts = (x.times, x.bytes, x.received + x.received_from_slices)
+        sums[key] = sums.get(key, 0) + np.array(counts)
+    least = sum(counts[2] for counts in sums.values()) / 200
+    large = {key: counts for key, counts in sums.items() if counts[2] >= least}
+    rows = sorted(large.items(), key=lambda item: -item[1][2])
+    if small := [counts for key, counts in sums.items() if key not in large]:
+        rows.append((("others", "", ""), np.sum(small, axis=0)))
+    names = ("collective", "axis", "part of the step", "times", "MiB", "MiB received")
+    texts = [(*key, times, _mib(size), _mib(received)) for key, (times, size, received) in rows]
+    return _table(names, texts, left=3)
+
+
+def _parts(plan: Plan) -> str:
+    """Where the time goes: each part of the step by its own operations."""
+    names = ("part of the step", "s at compute's peak", "s at HBM's", "s sequential", "s compiler")
+    rows = [
+        (name, *map(_seconds, (x.compute, x.memory, x.operations, x.compiler)))
+        for name, x in plan.seconds_by_part.items()
+    ]
+    return _table(names, rows)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:.4f}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """Draw a table whose first columns are aligned to the left; "" without rows."""
+    table = Table(*names, box=box.SIMPLE_HEAD)
+    for column in table.columns[left:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*map(str, row))
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(table)
+    return stream.getvalue().rstrip() if table.rows else ""
+
+
+def draw(plans: Sequence[Plan], path: Path) -> None:
+    """Draw where time and memory go, by part: two bars a plan of time, one of memory.
+
+    The upper bar of time is the sequential bound, the lower one the compiler estimate. The suffix
+    chooses the format.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        page = Figure(figsize=(8, 1.6 + 0.7 * len(plans)), layout="constrained")
+        left, right = page.subplots(1, 2, sharey=True)
+        names = [f"{plain(x.name)}\n{'×'.join(map(str, x.mesh.values()))}" for x in plans]
+        parts = list(dict.fromkeys(part for x in plans for part in x.seconds_by_part))
+        for y, plan in enumerate(plans):
+            sizes = {k: v / 1e9 for k, v in plan.bytes_per_device.items() if k != "total"}
+            _bar(right, y, sizes, list(sizes), 0.8)
+            right.plot([plan.hbm_bytes / 1e9] * 2, [y - 0.4, y + 0.4], color="black")
+            for shift, figure in ((-0.2, "operations"), (0.2, "compiler")):
+                seconds = {k: getattr(v, figure) or 0.0 for k, v in plan.seconds_by_part.items()}
+                _bar(left, y + shift, seconds, parts, 0.38)
+        left.set_yticks(range(len(plans)), names)
+        left.invert_yaxis()
+        left.set_xlabel("s a step: sequential bound; below, the compiler estimate")
+        right.set_xlabel("GB a device; the line: its memory")
+        for axes in (left, right):
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            axes.legend(
+                handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0),
+                ncols=3, fontsize=6,
+            )  # fmt: skip
+        page.savefig(path)
+
+
+def _bar(axes: Any, y: float, sizes: dict[str, float], order: list[str], height: float) -> None:
+    start = 0.0
+    for number, name in enumerate(order):
+        if size := sizes.get(name, 0.0):
+            axes.barh(y, size, height, left=start, color=f"C{number % 10}", label=name)
+            start += size
