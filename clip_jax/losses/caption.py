@@ -72,15 +72,17 @@ def caption_loss(
         width, vocabulary = axes.width, axes.vocabulary
         others = tuple(axis for axis in axes.rows if axis != width)
 
-        def whole(kernel: Array, states: Array) -> Array:
+        def gathered(kernel: Array, states: Array) -> Array:
             return lax.all_gather(kernel.astype(states.dtype), width, axis=0, tiled=True)
 
         def local_forward(states: Array, kernel: Array, labels: Array) -> Any:
-            return _forward(states, whole(kernel, states), labels, vocabulary=vocabulary, **options)
+            return _forward(
+                states, gathered(kernel, states), labels, vocabulary=vocabulary, **options
+            )
 
         def local_backward(states: Array, kernel: Array, *more: Array) -> Any:
             d_states, d_kernel = _backward(
-                states, whole(kernel, states), *more, vocabulary=vocabulary, **options
+                states, gathered(kernel, states), *more, vocabulary=vocabulary, **options
             )
             return d_states, lax.psum_scatter(lax.psum(d_kernel, others), width, tiled=True)
 
@@ -196,5 +198,5 @@ def _by_chunks(
     def join(x: Array) -> Array:
         return x.reshape(-1, *x.shape[2:])[:count].reshape(batch, length, *x.shape[2:])
 
-    carry, found = lax.scan(visit, carry, jax.tree.map(split, arrays))
-    return carry, jax.tree.map(join, found)
+    carry, rows = lax.scan(visit, carry, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, rows)

@@ -35,13 +35,13 @@ def dense(
     """Hold each device's rows of the logits, [B / devices, B]; differentiated by JAX itself."""
     if mesh is not None:
 
-        def place(x: Any, spec: P) -> Any:
+        def constrain(x: Any, spec: P) -> Any:
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-        image, text = place(image, P(axes)), place(text, P())
+        image, text = constrain(image, P(axes)), constrain(text, P())
     pairs = compare(image, text, config.precision)
     if mesh is not None:
-        pairs = place(pairs, P(axes, None))
+        pairs = constrain(pairs, P(axes, None))
     summands = config.summand(pairs, scale, bias)
     rows, columns = summarise(pairs, summands, scale, 1), summarise(pairs, summands, scale, 0)
     return conclude(config, rows, columns, scale)

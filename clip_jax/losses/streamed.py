@@ -44,7 +44,7 @@ class Route:
     @property
     def groups(self) -> list[list[int]]:
         """The devices at the same place of every ring, which exchange their texts."""
-        return [list(range(place, self.shards, self.ring)) for place in range(self.ring)]
+        return [list(range(position, self.shards, self.ring)) for position in range(self.ring)]
 
     def gather(self, x: Any) -> Any:
         """Collect the texts of the same place in all rings, [B / ring]."""
