@@ -17,7 +17,7 @@ from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
-from clip_jax.export.command import ExportConfig
+from clip_jax.export import ExportConfig
 from clip_jax.inference import embed, evaluate, predict, search
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods.plan import PlanConfig

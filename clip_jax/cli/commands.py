@@ -187,8 +187,8 @@ def convert(args: Sequence[str]) -> int:
 
 def export(args: Sequence[str]) -> int:
     """write a model as ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
-    from clip_jax.export.command import ExportConfig
-    from clip_jax.export.command import export as run_export
+    from clip_jax.export import ExportConfig
+    from clip_jax.export import export as run_export
 
     config, as_json = arguments.read(ExportConfig, args, ("model", "output"), export)
     proof = run_export(config)

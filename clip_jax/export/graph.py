@@ -14,6 +14,7 @@ from clip_jax.models.layers import Activation
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # which belongs to it
 INLINE_BYTES = 1_900_000_000  # of weights in one protobuf, which ends at 2 GB
+
 _ALIGNED = 4096  # bytes, so that weights can be mapped from disk
 
 
@@ -28,8 +29,8 @@ class Graph:
 
     def weight(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter in float32; of a stack of layers, one layer's."""
-        found = self._weights[path]
-        return found if layer is None else found[layer]
+        array = self._weights[path]
+        return array if layer is None else array[layer]
 
     def has(self, path: str) -> bool:
         return path in self._weights
@@ -59,14 +60,14 @@ class Graph:
         if not self._half:
             return exact
         with np.errstate(over="ignore"):
-            found = exact.astype(np.float16)
-        if not np.isfinite(found).all():
+            rounded = exact.astype(np.float16)
+        if not np.isfinite(rounded).all():
             most = np.abs(exact).max()
             raise InputError(
                 f"{what} has values up to {most:.3g}, and float16 ends at 65,504; take "
                 "--dtype float32."
             )
-        return found
+        return rounded
 
     # -------------------------------------------------------------- what models are made of
 
@@ -100,19 +101,38 @@ class Graph:
             return self.op("Mul", x, gate)
         return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
-    def attended(self, q: str, k: str, v: str, dim: int, mask: str | None = None) -> str:
-        """Attention of [B, N, L, K]; scores and their softmax are float32."""
+    def dense(self, x: str, path: str, layer: int | None = None) -> str:
+        """The linear map at a path, whose kernel's axes are taken as two."""
+        kernel, bias = (self.weight(f"{path}/{name}", layer) for name in ("kernel", "bias"))
+        return self.linear(x, kernel.reshape(-1, bias.size), bias.reshape(-1))
+
+    def heads(self, x: str, path: str, layer: int | None = None) -> list[str]:
+        """What the linear map at a path gives, queries, keys or values, each [B, N, L, K]."""
+        *many, heads, dim = self.weight(f"{path}/bias", layer).shape
+        count = many[0] if many else 1
+        x = self.op("Reshape", self.dense(x, path, layer), self.integers(0, 0, count, heads, dim))
+        x = self.op("Transpose", x, perm=[2, 0, 3, 1, 4])
+        return [self.op("Gather", x, np.int64(index), axis=0) for index in range(count)]
+
+    def attention(
+        self, out: str, q: str, k: str, v: str, *, layer: int | None = None, mask: str | None = None
+    ) -> str:
+        """Attention of [B, N, L, K], and the linear map at `out` behind it.
+
+        Scores and their softmax are float32.
+        """
+        heads, dim, _ = self.weight(f"{out}/kernel", layer).shape
         q = self.op("Mul", q, self.number(dim**-0.5))
         scores = self.exact(self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2])))
         if mask is not None:
             scores = self.op("Add", scores, mask)
         shares = self.computed(self.op("Softmax", scores, axis=-1))
-        return self.op("MatMul", shares, v)
+        x = self.op("Transpose", self.op("MatMul", shares, v), perm=[0, 2, 1, 3])
+        return self.dense(self.op("Reshape", x, self.integers(0, 0, heads * dim)), out, layer)
 
-    def merged(self, x: str, width: int) -> str:
-        """[B, N, L, K] to [B, L, N·K]."""
-        x = self.op("Transpose", x, perm=[0, 2, 1, 3])
-        return self.op("Reshape", x, self.integers(0, 0, width))
+    def mean(self, x: str) -> str:
+        """The mean of all tokens of [B, L, D]."""
+        return self.op("ReduceMean", x, self.integers(1), keepdims=0)
 
     def unit(self, x: str) -> str:
         """Scale rows to unit length."""
@@ -140,24 +160,17 @@ class Graph:
         for name, value, _ in outputs:
             nodes.append(helper.make_node("Identity", [value], [name], name=name))
         external = sum(x.nbytes for x in self._constants.values()) > inline_bytes
-        data = path.with_name(f"{path.name}_data")
         if external:
-            tensors = list(self._external(data))
+            tensors = list(self._external(path.with_name(f"{path.name}_data")))
         else:
             tensors = [numpy_helper.from_array(x, name) for name, x in self._constants.items()]
+        kinds = {name: helper.np_dtype_to_tensor_dtype(np.dtype(x)) for name, x, _ in inputs}
+        value_info = helper.make_tensor_value_info
         graph = helper.make_graph(
             nodes,
             path.stem,
-            [
-                helper.make_tensor_value_info(
-                    name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape
-                )
-                for name, dtype, shape in inputs
-            ],
-            [
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-                for name, _, shape in outputs
-            ],
+            [value_info(name, kinds[name], shape) for name, _, shape in inputs],
+            [value_info(name, TensorProto.FLOAT, shape) for name, _, shape in outputs],
             tensors,
         )
         model = helper.make_model(
@@ -170,7 +183,7 @@ class Graph:
         return external
 
     def _external(self, path: Path) -> Iterator[Any]:
-        """Write the constants one behind the other; yield what says where each lies.
+        """Write the constants one behind the other, of any size; yield what says where each is.
 
         Small ones stay inside: what shapes are inferred from has to.
         """
@@ -185,8 +198,8 @@ class Graph:
                 kind = helper.np_dtype_to_tensor_dtype(x.dtype)
                 tensor = TensorProto(name=name, data_type=kind, dims=x.shape)
                 tensor.data_location = TensorProto.EXTERNAL
-                place = {"location": path.name, "offset": file.tell(), "length": x.nbytes}
-                for key, value in place.items():
+                where = {"location": path.name, "offset": file.tell(), "length": x.nbytes}
+                for key, value in where.items():
                     tensor.external_data.add(key=key, value=str(value))
                 file.write(np.ascontiguousarray(x).tobytes())
                 yield tensor

@@ -1,4 +1,4 @@
-"""ONNX files in the layouts that transformers.js and immich load, and onnxruntime to prove them."""
+"""ONNX files in the layouts that transformers.js and immich load, run by onnxruntime to verify."""
 
 import importlib.util
 import string
@@ -15,9 +15,8 @@ from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME
 from clip_jax.errors import InputError
-from clip_jax.export.captions import caption_logits
 from clip_jax.export.graph import INLINE_BYTES, Graph
-from clip_jax.export.towers import image_tower, sees_padding, text_tower
+from clip_jax.export.towers import caption_logits, image_tower, text_tower
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.generation import MAX_LENGTH
 from clip_jax.models.text import TextConfig
@@ -47,7 +46,7 @@ class Names:
 
     image: str  # path in the folder
     text: str
-    whole: str | None  # both towers and the logits; None: the layout has none
+    clip: str | None  # both towers and the logits; None: the layout has none
     captions: str | None  # the decoder's logits; None: the layout has none, or the model
     pixels: str  # inputs
     ids: str
@@ -62,19 +61,14 @@ def names(layout: Layout, config: CLIPConfig, dtype: HalfOrFull) -> Names:
         files = ("visual/model.onnx", "textual/model.onnx", None, None)
         return Names(*files, "image", "text", np.int32, "embedding", "embedding")
     suffix = "_fp16" if dtype == "float16" else ""
-    image, text, whole, captions = (
+    image, text, clip, captions = (
         f"onnx/{name}{suffix}.onnx"
         for name in ("vision_model", "text_model", "model", "caption_model")
     )
-    files = (image, text, whole, None if config.decoder is None else captions)
-    siglip = _is_siglip(config)
+    files = (image, text, clip, None if config.decoder is None else captions)
+    siglip = config.has_logit_bias
     image, text = ("pooler_output",) * 2 if siglip else ("image_embeds", "text_embeds")
     return Names(*files, "pixel_values", "input_ids", np.int64, image, text)
-
-
-def _is_siglip(config: CLIPConfig) -> bool:
-    """Say whether probabilities are the sigmoid's, and texts have their full length."""
-    return config.init_logit_bias is not None
 
 
 def write(
@@ -110,18 +104,18 @@ def write(
         return called.ids, called.ids_type, (batch, "sequence_length")
 
     unit = normalize or layout == "immich"
-    for path, tower, given, output in (
+    for path, tower, value, output in (
         (called.image, image_tower, pixels("batch"), called.image_output),
         (called.text, text_tower, ids("batch"), called.text_output),
     ):
         graph = Graph(weights.params, dtype == "float16")
-        features = tower(graph, config, given[0])
+        features = tower(graph, config, value[0])
         features = graph.unit(features) if unit else features
-        save(path, graph, [given], [(output, features, ("batch", config.embed_dim))])
-    if called.whole:
+        save(path, graph, [value], [(output, features, ("batch", config.embed_dim))])
+    if called.clip:
         graph = Graph(weights.params, dtype == "float16")
         inputs = [ids("text_batch"), pixels("image_batch")]
-        save(called.whole, graph, inputs, _logits(graph, config, called))
+        save(called.clip, graph, inputs, _logits(graph, config, called))
     if called.captions:
         graph = Graph(weights.params, dtype == "float16")
         logits = caption_logits(graph, config, called.pixels, called.ids)
@@ -166,7 +160,7 @@ def _write_beside(
     weights: Weights, folder: Path, layout: Layout, external: dict[str, bool]
 ) -> None:
     config, preprocess = weights.config, weights.preprocess
-    own_padding = sees_padding(config.text)
+    own_padding = config.text.sees_padding
     if layout == "immich":
         words, own = text_cfg(config.text), is_open_clips_own(config.text)
         if not own:  # tokenizer.json cleans: immich lowers no case, and joins words at underscores
@@ -193,7 +187,7 @@ def _write_beside(
             folder / "textual", config.text, own, as_json=True, own_padding=own_padding
         )
         return
-    siglip = _is_siglip(config)
+    siglip = config.has_logit_bias
     kind = "siglip" if siglip else "clip"
     content = {
         "architectures": ["SiglipModel" if siglip else "CLIPModel"],
@@ -221,14 +215,14 @@ def caption_reader(folder: str, config: CLIPConfig, dtype: HalfOrFull = "float32
     if file is None or begin is None:
         return ""
     length = min(config.text.context_length, MAX_LENGTH)
-    said = {"folder": folder, "file": file, "begin": begin, "length": length}
+    values = {"folder": folder, "file": file, "begin": begin, "length": length}
     program = CAPTION_READER
-    for name, value in said.items():
+    for name, value in values.items():
         program = program.replace(f"{{{name}}}", str(value))
     return program
 
 
-# ------------------------------------------------------------------ proof
+# ------------------------------------------------------------------ verification
 
 
 def outputs(
@@ -251,13 +245,13 @@ def outputs(
     ids = {called.ids: tokens.astype(called.ids_type)}
     (image,) = _run(folder / called.image, [called.image_output], pixels)
     (text,) = _run(folder / called.text, [called.text_output], ids)
-    found = {"image_features": image, "text_features": text}
+    features = {"image_features": image, "text_features": text}
     if called.captions:
         begun = {called.ids: tokens[:, :-1].astype(called.ids_type)}
-        (found["caption_logits"],) = _run(folder / called.captions, ["logits"], pixels | begun)
-    if called.whole:
-        (found["logits"],) = _run(folder / called.whole, ["logits_per_image"], pixels | ids)
-    return found
+        (features["caption_logits"],) = _run(folder / called.captions, ["logits"], pixels | begun)
+    if called.clip:
+        (features["logits"],) = _run(folder / called.clip, ["logits_per_image"], pixels | ids)
+    return features
 
 
 def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
@@ -270,7 +264,7 @@ def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
     settings, theirs = read_json(path.with_name("tokenizer_config.json")), json_file.load(str(path))
     token, length = settings.get("pad_token"), text.context_length
     name = str(token.get("content") if isinstance(token, dict) else token)
-    pad = theirs.token_to_id(name) if sees_padding(text) else text.tokenizer.pad_id
+    pad = theirs.token_to_id(name) if text.sees_padding else text.tokenizer.pad_id
     if pad is None:
         raise InputError(f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json.")
     side, texts = settings.get("padding_side", "right"), TEXTS
@@ -308,8 +302,3 @@ def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[n
 def _need(module: str, what: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise InputError(f"{what} needs the package {module}: pip install 'clip-jax-pods[onnx]'.")
-
-
-def is_external(folder: Path) -> bool:
-    """Say whether weights lie beside their file, as those above 2 GB do."""
-    return "transformers.js_config" in read_json(folder / "config.json")

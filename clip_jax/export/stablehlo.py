@@ -61,7 +61,7 @@ for place in range(1, {length}):
     captions = np.append(captions, logits.argmax(-1)[:, None], axis=1)
 """
 # Behind it, the logits of a given text's tokens instead: words.npy [B, L] without the begin token.
-_GIVEN = """\
+_FORCED = """\
 logits, state = read("caption_first").call(weights, np.load("images.npy"))
 words, caption_logits = np.load("words.npy"), [logits]
 for place in range(1, words.shape[1] + 1):
@@ -108,8 +108,8 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     if config.decoder is not None:
         first, following = caption_programs(model)
         _, state = jax.eval_shape(_of_weights(first, computed), params, pixels)
-        ids, place = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (pixels.shape[:1], ()))
-        programs |= {FIRST_NAME: (first, (pixels,)), NEXT_NAME: (following, (state, ids, place))}
+        ids, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (pixels.shape[:1], ()))
+        programs |= {FIRST_NAME: (first, (pixels,)), NEXT_NAME: (following, (state, ids, position))}
     for name, (function, inputs) in programs.items():
         export = jax.export.export(jax.jit(_of_weights(function, computed)), platforms=PLATFORMS)
         (folder / name).write_bytes(export(params, *inputs).serialize())
@@ -147,15 +147,15 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
             lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])),
             model.empty_cache(1, length),
         )
-        ids, place = jnp.full((rows,), begin, jnp.int32), jnp.zeros((), jnp.int32)
-        logits, cache = model.decode_next(apart(params), ids, image_tokens, cache, place)
+        ids, position = jnp.full((rows,), begin, jnp.int32), jnp.zeros((), jnp.int32)
+        logits, cache = model.decode_next(apart(params), ids, image_tokens, cache, position)
         return logits, jax.tree.leaves(cache)
 
     def following(
-        params: Params, state: list[Array], ids: Array, place: Array
+        params: Params, state: list[Array], ids: Array, position: Array
     ) -> tuple[Array, list[Array]]:
         cache = jax.tree.unflatten(kept, state)
-        logits, cache = model.decode_next(apart(params), ids, None, cache, place)
+        logits, cache = model.decode_next(apart(params), ids, None, cache, position)
         return logits, jax.tree.leaves(cache)
 
     return first, following
@@ -185,16 +185,16 @@ def outputs(
 
     `caption_logits` are those of `spoken` ids; else see `onnx.outputs`.
     """
-    place = str(folder.resolve())
-    program, found = READER.replace("{folder}", place), ["image_features", "text_features"]
+    path = str(folder.resolve())
+    program, names = READER.replace("{folder}", path), ["image_features", "text_features"]
     with tempfile.TemporaryDirectory() as scratch:
         np.save(f"{scratch}/images.npy", images)
         np.save(f"{scratch}/tokens.npy", tokens)
         if config.decoder is not None:
             np.save(f"{scratch}/words.npy", spoken(config, tokens)[:, 1:-1])
-            program += caption_reader(place, config) + _GIVEN
-            found.append("caption_logits")
-        program += f"np.savez('out.npz', {', '.join(f'{name}={name}' for name in found)})\n"
+            program += caption_reader(path, config) + _FORCED
+            names.append("caption_logits")
+        program += f"np.savez('out.npz', {', '.join(f'{name}={name}' for name in names)})\n"
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=scratch,
