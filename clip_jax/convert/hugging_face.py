@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files, verify
-from clip_jax.convert.settings import Settings, count_of, naming, read_json, write_json
+from clip_jax.convert.settings import (
+    Settings,
+    Table,
+    by_table,
+    count_of,
+    naming,
+    read_json,
+    write_json,
+)
 from clip_jax.convert.state_dict import (
     BlockNames,
     Row,
@@ -101,24 +109,27 @@ def rows(config: CLIPConfig) -> list[Row]:
 
 # ------------------------------------------------------------------ settings
 
-# Settings of both towers → our fields.
-_SIZES = {
-    "hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
-    "image_size": "image_size", "patch_size": "patch_size", "vocab_size": "vocab_size",
-    "max_position_embeddings": "context_length",
+_IMAGE: Table = {
+    "image_size": ("image_size", 224), "patch_size": ("patch_size", 32),
+    "hidden_size": ("width", 768), "intermediate_size": ("mlp_width", 3072),
+    "num_hidden_layers": ("depth", 12), "num_attention_heads": ("num_heads", 12),
+    "layer_norm_eps": ("norm_epsilon", 1e-5),
 }  # fmt: skip
-# Their defaults: vision, text.
-_CLIP_DEFAULTS = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-     "num_attention_heads": 12, "image_size": 224, "patch_size": 32},
-    {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-     "num_attention_heads": 8, "vocab_size": 49_408, "max_position_embeddings": 77},
-)  # fmt: skip
-_SIGLIP_DEFAULTS = (
-    {**_CLIP_DEFAULTS[0], "patch_size": 16},
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-     "num_attention_heads": 12, "vocab_size": 32_000, "max_position_embeddings": 64},
-)  # fmt: skip
+_TEXT: Table = {
+    "vocab_size": ("vocab_size", 49_408), "max_position_embeddings": ("context_length", 77),
+    "hidden_size": ("width", 512), "intermediate_size": ("mlp_width", 2048),
+    "num_hidden_layers": ("depth", 12), "num_attention_heads": ("num_heads", 8),
+    "layer_norm_eps": ("norm_epsilon", 1e-5),
+}  # fmt: skip
+_SIGLIP_IMAGE: Table = {
+    **_IMAGE, "patch_size": ("patch_size", 16), "layer_norm_eps": ("norm_epsilon", 1e-6),
+}  # fmt: skip
+_SIGLIP_TEXT: Table = {
+    **_TEXT,
+    "vocab_size": ("vocab_size", 32_000), "max_position_embeddings": ("context_length", 64),
+    "hidden_size": ("width", 768), "intermediate_size": ("mlp_width", 3072),
+    "num_attention_heads": ("num_heads", 12), "layer_norm_eps": ("norm_epsilon", 1e-6),
+}  # fmt: skip
 
 CLIP_ASSUMPTIONS: Assumptions = {
     "vision": ViTConfig,
@@ -171,30 +182,19 @@ def _sections(content: dict[str, Any], source: str) -> tuple[Settings, Settings]
     return sections[0], sections[1]
 
 
-def _tower(section: Settings, sizes: dict[str, int], activation: str, epsilon: float) -> Any:
-    """Return the fields of a tower's configuration, from its settings and their defaults."""
-    fields: dict[str, Any] = {
-        _SIZES[name]: section.count(name, default)
-        for name, default in sizes.items()
-        if name in _SIZES
-    }
+def _tower(section: Settings, table: Table, activation: str) -> dict[str, Any]:
+    fields = section.fields(table)
     name = section.get("hidden_act", activation, object)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(f"{section.where}.hidden_act={name!r:.99}; known are {[*_ACTIVATIONS]}.")
-    hidden = section.count("intermediate_size", sizes["intermediate_size"])
-    return fields | {
-        "mlp_ratio": mlp_ratio(fields["width"], hidden),
-        "activation": _ACTIVATIONS[name],
-        "norm_epsilon": section.number("layer_norm_eps", epsilon),
-    }
+    ratio = mlp_ratio(fields["width"], fields.pop("mlp_width"))
+    return {**fields, "mlp_ratio": ratio, "activation": _ACTIVATIONS[name]}
 
 
 def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
     sections = _sections(content, source)
-    vision, text = (
-        _tower(section, sizes, "quick_gelu", 1e-5)
-        for section, sizes in zip(sections, _CLIP_DEFAULTS, strict=True)
-    )
+    vision = _tower(sections[0], _IMAGE, "quick_gelu")
+    text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)
     # The end of text, where it has the highest id, is where argmax is too.
     argmax = content["model_type"] == "clip" and eos in (_LEGACY_EOS, text["vocab_size"] - 1)
@@ -211,10 +211,8 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
 
 def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
     sections = _sections(content, source)
-    vision, text = (
-        _tower(section, sizes, "gelu_pytorch_tanh", 1e-6)
-        for section, sizes in zip(sections, _SIGLIP_DEFAULTS, strict=True)
-    )
+    vision = _tower(sections[0], _SIGLIP_IMAGE, "gelu_pytorch_tanh")
+    text = _tower(sections[1], _SIGLIP_TEXT, "gelu_pytorch_tanh")
     projected = sections[1].count("projection_size", text["width"])
     has_head = sections[0].get("vision_use_head", True, object)
     if not has_head or projected != vision["width"]:
@@ -233,17 +231,12 @@ def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
 
 def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what both classes of models say of the image tower and of the text tower."""
-    names: dict[str, str] = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    vision, text = (
-        {theirs: getattr(tower, ours) for theirs, ours in _SIZES.items() if hasattr(tower, ours)}
-        | {
-            "intermediate_size": tower.mlp_width,
-            "hidden_act": names[tower.activation],
-            "layer_norm_eps": tower.norm_epsilon,
-        }
-        for tower in (typing.cast(ViTConfig, config.vision), config.text)
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    vision, text = typing.cast(ViTConfig, config.vision), config.text
+    return (
+        {**by_table(_IMAGE, vision), "hidden_act": names[vision.activation]},
+        {**by_table(_TEXT, text), "hidden_act": names[text.activation]},
     )
-    return vision, text
 
 
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:

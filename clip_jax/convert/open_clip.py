@@ -1,23 +1,35 @@
 """open_clip's format: OpenAI's names with more options, beside an `open_clip_config.json`."""
 
 import functools
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_jax.convert import captioners, openai, timm, verify
+from clip_jax.convert import openai, timm, verify
 from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_config, write_tokenizer
+from clip_jax.convert.openai import BLOCK
 from clip_jax.convert.settings import write_json
-from clip_jax.convert.state_dict import Row, from_params, join_queries, to_params
+from clip_jax.convert.state_dict import (
+    Row,
+    block_rows,
+    from_params,
+    heads_out,
+    join_queries,
+    norm,
+    query_rows,
+    split_queries,
+    to_params,
+)
 from clip_jax.convert.target import Assumptions, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.decoder import MaMMUTConfig
+from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
 
@@ -36,7 +48,7 @@ _TEXT_PREFIXES = (
 def table(config: CLIPConfig) -> list[Row]:
     """OpenAI's rows and those of open_clip's options."""
     if config.decoder is not None:
-        return captioners.rows(config)
+        return _decoder_table(config)
     is_timm = config.vision.has_map_head
     rows = timm.rows() + openai.text_rows() if is_timm else openai.rows(config)
     if config.text.projection_bias or not config.text.projection:
@@ -49,6 +61,91 @@ def table(config: CLIPConfig) -> list[Row]:
     if config.has_logit_bias:
         rows.append(Row("logit_bias", "logit_bias"))
     return rows
+
+
+def _decoder_table(config: CLIPConfig) -> list[Row]:
+    """The table, of tensors that `split` has parted."""
+    vision = typing.cast(ViTConfig, config.vision)
+    rows = openai.vit_rows(vision)
+    if vision.pool == "queries":
+        rows += _pool_rows(vision.width == config.embed_dim)
+    rows += [
+        Row("text/token_embedding", "text.token_embedding.weight"),
+        Row("text/positional_embedding", "text.positional_embedding"),
+        *norm("text/ln_final", "text.ln_final"),
+        Row("logit_scale", "logit_scale"),
+    ]
+    if config.has_logit_bias:
+        rows.append(Row("logit_bias", "logit_bias"))
+    if isinstance(config.decoder, MaMMUTConfig):
+        return [
+            *rows,
+            *_layer_rows("text", config.decoder.cross_every, config.decoder.first_mlp),
+            Row("decoder/image_projection", "map_viz2txt_kv"),
+            Row("decoder/vocab_projection", "text.text_projection"),
+        ]
+    return [
+        *rows,
+        *block_rows("text/transformer/resblocks", "text.transformer.resblocks.{}", BLOCK),
+        Row("text/class_embedding", "text.cls_emb"),
+        Row("text/text_projection", "text.text_projection"),
+        *_layer_rows("decoder", 1, True),
+        *norm("decoder/ln_final", "text_decoder.ln_final"),
+        Row("decoder/vocab_projection", "text_decoder.text_projection"),
+    ]
+
+
+def _pool_rows(fused: bool) -> list[Row]:
+    """Rows of the attentional pool, whose projections are one tensor if all widths are the same."""
+    ours, theirs = "visual/attn_pool", "visual.attn_pool"
+    q, kv = f"{ours}/attn/q", f"{ours}/attn/kv"
+    projections = query_rows(f"{ours}/attn", *(f"{theirs}.attn.in_proj_*.{x}" for x in ("q", "kv")))
+    if not fused:
+        weights = tuple(f"{theirs}.attn.{name}_proj_weight" for name in "kv")
+        projections = [row for row in projections if not row.ours.endswith("kernel")] + [
+            Row(f"{q}/kernel", f"{theirs}.attn.q_proj_weight", "(N K) D -> D N K"),
+            Row(f"{kv}/kernel", weights, "S (N K) D -> D S N K"),
+        ]
+    return [
+        Row(f"{ours}/query", f"{theirs}.query"),
+        *norm(f"{ours}/ln_q", f"{theirs}.ln_q"),
+        *norm(f"{ours}/ln_k", f"{theirs}.ln_k"),
+        *projections,
+        *heads_out(f"{ours}/attn/out_proj", f"{theirs}.attn.out_proj"),
+    ]
+
+
+def _layer_rows(tower: str, blocks: int, first_mlp: bool) -> list[Row]:
+    """Rows of layers that attend to the image, `blocks` of the text's own in each."""
+    layers, theirs = f"{tower}/transformer/layers", {"text": "text", "decoder": "text_decoder"}
+    name = theirs[tower]
+    own = [
+        row._replace(first=i, step=blocks)
+        for i in range(blocks)
+        for row in block_rows(f"{layers}/self_{i}", f"{name}.resblocks.{{}}", BLOCK)
+        if first_mlp or not row.ours.startswith((f"{layers}/self_0/mlp", f"{layers}/self_0/ln_2"))
+    ]
+    cross = f"{name}.cross_attn.{{}}"
+    block = [
+        row for row in block_rows(f"{layers}/cross", cross, BLOCK) if "in_proj" not in row.ours
+    ]  # fmt: skip
+    return [
+        *own,
+        *block,
+        *norm(f"{layers}/cross/ln_1_kv", f"{cross}.ln_1_kv"),
+        *query_rows(f"{layers}/cross/attn", *(f"{cross}.attn.in_proj_*.{x}" for x in ("q", "kv"))),
+    ]
+
+
+def _split(tensors: Tensors) -> Tensors:
+    """Split the projections of attention to the image into the query's and the others'."""
+    return split_queries(
+        tensors,
+        lambda name: (
+            ".attn.in_proj_" in name
+            and (".cross_attn." in name or name.startswith("visual.attn_pool."))
+        ),
+    )
 
 
 def find_weights(folder: Path) -> Path:
@@ -87,7 +184,7 @@ def read(
         return openai.read(tensors, source, activation=activation, architecture=architecture)
     config, preprocess = read_config(config_path)
     weights = openai.without_bookkeeping(tensors)
-    weights = _flat_names(weights) if config.decoder is None else captioners.split(weights)
+    weights = _flat_names(weights) if config.decoder is None else _split(weights)
     for name in ("logit_scale", "logit_bias"):  # one number, of shape [] or [1]
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
@@ -129,10 +226,27 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
             "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
         }  # fmt: skip
     if config.decoder is not None:
-        assumptions |= captioners.assumptions(config.decoder)
+        assumptions |= _decoder_assumptions(config.decoder)
     if text.tokenizer.file == "clip" and (not text.causal or text.pool == "last"):
         assumptions["text.clip_vocab_size"] = FULL_VOCAB_SIZE
     return assumptions
+
+
+def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
+    """Return what open_clip's layout assumes of a model with a decoder."""
+    is_coca = isinstance(decoder, CoCaConfig)
+    return {
+        "decoder.mlp_ratio": 4.0,
+        "vision.pool": ("queries", "class_token") if is_coca else "mean_all",
+        "text.correct_class_mask": False if is_coca else (True, False),
+        "text.pool": "class_token" if is_coca else "mean",
+        "text.projection": is_coca,
+        "text.projection_bias": False,
+        "text.causal": is_coca,
+        "text.norm_epsilon": 1e-5,
+        "text.mlp_ratio": 4.0,
+        "text.activation": ("quick_gelu", "gelu"),
+    }
 
 
 _REASONS = {

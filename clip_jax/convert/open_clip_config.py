@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import captioners, timm, tokenizer_files
+from clip_jax.convert import timm, tokenizer_files
 from clip_jax.convert.settings import (
     Settings,
+    Table,
+    by_table,
     channels_of,
     count_of,
     naming,
@@ -20,7 +22,7 @@ from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.decoder import CoCaConfig, DecoderConfig
+from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.images import OPENAI_MEAN, OPENAI_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -29,6 +31,26 @@ from clip_jax.models.vit import ViTConfig
 
 CONFIG_NAME = "open_clip_config.json"
 _LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, whatever the name
+_IMAGE: Table = {
+    "width": ("width", 768), "head_width": ("head_width", 64), "patch_size": ("patch_size", 16),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+}  # fmt: skip
+_RESNET: Table = {"width": ("width", 64), "head_width": ("head_width", 64)}
+_QUERIES: Table = {
+    "attn_pooler_queries": ("pool_queries", 256), "attn_pooler_heads": ("pool_heads", 8),
+}  # fmt: skip
+_TEXT: Table = {
+    "context_length": ("context_length", 77), "vocab_size": ("vocab_size", FULL_VOCAB_SIZE),
+    "width": ("width", 512), "layers": ("depth", 12), "heads": ("num_heads", 8),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+}  # fmt: skip
+_COCA: Table = {"layers": ("depth", 12), "heads": ("num_heads", 8)}
+_POOLS: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
+# Settings of multimodal_cfg that open_clip does not read.
+_UNREAD = {
+    "context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads",
+    "output_tokens",
+}  # fmt: skip
 # Settings that change no number of a finished model.
 _INERT = {
     "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_drop",
@@ -85,8 +107,6 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
         return _timm_tower(section, name)
     section.used |= {"timm_pool", "timm_proj"}
     layers = section.get("layers", 12, object)
-    width = section.count("width", 768)
-    head_width = section.count("head_width", 64)
     size = section.get("image_size", 224, object)
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
@@ -101,33 +121,31 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
                 "blocks."
             )
         stages = typing.cast(tuple[int, int, int, int], tuple(layers))
-        heads = max(width * 32 // head_width, 1)
-        return ResNetConfig(image_size=image_size, layers=stages, width=width, num_heads=heads)
+        sizes = section.fields(_RESNET)
+        heads = max(sizes["width"] * 32 // sizes.pop("head_width"), 1)
+        return ResNetConfig(image_size=image_size, layers=stages, num_heads=heads, **sizes)
     pool = section.get("pool_type", "tok", str)
     ln_after = section.get("final_ln_after_pool", False, bool)
-    pools: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
     queries = section.get("attentional_pool", False, object)
     if queries not in (False, True):
         raise InputError(
             f"{section.where}.attentional_pool={queries!r:.99} is not supported: open_clip calls "
             "it untested; true and false are."
         )
-    if pool not in pools or (pool != "tok" and (queries or not ln_after)):
+    if pool not in _POOLS or (pool != "tok" and (queries or not ln_after)):
         raise InputError(
             f"{section.where}.pool_type={pool!r:.99} with final_ln_after_pool={ln_after} is not "
             "supported: clip_jax normalises after pooling."
         )
     scale = section.get("ls_init_value", None, object)
+    sizes = section.fields(_IMAGE)
     return ViTConfig(
         image_size=image_size,
-        patch_size=section.count("patch_size", 16),
-        width=width,
         depth=count_of(layers, f"{section.where}.layers"),
-        num_heads=max(width // head_width, 1),
-        mlp_ratio=section.number("mlp_ratio", 4.0),
-        pool="queries" if queries else pools[pool],
-        pool_queries=section.count("attn_pooler_queries", 256),
-        pool_heads=section.count("attn_pooler_heads", 8),
+        num_heads=max(sizes["width"] // sizes.pop("head_width"), 1),
+        **sizes,
+        pool="queries" if queries else _POOLS[pool],
+        **section.fields(_QUERIES),
         pre_norm=not section.get("no_ln_pre", False, bool),
         activation=_activation(section, quick_gelu),
         norm_epsilon=_epsilon(section),
@@ -153,12 +171,7 @@ def _text(section: Settings, quick_gelu: bool) -> TextConfig:
             f"{projection!r:.99} is not supported."
         )
     return TextConfig(
-        context_length=section.count("context_length", 77),
-        vocab_size=section.count("vocab_size", FULL_VOCAB_SIZE),
-        width=section.count("width", 512),
-        depth=section.count("layers", 12),
-        num_heads=section.count("heads", 8),
-        mlp_ratio=section.number("mlp_ratio", 4.0),
+        **section.fields(_TEXT),
         causal=not section.get("no_causal_mask", False, bool),
         pool="class_token" if is_coca else pools[pool],
         correct_class_mask=correct or not is_coca,
@@ -168,6 +181,39 @@ def _text(section: Settings, quick_gelu: bool) -> TextConfig:
         activation=_activation(section, quick_gelu),
         norm_epsilon=_epsilon(section),
     )
+
+
+def _coca(section: Settings, text: TextConfig) -> CoCaConfig:
+    """Read `multimodal_cfg`. Raises InputError if its decoder does not fit the text tower."""
+    section.used |= _UNREAD
+    width = section.count("width", 512)
+    if width != text.width:
+        raise InputError(
+            f"{section.where}.width={width} is not text_cfg.width={text.width}, whose states it "
+            "takes."
+        )
+    _check_decoders_text(text, section.where)
+    return CoCaConfig(**section.fields(_COCA))
+
+
+def _mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUTConfig]:
+    """Read what `text_cfg` says of MaMMUT's one tower for both."""
+    _check_decoders_text(text, section.where)
+    decoder = MaMMUTConfig(
+        cross_every=section.count("cross_attn_ratio", 1),
+        first_mlp=section.get("has_mlp", True, bool),
+    )
+    return replace(text, causal=False, pool="mean", projection=False), decoder
+
+
+def _check_decoders_text(text: TextConfig, where: str) -> None:
+    """Raise InputError where the decoder, which open_clip builds with the usual ones, would have
+    others."""
+    if text.norm_epsilon != 1e-5 or text.activation == "gelu_tanh" or text.mlp_ratio != 4.0:
+        raise InputError(
+            f"{where}: a decoder beside a text tower with norm_kwargs, act_kwargs or mlp_ratio is "
+            "not supported: open_clip's has the usual ones."
+        )
 
 
 # open_clip's names of the cleaning that it does itself, before any tokenizer of transformers.
@@ -220,10 +266,10 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
     text_config = _text(text, quick_gelu)
     decoder: DecoderConfig | None = None
     if text.get("does_full_decoding", False, bool):
-        text_config, decoder = captioners.read_mammut(text, text_config)
+        text_config, decoder = _mammut(text, text_config)
     elif multimodal := top.get("multimodal_cfg", None, dict):
         section = Settings(multimodal, f"{path}: multimodal_cfg")
-        decoder = captioners.read_coca(section, text_config)
+        decoder = _coca(section, text_config)
         section.finish()
     has_class_token = text_config.pool == "class_token"
     if has_class_token != isinstance(decoder, CoCaConfig):
@@ -285,62 +331,63 @@ def write_tokenizer(folder: Path, text: TextConfig) -> None:
 
 
 def model_cfg(weights: Weights) -> dict[str, Any]:
-    config, vision, text = weights.config, weights.config.vision, weights.config.text
+    """Return what open_clip's configuration says of a model."""
+    config, text = weights.config, weights.config.text
     top: dict[str, Any] = {"embed_dim": config.embed_dim}
     if text.activation == "quick_gelu":
         top["quick_gelu"] = True
     if config.has_logit_bias:
         top["init_logit_bias"] = config.init_logit_bias
-    vision_cfg: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
-    if isinstance(vision, ViTConfig) and vision.has_map_head:
+    image, words = _vision_cfg(config.vision), text_cfg(text)
+    if config.vision.has_map_head or config.decoder is not None:
         top["custom_text"] = True
-        vision_cfg = {
-            "image_size": vision.image_size,
-            "timm_model_name": timm.name_of(vision),
-            "timm_model_pretrained": False,
-            "timm_pool": "map",
-            "timm_proj": "none",
-        }
-    elif isinstance(vision, ResNetConfig):
-        vision_cfg |= {
-            "layers": list(vision.layers),
-            "patch_size": None,
-            "head_width": vision.output_width // vision.num_heads,
-        }
-    else:
-        vision_cfg |= {
-            "layers": vision.depth,
-            "patch_size": vision.patch_size,
-            "head_width": vision.width // vision.num_heads,
-            "mlp_ratio": vision.mlp_ratio,
-            **_options(vision),
-        }
-        if vision.layer_scale is not None:
-            vision_cfg["ls_init_value"] = vision.layer_scale
-        if not vision.pre_norm:
-            vision_cfg["no_ln_pre"] = True
-        if vision.pool == "mean":
-            vision_cfg |= {"pool_type": "avg", "final_ln_after_pool": True}
-    words = text_cfg(text)
     if config.decoder is not None:
-        for name in ("no_causal_mask", "pool_type", "proj_type"):  # said by the kind of decoder
+        image["output_tokens"] = words["output_tokens"] = True
+        for name in ("no_causal_mask", "pool_type", "proj_type"):  # the kind of decoder says them
             words.pop(name, None)
-        sections = zip((top, vision_cfg, words), captioners.settings(config), strict=True)
-        top, vision_cfg, words = (a | b for a, b in sections)
-    return {**top, "vision_cfg": vision_cfg, "text_cfg": words}
+    if isinstance(config.decoder, MaMMUTConfig):
+        words |= {
+            "does_full_decoding": True,
+            "cross_attn_ratio": config.decoder.cross_every,
+            "has_mlp": config.decoder.first_mlp,
+        }
+    elif config.decoder is not None:
+        words["embed_cls"] = True
+        top["multimodal_cfg"] = {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            **by_table(_COCA, config.decoder),
+        }
+    return {**top, "vision_cfg": image, "text_cfg": words}
+
+
+def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
+    content: dict[str, Any] = {"image_size": vision.image_size}
+    if isinstance(vision, ResNetConfig):
+        content |= {"layers": list(vision.layers), "patch_size": None}
+        return content | by_table(_RESNET, vision)
+    if vision.has_map_head:
+        return content | {
+            "timm_model_name": timm.name_of(vision), "timm_model_pretrained": False,
+            "timm_pool": "map", "timm_proj": "none",
+        }  # fmt: skip
+    content |= {"layers": vision.depth, **by_table(_IMAGE, vision), **_options(vision)}
+    if vision.layer_scale is not None:
+        content["ls_init_value"] = vision.layer_scale
+    if not vision.pre_norm:
+        content["no_ln_pre"] = True
+    if vision.pool == "queries":
+        content |= {"attentional_pool": True, **by_table(_QUERIES, vision)}
+    elif vision.pool != "class_token":
+        names = {ours: theirs for theirs, ours in _POOLS.items()}
+        content |= {"pool_type": names[vision.pool], "final_ln_after_pool": True}
+    return content
 
 
 def text_cfg(text: TextConfig) -> dict[str, Any]:
     """Return what open_clip's configuration says of the text tower and its tokenizer."""
-    content: dict[str, Any] = {
-        "context_length": text.context_length,
-        "vocab_size": text.vocab_size,
-        "width": text.width,
-        "heads": text.num_heads,
-        "layers": text.depth,
-        "mlp_ratio": text.mlp_ratio,
-        **_options(text),
-    }
+    content: dict[str, Any] = {**by_table(_TEXT, text), **_options(text)}
     if not text.causal:
         content["no_causal_mask"] = True
     if text.pool != "argmax":

@@ -89,8 +89,16 @@ def naming(path: Path) -> Generator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
+Table = Mapping[str, tuple[str, int | float]]  # their setting → our field, their default
+
+
+def by_table(table: Table, config: Any) -> dict[str, Any]:
+    """Return the settings of a configuration of ours; undoes `Settings.fields`."""
+    return {name: getattr(config, ours) for name, (ours, _) in table.items()}
+
+
 class Settings:
-    """One section of the JSON: what is taken from it, and at the end what nobody asked for."""
+    """One section of the JSON; it remembers which of its values were read."""
 
     def __init__(self, values: Any, where: str, inert: Iterable[str] = ()) -> None:
         if not isinstance(values, dict):
@@ -113,7 +121,13 @@ class Settings:
     def number(self, name: str, default: float) -> float:
         return number_of(self.get(name, default, object), f"{self.where}.{name}", positive=True)
 
+    def fields(self, table: Table) -> dict[str, Any]:
+        """Read the fields of a configuration of ours."""
+        read: dict[type, Any] = {int: self.count, float: self.number}
+        return {ours: read[type(default)](name, default) for name, (ours, default) in table.items()}
+
     def finish(self) -> None:
+        """Raise InputError for a setting that nothing has read and that is not off."""
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", {}, []):
                 raise InputError(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")
