@@ -6,7 +6,6 @@ from clip_jax.convert import card
 from clip_jax.convert.formats import (
     TARGETS,
     Format,
-    check_options,
     read_weights,
     verify,
     write_weights,
@@ -26,7 +25,6 @@ class ConvertConfig:
     source: Place  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
     destination: Place  # folder to write; with --to openai or big-vision a file
     to: Format  # whose format to write
-    plain: bool = False  # with --to openai: a state dict, not the TorchScript archive
     # load the result with its own library (extra `peers`), compare; exit code 1 above 1e-5
     verify: bool = False
     dtype: DType | None = None  # of the tensors written; by default as they are
@@ -71,8 +69,6 @@ def convert(config: ConvertConfig) -> Conversion:
     if not target.example and destination.is_file():
         raise InputError(f"{destination} is a file; --to {config.to} writes a folder.")
     files.check_destination(destination, "the destination", folder=not target.example)
-    options = {"plain": True} if config.plain else {}
-    check_options(config.to, **options)
     if config.accept_activation and target.as_computed is None:
         raise InputError(
             f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
@@ -91,14 +87,14 @@ def convert(config: ConvertConfig) -> Conversion:
         if changed.config != weights.config:
             difference = features_difference(changed, weights)
         weights = changed
-    write_weights(weights, destination, config.to, dtype=config.dtype, **options)
+    write_weights(weights, destination, config.to, dtype=config.dtype)
     if target.use:
         card.write(destination, source, weights, target.use)
     if not config.verify:
         return Conversion(None, difference)
     try:
         with files.local(destination) as here:
-            verification = verify(weights, here, config.to, dtype=config.dtype, **options)
+            verification = verify(weights, here, config.to, dtype=config.dtype)
     except Unverifiable as error:
         return Conversion(None, difference, str(error))
     return Conversion(verification, difference)

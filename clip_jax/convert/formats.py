@@ -157,34 +157,20 @@ def _is_hugging_face(path: Path) -> bool:
     return config.exists() and not open_clips and "model_type" in read_json(config)
 
 
-def write_weights(
-    weights: Weights, path: Place, to: Format, *, dtype: DType | None = None, **options: bool
-) -> None:
+def write_weights(weights: Weights, path: Place, to: Format, *, dtype: DType | None = None) -> None:
     """Write a model in one of the formats. Raises InputError if the format cannot express it.
 
-    `options` are those of its `Target`, such as `plain`. In a folder that held another format's
-    files, those by which it was known are removed.
+    In a folder that held another format's files, those by which it was known are removed.
     """
     target = TARGETS[to]
-    check_options(to, **options)
     with files.written_whole(path) as partial:
-        target.write(weights, partial, dtype=dtype, **options)
+        target.write(weights, partial, dtype=dtype)
         written = _KNOWN if target.example else {file.name for file in partial.iterdir()}
     for name in _KNOWN - written:
         files.remove(path / name)
 
 
-def check_options(to: Format, **options: bool) -> None:
-    """Raise InputError, which names the right format, for an option of another one."""
-    for name in options.keys() - set(TARGETS[to].options):
-        flag = f"--{name.replace('_', '-')}"
-        right = " or ".join(key for key, target in TARGETS.items() if name in target.options)
-        raise InputError(f"{flag} is a choice of --to {right}; --to {to} has no such form.")
-
-
-def verify(
-    weights: Weights, path: Path, to: Format, *, dtype: DType | None = None, **options: bool
-) -> Verification:
+def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = None) -> Verification:
     """Load what was written at `path` with the format's own library and compare.
 
     That library or `dtype` may round weights: then it is compared with our model on the rounded
@@ -193,9 +179,9 @@ def verify(
     """
     target = TARGETS[to]
     images, tokens = random_inputs(weights.config)
-    params = target.rounded(weights, dtype, **options)
+    params = target.rounded(weights, dtype)
     ours = our_outputs(weights.config, params, images, tokens)
-    theirs = target.outputs(weights, path, images, tokens, **options)
+    theirs = target.outputs(weights, path, images, tokens)
     loss = None
     if params is not weights.params:
         exact = our_outputs(weights.config, weights.params, images, tokens)

@@ -309,8 +309,8 @@ def counters(tensors: Tensors, count: int) -> Tensors:
     return {name: np.array(count) for name in names}
 
 
-def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | None = None) -> None:
-    """Write the archive that `clip.load` of openai-clip reads; `plain`: a state dict instead.
+def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
+    """Write the archive that `clip.load` of openai-clip reads.
 
     The archive holds the weights and no program: `clip.load(path)` builds its own model from them,
     `clip.load(path, jit=True)` has nothing to run. The one place that needs torch.
@@ -324,9 +324,6 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
             "hugging-face, which do not."
         ) from error
 
-    if plain:
-        torch.save({name: torch_tensor(x) for name, x in tensors.items()}, path)
-        return
     root = torch.nn.Module()
     for name, array in tensors.items():
         *parents, last = name.split(".")
@@ -336,26 +333,33 @@ def write(weights: Weights, path: Path, *, plain: bool = False, dtype: DType | N
                 module.add_module(parent, torch.nn.Module())
             module = module.get_submodule(parent)
         if array.dtype.kind == "f" and "running_" not in last:
-            parameter = torch.nn.Parameter(torch_tensor(array), requires_grad=False)
+            parameter = torch.nn.Parameter(_torch_tensor(array), requires_grad=False)
             module.register_parameter(last, parameter)
         else:
-            module.register_buffer(last, torch_tensor(array))
+            module.register_buffer(last, _torch_tensor(array))
     with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
         warnings.simplefilter("ignore")
         torch.jit.script(root).save(str(path))
 
 
-def _rounded(weights: Weights, dtype: DType | None, plain: bool = False) -> Params:
-    """Return what openai-clip computes with: an archive's matrices it rounds to float16."""
-    dtype = dtype if plain else "float16"
-    if dtype in (None, "float32"):
-        return weights.params
-    tensors = without_bookkeeping(to_tensors(weights, dtype))
+def _torch_tensor(array: np.ndarray) -> Any:
+    """Return a torch tensor of the same bits, its own memory. Knows bfloat16."""
+    import torch
+
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _rounded(weights: Weights, dtype: DType | None) -> Params:
+    """Return what openai-clip computes with: it rounds matrices to float16, whatever `dtype`."""
+    tensors = without_bookkeeping(to_tensors(weights, "float16"))
     return to_params(rows(weights.config), tensors, weights.config, "rounded weights")
 
 
 def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray, plain: bool = False
+    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
 ) -> verify.Outputs:
     with verify.library("clip", "openai-clip"):
         if "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources"):
@@ -366,29 +370,11 @@ def _outputs(
             stub.packaging = packaging
             sys.modules.setdefault("pkg_resources", stub)
         import clip
-        import torch
-        from clip.model import build_model
 
-        if plain:  # its loader cannot read one
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            model = build_model(dict(state)).float()
-            model.load_state_dict({n: x.float() for n, x in state.items() if n not in SIZES})
-        else:
-            model, _ = clip.load(str(path), device="cpu")
+        model, _ = clip.load(str(path), device="cpu")
         return verify.torch_outputs(model.encode_image, model.encode_text, model, images, tokens)
 
 
-def torch_tensor(array: np.ndarray) -> Any:
-    """Return a torch tensor of the same bits, its own memory. Knows bfloat16."""
-    import torch
-
-    array = np.array(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 TARGET = Target(
-    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, options=("plain",),
-    example="x.pt",
+    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, example="x.pt"
 )  # fmt: skip

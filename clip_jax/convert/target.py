@@ -6,10 +6,13 @@ A format that is written has a module with a `TARGET`, and a row in `formats.TAR
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from clip_jax.convert.verify import Outputs
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
@@ -83,16 +86,16 @@ def rounded(weights: Weights, dtype: DType | None) -> Params:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A format that `convert --to` writes. Functions take the keywords of `options` too."""
+    """A format that `convert --to` writes."""
 
-    write: Callable[..., None]  # writes weights to a path; `dtype` None keeps every array's own
+    write: Callable[..., None]  # of weights and a path; `dtype=None` keeps every array's own
     reference: str  # the library that --verify compares with
-    outputs: Callable[..., Any]  # its `verify.Outputs`, of weights, path, images and tokens
-    rounded: Callable[..., Params] = rounded  # what it computes with, of weights and `dtype`
+    # Its numbers, of weights, the path, images and tokens.
+    outputs: Callable[[Weights, Path, np.ndarray, np.ndarray], Outputs]
+    rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it computes with
     # Returns the model as the library will compute it, where its format does not have the model's
     # activation.
     as_computed: Callable[[Weights], Weights] | None = None
-    options: tuple[str, ...] = ()  # such as `plain`, of ConvertConfig, which others do not have
     example: str = ""  # name of a file, for a format of one file; empty: it is a folder
     names: tuple[str, ...] = ()  # of a folder's files by which it is known to be of the format
     use: str = ""  # how a folder is read, for its model card

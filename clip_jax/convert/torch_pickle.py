@@ -1,19 +1,20 @@
 """PyTorch's pickles read as data: nothing in them is ever imported, called or executed.
 
-A small interpreter knows the few instructions that `torch.save` and TorchScript write. It builds
-plain containers and records of tensors; a class of `__torch__` becomes an inert bag of attributes.
-Everything else, by name or by instruction, is refused. Sizes, offsets and strides are checked
-against the storages that the file holds before an array is made, and arrays are views of the file.
+Python's own unpickler, the one that is written in Python, is left the few instructions that
+`torch.save` and TorchScript write, and names of ours. It builds plain containers and records of
+tensors; a class of `__torch__` becomes an inert bag of attributes. Everything else, by name or by
+instruction, is refused. Sizes, offsets and strides are checked against the storages that the file
+holds before an array is made, and arrays are views of the file.
 """
 
 import io
 import math
+import pickle
 import pickletools
 import struct
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -53,7 +54,7 @@ class Inert:
 
 @dataclass(frozen=True)
 class _Name:
-    """A class or function that the pickle asks for."""
+    """A class or function that the pickle asks for; called, it does what is harmless."""
 
     module: str
     name: str
@@ -61,6 +62,13 @@ class _Name:
     @property
     def is_script_class(self) -> bool:
         return self.module == "__torch__" or self.module.startswith("__torch__.")
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.is_script_class:
+            return Inert()
+        if (self.module, self.name) not in _MAKERS:
+            raise InputError(f"its pickle calls {self.module}.{self.name}.")
+        return _MAKERS[self.module, self.name](*arguments)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,9 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     # Whatever opcodes a hostile file strings together: the reader is a machine that they drive.
-    except (LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
+    except (
+        LookupError, TypeError, ValueError, AttributeError, struct.error, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise InputError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
 
 
@@ -104,25 +114,19 @@ def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
         raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
     if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
         raise InputError("it is big-endian; only little-endian files are read.")
-    content, _ = _Reader(entries["data.pkl"]).read()
+    content = _Reader(_head(entries["data.pkl"])).read()
     storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
     return content, storages
 
 
 def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
     """Read the container of before 2020: five pickles, then every storage's length and bytes."""
-    at = 0
-    parts = []
-    sizes: dict[str, int] = {}
-    for i in range(5):
-        reader = _Reader(buffer[at:])
-        part, length = reader.read()
-        parts.append(part)
-        sizes |= reader.item_sizes
-        at += length
-        if i == 0 and part != _LEGACY_MAGIC:
-            raise InputError("a pickle, but not one that torch.save wrote.")
-    _, protocol, system, content, keys = parts
+    stream = _head(buffer)
+    first, *rest = (_Reader(stream) for _ in range(5))
+    if first.read() != _LEGACY_MAGIC:
+        raise InputError("a pickle, but not one that torch.save wrote.")
+    protocol, system, content, keys = (reader.read() for reader in rest)
+    at, sizes = stream.tell(), rest[2].item_sizes
     if protocol != _LEGACY_PROTOCOL or not system.get("little_endian", False):
         raise InputError("it is of a PyTorch version or a byte order that is not read.")
     if not isinstance(keys, list) or any(type(key) is not str for key in keys):
@@ -225,122 +229,55 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     return _Tensor(storage, offset, shape, strides)
 
 
-class _Reader:
-    """One pickle: a stack, a memo, and the instructions that are allowed."""
+def _head(buffer: memoryview) -> io.BytesIO:
+    return io.BytesIO(buffer[:_MAX_PICKLE])
 
-    def __init__(self, buffer: memoryview) -> None:
-        self.data = bytes(buffer[: _MAX_PICKLE + 1])
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+
+class _Instructions(dict[int, Callable[..., None]]):
+    """What each instruction does; another one is refused."""
+
+    def __missing__(self, code: int) -> Callable[..., None]:
+        name = {ord(op.code): op.name for op in pickletools.opcodes}.get(code, f"opcode {code}")
+        raise InputError(f"its pickle uses {name}, which files of tensors do not need.")
+
+
+_Unpickler: Any = pickle._Unpickler  # pickle.Unpickler, in C, makes a memo as large as it is told
+_ALLOWED = (
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
+    "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+    "SHORT_BINBYTES", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "BINSTRING",
+    "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "TUPLE",
+    "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "APPEND", "APPENDS", "GLOBAL", "STACK_GLOBAL", "REDUCE",
+    "BINPERSID",
+)  # fmt: skip
+_CODES = {name: getattr(pickle, name)[0] for name in _ALLOWED}
+
+
+class _Reader(_Unpickler):
+    """One pickle. What it may call is `_MAKERS` and what it may set is a dict's items."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, encoding="latin-1")
         self.item_sizes: dict[str, int] = {}  # bytes of a value, by storage
 
-    def read(self) -> tuple[Any, int]:
-        """Return the object and the length of its pickle in bytes."""
-        stream = io.BytesIO(self.data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in damaged names
-            for opcode, argument, position in pickletools.genops(stream):
-                if opcode.name == "STOP":
-                    return self.stack.pop(), stream.tell()
-                if position is None or position >= _MAX_PICKLE:
-                    break
-                self.step(opcode.name, argument)
-        raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.")
+    def read(self) -> Any:
+        try:
+            return self.load()
+        except EOFError as error:
+            raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.") from error
 
-    def step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        if opcode in _CONSTANTS:
-            stack.append(_CONSTANTS[opcode]())
-        elif opcode in _LITERALS:
-            stack.append(argument)
-        elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif opcode == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif opcode in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif opcode == "MARK":
-            self.marks.append(len(stack))
-        elif opcode in ("TUPLE", "LIST", "DICT"):
-            items = self.pop_mark()
-            pairs = zip(items[::2], items[1::2], strict=True)
-            value = {"TUPLE": tuple, "LIST": list}[opcode](items) if opcode != "DICT" else {}
-            stack.append(value)
-            if opcode == "DICT":
-                self.set_items(pairs)
-        elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(opcode[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif opcode in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if opcode == "APPEND" else self.pop_mark()
-            if type(stack[-1]) is not list:
-                raise InputError(f"its pickle appends to a {type(stack[-1]).__name__}.")
-            stack[-1].extend(items)
-        elif opcode in ("SETITEM", "SETITEMS"):
-            items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.pop_mark()
-            self.set_items(zip(items[::2], items[1::2], strict=True))
-        elif opcode == "GLOBAL":
-            stack.append(self.find(*argument.split(" ", 1)))
-        elif opcode == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(self.find(module, name))
-        elif opcode in ("REDUCE", "NEWOBJ"):
-            arguments, what = stack.pop(), stack.pop()
-            stack.append(self.make(what, arguments))
-        elif opcode == "BUILD":
-            self.build(stack.pop(), stack[-1])
-        elif opcode == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif opcode not in ("PROTO", "FRAME"):
-            raise InputError(f"its pickle uses {opcode}, which files of tensors do not need.")
-
-    def pop_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def set_items(self, pairs: Any) -> None:
-        target = self.stack[-1]
-        if type(target) is not dict:
-            raise InputError(f"its pickle sets items of a {type(target).__name__}.")
-        for key, value in pairs:
-            if type(key) not in (str, int):  # hashing nested tuples can take for ever
-                raise InputError(f"it has a dict with a {type(key).__name__} as key.")
-            target[key] = value
-
-    def find(self, module: Any, name: Any) -> _Name:
-        if type(module) is not str or type(name) is not str:
-            raise InputError("its pickle asks for something without a name.")
+    def find_class(self, module: str, name: str) -> _Name:
         is_storage = module in ("torch", "torch.storage") and name in _DTYPES
-        maker = _Name(module, name)
-        if is_storage or maker.is_script_class or (module, name) in _MAKERS:
-            return maker
+        wanted = _Name(module, name)
+        if is_storage or wanted.is_script_class or (module, name) in _MAKERS:
+            return wanted
         raise InputError(
             f"its pickle asks for {module[:99]}.{name[:99]}, which is refused: a pickle can run "
             "any program. Save the state dict alone (torch.save(model.state_dict(), path), or as "
             "safetensors)."
         )
 
-    def make(self, what: Any, arguments: Any) -> Any:
-        if not isinstance(what, _Name) or not isinstance(arguments, tuple):
-            raise InputError(f"its pickle calls a {type(what).__name__}.")
-        if what.is_script_class:
-            return Inert()
-        if (what.module, what.name) not in _MAKERS:
-            raise InputError(f"its pickle calls {what.module}.{what.name}.")
-        return _MAKERS[what.module, what.name](*arguments)
-
-    def build(self, state: Any, target: Any) -> None:
-        if isinstance(target, Inert):
-            if not isinstance(state, dict):
-                raise InputError("it has an object whose state is not a dict.")
-            target.attributes = state  # not a copy: many objects may be given one state
-        elif not isinstance(target, dict | _Tensor):  # what is set there says nothing of tensors
-            raise InputError(f"its pickle sets the state of a {type(target).__name__}.")
-
-    def storage(self, reference: Any) -> _Storage:
+    def persistent_load(self, reference: Any) -> _Storage:
         kind, storage_type, key, _, numel, *view = reference
         if (
             kind != "storage"
@@ -356,20 +293,42 @@ class _Reader:
         self.item_sizes[key] = dtype.itemsize
         return _Storage(dtype, key, numel)
 
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_pairs([key, value])
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINBYTES",
-    "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
-}  # fmt: skip
+    def set_items(self) -> None:
+        self.set_pairs(self.pop_mark())
+
+    def set_pairs(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise InputError(f"its pickle sets items of a {type(target).__name__}.")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int):  # hashing nested tuples can take for ever
+                raise InputError(f"it has a dict with a {type(key).__name__} as key.")
+            target[key] = value
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Inert):
+            if not isinstance(state, dict):
+                raise InputError("it has an object whose state is not a dict.")
+            target.attributes = state  # not a copy: many objects may be given one state
+        elif not isinstance(target, dict | _Tensor):  # what is set there says nothing of tensors
+            raise InputError(f"its pickle sets the state of a {type(target).__name__}.")
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = _Instructions(
+        {code: _Unpickler.dispatch[code] for code in _CODES.values()}
+        | {
+            pickle.NEWOBJ[0]: _Unpickler.load_reduce,
+            pickle.SETITEM[0]: set_item,
+            pickle.SETITEMS[0]: set_items,
+            pickle.BUILD[0]: build,
+        }
+    )
+
+
 # What may be called, and what is done instead.
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): lambda *_: {},

@@ -137,12 +137,12 @@ PICKLES: list[tuple[bytes, str]] = [
     (b"]" + text("x") + b"b.", "sets the state of a list"),
     (b"}(]Nu.", "a dict with a list as key"),
     (b"}((tNu.", "a dict with a tuple as key"),
-    (b"N(NtR.", "calls a NoneType"),
-    (text("a") + text("b") + b"a.", "appends to a str"),
+    (b"N(NtR.", "'NoneType' object is not callable"),
+    (text("a") + text("b") + b"a.", "no attribute 'append'"),
     # no pickle
     (b"\x93.", "not a PyTorch file"),
     (b"h\x05.", "not a PyTorch file"),
-    (b"N", "end|exhausted|unknown"),
+    (b"N", "end|exhausted|opcode"),
     (b"\xff\xff", "opcode"),
     (b"N0" * (9 << 19) + b".", "POP"),
     # claimed lengths, which allocate nothing

@@ -118,7 +118,6 @@ def test_the_library_says_what_can_be_loaded():
         ("run", ["--to", "clip-jax"], "is both source and destination"),
         ("out", ["--to", "openai", "--overwrite"], "is a directory; --to openai writes a file"),
         ("out/file", ["--to", "clip-jax", "--overwrite"], "is a file; --to clip-jax writes a"),
-        ("new", ["--to", "clip-jax", "--plain"], "--plain is a choice of --to openai"),
         ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
         ("new", ["--to", "clip-jax", "--activation", "gelu"], "its activation is quick_gelu, not"),
         ("new", ["--to", "clip-jax", "--architecture", "ViT-H-14"], "is no ViT-H-14: its towers"),

@@ -161,12 +161,12 @@ def check_parity(weights, model, images, our_ids, their_ids):
     return largest
 
 
-def read_back(weights, path, to, original, **options):
+def read_back(weights, path, to, original):
     """Write what was read, by way of our own folder; the tensors are the original file's, bit for
     bit."""
     ours = path.with_name(f"{path.name} ours")
     write_weights(weights, ours, "clip-jax")
-    write_weights(read_weights(ours), path, to, **options)
+    write_weights(read_weights(ours), path, to)
     names = {"open-clip": "open_clip_model.safetensors", "hugging-face": "model.safetensors"}
     again = read_tensors(path / names[to] if to in names else path)
     assert again.keys() == original.keys()
