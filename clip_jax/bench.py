@@ -1,4 +1,4 @@
-"""What this machine does a second: `clip-jax bench input | step | loss CONFIG`, a function each.
+"""Throughput of this machine: `clip-jax bench input | step | loss CONFIG`, a function each.
 
 Each takes a run's config with a few fields more and returns the object that `--json` prints.
 """
@@ -6,7 +6,6 @@ Each takes a run's config with a few fields more and returns the object that `--
 import functools
 import os
 import statistics
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
+from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.pods import compile as pod
@@ -41,8 +41,8 @@ _MOST_BAD = 1000  # samples in a row
 class InputBench(Config):
     """A run's input alone: no model, no device."""
 
-    seconds: float = 5.0  # of measuring, each for the stages and for the pipeline
-    warmup: float = 2.0  # seconds of the pipeline before
+    seconds: float = 5.0  # seconds of measurement, each for the stages and for the pipeline
+    warmup: float = 2.0  # seconds that the pipeline runs before the measurement
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,16 +56,17 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     is waiting, for a disk or a bucket).
     """
     data = config.data
+    tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
         data,
-        tokenizer=_tokenizer(config),
+        tokenizer=tokenizer,
         image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
         batch_size=config.batch_size,
     )
-    _say(f"stages, one thread, {config.seconds:g} s ...")
-    stages = _stages(config, pipeline.order)
-    _say(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
+    warn(f"stages, one thread, {config.seconds:g} s ...")
+    stages = _stages(config, pipeline.order, tokenizer)
+    warn(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
         **_pipeline(config, pipeline),
         "batch_size": config.batch_size,
@@ -77,10 +78,10 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     }
 
 
-def _stages(config: InputBench, order: str) -> dict[str, dict[str, float]]:
+def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, dict[str, float]]:
     """Each stage over the same samples, one after the other, in this thread."""
     data, spec = config.data, config.model.vision.image_spec
-    tokenize, length = _tokenizer(config), config.model.text.context_length
+    length = config.model.text.context_length
     source = open_source(data.source, spec.side)
     read = (
         _read_blocks(source)
@@ -179,21 +180,16 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    return make_tokenizer(config.model.text)
-
-
 def describe_input(result: dict[str, Any]) -> str:
     """A line a stage, and what to change."""
     lines = [f"{'stage':<18}{'samples/s':>10}  computing"]
     for name, stage in result["stages"].items():
         lines.append(f"{name:<18}{stage['samples_per_second']:>10,.0f}  {stage['computing']:.0%}")
-    rate = f"{'pipeline':<18}{result['samples_per_second']:>10,.0f}"
     if "bucket_requests_per_second" in result:
         lines.append(_of_bucket(result))
     lines += [
-        f"{rate}  with {result['workers']} workers, "
-        f"{result['threads']} threads, {result['cores']} cores; "
+        f"{'pipeline':<18}{result['samples_per_second']:>10,.0f}  with "
+        f"{result['workers']} workers, {result['threads']} threads, {result['cores']} cores; "
         f"first batch after {result['seconds_to_first_batch']:.1f} s",
         f"limit: {result['limit']}; {_advice(result)}",
     ]
@@ -201,8 +197,8 @@ def describe_input(result: dict[str, Any]) -> str:
 
 
 def _of_bucket(result: dict[str, Any]) -> str:
-    asked = result["bucket_requests_per_second"]
-    line = f"bucket: {asked:,.1f} requests/s of {result['samples_per_second'] / asked:,.0f} samples"
+    requests, samples = result["bucket_requests_per_second"], result["samples_per_second"]
+    line = f"bucket: {requests:,.1f} requests/s of {samples / requests:,.0f} samples"
     line += f", {result['bucket_bytes_per_second'] / 2**20:,.1f} MiB/s"
     if "bucket_wait" in result:
         line += f", {result['bytes_read_per_byte_used']:.2f} bytes read a byte used, "
@@ -227,9 +223,9 @@ def _advice(result: dict[str, Any]) -> str:
 class ComputeBench(Config):
     """A run's training step, or its loss alone, on made-up data: no input, no files."""
 
-    warmup: int = 3  # calls before the timed ones, the compiling one not counted
-    rounds: int = 7  # timed; the median counts
-    calls: int = 3  # a round: the device never waits for the host within one
+    warmup: int = 3  # untimed calls before the timed ones
+    rounds: int = 7  # timed rounds, of which the median counts
+    calls: int = 3  # calls of a round, within which the device never waits for the host
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -245,7 +241,7 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     program = Program(config.recipe, mesh)
     state = program.init()
     batch = program.place(_made_up(config))
-    _say(f"compiling the step for {mesh.size} devices ...")
+    warn(f"compiling the step for {mesh.size} devices ...")
     start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()
     compiling = CLOCK.now() - start
@@ -323,23 +319,17 @@ def _measure(
 
 
 def describe_compute(result: dict[str, Any]) -> str:
-    """Say it in words."""
+    """Return lines about the device, speed and memory."""
     share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
-    rate = result["samples_per_second_per_device"]
-    return "\n".join(
-        [
-            f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
-            f"batch {result['batch_size']:,}",
-            f"{result['seconds']:.4f} s a call (median; fastest {result['seconds_fastest']:.4f})",
-            f"{result['samples_per_second']:,.1f} pairs/s, {rate:,.1f} a device{share}",
-            f"{result['model_flops'] / result['seconds'] / 1e12:.3g} TFLOP/s of the model's own",
-            f"memory {result['peak_bytes'] / 2**20:,.0f} MiB a device",
-        ]
+    return (
+        f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
+        f"batch {result['batch_size']:,}\n"
+        f"{result['seconds']:.4f} s a call (median; fastest {result['seconds_fastest']:.4f})\n"
+        f"{result['samples_per_second']:,.1f} pairs/s, "
+        f"{result['samples_per_second_per_device']:,.1f} a device{share}\n"
+        f"{result['model_flops'] / result['seconds'] / 1e12:.3g} TFLOP/s of the model's own\n"
+        f"memory {result['peak_bytes'] / 2**20:,.0f} MiB a device"
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 # What `clip-jax bench` offers: the config of each, what measures, what makes text of its result.

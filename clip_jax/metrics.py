@@ -76,13 +76,13 @@ class Goodput:
     """
 
     PARTS = ("init", "restore", "compile", "input", "save", "evaluation")
+    NAMES = (*PARTS, "steps", "lost")
 
     def __init__(self, timers: Timers, earlier: Mapping[str, Any], steps_kept: float) -> None:
         """`earlier` is the result.json of the starts before, `steps_kept` the `seconds/steps` that
         they had spent when they saved the checkpoint from which this start goes on."""
         self._timers = timers
-        names = (*self.PARTS, "steps", "lost")
-        self._earlier = {name: float(earlier.get(f"seconds/{name}", 0.0)) for name in names}
+        self._earlier = {name: float(earlier.get(f"seconds/{name}", 0.0)) for name in self.NAMES}
         lost = max(self._earlier["steps"] - steps_kept, 0.0)
         self._earlier["steps"] -= lost
         self._earlier["lost"] += lost
@@ -101,9 +101,7 @@ class Goodput:
     def describe(self) -> str:
         """One line for people."""
         values = self.values()
-        parts = [
-            f"{name} {values[f'seconds/{name}']:.1f}" for name in (*self.PARTS, "steps", "lost")
-        ]
+        parts = [f"{name} {values[f'seconds/{name}']:.1f}" for name in self.NAMES]
         return f"goodput {values['goodput']:.1%}; seconds: {', '.join(parts)}"
 
 
@@ -187,10 +185,10 @@ class Writer:
 
 
 class Reports:
-    """What a run says of itself: in its work directory, to TensorBoard, on the terminal.
+    """Reports of a run: in its run directory, to TensorBoard, on the terminal.
 
-    Of several processes the first writes and the others only tell it what they have seen:
-    `report` and `write_down` are called by all at once.
+    Of several processes the first writes what it gathers from all: `report` and `write_down` are
+    called by all at once.
     """
 
     def __init__(
@@ -210,11 +208,11 @@ class Reports:
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._display = Display("train", steps, start, quiet=not lead)
         self.line, self.advance = self._display.line, self._display.advance
-        self._writer = None
+        self._writer = self._skipped = None
         if lead:
             board = workdir / "tensorboard"
             self._writer = Writer(workdir / "metrics.jsonl", board, start, self.line)
-        self._skipped = Lines(workdir / "skipped.jsonl", start, self.line) if lead else None
+            self._skipped = Lines(workdir / "skipped.jsonl", start, self.line)
         self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
         self._read: Counter[str] = Counter()  # from buckets, since the last report
         self.result = recover_json(workdir / "result.json", self.line) if lead else {}
@@ -226,11 +224,11 @@ class Reports:
         self._timers.lap()
 
     def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Note which samples of a step this process could not read, and why."""
+        """Note samples of a step that this process could not read, each with the reason."""
         self._skipped_here += [{"step": step, **sample} for sample in samples]
 
     def read(self, counts: Mapping[str, float]) -> None:
-        """Note what a batch asked of buckets: requests, bytes, and seconds that threads waited."""
+        """Add up a batch's reads from buckets: requests, bytes, and seconds that threads waited."""
         self._read.update(counts)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -245,6 +243,8 @@ class Reports:
             for after in (self._samples, self._flops)
         )
         self._reported = step
+        read = sum(map(Counter, processes.gather(dict(self._read))), Counter())
+        self._read.clear()
         values = {
             "samples_seen": self._samples(step),
             **metrics,
@@ -254,7 +254,7 @@ class Reports:
             "seconds": self._timers.elapsed(),
             **self.goodput.values(),
             **_hosts(training, steps, seconds),
-            **self._of_buckets(training),
+            **bucket_rates(read, training),
         }
         if self._peak:
             values["mfu"] = work / training / (self._peak * self._devices)
@@ -265,15 +265,8 @@ class Reports:
         if self._writer:
             self._writer.write(step, values)
 
-    def _of_buckets(self, seconds: float) -> dict[str, float]:
-        counts: Counter[str] = Counter()
-        for one in processes.gather(dict(self._read)):
-            counts.update(one)
-        self._read.clear()
-        return bucket_rates(counts, seconds)
-
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what an evaluator found."""
+        """Write the results of an evaluator."""
         self.result.update(values)
         self.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if self._writer:
