@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
+def ours(tars: str, run: dict[str, Any], part: tuple[int, int]):
     from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
@@ -57,7 +57,7 @@ def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
     from clip_jax.models.images import Square
 
     def shards(first: int, last: int) -> TarConfig:
-        return TarConfig(path=f"{place}/{{{first:05d}..{last:05d}}}.tar")
+        return TarConfig(path=f"{tars}/{{{first:05d}..{last:05d}}}.tar")
 
     source = shards(0, SHARDS - 1)
     if run.get("mixture"):
@@ -81,29 +81,29 @@ def ours(place: str, run: dict[str, Any], part: tuple[int, int]):
         yield batch.reading
 
 
-def measure(place: str, run: dict[str, Any], part: tuple[int, int]) -> dict[str, float]:
+def measure(tars: str, run: dict[str, Any], part: tuple[int, int]) -> dict[str, float]:
     """Rates of the timed batches, in this process."""
     peer = run.get("who") == "open_clip"
-    batches = open_clip_batches(place, run["workers"]) if peer else ours(place, run, part)
+    batches = open_clip_batches(tars, run["workers"]) if peer else ours(tars, run, part)
     for _ in range(WARM):
         next(batches)
     start, start_cpu = time.perf_counter(), cpu_seconds()
     readings = [next(batches) for _ in range(TIMED)]
     seconds = time.perf_counter() - start
     count = TIMED * BATCH // part[1]
-    found = {
+    results = {
         "samples_per_second": count / seconds,
         "cpu_milliseconds_per_sample": (cpu_seconds() - start_cpu) * 1000 / count,
     }
     if not peer and run["where"] == "bucket":
         total = sum(readings[1:], readings[0])
-        found["samples_per_request"] = count / max(total.requests, 1)
-        found["bytes_read_per_byte_used"] = total.bytes_read / max(total.bytes_used, 1)
-    return found
+        results["samples_per_request"] = count / max(total.requests, 1)
+        results["bytes_read_per_byte_used"] = total.bytes_read / max(total.bytes_used, 1)
+    return results
 
 
-def start(place: str, run: dict[str, Any], part: tuple[int, int]) -> subprocess.Popen:
-    command = ["taskset", "-c", "1", sys.executable, "-W", "ignore", __file__, place]
+def start(tars: str, run: dict[str, Any], part: tuple[int, int]) -> subprocess.Popen:
+    command = ["taskset", "-c", "1", sys.executable, "-W", "ignore", __file__, tars]
     command += ["--one", json.dumps([run, part])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
@@ -118,10 +118,10 @@ def result(process: subprocess.Popen) -> dict[str, float]:
 def take(places: dict[str, str], run: dict[str, Any], processes: int) -> dict[str, float]:
     where = "peer" if run.get("who") == "open_clip" and run["where"] == "bucket" else run["where"]
     started = [start(places[where], run, (i, processes)) for i in range(processes)]
-    found = [result(process) for process in started]
+    results = [result(process) for process in started]
     return {
-        name: sum(one[name] for one in found) / (1 if name == "samples_per_second" else processes)
-        for name in found[0]
+        name: sum(one[name] for one in results) / (1 if name == "samples_per_second" else processes)
+        for name in results[0]
     }
 
 
@@ -155,15 +155,15 @@ def main() -> None:
             faults=json.loads(arguments.faults),
             only="GET",
         )
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
         for _ in range(arguments.rounds):
             for name in arguments.only:
-                found[name].append(take(places, RUNS[name], arguments.processes))
-                print(name, found[name][-1], file=sys.stderr, flush=True)
-    names = list(dict.fromkeys(key for runs in found.values() for key in runs[0]))
+                results[name].append(take(places, RUNS[name], arguments.processes))
+                print(name, results[name][-1], file=sys.stderr, flush=True)
+    names = list(dict.fromkeys(key for runs in results.values() for key in runs[0]))
     print(f"| {arguments.latency * 1000:.0f} ms | {' | '.join(names)} |")
     print("|---|" + "---|" * len(names))
-    for name, runs in found.items():
+    for name, runs in results.items():
         values = [statistics.median(run[key] for run in runs) if key in runs[0] else None
                   for key in names]  # fmt: skip
         print(f"| {name} | {' | '.join('' if v is None else f'{v:,.2f}' for v in values)} |")

@@ -80,8 +80,8 @@ def main() -> None:
     from clip_jax.convert.conversion import ConvertConfig, convert
     from clip_jax.inference.embed import EmbedConfig, embed
 
-    given = [int(arg) for arg in sys.argv[1:]]
-    images, chunks, workers = given + [IMAGES, CHUNKS, WORKERS][len(given) :]
+    numbers = [int(arg) for arg in sys.argv[1:]]
+    images, chunks, workers = numbers + [IMAGES, CHUNKS, WORKERS][len(numbers) :]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = make_images(folder / "images", images)
@@ -122,9 +122,9 @@ def main() -> None:
             print(f"{who:<10} {images / sum(times):7.2f} images/s, {sum(times):.0f} s in all")
         rows = [
             np.concatenate(
-                [np.stack(pq.read_table(p)["embedding"].to_numpy()) for p in sorted(found)]
+                [np.stack(pq.read_table(p)["embedding"].to_numpy()) for p in sorted(paths)]
             )
-            for found in ((folder / "ours").glob("rows-*"), folder.glob("theirs-*"))
+            for paths in ((folder / "ours").glob("rows-*"), folder.glob("theirs-*"))
         ]
         print(f"smallest cosine between both {(rows[0] * rows[1]).sum(1).min():.6f}")
         shutil.rmtree(folder / "images")

@@ -76,13 +76,13 @@ def write_photographs(folder: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def open_clip_batches(place: Path | str, workers: int):
+def open_clip_batches(tars: Path | str, workers: int):
     """Endless batches of open_clip's, from a folder or, through `curl`, a URL."""
     import open_clip
     from open_clip_train.data import get_wds_dataset
     from open_clip_train.params import parse_args
 
-    urls = f"{place}/{{00000..{SHARDS - 1:05d}}}.tar"
+    urls = f"{tars}/{{00000..{SHARDS - 1:05d}}}.tar"
     if urls.startswith("http"):
         urls = f"pipe:curl -s -f {urls}"
     args = parse_args(
@@ -164,10 +164,10 @@ def run(who: str, folder: Path, setting: dict[str, int], count: int) -> dict[str
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
-    words = ", ".join(f"{name} {value:,.2f}" for name, value in found.items())
+    values = json.loads(done.stdout.splitlines()[-1])
+    words = ", ".join(f"{name} {value:,.2f}" for name, value in values.items())
     print(f"{who} {setting}: {words}", file=sys.stderr, flush=True)
-    return found
+    return values
 
 
 def main() -> None:
@@ -196,8 +196,8 @@ def main() -> None:
         for who in best
     }
     print("| | images/s | CPU ms per image | setting |\n|---|---|---|---|")
-    for who, found in medians.items():
-        rate, cpu = found["samples_per_second"], found["cpu_milliseconds_per_sample"]
+    for who, values in medians.items():
+        rate, cpu = values["samples_per_second"], values["cpu_milliseconds_per_sample"]
         print(f"| {who} | {rate:,.0f} | {cpu:.2f} | {best[who]} |")
     first, second = medians["clip_jax"], medians["open_clip"]
     rate, cpu = (first[name] / second[name] for name in first)

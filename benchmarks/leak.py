@@ -62,21 +62,21 @@ def held(samples: int, paths: list[str]) -> list[int]:
     how = {"image_spec": Square(64), "context_length": 32, "batch_size": 256}
     batches = build(config, tokenizer=ClipTokenizer(), **how).batches()
     next(batches)  # the worker has started
-    seen, found = 0, []
+    seen, sizes = 0, []
     while seen < samples:
         seen += len(next(batches).keys)
-        if seen > len(found) * samples / 100:
+        if seen > len(sizes) * samples / 100:
             gc.collect()
-            found.append(tree_bytes())
+            sizes.append(tree_bytes())
     batches.close()
-    return found
+    return sizes
 
 
 def main(samples: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        found = held(samples, write(Path(folder)))
-    tenth = len(found) // 10
-    before, after = (statistics.median(x) for x in (found[tenth : 2 * tenth], found[-tenth:]))
+        sizes = held(samples, write(Path(folder)))
+    tenth = len(sizes) // 10
+    before, after = (statistics.median(x) for x in (sizes[tenth : 2 * tenth], sizes[-tenth:]))
     growth = after / before - 1
     print(f"{samples:,} samples, {before / 2**20:.1f} MiB, grown by {growth:.2%}")
     return int(growth >= 0.02)

@@ -43,9 +43,9 @@ def make(folder: Path) -> None:
         images.append(file.getvalue())
         captions.append(caption)
     changed = rng.permutation(COUNT)[: COUNT // SHARE]
-    said = np.array(captions, object)
-    said[changed] = said[np.roll(changed, 1)]
-    columns = {"image": images, "caption": said.tolist(), "true": captions}
+    changed_captions = np.array(captions, object)
+    changed_captions[changed] = changed_captions[np.roll(changed, 1)]
+    columns = {"image": images, "caption": changed_captions.tolist(), "true": captions}
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), folder / "pairs.parquet", row_group_size=100)
 

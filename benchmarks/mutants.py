@@ -67,15 +67,15 @@ class Fault(NamedTuple):
 def read_faults(root: Path) -> list[Fault]:
     """Find all faults in a checkout; ends the program with the first that is not there."""
     faults = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["fault"]
-    assert len({given["what"] for given in faults}) == len(faults), "two faults have one name"
-    return [locate(root, number, given) for number, given in enumerate(faults, 1)]
+    assert len({row["what"] for row in faults}) == len(faults), "two faults have one name"
+    return [locate(root, number, row) for number, row in enumerate(faults, 1)]
 
 
-def locate(root: Path, number: int, given: dict[str, str]) -> Fault:
+def locate(root: Path, number: int, row: dict[str, str]) -> Fault:
     """Find a fault by its keys, or by those of an older commit."""
     for ending in ("", OLDER):
         keys = ("file", "function", "old", "new")
-        file, function, old, new = (given.get(key + ending, given[key]) for key in keys)
+        file, function, old, new = (row.get(key + ending, row[key]) for key in keys)
         source = (root / file).read_text(encoding="utf-8") if (root / file).is_file() else ""
         lines, tree = source.splitlines(keepends=True), ast.parse(source)
         first, last = extent(tree, function, len(lines))
@@ -88,9 +88,9 @@ def locate(root: Path, number: int, given: dict[str, str]) -> Fault:
             around = statement(tree, start, start + old.count("\n"))
             functions = [x for x in ast.walk(tree) if isinstance(x, FUNCTIONS)]
             bodies = {n for x in functions for n in range(x.body[0].lineno, x.end_lineno + 1)}
-            return Fault(number, file, function, given["what"], content, around, bodies)
+            return Fault(number, file, function, row["what"], content, around, bodies)
     raise SystemExit(
-        f"fault {number} ({given['file']}, {given['function']}: {given['what']}) is not found in "
+        f"fault {number} ({row['file']}, {row['function']}: {row['what']}) is not found in "
         f"{root}: its text must stand there exactly once."
     )
 
@@ -164,8 +164,8 @@ def record(args: argparse.Namespace) -> None:
         settings, kept = Path(folder, "coveragerc"), f"{folder}/coverage"
         settings.write_text("[run]\nbranch = false\nconcurrency = thread\nsource = clip_jax\n")
         how = ("--cov=clip_jax", "--cov-context=test", "--cov-report=", f"--cov-config={settings}")
-        given, more = [*how, *args.pytest], {"COVERAGE_FILE": kept, "COVERAGE_CORE": "ctrace"}
-        code, reports = run_pytest(checkout, Path(folder), given, **more)
+        options, more = [*how, *args.pytest], {"COVERAGE_FILE": kept, "COVERAGE_CORE": "ctrace"}
+        code, reports = run_pytest(checkout, Path(folder), options, **more)
         if code not in (0, 1):
             raise SystemExit(f"pytest ended with exit code {code}; nothing is recorded.")
         data = coverage.CoverageData(kept)
@@ -178,8 +178,8 @@ def record(args: argparse.Namespace) -> None:
         del seconds[test]
     tests = {x.what: tests_of(x, contexts[x.file], seconds) for x in faults}
     args.output.write_text(json.dumps(tests, indent=1))
-    found = sum(map(bool, tests.values()))
-    print(f"{len(seconds)} tests passed; there are some for {found} of {len(faults)} faults")
+    covered = sum(map(bool, tests.values()))
+    print(f"{len(seconds)} tests passed; there are some for {covered} of {len(faults)} faults")
 
 
 def tests_of(
@@ -189,12 +189,12 @@ def tests_of(
     of the module's own file, since what is compiled or cached is run by the first test alone."""
     called, set_up = covering(contexts, fault.lines)
     shared = {file_of(test) for test in set_up} - {file_of(test) for test in called}
-    found = called | set_up | {test for test in seconds if file_of(test) in shared}
+    chosen = called | set_up | {test for test in seconds if file_of(test) in shared}
     own = {test for test in seconds if is_mirror(file_of(test), fault.file)}
     if not fault.bodies.issuperset(fault.lines):  # it runs at import
         some = set.union(*covering(contexts, fault.bodies)) & seconds.keys()
-        found |= own | set(sorted(some, key=seconds.__getitem__)[:MOST])
-    parts = (found & seconds.keys(), own - found)
+        chosen |= own | set(sorted(some, key=seconds.__getitem__)[:MOST])
+    parts = (chosen & seconds.keys(), own - chosen)
     return [test for part in parts for test in sorted(part, key=lambda x: (seconds[x], x))]
 
 
@@ -234,15 +234,15 @@ def run(args: argparse.Namespace) -> None:
     def one(fault: Fault) -> None:
         copy, began = copies.get(), time.monotonic()
         try:
-            said = judge(fault, copy, tests[fault.what], args)
+            outcome = judge(fault, copy, tests[fault.what], args)
         finally:
             copies.put(copy)
         names = ("number", "file", "function", "what")
-        said = {name: getattr(fault, name) for name in names} | said
+        outcome = {name: getattr(fault, name) for name in names} | outcome
         with lock:
-            results[fault.number] = said | {"seconds": round(time.monotonic() - began, 1)}
+            results[fault.number] = outcome | {"seconds": round(time.monotonic() - began, 1)}
             args.output.write_text(json.dumps([results[x] for x in sorted(results)], indent=1))
-            line = f"{fault.number} {fault.file}: {said['outcome']}  {said['test']}"
+            line = f"{fault.number} {fault.file}: {outcome['outcome']}  {outcome['test']}"
             print(f"{len(results)}/{len(faults)}  {line}", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as threads:
@@ -321,8 +321,8 @@ def compare(args: argparse.Namespace) -> int:
     print("| Fault | File | Function | What | Old | New |\n|---|---|---|---|---|---|")
     for row in rows:
         old, new = (x[row["what"]]["outcome"] if row["what"] in x else "not run" for x in both)
-        place = f"`{row['file']}` | `{row['function']}`"
-        print(f"| {row['number']} | {place} | {row['what']} | {old} | {new} |")
+        location = f"`{row['file']}` | `{row['function']}`"
+        print(f"| {row['number']} | {location} | {row['what']} | {old} | {new} |")
         caught = [n + (x == "caught") for n, x in zip(caught, (old, new), strict=True)]
         missed += old == "caught" != new
     print(f"\nOf {len(rows)} faults the old tests catch {caught[0]}, the new ones {caught[1]}.")

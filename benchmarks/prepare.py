@@ -34,13 +34,13 @@ SHARD, DISTINCT = 10_000, 2_000
 
 def pictures(side: int) -> list[bytes]:
     """Smooth noise as JPEG; a comment makes as many of each as one likes, with the same pixels."""
-    rng, found = np.random.default_rng(0), []
+    rng, files = np.random.default_rng(0), []
     for _ in range(DISTINCT):
         noise = Image.fromarray(rng.integers(0, 256, (33, 33, 3), np.uint8))
         file = io.BytesIO()
         noise.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        found.append(file.getvalue())
-    return found
+        files.append(file.getvalue())
+    return files
 
 
 def make(folder: Path, count: int, side: int) -> None:
@@ -70,10 +70,10 @@ def processes(of: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [of]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
+    pids = [of]
+    for pid in pids:
+        pids += [child for child, parent in parents.items() if parent == pid]
+    return pids
 
 
 def watch(most: list[float], stop: threading.Event) -> None:

@@ -224,13 +224,13 @@ def compare(name: str, to: Format, folder: Path) -> str:
     write_weights(weights, folder / "out", to)
     model, tokenize = loaded(to, folder / "out")
     theirs = tokenize(texts_for(to)).numpy()
-    there = check(weights, model, images, ours, theirs)
+    outgoing = check(weights, model, images, ours, theirs)
     del weights, model
     model, path = saved_by(to, name, config, folder / "in")
     weights = read_weights(path)
     assert weights.config == config
-    here = check(weights, model, images, ours, theirs)
-    return f"{there:.1e}, {here:.1e}"
+    incoming = check(weights, model, images, ours, theirs)
+    return f"{outgoing:.1e}, {incoming:.1e}"
 
 
 def weights() -> None:
@@ -240,9 +240,9 @@ def weights() -> None:
         cells = []
         for to in LIBRARIES:
             with tempfile.TemporaryDirectory() as folder:
-                there = is_expressible(name, to)
-                cells.append(compare(name, to, Path(folder)) if there else "")
-                if there:
+                expressible = is_expressible(name, to)
+                cells.append(compare(name, to, Path(folder)) if expressible else "")
+                if expressible:
                     assert_same_shapes(name, to)
         print(f"| {name}{', cut' if name in CUT else ''} | {' | '.join(cells)} |", flush=True)
 

@@ -69,10 +69,10 @@ def rate(work, images: int) -> float:
 
 part = count // 5
 evaluated(2_048)  # compiled, and all files read once
-alone, whole = [], []
+alone, full = [], []
 for _ in range(5):  # in turn, since the machine is not always as quick
     alone.append(rate(decoded, part))
-    whole.append(rate(evaluated, part))
+    full.append(rate(evaluated, part))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-a, b = np.median(alone), np.median(whole)
+a, b = np.median(alone), np.median(full)
 print(f"decoded alone {a:,.0f} images/s, evaluated {b:,.0f}: ratio {b / a:.2f}; {peak:.2f} GiB")

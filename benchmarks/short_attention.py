@@ -90,7 +90,7 @@ def products_of_scores(text: str, length: int) -> list[str]:
 
 
 def compiled(backend: str, topology: str, *shapes: str) -> None:
-    place = SingleDeviceSharding(pod._devices(Topology.parse(topology))[0])
+    single = SingleDeviceSharding(pod._devices(Topology.parse(topology))[0])
     for shape in shapes or shapes_of_the_configs(topology):
         length, heads, dim, causal = map(int, shape.split(","))
 
@@ -103,7 +103,7 @@ def compiled(backend: str, topology: str, *shapes: str) -> None:
             return (attend(qkv).astype(jnp.float32) * weight).sum()
 
         sizes = ((ROWS, length, n * heads * dim) for n in (3, 1))
-        qkv, weight = (jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=place) for x in sizes)
+        qkv, weight = (jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=single) for x in sizes)
         text = jax.jit(jax.value_and_grad(total)).lower(qkv, weight).compile().as_text()
         kernels = text.count('custom_call_target="tpu_custom_call"')
         print(shape, kernels, *products_of_scores(text, length), flush=True)

@@ -31,8 +31,8 @@ class Sorted(digits.DigitsSource):
         return min(turn * numbers + number, len(self) - 1)
 
     def blocks(self):
-        whole, rest = divmod(len(self), BLOCK)
-        return np.array([BLOCK] * whole + [rest] * bool(rest))
+        blocks, rest = divmod(len(self), BLOCK)
+        return np.array([BLOCK] * blocks + [rest] * bool(rest))
 
     def size(self, first, last):
         return 256 * (last - first)

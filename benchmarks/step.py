@@ -132,8 +132,8 @@ def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], f
 def main() -> None:
     warnings.simplefilter("ignore")
     model, size = (SMALL, 256) if "small" in sys.argv else (B32, 64)
-    for given in filter(str.isdigit, sys.argv[1:]):
-        size = int(given)
+    for number in filter(str.isdigit, sys.argv[1:]):
+        size = int(number)
     data = batch(model, size)
     print_towers(model, data)
     runs = {"open_clip": open_clip(model, data), "clip_jax": ours(model, data)}

@@ -34,7 +34,7 @@ ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
 metadata={op_name="jit(step)/transpose(jvp(visual))/c_fc"}
   ROOT %whole = bf16[64,128]{1,0} all-reduce(%a), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}
 }"""
-    whole, shard = collectives(text, {"data": 2, "fsdp": 4, "tensor": 1})
-    assert (whole.kind, shard.kind) == ("all-reduce", "reduce-scatter")
+    total, shard = collectives(text, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert (total.kind, shard.kind) == ("all-reduce", "reduce-scatter")
     assert shard.source == "jit(step)/transpose(jvp(visual))/c_fc"
-    assert whole.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4
+    assert total.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4

@@ -51,7 +51,7 @@ def faults(text: str, sizes: Sizes) -> list[str]:
     """Describe the collectives of a compiled step that are not allowed."""
     mesh, params = program(sizes).mesh, program(sizes).state.params
     tensor = mesh.shape["tensor"]
-    split, whole, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
+    split, replicated, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
     for x in jax.tree.leaves(params):
         spec = [a if isinstance(a, tuple) else (a,) for a in x.sharding.spec]
         is_split = any("fsdp" in axes for axes in spec)
@@ -65,11 +65,11 @@ def faults(text: str, sizes: Sizes) -> list[str]:
         merged = [(flat[0], math.prod(flat[1:])), (math.prod(flat[:-1]), flat[-1])] if flat else []
         # As the compiler may split it over tensor, too.
         for dims in (x.shape, flat, *(merged if len(flat) > 2 else [])):
-            (split if is_split else whole).add(_dims(dims))
+            (split if is_split else replicated).add(_dims(dims))
             parts = [d // tensor if d % tensor == 0 else d for d in dims]
             for i in range(len(dims)):
                 mixed = (*dims[:i], parts[i], *dims[i + 1 :])
-                (split if is_split else whole).add(_dims(mixed))
+                (split if is_split else replicated).add(_dims(mixed))
     features = {_dims((BATCH, MODEL.embed_dim)), _dims((BATCH,))}
     length, width = MODEL.text.context_length, MODEL.text.width
     ids = ("s32", (BATCH // mesh.shape["data"], length))
@@ -87,7 +87,7 @@ def faults(text: str, sizes: Sizes) -> list[str]:
             ):
                 result.append(f"gather of {array[1]} over {x.axes}: {x.source}")
             copied = split if "fsdp" in x.axes else unsplit - shards
-            if x.kind == "all-reduce" and "data" in x.axes and dims in copied - whole:
+            if x.kind == "all-reduce" and "data" in x.axes and dims in copied - replicated:
                 result.append(f"replicated gradient {array[1]} over {x.axes}: {x.source}")
     return result
 
@@ -169,8 +169,8 @@ def test_plan_compiles_what_train_runs(tmp_path):
             pod.facts(request, jax.devices())
     assert len(str(ran.value)) > 10_000
     assert str(ran.value) == str(compiled.value)
-    given = [call.kwargs.get("compiler_options") for call in jit.call_args_list]
-    assert [x for x in given if x] == [options, options]
+    passed = [call.kwargs.get("compiler_options") for call in jit.call_args_list]
+    assert [x for x in passed if x] == [options, options]
 
 
 def test_facts_are_read_from_what_is_compiled(planned):

@@ -60,9 +60,9 @@ def test_as_many_as_the_module_itself_counts():
     ],
 )
 def test_arrays_lie_in_whole_tiles(shape, size, padded):
-    [found] = hlo.read_shapes(shape)
-    assert (found.bytes, found.padded_bytes) == (size, padded)
-    assert found.fast == shape.endswith("T(128)S(1)}")
+    [result] = hlo.read_shapes(shape)
+    assert (result.bytes, result.padded_bytes) == (size, padded)
+    assert result.fast == shape.endswith("T(128)S(1)}")
 
 
 def test_a_loop_whose_turns_are_not_said_is_an_error():

@@ -56,9 +56,9 @@ def parameters(**shapes: str) -> list[str]:
 
 
 def test_nested_loops_and_kernels():
-    found = {x.name: x for x in work.read(NESTED, {"k": 90}.get)}
-    assert set(found) == {"m", "k", "u"}
-    m, k, u = found["m"], found["k"], found["u"]
+    works = {x.name: x for x in work.read(NESTED, {"k": 90}.get)}
+    assert set(works) == {"m", "k", "u"}
+    m, k, u = works["m"], works["k"], works["u"]
     assert (m.times, m.flops, m.bytes, m.cycles) == (15, 2 * 128**3, 2 * FULL, 700)  # x times x
     assert (k.times, k.flops, k.bytes, k.cycles) == (3, 1000, 2 * FULL, 90)  # x once; 100 take 128
     assert (u.times, u.flops, u.cycles) == (1, None, None)
@@ -145,13 +145,13 @@ PRODUCT = 2 * 128 * 8 * 77 * 77 * 64
 )
 def test_flops_of_one_operation(operands, line, flops):
     shapes = dict(zip("xyz", operands, strict=False))
-    [found] = work.read(module(*parameters(**shapes), f"  ROOT %c = {line}"))
-    assert found.flops == flops
+    [works] = work.read(module(*parameters(**shapes), f"  ROOT %c = {line}"))
+    assert works.flops == flops
 
 
 def test_flops_of_a_scan_and_of_convolutions_as_xla_compiles_them():
-    found = work.read(compiled_scan().as_text())
-    assert sum(x.times * (x.flops or 0) for x in found) == 2 * 3 * 2 * 8 * 16 * 16
+    works = work.read(compiled_scan().as_text())
+    assert sum(x.times * (x.flops or 0) for x in works) == 2 * 3 * 2 * 8 * 16 * 16
 
     def convolved(x, w):
         return jax.lax.conv_general_dilated(

@@ -1,7 +1,7 @@
-"""The table "Tables of words" of BENCHMARKS.md: looking words up, and the gradient, compiled alone
+"""The table "Token embedding tables" of BENCHMARKS.md: looking words up, and the gradient, compiled alone
 for pods that are not there; beside it the same with the table gathered.
 
-    python benchmarks/words.py
+    python benchmarks/token_embedding.py
 """
 
 import functools
