@@ -1,5 +1,5 @@
-"""The table "Token embedding tables" of BENCHMARKS.md: looking words up, and the gradient, compiled alone
-for pods that are not there; beside it the same with the table gathered.
+"""The table "Token embedding tables" of BENCHMARKS.md: the lookup of token embeddings and its
+gradient, compiled alone for pods that are not there; beside it the same with the table gathered.
 
     python benchmarks/token_embedding.py
 """
