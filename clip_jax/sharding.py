@@ -212,14 +212,14 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
         over = {DIMENSIONS[n] for n in left if n in right and n not in out and n in "NF"}
         summed = [axis for axis in over if mesh.shape[axis] > 1]
 
-        def whole(names: str) -> PartitionSpec:  # rows over the batch axes, channels not split
+        def spec_of(names: str) -> PartitionSpec:  # rows over the batch axes, channels not split
             axes = {"B": BATCH_AXES, "D": None}
             return PartitionSpec(*(axes.get(n, DIMENSIONS.get(n)) for n in names))
 
         kernel_spec = PartitionSpec(*(DIMENSIONS.get(n) for n in right))
 
         @functools.partial(
-            jax.shard_map, mesh=mesh, in_specs=(whole(left), kernel_spec), out_specs=whole(out),
+            jax.shard_map, mesh=mesh, in_specs=(spec_of(left), kernel_spec), out_specs=spec_of(out),
             check_vma=False,
         )  # fmt: skip
         def local(x: Array, kernel: Array) -> Array:
@@ -246,8 +246,8 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
 def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     """Return attention on this mesh: of a kernel each device gets its own rows and heads."""
     tensor = DIMENSIONS["N"]
-    whole = (BATCH_AXES, None, None, tensor, None)  # of [B, L, S, N, K]; one axis: heads are whole
-    specs = {1: whole[:1], 3: whole[:3], 4: whole[:2] + whole[3:], 5: whole}
+    axes = (BATCH_AXES, None, None, tensor, None)  # of [B, L, S, N, K]; of [B, L, D] heads stay
+    specs = {1: axes[:1], 3: axes[:3], 4: axes[:2] + axes[3:], 5: axes}
     specs = {ndim: PartitionSpec(*names) for ndim, names in specs.items()}
     # A mesh of numbers alone runs nothing.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
@@ -275,13 +275,12 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
             case "short":
                 return short(qkv, lengths, own, causal, split, interpret)
             case "splash":
-                kernel = functools.partial(
-                    attention.splash, heads=own, causal=causal, interpret=interpret
-                )
-                if lengths is None:
-                    return split(kernel, 3 if qkv.ndim == 3 else 4)(qkv)
-                padded = lambda qkv, lengths: kernel(qkv, lengths=lengths)  # noqa: E731
-                return split(padded, 3 if qkv.ndim == 3 else 4)(qkv, lengths)
+
+                def kernel(qkv: Array, lengths: attention.Lengths = None) -> Array:
+                    return attention.splash(qkv, own, causal, lengths, interpret=interpret)
+
+                arrays = (qkv,) if lengths is None else (qkv, lengths)
+                return split(kernel, 3 if qkv.ndim == 3 else 4)(*arrays)
             case "cudnn":
                 return attention.cudnn(qkv, heads, causal, lengths)
         return attention.xla(qkv, heads, causal, lengths)

@@ -164,10 +164,10 @@ def _search(
         ended = (scores + gains[:, :, end]) / (position + 1.0) ** config.length_penalty
         ended = jnp.where(position + 1 < config.min_length, -jnp.inf, ended)
         winner = ended.argmax(1)
-        found = jnp.take_along_axis(ids, winner[:, None, None], axis=1)[:, 0]
-        found = found.at[:, position + 1].set(end)
+        caption = jnp.take_along_axis(ids, winner[:, None, None], axis=1)[:, 0]
+        caption = caption.at[:, position + 1].set(end)
         score = ended.max(1)
-        best_ids = jnp.where((score > best)[:, None], found, best_ids)
+        best_ids = jnp.where((score > best)[:, None], caption, best_ids)
         best = jnp.maximum(score, best)
         # and what goes on.
         gains = jnp.where((vocabulary == end) | (vocabulary == pad), -jnp.inf, gains)
