@@ -17,7 +17,7 @@ from clip_jax import sharding
 from clip_jax.errors import InputError
 
 RECALL_AT = (1, 5, 10)
-_BLOCK = 1 << 26  # similarities of a block on each batch shard
+_ROWS = 512  # queries of a block on each batch shard
 
 
 def retrieval(
@@ -57,28 +57,37 @@ def ranks(
     captioned = np.bincount(image_of_text, minlength=num_images)
     if not captioned.all():
         raise InputError(f"image {np.argmin(captioned)} has no caption; leave such images out.")
-    images = image_features, np.arange(num_images, dtype=np.int32)
-    texts = text_features, image_of_text.astype(np.int32)
-    return _ranks(texts, images, mesh), _ranks(images, texts, mesh)
+    captions = np.full((num_images, captioned.max()), -1, np.int32)
+    order = np.argsort(image_of_text, kind="stable")
+    captions[image_of_text[order], np.concatenate([np.arange(n) for n in captioned])] = order
+    image = image_of_text.astype(np.int32)[:, None]
+    return (
+        _ranks(text_features, image_features, image, mesh),
+        _ranks(image_features, text_features, captions, mesh),
+    )
 
 
-Side = tuple[Float[np.ndarray, "B E"], Int[np.ndarray, " B"]]  # features, and whose image they are
-
-
-def _ranks(queries: Side, candidates: Side, mesh: Mesh) -> Int[np.ndarray, " B"]:
+def _ranks(
+    queries: Float[np.ndarray, "Q E"],
+    candidates: Float[np.ndarray, "C E"],
+    right: Int[np.ndarray, "Q K"],
+    mesh: Mesh,
+) -> Int[np.ndarray, " Q"]:
+    """`right` has the indices of each query's right candidates, filled up with −1."""
     known = jax.device_put(candidates, sharding.replicated(mesh))
-    rows = max(_BLOCK // len(candidates[0]), 1) * sharding.batch_shards(mesh)
-    rank = lambda known, *rows: _rank(*rows, *known, mesh)  # noqa: E731
-    return sharding.in_batches(rank, mesh, known, *queries, batch_size=rows)
+    rows = _ROWS * sharding.batch_shards(mesh)
+    rank = lambda known, *rows: _rank(*rows, known, mesh)  # noqa: E731
+    return sharding.in_batches(rank, mesh, known, queries, right, batch_size=rows)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=3)
 def _rank(
-    queries: Float[Array, "Q E"], query_ids: Int[Array, " Q"],
-    candidates: Float[Array, "C E"], candidate_ids: Int[Array, " C"], mesh: Mesh,
+    queries: Float[Array, "Q E"], right: Int[Array, "Q K"], candidates: Float[Array, "C E"],
+    mesh: Mesh,
 ) -> Int[Array, " Q"]:  # fmt: skip
     similarity = jnp.einsum("QE,CE->QC", queries, candidates, precision="highest")
-    right = query_ids[:, None] == candidate_ids
-    best = jnp.where(right, similarity, -jnp.inf).max(axis=1, keepdims=True)
-    rank = 1 + (~right & (similarity >= best)).sum(axis=1, dtype=jnp.int32)
+    own = jnp.take_along_axis(similarity, jnp.maximum(right, 0), axis=1)
+    own = jnp.where(right >= 0, own, -jnp.inf)
+    best = own.max(axis=1, keepdims=True)
+    rank = 1 + (similarity >= best).sum(axis=1, dtype=jnp.int32) - (own >= best).sum(axis=1)
     return jax.lax.with_sharding_constraint(rank, sharding.replicated(mesh))

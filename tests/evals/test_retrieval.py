@@ -29,15 +29,15 @@ def sorted_ranks(images, texts, owner):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "block"),
+    ("mesh", "rows"),
     [
-        (mesh_of(1), 120),
-        (mesh_of(8), 1 << 26),
-        (mesh_of(8, data=2, fsdp=2, tensor=2), 120),
+        (mesh_of(1), 3),
+        (mesh_of(8), 512),
+        (mesh_of(8, data=2, fsdp=2, tensor=2), 3),
     ],
 )
-def test_ranks_and_recalls_are_those_of_a_full_sort(task, mesh, block, monkeypatch):
-    monkeypatch.setattr(retrieval, "_BLOCK", block)
+def test_ranks_and_recalls_are_those_of_a_full_sort(task, mesh, rows, monkeypatch):
+    monkeypatch.setattr(retrieval, "_ROWS", rows)
     ours, values = retrieval.ranks(*task, mesh), retrieval.retrieval(*task, mesh)
     names = ("image_retrieval", "text_retrieval")
     for name, some, theirs in zip(names, ours, sorted_ranks(*task), strict=True):
