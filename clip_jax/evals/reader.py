@@ -3,7 +3,7 @@ the model computes of them is on every process."""
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,42 +35,33 @@ class LocalBatch:
     skipped: dict[int, str]  # why
 
 
-class Reader:
-    """A data set's images in order, decoded in threads one batch ahead of need.
+def read_batches(data: Data, preprocess: Preprocess, mesh: Mesh) -> Iterator[LocalBatch]:
+    """Read a data set's images in order, decoded in threads one batch ahead of need.
 
     All processes take the same number of batches; a global batch is a multiple of the mesh's
     batch shards, and its row `i` is the data set's image `start + i`.
     """
+    shards, (process, count) = sharding.batch_shards(mesh), sharding.data_part(mesh)
+    rows = -(-min(_BATCH * count, data.count) // shards) * shards // count  # of this process
 
-    def __init__(self, data: Data, preprocess: Preprocess, mesh: Mesh) -> None:
-        self._data, self._preprocess = data, preprocess
-        shards = sharding.batch_shards(mesh)
-        self._process, processes = sharding.data_part(mesh)
-        self._rows = -(-min(_BATCH * processes, data.count) // shards) * shards // processes
-        self._batch = self._rows * processes
-
-    def __iter__(self) -> Iterator[LocalBatch]:
-        count = self._data.count
-        firsts = (start + self._process * self._rows for start in range(0, count, self._batch))
-        mine = (range(first, min(first + self._rows, count)) for first in firsts)
-        return map(self._batch_of, read_ahead(mine, self._read, ahead=1))
-
-    def _read(self, index: int) -> tuple[int, Images | None, Any]:
+    def read(index: int) -> tuple[int, Images | None, Any]:
         try:
-            image, answer = self._data.load(index)
-            return index, self._preprocess.batch(image), answer
+            image, answer = data.load(index)
+            return index, preprocess.batch(image), answer
         except (ImageError, SampleError) as error:
-            return index, None, f"{self._data.key(index)}: {error}"
+            return index, None, f"{data.key(index)}: {error}"
 
-    def _batch_of(self, rows: list[tuple[int, Images | None, Any]]) -> LocalBatch:
-        batch = LocalBatch(zeros(self._preprocess.image_spec, self._rows), {}, {})
-        for row, (index, image, answer) in enumerate(rows):
+    firsts = range(process * rows, process * rows + data.count, rows * count)
+    mine = (range(first, min(first + rows, data.count)) for first in firsts)
+    for results in read_ahead(mine, read, ahead=1):
+        batch = LocalBatch(zeros(preprocess.image_spec, rows), {}, {})
+        for row, (index, image, answer) in enumerate(results):
             if image is None:
                 batch.skipped[index] = answer
             else:
                 write_row(batch.images, row, image)
                 batch.answers[index] = answer
-        return batch
+        yield batch
 
 
 class ImageCache:
@@ -79,23 +70,25 @@ class ImageCache:
     def __init__(self, budget: int) -> None:
         """`budget` in bytes of this process."""
         self._free = budget
-        self._known: dict[Any, list[LocalBatch]] = {}
+        self._stored: dict[Any, list[LocalBatch]] = {}
 
-    def read(self, key: Any, reader: Reader) -> Iterator[LocalBatch]:
-        """Give what the reader reads, from memory where it was kept under this key."""
-        if key in self._known:
-            yield from self._known[key]
+    def read(self, key: Any, batches: Iterable[LocalBatch]) -> Iterator[LocalBatch]:
+        """Yield the batches, or those that were stored under this key."""
+        if key in self._stored:
+            yield from self._stored[key]
             return
-        kept: list[LocalBatch] | None = []
-        for batch in reader:
-            if kept is not None:
-                kept.append(batch)
-                if len(kept) * num_bytes(batch.images) > self._free:
-                    kept = None
+        stored: list[LocalBatch] = []
+        size = 0
+        for batch in batches:
+            size += num_bytes(batch.images)
+            if size <= self._free:
+                stored.append(batch)
+            else:
+                stored.clear()
             yield batch
-        if kept:
-            self._known[key] = kept
-            self._free -= sum(num_bytes(batch.images) for batch in kept)
+        if size <= self._free:
+            self._stored[key] = stored
+            self._free -= size
 
 
 @dataclass(frozen=True)
@@ -169,14 +162,14 @@ class Splits:
         """
         encoder = encoder or self.encoder
         run, data = compiled(function, encoder.model, encoder.mesh, **options), self.open(split)
-        reader = Reader(data, encoder.preprocess, encoder.mesh)
+        local = read_batches(data, encoder.preprocess, encoder.mesh)
         rows = sharding.batch_sharding(encoder.mesh)
         put = functools.partial(jax.make_array_from_process_local_data, rows)
         answers: dict[int, Any] = {}
         skipped: dict[int, str] = {}
 
         def batches() -> Iterator[tuple[Any, ...]]:
-            for batch in self._cache.read((self.name, split), reader):
+            for batch in self._cache.read((self.name, split), local):
                 answers.update(batch.answers)
                 skipped.update(batch.skipped)
                 yield encoder.params, jax.tree.map(put, batch.images), *more

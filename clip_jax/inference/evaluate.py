@@ -27,18 +27,20 @@ class EvaluateConfig(SuiteConfig):
     """Evaluate a model as its run did, on the bundled digits, on the CLIP paper's data sets, or on
     your own."""
 
-    # A run's work directory, a model folder, or a foreign file. Of a run the newest checkpoint, or
-    # the one of RUN@20000 or RUN@best.
+    # Run directory, model folder or foreign file. Of a run the newest checkpoint, or the one that
+    # RUN@20000 or RUN@best names.
     model: Place
-    # run: the evaluators of the run's own config, with the options given here; digits: the bundled
-    # digits data set; clip: the CLIP paper's data sets. By default run, where the run has
+    # Evaluators. run: those of the run's own config, with the options given here; digits: the
+    # bundled digits data set; clip: the CLIP paper's data sets. Default: run, where the run has
     # evaluators and neither --dataset, --data-dir nor --digits is given; else digits.
     suite: Literal["run", "digits", "clip"] | None = None
     digits: DigitsEvalConfig = field(default_factory=lambda: DigitsEvalConfig(per_number=100))
-    dtype: DType | None = None  # of the computation; None: a run's own, else float32
+    dtype: DType | None = None  # Data type of the computation. Default: a run's own, else float32.
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
-    output: Place | None = None  # folder for result.json, tables and pictures; None: print only
-    watch: bool = False  # each checkpoint of a run as it is finished, into its evals/watch.jsonl
+    output: Place | None = None  # Folder for result.json, tables and pictures. Default: none.
+    watch: bool = (
+        False  # Evaluate each checkpoint of a run when it is saved; see evals/watch.jsonl.
+    )
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -50,11 +52,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     after each data set. Where there are several processes, all call this alike.
     """
     files.check_destination(config.output, "--output")
-    run = run_of(config.model)
-    return Measures(config, run).of(open_encoder(config, run), config.output)
+    run = read_run_config(config.model)
+    return Evaluators(config, run).run(open_encoder(config, run), config.output)
 
 
-class Measures:
+class Evaluators:
     """The evaluators of a command, made once for any number of checkpoints."""
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
@@ -63,7 +65,7 @@ class Measures:
         self._evaluators: list[Evaluator] = []
         self._tasks_on_digits: tuple[str, ...] = ()
         if suite == "run":
-            self._evaluators = [x.make() for x in _own(config, run)]
+            self._evaluators = [x.make() for x in _of_run(config, run)]
         elif suite == "clip":
             opened = data_sets(config.dataset, config.data_dir, config.languages)
             memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
@@ -78,7 +80,7 @@ class Measures:
                 task for task in config.tasks if task != "zero-shot" or with_zero_shot
             )
 
-    def of(self, encoder: Encoder, output: Place | None) -> dict[str, float]:
+    def run(self, encoder: Encoder, output: Place | None) -> dict[str, float]:
         """Measure one model; write tables and pictures to `output`."""
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
@@ -100,7 +102,7 @@ class Measures:
         return values
 
 
-def run_of(path: Place) -> Config | None:
+def read_run_config(path: Place) -> Config | None:
     """Return the config of a run's work directory; None where it is none, or an older one's."""
     path, _ = split_name(path)
     try:
@@ -160,7 +162,7 @@ def _options(config: EvaluateConfig) -> dict[str, Any]:
     return {x: getattr(config, x) for x in names if getattr(config, x) != getattr(usual, x)}
 
 
-def _own(config: EvaluateConfig, run: Config | None) -> list[Any]:
+def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
     """The evaluators of a run, with the options that are given, for those that have them."""
     options = _options(config)
     return [

@@ -18,7 +18,7 @@ from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import say
-from clip_jax.inference.evaluate import EvaluateConfig, Measures, open_encoder, run_of
+from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, open_encoder, read_run_config
 from clip_jax.metrics import Writer
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
@@ -39,12 +39,12 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
     InputError where another watches this run, or its directory is gone. Where there are several
     processes, all call this alike.
     """
-    workdir, run = config.model, run_of(config.model)
+    workdir, run = config.model, read_run_config(config.model)
     if run is None or split_name(workdir)[1]:
         raise InputError(
             f"--watch needs a run's work directory, with its config.json; got {workdir}."
         )
-    measures = Measures(config, run)
+    evaluators = Evaluators(config, run)
     with Claim(epath.Path(workdir) / WATCH, "watching") as claim, contextlib.ExitStack() as stack:
         claim.take()
         rows = processes.gather(read_rows(workdir / WATCHED))[0]
@@ -60,7 +60,7 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
                 )
             if steps:
                 step = steps[0]
-                finished[step] = _evaluate(config, run, measures, step)
+                finished[step] = _evaluate(config, run, evaluators, step)
                 if writer:  # the run may delete it from here on
                     writer.write(step, finished[step])
                     writer.flush()
@@ -85,7 +85,7 @@ def _writer(workdir: Place, finished: dict[int, Row]) -> Writer:
 def _left(workdir: Place, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
     """Return the step at which the run stops (None: it is gone), whether it has saved that, and the
     steps to be evaluated."""
-    run = run_of(workdir)  # anew: resumed, it may stop at another step
+    run = read_run_config(workdir)  # anew: resumed, it may stop at another step
     steps = steps_in(workdir / "checkpoints")
     for step in [step for step, row in finished.items() if "skipped" in row and step not in steps]:
         del finished[step]  # the run put it aside or deleted it, and may save it anew
@@ -94,7 +94,7 @@ def _left(workdir: Place, finished: dict[int, Row]) -> tuple[int | None, bool, l
     return end, is_over, [step for step in steps if step not in finished]
 
 
-def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int) -> Row:
+def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step: int) -> Row:
     """Return a step's numbers, or why it is skipped if its checkpoint cannot be read."""
     workdir = config.model
     try:
@@ -105,6 +105,6 @@ def _evaluate(config: EvaluateConfig, run: Config, measures: Measures, step: int
         say(f"step {step} is skipped: {why}")
         return {"skipped": why}
     output = config.output / str(step) if config.output else None
-    values = measures.of(encoder, output)
+    values = evaluators.run(encoder, output)
     say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return values

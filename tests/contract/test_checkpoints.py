@@ -172,7 +172,7 @@ def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
             checkpoints.save(step, {"params": scaled}, {"samples": step})
             checkpoints.wait()
 
-    def of(measures, encoder, output):
+    def run(evaluators, encoder, output):
         step = int(encoder.params["logit_scale"])
         save()
         save()
@@ -181,7 +181,7 @@ def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
 
     with (
         mock.patch.object(HandClock, "sleep", save),
-        mock.patch.object(evaluate.Measures, "of", of),
+        mock.patch.object(evaluate.Evaluators, "run", run),
     ):
         assert watch.watch(EvaluateConfig(model=workdir), HandClock()) == {"acc": 0.1}
     checkpoints.close()

@@ -69,7 +69,7 @@ def test_few_per_class_draws_evenly_and_names_what_is_scarce():
     some = probe.few_per_class(labels, 2, np.random.default_rng(0))
     np.testing.assert_array_equal(np.bincount(labels[some]), [2, 2, 0, 2])
     assert len(set(some)) == len(some)
-    with pytest.raises(ValueError, match="class 0 has 2 samples, 3 are asked for"):
+    with pytest.raises(ValueError, match="class 0 has 2 samples, fewer than 3"):
         probe.few_per_class(labels, 3, np.random.default_rng(0))
 
 

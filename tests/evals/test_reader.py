@@ -9,7 +9,7 @@ from clip_jax import processes, sharding
 from clip_jax.data.images import ImageError, Preprocess
 from clip_jax.evals import reader
 from clip_jax.evals.datasets import Labelled
-from clip_jax.evals.reader import ImageCache, Reader
+from clip_jax.evals.reader import ImageCache, read_batches
 from tests.evals.conftest import mesh_of
 
 COUNT, BROKEN = 19, 7  # of images: no mesh divides them
@@ -34,7 +34,7 @@ def test_the_parts_of_all_processes_are_every_image_in_its_row(parts, monkeypatc
     local = []
     for part in range(parts):
         with mock.patch.object(sharding, "data_part", autospec=True, return_value=(part, parts)):
-            local.append(list(Reader(data(), Preprocess(image_size=8), mesh_of(4))))
+            local.append(list(read_batches(data(), Preprocess(image_size=8), mesh_of(4))))
     assert len({len(x) for x in local}) == 1  # batches of each process
     batches = [
         np.concatenate([part.images for part in batch]) for batch in zip(*local, strict=True)
@@ -64,11 +64,13 @@ def test_what_each_process_knows_comes_together_in_order():
 
 def test_images_are_decoded_once_and_kept_within_the_budget():
     loads = []
-    images = Reader(data(loads), Preprocess(image_size=8), mesh_of(8))
+    preprocess, mesh = Preprocess(image_size=8), mesh_of(8)
     for budget, times in ((1 << 20, 1), (8 * 8 * 3 * 10, 2)):
         loads.clear()
-        kept = ImageCache(budget)
-        first, second = (list(kept.read("name", images)) for _ in range(2))
+        cache = ImageCache(budget)
+        first, second = (
+            list(cache.read("name", read_batches(data(loads), preprocess, mesh))) for _ in range(2)
+        )
         assert sorted(loads) == sorted(list(range(COUNT)) * times)
         np.testing.assert_array_equal(first[0].images, second[0].images)
         assert [len(batch.answers) + len(batch.skipped) for batch in first] == [COUNT]

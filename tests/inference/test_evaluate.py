@@ -26,7 +26,13 @@ from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.results import to_markdown
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.evals.zero_shot import classify, multi_label, zero_shot
-from clip_jax.inference.evaluate import EvaluateConfig, _own, _suite, _warn_of_other_numbers, run_of
+from clip_jax.inference.evaluate import (
+    EvaluateConfig,
+    _of_run,
+    _suite,
+    _warn_of_other_numbers,
+    read_run_config,
+)
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
 
 
@@ -236,7 +242,7 @@ def test_wrong_use_is_explained(args, says, model, tmp_path, monkeypatch, capsys
 
 
 def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, capsys):
-    assert run_of(model) is None  # whose config.json is a model's
+    assert read_run_config(model) is None  # whose config.json is a model's
     run = Config(evals=(DigitsEvalConfig(),), data=DataConfig(source=DigitsConfig(digits=4)))
     pairs = Config(evals=(PairsEvalConfig(),))
     ask = functools.partial(EvaluateConfig, model=tmp_path)
@@ -248,7 +254,7 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
     ):  # fmt: skip
         assert _suite(config, of) == suite
     own = Config(evals=(PairsEvalConfig(), SuiteEvalConfig()))
-    assert [getattr(x, "images", None) for x in _own(ask(images=9), own)] == [None, 9]
+    assert [getattr(x, "images", None) for x in _of_run(ask(images=9), own)] == [None, 9]
     with pytest.raises(InputError, match=r"--images: the evaluators of .* have no such option"):
         _suite(ask(images=9), pairs)
     _warn_of_other_numbers(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))

@@ -65,7 +65,7 @@ class MadeUp(HandClock):
             raise error
         return step
 
-    def of(self, measures, encoder, output):
+    def run(self, evaluators, encoder, output):
         assert output is None
         return {"acc": encoder / 10}
 
@@ -73,7 +73,7 @@ class MadeUp(HandClock):
         """Watch to the end; return the rows by step: the last of each."""
         with (
             mock.patch.object(watch, "open_encoder", autospec=True, side_effect=self.open_encoder),
-            mock.patch.object(evaluate.Measures, "of", lambda *a: self.of(*a)),
+            mock.patch.object(evaluate.Evaluators, "run", lambda *a: self.run(*a)),
         ):
             self.last = watch.watch(EvaluateConfig(model=self.workdir), self)
         return {row.pop("step"): row for row in rows(self.workdir, WATCHED)}

@@ -15,7 +15,7 @@ from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.clock import Clock
 from clip_jax.config import Config
 from clip_jax.inference import watch
-from clip_jax.inference.evaluate import EvaluateConfig, Measures
+from clip_jax.inference.evaluate import EvaluateConfig, Evaluators
 from clip_jax.metrics import Writer
 from clip_jax.models.clip import CLIP
 from clip_jax.serialize import to_dict
@@ -60,8 +60,8 @@ class Impatient(Clock):
 def evaluate(folder: str) -> None:
     """Watch; but of a checkpoint only look whose step it is."""
 
-    def of(measures: Measures, encoder: Any, output: Any) -> dict[str, float]:
-        del measures, output
+    def run(evaluators: Evaluators, encoder: Any, output: Any) -> dict[str, float]:
+        del evaluators, output
         step = int(encoder.params["visual"]["proj"][0, 0])
         return {"made/up": result(step), "made/step": float(step)}
 
@@ -70,7 +70,7 @@ def evaluate(folder: str) -> None:
         print(f"row {step}", flush=True)
 
     plain = Writer.write
-    with mock.patch.object(Writer, "write", write), mock.patch.object(Measures, "of", of):
+    with mock.patch.object(Writer, "write", write), mock.patch.object(Evaluators, "run", run):
         watch.watch(EvaluateConfig(model=Path(folder)), Impatient())
 
 
