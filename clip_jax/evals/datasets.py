@@ -114,7 +114,7 @@ def spread(data: Data, most: int) -> Data:
 def split_folder(path: Place, split: Split) -> Place | None:
     """Return where a folder keeps a split; None where it has none.
 
-    Either `train`, `val` and `test` lie in it, or it is the test split itself. Without `test` the
+    Either it has `train`, `val` and `test`, or it is the test split itself. Without `test` the
     images of `val` are the test, as ImageNet's are.
     """
     train, test = path / "train", path / "test"

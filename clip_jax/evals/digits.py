@@ -26,11 +26,13 @@ _SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
 class DigitsEvalConfig:
     """Every number is a class; its captions are its prompts; the scans are held out."""
 
-    source: DigitsConfig = field(default_factory=DigitsConfig)  # whose numbers and split
-    per_number: int = 20  # images of each number
-    max_numbers: int = 1_000  # of the seen and of the unseen ones; all are classes all the same
-    max_prompts: int | None = None  # of each class; None: every caption. 10,000 classes take long
-    every_steps: int = 500  # steps between evaluations; the last step always counts
+    source: DigitsConfig = field(default_factory=DigitsConfig)  # Digits data set and its split.
+    per_number: int = 20  # Images of each number.
+    max_numbers: int = 1_000  # Numbers whose images are classified, of the seen and of the unseen.
+    max_prompts: int | None = (
+        None  # Prompts of each class, of which there are 10^digits. Default: all.
+    )
+    every_steps: int = 500  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
         names = ("per_number", "max_numbers", "max_prompts", "every_steps")

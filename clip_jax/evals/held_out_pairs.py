@@ -23,12 +23,12 @@ class PairsEvalConfig:
 
     data: DataConfig = field(
         default_factory=lambda: DataConfig(source=DigitsConfig(split="test"), crop="center")
-    )  # where the pairs come from
-    pairs: int = 1_024  # how many
-    # How many compete in info_nce: the loss grows with their logarithm, so runs that are compared
+    )  # Source of the pairs.
+    pairs: int = 1_024  # Number of pairs.
+    # Pairs that compete in info_nce. The loss grows with their logarithm: runs that are compared
     # must share it.
     pool: int = 1_024
-    every_steps: int = 1_000  # steps between evaluations; the last step always counts
+    every_steps: int = 1_000  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
         check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")

@@ -70,7 +70,7 @@ def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
     """Open captions in many languages: a file a language, a line an image, beside a list of the
     images' names; or Crossmodal-3600's `captions.jsonl`, of which the first caption counts.
 
-    Images lie in `images/`, `val2014/` or the folder itself.
+    The images are in `images/`, `val2014/` or the folder itself.
     """
     folders = (f for name in ("images", "val2014") if (f := folder / name).is_dir())
     images = next(folders, folder)

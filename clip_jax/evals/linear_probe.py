@@ -294,7 +294,7 @@ def few_per_class(
     counts = np.bincount(labels)
     scarce = np.flatnonzero((counts > 0) & (counts < k))
     if len(scarce):
-        raise InputError(f"class {scarce[0]} has {counts[scarce[0]]} samples, {k} are asked for.")
+        raise InputError(f"class {scarce[0]} has {counts[scarce[0]]} samples, fewer than {k}.")
     order = rng.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.cumsum(counts) - counts

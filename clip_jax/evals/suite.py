@@ -23,24 +23,26 @@ Task = Literal["zero-shot", "captions", "likelihood", "probe", "few-shot", "neig
 class SuiteConfig:
     """What is measured, and on what."""
 
-    # Names of the CLIP paper's; folder:PATH, one folder a class, maybe below train/, val/ and
-    # test/; webdataset:PATH, CLIP_benchmark's tars; aro:FILE.json with images/ beside;
-    # sugar_crepe:PATH. In many languages: babel_imagenet, xtd10, xtd200, flickr30k-200,
-    # crossmodal3600; languages:PATH, captions as they have them. None: the CLIP paper's.
+    # Data sets: names of the CLIP paper's; in many languages babel_imagenet, xtd10, xtd200,
+    # flickr30k-200, crossmodal3600; or your own, as folder:PATH (one folder per class, optionally
+    # below train/, val/ and test/), webdataset:PATH (CLIP_benchmark's tars), aro:FILE.json (images/
+    # beside it), sugar_crepe:PATH, languages:PATH (captions in several languages). Default: the
+    # CLIP paper's.
     dataset: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()  # of data sets in many, by their own codes; None: all
-    data_dir: str = "data"  # folder of the suite's data sets, local or in a bucket
-    # zero-shot: classify by names, or retrieve. probe: logistic regression on features. few-shot:
-    # the same on --shots of each class. neighbours: the vote of the nearest. These three need a
-    # training split. captions: BLEU and CIDEr of what a decoder writes. likelihood: classify by how
-    # probable it finds each class's first prompt.
+    languages: tuple[str, ...] = ()  # Languages by the data set's own codes. Default: all.
+    data_dir: str = "data"  # Folder of the named data sets, local or in a bucket.
+    # Tasks. zero-shot: classify by class names, or retrieve. captions: BLEU and CIDEr of what a
+    # decoder writes. likelihood: classify by how probable a decoder finds each class's first
+    # prompt. probe: logistic regression on features. few-shot: the same on --shots of each class.
+    # neighbours: the vote of the nearest images. The last three need a training split.
     tasks: tuple[Task, ...] = ("zero-shot",)
-    templates: Path | None = None  # file with one prompt a line, {c} for the class
-    images: int | None = None  # images of each split, spread evenly over its classes; None: all
-    shots: tuple[int, ...] = linear_probe.SHOTS  # training images of each class, for few-shot
-    neighbours: int = 20  # how many vote
-    generation: GenerationConfig = GenerationConfig()  # how captions are written
-    seed: int = 0  # draws few-shot samples, and validation images where a data set has none
+    templates: Path | None = None  # File with one prompt template per line, {c} for the class name.
+    images: int | None = None  # Images of each split, spread over its classes. Default: all.
+    shots: tuple[int, ...] = linear_probe.SHOTS  # Training images of each class, for few-shot.
+    neighbours: int = 20  # Number of nearest training images that vote.
+    generation: GenerationConfig = GenerationConfig()  # How captions are generated.
+    # Random seed of few-shot samples, and of validation images where a data set has none.
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -65,9 +67,9 @@ TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
 class SuiteEvalConfig(SuiteConfig):
     """The same while training: `clip-jax evaluate` of the run gives the same numbers."""
 
-    missing: Literal["error", "skip"] = "error"  # data sets not on disk; skip names and omits them
-    memory_mib: int = 4_096  # of decoded images that each process keeps between evaluations
-    every_steps: int = 5_000  # steps between evaluations; the last step always counts
+    missing: Literal["error", "skip"] = "error"  # What a data set that is not on disk leads to.
+    memory_mib: int = 4_096  # MiB of decoded images that each process keeps between evaluations.
+    every_steps: int = 5_000  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
         super().__post_init__()
