@@ -138,7 +138,7 @@ def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path
     with pytest.raises(InputError, match=r"1e\+06, and float16 ends at 65,504"):
         write(replace(weights, params=weights.params | {"text": text}), tmp_path, dtype="float16")
     two_probes = replace(weights.config.vision, pool="two_probes")
-    with pytest.raises(InputError, match="vision.pool='two_probes' has no form in ONNX"):
+    with pytest.raises(InputError, match=r"vision.pool='two_probes' has no form in ONNX"):
         write(replace(weights, config=replace(weights.config, vision=two_probes)), tmp_path)
     bars = replace(weights, preprocess=replace(weights.preprocess, resize_mode="longest"))
     with pytest.raises(InputError, match="longest"):
