@@ -16,12 +16,8 @@ from clip_jax.storage.json_files import read_json
 
 NAME = "README.md"
 FACTS_NAME = "training.json"
-_TIMES = (
-    "seconds/",
-    "goodput",
-    "memory",
-    "input/",
-)  # of result.json: how fast it was, not how good
+# Of result.json: how fast it was, not how good.
+_TIMES = ("seconds/", "goodput", "memory", "input/")
 
 _CARD = """\
 ---
@@ -79,19 +75,19 @@ def write(folder: Place, source: Place, weights: Weights, use: str) -> None:
 
 def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) -> str:
     """Return the card's Markdown. `use` says how the folder is read."""
-    lines, numbers = ["Nothing in the files that it came from says."], {}
+    history = "Nothing in the files that it came from says."
     if facts is not None:
-        lines = [_table(_training(facts.get("config", {})))]
-        numbers = {
-            key: f"{value:.4g}"
-            for key, value in facts.get("result", {}).items()
-            if isinstance(value, int | float) and not key.startswith(_TIMES)
-        }
+        history = _table(_training(facts.get("config", {})))
+    numbers = {
+        key: f"{value:.4g}"
+        for key, value in (facts or {}).get("result", {}).items()
+        if isinstance(value, int | float) and not key.startswith(_TIMES)
+    }
     return _CARD.format(
         name=name,
         use=use,
         model=_table(_model(weights)),
-        training="\n".join(lines),
+        training=history,
         numbers=_table(numbers) if numbers else "None are known.",
     )
 

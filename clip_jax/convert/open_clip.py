@@ -64,7 +64,7 @@ def table(config: CLIPConfig) -> list[Row]:
 
 
 def _decoder_table(config: CLIPConfig) -> list[Row]:
-    """The table, of tensors that `split` has parted."""
+    """The rows of a model with a decoder, of tensors that `_split` has split."""
     vision = typing.cast(ViTConfig, config.vision)
     rows = openai.vit_rows(vision)
     if vision.pool == "queries":
@@ -74,9 +74,8 @@ def _decoder_table(config: CLIPConfig) -> list[Row]:
         Row("text/positional_embedding", "text.positional_embedding"),
         *norm("text/ln_final", "text.ln_final"),
         Row("logit_scale", "logit_scale"),
+        *([Row("logit_bias", "logit_bias")] if config.has_logit_bias else []),
     ]
-    if config.has_logit_bias:
-        rows.append(Row("logit_bias", "logit_bias"))
     if isinstance(config.decoder, MaMMUTConfig):
         return [
             *rows,
@@ -117,8 +116,7 @@ def _pool_rows(fused: bool) -> list[Row]:
 
 def _layer_rows(tower: str, blocks: int, first_mlp: bool) -> list[Row]:
     """Rows of layers that attend to the image, `blocks` of the text's own in each."""
-    layers, theirs = f"{tower}/transformer/layers", {"text": "text", "decoder": "text_decoder"}
-    name = theirs[tower]
+    layers, name = f"{tower}/transformer/layers", {"decoder": "text_decoder"}.get(tower, tower)
     own = [
         row._replace(first=i, step=blocks)
         for i in range(blocks)
@@ -126,12 +124,10 @@ def _layer_rows(tower: str, blocks: int, first_mlp: bool) -> list[Row]:
         if first_mlp or not row.ours.startswith((f"{layers}/self_0/mlp", f"{layers}/self_0/ln_2"))
     ]
     cross = f"{name}.cross_attn.{{}}"
-    block = [
-        row for row in block_rows(f"{layers}/cross", cross, BLOCK) if "in_proj" not in row.ours
-    ]  # fmt: skip
+    block = block_rows(f"{layers}/cross", cross, BLOCK)
     return [
         *own,
-        *block,
+        *(row for row in block if "in_proj" not in row.ours),
         *norm(f"{layers}/cross/ln_1_kv", f"{cross}.ln_1_kv"),
         *query_rows(f"{layers}/cross/attn", *(f"{cross}.attn.in_proj_*.{x}" for x in ("q", "kv"))),
     ]
@@ -264,25 +260,26 @@ def check(weights: Weights) -> None:
     check_assumptions(
         weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
     )
-    vision = weights.config.vision
-    if not (isinstance(vision, ViTConfig) and vision.has_map_head):
-        return
-    named = timm.as_named(vision)
-    if named != vision:
+    ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
+    if ours != theirs:
         raise InputError(
-            f"open_clip would compute the image tower with {named.activation}, as timm's "
-            f"{timm.name_of(vision)} fixes it, and this model has {vision.activation}. Say "
-            "--accept-activation to write it all the same, as open_clip's released folders "
-            "are; the difference is then measured. Or choose --to hugging-face or clip-jax."
+            f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
+            f"fixes it, and this model has {ours}. Say --accept-activation to write it all the "
+            "same, as open_clip's released folders are; the difference is then measured. Or "
+            "choose --to hugging-face or clip-jax."
         )
 
 
 def as_computed(weights: Weights) -> Weights:
-    """Return the model as open_clip will compute it: with the activation a timm name fixes."""
+    """Return the model as open_clip will compute it: with the activation a timm name fixes.
+
+    Raises InputError if timm has no tower of these sizes.
+    """
     vision = weights.config.vision
     if not (isinstance(vision, ViTConfig) and vision.has_map_head):
         return weights
-    return replace(weights, config=replace(weights.config, vision=timm.as_named(vision)))
+    vision = replace(vision, activation=timm.TOWERS[timm.name_of(vision)].activation)
+    return replace(weights, config=replace(weights.config, vision=vision))
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:

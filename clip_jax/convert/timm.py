@@ -34,27 +34,18 @@ def _towers() -> dict[str, ViTConfig]:
 TOWERS: dict[str, ViTConfig] = _towers()
 
 
-def name_of(vision: ViTConfig) -> str | None:
-    """Return the name of the tower with these sizes, whatever its activation; None without one."""
-    for name, tower in TOWERS.items():
-        if replace(vision, activation=tower.activation, patch_dropout=0.0) == tower:
-            return name
-    return None
-
-
-def as_named(vision: ViTConfig) -> ViTConfig:
-    """Return the tower with the activation that open_clip will compute it with.
+def name_of(vision: ViTConfig) -> str:
+    """Return the name of the tower with these sizes, whatever its activation.
 
     Raises InputError if timm has no such tower.
     """
-    name = name_of(vision)
-    if name is None:
-        raise InputError(
-            "open_clip builds attention-pooling towers by timm's names alone, and none is of "
-            f"patch_size={vision.patch_size}, width={vision.width}, depth={vision.depth}, "
-            f"image_size={vision.image_size}; choose --to hugging-face or clip-jax."
-        )
-    return replace(vision, activation=TOWERS[name].activation)
+    for name, tower in TOWERS.items():
+        if replace(vision, activation=tower.activation, patch_dropout=0.0) == tower:
+            return name
+    raise InputError(
+        "open_clip builds attention-pooling towers by timm's names alone, and none is a "
+        f"{vision.summary}, {vision.image_size} pixels; choose --to hugging-face or clip-jax."
+    )
 
 
 _BLOCK = BlockNames("norm1", ("attn.qkv.*",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import typing
 from dataclasses import replace
 from unittest import mock
 
@@ -11,13 +12,17 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import TARGETS, Format, read_weights, write_weights
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
 from tests import vocabularies
 from tests.convert.conftest import assert_same, cast, make_weights
+
+
+def test_each_format_has_its_target():
+    assert tuple(TARGETS) == typing.get_args(Format)
 
 
 def assert_refused(folder, match, **options):

@@ -135,7 +135,7 @@ def test_the_activation_that_a_name_fixes(tmp_path, toy_tower):
     toy_tower(weights.config.vision, "gelu")
     write_weights(weights, tmp_path / "ours", "clip-jax")
     settings = {"source": tmp_path / "ours", "destination": tmp_path / "out", "to": "open-clip"}
-    with pytest.raises(ValueError, match=r"vit_toy_siglip fixes it.*--accept-activation"):
+    with pytest.raises(ValueError, match=r"name in timm fixes it.*--accept-activation"):
         convert(ConvertConfig(**settings))
     done = convert(ConvertConfig(**settings, accept_activation=True, verify=True))
     assert done.activation_difference is not None
