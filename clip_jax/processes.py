@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax.clock import CLOCK, Clock
+from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 
 # What the compiler is asked for beyond its defaults. A flag of the environment wins.
@@ -220,84 +221,41 @@ def sigterm() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-# Python's own process that frees what the workers share: it has much to free after `_exit`.
-_UNSAID = "ignore:resource_tracker:UserWarning"
+@contextlib.contextmanager
+def interruptible() -> Generator[None]:
+    """Let Ctrl-C end the process at once, with exit code 130 and one line.
 
-
-class Interrupt:
-    """Ctrl-C while the context is entered: exit code 130 and one line, within seconds.
-
-    An exception in the midst of a save would leave threads that wait for one another. So the
-    signal is only noted, and the run asks `check` between two steps. A thread ends the process
-    where that takes too long, in a compilation say, and at once after a second Ctrl-C; it can,
-    since whatever is half written then doesn't count.
+    An exception in the midst of a save would leave threads that wait for one another; and whatever
+    is half written does not count. A thread reads the signal, which also ends a compilation, where
+    the main thread is in C++ and runs no handler.
     """
-
-    GRACE_SECONDS = 3.0
-
-    def __init__(self, clock: Clock = CLOCK) -> None:
-        self._clock = clock
-        self._came = threading.Event()
-        self._ending = threading.Lock()
-        self._grace = self.GRACE_SECONDS
-
-    def __enter__(self) -> None:
-        self._came.clear()
-        if _UNSAID not in sys.warnoptions:  # for those who start from here on
-            sys.warnoptions.append(_UNSAID)
-        self._entered = threading.current_thread() is threading.main_thread()
-        if self._entered:
-            reads, self._writes = os.pipe()
-            os.set_blocking(self._writes, False)
-            self._before = signal.signal(signal.SIGINT, lambda *_: None)
-            # Written to at once, also while the main thread is in C++ and runs no handler.
-            self._wakes = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(reads,), daemon=True).start()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._entered:
-            return
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._end(self._deadline if self._grace > self.GRACE_SECONDS else 0)
-        signal.set_wakeup_fd(self._wakes)
-        signal.signal(signal.SIGINT, self._before)
-        os.close(self._writes)
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if the signal came."""
-        if is_lead() and not is_alone():  # the others are aborted when it leaves before them
-            self._grace = 2 * self.GRACE_SECONDS
-        if self._came.is_set():
-            raise KeyboardInterrupt
-
-    def _watch(self, reads: int) -> None:
-        while number := os.read(reads, 1):
-            if number[0] == signal.SIGINT and self._came.is_set():
-                self._end(0)
-            elif number[0] == signal.SIGINT:
-                self._deadline = self._clock.now() + self._grace
-                self._came.set()
-                threading.Thread(target=self._end, args=(self._deadline,), daemon=True).start()
-        os.close(reads)
-
-    def _end(self, at: float) -> None:
-        self._clock.sleep(max(at - self._clock.now(), 0))
-        self._ending.acquire()  # for good: it is said once
-        for child in multiprocessing.active_children():
-            child.kill()
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            print(
-                "clip-jax: interrupted; the same command goes on from the newest checkpoint, or "
-                "from the beginning if none was saved.", file=sys.stderr, flush=True,
-            )  # fmt: skip
-        os._exit(130)
+    if threading.current_thread() is not threading.main_thread():  # a notebook's, or a test's
+        yield
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    wakes = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_interrupt, args=(reads,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakes)
+        signal.signal(signal.SIGINT, before)
+        os.close(writes)
 
 
-interrupt = Interrupt()
-
-
-_MOST_SHOWN = 100  # threads, by faulthandler: the newest, so that the main thread is the last
+def _end_at_interrupt(reads: int) -> None:
+    while number := os.read(reads, 1):
+        if number[0] == signal.SIGINT:
+            for child in multiprocessing.active_children():
+                child.kill()
+            warn(
+                "interrupted; the same command goes on from the newest checkpoint, or from the "
+                "beginning if none was saved."
+            )
+            os._exit(130)
+    os.close(reads)
 
 
 class Watchdog:
@@ -328,17 +286,16 @@ class Watchdog:
             if self._clock.wait(left, seconds):
                 return
         stream = sys.__stderr__ or sys.stderr
-        faulthandler.dump_traceback(stream, all_threads=True)
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
-        if main and len(sys._current_frames()) > _MOST_SHOWN:
-            print("Main thread, of so many:", file=stream)
-            traceback.print_stack(main, file=stream)
-        print(
-            f"clip-jax: nothing finished in {self._seconds / 60:g} minutes; above, where every "
+        faulthandler.dump_traceback(stream, all_threads=True)  # of the newest hundred
+        print("Main thread:", file=stream)
+        traceback.print_stack(
+            sys._current_frames().get(threading.main_thread().ident or 0), file=stream
+        )
+        warn(
+            f"nothing finished in {self._seconds / 60:g} minutes; above, where every "
             f"thread stands. {self._advice} If this is no hang but slow work, raise "
-            "--processes.watchdog-minutes.",
-            file=stream, flush=True,
-        )  # fmt: skip
+            "--processes.watchdog-minutes."
+        )
         # The first to leave would have JAX abort the others, before the one that hangs has shown
         # where it does.
         os._exit(leave(1, seconds=30))

@@ -347,7 +347,6 @@ def loop(run: Run) -> None:
                 reports.write_down()
                 run.watchdog.beat()
             reports.advance(step)
-            processes.interrupt.check()
             if stop:
                 raise Preempted(
                     f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}."

@@ -6,7 +6,6 @@ import multiprocessing.process
 import os
 import queue
 import signal
-import sys
 import threading
 from unittest import mock
 
@@ -22,7 +21,6 @@ from clip_jax.processes import (
     CPU_FLAGS,
     GPU_OPTIONS,
     TPU_OPTIONS,
-    Interrupt,
     ProcessesConfig,
     Watchdog,
 )
@@ -216,49 +214,21 @@ def test_a_watchdog_that_is_left_ends_nothing(ended):
     assert ended.empty()
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    monkeypatch.setattr(sys, "warnoptions", [*sys.warnoptions])
-    return Interrupt(HandClock())
-
-
-def test_ctrl_c_is_heard_between_two_steps(interrupt, ended, capfd):
-    def steps() -> None:
-        with interrupt:
-            interrupt.check()
-            signal.raise_signal(signal.SIGINT)
-            assert interrupt._came.wait(60)
-            interrupt.check()
-
-    with pytest.raises(KeyboardInterrupt):
-        steps()
-    assert ended.get() == 130
+def test_ctrl_c_ends_the_process_and_its_children_at_once(ended, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    child = mock.create_autospec(multiprocessing.process.BaseProcess, instance=True)
+    with (
+        mock.patch.object(multiprocessing, "active_children", autospec=True, return_value=[child]),
+        processes.interruptible(),
+    ):
+        signal.raise_signal(signal.SIGINT)
+        assert ended.get() == 130
+    child.kill.assert_called_once_with()
+    assert signal.getsignal(signal.SIGINT) is before
     errors = capfd.readouterr().err
     assert errors.startswith("clip-jax: interrupted; the same command goes on")
     assert "or from the beginning if none was saved" in errors
     assert errors.count("\n") == 1
-
-
-# The process that leads waits longer than those that it would abort.
-@pytest.mark.parametrize(("is_lead", "seconds"), [(False, 3), (True, 6)])
-def test_ctrl_c_ends_what_is_long_within_seconds_and_children_too(
-    is_lead, seconds, interrupt, ended
-):
-    child = mock.create_autospec(multiprocessing.process.BaseProcess, instance=True)
-    with (
-        mock.patch.object(multiprocessing, "active_children", autospec=True, return_value=[child]),
-        mock.patch.object(processes, "is_alone", autospec=True, return_value=False),
-        mock.patch.object(processes, "is_lead", autospec=True, return_value=is_lead),
-        interrupt,
-    ):
-        interrupt.check()
-        signal.raise_signal(signal.SIGINT)
-        interrupt._clock.until_waiting()
-        interrupt._clock.advance(seconds - 0.1)
-        assert ended.empty()
-        interrupt._clock.advance(0.2)
-        assert ended.get() == 130
-    child.kill.assert_called_once_with()
 
 
 def test_sigterm_is_caught_for_a_while():
@@ -268,13 +238,3 @@ def test_sigterm_is_caught_for_a_while():
         signal.raise_signal(signal.SIGTERM)
         assert came()
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_second_ctrl_c_ends_it_at_once(interrupt, ended):
-    before = signal.getsignal(signal.SIGINT)
-    with interrupt:
-        signal.raise_signal(signal.SIGINT)
-        interrupt._clock.until_waiting()
-        signal.raise_signal(signal.SIGINT)
-        assert ended.get() == 130
-    assert signal.getsignal(signal.SIGINT) is before

@@ -85,7 +85,7 @@ def train(args: Sequence[str]) -> int:
     from clip_jax.train import train as run_training
 
     try:
-        with processes.interrupt:
+        with processes.interruptible():
             processes.start(given["processes"])
             run_training(Config(**given), workdir)
     except Diverged as error:
