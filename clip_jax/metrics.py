@@ -171,7 +171,7 @@ class Writer:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """See that everything is in the work directory."""
+        """Write everything to the run directory."""
         self._lines.flush()
         self._board.flush()
         if self._scratch:
@@ -277,7 +277,7 @@ class Reports:
         return {"seconds/steps": self.goodput.values()["seconds/steps"]}
 
     def write_down(self) -> None:
-        """Bring what was reported to the work directory."""
+        """Write skipped samples and `result.json` to the run directory."""
         rows = [row for rows in processes.gather(self._skipped_here) for row in rows]
         self._skipped_here.clear()
         if self._skipped:
@@ -288,10 +288,9 @@ class Reports:
             files.write_whole(self._workdir / "result.json", json.dumps(self.result, indent=1))
 
     def flush(self) -> None:
-        """See that every line is in the work directory."""
-        if self._writer and self._skipped:
-            self._writer.flush()
-            self._skipped.flush()
+        """Write every line to the run directory."""
+        for file in filter(None, (self._writer, self._skipped)):
+            file.flush()
 
     def close(self) -> None:
         self._display.close()

@@ -4,7 +4,7 @@
     clip-jax plan configs/coca_b32.py --topology v5e:16x16
 
 Hardware: one v5e-256 slice, batch split by data alone: 6.6 of 16 GB a chip, MFU at most 33%
-operation by operation, about a day (compiled, not run). Of a pair's FLOPs the decoder takes 55%.
+by the sequential bound, about a day (compiled, not run). Of a pair's FLOPs the decoder takes 55%.
 Recipe: the contrastive loss counts 1 and the caption's 2 (CoCa, section 4.1); the rest is the
 CLIP paper's, as in `configs/vit_b32.py`. The class token's mask is the one that
 open_clip released, so that the weights go there and back; the right one is trained with

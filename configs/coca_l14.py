@@ -3,8 +3,8 @@
     clip-jax train configs/coca_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan configs/coca_l14.py --topology v5e:16x16
 
-Hardware: one v5e-256 slice takes 12.6 of 16 GB a chip, MFU at most 62% operation by operation,
-40% as the compiler estimates it, five days (compiled, not run).
+Hardware: one v5e-256 slice takes 12.6 of 16 GB a chip, MFU at most 62% (sequential bound),
+40% by the compiler estimate, five days (compiled, not run).
 Recipe: the contrastive loss counts 1 and the caption's 2 (CoCa, section 4.1); the rest is the
 CLIP paper's, as in `configs/vit_l14.py`. The class token's mask is the one that
 open_clip released, so that the weights go there and back; the right one is trained with

@@ -3,8 +3,8 @@
     clip-jax train configs/mammut_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan configs/mammut_l14.py --topology v5e:16x16
 
-Hardware: one v5e-256 slice takes 12.1 of 16 GB a chip, MFU at most 64% operation by operation,
-44% as the compiler estimates it, four and a half days (compiled, not run).
+Hardware: one v5e-256 slice takes 12.1 of 16 GB a chip, MFU at most 64% (sequential bound),
+44% by the compiler estimate, four and a half days (compiled, not run).
 Recipe: both losses count 1; 12.8B samples of DataComp, the largest count at which it was compared
 with CLIP at equal budget; the rest is the CLIP paper's, as in `configs/vit_l14.py`.
 Expected: no run of ours; 80.34% zero-shot top-1 on ImageNet where CLIP of this size has 79.2%, both

@@ -25,7 +25,7 @@ from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Times, bounds, by_part
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
-from clip_jax.pods.topology import Topology
+from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
@@ -197,6 +197,8 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
     least = max(step_seconds[name] or 0 for name in ("bound", "sequential_bound"))
     mfu = min(config.mfu, model_flops / (peak_flops * least)) if least else config.mfu
     hours = config.steps * model_flops / (peak_flops * mfu) / 3600
+    devices_of_host = 4 * chip.devices if topology.is_tpu else NODE
+    hosts = max(1, topology.devices / devices_of_host)
     return Plan(
         name=str(topology),
         fits=is_fitting,
@@ -223,20 +225,13 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         steps=config.steps,
         mfu=mfu,
         hours=hours,
-        images_per_second_per_host=images_per_host(config, hours, topology),
+        images_per_second_per_host=config.steps * config.batch_size / (hours * 3600) / hosts,
         decoded_per_second_per_host=config.decoded,
         price=config.chip_hour_price
         and hours * config.chip_hour_price * topology.devices / chip.devices,
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
     )  # fmt: skip
-
-
-def images_per_host(config: PlanConfig, hours: float, topology: Topology) -> float:
-    """Images that a host must read and decode a second: hosts have 4 TPU chips, or 8 GPUs."""
-    each = 4 * topology.chip.devices if topology.is_tpu else 8
-    hosts = max(1, topology.devices / each)
-    return config.steps * config.batch_size / (hours * 3600) / hosts
 
 
 def fit(config: PlanConfig, compile_: Compile) -> Plan:
