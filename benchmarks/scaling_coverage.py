@@ -12,8 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from clip_jax.scaling.compare import crossing
-from clip_jax.scaling.fit import Form, fit
+from clip_jax.scaling.uncertainty import Form, crossing, fit_law
 from tests.scaling.known import (
     KNOWN,
     NOISE,
@@ -33,9 +32,9 @@ def coverage(form: Form, tables: int, draws: int) -> dict[str, float]:
     ahead = np.array(300.0), np.array(1e11)
     new = np.random.default_rng(9).standard_normal(tables) * NOISE
     for seed in range(tables):
-        fitted = fit(form, measured(law, seed), "all", draws=draws, seed=seed)
-        row = {name: fitted.interval(name) for name in law._fields}
-        held = {name: low <= getattr(law, name) <= high for name, (low, high) in row.items()}
+        fitted = fit_law(form, measured(law, seed), "all", draws=draws, seed=seed)
+        row = {name: fitted.interval(name) for name in law.names()}
+        held = {name: low <= law.parameters[name] <= high for name, (low, high) in row.items()}
         truth, curve, run = law(*ahead), fitted.curve(*ahead), fitted.predict(*ahead)
         held["the law beyond"] = curve.low <= truth <= curve.high
         held["a new run"] = run.low <= truth * np.exp(new[seed]) <= run.high

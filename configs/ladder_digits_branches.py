@@ -1,4 +1,4 @@
-"""The digits' ladder by cool-downs: one trunk a model and seed, a short branch for each count.
+"""The digits' ladder by cool-downs: one parent run a model and seed, a branch for each count.
 
     clip-jax scale ladder configs/ladder_digits_branches.py --jobs 2
     clip-jax scale collect runs/ladder_digits runs/ladder_digits_branches --output both.csv
@@ -10,8 +10,7 @@ The same points as configs/ladder_digits.py, for 63% of its FLOPs.
 from dataclasses import replace
 from pathlib import Path
 
-from clip_jax.scaling.ladder import LadderConfig, load_ladder
-from clip_jax.scaling.rules import BranchesConfig
+from clip_jax.scaling.ladder import BranchesConfig, LadderConfig, load_ladder
 
 
 def get_ladder() -> LadderConfig:

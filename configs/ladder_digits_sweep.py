@@ -1,12 +1,12 @@
-"""The best rate of four widths, a factor of 8 apart: a sweep for two CPU cores.
+"""The best learning rate of four widths, a factor of 8 apart: a sweep for two CPU cores.
 
     clip-jax scale ladder configs/ladder_digits_sweep.py --jobs 2
     clip-jax scale collect runs/ladder_digits_sweep --output sweep.csv
     clip-jax scale choose sweep.csv --choose-by info_nce --report zero_shot/unseen/top1
 
-Four-digit numbers as in ladder_digits.py. The rule for rates across widths is fitted to the optima
-of the smaller three and must predict that of the largest. Rates are a factor of 2 apart, around the
-rule's own guess.
+Four-digit numbers as in ladder_digits.py. The rule for learning rates across widths is fitted to
+the optima of the smaller three and must predict that of the largest. Learning rates are a factor of
+2 apart, around the rule's own guess.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig
@@ -19,10 +19,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
-from clip_jax.scaling.ladder import LadderConfig
-from clip_jax.scaling.price import HardwareConfig
-from clip_jax.scaling.rules import RulesConfig
-from clip_jax.scaling.sweep import SweepConfig
+from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig, SweepConfig
 
 WIDTHS = (16, 32, 64, 128)
 AT_THE_END = 1_000_000  # steps between evaluations: the last step always counts
@@ -66,6 +63,6 @@ def get_ladder() -> LadderConfig:
         samples=(24_576,),
         seeds=(0, 1, 2),
         rules=RulesConfig(reference_width=32, width_exponent=-0.5),
-        sweep=SweepConfig(rates=(0.25, 0.5, 1.0, 2.0, 4.0)),
+        sweep=SweepConfig(learning_rates=(0.25, 0.5, 1.0, 2.0, 4.0)),
         hardware=(HardwareConfig(chip="CPU core", peak_flops=50e9, mfu=0.3, start_seconds=15),),
     )

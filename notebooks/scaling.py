@@ -16,7 +16,7 @@
 #
 # Cherti et al. (2023) trained 29 CLIPs on LAION and fitted power laws: error falls as
 # $E = \beta\,C^{\alpha}$ with compute $C$. Here are their points (and OpenAI's three), their fits,
-# and what the points can and cannot say. Every number comes from `clip_jax.scaling.answers.fit`,
+# and what the points can and cannot say. Every number comes from `clip_jax.scaling.fit.fit`,
 # which is also the command `clip-jax scale fit`; a table of your own runs comes from
 # `clip-jax scale collect`.
 
@@ -30,17 +30,18 @@ from matplotlib.figure import Figure
 
 from clip_jax import flops
 from clip_jax.models import zoo
-from clip_jax.scaling import fit as fits
-from clip_jax.scaling import plots, table
-from clip_jax.scaling.answers import FitConfig, fit, published
-from clip_jax.scaling.words import describe
+from clip_jax.scaling import plots
+from clip_jax.scaling.fit import FitConfig, describe, fit, published
+from clip_jax.scaling.run_table import read
+from clip_jax.scaling.uncertainty import fit_law
 
 points = next(
     path
     for folder in (Path.cwd(), *Path.cwd().parents)
     if (path := folder / "tests" / "golden" / "scaling_points.csv").exists()
 )
-LAION = FitConfig(table=points, where=("upstream_dataset=LAION*",))
+table = read(points)
+LAION = FitConfig(where=("upstream_dataset=LAION*",))
 OPENAI = replace(LAION, where=("upstream_dataset=CLIP-WIT",), through="all")
 
 # %% [markdown]
@@ -76,7 +77,7 @@ metrics = {
 }
 results = {}
 for metric, name in metrics.items():
-    laion, openai = (fit(replace(config, metric=metric)) for config in (LAION, OPENAI))
+    laion, openai = (fit(table, replace(config, metric=metric)) for config in (LAION, OPENAI))
     results[metric] = laion
     print(
         f"{name:36}  LAION {laion['alpha']:8.4f} {laion['beta']:7.4g}"
@@ -86,11 +87,12 @@ for metric, name in metrics.items():
 # %%
 page = Figure(figsize=(9, 6.6), layout="constrained")
 for axes, (metric, name) in zip(page.subplots(2, 2).flat, metrics.items(), strict=True):
-    named = table.named(table.read(points, metric, LAION.where), metric, is_score=True)
+    laion, openai = (
+        table.select(metric, config.where).runs(metric, is_score=True) for config in (LAION, OPENAI)
+    )
     law = published(metric)["OpenAI (Cherti et al.)"]
-    plots.panel(axes, named, fits.fit("power", named.runs), others={"OpenAI's models": law})
-    openai = table.named(table.read(points, metric, OPENAI.where), metric, is_score=True)
-    axes.plot(openai.runs.compute, openai.runs.error, "x", color=plots.OTHERS[0])
+    plots.panel(axes, fit_law("power", laion), others={"OpenAI's models": law})
+    axes.plot(openai.compute, openai.error, "x", color=plots.OTHERS[0])
     axes.set(title=name, xlabel="forward GMACs of a pair × pairs seen", ylabel="error")
 page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
 display(page)
@@ -106,13 +108,12 @@ display(page)
 
 # %%
 predictions = ("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B")
-print(describe(fit(replace(LAION, predict=predictions))))
+print(describe(fit(table, replace(LAION, predict=predictions))))
 
 # %%
-named = table.named(table.read(points, LAION.metric, LAION.where), LAION.metric, is_score=True)
-frontier = fits.fit("power", named.runs)
+laion = table.select(LAION.metric, LAION.where).runs(LAION.metric, is_score=True)
+frontier = fit_law("power", laion)
 plots.figure(
-    named,
     frontier,
     others={"OpenAI's models": published(LAION.metric)["OpenAI (Cherti et al.)"]},
     predictions={
@@ -131,7 +132,7 @@ plots.figure(
 
 # %%
 for through in ("frontier", "all"):
-    result = fit(replace(LAION, through=through))
+    result = fit(table, replace(LAION, through=through))
     low, high = result["parameters"]["alpha"]["interval"]
     print(f"{through:9} alpha {result['alpha']:.4f}  (95%: {low:.4f} to {high:.4f})")
 
@@ -146,7 +147,7 @@ for config in (
     replace(LAION, where=("upstream_dataset=LAION-2B",)),
     replace(LAION, where=("upstream_dataset=LAION-2B",), form="additive"),
 ):
-    result = fit(replace(config, hold_out=1e12))
+    result = fit(table, replace(config, hold_out=1e12))
     held = result["hold_out"]
     print(
         f"{config.form:9} {config.where[0]:28} {len(held['runs'])} held out, off by "
@@ -161,7 +162,8 @@ for config in (
 # as one without, with any value from zero to most of today's error. So none is printed.
 
 # %%
-print(describe(fit(replace(LAION, form="saturating", where=("upstream_dataset=LAION-2B",)))))
+saturating = replace(LAION, form="saturating", where=("upstream_dataset=LAION-2B",))
+print(describe(fit(table, saturating)))
 
 # %% [markdown]
 # ## A budget
@@ -171,13 +173,12 @@ print(describe(fit(replace(LAION, form="saturating", where=("upstream_dataset=LA
 
 # %%
 additive = replace(LAION, form="additive", where=("upstream_dataset=LAION-2B",))
-print(describe(fit(replace(additive, budget=1e21))))
+print(describe(fit(table, replace(additive, budget=1e21))))
 
 # %%
-laion2b = table.named(table.read(points, LAION.metric, additive.where), LAION.metric, is_score=True)
+laion2b = table.select(LAION.metric, additive.where).runs(LAION.metric, is_score=True)
 plots.figure(
-    laion2b,
-    fits.fit("additive", laion2b.runs, "all"),
+    fit_law("additive", laion2b, "all"),
     error_label="ImageNet zero-shot error",
     title="LAION-2B: error = E∞ + A·N$^{-a}$ + B·D$^{-b}$",
 )
@@ -191,15 +192,10 @@ plots.figure(
 # held-out pairs: log 1,024 = 6.93 for a model that knows nothing.
 
 # %%
-DIGITS = FitConfig(
-    table=points.parents[2] / "notebooks" / "ladder_digits.csv",
-    metric="info_nce",
-    metric_is="error",
-    form="additive",
-)
-ladder = table.read(DIGITS.table, DIGITS.metric, ())
-for arch in dict.fromkeys(row["arch"] for row in ladder):
-    mine = [row for row in ladder if row["arch"] == arch]
+DIGITS = FitConfig(metric="info_nce", metric_is="error", form="additive")
+ladder = read(points.parents[2] / "notebooks" / "ladder_digits.csv")
+for arch, group in ladder.groups(lambda row: row["arch"]).items():
+    mine = group.rows
     print(f"{arch} ({float(mine[0]['mparams']):.2f}M parameters)")
     for samples in sorted({int(row["samples_seen"]) for row in mine}):
         here = [row for row in mine if int(row["samples_seen"]) == samples]
@@ -217,14 +213,12 @@ for arch in dict.fromkeys(row["arch"] for row in ladder):
 # one new run.
 
 # %%
-result = fit(replace(DIGITS, hold_out_samples="98304"))
+result = fit(ladder, replace(DIGITS, hold_out_samples="98304"))
 print(describe(result))
 
 # %%
-named = table.named(ladder, DIGITS.metric, is_score=False)
 plots.figure(
-    named,
-    fits.fit("additive", named.runs, "all"),
+    fit_law("additive", ladder.runs(DIGITS.metric, is_score=False), "all"),
     error_label="held-out InfoNCE, nats",
     title="Digits: loss = E∞ + A·N$^{-a}$ + B·D$^{-b}$",
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 MODULES = (
     *("cli", "train", "evaluate", "predict", "convert.conversion", "prepare.writer", "bench"),
-    *("scaling.ladder", "scaling.answers", "scaling.plots"),
+    *("scaling.ladder", "scaling.fit", "scaling.plots"),
 )
 OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
 

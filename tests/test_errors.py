@@ -23,16 +23,15 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
 from clip_jax.prepare.layout import PrepareConfig
-from clip_jax.scaling import answers, ladder
-from clip_jax.scaling.report import ReportConfig
+from clip_jax.scaling import fit, html_report, ladder, run_table
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 
 COMMANDS = (
     Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
-    answers.CollectConfig, answers.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
-    ReportConfig, bench.InputBench, bench.ComputeBench, ExportConfig, ServeConfig,
+    run_table.CollectConfig, fit.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
+    html_report.ReportConfig, bench.InputBench, bench.ComputeBench, ExportConfig, ServeConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),

@@ -208,30 +208,28 @@ def scale(args: Sequence[str]) -> int:
         return 0
     if verb == "ladder":
         return _ladder(rest)
-    from clip_jax.scaling import answers, rates
-    from clip_jax.scaling.report import ReportConfig, report
-    from clip_jax.scaling.words import describe
+    from clip_jax.scaling import choose, fit, html_report, run_table
 
     if verb == "fit":
-        config, as_json = arguments.read(answers.FitConfig, rest, ("table",), scale, "scale fit")
-        result = answers.fit(config)
-        return _print(result, as_json, describe(result))
+        config, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
+        result = fit.fit(run_table.read(config.table), config)
+        return _print(result, as_json, fit.describe(result))
     if verb == "choose":
-        kind = rates.ChooseConfig
+        kind = choose.ChooseCommand
         config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
-        result = rates.choose(config)
-        return _print(result, as_json, rates.describe(result))
+        result = choose.choose(run_table.read(config.table), config)
+        return _print(result, as_json, choose.describe(result))
     paths = arguments.leading(rest)
     rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
     if verb == "collect":
-        config, as_json = arguments.read(answers.CollectConfig, rest, (), scale, "scale collect")
-        result = answers.collect(config)
+        config, as_json = arguments.read(run_table.CollectConfig, rest, (), scale, "scale collect")
+        result = run_table.collect(config)
         _print(result, as_json, f"{result['rows']} runs in {result['table']}")
         for line in result["skipped"]:
             print(f"left out: {line}", file=sys.stderr)
     elif verb == "report":
-        config, as_json = arguments.read(ReportConfig, rest, (), scale, "scale report")
-        result = report(config)
+        config, as_json = arguments.read(html_report.ReportConfig, rest, (), scale, "scale report")
+        result = html_report.report(config)
         shown = (f"{number} {status}" for status, number in result["runs"].items())
         _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
     else:

@@ -1,374 +1,476 @@
-"""Fit scaling laws to runs, with the uncertainty of what is fitted.
+"""Fit scaling laws to a table of runs, and answer what one asks of them.
 
-All fits minimise squared relative residuals: a run's noise is a share of its error. The straight
-line through all runs is least squares in log-log with Student's t intervals, exact for Gaussian
-noise. Other laws through all runs are fitted again to errors drawn around them, whose scatter is
-itself drawn from what the residuals say of it (a parametric bootstrap, which for a straight line
-gives Student's t). Laws through a frontier are fitted again to resampled runs. What these intervals
-cover is measured in benchmarks/scaling_coverage.py.
+The unit of compute is Cherti et al.'s: forward GMACs of one image-text pair × pairs seen. A budget
+is given in training FLOPs, which are 6e9 times that: two a multiply-add, three passes.
 """
 
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from clip_jax.errors import InputError
-from clip_jax.scaling.estimates import estimate
-from clip_jax.scaling.laws import (
-    BINS,
-    OF_SIZE,
-    Additive,
-    Batched,
-    Law,
-    Numbers,
-    Optimum,
-    PowerLaw,
-    Repeated,
-    Runs,
-    Saturating,
-    bin_edges,
-    frontier,
-    optimum,
-    pareto,
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.models import zoo
+from clip_jax.scaling import plots
+from clip_jax.scaling.laws import BINS, Additive, Law, PowerLaw, Runs, pareto
+from clip_jax.scaling.run_table import Row, RunTable, gmacs, parse_count, short, text
+from clip_jax.scaling.uncertainty import (
+    Fit,
+    Form,
+    Prediction,
+    Through,
+    crossing,
+    fit_law,
+    middle,
+    paired,
+    ratios,
+    sizes_of,
 )
+from clip_jax.storage.files import Place, check_destination
 
-Form = Literal["power", "saturating", "additive", "repeated", "batched"]
-Through = Literal["frontier", "all"]
+TRAINING_FLOPS = 6e9  # of one forward GMAC
+THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms take besides
+EXTRAPOLATION = 10.0  # times the largest run's compute, from which a prediction carries a warning
 
-LAWS: dict[str, type[Law]] = {
-    "power": PowerLaw, "saturating": Saturating, "additive": Additive, "repeated": Repeated,
-    "batched": Batched,
-}  # fmt: skip
-LEVEL = 0.95  # of every interval
-
-
-class Prediction(NamedTuple):
-    """Errors of runs, and the interval in which each should fall."""
-
-    error: Numbers
-    low: Numbers
-    high: Numbers
+# Cherti et al. 2023, figures 1 and 2: alpha and beta, laid over a plot of the same metric.
+PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
+    "imagenet1k_acc1": {"LAION": (-0.1114, 5.858), "OpenAI": (-0.1638, 23.18)},
+    "imagenet_robustness_acc1": {"LAION": (-0.1255, 11.61), "OpenAI": (-0.2378, 211.7)},
+    "mscoco_captions_img_r5": {"LAION": (-0.0794, 2.750), "OpenAI": (-0.0508, 1.589)},
+    "flickr30k_img_r5": {"LAION": (-0.1892, 15.51), "OpenAI": (-0.1028, 2.208)},
+}
 
 
-# ------------------------------------------------------------------ the straight line
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Fit a scaling law to a table of runs."""
+
+    metric: str = "imagenet1k_acc1"  # column with the result
+    metric_is: Literal["score", "error"] = "score"  # score: error = 1 − metric; error: as it is
+    where: tuple[str, ...] = ()  # keep rows with COLUMN=PATTERN, such as upstream_dataset=LAION*
+    # power: β·C^α; saturating: E∞ + A(C+B)^−α; additive: E∞ + A·N^−a + B·D^−b; repeated: that with
+    # epochs over fewer samples (column unique_samples); batched: with a batch (global_batch)
+    form: Form = "power"
+    # Column by which to fit families apart and compare them, such as family, schedule or data
+    compare: str | None = None
+    through: Through | None = None  # frontier of bins or all runs; default: frontier for power
+    bins: int = BINS  # of the frontier, equally wide in log C
+    draws: int = 1_000  # of the bootstrap
+    seed: int = 0  # of the bootstrap
+    hold_out: float | None = None  # fit runs below this compute (forward GMACs), predict the others
+    hold_out_samples: str | None = None  # the same with pairs seen, such as 12.8B
+    # MODEL@SAMPLES, such as ViT-L-14@12.8B; with /UNIQUE (repeated) or /BATCH (batched) behind
+    predict: tuple[str, ...] = ()
+    budget: float | None = None  # training FLOPs: which model, how many samples?
+    candidates: tuple[str, ...] = ()  # models that a budget chooses from; default: the table's
+    plot: Place | None = None  # write this path with .svg and .png
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, bins="[3, 10000]", draws="[100, 1000000]", seed="[0, inf)",
+            hold_out="(0, inf)", budget="(0, inf)",
+        )  # fmt: skip
+        if self.hold_out is not None and self.hold_out_samples is not None:
+            raise InputError("give hold_out or hold_out_samples, not both.")
+        questions = self.hold_out, self.hold_out_samples, self.budget
+        if self.compare and (self.predict or any(x is not None for x in questions)):
+            raise InputError("compare fits several laws; hold_out, predict and budget ask one.")
+
+    def runs(self, table: RunTable) -> Runs:
+        third = THIRD.get(self.form, "")
+        return table.runs(self.metric, self.metric_is == "score", third)
+
+    def fit(self, runs: Runs, family: int = 0) -> Fit:
+        """Fit runs; each family draws from a seed of its own, so that they are independent."""
+        options = self.options | {"seed": self.seed + family}
+        return fit_law(self.form, runs, self.passes_through, **options)
+
+    @property
+    def passes_through(self) -> Through:
+        return self.through or ("frontier" if self.form == "power" else "all")
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"bins": self.bins, "draws": self.draws, "seed": self.seed}
+
+    def save(self, figure: plots.Figure) -> list[str]:
+        return [str(path) for path in plots.save(figure, self.plot)] if self.plot else []
+
+    @property
+    def error_label(self) -> str:
+        return f"1 − {self.metric}" if self.metric_is == "score" else self.metric
 
 
-class Line(NamedTuple):
-    """Least squares of y on x, over the last axis, and what Student's t needs."""
+@dataclass(frozen=True, kw_only=True)
+class FitCommand(FitConfig):
+    """Fit a scaling law to a table of runs."""
 
-    slope: Numbers
-    intercept: Numbers
-    noise: Numbers  # standard deviation of the residuals, n − 2 degrees of freedom
-    reach: float  # t's quantile
-    n: int
-    x_mean: float
-    x_spread: float  # Σ (x − x_mean)²
-
-    def slope_interval(self) -> tuple[Numbers, Numbers]:
-        half = self.reach * self.noise / np.sqrt(self.x_spread)
-        return self.slope - half, self.slope + half
-
-    def draw(self, rng: np.random.Generator, draws: int) -> PowerLaw:
-        """Draw lines that the points may mean as well, as power laws.
-
-        With a point more than a line has parameters, one in thousands is steeper than any float.
-        """
-        scatter = _scatters(rng, self.noise, self.n - 2, draws)
-        slope = self.slope + scatter / np.sqrt(self.x_spread) * rng.standard_normal(draws)
-        height = self.intercept + self.slope * self.x_mean
-        height = height + scatter / np.sqrt(self.n) * rng.standard_normal(draws)
-        with np.errstate(over="ignore"):
-            beta = np.exp(height - slope * self.x_mean)
-        held = np.isfinite(beta) & (beta > 0)
-        return PowerLaw(slope[held], beta[held])
-
-    def at(self, x: Numbers, new: bool) -> Prediction:
-        """The line at x; `new`: of one new measurement, otherwise of the line's own height."""
-        variance = 1 / self.n + (x - self.x_mean) ** 2 / self.x_spread + new
-        half = self.reach * self.noise * np.sqrt(variance)
-        y = self.intercept + self.slope * x
-        return Prediction(y, y - half, y + half)
+    table: Place = Path("scaling.csv")  # what `scale collect` wrote, or such a table
 
 
-def fit_line(x: Float[np.ndarray, " n"], y: Float[np.ndarray, "*R n"]) -> Line:
-    """Fit straight lines: one x, and any number of y for it."""
-    from scipy import special
+def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
+    """Fit and answer; everything as JSON values (`describe` puts it in words).
 
-    n = len(x)
-    x_mean = x.mean()
-    x_spread = np.square(x - x_mean).sum()
-    slope = ((x - x_mean) * y).sum(-1) / x_spread
-    intercept = y.mean(-1) - slope * x_mean
-    residual = y - slope[..., None] * x - intercept[..., None]
-    noise = np.sqrt(np.square(residual).sum(-1) / (n - 2))
-    reach = float(special.stdtrit(n - 2, (1 + LEVEL) / 2))
-    return Line(slope, intercept, noise, reach, n, float(x_mean), float(x_spread))
-
-
-class LineFit(NamedTuple):
-    """E = β·C^α through all runs, with exact intervals."""
-
-    law: PowerLaw
-    fitted: Runs  # what the law went through
-    line: Line
-    drawn: PowerLaw  # what else the runs may mean, each parameter `[draws]`
-
-    def interval(self, parameter: str) -> tuple[float, float]:
-        """95% interval of a parameter of the law."""
-        if parameter == "alpha":
-            low, high = self.line.slope_interval()
-            return float(low), float(high)
-        at_one = self.line.at(0.0, new=False)
-        return float(np.exp(at_one.low)), float(np.exp(at_one.high))
-
-    def curve(self, size: Numbers, samples: Numbers, _: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval of the law itself: the band of a plot."""
-        return self._at(size, samples, new=False)
-
-    def predict(self, size: Numbers, samples: Numbers, _: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval for one new run: the band and a run's scatter."""
-        return self._at(size, samples, new=True)
-
-    def _at(self, size: Numbers, samples: Numbers, new: bool) -> Prediction:
-        return Prediction(*map(np.exp, self.line.at(np.log(size * samples), new)))
-
-
-# ------------------------------------------------------------------ the bootstrap
-
-
-class BootstrapFit(NamedTuple):
-    """A law through runs or their frontier, and the same law through resampled runs."""
-
-    law: Law
-    fitted: Runs  # what the law went through: the runs, or the bins of their frontier
-    drawn: Law  # each parameter `[draws]`
-    noise: float  # relative scatter around the law, for the degrees of freedom that are left
-    freedom: int  # fitted points − parameters
-
-    def interval(self, parameter: str) -> tuple[float, float]:
-        """95% interval of a parameter of the law."""
-        low, high = middle(getattr(self.drawn, parameter))
-        return float(low), float(high)
-
-    def curve(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval of the law itself: the band of a plot."""
-        curves = evaluate(self.drawn, size, samples, third)
-        return Prediction(self.law(size, samples, third), *middle(curves))
-
-    def predict(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval for one new run: the band and a run's scatter."""
-        curves = evaluate(self.drawn, size, samples, third)
-        # One fixed seed: the same table gives the same interval.
-        t = np.random.default_rng(0).standard_t(self.freedom, len(curves))
-        scatter = np.exp(self.noise * t).reshape(-1, *(1,) * (curves.ndim - 1))
-        return Prediction(self.law(size, samples, third), *middle(curves * scatter))
-
-
-Fit = LineFit | BootstrapFit
-
-
-def evaluate(drawn: Law, *at: Numbers | None) -> np.ndarray:
-    """Evaluate every draw of a law: `[draws, ...]`."""
-    given = np.broadcast_arrays(*(np.asarray(x, float) for x in at if x is not None))
-    shape = (-1, *(1,) * given[0].ndim)
-    return np.asarray(type(drawn)(*(np.reshape(p, shape) for p in drawn))(*given))
-
-
-def middle(draws: np.ndarray) -> tuple[Numbers, Numbers]:
-    """Return the 95% in the middle of draws, along the first axis."""
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
-    return low, high
-
-
-def fit(
-    form: Form,
-    runs: Runs,
-    through: Through = "frontier",
-    *,
-    bins: int = BINS,
-    draws: int = 1_000,
-    seed: int = 0,
-) -> Fit:
-    """Fit one law to runs.
-
-    Args:
-      form: `power` β·C^α; `saturating` E∞ + A·(C + B)^−α; `additive` E∞ + A·N^−a + B·D^−b;
-        `repeated` and `batched`: that with samples that count less (see laws.py).
-      runs: the measured runs.
-      through: all runs, or the least error of each bin of compute.
-      bins: of the frontier.
-      draws: of the bootstrap.
-      seed: of the bootstrap.
-
-    Raises:
-      InputError: too few points for the law's parameters, errors that are not positive, or an
-        additive law through a frontier, whose bins have no size and no samples.
+    Keys: `alpha`, `beta` (power law), `parameters` with intervals, `irreducible_error` (None where
+    the runs do not determine it), `points` that the law went through, its `curve` where compute is
+    divided best, `residuals` of the runs in the table's order, `optimal`: how compute is divided
+    best, by a law in N and D; `hold_out`, `predictions` by what was asked, `budget`, `warnings`.
+    With `compare`: `families` by name, each with those of the above that a law has, and
+    `pairs` of them.
     """
-    law, wanted = LAWS[form], len(LAWS[form]._fields) + 1
-    if not (runs.error > 0).all():
-        raise InputError(
-            f"errors must be positive to have a logarithm; the least is {runs.error.min()}. For a "
-            "metric that is better when larger, the error is 1 − metric, as a fraction."
-        )
-    if issubclass(law, OF_SIZE) and through == "frontier":
-        raise InputError(f"the {form} law needs sizes and samples: fit it through all runs.")
-    if law in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
-        what = "distinct samples" if law is Repeated else "batch"
-        raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
-    edges = bin_edges(runs.compute, bins) if through == "frontier" else None
-    fitted = runs if edges is None else _at_bins(runs, edges)
-    if len(fitted.error) < wanted:
-        raise InputError(
-            f"{len(fitted.error)} points ({through}) cannot determine the {wanted - 1} parameters "
-            f"of the {form} law and their scatter: it takes {wanted} or more."
-        )
-    rng = np.random.default_rng(seed)
-    if form == "power" and edges is None:
-        line = fit_line(np.log(runs.compute), np.log(runs.error))
-        return LineFit(
-            PowerLaw(line.slope, np.exp(line.intercept)), runs, line, line.draw(rng, draws)
-        )
+    for path in plots.both(config.plot) if config.plot else ():
+        check_destination(path, "--plot", folder=False)
+    table = table.select(config.metric, config.where)
+    result: dict[str, Any] = {
+        "metric": config.metric,
+        "form": config.form,
+        "through": config.passes_through,
+        "compute_unit": "forward GMACs of a pair x pairs seen",
+        "warnings": [],
+    }
+    if config.compare:
+        return result | _compare(table, config.compare, config)
+    runs = config.runs(table)
+    fitted = config.fit(runs)
+    result |= _law(fitted)
+    if config.hold_out is not None:
+        result["hold_out"] = _hold_out(runs, runs.compute >= config.hold_out, config)
+    elif config.hold_out_samples is not None:
+        # Runs see batches: as many samples as the option says, up to rounding.
+        held = runs.samples >= 0.99 * parse_count(config.hold_out_samples)
+        result["hold_out"] = _hold_out(runs, held, config)
 
-    once = np.ones((1, len(fitted.error)))
-    point = law(*np.stack(estimate(law, fitted, fitted.error[None], once))[:, 0])
-    freedom = len(fitted.error) - len(law._fields)
-    residual = np.log(fitted.error / fitted.under(point))
-    noise = float(np.sqrt(np.square(residual).sum() / freedom))
-    if edges is None:
-        scatter = _scatters(rng, noise, freedom, draws)[:, None]
-        error = runs.under(point) * np.exp(scatter * rng.standard_normal((draws, len(residual))))
-        drawn = estimate(law, runs, error, np.ones_like(error))
-    else:
-        drawn = _resampled(law, runs, edges, rng, draws)
-    return BootstrapFit(law=point, fitted=fitted, drawn=drawn, noise=noise, freedom=freedom)
-
-
-def _scatters(
-    rng: np.random.Generator, noise: Numbers, freedom: int, draws: int
-) -> Float[np.ndarray, " draws"]:
-    """Draw what the standard deviation may be, given the residuals' own."""
-    return noise * np.sqrt(freedom / rng.chisquare(freedom, draws))
-
-
-def _at_bins(runs: Runs, edges: Float[np.ndarray, " edges"]) -> Runs:
-    compute, error = frontier(runs.compute, runs.error, edges)
-    full = np.isfinite(error)
-    return Runs(compute[full], np.ones(full.sum()), error[full])
+    sizes = {row["arch"]: float(row["gmacs_per_sample"]) for row in table.rows}
+    largest = runs.compute.max()
+    predicted: dict[str, tuple[float, Prediction]] = {}
+    result["predictions"] = {}
+    for wanted in config.predict:
+        size, samples, third = _run_of(wanted, sizes)
+        compute, prediction = size * samples, fitted.predict(size, samples, third)
+        predicted[wanted] = compute, prediction
+        result["predictions"][wanted] = {"compute": compute, **_prediction(prediction, config)}
+        if compute > EXTRAPOLATION * largest:
+            result["warnings"].append(
+                f"{wanted} is {compute / largest:.0f} times the largest run's compute; the "
+                "interval supposes that the law still holds there."
+            )
+    if config.budget is not None:
+        names = config.candidates or tuple(sizes)
+        result["budget"] = _budget(config.budget, names, sizes, fitted, config)
+    if config.plot:
+        page = plots.figure(
+            fitted, fit_label=_formula(fitted.law), others=published(config.metric),
+            predictions=predicted, error_label=config.error_label, training_flops=TRAINING_FLOPS,
+            reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
+        )  # fmt: skip
+        result["plots"] = config.save(page)
+    return result
 
 
-def _resampled(
-    law: type[Law],
-    runs: Runs,
-    edges: Float[np.ndarray, " edges"],
-    rng: np.random.Generator,
-    draws: int,
-) -> Law:
-    """Fit the frontiers of runs drawn with replacement; every parameter is `[draws]`."""
-    n = len(runs.error)
-    counts = rng.multinomial(n, np.full(n, 1 / n), draws)
-    compute, error = frontier(runs.compute, np.where(counts > 0, runs.error, np.inf), edges)
-    full = np.isfinite(error)
-    bins = Runs(compute, np.ones_like(compute), compute)  # whose errors are each draw's own
-    drawn = np.stack(estimate(law, bins, np.where(full, error, 1.0), full.astype(float)))
-    return law(*drawn[:, np.isfinite(drawn).all(axis=0)])  # a draw may hold one bin alone
-
-
-# ------------------------------------------------------------------ what a fit is asked
-
-
-def irreducible(fit: Fit) -> float | None:
-    """The irreducible error, or None where the runs do not determine it.
-
-    It is stated only if its interval stays clear of zero and is narrower than half the estimate:
-    runs that have not begun to level off fit almost any value.
-    """
-    if isinstance(fit.law, PowerLaw):
-        return None
-    low, high = fit.interval("irreducible")
-    value = float(fit.law.irreducible)
-    return value if low > 0 and high - low < 0.5 * value else None
-
-
-def best(
-    fit: Fit, compute: Float[np.ndarray, " C"], sizes: tuple[float, float]
-) -> dict[str, Prediction]:
-    """Divide compute as the law would have it: `size`, `samples` and `error`, with intervals.
-
-    The size lies between the two of `sizes`. A law of compute alone has the size 1.
-    """
-    found = optimum(fit.law, compute, sizes)
-    drawn = optimum(columns(fit.drawn), compute, sizes)
+def published(metric: str) -> dict[str, Law]:
+    """Cherti et al.'s laws for a metric, by the models that they fit; none for other metrics."""
     return {
-        name: Prediction(value, *middle(np.asarray(draws)))
-        for name, value, draws in zip(Optimum._fields, found, drawn, strict=True)
+        f"{models} (Cherti et al.)": PowerLaw(alpha, beta)
+        for models, (alpha, beta) in PUBLISHED.get(metric, {}).items()
     }
 
 
-def columns(drawn: Law) -> Law:
-    """Give draws a last axis, so that each is evaluated at several places: `[draws, places]`."""
-    return type(drawn)(*(np.asarray(x)[:, None] for x in drawn))
+def _law(fitted: Fit) -> dict[str, Any]:
+    """What there is to say of any law through some runs."""
+    law, runs, sizes = fitted.law, fitted.runs, sizes_of([fitted])
+    span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
+    curve = np.stack([span, *fitted.best(span, sizes)["error"]])
+    parameters = {
+        name: {"value": float(value), "interval": list(fitted.interval(name))}
+        for name, value in law.parameters.items()
+    }
+    result: dict[str, Any] = {
+        "runs": len(runs.error),
+        "points": [
+            {"compute": compute, "error": error}
+            for compute, error in np.stack([fitted.fitted.compute, fitted.fitted.error]).T.tolist()
+        ],
+        "parameters": parameters,
+        "irreducible_error": fitted.irreducible,
+        "curve": [
+            {"compute": compute, "error": error, "interval": interval}
+            for compute, error, *interval in curve.T.tolist()
+        ],
+        "residuals": (runs.error / runs.under(law) - 1).tolist(),
+    }
+    if isinstance(law, PowerLaw):
+        result |= {name: parameter["value"] for name, parameter in parameters.items()}
+    if isinstance(law, Additive) and isinstance(fitted.drawn, Additive):
+        # From the least of the runs to ten times the largest.
+        low, high = np.log10([runs.compute.min(), EXTRAPOLATION * runs.compute.max()])
+        compute = 10.0 ** np.arange(np.ceil(low), high)
+        tables = {name: np.stack(x).T.tolist() for name, x in fitted.best(compute, sizes).items()}
+        result["optimal"] = {
+            "size_exponent": {
+                "value": float(law.size_exponent),
+                "interval": list(map(float, middle(np.asarray(fitted.drawn.size_exponent)))),
+            },
+            "divisions": [
+                {"compute": c, "training_flops": c * TRAINING_FLOPS}
+                | {name: {"value": x[i][0], "interval": x[i][1:]} for name, x in tables.items()}
+                for i, c in enumerate(compute.tolist())
+            ],
+        }
+    return result
 
 
-class HoldOut(NamedTuple):
-    """Runs that took no part in a fit, and what the fit says about them."""
-
-    runs: Runs
-    predicted: Prediction
-    within: Bool[np.ndarray, " n"]  # whether the measured error fell into the interval
-    relative_error: Float[np.ndarray, " n"]  # predicted / measured − 1
-
-
-def hold_out(
-    form: Form,
-    runs: Runs,
-    held: Bool[np.ndarray, " n"],
-    through: Through = "frontier",
-    *,
-    bins: int = BINS,
-    draws: int = 1_000,
-    seed: int = 0,
-) -> HoldOut:
+def _hold_out(runs: Runs, held: np.ndarray, config: FitConfig) -> dict[str, Any]:
     """Fit the runs that are not `held` and predict those that are: usually the largest.
 
     A fit through the frontier speaks of the best runs alone, so of the held-out ones those are
     predicted that no other run beats with as little compute. Raises InputError if none is left.
     """
-    tested = held & pareto(runs) if through == "frontier" else held
+    tested = held & pareto(runs) if config.passes_through == "frontier" else held
     if not tested.any():
         raise InputError(
             f"nothing to predict: of {len(held)} runs {held.sum()} are held out, and none of these "
             f"is tested; their compute reaches {runs.compute.max():g}."
         )
-    rest = fit(form, runs.where(~held), through, bins=bins, draws=draws, seed=seed)
-    test = runs.where(tested)
-    predicted = rest.predict(test.size, test.samples, test.third)
-    return HoldOut(
-        runs=test,
-        predicted=predicted,
-        within=(predicted.low <= test.error) & (test.error <= predicted.high),
-        relative_error=predicted.error / test.error - 1,
-    )
+    test, fitted = runs.where(tested), config.fit(runs.where(~held))
+    predicted = fitted.predict(test.size, test.samples, test.third)
+    inside = (predicted.low <= test.error) & (test.error <= predicted.high)
+    return {
+        "fitted": int((~held).sum()),
+        "mean_relative_error": float(np.abs(predicted.error / test.error - 1).mean()),
+        "inside_interval": int(inside.sum()),
+        "runs": [
+            {"compute": compute, "error": error, "predicted": prediction, "interval": interval}
+            for compute, error, prediction, *interval in np.stack(
+                [test.compute, test.error, *predicted]
+            ).T.tolist()
+        ],
+    }
 
 
-class Choice(NamedTuple):
-    """Which of some model sizes a budget of compute serves best."""
+def _run_of(wanted: str, sizes: Mapping[str, float]) -> tuple[float, float, float | None]:
+    """Read MODEL@SAMPLES or MODEL@SAMPLES/THIRD."""
+    model, at, samples = wanted.rpartition("@")
+    if not at:
+        raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
+    samples, slash, third = samples.partition("/")
+    count = parse_count(samples)
+    return _size(model, sizes), count, parse_count(third) if slash else None
 
-    best: int  # index of the size
-    samples: float
-    predicted: Prediction  # of every size, at the budget
-    share: Float[np.ndarray, " sizes"]  # of the bootstrap draws that choose each size
+
+def _size(model: str, sizes: Mapping[str, float]) -> float:
+    """Forward GMACs of a model: the table's, or the zoo's."""
+    return sizes[model] if model in sizes else gmacs(zoo.get(model))
 
 
-def allocate(fit: BootstrapFit, compute: float, sizes: Float[np.ndarray, " sizes"]) -> Choice:
-    """Choose the size with the least predicted error when all of `compute` is spent.
+def _prediction(prediction: Prediction, config: FitConfig) -> dict[str, Any]:
+    """An error with its interval and, where the metric is a score, the score with its own."""
+    is_score = config.metric_is == "score"
+    most = 1.0 if is_score else math.inf  # nothing is wrong more often than always
+    error, low, high = (min(float(value), most) for value in prediction)
+    both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
+    return both | ({"score": 1 - error, "score_interval": [1 - high, 1 - low]} if is_score else {})
 
-    The fit must be of a law that tells sizes of equal compute apart.
-    """
-    samples = compute / sizes
-    predicted = fit.predict(sizes, samples)
+
+def _budget(
+    budget: float, names: Sequence[str], sizes: Mapping[str, float], fitted: Fit, config: FitConfig
+) -> dict[str, Any]:
+    """Say which model serves a budget best, by a law that is additive in size and samples."""
+    if not isinstance(fitted.law, Additive):
+        fitted = fit_law("additive", fitted.runs, "all", **config.options)
+    size = np.array([_size(name, sizes) for name in names])
+    samples = budget / TRAINING_FLOPS / size
+    predicted = fitted.predict(size, samples)
     best = int(np.argmin(predicted.error))
-    choices = evaluate(fit.drawn, sizes, samples).argmin(axis=1)
-    share = np.bincount(choices, minlength=len(sizes)) / len(choices)
-    return Choice(best, float(samples[best]), predicted, share)
+    choices = fitted.draws(size, samples).argmin(axis=1)
+    return {
+        "training_flops": budget,
+        "model": names[best],
+        "samples": float(samples[best]),
+        "options": [
+            {
+                "model": name,
+                "samples": float(samples[i]),
+                **_prediction(Prediction(*np.stack(predicted)[:, i]), config),
+                "share_of_draws": float((choices == i).mean()),
+            }
+            for i, name in enumerate(names)
+        ],
+    }
+
+
+def _formula(law: Law) -> str:
+    if isinstance(law, PowerLaw):
+        return f"E = {law.beta:.4g}·C$^{{{law.alpha:.4f}}}$, 95% band"
+    return "fit, 95% band"
+
+
+# ------------------------------------------------------------------ families side by side
+
+
+def family_of(row: Row, column: str) -> str:
+    """Name the family of a row, by a column."""
+    return text(row, column) or f"no {column}"
+
+
+def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
+    """Fit every family of runs on its own, and compare every two."""
+    if column not in table.columns:
+        raise InputError(f"compare={column!r} is no column; there are {', '.join(table.columns)}.")
+    families: dict[str, Fit] = {}
+    alike, warnings = {}, []
+    groups = sorted(table.groups(lambda row: text(row, column)).items())
+    for number, (value, members) in enumerate(groups):
+        name, runs = value or f"no {column}", config.runs(members)
+        try:
+            families[name] = config.fit(runs, number)
+        except InputError as error:
+            warnings.append(f"{name} is left out: {error}")
+        else:
+            alike[name] = _by_the_rest(members, runs)
+    if len(families) < 2:
+        raise InputError(
+            f"compare={column!r} takes two families of runs or more; there is "
+            + "; ".join([*families, *warnings]) + "."
+        )  # fmt: skip
+    result: dict[str, Any] = {
+        "compare": column,
+        "families": {name: _law(fitted) for name, fitted in families.items()},
+        "pairs": [_pair(pair, families, alike) for pair in combinations(families, 2)],
+        "warnings": warnings,
+    }
+    if config.plot is not None:
+        page = plots.compared(families, error_label=config.error_label)
+        result["plots"] = config.save(page)
+    return result
+
+
+def _by_the_rest(table: RunTable, runs: Runs) -> dict[tuple[str, ...], float]:
+    """Name errors by size, samples and seed; runs that these do not tell apart are left out."""
+    lengths = np.asarray(runs.length).tolist()
+    keys = [(row["arch"], x, text(row, "seed")) for row, x in zip(table.rows, lengths, strict=True)]
+    errors = zip(keys, runs.error.tolist(), strict=True)
+    return {key: error for key, error in errors if keys.count(key) == 1}
+
+
+def _pair(
+    names: tuple[str, str], families: Mapping[str, Fit], alike: Mapping[str, Mapping[Any, float]]
+) -> dict[str, Any]:
+    """Compare two families: where their laws cross, at which ratio, and runs alike in all else.
+
+    `alike` has each family's errors by what else there is to say of a run.
+    """
+    first, second = (families[name] for name in names)
+    one, other = (alike[name] for name in names)
+    least = max(fitted.runs.compute.min() for fitted in (first, second))  # that both have
+    most = min(fitted.runs.compute.max() for fitted in (first, second))
+    cross = crossing(first, second)
+    pairs = np.array([(one[key], other[key]) for key in one if key in other]).reshape(-1, 2)
+    measured = paired(pairs)
+    high = cross.high if math.isfinite(cross.high) else None  # JSON has no infinity
+    return {
+        "families": list(names),
+        "crossing": {**cross._asdict(), "high": high},
+        "ratios": [x._asdict() for x in ratios(first, second, np.array([least, most]))],
+        "paired": measured and measured._asdict(),
+    }
+
+
+# ------------------------------------------------------------------ for a terminal
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """Put the result of `fit` in words."""
+    law = f"{result['metric']}: {result['form']} law"
+    unit = f"; C in {result['compute_unit']}"
+    lines = [law + unit] if "families" in result else []
+    through = "the least errors of the bins of" if result["through"] == "frontier" else "all of"
+    for name, family in result.get("families", {"": result}).items():
+        count = f"{len(family['points'])} points, {through} {family['runs']} runs"
+        lines += [f"{name or law} through {count}{'' if name else unit}", *_lines_of_law(family)]
+    for pair in result.get("pairs", ()):
+        lines += _lines_of_pair(pair)
+    if "hold_out" in result:
+        held = result["hold_out"]
+        lines.append(
+            f"held out: {len(held['runs'])} runs predicted from the {held['fitted']} others, off "
+            f"by {held['mean_relative_error']:.1%} on average, {held['inside_interval']} of them "
+            "inside the 95% interval"
+        )
+    for wanted, prediction in result.get("predictions", {}).items():
+        lines.append(f"{wanted}: {_in_words(prediction)}")
+    if "budget" in result:
+        budget = result["budget"]
+        lines.append(
+            f"{budget['training_flops']:.3g} training FLOPs: {budget['model']} on "
+            f"{short(budget['samples'])} pairs"
+        )
+        lines += [
+            f"  {option['model']:16} {short(option['samples']):>6} pairs  {_in_words(option)}, "
+            f"best in {option['share_of_draws']:.0%} of draws"
+            for option in budget["options"]
+        ]
+    lines += [f"written: {path}" for path in result.get("plots", [])]
+    return "\n".join(lines + [f"warning: {line}" for line in result["warnings"]])
+
+
+def _lines_of_law(family: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, parameter in family["parameters"].items():
+        value = f"{parameter['value']:<10.4g}"
+        if name == "irreducible" and family["irreducible_error"] is None:
+            value = "not determined by these runs"
+        lines.append(f"  {name:13} {value} {_interval(parameter['interval'], '.4g')}")
+    if "optimal" in family:
+        exponent = family["optimal"]["size_exponent"]
+        lines.append(
+            f"  best division of compute: N grows as C^{exponent['value']:.2f} "
+            + _interval(exponent["interval"], ".2f")
+        )
+        for at in family["optimal"]["divisions"]:
+            size, samples, error = (at[name]["value"] for name in ("size", "samples", "error"))
+            lines.append(
+                f"    {at['training_flops']:.1e} training FLOPs: {size:.3g} GMACs a pair, "
+                f"{short(samples)} pairs, error {error:.4g}"
+            )
+    return lines
+
+
+def _interval(interval: Sequence[float], form: str) -> str:
+    low, high = interval
+    return f"(95%: {low:{form}} to {high:{form}})"
+
+
+def _in_words(prediction: Mapping[str, Any]) -> str:
+    name, form = ("score", ".1%") if "score" in prediction else ("error", ".4g")
+    return f"{prediction[name]:{form}} {_interval(prediction[f'{name}_interval'], form)}"
+
+
+def _lines_of_pair(pair: Mapping[str, Any]) -> list[str]:
+    one, other = pair["families"]
+    lines = [f"{other} beside {one}:"]
+    for at, which in zip(pair["ratios"], ("least", "largest"), strict=True):
+        lines.append(
+            f"  at the {which} compute of both, {at['compute']:.3g}: {_ratio(at, '+.1%')}, smaller "
+            f"in {at['share']:.0%} of draws"
+        )
+    cross = pair["crossing"]
+    at = "from the least on" if cross["compute"] is None else f"from {cross['compute']:.3g} on"
+    low = f"{cross['low']:.3g}" if cross["low"] else "less than any"
+    high = "more than any" if cross["high"] is None else f"{cross['high']:.3g}"
+    better = f"{pair['families'][cross['better']]} is the better one {at} (95%: {low} to {high})"
+    if not cross["low"] and cross["high"] is None:
+        better = "these runs do not determine which is better where"
+    lines.append(f"  {better}; the laws cross in {cross['share']:.0%} of draws")
+    if alike := pair["paired"]:
+        lines.append(
+            f"  in {alike['pairs']} pairs of runs alike in all else: {_ratio(alike, '+.2%')}"
+        )
+    return lines
+
+
+def _ratio(at: Mapping[str, float], form: str) -> str:
+    return f"{at['ratio'] - 1:{form}} error {_interval((at['low'] - 1, at['high'] - 1), form)}"

@@ -1,24 +1,24 @@
-"""A ladder of runs: models × samples seen × seeds.
+"""A ladder of runs: models × samples seen × seeds, and × the trials of a sweep.
 
-Each point has a whole schedule of its own, or is a short cool-down from one run of its model at a
-constant rate, the trunk (arXiv:2506.04598). A spec is a Python file with
+Each point has a whole schedule of its own, or is a cool-down branch from one run of its model at a
+constant learning rate, the parent run (arXiv:2506.04598). A spec is a Python file with
 `get_ladder() -> LadderConfig`. Every point of the grid becomes an ordinary run: a `config.json` in
-its own work directory, trained by `clip-jax train` as a process. The FLOPs are counted, the hours
-follow from a stated MFU, the price from a stated rate.
+its own run directory, trained by `clip-jax train` as a process. The FLOPs are counted, the hours
+follow from a stated MFU, the price from a stated hourly price of a chip.
 """
 
 import itertools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from clip_jax import flops
+from clip_jax import chips, flops
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
@@ -26,12 +26,9 @@ from clip_jax.config import Config, complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.losses.objective import fitting
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.optim import Constant
+from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
-from clip_jax.scaling.price import HardwareConfig, duration, in_words
-from clip_jax.scaling.rules import BranchesConfig, RulesConfig
-from clip_jax.scaling.sweep import SweepConfig
-from clip_jax.scaling.table import gmacs, short
+from clip_jax.scaling.run_table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import check_destination, write_whole
 from clip_jax.storage.json_files import read_json
@@ -40,10 +37,152 @@ from clip_jax.storage.json_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What trains a point, as assumed for its hours and its price."""
+
+    chip: str = "TPU v5e"  # as in chip_specs.csv, or anything with a peak_flops
+    chips: int = 1  # that train one point together
+    mfu: float = 0.4  # assumed share of the peak; `clip-jax plan` and `bench` have better figures
+    price: float | None = None  # US dollars of one chip for one hour
+    peak_flops: float | None = None  # FLOP/s of one chip; None: the table's dense bf16 peak
+    start_seconds: float = 0.0  # of each point: start, compilation, evaluation
+
+    def __post_init__(self) -> None:
+        if self.peak_flops is None and self.chip not in chips.chips():
+            raise InputError(
+                f"hardware.chip={self.chip!r} is none of {', '.join(chips.chips())}; take one of "
+                "these or give hardware.peak_flops."
+            )
+        check_ranges(
+            self, "hardware.",
+            chips="[1, inf)", mfu="(0, 1]", price="[0, inf)", peak_flops="(0, inf)",
+            start_seconds="[0, inf)",
+        )  # fmt: skip
+
+    def hours(self, training_flops: float) -> float:
+        """Estimate the hours of one point: the one place where FLOPs become time."""
+        peak = self.peak_flops or chips.chips()[self.chip].peak_flops
+        seconds = training_flops / (self.chips * peak * self.mfu) + self.start_seconds
+        return seconds / 3600
+
+    def dollars(self, hours: float) -> float | None:
+        return None if self.price is None else hours * self.chips * self.price
+
+    def estimate(self, points: "Sequence[Point]") -> dict[str, Any]:
+        """Estimate runs one after the other, as JSON values, with what was assumed."""
+        hours = sum(self.hours(point.training_flops) for point in points)
+        assumed = {"chip": self.chip, "chips": self.chips, "mfu": self.mfu, "price": self.price}
+        return {**assumed, "hours": hours, "dollars": self.dollars(hours)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """How a point's learning rate and warm-up follow from its batch, its width and its length.
+
+    The base config's peak learning rate holds at the base's batch size and at `reference_width`;
+    a point's is base × (batch / base's batch)^batch_exponent × (width / reference)^width_exponent.
+    The final learning rate keeps its share of the peak.
+    """
+
+    batch_exponent: float = 0.5  # Adam: the square root (Malladi et al. 2022, arXiv:2205.10287)
+    reference_width: int = 768  # of the image tower
+    width_exponent: float = 0.0  # 0: one learning rate for all widths, as open_clip's
+    max_warmup_share: float = 0.1  # of a run's steps, where the base's warm-up is longer than that
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "rules.",
+            batch_exponent="(-inf, inf)", reference_width="[1, inf)",
+            width_exponent="(-inf, inf)", max_warmup_share="[0, 1)",
+        )  # fmt: skip
+
+    def apply(self, base: Config, batch_size: int, width: int, steps: int) -> OptimConfig:
+        """Return the optimizer's config of one point."""
+        factor = (batch_size / base.batch_size) ** self.batch_exponent
+        factor *= (width / self.reference_width) ** self.width_exponent
+        return replace(
+            base.optim,
+            learning_rate=_digits(base.optim.learning_rate * factor),
+            final_learning_rate=_digits(base.optim.final_learning_rate * factor),
+            warmup_steps=min(base.optim.warmup_steps, int(self.max_warmup_share * steps)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchesConfig:
+    """Points as cool-down branches from one parent run for each model and seed.
+
+    The parent run keeps its learning rate at the peak and evaluates nothing; a point goes on from
+    it to the base's final learning rate. It is, bit for bit, what a run of its own with that
+    warmup-stable-decay (WSD) schedule would be.
+    """
+
+    share: float = 0.2  # of a point's steps that cool down
+    shape: Literal["linear", "sqrt", "power"] = "linear"  # see CoolDown
+    power: float = 1.0  # of the shape of that name
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "branches.", share="(0, 1)", power="(0, inf)")
+
+    def cool_down(self, steps: int) -> CoolDown:
+        """Return the schedule of a point with so many steps from the parent run's beginning."""
+        return CoolDown(steps=max(round(self.share * steps), 1), shape=self.shape, power=self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What the trials of a point differ in: every combination of these, one trial each."""
+
+    learning_rates: tuple[float, ...] = (1.0,)  # as multiples of what the rules give
+    batch_sizes: tuple[int, ...] = ()  # none: the point's own. Samples stay, steps follow
+    warmups: tuple[float, ...] = (1.0,)  # steps of warm-up, as multiples of what the rules give
+    weight_decays: tuple[float, ...] = ()  # none: the base's own
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "sweep.",
+            learning_rates="(0, inf)", batch_sizes="[2, inf)", warmups="[0, inf)",
+            weight_decays="[0, inf)",
+        )  # fmt: skip
+        for name in ("learning_rates", "batch_sizes", "warmups", "weight_decays"):
+            values = getattr(self, name)
+            needed = name in ("learning_rates", "warmups")
+            if len(set(values)) < len(values) or (needed and not values):
+                raise InputError(
+                    f"sweep.{name}={values} must name each value once, and one at least."
+                )
+
+    def trials(self, config: Config) -> Iterator[tuple[str, Config]]:
+        """Make a config for every combination at one batch size, named by what is swept."""
+        decays = self.weight_decays or (config.optim.weight_decay,)
+        for factor, warmup, decay in itertools.product(self.learning_rates, self.warmups, decays):
+            warmup_steps = round(warmup * config.optim.warmup_steps)
+            if warmup_steps >= config.steps:
+                raise InputError(
+                    f"sweep.warmups={warmup:g} makes {warmup_steps} steps of warm-up, of "
+                    f"{config.steps}: take a smaller multiple, or rules.max_warmup_share."
+                )
+            optim = replace(
+                config.optim,
+                learning_rate=_digits(factor * config.optim.learning_rate),
+                final_learning_rate=_digits(factor * config.optim.final_learning_rate),
+                warmup_steps=warmup_steps,
+                weight_decay=decay,
+            )
+            labels = [
+                (self.learning_rates, f"rate{factor:g}"),
+                (self.batch_sizes, f"batch{config.batch_size}"),
+                (self.warmups, f"warmup{warmup:g}"), (decays, f"decay{decay:g}"),
+            ]  # fmt: skip
+            name = "".join(f"-{label}" for values, label in labels if len(values) > 1)
+            yield name, replace(config, optim=optim)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LadderConfig:
     """Models × samples × seeds. What the points share is an ordinary config."""
 
-    base: Config  # data, loss, evaluations, optimizer; model, steps, seeds and rates are replaced
+    base: Config  # data, loss, evaluations; model, steps, seeds and learning rates are replaced
     models: Mapping[str, CLIPConfig]  # by the name that its points get
     samples: tuple[int, ...]  # pairs seen, over the whole of one point's schedule
     batch_sizes: tuple[int, ...] = ()  # one for each of `samples`; none: the base's for all
@@ -73,8 +212,8 @@ class LadderConfig:
             raise InputError("branches and sweep: sweep points of schedules of their own.")
         if self.branches and len(set(self.batch_sizes)) > 1:
             raise InputError(
-                f"batch_sizes={self.batch_sizes} differ, but branches of one trunk all have its "
-                "batch size; give one for all, or no branches."
+                f"batch_sizes={self.batch_sizes} differ, but branches of one parent run all have "
+                "its batch size; give one for all, or no branches."
             )
 
 
@@ -88,14 +227,14 @@ def load_ladder(path: str | Path) -> LadderConfig:
 
 
 class Point(NamedTuple):
-    """One run of the ladder: a point, or the trunk from which some branch."""
+    """One run of the ladder: a point, or the parent run from which some branch."""
 
-    name: str  # w32@16K-seed0, w32-trunk-seed0, of a sweep's trial w32@16K-rate0.5-seed0
+    name: str  # w32@16K-seed0, w32-parent-seed0, of a sweep's trial w32@16K-rate0.5-seed0
     model: str
     samples: int  # as the spec says; the run sees a whole number of batches
     config: Config
     workdir: Path
-    trunk: str = ""  # the name of the run that it branches from
+    parent: str = ""  # the name of the run that it branches from
 
     @property
     def samples_seen(self) -> int:
@@ -103,7 +242,7 @@ class Point(NamedTuple):
 
     @property
     def first_step(self) -> int:
-        """The trunk's step with whose state the run begins, 0 without a trunk."""
+        """The parent's step with whose state the run begins, 0 without a parent."""
         return branch_point(self.config.branch_from)[1] if self.config.branch_from else 0
 
     @property
@@ -115,8 +254,8 @@ class Point(NamedTuple):
         """Say whether the state with which it begins is there."""
         if not self.config.branch_from:
             return True
-        trunk, step = branch_point(self.config.branch_from)
-        return step in steps_in(Path(trunk) / "checkpoints")
+        parent, step = branch_point(self.config.branch_from)
+        return step in steps_in(Path(parent) / "checkpoints")
 
 
 def grid(ladder: LadderConfig, root: Path) -> list[Point]:
@@ -131,11 +270,11 @@ def grid(ladder: LadderConfig, root: Path) -> list[Point]:
     ]
     lengths = [max(round(samples / size), 1) for samples, size in sizes]
     for model, architecture in ladder.models.items():
-        mine: list[Point] = []
+        of_model: list[Point] = []
         for (samples, batch_size), steps in zip(sizes, lengths, strict=True):
             width = architecture.vision.width
-            whole = min(lengths) if ladder.branches else steps  # branches share their warm-up
-            optim = ladder.rules.apply(ladder.base, batch_size, width, whole)
+            length = min(lengths) if ladder.branches else steps  # branches share their warm-up
+            optim = ladder.rules.apply(ladder.base, batch_size, width, length)
             one = replace(
                 ladder.base,
                 model=architecture,
@@ -144,46 +283,48 @@ def grid(ladder: LadderConfig, root: Path) -> list[Point]:
                 optim=optim,
                 objective=fitting(ladder.base.objective, architecture),
             )
-            for trial, seed in itertools.product(sweep.trials(one), ladder.seeds):
-                swept, config = trial
-                name = f"{model.replace('/', '-')}@{short(samples)}{swept}-seed{seed}"
+            for (trial, config), seed in itertools.product(sweep.trials(one), ladder.seeds):
+                name = f"{model.replace('/', '-')}@{short(samples)}{trial}-seed{seed}"
                 config = replace(config, seed=seed, data=replace(config.data, seed=seed))
-                mine.append(Point(name, model, samples, config, root / name))
-        points += _with_trunks(mine, ladder.branches) if ladder.branches else mine
+                of_model.append(Point(name, model, samples, config, root / name))
+        points += _with_parents(of_model, ladder.branches) if ladder.branches else of_model
     names = [point.name for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"points would share the names {sorted(twice)}; samples lie too close.")
     return points
 
 
-def _with_trunks(points: Sequence[Point], branches: BranchesConfig) -> list[Point]:
-    """Make branches of a model's points, with the trunk of each seed before them."""
+def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Point]:
+    """Make branches of a model's points, with the parent run of each seed before them."""
     made = []
     for seed in dict.fromkeys(point.config.seed for point in points):
-        mine = [point for point in points if point.config.seed == seed]
-        one, optim = mine[0], mine[0].config.optim
-        workdir = one.workdir.with_name(f"{one.model.replace('/', '-')}-trunk-seed{seed}")
+        of_seed = [point for point in points if point.config.seed == seed]
+        one, optim = of_seed[0], of_seed[0].config.optim
+        # Parent runs were called trunks once; a ladder that was begun then goes on.
+        names = (f"{one.model.replace('/', '-')}-{kind}-seed{seed}" for kind in ("parent", "trunk"))
+        workdir, before = (one.workdir.with_name(name) for name in names)
+        workdir = before if before.exists() else workdir
         cooled, begin = [], []
-        for point in mine:
+        for point in of_seed:
             schedule = branches.cool_down(point.config.steps)
             begin.append(point.config.steps - schedule.steps)
             if begin[-1] < max(optim.warmup_steps, 1):
                 raise InputError(
                     f"{point.name} has {point.config.steps} steps: with a warm-up of "
-                    f"{optim.warmup_steps}, no trunk is left before branches.share="
+                    f"{optim.warmup_steps}, no parent run is left before branches.share="
                     f"{branches.share}; give more samples, or a smaller batch_size or share."
                 )
             config = replace(
                 point.config, optim=replace(optim, schedule=schedule),
                 branch_from=f"{workdir}@{begin[-1]}",
             )  # fmt: skip
-            cooled.append(point._replace(config=config, trunk=workdir.name))
-        trunk = replace(
+            cooled.append(point._replace(config=config, parent=workdir.name))
+        parent = replace(
             one.config, steps=max(begin), optim=replace(optim, schedule=Constant()), evals=(),
             checkpoint=replace(one.config.checkpoint, also=tuple(sorted(set(begin))), best=None),
         )  # fmt: skip
-        samples = max(begin) * trunk.batch_size
-        made += [Point(workdir.name, one.model, samples, trunk, workdir), *cooled]
+        samples = max(begin) * parent.batch_size
+        made += [Point(workdir.name, one.model, samples, parent, workdir), *cooled]
     return made
 
 
@@ -235,19 +376,22 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     missing = [point for point in points if point.name not in done]
     say(describe(points, done, ladder))
 
-    def train(points: Sequence[Point]) -> dict[str, str]:
-        points = [point for point in points if not is_done(point)]
-        for point in points:
-            config = with_order(point.config, point.workdir)  # as it began, if it did
-            write_whole(point.workdir / "config.json", json.dumps(to_dict(config), indent=1))
-        return _train(points, root, command.jobs, say) if command.jobs else {}
-
     failures: dict[str, str] = {}
     if not command.dry_run:
         check_destination(root, "--root")
-        failures = train(missing)
+        for point in missing:
+            config = with_order(point.config, point.workdir)  # as it began, if it did
+            write_whole(point.workdir / "config.json", json.dumps(to_dict(config), indent=1))
         if command.jobs:
+            failures = _train(missing, root, command.jobs, say)
             done |= {point.name for point in missing} - failures.keys()
+
+    def numbers(some: Sequence[Point]) -> dict[str, Any]:
+        return {
+            "training_flops": sum(point.training_flops for point in some),
+            "estimates": [kind.estimate(some) for kind in ladder.hardware],
+        }
+
     return {
         "root": str(root),
         "points": [
@@ -256,31 +400,26 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
                 "workdir": str(point.workdir),
                 "samples_seen": point.samples_seen,
                 "gmacs_per_sample": gmacs(point.config.model),
-                "training_flops": point.training_flops,
-                "estimates": _estimates([point], ladder.hardware),
+                **numbers([point]),
                 "done": point.name in done,
                 "failure": failures.get(point.name),
             }
             for point in points
         ],
-        "totals": {
-            "points": len(missing),
-            "training_flops": sum(point.training_flops for point in missing),
-            "estimates": _estimates(missing, ladder.hardware),
-        },
+        "totals": {"points": len(missing), **numbers(missing)},
     }
 
 
 def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
-    """Return a command's part of the points, the longest first; trunks go with their branches."""
+    """Return a command's part of the points, the longest first; parents go with their branches."""
     wanted = {point.name for point in points if fnmatch(point.name, command.only)}
     if not wanted:
         raise InputError(f"only={command.only!r} matches no point; the first is {points[0].name}.")
-    wanted |= {point.trunk for point in points if point.name in wanted}
+    wanted |= {point.parent for point in points if point.name in wanted}
     together: dict[str, list[Point]] = {}
     for point in points:
         if point.name in wanted:
-            together.setdefault(point.trunk or point.name, []).append(point)
+            together.setdefault(point.parent or point.name, []).append(point)
 
     def work(some: Sequence[Point]) -> int:
         return sum(point.training_flops for point in some)
@@ -299,93 +438,97 @@ def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **os.environ,
     }
-    return jobs.run(
-        [
-            jobs.Job(
-                name=point.name,
-                command=[
-                    *(
-                        sys.executable,
-                        "-m",
-                        "clip_jax",
-                        "train",
-                        str(point.workdir / "config.json"),
-                    ),
-                    *("--workdir", str(point.workdir)),
-                ],
-                directory=point.workdir,
-                is_done=partial(is_done, point),
-                weight=point.training_flops,
-                after=point.trunk,
-                is_ready=point.is_ready,
-            )
-            for point in points
-        ],
-        at_a_time,
-        environment,
-        say,
-    )
+    command = [sys.executable, "-m", "clip_jax", "train"]
+    runs = [
+        jobs.Job(
+            name=point.name,
+            command=[*command, f"{point.workdir}/config.json", "--workdir", str(point.workdir)],
+            directory=point.workdir,
+            is_done=partial(is_done, point),
+            weight=point.training_flops,
+            after=point.parent,
+            is_ready=point.is_ready,
+        )
+        for point in points
+    ]
+    return jobs.run(runs, at_a_time, environment, say)
 
 
-def _estimates(points: Sequence[Point], hardware: Sequence[HardwareConfig]) -> list[dict[str, Any]]:
-    return [kind.estimate([point.training_flops for point in points]) for kind in hardware]
-
-
-# ------------------------------------------------------------------ words
+# ------------------------------------------------------------------ for a terminal
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
     """Put the grid into a table, a line for each model and number of samples."""
-    hardware = ladder.hardware
-    head = ["model", "pairs", "batch", "steps", "rate", "warm-up", "FLOPs a run", "runs", "done"]
-    head[4:4] = ["own"] if ladder.branches else []
-    for kind in hardware:
-        head += [f"{kind.chips} {kind.chip}", *(["$ a run"] if kind.price else [])]
     groups: dict[tuple[str, bool, int], list[Point]] = {}
     for point in sorted(points, key=lambda point: (gmacs(point.config.model), point.samples)):
-        key = (point.model, not (ladder.branches and not point.trunk), point.samples)
-        groups.setdefault(key, []).append(point)
-    rows = [head]
+        is_parent = bool(ladder.branches and not point.parent)
+        groups.setdefault((point.model, not is_parent, point.samples), []).append(point)
+    rows = []
     for (model, is_point, _), group in groups.items():
         point, config = group[0], group[0].config
-        row = [
-            model if is_point else f"{model} trunk", short(point.samples_seen),
-            f"{config.batch_size:,}", f"{config.steps:,}",
-            *([f"{config.steps - point.first_step:,}"] if ladder.branches else []),
-            f"{config.optim.learning_rate:g}", f"{config.optim.warmup_steps:,}",
-            f"{point.training_flops:.2e}", str(len(group)),
-            str(sum(other.name in done for other in group)),
-        ]  # fmt: skip
-        for kind in hardware:
-            hours = kind.hours(point.training_flops)
-            row += [duration(hours), *([f"{kind.dollars(hours):,.0f}"] if kind.price else [])]
+        row = {
+            "model": model if is_point else f"{model} parent",
+            "pairs": short(point.samples_seen),
+            "batch": f"{config.batch_size:,}",
+            "steps": f"{config.steps:,}",
+            **({"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}),
+            "learning rate": f"{config.optim.learning_rate:g}",
+            "warm-up": f"{config.optim.warmup_steps:,}",
+            "FLOPs a run": f"{point.training_flops:.2e}",
+            "runs": str(len(group)),
+            "done": str(sum(other.name in done for other in group)),
+        }
+        for kind in ladder.hardware:
+            hours, name = kind.hours(point.training_flops), f"{kind.chips} {kind.chip}"
+            row[name] = duration(hours)
+            row |= {f"{name}, $ a run": f"{kind.dollars(hours):,.0f}"} if kind.price else {}
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *cells in table:
+        rest = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *rest]))
     missing = [point for point in points if point.name not in done]
     total = sum(point.training_flops for point in missing)
     lines.append(f"{len(missing)} of {len(points)} runs are missing: {total:.2e} training FLOPs")
-    lines += map(in_words, _estimates(missing, hardware))
+    for kind in ladder.hardware:
+        estimate = kind.estimate(missing)
+        lines.append(
+            f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
+            f"{duration(estimate['hours'])} one after the other"
+        )
+        if kind.price:
+            lines[-1] += f", ${estimate['dollars']:,.0f} at ${kind.price:g} a chip and hour"
     if ladder.branches:
         alone, together = compute_saved(points)
+        kept = sum(len(point.config.checkpoint.also) for point in points)
         lines.append(
-            f"{together:.2e} FLOPs for all points from trunks, {alone:.2e} with a run for each: "
-            f"{1 - together / alone:.0%} saved. The trunks keep the checkpoints of "
-            f"{sum(len(point.config.checkpoint.also) for point in points)} steps, where branches "
-            "begin."
+            f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with a run for "
+            f"each: {1 - together / alone:.0%} saved. The parent runs keep the checkpoints of "
+            f"{kept} steps, where branches begin."
         )
     return "\n".join(lines)
 
 
+def duration(hours: float) -> str:
+    """Write a time in the unit that suits it."""
+    if hours >= 48:
+        return f"{hours / 24:,.0f} d"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
 def compute_saved(points: Sequence[Point]) -> tuple[int, int]:
-    """Return the FLOPs of all points, each trained from its beginning, and with trunks as here."""
-    step = {point.name: flops.of_step(point.config).total for point in points}
-    trunks = {point.trunk for point in points}
-    alone = sum(step[p.name] * p.config.steps for p in points if p.name not in trunks)
+    """Return the FLOPs of all points, each trained from its beginning, and with parents as here."""
+    parents = {point.parent for point in points}
+    alone = sum(
+        flops.of_step(point.config).total * point.config.steps
+        for point in points
+        if point.name not in parents
+    )
     return alone, sum(point.training_flops for point in points)
+
+
+def _digits(number: float) -> float:
+    """Round to three digits: a learning rate that a person can repeat."""
+    return float(f"{number:.3g}")

@@ -10,16 +10,14 @@ import numpy as np
 
 from clip_jax.config import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
-from clip_jax.scaling.answers import CollectConfig, collect
-from clip_jax.scaling.ladder import LadderConfig, grid
-from clip_jax.scaling.rules import BranchesConfig
+from clip_jax.scaling.ladder import BranchesConfig, LadderConfig, grid
+from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT, tiny_digits
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 SPEC = """\
-from clip_jax.scaling.rules import BranchesConfig, RulesConfig
-from clip_jax.scaling.sweep import SweepConfig
+from clip_jax.scaling.ladder import BranchesConfig, RulesConfig, SweepConfig
 from tests.scaling.conftest import tiny_ladder
 
 def get_ladder():

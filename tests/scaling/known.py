@@ -7,9 +7,9 @@ Each law has runs that determine all its parameters: several epochs for `fade`, 
 import numpy as np
 from scipy.optimize import brentq
 
-from clip_jax.scaling.compare import Family
-from clip_jax.scaling.fit import LAWS, Form, fit
-from clip_jax.scaling.laws import Batched, Law, Repeated, Runs, optimum
+from clip_jax.scaling.laws import LAWS, Batched, Law, Repeated, Runs
+from clip_jax.scaling.run_table import RunTable
+from clip_jax.scaling.uncertainty import Fit, Form, fit_law
 
 
 def law(form: Form, *parameters: float) -> Law:
@@ -21,8 +21,8 @@ KNOWN: dict[Form, Law] = {
     "power": law("power", -0.11, 5.0),
     "saturating": law("saturating", 0.4, 1e8, 400.0, 0.2),
     "additive": law("additive", 0.5, 0.3, 1.0, 40.0, 0.1),
-    "repeated": law("repeated", 0.5, 0.3, 15.0, 1.0, 40.0, 0.1),
-    "batched": law("batched", 0.5, 0.3, 3e4, 1.0, 40.0, 0.1),
+    "repeated": law("repeated", 0.5, 0.3, 1.0, 40.0, 0.1, 15.0),
+    "batched": law("batched", 0.5, 0.3, 1.0, 40.0, 0.1, 3e4),
 }
 # Laws that cross those above once, at an amount of compute that the runs contain. With equal
 # irreducible errors it would not be certain that the additive ones cross at all.
@@ -43,6 +43,14 @@ def measured(law: Law, seed=0, noise=NOISE, sizes=4, counts=4) -> Runs:
     return runs._replace(error=runs.under(law) * scatter)
 
 
+def table_of(runs: Runs) -> RunTable:
+    """The table of runs, whose models are named by their sizes: m3, m300."""
+    names = ("gmacs_per_sample", "samples_seen", "error", "unique_samples")
+    columns = (np.asarray(x).tolist() for x in runs[:4])
+    rows = [dict(zip(names, x, strict=True)) for x in zip(*columns, strict=True)]
+    return RunTable([row | {"arch": f"m{row[names[0]]:g}"} for row in rows])
+
+
 def frontier_coverage(tables: int, draws: int) -> float:
     """How often a frontier's interval contains alpha, where runs end above the law."""
     law, inside = KNOWN["power"], []
@@ -52,17 +60,17 @@ def frontier_coverage(tables: int, draws: int) -> float:
         rng = np.random.default_rng(seed)
         scatter = NOISE * rng.standard_normal(36) + 0.1 * rng.exponential(size=36)
         runs = Runs(one, compute, law(one, compute) * np.exp(scatter))
-        low, high = fit("power", runs, draws=draws).interval("alpha")
-        inside.append(low < law.alpha < high)
+        low, high = fit_law("power", runs, draws=draws).interval("alpha")
+        inside.append(low < law.parameters["alpha"] < high)
     return float(np.mean(inside))
 
 
-def families(form: Form, seed: int, draws: int) -> tuple[Family, Family]:
+def families(form: Form, seed: int, draws: int) -> tuple[Fit, Fit]:
     """Fits to two tables, of laws that cross."""
     made = []
     for number, law in enumerate((KNOWN[form], OTHERS[form]), 2 * seed):
         runs = measured(law, number, counts=5)
-        made.append(Family(runs, fit(form, runs, "all", draws=draws, seed=number)))
+        made.append(fit_law(form, runs, "all", draws=draws, seed=number))
     return made[0], made[1]
 
 
@@ -71,7 +79,7 @@ def true_crossing(form: Form) -> float:
 
     def gap(log_compute: float) -> float:
         compute, sizes = np.exp(log_compute), (0.3, 3e3)
-        one, other = (optimum(law[form], compute, sizes).error for law in (KNOWN, OTHERS))
+        one, other = (law[form].optimum(compute, sizes).error for law in (KNOWN, OTHERS))
         return float(one - other)
 
     return float(np.exp(brentq(gap, np.log(1e7), np.log(1e13))))

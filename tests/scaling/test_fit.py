@@ -1,24 +1,23 @@
-"""The published fits, known laws recovered, and what a fit refuses."""
+"""What a fit of a table answers, as JSON values and in words."""
 
-from typing import Any
+import json
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from scipy import stats
-from scipy.optimize import curve_fit
 
-from clip_jax.scaling import fit as fits
-from clip_jax.scaling import table
-from clip_jax.scaling.answers import PUBLISHED
-from clip_jax.scaling.fit import fit
-from clip_jax.scaling.laws import Runs, frontier, optimum, pareto
+from clip_jax.errors import InputError
+from clip_jax.models import zoo
+from clip_jax.scaling import plots
+from clip_jax.scaling.fit import PUBLISHED, FitConfig, describe, fit
+from clip_jax.scaling.run_table import gmacs, read
 from tests.scaling.conftest import POINTS
-from tests.scaling.known import KNOWN, NOISE, frontier_coverage, measured
+from tests.scaling.known import KNOWN, measured, table_of
 
-
-def published(metric: str = "imagenet1k_acc1", data: str = "LAION*") -> Runs:
-    rows = table.read(POINTS, metric, [f"upstream_dataset={data}"])
-    return table.named(rows, metric, is_score=True).runs
+TABLE = read(POINTS)
+LAION = FitConfig(where=("upstream_dataset=LAION*",), draws=100)
 
 
 def test_the_eight_published_fits_to_four_digits():
@@ -26,150 +25,129 @@ def test_the_eight_published_fits_to_four_digits():
     for metric, laws in PUBLISHED.items():
         for models, (alpha, beta) in laws.items():
             data, through = ("LAION*", "frontier") if models == "LAION" else ("CLIP-WIT", "all")
-            law: Any = fit("power", published(metric, data), through, draws=10).law
-            assert round(float(law.alpha), 4) == alpha
-            assert float(f"{law.beta:.4g}") == beta
+            where = (f"upstream_dataset={data}",)
+            law = fit(TABLE, FitConfig(metric=metric, where=where, through=through, draws=100))
+            assert round(law["alpha"], 4) == alpha
+            assert float(f"{law['beta']:.4g}") == beta
 
 
-def test_the_published_predictions():
-    first, second = (fit("power", published(), seed=1) for _ in range(2))
-    at = np.array([190.97, 290.74, 532.92]), np.array([68e9, 34e9, 68e9])
-    predicted = first.predict(*at)
-    # g/14 at 34B was later measured at 78.5%: inside the interval.
-    assert predicted.low[1] < 1 - 0.785 < predicted.high[1]
-    # The same table and seed give the same intervals.
-    assert first.interval("alpha") == second.interval("alpha")
-    np.testing.assert_array_equal(predicted, second.predict(*at))
-    # A single run is less certain than the law.
-    everything: Any = fit("power", published(), "all")
-    assert round(float(everything.law.alpha), 3) == -0.101
-    for fitted in (first, everything):
-        run, law = fitted.predict(*at), fitted.curve(*at)
-        np.testing.assert_array_equal(run.error, law.error)
-        ordered = np.array([run.low, law.low, law.error, law.high, run.high])
-        assert (np.diff(ordered, axis=0) > 0).all()
+def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
+    config = replace(
+        LAION,
+        predict=(
+            "ViT-H-14@68B",
+            "ViT-g-14@34B",
+            "ViT-bigG-14@68B",
+            "ViT-B-32@100K",
+            "ViT-H-14@1000B",
+        ),
+        hold_out=1e12,
+        plot=tmp_path / "plots" / "imagenet",
+    )
+    result = json.loads(json.dumps(fit(TABLE, config)))  # JSON values throughout
+    assert (round(result["alpha"], 4), round(result["beta"], 3)) == (-0.1114, 5.858)
+    assert (len(result["points"]), result["irreducible_error"]) == (5, None)
+    scores = [round(100 * p["score"], 1) for p in result["predictions"].values()][:3]
+    assert scores == [79.7, 79.1, 81.9]  # bigG's size is the zoo's: no such run is in the table
+    for prediction in result["predictions"].values():
+        low, high = prediction["score_interval"]
+        assert 0 <= low <= prediction["score"] <= high <= 1
+    assert result["hold_out"]["mean_relative_error"] < 0.03
+    assert result["hold_out"]["inside_interval"] == len(result["hold_out"]["runs"]) == 4
+    assert [Path(p).name for p in result["plots"]] == ["imagenet.svg", "imagenet.png"]
+    assert all(Path(p).stat().st_size > 10_000 for p in result["plots"])
+    (far,) = result["warnings"]
+    assert far.startswith("ViT-H-14@1000B is ")
+    assert "times the largest run's compute" in far
+    text = describe(result)
+    assert "ViT-H-14@68B: 79.7%" in text
+    assert "4 of them inside the 95% interval" in text
 
 
-def test_lines_steeper_than_any_float_are_not_drawn():
-    """Three points leave one degree of freedom, of which some draws are extreme."""
-    runs = Runs(np.array([1e3, 3e3, 1e4]), np.full(3, 1e12), np.exp([0.3, -0.5, 0.2]))
-    drawn: Any = fit("power", runs, "all", draws=20_000)
-    assert 19_000 < len(drawn.drawn.beta) < 20_000
-    assert not np.isnan(fits.evaluate(drawn.drawn, np.array(1e3), np.array(1e12))).any()
+def test_families_are_compared_from_one_table(tmp_path: Path):
+    config = replace(LAION, compare="upstream_dataset", through="all", plot=tmp_path / "families")
+    with mock.patch.object(plots, "save", autospec=True, return_value=[]) as save:
+        result = json.loads(json.dumps(fit(TABLE, config)))
+    save.assert_called_once_with(mock.ANY, tmp_path / "families")
+    assert set(result["families"]) == {"LAION-2B", "LAION-400M", "LAION-80M"}
+    for family in result["families"].values():
+        assert len(family["residuals"]) == family["runs"]
+        for at in family["curve"]:
+            assert at["interval"][0] < at["error"] < at["interval"][1]
+    assert len(result["pairs"]) == 3
+    small = next(x for x in result["pairs"] if x["families"] == ["LAION-2B", "LAION-80M"])
+    # Of more data the law is steeper: with the largest compute it is better, surely.
+    assert small["ratios"][1]["low"] > 1
+    assert small["crossing"]["better"] == 0
+    assert small["paired"]["pairs"] == 9  # B/32, B/16 and L/14 at 3B, 13B and 34B
+    text = describe(result)
+    assert "LAION-80M beside LAION-2B:" in text
+    assert "in 9 pairs of runs alike in all else" in text
+    few = fit(TABLE, replace(config, where=(), plot=None, form="saturating"))
+    assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points (all) cannot determine")
+    assert "irreducible   not determined by these runs" in describe(few)
+    parameters = [family["parameters"]["irreducible"] for family in few["families"].values()]
+    assert min(x["interval"][0] for x in parameters) == 0  # and no error is negative
 
 
-def test_a_budget_is_divided_and_an_irreducible_error_that_runs_determine_is_stated():
-    for form in ("saturating", "additive"):
-        law = KNOWN[form]
-        fitted: Any = fit(form, measured(law, 0, 0.005, 6, 6), "all", draws=60)
-        assert fits.irreducible(fitted) == pytest.approx(float(law.irreducible), rel=0.03)
-    sizes = np.geomspace(3, 300, 12)
-    choice = fits.allocate(fitted, 1e9, sizes)
-    assert choice.best == np.argmin(law(sizes, 1e9 / sizes))
-    assert choice.samples == 1e9 / sizes[choice.best]
-    assert choice.share.sum() == pytest.approx(1)
-    assert choice.share[choice.best] > 0.5
-    # A larger budget buys a larger model.
-    assert fits.allocate(fitted, 1e11, sizes).best > choice.best
-
-
-def test_repeated_samples_and_large_batches_count_less():
+def test_what_a_law_takes_besides_is_a_column():
     law = KNOWN["repeated"]
-    # Seen four times, samples are nearly as good as new; seen a thousand times, worth 16 epochs.
-    assert 1 < law(100.0, 4e7, 1e7) / law(100.0, 4e7) < 1.05
-    assert law(100.0, 1e10, 1e7) == pytest.approx(law(100.0, 16e7), rel=0.02)
-    assert law(100.0, 1e6, 1e9) == law(100.0, 1e6)  # none of them twice
-    batched = KNOWN["batched"]
-    assert batched(100.0, 1e9, 3e4) == pytest.approx(batched(100.0, 5e8))  # half of them count
+    table = table_of(measured(law, noise=0))
+    config = FitConfig(
+        metric="error", metric_is="error", form="repeated", draws=100,
+        predict=("m300@100M", "m300@100M/1M"),
+    )  # fmt: skip
+    result = fit(table, config)
+    assert result["parameters"]["fade"]["value"] == pytest.approx(15, rel=0.05)
+    new, again = (x["error"] for x in result["predictions"].values())
+    assert new == pytest.approx(law(300.0, 1e8), rel=0.01)
+    assert again == pytest.approx(law(300.0, 1e8, 1e6), rel=0.01)
+    optimal = result["optimal"]
+    assert optimal["size_exponent"]["value"] == pytest.approx(0.3 / 0.8, rel=0.03)
+    for at in optimal["divisions"]:
+        assert at["size"]["value"] * at["samples"]["value"] == pytest.approx(at["compute"])
+    assert "best division of compute: N grows as C^0.3" in describe(result)
+    with pytest.raises(InputError, match="no column 'global_batch'"):
+        fit(table, replace(config, form="batched"))
 
 
-def test_compute_is_divided_best():
-    law, compute = KNOWN["additive"], np.geomspace(1e8, 1e12, 5)
-    division = optimum(law, compute, (1e-3, 1e6))
-    np.testing.assert_allclose(division.size * division.samples, compute)
-    for nearby in (0.9, 1.1):
-        error = law(division.size * nearby, division.samples / nearby)
-        assert (error > division.error).all()
-    slope = np.diff(np.log(division.size)) / np.diff(np.log(compute))
-    np.testing.assert_allclose(slope, 0.3 / 0.8)
-    assert optimum(law, compute, (1.0, 2.0)).size.max() == 2.0
-    _, low, high = fits.best(fit("additive", measured(law), "all"), compute, (1e-3, 1e6))["error"]
-    assert ((low < division.error) & (division.error < high)).all()
-
-
-def test_the_frontier_is_the_least_error_of_each_bin():
-    compute = np.array([1.0, 2.0, 30.0, 30.0, 1000.0])
-    error = np.array([0.9, 0.8, 0.5, 0.6, 0.1])
-    centre, least = frontier(compute, error, np.array([0.0, 1.0, 2.0, 3.0, 4.0]))
-    np.testing.assert_allclose(centre, 10 ** np.array([0.5, 1.5, 2.5, 3.5]))
-    np.testing.assert_array_equal(least, [0.8, 0.5, np.inf, 0.1])
-    runs = Runs(compute, np.ones(5), error)
-    np.testing.assert_array_equal(pareto(runs), [True, True, True, False, True])
+def test_a_budget_names_a_model_and_its_samples():
+    law = KNOWN["additive"]
+    table = table_of(measured(law, 0, 0.005, 12, 6))
+    config = FitConfig(metric="error", metric_is="error", form="additive", draws=100)
+    small, large = (fit(table, replace(config, budget=6e9 * c))["budget"] for c in (1e9, 1e11))
+    sizes = np.geomspace(3, 300, 12)
+    assert small["model"] == f"m{sizes[np.argmin(law(sizes, 1e9 / sizes))]:g}"
+    shares = {option["model"]: option["share_of_draws"] for option in small["options"]}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[small["model"]] > 0.5
+    # A larger budget buys a larger model.
+    assert float(large["model"][1:]) > float(small["model"][1:])
+    config = replace(LAION, where=("upstream_dataset=LAION-2B",), form="additive")
+    small, large = (fit(TABLE, replace(config, budget=budget))["budget"] for budget in (1e20, 1e23))
+    for budget in (small, large):
+        assert len(budget["options"]) == 5  # the models in the table
+        spent = budget["samples"] * gmacs(zoo.get(budget["model"])) * 6e9
+        assert spent == pytest.approx(budget["training_flops"], rel=2e-3)
+    chosen = fit(TABLE, replace(config, budget=1e23, candidates=("ViT-bigG-14", "ViT-B-32")))
+    assert "1e+23 training FLOPs: ViT-bigG-14 on" in describe(chosen)
 
 
 @pytest.mark.parametrize(
-    ("form", "through", "changes", "message"),
+    ("changes", "message"),
     [
-        ("additive", "frontier", {}, "needs sizes and samples"),
-        ("saturating", "all", {}, "3 points .* 4 parameters"),
-        ("power", "frontier", {"error": np.array([0.5, 0.1, 0.0])}, "positive"),
-        ("repeated", "all", {}, "distinct samples of each run, more than 0"),
-        ("batched", "all", {"third": np.zeros(3)}, "batch of each run, more than 0"),
+        ({"metric": "imagenet"}, "no column 'imagenet'; it has arch, "),
+        ({"where": ("dataset=LAION",)}, "must be COLUMN=PATTERN"),
+        ({"where": ("arch=RN50",)}, "no row"),
+        ({"predict": ("ViT-L-14",)}, "MODEL@SAMPLES"),
+        ({"predict": ("ViT-L-14@many",)}, "not a number of samples"),
+        ({"predict": ("ViT-X-14@1B",)}, "no architecture 'ViT-X-14'; did you mean"),
+        ({"hold_out": 1e30}, "nothing to predict"),
+        ({"compare": "arch", "where": ("arch=ViT-H-14",)}, "takes two families of runs or more"),
+        ({"compare": "family"}, "compare='family' is no column; there are arch, "),
+        ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "predict and budget ask one"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(form, through, changes, message):
-    runs = Runs(np.arange(1.0, 4), np.ones(3), np.full(3, 0.5))
-    with pytest.raises(ValueError, match=message):
-        fit(form, runs._replace(**changes), through)
-
-
-def test_a_straight_lines_intervals_are_the_textbooks():
-    """Student's t: of the slope, the line's height and a new run, beyond the data as well."""
-    rng, samples = np.random.default_rng(0), np.geomspace(1e9, 1e13, 12)
-    error = 5 * samples**-0.11 * np.exp(NOISE * rng.standard_normal(12))
-    fitted: Any = fit("power", Runs(np.ones(12), samples, error), "all", draws=40_000)
-    x, y, reach = np.log(samples), np.log(error), stats.t.ppf([0.025, 0.975], 10)
-    line: Any = stats.linregress(x, y)
-    alpha = line.slope + reach * line.stderr
-    np.testing.assert_allclose(fitted.interval("alpha"), alpha)
-    beta = np.exp(line.intercept + reach * line.intercept_stderr)
-    np.testing.assert_allclose(fitted.interval("beta"), beta)
-    drawn = np.array(fits.middle(fitted.drawn.alpha))
-    np.testing.assert_allclose(drawn, alpha, atol=0.03 * (alpha[1] - alpha[0]))
-    noise = np.square(y - line.slope * x - line.intercept).sum() / 10
-    height = noise * (1 / 12 + (np.log(1e14) - x.mean()) ** 2 / np.square(x - x.mean()).sum())
-    for answer, variance in ((fitted.curve, height), (fitted.predict, height + noise)):
-        _, low, high = answer(np.array(1.0), np.array(1e14))
-        np.testing.assert_allclose(np.log(high / low), 2 * reach[1] * np.sqrt(variance))
-
-
-@pytest.mark.parametrize("form", ["saturating", "additive", "repeated", "batched"])
-def test_estimates_and_intervals_are_those_of_scipy(form: fits.Form):
-    """Weighted least squares; while noise is small, draws have the covariance of its Jacobian."""
-    law, runs = KNOWN[form], measured(KNOWN[form], noise=0.01)
-    fitted, truth = fit(form, runs, "all", draws=80), np.array(law)
-
-    def error(at: Runs, *relative: float) -> np.ndarray:
-        return np.asarray(at.under(type(law)(*(truth * relative))))
-
-    start = np.ones(len(truth))
-    expected, covariance = curve_fit(
-        lambda _, *relative: error(runs, *relative), None, runs.error, start, sigma=runs.error
-    )
-    np.testing.assert_allclose(np.array(fitted.law), truth * expected, rtol=5e-3)
-    spread = np.sqrt(np.diag(covariance)) / expected
-    np.testing.assert_allclose(np.std(np.log(np.array(fitted.drawn)), axis=1), spread, rtol=0.3)
-    # The law and one new run, at ten times the largest compute.
-    ahead = Runs(*(np.array([x]) for x in (300.0, 1e11, 1.0, 1e5)))
-    point = error(ahead, *expected)
-    slopes = [error(ahead, *(expected + 1e-4 * one)) - point for one in np.eye(len(truth))]
-    slope = np.ravel(slopes) / 1e-4 / point
-    variance = slope @ covariance @ slope
-    for answer, scatter in ((fitted.curve, 0), (fitted.predict, 1e-4)):
-        _, low, high = answer(ahead.size, ahead.samples, ahead.third)
-        wanted = 2 * 1.96 * np.sqrt(variance + scatter)
-        np.testing.assert_allclose(np.log(high / low), wanted, rtol=0.35)
-
-
-def test_the_frontiers_interval_holds_the_truth_more_often_than_not():
-    assert frontier_coverage(tables=20, draws=40) >= 0.8
+def test_wrong_use_is_told(changes: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        fit(TABLE, replace(LAION, **changes))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +15,18 @@ from clip_jax.cli.commands import main
 from clip_jax.config import load_config
 from clip_jax.errors import InputError
 from clip_jax.optim import Constant, CoolDown
-from clip_jax.scaling import jobs, table
+from clip_jax.scaling import jobs, run_table
 from clip_jax.scaling import ladder as ladders
-from clip_jax.scaling.ladder import LadderCommand, climb, grid, load_ladder
-from clip_jax.scaling.price import HardwareConfig
-from clip_jax.scaling.rules import BranchesConfig, RulesConfig
-from clip_jax.scaling.sweep import SweepConfig
+from clip_jax.scaling.ladder import (
+    BranchesConfig,
+    HardwareConfig,
+    LadderCommand,
+    RulesConfig,
+    SweepConfig,
+    climb,
+    grid,
+    load_ladder,
+)
 from tests.conftest import DIGITS, ROOT
 from tests.scaling.conftest import POINTS, collected, stamps, tiny_ladder, train_all, write_spec
 
@@ -48,8 +55,14 @@ def test_every_point_follows_the_rules():
         ({"seeds": (0, 0)}, "names one twice"),
         ({"batch_sizes": (16,)}, "one for each of samples"),
         ({"samples": (128_000, 128_100)}, "samples lie too close"),
-        ({"batch_sizes": (16, 64), "branches": BranchesConfig()}, "trunk all have its batch size"),
-        ({"samples": (16, 512), "branches": BranchesConfig()}, "has 1 steps: .* no trunk is left"),
+        (
+            {"batch_sizes": (16, 64), "branches": BranchesConfig()},
+            "all have its batch size",
+        ),
+        (
+            {"samples": (16, 512), "branches": BranchesConfig()},
+            "1 steps: .* no parent run is left",
+        ),
         ({"sweep": SweepConfig(), "branches": BranchesConfig()}, "branches and sweep"),
     ],
 )
@@ -58,38 +71,38 @@ def test_ladders_that_make_no_sense_are_refused(changes: dict[str, Any], message
         grid(tiny_ladder(**({"samples": (128, 512)} | changes)), Path("root"))
 
 
-def test_points_branch_from_one_trunk_a_model_and_seed(tmp_path):
+def test_points_branch_from_one_parent_a_model_and_seed(tmp_path):
     branches = BranchesConfig(share=0.2, shape="sqrt")
     cooled = tiny_ladder(samples=(160, 640), seeds=(0, 7), branches=branches)
     points = grid(cooled, tmp_path)
-    names = itertools.product((0, 7), ("-trunk", "@160", "@640"))
+    names = itertools.product((0, 7), ("-parent", "@160", "@640"))
     assert [point.name for point in points][:6] == [f"w16{x}-seed{seed}" for seed, x in names]
-    trunk, short, long = points[:3]
-    assert (trunk.config.steps, trunk.config.optim.schedule) == (32, Constant())
-    assert (trunk.config.checkpoint.also, trunk.config.evals) == ((8, 32), ())
+    parent, short, long = points[:3]
+    assert (parent.config.steps, parent.config.optim.schedule) == (32, Constant())
+    assert (parent.config.checkpoint.also, parent.config.evals) == ((8, 32), ())
     cool_down = CoolDown(steps=2, shape="sqrt")
     assert (short.config.steps, short.config.optim.schedule) == (10, cool_down)
-    assert (short.trunk, short.first_step, long.first_step) == ("w16-trunk-seed0", 8, 32)
-    assert long.config.branch_from == f"{tmp_path / 'w16-trunk-seed0'}@32"
-    # The branches' warm-up is the trunk's: that of the shortest point.
+    assert (short.parent, short.first_step, long.first_step) == ("w16-parent-seed0", 8, 32)
+    assert long.config.branch_from == f"{tmp_path / 'w16-parent-seed0'}@32"
+    # The branches' warm-up is the parent's: that of the shortest point.
     assert {point.config.optim.warmup_steps for point in points} == {1}
-    step = flops.of_step(trunk.config).total
+    step = flops.of_step(parent.config).total
     assert [point.training_flops / step for point in points[:3]] == [32, 2, 8]
     alone, together = ladders.compute_saved(points)
     assert together / alone == pytest.approx(42 / 50)
     text = ladders.describe(points, set(), cooled)
-    assert "16% saved. The trunks keep the checkpoints of 8 steps" in text
-    assert (trunk.is_ready(), short.is_ready()) == (True, False)
+    assert "16% saved. The parent runs keep the checkpoints of 8 steps" in text
+    assert (parent.is_ready(), short.is_ready()) == (True, False)
 
 
-def test_a_trunk_goes_with_its_branches(tmp_path):
+def test_a_parent_goes_with_its_branches(tmp_path):
     spec = write_spec(tmp_path, "samples=(160, 640), branches=BranchesConfig(), seeds=(0, 1)")
 
     def names(**flags):
         command = LadderCommand(spec=spec, root=tmp_path / "root", dry_run=True, **flags)
         return {point["name"] for point in climb(command, print)["points"]}
 
-    runs = {f"w16{kind}-seed{seed}" for kind in ("-trunk", "@160") for seed in (0, 1)}
+    runs = {f"w16{kind}-seed{seed}" for kind in ("-parent", "@160") for seed in (0, 1)}
     assert names(only="w16@160-*") == runs
     parts = [names(part=f"{part}/4") for part in (1, 2, 3, 4)]
     assert [len(part) for part in parts] == [3] * 4
@@ -114,11 +127,11 @@ def test_the_published_grid_costs_what_the_published_table_says():
     """Forward GMACs to 0.2%, total compute too; training FLOPs are six times that, and the loss."""
     points = grid(load_ladder(ROOT / "configs/ladder_datacomp.py"), Path("root"))
     assert len(points) == 6 * 7
-    rows = table.read(POINTS, "gmacs_total", ())
+    rows = run_table.read(POINTS).rows
     published = {(row["arch"], row["samples_seen_scale"]): row for row in rows}
     compared = 0
     for point in points:
-        config, gmacs = point.config, table.gmacs(point.config.model)
+        config, gmacs = point.config, run_table.gmacs(point.config.model)
         assert config.optim.warmup_steps < config.steps / 5
         assert point.samples_seen == pytest.approx(point.samples, rel=2e-3)
         loss = flops.training(config.model, config.batch_size).loss * config.steps
@@ -192,13 +205,13 @@ def test_what_is_missing_is_trained_and_a_failure_exits_with_1(tmp_path, capsys)
     assert "optim.warmup_steps: 1 in" in capsys.readouterr().err
 
 
-def test_branches_follow_their_trunk(tmp_path):
+def test_branches_follow_their_parent(tmp_path):
     spec = write_spec(tmp_path, "samples=(96, 160), branches=BranchesConfig(share=0.4)")
     with mock.patch.object(jobs, "run", autospec=True, side_effect=train_all) as ran:
         climb(LadderCommand(spec=spec, root=tmp_path / "root", only="w16*"), print)
     some = {job.name: job.after for job in ran.call_args.args[0]}
-    assert some.pop("w16-trunk-seed0") == ""
-    assert some == dict.fromkeys(("w16@96-seed0", "w16@160-seed0"), "w16-trunk-seed0")
+    assert some.pop("w16-parent-seed0") == ""
+    assert some == dict.fromkeys(("w16@96-seed0", "w16@160-seed0"), "w16-parent-seed0")
     assert all(job.is_ready() for job in ran.call_args.args[0])
     for row in collected(tmp_path):
         own = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
@@ -229,3 +242,32 @@ def test_wrong_use_of_the_command(changes, message, tmp_path):
     values = {"spec": write_spec(tmp_path), "root": tmp_path / "root"} | changes
     with pytest.raises(InputError, match=message):
         climb(LadderCommand(**values), print)
+
+
+def swept_ladder(sweep, **changes):
+    both = tiny_ladder(samples=(1_024,), sweep=sweep, **changes)
+    return replace(both, models={"w": both.base.model})
+
+
+def test_a_point_has_a_trial_for_every_combination():
+    swept = {"learning_rates": (0.5, 2), "batch_sizes": (16, 64), "warmups": (1, 2)}
+    sweep, rules = SweepConfig(weight_decays=(0.1, 0.2), **swept), RulesConfig(reference_width=16)
+    points = grid(swept_ladder(sweep, rules=rules), Path("root"))
+    assert len(points) == len({point.name for point in points}) == 2**4
+    by_name = {point.name: point.config for point in points}
+    one = by_name["w@1K-rate0.5-batch64-warmup2-decay0.2-seed0"]
+    # The base: 2e-3 and 2 steps of warm-up at batch 16; four times the batch, twice the rate.
+    assert (one.batch_size, one.steps, one.optim.weight_decay) == (64, 16, 0.2)
+    assert one.optim.learning_rate == pytest.approx(0.5 * 2 * 2e-3)
+    assert one.optim.warmup_steps == 2 * 1  # a tenth of 16 steps at most, by the rules
+    single = grid(swept_ladder(SweepConfig(learning_rates=(0.5,)), seeds=(0, 3)), Path("root"))
+    assert [point.name for point in single] == ["w@1K-seed0", "w@1K-seed3"]
+
+
+def test_sweeps_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match=r"sweep\.learning_rates=\(1, 1\) must name each"):
+        SweepConfig(learning_rates=(1, 1))
+    with pytest.raises(InputError, match=r"sweep\.warmups=\(\)"):
+        SweepConfig(warmups=())
+    with pytest.raises(InputError, match=r"sweep\.warmups=50 makes 100 steps of warm-up, of 64"):
+        grid(swept_ladder(SweepConfig(warmups=(1, 50))), Path("root"))

@@ -7,16 +7,16 @@ import pytest
 from matplotlib.text import Text
 
 from clip_jax.scaling import plots
-from clip_jax.scaling.compare import Family, crossing
-from clip_jax.scaling.fit import Form, fit
-from clip_jax.scaling.laws import PowerLaw
+from clip_jax.scaling.laws import PowerLaw, Runs
+from clip_jax.scaling.uncertainty import Form, crossing, fit_law
 from tests.scaling.known import KNOWN, measured
 
 
-def named() -> plots.Named:
+def named() -> Runs:
     runs = measured(KNOWN["additive"], noise=0.02, sizes=3)
-    models = tuple({3: "small", 30: "$^medium$", 300: "large"}[round(s)] for s in runs.size)
-    return plots.Named(runs, models, tuple(f"{s:.0e}" for s in runs.samples))
+    models = [{3: "small", 30: "$^medium$", 300: "large"}[round(s)] for s in runs.size]
+    lengths = [f"{s:.0e}" for s in runs.samples]
+    return runs._replace(model=np.array(models), length=np.array(lengths))
 
 
 def words(page: Any) -> list[str]:
@@ -25,12 +25,12 @@ def words(page: Any) -> list[str]:
 
 @pytest.mark.parametrize("form", ["power", "additive"])
 def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: Form, tmp_path):
-    table = named()
-    fitted = fit(form, table.runs, "frontier" if form == "power" else "all", draws=20)
+    runs = named()
+    fitted = fit_law(form, runs, "frontier" if form == "power" else "all", draws=20)
     ahead = (1e13, fitted.predict(np.array(300.0), np.array(1e13 / 300)))
     page, same = (
         plots.figure(
-            table, fitted, fit_label="our law", others={"their law": PowerLaw(-0.1, 5.0)},
+            fitted, fit_label="our law", others={"their law": PowerLaw(-0.1, 5.0)},
             predictions={"what is next": ahead}, error_label="held-out loss", title="a $^ladder$",
         )
         for _ in range(2)
@@ -42,7 +42,7 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     upper, lower = page.axes[:2]
     assert upper.get_xscale() == upper.get_yscale() == lower.get_xscale() == "log"
     low, high = lower.get_ylim()
-    off = 100 * (table.runs.error / fitted.law(table.runs.size, table.runs.samples) - 1)
+    off = 100 * (runs.error / fitted.law(runs.size, runs.samples) - 1)
     assert low < off.min() < off.max() < high
     (svg, png), (again, _) = plots.save(page, tmp_path / "a"), plots.save(same, tmp_path / "b")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -51,9 +51,9 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
 
 
 def test_families_are_drawn_side_by_side():
-    runs = named().runs
+    runs = named()
     better = runs._replace(error=runs.error * (runs.compute / 1e10) ** -0.05)
-    both = [Family(x, fit("additive", x, "all", draws=20)) for x in (runs, better)]
+    both = [fit_law("additive", x, "all", draws=20) for x in (runs, better)]
     families = dict(zip(("first", "second"), both, strict=True))
     page = plots.compared(families, error_label="held-out loss")
     assert {"first", "second", "held-out loss", "off first, %"} <= {*words(page)}

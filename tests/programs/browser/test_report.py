@@ -21,7 +21,7 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
 
     rows = page.locator("#runs tbody tr")
     assert [row.locator("td").first.inner_text() for row in rows.all()] == sorted(names)
-    finished = [x for x in names if not re.search("trunk|6.4K", x) or x == "w16@6.4K-seed0"]
+    finished = [x for x in names if not re.search("parent|6.4K", x) or x == "w16@6.4K-seed0"]
     assert page.locator("#points .mark").count() == len(finished)
     assert page.locator("#residuals .mark").count() == len(finished)
     assert page.locator("#points path.law").count() == 1
@@ -31,8 +31,8 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     states = {row.locator("td").nth(1).inner_text() for row in bad.all()}
     assert states == {"failed", "stopped", "not begun"}
     expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
-    expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 trunks")
-    expect(page.locator("#said")).to_contain_text("info_nce: power law")
+    expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 parent runs")
+    expect(page.locator("#summary")).to_contain_text("info_nce: power law")
     expect(page.locator("#cards")).to_contain_text("13 of 16")
     text = page.locator("body").inner_text()
     assert [words for words in ("NaN", "undefined", "Infinity", "[object") if words in text] == []
@@ -49,7 +49,7 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     assert (pairs[0], pairs[-1]) == ("0", "6.4K")
 
     page.locator("#points .mark").first.dispatch_event("mousemove", {"clientX": 9, "clientY": 9})
-    expect(page.locator("#tip")).to_contain_text("a branch of w16-trunk-seed0 at step 80")
+    expect(page.locator("#tip")).to_contain_text("a branch of w16-parent-seed0 at step 80")
     shown = page.locator("#points .mark").count()
     page.get_by_role("button", name="w32").click()
     assert page.locator("#points .mark").count() == shown - 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clip_jax.errors import InputError
-from clip_jax.scaling.report import ReportConfig, page, report
+from clip_jax.scaling.html_report import ReportConfig, page, report
 from tests.scaling.conftest import POINTS, write_ladder
 
 
@@ -36,12 +36,12 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
     assert failed["words"] == "clip-jax: step 391: loss nan"
     assert runs["w32@6.4K-seed0"]["status"] == "stopped"
     branch = runs["w16@1.6K-seed0"]
-    assert (branch["trunk"], branch["first"]) == ("w16-trunk-seed0", 80)
+    assert (branch["parent"], branch["first"]) == ("w16-parent-seed0", 80)
     assert branch["flops_spent"] == branch["training_flops"] / 5
     assert branch["curves"]["loss"][0][0] == 81 * 16
-    assert len(runs["w16-trunk-seed0"]["curves"]["loss"]) == 240  # of 320 steps
+    assert len(runs["w16-parent-seed0"]["curves"]["loss"]) == 240  # of 320 steps
     assert (branch["hours"], abs(branch["off"]) < 0.2) == (0.01, True)
-    assert "off" not in runs["w16-trunk-seed0"]  # it evaluates nothing
+    assert "off" not in runs["w16-parent-seed0"]  # it evaluates nothing
     assert [law["name"] for law in data["laws"]] == [summary["metric"]] == ["info_nce"]
     assert data["left_out"] == []
 
@@ -62,7 +62,7 @@ def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
         ({"compare": "schedule"}, "takes two families", 1),
         ({"where": ("arch=no*",)}, "no row of the table", 0),
     ):
-        assert why in report(replace(ours, **changes))["said"][0]
+        assert why in report(replace(ours, **changes))["summary"][0]
         assert len(read(ours.output)["laws"]) == laws
 
 

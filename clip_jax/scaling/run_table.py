@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.vit import ViTConfig
 from clip_jax.scaling.laws import Runs
-from clip_jax.scaling.plots import Named
 from clip_jax.serialize import from_dict
-from clip_jax.storage.files import Place, place, walk, write_whole
+from clip_jax.storage.files import Place, check_destination, place, walk, write_whole
 from clip_jax.storage.files import read as read_file
 from clip_jax.storage.json_files import read_rows
 
@@ -43,6 +42,138 @@ FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
 SAMPLES_IN_NAME = re.compile(r"(?:_s|Samples-)(\d+(?:\.\d+)?)([bBmM])(?=_|$)")
 OPENAI_SAMPLES = 12.8e9  # CLIP paper, 2.5: 32 epochs of 400M pairs
 CLIP_BENCHMARK = {"dataset", "model", "pretrained", "task"}
+RECALL = {"image": "img_r", "text": "txt_r"}  # as Cherti et al. name CLIP_benchmark's recalls
+
+
+# ------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Rows by column: text or numbers, and nothing where a run says nothing."""
+
+    rows: Sequence[Row]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def check(self, *columns: str) -> None:
+        """Raise InputError for a column that is not there."""
+        for column in columns:
+            if column not in (names := self.columns):
+                raise InputError(
+                    f"the table has no column {column!r}; it has {', '.join(names) or 'no rows'}."
+                )
+
+    def select(self, metric: str, where: Sequence[str] = ()) -> "RunTable":
+        """Keep the rows that have the metric and match every COLUMN=PATTERN.
+
+        Raises InputError for a column that is not there, and when nothing is left.
+        """
+        self.check("arch", "samples_seen", "gmacs_per_sample", metric)
+        rows = [row for row in self.rows if text(row, metric)]
+        for condition in where:
+            column, equals, pattern = condition.partition("=")
+            if not equals or column not in self.columns:
+                raise InputError(
+                    f"where={condition!r} must be COLUMN=PATTERN with one of "
+                    f"{', '.join(self.columns)}."
+                )
+            rows = [row for row in rows if fnmatch(text(row, column), pattern)]
+        if not rows:
+            raise InputError(f"no row of the table has {metric!r} and matches {list(where)}.")
+        return RunTable(rows)
+
+    def groups(self, key: Callable[[Row], Any]) -> dict[Any, "RunTable"]:
+        """Put rows with the same key together, in the order of the first of each."""
+        groups: dict[Any, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(key(row), []).append(row)
+        return {value: RunTable(rows) for value, rows in groups.items()}
+
+    def numbers(self, column: str) -> np.ndarray:
+        """Return a column of numbers. Raises InputError for a cell that is none."""
+        return np.array([number(row, column) for row in self.rows])
+
+    def runs(self, metric: str, is_score: bool, third: str = "") -> Runs:
+        """Make runs of rows: errors from the metric, the third quantity from a column."""
+        columns = ["gmacs_per_sample", "samples_seen", metric, *([third] if third else [])]
+        self.check(*columns)
+        sizes, samples, values, *others = map(self.numbers, columns)
+        if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
+            raise InputError(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
+        labels = [
+            text(row, "samples_seen_scale") or short(count)
+            for row, count in zip(self.rows, samples.tolist(), strict=True)
+        ]
+        return Runs(
+            size=sizes,
+            samples=samples,
+            error=1 - values if is_score else values,
+            third=others[0] if others else None,
+            model=np.array([row["arch"] for row in self.rows]),
+            length=np.array(labels),
+        )
+
+
+def text(row: Row, column: str) -> str:
+    """Return a cell as the text that a file has of it."""
+    return "" if row.get(column) is None else str(row[column])
+
+
+def number(row: Row, column: str) -> float:
+    """Read a cell. Raises InputError if it is empty or no number."""
+    try:
+        return float(text(row, column))
+    except ValueError as error:
+        what = f"{column} of {row['arch']} is {text(row, column)!r}, not a number"
+        raise InputError(f"{what}: mend the table, or leave the row out by --where.") from error
+
+
+def read(path: Place) -> RunTable:
+    """Read a table: the one place that does. Raises InputError for a file that is none."""
+    if not path.is_file():
+        raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
+    return RunTable(_csv_lines(path))
+
+
+def write(table: RunTable, path: Place) -> None:
+    """Write a table as CSV; a column for everything that any of its rows has."""
+    file = io.StringIO()
+    columns = list(dict.fromkeys([*FIRST, *table.columns]))
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
+    write_whole(path, file.getvalue())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """Gather finished runs into one table."""
+
+    paths: tuple[Place, ...] = (Path("runs"),)  # run directories, open_clip's logs, CSV files
+    output: Place = Path("scaling.csv")  # the table
+    samples: tuple[str, ...] = ()  # CHECKPOINT=12.8B, for names that don't say what they have seen
+
+
+def collect(config: CollectConfig) -> dict[str, Any]:
+    """Write the table. Returns its path, the number of rows and why runs were left out."""
+    check_destination(config.output, "--output", folder=False)
+    samples = {}
+    for pair in config.samples:
+        name, equals, count = pair.rpartition("=")
+        if not equals:
+            raise InputError(f"samples={pair!r} must be CHECKPOINT=NUMBER, such as openai=12.8B.")
+        samples[name] = parse_count(count)
+    table, skipped = gather(config.paths, samples)
+    if not table.rows:
+        raise InputError(
+            f"no finished run under {', '.join(map(str, config.paths))}"
+            + "".join(f"\n  {line}" for line in skipped)
+        )
+    write(table, config.output)
+    return {"table": str(config.output), "rows": len(table.rows), "skipped": skipped}
 
 
 # ------------------------------------------------------------------ numbers and names
@@ -108,10 +239,10 @@ def _size_of(arch: str) -> Row:
 # ------------------------------------------------------------------ gathering
 
 
-def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[list[Row], list[str]]:
+def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[RunTable, list[str]]:
     """Read every finished run below the paths, whatever wrote it.
 
-    A directory is searched for our work directories and open_clip's; a `.csv` is CLIP_benchmark's
+    A directory is searched for our run directories and open_clip's; a `.csv` is CLIP_benchmark's
     or already such a table; a `results.jsonl` is open_clip's.
 
     Args:
@@ -119,20 +250,20 @@ def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[list[Row]
       samples: samples seen, by the name of a checkpoint or of an open_clip run that does not say.
 
     Returns:
-      The rows, and one line for each run that could not become one.
+      The table, and one line for each run that could not become a row of it.
     """
     rows: list[Row] = []
     skipped: list[str] = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path} does not exist; give work directories or tables.")
+            raise InputError(f"{path} does not exist; give run directories or tables.")
         for file in sorted(_files(path)):
             for read_row in _readers(file, samples):
                 try:
                     rows.append(read_row())
                 except Unfinished as reason:
                     skipped.append(f"{file}: {reason}")
-    return rows, skipped
+    return RunTable(rows), skipped
 
 
 class Unfinished(Exception):
@@ -155,10 +286,8 @@ def _readers(file: Place, samples: dict[str, float]) -> list[Callable[[], Row]]:
     lines = _csv_lines(file)
     columns = set(lines[0]) if lines else set()
     if columns >= CLIP_BENCHMARK:
-        models: dict[tuple[str, str], list[dict[str, str]]] = {}
-        for line in lines:
-            models.setdefault((line["model"], line["pretrained"]), []).append(line)
-        return [functools.partial(_clip_benchmark, mine, file, samples) for mine in models.values()]
+        models = RunTable(lines).groups(lambda line: (line["model"], line["pretrained"]))
+        return [functools.partial(_clip_benchmark, x.rows, file, samples) for x in models.values()]
     if {"arch", "samples_seen"} <= columns:
         return [functools.partial(dict, {"source": str(file), **line}) for line in lines]
     return [functools.partial(_unknown, "neither CLIP_benchmark's columns nor a table of runs")]
@@ -189,11 +318,11 @@ def _unknown(reason: str) -> Row:
 
 
 def _ours(file: Place) -> Row:
-    """A work directory of `clip-jax train`."""
+    """A run directory of `clip-jax train`."""
     config = file.with_name("config.json")
     if not config.exists():
         raise Unfinished("no config.json beside it")
-    with _expecting("the result.json and config.json of a work directory"):
+    with _expecting("the result.json and config.json of a run directory"):
         result, run = (json.loads(path.read_text()) for path in (file, config))
         run = upgrade(run)
         end = run["steps"]  # a run that --stop-after has stopped is in the middle of its schedule
@@ -210,7 +339,7 @@ def _ours(file: Place) -> Row:
 
 
 def of_run(run: dict[str, Any], step: int) -> Row:
-    """Say what a work directory's config tells of a run that has come to a step.
+    """Say what a run directory's config tells of a run that has come to a step.
 
     Raises LookupError, TypeError or ValueError for what is no such config.
     """
@@ -229,7 +358,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
         "training_flops": work(step),
-        "flops_spent": max(work(step) - work(first), 0),  # a trunk had done the first steps
+        "flops_spent": max(work(step) - work(first), 0),  # a parent run had done the first steps
         **_kinds(run),
         "seed": run["seed"],
         "global_batch": batch_size,
@@ -241,7 +370,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 
 
 def _kinds(run: dict[str, Any]) -> Row:
-    """Say by what families of runs are told apart: from a work directory's config."""
+    """Say by what families of runs are told apart: from a run directory's config."""
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
@@ -260,13 +389,16 @@ def _open_clip(file: Place, samples: dict[str, float]) -> Row:
     params = next((p / "params.txt" for p in file.parents[:2] if (p / "params.txt").exists()), None)
     if not lines or params is None:
         raise Unfinished("empty" if not lines else "no params.txt beside or above it")
-    given = dict(line.split(": ", 1) for line in params.read_text().splitlines() if ": " in line)
+    options = dict(line.split(": ", 1) for line in params.read_text().splitlines() if ": " in line)
     with _expecting("a results.jsonl and params.txt of open_clip"):
-        arch, epochs = given["model"], int(given["epochs"])
+        arch, epochs = options["model"], int(options["epochs"])
         last, epoch = lines[-1], int(lines[-1].get("epoch", epochs))
     if epoch < epochs:
         raise Unfinished(f"stopped at epoch {epoch} of {epochs}")
-    name, per_epoch = given.get("name", file.parent.name), given.get("train_num_samples", "None")
+    name, per_epoch = (
+        options.get("name", file.parent.name),
+        options.get("train_num_samples", "None"),
+    )
     if name not in samples and per_epoch == "None":
         raise Unfinished(f"train_num_samples is not in params.txt; give --samples {name}=12.8B")
     row = {
@@ -275,24 +407,18 @@ def _open_clip(file: Place, samples: dict[str, float]) -> Row:
         **_size_of(arch),
         "source": str(file),
         "name": name,
-        "seed": given.get("seed"),
-        "lr": given.get("lr"),
-        "warmup": given.get("warmup"),
+        "seed": options.get("seed"),
+        "lr": options.get("lr"),
+        "warmup": options.get("warmup"),
     }
     for key, value in last.items():
         if key not in ("epoch", "num_samples") and isinstance(value, int | float):
-            row[_open_clip_metric(key)] = value
+            key = re.sub("^imagenet-", "imagenet1k-", key)
+            row[re.sub(r"^(imagenet\w+)-zeroshot-val-top(\d)$", r"\1_acc\2", key)] = value
     return row
 
 
-def _open_clip_metric(key: str) -> str:
-    match = re.fullmatch(r"(imagenet\w*)-zeroshot-val-top(\d)", key)
-    if not match:
-        return key
-    return f"{'imagenet1k' if match[1] == 'imagenet' else match[1]}_acc{match[2]}"
-
-
-def _clip_benchmark(lines: list[dict[str, str]], file: Place, samples: dict[str, float]) -> Row:
+def _clip_benchmark(lines: Sequence[Row], file: Place, samples: dict[str, float]) -> Row:
     """CLIP_benchmark's lines of one model, one a data set."""
     checkpoint = Path(lines[0]["pretrained"]).name
     row = {
@@ -305,18 +431,11 @@ def _clip_benchmark(lines: list[dict[str, str]], file: Place, samples: dict[str,
     for line in lines:
         dataset = line["dataset"].removeprefix("wds/").replace("/", "_")
         for key, value in line.items():
-            metric = _clip_benchmark_metric(key, value)
-            if metric:
-                row[f"{dataset}_{metric}"] = float(value)
+            if key in CLIP_BENCHMARK or not re.fullmatch(r"[-+\d.eE]+", value or ""):
+                continue
+            metric = re.sub("^(image|text)_retrieval_recall@", lambda x: RECALL[x[1]], key)
+            row[f"{dataset}_{metric}"] = float(value)
     return row
-
-
-def _clip_benchmark_metric(key: str, value: str) -> str | None:
-    if key in CLIP_BENCHMARK | {"language"} or not re.fullmatch(r"[-+\d.eE]+", value or ""):
-        return None
-    return key.replace("image_retrieval_recall@", "img_r").replace(
-        "text_retrieval_recall@", "txt_r"
-    )
 
 
 def _samples_of(checkpoint: str, samples: dict[str, float]) -> float:
@@ -331,76 +450,3 @@ def _samples_of(checkpoint: str, samples: dict[str, float]) -> float:
             f"{checkpoint}=12.8B"
         )
     return parse_count(match[1] + match[2].upper())
-
-
-# ------------------------------------------------------------------ the table itself
-
-
-def write(rows: list[Row], path: Place) -> None:
-    """Write rows as CSV; a column for everything that any of them has."""
-    columns = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row)]))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, file.getvalue())
-
-
-def read(path: Place, metric: str, where: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows that have the metric and match every COLUMN=PATTERN of `where`.
-
-    Raises InputError for a file that is no such table, a column that is not there, and when
-    nothing is left.
-    """
-    if not path.is_file():
-        raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
-    rows = _csv_lines(path)
-    columns = list(rows[0]) if rows else []
-    for column in ("arch", "samples_seen", "gmacs_per_sample", metric):
-        if column not in columns:
-            raise InputError(
-                f"{path} has no column {column!r}; it has {', '.join(columns) or 'no rows'}."
-            )
-    for condition in where:
-        column, equals, pattern = condition.partition("=")
-        if not equals or column not in columns:
-            raise InputError(
-                f"where={condition!r} must be COLUMN=PATTERN with one of {', '.join(columns)}."
-            )
-        rows = [row for row in rows if fnmatch(row[column] or "", pattern)]
-    rows = [row for row in rows if row[metric]]
-    if not rows:
-        raise InputError(f"no row of {path} has {metric!r} and matches {list(where)}.")
-    return rows
-
-
-def number(row: dict[str, str], column: str) -> float:
-    """Read a cell. Raises InputError if it is empty or no number."""
-    try:
-        return float(row[column] or "")
-    except ValueError as error:
-        what = f"{column} of {row['arch']} is {row[column]!r}, not a number"
-        raise InputError(f"{what}: mend the table, or leave the row out by --where.") from error
-
-
-def named(rows: list[dict[str, str]], metric: str, is_score: bool, third: str = "") -> Named:
-    """Make runs of rows: errors from the metric, `third` from a column, labels for a plot."""
-    columns = [metric, "samples_seen", "gmacs_per_sample", *([third] if third else [])]
-    if missing := set(columns) - rows[0].keys():
-        raise InputError(f"the table has no column {missing.pop()!r}; it has {', '.join(rows[0])}.")
-    values, samples, sizes, *others = (
-        np.array([number(row, column) for row in rows]) for column in columns
-    )
-    runs = Runs(
-        size=sizes,
-        samples=samples,
-        error=1 - values if is_score else values,
-        third=others[0] if others else None,
-    )
-    if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
-        raise InputError(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
-    labels = tuple(
-        row.get("samples_seen_scale") or short(count)
-        for row, count in zip(rows, samples.tolist(), strict=True)
-    )
-    return Named(runs, tuple(row["arch"] for row in rows), labels)

@@ -1,4 +1,4 @@
-"""The best of a sweep's trials, and the rule for rates: on tables of a known law."""
+"""The best of a sweep's trials, and the rule for learning rates: on tables of a known law."""
 
 import csv
 import itertools
@@ -11,8 +11,8 @@ from scipy import stats
 
 from clip_jax.cli.commands import main
 from clip_jax.errors import InputError
-from clip_jax.scaling import table
-from clip_jax.scaling.rates import ChooseConfig, choose, describe, fit_rule, vertex
+from clip_jax.scaling import run_table
+from clip_jax.scaling.choose import ChooseConfig, choose, describe, fit_rule, vertex
 
 WIDTHS = (16, 32, 64, 128)
 RATES = [2.0**-n for n in range(5, 13)]
@@ -35,13 +35,15 @@ def write(path, *, batches=(64,), widths=WIDTHS, diverged=()):
             "global_batch": batch, "warmup": 38, "weight_decay": 0.1, "width": width, "seed": seed,
             "loss": loss, "accuracy": 1 / loss,
         })  # fmt: skip
-    table.write(rows, path)
+    run_table.write(run_table.RunTable(rows), path)
     return path
 
 
 def test_the_rule_is_estimated_and_predicts_the_largest_width(tmp_path):
     trials, output = write(tmp_path / "trials.csv", batches=(32, 64, 128)), tmp_path / "best.csv"
-    best = choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy", output=output))
+    best = choose(
+        run_table.read(trials), ChooseConfig(choose_by="loss", report="accuracy", output=output)
+    )
     assert [point["width"] for point in best["points"]] == list(WIDTHS)
     for point in best["points"]:
         assert point["global_batch"] == 64
@@ -63,43 +65,43 @@ def test_an_optimum_at_the_edge_is_reported(tmp_path, capsys):
     command = ["scale", "choose", str(trials), "--choose-by", "loss", "--report", "accuracy"]
     assert main([*command, "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
-    edges = [["batch: highest"], ["rate: lowest", "batch: highest"]]
+    edges = [["batch: highest"], ["learning rate: lowest", "batch: highest"]]
     assert [point["edges"] for point in points] == edges
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert text.count("AT THE EDGE of the grid, rate: lowest") == 1
+    assert text.count("AT THE EDGE of the grid, learning rate: lowest") == 1
     assert "chosen by loss" in text
-    assert "rule: rate = " not in text  # one width below the largest
+    assert "rule: learning rate = " not in text  # one width below the largest
 
 
 def test_one_batch_says_nothing_of_its_exponent_and_columns_must_be_there(tmp_path):
     trials = write(tmp_path / "trials.csv")
-    best = choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy"))
+    best = choose(run_table.read(trials), ChooseConfig(choose_by="loss", report="accuracy"))
     assert "batch_exponent" not in best["rule"]
     assert "batch /" not in describe(best)
-    with pytest.raises(InputError, match="no column 'top1'; collect the sweep anew"):
-        choose(ChooseConfig(table=trials, choose_by="loss", report="top1"))
+    with pytest.raises(InputError, match="no column 'top1'; it has arch, "):
+        choose(run_table.read(trials), ChooseConfig(choose_by="loss", report="top1"))
     with pytest.raises(InputError, match="choose_by and report are both 'loss'"):
-        ChooseConfig(table=trials, choose_by="loss", report="loss")
+        ChooseConfig(choose_by="loss", report="loss")
 
 
 def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
-    config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
-    write(config.table, diverged=RATES[:2])
-    for point in choose(config)["points"]:
+    config = ChooseConfig(choose_by="loss", report="accuracy")
+    trials = write(tmp_path / "trials.csv", diverged=RATES[:2])
+    for point in choose(run_table.read(trials), config)["points"]:
         assert abs(math.log2(point["lr"] / best_rate(point["width"], 64))) < 0.55
-    write(config.table, diverged=RATES)
+    write(trials, diverged=RATES)
     with pytest.raises(InputError, match="samples has a finite loss with every seed"):
-        choose(config)
+        choose(run_table.read(trials), config)
 
 
 @pytest.mark.parametrize("column", ["lr", "width", "samples_seen", "accuracy", "loss"])
 def test_a_cell_without_a_number_is_named(column, tmp_path):
-    config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
-    rows = list(csv.DictReader(write(config.table).read_text().splitlines()))
-    table.write([row | {column: "-" if column == "loss" else ""} for row in rows], config.table)
+    config = ChooseConfig(choose_by="loss", report="accuracy")
+    rows = run_table.read(write(tmp_path / "trials.csv")).rows
+    table = run_table.RunTable([row | {column: "-" if column == "loss" else ""} for row in rows])
     with pytest.raises(InputError, match=f"{column} of w16 is '-?', not a number: mend the table"):
-        choose(config)
+        choose(table, config)
 
 
 def test_a_parabola_estimates_the_rate_between_those_of_the_grid():

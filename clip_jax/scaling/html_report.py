@@ -3,21 +3,21 @@
 The page is one file without a server: data, style and script are in it, and it asks for nothing.
 """
 
-import dataclasses
 import fcntl
 import re
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.scaling import answers, table
-from clip_jax.scaling import fit as fits
-from clip_jax.scaling.words import describe
+from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
+from clip_jax.scaling.run_table import Row, RunTable, gather, of_run, short, text
+from clip_jax.scaling.uncertainty import Form, Through
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
 from clip_jax.storage.files import Place, place
@@ -28,20 +28,20 @@ CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # before eva
 RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluations' results
 ERROR = re.compile(r"loss|info_nce")  # of those that are better when smaller
 # How a log ends that says why; anything else is a run that was killed, or goes on elsewhere.
-LAST_WORDS = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
+FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Put runs on one page, which opens from its file."""
 
-    paths: tuple[Place, ...] = (Path("runs"),)  # work directories, ladders, tables
+    paths: tuple[Place, ...] = (Path("runs"),)  # run directories, ladders, tables
     output: Place = Path("report.html")  # the page
     metric: str | None = None  # the result by which runs are points; None: the first evaluation's
     metric_is: Literal["score", "error"] | None = None  # None: error for a loss, or score
     where: tuple[str, ...] = ()  # points that the law takes: COLUMN=PATTERN, such as arch=ViT-B*
-    form: fits.Form = "power"  # as in `scale fit`
-    through: fits.Through | None = None
+    form: Form = "power"  # as in `scale fit`
+    through: Through | None = None
     compare: str | None = None  # column by which families are fitted apart
     draws: int = 1_000  # of the bootstrap
     price: float | None = None  # US dollars of an hour of what trains one run
@@ -53,19 +53,33 @@ class ReportConfig:
 def report(config: ReportConfig) -> dict[str, Any]:
     """Write the page. Returns its path, how many runs it shows by status, and what it says."""
     files.check_destination(config.output, "--output", folder=False)
-    rows, skipped = table.gather(config.paths, {})
-    finished = {str(row["source"]): row for row in rows}
+    table, skipped = gather(config.paths, {})
+    finished = {str(row["source"]): row for row in table.rows}
     folders = _folders(config.paths)
-    runs = [_run(folder, finished) for folder in folders]
+    runs = [_run(folder, finished.get(str(folder))) for folder in folders]
+    rows = [finished.get(str(folder)) for folder in folders]
     known = {run["folder"] for run in runs}
-    runs += [_row(row) for row in rows if str(row["source"]) not in known]
+    for row in table.rows:
+        if str(row["source"]) not in known:
+            runs.append(_shown(row))
+            rows.append(row)
     if not runs:
         raise InputError(
             f"no run under {', '.join(map(str, config.paths))}: give ladders or tables."
         )
-    metric = config.metric or _main_metric(rows)
+    # The first result of an evaluation that some run has, or the loss.
+    metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
-    laws, said = _laws(config, rows, metric, metric_is, runs)
+    by_row = {id(row): run for row, run in zip(rows, runs, strict=True)}
+    for row in table.rows:
+        if value := text(row, metric):
+            error = float(value) if metric_is == "error" else 1 - float(value)
+            by_row[id(row)]["error"] = error
+    options = FitConfig(
+        metric=metric, metric_is=metric_is, where=config.where, form=config.form,
+        through=config.through, compare=config.compare, draws=config.draws,
+    )  # fmt: skip
+    laws, summary = _laws(table, options, by_row)
     for run in runs:
         run["curves"] = {
             name: run["curves"][name] for name in (*CURVES, metric) if name in run["curves"]
@@ -77,7 +91,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "price": config.price,
         "runs": runs,
         "laws": laws,
-        "said": said,
+        "summary": summary,
         "left_out": [line for line in skipped if not any(line.startswith(f) for f in known)],
     }
     files.write_whole(config.output, page(data))
@@ -86,14 +100,14 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "page": str(config.output),
         "runs": {name: status.count(name) for name in dict.fromkeys(status)},
         "metric": metric,
-        "said": said,
+        "summary": summary,
     }
 
 
 def page(data: Mapping[str, Any]) -> str:
     """Put data into the page: no text in them can end its script, and NaN becomes null."""
     text = to_json(data).replace("<", "\\u003c")
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("html_report.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)
 
 
@@ -101,41 +115,41 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _folders(paths: Sequence[Place]) -> list[Place]:
-    """Find the work directories: also of runs that have not begun, or come to no end."""
-    found = []
-    for path in paths:
-        configs = (place(x) for x in files.walk(path) if x.endswith("config.json"))
-        found += [x.parent for x in configs if x.name == "config.json"] if path.is_dir() else []
-    return sorted(set(found), key=str)
+    """Find the run directories: also of runs that have not begun, or come to no end."""
+    configs = [
+        place(file) for path in paths if path.is_dir() for file in files.walk(path)
+        if file.endswith("config.json")
+    ]  # fmt: skip
+    return sorted({x.parent for x in configs if x.name == "config.json"}, key=str)
 
 
-def _run(folder: Place, finished: Mapping[str, table.Row]) -> dict[str, Any]:
-    """What the page shows of a work directory."""
-    run, result = (_read(folder / name) for name in ("config.json", "result.json"))
-    run = upgrade(run)
-    step, steps = result.get("step", 0), run.get("steps", 0)
+def _run(folder: Place, finished: Row | None) -> dict[str, Any]:
+    """What the page shows of a run directory."""
+    config, result = (_read(folder / name) for name in ("config.json", "result.json"))
+    config = upgrade(config)
+    step, steps = result.get("step", 0), config.get("steps", 0)
     try:
-        row = finished.get(str(folder)) or table.of_run(run, step)
+        row = finished or of_run(config, step)
     except (LookupError, TypeError, ValueError):
         row = {"arch": "unknown", "samples_seen": 0}
     words = _last_line(folder / "log.txt")
-    branch, first = branch_point(run["branch_from"]) if run.get("branch_from") else ("", 0)
-    if str(folder) in finished:
+    branch, first = branch_point(config["branch_from"]) if config.get("branch_from") else ("", 0)
+    if finished:
         status, words = "done", ""
     elif _is_held(folder / "lock"):
         status = "running"
-    elif LAST_WORDS.match(words):
+    elif FAILURE.match(words):
         status = "failed"
     else:
         status = "stopped" if step or (folder / "checkpoints").exists() else "not begun"
-    return _row(row) | {
+    return _shown(row) | {
         "name": folder.name,
         "folder": str(folder),
         "status": status,
         "step": step,
         "steps": steps,
         "first": first,
-        "trunk": Path(branch).name,
+        "parent": Path(branch).name,
         "words": words,
         "hours": result.get("seconds/total", 0.0) / 3600,
         "goodput": result.get("goodput"),
@@ -143,18 +157,18 @@ def _run(folder: Place, finished: Mapping[str, table.Row]) -> dict[str, Any]:
     }
 
 
-def _row(row: table.Row) -> dict[str, Any]:
+def _shown(row: Row) -> dict[str, Any]:
     """What the page shows of any row of a table."""
-    shown = ("arch", "family", "schedule", "data", "seed", "lr", "warmup", "global_batch")
+    names = ("arch", "family", "schedule", "data", "seed", "lr", "warmup", "global_batch")
     numbers = ("samples_seen", "gmacs_per_sample", "training_flops", "flops_spent")
     return {
-        "name": row.get("name") or f"{row['arch']}@{table.short(float(row['samples_seen']))}",
+        "name": row.get("name") or f"{row['arch']}@{short(float(row['samples_seen']))}",
         "folder": str(row.get("source", "")),
         "status": "done",
         "words": "",
         "hours": 0.0,
         "curves": {},
-        **{name: row.get(name) for name in shown},
+        **{name: row.get(name) for name in names},
         **{name: float(row.get(name) or 0) for name in numbers},
         "row": {name: str(value) for name, value in row.items() if value is not None},
     }
@@ -173,13 +187,10 @@ def _curves(folder: Place) -> dict[str, list[list[float]]]:
         for name, value in row.items():
             if isinstance(value, int | float) and abs(value) < float("inf"):
                 curves.setdefault(name, []).append([samples, float(f"{value:.5g}")])
-    return {name: _thin(curve) for name, curve in curves.items()}
-
-
-def _thin(curve: list[list[float]]) -> list[list[float]]:
-    if len(curve) <= POINTS:
-        return curve
-    return [curve[round(i * (len(curve) - 1) / (POINTS - 1))] for i in range(POINTS)]
+    for name, curve in curves.items():
+        kept = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
+        curves[name] = [curve[i] for i in kept]
+    return curves
 
 
 def _last_line(path: Place) -> str:
@@ -202,57 +213,32 @@ def _is_held(lock: Place) -> bool:
 # ------------------------------------------------------------------ laws
 
 
-def _main_metric(rows: Iterable[table.Row]) -> str:
-    """The first result of an evaluation that some run has, or the loss."""
-    return next((name for row in rows for name in row if RESULT.search(name)), "loss")
-
-
 def _laws(
-    config: ReportConfig,
-    rows: list[table.Row],
-    metric: str,
-    metric_is: Literal["score", "error"],
-    runs: list[dict[str, Any]],
+    table: RunTable, config: FitConfig, by_row: Mapping[int, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Fit the finished runs; give each its error and what it is off the law. And say what is found.
+    """Fit the finished runs; give each what it is off the law. And put the fit in words.
 
     Where nothing can be fitted, the page says why.
     """
-    for run in runs:
-        if (value := run["row"].get(metric)) not in (None, "") and run["status"] == "done":
-            run["error"] = float(value) if metric_is == "error" else 1 - float(value)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table.csv"
-        table.write(rows, path)
-        asked = answers.FitConfig(
-            table=path, metric=metric, metric_is=metric_is, where=config.where, form=config.form,
-            through=config.through, compare=config.compare, draws=config.draws,
-        )  # fmt: skip
-        said = []
+    summary = []
+    try:
+        table = table.select(config.metric, config.where)
         try:
-            read = table.read(path, metric, config.where)
-            try:
-                result = answers.fit(asked)
-            except InputError as error:
-                if not config.compare:
-                    raise
-                said = [f"{error} So here is one law for all.", ""]
-                result = answers.fit(dataclasses.replace(asked, compare=None))
+            result = fit(table, config)
         except InputError as error:
-            return [], [str(error).replace(str(path), "the table")]
-    laws = []
-    for name, family in result.get("families", {metric: result}).items():
+            if not config.compare:
+                raise
+            summary = [f"{error} So here is one law for all.", ""]
+            result = fit(table, config := replace(config, compare=None))
+    except InputError as error:
+        return [], [str(error)]
+    laws, column = [], config.compare
+    families = {config.metric: table}
+    if column is not None:
+        families = table.groups(lambda row: family_of(row, column))
+    for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
         laws.append({"name": name, "curve": curve})
-        column = result.get("compare")
-        mine = [row for row in read if column is None or (row[column] or f"no {column}") == name]
-        off = {_key(row): x for row, x in zip(mine, family["residuals"], strict=True)}
-        for run in runs:
-            if (key := _key(run["row"])) in off and "error" in run:
-                run["off"] = off[key]
-    return laws, said + describe(result).splitlines()
-
-
-def _key(row: Mapping[str, str]) -> frozenset[tuple[str, str]]:
-    """Tell a row from others, also of those that come from one file."""
-    return frozenset((name, value) for name, value in row.items() if value)
+        for row, off in zip(families[name].rows, family["residuals"], strict=True):
+            by_row[id(row)]["off"] = off
+    return laws, summary + describe(result).splitlines()

@@ -1,0 +1,300 @@
+"""The best trial of each point of a sweep, and a rule for learning rates across sizes.
+
+The rule is learning rate = exp(a) · width^b · batch^c, a straight line through logarithms, fitted
+to the optima of the smaller widths and held against the largest. A point's optimum is the vertex of
+the parabola through the best learning rate and its two neighbours, for each seed alone; seeds are
+the observations, and intervals are Student's.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from clip_jax.errors import InputError
+from clip_jax.scaling import run_table
+from clip_jax.scaling.run_table import Row, RunTable, number, short
+from clip_jax.storage import files
+from clip_jax.storage.files import Place
+
+SWEPT = {
+    "lr": "learning rate",
+    "global_batch": "batch",
+    "warmup": "warm-up",
+    "weight_decay": "weight decay",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseConfig:
+    """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
+
+    choose_by: str  # column by which trials are compared, such as info_nce
+    report: str  # column that is reported of the chosen; never the same: the best of many is lucky
+    best: Literal["min", "max"] = "min"  # of choose_by
+    where: tuple[str, ...] = ()  # COLUMN=PATTERN, all of which a row must match
+    output: Place | None = None  # a table of the chosen trials' runs alone, for `scale fit`
+
+    def __post_init__(self) -> None:
+        if self.choose_by == self.report:
+            raise InputError(
+                f"choose_by and report are both {self.report!r}: the best of many trials by a "
+                "metric is partly luck in it; report another one, or one of other data."
+            )
+
+    def loss(self, row: Row) -> float:
+        """What is least of the best."""
+        value = number(row, self.choose_by)
+        return value if self.best == "min" else -value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseCommand(ChooseConfig):
+    """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
+
+    table: Place  # what `scale collect` has written, all trials in it
+
+
+class Choice(NamedTuple):
+    """A point's best trial."""
+
+    trial: dict[str, float]  # learning rate, batch, warm-up and weight decay by their columns
+    trials: int  # of the point
+    rows: Sequence[Row]  # the trial's runs, one a seed
+    edges: list[str]  # what lies at the edge of the grid: "learning rate: highest"
+    optima: list[float]  # best learning rate of each seed, between those of the grid
+    factor: float  # between learning rates of the grid; NaN where only one was tried
+
+    @property
+    def width(self) -> float:
+        return number(self.rows[0], "width")
+
+
+class Rule(NamedTuple):
+    """learning rate = exp(coefficients · (1, ln width, ln batch)).
+
+    A column that never varies has 0.
+    """
+
+    coefficients: Float[np.ndarray, " 3"]
+    covariance: Float[np.ndarray, "3 3"]
+    variance: float  # of ln learning rate around the rule
+    freedom: int
+    observations: int
+
+    def predict(self, width: float, batch: float) -> tuple[float, float, float]:
+        """Return the learning rate, and where one more run's optimum lies in 95 of 100 cases."""
+        x = np.array([1.0, math.log(width), math.log(batch)])
+        middle = float(x @ self.coefficients)
+        half = self._t * math.sqrt(float(x @ self.covariance @ x) + self.variance)
+        return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+    def exponent(self, column: int) -> tuple[float, float, float]:
+        """Return the exponent of width (1) or batch (2) and its 95% interval."""
+        value = float(self.coefficients[column])
+        half = self._t * math.sqrt(float(self.covariance[column, column]))
+        return value, value - half, value + half
+
+    @property
+    def _t(self) -> float:
+        return float(special.stdtrit(self.freedom, 0.975))
+
+
+def choose(table: RunTable, config: ChooseConfig) -> dict[str, Any]:
+    """Return the best trial of every point, and the rule with its check, as JSON values.
+
+    Raises InputError for a table without the columns of a sweep.
+    """
+    files.check_destination(config.output, "--output", folder=False)
+    table = table.select(config.choose_by, config.where)
+    table.check(*SWEPT, "width", "seed", config.report)
+    points = table.groups(lambda row: (row["arch"], short(number(row, "samples_seen"))))
+    choices = [_best(point, config) for point in points.values()]
+    if config.output:
+        chosen = RunTable([row for choice in choices for row in choice.rows])
+        run_table.write(chosen, config.output)
+    return {
+        "choose_by": config.choose_by,
+        "report": config.report,
+        "points": [_point(choice, config) for choice in choices],
+        "rule": _rule(choices),
+    }
+
+
+def _best(point: RunTable, config: ChooseConfig) -> Choice:
+    """Choose among a point's trials by the mean over their seeds."""
+    groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
+    trials = {trial: group.rows for trial, group in groups.items()}
+    seeds = max(map(len, trials.values()))
+    losses = {
+        trial: float(np.mean([config.loss(row) for row in rows]))
+        for trial, rows in trials.items()
+        if len(rows) == seeds  # others diverged with some seed
+    }
+    losses = {trial: loss for trial, loss in losses.items() if math.isfinite(loss)}
+    if not losses:
+        row = point.rows[0]
+        raise InputError(
+            f"no trial of {row['arch']} with {row['samples_seen']} samples has a finite "
+            f"{config.choose_by} with every seed; sweep lower learning rates."
+        )
+    best = min(losses, key=losses.__getitem__)
+    edges = []
+    for i, what in enumerate(SWEPT.values()):
+        values = sorted({  # each batch has learning rates and warm-ups of its own
+            trial[i]
+            for trial in trials
+            if what == "batch" or trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
+        })  # fmt: skip
+        if len(values) > 1 and best[i] in (values[0], values[-1]):
+            edges.append(f"{what}: {'lowest' if best[i] == values[0] else 'highest'}")
+    learning_rates = sorted(trial[0] for trial in losses if trial[1:] == best[1:])
+    optima = []
+    for seed in sorted({row["seed"] for row in trials[best]}):
+        of_seed = [
+            config.loss(row)
+            for learning_rate in learning_rates
+            for row in trials[(learning_rate, *best[1:])]
+            if row["seed"] == seed
+        ]
+        if len(of_seed) == len(learning_rates):
+            optima.append(vertex(learning_rates, of_seed))
+    factor = max((b / a for a, b in itertools.pairwise(learning_rates)), default=math.nan)
+    trial = dict(zip(SWEPT, best, strict=True))
+    return Choice(trial, len(trials), trials[best], edges, optima, factor)
+
+
+def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
+    """Find where a parabola in the logarithm is least, through the best and its neighbours.
+
+    At an edge of the grid it is the best learning rate itself.
+    """
+    best = int(np.argmin(values))
+    if not 0 < best < len(learning_rates) - 1:
+        return learning_rates[best]
+    x = np.log(learning_rates[best - 1 : best + 2])
+    a, b, _ = np.polyfit(x - x[1], values[best - 1 : best + 2], 2)
+    return float(np.exp(x[1] - b / (2 * a))) if a > 0 else learning_rates[best]
+
+
+def fit_rule(
+    widths: Sequence[float], batches: Sequence[float], learning_rates: Sequence[float]
+) -> Rule | None:
+    """Fit the rule to optima, one observation each; None where there are too few."""
+    n = len(learning_rates)
+    x = np.stack([np.ones(n), np.log(widths), np.log(batches)], axis=1)
+    used = [0, *(i for i in (1, 2) if np.ptp(x[:, i]) > 0)]
+    freedom = n - len(used)
+    if freedom < 1 or 1 not in used:
+        return None
+    y = np.log(learning_rates)
+    inverse = np.linalg.pinv(x[:, used])
+    coefficients, covariance = np.zeros(3), np.zeros((3, 3))
+    coefficients[used] = inverse @ y
+    variance = float(np.sum((y - x @ coefficients) ** 2) / freedom)
+    covariance[np.ix_(used, used)] = variance * inverse @ inverse.T
+    return Rule(coefficients, covariance, variance, freedom, n)
+
+
+def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
+    """Fit the rule to all but the largest width, and hold it against that."""
+    largest = max(choice.width for choice in choices)
+    known = [
+        (choice.width, choice.trial["global_batch"], optimum)
+        for choice in choices
+        if choice.width < largest
+        for optimum in choice.optima
+    ]
+    rule = fit_rule(*zip(*known, strict=True)) if known else None
+    if rule is None:
+        return None
+    checks = []
+    for choice in (choice for choice in choices if choice.width == largest):
+        batch = choice.trial["global_batch"]
+        predicted, *interval = rule.predict(choice.width, batch)
+        measured = float(np.exp(np.mean(np.log(choice.optima))))
+        checks.append({
+            "arch": choice.rows[0]["arch"], "width": choice.width, "batch": batch,
+            "predicted": predicted, "interval": interval, "measured": measured,
+            "grid_steps": abs(math.log(predicted / measured)) / math.log(choice.factor),
+        })  # fmt: skip
+    first = min(choices, key=lambda choice: choice.width)
+    exponents = {
+        name: rule.exponent(column)
+        for name, column in (("width_exponent", 1), ("batch_exponent", 2))
+        if rule.covariance[column, column] > 0  # else it never varied
+    }
+    return {
+        **{name: value for name, (value, _, _) in exponents.items()},
+        "intervals": {name: interval for name, (_, *interval) in exponents.items()},
+        "learning_rate": rule.predict(first.width, first.trial["global_batch"])[0],
+        "reference_width": first.width,
+        "reference_batch": first.trial["global_batch"],
+        "observations": rule.observations,
+        "checks": checks,
+    }
+
+
+def _point(choice: Choice, config: ChooseConfig) -> dict[str, Any]:
+    """Say what was chosen, and what it measured in both metrics."""
+    metrics, row = {}, choice.rows[0]
+    for name in (config.choose_by, config.report):
+        rows = [row for row in choice.rows if run_table.text(row, name)] or choice.rows
+        values = RunTable(rows).numbers(name)
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        metrics[name] = {"mean": float(values.mean()), "sd": std}
+    return {
+        "arch": row["arch"], "width": choice.width, "samples_seen": number(row, "samples_seen"),
+        **choice.trial, "trials": choice.trials, "seeds": len(choice.rows),
+        "optima": choice.optima, "edges": choice.edges, "metrics": metrics,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------ for a terminal
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Write the choices as a table, then the rule and its check."""
+    by, of = result["choose_by"], result["report"]
+    lines = [f"chosen by {by} (mean over seeds); {of} is reported"]
+    for point in result["points"]:
+        swept = ", ".join(f"{what} {point[name]:g}" for name, what in SWEPT.items())
+        values = (
+            f"{name} {point['metrics'][name]['mean']:.4g}"
+            + ("" if (std := point["metrics"][name]["sd"]) is None else f" ± {std:.2g}")
+            for name in (by, of)
+        )
+        lines.append(
+            f"{point['arch']} @ {short(point['samples_seen'])}: {swept} (of "
+            f"{point['trials']} trials, {point['seeds']} seeds): {', '.join(values)}"
+        )
+        lines += [
+            f"  AT THE EDGE of the grid, {edge}: the optimum may lie beyond"
+            for edge in point["edges"]
+        ]
+    if (rule := result["rule"]) is None:
+        reason = "fewer than two widths below the largest"
+        return "\n".join([*lines, f"no rule for learning rates: {reason}"])
+    law = f"rule: learning rate = {rule['learning_rate']:.3g}"
+    for name in ("width", "batch"):
+        if interval := rule["intervals"].get(f"{name}_exponent"):
+            exponent = _between(rule[f"{name}_exponent"], interval)
+            law += f" · ({name} / {rule[f'reference_{name}']:g})^{exponent}"
+    lines.append(f"{law}, from {rule['observations']} optima of all but the largest width")
+    lines += [
+        f"at width {check['width']:g}, batch {check['batch']:g} it predicts "
+        f"{_between(check['predicted'], check['interval'])}; measured {check['measured']:.3g}, "
+        f"{check['grid_steps']:.2f} grid steps away"
+        for check in rule["checks"]
+    ]
+    return "\n".join(lines)
+
+
+def _between(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
