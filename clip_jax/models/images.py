@@ -92,7 +92,7 @@ def zeros(spec: ImageSpec, batch_size: int) -> Images:
 
 def write_row(images: Images, row: int, image: Images) -> None:
     """Put one image into a batch in host memory."""
-    jax.tree.map(lambda into, x: np.copyto(into[row], x[0]), images, image)
+    jax.tree.map(lambda into, x: np.copyto(into[row : row + 1], x), images, image)
 
 
 def num_bytes(images: Images) -> int:
