@@ -158,7 +158,7 @@ def demo(args: Sequence[str]) -> int:
 
 def serve(args: Sequence[str]) -> int:
     """serve over HTTP, many clients at once: clip-jax serve MODEL --embeddings EMBEDDINGS"""
-    from clip_jax.serve.command import serve as run_server
+    from clip_jax.serve.server import serve as run_server
     from clip_jax.serve.service import ServeConfig
 
     config, _ = arguments.read(ServeConfig, args, ("model",), serve)

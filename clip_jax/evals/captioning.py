@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from clip_jax import sharding
 from clip_jax.evals import prompts
@@ -65,11 +65,12 @@ def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B 
 
 
 def write(
-    model: CLIP, params: Params, images: Images, *, generation: GenerationConfig
-) -> Int[Array, "B L"]:
-    """Write a caption for each image, as token ids."""
+    model: CLIP, params: Params, images: Images, seed: UInt32[Array, ""] | None = None, *,
+    generation: GenerationConfig,
+) -> Int[Array, "B L"]:  # fmt: skip
+    """Write a caption for each image, as token ids; `seed` is one that is not compiled in."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
-    return generate(model, params, image_tokens, generation)
+    return generate(model, params, image_tokens, generation, seed)
 
 
 def loss_of_text(

@@ -90,10 +90,11 @@ def embed_images(
 
 
 def embed_texts(
-    model: CLIP, params: Params, tokens: Int[Array, "B L"]
-) -> Float[Array, "B E"]:  # fmt: skip
-    """Embed rows of tokens at unit length."""
-    return l2_normalize(model.encode_text(params, tokens))
+    model: CLIP, params: Params, tokens: Int[Array, "B L"], *, normalize: bool = True
+) -> Float[Array, "B E"]:
+    """Embed rows of tokens, at unit length unless `normalize` is off."""
+    features = model.encode_text(params, tokens)
+    return l2_normalize(features) if normalize else features
 
 
 def without_projection(model: CLIP, params: Params) -> tuple[CLIP, Params]:

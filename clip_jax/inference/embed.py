@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from clip_jax.data.sources.any import absolute, open_images
 from clip_jax.engine import Counted, On, runner
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.inference.loading import Model, load, unit
-from clip_jax.inference.predict import DTYPE, computed
+from clip_jax.inference.predict import read_images
+from clip_jax.models.layers import DType
+from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 from clip_jax.storage.json_files import read_json
@@ -35,11 +37,27 @@ class EmbedConfig:
     image_column: str = "image"  # of a table: the image's path
     rows_per_file: int = 1024  # images a file; a kill loses at most as many
     batch_size: int = 64  # images at a time
-    dtype: DTYPE = "float32"  # of the computation
+    dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
         read_part(self.part)
         check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder holds embeddings of: its `embed.json`."""
+
+    model: str
+    source: str
+    rows: int
+    dtype: str
+    parts: int
+    rows_per_file: int
+    batch_size: int
+    image_column: str
+    weights: list[float]  # see `sample`
+    digest: str = ""  # of the images' names; older folders have none
 
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
@@ -49,15 +67,15 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     killed goes on where it stopped.
     """
     files.check_destination(config.output, "--output")
-    _to_embed.cache_clear()  # the files may have changed
+    _opened.cache_clear()  # the files may have changed
     source = open_images(config.source, config.image_column)
     number, parts = read_part(config.part)
     rows = rows_of_files(len(source), number, parts, config.rows_per_file)
     missing = [some for some in rows if _is_missing(path_of(config.output, some))] or [range(0)]
     work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
-    with runner(config.on) as does:
-        does.run("embed", work, [(some, len(some)) for some in missing], model=True)
-    skipped = [line for some in rows for line in skipped_in(path_of(config.output, some)) or ()]
+    with runner(config.on) as tasks:
+        tasks.run("embed", work, [(some, len(some)) for some in missing], model=True)
+    skipped = [line for some in rows for line in _skipped_in(path_of(config.output, some)) or ()]
     count = sum(map(len, rows)) - len(skipped)
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
@@ -72,7 +90,7 @@ def path_of(folder: Place, rows: range) -> Place:
     return folder / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
 
 
-def skipped_in(path: Place) -> list[dict[str, str]] | None:
+def _skipped_in(path: Place) -> list[dict[str, str]] | None:
     """Return what `clip-jax embed` left out of a file, and why; None if the file is damaged."""
     try:
         with files.open_file(path) as file:
@@ -82,14 +100,14 @@ def skipped_in(path: Place) -> list[dict[str, str]] | None:
 
 
 def _is_missing(path: Place) -> bool:
-    if is_damaged := path.exists() and skipped_in(path) is None:
+    if is_damaged := path.exists() and _skipped_in(path) is None:
         print(f"{path} is damaged and made anew", file=sys.stderr)
     return is_damaged or not path.exists()
 
 
 @functools.lru_cache(maxsize=1)
-def _to_embed(config: EmbedConfig) -> tuple[Model, StoredSource]:
-    """What a process embeds, file after file. Raises InputError if the folder has another's
+def _opened(config: EmbedConfig) -> tuple[Model, StoredSource]:
+    """Open what a process embeds, file after file. Raises InputError if the folder has another's
     embeddings."""
     model = load(config.model, dtype=config.dtype)
     source = open_images(config.source, config.image_column)
@@ -98,16 +116,16 @@ def _to_embed(config: EmbedConfig) -> tuple[Model, StoredSource]:
 
 
 def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
-    (model, source), path = _to_embed(config), path_of(config.output, rows)
+    (model, source), path = _opened(config), path_of(config.output, rows)
     size = config.batch_size
     if not rows:
         return
     files.remove_partial(path)  # of a run that was killed
     indices, skipped, features = [], [], [np.empty((0, model.config.embed_dim), np.float32)]
-    embed = lambda pixels: unit(model.encode_image(pixels, batch_size=size))  # noqa: E731
-    for read, found, failed in computed(model, rows, source.image, embed, size):
-        indices += [index for index, _ in read]
-        features += [found] if read else []
+    for readable, images, failed in read_images(model, rows, source.image, size):
+        indices += readable
+        if images is not None:
+            features.append(unit(model.encode_image(images, batch_size=size)))
         skipped += [{"key": source.key(index), "reason": reason} for index, reason in failed]
     flat = pa.array(np.concatenate(features).ravel())
     table = pa.table(
@@ -123,36 +141,51 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
 
 
 def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> None:
-    """Say what the folder holds; raises InputError if it holds something else already."""
-    wanted = {
-        "model": absolute(str(config.model)), "source": absolute(config.source),
-        "rows": len(source), "dtype": config.dtype, "parts": read_part(config.part)[1],
-        "rows_per_file": config.rows_per_file, "batch_size": config.batch_size,
-        "image_column": config.image_column, "weights": sample(model),
-        "digest": digest(source, blocks=False),
-    }  # fmt: skip
-    path = config.output / "embed.json"
-    before = read_json(path)
-    if path.exists():
-        there = {"digest": wanted["digest"]} | before  # an older one has none
-        if there | {"weights": wanted["weights"]} == wanted != there:
-            raise InputError(
-                f"{config.output} holds embeddings of another checkpoint of {config.model}; choose "
-                "another output."
-            )
-        if there | {"digest": wanted["digest"]} == wanted != there:
-            raise InputError(
-                f"{config.source} has other images than those that {config.output} was begun with, "
-                "or in another order: files were renamed or replaced. Choose another output."
-            )
-        for name, value in wanted.items():
-            if there.get(name) != value:
+    """Write what the folder holds; raises InputError if it holds something else already."""
+    manifest = Manifest(
+        model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
+        dtype=config.dtype, parts=read_part(config.part)[1], rows_per_file=config.rows_per_file,
+        batch_size=config.batch_size, image_column=config.image_column, weights=sample(model),
+        digest=digest(source, blocks=False),
+    )  # fmt: skip
+    before = read_manifest(config.output)
+    if before == manifest:
+        return
+    if before is not None:
+        new, old = asdict(manifest), asdict(before)
+        old["digest"] = old["digest"] or new["digest"]
+        match [name for name in new if new[name] != old[name]]:
+            case ["weights"]:
                 raise InputError(
-                    f"{config.output} holds embeddings with {name}={there.get(name)!r}, now "
-                    f"{value!r}; resume with the same, or choose another output."
+                    f"{config.output} holds embeddings of another checkpoint of {config.model}; "
+                    "choose another output."
                 )
-    if before != wanted:
-        files.write_whole(path, json.dumps(wanted, indent=1))
+            case ["digest"]:
+                raise InputError(
+                    f"{config.source} has other images than those that {config.output} was begun "
+                    "with, or in another order: files were renamed or replaced. Choose another "
+                    "output."
+                )
+            case [name, *_]:
+                raise InputError(
+                    f"{config.output} holds embeddings with {name}={old[name]!r}, now "
+                    f"{new[name]!r}; resume with the same, or choose another output."
+                )
+    files.write_whole(config.output / "embed.json", json.dumps(asdict(manifest), indent=1))
+
+
+def read_manifest(folder: Place) -> Manifest | None:
+    """Say what a folder holds embeddings of; None if it has no `embed.json`. Raises InputError if
+    that is damaged."""
+    path, advice = folder / "embed.json", "Embed the images anew."
+    if not path.exists():
+        return None
+    content = read_json(path, advice=advice)
+    known = {x.name: content[x.name] for x in fields(Manifest) if x.name in content}
+    try:
+        return from_dict(Manifest, known, str(path))
+    except InputError as error:
+        raise InputError(f"{error} It is damaged. {advice}") from error
 
 
 def sample(model: Model) -> list[float]:

@@ -116,13 +116,10 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
     model = load_on_mesh(config.model, mesh, dtype=dtype)
-    how = model.image_preprocess
-    clip = replace(
-        model.clip, config=replace(model.clip.config, image_mean=how.mean, image_std=how.std)
-    )
     return Encoder(
-        clip, model.params, mesh, how, lambda texts: model.tokenize(texts, True), config.model.name
-    )
+        model.clip, model.params, mesh, model.image_preprocess,
+        lambda texts: model.tokenize(texts, True), config.model.name,
+    )  # fmt: skip
 
 
 def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:

@@ -21,10 +21,12 @@ from clip_jax.convert.weights import cast, default_preprocess
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.data.tokenizers.vocabulary import check_same
-from clip_jax.display import Display
 from clip_jax.errors import InputError
+from clip_jax.evals.captioning import write
+from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
-from clip_jax.models.generation import GenerationConfig, generate
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import Activation
 from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
@@ -42,9 +44,11 @@ class Model:
     params: Params
     image_preprocess: Preprocess
 
-    @property
+    @functools.cached_property
     def clip(self) -> CLIP:
-        return CLIP(self.config)
+        """The model's functions; bytes are normalised as by the model's own preprocessing."""
+        how = self.image_preprocess
+        return CLIP(replace(self.config, image_mean=how.mean, image_std=how.std))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -54,99 +58,62 @@ class Model:
         """Turn texts into token ids; a text that is too long is an error, or cut."""
         return self.tokenizer(texts, self.config.text.context_length, truncate)
 
-    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Any, "B H W C"]:
-        """Turn images of any kind, or one, into the model's input."""
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Images:
+        """Turn images of any kind, or one, into the model's normalised input."""
         many = images if isinstance(images, list | tuple) else [typing.cast(ImageLike, images)]
-        return np.stack([self.image_preprocess(image) for image in many])
+        how = self.image_preprocess
+        return how.normalize(concatenate([how.batch(image) for image in many]))
 
-    @functools.cached_property
-    def _placed(self) -> tuple[Mesh, Params]:
-        """All devices of this process, and the parameters copied to each."""
-        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
-        return mesh, jax.device_put(self.params, sharding.replicated(mesh))
-
-    def encode_image(
-        self, images: Float[Any, "B H W C"], *, batch_size: int = 64
-    ) -> Float[Array, "B E"]:
-        """Embed what `preprocess` returns, `batch_size` at a time; features are not normalised."""
-        return self._in_batches("encode_image", np.asarray(images), batch_size)
+    def encode_image(self, images: Images, *, batch_size: int = 64) -> Float[Array, "B E"]:
+        """Embed images, bytes or what `preprocess` returns, `batch_size` at a time; features are
+        not normalised."""
+        encode = compiled(embed_images, self.clip, self._mesh, normalize=False)
+        return jnp.asarray(self._in_batches("encode_image", encode, images, batch_size))
 
     def encode_text(
         self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
     ) -> Float[Array, "B E"]:
         """Embed what `tokenize` returns, `batch_size` at a time; features are not normalised."""
-        return self._in_batches("encode_text", np.asarray(tokens), batch_size)
+        encode = compiled(embed_texts, self.clip, self._mesh, normalize=False)
+        return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size))
 
     def caption(
         self,
-        images: Float[Any, "B H W C"],
+        images: Images,
         generation: GenerationConfig = GenerationConfig(),
         *,
         batch_size: int = 64,
     ) -> list[str]:
-        """Describe what `preprocess` returns, `batch_size` at a time.
+        """Describe images, bytes or what `preprocess` returns, `batch_size` at a time.
 
         Raises InputError if the model has no decoder: CoCa and MaMMUT have.
         """
         self.clip.needs_decoder()
-        generation = generation.within(self.config.text)
         # Another seed is the same program.
-        seed, generation = jnp.uint32(generation.seed), replace(generation, seed=0)
-        write = functools.partial(_caption, self.clip, generation, seed=seed)
-        ids = np.empty((len(images), typing.cast(int, generation.max_length)), np.int32)
-        self._in_rows("caption", write, np.asarray(images), ids, batch_size)
+        run = compiled(write, self.clip, self._mesh, generation=replace(generation, seed=0))
+        run = functools.partial(run, seed=jnp.uint32(generation.seed))
+        ids = self._in_batches("caption", run, images, batch_size)
         return read_captions(ids, self.config.text)
 
-    def _in_batches(self, method: str, rows: np.ndarray, batch_size: int) -> Float[Array, "B E"]:
-        """Run over all local devices; a terminal sees the progress of more than a few batches."""
-        features = np.empty((len(rows), self.config.embed_dim), np.float32)
-        encode = functools.partial(_encode, self.clip, method)
-        self._in_rows(method, encode, rows, features, batch_size)
-        return jnp.asarray(features)
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        """All devices of this process."""
+        return sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
 
-    def _in_rows(
-        self, name: str, function: Any, rows: np.ndarray, results: np.ndarray, batch_size: int
-    ) -> None:
-        """Fill `results` with a function of parameters and rows."""
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} must be at least 1.")
-        mesh, params = self._placed
-        placed = sharding.batch_sharding(mesh)
-        starts = range(0, len(rows), batch_size)
-        with Display(name, len(rows), quiet=len(starts) < 8) as display:
-            for start in starts:
-                batch = rows[start : start + batch_size]
-                size = padded_size(len(batch), sharding.batch_shards(mesh), batch_size)
-                found = function(params, sharding.put_rows(batch, size, placed))
-                results[start : start + len(batch)] = np.asarray(found)[: len(batch)]
-                display.add(len(batch))
+    @functools.cached_property
+    def _replicated(self) -> Params:
+        """The parameters, copied to each device."""
+        return jax.device_put(self.params, sharding.replicated(self._mesh))
+
+    def _in_batches(self, name: str, function: Any, rows: Any, batch_size: int) -> np.ndarray:
+        return sharding.in_batches(
+            function, self._mesh, self._replicated, rows, batch_size=batch_size, name=name
+        )
 
 
 def unit(features: Any) -> Float[np.ndarray, "B E"]:
     """Scale rows to unit length, on the host."""
     return l2_normalize(np.asarray(features))
-
-
-def padded_size(rows: int, shards: int, batch_size: int) -> int:
-    """Return how many rows to compute for `rows`: a power of two for each of `shards` devices.
-
-    No more than the full batch takes; so a batch size is compiled for few shapes.
-    """
-    full, each = -(-batch_size // shards), -(-rows // shards)
-    return shards * min(full, 1 << (each - 1).bit_length())
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(clip: CLIP, method: str, params: Params, inputs: Array) -> Float[Array, "B E"]:
-    return getattr(clip, method)(params, inputs)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _caption(
-    clip: CLIP, generation: GenerationConfig, params: Params, images: Array, seed: Array
-) -> Int32[Array, "B L"]:
-    _, image_tokens = clip.encode_image_and_tokens(params, images)
-    return generate(clip, params, image_tokens, generation, seed)
 
 
 def load(

@@ -1,28 +1,33 @@
-"""Use a finished model: zero-shot labels for images, a folder embedded, a folder searched."""
+"""Label images with the nearest of some texts, or describe them."""
 
-import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from clip_jax.data.images import ImageError, center_crop, decode
+from clip_jax.data.images import (
+    ImageError,
+    ImageLike,
+    Item,
+    center_crop,
+    decode,
+    read_ahead,
+)  # fmt: skip
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet, in_words
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.images import Images, concatenate
+from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
-DTYPE = Literal["float32", "bfloat16"]
 TILE = 112  # pixels of a picture on a contact sheet
 SHEET = 240  # pictures on a sheet at most
 
@@ -39,7 +44,7 @@ class PredictConfig:
     generation: GenerationConfig = GenerationConfig()  # how captions are written
     sheet: Place | None = None  # picture of the images (the first 240) with what was predicted
     batch_size: int = 64  # images at a time
-    dtype: DTYPE = "float32"  # of the computation
+    dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, inf)")
@@ -57,38 +62,39 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     files.check_destination(config.sheet, "--sheet", folder=False)
     paths = image_files(config.images)
     if not paths:
-        given = ", ".join(map(str, config.images)) or "nothing"
-        raise InputError(f"no images in {given}; --images takes files and folders of images.")
+        names = ", ".join(map(str, config.images)) or "nothing"
+        raise InputError(f"no images in {names}; --images takes files and folders of images.")
     model = load(config.model, dtype=config.dtype)
     if config.caption:
         model.clip.needs_decoder()
     labels = check_labels(config.labels, config.template) if config.labels else []
     classes = embed_labels(model, labels, config.template) if labels else None
 
-    def describe(pixels: np.ndarray) -> list[dict[str, Any]]:
-        found: dict[str, list] = {}
+    def describe(images: Images) -> Iterator[dict[str, Any]]:
+        columns: dict[str, list] = {}
         if config.caption:
-            written = model.caption(pixels, config.generation, batch_size=config.batch_size)
-            found["caption"] = written
+            columns["caption"] = model.caption(
+                images, config.generation, batch_size=config.batch_size
+            )
         if classes is not None:
-            features = unit(model.encode_image(pixels, batch_size=config.batch_size))
+            features = unit(model.encode_image(images, batch_size=config.batch_size))
             rows = probabilities(model, features, classes)
-            found["labels"] = [ranked(labels, row) for row in rows]
-        return [dict(zip(found, one, strict=True)) for one in zip(*found.values(), strict=True)]
+            columns["labels"] = [ranked(labels, row) for row in rows]
+        return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
-    results, tiles = [], []
-    for read, found, skipped in computed(
-        model, paths, lambda path: path, describe, config.batch_size, keep=config.sheet is not None
-    ):
+    results: list[dict[str, Any]] = []
+    for names, images, skipped in read_images(model, paths, lambda path: path, config.batch_size):
         for path, reason in skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        for (path, tile), result in zip(read, found, strict=True):
-            results.append({"image": str(path), **result})
-            tiles += [tile] if len(tiles) < SHEET else []
+        if images is not None:
+            pairs = zip(names, describe(images), strict=True)
+            results += [{"image": str(path), **result} for path, result in pairs]
     if not results:
         raise InputError(f"none of the {len(paths)} images could be read.")
     if config.sheet:
-        lines = [[Path(x["image"]).name, *in_words(x, 3, 0)] for x in results[:SHEET]]
+        shown = results[:SHEET]
+        tiles = [center_crop(decode(result["image"]), TILE) for result in shown]
+        lines = [[Path(result["image"]).name, *in_words(result, 3, 0)] for result in shown]
         more = f"the first {SHEET} of {len(results)} images"
         with files.written_whole(config.sheet) as path:
             contact_sheet(path, tiles, lines, title="" if len(results) <= SHEET else more)
@@ -136,39 +142,21 @@ def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list
     return [{"label": label, "probability": float(share)} for share, label in best]
 
 
-def computed(
-    model: Model,
-    items: Sequence[Any],
-    read: Callable[[Any], Any],
-    compute: Callable[[np.ndarray], Any],
-    batch_size: int,
-    keep: bool = False,
-) -> Iterator[tuple[list[tuple[Any, Any]], Any, list[tuple[Any, str]]]]:
-    """Yield items that could be read (each with a small picture if `keep`), what is computed of
-    their pixels, and the others with the reason. Threads decode while the model computes."""
+def read_images(
+    model: Model, items: Sequence[Item], read: Callable[[Item], ImageLike], batch_size: int
+) -> Iterator[tuple[list[Item], Images | None, list[tuple[Item, str]]]]:
+    """Yield by batches the items whose images can be read, these images (None if there are none),
+    and the other items with the reason. Threads decode while the model computes."""
 
-    def prepare(item: Any) -> tuple[Any, Any, str]:
+    def prepare(item: Item) -> tuple[Item, Images | None, str]:
         try:
-            image = read(item)
-            pixels = model.image_preprocess(image)
-            tile = center_crop(decode(image), TILE) if keep else None
+            return item, model.image_preprocess.batch(read(item)), ""
         except (ImageError, SampleError) as error:
-            return None, None, str(error)
-        return pixels, tile, ""
+            return item, None, str(error)
 
-    def run(batch: Sequence[Any], futures: list[Future]) -> tuple[Any, Any, Any]:
-        done = [future.result() for future in futures]
-        good = [(item, x) for item, x in zip(batch, done, strict=True) if x[0] is not None]
-        bad = [(item, x[2]) for item, x in zip(batch, done, strict=True) if x[0] is None]
-        found = compute(np.stack([x[0] for _, x in good])) if good else []
-        return [(item, x[1]) for item, x in good], found, bad
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        ahead: deque = deque()
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            ahead.append((batch, [threads.submit(prepare, item) for item in batch]))
-            if len(ahead) > 2:
-                yield run(*ahead.popleft())
-        while ahead:
-            yield run(*ahead.popleft())
+    batches = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
+    for batch in read_ahead(batches, prepare):
+        readable = [(item, images) for item, images, _ in batch if images is not None]
+        images = concatenate([images for _, images in readable]) if readable else None
+        skipped = [(item, reason) for item, images, reason in batch if images is None]
+        yield [item for item, _ in readable], images, skipped

@@ -18,13 +18,11 @@ from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet
-from clip_jax.inference.embed import path_of, rows_of_files, sample
+from clip_jax.inference.embed import path_of, read_manifest, rows_of_files, sample
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import SHEET, TILE
-from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
-from clip_jax.storage.json_files import read_json
 
 BLOCK = 65_536  # vectors whose similarities are in memory at a time
 
@@ -188,33 +186,31 @@ class Searcher:
 
     def __init__(self, model: Model, folder: Place) -> None:
         self._model, self._folder = model, folder
-        if not (folder / "embed.json").is_file():
+        manifest = read_manifest(folder)
+        if manifest is None:
             raise InputError(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
-        self._told = told = read_json(folder / "embed.json", advice="Embed the images anew.")
-        kinds: dict[str, Any] = dict.fromkeys(("model", "source", "image_column"), str)
-        kinds |= dict.fromkeys(("rows", "parts", "rows_per_file"), int)
-        kinds |= {"weights": list[float]}
-        where = f"{folder / 'embed.json'} is damaged, embed the images anew: its "
-        for name, kind in kinds.items():
-            from_dict(kind, told.get(name), where + name)
+        self._manifest = manifest
         self._check_files()
         own = sample(model)
         # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
-        if len(own) != len(self._told["weights"]) or not np.allclose(
-            own, self._told["weights"], rtol=1 / 128, atol=1e-6
+        if len(own) != len(manifest.weights) or not np.allclose(
+            own, manifest.weights, rtol=1 / 128, atol=1e-6
         ):
             raise InputError(
-                f"the embeddings in {folder} are another model's: {self._told['model']} made them. "
+                f"the embeddings in {folder} are another model's: {manifest.model} made them. "
                 "Search with that, or embed the images anew."
             )
         self._embeddings = Embeddings(folder)
 
     def _check_files(self) -> None:
         """Raise InputError unless the files hold all rows."""
-        rows, parts, each = (self._told[name] for name in ("rows", "parts", "rows_per_file"))
+        manifest = self._manifest
         written = {path.name for path in self._folder.iterdir()}
-        of_parts = (rows_of_files(rows, number, parts, each) for number in range(parts))
-        names = [path_of(self._folder, some).name for some in itertools.chain(*of_parts)]
+        rows = (
+            rows_of_files(manifest.rows, number, manifest.parts, manifest.rows_per_file)
+            for number in range(manifest.parts)
+        )
+        names = [path_of(self._folder, some).name for some in itertools.chain(*rows)]
         if missing := [name for name in names if name not in written]:
             raise InputError(
                 f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "
@@ -248,17 +244,17 @@ class Searcher:
 
     @functools.cached_property
     def _images(self) -> StoredSource:
-        told = self._told
+        manifest = self._manifest
         try:
-            images = open_images(told["source"], told["image_column"])
+            images = open_images(manifest.source, manifest.image_column)
         except InputError as error:
             raise InputError(
                 f"the images that {self._folder} was made from are not where they were: {error}"
             ) from error
-        known = told.get("digest")  # None: of an older version
-        if len(images) != told["rows"] or known not in (None, digest(images, blocks=False)):
+        names = digest(images, blocks=False)
+        if len(images) != manifest.rows or names != (manifest.digest or names):
             raise InputError(
-                f"{told['source']} has other images than {self._folder} was made from, or in "
+                f"{manifest.source} has other images than {self._folder} was made from, or in "
                 "another order; bring them back, or embed them anew."
             )
         return images

@@ -20,6 +20,7 @@ from clip_jax.data.sources.any import PathConfig, open_images, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.engine import Counted
 from clip_jax.inference.loading import Model, load, unit
+from clip_jax.models.images import concatenate
 from clip_jax.prepare import buckets, contamination, near
 from clip_jax.prepare.contamination import EvaluationImages
 from clip_jax.prepare.counts import Statistics
@@ -247,10 +248,10 @@ def _cosines(
             batch = records[start : start + batch_size]
             pairs = [decode_example(record) for record in batch]
             images = [pair["image"][0] for pair in pairs]
-            pixels = np.stack(list(threads.map(model.image_preprocess, images)))
+            encoded = concatenate(list(threads.map(model.image_preprocess.batch, images)))
             texts = [[text.decode() for text in pair["caption"]] for pair in pairs]
             tokens = model.tokenize([text for several in texts for text in several], truncate=True)
-            seen = unit(model.encode_image(pixels, batch_size=batch_size))
+            seen = unit(model.encode_image(encoded, batch_size=batch_size))
             said = unit(model.encode_text(tokens, batch_size=batch_size))
             owner = np.repeat(np.arange(len(batch)), [len(several) for several in texts])
             cosines = np.einsum("te,te->t", seen[owner], said, dtype=np.float64)

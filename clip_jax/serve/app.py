@@ -73,9 +73,9 @@ class _Paths:
         headers: dict[str, str] = {}
         status, content = 200, {}
         try:
-            asked, size = await self._read(request)
+            values, size = await self._read(request)
             try:
-                content = await self.work[path](asked)
+                content = await self.work[path](values)
             finally:
                 self._service.bytes_waiting -= size
         except Answer as error:
@@ -128,16 +128,16 @@ class _Paths:
         service.bytes_waiting += len(body)
         try:
             loop = asyncio.get_running_loop()
-            asked = await loop.run_in_executor(service.threads, _parse, bytes(body))
+            values = await loop.run_in_executor(service.threads, _parse, bytes(body))
         except BaseException:
             service.bytes_waiting -= len(body)
             raise
-        return asked, len(body)
+        return values, len(body)
 
     async def health(self, _: Request) -> Response:
         """Say that the server is there, and with which model."""
         config = self._service.model.config
-        about = {"image_size": config.vision.image_size, "embed_dim": config.embed_dim}
+        about = {"image_size": config.vision.image_spec.side, "embed_dim": config.embed_dim}
         return JSONResponse({"status": "ok", "model": str(self._service.config.model), **about})
 
     async def numbers(self, request: Request) -> Response:
@@ -165,16 +165,16 @@ class _Paths:
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
-        asked = json.loads(body)
+        values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Answer(400, f"the body is not JSON: {error!s:.200}.") from error
-    if not isinstance(asked, dict):
+    if not isinstance(values, dict):
         raise Answer(400, 'the body is a JSON object, such as {"texts": ["a cat"]}.')
-    return asked
+    return values
 
 
 def _wrong_token(token: str | None, request: Request) -> Answer | None:
-    given = request.headers.get("authorization", "")
-    if token is None or hmac.compare_digest(f"Bearer {token}".encode(), given.encode()):
+    header = request.headers.get("authorization", "")
+    if token is None or hmac.compare_digest(f"Bearer {token}".encode(), header.encode()):
         return None
     return Answer(401, "send the token of this server: Authorization: Bearer TOKEN.")

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -35,7 +36,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[np.ndarray], Float[np.ndarray, "B E"]],
+        compute: Callable[[list[Any]], Float[np.ndarray, "B E"]],
         batch_size: int,
         capacity: int,
         observe: Callable[[int], None] = lambda rows: None,
@@ -45,7 +46,7 @@ class Batcher:
         self._compute, self._batch_size, self._observe = compute, batch_size, observe
         self.capacity, self._linger, self._last = capacity, linger, 0
         self._clock = clock
-        self._waiting: deque[tuple[_Job, int, np.ndarray]] = deque()
+        self._waiting: deque[tuple[_Job, int, Any]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -55,7 +56,7 @@ class Batcher:
         """How many rows are waiting."""
         return len(self._waiting)
 
-    def submit(self, rows: Sequence[np.ndarray]) -> Future[Float[np.ndarray, "B E"]]:
+    def submit(self, rows: Sequence[Any]) -> Future[Float[np.ndarray, "B E"]]:
         """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
         job = _Job(len(rows))
         with self._changed:
@@ -78,7 +79,7 @@ class Batcher:
             if not taken:
                 continue
             try:
-                features = self._compute(np.stack([row for _, _, row in taken]))
+                features = self._compute([row for _, _, row in taken])
                 self._observe(len(taken))
             except Exception as error:  # whoever waits has to know
                 for job in {id(job): job for job, _, _ in taken}.values():
@@ -91,7 +92,7 @@ class Batcher:
                 if not job.left and job.future.set_running_or_notify_cancel():
                     job.future.set_result(np.stack([x for x in job.done if x is not None]))
 
-    def _take(self) -> list[tuple[_Job, int, np.ndarray]]:
+    def _take(self) -> list[tuple[_Job, int, Any]]:
         """Wait for rows; take as many as fill a batch well. None: closed, and nothing is left."""
         with self._changed:
             while not self._waiting and not self._closed:

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from clip_jax.data.images import MAX_PIXELS, ImageError, size_of
 from clip_jax.errors import check_ranges
 from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import DTYPE, check_labels, probabilities, prompts, ranked
+from clip_jax.inference.predict import check_labels, probabilities, prompts, ranked
 from clip_jax.inference.search import Searcher
+from clip_jax.models.images import Images, concatenate, zeros
+from clip_jax.models.layers import DType
 from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import Place
 
 _LABEL_SETS = 64  # whose embeddings are kept
-_MOST_FOUND = 1000  # by one search
+_MOST_RESULTS = 1000  # by one search
 _TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many
 _LETTERS = 1000  # of a text are read for each token of the context; what follows cannot matter
 
@@ -42,7 +44,7 @@ class ServeConfig:
     max_waiting_mib: float = 256.0  # MiB of all requests that are being answered; more is 429
     max_megapixels: float = 50.0  # of an image; more is 413
     request_seconds: float = 60.0  # within which a request has to arrive; later is 408
-    dtype: DTYPE = "float32"  # of the computation
+    dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -78,18 +80,19 @@ class Service:
         self.bytes_waiting = 0
         self._classes: OrderedDict[tuple, Float[np.ndarray, "classes E"]] = OrderedDict()
 
-    def _encoder(self, tower: str) -> Callable[[np.ndarray], Float[np.ndarray, "B E"]]:
+    def _encoder(self, tower: str) -> Callable[[list[Any]], Float[np.ndarray, "B E"]]:
         encode = getattr(self.model, f"encode_{tower}")
-        return lambda rows: unit(encode(rows, batch_size=self.config.batch_size))
+        return lambda rows: unit(encode(concatenate(rows), batch_size=self.config.batch_size))
 
     def warm_up(self) -> None:
         """Compile every shape that requests will need, so that none of them waits for it."""
-        size, length = self.model.config.vision.image_size, self.model.config.text.context_length
+        image = zeros(self.model.image_preprocess.image_spec, 1)
+        text = np.zeros((1, self.model.config.text.context_length), np.int32)
         count = 1
         while count < 2 * self.config.batch_size:
             rows = min(count, self.config.batch_size)
-            self._encoder("image")(np.zeros((rows, size, size, 3), np.float32))
-            self._encoder("text")(np.zeros((rows, length), np.int32))
+            self._encoder("image")([image] * rows)
+            self._encoder("text")([text] * rows)
             count *= 2
 
     def close(self) -> None:
@@ -100,50 +103,49 @@ class Service:
 
     # ------------------------------------------------------------ what is asked for
 
-    async def embed(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def embed(self, request: dict[str, Any]) -> dict[str, Any]:
         """Embeddings at unit length of `images` and `texts`."""
-        given = _only(asked, images=[], texts=[])
-        if not given["images"] and not given["texts"]:
+        values = _only(request, images=[], texts=[])
+        if not values["images"] and not values["texts"]:
             raise Answer(400, "give images, a list of base64 strings, or texts, a list of strings.")
         images, texts = await asyncio.gather(
-            self.embed_images(given["images"]), self.embed_texts(given["texts"])
+            self.embed_images(values["images"]), self.embed_texts(values["texts"])
         )
         return {"images": images.tolist(), "texts": texts.tolist()}
 
-    async def label(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def label(self, request: dict[str, Any]) -> dict[str, Any]:
         """Of each of `images` all `labels` with their probabilities, best first."""
-        given = _only(asked, images=None, labels=None, template="a photo of a {}.")
-        labels, template = _strings(given["labels"], "labels"), given["template"]
+        values = _only(request, images=None, labels=None, template="a photo of a {}.")
+        labels, template = _strings(values["labels"], "labels"), values["template"]
         if not isinstance(template, str):
             raise Answer(400, "template is a string with {} where the label goes.")
         labels = check_labels(labels, template)
         classes, images = await asyncio.gather(
-            self._embed_labels(labels, template), self.embed_images(given["images"])
+            self._embed_labels(labels, template), self.embed_images(values["images"])
         )
         shares = probabilities(self.model, images, classes)
         return {"images": [{"labels": ranked(labels, row)} for row in shares]}
 
-    async def search(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def search(self, request: dict[str, Any]) -> dict[str, Any]:
         """The embedded images that are closest to `text` or to `image`."""
         if self.searcher is None:
             raise Answer(404, "this server has no embeddings; start it with --embeddings FOLDER.")
-        given = _only(asked, text="", image="", top=10)
-        text, image, top = given["text"], given["image"], given["top"]
-        if type(top) is not int or not 1 <= top <= _MOST_FOUND:
-            raise Answer(400, f"top is a whole number from 1 to {_MOST_FOUND}.")
+        values = _only(request, text="", image="", top=10)
+        text, image, top = values["text"], values["image"], values["top"]
+        if type(top) is not int or not 1 <= top <= _MOST_RESULTS:
+            raise Answer(400, f"top is a whole number from 1 to {_MOST_RESULTS}.")
         if bool(text) == bool(image):
             raise Answer(400, "search needs one of text and image.")
-        found = await (self.embed_texts([text]) if text else self.embed_images([image]))
-        find = self.searcher.closest
+        query = await (self.embed_texts([text]) if text else self.embed_images([image]))
         results = await asyncio.get_running_loop().run_in_executor(
-            self.threads, find, found[0], top
+            self.threads, self.searcher.closest, query[0], top
         )
         return {"results": results}
 
     async def embed_images(self, images: Any) -> Float[np.ndarray, "B E"]:
         """Embed base64 strings of encoded images, at unit length."""
         encoded = _strings(images, "images")
-        return await self._compute(self.images, self._pixels, encoded)
+        return await self._compute(self.images, self._image, encoded)
 
     async def embed_texts(self, texts: Any) -> Float[np.ndarray, "B E"]:
         """Embed texts, at unit length; one that is too long is cut."""
@@ -161,7 +163,7 @@ class Service:
         return self._classes[key]
 
     async def _compute(
-        self, batcher: Batcher, prepare: Callable[[int, str], np.ndarray], items: list[str]
+        self, batcher: Batcher, prepare: Callable[[int, str], Any], items: list[str]
     ) -> Float[np.ndarray, "B E"]:
         if not items:
             return np.empty((0, self.model.config.embed_dim), np.float32)
@@ -180,7 +182,7 @@ class Service:
                 future.cancel()
         return await asyncio.wrap_future(batcher.submit(rows))
 
-    def _pixels(self, index: int, encoded: str) -> np.ndarray:
+    def _image(self, index: int, encoded: str) -> Images:
         try:
             data = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
@@ -189,22 +191,22 @@ class Service:
             width, height = size_of(data)
             if width * height > self.config.max_megapixels * 1e6:
                 raise ImageError("too large", f"{width} x {height} pixels")
-            return self.model.image_preprocess(data)
+            return self.model.image_preprocess.batch(data)
         except ImageError as error:
             status = 413 if error.reason == "too large" else 400
             raise Answer(status, f"images[{index}]: {error}.") from error
 
-    def _tokens(self, index: int, text: str) -> np.ndarray:
+    def _tokens(self, index: int, text: str) -> Int32[np.ndarray, "1 L"]:
         most = _LETTERS * self.model.config.text.context_length
-        return self.model.tokenize([text[:most]], truncate=True)[0]
+        return self.model.tokenize([text[:most]], truncate=True)
 
 
-def _only(asked: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Take the known names of a request."""
-    if unknown := sorted(asked.keys() - defaults):
+    if unknown := sorted(request.keys() - defaults):
         known = ", ".join(defaults)
         raise Answer(400, f"{unknown[0]!r:.99} is not known here; there are {known}.")
-    return defaults | asked
+    return defaults | request
 
 
 def _strings(value: Any, name: str) -> list[str]:

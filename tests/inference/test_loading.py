@@ -17,8 +17,9 @@ from clip_jax.convert import model_folder
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.evals.evaluator import compiled, embed_texts
 from clip_jax.inference import loading
-from clip_jax.inference.loading import Model, _encode, load, load_on_mesh, starting_params
+from clip_jax.inference.loading import Model, load, load_on_mesh, starting_params
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
 from tests.conftest import COCA, RESNET, TINY, larger, parameters, write_run
@@ -176,10 +177,9 @@ def test_any_number_of_rows_equals_the_pure_function(model, count):
 
 def test_few_shapes_are_compiled_for_all_devices(model):
     """On 8 devices, 41 lengths up to 40 need the sizes 8, 16, 32 and 40."""
-    mesh, params = model._placed
-    assert mesh.size == len(jax.local_devices()) == 8
-    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(params))
-    encode: Any = _encode
+    assert model._mesh.size == len(jax.local_devices()) == 8
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(model._replicated))
+    encode: Any = compiled(embed_texts, model.clip, model._mesh, normalize=False)
     encode.clear_cache()
     for count in range(41):
         model.encode_text(np.ones((count, 10), np.int32), batch_size=40)
