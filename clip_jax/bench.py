@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import flops, sharding
-from clip_jax.chips import mfu
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.data.augment import augment
@@ -27,6 +26,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
+from clip_jax.metrics.chips import mfu
 from clip_jax.pods import compile as pod
 from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket

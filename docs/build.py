@@ -30,7 +30,7 @@ PAGES = {  # title, and the modules or folders that stand there
     "data": ("Data", ("data", "prepare", "storage", "engine")),
     "evaluation": ("Evaluation", ("evals",)),
     "weights": ("Weights", ("convert",)),
-    "pods": ("Pods", ("pods", "flops", "chips", "bench")),
+    "pods": ("Pods", ("pods", "flops", "bench")),
     "scaling": ("Scaling", ("scaling",)),
 }
 # Nothing for a reader's own code:

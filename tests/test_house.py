@@ -1,7 +1,9 @@
 """Rules for the tests and the package as a whole: where files stand, what code may call."""
 
+import ast
 import re
 import tomllib
+from collections import Counter
 
 from tests import guard
 from tests.conftest import ROOT
@@ -67,3 +69,29 @@ def test_there_are_at_most_ten_workflows():
     code = "".join(path.read_text() for path in files)
     assert "parametrize" not in code  # or one function would be several
     assert code.count("\ndef test_") <= 10
+
+
+# Pairs of modules that treat one subject on two levels.
+SAME_SUBJECT = {"__init__", "digits", "errors", "images"}
+
+
+def test_no_two_modules_of_different_subjects_share_a_name():
+    names = Counter(path.stem for path in PACKAGE.rglob("*.py"))
+    names += Counter(path.parent.name for path in PACKAGE.rglob("*/__init__.py"))
+    shared = {name for name, count in names.items() if count > 1}
+    assert shared <= SAME_SUBJECT, "name each after its subject"
+
+
+def test_the_package_is_read_from_a_short_list_of_subjects():
+    modules = list(PACKAGE.glob("*.py"))
+    folders = [path.parent for path in PACKAGE.glob("*/__init__.py")]
+    assert len(modules) <= 18
+    assert len(modules) + len(folders) <= 30
+
+
+def test_no_function_is_longer_than_80_lines():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 80, f"{path}: {node.name} has {lines} lines"

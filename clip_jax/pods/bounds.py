@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clip_jax.chips import Chip
+from clip_jax.metrics.chips import Chip
 from clip_jax.pods.work import Work
 
 # Per chip and direction, bytes/s, between slices: Google's pages on v5e and v6e give it per pod of

@@ -5,8 +5,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from clip_jax import chips
 from clip_jax.errors import InputError
+from clip_jax.metrics import chips
 
 # A family's name here -> the chip's in the table. Of the TPUs it is libtpu's own name too.
 TPUS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_jax.chips import chips
+from clip_jax.metrics.chips import chips
 from clip_jax.pods.bounds import bounds, by_part
 from clip_jax.pods.work import Work
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_jax import chips
+from clip_jax.metrics import chips
 
 
 def test_peaks_of_devices_and_none_of_what_is_only_called_alike():

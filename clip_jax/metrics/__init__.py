@@ -15,10 +15,10 @@ import jax
 from etils import epath
 
 from clip_jax import processes
-from clip_jax.chips import peak_flops
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import Display
 from clip_jax.errors import InputError
+from clip_jax.metrics.chips import peak_flops
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 from clip_jax.storage.json_files import Lines, recover_json

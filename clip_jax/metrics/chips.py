@@ -2,7 +2,7 @@
 
 import csv
 import functools
-from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -22,7 +22,7 @@ class Chip(NamedTuple):
 @functools.cache
 def chips() -> dict[str, Chip]:
     """Read the table of chips, by name (`TPU v5e`, `H100 SXM`)."""
-    table = resources.files("clip_jax") / "chip_specs.csv"
+    table = Path(__file__).with_name("chip_specs.csv")
     with table.open(encoding="utf-8") as file:
         return {row["chip"]: _chip(row) for row in csv.DictReader(file)}
 
