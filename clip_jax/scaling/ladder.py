@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from clip_jax import chips, flops
+from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_part
 from clip_jax.losses.objective import fitting
+from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
