@@ -109,11 +109,11 @@ text_features = l2_normalize(model.encode_text(ids))
 scale = np.exp(model.params["logit_scale"])
 ours = np.asarray(jax.nn.softmax(scale * image_features @ text_features.T))
 
-peer = CLIPModel.from_pretrained(out).eval()
+reference = CLIPModel.from_pretrained(out).eval()
 processor = CLIPProcessor.from_pretrained(out)
 their_ids = processor(text=texts, padding="max_length", return_tensors="pt")["input_ids"]
 with torch.no_grad():
-    theirs = peer(
+    theirs = reference(
         pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2), input_ids=their_ids
     ).logits_per_image.softmax(-1)
 theirs = theirs.numpy()

@@ -208,9 +208,7 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     write_npz(path, to_tensors(weights, dtype))
 
 
-def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
-) -> verify.Outputs:
+def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     """Of open_clip's model of these sizes and its loader of big_vision's files.
 
     Its GELU is big_vision's only once it is set so.
@@ -232,7 +230,7 @@ def _outputs(
             if type(module).__name__.startswith("GELU"):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, torch.nn.GELU("tanh"))
-        return verify.torch_outputs(model.encode_image, model.encode_text, model, images, tokens)
+        return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
-TARGET = Target(write=write, reference="open_clip", outputs=_outputs, example="x.npz")
+TARGET = Target(write=write, reference="open_clip", outputs=_outputs)

@@ -61,14 +61,7 @@ def convert(config: ConvertConfig) -> Conversion:
     """
     source, destination, target = config.source, config.destination, TARGETS[config.to]
     check_free(source, destination, config.overwrite)
-    if target.example and destination.is_dir():
-        raise InputError(
-            f"{destination} is a directory; --to {config.to} writes a file, such as "
-            f"{target.example}."
-        )
-    if not target.example and destination.is_file():
-        raise InputError(f"{destination} is a file; --to {config.to} writes a folder.")
-    files.check_destination(destination, "the destination", folder=not target.example)
+    files.check_destination(destination, f"--to {config.to}", folder=bool(target.names))
     if config.accept_activation and target.as_computed is None:
         raise InputError(
             f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "

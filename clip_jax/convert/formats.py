@@ -165,7 +165,7 @@ def write_weights(weights: Weights, path: Place, to: Format, *, dtype: DType | N
     target = TARGETS[to]
     with files.written_whole(path) as partial:
         target.write(weights, partial, dtype=dtype)
-        written = _KNOWN if target.example else {file.name for file in partial.iterdir()}
+        written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
     for name in _KNOWN - written:
         files.remove(path / name)
 
@@ -178,13 +178,13 @@ def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = No
     not installed, Unverifiable if it has no such model.
     """
     target = TARGETS[to]
-    images, tokens = random_inputs(weights.config)
+    inputs = random_inputs(weights.config)
     params = target.rounded(weights, dtype)
-    ours = our_outputs(weights.config, params, images, tokens)
-    theirs = target.outputs(weights, path, images, tokens)
+    ours = our_outputs(weights.config, params, *inputs)
+    theirs = target.outputs(weights, path, inputs)
     loss = None
     if params is not weights.params:
-        exact = our_outputs(weights.config, weights.params, images, tokens)
+        exact = our_outputs(weights.config, weights.params, *inputs)
         loss = max(relative_difference(ours[name], exact[name]) for name in exact)
     differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
     return Verification(reference=target.reference, rounding_loss=loss, **differences)

@@ -334,9 +334,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     tokenizer_files.write(folder, weights.config.text)
 
 
-def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
-) -> verify.Outputs:
+def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("transformers", "transformers"):
         from transformers import AutoModel
 
@@ -348,7 +346,7 @@ def _outputs(
         def encode_text(ids: Any) -> Any:
             return model.get_text_features(input_ids=ids).pooler_output
 
-        return verify.torch_outputs(encode_image, encode_text, model, images, tokens)
+        return verify.torch_outputs(encode_image, encode_text, model, inputs)
 
 
 TARGET = Target(

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clip_jax.convert import verify
 from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import Row, flatten, param_shapes, to_params
@@ -130,11 +128,9 @@ def _with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
     return replace(config, text=replace(config.text, tokenizer=tokenizer))
 
 
-def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
-) -> verify.Outputs:
+def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     again = read(path)
-    return verify.our_outputs(again.config, again.params, images, tokens)
+    return verify.our_outputs(again.config, again.params, *inputs)
 
 
 TARGET = Target(

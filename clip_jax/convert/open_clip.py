@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clip_jax.convert import openai, timm, verify
 from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_config, write_tokenizer
 from clip_jax.convert.openai import BLOCK
@@ -315,9 +313,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     write_tokenizer(folder, weights.config.text)
 
 
-def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
-) -> verify.Outputs:
+def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     if isinstance(weights.config.decoder, MaMMUTConfig):
         message = "MaMMUT is in LAION's fork of open_clip alone, which is in no package"
         raise verify.Unverifiable(message)
@@ -328,12 +324,11 @@ def _outputs(
         model = open_clip.create_model(f"local-dir:{path}").eval()
         encode = [model.encode_image, model.encode_text]
         if not hasattr(model, "text_decoder"):
-            return verify.torch_outputs(*encode, model, images, tokens)
+            return verify.torch_outputs(*encode, model, inputs)
         encode = [functools.partial(f, normalize=False) for f in encode]  # CoCa's default is True
-        outputs = verify.torch_outputs(*encode, model, images, tokens)
+        outputs = verify.torch_outputs(*encode, model, inputs)
         with torch.no_grad():
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-            written = model(pixels, torch.from_numpy(tokens).long())["logits"]
+            written = model(*verify.torch_inputs(inputs))["logits"]
         return outputs | {"caption_logits": written.numpy()}
 
 

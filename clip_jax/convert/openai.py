@@ -358,9 +358,7 @@ def _rounded(weights: Weights, dtype: DType | None) -> Params:
     return to_params(rows(weights.config), tensors, weights.config, "rounded weights")
 
 
-def _outputs(
-    weights: Weights, path: Path, images: np.ndarray, tokens: np.ndarray
-) -> verify.Outputs:
+def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("clip", "openai-clip"):
         if "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources"):
             # openai-clip 1.0.1 takes `packaging` from it; new setuptools no longer has it.
@@ -372,9 +370,9 @@ def _outputs(
         import clip
 
         model, _ = clip.load(str(path), device="cpu")
-        return verify.torch_outputs(model.encode_image, model.encode_text, model, images, tokens)
+        return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
 TARGET = Target(
-    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, example="x.pt"
+    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded
 )  # fmt: skip

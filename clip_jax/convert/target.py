@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from clip_jax.convert.verify import Outputs
+from clip_jax.convert.verify import Inputs, Outputs
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
@@ -90,12 +89,11 @@ class Target:
 
     write: Callable[..., None]  # of weights and a path; `dtype=None` keeps every array's own
     reference: str  # the library that --verify compares with
-    # Its numbers, of weights, the path, images and tokens.
-    outputs: Callable[[Weights, Path, np.ndarray, np.ndarray], Outputs]
+    outputs: Callable[[Weights, Path, Inputs], Outputs]  # its numbers, of what is at a path
     rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it computes with
     # Returns the model as the library will compute it, where its format does not have the model's
     # activation.
     as_computed: Callable[[Weights], Weights] | None = None
-    example: str = ""  # name of a file, for a format of one file; empty: it is a folder
-    names: tuple[str, ...] = ()  # of a folder's files by which it is known to be of the format
+    # Of a folder's files, those by which it is known to be of the format; none: it is one file.
+    names: tuple[str, ...] = ()
     use: str = ""  # how a folder is read, for its model card

@@ -20,6 +20,7 @@ from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
 BOUND = 1e-5  # relative difference that float32 explains
 _BATCH = 4
 
+Inputs = tuple[np.ndarray, np.ndarray]  # normalised pixels [B, H, W, C], token ids [B, L]
 Outputs = dict[str, np.ndarray]  # image_features, text_features, logits, caption_logits
 
 
@@ -48,7 +49,7 @@ class Unverifiable(InputError):
     """No reference implementation has such a model; the message says why, after "because"."""
 
 
-def random_inputs(config: CLIPConfig, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
     """Draw normalised pixels, and token ids as a tokenizer makes them: end of text, then zeros."""
     rng = np.random.default_rng(seed)
     size, text = config.vision.image_size, config.text
@@ -116,21 +117,24 @@ def library(module: str, package: str) -> Generator[None]:
         yield
 
 
-def torch_outputs(
-    encode_image: Any, encode_text: Any, model: Any, images: np.ndarray, tokens: np.ndarray
-) -> Outputs:
+def torch_inputs(inputs: Inputs) -> tuple[Any, Any]:
+    """Return pixels `[B, C, H, W]` and ids as tensors."""
+    import torch
+
+    images, tokens = map(torch.from_numpy, inputs)
+    return images.permute(0, 3, 1, 2).contiguous(), tokens.long()
+
+
+def torch_outputs(encode_image: Any, encode_text: Any, model: Any, inputs: Inputs) -> Outputs:
     """Run a PyTorch model, given its two encoders, on our inputs."""
     import torch
 
     with torch.no_grad():
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        image_features = encode_image(pixels).float()
-        text_features = encode_text(torch.from_numpy(tokens).long()).float()
+        pixels, ids = torch_inputs(inputs)
+        image, text = encode_image(pixels).float(), encode_text(ids).float()
         normalize = torch.nn.functional.normalize
-        logits = normalize(image_features, dim=-1) @ normalize(text_features, dim=-1).T
-        logits = logits * model.logit_scale.exp()
+        logits = normalize(image, dim=-1) @ normalize(text, dim=-1).T * model.logit_scale.exp()
         if getattr(model, "logit_bias", None) is not None:
             logits = logits + model.logit_bias
-        outputs = (image_features, text_features, logits)
-    names = ("image_features", "text_features", "logits")
-    return {name: x.numpy() for name, x in zip(names, outputs, strict=True)}
+    outputs = {"image_features": image, "text_features": text, "logits": logits}
+    return {name: x.numpy() for name, x in outputs.items()}

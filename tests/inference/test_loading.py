@@ -117,8 +117,12 @@ def test_the_library_says_what_can_be_loaded():
     [
         ("out", ["--to", "clip-jax"], "something is at"),
         ("run", ["--to", "clip-jax"], "is both source and destination"),
-        ("out", ["--to", "openai", "--overwrite"], "is a directory; --to openai writes a file"),
-        ("out/file", ["--to", "clip-jax", "--overwrite"], "is a file; --to clip-jax writes a"),
+        ("out", ["--to", "openai", "--overwrite"], "is a folder; --to openai takes a file"),
+        (
+            "out/file",
+            ["--to", "clip-jax", "--overwrite"],
+            "is a file; --to clip-jax needs a folder",
+        ),
         ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
         ("new", ["--to", "clip-jax", "--activation", "gelu"], "its activation is quick_gelu, not"),
         ("new", ["--to", "clip-jax", "--architecture", "ViT-H-14"], "is no ViT-H-14: its towers"),
