@@ -19,7 +19,7 @@ from clip_jax.checkpoints.resume import branch_point, check_branch, check_resuma
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, with_order
-from clip_jax.data.images import Preprocess
+from clip_jax.convert.weights import default_preprocess
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import warn
@@ -86,13 +86,11 @@ class Run:
     def encoder(self) -> Encoder:
         """The model to evaluate, with the average of its weights where the optimizer keeps one."""
         config, program = self.config.model, self.program
-        preprocess = Preprocess(
-            image_size=config.vision.image_size, mean=config.image_mean, std=config.image_std
-        )
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
             program.model, averaged(self.state.opt_state, self.state.params), program.mesh,
-            preprocess, lambda texts: tokenizer(texts, length, True), self.workdir.name,
+            default_preprocess(config), lambda texts: tokenizer(texts, length, True),
+            self.workdir.name,
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.generation import MAX_LENGTH, begin_and_end
+from clip_jax.models.images import pixels_of, with_pixels
 from clip_jax.models.layers import apart
 
 IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
@@ -92,31 +93,32 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     model_folder.write(weights, folder, dtype=dtype)
     if weights.config.text.tokenizer.file == "clip":
         write_clip_tokenizer(folder, weights.config.text)
-    config, vision = weights.config, weights.config.vision
+    config = weights.config
     params = {
         path: jax.ShapeDtypeStruct(x.shape, cast(np.empty(0, x.dtype), dtype).dtype)
         for path, x in flatten(weights.params).items()
     }
-    pixels = _batch(f"b, {vision.image_size}, {vision.image_size}, 3", jnp.float32)
-    tokens = _batch(f"b, {config.text.context_length}", jnp.int32)
+    (size,) = jax.export.symbolic_shape("b")
+    images = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype),
+        config.vision.image_spec.shapes(1),
+    )
+    images = with_pixels(images, jax.ShapeDtypeStruct(pixels_of(images).shape, jnp.float32))
+    tokens = jax.ShapeDtypeStruct((size, config.text.context_length), jnp.int32)
     computed = "bfloat16" if dtype == "bfloat16" else "float32"  # CPUs have no float16 products
     model = CLIP(replace(config, dtype=computed))
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        IMAGE_NAME: (model.encode_image, (pixels,)),
+        IMAGE_NAME: (model.encode_image, (images,)),
         TEXT_NAME: (model.encode_text, (tokens,)),
     }
     if config.decoder is not None:
         first, following = caption_programs(model)
-        _, state = jax.eval_shape(_of_weights(first, computed), params, pixels)
-        ids, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (pixels.shape[:1], ()))
-        programs |= {FIRST_NAME: (first, (pixels,)), NEXT_NAME: (following, (state, ids, position))}
+        _, state = jax.eval_shape(_of_weights(first, computed), params, images)
+        ids, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), ()))
+        programs |= {FIRST_NAME: (first, (images,)), NEXT_NAME: (following, (state, ids, position))}
     for name, (function, inputs) in programs.items():
         export = jax.export.export(jax.jit(_of_weights(function, computed)), platforms=PLATFORMS)
         (folder / name).write_bytes(export(params, *inputs).serialize())
-
-
-def _batch(shape: str, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype)
 
 
 def _of_weights(function: Callable[..., Any], computed: str) -> Callable[..., Any]:

@@ -151,21 +151,22 @@ def load_on_mesh(
     Of a run each device reads its own part of a checkpoint: neither a device nor a process ever
     has more. Where there are several processes, all call this alike.
     """
-    place, which = split_name(files.place(path))
-    if run.is_run(place):
-        config = replace(run.read_config(place), dtype=dtype)
+    workdir, which = split_name(files.place(path))
+    if run.is_run(workdir):
+        config = replace(run.read_config(workdir), dtype=dtype)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)
-        step = processes.together(lambda: named_step(place, which), Unusable)
+        step = processes.together(lambda: named_step(workdir, which), Unusable)
         step = processes.gather(step)[0]  # one, while the run goes on
         params = processes.together(
-            lambda: restore_params(place, step, CLIP(config), places), Unusable
+            lambda: restore_params(workdir, step, CLIP(config), places), Unusable
         )
-        if bad := {name: n for name, n in jax.device_get(_not_finite(params)).items() if n}:
-            raise Unusable(
-                f"{place}: {next(iter(bad))} has {next(iter(bad.values()))} values that are NaN or "
-                "infinite, so every prediction would be; take an earlier checkpoint."
-            )
+        for name, number in jax.device_get(_not_finite(params)).items():
+            if number:
+                raise Unusable(
+                    f"{workdir}: {name} has {number} values that are NaN or infinite, so every "
+                    "prediction would be; take an earlier checkpoint."
+                )
         return Model(config, params, default_preprocess(config))
     weights = read_weights(files.place(path))
 
