@@ -29,9 +29,7 @@ class DigitsEvalConfig:
     source: DigitsConfig = field(default_factory=DigitsConfig)  # Digits data set and its split.
     per_number: int = 20  # Images of each number.
     max_numbers: int = 1_000  # Numbers whose images are classified, of the seen and of the unseen.
-    max_prompts: int | None = (
-        None  # Prompts of each class, of which there are 10^digits. Default: all.
-    )
+    max_prompts: int | None = None  # Prompts of each class. None: all of its captions.
     every_steps: int = 500  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:

@@ -26,10 +26,10 @@ class SuiteConfig:
     # Data sets: names of the CLIP paper's; in many languages babel_imagenet, xtd10, xtd200,
     # flickr30k-200, crossmodal3600; or your own, as folder:PATH (one folder per class, optionally
     # below train/, val/ and test/), webdataset:PATH (CLIP_benchmark's tars), aro:FILE.json (images/
-    # beside it), sugar_crepe:PATH, languages:PATH (captions in several languages). Default: the
+    # beside it), sugar_crepe:PATH, languages:PATH (captions in several languages). Empty: the
     # CLIP paper's.
     dataset: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()  # Languages by the data set's own codes. Default: all.
+    languages: tuple[str, ...] = ()  # Languages by the data set's own codes. Empty: all.
     data_dir: str = "data"  # Folder of the named data sets, local or in a bucket.
     # Tasks. zero-shot: classify by class names, or retrieve. captions: BLEU and CIDEr of what a
     # decoder writes. likelihood: classify by how probable a decoder finds each class's first
@@ -37,7 +37,7 @@ class SuiteConfig:
     # neighbours: the vote of the nearest images. The last three need a training split.
     tasks: tuple[Task, ...] = ("zero-shot",)
     templates: Path | None = None  # File with one prompt template per line, {c} for the class name.
-    images: int | None = None  # Images of each split, spread over its classes. Default: all.
+    images: int | None = None  # Images of each split, spread over its classes. None: all.
     shots: tuple[int, ...] = linear_probe.SHOTS  # Training images of each class, for few-shot.
     neighbours: int = 20  # Number of nearest training images that vote.
     generation: GenerationConfig = GenerationConfig()  # How captions are generated.

@@ -21,6 +21,8 @@ from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import Place
 
+_DIGITS = DigitsEvalConfig(per_number=100)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SuiteConfig):
@@ -31,16 +33,14 @@ class EvaluateConfig(SuiteConfig):
     # RUN@20000 or RUN@best names.
     model: Place
     # Evaluators. run: those of the run's own config, with the options given here; digits: the
-    # bundled digits data set; clip: the CLIP paper's data sets. Default: run, where the run has
+    # bundled digits data set; clip: the CLIP paper's data sets. None: run, where the run has
     # evaluators and neither --dataset, --data-dir nor --digits is given; else digits.
     suite: Literal["run", "digits", "clip"] | None = None
-    digits: DigitsEvalConfig = field(default_factory=lambda: DigitsEvalConfig(per_number=100))
-    dtype: DType | None = None  # Data type of the computation. Default: a run's own, else float32.
+    digits: DigitsEvalConfig = _DIGITS
+    dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
-    output: Place | None = None  # Folder for result.json, tables and pictures. Default: none.
-    watch: bool = (
-        False  # Evaluate each checkpoint of a run when it is saved; see evals/watch.jsonl.
-    )
+    output: Place | None = None  # Folder for result.json, tables and pictures. None: print only.
+    watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Evaluators:
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
         suite = _suite(config, run)
-        self._config = config = _with_digits_of(run, config)
+        self._config = config
         self._evaluators: list[Evaluator] = []
         self._tasks_on_digits: tuple[str, ...] = ()
         if suite == "run":
@@ -71,9 +71,9 @@ class Evaluators:
             memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
             self._evaluators = [SuiteEvaluator(config, opened, memory=memory)]
         else:
-            _warn_of_other_numbers(config, run)
+            self._digits = _digits(config, run)
             if "zero-shot" in config.tasks:
-                self._evaluators = [config.digits.make()]
+                self._evaluators = [self._digits.make()]
             # As a data set they also have templates and pictures, for those who want them.
             with_zero_shot = config.templates or config.output
             self._tasks_on_digits = tuple(
@@ -84,10 +84,9 @@ class Evaluators:
         """Measure one model; write tables and pictures to `output`."""
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
-            side = encoder.model.config.vision.image_spec.side
             open_split = functools.partial(
-                open_digits, config.digits.source, per_number=config.digits.per_number,
-                image_size=side,
+                open_digits, self._digits.source, per_number=self._digits.per_number,
+                image_size=encoder.model.config.vision.image_spec.side,
             )  # fmt: skip
             as_suite = replace(config, tasks=self._tasks_on_digits)
             evaluators = [*evaluators, SuiteEvaluator(as_suite, {"digits": open_split})]
@@ -138,7 +137,7 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
             f"{config.model} is a run whose config.json cannot be read, so that its evaluators are "
             "not known; say --suite digits, --suite clip or --dataset."
         )
-    if config.digits != usual.digits or not (run and run.evals):
+    if config.digits != _DIGITS or not (run and run.evals):
         return "digits"
     untaken = _options(config).keys() - {name for own in run.evals for name in vars(own)}
     if untaken and any(isinstance(own, DigitsEvalConfig) for own in run.evals):
@@ -168,22 +167,19 @@ def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
     ]
 
 
-def _with_digits_of(run: Config | None, config: EvaluateConfig) -> EvaluateConfig:
-    """Ask for the numbers that the run had, unless others are asked for."""
+def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:
+    """Return the evaluator of digits: of the run's own numbers, unless others are named. A line
+    says where the run has learned others."""
+    digits = config.digits
     own = [x.source for x in (run.evals if run else ()) if isinstance(x, DigitsEvalConfig)]
-    if not own or config.digits != EvaluateConfig(model=config.model).digits:
-        return config
-    return replace(config, digits=replace(config.digits, source=own[0]))
-
-
-def _warn_of_other_numbers(config: EvaluateConfig, run: Config | None) -> None:
-    """Say so where a run has learned other numbers than those that it is asked about."""
-    if run is None:
-        return
+    if own and digits == _DIGITS:
+        digits = replace(digits, source=own[0])
     for name in ("digits", "split_seed"):
-        measured = getattr(config.digits.source, name)
-        if (learned := getattr(run.data.source, name, measured)) != measured:
+        measured = getattr(digits.source, name)
+        learned = getattr(run.data.source, name, measured) if run else measured
+        if learned != measured:
             say(
                 f"the run was trained with data.source.{name}={learned}, this measures "
                 f"--digits.source.{name.replace('_', '-')} {measured}"
             )
+    return digits

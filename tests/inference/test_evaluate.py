@@ -28,9 +28,9 @@ from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.evals.zero_shot import classify, multi_label, zero_shot
 from clip_jax.inference.evaluate import (
     EvaluateConfig,
+    _digits,
     _of_run,
     _suite,
-    _warn_of_other_numbers,
     read_run_config,
 )
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
@@ -257,9 +257,9 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
     assert [getattr(x, "images", None) for x in _of_run(ask(images=9), own)] == [None, 9]
     with pytest.raises(InputError, match=r"--images: the evaluators of .* have no such option"):
         _suite(ask(images=9), pairs)
-    _warn_of_other_numbers(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
+    _digits(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
     assert not capsys.readouterr().err
-    _warn_of_other_numbers(asked, run)
+    _digits(asked, run)
     assert "data.source.digits=4, this measures --digits.source.dig" in capsys.readouterr().err
     for wrong in ({"shots": (0,)}, {"images": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
