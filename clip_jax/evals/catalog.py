@@ -222,10 +222,7 @@ def _open_named(name: str, root: Place, codes: Sequence[str], split: Split) -> D
 
 
 def open_languages(name: str, root: Place, codes: Sequence[str] = ()) -> Translated:
-    """Open a data set in many languages below `root`, in these or all that it has.
-
-    Missing says where it was looked for; raises InputError for files of another shape.
-    """
+    """Open a data set in these languages or all that it has; Missing says where it should be."""
     if name == languages.BABEL:
         imagenet = open_data_set(_ROWS["imagenet1k"], root)
         assert isinstance(imagenet, Labelled)

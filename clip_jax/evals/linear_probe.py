@@ -139,13 +139,8 @@ class Probe:
     def logits(self, features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B classes"]:
         return features @ self.weights + self.bias
 
-    def predict(self, features: Float[np.ndarray, "B D"]) -> Int[np.ndarray, " B"]:
-        return self.logits(features).argmax(axis=1)
-
-    def accuracy(
-        self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]
-    ) -> float:  # fmt: skip
-        return float((self.predict(features) == labels).mean())
+    def accuracy(self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]) -> float:
+        return float((self.logits(features).argmax(axis=1) == labels).mean())
 
 
 class Problem:
@@ -197,24 +192,6 @@ class Problem:
         return Probe(turned, bias, float(value) * self._count, int(steps))
 
 
-def _objective(
-    scaled: Float[Array, "D1 classes"],
-    scale: Float[Array, "D1 1"],
-    strength: Float[Array | np.float32, ""],
-    features: Float[Array, "B D"],
-    labels: Int[Array, " B"],
-    real: Bool[Array, " B"],
-) -> Float[Array, ""]:
-    """Mean cross-entropy + λ/2n ‖W‖² of weights `scaled × scale`, whose last row is the bias."""
-    weights = scaled * scale
-    logits = jnp.einsum("BD,DV->BV", features, weights[:-1], precision="highest") + weights[-1]
-    # log(1 + Σ exp(others − own)): log Σ exp − own loses all digits of a nearly solved sample.
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = jnp.where(labels[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits - own)
-    losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
-    return (losses * real).sum() / real.sum() + strength / 2 * jnp.square(weights[:-1]).sum()
-
-
 @jax.jit
 def _solve(
     scaled: Float[Array, "D1 classes"],
@@ -228,8 +205,15 @@ def _solve(
 ) -> tuple[Float[Array, "D1 classes"], Float[Array, ""], Int[Array, ""]]:
     solver = optax.lbfgs(memory_size=10)
 
-    def objective(x: Array) -> Array:
-        return _objective(x, scale, strength, features, labels, real)
+    def objective(scaled: Float[Array, "D1 classes"]) -> Float[Array, ""]:
+        """Mean cross-entropy + λ/2n ‖W‖² of weights `scaled × scale`; the last row is the bias."""
+        weights = scaled * scale
+        logits = jnp.einsum("BD,DV->BV", features, weights[:-1], precision="highest") + weights[-1]
+        # log(1 + Σ exp(others − own)): log Σ exp − own loses all digits of a nearly solved sample.
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        others = jnp.where(labels[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits - own)
+        losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
+        return (losses * real).sum() / real.sum() + strength / 2 * jnp.square(weights[:-1]).sum()
 
     value_and_grad = optax.value_and_grad_from_state(objective)
 
