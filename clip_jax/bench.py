@@ -256,7 +256,7 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
 
 
 def measure_loss(config: ComputeBench) -> dict[str, Any]:
-    """The loss alone with its metrics and all gradients, from features that lie as in the step."""
+    """The loss alone with metrics and gradients, from embeddings sharded as in the step."""
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
     compiled, (scalars, outputs, _, carried) = pod.compile_loss(program)

@@ -1,4 +1,4 @@
-"""XLA's optimised HLO text as computations of instructions, and the way that a step takes through.
+"""XLA's optimised HLO text as computations of instructions, and a walk through what a step runs.
 
 A pure function of `compiled.as_text()`, since XLA's own cost analysis counts the body of a loop
 once. Loops here are `lax.scan`s: their trip counts stand in the text. What the text has more than
@@ -13,7 +13,7 @@ from typing import NamedTuple
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _CALLS = ("call", "call-start", "conditional", "async-start", "fusion")
 _HEAD = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
-_HOST = 5  # the memory space of arrays that lie with the host
+_HOST = 5  # the memory space of arrays in the host's memory
 
 
 def search(pattern: str, text: str) -> str:
@@ -33,8 +33,8 @@ class Shape(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     fast: bool = False
-    order: tuple[int, ...] = ()  # dims from the one that lies closest together on
-    tile: tuple[int, ...] = ()  # of the last dims, as they lie; none: nothing is padded
+    order: tuple[int, ...] = ()  # dims from minor to major
+    tile: tuple[int, ...] = ()  # of the minor dims; none: nothing is padded
 
     @property
     def bytes(self) -> int:
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def padded_bytes(self) -> int:
-        """As they lie in memory, in whole tiles."""
+        """As stored in memory, in whole tiles."""
         if not self.tile:
             return self.bytes
         lying = [self.dims[i] for i in reversed(self.order)]
@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
     opcode: str
     shapes: tuple[Shape, ...]  # of the result, a tuple flattened
     operands: tuple[str, ...]
-    arguments: str  # as it stands: of a parameter its number, of a constant its value
+    arguments: str  # verbatim: of a parameter its number, of a constant its value
     attributes: str
     root: bool
 

@@ -1,7 +1,7 @@
 """What every operation of a compiled step computes and moves, read from its HLO.
 
 FLOPs are those of matmuls and convolutions, in bf16 passes of the matrix unit. Bytes are what an
-operation reads from and writes to HBM, in the whole tiles that arrays lie in. Cycles are the
+operation reads from and writes to HBM, in the whole tiles of arrays. Cycles are the
 compiler's own estimate, of a kernel its schedule's length.
 """
 
