@@ -16,7 +16,7 @@ from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
-from clip_jax.scaling.run_table import Row, RunTable, gather, of_run, short, text
+from clip_jax.scaling.run_table import Row, RunTable, gather, number, of_run, short, text
 from clip_jax.scaling.uncertainty import Form, Through
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
@@ -71,10 +71,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
     by_row = {id(row): run for row, run in zip(rows, runs, strict=True)}
+    table = RunTable([row for row in table.rows if id(row) in by_row])  # each run once
     for row in table.rows:
-        if value := text(row, metric):
-            error = float(value) if metric_is == "error" else 1 - float(value)
-            by_row[id(row)]["error"] = error
+        if text(row, metric):
+            value = number(row, metric)
+            by_row[id(row)]["error"] = value if metric_is == "error" else 1 - value
     options = FitConfig(
         metric=metric, metric_is=metric_is, where=config.where, form=config.form,
         through=config.through, compare=config.compare, draws=config.draws,

@@ -200,11 +200,10 @@ class LadderConfig:
         if self.base.double_batch_at:
             raise InputError("base.double_batch_at: a ladder's points have one batch size each.")
         for name in ("models", "samples", "seeds"):
-            if not getattr(self, name):
+            if not (values := getattr(self, name)):
                 raise InputError(f"{name} is empty; a ladder needs at least one.")
-        for name in ("samples", "seeds"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise InputError(f"{name}={getattr(self, name)} names one twice.")
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={values} names one twice.")
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):
             raise InputError(
                 f"batch_sizes={self.batch_sizes} must have one for each of samples={self.samples}."

@@ -60,8 +60,9 @@ class RunTable:
 
     def check(self, *columns: str) -> None:
         """Raise InputError for a column that is not there."""
+        names = self.columns
         for column in columns:
-            if column not in (names := self.columns):
+            if column not in names:
                 raise InputError(
                     f"the table has no column {column!r}; it has {', '.join(names) or 'no rows'}."
                 )

@@ -27,7 +27,8 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_run_is_on_the_page_with_its_state(ladder: Path):
-    summary = report(ReportConfig(paths=(ladder / "runs",), output=ladder / "page.html", draws=100))
+    paths = (ladder / "runs", ladder / "runs" / "w16@1.6K-seed0")  # one of them twice
+    summary = report(ReportConfig(paths=paths, output=ladder / "page.html", draws=100))
     assert summary["runs"] == {"done": 13, "not begun": 1, "stopped": 1, "failed": 1}
     data = read(ladder / "page.html")
     runs = {run["name"]: run for run in data["runs"]}
