@@ -98,21 +98,16 @@ def export(config: ExportConfig) -> Verification | None:
     if not config.existing:
         with files.written_whole(config.output) as partial:
             partial.mkdir(parents=True, exist_ok=True)
-            _write(config, weights, partial)
+            if config.format == "stablehlo":
+                stablehlo.write(weights, partial, dtype=config.dtype)
+            else:
+                dtype = "float16" if config.dtype == "float16" else "float32"
+                onnx.write(weights, partial, config.layout, dtype=dtype, normalize=config.normalize)
         card.write(config.output, config.model, weights, _use(config, weights.config))
     if not (config.verify or config.existing):
         return None
     with files.local(config.output) as here:
         return verify(config, weights, here)
-
-
-def _write(config: ExportConfig, weights: Weights, folder: Path) -> None:
-    if config.format == "stablehlo":
-        stablehlo.write(weights, folder, dtype=config.dtype)
-    elif config.dtype != "bfloat16":
-        onnx.write(
-            weights, folder, config.layout, dtype=config.dtype, normalize=config.normalize
-        )  # fmt: skip
 
 
 def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification:

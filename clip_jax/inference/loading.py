@@ -199,7 +199,7 @@ def starting_params(
     params = dict(weights.params)
     text, length = params["text"], config.text.context_length
     positions = text["positional_embedding"]
-    if weights.config.text.pool == config.text.pool == "class_token":  # the last is the token's
+    if weights.config.text.has_class_token and config.text.has_class_token:  # the last is its own
         positions = np.concatenate([positions[:length], positions[-1:]])
     params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
     names = [TOWERS[tower] for tower in towers]
