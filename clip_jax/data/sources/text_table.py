@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 
 from clip_jax.data.sources import (
     SampleError,
@@ -23,7 +25,7 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
-_BLOCKS = (1 << 20, 1 << 24, 1 << 30)  # bytes of a CSV read at once: a row must lie in one
+_BLOCK = 1 << 24  # bytes of a CSV read at once, and at most a row
 _PEEK_LINES = 100  # of a JSONL, to learn which columns it has
 
 
@@ -99,9 +101,6 @@ class _Delimited:
     """
 
     def __init__(self, path: Path, config: TableConfig) -> None:
-        import pyarrow as pa
-        import pyarrow.csv
-
         signs = _DELIMITERS[path.suffix]
         fit = (sign for sign in signs if config.image_column in _header(path, sign))
         delimiter = next(fit, signs[0])
@@ -124,42 +123,32 @@ class _Delimited:
             )
             return "skip"
 
-        def read(block_size: int) -> pa.Table:
-            self._malformed.clear()
-            with pyarrow.csv.open_csv(
+        latin = [name.encode().decode("latin-1") for name in columns]
+        try:
+            # Arrow takes the rest of the file for one long cell where that fits in a block: the
+            # last one of a long file too, where only an odd number of quotes is a reason to read
+            # the whole once more.
+            fits = path.stat().st_size <= _BLOCK
+            if (fits or _has_odd_quotes(path)) and _is_left_open(path, delimiter):
+                raise pa.ArrowInvalid("it ends within quotes")
+            table = pa.csv.read_csv(
                 path,
                 # Bytes as Latin-1 letters: Arrow would lose a malformed row that is not UTF-8.
-                pyarrow.csv.ReadOptions(
-                    use_threads=False,
-                    encoding="latin-1",
-                    column_names=[name.encode().decode("latin-1") for name in columns],
-                    skip_rows_after_names=1,
-                    block_size=block_size,
+                pa.csv.ReadOptions(
+                    use_threads=False, encoding="latin-1", column_names=latin,
+                    skip_rows_after_names=1, block_size=_BLOCK,
                 ),
-                pyarrow.csv.ParseOptions(
+                pa.csv.ParseOptions(
                     delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep
                 ),
-                pyarrow.csv.ConvertOptions(
+                pa.csv.ConvertOptions(
                     include_columns=names, column_types=dict.fromkeys(names, pa.binary())
                 ),
-            ) as reader:
-                return reader.read_all()
-
-        size, odd = path.stat().st_size, _has_odd_quotes(path)
-        for block_size in _BLOCKS:
-            try:
-                # Arrow takes the rest of the file for one long cell, if that fits in a block: the
-                # last one of a long file too, where only an odd number of quotes is a reason to
-                # read the whole once more.
-                if (odd or size <= block_size) and _is_left_open(path, delimiter):
-                    raise pa.ArrowInvalid("it ends within quotes")
-                table = read(block_size)
-                break
-            except pa.ArrowInvalid as error:
-                if "block" not in str(error) or size <= block_size or block_size == _BLOCKS[-1]:
-                    raise InputError(
-                        f"{path} does not parse: {error}. A quote that never closes?"
-                    ) from error
+            )  # fmt: skip
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{path} does not parse: {error}. A quote that never closes?"
+            ) from error
         self._columns = [table[name] for name in names]
         # Of each malformed row, how many others stand before it, and itself.
         self._before = np.array([n for n, _ in self._malformed]) - np.arange(len(self._malformed))
@@ -195,7 +184,7 @@ def _has_odd_quotes(path: Path) -> bool:
 
 def _is_left_open(path: Path, delimiter: str) -> bool:
     """Say whether the file ends within quotes."""
-    limit = csv.field_size_limit(_BLOCKS[-1])
+    limit = csv.field_size_limit(1 << 30)
     try:
         with path.open(newline="", encoding="latin-1") as file:
             for _ in csv.reader(file, delimiter=delimiter, strict=True):

@@ -49,7 +49,7 @@ def test_absolute_paths_and_other_columns(tmp_path):
         ),
         ("twice.csv", "image,caption,caption\na,b,c\n", r"2 columns 'caption' among 'image', 'c"),
         ("quote.csv", 'image,caption\na.png,"open\nb.png,x\n', "ends within quotes"),
-        # One block of Arrow's, and part of the next: the rest is taken for one long cell.
+        # Of a file longer than a block of Arrow, the rest is taken for one long cell.
         ("next.csv", 'image,caption\na,"open\n' + "b,x\n" * 400_000, "ends within quotes"),
         ("end.csv", "image,caption\n" + "b,x\n" * 600_000 + 'a,"open\nb,x\n', "within quotes"),
     ],
@@ -115,7 +115,7 @@ def test_rows_are_captions_or_samples_with_a_reason(name, tmp_path):
 
 @pytest.mark.parametrize("sign", [",", ";", "\t"])
 def test_captions_across_blocks(sign, tmp_path):
-    """Arrow reads in blocks of a megabyte; a caption may end in another one, or be longer."""
+    """Arrow reads in blocks; a caption may end in another one, or be longer."""
     (tmp_path / "a.png").write_bytes(b"x")
     lines = "\n".join(map(str, range(1000)))
     path = tmp_path / ("t.tsv" if sign == "\t" else "t.csv")
