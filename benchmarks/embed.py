@@ -102,7 +102,7 @@ def main() -> None:
         for i in range(chunks):
             config = EmbedConfig(
                 model=folder / "model", source=str(folder / "images"), output=folder / "ours",
-                part=f"{i + 1}/{chunks}", batch_size=BATCH,
+                worker=f"{i + 1}/{chunks}", batch_size=BATCH,
             )  # fmt: skip
             some = paths[i * images // chunks : (i + 1) * images // chunks]
             theirs = folder / f"theirs-{i:03d}.parquet"

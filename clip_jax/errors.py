@@ -69,10 +69,10 @@ def check_picture(path: Any, name: str) -> None:
         raise InputError(f"{name}={str(path)!r} must end in one of {', '.join(_PICTURES)}.")
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """Read which part of how many, `1/4` to `4/4`: its number from 0 on, and how many there are."""
+def read_worker(text: str) -> tuple[int, int]:
+    """Read `1/4` to `4/4`: the number of a worker, from 0 on, and how many there are."""
     number, _, count = text.partition("/")
     digits = all(x.isascii() and x.isdecimal() and len(x) < 10 for x in (number, count))
     if not (digits and 1 <= int(number) <= int(count)):
-        raise InputError(f"part={text!r} must be i/n with i from 1 to n, such as 1/4.")
+        raise InputError(f"worker={text!r} must be i/n with i from 1 to n, such as 1/4.")
     return int(number) - 1, int(count)

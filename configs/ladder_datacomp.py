@@ -6,7 +6,7 @@
 
 Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs and hundreds of
 thousands of dollars, its small corner (`--only 'ViT-[SMB]-32@*M-*'`) hundreds. On a pod every host
-runs the third command, or each slice its `--part i/n` of the ladder; the same command resumes.
+runs the third command, or each slice its `--worker i/n` of the ladder; the same command resumes.
 
 Batches are DataComp's (4,096 for its small and medium scale, 8,192 large) and those of Cherti et
 al. (88,064). So are the rates to within a factor: DataComp 5e-4 and 1e-3 (xlarge), Cherti et al.

@@ -14,7 +14,7 @@ from clip_jax.config import Config
 from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
-from clip_jax.errors import InputError, check_ranges, read_part
+from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.export import ExportConfig
@@ -159,10 +159,10 @@ def test_a_range_is_said_in_words(given, needed, says):
 
 
 def test_parts_are_counted_from_one():
-    assert [read_part(text) for text in ("1/1", "1/4", "4/4")] == [(0, 1), (0, 4), (3, 4)]
+    assert [read_worker(text) for text in ("1/1", "1/4", "4/4")] == [(0, 1), (0, 4), (3, 4)]
     for text in ("", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/4", "a/b", "²/4", f"1/{'9' * 5000}"):
         with pytest.raises(InputError, match="must be i/n"):
-            read_part(text)
+            read_worker(text)
 
 
 def planted(*_: object) -> None:

@@ -278,10 +278,8 @@ def prepare(args: Sequence[str]) -> int:
 
     config, as_json = arguments.read(PrepareConfig, args, ("source", "destination"), prepare)
     if config.index:
-        from clip_jax.prepare import index
-
-        indexed = index.index(config.source, config.part, config.bad_shards)
-        return _print(indexed, as_json, index.describe(indexed))
+        indexed = writer.index(config)
+        return _print(indexed, as_json, writer.describe_index(indexed))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
     if "kept" not in result["counts"]:
         _say("no pair is kept; the counts say why each was dropped.", code=0)

@@ -143,7 +143,7 @@ def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
     while True:
         order = rng.permutation(count)
         unseen, seen = np.split(order, [int(_NEVER_SEEN_SHARE * count)])
-        places = [np.unique(seen // 10**place % 10) for place in range(digits)]
+        places = [np.unique(seen // 10**power % 10) for power in range(digits)]
         if all(len(own) == 10 for own in places):
             return sorted(seen.tolist()), sorted(unseen.tolist())
 
@@ -327,8 +327,8 @@ class DigitsSource:
         return self._config.samples
 
     def key(self, index: int) -> str:
-        turn, place = divmod(index, len(self._numbers))
-        return f"{self._numbers[place]:0{self._config.digits}d}/{turn}"
+        turn, row = divmod(index, len(self._numbers))
+        return f"{self._numbers[row]:0{self._config.digits}d}/{turn}"
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         number = self._numbers[index % len(self._numbers)]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from clip_jax.data.sources import StoredSource, digest
 from clip_jax.data.sources.any import absolute, open_images
 from clip_jax.engine import Counted, On, runner
-from clip_jax.errors import InputError, check_ranges, read_part
+from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import read_images
 from clip_jax.models.layers import DType
@@ -33,14 +33,14 @@ class EmbedConfig:
     source: str  # a folder of images; a .csv, .tsv or .jsonl; tars: data/{00000..00041}.tar
     output: Place  # folder for rows-*.parquet with the columns index, key, embedding
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
-    part: str = "1/1"  # which of how many parts of the work this process takes: 1/4 to 4/4
+    worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
     image_column: str = "image"  # of a table: the image's path
     rows_per_file: int = 1024  # images a file; a kill loses at most as many
     batch_size: int = 64  # images at a time
     dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
-        read_part(self.part)
+        read_worker(self.worker)
         check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)")
 
 
@@ -69,7 +69,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     files.check_destination(config.output, "--output")
     _opened.cache_clear()  # the files may have changed
     source = open_images(config.source, config.image_column)
-    number, parts = read_part(config.part)
+    number, parts = read_worker(config.worker)
     rows = rows_of_files(len(source), number, parts, config.rows_per_file)
     missing = [some for some in rows if _is_missing(path_of(config.output, some))] or [range(0)]
     work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
@@ -144,7 +144,7 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
     """Write what the folder holds; raises InputError if it holds something else already."""
     manifest = Manifest(
         model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
-        dtype=config.dtype, parts=read_part(config.part)[1], rows_per_file=config.rows_per_file,
+        dtype=config.dtype, parts=read_worker(config.worker)[1], rows_per_file=config.rows_per_file,
         batch_size=config.batch_size, image_column=config.image_column, weights=sample(model),
         digest=digest(source, blocks=False),
     )  # fmt: skip

@@ -31,7 +31,7 @@ def read(path: Place, first: int, last: int) -> bytes:
     """Read the buckets from `first` to before `last`."""
     name = str(path)
     ends = [(_OFFSET.size * number, _OFFSET.size) for number in (first, last)]
-    begin, end = (_OFFSET.unpack(found)[0] for found in files.read_ranges(name, ends))
+    begin, end = (_OFFSET.unpack(data)[0] for data in files.read_ranges(name, ends))
     if begin == end:
         return b""
     (data,) = files.read_ranges(name, [(begin, end - begin)])

@@ -9,7 +9,7 @@ from clip_jax.data.images import ImageError, decode
 from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.errors import InputError
 from clip_jax.prepare import near
-from clip_jax.prepare.near import Look, Looks
+from clip_jax.prepare.near import Hash, Hashes
 from clip_jax.storage import files
 
 _BLOCK = 1 << 16  # test images compared at once
@@ -18,25 +18,25 @@ _BLOCK = 1 << 16  # test images compared at once
 def named(sets: tuple[str, ...]) -> dict[str, str]:
     """Read `NAME=SOURCE`, or a source alone, which gives its own name. Raises InputError for a name
     twice."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for text in sets:
         name, equals, source = text.partition("=")
         if not equals:
             source = text
             path = files.place(text.rstrip("/"))
             name = path.parent.name if "*" in path.name or "{" in path.name else path.stem
-        if not name or not source or name in found:
+        if not name or not source or name in by_name:
             raise InputError(
                 f"decontaminate={text!r} is no set of its own; give NAME=SOURCE, each name once"
             )
-        found[name] = source
-    return found
+        by_name[name] = source
+    return by_name
 
 
-def look_at(images: StoredSource, index: int) -> Look | None:
+def hash_image(images: StoredSource, index: int) -> Hash | None:
     """Hash a test image; None for a plain one and one that cannot be read."""
     try:
-        return near.look(decode(images.image(index)))
+        return near.perceptual_hash(decode(images.image(index)))
     except (SampleError, ImageError):
         return None
 
@@ -46,19 +46,19 @@ class EvaluationImages:
     """The hashes of all sets' test images."""
 
     names: tuple[str, ...]
-    looks: Looks
+    hashes: Hashes
     sets: UInt64[np.ndarray, " N"]  # of which set each is
     indices: UInt64[np.ndarray, " N"]  # and which image of it
     distance: int  # bits that may differ
 
-    def matches(self, look: Look) -> list[tuple[str, int, int]]:
-        """Sets and images in them that one looks like, and in how many bits it differs; nearest
+    def matches(self, image_hash: Hash) -> list[tuple[str, int, int]]:
+        """Sets and images in them that one is near, and in how many bits it differs; nearest
         first. All are compared: it takes some nanoseconds each."""
-        found = []
-        for start in range(0, len(self.looks), _BLOCK):
-            differ = near.distances(self.looks[start : start + _BLOCK], look)
-            for place in np.flatnonzero(differ <= self.distance).tolist():
-                at = start + place
+        matches = []
+        for start in range(0, len(self.hashes), _BLOCK):
+            differ = near.distances(self.hashes[start : start + _BLOCK], image_hash)
+            for row in np.flatnonzero(differ <= self.distance).tolist():
+                at = start + row
                 name = self.names[int(self.sets[at])]
-                found.append((name, int(self.indices[at]), int(differ[place])))
-        return sorted(found, key=lambda match: match[2])
+                matches.append((name, int(self.indices[at]), int(differ[row])))
+        return sorted(matches, key=lambda match: match[2])

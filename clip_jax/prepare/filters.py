@@ -14,7 +14,7 @@ from clip_jax.data.sources import SampleError, ScoredSource, StoredRecord, Store
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
-from clip_jax.prepare.near import Look
+from clip_jax.prepare.near import Hash
 from clip_jax.storage.files import Place
 
 Recipe = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
@@ -32,8 +32,8 @@ class FilterConfig:
     min_words: int = 0  # of a caption, between spaces
     languages: tuple[str, ...] = ()  # of captions: en, de, zh, ... (fastText's guess); empty: any
     drop_duplicates: bool = False  # of images with the same bytes, in the whole set, all but one
-    drop_near_duplicates: bool = False  # images that look like an earlier one
-    near_distance: int = 40  # bits of 256 in which the hashes of images that look alike may differ
+    drop_near_duplicates: bool = False  # near-duplicates of an earlier image
+    near_distance: int = 40  # bits of 256 in which perceptual hashes of near-duplicates may differ
     decontaminate: tuple[str, ...] = ()  # evaluation sets: NAME=images (folder, table, tars, ...)
     score_column: str = ""  # numbers in Parquet, in save_to_disk, or in img2dataset's beside tars
     score_with: Place | None = None  # or a model: the cosine of image and caption
@@ -50,15 +50,15 @@ class FilterConfig:
         )  # fmt: skip
         for low, high in (("min_caption", "max_caption"), ("min_score", "max_score")):
             if getattr(self, low) > getattr(self, high):
-                given = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"
-                raise InputError(f"{given} leave nothing; the first must not be above the second")
+                bounds = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"
+                raise InputError(f"{bounds} leave nothing; the first must not be above the second")
         if self.score_column and self.score_with:
             raise InputError("score_column and score_with both say what a score is; give one")
         bounds = (self.min_score, self.max_score, self.top_share)
         if not self.has_score and (bounds != (-math.inf, math.inf, 1) or self.recipe.needs_score):
-            given = "min_score, max_score and top_share"
-            given = f"the scores of filter={self.filter}" if self.recipe.needs_score else given
-            raise InputError(f"{given} need score_column or score_with, which say what is meant")
+            names = "min_score, max_score and top_share"
+            names = f"the scores of filter={self.filter}" if self.recipe.needs_score else names
+            raise InputError(f"{names} need score_column or score_with, which say what is meant")
         named(self.decontaminate)
 
     @property
@@ -119,7 +119,7 @@ class Pair(NamedTuple):
     picture: Image.Image
     captions: list[str]
     score: float  # of the column; NaN without one
-    look: Look | None  # where somebody compares looks, and the image is not plain
+    image_hash: Hash | None  # where hashes are compared, and the image is not plain
     key: str  # names it for people
 
 
@@ -163,10 +163,14 @@ class Filter:
         if long > self._config.max_aspect * short:
             raise SampleError(f"image aspect: {picture.width} x {picture.height}")
         compares = self._config.drop_near_duplicates or self._evaluation is not None
-        look = near.look(picture) if compares else None
-        if self._evaluation and look is not None and (matches := self._evaluation().matches(look)):
+        image_hash = near.perceptual_hash(picture) if compares else None
+        if (
+            self._evaluation
+            and image_hash is not None
+            and (matches := self._evaluation().matches(image_hash))
+        ):
             raise Contaminated(matches)
-        return Pair(image, picture, captions, score, look, record.key)
+        return Pair(image, picture, captions, score, image_hash, record.key)
 
     def _score(self, index: int) -> float:
         config = self._config

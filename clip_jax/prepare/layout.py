@@ -5,14 +5,14 @@ from typing import Literal
 
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
-from clip_jax.errors import check_ranges, read_part
+from clip_jax.errors import check_ranges, read_worker
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import Place
 
 _PAIR_BUCKETS = 16  # for each task's samples: what two neighbouring groups of shards both read
 _MOST_BUCKETS = 1 << 16
-_JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, of looks 40
+_JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, of perceptual hashes 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class PrepareConfig(FilterConfig):
     destination: Place | None = None  # folder of the shards
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
     inspect: bool = False  # only show the first samples and statistics
-    index: bool = False  # only index the source's tars, so that no run begins with it; see --part
+    index: bool = False  # only index the source's tars, so that no run begins with it; see --worker
     image_column: str = ""  # where the source has columns; empty: the format's default
     caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
     bad_shards: BadShards = "error"  # of the source: missing, truncated or damaged ones
-    part: str = "1/1"  # which of how many parts of the work this process takes: 1/4 to 4/4
+    worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
     shuffle: bool = False  # all pairs together, by a hash of key and seed; else the source's order
     seed: int = 0  # of the shuffle
     samples_per_shard: int = 10_000  # that are kept; where no pair depends on others, that are read
@@ -44,7 +44,7 @@ class PrepareConfig(FilterConfig):
             self, samples_per_shard="[1, inf)", samples_per_task="[0, inf)", seed="[0, inf)",
             threads="[0, 1024]", batch_size="[1, inf)", resize="[0, inf)", quality="[1, 100]",
         )  # fmt: skip
-        read_part(self.part)
+        read_worker(self.worker)
 
     @property
     def joins(self) -> bool:

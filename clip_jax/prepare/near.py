@@ -1,4 +1,4 @@
-"""Images that look alike: a perceptual hash, and which of many are near one that came earlier.
+"""Near-duplicate images: a perceptual hash, and which of many are near one that came earlier.
 
 The hash is pHash (imagehash's: the signs of the 16 x 16 lowest cosine frequencies, 256 bits); two
 images are near where few bits differ. Near ones are looked for among those that have one of 16
@@ -23,9 +23,9 @@ _LOW = 8  # of which bands are made
 _PLAIN, _CONTRAST = 8, 8  # a plain image: no two of 8 x 8 parts differ by 8 gray levels of 256
 _BAND_BITS = (12, 28)  # least and most of a band
 
-Look = UInt64[np.ndarray, " 4"]
-Looks = UInt64[np.ndarray, "N 4"]
-ROW = np.dtype([("index", "<u8"), ("look", "<u8", 4)])  # what is joined, as it lies in files
+Hash = UInt64[np.ndarray, " 4"]
+Hashes = UInt64[np.ndarray, "N 4"]
+ROW = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # what is joined, as it lies in files
 
 
 def check() -> None:
@@ -39,8 +39,8 @@ def check() -> None:
         ) from error
 
 
-def look(picture: Image.Image) -> Look | None:
-    """Hash an image by its looks; None for a plain one, since all of those would look alike."""
+def perceptual_hash(picture: Image.Image) -> Hash | None:
+    """Hash an image by what it shows; None for a plain one, since all of those would look alike."""
     import imagehash
 
     gray = picture.convert("L")
@@ -51,11 +51,11 @@ def look(picture: Image.Image) -> Look | None:
 
 
 def distances(
-    looks: UInt64[np.ndarray, "*N 4"], others: UInt64[np.ndarray, "*M 4"]
+    hashes: UInt64[np.ndarray, "*N 4"], others: UInt64[np.ndarray, "*M 4"]
 ) -> UInt16[np.ndarray, "*N"]:
     """Count the bits in which rows differ; word by word, since NumPy sums short rows slowly."""
-    words = (np.bitwise_count(looks[..., i] ^ others[..., i]) for i in range(looks.shape[-1]))
-    return sum((word.astype(np.uint16) for word in words), np.zeros(looks.shape[:-1], np.uint16))
+    words = (np.bitwise_count(hashes[..., i] ^ others[..., i]) for i in range(hashes.shape[-1]))
+    return sum((word.astype(np.uint16) for word in words), np.zeros(hashes.shape[:-1], np.uint16))
 
 
 def band_bits(samples: int) -> int:
@@ -72,21 +72,21 @@ def _places(bits: int) -> Int64[np.ndarray, "bands bits"]:
     return np.stack([rng.permutation(low)[:bits] for _ in range(BANDS)])
 
 
-def bands(looks: Looks, bits: int) -> UInt64[np.ndarray, "bands N"]:
+def bands(hashes: Hashes, bits: int) -> UInt64[np.ndarray, "bands N"]:
     """Each hash's value in every band, mixed, so that ranges of it are equally full."""
-    unpacked = np.unpackbits(np.ascontiguousarray(looks).view(np.uint8), axis=-1)
+    unpacked = np.unpackbits(np.ascontiguousarray(hashes).view(np.uint8), axis=-1)
     powers = np.uint64(1) << np.arange(bits, dtype=np.uint64)
-    values = np.stack([unpacked[:, place] @ powers for place in _places(bits)])
+    values = np.stack([unpacked[:, chosen] @ powers for chosen in _places(bits)])
     return (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
 
 def sorted_in(rows: np.ndarray, bits: int, count: int) -> list[bytes]:
     """Rows as the buckets of a file: for each band `count` of them."""
-    found = []
-    for band in bands(rows["look"], bits):
+    result = []
+    for band in bands(rows["hash"], bits):
         numbers = buckets.number_of(band, count)
-        found += [rows[numbers == number].tobytes() for number in range(count)]
-    return found
+        result += [rows[numbers == number].tobytes() for number in range(count)]
+    return result
 
 
 def near_earlier(
@@ -98,13 +98,13 @@ def near_earlier(
     bands, and parts of a band, are compared apart.
     """
     rows = rows[np.argsort(rows["index"], kind="stable")]
-    looks = rows["look"]
-    _, firsts, which = np.unique(looks, axis=0, return_index=True, return_inverse=True)
+    hashes = rows["hash"]
+    _, firsts, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     first = firsts[which.reshape(-1)]  # of equal hashes, as placeholders have by the thousand
     is_later = first != np.arange(len(rows))
-    found = [(rows["index"][is_later], rows["index"][first[is_later]])]
+    pairs = [(rows["index"][is_later], rows["index"][first[is_later]])]
     rows = rows[~is_later]
-    values = bands(rows["look"], bits)[band]
+    values = bands(rows["hash"], bits)[band]
     order = np.argsort(values, kind="stable")
     rows, values = rows[order], values[order]
     active = np.arange(len(rows))
@@ -113,8 +113,8 @@ def near_earlier(
         active = active[values[active] == values[active + shift]]
         if not len(active):
             break
-        close = distances(rows["look"][active], rows["look"][active + shift]) <= distance
-        there = active[close]
-        found.append((rows["index"][there + shift], rows["index"][there]))
-    later, earlier = (np.concatenate(column) for column in zip(*found, strict=True))
+        close = distances(rows["hash"][active], rows["hash"][active + shift]) <= distance
+        active_near = active[close]
+        pairs.append((rows["index"][active_near + shift], rows["index"][active_near]))
+    later, earlier = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return later, earlier

@@ -57,17 +57,19 @@ def opened(config: PrepareConfig, layout: Layout) -> tuple[StoredSource, Filter]
 
 def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
     with np.load(io.BytesIO(files.read(layout.evaluation))) as kept:
-        arrays = (kept["looks"], kept["sets"], kept["indices"])
+        arrays = (kept["hashes"], kept["sets"], kept["indices"])
     names = tuple(contamination.named(config.decontaminate))
     return EvaluationImages(names, *arrays, config.near_distance)
 
 
-def look_at_set(source: str, target: tuple[range, Place], counted: Counted) -> None:
+def hash_evaluation_set(source: str, target: tuple[range, Place], counted: Counted) -> None:
     """Hash images of an evaluation set, those in a range of it."""
     indices, path = target
     images = open_images(source, option="--decontaminate")
-    seen = [(index, contamination.look_at(images, index)) for index in counted(indices)]
-    rows = np.array([(index, look) for index, look in seen if look is not None], near.ROW)
+    seen = [(index, contamination.hash_image(images, index)) for index in counted(indices)]
+    rows = np.array(
+        [(index, image_hash) for index, image_hash in seen if image_hash is not None], near.ROW
+    )
     files.write_whole(path, rows.tobytes())
 
 
@@ -86,8 +88,8 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
         if config.drop_duplicates:
             digest = hashlib.blake2b(pair.image, digest_size=8).digest()
             same.append((int.from_bytes(digest), index))
-        if pair.look is not None:
-            alike.append((index, pair.look))
+        if pair.image_hash is not None:
+            alike.append((index, pair.image_hash))
     buckets.write(layout.file(number, "pairs"), [b"".join(bucket) for bucket in pairs])
     files.write_whole(layout.file(number, "rows"), np.array(rows, ROWS).tobytes())
     count = layout.join_buckets
@@ -192,7 +194,7 @@ def find_same(layout: Layout, bucket: int, counted: Counted) -> None:
 
 
 def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> None:
-    """Find the images of a bucket of a band that look like an earlier one."""
+    """Find the images of a bucket of a band that are near an earlier one."""
     [bucket] = counted([bucket])
     table = buckets.table(_gathered(layout, "alike", bucket), near.ROW)
     band = bucket // layout.join_buckets
@@ -235,8 +237,8 @@ def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) 
     )  # fmt: skip
     scores = np.full(len(rows), math.nan)
     places = np.searchsorted(rows["index"], [index for index, _ in wanted])
-    found = _cosines(model, [bytes(record) for _, record in wanted], config.batch_size, counted)
-    scores[places] = list(found)
+    cosines = _cosines(model, [bytes(record) for _, record in wanted], config.batch_size, counted)
+    scores[places] = list(cosines)
     files.write_whole(layout.file(number, "scores"), scores.astype("<f8").tobytes())
 
 
@@ -251,10 +253,12 @@ def _cosines(
             encoded = concatenate(list(threads.map(model.image_preprocess.batch, images)))
             texts = [[text.decode() for text in pair["caption"]] for pair in pairs]
             tokens = model.tokenize([text for several in texts for text in several], truncate=True)
-            seen = unit(model.encode_image(encoded, batch_size=batch_size))
-            said = unit(model.encode_text(tokens, batch_size=batch_size))
+            image_embeddings = unit(model.encode_image(encoded, batch_size=batch_size))
+            text_embeddings = unit(model.encode_text(tokens, batch_size=batch_size))
             owner = np.repeat(np.arange(len(batch)), [len(several) for several in texts])
-            cosines = np.einsum("te,te->t", seen[owner], said, dtype=np.float64)
+            cosines = np.einsum(
+                "te,te->t", image_embeddings[owner], text_embeddings, dtype=np.float64
+            )
             yield from np.bincount(owner, cosines) / np.bincount(owner)
             deque(counted(range(len(batch))), maxlen=0)
 

@@ -2,7 +2,7 @@
 
 Each stage is tasks that write files whole, a function of options and source alone; what is there is
 not done again. So nodes, threads, retries and stops change nothing, and several machines without
-Ray may each take a part. Where no pair depends on another, one stage copies what passes. Else the
+Ray may share the work. Where no pair depends on another, one stage copies what passes. Else the
 samples are read once into `work`, compared and scored there, settled, and gathered into shards.
 """
 
@@ -21,8 +21,9 @@ from etils import epath
 from clip_jax.data.sources import BlockSource, SampleError, StoredSource, digest
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
+from clip_jax.data.sources.tar_index import open_index
 from clip_jax.engine import Runner, runner
-from clip_jax.errors import InputError, read_part
+from clip_jax.errors import InputError, read_worker
 from clip_jax.prepare import buckets, contamination, counts, near, settle, stages
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
@@ -39,7 +40,7 @@ _WHOLE = "_SUCCESS"  # the file that says that nothing is missing, as Hadoop and
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Write this part's shards that are not there yet; returns the report over all parts so far.
+    """Write this worker's shards that do not exist yet; returns the report over all so far.
 
     Raises InputError for a source that is not usable, and for a folder begun with other settings.
     """
@@ -66,7 +67,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     with runner(config.on, config.threads) as does:
         work = _Work(does, config, layout)
         if config.decontaminate:
-            work.look_at_evaluation()
+            work.hash_evaluation_sets()
         if config.joins:
             dropped, shards = work.join()
         else:
@@ -79,7 +80,7 @@ class _Work:
 
     def __init__(self, does: Runner, config: PrepareConfig, layout: Layout) -> None:
         self._does, self._config, self._layout = does, config, layout
-        self._part, self._parts = read_part(config.part)
+        self._worker, self._workers = read_worker(config.worker)
 
     def copy(self) -> list[Place]:
         """One stage; returns the shards that there are to be."""
@@ -87,7 +88,7 @@ class _Work:
         work = functools.partial(stages.copy, self._config, layout)
         shards = [layout.shard(number, count) for number in range(count)]
         tasks = [x for x in range(count) if not self._is_whole(shards[x])]
-        own = [(x, len(layout.indices(x))) for x in tasks if x % self._parts == self._part]
+        own = [(x, len(layout.indices(x))) for x in tasks if x % self._workers == self._worker]
         self._does.run("prepare", work, own)
         return shards
 
@@ -103,20 +104,22 @@ class _Work:
         if config.drop_near_duplicates:
             find = functools.partial(stages.find_alike, layout, config.near_distance)
             bands = range(near.BANDS * count)
-            self._all("look", find, bands, lambda x: layout.joined("alike", x), size=1)
+            self._all("hash", find, bands, lambda x: layout.joined("alike", x), size=1)
         verdicts, dropped = settle.candidates(layout, config)
         if config.score_with:
             score = functools.partial(stages.score, config, layout)
             self._all("score", score, reads, lambda x: layout.file(x, "scores"), model=True)
         verdicts = settle.settle(layout, config, verdicts)
         groups = settle.groups(layout, config, verdicts)
-        own = [group for group in groups[self._part :: self._parts] if not self._is_written(group)]
+        own = [
+            group for group in groups[self._worker :: self._workers] if not self._is_written(group)
+        ]
         write = functools.partial(stages.write, config, layout)
-        self._does.run("write", write, [(group, group.pairs) for group in own])
+        self._does.run("write", write, [(x, x.pairs) for x in own if not self._is_written(x)])
         shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
         return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
 
-    def look_at_evaluation(self) -> None:
+    def hash_evaluation_sets(self) -> None:
         """Hash the images of all evaluation sets, which every reader compares with."""
         layout, parts = self._layout, []
         for number, source in enumerate(contamination.named(self._config.decontaminate).values()):
@@ -124,16 +127,16 @@ class _Work:
             starts = range(0, images, _TEST_IMAGES)
             ranges = [range(start, min(start + _TEST_IMAGES, images)) for start in starts]
             targets = [(some, layout.work / f"set-{number}-{some.start}") for some in ranges]
-            look = functools.partial(stages.look_at_set, source)
-            there = self._there()
-            missing = [(x, len(x[0])) for x in targets if x[1].name not in there]
-            self._does.run("evaluation sets", look, missing)
+            image_hash = functools.partial(stages.hash_evaluation_set, source)
+            existing = self._existing()
+            missing = [(x, len(x[0])) for x in targets if x[1].name not in existing]
+            self._does.run("evaluation sets", image_hash, missing)
             parts += [(number, path) for _, path in targets]
         rows = [(number, buckets.table(files.read(path), near.ROW)) for number, path in parts]
         kept = io.BytesIO()
         np.savez(
             kept,
-            looks=np.concatenate([table["look"] for _, table in rows]),
+            hashes=np.concatenate([table["hash"] for _, table in rows]),
             indices=np.concatenate([table["index"] for _, table in rows]),
             sets=np.repeat(
                 np.array([number for number, _ in rows], np.uint64), [len(x) for _, x in rows]
@@ -150,14 +153,14 @@ class _Work:
         size: int = 0,
         model: bool = False,
     ) -> None:
-        """Do all tasks of a stage that are missing, this part's first: all need all of it."""
-        there = self._there()
-        missing = [number for number in numbers if path(number).name not in there]
-        turn = sorted(missing, key=lambda x: (x - self._part) % self._parts)
+        """Do all tasks of a stage that are missing, this worker's first: all need all of it."""
+        existing = self._existing()
+        missing = [number for number in numbers if path(number).name not in existing]
+        turn = sorted(missing, key=lambda x: (x - self._worker) % self._workers)
         tasks = [(x, size or len(self._layout.indices(x))) for x in turn]
         self._does.run(name, work, tasks, model=model)
 
-    def _there(self) -> set[str]:
+    def _existing(self) -> set[str]:
         return {os.path.basename(path) for path in files.walk(self._layout.work)}
 
     def _is_written(self, group: Group) -> bool:
@@ -165,12 +168,12 @@ class _Work:
         return all(map(self._is_whole, shards))
 
     @functools.cached_property
-    def _shards_there(self) -> set[str]:
+    def _written(self) -> set[str]:
         return {path.name for path in self._layout.folder.iterdir()}
 
     def _is_whole(self, shard: Place) -> bool:
         """Whether a shard was there when first one was asked for."""
-        return {shard.name, statistics_of(shard).name} <= self._shards_there
+        return {shard.name, statistics_of(shard).name} <= self._written
 
 
 def inspect(config: PrepareConfig) -> dict[str, Any]:
@@ -198,6 +201,27 @@ def inspect(config: PrepareConfig) -> dict[str, Any]:
             values = {"dropped": str(error)}
         first.append({"key": source.key(index), **values})
     return {"samples": len(source), "first": first, **counts.merged([statistics.to_dict()])}
+
+
+def index(config: PrepareConfig) -> dict[str, Any]:
+    """Index this worker's tars of the source, beside them; what is indexed is not read again.
+
+    Returns the number of shards and samples, 0 as long as other workers' are missing.
+    """
+    if not config.source.endswith(".tar"):
+        raise InputError(f"{config.source} needs no index: only tars (data/*.tar) have one")
+    worker = read_worker(config.worker)
+    shards = open_index(config.source, "", config.bad_shards, worker, wait=False)
+    if shards is None:
+        return {"shards": 0, "samples": 0}
+    return {"shards": len(shards.paths), "samples": len(shards.places)}
+
+
+def describe_index(result: dict[str, Any]) -> str:
+    """One line for people, of `index`."""
+    if not result["shards"]:
+        return "this worker's shards are indexed; others are missing still"
+    return f"{result['samples']:,} samples in {result['shards']:,} shards are indexed"
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -229,7 +253,7 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
         "samples": len(source),
         "digest": digest(source, blocks=isinstance(source, BlockSource)),
     }
-    for name in ("destination", "on", "inspect", "index", "part", "threads"):
+    for name in ("destination", "on", "inspect", "index", "worker", "threads"):
         del kept[name]
     kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
     kept["decontaminate"] = list(config.decontaminate)
@@ -250,8 +274,8 @@ def _report(
 ) -> dict[str, Any]:
     """Write what all processes have done so far; and, if that is all, mark it as complete."""
     folder = layout.folder
-    there = {path.name for path in folder.iterdir()}
-    done = [x for x in shards if {x.name, statistics_of(x).name} <= there]
+    existing = {path.name for path in folder.iterdir()}
+    done = [x for x in shards if {x.name, statistics_of(x).name} <= existing]
     paths = [statistics_of(shard) for shard in done]
     if config.joins:
         paths += [layout.file(number, "read") for number in range(layout.reads)]

@@ -23,7 +23,7 @@ from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, run_file, with_order
-from clip_jax.errors import InputError, check_ranges, read_part
+from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.losses.objective import fitting
 from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
@@ -354,12 +354,12 @@ class LadderCommand:
     spec: Path  # a Python file with get_ladder(), such as configs/ladder_digits.py
     root: Path | None = None  # where the work directories lie; default: runs/ and the spec's name
     only: str = "*"  # pattern of the names of points, such as 'w32@*' or '*-seed0'
-    part: str = "1/1"  # which of how many parts of the points this process takes: 1/4 to 4/4
+    worker: str = "1/1"  # which of how many workers this is, that share the points: 1/4 to 4/4
     jobs: int = 1  # points at a time on this machine's cores; 0: only write their configs
     dry_run: bool = False  # only print the table
 
     def __post_init__(self) -> None:
-        read_part(self.part)
+        read_worker(self.worker)
         check_ranges(self, jobs="[0, inf)")
 
 
@@ -425,7 +425,7 @@ def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
         return sum(point.training_flops for point in some)
 
     # No long one is left for the end, and parts weigh alike.
-    number, parts = read_part(command.part)
+    number, parts = read_worker(command.worker)
     mine = sorted(together.values(), key=work, reverse=True)[number::parts]
     return sorted((p for some in mine for p in some), key=lambda point: -point.training_flops)
 

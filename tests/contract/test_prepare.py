@@ -22,9 +22,9 @@ def test_shards_in_a_bucket_are_those_on_disk(tmp_path, gs, capsys):
         files.write_whole(f"{gs.url}/in/{path.name}", path.read_bytes())
     out, source = files.place(f"{gs.url}/out"), f"{gs.url}/in/*.tar"
     command = ["prepare", source, "--index"]
-    assert main([*command, "--part", "2/2"]) == 0
+    assert main([*command, "--worker", "2/2"]) == 0
     assert "others are missing still" in capsys.readouterr().out
-    assert main([*command, "--part", "1/2", "--json"]) == 0
+    assert main([*command, "--worker", "1/2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"shards": 3, "samples": 30}
     how = {"source": source, "samples_per_shard": 8, "samples_per_task": 10, "threads": 2}
     how |= {"drop_duplicates": True, "shuffle": True}

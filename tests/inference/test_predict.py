@@ -140,7 +140,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["embed", "MODEL", "x" * 300, "OUT"], "name too long: xxx"),
         (["embed", "MODEL", "nowhere", "OUT"], "SOURCE: there is nothing at nowhere"),
         (["embed", "MODEL", "EMPTY", "OUT"], "has no images"),
-        (["embed", "MODEL", "PHOTOS", "OUT", "--part", "3/2"], "part='3/2' must be i/n"),
+        (["embed", "MODEL", "PHOTOS", "OUT", "--worker", "3/2"], "worker='3/2' must be i/n"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),
         (["embed", "MODEL", "PHOTOS", "DONE", "--batch-size", "7"], "batch_size=64, now 7"),
         (["search", "MODEL", "EMPTY", "--text", "x"], "no embeddings in"),
@@ -162,7 +162,7 @@ def test_wrong_use_is_one_message(args, says, folder, embedded, tmp_path, refuse
 def test_embeddings_are_the_models_with_their_keys(folder, tmp_path, run):
     model, photos = folder / "model", folder / "photos"
     parts = [
-        run("embed", model, photos, tmp_path / "out", "--part", part, "--rows-per-file", "30")
+        run("embed", model, photos, tmp_path / "out", "--worker", part, "--rows-per-file", "30")
         for part in ("1/2", "2/2")
     ]
     assert "017-broken.png: not an image" in parts[0][1]

@@ -44,14 +44,14 @@ def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
 def test_the_nearest_set_comes_first(monkeypatch):
     monkeypatch.setattr(contamination, "_BLOCK", 3)
     rng = np.random.default_rng(0)
-    looks = rng.integers(0, 2**64, (8, 4), np.uint64)
-    looks[5] = looks[2] ^ np.array([1, 0, 0, 0], np.uint64)
-    looks[7] = looks[2] ^ np.array([0, 7, 0, 1], np.uint64)
+    hashes = rng.integers(0, 2**64, (8, 4), np.uint64)
+    hashes[5] = hashes[2] ^ np.array([1, 0, 0, 0], np.uint64)
+    hashes[7] = hashes[2] ^ np.array([0, 7, 0, 1], np.uint64)
     sets = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.uint64)
-    images = EvaluationImages(("a", "b"), looks, sets, np.arange(8, dtype=np.uint64), 3)
-    assert images.matches(looks[2]) == [("a", 2, 0), ("b", 5, 1)]
-    assert not images.matches(~looks[2])
-    assert near.distances(looks[7:], looks[2]).tolist() == [4]
+    images = EvaluationImages(("a", "b"), hashes, sets, np.arange(8, dtype=np.uint64), 3)
+    assert images.matches(hashes[2]) == [("a", 2, 0), ("b", 5, 1)]
+    assert not images.matches(~hashes[2])
+    assert near.distances(hashes[7:], hashes[2]).tolist() == [4]
 
 
 def test_names_of_sets():

@@ -84,7 +84,7 @@ def test_of_equal_images_the_first_that_passes_is_kept(tmp_path):
     path = FORMATS["images_beside"](tmp_path / "in", pairs).path
     how = {"source": path, "destination": tmp_path / "out", "samples_per_shard": 5}
     for part in ("3/3", "2/3", "1/3"):
-        report = prepare(PrepareConfig(**how, drop_duplicates=True, part=part))
+        report = prepare(PrepareConfig(**how, drop_duplicates=True, worker=part))
     assert captions(tmp_path / "out") == [[f"text {i}"] for i in (1, 2, 3, 4, 7, 9)]
     assert report["counts"] == {
         "kept": 6, "duplicate image": 4, "not an image": 2, "caption length": 1,

@@ -69,7 +69,7 @@ def test_the_shards_do_not_depend_on_how_the_work_is_shared(source, tmp_path):
     assert same == first
     assert digests(tmp_path / "b") == digests(tmp_path / "a") != {}
     for part in ("2/3", "1/3", "3/3"):
-        last = prepare(joined(source, tmp_path / "c", samples_per_task=40, threads=1, part=part))
+        last = prepare(joined(source, tmp_path / "c", samples_per_task=40, threads=1, worker=part))
     assert digests(tmp_path / "c") == digests(tmp_path / "a")
     assert last["counts"] == first["counts"]
     other = prepare(joined(source, tmp_path / "d", seed=1))

@@ -109,9 +109,9 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     """Over parts, and when nothing is left to write."""
     folder = tmp_path / "out"
     how = {"source": source, "destination": folder, "samples_per_shard": 4, "min_side": 14}
-    first = prepare(PrepareConfig(**how, part="2/2"))
+    first = prepare(PrepareConfig(**how, worker="2/2"))
     assert first["shards"] == {"written": 2, "of": 5}
-    prepare(PrepareConfig(**how, part="1/2"))
+    prepare(PrepareConfig(**how, worker="1/2"))
     assert read_all(folder) == [(image, text) for _, image, text in PAIRS[4:]]
     assert len(list(folder.glob("*.array_record"))) == 5  # of the first nothing is kept
     assert not list(folder.glob(".*.partial.*"))
@@ -158,7 +158,7 @@ def test_inspect_shows_the_first_samples(source, capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"part": "3/2"}, "part='3/2' must be i/n"),
+        ({"worker": "3/2"}, "worker='3/2' must be i/n"),
         ({"samples_per_shard": 0}, "samples_per_shard=0"),
     ],
 )
@@ -168,3 +168,9 @@ def test_wrong_config(wrong, message):
     for path, says in (("*.zip", "is not a data source"), ("x.zip", "there is nothing at x.zip")):
         with pytest.raises(ValueError, match=says):
             guess_source(PathConfig(path=path))
+
+
+def test_what_has_no_index(capsys):
+    """What an index is good for is tested in tests/contract."""
+    assert main(["prepare", "pairs.csv", "--index"]) == 2
+    assert "only tars" in capsys.readouterr().err

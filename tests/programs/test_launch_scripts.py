@@ -216,7 +216,7 @@ def test_a_slurm_array_takes_its_part(tmp_path):
         SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="8",
     )  # fmt: skip
     assert done.returncode == 0
-    assert calls == ["clip-jax embed m photos out --part 3/8"]
+    assert calls == ["clip-jax embed m photos out --worker 3/8"]
 
 
 def test_the_local_launcher_keeps_simulated_devices_on_the_cpu(tmp_path):

@@ -104,7 +104,7 @@ def test_a_parent_goes_with_its_branches(tmp_path):
 
     runs = {f"w16{kind}-seed{seed}" for kind in ("-parent", "@160") for seed in (0, 1)}
     assert names(only="w16@160-*") == runs
-    parts = [names(part=f"{part}/4") for part in (1, 2, 3, 4)]
+    parts = [names(worker=f"{part}/4") for part in (1, 2, 3, 4)]
     assert [len(part) for part in parts] == [3] * 4
     assert all(len({name[:3] for name in part}) == 1 for part in parts)
     assert len(set.union(*parts)) == 12
@@ -221,7 +221,7 @@ def test_branches_follow_their_parent(tmp_path):
 
 def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
     spec, root = write_spec(tmp_path), tmp_path / "root"
-    command = LadderCommand(spec=spec, root=root, jobs=0, part="2/2")
+    command = LadderCommand(spec=spec, root=root, jobs=0, worker="2/2")
     (point,) = climb(command, print)["points"]
     assert not point["done"]
     assert [path.name for path in root.iterdir()] == [point["name"]]
@@ -232,7 +232,7 @@ def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"part": "3/2"}, "part='3/2' must be i/n"),
+        ({"worker": "3/2"}, "worker='3/2' must be i/n"),
         ({"jobs": -1}, "jobs=-1 must be at least 0"),
         ({"only": "x*"}, r"only='x\*' matches no point"),
         ({"spec": DIGITS}, r"has no get_ladder\(\)"),

@@ -24,7 +24,7 @@ _PIECE = (8, 64)  # samples, at least and at most, of which a batch is put toget
 
 @dataclass(frozen=True)
 class Reading:
-    """What was asked of buckets, and how long threads waited for them."""
+    """What was requested of buckets, and how long threads waited for them."""
 
     requests: int = 0
     bytes_read: int = 0
@@ -164,23 +164,23 @@ class StreamPieces:
         return -(-len(self.streams.own) // self.workers) * self.workers
 
     def __call__(self, i: int) -> Piece | NoPiece:
-        step, place = divmod(i, self.number)
+        step, slot = divmod(i, self.number)
         own = self.streams.own
-        if place >= len(own):
+        if slot >= len(own):
             return ()
         ahead = self._ahead.get(lambda: self._open(own[i % self.workers :: self.workers]))
-        stream, width = own[place], self.streams.width
+        stream, width = own[slot], self.streams.width
         first = step * self.streams.batch_size + stream * width
         run = ahead.run(step, stream)
         samples, used, waited = [], 0, 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
-            asked = CLOCK.now()
+            start = CLOCK.now()
             try:
                 fetched = ahead.take(step, int(record), (int(epoch), int(piece)))
                 used += fetched.size
             except SampleError as error:
                 fetched = error
-            waited += CLOCK.now() - asked
+            waited += CLOCK.now() - start
             samples.append(self.load(at, int(record), fetched))
         return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
 

@@ -81,8 +81,8 @@ class Streams:
 
     def before(self, position: int) -> Int64[np.ndarray, " streams"]:
         """How many of the positions before this one each stream has."""
-        batches, place = divmod(position, self.batch_size)
-        rest = place - np.arange(self.count, dtype=np.int64) * self.width
+        batches, offset = divmod(position, self.batch_size)
+        rest = offset - np.arange(self.count, dtype=np.int64) * self.width
         return batches * self.width + np.clip(rest, 0, self.width)
 
 
@@ -99,8 +99,8 @@ class Run(NamedTuple):
 class StreamOrder(Protocol):
     """What each stream reads."""
 
-    def at(self, stream: int, place: int, count: int) -> Run:
-        """The records at the places from `place` on: how many the stream had before."""
+    def at(self, stream: int, offset: int, count: int) -> Run:
+        """The records at the places from `offset` on: how many the stream had before."""
         ...
 
     def reach(self, stream: int) -> int:
@@ -135,7 +135,7 @@ class OfPositions:
 
 @dataclass(frozen=True)
 class Equal:
-    """Streams take equal shares, up to one record: a stream's place alone says what it has had, as
+    """Streams take equal shares, up to one record: a stream's offset alone says what it has had, as
     the members of a mixture need, whose later weights are not known yet."""
 
     streams: Streams
@@ -158,7 +158,7 @@ class BlockOrder:
         self._length = int(sizes.sum())
         streams = shares.streams.count
         self._spread = max(1, shuffle_blocks // streams) * self._length / len(sizes)  # places
-        self._chunks: dict[int, list[tuple[int, Run]]] = {}  # of each stream: first place, records
+        self._chunks: dict[int, list[tuple[int, Run]]] = {}  # of each stream: first offset, records
         self._epoch = functools.lru_cache(maxsize=2)(self._permuted)
 
     def __reduce__(self) -> Any:
@@ -168,14 +168,14 @@ class BlockOrder:
         )
         return made, (sizes,)
 
-    def at(self, stream: int, place: int, count: int) -> Run:
+    def at(self, stream: int, offset: int, count: int) -> Run:
         """The records at `count` places of a stream."""
         runs = []
         while count:
-            start, chunk = self._chunk_with(stream, place)
-            at = place - start
+            start, chunk = self._chunk_with(stream, offset)
+            at = offset - start
             runs.append(Run(*(array[at : at + count] for array in chunk)))
-            place, count = place + len(runs[-1].record), count - len(runs[-1].record)
+            offset, count = offset + len(runs[-1].record), count - len(runs[-1].record)
         return joined(runs)
 
     def reach(self, stream: int) -> int:
@@ -187,24 +187,24 @@ class BlockOrder:
         longest = self._length // self._shares.streams.count + self._shares.streams.width + 1
         return min(longest, int(1.2 * self._spread) + _CHUNK)
 
-    def _chunk_with(self, stream: int, place: int) -> tuple[int, Run]:
+    def _chunk_with(self, stream: int, offset: int) -> tuple[int, Run]:
         """The chunk that holds a place, and the place at which it starts."""
         kept = self._chunks.get(stream, [])
         for start, run in kept:
-            if start <= place < start + len(run.record):
+            if start <= offset < start + len(run.record):
                 return start, run
-        most = (place + 1) * self._shares.streams.count + self._shares.streams.batch_size
+        most = (offset + 1) * self._shares.streams.count + self._shares.streams.batch_size
         epochs = range(most // self._length + 2)
-        epoch = bisect.bisect_right(epochs, place, key=lambda e: int(self._shares(e)[stream])) - 1
+        epoch = bisect.bisect_right(epochs, offset, key=lambda e: int(self._shares(e)[stream])) - 1
         before, after = (int(self._shares(e)[stream]) for e in (epoch, epoch + 1))
         length = after - before
         chunks = max(1, int(length / max(self._spread, _CHUNK)))
-        number = (place - before) * chunks // length
+        number = (offset - before) * chunks // length
         while True:
             start, run = self._chunk(epoch, stream, number, chunks)
-            if place - before < start:
+            if offset - before < start:
                 number -= 1
-            elif place - before >= start + len(run.record):
+            elif offset - before >= start + len(run.record):
                 number += 1
             else:
                 self._chunks[stream] = [(before + start, run), *kept[: _KEPT - 1]]
@@ -250,7 +250,7 @@ class BlockOrder:
         length = stop - start
         spread = self._spread if self._spread < length else 2.0 * length
         low, high = (length * n / chunks for n in (number, number + 1))
-        # No place is farther than half the spread from its piece's middle.
+        # No offset is farther than half the spread from its piece's middle.
         reach = (low - spread / 2, high + spread / 2)
         begin, end = (start + int(min(max(edge, 0), length)) for edge in reach)
         inside = slice(

@@ -105,15 +105,17 @@ class _Phase:
 
     def at(self, position: int) -> tuple[int, int]:
         """Member, and how many samples it gave before."""
-        period, place = divmod(position - self.start, self.pattern.period)
-        member = int(self.pattern.member[place])
-        done = self.before[member] + period * self.pattern.counts[member] + self.pattern.rank[place]
+        period, offset = divmod(position - self.start, self.pattern.period)
+        member = int(self.pattern.member[offset])
+        done = (
+            self.before[member] + period * self.pattern.counts[member] + self.pattern.rank[offset]
+        )
         return member, int(done)
 
-    def given(self, position: int) -> Int64[np.ndarray, " members"]:
+    def counts_before(self, position: int) -> Int64[np.ndarray, " members"]:
         """How many samples each member gave before a position."""
-        period, place = divmod(position - self.start, self.pattern.period)
-        rest = np.bincount(self.pattern.member[:place], minlength=len(self.before))
+        period, offset = divmod(position - self.start, self.pattern.period)
+        rest = np.bincount(self.pattern.member[:offset], minlength=len(self.before))
         return self.before + period * self.pattern.counts + rest
 
 
@@ -121,7 +123,7 @@ def _phases(starts: Sequence[int], patterns: Sequence[_Pattern]) -> list[_Phase]
     """Phases that begin at these positions, of a batch or of one stream of it."""
     phases = [_Phase(0, np.zeros_like(patterns[0].counts), patterns[0])]
     for start, pattern in zip(starts[1:], patterns[1:], strict=True):
-        phases.append(_Phase(start, phases[-1].given(start), pattern))
+        phases.append(_Phase(start, phases[-1].counts_before(start), pattern))
     return phases
 
 
@@ -214,16 +216,16 @@ class StreamMixture:
         self._begins, self._patterns = begins, patterns
         self._streams: dict[int, list[_Phase]] = {}
 
-    def at(self, stream: int, place: int, count: int) -> Run:
+    def at(self, stream: int, offset: int, count: int) -> Run:
         """The records at `count` places of a stream."""
         phases = self._of(stream)
         runs = []
         while count:
-            number = max(i for i, phase in enumerate(phases) if phase.start <= place)
+            number = max(i for i, phase in enumerate(phases) if phase.start <= offset)
             end = phases[number + 1].start if number + 1 < len(phases) else ENDLESS
-            here = min(count, end - place)
-            runs.append(self._in_phase(phases[number], stream, place, here))
-            place, count = place + here, count - here
+            here = min(count, end - offset)
+            runs.append(self._in_phase(phases[number], stream, offset, here))
+            offset, count = offset + here, count - here
         return joined(runs)
 
     def reach(self, stream: int) -> int:
@@ -241,14 +243,14 @@ class StreamMixture:
             self._streams[stream] = _phases(begins, self._patterns)
         return self._streams[stream]
 
-    def _in_phase(self, phase: _Phase, stream: int, place: int, count: int) -> Run:
-        pattern, places = phase.pattern, np.arange(place, place + count) - phase.start
+    def _in_phase(self, phase: _Phase, stream: int, offset: int, count: int) -> Run:
+        pattern, places = phase.pattern, np.arange(offset, offset + count) - phase.start
         members = pattern.member[places % pattern.period]
-        given = phase.given(place)
+        counts = phase.counts_before(offset)
         joined = Run(*(np.empty(count, np.int64) for _ in Run._fields))
         for member in np.unique(members):
             here = np.flatnonzero(members == member)
-            run = self._orders[member].at(stream, int(given[member]), len(here))
+            run = self._orders[member].at(stream, int(counts[member]), len(here))
             start = self._starts[member]
             shifted = (run.record + start, run.epoch, run.first + start, run.last + start)
             for array, values in zip(joined, shifted, strict=True):

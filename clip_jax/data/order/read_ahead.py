@@ -103,10 +103,10 @@ class ReadAhead:
                 self._failure = self._failure or error
                 self._arrived.notify_all()
 
-    def _give_up(self, piece: _Piece, place: int) -> None:
+    def _give_up(self, piece: _Piece, offset: int) -> None:
         """Hold a record no longer."""
         assert piece.records is not None
-        fetched, piece.records[place] = piece.records[place], None
+        fetched, piece.records[offset] = piece.records[offset], None
         if isinstance(fetched, AnyRecord):
             piece.size -= fetched.size
             self._held -= fetched.size
@@ -138,9 +138,9 @@ class ReadAhead:
         """Records that were used of pieces which earlier steps have begun."""
         used: dict[_Key, set[int]] = {}
         for stream in self._streams:
-            place = self._start * self._width
-            back = min(place, self._order.reach(stream))
-            run = self._order.at(stream, place - back, back) if back else None
+            offset = self._start * self._width
+            back = min(offset, self._order.reach(stream))
+            run = self._order.at(stream, offset - back, back) if back else None
             for i in range(back):
                 assert run is not None
                 key = (int(run.epoch[i]), int(run.first[i]))

@@ -83,8 +83,8 @@ class ArrayRecordSource(StoredSource):
 
     def key(self, index: int) -> str:
         """Shard and number of the record."""
-        shard, place = self._places.find(index)
-        return f"{self._shards[shard].path}:{place}"
+        shard, row = self._places.find(index)
+        return f"{self._shards[shard].path}:{row}"
 
     def record(self, index: int) -> StoredRecord:
         """Read one record."""
@@ -103,9 +103,9 @@ class ArrayRecordSource(StoredSource):
         return decode_example(record)
 
     def _read(self, first: int, last: int) -> Sequence[bytes]:
-        shard, place = self._places.find(first)
+        shard, row = self._places.find(first)
         try:
-            return self._shards[shard].read(place, place + last - first)
+            return self._shards[shard].read(row, row + last - first)
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:

@@ -48,8 +48,8 @@ class ArrayRecordFile:
         self.end = _place_of_index(tail[self._last - begin :], self._last)  # of the records
         if self.end < begin:
             begin, tail = self.end, _read(path, self.end, self._last)
-        said, *entries = _records(tail[self.end - begin : self._last - begin], self.end)
-        about = _fields(_fields(said)[1])
+        header, *entries = _records(tail[self.end - begin : self._last - begin], self.end)
+        about = _fields(_fields(header)[1])
         self._count = about.get(3, 0)
         self.transposed = b"transpose:true" in about.get(4, b"")
         # Of each chunk; the last may have fewer.
@@ -156,10 +156,10 @@ def _decompressed(codec: int, data: bytes, most: int) -> bytes:
 def _number(data: bytes, at: int) -> tuple[int, int]:
     """Read one number, and where it ends."""
     value = 0
-    for place, byte in enumerate(data[at : at + _LONGEST]):
-        value |= (byte & 0x7F) << 7 * place
+    for shift, byte in enumerate(data[at : at + _LONGEST]):
+        value |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
-            return value, at + place + 1
+            return value, at + shift + 1
     raise ValueError("a number does not end")
 
 
@@ -172,9 +172,9 @@ def _numbers(data: bytes) -> Int64[np.ndarray, " numbers"]:
     if (len(array) and (not len(ends) or ends[-1] + 1 != len(array))) or (lengths > _LONGEST).any():
         raise ValueError("numbers do not end")
     values = np.zeros(len(ends), np.int64)
-    for place in range(int(lengths.max(initial=0))):
-        here = lengths > place
-        values[here] |= (array[starts[here] + place] & 0x7F).astype(np.int64) << 7 * place
+    for shift in range(int(lengths.max(initial=0))):
+        here = lengths > shift
+        values[here] |= (array[starts[here] + shift] & 0x7F).astype(np.int64) << 7 * shift
     return values
 
 

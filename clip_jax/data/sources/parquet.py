@@ -74,16 +74,16 @@ class ParquetSource(StoredSource):
 
     def _read_group(self, group: int) -> pa.Table:
         """Read a row group, its columns and what lies between them by one request."""
-        number, place = self._groups[group]
+        number, local = self._groups[group]
         begin, end = self._span(group)
         (data,) = files.read_ranges(self._paths[number], [(begin, end - begin)])
         file = pq.ParquetFile(_Part(data, begin), metadata=self._metadata[number])
-        return file.read_row_group(place, columns=self._columns, use_threads=False)
+        return file.read_row_group(local, columns=self._columns, use_threads=False)
 
     def _span(self, group: int) -> tuple[int, int]:
         """Where the bytes of a row group's columns begin and end."""
-        number, place = self._groups[group]
-        row_group = self._metadata[number].row_group(place)
+        number, local = self._groups[group]
+        row_group = self._metadata[number].row_group(local)
         spans = []
         for i in range(row_group.num_columns):
             column = row_group.column(i)
@@ -119,8 +119,8 @@ class ParquetSource(StoredSource):
     def key(self, index: int) -> str:
         """File and row."""
         group, row = self._places.find(index)
-        number, place = self._groups[group]
-        before = sum(self._metadata[number].row_group(g).num_rows for g in range(place))
+        number, local = self._groups[group]
+        before = sum(self._metadata[number].row_group(g).num_rows for g in range(local))
         return f"{self._paths[number]}:{before + row}"
 
     def record(self, index: int) -> StoredRecord:

@@ -35,7 +35,7 @@ _AT_ONCE_REMOTE = 1 << 12  # a header, a caption and the next header
 _BLOCK_BYTES = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
 _OPEN = 256  # shards whose rows are in memory, or mapped
 _LOOK = 2.0  # seconds between looks at what other processes have written
-_SAID = 60.0  # seconds between lines on who is waited for
+_REPORT = 60.0  # seconds between lines on who is waited for
 _SCHEMA = pa.schema(
     [("key", pa.binary())]
     + [(f"{name}_{what}", pa.int64()) for name in ("image", *TEXTS) for what in ("offset", "size")]
@@ -174,10 +174,10 @@ def _complete(
     def one(number: int) -> Shard:
         shard, stat = present[number]
         file = _rows_file(name, number)
-        there = os.path.basename(file) in written
-        if there and (shard, stat) in known and not known[shard, stat].failure:
+        exists = os.path.basename(file) in written
+        if exists and (shard, stat) in known and not known[shard, stat].failure:
             return known[shard, stat]
-        kept = read_shard(file) if there else None
+        kept = read_shard(file) if exists else None
         if kept is None or (kept.path, kept.stat) != (shard, stat) or kept.failure:
             kept = _index_and_write(shard, stat, file)
         return kept
@@ -186,23 +186,23 @@ def _complete(
     threads = _THREADS_REMOTE if files.is_remote(name) else _THREADS
     with ThreadPoolExecutor(threads) as pool:
         indexed.update(zip(own, pool.map(one, own), strict=True))
-        said = CLOCK.now()
+        reported = CLOCK.now()
         while len(indexed) < len(present):
             rest = [number for number in range(len(present)) if number not in indexed]
             written = {os.path.basename(path) for path in files.walk(name)}
-            there = [n for n in rest if os.path.basename(_rows_file(name, n)) in written]
-            read = pool.map(read_shard, [_rows_file(name, n) for n in there])
+            others = [n for n in rest if os.path.basename(_rows_file(name, n)) in written]
+            read = pool.map(read_shard, [_rows_file(name, n) for n in others])
             indexed |= {
                 number: shard
-                for number, shard in zip(there, read, strict=True)
+                for number, shard in zip(others, read, strict=True)
                 if shard is not None and (shard.path, shard.stat) == present[number]
             }
             if len(indexed) == len(present):
                 break
             if not wait:
                 return None
-            if CLOCK.now() > said + _SAID:
-                said = CLOCK.now()
+            if CLOCK.now() > reported + _REPORT:
+                reported = CLOCK.now()
                 _log.warning("waiting for %d shards that others index", len(present) - len(indexed))
             CLOCK.sleep(_LOOK)
     entries = [indexed[number] for number in range(len(present))]
@@ -289,9 +289,9 @@ def read_summary(path: str) -> list[Shard]:
         return []
     names, sizes, times = (batch[name].to_pylist() for name in ("shard", "size", "time"))
     edges, counts = (_lists(batch[name]) for name in ("edges", "counts"))
-    said = batch["ignored"].to_pylist(), batch["failure"].to_pylist()
+    texts = batch["ignored"].to_pylist(), batch["failure"].to_pylist()
     stats = list(zip(sizes, times, strict=True))
-    return [Shard(*one) for one in zip(names, stats, edges, counts, *said, strict=True)]
+    return [Shard(*one) for one in zip(names, stats, edges, counts, *texts, strict=True)]
 
 
 def _lists(column: Any) -> list[np.ndarray]:

@@ -96,7 +96,7 @@ def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
 class _Delimited:
     """Both columns in memory as Arrow holds them: the text and 8 bytes a row.
 
-    Cells stay bytes, since Arrow would refuse the whole file for one that is not UTF-8. Rows with
+    Cells stay bytes, since Arrow would refuse the count file for one that is not UTF-8. Rows with
     too few or too many cells come after the others, as samples that cannot be read.
     """
 
@@ -127,7 +127,7 @@ class _Delimited:
         try:
             # Arrow takes the rest of the file for one long cell where that fits in a block: the
             # last one of a long file too, where only an odd number of quotes is a reason to read
-            # the whole once more.
+            # the count once more.
             fits = path.stat().st_size <= _BLOCK
             if (fits or _has_odd_quotes(path)) and _is_left_open(path, delimiter):
                 raise pa.ArrowInvalid("it ends within quotes")
@@ -158,15 +158,15 @@ class _Delimited:
 
     def number(self, index: int) -> int:
         """The row's place in the file, from 1."""
-        whole = len(self._columns[0])
-        if index >= whole:
-            return self._malformed[index - whole][0]
+        count = len(self._columns[0])
+        if index >= count:
+            return self._malformed[index - count][0]
         return index + 1 + int(np.searchsorted(self._before, index + 1, side="right"))
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        whole = len(self._columns[0])
-        if index >= whole:
-            raise SampleError(self._malformed[index - whole][1])
+        count = len(self._columns[0])
+        if index >= count:
+            raise SampleError(self._malformed[index - count][1])
         cells = [column[index].as_py() for column in self._columns]
         image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
         return image, caption[0] if caption else None

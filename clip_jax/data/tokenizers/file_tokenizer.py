@@ -80,11 +80,11 @@ def to_rows(
             kept = words[:room] if config.cut == "keep_end" else words
         else:
             kept = words
-        whole = [*begin, *kept, *end][:context_length]
+        complete = [*begin, *kept, *end][:context_length]
         if config.pad_side == "right":
-            row[: len(whole)] = whole
+            row[: len(complete)] = complete
         else:
-            row[context_length - len(whole) :] = whole
+            row[context_length - len(complete) :] = complete
     return ids
 
 
