@@ -163,14 +163,14 @@ def _shown(row: Row) -> dict[str, Any]:
     names = ("arch", "family", "schedule", "data", "seed", "lr", "warmup", "global_batch")
     numbers = ("samples_seen", "gmacs_per_sample", "training_flops", "flops_spent")
     return {
-        "name": row.get("name") or f"{row['arch']}@{short(float(row['samples_seen']))}",
+        "name": row.get("name") or f"{row['arch']}@{short(number(row, 'samples_seen'))}",
         "folder": str(row.get("source", "")),
         "status": "done",
         "words": "",
         "hours": 0.0,
         "curves": {},
         **{name: row.get(name) for name in names},
-        **{name: float(row.get(name) or 0) for name in numbers},
+        **{name: number(row, name) if text(row, name) else 0.0 for name in numbers},
         "row": {name: str(value) for name, value in row.items() if value is not None},
     }
 

@@ -79,6 +79,14 @@ def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: P
     assert (run["status"], run["arch"]) == ("not begun", "unknown")
 
 
+@pytest.mark.parametrize("column", ["samples_seen", "gmacs_per_sample", "acc"])
+def test_a_cell_without_a_number_is_named(column, tmp_path: Path):
+    row = {"arch": "a", "samples_seen": "1", "gmacs_per_sample": "1", "acc": "1", column: "-"}
+    (tmp_path / "t.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    with pytest.raises(InputError, match=f"{column} of a is '-', not a number"):
+        report(ReportConfig(paths=(tmp_path / "t.csv",), output=tmp_path / "page.html"))
+
+
 def test_a_run_that_goes_on_is_running(ladder: Path):
     workdir = ladder / "runs" / "w32@6.4K-seed0"
     with (workdir / "lock").open("w") as lock:
