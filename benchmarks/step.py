@@ -58,7 +58,7 @@ def ours(model: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
         steps=10_000, batch_size=len(data["text"]),
     )  # fmt: skip
     program = Program(recipe, sharding.make_mesh(sharding.MeshConfig()))
-    state, batch = program.init(), program.place(data)
+    state, batch = program.init(), program.put(data)
 
     def run() -> float:
         nonlocal state

@@ -240,7 +240,7 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
     state = program.init()
-    batch = program.place(_made_up(config))
+    batch = program.put(_made_up(config))
     warn(f"compiling the step for {mesh.size} devices ...")
     start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()
@@ -269,7 +269,7 @@ def measure_loss(config: ComputeBench) -> dict[str, Any]:
         rows /= np.linalg.norm(rows, axis=-1, keepdims=True) if x.ndim > 1 else 1
         return jax.device_put(rows.astype(x.dtype), x.sharding)
 
-    inputs = program.place(_made_up(config))
+    inputs = program.put(_made_up(config))
     del inputs["rate"]
     scalars = {
         name: jax.device_put(np.float32(known[name]), x.sharding) for name, x in scalars.items()

@@ -35,7 +35,7 @@ from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def complete(run: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def with_order(config: Config, workdir: Place) -> Config:
+def with_order(config: Config, workdir: AnyPath) -> Config:
     """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
     order = order_of(workdir)
     if config.data.order != "auto" or order is None:

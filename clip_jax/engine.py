@@ -125,7 +125,7 @@ class OnRay:
         """See `Here.run`. An error lets go of the tasks that have not begun."""
         if not tasks:
             return
-        ray, work = self._ray, self._ray.put(functools.partial(_there, os.getcwd(), work))
+        ray, work = self._ray, self._ray.put(functools.partial(_in_folder, os.getcwd(), work))
         actors = self._actors() if model else []
         call = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call)
         free = deque([actor.call for actor in actors] or [call] * _AHEAD)
@@ -167,15 +167,17 @@ class OnRay:
         """One holder of a model for each accelerator, or where none has any for each node."""
         kind = self._ray.remote(max_restarts=-1, max_task_retries=_RETRIES)(_Holder)
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        asked: list[dict[str, Any]] = [
+        requests: list[dict[str, Any]] = [
             {"num_gpus": 1} for node in nodes for _ in range(int(node.get("GPU", 0)))
         ]
-        asked += [{"resources": {"TPU": node["TPU"]}} for node in nodes if node.get("TPU")]
-        asked = asked or [{"scheduling_strategy": "SPREAD"} for node in nodes if node.get("CPU")]
-        return [kind.options(num_cpus=1, **options).remote() for options in asked]
+        requests += [{"resources": {"TPU": node["TPU"]}} for node in nodes if node.get("TPU")]
+        requests = requests or [
+            {"scheduling_strategy": "SPREAD"} for node in nodes if node.get("CPU")
+        ]
+        return [kind.options(num_cpus=1, **options).remote() for options in requests]
 
 
-def _there(folder: str, work: Work, task: Any) -> str | None:
+def _in_folder(folder: str, work: Work, task: Any) -> str | None:
     """Do a task where relative paths mean what they mean here, if the node has the folder."""
     with contextlib.suppress(OSError):
         os.chdir(folder)

@@ -25,11 +25,11 @@ def check_ranges(config: Any, where: str = "", **ranges: str) -> None:
     field's name in the message.
     """
     for name, text in ranges.items():
-        given = getattr(config, name)
-        for value in given if isinstance(given, tuple) else (given,):
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
             if value is not None and not _is_within(value, *_bounds(text)):
                 needed = "of 64 bits" if _is_long(value) else _in_words(*_bounds(text))
-                raise InputError(f"{where}{name}={given!r} must be {needed}.")
+                raise InputError(f"{where}{name}={values!r} must be {needed}.")
 
 
 def _bounds(text: str) -> tuple[str, float, float, str]:

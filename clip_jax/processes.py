@@ -84,8 +84,8 @@ def start(config: ProcessesConfig) -> None:
     }
     if any(explicit.values()):
         if missing := [name for name, value in explicit.items() if not value]:
-            given = ", ".join(f"{k}={v}" for k, v in explicit.items() if v)
-            raise InputError(f"the environment has {given} without {' and '.join(missing)}.")
+            variables = ", ".join(f"{k}={v}" for k, v in explicit.items() if v)
+            raise InputError(f"the environment has {variables} without {' and '.join(missing)}.")
         address, count, index = explicit.values()
         jax.distributed.initialize(
             address, int(count), int(index), cluster_detection_method="deactivate", **timeouts
@@ -97,8 +97,8 @@ def start(config: ProcessesConfig) -> None:
 def compiler_options(platform: str) -> dict[str, str | bool]:
     """Return the options under which a training step is compiled, for jax.jit, by platform."""
     options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS}.get(platform, {})
-    given = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in options.items() if name not in given}
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in flags}
 
 
 def _set_flags() -> None:
@@ -109,9 +109,9 @@ def _set_flags() -> None:
         or os.environ.get(_EXPLICIT[0])
     )
     if several and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
-        given = os.environ.get("XLA_FLAGS", "")
-        ours = [f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in given]
-        os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        ours = [f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([*ours, flags]).strip()
 
 
 def _surrounded() -> bool:

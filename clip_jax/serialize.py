@@ -7,7 +7,7 @@ import typing
 from typing import Any, Literal
 
 from clip_jax.errors import InputError
-from clip_jax.storage.files import place
+from clip_jax.storage.files import as_path
 
 
 def to_dict(config: Any) -> Any:
@@ -56,7 +56,7 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return data
     if not isinstance(data, str):
         raise InputError(f"{where} is {data!r}; it must be a string.")
-    return place(data)  # a path or a URL
+    return as_path(data)  # a path or a URL
 
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:

@@ -123,7 +123,7 @@ class Program:
         shardings = jax.tree.map(lambda x: x.sharding, self.state.frozen)
         return replace(state, frozen=jax.device_put(frozen or {}, shardings))
 
-    def place(self, batch: Inputs, step: int = 0) -> Inputs:
+    def put(self, batch: Inputs, step: int = 0) -> Inputs:
         """Put this process's share of a batch, NumPy arrays by name, on the mesh.
 
         With it goes the learning rate of `step`, the number of steps taken before: the schedule

@@ -150,7 +150,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         steps_kept=begun.position.get("seconds/steps", math.inf),
     )  # fmt: skip
     reports.result["unique_samples"] = pipeline.num_samples
-    for line in begun.said:
+    for line in begun.messages:
         reports.line(line)
     from_where = f"going on from step {start}" if start else "from the beginning"
     reports.line(
@@ -282,19 +282,19 @@ def frozen_params(objective: Objective) -> FrozenParams:
 
 def branch(config: Config, program: Program, parent: epath.Path, start: int) -> Restored:
     """Read the state that another run had at a step. Its seconds are its own."""
-    found = restore(config, restore_step(parent, start, program.state.saved()))
-    return replace(found, position={"seconds/steps": 0.0})
+    begun = restore(config, restore_step(parent, start, program.state.saved()))
+    return replace(begun, position={"seconds/steps": 0.0})
 
 
-def restore(config: Config, found: Restored) -> Restored:
+def restore(config: Config, begun: Restored) -> Restored:
     """Check that what was read stands where this config's batches lead."""
-    if found.position["samples"] != config.samples_after(found.step):
+    if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(
-            f"the checkpoint of step {found.step} stands at sample {found.position['samples']}, "
+            f"the checkpoint of step {begun.step} stands at sample {begun.position['samples']}, "
             f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}) does "
             "not reach; use the batches it was trained with, or another --workdir."
         )
-    return found
+    return begun
 
 
 # ------------------------------------------------------------------ loop
@@ -318,7 +318,7 @@ def loop(run: Run) -> None:
             run.profiler.before(step)
             with timers.measure("input"):
                 batch = next(batches)
-                arrays = program.place(vars(batch), step - 1)
+                arrays = program.put(vars(batch), step - 1)
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading))
             new = step - 1 in compiling

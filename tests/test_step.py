@@ -69,7 +69,7 @@ class Step:
 
     def __call__(self, state=None):
         """State and metrics after one more step, on the host."""
-        inputs = self.program.place(batch(self.config))
+        inputs = self.program.put(batch(self.config))
         return jax.device_get(self.compiled(state or self.start(), inputs))
 
 

@@ -19,7 +19,7 @@ from clip_jax.display import warn
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.errors import Unreachable
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import parse
 
 LEASE_SECONDS = 45  # without a sign of life after which a training in a bucket counts as dead
@@ -129,8 +129,8 @@ def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
     """Create the next object and remove the one before; False where another was faster."""
     path = f"{folder}/{number:012d}"
     if not files.create(path, json.dumps(content).encode()):
-        there = parse(files.read(path)) or {}
-        if there.get("id") != content["id"]:  # else an answer was lost, and it was tried again
+        existing = parse(files.read(path)) or {}
+        if existing.get("id") != content["id"]:  # else an answer was lost, and it was tried again
             return False
     if max(_numbers(folder)) > number:  # of somebody who has removed theirs of this number
         files.remove(path)
@@ -172,7 +172,7 @@ class _Renewal:
             _extend(self._folder, self._number + 1, self._me | {"released": True})
 
 
-def count_start(path: Place, step: int) -> int:
+def count_start(path: AnyPath, step: int) -> int:
     """Note in a file that the run begins at `step`; return how often in a row it began there."""
     earlier = (parse(path.read_bytes()) if path.exists() else None) or {}
     starts = earlier.get("starts", 0) + 1 if earlier.get("step") == step else 1

@@ -28,14 +28,14 @@ from clip_jax.checkpoints.retention import (
     Retention,
     Unusable,
     named_step,
-    orbax_place,
+    orbax_path,
     steps_in,
     stored,
 )
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import CLIP, Params, path_name, split_batch_stats
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 Position = dict[str, Any]  # samples seen and the like, by name
 
@@ -79,7 +79,7 @@ class Restored:
     step: int
     state: Any
     position: Position
-    said: tuple[str, ...] = ()  # of newer checkpoints, which are damaged
+    messages: tuple[str, ...] = ()  # of newer checkpoints, which are damaged
 
 
 class Checkpoints:
@@ -91,7 +91,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
-        self._directory = orbax_place(directory)
+        self._directory = orbax_path(directory)
         self._best: Best | None = None
         if config.best:
             self._best = Best(name=config.best, mode=config.best_mode, of=config.best_of)
@@ -165,18 +165,20 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, why = None, ""
+            restored, why = None, ""
             try:
-                found = _read(self._directory / str(step), ocp.args.StandardRestore(state))
+                restored = _read(self._directory / str(step), ocp.args.StandardRestore(state))
             except Damaged as error:
                 why = str(error)
             reasons = [reason for reason in processes.gather(why) if reason]
-            if found and not reasons:
-                said = [self._put_aside(*each) for each in damaged.items() if processes.is_lead()]
+            if restored and not reasons:
+                messages = [
+                    self._put_aside(*each) for each in damaged.items() if processes.is_lead()
+                ]
                 processes.gather(None)  # nobody lists the steps before that is done
                 self._manager.reload()
                 self._best_value = self._best_kept()
-                return Restored(step, *found, tuple(said))
+                return Restored(step, *restored, tuple(messages))
             damaged[step] = reasons[0]
         each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
         raise InputError(
@@ -212,7 +214,7 @@ def _drop_damaged_results(directory: epath.Path) -> None:
     processes.gather(None)  # nobody reads them before that is done
 
 
-def restore_step(workdir: Place, step: int, state: Any) -> Restored:
+def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
     """Read one checkpoint of a run that may be going on: nothing there is touched.
 
     Raises InputError where that step is not kept, or is damaged.
@@ -222,7 +224,7 @@ def restore_step(workdir: Place, step: int, state: Any) -> Restored:
         return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
 
 
-def restore_params(workdir: Place, step: int, model: CLIP, places: Any = None) -> Params:
+def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None) -> Params:
     """Read a checkpoint's parameters alone, whatever mesh they were trained on.
 
     `places` are their shardings: each device reads its own part and nothing else. By default all
@@ -234,7 +236,7 @@ def restore_params(workdir: Place, step: int, model: CLIP, places: Any = None) -
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda _: one, shapes)
     shapes = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places
     )
     trainable, batch_stats = split_batch_stats(shapes)
     with _refusing(workdir, step) as folder:
@@ -249,15 +251,15 @@ def restore_params(workdir: Place, step: int, model: CLIP, places: Any = None) -
             partial_restore=True,
         )
         restored, _ = _read(folder, args)
-    found = functools.reduce(operator.getitem, average, restored) if average else {}
-    return restored.get("params", {}) | found
+    averaged = functools.reduce(operator.getitem, average, restored) if average else {}
+    return restored.get("params", {}) | averaged
 
 
 @contextlib.contextmanager
-def _refusing(workdir: Place, step: int) -> Generator[epath.Path]:
+def _refusing(workdir: AnyPath, step: int) -> Generator[epath.Path]:
     """The folder of a step; what is damaged in it is refused."""
     try:
-        yield orbax_place(workdir) / "checkpoints" / str(step)
+        yield orbax_path(workdir) / "checkpoints" / str(step)
     except Damaged as error:
         raise Unusable(
             f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
@@ -300,8 +302,8 @@ def _sum(x: Array) -> UInt32[Array, ""]:
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
     weight = jnp.uint32(1)  # odd, as every factor here: no change of one element is lost
     for dim in range(x.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        weight += place * jnp.uint32(2 * math.prod(x.shape[dim + 1 :]) % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+        weight += index * jnp.uint32(2 * math.prod(x.shape[dim + 1 :]) % 2**32)
     mixed = (bits ^ (bits >> 16)) * weight
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
@@ -366,10 +368,10 @@ def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Posi
     if expected or own:  # older checkpoints have neither
         if own != _crc(position | {"checksums": expected}):
             raise Damaged("position/metadata is not what was saved")
-        found = jax.device_get(checksums(items["state"]))
-        wrong = [name for name, x in found.items() if int(x) != expected.get(name, int(x))]
+        sums = jax.device_get(checksums(items["state"]))
+        wrong = [name for name, x in sums.items() if int(x) != expected.get(name, int(x))]
         if wrong:
-            raise Damaged(f"{len(wrong)} of {len(found)} arrays are not what was saved: {wrong[0]}")
+            raise Damaged(f"{len(wrong)} of {len(sums)} arrays are not what was saved: {wrong[0]}")
     return items["state"], position
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.errors import InputError
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 SamplesAfter = Callable[[int], int]  # pairs that a run sees in its first steps
 
@@ -33,7 +33,7 @@ _ENDLESS = ("Constant", "InverseSqrt")  # schedules that do not know the run's l
 
 
 def check_resumable(
-    workdir: Place, before: dict[str, Any], now: dict[str, Any], samples_after: SamplesAfter
+    workdir: AnyPath, before: dict[str, Any], now: dict[str, Any], samples_after: SamplesAfter
 ) -> None:
     """Raise InputError unless the run in `workdir` may go on with the config `now`.
 
@@ -62,7 +62,7 @@ def branch_point(text: str) -> tuple[str, int]:
 
 
 def check_branch(
-    parent: Place, before: dict[str, Any], now: dict[str, Any], samples: int
+    parent: AnyPath, before: dict[str, Any], now: dict[str, Any], samples: int
 ) -> list[str]:
     """List the settings of a branch that differ from its parent run, which had seen `samples`.
 
@@ -78,7 +78,7 @@ def check_branch(
     return [line.strip() for line in _differing(parent, before, now, RESUMABLE)]
 
 
-def order_of(workdir: Place) -> str | None:
+def order_of(workdir: AnyPath) -> str | None:
     """Return the order of samples that the run in `workdir` has; None where there is no run."""
     with contextlib.suppress(InputError):  # damaged: a resuming run says so
         return read_run_config(workdir).get("data", {}).get("order")
@@ -101,7 +101,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 
 def _differing(
-    workdir: Place, before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str],
+    workdir: AnyPath, before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str],
     samples: int | None = None,
 ) -> list[str]:  # fmt: skip
     """List the settings that differ, apart from those allowed, and from what a mixture reads after

@@ -19,7 +19,7 @@ from clip_jax.checkpoints import orbax
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.errors import InputError
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import parse, read_rows
 
 Results = Mapping[str, Any]  # of one step, by name
@@ -51,21 +51,21 @@ class Best:
 # --------------------------------------------------------------------------------- which there are
 
 
-def orbax_place(directory: epath.PathLike) -> epath.Path:
+def orbax_path(directory: epath.PathLike) -> epath.Path:
     """A folder as Orbax takes it; the first on s3:// teaches it that."""
-    place = files.place(directory)
+    path = files.as_path(directory)
     if os.fspath(directory).startswith("s3://"):
         orbax.enable()
-    return epath.Path(place if files.is_remote(directory) else os.path.abspath(place))
+    return epath.Path(path if files.is_remote(directory) else os.path.abspath(path))
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
     """List the steps whose checkpoints are complete, the newest last."""
-    found = ocp.path.step.standard_name_format().find_all(orbax_place(directory))
-    return sorted(step.step for step in found)
+    names = ocp.path.step.standard_name_format().find_all(orbax_path(directory))
+    return sorted(step.step for step in names)
 
 
-def split_name(path: Place) -> tuple[Place, str]:
+def split_name(path: AnyPath) -> tuple[AnyPath, str]:
     """Split RUN@20000 and RUN@best in the run and what stands behind the last @.
 
     A path that exists is itself, and so is one without such a suffix.
@@ -73,10 +73,10 @@ def split_name(path: Place) -> tuple[Place, str]:
     run, at, which = os.fspath(path).rpartition("@")
     if not (at and run and (which == "best" or which.isdecimal())) or path.exists():
         return path, ""
-    return files.place(run), which
+    return files.as_path(run), which
 
 
-def named_step(workdir: Place, which: str) -> int:
+def named_step(workdir: AnyPath, which: str) -> int:
     """Return the step that stands behind the @, the newest for "". Unusable if there is none."""
     steps = steps_in(workdir / "checkpoints")
     if not steps:
@@ -91,12 +91,12 @@ def named_step(workdir: Place, which: str) -> int:
                 f"{workdir}@best: the run was trained without --checkpoint.best, the name of a "
                 f"result; {kept}, such as {workdir}@{steps[-1]}."
             )
-        found = results_of(workdir, steps, best)
-        if not any(best.name in results for results in found.values()):
+        by_step = results_of(workdir, steps, best)
+        if not any(best.name in results for results in by_step.values()):
             raise InputError(
                 f"{workdir}@best: none of its checkpoints has {best.name} yet; {kept}."
             )
-        return max(steps, key=lambda step: (best.value(found[step]), step))
+        return max(steps, key=lambda step: (best.value(by_step[step]), step))
     if which and int(which) not in steps:
         raise Unusable(
             f"{kept}, not of {which}; name one of these, or train that run with a larger "
@@ -105,14 +105,14 @@ def named_step(workdir: Place, which: str) -> int:
     return int(which) if which else steps[-1]
 
 
-def _best_of(workdir: Place) -> Best | None:
+def _best_of(workdir: AnyPath) -> Best | None:
     config = read_run_config(workdir).get("checkpoint") or {}
     if not config.get("best"):
         return None
     return Best(name=config["best"], mode=config["best_mode"], of=config["best_of"])
 
 
-def results_of(workdir: Place, steps: Sequence[int], best: Best) -> dict[int, Results]:
+def results_of(workdir: AnyPath, steps: Sequence[int], best: Best) -> dict[int, Results]:
     """Return what is known of each of these steps: kept with it, or found by the watcher."""
     if best.of == "watcher":
         rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
@@ -120,7 +120,7 @@ def results_of(workdir: Place, steps: Sequence[int], best: Best) -> dict[int, Re
     return {step: stored(workdir / "checkpoints", step) or {} for step in steps}
 
 
-def stored(directory: Place, step: int) -> Results | None:
+def stored(directory: AnyPath, step: int) -> Results | None:
     """Return the results that Orbax keeps with a checkpoint; None where they are no such thing."""
     path = directory / str(step) / "metrics" / "metrics"
     return parse(path.read_bytes()) if path.exists() else {}
@@ -143,7 +143,12 @@ class Retention(policies.PreservationPolicy):
     """
 
     def __init__(
-        self, workdir: Place, keep: int, keep_unwatched: int, also: Sequence[int], best: Best | None
+        self,
+        workdir: AnyPath,
+        keep: int,
+        keep_unwatched: int,
+        also: Sequence[int],
+        best: Best | None,
     ) -> None:
         self._workdir, self._best, self._keep_unwatched = workdir, best, keep_unwatched
         kept = [policies.LatestN(keep), policies.CustomSteps(also)]

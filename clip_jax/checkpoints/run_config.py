@@ -5,7 +5,7 @@ from typing import Any
 
 from clip_jax import processes
 from clip_jax.display import warn
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, recover_json
 
 
@@ -96,7 +96,7 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
     return False, path
 
 
-def read_run_config(workdir: Place, *, recover: bool = False) -> dict[str, Any]:
+def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any]:
     """Read a run's `config.json`, {} where there is none. InputError if it is damaged.
 
     With `recover`, a damaged one counts as none, and a copy of it is kept.

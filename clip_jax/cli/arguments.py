@@ -72,7 +72,7 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 
     _check_names(kind, args)
     registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(_place)
+    registry.primitive_rule(_path_rule)
     try:
         return tyro.cli(
             kind,
@@ -124,20 +124,20 @@ def _is_ours(error: BaseException) -> bool:
     return any(Path(__file__).parents[1] in Path(frame.filename).parents for frame in frames)
 
 
-def _place(info: Any) -> Any:
+def _path_rule(info: Any) -> Any:
     """Tell tyro how to read what may be a path or a URL."""
     from tyro.constructors import PrimitiveConstructorSpec
 
-    from clip_jax.storage.files import Place, place
+    from clip_jax.storage.files import AnyPath, as_path
 
     kinds = set(typing.get_args(info.type)) or {info.type}
-    if kinds - {NoneType} != set(typing.get_args(Place)):
+    if kinds - {NoneType} != set(typing.get_args(AnyPath)):
         return None
     optional = NoneType in kinds
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{None}|PATH" if optional else "PATH",
-        instance_from_str=lambda args: None if optional and args == ["None"] else place(args[0]),
+        instance_from_str=lambda args: None if optional and args == ["None"] else as_path(args[0]),
         is_instance=lambda x: isinstance(x, tuple(kinds)),
         str_from_instance=lambda x: [str(x)],
     )

@@ -77,8 +77,8 @@ def train(args: Sequence[str]) -> int:
     path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
     # A run's own config.json means that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
-    given = arguments.fields(arguments.read_run(Run, args, train, "train", workdir=str(workdir)))
-    workdir = given.pop("workdir")
+    values = arguments.fields(arguments.read_run(Run, args, train, "train", workdir=str(workdir)))
+    workdir = values.pop("workdir")
 
     from clip_jax import processes
     from clip_jax.train import Diverged, Preempted
@@ -86,8 +86,8 @@ def train(args: Sequence[str]) -> int:
 
     try:
         with processes.interruptible():
-            processes.start(given["processes"])
-            run_training(Config(**given), workdir)
+            processes.start(values["processes"])
+            run_training(Config(**values), workdir)
     except Diverged as error:
         return _say(str(error), code=1)
     except Preempted as error:

@@ -11,7 +11,7 @@ from clip_jax.convert import run
 from clip_jax.convert.weights import Weights
 from clip_jax.models.clip import count
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
 NAME = "README.md"
@@ -52,7 +52,7 @@ To be filled in by who publishes the weights.
 """
 
 
-def training(source: Place) -> dict[str, Any] | None:
+def training(source: AnyPath) -> dict[str, Any] | None:
     """Return `config` and `result` of the run that a model comes from; None where nothing says."""
     if run.is_run(source):
         result = source / "result.json"
@@ -65,7 +65,7 @@ def training(source: Place) -> dict[str, Any] | None:
     return None
 
 
-def write(folder: Place, source: Place, weights: Weights, use: str) -> None:
+def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
     """Write the card, and what it is made of, into a folder of the model's files."""
     facts = training(source)
     if facts is not None:

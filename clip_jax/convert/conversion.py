@@ -15,15 +15,15 @@ from clip_jax.convert.weights import DType
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What to convert, to what, and whether to verify it."""
 
-    source: Place  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
-    destination: Place  # folder to write; with --to openai or big-vision a file
+    source: AnyPath  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
+    destination: AnyPath  # folder to write; with --to openai or big-vision a file
     to: Format  # whose format to write
     # load the result with its own library (extra `peers`), compare; exit code 1 above 1e-5
     verify: bool = False
@@ -93,7 +93,7 @@ def convert(config: ConvertConfig) -> Conversion:
     return Conversion(verification, difference)
 
 
-def check_free(source: Place, destination: Place, overwrite: bool) -> None:
+def check_free(source: AnyPath, destination: AnyPath, overwrite: bool) -> None:
     """Raise InputError if a destination is the source, or holds something that is not to be
     replaced."""
     if source.exists() and destination.exists() and source.resolve() == destination.resolve():

@@ -28,7 +28,7 @@ from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax"]
 TARGETS: dict[Format, Target] = {
@@ -46,7 +46,7 @@ _KNOWN = {
 
 
 def read_weights(
-    path: Place,
+    path: AnyPath,
     *,
     activation: Activation | None = None,
     architecture: str | None = None,
@@ -88,7 +88,7 @@ def read_weights(
     return resize_positions(weights, image_size)
 
 
-def _relocated(path: Place, copy: Path, weights: Weights) -> Weights:
+def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:
     """Name a vocabulary in a bucket by its URL, where it was read from a temporary `copy`."""
     file = weights.config.text.tokenizer.file
     if copy == path or not file.startswith(f"{copy}/"):
@@ -102,7 +102,7 @@ def _with_file(weights: Weights, file: str) -> Weights:
     return replace(weights, config=replace(weights.config, text=text))
 
 
-def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
+def _with_vocabulary(weights: Weights, path: AnyPath, file: str) -> Weights:
     if own := weights.config.text.tokenizer.file:
         raise InputError(f"{path} came with its tokenizer, {own}; leave out --tokenizer.")
     weights = _with_file(weights, file)
@@ -110,7 +110,7 @@ def _with_vocabulary(weights: Weights, path: Place, file: str) -> Weights:
     return weights
 
 
-def _check_numbers(weights: Weights, path: Place) -> None:
+def _check_numbers(weights: Weights, path: AnyPath) -> None:
     """Raise InputError if a weight is no finite number: nothing that comes of it would be one
     either."""
     for name, array in flatten(weights.params).items():
@@ -157,7 +157,9 @@ def _is_hugging_face(path: Path) -> bool:
     return config.exists() and not open_clips and "model_type" in read_json(config)
 
 
-def write_weights(weights: Weights, path: Place, to: Format, *, dtype: DType | None = None) -> None:
+def write_weights(
+    weights: Weights, path: AnyPath, to: Format, *, dtype: DType | None = None
+) -> None:
     """Write a model in one of the formats. Raises InputError if the format cannot express it.
 
     In a folder that held another format's files, those by which it was known are removed.

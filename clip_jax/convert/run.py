@@ -12,15 +12,15 @@ from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.serialize import from_dict
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
-def is_run(path: Place) -> bool:
+def is_run(path: AnyPath) -> bool:
     """Say whether a directory is a run's."""
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
-def read(workdir: Place, which: str = "") -> Weights:
+def read(workdir: AnyPath, which: str = "") -> Weights:
     """Read a checkpoint's weights, the newest's or `which`; the optimizer's state is left there."""
     config = read_config(workdir)
     params = restore_params(workdir, named_step(workdir, which), CLIP(config))
@@ -30,7 +30,7 @@ def read(workdir: Place, which: str = "") -> Weights:
     )  # fmt: skip
 
 
-def read_config(workdir: Place) -> CLIPConfig:
+def read_config(workdir: AnyPath) -> CLIPConfig:
     """Read the architecture of a run's model, with its vocabulary."""
     content = read_run_config(workdir)
     config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")

@@ -33,7 +33,7 @@ from clip_jax.evals.datasets import (
 )  # fmt: skip
 from clip_jax.evals.evaluator import say
 from clip_jax.storage import files
-from clip_jax.storage.files import Place, matching
+from clip_jax.storage.files import AnyPath, matching
 
 # Columns of openai_results.csv (see NOTICE).
 OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -159,12 +159,12 @@ def data_sets(
                 f"{', '.join(_NAMES)}."
             )
         if path:
-            own = files.place(path)
+            own = files.as_path(path)
             name = _name(own) if own.is_dir() else own.stem
             open_split = functools.partial(_open_own, kind, own, codes)
         else:
             name = text
-            open_split = functools.partial(_open_named, name, files.place(data_dir), codes)
+            open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
         open_split = functools.cache(open_split)
         try:
             open_split("test")  # wrong use is said before a model is loaded
@@ -183,11 +183,11 @@ def data_sets(
     return opened
 
 
-def _name(folder: Place) -> str:
+def _name(folder: AnyPath) -> str:
     return folder.absolute().name if isinstance(folder, Path) else folder.name
 
 
-def _open_own(kind: str, path: Place, codes: Sequence[str], split: Split) -> Data:
+def _open_own(kind: str, path: AnyPath, codes: Sequence[str], split: Split) -> Data:
     """Open somebody's own data of a kind. Missing where it has no such split."""
     if kind not in _KINDS:
         raise InputError(
@@ -214,14 +214,14 @@ def _check_is_test(name: str, split: Split) -> None:
         raise Missing(f"{name} has no {split} split.")
 
 
-def _open_named(name: str, root: Place, codes: Sequence[str], split: Split) -> Data:
+def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) -> Data:
     if name in _ROWS:
         return open_data_set(_ROWS[name], root, split)
     _check_is_test(name, split)
     return open_languages(name, root, codes)
 
 
-def open_languages(name: str, root: Place, codes: Sequence[str] = ()) -> Translated:
+def open_languages(name: str, root: AnyPath, codes: Sequence[str] = ()) -> Translated:
     """Open a data set in these languages or all that it has; Missing says where it should be."""
     if name == languages.BABEL:
         imagenet = open_data_set(_ROWS["imagenet1k"], root)
@@ -234,7 +234,7 @@ def open_languages(name: str, root: Place, codes: Sequence[str] = ()) -> Transla
     raise Missing(f"{name} is not in {root}: put {source} in {root / folders[0]}, images/ there.")
 
 
-def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
+def open_data_set(row: DataSet, root: AnyPath, split: Split = "test") -> Data:
     """Open one data set of the suite under `root`. Missing says where it was looked for and how to
     get it.
 
@@ -247,7 +247,7 @@ def open_data_set(row: DataSet, root: Place, split: Split = "test") -> Data:
     return data
 
 
-def _open_row(row: DataSet, root: Place, split: Split) -> Data:
+def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
     folder, exists = root / row.name, False
     for tars in (folder, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
         part = split_folder(tars, split)
@@ -276,14 +276,14 @@ def _open_row(row: DataSet, root: Place, split: Split) -> Data:
     raise Missing(_advice(row, root))
 
 
-def _names_of_folders(row: DataSet, folder: Place) -> Sequence[str] | None:
+def _names_of_folders(row: DataSet, folder: AnyPath) -> Sequence[str] | None:
     """Return the published names where the folders are the ones that they stand for."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     matches = (names[0], names[-1]) == row.folders and len(names) == row.classes
     return prompts.class_names(row.prompts) if matches else None
 
 
-def _open_texts(row: DataSet, root: Place) -> Data:
+def _open_texts(row: DataSet, root: AnyPath) -> Data:
     folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
     if row.name.startswith("aro_"):
         file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
@@ -302,7 +302,7 @@ def _open_texts(row: DataSet, root: Place) -> Data:
     )
 
 
-def _advice(row: DataSet, root: Place) -> str:
+def _advice(row: DataSet, root: AnyPath) -> str:
     ways = []
     if row.tfds:
         ways.append(

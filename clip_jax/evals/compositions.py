@@ -17,7 +17,7 @@ from clip_jax.data.images import ImageLike, decode
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Contrasted, read_json
-from clip_jax.storage.files import Place, matching
+from clip_jax.storage.files import AnyPath, matching
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
@@ -30,7 +30,7 @@ def _symmetric() -> frozenset[str]:
     return frozenset(text.splitlines())
 
 
-def open_aro(annotations: Place, images: Place) -> Contrasted:
+def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
     """Open `visual_genome_relation.json` or `visual_genome_attribution.json`.
 
     A case is the part of the image that its box holds. Raises InputError for a file of another
@@ -70,7 +70,7 @@ def open_aro(annotations: Place, images: Place) -> Contrasted:
     return Contrasted(len(rows), load, groups, in_mean, key=lambda i: str(rows[i][0]))
 
 
-def open_sugar_crepe(folder: Place) -> Contrasted:
+def open_sugar_crepe(folder: AnyPath) -> Contrasted:
     """Open SugarCrepe's files (`swap_obj.json`, ...) with COCO's images in `val2017/` or `images/`.
 
     Raises InputError for a file of another shape.

@@ -14,7 +14,7 @@ from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
-from clip_jax.storage.files import Place, matching
+from clip_jax.storage.files import AnyPath, matching
 
 Split = Literal["train", "validation", "test"]
 
@@ -111,7 +111,7 @@ def spread(data: Data, most: int) -> Data:
     return replace(data, count=most, **changes)
 
 
-def split_folder(path: Place, split: Split) -> Place | None:
+def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
     """Return where a folder keeps a split; None where it has none.
 
     Either it has `train`, `val` and `test`, or it is the test split itself. Without `test` the
@@ -128,7 +128,7 @@ def split_folder(path: Place, split: Split) -> Place | None:
     return validation if train.is_dir() else path
 
 
-def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
+def open_folder(path: AnyPath, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
     """Open a folder in ImageFolder's layout: one folder a class, in the order of their names.
 
     Classes are called by `classnames.txt` in the folder (of a split: or beside it), one a line;
@@ -172,7 +172,7 @@ def open_folder(path: Place, *, name: str = "", names: Sequence[str] | None = No
     )  # fmt: skip
 
 
-def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned:
+def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Captioned:
     """Open CLIP_benchmark's layout: `{split}/*.tar` with `.cls`, or `.txt` of one caption a line.
 
     `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` stand beside.
@@ -209,7 +209,7 @@ def open_webdataset(path: Place, *, split: str = "test") -> Labelled | Captioned
 
 
 def open_tfds(
-    path: Place, *, split: str, names: Sequence[str] | None, templates: Sequence[str]
+    path: AnyPath, *, split: str, names: Sequence[str] | None, templates: Sequence[str]
 ) -> Labelled | Tagged:
     """Open a prepared TFDS builder's folder, the one with `dataset_info.json`: images of one class,
     or as VOC's of any number.
@@ -252,7 +252,7 @@ def open_tfds(
     return Labelled(len(examples), load, names, templates)
 
 
-def open_captions(annotations: Place, images: Place) -> Captioned:
+def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
     """Open COCO's annotation format (Karpathy's splits of COCO and Flickr30k come in it).
 
     Raises InputError for a file of another shape. Images without a caption are left out.
@@ -277,7 +277,7 @@ def open_captions(annotations: Place, images: Place) -> Captioned:
     return Captioned(len(rows), rows.__getitem__, key=lambda i: str(rows[i][0]))
 
 
-def read_json(path: Place) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Read a file of annotations. Raises InputError where it is not there or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -285,7 +285,7 @@ def read_json(path: Place) -> Any:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def open_voc(path: Place, *, split: Split) -> Tagged:
+def open_voc(path: AnyPath, *, split: Split) -> Tagged:
     """Open `VOCdevkit/VOC2007`: `ImageSets/Main/{class}_{split}.txt` and `JPEGImages`.
 
     Raises InputError where lists are missing or differ in their images.
@@ -343,7 +343,7 @@ def open_digits(
     )  # fmt: skip
 
 
-def _class_names(folder: Place) -> list[str]:
+def _class_names(folder: AnyPath) -> list[str]:
     path = folder / "classnames.txt"
     if not path.exists():
         raise InputError(f"there is no {path}; it has one class name a line.")

@@ -17,7 +17,7 @@ from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.zero_shot import classifier, top_k_accuracy
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
 
@@ -55,7 +55,7 @@ class DigitsEvaluator:
         self._splits = {name: numbers for name, numbers in splits.items() if numbers}
         self._rendered: dict[tuple[str, int], Any] = {}
 
-    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
         k, most = self.config.source.digits, self.config.max_prompts
         weights = classifier(encoder, [digits.prompts(n, k)[:most] for n in range(10**k)])

@@ -19,7 +19,7 @@ from clip_jax.evals import prompts
 from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
 from clip_jax.models.vit import ViTConfig
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class Evaluator(Protocol):
 
     every_steps: int
 
-    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Measure a model; with `output`, also write tables and pictures into that folder.
 
         All processes call it and get the same numbers; one writes.
@@ -146,7 +146,7 @@ class Evaluations:
         """Say whether any evaluator has its turn; the last step is always one."""
         return step == self._steps or any(step % e.every_steps == 0 for e in self._evaluators)
 
-    def run(self, step: int, encoder: Encoder, output: Place) -> Iterator[dict[str, float]]:
+    def run(self, step: int, encoder: Encoder, output: AnyPath) -> Iterator[dict[str, float]]:
         """Yield the results of each evaluator whose turn it is; at the last step they also write
         tables and pictures to `output`."""
         last = step == self._steps

@@ -14,7 +14,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.captioning import loss_per_token
 from clip_jax.evals.evaluator import Encoder, embed_texts
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class PairsEvaluator:
             )
         self._read: Batch | None = None
 
-    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Embed all pairs and measure them."""
         batch = self._batch(encoder)
         images, texts = encoder.images(batch.image), encoder.compute(embed_texts, batch.text)

@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Translated, read_json
 from clip_jax.evals.prompts import read_text
-from clip_jax.storage.files import Place, place, walk
+from clip_jax.storage.files import AnyPath, as_path, walk
 
 BABEL = "babel_imagenet"
 _BABEL_FILES = (f"{BABEL}.json", "nllb_dist13b_prompts.json")
@@ -23,7 +23,7 @@ _XTD10 = "test_1kcaptions_"  # before a language's name
 _CROSSMODAL = "captions.jsonl"
 
 
-def babel_folder(root: Place) -> Place:
+def babel_folder(root: AnyPath) -> AnyPath:
     """Find Babel-ImageNet's texts, which BabelNet's license (no commerce) keeps out of here."""
     spec = importlib.util.find_spec("clip_benchmark")
     folders = [root / BABEL]
@@ -38,7 +38,7 @@ def babel_folder(root: Place) -> Place:
     )
 
 
-def open_babel(imagenet: Labelled, folder: Place, languages: Sequence[str] = ()) -> Translated:
+def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = ()) -> Translated:
     """Classify ImageNet's images by the names and prompts that `folder` has in each language.
 
     A language names some of the 1,000 classes: the others' images are left out of its numbers.
@@ -66,7 +66,7 @@ def open_babel(imagenet: Labelled, folder: Place, languages: Sequence[str] = ())
     )  # fmt: skip
 
 
-def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
+def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translated:
     """Open captions in many languages: a file a language, a line an image, beside a list of the
     images' names; or Crossmodal-3600's `captions.jsonl`, of which the first caption counts.
 
@@ -78,7 +78,7 @@ def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
     names, captions = _crossmodal(file) if file.is_file() else _lines_of(folder)
     chosen = _chosen(folder.name, sorted({code for row in captions for code in row}), languages)
 
-    def load(index: int) -> tuple[Place, dict[str, list[str]]]:
+    def load(index: int) -> tuple[AnyPath, dict[str, list[str]]]:
         return images / names[index], captions[index]
 
     return Translated(
@@ -87,7 +87,7 @@ def open_translated(folder: Place, languages: Sequence[str] = ()) -> Translated:
     )  # fmt: skip
 
 
-def _crossmodal(file: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
+def _crossmodal(file: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
     try:
         rows = [json.loads(line) for line in _lines(file)]
         captions = [
@@ -101,8 +101,8 @@ def _crossmodal(file: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
         ) from error
 
 
-def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
-    texts = (path for path in map(place, walk(folder)) if path.suffix == ".txt")
+def _lines_of(folder: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
+    texts = (path for path in map(as_path, walk(folder)) if path.suffix == ".txt")
     files = [path for path in texts if not path.name.startswith(".")]
     index = next((path for path in files if path.name in _INDICES), None)
     if index is None:
@@ -122,7 +122,7 @@ def _lines_of(folder: Place) -> tuple[list[str], list[dict[str, list[str]]]]:
     return names, captions
 
 
-def _lines(path: Place) -> list[str]:
+def _lines(path: AnyPath) -> list[str]:
     """Lines that end where a file says so: captions may have Unicode's other separators."""
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from clip_jax.display import plain
-from clip_jax.storage.files import Place, write_whole
+from clip_jax.storage.files import AnyPath, write_whole
 
 TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
 LINE = 22  # bold letters that fit below
@@ -24,14 +24,14 @@ def new_figure(size: tuple[float, float], dpi: int = 100, layout: Any = None) ->
     return figure
 
 
-def save(figure: Any, path: Place, **options: Any) -> None:
+def save(figure: Any, path: AnyPath, **options: Any) -> None:
     """Write a figure to disk or a bucket, as PNG unless its name ends otherwise."""
     kind = path.suffix[1:] or "png"
     write_whole(path, lambda file: figure.savefig(file, format=kind, **options))
 
 
 def contact_sheet(
-    path: Place,
+    path: AnyPath,
     images: Sequence[UInt8[np.ndarray, "H W C"]],
     lines: Sequence[Sequence[str]],
     *,
@@ -72,7 +72,7 @@ def contact_sheet(
 
 
 def similarity_matrix(
-    path: Place,
+    path: AnyPath,
     similarity: Float[np.ndarray, "texts images"],
     images: Sequence[UInt8[np.ndarray, "H W C"]],
     texts: Sequence[str],

@@ -13,7 +13,7 @@ from clip_jax.evals.catalog import OPENAI_MODELS, SUITE, published
 from clip_jax.evals.datasets import Data
 from clip_jax.evals.pictures import contact_sheet, new_figure, save, with_probabilities
 from clip_jax.evals.reader import Outcome
-from clip_jax.storage.files import Place, write_whole
+from clip_jax.storage.files import AnyPath, write_whole
 
 COLUMNS = (
     "acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task",
@@ -80,7 +80,7 @@ def to_table(values: Mapping[str, float]) -> str:
     return "\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items())
 
 
-def write(directory: Place, outcomes: Outcomes, model: str) -> None:
+def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
     """Write `results.csv`, `results.md`, and of each data set with several templates the accuracy
     of each alone, the best first, in `NAME/templates.csv`."""
     write_whole(directory / "results.csv", to_csv(outcomes, model))
@@ -94,7 +94,7 @@ def write(directory: Place, outcomes: Outcomes, model: str) -> None:
             write_whole(directory / name / "templates.csv", file.getvalue())
 
 
-def draw(directory: Place, data: Data, outcome: Outcome) -> None:
+def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     """Draw a classification: `classes.png`, `confusion.png` of the worst classes, `errors.png`."""
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return

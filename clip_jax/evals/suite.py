@@ -14,7 +14,7 @@ from clip_jax.evals.evaluator import Encoder, say
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
 from clip_jax.evals.zero_shot import zero_shot
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 Task = Literal["zero-shot", "captions", "likelihood", "probe", "few-shot", "neighbours"]
 
@@ -100,7 +100,7 @@ class SuiteEvaluator:
         """The data sets on disk."""
         return tuple(self._opened)
 
-    def run(self, encoder: Encoder, output: Place | None = None) -> Iterator[tuple[str, float]]:
+    def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Do all tasks on all data sets that allow them, and write tables after each data set.
 
         A data set that cannot be read is named and left out; InputError where it is the only one.

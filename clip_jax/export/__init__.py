@@ -16,7 +16,7 @@ from clip_jax.export import onnx, stablehlo
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.models.layers import Activation
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 # Relative differences that each type's rounding explains, over the depth of a model.
 BOUNDS: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
@@ -26,8 +26,8 @@ BOUNDS: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2
 class ExportConfig:
     """What to export, for whom, and whether to verify it."""
 
-    model: Place  # a run's work directory, a model folder, or a foreign file
-    output: Place  # folder to write
+    model: AnyPath  # a run's work directory, a model folder, or a foreign file
+    output: AnyPath  # folder to write
     # stablehlo: JAX on CPU, CUDA and TPU, without this package; onnx: browsers, phones, servers
     format: Literal["stablehlo", "onnx"]
     dtype: DType = "float32"  # of the weights and the computation; onnx has no bfloat16

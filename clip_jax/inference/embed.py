@@ -21,7 +21,7 @@ from clip_jax.inference.predict import read_images
 from clip_jax.models.layers import DType
 from clip_jax.serialize import from_dict
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
 
@@ -29,9 +29,9 @@ from clip_jax.storage.json_files import read_json
 class EmbedConfig:
     """Embeddings of many images, to a folder of Parquet files; the same command again resumes."""
 
-    model: Place  # a run's work directory, a model folder, or a foreign file
+    model: AnyPath  # a run's work directory, a model folder, or a foreign file
     source: str  # a folder of images; a .csv, .tsv or .jsonl; tars: data/{00000..00041}.tar
-    output: Place  # folder for rows-*.parquet with the columns index, key, embedding
+    output: AnyPath  # folder for rows-*.parquet with the columns index, key, embedding
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
     worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
     image_column: str = "image"  # of a table: the image's path
@@ -86,11 +86,11 @@ def rows_of_files(count: int, number: int, parts: int, each: int) -> list[range]
     return [range(start, min(start + each, end)) for start in range(first, end, each)]
 
 
-def path_of(folder: Place, rows: range) -> Place:
+def path_of(folder: AnyPath, rows: range) -> AnyPath:
     return folder / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
 
 
-def _skipped_in(path: Place) -> list[dict[str, str]] | None:
+def _skipped_in(path: AnyPath) -> list[dict[str, str]] | None:
     """Return what `clip-jax embed` left out of a file, and why; None if the file is damaged."""
     try:
         with files.open_file(path) as file:
@@ -99,7 +99,7 @@ def _skipped_in(path: Place) -> list[dict[str, str]] | None:
         return None
 
 
-def _is_missing(path: Place) -> bool:
+def _is_missing(path: AnyPath) -> bool:
     if is_damaged := path.exists() and _skipped_in(path) is None:
         print(f"{path} is damaged and made anew", file=sys.stderr)
     return is_damaged or not path.exists()
@@ -174,7 +174,7 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
     files.write_whole(config.output / "embed.json", json.dumps(asdict(manifest), indent=1))
 
 
-def read_manifest(folder: Place) -> Manifest | None:
+def read_manifest(folder: AnyPath) -> Manifest | None:
     """Say what a folder holds embeddings of; None if it has no `embed.json`. Raises InputError if
     that is damaged."""
     path, advice = folder / "embed.json", "Embed the images anew."

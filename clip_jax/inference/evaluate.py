@@ -19,7 +19,7 @@ from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _DIGITS = DigitsEvalConfig(per_number=100)
 
@@ -31,7 +31,7 @@ class EvaluateConfig(SuiteConfig):
 
     # Run directory, model folder or foreign file. Of a run the newest checkpoint, or the one that
     # RUN@20000 or RUN@best names.
-    model: Place
+    model: AnyPath
     # Evaluators. run: those of the run's own config, with the options given here; digits: the
     # bundled digits data set; clip: the CLIP paper's data sets. None: run, where the run has
     # evaluators and neither --dataset, --data-dir nor --digits is given; else digits.
@@ -39,7 +39,7 @@ class EvaluateConfig(SuiteConfig):
     digits: DigitsEvalConfig = _DIGITS
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
-    output: Place | None = None  # Folder for result.json, tables and pictures. None: print only.
+    output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
 
@@ -80,7 +80,7 @@ class Evaluators:
                 task for task in config.tasks if task != "zero-shot" or with_zero_shot
             )
 
-    def run(self, encoder: Encoder, output: Place | None) -> dict[str, float]:
+    def run(self, encoder: Encoder, output: AnyPath | None) -> dict[str, float]:
         """Measure one model; write tables and pictures to `output`."""
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
@@ -101,7 +101,7 @@ class Evaluators:
         return values
 
 
-def read_run_config(path: Place) -> Config | None:
+def read_run_config(path: AnyPath) -> Config | None:
     """Return the config of a run's work directory; None where it is none, or an older one's."""
     path, _ = split_name(path)
     try:

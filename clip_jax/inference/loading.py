@@ -30,7 +30,7 @@ from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import Activation
 from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def unit(features: Any) -> Float[np.ndarray, "B E"]:
 
 
 def load(
-    path: str | Place,
+    path: str | AnyPath,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     image_size: int | None = None,
@@ -135,7 +135,7 @@ def load(
     executed.
     """
     weights = read_weights(
-        files.place(path), activation=activation, architecture=architecture,
+        files.as_path(path), activation=activation, architecture=architecture,
         image_size=image_size, tokenizer=tokenizer,
     )  # fmt: skip
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
@@ -144,14 +144,14 @@ def load(
 
 
 def load_on_mesh(
-    path: str | Place, mesh: Mesh, *, dtype: Literal["float32", "bfloat16"] = "float32"
+    path: str | AnyPath, mesh: Mesh, *, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> Model:
     """Load a model as `load` does, with each parameter where the training step would have it.
 
     Of a run each device reads its own part of a checkpoint: neither a device nor a process ever
     has more. Where there are several processes, all call this alike.
     """
-    workdir, which = split_name(files.place(path))
+    workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
         config = replace(run.read_config(workdir), dtype=dtype)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
@@ -168,7 +168,7 @@ def load_on_mesh(
                     "prediction would be; take an earlier checkpoint."
                 )
         return Model(config, params, default_preprocess(config))
-    weights = read_weights(files.place(path))
+    weights = read_weights(files.as_path(path))
 
     def put(x: np.ndarray, on: jax.sharding.Sharding) -> Array:
         return jax.make_array_from_callback(x.shape, on, cast(np.asarray(x), "float32").__getitem__)
@@ -185,7 +185,7 @@ def _not_finite(params: Params) -> dict[str, Array]:
 
 
 def starting_params(
-    path: str | Place, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
+    path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
 ) -> Params:
     """Read the weights with which a training of the architecture `config` can begin, in float32.
 
@@ -193,7 +193,7 @@ def starting_params(
     context length. With one tower alone, neither the other nor the logit scale is returned.
     Raises InputError, which names the first parameter whose shape is another.
     """
-    weights = read_weights(files.place(path), image_size=config.vision.image_size)
+    weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
     if "text" in towers:
         check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
     params = dict(weights.params)

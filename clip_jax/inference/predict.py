@@ -26,7 +26,7 @@ from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 TILE = 112  # pixels of a picture on a contact sheet
 SHEET = 240  # pictures on a sheet at most
@@ -36,13 +36,13 @@ SHEET = 240  # pictures on a sheet at most
 class PredictConfig:
     """Which of your labels fits each image, by the nearest text; or a caption of its own."""
 
-    model: Place  # a run's work directory, a model folder, or a foreign file
-    images: tuple[Place, ...] = ()  # files, or folders of them
+    model: AnyPath  # a run's work directory, a model folder, or a foreign file
+    images: tuple[AnyPath, ...] = ()  # files, or folders of them
     labels: tuple[str, ...] = ()  # the classes to choose from
     template: str = "a photo of a {}."  # sentence around each label; {} alone: the label as it is
     caption: bool = False  # describe each image (a model with a decoder: CoCa, MaMMUT)
     generation: GenerationConfig = GenerationConfig()  # how captions are written
-    sheet: Place | None = None  # picture of the images (the first 240) with what was predicted
+    sheet: AnyPath | None = None  # picture of the images (the first 240) with what was predicted
     batch_size: int = 64  # images at a time
     dtype: DType = "float32"  # of the computation
 

@@ -22,7 +22,7 @@ from clip_jax.inference.embed import path_of, read_manifest, rows_of_files, samp
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import SHEET, TILE
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 BLOCK = 65_536  # vectors whose similarities are in memory at a time
 
@@ -45,7 +45,7 @@ def nearest(
     return row[order], similarity[order]
 
 
-def read_rows(path: Place) -> pa.Table:
+def read_rows(path: AnyPath) -> pa.Table:
     """Read one file that `clip-jax embed` wrote: `index`, `key`, `embedding`. Raises InputError if
     it is damaged."""
     try:
@@ -60,7 +60,7 @@ def read_rows(path: Place) -> pa.Table:
         ) from error
 
 
-def _count(path: Place) -> int:
+def _count(path: AnyPath) -> int:
     try:
         with files.open_file(path) as file:
             return pq.read_metadata(file).num_rows
@@ -72,7 +72,7 @@ class Embeddings:
     """A folder of `rows-*.parquet`. The first use lays the vectors out in one file, which is mapped
     from disk from then on; it is made anew when the folder has changed."""
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         paths = sorted(folder.glob("rows-*.parquet"))
         if not paths:
             raise InputError(f"no embeddings in {folder}; clip-jax embed writes them.")
@@ -93,7 +93,7 @@ class Embeddings:
         with pa.memory_map(str(self._cache / "rows.arrow")) as file:
             self._rows = pa.ipc.open_file(file).read_all()
 
-    def _lay_out(self, paths: list[Place], stamp: list) -> None:
+    def _lay_out(self, paths: list[AnyPath], stamp: list) -> None:
         counts = [_count(path) for path in paths]
         width = read_rows(paths[0])["embedding"].type.list_size
         for name in ("files.json", "index.usearch"):  # what is about to be out of date
@@ -152,13 +152,13 @@ class Embeddings:
 class SearchConfig:
     """The images of an embedded folder that are closest to a text or an image."""
 
-    model: Place  # the model that embedded them
-    embeddings: Place  # folder that `clip-jax embed` wrote
+    model: AnyPath  # the model that embedded them
+    embeddings: AnyPath  # folder that `clip-jax embed` wrote
     text: str = ""  # what to look for, in words
-    image: Place | None = None  # what to look for, as an image
+    image: AnyPath | None = None  # what to look for, as an image
     top: int = 10  # how many to return
     index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
-    sheet: Place | None = None  # picture of what was found
+    sheet: AnyPath | None = None  # picture of what was found
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
@@ -184,7 +184,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 class Searcher:
     """An embedded folder beside its model. Raises InputError if another model embedded it."""
 
-    def __init__(self, model: Model, folder: Place) -> None:
+    def __init__(self, model: Model, folder: AnyPath) -> None:
         self._model, self._folder = model, folder
         manifest = read_manifest(folder)
         if manifest is None:
@@ -219,7 +219,7 @@ class Searcher:
             )
 
     def search(
-        self, query: str | Place, top: int, index: Literal["exact", "usearch"] = "exact"
+        self, query: str | AnyPath, top: int, index: Literal["exact", "usearch"] = "exact"
     ) -> list[dict[str, Any]]:
         """Find what is closest to a text, or to the image at a path; see `search`."""
         if isinstance(query, str):

@@ -21,7 +21,7 @@ from clip_jax.evals.evaluator import say
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, open_encoder, read_run_config
 from clip_jax.metrics import Writer
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, read_rows
 
 POLL_SECONDS = 2.0  # between looking for new checkpoints
@@ -75,14 +75,14 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
     return last
 
 
-def _writer(workdir: Place, finished: dict[int, Row]) -> Writer:
+def _writer(workdir: AnyPath, finished: dict[int, Row]) -> Writer:
     writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
     for step, values in finished.items():  # of which a kill may have lost some
         writer.draw(step, values)
     return writer
 
 
-def _left(workdir: Place, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
+def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
     """Return the step at which the run stops (None: it is gone), whether it has saved that, and the
     steps to be evaluated."""
     run = read_run_config(workdir)  # anew: resumed, it may stop at another step
@@ -98,7 +98,7 @@ def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step:
     """Return a step's numbers, or why it is skipped if its checkpoint cannot be read."""
     workdir = config.model
     try:
-        encoder = open_encoder(replace(config, model=files.place(f"{workdir}@{step}")), run)
+        encoder = open_encoder(replace(config, model=files.as_path(f"{workdir}@{step}")), run)
     except Unusable as error:
         is_there = step in steps_in(workdir / "checkpoints")
         why = str(error) if is_there else "it was deleted before its turn."

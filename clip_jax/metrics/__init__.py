@@ -20,7 +20,7 @@ from clip_jax.display import Display
 from clip_jax.errors import InputError
 from clip_jax.metrics.chips import peak_flops
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import Lines, recover_json
 
 # tensorboardX imports these where they are installed, for what is never asked of it here, and
@@ -149,7 +149,7 @@ class Writer:
     """Write a JSONL file and TensorBoard; a resumed run first drops what it will redo."""
 
     def __init__(
-        self, lines: Place, board: Place, resume_step: int | None, say: Callable[[str], None]
+        self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None]
     ) -> None:
         """`resume_step` is where a run goes on; None: nothing is redone (see `Lines`)."""
         self._lines = Lines(lines, resume_step, say)

@@ -28,7 +28,7 @@ from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 COMPILES = 8  # of --fit, at most
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
@@ -59,7 +59,7 @@ class PlanConfig(Config):
     decoded: float | None = None  # images/s that a host decodes (samples_per_second of bench input)
     fit: bool = False  # find the cheapest remat and the largest batch that fit
     compare: tuple[str, ...] = ()  # other pods or meshes: v5p:4x4x8, v5e:16x16/fsdp=8,slices=2
-    plot: Place | None = None  # picture of time and memory by part: plan.png, .svg or .pdf
+    plot: AnyPath | None = None  # picture of time and memory by part: plan.png, .svg or .pdf
     cache: Path | None = None  # folder of compiled results (default: ~/.cache/clip_jax/plan)
 
     def __post_init__(self) -> None:

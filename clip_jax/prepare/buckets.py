@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _OFFSET = struct.Struct("<Q")
 _FRAME = struct.Struct("<QQI")  # order, index, length of the record that follows
@@ -21,13 +21,13 @@ _THREADS = 16  # that read: in a bucket, most of the time is waiting
 Framed = tuple[int, int, memoryview]  # order, index, record
 
 
-def write(path: Place, buckets: Sequence[bytes]) -> None:
+def write(path: AnyPath, buckets: Sequence[bytes]) -> None:
     """Write all buckets, whole or not at all."""
     ends = np.cumsum([0, *map(len, buckets)], dtype="<u8") + _OFFSET.size * (len(buckets) + 1)
     files.write_whole(path, b"".join([ends.tobytes(), *buckets]))
 
 
-def read(path: Place, first: int, last: int) -> bytes:
+def read(path: AnyPath, first: int, last: int) -> bytes:
     """Read the buckets from `first` to before `last`."""
     name = str(path)
     ends = [(_OFFSET.size * number, _OFFSET.size) for number in (first, last)]
@@ -38,7 +38,7 @@ def read(path: Place, first: int, last: int) -> bytes:
     return data
 
 
-def read_all(paths: Sequence[Place], first: int, last: int) -> Iterator[bytes]:
+def read_all(paths: Sequence[AnyPath], first: int, last: int) -> Iterator[bytes]:
     """Read the same range of many files, in their order."""
     with ThreadPoolExecutor(_THREADS) as threads:
         yield from threads.map(lambda path: read(path, first, last), paths)

@@ -23,7 +23,7 @@ def named(sets: tuple[str, ...]) -> dict[str, str]:
         name, equals, source = text.partition("=")
         if not equals:
             source = text
-            path = files.place(text.rstrip("/"))
+            path = files.as_path(text.rstrip("/"))
             name = path.parent.name if "*" in path.name or "{" in path.name else path.stem
         if not name or not source or name in by_name:
             raise InputError(

@@ -15,7 +15,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
 from clip_jax.prepare.near import Hash
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 Recipe = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
 
@@ -36,7 +36,7 @@ class FilterConfig:
     near_distance: int = 40  # bits of 256 in which perceptual hashes of near-duplicates may differ
     decontaminate: tuple[str, ...] = ()  # evaluation sets: NAME=images (folder, table, tars, ...)
     score_column: str = ""  # numbers in Parquet, in save_to_disk, or in img2dataset's beside tars
-    score_with: Place | None = None  # or a model: the cosine of image and caption
+    score_with: AnyPath | None = None  # or a model: the cosine of image and caption
     min_score: float = -math.inf  # a pair without a score is dropped
     max_score: float = math.inf
     top_share: float = 1.0  # of the pairs that pass all else, the best by score: 0.3 keeps 30%

@@ -8,7 +8,7 @@ from clip_jax.engine import On
 from clip_jax.errors import check_ranges, read_worker
 from clip_jax.prepare import buckets, near
 from clip_jax.prepare.filters import FilterConfig
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _PAIR_BUCKETS = 16  # for each task's samples: what two neighbouring groups of shards both read
 _MOST_BUCKETS = 1 << 16
@@ -20,7 +20,7 @@ class PrepareConfig(FilterConfig):
     """What to write where."""
 
     source: str  # file, pattern or folder: tars, Parquet, ArrayRecord, table, TFDS, save_to_disk
-    destination: Place | None = None  # folder of the shards
+    destination: AnyPath | None = None  # folder of the shards
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
     inspect: bool = False  # only show the first samples and statistics
     index: bool = False  # only index the source's tars, so that no run begins with it; see --worker
@@ -59,12 +59,12 @@ class PrepareConfig(FilterConfig):
 class Layout:
     """A source's samples in tasks. Everything in it follows from input and options."""
 
-    folder: Place
+    folder: AnyPath
     samples: int
     per_task: int
 
     @property
-    def work(self) -> Place:
+    def work(self) -> AnyPath:
         """The folder of what is not the result; it goes when the result is whole."""
         return self.folder / "work"
 
@@ -90,35 +90,35 @@ class Layout:
     def band_bits(self) -> int:
         return near.band_bits(self.samples)
 
-    def file(self, number: int, kind: str) -> Place:
+    def file(self, number: int, kind: str) -> AnyPath:
         """What task `number` writes: pairs, rows, same, alike, then read, which says so; scores."""
         return self.work / f"{number:06d}.{kind}"
 
-    def joined(self, kind: str, bucket: int) -> Place:
+    def joined(self, kind: str, bucket: int) -> AnyPath:
         """Which of the images in a bucket are duplicates."""
         return self.work / f"{kind}-{bucket:05d}"
 
     @property
-    def candidates(self) -> Place:
+    def candidates(self) -> AnyPath:
         """A byte for each sample: what has become of it before scores are known."""
         return self.work / "candidates"
 
     @property
-    def verdicts(self) -> Place:
+    def verdicts(self) -> AnyPath:
         """A byte for each sample: what has become of it."""
         return self.work / "verdicts"
 
     @property
-    def evaluation(self) -> Place:
+    def evaluation(self) -> AnyPath:
         """The hashes of the evaluation sets' images."""
         return self.work / "evaluation.npz"
 
-    def shard(self, number: int, count: int) -> Place:
+    def shard(self, number: int, count: int) -> AnyPath:
         """A shard of the result."""
         return self.folder / f"pairs-{number:05d}-of-{count:05d}.array_record"
 
 
-def statistics_of(shard: Place) -> Place:
+def statistics_of(shard: AnyPath) -> AnyPath:
     """A shard's counts; written after the shard, so that their being there says it is whole."""
     return shard.with_suffix(".json")
 

@@ -15,7 +15,7 @@ from clip_jax.prepare import buckets, near
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig
 from clip_jax.prepare.stages import CANDIDATE, DUPLICATE, NEAR, NOT_TOP, REPEATED, ROWS, SCORE
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _THREADS = 16  # that read files ahead
 
@@ -127,7 +127,7 @@ def _rows(layout: Layout) -> Iterator[tuple[int, np.ndarray]]:
         yield number, buckets.table(data, ROWS)
 
 
-def _ahead(paths: list[Place]) -> Iterator[bytes]:
+def _ahead(paths: list[AnyPath]) -> Iterator[bytes]:
     """Read files in their order, some ahead."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(paths), _THREADS):

@@ -27,7 +27,7 @@ from clip_jax.prepare.counts import Statistics
 from clip_jax.prepare.filters import Contaminated, Filter, Pair
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 ROWS = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])  # of pairs that pass alone
 SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, by their bytes
@@ -62,7 +62,7 @@ def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
     return EvaluationImages(names, *arrays, config.near_distance)
 
 
-def hash_evaluation_set(source: str, target: tuple[range, Place], counted: Counted) -> None:
+def hash_evaluation_set(source: str, target: tuple[range, AnyPath], counted: Counted) -> None:
     """Hash images of an evaluation set, those in a range of it."""
     indices, path = target
     images = open_images(source, option="--decontaminate")
@@ -210,7 +210,7 @@ def _gathered(layout: Layout, kind: str, bucket: int) -> bytes:
     return b"".join(buckets.read_all(paths, bucket, bucket + 1))
 
 
-def _write_repeated(path: Place, pairs: list[Any]) -> None:
+def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:
     files.write_whole(path, np.sort(np.array(pairs, REPEATED), order="index").tobytes())
 
 
@@ -218,7 +218,7 @@ def _write_repeated(path: Place, pairs: list[Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(path: Place) -> Model:
+def _model(path: AnyPath) -> Model:
     return load(path)
 
 
@@ -319,7 +319,7 @@ def _kept(record: bytes, statistics: Statistics) -> bytes:
 
 
 def _write_shard(
-    shard: Place, records: Iterator[bytes], statistics: Statistics, samples: int
+    shard: AnyPath, records: Iterator[bytes], statistics: Statistics, samples: int
 ) -> str:
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -28,7 +28,7 @@ from clip_jax.prepare import buckets, contamination, counts, near, settle, stage
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
 _INSPECTED = 1_000  # samples
@@ -82,7 +82,7 @@ class _Work:
         self._does, self._config, self._layout = does, config, layout
         self._worker, self._workers = read_worker(config.worker)
 
-    def copy(self) -> list[Place]:
+    def copy(self) -> list[AnyPath]:
         """One stage; returns the shards that there are to be."""
         layout, count = self._layout, self._layout.reads
         work = functools.partial(stages.copy, self._config, layout)
@@ -92,7 +92,7 @@ class _Work:
         self._does.run("prepare", work, own)
         return shards
 
-    def join(self) -> tuple[settle.Dropped, list[Place]]:
+    def join(self) -> tuple[settle.Dropped, list[AnyPath]]:
         """Read, compare, score, settle, gather; returns what was dropped and the shards."""
         config, layout = self._config, self._layout
         reads, count = range(layout.reads), layout.join_buckets
@@ -149,7 +149,7 @@ class _Work:
         name: str,
         work: Callable[..., None],
         numbers: range,
-        path: Callable[[int], Place],
+        path: Callable[[int], AnyPath],
         size: int = 0,
         model: bool = False,
     ) -> None:
@@ -171,7 +171,7 @@ class _Work:
     def _written(self) -> set[str]:
         return {path.name for path in self._layout.folder.iterdir()}
 
-    def _is_whole(self, shard: Place) -> bool:
+    def _is_whole(self, shard: AnyPath) -> bool:
         """Whether a shard was there when first one was asked for."""
         return {shard.name, statistics_of(shard).name} <= self._written
 
@@ -246,7 +246,7 @@ def _missing(layout: Layout) -> list[str]:
     return [name for name in names if name not in written]
 
 
-def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) -> None:
+def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
     """Refuse a folder begun with other settings, or of other samples: its shards would not fit."""
     kept = dataclasses.asdict(config)
     kept |= {
@@ -270,7 +270,7 @@ def _check_settings(folder: Place, config: PrepareConfig, source: StoredSource) 
 
 
 def _report(
-    config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[Place]
+    config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[AnyPath]
 ) -> dict[str, Any]:
     """Write what all processes have done so far; and, if that is all, mark it as complete."""
     folder = layout.folder
@@ -298,5 +298,5 @@ def _report(
     return result
 
 
-def _clear(folder: Place) -> None:
+def _clear(folder: AnyPath) -> None:
     epath.Path(folder).rmtree(missing_ok=True)

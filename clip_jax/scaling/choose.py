@@ -20,7 +20,7 @@ from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
 from clip_jax.scaling.run_table import Row, RunTable, number, short
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 SWEPT = {
     "lr": "learning rate",
@@ -38,7 +38,7 @@ class ChooseConfig:
     report: str  # column that is reported of the chosen; never the same: the best of many is lucky
     best: Literal["min", "max"] = "min"  # of choose_by
     where: tuple[str, ...] = ()  # COLUMN=PATTERN, all of which a row must match
-    output: Place | None = None  # a table of the chosen trials' runs alone, for `scale fit`
+    output: AnyPath | None = None  # a table of the chosen trials' runs alone, for `scale fit`
 
     def __post_init__(self) -> None:
         if self.choose_by == self.report:
@@ -57,7 +57,7 @@ class ChooseConfig:
 class ChooseCommand(ChooseConfig):
     """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
 
-    table: Place  # what `scale collect` has written, all trials in it
+    table: AnyPath  # what `scale collect` has written, all trials in it
 
 
 class Choice(NamedTuple):

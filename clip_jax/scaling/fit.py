@@ -30,7 +30,7 @@ from clip_jax.scaling.uncertainty import (
     ratios,
     sizes_of,
 )
-from clip_jax.storage.files import Place, check_destination
+from clip_jax.storage.files import AnyPath, check_destination
 
 TRAINING_FLOPS = 6e9  # of one forward GMAC
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms take besides
@@ -67,7 +67,7 @@ class FitConfig:
     predict: tuple[str, ...] = ()
     budget: float | None = None  # training FLOPs: which model, how many samples?
     candidates: tuple[str, ...] = ()  # models that a budget chooses from; default: the table's
-    plot: Place | None = None  # write this path with .svg and .png
+    plot: AnyPath | None = None  # write this path with .svg and .png
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -109,7 +109,7 @@ class FitConfig:
 class FitCommand(FitConfig):
     """Fit a scaling law to a table of runs."""
 
-    table: Place = Path("scaling.csv")  # what `scale collect` wrote, or such a table
+    table: AnyPath = Path("scaling.csv")  # what `scale collect` wrote, or such a table
 
 
 def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from clip_jax.scaling.run_table import Row, RunTable, gather, number, of_run, sh
 from clip_jax.scaling.uncertainty import Form, Through
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
-from clip_jax.storage.files import Place, place
+from clip_jax.storage.files import AnyPath, as_path
 from clip_jax.storage.json_files import parse, read_rows
 
 POINTS = 240  # of a run's curve, evenly spread
@@ -35,8 +35,8 @@ FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged
 class ReportConfig:
     """Put runs on one page, which opens from its file."""
 
-    paths: tuple[Place, ...] = (Path("runs"),)  # run directories, ladders, tables
-    output: Place = Path("report.html")  # the page
+    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, ladders, tables
+    output: AnyPath = Path("report.html")  # the page
     metric: str | None = None  # the result by which runs are points; None: the first evaluation's
     metric_is: Literal["score", "error"] | None = None  # None: error for a loss, or score
     where: tuple[str, ...] = ()  # points that the law takes: COLUMN=PATTERN, such as arch=ViT-B*
@@ -115,16 +115,16 @@ def page(data: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------ runs
 
 
-def _folders(paths: Sequence[Place]) -> list[Place]:
+def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
     """Find the run directories: also of runs that have not begun, or come to no end."""
     configs = [
-        place(file) for path in paths if path.is_dir() for file in files.walk(path)
+        as_path(file) for path in paths if path.is_dir() for file in files.walk(path)
         if file.endswith("config.json")
     ]  # fmt: skip
     return sorted({x.parent for x in configs if x.name == "config.json"}, key=str)
 
 
-def _run(folder: Place, finished: Row | None) -> dict[str, Any]:
+def _run(folder: AnyPath, finished: Row | None) -> dict[str, Any]:
     """What the page shows of a run directory."""
     config, result = (_read(folder / name) for name in ("config.json", "result.json"))
     config = upgrade(config)
@@ -175,11 +175,11 @@ def _shown(row: Row) -> dict[str, Any]:
     }
 
 
-def _read(path: Place) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     return (parse(path.read_bytes()) if path.exists() else None) or {}
 
 
-def _curves(folder: Place) -> dict[str, list[list[float]]]:
+def _curves(folder: AnyPath) -> dict[str, list[list[float]]]:
     """Each number of metrics.jsonl over the samples seen, thinned."""
     curves: dict[str, list[list[float]]] = {}
     samples = 0.0
@@ -194,12 +194,12 @@ def _curves(folder: Place) -> dict[str, list[list[float]]]:
     return curves
 
 
-def _last_line(path: Place) -> str:
+def _last_line(path: AnyPath) -> str:
     text = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
     return text.splitlines()[-1][:500] if text else ""
 
 
-def _is_held(lock: Place) -> bool:
+def _is_held(lock: AnyPath) -> bool:
     """Say whether a process trains there, as far as this machine can tell."""
     if files.is_remote(lock) or not lock.exists():
         return False

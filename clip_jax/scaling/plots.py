@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from clip_jax.display import STYLE, plain
 from clip_jax.scaling.laws import Additive, Law, Runs, pareto
 from clip_jax.scaling.uncertainty import Fit, Prediction, crossing, ratios, sizes_of
-from clip_jax.storage.files import Place, written_whole
+from clip_jax.storage.files import AnyPath, written_whole
 
 Axes = Any  # matplotlib's: imported only where something is drawn
 Figure = Any
@@ -152,12 +152,12 @@ def panel(
     _log_axes(axes)
 
 
-def both(stem: Place) -> list[Place]:
+def both(stem: AnyPath) -> list[AnyPath]:
     """Return `stem.svg` and `stem.png`, for a paper and for everything else."""
     return [stem.with_name(stem.name + ending) for ending in (".svg", ".png")]
 
 
-def save(figure: Figure, stem: Place) -> list[Place]:
+def save(figure: Figure, stem: AnyPath) -> list[AnyPath]:
     """Write a figure in both formats."""
     import matplotlib
 

@@ -31,7 +31,7 @@ from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.vit import ViTConfig
 from clip_jax.scaling.laws import Runs
 from clip_jax.serialize import from_dict
-from clip_jax.storage.files import Place, check_destination, place, walk, write_whole
+from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, write_whole
 from clip_jax.storage.files import read as read_file
 from clip_jax.storage.json_files import read_rows
 
@@ -132,14 +132,14 @@ def number(row: Row, column: str) -> float:
         raise InputError(f"{what}: mend the table, or leave the row out by --where.") from error
 
 
-def read(path: Place) -> RunTable:
+def read(path: AnyPath) -> RunTable:
     """Read a table: the one place that does. Raises InputError for a file that is none."""
     if not path.is_file():
         raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
     return RunTable(_csv_lines(path))
 
 
-def write(table: RunTable, path: Place) -> None:
+def write(table: RunTable, path: AnyPath) -> None:
     """Write a table as CSV; a column for everything that any of its rows has."""
     file = io.StringIO()
     columns = list(dict.fromkeys([*FIRST, *table.columns]))
@@ -153,8 +153,8 @@ def write(table: RunTable, path: Place) -> None:
 class CollectConfig:
     """Gather finished runs into one table."""
 
-    paths: tuple[Place, ...] = (Path("runs"),)  # run directories, open_clip's logs, CSV files
-    output: Place = Path("scaling.csv")  # the table
+    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, open_clip's logs, CSV files
+    output: AnyPath = Path("scaling.csv")  # the table
     samples: tuple[str, ...] = ()  # CHECKPOINT=12.8B, for names that don't say what they have seen
 
 
@@ -240,7 +240,7 @@ def _size_of(arch: str) -> Row:
 # ------------------------------------------------------------------ gathering
 
 
-def gather(paths: Sequence[Place], samples: dict[str, float]) -> tuple[RunTable, list[str]]:
+def gather(paths: Sequence[AnyPath], samples: dict[str, float]) -> tuple[RunTable, list[str]]:
     """Read every finished run below the paths, whatever wrote it.
 
     A directory is searched for our run directories and open_clip's; a `.csv` is CLIP_benchmark's
@@ -271,14 +271,14 @@ class Unfinished(Exception):
     """A run that has no place in a table, and why."""
 
 
-def _files(path: Place) -> Iterable[Place]:
+def _files(path: AnyPath) -> Iterable[AnyPath]:
     if not path.is_dir():
         return [path]
-    named = (place(file) for file in walk(path))
+    named = (as_path(file) for file in walk(path))
     return [x for x in named if x.name in ("result.json", "results.jsonl") or x.suffix == ".csv"]
 
 
-def _readers(file: Place, samples: dict[str, float]) -> list[Callable[[], Row]]:
+def _readers(file: AnyPath, samples: dict[str, float]) -> list[Callable[[], Row]]:
     """What reads each row of a file; one that raises Unfinished leaves the others alone."""
     if file.name == "result.json":
         return [functools.partial(_ours, file)]
@@ -294,7 +294,7 @@ def _readers(file: Place, samples: dict[str, float]) -> list[Callable[[], Row]]:
     return [functools.partial(_unknown, "neither CLIP_benchmark's columns nor a table of runs")]
 
 
-def _csv_lines(path: Place) -> list[dict[str, str]]:
+def _csv_lines(path: AnyPath) -> list[dict[str, str]]:
     """Read a CSV with a header; cells beyond it are dropped. Raises InputError for what is no
     text."""
     try:
@@ -318,7 +318,7 @@ def _unknown(reason: str) -> Row:
     raise Unfinished(reason)
 
 
-def _ours(file: Place) -> Row:
+def _ours(file: AnyPath) -> Row:
     """A run directory of `clip-jax train`."""
     config = file.with_name("config.json")
     if not config.exists():
@@ -383,7 +383,7 @@ def _kinds(run: dict[str, Any]) -> Row:
     }
 
 
-def _open_clip(file: Place, samples: dict[str, float]) -> Row:
+def _open_clip(file: AnyPath, samples: dict[str, float]) -> Row:
     """An open_clip run: the last line of results.jsonl, its arguments in params.txt above it."""
     with _expecting("JSON lines"):
         lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
@@ -419,7 +419,7 @@ def _open_clip(file: Place, samples: dict[str, float]) -> Row:
     return row
 
 
-def _clip_benchmark(lines: Sequence[Row], file: Place, samples: dict[str, float]) -> Row:
+def _clip_benchmark(lines: Sequence[Row], file: AnyPath, samples: dict[str, float]) -> Row:
     """CLIP_benchmark's lines of one model, one a data set."""
     checkpoint = Path(lines[0]["pretrained"]).name
     row = {

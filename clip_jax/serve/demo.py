@@ -8,7 +8,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.inference.loading import load, unit
 from clip_jax.inference.predict import check_labels, embed_labels, probabilities
 from clip_jax.inference.search import Searcher
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 SHOWN = 640  # pixels of the longer side of a picture that was found
 
@@ -17,8 +17,8 @@ SHOWN = 640  # pixels of the longer side of a picture that was found
 class DemoConfig:
     """Serve the page until interrupted."""
 
-    model: Place  # a run's work directory, a model folder, or a foreign file
-    embeddings: Place | None = None  # folder that `clip-jax embed` wrote: adds the search
+    model: AnyPath  # a run's work directory, a model folder, or a foreign file
+    embeddings: AnyPath | None = None  # folder that `clip-jax embed` wrote: adds the search
     host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
     port: int = 7860
 

@@ -7,7 +7,7 @@ import sys
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import load
 from clip_jax.serve.service import ServeConfig, Service
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 def serve(config: ServeConfig) -> None:
@@ -42,7 +42,7 @@ def serve(config: ServeConfig) -> None:
         uvicorn.Server(settings).run(sockets=[taken])
 
 
-def _read_token(file: Place | None) -> str | None:
+def _read_token(file: AnyPath | None) -> str | None:
     if file is None:
         return None
     try:

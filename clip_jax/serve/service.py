@@ -21,7 +21,7 @@ from clip_jax.inference.search import Searcher
 from clip_jax.models.images import Images, concatenate, zeros
 from clip_jax.models.layers import DType
 from clip_jax.serve.batcher import Batcher, Full
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_RESULTS = 1000  # by one search
@@ -33,11 +33,11 @@ _LETTERS = 1000  # of a text are read for each token of the context; what follow
 class ServeConfig:
     """Serve a model until SIGTERM or an interrupt."""
 
-    model: Place  # a run's work directory, a model folder, or a foreign file
-    embeddings: Place | None = None  # folder that `clip-jax embed` wrote: adds /search
+    model: AnyPath  # a run's work directory, a model folder, or a foreign file
+    embeddings: AnyPath | None = None  # folder that `clip-jax embed` wrote: adds /search
     host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
     port: int = 8000
-    token_file: Place | None = None  # whose first line a client sends: Authorization: Bearer ...
+    token_file: AnyPath | None = None  # whose first line a client sends: Authorization: Bearer ...
     batch_size: int = 64  # rows that are computed at once, at most; powers of two are compiled
     queue: int = 512  # images that may wait, and 8 times as many texts; more is 413 or 429
     max_body_mib: float = 16.0  # MiB of a request; more is 413

@@ -23,7 +23,7 @@ from typing import Any
 
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
-from clip_jax.storage.errors import LOGIN, explain, of_client, told
+from clip_jax.storage.errors import LOGIN, explain, of_client, summary
 
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # besides obstore; extras of the schemes' names
 
@@ -104,8 +104,8 @@ def _answers(store: Any, key: str, starts: list[int], ends: list[int]) -> list[A
     """Ask for ranges, all at once."""
 
     async def all_of_them() -> list[Any]:
-        asked = (_range(store, key, *span) for span in zip(starts, ends, strict=True))
-        return await asyncio.gather(*asked)
+        requests = (_range(store, key, *span) for span in zip(starts, ends, strict=True))
+        return await asyncio.gather(*requests)
 
     return asyncio.run_coroutine_threadsafe(all_of_them(), _loop(os.getpid())).result()
 
@@ -120,21 +120,21 @@ async def _range(store: Any, key: str, start: int, end: int) -> Any:
     def ask() -> "asyncio.Future[Any]":
         return asyncio.ensure_future(obstore.get_range_async(store, key, start=start, end=end))
 
-    begun, asked = CLOCK.now(), {ask()}
+    begun, requests = CLOCK.now(), {ask()}
     usual = statistics.median(_seconds) if _seconds else 0.0
     late = max(_LATE[0], _LATE[1] * usual)
     try:
         while True:
-            done, waiting = await CLOCK.first(asked, late if len(asked) < _AT_ONCE else None)
+            done, waiting = await CLOCK.first(requests, late if len(requests) < _AT_ONCE else None)
             good = next((task for task in done if task.exception() is None), None)
             if good is not None or (done and not waiting):
                 _seconds.append(CLOCK.now() - begun)
                 return (good or done.pop()).result()
             if not done:
                 late *= 2
-            asked = waiting if done else waiting | {ask()}
+            requests = waiting if done else waiting | {ask()}
     finally:
-        for task in asked:
+        for task in requests:
             task.cancel()
 
 
@@ -220,11 +220,11 @@ def reading(path: str) -> Generator[None]:
     except FileNotFoundError as error:  # the client's own words are twenty lines
         raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
     except Exception as error:
-        if (said := explain(error, f"{path} cannot be read")) is not None:
-            raise said from error
+        if (meaning := explain(error, f"{path} cannot be read")) is not None:
+            raise meaning from error
         if isinstance(error, OSError) or not of_client(error):
             raise
-        raise OSError(errno.EIO, told(error), path) from error
+        raise OSError(errno.EIO, summary(error), path) from error
 
 
 def listed(folder: str, deep: bool = False) -> Iterator[tuple[str, Stat]]:

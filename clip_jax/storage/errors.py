@@ -32,18 +32,18 @@ def explain(error: BaseException, what: str) -> InputError | Unreachable | None:
     """
     name, code = type(error).__name__, str(getattr(error, "code", ""))
     if any(word in str(error) for word in OUT_OF_REACH):
-        return Unreachable(f"{what}: {told(error)}")
+        return Unreachable(f"{what}: {summary(error)}")
     if not of_client(error) and not isinstance(error, PermissionError):
         return None
     if "NoSuchBucket" in str(error):
         return InputError(f"{what}: there is no such bucket; correct the name.")
     refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs' OSError
     if refused or isinstance(error, PermissionError) or _NOT_LET_IN.search(name):
-        return InputError(f"{what}: {told(error)}. {LOGIN}")
+        return InputError(f"{what}: {summary(error)}. {LOGIN}")
     if name == "GenericError" and not _REFUSAL.search(str(error)):
-        return Unreachable(f"{what}: no good answer, however often it was asked. {told(error)}")
+        return Unreachable(f"{what}: no good answer, however often it was asked. {summary(error)}")
     if code == "429" or code.startswith("5") or _AWAY.search(name):
-        return Unreachable(f"{what}: {told(error)}")
+        return Unreachable(f"{what}: {summary(error)}")
     return None
 
 
@@ -53,8 +53,8 @@ def explained() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if of_client(error) and (said := explain(error, "a bucket cannot be used")):
-            raise said from error
+        if of_client(error) and (meaning := explain(error, "a bucket cannot be used")):
+            raise meaning from error
         raise
 
 
@@ -65,7 +65,7 @@ def of_client(error: BaseException) -> bool:
     return any(name.partition(".")[0] in _CLIENTS for name in names)
 
 
-def told(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """Return its kind and its first line."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first:.300}"

@@ -23,9 +23,9 @@ from etils import epath
 from clip_jax.errors import InputError
 from clip_jax.storage import bucket
 from clip_jax.storage.bucket import Stat
-from clip_jax.storage.errors import Unreachable, explain, of_client, told
+from clip_jax.storage.errors import Unreachable, explain, of_client, summary
 
-Place = Path | epath.Path  # what `place` makes of what a person gives
+AnyPath = Path | epath.Path  # what `place` makes of what a person gives
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -38,7 +38,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def place(path: str | os.PathLike[str]) -> Place:
+def as_path(path: str | os.PathLike[str]) -> AnyPath:
     """Make of what a person gave a path that joins, globs, opens: pathlib's, or for a URL epath's.
 
     Raises InputError for a kind of URL that nothing here reads, and one whose package is not
@@ -151,7 +151,7 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
     yield from sorted(paths)
 
 
-def matching(folder: Place, pattern: str) -> list[Place]:
+def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """List a folder's files that match a pattern, sorted; dot files, such as macOS's, are not."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
@@ -182,7 +182,7 @@ def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def local(path: Place) -> Generator[Path]:
+def local(path: AnyPath) -> Generator[Path]:
     """A file or a whole folder as a path on disk; what is in a bucket is copied for a while."""
     if not is_remote(path):
         yield Path(path)
@@ -200,7 +200,7 @@ def local(path: Place) -> Generator[Path]:
         yield copy
 
 
-def _download(source: Place | str, target: Path) -> None:
+def _download(source: AnyPath | str, target: Path) -> None:
     with open_file(source) as file, target.open("wb") as copy:
         shutil.copyfileobj(file, copy, bucket.BUFFER)
 
@@ -253,7 +253,7 @@ def _discard(partial: Path) -> None:
         partial.unlink()
 
 
-def remove_partial(path: Place) -> None:
+def remove_partial(path: AnyPath) -> None:
     """Delete what killed processes have left of a file that they were writing."""
     if not is_remote(path):
         for old in Path(path).parent.glob(f".*{PARTIAL}{glob.escape(path.name)}"):
@@ -314,7 +314,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
             os.makedirs(path, exist_ok=True)
 
 
-def beside(folder: Place, name: str) -> Path:
+def beside(folder: AnyPath, name: str) -> Path:
     """A folder on disk for what is made of the files in another and can be made anew.
 
     It lies in that one, or for a bucket's in the user's cache folder.
@@ -326,7 +326,7 @@ def beside(folder: Place, name: str) -> Path:
     return home / "clip_jax" / name / digest[:24]
 
 
-def move_folder(source: Place, target: Place) -> None:
+def move_folder(source: AnyPath, target: AnyPath) -> None:
     """Give a folder another name, in the same place; in a bucket each object is copied there."""
     with writing(target):
         if not is_remote(source):
@@ -336,25 +336,25 @@ def move_folder(source: Place, target: Place) -> None:
         names = list(walk(source))
         for name in names:
             with written_whole(os.fspath(target) + name[len(os.fspath(source)) :]) as partial:
-                _download(place(name), partial)
+                _download(as_path(name), partial)
         for name in names:
             remove(name)
 
 
-def copy_tree(source: Path, target: Place) -> None:
+def copy_tree(source: Path, target: AnyPath) -> None:
     """Copy a folder's files into another, which may be in a bucket; each appears whole."""
     with written_whole(target) as partial:
         shutil.copytree(source, partial)
 
 
-def check_destination(path: Place | None, option: str, folder: bool = True) -> None:
+def check_destination(path: AnyPath | None, option: str, folder: bool = True) -> None:
     """Raise InputError where no file can be written to a folder, or as a file, that a person chose.
 
     Asked before the work whose result goes there. None passes.
     """
     if path is None:
         return
-    above: Place = path if folder else path.parent
+    above: AnyPath = path if folder else path.parent
     if not folder and path.is_dir():
         raise InputError(f"{path} is a folder; {option} takes a file.")
     if is_remote(above):
@@ -364,8 +364,8 @@ def check_destination(path: Place | None, option: str, folder: bool = True) -> N
     while not os.path.lexists(above):
         above = above.parent
     if not above.is_dir():
-        place = "" if above == path else f", and {path} is below it"
-        raise InputError(f"{above} is a file{place}; {option} needs a folder.")
+        reason = "" if above == path else f", and {path} is below it"
+        raise InputError(f"{above} is a file{reason}; {option} needs a folder.")
     try:
         with tempfile.TemporaryFile(dir=above):
             pass
@@ -389,14 +389,14 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
     except (InputError, Unreachable, FileNotFoundError, FileExistsError):
         raise
     except Exception as error:
-        if said := is_remote(path) and explain(error, f"{path} cannot be written"):
-            raise said from error
+        if meaning := is_remote(path) and explain(error, f"{path} cannot be written"):
+            raise meaning from error
         if is_full(error):
             raise InputError(f"no space left for {path}: free some and go on.") from error
         if isinstance(error, OSError) and error.errno in _NOT_TO_BE_WRITTEN:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         if of_client(error):
-            raise InputError(f"{path} cannot be written: {told(error)}") from error
+            raise InputError(f"{path} cannot be written: {summary(error)}") from error
         raise
 
 

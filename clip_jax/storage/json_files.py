@@ -7,7 +7,7 @@ from typing import Any
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.errors import InputError
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 _UPLOAD_SECONDS = 60  # between rewritings of a file in a bucket, which cannot append
 
@@ -21,7 +21,7 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json(path: Place, *names: str, advice: str = "Bring back a copy.") -> dict[str, Any]:
+def read_json(path: AnyPath, *names: str, advice: str = "Bring back a copy.") -> dict[str, Any]:
     """Read a JSON object that a command keeps, {} where there is no file.
 
     InputError, with the advice, if it holds something else or has not all the names.
@@ -35,7 +35,7 @@ def read_json(path: Place, *names: str, advice: str = "Bring back a copy.") -> d
     return value
 
 
-def recover_json(path: Place, say: Callable[[str], None] | None) -> dict[str, Any]:
+def recover_json(path: AnyPath, say: Callable[[str], None] | None) -> dict[str, Any]:
     """Read a JSON object that is about to be written anew; {} if it is damaged.
 
     With `say`, which one process of several passes, a damaged file is kept under another name.
@@ -48,7 +48,7 @@ def recover_json(path: Place, say: Callable[[str], None] | None) -> dict[str, An
         return {}
 
 
-def _keep_damaged(path: Place) -> Place:
+def _keep_damaged(path: AnyPath) -> AnyPath:
     copy = path.with_name(path.name + ".damaged")
     files.write_whole(copy, path.read_bytes())
     return copy
@@ -64,7 +64,11 @@ class Lines:
     """
 
     def __init__(
-        self, path: Place, resume_step: int | None, say: Callable[[str], None], clock: Clock = CLOCK
+        self,
+        path: AnyPath,
+        resume_step: int | None,
+        say: Callable[[str], None],
+        clock: Clock = CLOCK,
     ) -> None:
         self._path, self._appends = path, not files.is_remote(path)
         self._lines = []
@@ -97,14 +101,14 @@ class Lines:
         self._written = self._clock.now()
 
 
-def read_rows(path: Place) -> list[dict[str, Any]]:
+def read_rows(path: AnyPath) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file that are whole; none where there is no file."""
     return _rows(path.read_bytes())[0] if path.exists() else []
 
 
 def _rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
     """Return the rows, and how many lines are none; not the last, torn by a kill."""
-    whole, _, _ = content.rpartition(b"\n")
-    lines = [parse(line) or {} for line in whole.splitlines()]
+    complete, _, _ = content.rpartition(b"\n")
+    lines = [parse(line) or {} for line in complete.splitlines()]
     rows = [row for row in lines if isinstance(row.get("step"), int)]
     return rows, len(lines) - len(rows)

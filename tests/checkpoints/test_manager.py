@@ -93,7 +93,7 @@ def test_damage_is_noticed(damage, workdir, capfd):
     damage(workdir / "checkpoints/3")
     target = manager.ocp.args.StandardRestore(make_state())
     with pytest.raises(Damaged) as error:
-        manager._read(manager.orbax_place(workdir) / "checkpoints/3", target)
+        manager._read(manager.orbax_path(workdir) / "checkpoints/3", target)
     assert "\n" not in str(error.value)
     gc.collect()  # reads that failed beside the one that was raised
     assert "Traceback" not in capfd.readouterr().err
@@ -114,7 +114,7 @@ def test_damage_that_another_process_meets_counts_for_all(workdir):
         gathered.side_effect = lambda value: [value, next(other, value)]
         found = restore(workdir)
     assert found.step == 2
-    assert "step 3 is damaged (its disk is broken)" in found.said[0]
+    assert "step 3 is damaged (its disk is broken)" in found.messages[0]
 
 
 def test_a_store_out_of_reach_is_no_damage():

@@ -36,7 +36,7 @@ BEST = dataclasses.replace(EVERY, best="acc")
 
 @pytest.fixture
 def workdir(folder):
-    return epath.Path(files.place(folder))
+    return epath.Path(files.as_path(folder))
 
 
 def make_state(step, shape=(4, 2)):
@@ -72,7 +72,7 @@ def test_the_newest_and_the_best_are_kept_and_restored(workdir):
     config = {"checkpoint": dataclasses.asdict(BEST)}
     files.write_whole(workdir / "config.json", json.dumps(config))
     assert named_step(workdir, "best") == 2
-    assert split_name(files.place(f"{workdir}@best")) == (files.place(workdir), "best")
+    assert split_name(files.as_path(f"{workdir}@best")) == (files.as_path(workdir), "best")
     checkpoints = Checkpoints(workdir / "checkpoints", BEST)
     assert checkpoints.is_best({"acc": 0.95})
     for results in ({}, {"acc": 0.9}, {"acc": float("nan")}):
@@ -90,18 +90,18 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(workdir, capfd
             files.remove(path)
     found = restore(workdir)
     assert_is(found, 2)
-    (line,) = found.said
+    (line,) = found.messages
     assert line.startswith("the checkpoint of step 3 is damaged (")
     assert line.endswith(f"it is kept in {workdir}/damaged/3-2")
     assert "Traceback" not in capfd.readouterr().err
     assert steps_in(workdir / "checkpoints") == [2]
     assert list(files.walk(workdir / "damaged/3-2"))
-    assert restore(workdir).said == ()
+    assert restore(workdir).messages == ()
 
 
 def test_a_step_whose_save_ended_early_is_never_taken(bucket):
     """Last of all is written the mark that it is whole."""
-    workdir = files.place(f"{bucket.url}/run")
+    workdir = files.as_path(f"{bucket.url}/run")
     save(workdir, 1)
     bucket.server.requests()
     save(workdir, 2)
@@ -120,7 +120,7 @@ def test_a_step_whose_save_ended_early_is_never_taken(bucket):
 
 
 def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
-    workdir = files.place(f"{bucket.url}/run")
+    workdir = files.as_path(f"{bucket.url}/run")
     content = {"host": "far", "pid": 7, "id": "dead"}
     files.write_whole(workdir / "lease/000000000003", json.dumps(content))
     clock = HandClock(skips=True)
@@ -132,7 +132,7 @@ def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
 
 
 def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
-    path, clock = files.place(f"{bucket.url}/run/a.jsonl"), HandClock()
+    path, clock = files.as_path(f"{bucket.url}/run/a.jsonl"), HandClock()
     lines = Lines(path, 0, print, clock)
     for step in range(100):
         lines.write({"step": step})
@@ -147,7 +147,7 @@ def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
     resumed.write({"step": 51})
     resumed.flush()
     assert [row["step"] for row in read_rows(path)] == [*range(52)]
-    board = files.place(f"{bucket.url}/board")
+    board = files.as_path(f"{bucket.url}/board")
     writer = Writer(path, board, 10, print)
     writer.write(11, {"loss": 2.0})
     writer.close()

@@ -20,8 +20,8 @@ def test_a_vocabulary_goes_with_a_folder_in_a_bucket(gs, tmp_path):
     text = replace(weights.config.text, pool="last", tokenizer=tokenizer)
     weights = replace(weights, config=replace(weights.config, text=text))
     url = f"{gs.url}/model"
-    write_weights(weights, files.place(url), "clip-jax")
-    again = read_weights(files.place(url))
+    write_weights(weights, files.as_path(url), "clip-jax")
+    again = read_weights(files.as_path(url))
     assert again.config.text.tokenizer == replace(tokenizer, file=f"{url}/tokenizer.json")
     ids = make_tokenizer(again.config.text)("a photo", 12)
     np.testing.assert_array_equal(ids, make_tokenizer(text)("a photo", 12))

@@ -20,7 +20,7 @@ def test_shards_in_a_bucket_are_those_on_disk(tmp_path, gs, capsys):
     FORMATS["tar"](tmp_path / "in", pairs)
     for path in (tmp_path / "in").glob("*.tar"):
         files.write_whole(f"{gs.url}/in/{path.name}", path.read_bytes())
-    out, source = files.place(f"{gs.url}/out"), f"{gs.url}/in/*.tar"
+    out, source = files.as_path(f"{gs.url}/out"), f"{gs.url}/in/*.tar"
     command = ["prepare", source, "--index"]
     assert main([*command, "--worker", "2/2"]) == 0
     assert "others are missing still" in capsys.readouterr().out

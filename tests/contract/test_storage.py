@@ -102,10 +102,10 @@ def test_folders_are_copied_moved_and_taken_to_disk(folder, tmp_path_factory):
     (source / "deep").mkdir()
     (source / "b.txt").write_text("text")
     (source / "deep/c.txt").write_text("below")
-    start = files.place(folder)
+    start = files.as_path(folder)
     files.write_whole(start / "x", "x")
     assert [path.name for path in start.iterdir()] == ["x"]
-    files.copy_tree(source, files.place(folder) / "a")  # as another process may
+    files.copy_tree(source, files.as_path(folder) / "a")  # as another process may
     assert sorted(path.name for path in start.iterdir()) == ["a", "x"]
     assert (start / "a").is_dir()
     files.move_folder(start / "a", start / "moved" / "b")
@@ -159,7 +159,7 @@ def test_whoever_is_not_let_in_is_told_where_credentials_come_from(bucket):
 
 def test_a_bucket_that_does_not_exist_is_refused_at_once(bucket):
     with pytest.raises(InputError, match=r"there is no bucket 'test-\d+-none'; correct"):
-        files.check_destination(files.place(f"{bucket.url}-none/run"), "--workdir")
+        files.check_destination(files.as_path(f"{bucket.url}-none/run"), "--workdir")
     assert len(bucket.server.requests()) == 1
     if bucket.url.startswith("s3://"):  # fake-gcs-server answers 500 instead of 404
         with pytest.raises(InputError, match="-none/x cannot be read: there is no such bucket"):
@@ -174,5 +174,5 @@ def test_without_credentials_nothing_is_sent(bucket, tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=rf"^{bucket.url}/out cannot be written: no credentials\. Cr"
     ):
-        files.check_destination(files.place(f"{bucket.url}/out"), "--output")
+        files.check_destination(files.as_path(f"{bucket.url}/out"), "--output")
     assert bucket.server.requests() == []

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     export()
     recipe = Recipe(model=TINY, objective=(GOLDEN_LOSS,), optim=OPTIM, steps=10, batch_size=16)
     program = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
-    after, metrics = program.step(program.init(parameters(TINY)), program.place(batch(TINY)))
+    after, metrics = program.step(program.init(parameters(TINY)), program.put(batch(TINY)))
     step = sums_of_step(*jax.device_get((after.params, metrics)))
     decoders = {"coca": parameter_tree(COCA), "mammut": parameter_tree(MAMMUT)}
     golden = {"parameter_tree": parameter_tree(), "decoder_trees": decoders, "step": step}

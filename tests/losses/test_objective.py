@@ -143,7 +143,7 @@ def begin(own: Program) -> Any:
 def steps(own: Program, state: Any, count: int) -> tuple[Any, dict[str, Any]]:
     metrics = {}
     for _ in range(count):
-        state, metrics = own.step(state, own.place(inputs()))
+        state, metrics = own.step(state, own.put(inputs()))
     return state, jax.device_get(metrics)
 
 

@@ -88,7 +88,7 @@ def train_here(config: CLIPConfig, optim: OptimConfig, params) -> tuple[list[flo
     state = program.init(params)
     losses = []
     for step, batch in enumerate(batches()):
-        state, metrics = program.step(state, program.place(batch, step))
+        state, metrics = program.step(state, program.put(batch, step))
         losses.append(float(metrics["loss"]))
     trained = Weights(config=config, params=jax.tree.map(np.asarray, state.params))
     return losses, conversion.to_tensors(trained)

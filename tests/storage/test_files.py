@@ -13,7 +13,7 @@ from clip_jax.storage import bucket, files
 
 def test_a_url_of_another_kind_is_refused():
     with pytest.raises(InputError, match="ftp:// is not read"):
-        files.place("ftp://a/b")
+        files.as_path("ftp://a/b")
 
 
 def test_a_full_disk_is_one_message_that_names_the_path(tmp_path):

@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from clip_jax.errors import InputError
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 class SampleError(Exception):
@@ -158,7 +158,7 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
     return value
 
 
-def check_column(path: str | Place, name: str, names: Sequence[str], option: str = "") -> None:
+def check_column(path: str | AnyPath, name: str, names: Sequence[str], option: str = "") -> None:
     """Raise InputError unless exactly one column has the name; `option` gives another."""
     if (count := names.count(name)) != 1:
         what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
@@ -166,7 +166,7 @@ def check_column(path: str | Place, name: str, names: Sequence[str], option: str
         raise InputError(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
 
 
-def read_file(path: Place, what: str) -> bytes:
+def read_file(path: AnyPath, what: str) -> bytes:
     """Read a whole file. SampleError for one that is not there, and for what never ends."""
     try:
         if not files.is_remote(path):

@@ -72,7 +72,7 @@ def open_images(path: str, image_column: str = "image", option: str = "SOURCE") 
     """
     config = PathConfig(path=path)
     try:
-        folder = files.place(path)
+        folder = files.as_path(path)
         kind = FolderConfig(path=path) if folder.is_dir() else guess_source(config)
     except InputError as error:
         raise InputError(f"{option}: {error}") from error
@@ -92,7 +92,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
     """Tell the format by a path's ending, or by what a folder holds. Raises InputError if neither
     does."""
     path = config.path
-    folder = files.place(path)
+    folder = files.as_path(path)
     kinds: dict[str, Any] = {
         suffix: kind for kind in get_args(SingleConfig) for suffix in getattr(kind, "suffixes", ())
     }

@@ -11,7 +11,7 @@ from clip_jax.data.sources import StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class FolderConfig:
         return FolderSource(self)
 
 
-def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Place]:
+def image_files(paths: Iterable[AnyPath], beside: Sequence[str] = ()) -> list[AnyPath]:
     """List files as given, and of folders, in alphabetical order, the images in them.
 
     Dot files, such as macOS's ._photo.jpg, are no images. A warning counts the others whose ending
@@ -35,7 +35,7 @@ def image_files(paths: Iterable[Place], beside: Sequence[str] = ()) -> list[Plac
         if not path.is_dir():
             images.append(path)
             continue
-        for file in sorted(map(files.place, files.walk(path))):
+        for file in sorted(map(files.as_path, files.walk(path))):
             suffix = file.suffix.lower()
             if file.name.startswith("."):
                 continue
@@ -57,7 +57,7 @@ class FolderSource(StoredSource):
     """One pair an image, by path in alphabetical order. Raises InputError if there is no image."""
 
     def __init__(self, config: FolderConfig) -> None:
-        self._folder = files.place(config.path)
+        self._folder = files.as_path(config.path)
         if not self._folder.is_dir():
             raise InputError(f"no folder at {config.path}")
         paths = image_files([self._folder], beside=[".txt"])

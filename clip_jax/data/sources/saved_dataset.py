@@ -13,7 +13,7 @@ from clip_jax.data.sources.parquet import check_columns, record_of
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError
 from clip_jax.storage import files
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class SavedDatasetSource(StoredSource):
     """One pair a row; the files stay on disk, mapped. Raises InputError for folders not usable."""
 
     def __init__(self, config: SavedDatasetConfig) -> None:
-        folder = files.place(config.path)
+        folder = files.as_path(config.path)
         if (folder / "dataset_dict.json").is_file():
             splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
             raise InputError(
@@ -74,7 +74,7 @@ class SavedDatasetSource(StoredSource):
         return np.concatenate([scores.numbers(name, table, column) for name, table in tables])
 
 
-def _data_files(folder: Place) -> list[str]:
+def _data_files(folder: AnyPath) -> list[str]:
     """Names of the Arrow files. Raises InputError for a folder that save_to_disk did not write."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -93,5 +93,5 @@ def _data_files(folder: Place) -> list[str]:
     return names
 
 
-def _unusable(folder: Place, why: object) -> str:
+def _unusable(folder: AnyPath, why: object) -> str:
     return f"{folder} is no usable folder of save_to_disk: {why}"

@@ -46,7 +46,7 @@ class TableSource(StoredSource):
     """One pair a row. Raises InputError if the file, a column or every row is missing."""
 
     def __init__(self, config: TableConfig) -> None:
-        path = files.place(config.path)
+        path = files.as_path(config.path)
         if not path.is_file():
             raise InputError(f"no table at {config.path}; give a .csv, .tsv or .jsonl")
         if path.suffix not in config.suffixes:
@@ -81,7 +81,7 @@ class TableSource(StoredSource):
         if not image:
             raise SampleError("image path is empty")
         try:
-            path = files.place(image) if files.is_remote(image) else self._folder / image
+            path = files.as_path(image) if files.is_remote(image) else self._folder / image
         except InputError as error:
             raise SampleError(str(error)) from error
         return read_file(path, "image file")

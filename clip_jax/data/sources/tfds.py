@@ -29,7 +29,7 @@ def _builder(config: TfdsConfig) -> Any:
     """Open a version's folder. Raises InputError where it is none, or lacks what is asked for."""
     import tensorflow_datasets as tfds
 
-    folder = files.place(config.path)
+    folder = files.as_path(config.path)
     if not (folder / "dataset_info.json").is_file():
         raise InputError(
             f"no dataset_info.json in {folder}; give the version's folder of a prepared TFDS "

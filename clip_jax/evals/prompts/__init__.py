@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clip_jax.errors import InputError
-from clip_jax.storage.files import Place
+from clip_jax.storage.files import AnyPath
 
 PLAIN_TEMPLATE = "a photo of a {c}."
 
@@ -45,7 +45,7 @@ def fill(template: str, name: str) -> str:
     return template.replace("{c}", name).replace("{}", name)
 
 
-def read_text(path: Place) -> str:
+def read_text(path: AnyPath) -> str:
     """Read a file that a person wrote. Raises InputError where it is not there or is no text."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -53,7 +53,7 @@ def read_text(path: Place) -> str:
         raise InputError(f"{path} cannot be read as text: {error}") from error
 
 
-def read_templates(path: Place) -> list[str]:
+def read_templates(path: AnyPath) -> list[str]:
     """Read one template a line. Raises InputError for a line without `{c}` for the class."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
