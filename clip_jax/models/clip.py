@@ -158,36 +158,19 @@ class CLIP:
         inputs = as_dtype(images, self.config.dtype)
         return self._run(params, lambda towers: towers.visual(inputs)).astype(jnp.float32)
 
-    def encode_image_train(
-        self, params: Params, images: Images, keys: Key[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B E"], Params]:
-        """Embed normalised images as in training: BatchNorm takes its statistics from the batch.
-
-        With `keys`, one for each image, a ViT drops patches as its config says. Returns features
-        and the new `batch_stats` (for a ViT empty: there is nothing to write).
-        """
-        inputs = as_dtype(images, self.config.dtype)
-        features, updates = self._run(
-            params, lambda towers: towers.visual(inputs, keys, train=True), mutable=["batch_stats"]
-        )
-        return features.astype(jnp.float32), updates.get("batch_stats", {})
-
     def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Embed token ids `[B, L]`, L at most the context length."""
         return self._run(params, lambda towers: towers.text(tokens)).astype(jnp.float32)
 
     def encode_image_and_tokens(
-        self, params: Params, images: Images, keys: Key[Array, " B"] | None = None
+        self, params: Params, images: Images
     ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
-        """Embed normalised images, and return what the caption decoder attends to.
-
-        With `keys` patches are dropped, as in `encode_image_train`.
-        """
+        """Embed normalised images, and return what the caption decoder attends to."""
         inputs = as_dtype(images, self.config.dtype)
 
         def pooled(towers: Towers) -> tuple[Array, Array]:
             visual = _vit(towers)
-            return visual.pool_and_tokens(visual.tokens(inputs, keys=keys)[0])
+            return visual.pool_and_tokens(visual.tokens(inputs)[0])
 
         features, tokens = self._run(params, pooled)
         return features.astype(jnp.float32), tokens
@@ -216,8 +199,9 @@ class CLIP:
         """Compute what a training step's terms need of the towers, by the names of `losses.Term`.
 
         `images` (normalised) and `texts` hold the batch as "image" and "text", and further ones by
-        the names of their inputs. Returns outputs, embeddings float32 and not of unit length, and
-        `batch_stats`: with `train` as BatchNorm updates them.
+        the names of their inputs. With `keys`, one for each image, a ViT drops patches as its
+        config says. Returns outputs, embeddings float32 and not of unit length, and `batch_stats`:
+        with `train` as BatchNorm updates them.
         """
         compute = functools.partial(_outputs, images, texts, needs, keys, train)
         out, updates = self._run(params, compute, mutable=["batch_stats"])

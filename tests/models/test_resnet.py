@@ -80,10 +80,13 @@ def test_evaluation_uses_what_training_stored():
     model, params = CLIP(CONFIG), parameters(CONFIG)
     images = jax.random.normal(jax.random.key(2), (16, 32, 32, 3))
     trainable, stats = split_batch_stats(params)
-    train, evaluate = jax.jit(model.encode_image_train), jax.jit(model.encode_image)
+    texts = {"text": jnp.zeros((16, CONFIG.text.context_length), jnp.int32)}
+    evaluate = jax.jit(model.encode_image)
+    train = jax.jit(lambda params: model.outputs(params, {"image": images}, texts, train=True))
     before = evaluate(params, images)
     for _ in range(60):
-        features, stats = train(join_batch_stats(trainable, stats), images)
+        out, stats = train(join_batch_stats(trainable, stats))
+    features = out["image"]
     after = evaluate(join_batch_stats(trainable, stats), images)
     # Running variances are unbiased: over few values (16) they stay apart from the batch's.
     assert np.linalg.norm(after - features) < 0.2 * np.linalg.norm(features)
