@@ -27,7 +27,6 @@ from clip_jax.evals.datasets import (
     open_captions,
     open_folder,
     open_tfds,
-    open_voc,
     open_webdataset,
     split_folder,
 )  # fmt: skip
@@ -58,10 +57,6 @@ class DataSet:
     def prompts(self) -> str:
         return self.like or self.name
 
-    @property
-    def is_voc(self) -> bool:
-        return self.metric == "mean_average_precision_11"
-
 
 _MEAN = "mean_per_class_recall"
 _R5 = "image_retrieval_recall@5"
@@ -81,7 +76,7 @@ SUITE = (
     DataSet("fgvc_aircraft", 100, metric=_MEAN, source="robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
     DataSet("voc2007", 20, source="CLIP_benchmark's export: objects cut out by their boxes"),
     DataSet("voc2007_multilabel", 20, "voc/2007", metric="mean_average_precision_11",
-            like="voc2007", source="host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+            like="voc2007"),
     DataSet("dtd", 47, "dtd"),
     DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published=True),
     DataSet("caltech101", 102, "caltech101", metric=_MEAN, published=True,
@@ -257,10 +252,6 @@ def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
     if not row.classes:
         _check_is_test(row.name, split)
         return _open_texts(row, root)
-    if row.is_voc:
-        for devkit in (folder, root / "VOCdevkit" / "VOC2007"):
-            if (devkit / "ImageSets").is_dir():
-                return open_voc(devkit, split=split)
     if row.tfds and (versions := sorted((root / row.tfds).glob("*/dataset_info.json"))):
         name = row.split if split == "test" else split
         if split != "test" and name == row.split:  # EuroSAT's only split is the test here
@@ -309,9 +300,7 @@ def _advice(row: DataSet, root: AnyPath) -> str:
             f"python -m tensorflow_datasets build {row.tfds} --data_dir {root} "
             "--file_format array_record"
         )
-    if row.is_voc:
-        ways.append(f"VOC2007 from {row.source} as {root}/VOCdevkit/VOC2007")
-    else:
+    if row.name != "voc2007_multilabel":  # its images have several classes
         origin = f" (from {row.source})" if row.source else ""
         ways.append(f"a folder for each class in {root / row.name}/test{origin}")
         ways.append(f"CLIP_benchmark's tars in {root / row.name}/test")

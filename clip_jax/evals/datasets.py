@@ -14,7 +14,7 @@ from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
-from clip_jax.storage.files import AnyPath, matching
+from clip_jax.storage.files import AnyPath
 
 Split = Literal["train", "validation", "test"]
 
@@ -212,7 +212,7 @@ def open_tfds(
     path: AnyPath, *, split: str, names: Sequence[str] | None, templates: Sequence[str]
 ) -> Labelled | Tagged:
     """Open a prepared TFDS builder's folder, the one with `dataset_info.json`: images of one class,
-    or as VOC's of any number.
+    or, as VOC2007's, of any number.
 
     Class names are the builder's unless given. Missing where it has no such split; raises
     InputError for a wrong number of names.
@@ -283,35 +283,6 @@ def read_json(path: AnyPath) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def open_voc(path: AnyPath, *, split: Split) -> Tagged:
-    """Open `VOCdevkit/VOC2007`: `ImageSets/Main/{class}_{split}.txt` and `JPEGImages`.
-
-    Raises InputError where lists are missing or differ in their images.
-    """
-    part = {"train": "train", "validation": "val", "test": "test"}[split]
-    lists = matching(path / "ImageSets" / "Main", f"*_{part}.txt")
-    if not lists:
-        raise InputError(f"{path} has no ImageSets/Main/*_{part}.txt, one a class.")
-    rows = [
-        [line.split() for line in prompts.read_text(file).splitlines() if line.strip()]
-        for file in lists
-    ]
-    images = [row[0] for row in rows[0]]
-    for file, labels in zip(lists, rows, strict=True):
-        if [row[0] for row in labels] != images:
-            raise InputError(f"{file} lists other images than {lists[0]}.")
-        if not all(row[1:] in (["1"], ["0"], ["-1"]) for row in labels):
-            raise InputError(f"{file} needs an image and 1, 0 or -1 in each line.")
-    truth = np.array([[row[1] for row in labels] for labels in rows]).astype(np.int8).T
-    names = [file.name.removesuffix(f"_{part}.txt") for file in lists]
-
-    def load(index: int) -> tuple[ImageLike, Int8[np.ndarray, " classes"]]:
-        return path / "JPEGImages" / f"{images[index]}.jpg", truth[index]
-
-    key = lambda i: f"JPEGImages/{images[i]}.jpg"  # noqa: E731
-    return Tagged(len(images), load, names, prompts.templates("voc2007"), key=key)
 
 
 # Of the digits' captions, those that say the number in words.

@@ -170,27 +170,6 @@ def test_other_folders_keep_their_own_names(tmp_path):
     assert (data.names[0], data.names[1]) == ("accordion", "background google")
 
 
-def test_voc_in_its_own_layout(tmp_path):
-    """Three images; the second has a difficult bird and no other."""
-    folder = tmp_path / "VOCdevkit" / "VOC2007"
-    lists = folder / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    classes = ["aeroplane", "bicycle", "bird", *(f"class{i:02d}" for i in range(17))]
-    marks = dict.fromkeys(classes, (-1, -1, -1)) | {"aeroplane": (-1, -1, 1), "bird": (1, 0, -1)}
-    for name, of_images in marks.items():
-        lines = [f"{i:06d} {mark:2d}\n" for i, mark in enumerate(of_images, start=1)]
-        (lists / f"{name}_test.txt").write_text("".join(lines))
-    data = catalog.open_data_set(VOC, tmp_path)
-    assert isinstance(data, Tagged)
-    assert list(data.names) == classes
-    of_classes = zip(*(data.load(i)[1] for i in range(3)), strict=True)
-    assert dict(zip(data.names, of_classes, strict=True)) == marks
-    assert data.load(0)[0] == folder / "JPEGImages" / "000001.jpg"
-    (lists / "bird_test.txt").write_text("000001 1\n")
-    with pytest.raises(ValueError, match=r"bird_test\.txt lists other images"):
-        catalog.open_data_set(VOC, tmp_path)
-
-
 def test_voc_from_tfds(tmp_path):
     names = real_features(VOC)["labels"].feature.names
     assert len(names) == VOC.classes
@@ -198,6 +177,7 @@ def test_voc_from_tfds(tmp_path):
     features = {"image": tfds.features.Image(), "labels": labels, "labels_no_difficult": labels}
     prepare(tmp_path, VOC, features, {"labels": [2, 7], "labels_no_difficult": [7]})
     data = catalog.open_data_set(VOC, tmp_path)
+    assert isinstance(data, Tagged)
     truth = data.load(0)[1]
     assert (list(data.names), truth[2], truth[7], truth.sum()) == (names, 0, 1, 1 - 18)
 
