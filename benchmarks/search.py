@@ -41,7 +41,8 @@ def main() -> None:
             rows, _ = embeddings.exact(query, 10)
             keys = [embeddings.row(int(row))[1] for row in rows]
             seconds = time.perf_counter() - start
-            expected = np.argsort(-(embeddings.vectors @ query), kind="stable")[:10]
+            similarities = np.concatenate([block @ query for block in embeddings.blocks])
+            expected = np.argsort(-similarities, kind="stable")[:10]
             assert np.array_equal(rows, expected)
             print(f"opened, searched  {seconds:6.2f} s  best {keys[0]}, top 10 as NumPy's")
 

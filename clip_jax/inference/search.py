@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,22 +25,23 @@ from clip_jax.inference.predict import SHEET, TILE
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-BLOCK = 65_536  # vectors whose similarities are in memory at a time
+BLOCK = 65_536  # vectors that are compared at a time
 
 Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and similarities, best first
 
 
 def nearest(
-    vectors: Float[np.ndarray, "B E"], query: Float[np.ndarray, " E"], count: int
+    blocks: Iterable[Float[np.ndarray, "B E"]], query: Float[np.ndarray, " E"], count: int
 ) -> Nearest:
     """Find the rows with the largest products; of equal ones the earlier row wins."""
-    rows, similarities = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    for start in range(0, len(vectors), BLOCK):
-        block = vectors[start : start + BLOCK] @ query
-        worst = np.partition(block, -count)[-count] if len(block) > count else -np.inf
-        good = np.flatnonzero(block >= worst)
+    rows, similarities, start = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0
+    for block in blocks:
+        products = block @ query
+        worst = np.partition(products, -count)[-count] if len(block) > count else -np.inf
+        good = np.flatnonzero(products >= worst)
         rows.append(start + good)
-        similarities.append(block[good])
+        similarities.append(products[good])
+        start += len(block)
     row, similarity = np.concatenate(rows), np.concatenate(similarities)
     order = np.lexsort((row, -similarity))[:count]
     return row[order], similarity[order]
@@ -60,66 +62,50 @@ def read_rows(path: AnyPath) -> pa.Table:
         ) from error
 
 
-def _count(path: AnyPath) -> int:
-    try:
-        with files.open_file(path) as file:
-            return pq.read_metadata(file).num_rows
-    except (pa.ArrowException, OSError):
-        return read_rows(path).num_rows  # which names the file that is damaged
-
-
 class Embeddings:
-    """A folder of `rows-*.parquet`. The first use lays the vectors out in one file, which is mapped
+    """A folder of `rows-*.parquet`. The first use copies them to one Arrow file, which is mapped
     from disk from then on; it is made anew when the folder has changed."""
 
     def __init__(self, folder: AnyPath) -> None:
         paths = sorted(folder.glob("rows-*.parquet"))
         if not paths:
             raise InputError(f"no embeddings in {folder}; clip-jax embed writes them.")
-        listed = zip(paths, files.stats([str(path) for path in paths]), strict=True)
-        stamp = [[path.name, *(stat or ())] for path, stat in listed]
+        stats = files.stats([str(path) for path in paths])
+        stamp = json.dumps([(x.name, *(stat or ())) for x, stat in zip(paths, stats, strict=True)])
         self._cache = files.beside(folder, "search")
-        self.vectors: Float[np.ndarray, "B E"]
         try:
-            self._open(stamp)
+            self._rows = self._open(stamp)
         except (OSError, ValueError, pa.ArrowException):  # none, of other files, or damaged
-            self._lay_out(paths, stamp)
-            self._open(stamp)
+            self._copy(paths, stamp)
+            self._rows = self._open(stamp)
+        chunks, width = self._rows["embedding"].chunks, self._rows["embedding"].type.list_size
+        self.blocks: list[Float[np.ndarray, "B E"]] = [
+            chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks
+        ]
 
-    def _open(self, stamp: list) -> None:
-        if json.loads((self._cache / "files.json").read_text()) != stamp:
-            raise ValueError("the folder has changed")
-        self.vectors = np.load(self._cache / "vectors.npy", mmap_mode="r")
+    def _open(self, stamp: str) -> pa.Table:
         with pa.memory_map(str(self._cache / "rows.arrow")) as file:
-            self._rows = pa.ipc.open_file(file).read_all()
+            table = pa.ipc.open_file(file).read_all()
+        if table.schema.metadata != {b"files": stamp.encode()}:
+            raise ValueError("the folder has changed")
+        return table
 
-    def _lay_out(self, paths: list[AnyPath], stamp: list) -> None:
-        counts = [_count(path) for path in paths]
-        width = read_rows(paths[0])["embedding"].type.list_size
-        for name in ("files.json", "index.usearch"):  # what is about to be out of date
-            files.remove(self._cache / name)
-        names = []
-        with files.written_whole(self._cache / "vectors.npy") as partial:
-            vectors = np.lib.format.open_memmap(partial, "w+", np.float32, (sum(counts), width))
-            start = 0
-            for path, count in zip(paths, counts, strict=True):
-                table = read_rows(path)
-                flat = table["embedding"].combine_chunks().flatten()
-                vectors[start : start + count] = flat.to_numpy().reshape(count, width)
-                names.append(table.select(["index", "key"]).replace_schema_metadata(None))
-                start += count
-            vectors.flush()
-            del vectors
-        table = pa.concat_tables(names)
+    def _copy(self, paths: list[AnyPath], stamp: str) -> None:
+        files.remove(self._cache / "index.usearch")  # of what is out of date
+        schema = read_rows(paths[0]).schema.with_metadata({"files": stamp})
         with (
             files.written_whole(self._cache / "rows.arrow") as partial,
-            pa.ipc.new_file(str(partial), table.schema) as writer,
+            pa.ipc.new_file(str(partial), schema) as writer,
         ):
-            writer.write_table(table)
-        files.write_whole(self._cache / "files.json", json.dumps(stamp))
+            tables = []
+            for path in paths:
+                tables.append(read_rows(path))
+                if sum(map(len, tables)) >= BLOCK or path is paths[-1]:
+                    writer.write_table(pa.concat_tables(tables).combine_chunks(), BLOCK)
+                    tables = []
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self._rows)
 
     def row(self, row: int) -> tuple[int, str]:
         """Return a row's index in the source and its key."""
@@ -127,7 +113,7 @@ class Embeddings:
 
     def exact(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
         """Compare with every vector."""
-        return nearest(self.vectors, query, count)
+        return nearest(self.blocks, query, count)
 
     def approximate(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
         """Ask usearch's graph, which the first use builds."""
@@ -139,8 +125,9 @@ class Embeddings:
             ) from error
         path = self._cache / "index.usearch"
         if not path.exists():
-            index = Index(ndim=self.vectors.shape[1], metric="ip", dtype="f32")
-            index.add(np.arange(len(self)), self.vectors)
+            index = Index(ndim=len(query), metric="ip", dtype="f32")
+            for block in self.blocks:
+                index.add(len(index) + np.arange(len(block)), block)
             with files.written_whole(path) as partial:
                 index.save(str(partial))
         index = Index.restore(str(path), view=True)
