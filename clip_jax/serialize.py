@@ -48,7 +48,7 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return list(_read_tuple((args[0], ...), data, where))
     if kind is Any:
         return data
-    if kind is float and type(data) is int:
+    if kind is float and type(data) is int and data.bit_length() < 1024:  # or no float is as large
         return float(data)
     if kind in (bool, int, float, str, type(None)):
         if type(data) is not kind:

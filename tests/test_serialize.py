@@ -35,6 +35,10 @@ def test_missing_fields_take_defaults():
         ({"text": {"width": 100, "num_heads": 3}}, r"text.width=100 is not divisible"),
         ({"image_mean": [0.5, 0.5]}, r"config.image_mean has 2 values; it must have 3"),
         ({"image_mean": [0.5, 0.5, "x"]}, r"config.image_mean\[2\] is 'x'"),
+        (
+            {"image_mean": [0, 0, 10**400]},
+            r"config.image_mean\[2\] is 10+; it must be of type float",
+        ),
         ([], r"config is \[\]; it must be an object"),
     ],
 )

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.convert import openai, timm, verify
-from clip_jax.convert.open_clip_config import CONFIG_NAME, model_cfg, read_config, write_tokenizer
+from clip_jax.convert.open_clip_config import (
+    CONFIG_NAME,
+    model_cfg,
+    preprocess_cfg,
+    read_config,
+    write_tokenizer,
+)
 from clip_jax.convert.openai import BLOCK
 from clip_jax.convert.settings import write_json
 from clip_jax.convert.state_dict import (
@@ -297,18 +303,9 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     tensors = to_tensors(weights, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    preprocess = weights.preprocess
     content = {
-        "model_cfg": model_cfg(weights),
-        "preprocess_cfg": {
-            "size": preprocess.image_size,
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-            "interpolation": preprocess.interpolation,
-            "resize_mode": preprocess.resize_mode,
-            **({"fill_color": preprocess.fill} if preprocess.fill else {}),
-        },
-    }
+        "model_cfg": model_cfg(weights), "preprocess_cfg": preprocess_cfg(weights.preprocess),
+    }  # fmt: skip
     write_json(folder / CONFIG_NAME, content)
     write_tokenizer(folder, weights.config.text)
 

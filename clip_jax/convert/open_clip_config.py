@@ -10,24 +10,22 @@ from clip_jax.convert.settings import (
     Settings,
     Table,
     by_table,
-    channels_of,
     count_of,
     naming,
     number_of,
-    one_of,
     read_json,
 )
 from clip_jax.convert.weights import Weights
-from clip_jax.data.images import Interpolation, Preprocess, ResizeMode
+from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
-from clip_jax.models.images import OPENAI_MEAN, OPENAI_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import Cleaning, Pool, TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "open_clip_config.json"
 _LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, whatever the name
@@ -45,6 +43,10 @@ _TEXT: Table = {
     "mlp_ratio": ("mlp_ratio", 4.0),
 }  # fmt: skip
 _COCA: Table = {"layers": ("depth", 12), "heads": ("num_heads", 8)}
+_PIXELS = {  # of preprocess_cfg → fields of Preprocess
+    "mean": "mean", "std": "std", "interpolation": "interpolation", "resize_mode": "resize_mode",
+    "fill_color": "fill",
+}  # fmt: skip
 _POOLS: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
 # Settings of multimodal_cfg that open_clip does not read.
 _UNREAD = {
@@ -261,8 +263,6 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
     text = Settings(top.get("text_cfg", {}, dict), f"{path}: text_cfg", _INERT)
     pixels = Settings(content.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
     bias = top.get("init_logit_bias", None, object)
-    mean = channels_of(pixels.get("mean", OPENAI_MEAN, object), f"{pixels.where}.mean")
-    std = channels_of(pixels.get("std", OPENAI_STD, object), f"{pixels.where}.std", True)
     text_config = _text(text, quick_gelu)
     decoder: DecoderConfig | None = None
     if text.get("does_full_decoding", False, bool):
@@ -287,34 +287,35 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
             f"{text.where}.pad_id={pad} is not supported: the class token does not attend to "
             f"padding, so that it must be the tokenizer's padding id, {tokenizer.pad_id}."
         )
-    text_config = replace(text_config, tokenizer=tokenizer)
+    image = _vision(vision, quick_gelu)
+    values = {ours: pixels.get(name, None, object) for name, ours in _PIXELS.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    if values.get("interpolation") == "random":  # in training; open_clip evaluates with bicubic
+        values["interpolation"] = "bicubic"
+    preprocess = from_dict(Preprocess, {**values, "image_size": image.image_size}, pixels.where)
     config = CLIPConfig(
         embed_dim=top.count("embed_dim", 512),
-        vision=_vision(vision, quick_gelu),
-        text=text_config,
+        vision=image,
+        text=replace(text_config, tokenizer=tokenizer),
         decoder=decoder,
         init_logit_scale=10.0 if bias is not None else 1 / 0.07,
         init_logit_bias=None if bias is None else number_of(bias, f"{top.where}.init_logit_bias"),
-        image_mean=mean,
-        image_std=std,
-    )
-    interpolation = pixels.get("interpolation", "bicubic", object)
-    if interpolation == "random":  # in training; open_clip evaluates such a model with bicubic
-        interpolation = "bicubic"
-    resize_mode = pixels.get("resize_mode", "shortest", object)
-    preprocess = Preprocess(
-        image_size=config.vision.image_size,
-        mean=mean,
-        std=std,
-        interpolation=one_of(interpolation, f"{pixels.where}.interpolation", Interpolation),
-        resize_mode=one_of(resize_mode, f"{pixels.where}.resize_mode", ResizeMode),
-        fill=pixels.get("fill_color", 0, int),
+        image_mean=preprocess.mean,
+        image_std=preprocess.std,
     )
     top.used |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale"}
     pixels.used |= {"size", "mode"}
     for section in (top, vision, text, pixels):
         section.finish()
     return config, preprocess
+
+
+def preprocess_cfg(preprocess: Preprocess) -> dict[str, Any]:
+    """Return what open_clip's configuration says of pixels."""
+    values = to_dict(preprocess)
+    return {"size": preprocess.image_size} | {
+        name: values[ours] for name, ours in _PIXELS.items() if values[ours] != 0
+    }
 
 
 def is_open_clips_own(text: TextConfig) -> bool:

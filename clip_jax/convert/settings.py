@@ -70,14 +70,6 @@ def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
     return typing.cast(Channels, tuple(numbers))
 
 
-def one_of(value: Any, where: str, choices: Any) -> Any:
-    """Return a value of a `Literal`. InputError lists its values."""
-    known = typing.get_args(choices)
-    if not isinstance(value, str) or value not in known:
-        raise InputError(f"{where} is {value!r:.99}; known are {', '.join(known)}.")
-    return value
-
-
 @contextmanager
 def naming(path: Path) -> Generator[None]:
     """Put the file's name before a message about a value of it that does not have it."""
