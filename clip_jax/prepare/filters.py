@@ -17,14 +17,14 @@ from clip_jax.prepare.contamination import EvaluationImages, named
 from clip_jax.prepare.near import Hash
 from clip_jax.storage.files import AnyPath
 
-Recipe = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
+FilterName = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30", "laion-2b"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
     """What a pair must be like; what cannot be read is always dropped."""
 
-    filter: Recipe = "none"  # of DataComp's baselines; what is given beside it must hold too
+    filter: FilterName = "none"  # of DataComp's baselines; what is given beside it must hold too
     min_side: int = 1  # pixels of the shorter side
     max_aspect: float = 100.0  # longer side / shorter side
     min_caption: int = 1  # characters; of several captions those outside are dropped
@@ -55,9 +55,10 @@ class FilterConfig:
         if self.score_column and self.score_with:
             raise InputError("score_column and score_with both say what a score is; give one")
         bounds = (self.min_score, self.max_score, self.top_share)
-        if not self.has_score and (bounds != (-math.inf, math.inf, 1) or self.recipe.needs_score):
+        by_filter = not _FILTERS[self.filter].keys().isdisjoint(("min_score", "top_share"))
+        if not self.has_score and (bounds != (-math.inf, math.inf, 1) or by_filter):
             names = "min_score, max_score and top_share"
-            names = f"the scores of filter={self.filter}" if self.recipe.needs_score else names
+            names = f"the scores of filter={self.filter}" if by_filter else names
             raise InputError(f"{names} need score_column or score_with, which say what is meant")
         named(self.decontaminate)
 
@@ -66,49 +67,35 @@ class FilterConfig:
         """Whether pairs have a score."""
         return bool(self.score_column or self.score_with)
 
-    @property
-    def recipe(self) -> "_Recipe":
-        """What the name of a filter stands for."""
-        return _RECIPES[self.filter]
-
     def with_filter(self) -> Any:
         """The same with the named filter's bounds written out, where they are the stricter ones."""
-        named, changes = self.recipe, {}
-        for name in ("min_side", "min_caption", "min_words", "min_score"):
-            changes[name] = max(getattr(self, name), getattr(named, name))
-        for name in ("max_aspect", "top_share"):
-            changes[name] = min(getattr(self, name), getattr(named, name))
-        both = set(self.languages) & set(named.languages)
-        if self.languages and named.languages and not both:
-            raise InputError(f"filter={self.filter} keeps {named.languages}, not {self.languages}")
-        changes["languages"] = tuple(sorted(both)) or self.languages or named.languages
+        changes: dict[str, Any] = {}
+        for name, bound in _FILTERS[self.filter].items():
+            value = getattr(self, name)
+            if name == "languages":
+                changes[name] = tuple(x for x in bound if x in value or not value)
+                if not changes[name]:
+                    raise InputError(f"filter={self.filter} keeps {bound}, not {value}")
+            else:
+                stricter = min if name in ("max_aspect", "top_share") else max
+                changes[name] = stricter(value, bound)
         return dataclasses.replace(self, filter="none", **changes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """The bounds of a baseline (DataComp, appendix on baselines, and its `apply_filter.py`)."""
-
-    min_side: int = 1
-    max_aspect: float = 100.0
-    min_caption: int = 1
-    min_words: int = 0
-    languages: tuple[str, ...] = ()
-    min_score: float = -math.inf
-    top_share: float = 1.0
-
-    @property
-    def needs_score(self) -> bool:
-        return (self.min_score, self.top_share) != (-math.inf, 1)
-
-
-_BASIC = _Recipe(min_side=200, max_aspect=3.0, min_caption=6, min_words=3, languages=("en",))
-_RECIPES: dict[str, _Recipe] = {
-    "none": _Recipe(),
+# The bounds of the baselines (DataComp, appendix on baselines, and its `apply_filter.py`).
+_BASIC = {
+    "min_side": 200,
+    "max_aspect": 3.0,
+    "min_caption": 6,
+    "min_words": 3,
+    "languages": ("en",),
+}
+_FILTERS: dict[str, dict[str, Any]] = {
+    "none": {},
     "basic": _BASIC,
-    "clip-score-30": _Recipe(top_share=0.3),
-    "basic-and-clip-score-30": dataclasses.replace(_BASIC, top_share=0.3),
-    "laion-2b": _Recipe(min_score=0.28, languages=("en",)),
+    "clip-score-30": {"top_share": 0.3},
+    "basic-and-clip-score-30": {**_BASIC, "top_share": 0.3},
+    "laion-2b": {"min_score": 0.28, "languages": ("en",)},
 }
 
 

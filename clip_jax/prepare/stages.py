@@ -184,19 +184,18 @@ def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes
 def find_same(layout: Layout, bucket: int, counted: Counted) -> None:
     """Find the images of a bucket whose bytes an earlier one has."""
     [bucket] = counted([bucket])
-    data = _gathered(layout, "same", bucket)
-    table = np.sort(buckets.table(data, SAME), order=("hash", "index"))
-    is_first = np.ones(len(table), np.bool_)
-    is_first[1:] = table["hash"][1:] != table["hash"][:-1]
-    first = np.maximum.accumulate(np.where(is_first, np.arange(len(table)), 0))
-    pairs = zip(table["index"][~is_first], table["index"][first][~is_first], strict=True)
+    table = np.sort(_gathered(layout, "same", bucket, SAME), order="index")
+    _, firsts, which = np.unique(table["hash"], return_index=True, return_inverse=True)
+    first = firsts[which]
+    later = np.flatnonzero(first != np.arange(len(table)))
+    pairs = zip(table["index"][later], table["index"][first[later]], strict=True)
     _write_repeated(layout.joined("same", bucket), list(pairs))
 
 
 def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> None:
     """Find the images of a bucket of a band that are near an earlier one."""
     [bucket] = counted([bucket])
-    table = buckets.table(_gathered(layout, "alike", bucket), near.ROW)
+    table = _gathered(layout, "alike", bucket, near.ROW)
     band = bucket // layout.join_buckets
     later, earlier = near.near_earlier(table, band, layout.band_bits, distance)
     first: dict[int, int] = {}
@@ -205,9 +204,9 @@ def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> 
     _write_repeated(layout.joined("alike", bucket), sorted(first.items()))
 
 
-def _gathered(layout: Layout, kind: str, bucket: int) -> bytes:
+def _gathered(layout: Layout, kind: str, bucket: int, dtype: np.dtype) -> np.ndarray:
     paths = [layout.file(number, kind) for number in range(layout.reads)]
-    return b"".join(buckets.read_all(paths, bucket, bucket + 1))
+    return buckets.table(b"".join(buckets.read_all(paths, bucket, bucket + 1)), dtype)
 
 
 def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:

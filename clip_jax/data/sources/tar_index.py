@@ -213,10 +213,8 @@ def _complete(
 
 def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
     try:
-        rows = index_shard(path, stat[0])
-        content = json.loads(rows.schema.metadata[b"blocks"])
-        ignored = rows.schema.metadata.get(b"ignored", b"").decode()
-        shard = Shard(path, stat, content["edges"], content["counts"], ignored)
+        rows, facts = index_shard(path, stat[0])
+        shard = Shard(path, stat, **facts)
     except (InputError, OSError) as error:
         shard = Shard(path, stat, [0], [], "", str(error))
         rows = pa.RecordBatch.from_pydict({name: [] for name in _SCHEMA.names}, schema=_SCHEMA)
@@ -227,10 +225,14 @@ def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
 def write_rows(file: str, shard: Shard, rows: pa.RecordBatch) -> None:
     """Write one shard's rows; their metadata say of which, and what the summary holds of it."""
     fields = shard.__dict__ | {"edges": list(shard.edges), "counts": list(shard.counts)}
-    schema = _SCHEMA.with_metadata({b"shard": json.dumps(fields).encode()} | _ENDINGS)
+    metadata = {b"shard": json.dumps(fields).encode()} | _ENDINGS
+    _write(file, rows.replace_schema_metadata(metadata))
+
+
+def _write(file: str, batch: pa.RecordBatch) -> None:
     with pa.BufferOutputStream() as out:
-        with pa.ipc.new_file(out, schema) as writer:
-            writer.write_batch(rows.replace_schema_metadata(schema.metadata))
+        with pa.ipc.new_file(out, batch.schema) as writer:
+            writer.write_batch(batch)
         content = out.getvalue()
     files.write_whole(file, lambda target: target.write(content))
 
@@ -261,21 +263,12 @@ def _reader(file: str) -> Any:
 
 def write_summary(path: str, shards: Sequence[Shard]) -> None:
     """Write what all shards' files say of them."""
-    columns = {
-        "shard": [one.path for one in shards],
-        "size": [one.stat[0] for one in shards],
-        "time": [one.stat[1] for one in shards],
-        "edges": [list(one.edges) for one in shards],
-        "counts": [list(one.counts) for one in shards],
-        "ignored": [one.ignored for one in shards],
-        "failure": [one.failure for one in shards],
-    }
-    batch = pa.RecordBatch.from_pydict(columns, schema=_SHARDS)
-    with pa.BufferOutputStream() as out:
-        with pa.ipc.new_file(out, _SHARDS) as writer:
-            writer.write_batch(batch)
-        content = out.getvalue()
-    files.write_whole(path, lambda target: target.write(content))
+    rows = [
+        (one.path, *one.stat, list(one.edges), list(one.counts), one.ignored, one.failure)
+        for one in shards
+    ]
+    named = [dict(zip(_SHARDS.names, row, strict=True)) for row in rows]
+    _write(path, pa.RecordBatch.from_pylist(named, schema=_SHARDS))
 
 
 def read_summary(path: str) -> list[Shard]:
@@ -315,11 +308,10 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
 # ----------------------------------------------------------------------------------- one shard
 
 
-def index_shard(shard: str, size: int) -> pa.RecordBatch:
-    """Find the samples of one tar. Raises InputError, which says why it cannot be used, and from
-    which byte.
+def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    """Find the samples of one tar, and what a `Shard` says of its blocks and ignored members.
 
-    The metadata say which blocks they lie in, and how many members are ignored.
+    Raises InputError, which says why it cannot be used, and from which byte.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     edges, ignored = [], []
@@ -344,11 +336,10 @@ def index_shard(shard: str, size: int) -> pa.RecordBatch:
     expected = _expected(shard)
     if expected is not None and len(edges) != expected:
         raise InputError(f"has {len(edges)} samples, img2dataset counted {expected}")
-    metadata = {"blocks": json.dumps(_blocks([*edges, end] if edges else [0]))}
+    facts: dict[str, Any] = _blocks([*edges, end] if edges else [0])
     if ignored:
-        metadata["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
-    rows = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
-    return rows.replace_schema_metadata(metadata)
+        facts["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
+    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA), facts
 
 
 def _blocks(edges: list[int]) -> dict[str, list[int]]:
