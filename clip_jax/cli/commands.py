@@ -212,7 +212,7 @@ def scale(args: Sequence[str]) -> int:
 
     if verb == "fit":
         config, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
-        result = fit.fit(run_table.read(config.table), config)
+        result = fit.fit_file(config)
         return _print(result, as_json, fit.describe(result))
     if verb == "choose":
         kind = choose.ChooseCommand

@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import zoo
-from clip_jax.scaling import plots
+from clip_jax.scaling import plots, run_table
 from clip_jax.scaling.laws import BINS, Additive, Law, PowerLaw, Runs, pareto
 from clip_jax.scaling.run_table import Row, RunTable, gmacs, parse_count, short, text
 from clip_jax.scaling.uncertainty import (
@@ -112,6 +112,13 @@ class FitCommand(FitConfig):
     table: AnyPath = Path("scaling.csv")  # what `scale collect` wrote, or such a table
 
 
+def fit_file(command: FitCommand) -> dict[str, Any]:
+    """Fit and answer what the command asks of a table in a file; see `fit`."""
+    for path in plots.both(command.plot) if command.plot else ():
+        check_destination(path, "--plot", folder=False)
+    return fit(run_table.read(command.table), command)
+
+
 def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     """Fit and answer; everything as JSON values (`describe` puts it in words).
 
@@ -122,8 +129,6 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     With `compare`: `families` by name, each with those of the above that a law has, and
     `pairs` of them.
     """
-    for path in plots.both(config.plot) if config.plot else ():
-        check_destination(path, "--plot", folder=False)
     table = table.select(config.metric, config.where)
     result: dict[str, Any] = {
         "metric": config.metric,
