@@ -71,9 +71,10 @@ ZERO = names(
     ReportConfig="price", InputBench="warmup", ComputeBench="warmup", ViTConfig="patch_dropout",
     GenerationConfig="seed length_penalty", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
-    SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_rate",
-    OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 image_rate "
-    "text_rate ema_decay", SweepConfig="warmups weight_decays",
+    SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",
+    OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 "
+    "image_learning_rate_scale text_learning_rate_scale ema_decay",
+    SweepConfig="warmups weight_decays",
     AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale",
     Jitter="rotation scale stretch shear shift elastic thickness fade drift shade tint noise",
 )  # fmt: skip

@@ -29,7 +29,12 @@ def _drop_tasks(config: dict[str, Any]) -> None:
 # Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
 # field is gone and changed no result. A path goes through lists: `evals.pool` is a field of each
 # evaluator. A row for a group moves all of its fields.
-RENAMED: dict[str, str | None] = {"data.window": "data.shuffle_blocks"}
+RENAMED: dict[str, str | None] = {
+    "data.window": "data.shuffle_blocks",
+    "optim.image_rate": "optim.image_learning_rate_scale",
+    "optim.text_rate": "optim.text_learning_rate_scale",
+    "optim.optimizer.adam_rate": "optim.optimizer.adam_learning_rate_scale",
+}
 
 # Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
 UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order, _drop_tasks]

@@ -113,8 +113,8 @@ class OptimConfig:
     clip_norm: float | None = None  # global gradient norm; None: no clipping
     max_logit_scale: float = 100.0  # cap on exp(logit_scale)
     first_moment: Literal["float32", "bfloat16"] = "float32"  # storage of the first moment
-    image_rate: float = 1.0  # the image tower's learning rate, as a multiple of learning_rate
-    text_rate: float = 1.0  # the text tower's
+    image_learning_rate_scale: float = 1.0  # factor on the image tower's learning rate
+    text_learning_rate_scale: float = 1.0  # factor on the text tower's learning rate
     # Each layer's rate, as a multiple of the next one's: for fine-tuning, where the first layers
     # should keep what they have (0.65 to 0.9; BEiT, arXiv:2106.08254).
     layer_decay: float = 1.0
@@ -129,8 +129,8 @@ class OptimConfig:
             self, "optim.",
             learning_rate="[0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)",
             weight_decay="[0, inf)", b1="[0, 1)", b2="[0, 1)", eps="(0, inf)",
-            clip_norm="(0, inf)", max_logit_scale="(0, inf)", image_rate="[0, inf)",
-            text_rate="[0, inf)", layer_decay="(0, 1]", ema_decay="[0, 1)",
+            clip_norm="(0, inf)", max_logit_scale="(0, inf)", image_learning_rate_scale="[0, inf)",
+            text_learning_rate_scale="[0, inf)", layer_decay="(0, 1]", ema_decay="[0, 1)",
             skip_norm_ratio="(1, inf)",
         )  # fmt: skip
         if set(self.locked) == set(TOWERS):
@@ -203,13 +203,16 @@ def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformat
             parts = [scale, decay]
         case Muon() as kind:
             scale = scale_by_muon(kind, rows, eps=config.eps, first_moment=config.first_moment)
-            rest = optax.chain(adam(nesterov=kind.nesterov), decay, optax.scale(kind.adam_rate))
+            rest = optax.chain(
+                adam(nesterov=kind.nesterov), decay, optax.scale(kind.adam_learning_rate_scale)
+            )
             parts = [split(optax.chain(scale, decay), rest, rows)]
     optimizer = optax.chain(*parts, descend())
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    if (config.image_rate, config.text_rate) != (1.0, 1.0):
-        optimizer = optax.chain(optimizer, scale_towers(config.image_rate, config.text_rate))
+    scales = config.image_learning_rate_scale, config.text_learning_rate_scale
+    if scales != (1.0, 1.0):
+        optimizer = optax.chain(optimizer, scale_towers(*scales))
     if config.layer_decay < 1:
         optimizer = optax.chain(optimizer, scale_layers(config.layer_decay, rows))
     if config.locked:

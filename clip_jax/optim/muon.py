@@ -32,12 +32,13 @@ class Muon:
     # An update's elements are this large on average, about as AdamW's are, so that its rates hold;
     # None: as long as √(outputs / inputs) where that is more than 1, Jordan's.
     rms: float | None = 0.2
-    adam_rate: float = 1.0  # the rest's learning rate, as a multiple of learning_rate
+    adam_learning_rate_scale: float = 1.0  # factor on the learning rate of all other parameters
 
     def __post_init__(self) -> None:
         check_ranges(
             self, "optim.optimizer.",
-            momentum="[0, 1)", iterations="[1, inf)", rms="(0, inf)", adam_rate="[0, inf)",
+            momentum="[0, 1)", iterations="[1, inf)", rms="(0, inf)",
+            adam_learning_rate_scale="[0, inf)",
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What may change where a run resumes."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig
-from clip_jax.optim import Constant, OptimConfig
+from clip_jax.optim import Constant, Muon, OptimConfig
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT
 
@@ -34,6 +35,14 @@ def test_a_run_of_the_version_before_resumes(name, tmp_path):
     assert load_config(tmp_path / "config.json") == config == of_run(to_dict(config))
     with pytest.raises(InputError, match=r"  seed: 0 in .*, 7 given"):
         resume(tmp_path, replace(config, seed=7))
+
+
+def test_options_of_the_version_before_keep_their_values():
+    before = copy.deepcopy(BEFORE["digits"])
+    before["optim"] |= {"image_rate": 0.5, "optimizer": {"type": "Muon", "adam_rate": 0.25}}
+    optim = of_run(before).optim
+    assert optim.image_learning_rate_scale == 0.5
+    assert optim.optimizer == Muon(adam_learning_rate_scale=0.25)
 
 
 @pytest.mark.parametrize(

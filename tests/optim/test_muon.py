@@ -34,7 +34,7 @@ def matrices(tree):
     ("muon", "decay", "mesh"),
     [
         (Muon(rms=None), 0.0, make_mesh(MESHES["2x2x2"])),
-        (Muon(nesterov=False, adam_rate=0.1), 0.5, None),
+        (Muon(nesterov=False, adam_learning_rate_scale=0.1), 0.5, None),
     ],
 )
 def test_each_layer_is_optaxs(muon, decay, mesh):
@@ -46,7 +46,7 @@ def test_each_layer_is_optaxs(muon, decay, mesh):
     decays = {name: bool(weights & set(name.split("/"))) for name in params}
     both = {"eps": optim.eps, "weight_decay": decay, "nesterov": muon.nesterov}
     rest = optax.adamw(
-        muon.adam_rate * RATE, b1=optim.b1, b2=optim.b2, **both,
+        muon.adam_learning_rate_scale * RATE, b1=optim.b1, b2=optim.b2, **both,
         mask=decays,
     )  # fmt: skip
     theirs = optax.contrib.muon(RATE, consistent_rms=muon.rms, **both)

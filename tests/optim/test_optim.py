@@ -89,7 +89,9 @@ def test_moments_decay_as_in_the_paper_and_the_first_can_be_stored_in_bfloat16()
 
 def test_towers_have_their_own_rates_and_the_average_follows_the_weights():
     params = two_towers()
-    after, state = one_update(params, image_rate=0.5, text_rate=0.25, ema_decay=0.75)
+    after, state = one_update(
+        params, image_learning_rate_scale=0.5, text_learning_rate_scale=0.25, ema_decay=0.75
+    )
     moved = jax.tree.map(lambda a, b: float(np.max(a - b)), params, after)
     assert moved["visual"]["kernel"] == pytest.approx(0.05, rel=1e-4)
     assert moved["text"]["kernel"] == pytest.approx(0.025, rel=1e-4)
