@@ -30,7 +30,7 @@ class EmbedConfig:
     """Embeddings of many images, to a folder of Parquet files; the same command again resumes."""
 
     model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    source: str  # folder of images; .csv, .tsv, .jsonl; tars: data/{00..41}.tar; Parquet; ArrayRecord
+    source: str  # image folder; .csv, .tsv, .jsonl; tars: data/{00..41}.tar; Parquet; ArrayRecord
     output: AnyPath  # folder for rows-*.parquet with the columns index, key, embedding
     on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
     worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
