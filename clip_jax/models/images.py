@@ -75,11 +75,6 @@ class Square:
         return jax.ShapeDtypeStruct((batch_size, self.side, self.side, 3), jnp.uint8)
 
 
-def count(images: Images) -> int:
-    """Count the images of a batch."""
-    return len(jax.tree.leaves(images)[0])
-
-
 def concatenate(batches: Sequence[Images]) -> Images:
     """Join batches in host memory: a copy, also of a single one."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)

@@ -7,20 +7,19 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax.data.images import size_of
+from clip_jax.data.images import read_ahead, size_of
 from clip_jax.data.sources import BlockSource, SampleError, StoredRecord, StoredSource
 from clip_jax.data.sources.any import PathConfig, open_images, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.engine import Counted
 from clip_jax.inference.loading import Model, load, unit
-from clip_jax.models.images import concatenate
+from clip_jax.models.images import Images, concatenate
 from clip_jax.prepare import buckets, contamination, near
 from clip_jax.prepare.contamination import EvaluationImages
 from clip_jax.prepare.counts import Statistics
@@ -244,22 +243,21 @@ def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) 
 def _cosines(
     model: Model, records: list[bytes], batch_size: int, counted: Counted
 ) -> Iterator[float]:
-    with ThreadPoolExecutor() as threads:
-        for start in range(0, len(records), batch_size):
-            batch = records[start : start + batch_size]
-            pairs = [decode_example(record) for record in batch]
-            images = [pair["image"][0] for pair in pairs]
-            encoded = concatenate(list(threads.map(model.image_preprocess.batch, images)))
-            texts = [[text.decode() for text in pair["caption"]] for pair in pairs]
-            tokens = model.tokenize([text for several in texts for text in several], truncate=True)
-            image_embeddings = unit(model.encode_image(encoded, batch_size=batch_size))
-            text_embeddings = unit(model.encode_text(tokens, batch_size=batch_size))
-            owner = np.repeat(np.arange(len(batch)), [len(several) for several in texts])
-            cosines = np.einsum(
-                "te,te->t", image_embeddings[owner], text_embeddings, dtype=np.float64
-            )
-            yield from np.bincount(owner, cosines) / np.bincount(owner)
-            deque(counted(range(len(batch))), maxlen=0)
+    def prepare(record: bytes) -> tuple[Images, list[str]]:
+        pair = decode_example(record)
+        images = model.image_preprocess.batch(pair["image"][0])
+        return images, [text.decode() for text in pair["caption"]]
+
+    batches = (records[start : start + batch_size] for start in range(0, len(records), batch_size))
+    for batch in read_ahead(batches, prepare):
+        images = concatenate([one for one, _ in batch])
+        tokens = model.tokenize([text for _, texts in batch for text in texts], truncate=True)
+        image_embeddings = unit(model.encode_image(images, batch_size=batch_size))
+        text_embeddings = unit(model.encode_text(tokens, batch_size=batch_size))
+        owner = np.repeat(np.arange(len(batch)), [len(texts) for _, texts in batch])
+        cosines = np.einsum("te,te->t", image_embeddings[owner], text_embeddings, dtype=np.float64)
+        yield from np.bincount(owner, cosines) / np.bincount(owner)
+        deque(counted(range(len(batch))), maxlen=0)
 
 
 # --------------------------------------------------------------------------------------- shards
