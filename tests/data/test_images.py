@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+import threading
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from clip_jax.data.images import (
     decode,
     preprocess,
     random_square_crop,
+    read_ahead,
     read_crop,
 )
 from clip_jax.models.images import Square
@@ -272,3 +274,25 @@ def test_pillows_warnings_stay_inside_and_threads_leave_the_filters_as_they_were
             assert list(warnings.filters) == before
     assert not caught
     assert images._QUIET._inside == 0
+
+
+def test_batches_are_read_ahead_in_their_order(monkeypatch):
+    """So many and no more, whichever item is ready first."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    begun, first = [], threading.Event()
+
+    def batches():
+        for start in range(0, 12, 3):
+            begun.append(start)
+            yield range(start, start + 3)
+
+    def read(item):
+        if item == 0:
+            assert first.wait(30)
+        first.set()
+        return 2 * item
+
+    results = read_ahead(batches(), read, ahead=1)
+    assert next(results) == [0, 2, 4]
+    assert begun == [0, 3]
+    assert list(results) == [[6, 8, 10], [12, 14, 16], [18, 20, 22]]

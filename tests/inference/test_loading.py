@@ -179,6 +179,16 @@ def test_any_number_of_rows_equals_the_pure_function(model, count):
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_bytes_are_normalised_as_preprocess_normalises(model):
+    """Also where a file's preprocessing has another mean than its configuration."""
+    how = dataclasses.replace(model.image_preprocess, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    other = dataclasses.replace(model, image_preprocess=how)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    expected = other.encode_image(other.preprocess(list(pixels)))
+    np.testing.assert_allclose(other.encode_image(pixels), expected, atol=1e-5)
+    assert np.abs(expected - model.encode_image(pixels)).max() > 1e-2
+
+
 def test_few_shapes_are_compiled_for_all_devices(model):
     """On 8 devices, 41 lengths up to 40 need the sizes 8, 16, 32 and 40."""
     assert model._mesh.size == len(jax.local_devices()) == 8
