@@ -95,3 +95,15 @@ def test_no_function_is_longer_than_80_lines():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 80, f"{path}: {node.name} has {lines} lines"
+
+
+# They say nothing of what they name: a position, a message, a path, rows.
+VAGUE = {"found", "told", "said", "asked", "given", "whole", "there", "place"}
+
+
+def test_names_say_what_they_name():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, x, None) for x in ("id", "arg", "attr", "name", "asname")]
+            vague = {name for name in names if isinstance(name, str)} & VAGUE
+            assert not vague, f"{path}:{getattr(node, 'lineno', '')}: rename {vague}"
