@@ -5,6 +5,7 @@ your choice; a shard that changes is read anew.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,8 @@ from clip_jax.data.sources.tar_index import TarIndex, open_index
 from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
 from clip_jax.errors import InputError
 from clip_jax.storage import files
+
+Read = Callable[[int, int], bytes]  # offset and size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +73,7 @@ class TarSource(StoredSource):
 
     def record(self, index: int) -> StoredRecord:
         """Read the image member and the text's."""
-        shard, rows, row = self._find(index)
-        spans = {}
-        for name in ("image", self._caption):
-            offset = rows[f"{name}_offset"][row].as_py()
-            if offset is not None:
-                spans[name] = offset, rows[f"{name}_size"][row].as_py()
-        members = dict(zip(spans, _read(shard, list(spans.values())), strict=True))
-        return self._record(self.key(index), members)
+        return self._read_rows(index, index + 1)[0]
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """Samples of each block: some MiB of a shard, from the first header to the last byte."""
@@ -88,40 +84,53 @@ class TarSource(StoredSource):
         return self._index.bytes_before(last) - self._index.bytes_before(first)
 
     def fetch(self, first: int, last: int) -> list[StoredRecord]:
-        """Read samples of one block, whole, by one request, and split it by its headers."""
+        """Read samples of one block by one request: a whole one is split by its headers, of a piece
+        the index says where its members are."""
         shard, begin, end, *block = self._index.block(first)
+        if [first, last] != block:
+            return self._read_rows(first, last)
         path = self._index.paths[shard]
-        (data,) = _read(path, [(begin, end - begin)])
-        view = memoryview(data)
-
-        def read(at: int, size: int) -> bytes:
-            return bytes(view[at - begin : at - begin + size])
-
+        read = _reader(path, begin, end)
         try:
-            inside = list(samples(members(read, begin, end, end + 1, len(data))))
+            inside = list(samples(members(read, begin, end, end + 1, end - begin)))
         except InputError as error:
             raise SampleError(f"shard changed: {error}") from error
-        if len(inside) != block[1] - block[0]:
+        if len(inside) != last - first:
             raise SampleError(f"shard changed: other members at byte {begin}")
-        wanted = ("image", self._caption)
-        return [
-            self._record(
-                f"{path}:{one.key.decode(errors='replace')}",
-                {name: read(*one.spans[name]) for name in wanted if name in one.spans},
-            )
-            for one in inside[first - block[0] : last - block[0]]
-        ]
+        return [self._record(path, one.key, one.spans, read) for one in inside]
 
-    def _record(self, key: str, members: dict[str, bytes]) -> StoredRecord:
+    def _read_rows(self, first: int, last: int) -> list[StoredRecord]:
+        path, rows, row = self._find(first)
+        columns = rows.slice(row, last - first).to_pydict()
+        spans = [
+            {name: (columns[f"{name}_offset"][i], columns[f"{name}_size"][i])
+             for name in ("image", self._caption) if columns[f"{name}_offset"][i] is not None}
+            for i in range(last - first)
+        ]  # fmt: skip
+        edges = [(at, at + size) for one in spans for at, size in one.values()]
+        begin = min((at for at, _ in edges), default=0)
+        read = _reader(path, begin, max((at for _, at in edges), default=0))
+        keys = zip(columns["key"], spans, strict=True)
+        return [self._record(path, key, one, read) for key, one in keys]
+
+    def _record(
+        self, path: str, key: bytes, spans: dict[str, tuple[int, int]], read: Read
+    ) -> StoredRecord:
+        wanted = ("image", self._caption)
+        content = {name: read(*spans[name]) for name in wanted if name in spans}
+
         def member(name: str) -> bytes:
-            if name not in members:
+            if name not in content:
                 endings = "/.".join(IMAGES) if name == "image" else name
                 raise SampleError(f"no .{endings} member")
-            return members[name]
+            return content[name]
 
-        size = sum(map(len, members.values()))
-        text = lambda: self._value(member(self._caption))  # noqa: E731
-        return StoredRecord(key, size, lambda: member("image"), text)
+        return StoredRecord(
+            f"{path}:{key.decode(errors='replace')}",
+            sum(map(len, content.values())),
+            lambda: member("image"),
+            lambda: self._value(member(self._caption)),
+        )
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
         """Get a column of img2dataset's Parquet files beside the shards, by the members' keys."""
@@ -153,14 +162,16 @@ class TarSource(StoredSource):
         return self._classes[int(label)]
 
 
-def _read(shard: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+def _reader(path: str, begin: int, end: int) -> Read:
+    """Read these bytes of a shard, and return what gives those at an offset, so many."""
     try:
-        contents = files.read_ranges(shard, ranges)
+        (data,) = files.read_ranges(path, [(begin, end - begin)])
     except OSError as error:
         raise SampleError(f"shard: {error.strerror or error}") from error
-    if list(map(len, contents)) != [size for _, size in ranges]:
+    if len(data) != end - begin:
         raise SampleError("shard ended before the member did: it changed during the run")
-    return contents
+    view = memoryview(data)
+    return lambda at, size: bytes(view[at - begin : at - begin + size])
 
 
 def _class_names(path: str) -> list[str]:
