@@ -19,7 +19,7 @@ from clip_jax import flops, processes, sharding
 from clip_jax.config import Config
 from clip_jax.data import growth
 from clip_jax.display import warn
-from clip_jax.errors import InputError, check_picture, check_ranges
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Remat
 from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Times, bounds, by_part
@@ -28,7 +28,6 @@ from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
-from clip_jax.storage.files import AnyPath
 
 COMPILES = 8  # of --fit, at most
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
@@ -59,13 +58,11 @@ class PlanConfig(Config):
     decoded: float | None = None  # images/s that a host decodes (samples_per_second of bench input)
     fit: bool = False  # find the cheapest remat and the largest batch that fit
     compare: tuple[str, ...] = ()  # other pods or meshes: v5p:4x4x8, v5e:16x16/fsdp=8,slices=2
-    plot: AnyPath | None = None  # picture of time and memory by part: plan.png, .svg or .pdf
     cache: Path | None = None  # folder of compiled results (default: ~/.cache/clip_jax/plan)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)", decoded="(0, inf)")
-        check_picture(self.plot, "plot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,6 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
     `compile_` gives the facts of a request; by default the cache, then the compiler. Raises
     InputError for a topology or mesh that cannot be, and where the compiler is missing.
     """
-    files.check_destination(config.plot, "--plot", folder=False)
     if config.double_batch_at:  # the largest batch, and as many pairs
         largest = growth.batch_after(config.batch_size, config.double_batch_at, config.steps)
         steps = -(-config.samples_after(config.steps) // largest)
@@ -131,13 +127,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
     compile_ = compile_ or compiling(config)
     first = fit(config, compile_) if config.fit else assess(config, compile_(request(config)))
     others = [_variant(config, text) for text in config.compare]
-    plans = [first, *(assess(other, compile_(request(other))) for other in others)]
-    if config.plot:
-        from clip_jax.pods.summary import draw
-
-        with files.written_whole(config.plot) as path:
-            draw(plans, path)
-    return plans
+    return [first, *(assess(other, compile_(request(other))) for other in others)]
 
 
 def request(config: PlanConfig) -> Request:

@@ -1,16 +1,13 @@
-"""A plan for people: tables and a picture."""
+"""A plan for people: tables."""
 
 import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clip_jax.display import STYLE, plain
 from clip_jax.pods.plan import BOUNDS, Plan
 
 SECONDS = {
@@ -167,45 +164,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
     stream = io.StringIO()
     Console(file=stream, width=120).print(table)
     return stream.getvalue().rstrip() if table.rows else ""
-
-
-def draw(plans: Sequence[Plan], path: Path) -> None:
-    """Draw where time and memory go, by part: two bars a plan of time, one of memory.
-
-    The upper bar of time is the sequential bound, the lower one the compiler estimate. The suffix
-    chooses the format.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(8, 1.6 + 0.7 * len(plans)), layout="constrained")
-        left, right = page.subplots(1, 2, sharey=True)
-        names = [f"{plain(x.name)}\n{'×'.join(map(str, x.mesh.values()))}" for x in plans]
-        parts = list(dict.fromkeys(part for x in plans for part in x.seconds_by_part))
-        for y, plan in enumerate(plans):
-            sizes = {k: v / 1e9 for k, v in plan.bytes_per_device.items() if k != "total"}
-            _bar(right, y, sizes, list(sizes), 0.8)
-            right.plot([plan.hbm_bytes / 1e9] * 2, [y - 0.4, y + 0.4], color="black")
-            for shift, figure in ((-0.2, "operations"), (0.2, "compiler")):
-                seconds = {k: getattr(v, figure) or 0.0 for k, v in plan.seconds_by_part.items()}
-                _bar(left, y + shift, seconds, parts, 0.38)
-        left.set_yticks(range(len(plans)), names)
-        left.invert_yaxis()
-        left.set_xlabel("s a step: sequential bound; below, the compiler estimate")
-        right.set_xlabel("GB a device; the line: its memory")
-        for axes in (left, right):
-            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            axes.legend(
-                handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0),
-                ncols=3, fontsize=6,
-            )  # fmt: skip
-        page.savefig(path)
-
-
-def _bar(axes: Any, y: float, sizes: dict[str, float], order: list[str], height: float) -> None:
-    start = 0.0
-    for number, name in enumerate(order):
-        if size := sizes.get(name, 0.0):
-            axes.barh(y, size, height, left=start, color=f"C{number % 10}", label=name)
-            start += size

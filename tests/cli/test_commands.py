@@ -46,7 +46,6 @@ from tests.conftest import ROOT
         ("evaluate nowhere --output file/x", "file is a file, .* --output"),
         ("predict no --images no --labels x --sheet file/x.png", "file is a file, .* --sheet"),
         ("search nowhere nowhere --text x --sheet file/x.png", "file is a file, .* --sheet"),
-        ("plan configs/digits.py --plot file/x.png", "file is a file, .* --plot"),
         ("scale fit nowhere --plot file/x.png", "file is a file, .* --plot"),
         ("scale collect nowhere --output file/x", "file is a file, .* --output"),
         ("scale ladder configs/ladder_digits.py --root file/x", "file is a file, .* --root"),
