@@ -55,14 +55,13 @@ class PlanConfig(Config):
     topology: Annotated[Topology, AsText] = V5E  # TPUs (v5e:16x16) or GPUs (H100:64)
     chip_hour_price: float | None = None  # price of one chip-hour, in any currency
     mfu: float = 0.4  # MFU that the run is assumed to reach, unless its bound is lower
-    decoded: float | None = None  # images/s that a host decodes (samples_per_second of bench input)
     fit: bool = False  # find the cheapest remat and the largest batch that fit
     compare: tuple[str, ...] = ()  # other pods or meshes: v5p:4x4x8, v5e:16x16/fsdp=8,slices=2
     cache: Path | None = None  # folder of compiled results (default: ~/.cache/clip_jax/plan)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)", decoded="(0, inf)")
+        check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,6 @@ class Plan:
     mfu: float  # what hours and price assume
     hours: float
     images_per_second_per_host: float  # that it must read and decode
-    decoded_per_second_per_host: float | None  # that it can, as measured; None: not measured
     price: float | None
     versions: str
     compile_seconds: float
@@ -216,7 +214,6 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         mfu=mfu,
         hours=hours,
         images_per_second_per_host=config.steps * config.batch_size / (hours * 3600) / hosts,
-        decoded_per_second_per_host=config.decoded,
         price=config.chip_hour_price
         and hours * config.chip_hour_price * topology.devices / chip.devices,
         versions=facts.versions,

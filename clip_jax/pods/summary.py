@@ -69,21 +69,13 @@ def describe(plan: Plan) -> str:
         f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
         f"at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}"
     )
-    lines.append(reading(plan.images_per_second_per_host, plan.decoded_per_second_per_host))
-    return "\n".join(filter(None, lines))
-
-
-def reading(images: float, decoded: float | None) -> str:
-    """What a host's input must do a second, and whether its cores can."""
-    requests = images * IMAGE_BYTES / BLOCK_BYTES
-    line = (
-        f"a host reads {images:,.0f} images/s: of {IMAGE_BYTES / 1e3:.0f} kB each, "
-        f"{images * IMAGE_BYTES / 1e6:,.0f} MB/s in {requests:,.1f} requests/s of a bucket"
+    images = plan.images_per_second_per_host
+    size, requests = images * IMAGE_BYTES / 1e6, images * IMAGE_BYTES / BLOCK_BYTES
+    lines.append(
+        f"a host reads {images:,.0f} images/s: of {IMAGE_BYTES / 1e3:.0f} kB each, {size:,.0f} "
+        f"MB/s in {requests:,.1f} requests/s of a bucket"
     )
-    if decoded is None:
-        return f"{line} (--decoded compares it with what bench input measured)"
-    verdict = "enough" if decoded >= images else "TOO FEW: the devices will wait"
-    return f"{line}; its cores decode {decoded:,.0f}: {verdict}"
+    return "\n".join(filter(None, lines))
 
 
 def compare(plans: Sequence[Plan]) -> str:
