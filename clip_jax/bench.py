@@ -1,4 +1,4 @@
-"""Throughput of this machine: `clip-jax bench input | step | loss CONFIG`, a function each.
+"""Throughput of this machine: `clip-jax bench input | step CONFIG`, a function each.
 
 Each takes a run's config with a few fields more and returns the object that `--json` prints.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from clip_jax import flops, sharding
 from clip_jax.clock import CLOCK
@@ -26,7 +25,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
-from clip_jax.metrics.chips import mfu
+from clip_jax.metrics.chips import peak_flops
 from clip_jax.pods import compile as pod
 from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket
@@ -216,12 +215,12 @@ def _advice(result: dict[str, Any]) -> str:
     return "more --data.workers share the interpreter less"
 
 
-# ------------------------------------------------------------------------------- step and loss
+# --------------------------------------------------------------------------------------- step
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeBench(Config):
-    """A run's training step, or its loss alone, on made-up data: no input, no files."""
+class StepBench(Config):
+    """A run's training step on made-up data: no input, no files."""
 
     warmup: int = 3  # untimed calls before the timed ones
     rounds: int = 7  # timed rounds, of which the median counts
@@ -232,7 +231,7 @@ class ComputeBench(Config):
         check_ranges(self, warmup="[0, inf)", rounds="[1, inf)", calls="[1, inf)")
 
 
-def measure_step(config: ComputeBench) -> dict[str, Any]:
+def measure_step(config: StepBench) -> dict[str, Any]:
     """Whole training steps: samples and images a second, MFU (None on a CPU), memory.
 
     `peak_bytes` is the device's own count where it keeps one, else what the compiled step needs.
@@ -245,39 +244,32 @@ def measure_step(config: ComputeBench) -> dict[str, Any]:
     start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()
     compiling = CLOCK.now() - start
-
-    def take() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics["loss"]
-
-    work = flops.of_step(config).total
-    return _measure(config, mesh, take, work, pod.peak(compiled)) | {"compile_seconds": compiling}
-
-
-def measure_loss(config: ComputeBench) -> dict[str, Any]:
-    """The loss alone with metrics and gradients, from embeddings sharded as in the step."""
-    mesh = sharding.make_mesh(config.mesh)
-    program = Program(config.recipe, mesh)
-    compiled, (scalars, outputs, _, carried) = pod.compile_loss(program)
-    rng = np.random.default_rng(config.seed)
-    known = {"logit_scale": np.log(config.model.init_logit_scale)}
-    known["logit_bias"] = config.model.init_logit_bias or 0.0
-
-    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
-        rows = rng.standard_normal(x.shape, np.float32)
-        rows /= np.linalg.norm(rows, axis=-1, keepdims=True) if x.ndim > 1 else 1
-        return jax.device_put(rows.astype(x.dtype), x.sharding)
-
-    inputs = program.put(_made_up(config))
-    del inputs["rate"]
-    scalars = {
-        name: jax.device_put(np.float32(known[name]), x.sharding) for name, x in scalars.items()
+    for _ in range(config.warmup):
+        state, _ = compiled(state, batch)
+    times = []
+    for _ in range(config.rounds):
+        jax.block_until_ready(state)
+        start = CLOCK.now()
+        for _ in range(config.calls):
+            state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+        times.append((CLOCK.now() - start) / config.calls)
+    seconds, device = statistics.median(times), jax.devices()[0].device_kind
+    work, peak = flops.of_step(config).total, peak_flops(device)
+    return {
+        "samples_per_second": config.batch_size / seconds,
+        "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
+        "seconds": seconds,
+        "seconds_fastest": min(times),
+        "mfu": peak and work / (seconds * mesh.size * peak),
+        "peak_bytes": peak_memory() or pod.peak(compiled),
+        "model_flops": work,
+        "batch_size": config.batch_size,
+        "devices": mesh.size,
+        "device_kind": device,
+        "mesh": dict(mesh.shape),
+        "compile_seconds": compiling,
     }
-    arguments = (scalars, jax.tree.map(draw, outputs), inputs, jax.tree.map(draw, carried))
-    work = flops.of_step(config).loss
-    result = _measure(config, mesh, lambda: compiled(*arguments), work, pod.peak(compiled))
-    return result | {"form": pod.loss_form(config.recipe, mesh)}
 
 
 def _made_up(config: Config) -> Inputs:
@@ -289,36 +281,7 @@ def _made_up(config: Config) -> Inputs:
     return {"image": spec.pack(pixels), "text": tokens.astype(np.int32)}
 
 
-def _measure(
-    config: ComputeBench, mesh: Mesh, call: Callable[[], Any], work: int, compiled_peak: int
-) -> dict[str, Any]:
-    for _ in range(config.warmup):
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(config.rounds):
-        start = CLOCK.now()
-        result = None
-        for _ in range(config.calls):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((CLOCK.now() - start) / config.calls)
-    seconds, device = statistics.median(times), jax.devices()[0].device_kind
-    return {
-        "samples_per_second": config.batch_size / seconds,
-        "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
-        "seconds": seconds,
-        "seconds_fastest": min(times),
-        "mfu": mfu(float(work), seconds, mesh.size, device),
-        "peak_bytes": peak_memory() or compiled_peak,
-        "model_flops": work,
-        "batch_size": config.batch_size,
-        "devices": mesh.size,
-        "device_kind": device,
-        "mesh": dict(mesh.shape),
-    }
-
-
-def describe_compute(result: dict[str, Any]) -> str:
+def describe_step(result: dict[str, Any]) -> str:
     """Return lines about the device, speed and memory."""
     share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
     return (
@@ -336,6 +299,5 @@ def describe_compute(result: dict[str, Any]) -> str:
 Bench = tuple[type[Config], Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], str]]
 BENCHES: dict[str, Bench] = {
     "input": (InputBench, measure_input, describe_input),
-    "step": (ComputeBench, measure_step, describe_compute),
-    "loss": (ComputeBench, measure_loss, describe_compute),
+    "step": (StepBench, measure_step, describe_step),
 }

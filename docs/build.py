@@ -64,7 +64,7 @@ def commands() -> str:
 
     parts = ["# Commands\n", f"```text\n{help_of()}\n```\n"]
     scaling = ("ladder", "collect", "choose", "fit", "report")
-    verbs = {"scale": scaling, "bench": ("input", "step", "loss")}
+    verbs = {"scale": scaling, "bench": ("input", "step")}
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").strip().partition(": clip-jax")[0]
         parts += [f"## clip-jax {name}\n", summary[:1].upper() + summary[1:] + ".\n"]

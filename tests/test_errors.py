@@ -31,7 +31,7 @@ COMMANDS = (
     Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
     run_table.CollectConfig, fit.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
-    html_report.ReportConfig, bench.InputBench, bench.ComputeBench, ExportConfig, ServeConfig,
+    html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),
@@ -68,7 +68,7 @@ ZERO = names(
     FitConfig="seed", LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
     "seed", HardwareConfig="price start_seconds", RulesConfig="max_warmup_share",
-    ReportConfig="price", InputBench="warmup", ComputeBench="warmup", ViTConfig="patch_dropout",
+    ReportConfig="price", InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
     GenerationConfig="seed length_penalty", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
     SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",

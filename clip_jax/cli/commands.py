@@ -55,7 +55,6 @@ What this machine does a second, with a run's config.
 
   input    samples of each stage of reading, of the whole pipeline, and what limits it
   step     training steps on made-up data: pairs, MFU, memory (CPU, GPU, TPU)
-  loss     the loss alone with its gradients
 
 `clip-jax bench VERB --help` says what a verb takes.
 """
@@ -287,7 +286,7 @@ def prepare(args: Sequence[str]) -> int:
 
 
 def bench(args: Sequence[str]) -> int:
-    """measure this machine: clip-jax bench input CONFIG, bench step CONFIG, bench loss CONFIG"""
+    """measure this machine: clip-jax bench input CONFIG, clip-jax bench step CONFIG"""
     from clip_jax import bench as benches
 
     verb, rest = (args[0], args[1:]) if args else ("", [])

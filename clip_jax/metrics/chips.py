@@ -53,12 +53,3 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 peak of one JAX device, FLOP/s; None where it is not known (CPU)."""
     chip = find(device_kind)
     return None if chip is None else chip.peak_flops / chip.devices
-
-
-def mfu(step_flops: float, step_seconds: float, devices: int, device_kind: str) -> float | None:
-    """Model FLOPs utilisation: `flops.training(...).total` over what the devices could do.
-
-    None where the peak is not known (CPU).
-    """
-    peak = peak_flops(device_kind)
-    return None if peak is None else step_flops / (step_seconds * devices * peak)

@@ -130,7 +130,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     result = Facts(
         mesh=tuple(mesh.shape.values()), form=loss_form(recipe, mesh),
         versions=", ".join(installed("jax", *compiler)), compile_seconds=0.0,
-        loss=peak(compile_loss(program)[0]), fits=False, peak_bytes=0, **held,
+        loss=peak(compile_loss(program)), fits=False, peak_bytes=0, **held,
     )  # fmt: skip
     try:
         options = WITHOUT_A_CARD if devices[0].platform in ("gpu", "cuda") else {}
@@ -188,9 +188,9 @@ def loss_form(recipe: Recipe, mesh: AnyMesh) -> str:
     return ", ".join(form for form in forms if form)
 
 
-def compile_loss(program: Program) -> tuple[Any, Any]:
-    """Compile value and gradients of the objective alone; return also the shapes that it takes:
-    scalar parameters, outputs of the towers, inputs, and what the terms carry."""
+def compile_loss(program: Program) -> Any:
+    """Compile value and gradients of the objective alone, a function of the scalar parameters, the
+    outputs of the towers, the inputs, and what the terms carry."""
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
     inputs = {name: x for name, x in program.batch.items() if name != "rate"}
@@ -211,8 +211,7 @@ def compile_loss(program: Program) -> tuple[Any, Any]:
     gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
     shardings = jax.tree.map(lambda x: x.sharding, (scalars, outputs))
     compiled = jax.jit(gradient, out_shardings=(sharding.replicated(mesh), shardings))
-    takes = (scalars, outputs, inputs, carried)
-    return compiled.lower(*takes).compile(), takes
+    return compiled.lower(scalars, outputs, inputs, carried).compile()
 
 
 def peak(compiled: Any) -> int:
