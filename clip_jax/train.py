@@ -158,6 +158,11 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         f"epoch, mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind} on "
         f"{jax.process_count()} processes, {from_where} to step {config.end}, in {workdir}"
     )
+    if (warmup := config.optim.warmup_steps) >= config.steps:
+        reports.line(
+            f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, and the "
+            f"run has {config.steps} steps."
+        )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
         config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,

@@ -140,16 +140,12 @@ class OptimConfig:
 def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
     """Return the learning rate of each step, counted from 0: linear warm-up, then the schedule.
 
-    The first step already moves (rate = peak / warm-up), as in open_clip. Raises InputError where
-    the warm-up or the cool-down is longer than the run.
+    The first step already moves (rate = peak / warm-up), and a run that is shorter than its warm-up
+    ends within it, as in open_clip. Raises InputError where the cool-down is longer than what is
+    left of the run.
     """
     warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
     kind = config.schedule
-    if warmup >= steps:
-        raise InputError(
-            f"optim.warmup_steps={warmup} leaves nothing of steps={steps}; "
-            "shorten the warm-up or train longer."
-        )
     if isinstance(kind, CoolDown) and warmup + kind.steps > steps:
         raise InputError(
             f"optim.schedule.steps={kind.steps} of cool-down after optim.warmup_steps={warmup} are "
