@@ -30,8 +30,13 @@ def read_tensors(path: Path) -> Tensors:
         return _read_safetensors(path)
     if head[:2] == b"PK" and is_npz(buffer):
         return read_npz(buffer, str(path))
-    if head[:2] in (b"PK", b"\x80\x02"):
+    if head[:2] == b"PK":
         return read_torch(buffer, str(path))
+    if head[:2] == b"\x80\x02":
+        raise InputError(
+            f"{path} is a pickle without a zip archive, as PyTorch before 1.6 wrote it; load it "
+            "with torch, and save it again."
+        )
     raise InputError(
         f"{path} is neither safetensors nor a PyTorch file nor an .npz: it begins with "
         f"{head.hex(' ')}."

@@ -27,8 +27,6 @@ _MAX_OBJECTS = 100_000  # a checkpoint has some thousand tensors
 _MAX_DEPTH = 64  # of nested modules
 _MAX_NAME = 200  # characters
 _MAX_DIMS = 16
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 
 _DTYPES: dict[str, Any] = {
     "FloatStorage": np.float32,
@@ -89,12 +87,11 @@ class _Tensor:
 def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
     """Read the tensors of a file that `torch.save` or `torch.jit.save` wrote, by name.
 
-    Both pickle containers (zip, and the older stream) and TorchScript archives. Values that are
-    not tensors are dropped; of a training checkpoint the `state_dict` is read. Raises InputError.
+    Values that are not tensors are dropped; of a training checkpoint the `state_dict` is read.
+    Raises InputError.
     """
     try:
-        content, storages = _read_zip(buffer) if _is_zip(buffer) else _read_stream(buffer)
-        return _views(content, storages, len(buffer))
+        return _views(*_read_zip(buffer), len(buffer))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     # Whatever opcodes a hostile file strings together: the reader is a machine that they drive.
@@ -104,43 +101,14 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
         raise InputError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
 
 
-def _is_zip(buffer: memoryview) -> bool:
-    return bytes(buffer[:4]) == b"PK\x03\x04"
-
-
 def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
     entries = read_archive(buffer)
     if "data.pkl" not in entries:
         raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
     if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
         raise InputError("it is big-endian; only little-endian files are read.")
-    content = _Reader(_head(entries["data.pkl"])).read()
+    content = _Reader(io.BytesIO(entries["data.pkl"][:_MAX_PICKLE])).read()
     storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
-    return content, storages
-
-
-def _read_stream(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
-    """Read the container of before 2020: five pickles, then every storage's length and bytes."""
-    stream = _head(buffer)
-    first, *rest = (_Reader(stream) for _ in range(5))
-    if first.read() != _LEGACY_MAGIC:
-        raise InputError("a pickle, but not one that torch.save wrote.")
-    protocol, system, content, keys = (reader.read() for reader in rest)
-    at, sizes = stream.tell(), rest[2].item_sizes
-    if protocol != _LEGACY_PROTOCOL or not system.get("little_endian", False):
-        raise InputError("it is of a PyTorch version or a byte order that is not read.")
-    if not isinstance(keys, list) or any(type(key) is not str for key in keys):
-        raise InputError("its list of storages is damaged.")
-    storages: dict[str, memoryview] = {}
-    for key in keys:
-        (numel,) = struct.unpack_from("<q", buffer, at)
-        start, end = at + 8, at + 8 + numel * sizes.get(key, 1)
-        if numel < 0 or end > len(buffer):
-            raise InputError(
-                f"it is truncated: a storage of {numel} values ends at byte {end} of {len(buffer)}."
-            )
-        storages[key] = buffer[start:end]
-        at = end
     return content, storages
 
 
@@ -229,10 +197,6 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     return _Tensor(storage, offset, shape, strides)
 
 
-def _head(buffer: memoryview) -> io.BytesIO:
-    return io.BytesIO(buffer[:_MAX_PICKLE])
-
-
 class _Instructions(dict[int, Callable[..., None]]):
     """What each instruction does; another one is refused."""
 
@@ -258,7 +222,6 @@ class _Reader(_Unpickler):
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, encoding="latin-1")
-        self.item_sizes: dict[str, int] = {}  # bytes of a value, by storage
 
     def read(self) -> Any:
         try:
@@ -289,9 +252,7 @@ class _Reader(_Unpickler):
             or any(v is not None for v in view)
         ):
             raise InputError("it has a storage that is not described as torch.save does.")
-        dtype = np.dtype(_DTYPES[storage_type.name])
-        self.item_sizes[key] = dtype.itemsize
-        return _Storage(dtype, key, numel)
+        return _Storage(np.dtype(_DTYPES[storage_type.name]), key, numel)
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()

@@ -19,9 +19,6 @@ from tests.convert.conftest import refuse
 
 # ------------------------------------------------------------------ writing PyTorch's files by hand
 
-ZIP, STREAM = "zip", "stream"  # PyTorch's container, and that of before 2020
-in_both = pytest.mark.parametrize("container", [ZIP, STREAM])
-
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -39,7 +36,7 @@ def numbers(values: Iterable[int]) -> bytes:
 def tensor(shape=(2, 3), strides=(3, 1), *, offset=0, numel=6, key="0", kind="FloatStorage"):
     storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu")
     return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + integer(numel) + b"VIEW" + b"tQ"
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + integer(numel) + b"tQ"
         + integer(offset) + numbers(shape) + numbers(strides)
         + b"\x89ccollections\nOrderedDict\n)RtR"
     )  # fmt: skip
@@ -50,16 +47,12 @@ def state_dict(*values: bytes) -> bytes:
     return b"\x80\x02}(" + items + b"u."
 
 
-def packed(content: bytes, storage: bytes = bytes(24), container: str = ZIP) -> bytes:
-    """Put a pickle and one storage into a container."""
-    if container == ZIP:
-        entries = {"data.pkl": content.replace(b"VIEW", b""), "byteorder": b"little",
-                   "data/0": storage, "version": b"3\n"}  # fmt: skip
-        return zipped((f"archive/{name}", data) for name, data in entries.items())
-    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-    head = [pickle.dumps(x, protocol=2) for x in (0x1950A86A20F9469CFC6C, 1001, system)]
-    keys, size = pickle.dumps(["0"], protocol=2), struct.pack("<q", len(storage) // 4)
-    return b"".join([*head, content.replace(b"VIEW", b"N"), keys, size, storage])
+def packed(content: bytes, storage: bytes = bytes(24)) -> bytes:
+    """Put a pickle and one storage into an archive."""
+    entries = {
+        "data.pkl": content, "byteorder": b"little", "data/0": storage, "version": b"3\n",
+    }  # fmt: skip
+    return zipped((f"archive/{name}", data) for name, data in entries.items())
 
 
 def zipped(entries: Iterable[tuple[str, bytes]], compressed: Iterable[str] = ()) -> bytes:
@@ -80,12 +73,11 @@ def refuse_bytes(folder: Path, data: bytes, match: str) -> None:
 # ------------------------------------------------------------------ what is right is read
 
 
-@in_both
-def test_an_honest_file_is_read(tmp_path, container):
+def test_an_honest_file_is_read(tmp_path):
     values = np.arange(6, dtype=np.float32)
     content = state_dict(tensor(), tensor((2,), (2,), offset=1, numel=6))
     # Two tensors in one storage of 24 bytes claim 32: padded by the container's own bytes.
-    (tmp_path / "x.pt").write_bytes(packed(content, values.tobytes(), container))
+    (tmp_path / "x.pt").write_bytes(packed(content, values.tobytes()))
     tensors = read_tensors(tmp_path / "x.pt")
     np.testing.assert_array_equal(tensors["weight0"], values.reshape(2, 3))
     np.testing.assert_array_equal(tensors["weight1"], [1, 3])
@@ -105,8 +97,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@in_both
-def test_nothing_is_executed(tmp_path, protocol, container):
+def test_nothing_is_executed(tmp_path, protocol):
     marker = tmp_path / "executed"
     for payload in (Attack(marker), {"state_dict": {"a": [Attack(marker)]}}):
         content = pickle.dumps(payload, protocol)
@@ -114,7 +105,7 @@ def test_nothing_is_executed(tmp_path, protocol, container):
         marker.rmdir()
         for data in (content, content[:-1] + b"Q."):  # the second describes a storage
             refused = "refused|which files of tensors do not need|storage"
-            refuse_bytes(tmp_path, packed(data, container=container), refused)
+            refuse_bytes(tmp_path, packed(data), refused)
             assert not marker.exists()  # … and is not run
 
 
@@ -162,8 +153,7 @@ PICKLES: list[tuple[bytes, str]] = [
 @pytest.mark.parametrize("at", range(len(PICKLES)))
 def test_other_pickles_are_refused(tmp_path, at):
     content, match = PICKLES[at]
-    for container in (ZIP, STREAM):
-        refuse_bytes(tmp_path, packed(b"\x80\x02" + content, container=container), match)
+    refuse_bytes(tmp_path, packed(b"\x80\x02" + content), match)
 
 
 def test_a_pickle_without_end(tmp_path):
@@ -196,10 +186,9 @@ def test_a_pickle_without_end(tmp_path):
         ({"key": "../../data.pkl"}, "lacks"),
     ],
 )
-@in_both
-def test_a_view_that_leaves_its_storage(tmp_path, changes, match, container):
+def test_a_view_that_leaves_its_storage(tmp_path, changes, match):
     content = state_dict(tensor(**changes))
-    refuse_bytes(tmp_path, packed(content, container=container), match)
+    refuse_bytes(tmp_path, packed(content), match)
 
 
 def test_many_tensors_of_one_storage(tmp_path):
@@ -211,10 +200,9 @@ def test_many_tensors_of_one_storage(tmp_path):
 # ------------------------------------------------------------------ containers
 
 
-@in_both
-def test_damaged_files(container):
+def test_damaged_files():
     """Cut at any byte, a file is refused; whatever byte is damaged, the answer is tensors or so."""
-    data = bytearray(packed(state_dict(tensor()), container=container))
+    data = bytearray(packed(state_dict(tensor())))
     for length in range(4, len(data)):
         with pytest.raises(ValueError, match=r"cut\.pt"):
             read_torch(memoryview(bytes(data[:length])), "cut.pt")
@@ -247,7 +235,7 @@ def twins() -> bytes:
 
 
 _ONE = zipped([("a/data.pkl", state_dict())])
-_TWO = {"a/data.pkl": state_dict(tensor()).replace(b"VIEW", b""), "a/data/0": bytes(24)}
+_TWO = {"a/data.pkl": state_dict(tensor()), "a/data/0": bytes(24)}
 _FOUR = _TWO | {"a/other": b"x", "a/code/x": b""}
 ZIPS: dict[str, tuple[bytes, str]] = {
     **{

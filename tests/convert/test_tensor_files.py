@@ -19,6 +19,7 @@ from tests.convert.conftest import refuse
         ("x.pt", b"", "empty"),
         ("x.safetensors", bytes(1 << 16), "neither"),
         ("x.pt", b"\x80", "neither"),
+        ("x.pt", b"\x80\x02\x8a", "is a pickle .* before 1.6"),
         ("x.safetensors", struct.pack("<Q", 1 << 60) + b'{"a"', "damaged or truncated"),
     ],
 )
