@@ -57,7 +57,6 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "image_mean": list(weights.preprocess.mean),
         "image_std": list(weights.preprocess.std),
         "embed_dim": config.embed_dim,
-        **({"batches_tracked": weights.batches_tracked} if weights.batches_tracked else {}),
     }
 
 
@@ -82,10 +81,10 @@ def read(folder: Path) -> Weights:
     path = folder / MANIFEST_NAME
     content = read_json(path)
     version = content.get("version")
-    if content.get("format") != FORMAT or version not in (1, VERSION):
+    if content.get("format") != FORMAT or version != VERSION:
         raise InputError(
             f"{path} is of format {content.get('format')!r}, version {version!r}; {FORMAT!r}, "
-            f"versions 1 and {VERSION} are read."
+            f"version {VERSION} is read."
         )
     config = from_dict(CLIPConfig, read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
     file = config.text.tokenizer.file
@@ -101,14 +100,9 @@ def read(folder: Path) -> Weights:
         config=config,
         params=to_params(rows, tensors, config, str(folder / WEIGHTS_NAME)),
         preprocess=from_dict(Preprocess, preprocess, str(path)),
-        batches_tracked=from_dict(
-            int, content.get("batches_tracked", 0), f"{path}: batches_tracked"
-        ),
     )
-    if version == 1 and content.get("tokenizer") != "clip":  # which was named, and not kept
-        config = _with_vocabulary(config, "")
     for name, value in manifest(weights).items():
-        if content.get(name) != value and not (version == 1 and name in _SINCE_2):
+        if content.get(name) != value:
             raise InputError(
                 f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} means {value!r}; one "
                 "of them was changed by hand."
@@ -139,10 +133,6 @@ TARGET = Target(
     use="`clip_jax.load(FOLDER)`; `manifest.json` says how pixels and ids are made.",
 )  # fmt: skip
 
-_SINCE_2 = (  # in version 1 absent, or with other words
-    *("version", "tokenizer", "vocab_size", "case_folding", "text_cleaning", "begin_id", "end_id"),
-    *("padding_id", "padding_side", "cut"),
-)
 _PREPROCESS = {
     "image_size": "image_size",
     "mean": "image_mean",

@@ -189,12 +189,7 @@ def read(
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
     params = to_params(table(config), weights, config, source)
-    return Weights(
-        config=config,
-        params=params,
-        preprocess=preprocess,
-        batches_tracked=openai.batches_tracked(tensors),
-    )
+    return Weights(config=config, params=params, preprocess=preprocess)
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
@@ -294,8 +289,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}
-    counters = openai.counters(tensors, weights.batches_tracked)
-    return {n: cast(x, dtype) for n, x in tensors.items()} | counters
+    return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:

@@ -217,12 +217,6 @@ def without_bookkeeping(tensors: Tensors) -> Tensors:
     }
 
 
-def batches_tracked(tensors: Tensors) -> int:
-    """Return what BatchNorm's counters say: the updates so far, 0 without any."""
-    counts = [x for name, x in tensors.items() if name.endswith(COUNTER)]
-    return max((int(x) for x in counts if x.shape == () and x.dtype.kind in "iu"), default=0)
-
-
 def read(
     tensors: Tensors,
     source: str,
@@ -233,12 +227,7 @@ def read(
     """Read a state dict under OpenAI's names; see `infer` for what has to be told."""
     config = infer(tensors, source, activation=activation, architecture=architecture)
     params = to_params(rows(config), without_bookkeeping(tensors), config, source)
-    return Weights(
-        config=config,
-        params=params,
-        preprocess=default_preprocess(config),
-        batches_tracked=batches_tracked(tensors),
-    )
+    return Weights(config=config, params=params, preprocess=default_preprocess(config))
 
 
 def _assumptions(config: CLIPConfig) -> Assumptions:
@@ -297,16 +286,15 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     sizes = (config.vision.image_size, text.context_length, text.vocab_size)
     return {
         **tensors,
-        **counters(tensors, weights.batches_tracked),
+        **counters(tensors),
         **{n: np.array(x) for n, x in zip(SIZES, sizes, strict=True)},
     }
 
 
-def counters(tensors: Tensors, count: int) -> Tensors:
-    """Return the counters that PyTorch's BatchNorm keeps beside each running variance."""
-    end = "running_var"
-    names = [name.removesuffix(end) + COUNTER for name in tensors if name.endswith(end)]
-    return {name: np.array(count) for name in names}
+def counters(tensors: Tensors) -> Tensors:
+    """Return the counters that PyTorch's BatchNorm has beside each running variance, at 0."""
+    names = [name for name in tensors if name.endswith("running_var")]
+    return {name.replace("running_var", COUNTER): np.array(0) for name in names}
 
 
 def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:

@@ -27,7 +27,6 @@ class Weights:
     config: CLIPConfig
     params: Params  # NumPy arrays in the file's dtypes, so that nothing is lost on the way
     preprocess: Preprocess = field(default_factory=Preprocess)
-    batches_tracked: int = 0  # BatchNorm's counter in PyTorch's files; no number depends on it
 
 
 def default_preprocess(config: CLIPConfig) -> Preprocess:

@@ -44,7 +44,6 @@ def lively(model):
                 module.bias.normal_(0, 0.1)
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-                module.num_batches_tracked.fill_(1234)
     return model.eval()
 
 
