@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.convert import run
+from clip_jax.convert import model_folder, run
+from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.weights import Weights
 from clip_jax.models.clip import count
 from clip_jax.storage import files
@@ -16,6 +17,11 @@ from clip_jax.storage.json_files import read_json
 
 NAME = "README.md"
 FACTS_NAME = "training.json"
+# Of a run's configuration: what a reader of its weights wants to know.
+_TRAINING = (
+    "data/source", "data/augment", "data/crop", "steps", "batch_size", "objective", "optim",
+    "init_from", "branch_from", "seed",
+)  # fmt: skip
 # Of result.json: how fast it was, not how good.
 _TIMES = ("seconds/", "goodput", "memory", "input/")
 
@@ -75,67 +81,27 @@ def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
 
 def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) -> str:
     """Return the card's Markdown. `use` says how the folder is read."""
-    history = "Nothing in the files that it came from says."
-    if facts is not None:
-        history = _table(_training(facts.get("config", {})))
+    model = {
+        "parameters": f"{count(weights.params):,}",
+        "image tower": weights.config.vision.summary,
+        **model_folder.manifest(weights),
+    }
+    facts = facts or {}
+    settings = flatten(facts.get("config", {}))
+    training = {key: x for key, x in settings.items() if key.startswith(_TRAINING)}
     numbers = {
         key: f"{value:.4g}"
-        for key, value in (facts or {}).get("result", {}).items()
+        for key, value in facts.get("result", {}).items()
         if isinstance(value, int | float) and not key.startswith(_TIMES)
     }
-    return _CARD.format(
-        name=name,
-        use=use,
-        model=_table(_model(weights)),
-        training=history,
-        numbers=_table(numbers) if numbers else "None are known.",
-    )
+    tables = {"model": _table(model), "training": _table(training), "numbers": _table(numbers)}
+    return _CARD.format(name=name, use=use, **tables)
 
 
 def _table(rows: dict[str, Any]) -> str:
-    cells = (f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *cells])
-
-
-def _model(weights: Weights) -> dict[str, Any]:
-    config, preprocess, text = weights.config, weights.preprocess, weights.config.text
-    tokenizer = text.tokenizer
-    return {
-        "parameters": f"{count(weights.params):,}",
-        "embedding": f"{config.embed_dim} dimensions",
-        "image tower": config.vision.summary,
-        "text tower": f"width {text.width}, depth {text.depth}, {text.context_length} tokens, "
-        f"{text.activation}, {text.pool} pooling",
-        "images": f"{preprocess.image_size} pixels, {preprocess.resize_mode}, "
-        f"{preprocess.interpolation}, rules of {preprocess.rules}; mean {preprocess.mean}, "
-        f"deviation {preprocess.std}",
-        "texts": f"{text.vocab_size:,} ids, cleaning {tokenizer.clean}, padding on the "
-        f"{tokenizer.pad_side} with {tokenizer.pad_id}",
-    }
-
-
-def _training(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's configuration a reader of its weights wants to know."""
-    data, optim = (config.get(name) or {} for name in ("data", "optim"))
-    steps, batch = config.get("steps", 0), config.get("batch_size", 0)
-    schedule = (optim.get("schedule") or {}).get("type", "")
-    return {
-        "data": _settings(data.get("source") or {}),
-        "pairs seen": f"{steps * batch:,} ({steps:,} steps of {batch:,})",
-        "loss": "; ".join(map(_settings, config.get("objective") or [])),
-        "optimizer": _settings(optim) + (f", {schedule.lower()} schedule" if schedule else ""),
-        "augmentation": f"crop {data.get('crop')}, {_settings(data.get('augment') or {})}",
-        "began with": config.get("branch_from") or config.get("init_from") or "random weights",
-        "seed": config.get("seed"),
-    }
-
-
-def _settings(values: dict[str, Any]) -> str:
-    """Name a dataclass of the configuration and its plain fields."""
-    kind = str(values.get("type", "")).removesuffix("Config").removesuffix("Source")
-    plain = [
-        f"{name}={value}"
-        for name, value in values.items()
-        if name != "type" and value is not None and not isinstance(value, dict | list)
-    ]
-    return " ".join([kind, *([f"({', '.join(plain)})"] if plain else [])])
+    cells = (
+        f"| {key} | {str(value).replace('|', '/')} |"
+        for key, value in rows.items()
+        if value is not None
+    )
+    return "\n".join(["| | |", "|---|---|", *cells]) if rows else "Not known."

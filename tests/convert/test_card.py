@@ -17,9 +17,10 @@ def test_what_a_run_was_is_carried_from_folder_to_folder(tmp_path):
     for name in ("there", "back"):
         card = (tmp_path / name / "README.md").read_text()
         assert f"# {name}\n" in card
-        assert "| pairs seen | 2,048 (2 steps of 1,024) |" in card
-        assert "| optimizer | Optim (learning_rate=" in card
-        assert "cosine schedule" in card
+        assert "| steps | 2 |\n" in card
+        assert "| batch_size | 1024 |\n" in card
+        assert "| optim/learning_rate | " in card
+        assert "| image_activation | quick_gelu |" in card
         assert "| zero_shot/seen/top1 | 0.93 |" in card
         assert "seconds/steps" not in card
         assert "license:  # fill in" in card
@@ -29,6 +30,5 @@ def test_what_a_run_was_is_carried_from_folder_to_folder(tmp_path):
     (tmp_path / "back/training.json").unlink()
     assert main(["convert", back, lost, "--to", "clip-jax"]) == 0
     card = (tmp_path / "lost/README.md").read_text()
-    assert "Nothing in the files that it came from says." in card
-    assert "None are known." in card
+    assert card.count("Not known.") == 2
     assert not (tmp_path / "lost/training.json").exists()
