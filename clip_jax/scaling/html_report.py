@@ -53,7 +53,7 @@ class ReportConfig:
 def report(config: ReportConfig) -> dict[str, Any]:
     """Write the page. Returns its path, how many runs it shows by status, and what it says."""
     files.check_destination(config.output, "--output", folder=False)
-    table, skipped = gather(config.paths, {})
+    table, skipped = gather(config.paths)
     finished = {str(row["source"]): row for row in table.rows}
     folders = _folders(config.paths)
     runs = [_run(folder, finished.get(str(folder))) for folder in folders]

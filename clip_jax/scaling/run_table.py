@@ -1,17 +1,16 @@
-"""One table of runs, one row a trained model, and the formats that fill it.
+"""One table of runs, one row a trained model: read, written, and gathered from run directories.
 
 Columns are those of Cherti et al.'s results: `arch`, `samples_seen`, `gmacs_per_sample` (forward,
 one pair, fvcore's count), `mparams`, and one column a metric. Whatever else a run knows (seed,
 learning rate, where it came from) is a column too.
 """
 
-import contextlib
 import csv
 import functools
 import io
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,11 +37,6 @@ from clip_jax.storage.json_files import read_rows
 Row = dict[str, Any]
 
 FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
-# A whole schedule's samples in the names of published checkpoints: laion2b_s34b_b79k, Samples-3B.
-SAMPLES_IN_NAME = re.compile(r"(?:_s|Samples-)(\d+(?:\.\d+)?)([bBmM])(?=_|$)")
-OPENAI_SAMPLES = 12.8e9  # CLIP paper, 2.5: 32 epochs of 400M pairs
-CLIP_BENCHMARK = {"dataset", "model", "pretrained", "task"}
-RECALL = {"image": "img_r", "text": "txt_r"}  # as Cherti et al. name CLIP_benchmark's recalls
 
 
 # ------------------------------------------------------------------ the table
@@ -153,21 +147,14 @@ def write(table: RunTable, path: AnyPath) -> None:
 class CollectConfig:
     """Gather finished runs into one table."""
 
-    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, open_clip's logs, CSV files
+    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, ladders, tables
     output: AnyPath = Path("scaling.csv")  # the table
-    samples: tuple[str, ...] = ()  # CHECKPOINT=12.8B, for names that don't say what they have seen
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Write the table. Returns its path, the number of rows and why runs were left out."""
     check_destination(config.output, "--output", folder=False)
-    samples = {}
-    for pair in config.samples:
-        name, equals, count = pair.rpartition("=")
-        if not equals:
-            raise InputError(f"samples={pair!r} must be CHECKPOINT=NUMBER, such as openai=12.8B.")
-        samples[name] = parse_count(count)
-    table, skipped = gather(config.paths, samples)
+    table, skipped = gather(config.paths)
     if not table.rows:
         raise InputError(
             f"no finished run under {', '.join(map(str, config.paths))}"
@@ -228,30 +215,13 @@ def arch_of(config: CLIPConfig) -> str:
     return f"{kind}-text-w{config.text.width}d{config.text.depth}"
 
 
-def _size_of(arch: str) -> Row:
-    """Size of an architecture by the name that open_clip gives it."""
-    try:
-        config = zoo.get(arch)
-    except InputError as error:
-        raise Unfinished(str(error)) from None
-    return {"gmacs_per_sample": round(gmacs(config), 4), "mparams": round(mparams(config), 3)}
-
-
 # ------------------------------------------------------------------ gathering
 
 
-def gather(paths: Sequence[AnyPath], samples: dict[str, float]) -> tuple[RunTable, list[str]]:
-    """Read every finished run below the paths, whatever wrote it.
+def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
+    """Read every finished run directory and every CSV of runs below the paths.
 
-    A directory is searched for our run directories and open_clip's; a `.csv` is CLIP_benchmark's
-    or already such a table; a `results.jsonl` is open_clip's.
-
-    Args:
-      paths: files and directories.
-      samples: samples seen, by the name of a checkpoint or of an open_clip run that does not say.
-
-    Returns:
-      The table, and one line for each run that could not become a row of it.
+    Returns the table, and one line for each run or file that could not become rows of it.
     """
     rows: list[Row] = []
     skipped: list[str] = []
@@ -259,11 +229,10 @@ def gather(paths: Sequence[AnyPath], samples: dict[str, float]) -> tuple[RunTabl
         if not path.exists():
             raise InputError(f"{path} does not exist; give run directories or tables.")
         for file in sorted(_files(path)):
-            for read_row in _readers(file, samples):
-                try:
-                    rows.append(read_row())
-                except Unfinished as reason:
-                    skipped.append(f"{file}: {reason}")
+            try:
+                rows += [_ours(file)] if file.name == "result.json" else _table(file)
+            except Unfinished as reason:
+                skipped.append(f"{file}: {reason}")
     return RunTable(rows), skipped
 
 
@@ -275,23 +244,15 @@ def _files(path: AnyPath) -> Iterable[AnyPath]:
     if not path.is_dir():
         return [path]
     named = (as_path(file) for file in walk(path))
-    return [x for x in named if x.name in ("result.json", "results.jsonl") or x.suffix == ".csv"]
+    return [x for x in named if x.name == "result.json" or x.suffix == ".csv"]
 
 
-def _readers(file: AnyPath, samples: dict[str, float]) -> list[Callable[[], Row]]:
-    """What reads each row of a file; one that raises Unfinished leaves the others alone."""
-    if file.name == "result.json":
-        return [functools.partial(_ours, file)]
-    if file.suffix == ".jsonl":
-        return [functools.partial(_open_clip, file, samples)]
-    lines = _csv_lines(file)
-    columns = set(lines[0]) if lines else set()
-    if columns >= CLIP_BENCHMARK:
-        models = RunTable(lines).groups(lambda line: (line["model"], line["pretrained"]))
-        return [functools.partial(_clip_benchmark, x.rows, file, samples) for x in models.values()]
-    if {"arch", "samples_seen"} <= columns:
-        return [functools.partial(dict, {"source": str(file), **line}) for line in lines]
-    return [functools.partial(_unknown, "neither CLIP_benchmark's columns nor a table of runs")]
+def _table(file: AnyPath) -> list[Row]:
+    """Rows of a table of runs, whoever wrote it."""
+    rows = [{"source": str(file), **line} for line in _csv_lines(file)]
+    if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
+        raise Unfinished("no table with columns arch and samples_seen")
+    return rows
 
 
 def _csv_lines(path: AnyPath) -> list[dict[str, str]]:
@@ -305,25 +266,12 @@ def _csv_lines(path: AnyPath) -> list[dict[str, str]]:
     return [{name: cell for name, cell in line.items() if name} for line in lines]
 
 
-@contextlib.contextmanager
-def _expecting(what: str) -> Generator[None]:
-    """Take what a file lacks, while it is parsed, for the reason to leave it out."""
-    try:
-        yield
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise Unfinished(f"not {what} ({error!r})") from error
-
-
-def _unknown(reason: str) -> Row:
-    raise Unfinished(reason)
-
-
 def _ours(file: AnyPath) -> Row:
     """A run directory of `clip-jax train`."""
     config = file.with_name("config.json")
     if not config.exists():
         raise Unfinished("no config.json beside it")
-    with _expecting("the result.json and config.json of a run directory"):
+    try:
         result, run = (json.loads(path.read_text()) for path in (file, config))
         run = upgrade(run)
         end = run["steps"]  # a run that --stop-after has stopped is in the middle of its schedule
@@ -336,6 +284,8 @@ def _ours(file: AnyPath) -> Row:
             raise Unfinished(f"its watcher skipped step {end}: {reason}")
         row = of_run(run, end)
         row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise Unfinished(f"not a run's result.json and config.json ({error!r})") from error
     return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
 
 
@@ -381,73 +331,3 @@ def _kinds(run: dict[str, Any]) -> Row:
         "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
         "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
     }
-
-
-def _open_clip(file: AnyPath, samples: dict[str, float]) -> Row:
-    """An open_clip run: the last line of results.jsonl, its arguments in params.txt above it."""
-    with _expecting("JSON lines"):
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    params = next((p / "params.txt" for p in file.parents[:2] if (p / "params.txt").exists()), None)
-    if not lines or params is None:
-        raise Unfinished("empty" if not lines else "no params.txt beside or above it")
-    options = dict(line.split(": ", 1) for line in params.read_text().splitlines() if ": " in line)
-    with _expecting("a results.jsonl and params.txt of open_clip"):
-        arch, epochs = options["model"], int(options["epochs"])
-        last, epoch = lines[-1], int(lines[-1].get("epoch", epochs))
-    if epoch < epochs:
-        raise Unfinished(f"stopped at epoch {epoch} of {epochs}")
-    name, per_epoch = (
-        options.get("name", file.parent.name),
-        options.get("train_num_samples", "None"),
-    )
-    if name not in samples and per_epoch == "None":
-        raise Unfinished(f"train_num_samples is not in params.txt; give --samples {name}=12.8B")
-    row = {
-        "arch": arch,
-        "samples_seen": samples[name] if name in samples else int(per_epoch) * epochs,
-        **_size_of(arch),
-        "source": str(file),
-        "name": name,
-        "seed": options.get("seed"),
-        "lr": options.get("lr"),
-        "warmup": options.get("warmup"),
-    }
-    for key, value in last.items():
-        if key not in ("epoch", "num_samples") and isinstance(value, int | float):
-            key = re.sub("^imagenet-", "imagenet1k-", key)
-            row[re.sub(r"^(imagenet\w+)-zeroshot-val-top(\d)$", r"\1_acc\2", key)] = value
-    return row
-
-
-def _clip_benchmark(lines: Sequence[Row], file: AnyPath, samples: dict[str, float]) -> Row:
-    """CLIP_benchmark's lines of one model, one a data set."""
-    checkpoint = Path(lines[0]["pretrained"]).name
-    row = {
-        "arch": lines[0]["model"],
-        "samples_seen": _samples_of(checkpoint, samples),
-        **_size_of(lines[0]["model"]),
-        "source": str(file),
-        "name": checkpoint,
-    }
-    for line in lines:
-        dataset = line["dataset"].removeprefix("wds/").replace("/", "_")
-        for key, value in line.items():
-            if key in CLIP_BENCHMARK or not re.fullmatch(r"[-+\d.eE]+", value or ""):
-                continue
-            metric = re.sub("^(image|text)_retrieval_recall@", lambda x: RECALL[x[1]], key)
-            row[f"{dataset}_{metric}"] = float(value)
-    return row
-
-
-def _samples_of(checkpoint: str, samples: dict[str, float]) -> float:
-    if checkpoint in samples:
-        return samples[checkpoint]
-    if checkpoint.startswith("openai"):
-        return OPENAI_SAMPLES
-    match = SAMPLES_IN_NAME.search(Path(checkpoint).stem)
-    if not match:
-        raise Unfinished(
-            f"the name {checkpoint!r} does not say how many samples it has seen; give --samples "
-            f"{checkpoint}=12.8B"
-        )
-    return parse_count(match[1] + match[2].upper())
