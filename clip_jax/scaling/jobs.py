@@ -1,8 +1,7 @@
-"""Processes, a few at a time, each on its own share of this machine's cores."""
+"""Processes, a few at a time."""
 
 import contextlib
 import fcntl
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,7 +26,6 @@ class Job(NamedTuple):
     command: list[str]
     directory: Path  # of `log.txt`, what the process prints, and of `job.lock`, which it holds
     is_done: Callable[[], bool]  # whether the work is there
-    weight: float  # how long it takes beside the others
     after: str = ""  # the job that makes what it begins with, if one does
     is_ready: Callable[[], bool] = lambda: True  # whether that is there; its maker may go on
 
@@ -50,33 +48,30 @@ def run(
     Returns why jobs failed, by name. Raises Stopped after SIGTERM or SIGINT, once the running
     processes, which get SIGTERM, have ended. Call it from the main thread, which hears signals.
     """
-    waiting, running, failures = list(jobs), dict[int, _Running](), dict[str, str]()
-    shares, terminated, began = _shares(at_a_time), False, clock.now()
+    waiting, running, failures = list(jobs), list[_Running](), dict[str, str]()
+    terminated = False
     with _listening() as came:
         while running or (waiting and not came):
             for job in [job for job in waiting if job.after in failures and not job.is_ready()]:
                 waiting.remove(job)
                 failures[job.name] = f"not begun, for {job.after} failed"
-            for slot, cores in enumerate(shares):
-                if slot not in running and not came:
-                    unfinished = {
-                        one.name for one in (*waiting, *(x.job for x in running.values()))
-                    }
-                    started = _start_next(waiting, unfinished, cores, environment, say, clock)
-                    running |= {slot: started} if started else {}
-            for slot, (job, process, start) in list(running.items()):
-                if process.poll() is None:
+            while len(running) < at_a_time and not came:
+                unfinished = {job.name for job in (*waiting, *(one.job for one in running))}
+                if not (started := _start_next(waiting, unfinished, environment, say, clock)):
+                    break
+                running.append(started)
+            for one in [*running]:
+                if one.process.poll() is None:
                     if came and not terminated:
-                        process.terminate()
+                        one.process.terminate()
                     continue
-                del running[slot]
-                minutes = f"{(clock.now() - start) / 60:.1f} min"
-                if failure := _failure(job, process.returncode):
+                running.remove(one)
+                job, minutes = one.job, f"{(clock.now() - one.began) / 60:.1f} min"
+                if failure := _failure(job, one.process.returncode):
                     say(f"{job.name}: {'stopped' if came else 'FAILED'} after {minutes}: {failure}")
                     failures |= {} if came else {job.name: failure}
                 else:
-                    left = _left(jobs, waiting, running, clock.now() - began)
-                    say(f"{job.name}: {minutes}{left}")
+                    say(f"{job.name}: {minutes}; {len(waiting) + len(running)} left")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)
     if came:
@@ -90,7 +85,6 @@ def run(
 def _start_next(
     waiting: list[Job],
     unfinished: set[str],
-    cores: set[int],
     environment: Mapping[str, str],
     say: Say,
     clock: Clock,
@@ -110,7 +104,7 @@ def _start_next(
             if job.is_done():
                 say(f"{job.name}: another process did it")
                 continue
-            with _on(cores), (job.directory / "log.txt").open("ab") as log:
+            with _no_ctrl_c(), (job.directory / "log.txt").open("ab") as log:
                 process = subprocess.Popen(
                     job.command, env=environment, pass_fds=[lock.fileno()],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -127,47 +121,18 @@ def _failure(job: Job, code: int) -> str | None:
     return f"{how}; {job.directory / 'log.txt'} ends: {text.splitlines()[-1] if text else ''}"
 
 
-def _left(
-    jobs: Sequence[Job], waiting: Sequence[Job], running: Mapping[int, _Running], seconds: float
-) -> str:
-    """Say how many jobs are left, and how long they take if the weights are right."""
-    left = [*waiting, *(other.job for other in running.values())]
-    to_do, total = (sum(job.weight for job in some) for some in (left, jobs))
-    if not left or to_do >= total:
-        return ""
-    minutes = seconds / 60 * to_do / (total - to_do)
-    return f"; {len(left)} of {len(jobs)} left, about {minutes:.0f} min"
-
-
-def _shares(at_a_time: int) -> list[set[int]]:
-    """Divide the cores that this process may use; more jobs than cores share them in turn."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS pins nothing
-        return [set() for _ in range(at_a_time)]
-    cores, n = sorted(os.sched_getaffinity(0)), at_a_time
-    if n > len(cores):
-        return [{cores[i % len(cores)]} for i in range(n)]
-    return [set(cores[len(cores) * i // n : len(cores) * (i + 1) // n]) for i in range(n)]
-
-
 @contextlib.contextmanager
-def _on(cores: set[int]) -> Generator[None]:
-    """Let what is started inside inherit these cores alone, and no terminal's Ctrl-C.
+def _no_ctrl_c() -> Generator[None]:
+    """Let what is started inside inherit that SIGINT is blocked.
 
     Ctrl-C reaches every process of a terminal: the runs must hear of it from us, as SIGTERM, at
     which they save. We hear of one that comes meanwhile afterwards.
     """
-    ours = os.sched_getaffinity(0) if cores else None
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        if ours:
-            os.sched_setaffinity(0, cores)
         yield
     finally:
-        if ours:
-            os.sched_setaffinity(0, ours)
-        signal.signal(signal.SIGINT, heard)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -355,7 +355,7 @@ class LadderCommand:
     root: Path | None = None  # where the work directories lie; default: runs/ and the spec's name
     only: str = "*"  # pattern of the names of points, such as 'w32@*' or '*-seed0'
     worker: str = "1/1"  # which of how many workers this is, that share the points: 1/4 to 4/4
-    jobs: int = 1  # points at a time on this machine's cores; 0: only write their configs
+    jobs: int = 1  # points at a time on this machine; 0: only write their configs
     dry_run: bool = False  # only print the table
 
     def __post_init__(self) -> None:
@@ -445,7 +445,6 @@ def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -
             command=[*command, f"{point.workdir}/config.json", "--workdir", str(point.workdir)],
             directory=point.workdir,
             is_done=partial(is_done, point),
-            weight=point.training_flops,
             after=point.parent,
             is_ready=point.is_ready,
         )

@@ -1,4 +1,4 @@
-"""Processes a few at a time: failures, order, cores, locks, signals. The processes are fakes."""
+"""Processes a few at a time: failures, order, locks, signals. The processes are fakes."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from clip_jax.scaling import jobs
-from clip_jax.scaling.jobs import Job, Stopped, _listening, _on, run
+from clip_jax.scaling.jobs import Job, Stopped, _listening, _no_ctrl_c, run
 from tests.clock import HandClock
 
 
@@ -64,11 +64,11 @@ class Machine(HandClock):
         process = self._programs[name] = Process(**program)
         if done_after is not None:
             process.acts |= {done_after: (directory / "done").touch}
-        return Job(name, [name], directory, (directory / "done").exists, 1.0)
+        return Job(name, [name], directory, (directory / "done").exists)
 
     def start(self, args: list[str], *, pass_fds, stdout, **how) -> Process:
         assert how == {"env": {"A": "b"}, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._programs[args[0]].begin(self.now(), *pass_fds, stdout)
         self.started += args
         return self._programs[args[0]]
@@ -110,10 +110,9 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
     assert machine.started == list("abcde")
 
 
-def test_the_time_that_is_left_follows_from_the_weights(machine: Machine):
-    one, two = (machine.job(name, seconds=60) for name in "ab")
-    machine.run([one, two._replace(weight=2.0)])
-    assert machine.said == ["a: 1.0 min; 1 of 2 left, about 2 min", "b: 1.0 min"]
+def test_how_long_each_took_and_how_many_are_left_is_said(machine: Machine):
+    machine.run([machine.job(name, seconds=60) for name in "ab"])
+    assert machine.said == ["a: 1.0 min; 1 left", "b: 1.0 min; 0 left"]
     assert set(machine.slept) == {jobs.POLL_SECONDS}
 
 
@@ -130,19 +129,6 @@ def test_a_job_waits_for_what_another_makes_and_does_not_begin_if_that_failed(ma
     assert machine.started == ["e", "a", "b", "c"]
     assert failures.keys() == {"c", "d"}
     assert failures["d"] == "not begun, for c failed"
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pinning is Linux's")
-def test_jobs_share_the_cores(machine: Machine):
-    ours = {0, 1, 2, 5, 7}
-    with (
-        mock.patch.object(os, "sched_getaffinity", autospec=True, return_value=ours),
-        mock.patch.object(os, "sched_setaffinity", autospec=True) as pinned,
-    ):
-        machine.run([machine.job(name) for name in "ab"], 2)
-        shares = [{0, 1}, ours, {2, 5, 7}, ours]
-        assert pinned.call_args_list == [mock.call(0, cores) for cores in shares]
-        assert jobs._shares(7) == [{0}, {1}, {2}, {5}, {7}, {0}, {1}]
 
 
 def test_no_second_process_starts_beside_an_orphan(machine: Machine):
@@ -173,7 +159,7 @@ def test_a_signal_terminates_what_runs_and_starts_no_others(machine: Machine):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one that is blocked may be lost")
 def test_ctrl_c_while_a_process_starts_is_heard_afterwards():
     with _listening() as came:
-        with _on(set()):
+        with _no_ctrl_c():
             signal.raise_signal(signal.SIGINT)
             assert not came
         assert came == [signal.SIGINT]
