@@ -1,7 +1,7 @@
 """Fit scaling laws to a table of runs, and answer what one asks of them.
 
 The unit of compute is Cherti et al.'s: forward GMACs of one image-text pair × pairs seen. A budget
-is given in training FLOPs, which are 6e9 times that: two a multiply-add, three passes.
+is given in training FLOPs, which are 6e9 times that.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import zoo
 from clip_jax.scaling import plots, run_table
-from clip_jax.scaling.laws import BINS, Additive, Law, PowerLaw, Runs, pareto
+from clip_jax.scaling.laws import BINS, TRAINING_FLOPS, Additive, Law, PowerLaw, Runs, pareto
 from clip_jax.scaling.run_table import Row, RunTable, gmacs, parse_count, short, text
 from clip_jax.scaling.uncertainty import (
     Fit,
@@ -32,7 +32,6 @@ from clip_jax.scaling.uncertainty import (
 )
 from clip_jax.storage.files import AnyPath, check_destination
 
-TRAINING_FLOPS = 6e9  # of one forward GMAC
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms take besides
 EXTRAPOLATION = 10.0  # times the largest run's compute, from which a prediction carries a warning
 
@@ -76,9 +75,11 @@ class FitConfig:
         )  # fmt: skip
         if self.hold_out is not None and self.hold_out_samples is not None:
             raise InputError("give hold_out or hold_out_samples, not both.")
-        questions = self.hold_out, self.hold_out_samples, self.budget
+        questions = self.hold_out, self.hold_out_samples, self.budget, self.plot
         if self.compare and (self.predict or any(x is not None for x in questions)):
-            raise InputError("compare fits several laws; hold_out, predict and budget ask one.")
+            raise InputError(
+                "compare fits several laws; hold_out, predict, budget and plot ask one."
+            )
 
     def runs(self, table: RunTable) -> Runs:
         third = THIRD.get(self.form, "")
@@ -96,13 +97,6 @@ class FitConfig:
     @property
     def options(self) -> dict[str, int]:
         return {"bins": self.bins, "draws": self.draws, "seed": self.seed}
-
-    def save(self, figure: plots.Figure) -> list[str]:
-        return [str(path) for path in plots.save(figure, self.plot)] if self.plot else []
-
-    @property
-    def error_label(self) -> str:
-        return f"1 − {self.metric}" if self.metric_is == "score" else self.metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +161,13 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
         names = config.candidates or tuple(sizes)
         result["budget"] = _budget(config.budget, names, sizes, fitted, config)
     if config.plot:
+        is_score = config.metric_is == "score"
         page = plots.figure(
-            fitted, fit_label=_formula(fitted.law), others=published(config.metric),
-            predictions=predicted, error_label=config.error_label, training_flops=TRAINING_FLOPS,
+            fitted, others=published(config.metric), predictions=predicted,
+            error_label=f"1 − {config.metric}" if is_score else config.metric,
             reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
         )  # fmt: skip
-        result["plots"] = config.save(page)
+        result["plots"] = [str(path) for path in plots.save(page, config.plot)]
     return result
 
 
@@ -307,12 +302,6 @@ def _budget(
     }
 
 
-def _formula(law: Law) -> str:
-    if isinstance(law, PowerLaw):
-        return f"E = {law.beta:.4g}·C$^{{{law.alpha:.4f}}}$, 95% band"
-    return "fit, 95% band"
-
-
 # ------------------------------------------------------------------ families side by side
 
 
@@ -341,16 +330,12 @@ def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
             f"compare={column!r} takes two families of runs or more; there is "
             + "; ".join([*families, *warnings]) + "."
         )  # fmt: skip
-    result: dict[str, Any] = {
+    return {
         "compare": column,
         "families": {name: _law(fitted) for name, fitted in families.items()},
         "pairs": [_pair(pair, families, alike) for pair in combinations(families, 2)],
         "warnings": warnings,
     }
-    if config.plot is not None:
-        page = plots.compared(families, error_label=config.error_label)
-        result["plots"] = config.save(page)
-    return result
 
 
 def _by_the_rest(table: RunTable, runs: Runs) -> dict[tuple[str, ...], float]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 BINS = 5  # of the frontier: Cherti et al. 2023
+TRAINING_FLOPS = 6e9  # of one forward GMAC: two a multiply-add, three passes
 
 # The search for the numbers in which a law is not linear.
 EXPONENTS = np.geomspace(0.01, 3.0, 24)  # where it starts for an exponent

@@ -1,16 +1,15 @@
 """Pictures of a fit: runs, frontier, law with its band, published laws beside it, residuals."""
 
 import itertools
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from clip_jax.display import STYLE, plain
-from clip_jax.scaling.laws import Additive, Law, Runs, pareto
-from clip_jax.scaling.uncertainty import Fit, Prediction, crossing, ratios, sizes_of
+from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Law, Runs, pareto
+from clip_jax.scaling.uncertainty import Fit, Prediction
 from clip_jax.storage.files import AnyPath, written_whole
 
 Axes = Any  # matplotlib's: imported only where something is drawn
@@ -21,96 +20,52 @@ INK, OTHERS = "#222222", ("#c1440e", "#00798c", "#6b4c9a", "#7a7a00")
 COMPUTE_LABEL = "compute: forward GMACs of a pair × pairs seen"
 
 
-@contextmanager
-def _page(error_label: str) -> Generator[tuple[Figure, Axes, Axes]]:
-    """Make a column of a paper's page: log-log axes over flat ones, a legend beside them."""
-    import matplotlib
-    from matplotlib.figure import Figure as NewFigure
-
-    with matplotlib.rc_context(STYLE):
-        page = NewFigure(figsize=(6.4, 4.6), layout="constrained")
-        upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-        yield page, upper, lower
-        upper.set_ylabel(plain(error_label))
-        upper.tick_params(labelbottom=False)
-        lower.set_xlabel(COMPUTE_LABEL)
-        page.legend(
-            *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
-        )
-        page.canvas  # noqa: B018 - a figure without pyplot makes its canvas at first use
-
-
 def figure(
     fit: Fit,
     *,
-    fit_label: str = "fit, 95% band",
     others: Mapping[str, Law] | None = None,
     predictions: Mapping[str, tuple[float, Prediction]] | None = None,
     reach: float | None = None,
     error_label: str = "error",
-    training_flops: float | None = 6e9,
     title: str = "",
 ) -> Figure:
     """Draw runs, frontier, fit and its band over the residuals, in one column of a paper's page.
 
     Args:
       fit: the law, and the runs.
-      fit_label: what the legend says about it.
       others: published laws to lay over, by label, in the same units.
       predictions: of runs not made: compute and what the fit says, by label.
       reach: compute to which the law is drawn; by default a little beyond the runs.
       error_label: of the vertical axis.
-      training_flops: of a unit of compute, for the axis on top; None leaves it out.
       title: above all.
     """
-    with _page(error_label) as (page, upper, lower):
-        panel(upper, fit, fit_label=fit_label, others=others, reach=reach)
+    import matplotlib
+    from matplotlib.figure import Figure as NewFigure
+
+    with matplotlib.rc_context(STYLE):
+        page = NewFigure(figsize=(6.4, 4.6), layout="constrained")
+        upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+        panel(upper, fit, others=others, reach=reach)
         for label, (compute, prediction) in (predictions or {}).items():
             _predicted(upper, label, compute, prediction)
         off = 100 * (fit.runs.error / fit.runs.under(fit.law) - 1)
         _points(lower, fit.runs, np.asarray(off), _in_fit(fit), 4.5)
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
+        lower.set_xlabel(COMPUTE_LABEL)
         lower.set_ylabel("off the law, %")
         lower.margins(y=0.15)
-        if training_flops is not None:
-            top = upper.secondary_xaxis(
-                "top", functions=(lambda c: c * training_flops, lambda f: f / training_flops)
-            )
-            top.set_xlabel("training FLOPs (3 × forward)")
+        top = upper.secondary_xaxis(
+            "top", functions=(lambda c: c * TRAINING_FLOPS, lambda f: f / TRAINING_FLOPS)
+        )
+        top.set_xlabel("training FLOPs (3 × forward)")
+        upper.set_ylabel(plain(error_label))
+        upper.tick_params(labelbottom=False)
         page.suptitle(plain(title))
-    return page
-
-
-def compared(families: Mapping[str, Fit], *, error_label: str = "error") -> Figure:
-    """Draw families' runs and laws, each at its best division of compute, over their ratios.
-
-    Below, each error is a multiple of the first family's, with the 95% band. Crossings are dashed.
-    """
-    names, fits = list(families), list(families.values())
-    sizes, first = sizes_of(fits), fits[0]
-    computes = np.concatenate([fit.runs.compute for fit in fits])
-    span = np.geomspace(computes.min() / 1.6, computes.max() * 1.6, 200)
-    with _page(error_label) as (page, upper, lower):
-        for name, fit, color in zip(names, fits, itertools.cycle((INK, *OTHERS)), strict=False):
-            upper.plot(
-                fit.runs.compute, fit.runs.error, linestyle="none", marker="o", markersize=4.5,
-                color=color, alpha=0.6, markeredgewidth=0,
-            )  # fmt: skip
-            law = fit.best(span, sizes)["error"]
-            _band(upper, span, law, color, label=plain(name))
-            if fit is first:
-                lower.axhline(0, color=color, linewidth=1)
-                continue
-            off = 100 * (np.array(ratios(first, fit, span))[:, 1:4] - 1)
-            _band(lower, span, Prediction(*off.T), color)
-            at = crossing(first, fit).compute
-            if at is not None and span[0] < at < span[-1]:
-                for axes in (upper, lower):
-                    axes.axvline(at, color=color, linewidth=0.8, dashes=(4, 3))
-        _log_axes(upper)
-        lower.set_xscale("log")
-        lower.set_ylabel(f"off {plain(names[0])}, %")
+        page.legend(
+            *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
+        )
+        page.canvas  # noqa: B018 - a figure without pyplot makes its canvas at first use
     return page
 
 
@@ -118,7 +73,6 @@ def panel(
     axes: Axes,
     fit: Fit,
     *,
-    fit_label: str = "fit, 95% band",
     others: Mapping[str, Law] | None = None,
     reach: float | None = None,
 ) -> None:
@@ -141,7 +95,7 @@ def panel(
             curve = fit.curve(np.full_like(samples, size), samples)
             _band(axes, samples * size, curve, color)
     else:
-        _band(axes, span, fit.curve(span, one), INK, label=fit_label)
+        _band(axes, span, fit.curve(span, one), INK, label="fit, 95% band")
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
                 fit.fitted.compute, fit.fitted.error, linestyle="none", marker="o", markersize=9,

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 
 from clip_jax.scaling import plots
 from clip_jax.scaling.laws import PowerLaw, Runs
-from clip_jax.scaling.uncertainty import Form, crossing, fit_law
+from clip_jax.scaling.uncertainty import Form, fit_law
 from tests.scaling.known import KNOWN, measured
 
 
@@ -30,14 +30,14 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     ahead = (1e13, fitted.predict(np.array(300.0), np.array(1e13 / 300)))
     page, same = (
         plots.figure(
-            fitted, fit_label="our law", others={"their law": PowerLaw(-0.1, 5.0)},
+            fitted, others={"their law": PowerLaw(-0.1, 5.0)},
             predictions={"what is next": ahead}, error_label="held-out loss", title="a $^ladder$",
         )
         for _ in range(2)
     )  # fmt: skip
     wanted = ["small", r"\$^medium\$", "large", "1e+06 pairs", "their law", "what is next"]
     wanted += ["held-out loss", r"a \$^ladder\$", "off the law, %", "training FLOPs (3 × forward)"]
-    wanted += ["our law", "least error of each bin"] if form == "power" else []
+    wanted += ["fit, 95% band", "least error of each bin"] if form == "power" else []
     assert {*wanted} <= {*words(page)}
     upper, lower = page.axes[:2]
     assert upper.get_xscale() == upper.get_yscale() == lower.get_xscale() == "log"
@@ -48,16 +48,3 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     assert png.read_bytes().startswith(b"\x89PNG")
     assert again.read_bytes() == svg.read_bytes()
     assert "small" in svg.read_text()
-
-
-def test_families_are_drawn_side_by_side():
-    runs = named()
-    better = runs._replace(error=runs.error * (runs.compute / 1e10) ** -0.05)
-    both = [fit_law("additive", x, "all", draws=20) for x in (runs, better)]
-    families = dict(zip(("first", "second"), both, strict=True))
-    page = plots.compared(families, error_label="held-out loss")
-    assert {"first", "second", "held-out loss", "off first, %"} <= {*words(page)}
-    at = crossing(*families.values()).compute
-    for axes in page.axes:
-        dashed = [line for line in axes.lines if list(line.get_ydata()) == [0, 1]]
-        assert [line.get_xdata() for line in dashed] == [[at, at]]
