@@ -31,7 +31,7 @@ from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
 
 SHOTS = (1, 2, 4, 8, 16)  # figure 6 of the paper
-LAMBDAS = np.logspace(-6, 6, 96)  # the paper's grid
+LAMBDAS = np.logspace(-6, 6, 96).tolist()  # the paper's grid
 _COARSE_STEP = 16  # of the grid's indices, in the first round of the search
 _CHECK_EVERY = 8  # L-BFGS steps between looks at the objective
 _HELD_OUT = 5  # one in so many, of a training set without a validation split
@@ -46,13 +46,12 @@ def probe(splits: Splits, seed: int = 0) -> Outcome:
     `seed` decides which training images stand in for a validation split. Missing where there is no
     training split; raises InputError where splits have other classes.
     """
-    train, validation, test, classes = _examples(splits, seed)
+    train, validation, (features, labels), classes = _examples(splits, seed)
     mesh = splits.encoder.mesh
     strength = search(train, validation, mesh, classes=classes)
     fitted = Problem(*_joined(train, validation), mesh, classes=classes).fit(strength)
-    values = classification(fitted.logits(test[0]), test[1])
-    values = {f"linear_probe/{name}": value for name, value in values.items()}
-    return Outcome("linear_probe", values | {"linear_probe/lambda": strength})
+    values = classification(fitted.logits(features), labels) | {"lambda": strength}
+    return Outcome("linear_probe", {f"linear_probe/{name}": x for name, x in values.items()})
 
 
 def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Outcome:
@@ -60,15 +59,15 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 
     `seed` also decides which images these are; Missing and InputError as for `probe`.
     """
-    train, validation, test, classes = _examples(splits, seed)
+    (features, labels), validation, test, classes = _examples(splits, seed)
     mesh, values = splits.encoder.mesh, {}
-    fewest = np.bincount(train[1], minlength=classes).min()
+    fewest = np.bincount(labels, minlength=classes).min()
     for k in shots:
         if k > fewest:
             say(f"{splits.name}: few-shot of {k} left out: a class has fewer training images")
             continue
-        rows = few_per_class(train[1], k, np.random.default_rng([seed, k]))
-        few = train[0][rows], train[1][rows]
+        rows = few_per_class(labels, k, np.random.default_rng([seed, k]))
+        few = features[rows], labels[rows]
         strength = search(few, validation, mesh, classes=classes)
         fitted = Problem(*few, mesh, classes=classes).fit(strength)
         values[f"few_shot/{k}"] = fitted.accuracy(*test)
@@ -150,13 +149,8 @@ class Problem:
         self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], mesh: Mesh,
         *, classes: int | None = None,
     ) -> None:  # fmt: skip
-        count = len(features)
-        self._classes = int(labels.max()) + 1 if classes is None else classes
-        if count != len(labels) or count < 2 or labels.min() < 0 or labels.max() >= self._classes:
-            raise InputError(
-                f"{count} features need as many labels (got {len(labels)}), two at least, in 0 to "
-                f"{self._classes - 1}."
-            )
+        self._classes = classes or int(labels.max()) + 1
+        self._count = count = len(features)
         features = np.asarray(features, np.float32)
         self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
         centred = features - self._mean
@@ -167,11 +161,9 @@ class Problem:
 
         shards = sharding.batch_shards(mesh)
         padded = -(-count // shards) * shards
-        split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-
+        split, self._replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         rows = (centred @ self._axes, labels.astype(np.int32), np.ones(count, bool))
         self._data = tuple(sharding.put_rows(part, padded, split) for part in rows)
-        self._count, self._replicated = count, replicated
         self._start = np.zeros((features.shape[1] + 1, self._classes), np.float32)
 
     def fit(self, strength: float, *, max_steps: int = 1_000, tolerance: float = 2e-7) -> Probe:
@@ -220,9 +212,7 @@ def _solve(
     def step(carry: Any) -> Any:
         x, state, before, count, _ = carry
         value, grad = value_and_grad(x, state=state)
-        updates, state = solver.update(
-            grad, state, x, value=value, grad=grad, value_fn=objective
-        )  # fmt: skip
+        updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=objective)
         # Progress since the last look; looks are rare, since a single step may stand still.
         looking = count % _CHECK_EVERY == 0
         going = ~looking | (before - value > tolerance * jnp.abs(value))
@@ -238,13 +228,9 @@ def _solve(
 
 
 def search(
-    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
-    validation: tuple[Float[np.ndarray, "V D"], Int[np.ndarray, " V"]],
-    mesh: Mesh,
-    *,
-    lambdas: Sequence[float] | Float[np.ndarray, " lambdas"] = LAMBDAS,
+    train: Part, validation: Part, mesh: Mesh, *, lambdas: Sequence[float] = LAMBDAS,
     classes: int | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Return the λ with the best validation accuracy: a coarse grid, then finer around its peak.
 
     Equal accuracies go to the larger λ, the simpler model. Large λ come first in each round, since
@@ -255,18 +241,16 @@ def search(
             "λ is chosen by validation images, and no training image can be spared for them; add "
             "images, or a validation split."
         )
-    lambdas = np.asarray(lambdas)
-    classes = classes or int(max(train[1].max(), validation[1].max())) + 1
     problem = Problem(*train, mesh, classes=classes)
     accuracies: dict[int, float] = {}
     step = min(_COARSE_STEP, len(lambdas))
     ask = {*range(0, len(lambdas), step), len(lambdas) - 1}
     while True:
         for index in sorted(ask - accuracies.keys(), reverse=True):
-            accuracies[index] = problem.fit(float(lambdas[index])).accuracy(*validation)
+            accuracies[index] = problem.fit(lambdas[index]).accuracy(*validation)
         best = max(accuracies, key=lambda i: (accuracies[i], i))
         if step == 1:
-            return float(lambdas[best])
+            return lambdas[best]
         step = max(step // 2, 1)
         ask = {i for i in (best - step, best + step) if 0 <= i < len(lambdas)}
 
@@ -274,47 +258,34 @@ def search(
 def few_per_class(
     labels: Int[np.ndarray, " B"], k: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " some"]:
-    """Draw the indices of k samples of each class. InputError names a class that has fewer."""
-    counts = np.bincount(labels)
-    scarce = np.flatnonzero((counts > 0) & (counts < k))
-    if len(scarce):
-        raise InputError(f"class {scarce[0]} has {counts[scarce[0]]} samples, fewer than {k}.")
+    """Draw the indices of k samples of each class, or of all where there are fewer."""
     order = rng.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    starts = np.cumsum(counts) - counts
-    return np.concatenate([by_class[s : s + k] for s, n in zip(starts, counts, strict=True) if n])
+    classes = np.split(by_class, np.cumsum(np.bincount(labels)))
+    return np.concatenate([rows[:k] for rows in classes])
 
 
 def nearest_neighbours(
-    train: tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]],
-    test_features: Float[np.ndarray, "T D"],
-    mesh: Mesh,
-    *,
-    k: int = 20,
+    train: Part, test_features: Float[np.ndarray, "T D"], mesh: Mesh, *, k: int = 20,
     batch_size: int = 1_024,
-) -> Int[np.ndarray, " T"]:
+) -> Int[np.ndarray, " T"]:  # fmt: skip
     """Label each test row by the vote of its k nearest training rows in cosine similarity.
 
     Equal votes go to the smallest label, as in scikit-learn.
     """
     features, labels = train
-    if not 1 <= k <= len(features):
-        raise InputError(f"k={k} neighbours must be from 1 to the {len(features)} training rows.")
-    replicated, classes = sharding.replicated(mesh), int(labels.max()) + 1
     rows, queries = (l2_normalize(np.asarray(x, np.float32)) for x in (features, test_features))
+    replicated, classes = sharding.replicated(mesh), int(labels.max()) + 1
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def vote(known: Any, queries: Float[Array, "T D"]) -> Int[Array, " T"]:
+        rows, labels = known
+        similarity = jnp.einsum("TD,BD->TB", queries, rows, precision="highest")
+        _, nearest = jax.lax.top_k(similarity, k)
+        return jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1).argmax(1)
+
     known = jax.device_put((rows, labels.astype(np.int32)), replicated)
-    vote = lambda known, queries: _vote(queries, *known, k, classes, mesh)  # noqa: E731
     return sharding.in_batches(vote, mesh, known, queries, batch_size=batch_size)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _vote(
-    rows: Float[Array, "T D"], known: Float[Array, "B D"], labels: Int[Array, " B"],
-    k: int, classes: int, mesh: Mesh,
-) -> Int[Array, " T"]:  # fmt: skip
-    _, nearest = jax.lax.top_k(jnp.einsum("TD,BD->TB", rows, known, precision="highest"), k)
-    votes = jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1).argmax(1)
-    return jax.lax.with_sharding_constraint(votes, sharding.replicated(mesh))
 
 
 def probe_features(

@@ -5,8 +5,6 @@ best right one, so ties count against the model: features that are all the same 
 The similarity matrix is computed in blocks of queries, once for each direction.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,20 +72,17 @@ def _ranks(
     mesh: Mesh,
 ) -> Int[np.ndarray, " Q"]:
     """`right` has the indices of each query's right candidates, filled up with −1."""
+    rank = jax.jit(_rank, out_shardings=sharding.replicated(mesh))
     known = jax.device_put(candidates, sharding.replicated(mesh))
     rows = _ROWS * sharding.batch_shards(mesh)
-    rank = lambda known, *rows: _rank(*rows, known, mesh)  # noqa: E731
     return sharding.in_batches(rank, mesh, known, queries, right, batch_size=rows)
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def _rank(
-    queries: Float[Array, "Q E"], right: Int[Array, "Q K"], candidates: Float[Array, "C E"],
-    mesh: Mesh,
-) -> Int[Array, " Q"]:  # fmt: skip
+    candidates: Float[Array, "C E"], queries: Float[Array, "Q E"], right: Int[Array, "Q K"]
+) -> Int[Array, " Q"]:
     similarity = jnp.einsum("QE,CE->QC", queries, candidates, precision="highest")
     own = jnp.take_along_axis(similarity, jnp.maximum(right, 0), axis=1)
     own = jnp.where(right >= 0, own, -jnp.inf)
     best = own.max(axis=1, keepdims=True)
-    rank = 1 + (similarity >= best).sum(axis=1, dtype=jnp.int32) - (own >= best).sum(axis=1)
-    return jax.lax.with_sharding_constraint(rank, sharding.replicated(mesh))
+    return 1 + (similarity >= best).sum(axis=1, dtype=jnp.int32) - (own >= best).sum(axis=1)

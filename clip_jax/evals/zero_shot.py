@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from clip_jax import processes
 from clip_jax.display import Display
@@ -146,29 +146,26 @@ def classification(
     if logits.shape[1] >= 5:
         values["acc5"] = top_k_accuracy(logits, labels, 5)
     if logits.shape[1] == 2 and 0 < labels.sum() < len(labels):
-        values["roc_auc"] = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
+        margins = (logits[:, 1] - logits[:, 0]).astype(np.float64)
+        above, below = margins[labels == 1], margins[labels == 0]
+        wins = mannwhitneyu(above, below, method="asymptotic").statistic  # a tie is half a win
+        values["roc_auc"] = float(wins / (len(above) * len(below)))
     return values | {"mean_per_class_recall": float(per_class[np.unique(labels)].mean())}
 
 
-def average_precision(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
-    """Return the mean, over the true samples, of the precision among those ranked as high."""
-    ordered = truth[np.argsort(-scores, kind="stable")]
-    precision = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
-    return float(precision[ordered].sum() / max(ordered.sum(), 1))
-
-
-def average_precision_11(
+def average_precisions(
     scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]
-) -> float:  # fmt: skip
-    """Return VOC2007's: the mean of the best precision from each recall of 0, 0.1, ..., 1 on.
+) -> tuple[float, float]:
+    """Return the mean, over the true samples, of the precision among those ranked as high; and
+    VOC2007's, the mean of the best precision from each recall of 0, 0.1, ..., 1 on.
 
     Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", 2010, section 4.2.
     """
     ordered = truth[np.argsort(-scores, kind="stable")]
     hits = np.cumsum(ordered)
-    precision, recall = hits / np.arange(1, len(ordered) + 1), hits / max(ordered.sum(), 1)
-    best = [precision[recall >= step / 10 - 1e-9].max(initial=0) for step in range(11)]
-    return float(np.mean(best))
+    precision, recall = hits / np.arange(1, len(ordered) + 1), hits / ordered.sum()
+    best = [precision[recall >= step / 10 - 1e-9].max() for step in range(11)]
+    return float(precision[ordered].mean()), float(np.mean(best))
 
 
 def multi_label(
@@ -179,22 +176,10 @@ def multi_label(
     Truth is 1, −1, or 0 for an image that does not count for a class (VOC: only difficult objects).
     The CLIP paper reports VOC2007 by the latter (table 9).
     """
-    values = {}
-    for name, measure in (
-        ("mean_average_precision", average_precision),
-        ("mean_average_precision_11", average_precision_11),
-    ):
-        of_class = [
-            measure(scores[real != 0], real[real != 0] > 0)
-            for scores, real in zip(logits.T, truth.T, strict=True)
-            if (real > 0).any()
-        ]
-        values[name] = float(np.mean(of_class))
-    return values
-
-
-def roc_auc(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
-    """Return how often a true sample scores above a false one; ties count half."""
-    count = truth.sum()
-    above = rankdata(scores)[truth].sum() - count * (count + 1) / 2
-    return float(above / (count * (len(truth) - count)))
+    of_classes = [
+        average_precisions(scores[real != 0], real[real != 0] > 0)
+        for scores, real in zip(logits.T, truth.T, strict=True)
+        if (real > 0).any()
+    ]
+    plain, eleven = np.mean(of_classes, axis=0)
+    return {"mean_average_precision": float(plain), "mean_average_precision_11": float(eleven)}

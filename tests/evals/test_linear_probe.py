@@ -52,11 +52,11 @@ def test_the_optimum_is_scikit_learns(digits, strength, mesh):
 
 def test_the_search_ends_at_the_best_of_the_grid(digits):
     train, validation, _ = digits
-    grid = np.logspace(-1, 4, 12)
+    grid = np.logspace(-1, 4, 12).tolist()
     problem = probe.Problem(*train, mesh_of(1))
-    accuracies = [problem.fit(float(x)).accuracy(*validation) for x in grid]
+    accuracies = [problem.fit(x).accuracy(*validation) for x in grid]
     best = probe.search(train, validation, mesh_of(1), lambdas=grid)
-    assert accuracies[list(grid).index(best)] == max(accuracies)
+    assert accuracies[grid.index(best)] == max(accuracies)
     assert min(accuracies) < max(accuracies)
     some, none = ((np.eye(4, dtype=np.float32)[:n], np.arange(n)) for n in (4, 0))
     assert probe.search(some, some, mesh_of(1), lambdas=[0.1, 1, 10]) == 10  # all are right
@@ -64,13 +64,13 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
         probe.search(some, none, mesh_of(1))
 
 
-def test_few_per_class_draws_evenly_and_names_what_is_scarce():
+def test_few_per_class_draws_evenly():
     labels = np.array([0, 3, 3, 0, 1, 1, 1, 3])
     some = probe.few_per_class(labels, 2, np.random.default_rng(0))
     np.testing.assert_array_equal(np.bincount(labels[some]), [2, 2, 0, 2])
     assert len(set(some)) == len(some)
-    with pytest.raises(ValueError, match="class 0 has 2 samples, fewer than 3"):
-        probe.few_per_class(labels, 3, np.random.default_rng(0))
+    more = probe.few_per_class(labels, 3, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.bincount(labels[more]), [2, 3, 0, 3])
 
 
 @pytest.mark.parametrize(("devices", "k"), [(1, 1), (8, 20)])
@@ -120,7 +120,7 @@ def without_validation(split):
 @pytest.fixture
 def search():
     """Probes try three λ, not 96."""
-    few = functools.partial(probe.search, lambdas=np.logspace(-2, 2, 3))
+    few = functools.partial(probe.search, lambdas=[0.01, 1.0, 100.0])
     with mock.patch.object(probe, "search", autospec=True, side_effect=few) as fake:
         yield fake
 
