@@ -112,28 +112,23 @@ SUITE = (
 )  # fmt: skip
 
 
-def published(name: str) -> tuple[float, ...]:
-    """Return what OpenAI's `OPENAI_MODELS` reach on a data set, by open_clip's measurement."""
-    return _published().get(name, ())
-
-
 @functools.cache
-def _published() -> dict[str, tuple[float, ...]]:
+def published() -> dict[str, tuple[float, ...]]:
+    """Return what OpenAI's `OPENAI_MODELS` reach by data set, as open_clip measured it."""
     text = resources.files("clip_jax.evals").joinpath("openai_results.csv").read_text()
     rows = csv.reader(text.splitlines()[1:])
     return {name: tuple(float(x) for x in values) for name, _, *values in rows}
 
 
-# In many languages: the folders where each may be, and its source.
-_CAPTIONS = {
-    "xtd10": (("xtd10", "multilingual_mscoco"), "adobe-research/Cross-lingual-Test-Dataset-XTD10"),
-    "xtd200": (("xtd200",), "visheratin/nllb-clip, data/xtd200"),
-    "flickr30k-200": (("flickr30k-200",), "visheratin/nllb-clip, data/flickr30k-200"),
-    "crossmodal3600": (("crossmodal3600", "xm3600"), "google.github.io/crossmodal-3600"),
+_CAPTIONS = {  # in many languages: the sources
+    "xtd10": "adobe-research/Cross-lingual-Test-Dataset-XTD10",
+    "xtd200": "visheratin/nllb-clip, data/xtd200",
+    "flickr30k-200": "visheratin/nllb-clip, data/flickr30k-200",
+    "crossmodal3600": "google.github.io/crossmodal-3600",
 }
 _ROWS = {row.name: row for row in SUITE}
 _NAMES = (*_ROWS, languages.BABEL, *_CAPTIONS)
-_KINDS = ("folder", "webdataset", "aro", "sugar_crepe", "languages")
+_KINDS = ("folder", "webdataset", "languages")
 
 
 def data_sets(
@@ -148,18 +143,18 @@ def data_sets(
     opened: dict[str, OpenSplit] = {}
     for text in names or _ROWS:
         kind, _, path = text.partition(":")
-        if not path and text not in _NAMES:
+        if path and kind in _KINDS:
+            own = files.as_path(path)
+            name = Path(str(own)).absolute().name
+            open_split = functools.partial(_open_own, kind, own, name, codes)
+        elif text in _NAMES:
+            name = text
+            open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
+        else:
             raise InputError(
                 f"no data set {text!r}; say {', '.join(f'{k}:PATH' for k in _KINDS)} or one of "
                 f"{', '.join(_NAMES)}."
             )
-        if path:
-            own = files.as_path(path)
-            name = _name(own) if own.is_dir() else own.stem
-            open_split = functools.partial(_open_own, kind, own, codes)
-        else:
-            name = text
-            open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
         open_split = functools.cache(open_split)
         try:
             open_split("test")  # wrong use is said before a model is loaded
@@ -178,30 +173,17 @@ def data_sets(
     return opened
 
 
-def _name(folder: AnyPath) -> str:
-    return folder.absolute().name if isinstance(folder, Path) else folder.name
-
-
-def _open_own(kind: str, path: AnyPath, codes: Sequence[str], split: Split) -> Data:
+def _open_own(kind: str, path: AnyPath, name: str, codes: Sequence[str], split: Split) -> Data:
     """Open somebody's own data of a kind. Missing where it has no such split."""
-    if kind not in _KINDS:
-        raise InputError(
-            f"--dataset {kind}:{path} is of no known kind; say {', '.join(_KINDS)}, as in "
-            "folder:PATH."
-        )
-    if kind in ("folder", "webdataset"):
-        part = split_folder(path, split)
-        if part is None:
-            raise Missing(f"{path} has no {split} split; put it in {path / split}.")
-        if kind == "folder":
-            return open_folder(part, name=_name(path))
-        return open_webdataset(path, split="test" if part == path else part.name)
-    _check_is_test(str(path), split)
-    if kind == "aro":
-        return open_aro(path, path.parent / "images")
     if kind == "languages":
+        _check_is_test(str(path), split)
         return languages.open_translated(path, codes)
-    return open_sugar_crepe(path)
+    part = split_folder(path, split)
+    if part is None:
+        raise Missing(f"{path} has no {split} split; put it in {path / split}.")
+    if kind == "folder":
+        return open_folder(part, name=name)
+    return open_webdataset(path, split="test" if part == path else part.name)
 
 
 def _check_is_test(name: str, split: Split) -> None:
@@ -222,11 +204,10 @@ def open_languages(name: str, root: AnyPath, codes: Sequence[str] = ()) -> Trans
         imagenet = open_data_set(_ROWS["imagenet1k"], root)
         assert isinstance(imagenet, Labelled)
         return languages.open_babel(imagenet, languages.babel_folder(root), codes)
-    folders, source = _CAPTIONS[name]
-    for folder in (root / x for x in folders):
-        if folder.is_dir():
-            return languages.open_translated(folder, codes)
-    raise Missing(f"{name} is not in {root}: put {source} in {root / folders[0]}, images/ there.")
+    folder = root / name
+    if not folder.is_dir():
+        raise Missing(f"{name} is not in {root}: put {_CAPTIONS[name]} in {folder}, images/ there.")
+    return languages.open_translated(folder, codes)
 
 
 def open_data_set(row: DataSet, root: AnyPath, split: Split = "test") -> Data:

@@ -16,7 +16,7 @@ from PIL import Image
 from clip_jax.data.images import ImageLike, decode
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.errors import InputError
-from clip_jax.evals.datasets import Contrasted, read_json
+from clip_jax.evals.datasets import Contrasted, checked, read_json
 from clip_jax.storage.files import AnyPath, matching
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
@@ -37,7 +37,11 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
     shape.
     """
     cases = read_json(annotations)
-    try:
+    layout = (
+        "ARO's format: a list of cases with image_path, bbox_x, bbox_y, bbox_w, bbox_h, "
+        "true_caption, false_caption and relation_name or attributes"
+    )
+    with checked(annotations, layout):
         rows = [
             (
                 images / case["image_path"],
@@ -47,12 +51,6 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
             )
             for case in cases
         ]
-    except (KeyError, TypeError, ValueError, OverflowError, SampleError) as error:
-        raise InputError(
-            f"{annotations} is not in ARO's format: a list of cases with image_path, bbox_x, "
-            "bbox_y, bbox_w, bbox_h, true_caption, false_caption and relation_name or attributes "
-            f"({error!r})."
-        ) from error
     relations = bool(cases) and "relation_name" in cases[0]
 
     def load(index: int) -> tuple[ImageLike, tuple[str, str]]:
@@ -79,16 +77,11 @@ def open_sugar_crepe(folder: AnyPath) -> Contrasted:
     rows = []
     for file in matching(folder, "*.json"):
         content = read_json(file)
-        try:
+        with checked(file, "SugarCrepe's format: cases with filename, caption, negative_caption"):
             rows += [
                 (images / case["filename"], (case["caption"], case["negative_caption"]), file.stem)
                 for case in (content.values() if isinstance(content, dict) else content)
             ]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{file} is not in SugarCrepe's format: cases with filename, caption and "
-                f"negative_caption ({error!r})."
-            ) from error
     if not rows:
         raise InputError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
     groups = [row[2] for row in rows]

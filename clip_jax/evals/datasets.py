@@ -1,7 +1,8 @@
 """Labelled images and captioned images on disk, in the layouts that evaluators meet."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -258,16 +259,12 @@ def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
     Raises InputError for a file of another shape. Images without a caption are left out.
     """
     content = read_json(annotations)
-    try:
+    layout = "COCO's format: images with id and file_name, annotations with image_id and caption"
+    captions: dict[Any, list[str]] = {}
+    with checked(annotations, layout):
         files = {row["id"]: images / row["file_name"] for row in content["images"]}
-        captions: dict[Any, list[str]] = {}
         for row in content["annotations"]:
             captions.setdefault(row["image_id"], []).append(text_of(row["caption"]))
-    except (KeyError, TypeError, SampleError) as error:
-        raise InputError(
-            f"{annotations} is not in COCO's format: images with id and file_name, annotations "
-            f"with image_id and caption ({error!r})."
-        ) from error
     if unlisted := [key for key in captions if key not in files]:
         raise InputError(
             f"{annotations} has captions of {len(unlisted)} images that it does not list, such as "
@@ -283,6 +280,18 @@ def read_json(path: AnyPath) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
+
+
+_WRONG = (AttributeError, LookupError, OverflowError, SampleError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def checked(path: AnyPath, layout: str) -> Generator[None]:
+    """Raise InputError where something that a layout has is missing or of another type."""
+    try:
+        yield
+    except _WRONG as error:
+        raise InputError(f"{path} is not in {layout} ({error!r}).") from error
 
 
 # Of the digits' captions, those that say the number in words.
@@ -315,10 +324,8 @@ def open_digits(
 
 
 def _class_names(folder: AnyPath) -> list[str]:
-    path = folder / "classnames.txt"
-    if not path.exists():
-        raise InputError(f"there is no {path}; it has one class name a line.")
-    return prompts.read_text(path).splitlines()  # CLEVR has a class without a name
+    # One a line; CLEVR has a class without a name.
+    return prompts.read_text(folder / "classnames.txt").splitlines()
 
 
 def _spaced(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.errors import InputError
-from clip_jax.evals.datasets import Labelled, Missing, Translated, read_json
+from clip_jax.evals.datasets import Labelled, Missing, Translated, checked, read_json
 from clip_jax.evals.prompts import read_text
 from clip_jax.storage.files import AnyPath, as_path, walk
 
@@ -44,7 +44,11 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
     A language names some of the 1,000 classes: the others' images are left out of its numbers.
     """
     texts = [read_json(folder / file) for file in _BABEL_FILES]
-    try:
+    layout = (
+        "Babel-ImageNet's format: by language classes and their names, and prompts with {} for "
+        "the class"
+    )
+    with checked(folder, layout):
         known, prompts = ({code.lower(): x for code, x in part.items()} for part in texts)
         numbers = {code: [int(x) for x in row[0]] for code, row in known.items()}
         names = {code: [str(x) for x in row[1]] for code, row in known.items()}
@@ -53,11 +57,6 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
         for code, classes in numbers.items():
             if len(names[code]) != len(classes) or not 0 <= min(classes) <= max(classes) <= last:
                 raise ValueError(f"{code}: as many names as classes, which are 0 to {last}")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder} is not in Babel-ImageNet's format: by language classes and their names, and "
-            f"prompts with {{}} for the class ({error!r})."
-        ) from error
     chosen = _chosen(BABEL, [code for code in names if code in prompts], languages)
     of_class = {code: {c: i for i, c in enumerate(numbers[code])} for code in chosen}
     return Translated(
@@ -88,17 +87,13 @@ def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translate
 
 
 def _crossmodal(file: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
-    try:
+    layout = "Crossmodal-3600's format: lines of image/key and, by language, a caption"
+    with checked(file, layout):
         rows = [json.loads(line) for line in _lines(file)]
         captions = [
             {code: [x["caption"][0]] for code, x in row.items() if "caption" in x} for row in rows
         ]
         return [f"{row['image/key']}.jpg" for row in rows], captions
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{file} is not in Crossmodal-3600's format: lines of image/key and, by language, "
-            f"caption with one at least ({error!r})."
-        ) from error
 
 
 def _lines_of(folder: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:

@@ -67,7 +67,7 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
     ]
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
-        beside = published(name) if outcome.task.startswith("zeroshot") else ()
+        beside = published().get(name, ()) if outcome.task.startswith("zeroshot") else ()
         cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
         cells += [""] * (len(OPENAI_MODELS) + 1 - len(cells))
         lines.append(f"| {name} | {metric} | " + " | ".join(cells) + " |")

@@ -25,9 +25,8 @@ class SuiteConfig:
 
     # Data sets: names of the CLIP paper's; in many languages babel_imagenet, xtd10, xtd200,
     # flickr30k-200, crossmodal3600; or your own, as folder:PATH (one folder per class, optionally
-    # below train/, val/ and test/), webdataset:PATH (CLIP_benchmark's tars), aro:FILE.json (images/
-    # beside it), sugar_crepe:PATH, languages:PATH (captions in several languages). Empty: the
-    # CLIP paper's.
+    # below train/, val/ and test/), webdataset:PATH (CLIP_benchmark's tars), languages:PATH
+    # (captions in several languages). Empty: the CLIP paper's.
     dataset: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()  # Languages by the data set's own codes. Empty: all.
     data_dir: str = "data"  # Folder of the named data sets, local or in a bucket.

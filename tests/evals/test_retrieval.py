@@ -54,11 +54,7 @@ def test_identical_embeddings_retrieve_nothing():
     assert values["image_retrieval_recall@10"] == values["text_retrieval_recall@10"] == 0
 
 
-def test_wrong_indices_are_explained(task):
+def test_an_image_without_a_caption_is_named(task):
     images, texts, owner = task
     with pytest.raises(ValueError, match="image 37 has no caption"):
         retrieval.ranks(np.concatenate([images, images[:1]]), texts, owner, mesh_of(1))
-    with pytest.raises(ValueError, match="0 to 36"):
-        retrieval.ranks(images, texts, owner + 1, mesh_of(1))
-    with pytest.raises(ValueError, match="as many image indices"):
-        retrieval.ranks(images, texts[1:], owner, mesh_of(1))
