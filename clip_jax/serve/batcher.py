@@ -16,15 +16,6 @@ class Full(Exception):
     """More rows are waiting than the queue may hold."""
 
 
-class _Job:
-    """Rows that were asked for at once, and how many of them are still to come."""
-
-    def __init__(self, count: int) -> None:
-        self.future: Future[Float[np.ndarray, "B E"]] = Future()
-        self.done: list[np.ndarray | None] = [None] * count
-        self.left = count
-
-
 class Batcher:
     """One thread that computes whatever is waiting, at most `batch_size` rows at a time.
 
@@ -46,7 +37,7 @@ class Batcher:
         self._compute, self._batch_size, self._observe = compute, batch_size, observe
         self.capacity, self._linger, self._last = capacity, linger, 0
         self._clock = clock
-        self._waiting: deque[tuple[_Job, int, Any]] = deque()
+        self._waiting: deque[tuple[Future[Float[np.ndarray, " E"]], Any]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -56,15 +47,15 @@ class Batcher:
         """How many rows are waiting."""
         return len(self._waiting)
 
-    def submit(self, rows: Sequence[Any]) -> Future[Float[np.ndarray, "B E"]]:
+    def submit(self, rows: Sequence[Any]) -> list[Future[Float[np.ndarray, " E"]]]:
         """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
-        job = _Job(len(rows))
+        futures: list[Future] = [Future() for _ in rows]
         with self._changed:
             if self._closed or len(self._waiting) + len(rows) > self.capacity:
                 raise Full(f"{len(self._waiting)} rows are waiting, of at most {self.capacity}")
-            self._waiting.extend((job, i, row) for i, row in enumerate(rows))
+            self._waiting.extend(zip(futures, rows, strict=True))
             self._changed.notify()
-        return job.future
+        return futures
 
     def close(self) -> None:
         """Compute what is waiting, take nothing more, and end the thread."""
@@ -75,24 +66,20 @@ class Batcher:
 
     def _run(self) -> None:
         while taken := self._take():
-            taken = [x for x in taken if not x[0].future.done()]  # given up, or failed
+            taken = [x for x in taken if x[0].set_running_or_notify_cancel()]  # not given up
             if not taken:
                 continue
             try:
-                features = self._compute([row for _, _, row in taken])
+                features = self._compute([row for _, row in taken])
                 self._observe(len(taken))
             except Exception as error:  # whoever waits has to know
-                for job in {id(job): job for job, _, _ in taken}.values():
-                    if job.future.set_running_or_notify_cancel():
-                        job.future.set_exception(error)
-                continue
-            for (job, i, _), row in zip(taken, features, strict=True):
-                job.done[i] = row
-                job.left -= 1
-                if not job.left and job.future.set_running_or_notify_cancel():
-                    job.future.set_result(np.stack([x for x in job.done if x is not None]))
+                for future, _ in taken:
+                    future.set_exception(error)
+            else:
+                for (future, _), row in zip(taken, features, strict=True):
+                    future.set_result(row)
 
-    def _take(self) -> list[tuple[_Job, int, Any]]:
+    def _take(self) -> list[tuple[Future, Any]]:
         """Wait for rows; take as many as fill a batch well. None: closed, and nothing is left."""
         with self._changed:
             while not self._waiting and not self._closed:

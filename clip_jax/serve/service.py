@@ -180,7 +180,7 @@ class Service:
         finally:
             for future in work:
                 future.cancel()
-        return await asyncio.wrap_future(batcher.submit(rows))
+        return np.stack(await asyncio.gather(*map(asyncio.wrap_future, batcher.submit(rows))))
 
     def _image(self, index: int, encoded: str) -> Images:
         try:
@@ -212,17 +212,12 @@ def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
         raise Answer(400, f"{name} is a list of strings.")
-    if not all(_is_text(x) for x in value):
-        raise Answer(400, f"{name} has half of a surrogate pair, which is no character.")
-    return value
-
-
-def _is_text(value: str) -> bool:
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        "".join(value).encode()
+    except UnicodeEncodeError as error:
+        message = f"{name} has half of a surrogate pair, which is no character."
+        raise Answer(400, message) from error
+    return value
 
 
 class Metrics:

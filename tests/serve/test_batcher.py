@@ -14,13 +14,18 @@ def twice(rows):
     return 2 * np.stack(rows)
 
 
+def result(futures):
+    """All rows of one request."""
+    return np.stack([future.result(30) for future in futures])
+
+
 def test_every_thread_gets_its_own_rows():
     sizes = []
     batcher = Batcher(twice, 8, 10_000, sizes.append)
 
     def ask(i):
         rows = [np.full(3, 10 * i + k, np.float32) for k in range(i % 4 + 1)]
-        found = batcher.submit(rows).result(30)
+        found = result(batcher.submit(rows))
         np.testing.assert_array_equal(found, 2 * np.stack(rows))
 
     with ThreadPoolExecutor(16) as threads:
@@ -46,8 +51,8 @@ def test_what_waits_is_bounded_and_computed_together():
     with pytest.raises(Full, match="6 rows are waiting, of at most 6"):
         batcher.submit([np.zeros(1, np.float32)])
     go.set()
-    assert [float(future.result(30)[1, 0]) for future in waiting] == [0, 1, 2]
-    assert first.result(30).shape == (1, 1)
+    assert [float(result(futures)[1, 0]) for futures in waiting] == [0, 1, 2]
+    assert result(first).shape == (1, 1)
     batcher.close()
     assert sizes == [1, 4, 2]
     with pytest.raises(Full):
@@ -59,16 +64,16 @@ def test_those_who_ask_again_are_computed_together():
     batcher = Batcher(twice, 8, 10, sizes.append, linger=600, clock=clock)
     row = np.ones(1, np.float32)
     for rows in (1, 1, 4):  # nobody has to be waited for
-        batcher.submit([row] * rows).result(30)
-    for future in [batcher.submit([row]) for _ in range(4)]:
-        future.result(30)
-    alone = batcher.submit([row])
+        result(batcher.submit([row] * rows))
+    for futures in [batcher.submit([row]) for _ in range(4)]:
+        result(futures)
+    [alone] = batcher.submit([row])
     clock.until_waiting()
     assert not alone.done()
     clock.advance(600)  # three more have not come
     assert alone.result(30) == 2
-    batcher.submit([row] * 4).result(30)
-    last = batcher.submit([row])
+    result(batcher.submit([row] * 4))
+    [last] = batcher.submit([row])
     batcher.close()  # ends the wait too
     assert last.result(30) == 2
     assert sizes == [1, 1, 4, 4, 1, 4, 1]
@@ -82,8 +87,8 @@ def test_an_error_reaches_who_asked_and_no_one_later():
 
     batcher = Batcher(compute, 4, 10)
     with pytest.raises(ValueError, match="too large"):
-        batcher.submit([np.full(1, 6, np.float32)] * 6).result(30)
-    assert batcher.submit([np.ones(1, np.float32)]).result(30).sum() == 1
+        result(batcher.submit([np.full(1, 6, np.float32)] * 6))
+    assert result(batcher.submit([np.ones(1, np.float32)])).sum() == 1
     batcher.close()
 
 
