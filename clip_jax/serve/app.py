@@ -21,6 +21,7 @@ from clip_jax.serve.service import Answer, Service
 
 MIB = 1 << 20
 HEADER_SECONDS = 10.0  # in which the headers of a request have to arrive
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
 _DROPPED = 4  # times the longest body are read of one that is refused
 
 
@@ -69,32 +70,27 @@ class _Paths:
 
     async def answer(self, request: Request) -> Response:
         """Answer one of the paths that compute."""
-        started, path = CLOCK.now(), request.url.path
-        headers: dict[str, str] = {}
+        started, path, service = CLOCK.now(), request.url.path, self._service
         status, content = 200, {}
         try:
-            values, size = await self._read(request)
+            body = await self._read(request)
+            service.bytes_waiting += len(body)
             try:
+                loop = asyncio.get_running_loop()
+                values = await loop.run_in_executor(service.threads, _parse, body)
                 content = await self.work[path](values)
             finally:
-                self._service.bytes_waiting -= size
-        except Answer as error:
-            status, content = error.status, {"error": str(error)}
-            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        except InputError as error:
-            status, content = 400, {"error": str(error)}
+                service.bytes_waiting -= len(body)
+        except (Answer, Full, InputError) as error:
+            status, content = getattr(error, "status", 400), {"error": str(error)}
         except ClientDisconnect:
             status = 499  # which nobody reads
-        except Full:
-            status, content = 429, {"error": "the queue is full; try again in a moment."}
-            headers = {"Retry-After": "1"}
-        metrics = self._service.metrics
-        metrics.requests.labels(path, status).inc()
-        metrics.seconds.labels(path).observe(CLOCK.now() - started)
-        return JSONResponse(content, status, headers)
+        service.metrics.requests.labels(path, status).inc()
+        service.metrics.seconds.labels(path).observe(CLOCK.now() - started)
+        return JSONResponse(content, status, _HEADERS.get(status))
 
-    async def _read(self, request: Request) -> tuple[dict[str, Any], int]:
-        """Read the body, counted in `bytes_waiting`, and the object that it is.
+    async def _read(self, request: Request) -> bytes:
+        """Read the body.
 
         One that is refused is read on for a while and dropped: a connection that is closed before
         is reset, and its client does not see why.
@@ -115,7 +111,9 @@ class _Paths:
                     if size > most:
                         refusal = refusal or too_long
                     elif service.bytes_waiting + size > config.max_waiting_mib * MIB:
-                        refusal = refusal or Full("too many bytes are waiting")
+                        refusal = refusal or Full(
+                            "too many bytes are waiting; try again in a moment."
+                        )
                     if size > _DROPPED * most:
                         break
                     if not refusal:
@@ -125,14 +123,7 @@ class _Paths:
             refusal = refusal or Answer(408, late)
         if refusal:
             raise refusal
-        service.bytes_waiting += len(body)
-        try:
-            loop = asyncio.get_running_loop()
-            values = await loop.run_in_executor(service.threads, _parse, bytes(body))
-        except BaseException:
-            service.bytes_waiting -= len(body)
-            raise
-        return values, len(body)
+        return bytes(body)
 
     async def health(self, _: Request) -> Response:
         """Say that the server is there, and with which model."""
@@ -143,7 +134,7 @@ class _Paths:
     async def numbers(self, request: Request) -> Response:
         """Give Prometheus what it asks for."""
         if error := _wrong_token(self._token, request):
-            return JSONResponse({"error": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
+            return JSONResponse({"error": str(error)}, 401, _HEADERS[401])
         known = generate_latest(self._service.metrics.registry)
         return Response(known, media_type=CONTENT_TYPE_LATEST)
 

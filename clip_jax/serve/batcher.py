@@ -13,7 +13,9 @@ from clip_jax.clock import CLOCK, Clock
 
 
 class Full(Exception):
-    """More rows are waiting than the queue may hold."""
+    """More is waiting than may wait."""
+
+    status = 429
 
 
 class Batcher:
@@ -51,8 +53,9 @@ class Batcher:
         """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
         futures: list[Future] = [Future() for _ in rows]
         with self._changed:
-            if self._closed or len(self._waiting) + len(rows) > self.capacity:
-                raise Full(f"{len(self._waiting)} rows are waiting, of at most {self.capacity}")
+            waiting = len(self._waiting)
+            if self._closed or waiting + len(rows) > self.capacity:
+                raise Full(f"the queue is full: {waiting} of at most {self.capacity} rows wait.")
             self._waiting.extend(zip(futures, rows, strict=True))
             self._changed.notify()
         return futures

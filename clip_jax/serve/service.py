@@ -88,12 +88,10 @@ class Service:
         """Compile every shape that requests will need, so that none of them waits for it."""
         image = zeros(self.model.image_preprocess.image_spec, 1)
         text = np.zeros((1, self.model.config.text.context_length), np.int32)
-        count = 1
-        while count < 2 * self.config.batch_size:
-            rows = min(count, self.config.batch_size)
-            self._encoder("image")([image] * rows)
-            self._encoder("text")([text] * rows)
-            count *= 2
+        most = self.config.batch_size
+        for count in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+            self._encoder("image")([image] * count)
+            self._encoder("text")([text] * count)
 
     def close(self) -> None:
         """Answer what is waiting, then end the threads."""
@@ -172,7 +170,7 @@ class Service:
                 413, f"{len(items)} of a kind in one request; at most {batcher.capacity} are taken."
             )
         if len(batcher) + len(items) > batcher.capacity:
-            raise Full("the queue is full")
+            raise Full("the queue is full; try again in a moment.")
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self.threads, prepare, *item) for item in enumerate(items)]
         try:

@@ -48,7 +48,7 @@ def test_what_waits_is_bounded_and_computed_together():
     first = batcher.submit([np.zeros(1, np.float32)])
     assert busy.wait(30)  # it no longer waits
     waiting = [batcher.submit([np.full(1, i, np.float32)] * 2) for i in range(3)]
-    with pytest.raises(Full, match="6 rows are waiting, of at most 6"):
+    with pytest.raises(Full, match="6 of at most 6 rows wait"):
         batcher.submit([np.zeros(1, np.float32)])
     go.set()
     assert [float(result(futures)[1, 0]) for futures in waiting] == [0, 1, 2]
