@@ -4,7 +4,10 @@
 Texts are first cut into words by the rules of the Penn Treebank, lower case, punctuation left out.
 """
 
+import functools
+import itertools
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -44,10 +47,12 @@ def words_of(text: str) -> list[str]:
     return [word for word in words if word not in _PUNCTUATION and not set(word) <= set(".-")]
 
 
-def _n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(words[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(words) - n + 1)
-    )
+def _n_grams(words: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
+    """Count the n-grams of each length."""
+    return [
+        Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        for n in range(1, _ORDER + 1)
+    ]
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -56,12 +61,11 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     length = wanted = 0
     for caption, texts in zip(captions, references, strict=True):
         words, others = words_of(caption), [words_of(text) for text in texts]
-        most: Counter[tuple[str, ...]] = Counter()
-        for other in others:
-            most |= _n_grams(other)
-        for gram, count in _n_grams(words).items():
-            right[len(gram) - 1] += min(count, most[gram])
-        written += [max(len(words) - n, 0) for n in range(_ORDER)]
+        of_others = zip(*map(_n_grams, others), strict=True)
+        for n, (grams, known) in enumerate(zip(_n_grams(words), of_others, strict=True)):
+            most = functools.reduce(operator.or_, known)
+            right[n] += (grams & most).total()
+            written[n] += grams.total()
         length += len(words)
         wanted += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
     ratio = (length + _TINY) / (wanted + _SMALL)
@@ -73,32 +77,25 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the mean CIDEr-D, with document frequencies of these references."""
     grams = [[_n_grams(words_of(text)) for text in texts] for texts in references]
-    seen_in = Counter(gram for texts in grams for gram in set().union(*texts))
+    seen_in = Counter(gram for texts in grams for gram in set().union(*itertools.chain(*texts)))
     documents = math.log(len(grams))
 
-    def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict], np.ndarray, int]:
-        weights: list[dict] = [{} for _ in range(_ORDER)]
-        for gram, count in counts.items():
-            rarity = documents - math.log(max(seen_in[gram], 1))
-            weights[len(gram) - 1][gram] = count * rarity
-        norms = np.sqrt([sum((x * x for x in part.values()), 0.0) for part in weights])
-        # COCO's length is the number of bigrams.
-        return weights, norms, sum(n for gram, n in counts.items() if len(gram) == 2)
+    def weigh(counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {g: n * (documents - math.log(max(seen_in[g], 1))) for g, n in counts.items()}
+
+    def cosine(a: dict, b: dict) -> float:
+        norms = math.hypot(*a.values()) * math.hypot(*b.values())
+        alike = sum(min(x, b.get(gram, 0.0)) * b.get(gram, 0.0) for gram, x in a.items())
+        return alike / norms if norms else 0.0
 
     scores = []
     for caption, texts in zip(captions, grams, strict=True):
-        mine, norms, length = vector(_n_grams(words_of(caption)))
+        mine = _n_grams(words_of(caption))
+        weights = [weigh(counts) for counts in mine]
         total = 0.0
-        for other, other_norms, other_length in map(vector, texts):
-            alike = np.array(
-                [
-                    sum(min(x, b.get(gram, 0.0)) * b.get(gram, 0.0) for gram, x in a.items())
-                    for a, b in zip(mine, other, strict=True)
-                ],
-                float,
-            )
-            both = norms * other_norms
-            alike = np.divide(alike, both, out=alike, where=both != 0)
-            total += alike.mean() * math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
+        for other in texts:
+            alike = np.mean([cosine(a, weigh(b)) for a, b in zip(weights, other, strict=True)])
+            difference = mine[1].total() - other[1].total()  # COCO's length: of bigrams
+            total += alike * math.exp(-(difference**2) / (2 * _SIGMA**2))
         scores.append(10 * total / len(texts))
     return float(np.mean(scores))

@@ -1,11 +1,11 @@
 """Zero-shot accuracy on the bundled digits: seen and unseen numbers, by writers held out."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from clip_jax import processes
 from clip_jax.data import digits
@@ -53,7 +53,12 @@ class DigitsEvaluator:
         seen, unseen = digits.number_split(config.source.digits, config.source.split_seed)
         splits = {"seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]}
         self._splits = {name: numbers for name, numbers in splits.items() if numbers}
-        self._rendered: dict[tuple[str, int], Any] = {}
+        # What is drawn is always the same.
+        self._images = functools.cache(
+            lambda name, size: digits.evaluation_set(
+                config.source, self._splits[name], config.per_number, size
+            )
+        )
 
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Classify the held-out images of both splits among all numbers."""
@@ -85,16 +90,6 @@ class DigitsEvaluator:
             contact_sheet(
                 output / "predictions.png", tiles, lines, right=right, title=title + " (red: wrong)"
             )
-
-    def _images(
-        self, split: str, size: int
-    ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]:
-        """Render a split's images when they are first evaluated: they are always the same."""
-        if (split, size) not in self._rendered:
-            self._rendered[split, size] = digits.evaluation_set(
-                self.config.source, self._splits[split], self.config.per_number, size
-            )
-        return self._rendered[split, size]
 
 
 def _exact(

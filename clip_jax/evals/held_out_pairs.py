@@ -67,14 +67,14 @@ class PairsEvaluator:
         """The pairs, read at the first evaluation: a run has one way of reading them."""
         if self._read is None:
             config = encoder.model.config
-            batches = build(
+            pipeline = build(
                 self.config.data,
                 tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
                 image_spec=config.vision.image_spec,
                 context_length=config.text.context_length,
                 batch_size=self.config.pairs,
-            ).batches()
-            with contextlib.closing(batches):
+            )
+            with contextlib.closing(pipeline.batches()) as batches:
                 self._read = next(batches)
         return self._read
 

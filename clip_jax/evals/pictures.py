@@ -89,12 +89,9 @@ def similarity_matrix(
     axis.set_title(plain(title), fontsize=10)
     cells = axis.imshow(similarity, cmap="viridis")
     for (row, column), value in np.ndenumerate(similarity):
-        red, green, blue, _ = cells.cmap(cells.norm(value))
-        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-        axis.text(
-            column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
-            color="white" if dark else "black",
-        )  # fmt: skip
+        color = "white" if cells.norm(value) < 0.6 else "black"  # viridis begins dark
+        text = f"{value:.2f}".replace("0.", ".")
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     for column, image in enumerate(images):
         corners = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
         axis.imshow(image, extent=corners, interpolation="nearest")

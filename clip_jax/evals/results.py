@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,11 +49,13 @@ def to_csv(outcomes: Outcomes, model: str) -> str:
         for name, outcome in outcomes
         for language, values in (outcome.by_language or {"en": outcome.values}).items()
     ]  # fmt: skip
-    extra = sorted({key for row in rows for key in row} - set(COLUMNS))
+    columns = [*COLUMNS, *sorted({key for row in rows for key in row} - set(COLUMNS))]
+    return _csv(columns, ([row.get(key, "") for key in columns] for row in rows))
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*COLUMNS, *extra], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
     return file.getvalue()
 
 
@@ -87,15 +90,12 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
     write_whole(directory / "results.md", to_markdown(outcomes, model))
     for name, outcome in outcomes:
         if outcome.of_template:
-            file = io.StringIO()
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("template", "acc1"))
-            writer.writerows(sorted(outcome.of_template.items(), key=lambda row: -row[1]))
-            write_whole(directory / name / "templates.csv", file.getvalue())
+            rows = sorted(outcome.of_template.items(), key=lambda row: -row[1])
+            write_whole(directory / name / "templates.csv", _csv(("template", "acc1"), rows))
 
 
 def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
-    """Draw a classification: `classes.png`, `confusion.png` of the worst classes, `errors.png`."""
+    """Show a classification: `classes.csv`, the worst first, `confusion.png`, `errors.png`."""
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
@@ -103,17 +103,8 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     accuracy = np.array([(predicted[labels == c] == c).mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 
-    # Every class, the worst first; names only while a person can read them.
-    figure = new_figure((8, 4), 110, "constrained")
-    axis = figure.subplots()
-    axis.bar(range(len(present)), accuracy[order], width=1.0 if len(present) > 60 else 0.8)
-    axis.set(ylabel="accuracy", ylim=(0, 1), title=f"{len(present)} classes, the worst first")
-    if len(present) <= 60:
-        shown = [drawn[present[i]] for i in order]
-        axis.set_xticks(range(len(present)), shown, rotation=90, fontsize=6)
-    else:
-        axis.set_xlabel("class")
-    save(figure, directory / "classes.png")
+    by_class = [(names[present[i]], accuracy[i]) for i in order]
+    write_whole(directory / "classes.csv", _csv(("class", "acc1"), by_class))
 
     # The worst classes against what they are taken for.
     worst = present[order[:_WORST]]

@@ -91,13 +91,9 @@ class SuiteEvaluator:
         """`opened` gives a data set's splits by its name (see `data_sets`); `memory` is how many
         bytes of decoded images each process keeps."""
         self.every_steps, self._config, self._opened = every_steps, config, opened
+        self.names = tuple(opened)
         self._cache = ImageCache(memory)
         self._templates = prompts.read_templates(config.templates) if config.templates else None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The data sets on disk."""
-        return tuple(self._opened)
 
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Do all tasks on all data sets that allow them, and write tables after each data set.
