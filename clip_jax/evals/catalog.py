@@ -6,8 +6,8 @@ A data set is looked for under one root, by name: CLIP_benchmark's WebDataset la
 or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
 """
 
-import csv
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -34,7 +34,7 @@ from clip_jax.evals.evaluator import say
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, matching
 
-# Columns of openai_results.csv (see NOTICE).
+# Of the numbers `openai` in data_sets.json (see NOTICE).
 OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
@@ -48,86 +48,27 @@ class DataSet:
     split: Split = "test"  # TFDS's for the test
     metric: str = "acc1"  # the paper's choice
     published: bool = False  # TFDS's order of classes is that of the published names
-    folders: tuple[str, str] = ("", "")  # first and last, where theirs is; numbered ones always are
+    folders: Sequence[str] = ()  # first and last, where theirs is; numbered ones always are
     named_like: str = ""  # whose published names TFDS's order has; empty: its own
     like: str = ""  # whose templates, and names unless said otherwise; empty: its own
     source: str = ""  # where a folder of it comes from
+    openai: Sequence[float] = ()  # what OpenAI's models reach, as open_clip measured it
 
     @property
     def prompts(self) -> str:
         return self.like or self.name
 
 
-_MEAN = "mean_per_class_recall"
-_R5 = "image_retrieval_recall@5"
-SUITE = (
-    DataSet("imagenet1k", 1_000, "imagenet2012", "validation", published=True),
-    DataSet("imagenetv2", 1_000, "imagenet_v2", published=True, like="imagenet1k"),
-    DataSet("imagenet-a", 200, like="imagenet1k", source="hendrycks/natural-adv-examples"),
-    DataSet("imagenet-r", 200, like="imagenet1k", source="hendrycks/imagenet-r"),
-    DataSet("imagenet_sketch", 1_000, "imagenet_sketch", published=True, like="imagenet1k"),
-    DataSet("objectnet", 113, like="imagenet1k", source="objectnet.dev"),
-    DataSet("cifar10", 10, "cifar10"),
-    DataSet("cifar100", 100, "cifar100"),
-    DataSet("food101", 101, "food101", "validation"),
-    DataSet("birdsnap", 500, source="thomasberg.org/datasets/birdsnap"),
-    DataSet("sun397", 397, "sun397"),
-    DataSet("cars", 196, "cars196"),
-    DataSet("fgvc_aircraft", 100, metric=_MEAN, source="robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
-    DataSet("voc2007", 20, source="CLIP_benchmark's export: objects cut out by their boxes"),
-    DataSet("voc2007_multilabel", 20, "voc/2007", metric="mean_average_precision_11",
-            like="voc2007"),
-    DataSet("dtd", 47, "dtd"),
-    DataSet("pets", 37, "oxford_iiit_pet", metric=_MEAN, published=True),
-    DataSet("caltech101", 102, "caltech101", metric=_MEAN, published=True,
-            named_like="caltech101_vtab", folders=("BACKGROUND_Google", "yin_yang")),
-    DataSet("flowers", 102, "oxford_flowers102", metric=_MEAN, published=True),
-    DataSet("mnist", 10, "mnist", published=True),
-    DataSet("fer2013", 7, folders=("angry", "surprise"),
-            source="kaggle.com/datasets/msambare/fer2013"),
-    DataSet("stl10", 10, "stl10"),
-    DataSet("eurosat", 10, "eurosat/rgb", "train", published=True,
-            folders=("AnnualCrop", "SeaLake")),
-    DataSet("resisc45", 45, "resisc45", "train"),
-    DataSet("gtsrb", 43, source="benchmark.ini.rub.de"),
-    DataSet("kitti_closest_vehicle_distance", 4, source="CLIP_benchmark's export"),
-    DataSet("country211", 211, folders=("AD", "ZW"),
-            source="github.com/openai/CLIP/blob/main/data/country211.md"),
-    DataSet("pcam", 2, "patch_camelyon", published=True),
-    DataSet("ucf101", 101, source="crcv.ucf.edu/data/UCF101.php: the middle frame of each video"),
-    DataSet("clevr_count_all", 8, source="CLIP_benchmark's export: counts of 3 to 10"),
-    DataSet("svhn", 10, "svhn_cropped", published=True),
-    DataSet("hateful_memes", 2, metric="roc_auc",
-            source="hatefulmemeschallenge.com, by label: 0 harmless, 1 hateful"),
-    DataSet("renderedsst2", 2, source="github.com/openai/CLIP/blob/main/data/rendered-sst2.md"),
-    DataSet("mscoco_captions", metric=_R5,
-            source="cocodataset.org (val2014) and coco_test_karpathy.json"),
-    DataSet("flickr30k", metric=_R5, source="Flickr30k's images and flickr30k_test_karpathy.json"),
-    DataSet("aro_relation", metric="acc_macro", source="visual_genome_relation.json and images/ of "
-            "github.com/mertyg/vision-language-models-are-bows"),
-    DataSet("aro_attribution", metric="acc_macro", source="visual_genome_attribution.json and "
-            "images/ of github.com/mertyg/vision-language-models-are-bows"),
-    DataSet("sugar_crepe", metric="acc", source="the .json of github.com/RAIVNLab/sugar-crepe and "
-            "COCO's val2017/"),
-)  # fmt: skip
-
-
-@functools.cache
-def published() -> dict[str, tuple[float, ...]]:
-    """Return what OpenAI's `OPENAI_MODELS` reach by data set, as open_clip measured it."""
-    text = resources.files("clip_jax.evals").joinpath("openai_results.csv").read_text()
-    rows = csv.reader(text.splitlines()[1:])
-    return {name: tuple(float(x) for x in values) for name, _, *values in rows}
-
-
+_FILE = resources.files("clip_jax.evals") / "data_sets.json"
+SUITE = tuple(DataSet(**row) for row in json.loads(_FILE.read_text()))
 _CAPTIONS = {  # in many languages: the sources
     "xtd10": "adobe-research/Cross-lingual-Test-Dataset-XTD10",
     "xtd200": "visheratin/nllb-clip, data/xtd200",
     "flickr30k-200": "visheratin/nllb-clip, data/flickr30k-200",
     "crossmodal3600": "google.github.io/crossmodal-3600",
 }
-_ROWS = {row.name: row for row in SUITE}
-_NAMES = (*_ROWS, languages.BABEL, *_CAPTIONS)
+ROWS = {row.name: row for row in SUITE}
+_NAMES = (*ROWS, languages.BABEL, *_CAPTIONS)
 _KINDS = ("folder", "webdataset", "languages")
 
 
@@ -141,7 +82,7 @@ def data_sets(
     one that is not on disk, and where none is, unless `skip` says to go on without.
     """
     opened: dict[str, OpenSplit] = {}
-    for text in names or _ROWS:
+    for text in names or ROWS:
         kind, _, path = text.partition(":")
         if path and kind in _KINDS:
             own = files.as_path(path)
@@ -192,8 +133,8 @@ def _check_is_test(name: str, split: Split) -> None:
 
 
 def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) -> Data:
-    if name in _ROWS:
-        return open_data_set(_ROWS[name], root, split)
+    if name in ROWS:
+        return open_data_set(ROWS[name], root, split)
     _check_is_test(name, split)
     return open_languages(name, root, codes)
 
@@ -201,7 +142,7 @@ def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) ->
 def open_languages(name: str, root: AnyPath, codes: Sequence[str] = ()) -> Translated:
     """Open a data set in these languages or all that it has; Missing says where it should be."""
     if name == languages.BABEL:
-        imagenet = open_data_set(_ROWS["imagenet1k"], root)
+        imagenet = open_data_set(ROWS["imagenet1k"], root)
         assert isinstance(imagenet, Labelled)
         return languages.open_babel(imagenet, languages.babel_folder(root), codes)
     folder = root / name
@@ -251,7 +192,7 @@ def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
 def _names_of_folders(row: DataSet, folder: AnyPath) -> Sequence[str] | None:
     """Return the published names where the folders are the ones that they stand for."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    matches = (names[0], names[-1]) == row.folders and len(names) == row.classes
+    matches = [names[0], names[-1]] == row.folders and len(names) == row.classes
     return prompts.class_names(row.prompts) if matches else None
 
 
@@ -270,7 +211,7 @@ def _open_texts(row: DataSet, root: AnyPath) -> Data:
         return open_captions(annotations[0], images[0])
     raise Missing(
         f"{row.name}: put {row.source} in {folder}"
-        + (", the images in val2014/ or images/ there." if row.metric == _R5 else ".")
+        + (", the images in val2014/ or images/ there." if row.metric.endswith("recall@5") else ".")
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_jax.data.images import ImageLike, center_crop, decode
 from clip_jax.display import plain
-from clip_jax.evals.catalog import OPENAI_MODELS, SUITE, published
+from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
 from clip_jax.evals.pictures import contact_sheet, new_figure, save, with_probabilities
 from clip_jax.evals.reader import Outcome
@@ -21,7 +21,6 @@ COLUMNS = (
     "mean_average_precision", "image_retrieval_recall@5", "text_retrieval_recall@5",
     "model_fullname", "language",
 )  # fmt: skip
-_METRIC = {row.name: row.metric for row in SUITE}
 _USUAL = (
     "mean/acc1", "mean/image_retrieval_recall@5", "acc1", "image_retrieval_recall@5", "acc",
     "linear_probe/acc1",
@@ -33,7 +32,7 @@ Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the ord
 
 def main_metric(name: str, outcome: Outcome) -> str:
     """Return the metric by which the CLIP paper reports a data set; of a probe likewise."""
-    wanted = _METRIC.get(name, "")
+    wanted = ROWS[name].metric if name in ROWS else ""
     names = (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values)
     return next(metric for metric in names if metric in outcome.values)
 
@@ -70,7 +69,8 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
     ]
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
-        beside = published().get(name, ()) if outcome.task.startswith("zeroshot") else ()
+        is_known = name in ROWS and outcome.task.startswith("zeroshot")
+        beside = ROWS[name].openai if is_known else ()
         cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
         cells += [""] * (len(OPENAI_MODELS) + 1 - len(cells))
         lines.append(f"| {name} | {metric} | " + " | ".join(cells) + " |")

@@ -172,7 +172,7 @@ def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, caps
                 file.write_bytes(next(pictures))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    row = dataclasses.replace(catalog._ROWS["imagenet1k"], classes=4)
+    row = dataclasses.replace(catalog.ROWS["imagenet1k"], classes=4)
     monkeypatch.setattr(catalog, "_ROWS", {"imagenet1k": row})
     few = functools.partial(linear_probe.search, lambdas=np.logspace(-2, 2, 3))
     monkeypatch.setattr(linear_probe, "search", few)
