@@ -98,7 +98,7 @@ def test_a_folder_gives_the_same_numbers_on_a_mesh(data, monkeypatch):
 
 def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatch):
     """What it prints is in tables and pictures, too."""
-    few = functools.partial(linear_probe.search, lambdas=np.logspace(-2, 2, 3))
+    few = functools.partial(linear_probe.search, lambdas=[0.01, 1.0, 100.0])
     monkeypatch.setattr(linear_probe, "search", few)
     for split, files in (("train", "[0-6].png"), ("test", "[1-3].png")):
         for file in (data / "mine").glob(f"*/{files}"):
@@ -129,7 +129,12 @@ def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatc
     report = (out / "results.md").read_text()
     assert f"| colours | acc1 | {100 * values['colours/acc1']:.1f} |" in report
     assert "| colours | linear_probe/acc1 | " in report
-    for name in ("classes", "confusion", "errors"):
+    by_class = list(csv.DictReader((out / "colours/classes.csv").read_text().splitlines()))
+    accuracies = [float(row["acc1"]) for row in by_class]
+    assert accuracies == sorted(accuracies)
+    assert np.mean(accuracies) == pytest.approx(values["colours/mean_per_class_recall"])
+    assert {row["class"] for row in by_class} == {path.name for path in (data / "mine").iterdir()}
+    for name in ("confusion", "errors"):
         with Image.open(out / f"colours/{name}.png") as picture:
             assert picture.width > 200
 
