@@ -24,6 +24,7 @@ from clip_jax.evals.datasets import (
     Split,
     Tagged,
     Translated,
+    images_beside,
     open_captions,
     open_folder,
     open_tfds,
@@ -197,18 +198,15 @@ def _names_of_folders(row: DataSet, folder: AnyPath) -> Sequence[str] | None:
 
 
 def _open_texts(row: DataSet, root: AnyPath) -> Data:
-    folder, parent = root / row.name, root / row.name.partition("_")[0]  # aro/ has both of ARO's
-    if row.name.startswith("aro_"):
-        file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
-        for aro in (folder, parent):
-            if (aro / file).is_file():
-                return open_aro(aro / file, aro / "images")
-    elif row.name == "sugar_crepe":
-        if matching(folder, "*.json"):
-            return open_sugar_crepe(folder)
-    elif annotations := matching(folder, "*test_karpathy.json"):
-        images = [path for path in (folder / "val2014", folder / "images", folder) if path.is_dir()]
-        return open_captions(annotations[0], images[0])
+    folder = root / row.name
+    if row.name == "sugar_crepe" and matching(folder, "*.json"):
+        return open_sugar_crepe(folder)
+    if annotations := matching(folder, "*test_karpathy.json"):
+        return open_captions(annotations[0], images_beside(folder))
+    file = f"visual_genome_{row.name.removeprefix('aro_')}.json"
+    for aro in (folder, root / "aro"):
+        if (aro / file).is_file():
+            return open_aro(aro / file, aro / "images")
     raise Missing(
         f"{row.name}: put {row.source} in {folder}"
         + (", the images in val2014/ or images/ there." if row.metric.endswith("recall@5") else ".")

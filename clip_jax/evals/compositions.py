@@ -6,6 +6,7 @@ swapped or added.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from importlib import resources
 
@@ -16,7 +17,8 @@ from PIL import Image
 from clip_jax.data.images import ImageLike, decode
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.errors import InputError
-from clip_jax.evals.datasets import Contrasted, checked, read_json
+from clip_jax.evals.datasets import Contrasted, checked, images_beside
+from clip_jax.evals.prompts import read_text
 from clip_jax.storage.files import AnyPath, matching
 
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
@@ -36,12 +38,12 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
     A case is the part of the image that its box holds. Raises InputError for a file of another
     shape.
     """
-    cases = read_json(annotations)
     layout = (
         "ARO's format: a list of cases with image_path, bbox_x, bbox_y, bbox_w, bbox_h, "
         "true_caption, false_caption and relation_name or attributes"
     )
     with checked(annotations, layout):
+        cases = json.loads(read_text(annotations))
         rows = [
             (
                 images / case["image_path"],
@@ -73,11 +75,10 @@ def open_sugar_crepe(folder: AnyPath) -> Contrasted:
 
     Raises InputError for a file of another shape.
     """
-    images = next((f for n in ("val2017", "images") if (f := folder / n).is_dir()), folder)
-    rows = []
+    images, rows = images_beside(folder), []
     for file in matching(folder, "*.json"):
-        content = read_json(file)
         with checked(file, "SugarCrepe's format: cases with filename, caption, negative_caption"):
+            content = json.loads(read_text(file))
             rows += [
                 (images / case["filename"], (case["caption"], case["negative_caption"]), file.stem)
                 for case in (content.values() if isinstance(content, dict) else content)

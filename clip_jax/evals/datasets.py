@@ -258,10 +258,10 @@ def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
 
     Raises InputError for a file of another shape. Images without a caption are left out.
     """
-    content = read_json(annotations)
     layout = "COCO's format: images with id and file_name, annotations with image_id and caption"
     captions: dict[Any, list[str]] = {}
     with checked(annotations, layout):
+        content = json.loads(prompts.read_text(annotations))
         files = {row["id"]: images / row["file_name"] for row in content["images"]}
         for row in content["annotations"]:
             captions.setdefault(row["image_id"], []).append(text_of(row["caption"]))
@@ -274,12 +274,10 @@ def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
     return Captioned(len(rows), rows.__getitem__, key=lambda i: str(rows[i][0]))
 
 
-def read_json(path: AnyPath) -> Any:
-    """Read a file of annotations. Raises InputError where it is not there or is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+def images_beside(folder: AnyPath) -> AnyPath:
+    """Return where the images are to which a folder has texts: below it, or itself."""
+    names = ("images", "val2014", "val2017")
+    return next((images for name in names if (images := folder / name).is_dir()), folder)
 
 
 _WRONG = (AttributeError, LookupError, OverflowError, SampleError, TypeError, ValueError)
@@ -290,6 +288,8 @@ def checked(path: AnyPath, layout: str) -> Generator[None]:
     """Raise InputError where something that a layout has is missing or of another type."""
     try:
         yield
+    except InputError:
+        raise
     except _WRONG as error:
         raise InputError(f"{path} is not in {layout} ({error!r}).") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.errors import InputError
-from clip_jax.evals.datasets import Labelled, Missing, Translated, checked, read_json
+from clip_jax.evals.datasets import Labelled, Missing, Translated, checked, images_beside
 from clip_jax.evals.prompts import read_text
 from clip_jax.storage.files import AnyPath, as_path, walk
 
@@ -43,12 +43,12 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
 
     A language names some of the 1,000 classes: the others' images are left out of its numbers.
     """
-    texts = [read_json(folder / file) for file in _BABEL_FILES]
     layout = (
         "Babel-ImageNet's format: by language classes and their names, and prompts with {} for "
         "the class"
     )
     with checked(folder, layout):
+        texts = (json.loads(read_text(folder / file)) for file in _BABEL_FILES)
         known, prompts = ({code.lower(): x for code, x in part.items()} for part in texts)
         numbers = {code: [int(x) for x in row[0]] for code, row in known.items()}
         names = {code: [str(x) for x in row[1]] for code, row in known.items()}
@@ -71,9 +71,7 @@ def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translate
 
     The images are in `images/`, `val2014/` or the folder itself.
     """
-    folders = (f for name in ("images", "val2014") if (f := folder / name).is_dir())
-    images = next(folders, folder)
-    file = folder / _CROSSMODAL
+    images, file = images_beside(folder), folder / _CROSSMODAL
     names, captions = _crossmodal(file) if file.is_file() else _lines_of(folder)
     chosen = _chosen(folder.name, sorted({code for row in captions for code in row}), languages)
 
@@ -123,12 +121,11 @@ def _lines(path: AnyPath) -> list[str]:
 
 
 def _chosen(name: str, known: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    if not known:
-        raise InputError(f"{name} has no captions.")
     chosen = [code for code in known if code in wanted or not wanted]
     if not chosen:
         raise InputError(
-            f"--languages {' '.join(wanted)}: {name} has none of them, but {', '.join(known)}."
+            f"{name} has captions in {', '.join(known) or 'no language'}; choose others by "
+            "--languages."
         )
     return chosen
 

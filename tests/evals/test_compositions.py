@@ -89,7 +89,7 @@ def test_other_files_are_named(images):
     with pytest.raises(ValueError, match="not in SugarCrepe's format"):
         open_sugar_crepe(images.parent)
     path.unlink()
-    with pytest.raises(InputError, match=r"x\.json cannot be read as JSON"):
+    with pytest.raises(InputError, match=r"x\.json cannot be read as text"):
         open_aro(path, images)
     with pytest.raises(ValueError, match=r"no \.json of SugarCrepe's"):
         open_sugar_crepe(images.parent)

@@ -42,7 +42,7 @@ def test_xtd10_and_a_language_that_lacks_a_caption(xtd10):
 
 
 def test_what_does_not_fit_is_refused(xtd10):
-    with pytest.raises(InputError, match="has none of them, but de, es"):
+    with pytest.raises(InputError, match="has captions in de, es; choose others by --languages"):
         open_translated(xtd10, ("fr",))
     (xtd10 / "MIC/test_1kcaptions_de.txt").write_text("ein Hund\n")
     with pytest.raises(InputError, match=r"test_1kcaptions_de.txt has 1 lines, but .* 2 images"):
