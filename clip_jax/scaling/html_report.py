@@ -6,7 +6,7 @@ The page is one file without a server: data, style and script are in it, and it 
 import fcntl
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,10 +44,9 @@ class ReportConfig:
     through: Through | None = None
     compare: str | None = None  # column by which families are fitted apart
     draws: int = 1_000  # of the bootstrap
-    price: float | None = None  # US dollars of an hour of what trains one run
 
     def __post_init__(self) -> None:
-        check_ranges(self, draws="[100, 1000000]", price="[0, inf)")
+        check_ranges(self, draws="[100, 1000000]")
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
@@ -55,14 +54,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
     files.check_destination(config.output, "--output", folder=False)
     table, skipped = gather(config.paths)
     finished = {str(row["source"]): row for row in table.rows}
-    folders = _folders(config.paths)
-    runs = [_run(folder, finished.get(str(folder))) for folder in folders]
-    rows = [finished.get(str(folder)) for folder in folders]
-    known = {run["folder"] for run in runs}
-    for row in table.rows:
-        if str(row["source"]) not in known:
-            runs.append(_shown(row))
-            rows.append(row)
+    folders = {str(folder): folder for folder in _folders(config.paths)}
+    rows = [finished.get(name) for name in folders]
+    runs = [_run(*pair) for pair in zip(folders.values(), rows, strict=True)]
+    others = [row for row in table.rows if str(row["source"]) not in folders]
+    rows, runs = rows + others, runs + [_shown(row) for row in others]
     if not runs:
         raise InputError(
             f"no run under {', '.join(map(str, config.paths))}: give ladders or tables."
@@ -89,11 +85,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "title": ", ".join(map(str, config.paths)),
         "metric": metric if metric_is == "error" else f"1 − {metric}",
         "compare": config.compare or "arch",
-        "price": config.price,
         "runs": runs,
         "laws": laws,
         "summary": summary,
-        "left_out": [line for line in skipped if not any(line.startswith(f) for f in known)],
+        "left_out": [line for line in skipped if not line.startswith(tuple(folders))],
     }
     files.write_whole(config.output, page(data))
     status = [run["status"] for run in runs]
@@ -221,16 +216,9 @@ def _laws(
 
     Where nothing can be fitted, the page says why.
     """
-    summary = []
     try:
         table = table.select(config.metric, config.where)
-        try:
-            result = fit(table, config)
-        except InputError as error:
-            if not config.compare:
-                raise
-            summary = [f"{error} So here is one law for all.", ""]
-            result = fit(table, config := replace(config, compare=None))
+        result = fit(table, config)
     except InputError as error:
         return [], [str(error)]
     laws, column = [], config.compare
@@ -242,4 +230,4 @@ def _laws(
         laws.append({"name": name, "curve": curve})
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off
-    return laws, summary + describe(result).splitlines()
+    return laws, describe(result).splitlines()

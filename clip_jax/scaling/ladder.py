@@ -458,15 +458,15 @@ def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
     """Put the grid into a table, a line for each model and number of samples."""
-    groups: dict[tuple[str, bool, int], list[Point]] = {}
+    groups: dict[tuple[str, int], list[Point]] = {}
     for point in sorted(points, key=lambda point: (gmacs(point.config.model), point.samples)):
-        is_parent = bool(ladder.branches and not point.parent)
-        groups.setdefault((point.model, not is_parent, point.samples), []).append(point)
+        label = f"{point.model} parent" if ladder.branches and not point.parent else point.model
+        groups.setdefault((label, point.samples), []).append(point)
     rows = []
-    for (model, is_point, _), group in groups.items():
+    for (label, _), group in groups.items():
         point, config = group[0], group[0].config
         row = {
-            "model": model if is_point else f"{model} parent",
+            "model": label,
             "pairs": short(point.samples_seen),
             "batch": f"{config.batch_size:,}",
             "steps": f"{config.steps:,}",
@@ -479,15 +479,12 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         }
         for kind in ladder.hardware:
             hours, name = kind.hours(point.training_flops), f"{kind.chips} {kind.chip}"
-            row[name] = duration(hours)
+            row[name] = f"{hours:,.2f} h"
             row |= {f"{name}, $ a run": f"{kind.dollars(hours):,.0f}"} if kind.price else {}
         rows.append(row)
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for first, *cells in table:
-        rest = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *rest]))
+    lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
     missing = [point for point in points if point.name not in done]
     total = sum(point.training_flops for point in missing)
     lines.append(f"{len(missing)} of {len(points)} runs are missing: {total:.2e} training FLOPs")
@@ -495,12 +492,18 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         estimate = kind.estimate(missing)
         lines.append(
             f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
-            f"{duration(estimate['hours'])} one after the other"
+            f"{estimate['hours']:,.2f} h one after the other"
         )
         if kind.price:
             lines[-1] += f", ${estimate['dollars']:,.0f} at ${kind.price:g} a chip and hour"
     if ladder.branches:
-        alone, together = compute_saved(points)
+        parents = {point.parent for point in points}
+        alone = sum(
+            flops.of_step(point.config).total * point.config.steps
+            for point in points
+            if point.name not in parents
+        )
+        together = sum(point.training_flops for point in points)
         kept = sum(len(point.config.checkpoint.also) for point in points)
         lines.append(
             f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with a run for "
@@ -508,24 +511,6 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             f"{kept} steps, where branches begin."
         )
     return "\n".join(lines)
-
-
-def duration(hours: float) -> str:
-    """Write a time in the unit that suits it."""
-    if hours >= 48:
-        return f"{hours / 24:,.0f} d"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-
-
-def compute_saved(points: Sequence[Point]) -> tuple[int, int]:
-    """Return the FLOPs of all points, each trained from its beginning, and with parents as here."""
-    parents = {point.parent for point in points}
-    alone = sum(
-        flops.of_step(point.config).total * point.config.steps
-        for point in points
-        if point.name not in parents
-    )
-    return alone, sum(point.training_flops for point in points)
 
 
 def _digits(number: float) -> float:

@@ -59,12 +59,12 @@ def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     assert {law["name"] for law in data["laws"]} == {"LAION-2B", "LAION-400M", "LAION-80M"}
     assert sum("off" in run for run in data["runs"]) == 29
     ours = ReportConfig(paths=(ladder / "runs",), output=ladder / "ours.html", draws=100)
-    for changes, why, laws in (
-        ({"compare": "schedule"}, "takes two families", 1),
-        ({"where": ("arch=no*",)}, "no row of the table", 0),
+    for changes, why in (
+        ({"compare": "schedule"}, "takes two families"),
+        ({"where": ("arch=no*",)}, "no row of the table"),
     ):
         assert why in report(replace(ours, **changes))["summary"][0]
-        assert len(read(ours.output)["laws"]) == laws
+        assert not read(ours.output)["laws"]
 
 
 def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: Path):
