@@ -214,9 +214,9 @@ def scale(args: Sequence[str]) -> int:
         result = fit.fit_file(config)
         return _print(result, as_json, fit.describe(result))
     if verb == "choose":
-        kind = choose.ChooseCommand
+        kind = choose.ChooseConfig
         config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
-        result = choose.choose(run_table.read(config.table), config)
+        result = choose.choose(config)
         return _print(result, as_json, choose.describe(result))
     paths = arguments.leading(rest)
     rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]

@@ -34,6 +34,7 @@ SWEPT = {
 class ChooseConfig:
     """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
 
+    table: AnyPath  # what `scale collect` has written, all trials in it
     choose_by: str  # column by which trials are compared, such as info_nce
     report: str  # column that is reported of the chosen; never the same: the best of many is lucky
     best: Literal["min", "max"] = "min"  # of choose_by
@@ -51,13 +52,6 @@ class ChooseConfig:
         """What is least of the best."""
         value = number(row, self.choose_by)
         return value if self.best == "min" else -value
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChooseCommand(ChooseConfig):
-    """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
-
-    table: AnyPath  # what `scale collect` has written, all trials in it
 
 
 class Choice(NamedTuple):
@@ -105,13 +99,13 @@ class Rule(NamedTuple):
         return float(special.stdtrit(self.freedom, 0.975))
 
 
-def choose(table: RunTable, config: ChooseConfig) -> dict[str, Any]:
+def choose(config: ChooseConfig) -> dict[str, Any]:
     """Return the best trial of every point, and the rule with its check, as JSON values.
 
     Raises InputError for a table without the columns of a sweep.
     """
     files.check_destination(config.output, "--output", folder=False)
-    table = table.select(config.choose_by, config.where)
+    table = run_table.read(config.table).select(config.choose_by, config.where)
     table.check(*SWEPT, "width", "seed", config.report)
     points = table.groups(lambda row: (row["arch"], short(number(row, "samples_seen"))))
     choices = [_best(point, config) for point in points.values()]

@@ -41,9 +41,8 @@ def write(path, *, batches=(64,), widths=WIDTHS, diverged=()):
 
 def test_the_rule_is_estimated_and_predicts_the_largest_width(tmp_path):
     trials, output = write(tmp_path / "trials.csv", batches=(32, 64, 128)), tmp_path / "best.csv"
-    best = choose(
-        run_table.read(trials), ChooseConfig(choose_by="loss", report="accuracy", output=output)
-    )
+    config = ChooseConfig(table=trials, choose_by="loss", report="accuracy", output=output)
+    best = choose(config)
     assert [point["width"] for point in best["points"]] == list(WIDTHS)
     for point in best["points"]:
         assert point["global_batch"] == 64
@@ -76,32 +75,32 @@ def test_an_optimum_at_the_edge_is_reported(tmp_path, capsys):
 
 def test_one_batch_says_nothing_of_its_exponent_and_columns_must_be_there(tmp_path):
     trials = write(tmp_path / "trials.csv")
-    best = choose(run_table.read(trials), ChooseConfig(choose_by="loss", report="accuracy"))
+    best = choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy"))
     assert "batch_exponent" not in best["rule"]
     assert "batch /" not in describe(best)
     with pytest.raises(InputError, match="no column 'top1'; it has arch, "):
-        choose(run_table.read(trials), ChooseConfig(choose_by="loss", report="top1"))
+        choose(ChooseConfig(table=trials, choose_by="loss", report="top1"))
     with pytest.raises(InputError, match="choose_by and report are both 'loss'"):
-        ChooseConfig(choose_by="loss", report="loss")
+        ChooseConfig(table=trials, choose_by="loss", report="loss")
 
 
 def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
-    config = ChooseConfig(choose_by="loss", report="accuracy")
     trials = write(tmp_path / "trials.csv", diverged=RATES[:2])
-    for point in choose(run_table.read(trials), config)["points"]:
+    config = ChooseConfig(table=trials, choose_by="loss", report="accuracy")
+    for point in choose(config)["points"]:
         assert abs(math.log2(point["lr"] / best_rate(point["width"], 64))) < 0.55
     write(trials, diverged=RATES)
     with pytest.raises(InputError, match="samples has a finite loss with every seed"):
-        choose(run_table.read(trials), config)
+        choose(config)
 
 
 @pytest.mark.parametrize("column", ["lr", "width", "samples_seen", "accuracy", "loss"])
 def test_a_cell_without_a_number_is_named(column, tmp_path):
-    config = ChooseConfig(choose_by="loss", report="accuracy")
-    rows = run_table.read(write(tmp_path / "trials.csv")).rows
-    table = run_table.RunTable([row | {column: "-" if column == "loss" else ""} for row in rows])
+    trials = write(tmp_path / "trials.csv")
+    rows = [row | {column: "-" if column == "loss" else ""} for row in run_table.read(trials).rows]
+    run_table.write(run_table.RunTable(rows), trials)
     with pytest.raises(InputError, match=f"{column} of w16 is '-?', not a number: mend the table"):
-        choose(table, config)
+        choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy"))
 
 
 def test_a_parabola_estimates_the_rate_between_those_of_the_grid():

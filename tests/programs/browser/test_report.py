@@ -11,7 +11,7 @@ from tests.scaling.conftest import write_ladder
 def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, tmp_path):
     root, file = tmp_path / "<script>alert(1)</script>", tmp_path / "page.html"
     names = write_ladder(root)
-    assert main(["scale", "report", str(root), "--output", str(file), "--price", "2"]) == 0
+    assert main(["scale", "report", str(root), "--output", str(file)]) == 0
     requests, messages = [], []
     page = browser.new_page(viewport={"width": 1240, "height": 900})
     page.on("request", lambda request: requests.append(request.url))
