@@ -78,25 +78,21 @@ class Rule(NamedTuple):
     coefficients: Float[np.ndarray, " 3"]
     covariance: Float[np.ndarray, "3 3"]
     variance: float  # of ln learning rate around the rule
-    freedom: int
+    t: float  # Student's, of 95% intervals
     observations: int
 
     def predict(self, width: float, batch: float) -> tuple[float, float, float]:
         """Return the learning rate, and where one more run's optimum lies in 95 of 100 cases."""
         x = np.array([1.0, math.log(width), math.log(batch)])
         middle = float(x @ self.coefficients)
-        half = self._t * math.sqrt(float(x @ self.covariance @ x) + self.variance)
+        half = self.t * math.sqrt(float(x @ self.covariance @ x) + self.variance)
         return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
     def exponent(self, column: int) -> tuple[float, float, float]:
         """Return the exponent of width (1) or batch (2) and its 95% interval."""
         value = float(self.coefficients[column])
-        half = self._t * math.sqrt(float(self.covariance[column, column]))
+        half = self.t * math.sqrt(float(self.covariance[column, column]))
         return value, value - half, value + half
-
-    @property
-    def _t(self) -> float:
-        return float(special.stdtrit(self.freedom, 0.975))
 
 
 def choose(config: ChooseConfig) -> dict[str, Any]:
@@ -192,7 +188,7 @@ def fit_rule(
     coefficients[used] = inverse @ y
     variance = float(np.sum((y - x @ coefficients) ** 2) / freedom)
     covariance[np.ix_(used, used)] = variance * inverse @ inverse.T
-    return Rule(coefficients, covariance, variance, freedom, n)
+    return Rule(coefficients, covariance, variance, float(special.stdtrit(freedom, 0.975)), n)
 
 
 def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ class Law:
             return np.stack(np.broadcast_arrays(*each), axis=-1)
 
         values, coefficients = search(terms, cls.grid(runs), error, weights)
-        named = zip((*inside, *cls.COEFFICIENTS), (*values, *coefficients), strict=True)
+        named = zip((*inside, *cls.COEFFICIENTS), (*values.T, *coefficients.T), strict=True)
         return cls(**dict(named))
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
@@ -272,7 +272,7 @@ def search(
     grid: tuple[np.ndarray, ...],
     error: Float[np.ndarray, "#R n"],
     weights: Float[np.ndarray, "R n"],
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "R K"]]:
     """Minimise Σ weights·(1 − prediction / error)² by variable projection.
 
     For given exponents, say, the best coefficients, none negative, follow in closed form; a grid
@@ -286,24 +286,17 @@ def search(
       weights: of each run, per table.
 
     Returns:
-      The exponents and the K coefficients, each `[R]`.
+      The exponents and the K coefficients of each table.
     """
     at_once = max(AT_ONCE // (len(CELLS) ** len(grid) * weights.shape[1]), 1)
     error = np.broadcast_to(error, weights.shape)
-    pieces = [
-        _search(terms, grid, error[i : i + at_once], weights[i : i + at_once])
-        for i in range(0, len(weights), at_once)
-    ]
-    exponents, coefficients = (np.concatenate(x) for x in zip(*pieces, strict=True))
-    return tuple(exponents.T), tuple(coefficients.T)
-
-
-def _search(
-    terms: Callable[..., np.ndarray],
-    grid: tuple[np.ndarray, ...],
-    error: Float[np.ndarray, "R n"],
-    weights: Float[np.ndarray, "R n"],
-) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "R K"]]:
+    if len(weights) > at_once:
+        pieces = [
+            search(terms, grid, error[i : i + at_once], weights[i : i + at_once])
+            for i in range(0, len(weights), at_once)
+        ]
+        exponents, coefficients = map(np.concatenate, zip(*pieces, strict=True))
+        return exponents, coefficients
     first = np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, len(grid))
     shared = terms(*first.T)
     products = np.einsum("gni,gnj->ngij", shared, shared)

@@ -77,6 +77,8 @@ def panel(
     reach: float | None = None,
 ) -> None:
     """Draw runs, frontier, law with band and other laws on log-log axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     runs, solid = fit.runs, _in_fit(fit)
     for model, color in _colors(runs).items():
         axes.plot([], [], linestyle="", marker="o", color=color, markersize=5, label=plain(model))
@@ -103,7 +105,13 @@ def panel(
             )  # fmt: skip
     for (label, law), color in zip((others or {}).items(), OTHERS, strict=False):
         axes.plot(span, law(span, one), color=color, linewidth=1.2, dashes=(5, 2), label=label)
-    _log_axes(axes)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(which="major", color="#eeeeee", linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
 
 
 def both(stem: AnyPath) -> list[AnyPath]:
@@ -132,7 +140,9 @@ def _points(
 ) -> None:
     """Draw one point a run: colour says the model, marker the samples; faint if not `solid`."""
     colors, markers = _colors(runs), _markers(runs)
-    for i, (model, length) in enumerate(_labels(runs)):
+    for i, (model, length) in enumerate(
+        zip(*map(np.asarray, (runs.model, runs.length)), strict=True)
+    ):
         axes.plot(
             runs.compute[i], height[i], marker=markers[length], markersize=size,
             color=colors[model], alpha=0.95 if solid[i] else 0.3, markeredgewidth=0, zorder=3,
@@ -164,32 +174,19 @@ def _in_fit(fit: Fit) -> Bool[np.ndarray, " n"]:
     return np.ones(n, bool) if len(fit.fitted.error) == n else pareto(fit.runs)
 
 
-def _labels(runs: Runs) -> list[tuple[str, str]]:
-    """Name the model and the samples of each run."""
-    return [*zip(np.asarray(runs.model).tolist(), np.asarray(runs.length).tolist(), strict=True)]
+def _ordered(names: np.ndarray | None, by: Float[np.ndarray, " n"]) -> list[str]:
+    """Each name once, in the order of what the runs of it have."""
+    return [*dict.fromkeys(np.asarray(names)[np.argsort(by, kind="stable")].tolist())]
 
 
 def _colors(runs: Runs) -> dict[str, Any]:
     """One colour a model, dark for the small and light for the large."""
     import matplotlib
 
-    ordered = dict.fromkeys(_labels(runs)[i][0] for i in np.argsort(runs.size, kind="stable"))
-    shades = np.linspace(0.05, 0.85, max(len(ordered), 2))
-    return dict(zip(ordered, matplotlib.colormaps["viridis"](shades), strict=False))
+    models = _ordered(runs.model, runs.size)
+    shades = np.linspace(0.05, 0.85, max(len(models), 2))
+    return dict(zip(models, matplotlib.colormaps["viridis"](shades), strict=False))
 
 
 def _markers(runs: Runs) -> dict[str, str]:
-    ordered = dict.fromkeys(_labels(runs)[i][1] for i in np.argsort(runs.samples, kind="stable"))
-    return dict(zip(ordered, itertools.cycle(MARKERS), strict=False))
-
-
-def _log_axes(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(which="major", color="#eeeeee", linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
+    return dict(zip(_ordered(runs.length, runs.samples), itertools.cycle(MARKERS), strict=False))

@@ -79,13 +79,12 @@ class Fit(NamedTuple):
 
     def curve(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
         """Evaluate the law, with the interval of the law itself: the band of a plot."""
-        return self._at(size, samples, third, new=False)
+        return self.predict(size, samples, third, new=False)
 
-    def predict(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval for one new run: the band and a run's scatter."""
-        return self._at(size, samples, third, new=True)
-
-    def _at(self, size: Numbers, samples: Numbers, third: Numbers | None, new: bool) -> Prediction:
+    def predict(
+        self, size: Numbers, samples: Numbers, third: Numbers | None = None, *, new: bool = True
+    ) -> Prediction:
+        """Evaluate the law, with the interval for one `new` run: the band and a run's scatter."""
         error = self.law(size, samples, third)
         if self.is_line:  # `new` is of one more run, otherwise of the line's height
             mean, spread = _mean_and_spread(self.runs)
