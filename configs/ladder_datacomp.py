@@ -4,14 +4,14 @@
     clip-jax scale ladder configs/ladder_datacomp.py --jobs 0       # writes the runs' configs
     clip-jax train runs/ladder_datacomp/ViT-B-32@128M-seed0/config.json
 
-Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs and hundreds of
-thousands of dollars, its small corner (`--only 'ViT-[SMB]-32@*M-*'`) hundreds. On a pod every host
+Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs; begin with its
+small corner (`--only 'ViT-[SMB]-32@*M-*'`). On a pod every host
 runs the third command, or each slice its `--worker i/n` of the ladder; the same command resumes.
 
 Batches are DataComp's (4,096 for its small and medium scale, 8,192 large) and those of Cherti et
 al. (88,064). So are the rates to within a factor: DataComp 5e-4 and 1e-3 (xlarge), Cherti et al.
-1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU and dollars are
-assumptions, on-demand list prices of 2025; put your own.
+1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU is an
+assumption; put your own.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def get_ladder() -> LadderConfig:
         batch_sizes=tuple(SAMPLES.values()),
         rules=RulesConfig(batch_exponent=0.25, reference_width=768, width_exponent=-0.5),
         hardware=(
-            HardwareConfig(chip="TPU v5e", chips=256, mfu=0.45, price=1.20, start_seconds=300),
-            HardwareConfig(chip="H100 SXM", chips=64, mfu=0.40, price=3.00, start_seconds=300),
+            HardwareConfig(chip="TPU v5e", chips=256, mfu=0.45, start_seconds=300),
+            HardwareConfig(chip="H100 SXM", chips=64, mfu=0.40, start_seconds=300),
         ),
     )

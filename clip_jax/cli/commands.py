@@ -39,7 +39,7 @@ usage: clip-jax scale VERB [...]
 
 Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law.
 
-  ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: the price)
+  ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: its hours)
   collect RUN ...    gather finished runs into one table
   choose TABLE       the best trial of each point of a sweep; the rule for rates, checked
   fit TABLE          fit a law, with intervals; predict runs, spend a budget, compare families, draw

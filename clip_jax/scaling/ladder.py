@@ -4,7 +4,7 @@ Each point has a whole schedule of its own, or is a cool-down branch from one ru
 constant learning rate, the parent run (arXiv:2506.04598). A spec is a Python file with
 `get_ladder() -> LadderConfig`. Every point of the grid becomes an ordinary run: a `config.json` in
 its own run directory, trained by `clip-jax train` as a process. The FLOPs are counted, the hours
-follow from a stated MFU, the price from a stated hourly price of a chip.
+follow from a stated MFU.
 """
 
 import itertools
@@ -39,12 +39,11 @@ from clip_jax.storage.json_files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """What trains a point, as assumed for its hours and its price."""
+    """What trains a point, as assumed for its hours."""
 
     chip: str = "TPU v5e"  # as in chip_specs.csv, or anything with a peak_flops
     chips: int = 1  # that train one point together
     mfu: float = 0.4  # assumed share of the peak; `clip-jax plan` and `bench` have better figures
-    price: float | None = None  # US dollars of one chip for one hour
     peak_flops: float | None = None  # FLOP/s of one chip; None: the table's dense bf16 peak
     start_seconds: float = 0.0  # of each point: start, compilation, evaluation
 
@@ -56,8 +55,7 @@ class HardwareConfig:
             )
         check_ranges(
             self, "hardware.",
-            chips="[1, inf)", mfu="(0, 1]", price="[0, inf)", peak_flops="(0, inf)",
-            start_seconds="[0, inf)",
+            chips="[1, inf)", mfu="(0, 1]", peak_flops="(0, inf)", start_seconds="[0, inf)",
         )  # fmt: skip
 
     def hours(self, training_flops: float) -> float:
@@ -66,14 +64,10 @@ class HardwareConfig:
         seconds = training_flops / (self.chips * peak * self.mfu) + self.start_seconds
         return seconds / 3600
 
-    def dollars(self, hours: float) -> float | None:
-        return None if self.price is None else hours * self.chips * self.price
-
     def estimate(self, points: "Sequence[Point]") -> dict[str, Any]:
         """Estimate runs one after the other, as JSON values, with what was assumed."""
         hours = sum(self.hours(point.training_flops) for point in points)
-        assumed = {"chip": self.chip, "chips": self.chips, "mfu": self.mfu, "price": self.price}
-        return {**assumed, "hours": hours, "dollars": self.dollars(hours)}
+        return {"chip": self.chip, "chips": self.chips, "mfu": self.mfu, "hours": hours}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,9 +472,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             "done": str(sum(other.name in done for other in group)),
         }
         for kind in ladder.hardware:
-            hours, name = kind.hours(point.training_flops), f"{kind.chips} {kind.chip}"
-            row[name] = f"{hours:,.2f} h"
-            row |= {f"{name}, $ a run": f"{kind.dollars(hours):,.0f}"} if kind.price else {}
+            row[f"{kind.chips} {kind.chip}"] = f"{kind.hours(point.training_flops):,.2f} h"
         rows.append(row)
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -488,14 +480,11 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
     missing = [point for point in points if point.name not in done]
     total = sum(point.training_flops for point in missing)
     lines.append(f"{len(missing)} of {len(points)} runs are missing: {total:.2e} training FLOPs")
-    for kind in ladder.hardware:
-        estimate = kind.estimate(missing)
-        lines.append(
-            f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
-            f"{estimate['hours']:,.2f} h one after the other"
-        )
-        if kind.price:
-            lines[-1] += f", ${estimate['dollars']:,.0f} at ${kind.price:g} a chip and hour"
+    lines += [
+        f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
+        f"{kind.estimate(missing)['hours']:,.2f} h one after the other"
+        for kind in ladder.hardware
+    ]
     if ladder.branches:
         parents = {point.parent for point in points}
         alone = sum(

@@ -1,4 +1,4 @@
-"""The ladder: its grid and rules, its price, and that stopping it loses nothing."""
+"""The ladder: its grid and rules, its hours, and that stopping it loses nothing."""
 
 import itertools
 import json
@@ -109,13 +109,12 @@ def test_a_parent_goes_with_its_branches(tmp_path):
     assert len(set.union(*parts)) == 12
 
 
-def test_hours_and_dollars_follow_from_the_peak():
-    v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, price=1.2, start_seconds=360)
+def test_hours_follow_from_the_peak():
+    v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, start_seconds=360)
     hours = v5e.hours(256 * 197e12 * 0.5 * 3600)  # one hour of work
     assert hours == pytest.approx(1.1)
-    assert v5e.dollars(hours) == pytest.approx(1.1 * 256 * 1.2)
     core = HardwareConfig(chip="CPU core", peak_flops=1e10, mfu=0.5)
-    assert (core.hours(3.6e13), core.dollars(2)) == (pytest.approx(2), None)
+    assert core.hours(3.6e13) == pytest.approx(2)
     with pytest.raises(ValueError, match="'TPU v9' is none of TPU v3, TPU v4, TPU v5e"):
         HardwareConfig(chip="TPU v9")
     with pytest.raises(ValueError, match=r"mfu=40.*at most 1"):
@@ -144,7 +143,7 @@ def test_the_published_grid_costs_what_the_published_table_says():
     assert compared == 10
 
 
-def test_planning_touches_no_device_and_prints_a_price(tmp_path, capsys, monkeypatch):
+def test_planning_touches_no_device_and_prints_hours(tmp_path, capsys, monkeypatch):
     """The children need the chips: a parent that opened them would keep them."""
     monkeypatch.chdir(tmp_path)
     spec = str(ROOT / "configs/ladder_datacomp.py")
