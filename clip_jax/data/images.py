@@ -157,18 +157,6 @@ def read_ahead(
             yield [future.result() for future in futures]
 
 
-def preprocess(
-    image: ImageLike,
-    size: int = 224,
-    *,
-    mean: Channels = OPENAI_MEAN,
-    std: Channels = OPENAI_STD,
-    interpolation: Interpolation = "bicubic",
-) -> Float32[np.ndarray, "H W 3"]:
-    """Do what OpenAI's preprocessing does, channels last; see `Preprocess`."""
-    return Preprocess(image_size=size, mean=mean, std=std, interpolation=interpolation)(image)
-
-
 def decode(data: bytes | str | os.PathLike) -> Image.Image:
     """Read an encoded image, given as bytes or path, as RGB. Raises ImageError."""
     with _opened(data) as image:
@@ -191,7 +179,12 @@ def read_crop(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Decode, crop and resize in one: at random with `rng`, else the middle. Raises ImageError.
 
-    Without `scale` a square is cut for a tower of squares; any other takes all of the image.
+    For a tower of squares as in the paper: shorter side to its size, then the square's place is
+    random. Any other takes all of the image. With `scale` as open_clip does, by default with
+    (0.9, 1.0): a rectangle with that share of the area and sides between 3:4 and 4:3, squeezed to
+    the tower's size. (At (0.9, 1.0) no such rectangle fits into a 3:2 photograph; open_clip then
+    takes its middle 4:3, each time the same.)
+
     With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop then still has at least as
     many pixels a side as the tower takes; the choice of the crop does not depend on it.
     """
@@ -217,25 +210,6 @@ def read_crop(
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     """Shorter side of an RGB image to `size` pixels (bicubic), the square in its middle."""
     return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
-
-
-def random_square_crop(
-    image: Image.Image,
-    size: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float] | None = None,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A random square of an RGB image, `size` pixels wide (bicubic).
-
-    Without `scale` as in the paper: shorter side to `size`, then the square's place is random.
-    With `scale` as open_clip does, by default with (0.9, 1.0): a rectangle with that share of the
-    area and sides between 3:4 and 4:3, squeezed to the square. (At (0.9, 1.0) no such rectangle
-    fits into a 3:2 photograph; open_clip then takes its middle 4:3, each time the same.)
-    """
-    if scale is None:
-        return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC, rng))
-    box = _random_box(image.width, image.height, rng, scale)
-    return _resized_box(image, Square(size), box, 1)
 
 
 def _resized_box(

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from clip_jax.convert import image_processor
-from clip_jax.data.images import Preprocess, preprocess
+from clip_jax.data.images import Preprocess
 
 # Gray, palette and alpha are among them.
 FOLDER = Path(skimage.__file__).parent / "data"
@@ -79,7 +79,7 @@ def test_photographs(size, openai_clip):
     assert len(PHOTOGRAPHS) > 10
     transform = openai_clip.clip._transform(size)
     for image in PHOTOGRAPHS:
-        assert_same_pixels(preprocess(image, size), reference(transform, image))
+        assert_same_pixels(Preprocess(image_size=size)(image), reference(transform, image))
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -89,20 +89,20 @@ def test_odd_images(kind, tmp_path, openai_clip):
     path = tmp_path / "image"
     path.write_bytes(data)
     for given in (data, path, str(path), Image.open(io.BytesIO(data))):
-        assert_same_pixels(preprocess(given), theirs)
+        assert_same_pixels(Preprocess()(given), theirs)
     with Image.open(path) as image:
         pixels = np.asarray(image)
         # What an array cannot say: its palette, that it is CMYK, that its colour is transparent.
         if image.mode not in ("P", "LA", "F", "CMYK") and "transparency" not in image.info:
-            assert_same_pixels(preprocess(pixels), theirs)
+            assert_same_pixels(Preprocess()(pixels), theirs)
 
 
 def test_seeked_frame_is_the_one_that_counts(openai_clip):
     image = Image.open(io.BytesIO(ODD["animated gif"]))
     image.seek(2)
     theirs = reference(openai_clip.clip._transform(224), image)
-    assert_same_pixels(preprocess(image), theirs)
-    assert np.abs(preprocess(ODD["animated gif"]) - theirs).max() > 0.1
+    assert_same_pixels(Preprocess()(image), theirs)
+    assert np.abs(Preprocess()(ODD["animated gif"]) - theirs).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip", "ViT"])
