@@ -110,10 +110,6 @@ def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked):
 def test_each_option_takes_what_it_says():
     config = zoo.get("ViT-B-16")
     plain = flops.forward(config)
-    larger = replace(config, vision=replace(config.vision, image_size=384))
-    assert flops.forward(config, image_size=384).image == flops.forward(larger).image
-    assert flops.forward(config, text_length=16).text < plain.text * 16 / 77
-    assert flops.forward(config, "no_attention").total < plain.total
     step = flops.training(config, 1024, locked=("image",))
     assert (step.image, step.text) == (1024 * plain.image, 3 * 1024 * plain.text)
     assert step.loss == 2 * 2 * 1024**2 * 512
@@ -121,10 +117,6 @@ def test_each_option_takes_what_it_says():
     resnet = zoo.get("RN50")  # of whose pool one query is used
     pool = flops.training(resnet, 1).image / flops.forward(resnet).image / 3
     assert pool == pytest.approx(1 - 0.0521, abs=1e-4)
-    with pytest.raises(ValueError, match=r"between 1 and text.context_length=77"):
-        flops.forward(config, text_length=78)
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        flops.forward(config, image_size=8)
 
 
 def test_a_step_is_counted_as_its_config_says():
