@@ -186,6 +186,12 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def decode_text(model: CLIP, params: Params, tokens: Any, image_tokens: Any) -> Any:
+    """The logits of each token's successor but the last's, all at once."""
+    _, states = model.encode_text_and_write(params, tokens, image_tokens)
+    return model.vocabulary_logits(params, states)
+
+
 def sums_of_step(params: Params, metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scalar metrics, and the sum of every parameter's absolute values: the golden step's."""
     sums = {name: float(np.abs(x).sum(dtype=np.float64)) for name, x in by_path(params).items()}

@@ -180,8 +180,9 @@ class CLIP:
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts; return also the decoder's states of all tokens but the last.
 
-        Times `decoder/vocab_projection` those are the logits of the tokens that follow.
+        `vocabulary_logits` makes of those the logits of the tokens that follow.
         """
+        self.needs_decoder()
         features, states = self._run(
             params, lambda towers: towers.decoder.embed_and_write(towers.text, tokens, image_tokens)
         )
@@ -210,16 +211,6 @@ class CLIP:
         }
         return out | embeddings, updates.get("batch_stats", {})
 
-    def decode_text(
-        self, params: Params, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B M C"]
-    ) -> Float[Array, "B L V"]:
-        """Return the logits of each token's successor, given an image and the tokens up to it."""
-        self.needs_decoder()
-        states, _ = self._run(
-            params, lambda towers: towers.decoder.write(towers.text, tokens, image_tokens)
-        )
-        return self.vocabulary_logits(params, states)
-
     def decode_next(
         self,
         params: Params,
@@ -235,7 +226,7 @@ class CLIP:
         There may be several rows for each image, one after the other.
         """
         more = (tokens[:, None], image_tokens, cache, position)
-        states, cache = self._run(params, lambda towers: towers.decoder.write(towers.text, *more))
+        states, cache = self._run(params, lambda towers: towers.decoder.step(towers.text, *more))
         return self.vocabulary_logits(params, states)[:, 0], cache
 
     def empty_cache(self, rows: int, length: int) -> Caption:
@@ -267,17 +258,10 @@ class CLIP:
 
         def states(towers: Towers) -> Array:
             visual = _vit(towers)
-            index = _layer(layer, visual.config.depth, "vision")
-            last, every = visual.tokens(inputs, collect=index is not None)
-            x = last if every is None or index is None else every[index]
+            x = _states_after(layer, visual.config.depth, functools.partial(visual.tokens, inputs))
             return visual.ln_post(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
-
-    def pool_image(self, params: Params, states: Float[Array, "B L D"]) -> Float[Array, "B E"]:
-        """Embed what `image_tokens` returns without `norm`, as `encode_image` does at the end."""
-        states = states.astype(self.config.dtype)
-        return self._run(params, lambda towers: _vit(towers).pool(states)).astype(jnp.float32)
 
     def text_tokens(
         self, params: Params, tokens: Int[Array, "B L"], layer: int = -1, norm: bool = False
@@ -289,9 +273,8 @@ class CLIP:
         """
 
         def states(towers: Towers) -> Array:
-            index = _layer(layer, self.config.text.depth, "text")
-            last, every = towers.text.states(tokens, collect=index is not None)
-            x = last if every is None or index is None else every[index]
+            compute = functools.partial(towers.text.states, tokens)
+            x = _states_after(layer, self.config.text.depth, compute)
             x = x[:, : tokens.shape[1]]  # without a class token's
             return towers.text.ln_final(x) if norm else x
 
@@ -345,14 +328,15 @@ def _outputs(
     return out | {f"text:{name}": towers.text(texts[name]) for name in texts.keys() - {"text"}}
 
 
-def _layer(layer: int, depth: int, tower: str) -> int | None:
-    """Return the block's index, None for the last, whose output needs no collecting."""
+def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Array:
+    """Return the states after a block; the last one's output needs no collecting."""
     if not -depth <= layer < depth:
         raise InputError(
-            f"layer={layer}: the {tower} tower has {depth} blocks, 0 to {depth - 1} "
-            f"or −{depth} to −1."
+            f"layer={layer}: the tower has {depth} blocks, 0 to {depth - 1} or −{depth} to −1."
         )
-    return None if layer in (-1, depth - 1) else layer
+    collect = layer not in (-1, depth - 1)
+    last, every = compute(collect=collect)
+    return every[layer] if collect else last
 
 
 def l2_normalize(x: AnyArray) -> AnyArray:

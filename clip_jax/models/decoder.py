@@ -6,7 +6,7 @@ either, and how the text tower changes with it.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,9 @@ from clip_jax.models.layers import (
     Operations,
     Remat,
     Rows,
+    Transformer,
     block_operations,
     block_rows,
-    scanned,
     stacked,
     under,
 )  # fmt: skip
@@ -117,11 +117,15 @@ class CrossBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """A block, one that attends to the image, and further blocks; without an image none does."""
+    """A block, one that attends to the image, and further blocks; without an image none does.
+
+    The first token brings the image, whose keys and values the cache then holds.
+    """
 
     config: BlockConfig
-    blocks: int
-    first_mlp: bool
+    blocks: int = 1
+    first_mlp: bool = True
+    causal: bool = True
 
     @nn.compact
     def __call__(
@@ -133,7 +137,7 @@ class Layer(nn.Module):
     ) -> tuple[Float[Array, "R L D"], Cache | None]:
         own, kv = [], None if cache is None else cache.image
         for i in range(self.blocks):
-            config = self.config._replace(mlp=i > 0 or self.first_mlp)
+            config = self.config._replace(mlp=i > 0 or self.first_mlp, causal=self.causal)
             kept = None if cache is None else cache.own[i]
             x, kept = Block(config, name=f"self_{i}")(x, kept, None, position)
             own.append(kept)
@@ -142,45 +146,8 @@ class Layer(nn.Module):
         return x, None if cache is None else Cache(tuple(own), kv)
 
 
-class CrossTransformer(nn.Module):
-    """A stack of layers, scanned: every parameter has a leading axis, the layers'.
-
-    Returns its output. With `caches`, one of each layer, it returns them too as they are after it,
-    and each layer has parameters of its own (see `layers.apart`); the first token brings the image,
-    whose keys and values the caches then hold.
-    """
-
-    config: BlockConfig
-    layers: int
-    blocks: int = 1
-    first_mlp: bool = True
-    remat: Remat = "none"
-    unroll: int = 1
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "R L D"],
-        image: Float[Array, "B M C"] | None = None,
-        *,
-        causal: bool = True,
-        caches: list[Cache] | None = None,
-        position: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
-        own = (self.config._replace(causal=causal), self.blocks, self.first_mlp)
-        x = self.config.layout.constrain(x)
-        if caches is None:
-            stack = scanned(Layer, self.layers, self.remat, self.unroll, shared=3)
-            return stack(*own, name=STACKS[1])(x, None, image, position)[0], None
-        kept = []
-        for i, cache in enumerate(caches):
-            x, cache = Layer(*own, name=f"{STACKS[1]}_{i}")(x, cache, image, position)
-            kept.append(cache)
-        return x, cast(list[Cache], kept)
-
-
 def _cross_rows(blocks: int, first_mlp: bool) -> Rows:
-    """Name the dimensions of a `CrossTransformer`'s parameters."""
+    """Name the dimensions of the parameters of a stack of layers."""
     rows = under("attn", CROSS_ATTENTION_ROWS | under("out_proj", OUT_ROWS)) | under(
         "mlp", MLP_ROWS
     )
@@ -293,7 +260,7 @@ class CoCaDecoder(nn.Module):
             num_heads=c.num_heads, mlp_width=int(width * c.mlp_ratio),
             init_fns=BlockInit.text(width, c.depth),
         )  # fmt: skip
-        self.transformer = CrossTransformer(block, c.depth, remat=self.remat, unroll=self.unroll)
+        self.transformer = Transformer(block, c.depth, self.remat, self.unroll, Layer, STACKS[1])
         self.ln_final = LayerNorm(block.epsilon)
         init = nn.initializers.normal(width**-0.5)
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
@@ -306,22 +273,15 @@ class CoCaDecoder(nn.Module):
         written, _ = self.transformer(states[:, : tokens.shape[1] - 1], image)
         return tower.pool(states, tokens), self.ln_final(written)
 
-    def write(
-        self,
-        tower: TextTransformer,
-        tokens: Int[Array, "R L"],
-        image: Float[Array, "B M C"] | None,
-        cache: Caption | None = None,
-        position: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Caption | None]:
-        """Return the states of all tokens, or of one more and the cache with it."""
-        if cache is None or cache.text is None or position is None:
-            states, _ = tower.states(tokens)
-            x, _ = self.transformer(states[:, : tokens.shape[1]], image)
-            return self.ln_final(x), None
-        x, kept = tower.step(tokens, cache.text, position)
+    def step(
+        self, tower: TextTransformer, tokens: Int[Array, "R 1"],
+        image: Float[Array, "B M C"] | None, cache: Caption, position: Int[Array, ""],
+    ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
+        """Return the state of one more token, and the cache with it."""
+        x = tower.embed(tokens, position)
+        x, text = tower.transformer(x, caches=cache.text, position=position)
         x, own = self.transformer(x, image, caches=cache.decoder, position=position)
-        return self.ln_final(x), Caption(kept, cast(list[Cache], own))
+        return self.ln_final(x), Caption(text, own)
 
 
 # ------------------------------------------------------------------ MaMMUT
@@ -391,11 +351,9 @@ class MaMMUTText(TextTransformer):
 
     decoder: MaMMUTConfig = MaMMUTConfig()
 
-    def stack(self, block: BlockConfig) -> CrossTransformer:
-        each = self.decoder.cross_every
-        return CrossTransformer(
-            block, self.config.depth // each, each, self.decoder.first_mlp, self.remat, self.unroll
-        )
+    def stack(self, block: BlockConfig) -> Transformer:
+        depth = self.config.depth // self.decoder.cross_every
+        return Transformer(block, depth, self.remat, self.unroll, Layer, STACKS[1])
 
     def states(
         self, tokens: Int[Array, "B L"], collect: bool = False
@@ -403,20 +361,21 @@ class MaMMUTText(TextTransformer):
         """Return the last block's states, without the image."""
         if collect:
             raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
-        return self.transformer(self.embed(tokens), causal=self.config.causal)[0], None
+        return self.run(tokens, causal=self.config.causal)[0], None
 
-    def decode(
+    def run(
         self,
         tokens: Int[Array, "R L"],
-        image: Float[Array, "B M D"] | None,
+        image: Float[Array, "B M D"] | None = None,
         caches: list[Cache] | None = None,
         position: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], list[Cache] | None]:
-        """Run the tower as a decoder; see `CrossTransformer`."""
-        x, caches = self.transformer(
-            self.embed(tokens, position), image, caches=caches, position=position
-        )
-        return self.ln_final(x), caches
+        causal: bool = True,
+    ) -> tuple[Float[Array, "R L D"], Any]:
+        """Run the blocks; see `Transformer`."""
+        return self.transformer(
+            self.embed(tokens, position), image, caches=caches, position=position, causal=causal,
+            blocks=self.decoder.cross_every, first_mlp=self.decoder.first_mlp,
+        )  # fmt: skip
 
 
 class MaMMUTDecoder(nn.Module):
@@ -437,18 +396,18 @@ class MaMMUTDecoder(nn.Module):
         self, tower: MaMMUTText, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
-        return tower(tokens), self.write(tower, tokens[:, :-1], image)[0]
+        embeddings = tower(tokens)
+        written, _ = tower.run(tokens[:, :-1], self._project(image))
+        return embeddings, tower.ln_final(written)
 
-    def write(
-        self,
-        tower: MaMMUTText,
-        tokens: Int[Array, "R L"],
-        image: Float[Array, "B M C"] | None,
-        cache: Caption | None = None,
-        position: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R L D"], Caption | None]:
-        """Return the states of all tokens, or of one more and the cache with it."""
-        if image is not None:
-            image = image @ self.image_projection.astype(image.dtype)
-        x, own = tower.decode(tokens, image, None if cache is None else cache.decoder, position)
-        return x, None if own is None else Caption(None, own)
+    def step(
+        self, tower: MaMMUTText, tokens: Int[Array, "R 1"], image: Float[Array, "B M C"] | None,
+        cache: Caption, position: Int[Array, ""],
+    ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
+        """Return the state of one more token, and the cache with it."""
+        image = None if image is None else self._project(image)
+        x, own = tower.run(tokens, image, cache.decoder, position)
+        return tower.ln_final(x), Caption(None, own)
+
+    def _project(self, image: Float[Array, "B M C"]) -> Float[Array, "B M D"]:
+        return image @ self.image_projection.astype(image.dtype)

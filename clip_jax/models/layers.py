@@ -34,7 +34,7 @@ KEPT = {
     "full": (),  # all
 }
 KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
-STACKS = ("resblocks", "layers")  # of `Transformer`, of `decoder.CrossTransformer`
+STACKS = ("resblocks", "layers")  # of `Block`, of `decoder.Layer`
 Init = Callable[..., Array]
 Rows = dict[str, str]  # path of a parameter → the names of its dimensions
 _ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
@@ -376,57 +376,48 @@ def apart(params: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def scanned(
-    block: type[nn.Module], depth: int, remat: Remat, unroll: int, shared: int
-) -> Callable[..., nn.Module]:
-    """Stack a block: its parameters get a leading axis of length `depth`.
-
-    A block takes x and `shared` arguments that are the same for all. `unroll` blocks are one turn
-    of the loop: the compiler sees through from one to the next.
-    """
-    if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-        # A loop keeps XLA from merging the recomputation away: no barrier needed.
-        block = nn.remat(block, prevent_cse=unroll > 1, policy=policy)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * shared,
-        length=depth,
-        unroll=min(unroll, depth),
-    )
-
-
 class Transformer(nn.Module):
     """A stack of blocks, scanned: every parameter has a leading axis of length `depth`.
 
     Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`. With
     `caches`, one of each block, it returns those instead, and each block has parameters of its own
-    (see `apart`). `keys` names the tokens that are seen.
+    (see `apart`). `other` is the same for all: the keys that are seen, or what `block` takes
+    instead; `options` are further fields of it. `unroll` blocks are one turn of the loop: the
+    compiler sees through from one to the next.
     """
 
     config: BlockConfig
     depth: int
     remat: Remat = "none"
     unroll: int = 1
+    block: type[nn.Module] = Block
+    stack: str = STACKS[0]
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        collect: bool = False,
+        other: Array | None = None,
         *,
-        keys: Bool[Array, "B L"] | None = None,
-        caches: list[attention.KV] | None = None,
+        caches: list[Any] | None = None,
         position: Int[Array, ""] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "B L D"], Any]:
         x = self.config.layout.constrain(x)
-        if caches is None:
-            stack = scanned(Block, self.depth, self.remat, self.unroll, shared=3)
-            return stack(self.config, collect, name=STACKS[0])(x, None, keys, position)
-        kept = []
-        for i, cache in enumerate(caches):
-            x, cache = Block(self.config, name=f"{STACKS[0]}_{i}")(x, cache, keys, position)
-            kept.append(cache)
-        return x, kept
+        if caches is not None:
+            kept = []
+            for i, cache in enumerate(caches):
+                block = self.block(self.config, name=f"{self.stack}_{i}", **options)
+                x, cache = block(x, cache, other, position)
+                kept.append(cache)
+            return x, kept
+        block = self.block
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.remat])
+            # A loop keeps XLA from merging the recomputation away: no barrier needed.
+            block = nn.remat(block, prevent_cse=self.unroll > 1, policy=policy)
+        scanned = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3, length=self.depth, unroll=min(self.unroll, self.depth),
+        )  # fmt: skip
+        return scanned(self.config, name=self.stack, **options)(x, None, other, position)

@@ -98,12 +98,7 @@ def _fills_registers(heads: int, dim: int) -> bool:
 
 
 def _by_token(
-    kernel: Callable,
-    wide: list[Array],
-    out_width: int,
-    heads: int,
-    causal: bool,
-    **options: Any,
+    kernel: Callable, wide: list[Array], out_width: int, heads: int, causal: bool, **options: Any
 ) -> Array:
     """Run over [L, B, W], as XLA lays such arrays out: a register holds one token of eight rows.
 
@@ -153,12 +148,7 @@ def _by_token(
 
 
 def _by_row(
-    kernel: Callable,
-    wide: list[Array],
-    out_width: int,
-    heads: int,
-    causal: bool,
-    **options: Any,
+    kernel: Callable, wide: list[Array], out_width: int, heads: int, causal: bool, **options: Any
 ) -> Array:
     """Run over [B, L, W]: heads of any size, a row at a time with all of them."""
     batch, length, width3 = wide[0].shape

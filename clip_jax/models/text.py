@@ -9,7 +9,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.attention import KV
 from clip_jax.models.layers import (
     NORM_ROWS,
     STACKS,
@@ -229,14 +228,14 @@ class TextTransformer(nn.Module):
         c = self.config
         x = self.embed(tokens)
         if not c.has_class_token:
-            return self.transformer(x, collect)
+            return self.transformer(x, collect=collect)
         real, one = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
         token = self.class_embedding + self.positional_embedding[tokens.shape[1]]
         token = jnp.broadcast_to(token.astype(x.dtype), (*tokens.shape[:1], 1, c.width))
         return self.transformer(
             jnp.concatenate([x, token], axis=1),
-            collect,
-            keys=jnp.concatenate([real, one] if c.correct_class_mask else [one, real], axis=1),
+            jnp.concatenate([real, one] if c.correct_class_mask else [one, real], axis=1),
+            collect=collect,
         )
 
     def embed(
@@ -253,12 +252,6 @@ class TextTransformer(nn.Module):
         if position is not None:
             positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, position, length)
         return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
-
-    def step(
-        self, tokens: Int[Array, "B 1"], caches: list[KV], position: Int[Array, ""]
-    ) -> tuple[Float[Array, "B 1 D"], list[KV]]:
-        """Return the states of one more token, and the blocks' caches with it."""
-        return self.transformer(self.embed(tokens, position), caches=caches, position=position)
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Take the state that stands for the text, norm and project it."""

@@ -311,7 +311,7 @@ class ViT(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B E"]:
         """Embed images; with `keys` patches are dropped. Nothing else differs in training."""
-        return self.pool(self.tokens(images, keys=keys)[0])
+        return self.pool_and_tokens(self.tokens(images, keys=keys)[0])[0]
 
     def tokens(
         self,
@@ -347,14 +347,10 @@ class ViT(nn.Module):
             x = self.ln_pre(x)
         return self.transformer(x, collect=collect)
 
-    def pool(self, x: Float[Array, "B L D"]) -> Float[Array, "B E"]:
-        """Norm, pool and project the states of all tokens."""
-        return self.pool_and_tokens(x)[0]
-
     def pool_and_tokens(
         self, x: Float[Array, "B L D"]
     ) -> tuple[Float[Array, "B E"], Float[Array, "B M C"]]:
-        """Return, beside what `pool` does, the tokens that a caption decoder attends to."""
+        """Norm, pool and project; return also the tokens that a caption decoder attends to."""
         c = self.config
         tokens = x[:, int(c.class_token) :]
         # OpenAI normalises after pooling, SigLIP before. The class token alone: the same numbers.

@@ -11,7 +11,7 @@ from clip_jax.evals.captioning import captions, log_likelihood, loss_per_token, 
 from clip_jax.evals.evaluator import Encoder, compiled
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
-from tests.conftest import COCA, batch, parameters
+from tests.conftest import COCA, batch, decode_text, parameters
 from tests.evals.conftest import mesh_of
 
 
@@ -30,7 +30,7 @@ def log_probabilities():
     @jax.jit
     def dense(pixels, tokens):
         _, seen = model.encode_image_and_tokens(params, model.normalize(pixels))
-        return jax.nn.log_softmax(model.decode_text(params, tokens, seen))[:, :-1]
+        return jax.nn.log_softmax(decode_text(model, params, tokens, seen))
 
     return lambda pixels, tokens: np.asarray(dense(pixels, tokens))
 

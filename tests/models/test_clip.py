@@ -197,21 +197,15 @@ def shallower(config, params, tower, depth):
     return CLIP(dataclasses.replace(config, **{field: part})), params
 
 
-@pytest.mark.parametrize("pool", ["class_token", "map"])
-def test_pooled_image_tokens_are_the_features_of_a_tower_that_ends_there(images, pool):
-    """The class token's are its normed state, projected."""
-    config = vision(pool=pool)
-    model, params = CLIP(config), parameters(config)
+def test_the_normed_class_token_is_the_feature_of_a_tower_that_ends_there(images, params):
+    model = CLIP(TINY)
     for layer, depth in ((-1, 2), (0, 1)):
-        states = run(model, "image_tokens", params, images, layer=layer)
+        states = run(model, "image_tokens", params, images, layer=layer, norm=True)
         assert states.shape == (2, 5, 32)
-        ended, fewer = shallower(config, params, "visual", depth)
+        ended, fewer = shallower(TINY, params, "visual", depth)
         features = run(ended, "encode_image", fewer, images)
-        np.testing.assert_allclose(run(model, "pool_image", params, states), features, atol=1e-5)
-        if pool == "class_token":
-            normed = run(model, "image_tokens", params, images, layer=layer, norm=True)
-            pooled = normed[:, 0] @ params["visual"]["proj"]
-            np.testing.assert_allclose(pooled, features, atol=1e-5)
+        pooled = states[:, 0] @ params["visual"]["proj"]
+        np.testing.assert_allclose(pooled, features, atol=1e-5)
 
 
 def test_the_end_of_normed_text_tokens_is_the_feature_of_a_tower_that_ends_there(params):
@@ -252,9 +246,9 @@ def test_wrong_shapes_and_layers_are_named(params, images):
         model.encode_text(params, jnp.zeros((1, 11), jnp.int32))
     with pytest.raises(ValueError, match=r"vision.num_heads=5"):
         ViTConfig(num_heads=5)
-    with pytest.raises(ValueError, match="layer=2: the vision tower has 2 blocks"):
+    with pytest.raises(ValueError, match="layer=2: the tower has 2 blocks"):
         model.image_tokens(params, images, 2)
-    with pytest.raises(ValueError, match="layer=-3: the text tower has 2 blocks"):
+    with pytest.raises(ValueError, match="layer=-3: the tower has 2 blocks"):
         model.text_tokens(params, TOKENS, -3)
     with pytest.raises(ValueError, match="vision transformer, not a ResNet"):
         CLIP(RESNET).image_tokens(params, jnp.zeros((1, 32, 32, 3)))
