@@ -67,10 +67,20 @@ _BASE, _LARGE = _Tower(768, 12, 12), _Tower(1024, 24, 16)
 _SO400M, _GIANT = _Tower(1152, 27, 16, 3.7362), _Tower(1536, 40, 16)
 
 
+def _sizes(pattern: str, model: CLIPConfig, *sizes: int | None) -> dict[str, CLIPConfig]:
+    """Return a model for images of some sizes, which are part of its names; None: of its own."""
+    names = {size: pattern.format("" if size is None else f"-{size}") for size in sizes}
+    return {
+        name: replace(
+            model, vision=replace(model.vision, image_size=size or model.vision.image_size)
+        )
+        for size, name in names.items()
+    }
+
+
 def _siglip(
     vision: _Tower,
     patch: int,
-    size: int,
     *,
     text: _Tower | None = None,
     length: int = 64,
@@ -84,7 +94,7 @@ def _siglip(
     """
     text = text or vision
     image_tower = ViTConfig(
-        image_size=size, patch_size=patch, width=vision.width, depth=vision.depth,
+        image_size=224, patch_size=patch, width=vision.width, depth=vision.depth,
         num_heads=vision.heads, mlp_ratio=vision.mlp, pool="map", class_token=False,
         pre_norm=False, patch_bias=True, projection=False, activation="gelu_tanh",
         norm_epsilon=1e-6,
@@ -142,13 +152,10 @@ def _mammut(vision: ViTConfig, text: TextConfig, first_mlp: bool) -> CLIPConfig:
 
 _GEMMA = 256_000  # words of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
-_L14, _L14_336 = _vit(14, 1024, 24), _vit(14, 1024, 24, size=336)
-_L16 = _vit(16, 1024, 24)
-_H14, _H14_336 = _vit(14, 1280, 32, heads=16), _vit(14, 1280, 32, heads=16, size=336)
-_H16 = _vit(16, 1280, 32, heads=16)
+_L14, _L16 = _vit(14, 1024, 24), _vit(16, 1024, 24)
+_H14, _H16 = _vit(14, 1280, 32, heads=16), _vit(16, 1280, 32, heads=16)
 _g14 = _vit(14, 1408, 40, heads=16, mlp=4.3637)
 _bigG14 = _vit(14, 1664, 48, heads=16, mlp=4.9231)
-_bigG14_336 = replace(_bigG14, image_size=336)
 _T512, _T640, _T768, _T1024, _T1280 = (
     _text(512), _text(640), _text(768), _text(1024, 24), _text(1280, 32),
 )  # fmt: skip
@@ -157,7 +164,7 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-B/32": _clip(512, _B32, _T512, "quick_gelu"),
     "ViT-B/16": _clip(512, _B16, _T512, "quick_gelu"),
     "ViT-L/14": _clip(768, _L14, _T768, "quick_gelu"),
-    "ViT-L/14@336px": _clip(768, _L14_336, _T768, "quick_gelu"),
+    "ViT-L/14@336px": _clip(768, replace(_L14, image_size=336), _T768, "quick_gelu"),
     "ViT-S-32-alt": _clip(256, _vit(32, 384), _text(256, 10)),
     "ViT-S-32": _clip(384, _vit(32, 384), _text(384)),
     "ViT-M-32-alt": _clip(384, _vit(32, 512), _text(384)),
@@ -166,86 +173,51 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-S-16": _clip(384, _vit(16, 384), _text(384)),
     "ViT-M-16-alt": _clip(384, replace(_vit(16, 512), layer_scale=1e-4), _text(384)),
     "ViT-M-16": _clip(512, _vit(16, 512), _T512),
-    "ViT-B-32": _clip(512, _B32, _T512),
+    **_sizes("ViT-B-32{}", _clip(512, _B32, _T512), None, 256),
     "ViT-B-32-quickgelu": _clip(512, _B32, _T512, "quick_gelu"),
-    "ViT-B-32-256": _clip(512, replace(_B32, image_size=256), _T512),
     "ViT-B-32-plus-256": _clip(640, _vit(32, 896, size=256), _T640),
     "ViT-B-16": _clip(512, _B16, _T512),
     "ViT-B-16-quickgelu": _clip(512, _B16, _T512, "quick_gelu"),
-    "ViT-B-16-plus": _clip(640, _vit(16, 896), _T640),
-    "ViT-B-16-plus-240": _clip(640, _vit(16, 896, size=240), _T640),
-    "ViT-B-16-SigLIP": _siglip(_BASE, 16, 224),
-    "ViT-B-16-SigLIP-256": _siglip(_BASE, 16, 256),
-    "ViT-B-16-SigLIP-i18n-256": _siglip(_BASE, 16, 256, vocab=250_000),
-    "ViT-B-16-SigLIP-384": _siglip(_BASE, 16, 384),
-    "ViT-B-16-SigLIP-512": _siglip(_BASE, 16, 512),
-    "ViT-B-32-SigLIP2-256": _siglip(_BASE, 32, 256, vocab=_GEMMA),
-    "ViT-B-16-SigLIP2": _siglip(_BASE, 16, 224, vocab=_GEMMA),
-    "ViT-B-16-SigLIP2-256": _siglip(_BASE, 16, 256, vocab=_GEMMA),
-    "ViT-B-16-SigLIP2-384": _siglip(_BASE, 16, 384, vocab=_GEMMA),
-    "ViT-B-16-SigLIP2-512": _siglip(_BASE, 16, 512, vocab=_GEMMA),
-    "ViT-L-16": _clip(768, _L16, _T768),
-    "ViT-L-16-320": _clip(768, replace(_L16, image_size=320), _T768),
-    "ViT-L-16-SigLIP-256": _siglip(_LARGE, 16, 256),
-    "ViT-L-16-SigLIP-384": _siglip(_LARGE, 16, 384),
-    "ViT-L-16-SigLIP2-256": _siglip(_LARGE, 16, 256, vocab=_GEMMA),
-    "ViT-L-16-SigLIP2-384": _siglip(_LARGE, 16, 384, vocab=_GEMMA),
-    "ViT-L-16-SigLIP2-512": _siglip(_LARGE, 16, 512, vocab=_GEMMA),
-    "ViT-L-14": _clip(768, _L14, _T768),
-    "ViT-L-14-quickgelu": _clip(768, _L14, _T768, "quick_gelu"),
-    "ViT-L-14-280": _clip(768, replace(_L14, image_size=280), _T768),
-    "ViT-L-14-336": _clip(768, _L14_336, _T768),
-    "ViT-L-14-336-quickgelu": _clip(768, _L14_336, _T768, "quick_gelu"),
-    "ViT-L-14-CLIPA": _clipa(768, _L14, _T768),
-    "ViT-L-14-CLIPA-336": _clipa(768, _L14_336, _T768),
-    "ViT-SO400M-14-SigLIP": _siglip(_SO400M, 14, 224, length=16),
-    "ViT-SO400M-14-SigLIP-378": _siglip(_SO400M, 14, 378),
-    "ViT-SO400M-14-SigLIP-384": _siglip(_SO400M, 14, 384),
-    "ViT-SO400M-16-SigLIP-i18n-256": _siglip(
-        _SO400M, 16, 256, vocab=250_000, projection=False
+    **_sizes("ViT-B-16-plus{}", _clip(640, _vit(16, 896), _T640), None, 240),
+    **_sizes("ViT-B-16-SigLIP{}", _siglip(_BASE, 16), None, 256, 384, 512),
+    **_sizes("ViT-B-16-SigLIP-i18n{}", _siglip(_BASE, 16, vocab=250_000), 256),
+    **_sizes("ViT-B-32-SigLIP2{}", _siglip(_BASE, 32, vocab=_GEMMA), 256),
+    **_sizes("ViT-B-16-SigLIP2{}", _siglip(_BASE, 16, vocab=_GEMMA), None, 256, 384, 512),
+    **_sizes("ViT-L-16{}", _clip(768, _L16, _T768), None, 320),
+    **_sizes("ViT-L-16-SigLIP{}", _siglip(_LARGE, 16), 256, 384),
+    **_sizes("ViT-L-16-SigLIP2{}", _siglip(_LARGE, 16, vocab=_GEMMA), 256, 384, 512),
+    **_sizes("ViT-L-14{}", _clip(768, _L14, _T768), None, 280, 336),
+    **_sizes("ViT-L-14{}-quickgelu", _clip(768, _L14, _T768, "quick_gelu"), None, 336),
+    **_sizes("ViT-L-14-CLIPA{}", _clipa(768, _L14, _T768), None, 336),
+    "ViT-SO400M-14-SigLIP": _siglip(_SO400M, 14, length=16),
+    **_sizes("ViT-SO400M-14-SigLIP{}", _siglip(_SO400M, 14), 378, 384),
+    **_sizes(
+        "ViT-SO400M-16-SigLIP-i18n{}", _siglip(_SO400M, 16, vocab=250_000, projection=False), 256
     ),
-    "ViT-SO400M-14-SigLIP2": _siglip(_SO400M, 14, 224, vocab=_GEMMA),
-    "ViT-SO400M-14-SigLIP2-378": _siglip(_SO400M, 14, 378, vocab=_GEMMA),
-    "ViT-SO400M-14-SigLIP2-384": _siglip(_SO400M, 14, 384, vocab=_GEMMA),
-    "ViT-SO400M-16-SigLIP2-256": _siglip(_SO400M, 16, 256, vocab=_GEMMA),
-    "ViT-SO400M-16-SigLIP2-384": _siglip(_SO400M, 16, 384, vocab=_GEMMA),
-    "ViT-SO400M-16-SigLIP2-512": _siglip(_SO400M, 16, 512, vocab=_GEMMA),
-    "ViT-gopt-16-SigLIP2-256": _siglip(_GIANT, 16, 256, text=_SO400M, vocab=_GEMMA),
-    "ViT-gopt-16-SigLIP2-384": _siglip(_GIANT, 16, 384, text=_SO400M, vocab=_GEMMA),
+    **_sizes("ViT-SO400M-14-SigLIP2{}", _siglip(_SO400M, 14, vocab=_GEMMA), None, 378, 384),
+    **_sizes("ViT-SO400M-16-SigLIP2{}", _siglip(_SO400M, 16, vocab=_GEMMA), 256, 384, 512),
+    **_sizes(
+        "ViT-gopt-16-SigLIP2{}", _siglip(_GIANT, 16, text=_SO400M, vocab=_GEMMA), 256, 384
+    ),
     "ViT-H-16": _clip(1024, _H16, _T1024),
-    "ViT-H-14": _clip(1024, _H14, _T1024),
-    "ViT-H-14-quickgelu": _clip(1024, _H14, _T1024, "quick_gelu"),
-    "ViT-H-14-336": _clip(1024, _H14_336, _T1024),
-    "ViT-H-14-378-quickgelu": _clip(
-        1024, replace(_H14, image_size=378), _T1024, "quick_gelu"
-    ),
-    "ViT-H-14-CLIPA": _clipa(1024, _H14, _T1024),
-    "ViT-H-14-CLIPA-336": _clipa(1024, _H14_336, _T1024),
-    "ViT-g-14": _clip(1024, _g14, _T1024),
-    "ViT-g-14-336": _clip(1024, replace(_g14, image_size=336), _T1024),
-    "ViT-bigG-14": _clip(1280, _bigG14, _T1280),
-    "ViT-bigG-14-336": _clip(1280, _bigG14_336, _T1280),
-    "ViT-bigG-14-CLIPA": _clipa(1280, _bigG14, _T1280),
-    "ViT-bigG-14-CLIPA-336": _clipa(1280, _bigG14_336, _T1280),
-    "ViT-e-14": _clip(
-        1280, _vit(14, 1792, 56, heads=16, mlp=8.5715), _text(1280, 36)
-    ),
-    "ViT-S-16-worldwide": _worldwide(384, _vit(16, 384), _text(384)),
-    "ViT-S-16-384-worldwide": _worldwide(384, _vit(16, 384, size=384), _text(384)),
+    **_sizes("ViT-H-14{}", _clip(1024, _H14, _T1024), None, 336),
+    **_sizes("ViT-H-14{}-quickgelu", _clip(1024, _H14, _T1024, "quick_gelu"), None, 378),
+    **_sizes("ViT-H-14-CLIPA{}", _clipa(1024, _H14, _T1024), None, 336),
+    **_sizes("ViT-g-14{}", _clip(1024, _g14, _T1024), None, 336),
+    **_sizes("ViT-bigG-14{}", _clip(1280, _bigG14, _T1280), None, 336),
+    **_sizes("ViT-bigG-14-CLIPA{}", _clipa(1280, _bigG14, _T1280), None, 336),
+    "ViT-e-14": _clip(1280, _vit(14, 1792, 56, heads=16, mlp=8.5715), _text(1280, 36)),
+    **_sizes("ViT-S-16{}-worldwide", _worldwide(384, _vit(16, 384), _text(384)), None, 384),
     "ViT-S-16-mT5-worldwide": _worldwide(384, _vit(16, 384), _text(384), mt5=True),
-    "ViT-M-16-worldwide": _worldwide(512, _vit(16, 512), _T512),
-    "ViT-M-16-384-worldwide": _worldwide(512, _vit(16, 512, size=384), _T512),
+    **_sizes("ViT-M-16{}-worldwide", _worldwide(512, _vit(16, 512), _T512), None, 384),
     "ViT-M-16-mT5-worldwide": _worldwide(512, _vit(16, 512), _T512, mt5=True),
-    "ViT-B-32-worldwide": _worldwide(512, _B32, _T512),
-    "ViT-B-32-384-worldwide": _worldwide(512, replace(_B32, image_size=384), _T512),
+    **_sizes("ViT-B-32{}-worldwide", _worldwide(512, _B32, _T512), None, 384),
     "ViT-B-32-mT5-worldwide": _worldwide(512, _B32, _T512, mt5=True),
-    "ViT-B-16-worldwide": _worldwide(512, _B16, _T512),
-    "ViT-B-16-384-worldwide": _worldwide(512, replace(_B16, image_size=384), _T512),
+    **_sizes("ViT-B-16{}-worldwide", _worldwide(512, _B16, _T512), None, 384),
     "ViT-L-14-worldwide": _worldwide(768, _L14, _T768),
     "ViT-H-14-quickgelu-worldwide": _worldwide(1024, _H14, _T1024, "quick_gelu"),
-    "ViT-H-14-378-worldwide": _worldwide(1024, replace(_H14, image_size=378), _T1024),
-    "ViT-bigG-14-worldwide": _worldwide(1280, _bigG14, _T1280),
-    "ViT-bigG-14-378-worldwide": _worldwide(1280, replace(_bigG14, image_size=378), _T1280),
+    **_sizes("ViT-H-14{}-worldwide", _worldwide(1024, _H14, _T1024), 378),
+    **_sizes("ViT-bigG-14{}-worldwide", _worldwide(1280, _bigG14, _T1280), None, 378),
     "coca_ViT-B-32": _coca(512, _B32, 512, 8),
     "coca_ViT-L-14": _coca(768, _L14, 768, 12),
     "coca_base": _coca(512, _vit(18, 768, size=288), 768, 12, queries=False, vocab=64_000),
