@@ -65,10 +65,10 @@ ZERO = names(
     TokenizerConfig="begin_id end_id pad_id", SuiteEvalConfig="seed memory_mib", Config="seed",
     DataConfig="seed workers threads max_bad_share", DigitsConfig="split_seed",
     MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
-    FitConfig="seed", LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
+    LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
-    "seed", HardwareConfig="price start_seconds", RulesConfig="max_warmup_share",
-    ReportConfig="price", InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
+    "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",
+    InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
     GenerationConfig="seed length_penalty", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
     SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",
