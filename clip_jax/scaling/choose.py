@@ -57,16 +57,9 @@ class ChooseConfig:
 class Choice(NamedTuple):
     """A point's best trial."""
 
-    trial: dict[str, float]  # learning rate, batch, warm-up and weight decay by their columns
-    trials: int  # of the point
+    point: dict[str, Any]  # what there is to say of it, as JSON values
     rows: Sequence[Row]  # the trial's runs, one a seed
-    edges: list[str]  # what lies at the edge of the grid: "learning rate: highest"
-    optima: list[float]  # best learning rate of each seed, between those of the grid
     factor: float  # between learning rates of the grid; NaN where only one was tried
-
-    @property
-    def width(self) -> float:
-        return number(self.rows[0], "width")
 
 
 class Rule(NamedTuple):
@@ -111,13 +104,13 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     return {
         "choose_by": config.choose_by,
         "report": config.report,
-        "points": [_point(choice, config) for choice in choices],
+        "points": [choice.point for choice in choices],
         "rule": _rule(choices),
     }
 
 
 def _best(point: RunTable, config: ChooseConfig) -> Choice:
-    """Choose among a point's trials by the mean over their seeds."""
+    """Choose among a point's trials by the mean over their seeds, and say what it measured."""
     groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
@@ -155,8 +148,19 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
         if len(of_seed) == len(learning_rates):
             optima.append(vertex(learning_rates, of_seed))
     factor = max((b / a for a, b in itertools.pairwise(learning_rates)), default=math.nan)
-    trial = dict(zip(SWEPT, best, strict=True))
-    return Choice(trial, len(trials), trials[best], edges, optima, factor)
+    metrics, row = {}, point.rows[0]
+    for name in (config.choose_by, config.report):
+        rows = [row for row in trials[best] if run_table.text(row, name)] or trials[best]
+        values = RunTable(rows).numbers(name)
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        metrics[name] = {"mean": float(values.mean()), "sd": std}
+    described = {
+        "arch": row["arch"], "width": number(row, "width"),
+        "samples_seen": number(row, "samples_seen"), **dict(zip(SWEPT, best, strict=True)),
+        "trials": len(trials), "seeds": seeds, "optima": optima, "edges": edges,
+        "metrics": metrics,
+    }  # fmt: skip
+    return Choice(described, trials[best], factor)
 
 
 def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
@@ -193,27 +197,28 @@ def fit_rule(
 
 def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
     """Fit the rule to all but the largest width, and hold it against that."""
-    largest = max(choice.width for choice in choices)
+    largest = max(choice.point["width"] for choice in choices)
     known = [
-        (choice.width, choice.trial["global_batch"], optimum)
-        for choice in choices
-        if choice.width < largest
-        for optimum in choice.optima
+        (point["width"], point["global_batch"], optimum)
+        for point, _, _ in choices
+        if point["width"] < largest
+        for optimum in point["optima"]
     ]
     rule = fit_rule(*zip(*known, strict=True)) if known else None
     if rule is None:
         return None
     checks = []
-    for choice in (choice for choice in choices if choice.width == largest):
-        batch = choice.trial["global_batch"]
-        predicted, *interval = rule.predict(choice.width, batch)
-        measured = float(np.exp(np.mean(np.log(choice.optima))))
+    for point, _, factor in choices:
+        if point["width"] < largest:
+            continue
+        predicted, *interval = rule.predict(point["width"], point["global_batch"])
+        measured = float(np.exp(np.mean(np.log(point["optima"]))))
         checks.append({
-            "arch": choice.rows[0]["arch"], "width": choice.width, "batch": batch,
+            "arch": point["arch"], "width": point["width"], "batch": point["global_batch"],
             "predicted": predicted, "interval": interval, "measured": measured,
-            "grid_steps": abs(math.log(predicted / measured)) / math.log(choice.factor),
+            "grid_steps": abs(math.log(predicted / measured)) / math.log(factor),
         })  # fmt: skip
-    first = min(choices, key=lambda choice: choice.width)
+    first = min((choice.point for choice in choices), key=lambda point: point["width"])
     exponents = {
         name: rule.exponent(column)
         for name, column in (("width_exponent", 1), ("batch_exponent", 2))
@@ -222,27 +227,12 @@ def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
     return {
         **{name: value for name, (value, _, _) in exponents.items()},
         "intervals": {name: interval for name, (_, *interval) in exponents.items()},
-        "learning_rate": rule.predict(first.width, first.trial["global_batch"])[0],
-        "reference_width": first.width,
-        "reference_batch": first.trial["global_batch"],
+        "learning_rate": rule.predict(first["width"], first["global_batch"])[0],
+        "reference_width": first["width"],
+        "reference_batch": first["global_batch"],
         "observations": rule.observations,
         "checks": checks,
     }
-
-
-def _point(choice: Choice, config: ChooseConfig) -> dict[str, Any]:
-    """Say what was chosen, and what it measured in both metrics."""
-    metrics, row = {}, choice.rows[0]
-    for name in (config.choose_by, config.report):
-        rows = [row for row in choice.rows if run_table.text(row, name)] or choice.rows
-        values = RunTable(rows).numbers(name)
-        std = float(values.std(ddof=1)) if len(values) > 1 else None
-        metrics[name] = {"mean": float(values.mean()), "sd": std}
-    return {
-        "arch": row["arch"], "width": choice.width, "samples_seen": number(row, "samples_seen"),
-        **choice.trial, "trials": choice.trials, "seeds": len(choice.rows),
-        "optima": choice.optima, "edges": choice.edges, "metrics": metrics,
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------ for a terminal
@@ -268,8 +258,8 @@ def describe(result: dict[str, Any]) -> str:
             for edge in point["edges"]
         ]
     if (rule := result["rule"]) is None:
-        reason = "fewer than two widths below the largest"
-        return "\n".join([*lines, f"no rule for learning rates: {reason}"])
+        lines.append("no rule for learning rates: fewer than two widths below the largest")
+        return "\n".join(lines)
     law = f"rule: learning rate = {rule['learning_rate']:.3g}"
     for name in ("width", "batch"):
         if interval := rule["intervals"].get(f"{name}_exponent"):
