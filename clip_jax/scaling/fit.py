@@ -59,7 +59,6 @@ class FitConfig:
     through: Through | None = None  # frontier of bins or all runs; default: frontier for power
     bins: int = BINS  # of the frontier, equally wide in log C
     draws: int = 1_000  # of the bootstrap
-    seed: int = 0  # of the bootstrap
     hold_out: float | None = None  # fit runs below this compute (forward GMACs), predict the others
     hold_out_samples: str | None = None  # the same with pairs seen, such as 12.8B
     # MODEL@SAMPLES, such as ViT-L-14@12.8B; with /UNIQUE (repeated) or /BATCH (batched) behind
@@ -70,8 +69,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, bins="[3, 10000]", draws="[100, 1000000]", seed="[0, inf)",
-            hold_out="(0, inf)", budget="(0, inf)",
+            self, bins="[3, 10000]", draws="[100, 1000000]", hold_out="(0, inf)", budget="(0, inf)"
         )  # fmt: skip
         if self.hold_out is not None and self.hold_out_samples is not None:
             raise InputError("give hold_out or hold_out_samples, not both.")
@@ -87,16 +85,12 @@ class FitConfig:
 
     def fit(self, runs: Runs, family: int = 0) -> Fit:
         """Fit runs; each family draws from a seed of its own, so that they are independent."""
-        options = self.options | {"seed": self.seed + family}
-        return fit_law(self.form, runs, self.passes_through, **options)
+        through, bins, draws = self.passes_through, self.bins, self.draws
+        return fit_law(self.form, runs, through, bins=bins, draws=draws, seed=family)
 
     @property
     def passes_through(self) -> Through:
         return self.through or ("frontier" if self.form == "power" else "all")
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"bins": self.bins, "draws": self.draws, "seed": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +274,7 @@ def _budget(
 ) -> dict[str, Any]:
     """Say which model serves a budget best, by a law that is additive in size and samples."""
     if not isinstance(fitted.law, Additive):
-        fitted = fit_law("additive", fitted.runs, "all", **config.options)
+        fitted = fit_law("additive", fitted.runs, "all", draws=config.draws)
     size = np.array([_size(name, sizes) for name in names])
     samples = budget / TRAINING_FLOPS / size
     predicted = fitted.predict(size, samples)
@@ -312,13 +306,12 @@ def family_of(row: Row, column: str) -> str:
 
 def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
     """Fit every family of runs on its own, and compare every two."""
-    if column not in table.columns:
-        raise InputError(f"compare={column!r} is no column; there are {', '.join(table.columns)}.")
+    table.check(column)
     families: dict[str, Fit] = {}
     alike, warnings = {}, []
-    groups = sorted(table.groups(lambda row: text(row, column)).items())
-    for number, (value, members) in enumerate(groups):
-        name, runs = value or f"no {column}", config.runs(members)
+    groups = sorted(table.groups(lambda row: family_of(row, column)).items())
+    for number, (name, members) in enumerate(groups):
+        runs = config.runs(members)
         try:
             families[name] = config.fit(runs, number)
         except InputError as error:
@@ -448,10 +441,10 @@ def _lines_of_pair(pair: Mapping[str, Any]) -> list[str]:
             f"in {at['share']:.0%} of draws"
         )
     cross = pair["crossing"]
-    at = "from the least on" if cross["compute"] is None else f"from {cross['compute']:.3g} on"
-    low = f"{cross['low']:.3g}" if cross["low"] else "less than any"
-    high = "more than any" if cross["high"] is None else f"{cross['high']:.3g}"
-    better = f"{pair['families'][cross['better']]} is the better one {at} (95%: {low} to {high})"
+    high = math.inf if cross["high"] is None else cross["high"]
+    interval = _interval((cross["low"], high), ".3g")
+    name, at = pair["families"][cross["better"]], cross["compute"] or 0
+    better = f"{name} is the better one from {at:.3g} on {interval}"
     if not cross["low"] and cross["high"] is None:
         better = "these runs do not determine which is better where"
     lines.append(f"  {better}; the laws cross in {cross['share']:.0%} of draws")

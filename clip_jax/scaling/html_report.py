@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
 from clip_jax.scaling.run_table import Row, RunTable, gather, number, of_run, short, text
 from clip_jax.scaling.uncertainty import Form, Through
@@ -43,10 +43,6 @@ class ReportConfig:
     form: Form = "power"  # as in `scale fit`
     through: Through | None = None
     compare: str | None = None  # column by which families are fitted apart
-    draws: int = 1_000  # of the bootstrap
-
-    def __post_init__(self) -> None:
-        check_ranges(self, draws="[100, 1000000]")
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
             by_row[id(row)]["error"] = value if metric_is == "error" else 1 - value
     options = FitConfig(
         metric=metric, metric_is=metric_is, where=config.where, form=config.form,
-        through=config.through, compare=config.compare, draws=config.draws,
+        through=config.through, compare=config.compare,
     )  # fmt: skip
     laws, summary = _laws(table, options, by_row)
     for run in runs:

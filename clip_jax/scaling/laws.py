@@ -105,10 +105,7 @@ class Law:
     ) -> Self:
         """Minimise the squared relative residuals of R tables; every parameter is `[R]`.
 
-        Args:
-          runs: what the tables share: sizes, samples, and the third where the law takes one.
-          error: of each run, in each table.
-          weights: of each run, in each table.
+        The tables share the runs' sizes, samples, and the third where the law takes one.
         """
         inside = [name for name in cls.names() if name not in cls.COEFFICIENTS]
 
@@ -279,14 +276,9 @@ def search(
     that closes in finds the exponents. It cannot stop at a bad start as gradient methods do, and
     thousands of tables are solved at once.
 
-    Args:
-      terms: maps arrays `[...]`, one an exponent, to `[..., n, K]`.
-      grid: where to begin: increasing positive values of each exponent, evenly spaced in log.
-      error: what to predict.
-      weights: of each run, per table.
-
-    Returns:
-      The exponents and the K coefficients of each table.
+    `terms` maps arrays `[...]`, one an exponent, to `[..., n, K]`. `grid` has where to begin:
+    increasing positive values of each exponent, evenly spaced in log. Returns the exponents and
+    the K coefficients of each table.
     """
     at_once = max(AT_ONCE // (len(CELLS) ** len(grid) * weights.shape[1]), 1)
     error = np.broadcast_to(error, weights.shape)

@@ -31,13 +31,9 @@ def figure(
 ) -> Figure:
     """Draw runs, frontier, fit and its band over the residuals, in one column of a paper's page.
 
-    Args:
-      fit: the law, and the runs.
-      others: published laws to lay over, by label, in the same units.
-      predictions: of runs not made: compute and what the fit says, by label.
-      reach: compute to which the law is drawn; by default a little beyond the runs.
-      error_label: of the vertical axis.
-      title: above all.
+    `others` are published laws to lay over, by label, in the same units; `predictions` of runs not
+    made the compute and what the fit says, by label. The law is drawn to the compute `reach`, by
+    default a little beyond the runs.
     """
     import matplotlib
     from matplotlib.figure import Figure as NewFigure

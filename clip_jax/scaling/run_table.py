@@ -70,11 +70,9 @@ class RunTable:
         rows = [row for row in self.rows if text(row, metric)]
         for condition in where:
             column, equals, pattern = condition.partition("=")
-            if not equals or column not in self.columns:
-                raise InputError(
-                    f"where={condition!r} must be COLUMN=PATTERN with one of "
-                    f"{', '.join(self.columns)}."
-                )
+            if not equals:
+                raise InputError(f"where={condition!r} must be COLUMN=PATTERN.")
+            self.check(column)
             rows = [row for row in rows if fnmatch(text(row, column), pattern)]
         if not rows:
             raise InputError(f"no row of the table has {metric!r} and matches {list(where)}.")

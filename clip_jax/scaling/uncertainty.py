@@ -146,20 +146,12 @@ def fit_law(
     draws: int = 1_000,
     seed: int = 0,
 ) -> Fit:
-    """Fit one law to runs.
+    """Fit one law to runs: to all of them, or to the least error of each bin of compute.
 
-    Args:
-      form: `power` β·C^α; `saturating` E∞ + A·(C + B)^−α; `additive` E∞ + A·N^−a + B·D^−b;
-        `repeated` and `batched`: that with samples that count less (see laws.py).
-      runs: the measured runs.
-      through: all runs, or the least error of each bin of compute.
-      bins: of the frontier.
-      draws: of the bootstrap.
-      seed: of the bootstrap.
+    The bootstrap has `draws` and a `seed`.
 
-    Raises:
-      InputError: too few points for the law's parameters, errors that are not positive, or an
-        additive law through a frontier, whose bins have no size and no samples.
+    Raises InputError for too few points for the law's parameters, errors that are not positive, or
+    an additive law through a frontier, whose bins have no size and no samples.
     """
     kind = LAWS[form]
     parameters = len(kind.names())

@@ -133,14 +133,15 @@ def test_a_budget_names_a_model_and_its_samples():
     ("changes", "message"),
     [
         ({"metric": "imagenet"}, "no column 'imagenet'; it has arch, "),
-        ({"where": ("dataset=LAION",)}, "must be COLUMN=PATTERN"),
+        ({"where": ("arch",)}, "must be COLUMN=PATTERN"),
+        ({"where": ("dataset=LAION",)}, "no column 'dataset'; it has arch, "),
         ({"where": ("arch=RN50",)}, "no row"),
         ({"predict": ("ViT-L-14",)}, "MODEL@SAMPLES"),
         ({"predict": ("ViT-L-14@many",)}, "not a number of samples"),
         ({"predict": ("ViT-X-14@1B",)}, "no architecture 'ViT-X-14'; did you mean"),
         ({"hold_out": 1e30}, "nothing to predict"),
         ({"compare": "arch", "where": ("arch=ViT-H-14",)}, "takes two families of runs or more"),
-        ({"compare": "family"}, "compare='family' is no column; there are arch, "),
+        ({"compare": "family"}, "no column 'family'; it has arch, "),
         ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "predict, budget and plot ask one"),
     ],
 )

@@ -28,7 +28,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_run_is_on_the_page_with_its_state(ladder: Path):
     paths = (ladder / "runs", ladder / "runs" / "w16@1.6K-seed0")  # one of them twice
-    summary = report(ReportConfig(paths=paths, output=ladder / "page.html", draws=100))
+    summary = report(ReportConfig(paths=paths, output=ladder / "page.html"))
     assert summary["runs"] == {"done": 13, "not begun": 1, "stopped": 1, "failed": 1}
     data = read(ladder / "page.html")
     runs = {run["name"]: run for run in data["runs"]}
@@ -49,7 +49,7 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
 
 def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     config = ReportConfig(
-        paths=(POINTS,), output=ladder / "points.html", metric="imagenet1k_acc1", draws=100,
+        paths=(POINTS,), output=ladder / "points.html", metric="imagenet1k_acc1",
         compare="upstream_dataset", where=("upstream_dataset=LAION*",), through="all",
     )  # fmt: skip
     report(config)
@@ -58,7 +58,7 @@ def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     assert data["metric"] == "1 − imagenet1k_acc1"
     assert {law["name"] for law in data["laws"]} == {"LAION-2B", "LAION-400M", "LAION-80M"}
     assert sum("off" in run for run in data["runs"]) == 29
-    ours = ReportConfig(paths=(ladder / "runs",), output=ladder / "ours.html", draws=100)
+    ours = ReportConfig(paths=(ladder / "runs",), output=ladder / "ours.html")
     for changes, why in (
         ({"compare": "schedule"}, "takes two families"),
         ({"where": ("arch=no*",)}, "no row of the table"),
