@@ -26,7 +26,6 @@ from tests.conftest import ROOT
         ("train nowhere.py", r"no config file at nowhere\.py"),
         ("train configs/digits.py --mesh.data 3", "does not use all 8 devices"),
         ("train configs/digits.py --batch-size 12", "batch_size=12 cannot be split over 8"),
-        ("train configs/digits.py --steps 10", r"optim\.warmup_steps=200 leaves nothing"),
         ("train configs/pairs.py --data.source.path no.csv", r"no\.csv"),
         ("evaluate nowhere", "there is no nowhere"),
         ("train configs/digits.py --optim.lr 1", "no option --optim.lr; take --optim.learning"),
