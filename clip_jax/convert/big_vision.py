@@ -16,7 +16,7 @@ from clip_jax.convert import open_clip, tokenizer_files, verify
 from clip_jax.convert.archives import write_npz
 from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
 from clip_jax.convert.open_clip_config import model_cfg
-from clip_jax.convert.state_dict import Row, from_params, to_params
+from clip_jax.convert.state_dict import Row, Rules, from_params, table, to_params
 from clip_jax.convert.target import Target, fixed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
@@ -35,7 +35,6 @@ from clip_jax.models.vit import ViTConfig
 
 _ROOT = "params/"
 _BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")
-_QKV = ("query", "key", "value")
 _ACTIVATIONS = {"vision.activation": "gelu_tanh", "text.activation": "gelu_tanh"}
 _SIGLIP2_WORDS = 256_000  # whose images transformers resizes bilinearly
 
@@ -45,72 +44,46 @@ def is_big_vision(tensors: Tensors) -> bool:
     return any(name.startswith((f"{_ROOT}img/", "img/")) for name in tensors)
 
 
-def _norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in ("scale", "bias")]
-
-
-def _linear(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in ("kernel", "bias")]
-
-
-def _stacked_heads(ours: str, theirs: str, names: tuple[str, ...], blocks: str = "") -> list[Row]:
-    """Rows of several projections to heads that are one of ours; `blocks`: the axis of a stack."""
-    kinds = {
-        "kernel": (f"S {blocks}D N K", f"{blocks}D S N K"),
-        "bias": (f"S {blocks}N K", f"{blocks}S N K"),
-    }
-    return [
-        Row(f"{ours}/{kind}", tuple(f"{theirs}/{name}/{kind}" for name in names), " -> ".join(axes))
-        for kind, axes in kinds.items()
-    ]
-
-
-def _mlp(ours: str, theirs: str) -> list[Row]:
-    return [
-        *_linear(f"{ours}/c_fc", f"{theirs}/MlpBlock_0/Dense_0"),
-        *_linear(f"{ours}/c_proj", f"{theirs}/MlpBlock_0/Dense_1"),
-    ]
-
-
-def _blocks(ours: str, theirs: str) -> list[Row]:
-    attention = f"{theirs}/MultiHeadDotProductAttention_0"
-    return [
-        *_norm(f"{ours}/ln_1", f"{theirs}/LayerNorm_0"),
-        *_stacked_heads(f"{ours}/attn/in_proj", attention, _QKV, "Z "),
-        *_linear(f"{ours}/attn/out_proj", f"{attention}/out"),
-        *_norm(f"{ours}/ln_2", f"{theirs}/LayerNorm_1"),
-        *_mlp(f"{ours}/mlp", theirs),
-    ]
+_ATTENTION = "MultiHeadDotProductAttention_0"
+_NAMES: Rules = (  # below `params/`, of blocks that lie stacked
+    (r"^visual/conv1/", "img/embedding/"),
+    (r"^visual/positional_embedding", "img/pos_embedding"),
+    (r"^visual/transformer/resblocks/", "img/Transformer/encoderblock/"),
+    (r"^visual/ln_post/", "img/Transformer/encoder_norm/"),
+    (r"^visual/attn_pool/", "img/MAPHead_0/"),
+    (r"/latent$", "/probe"),
+    (r"/q/", f"/{_ATTENTION}/query/"),
+    (r"/kv/", f"/{_ATTENTION}/[key,value]/"),
+    (r"/proj/", f"/{_ATTENTION}/out/"),
+    (r"/norm/", "/LayerNorm_0/"),
+    (r"^text/token_embedding", "txt/Embed_0/embedding"),
+    (r"^text/positional_embedding", "txt/pos_embedding"),
+    (r"^text/transformer/resblocks/", "txt/Encoder_0/encoderblock/"),
+    (r"^text/ln_final/", "txt/Encoder_0/encoder_norm/"),
+    (r"^text/text_projection$", "txt/head/kernel"),
+    (r"^text/text_projection_bias", "txt/head/bias"),
+    (r"/ln_1/", "/LayerNorm_0/"),
+    (r"/ln_2/", "/LayerNorm_1/"),
+    (r"/attn/in_proj/", f"/{_ATTENTION}/[query,key,value]/"),
+    (r"/attn/out_proj/", f"/{_ATTENTION}/out/"),
+    (r"/mlp/c_fc/", "/MlpBlock_0/Dense_0/"),
+    (r"/mlp/c_proj/", "/MlpBlock_0/Dense_1/"),
+    (r"^logit_scale", "t"),
+    (r"^logit_bias", "b"),
+)
+_AXES: Rules = (
+    (r"positional_embedding$", "1 L D -> L D"),
+    (r"/in_proj/kernel$", "S Z D N K -> Z D S N K"),
+    (r"/in_proj/bias$", "S Z N K -> Z S N K"),
+    (r"/kv/kernel$", "S D N K -> D S N K"),
+    (r"/kv/bias$", "S N K -> S N K"),
+    (r"^logit_", "1 -> "),
+)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The table, of names below `params/` and blocks that lie stacked."""
-    pool, head = "visual/attn_pool", "img/MAPHead_0"
-    attention = f"{head}/MultiHeadDotProductAttention_0"
-    table = [
-        *_linear("visual/conv1", "img/embedding"),
-        Row("visual/positional_embedding", "img/pos_embedding", "1 L D -> L D"),
-        *_blocks("visual/transformer/resblocks", "img/Transformer/encoderblock"),
-        *_norm("visual/ln_post", "img/Transformer/encoder_norm"),
-        Row(f"{pool}/latent", f"{head}/probe"),
-        *_linear(f"{pool}/q", f"{attention}/query"),
-        *_stacked_heads(f"{pool}/kv", attention, _QKV[1:]),
-        *_linear(f"{pool}/proj", f"{attention}/out"),
-        *_norm(f"{pool}/norm", f"{head}/LayerNorm_0"),
-        *_mlp(f"{pool}/mlp", head),
-        Row("text/token_embedding", "txt/Embed_0/embedding"),
-        Row("text/positional_embedding", "txt/pos_embedding", "1 L D -> L D"),
-        *_blocks("text/transformer/resblocks", "txt/Encoder_0/encoderblock"),
-        *_norm("text/ln_final", "txt/Encoder_0/encoder_norm"),
-        Row("logit_scale", "t", "1 -> "),
-        Row("logit_bias", "b", "1 -> "),
-    ]
-    if config.text.projection:
-        table += [
-            Row("text/text_projection", "txt/head/kernel"),
-            Row("text/text_projection_bias", "txt/head/bias"),
-        ]
-    return table
+    """The table."""
+    return table(config, _NAMES, _AXES)
 
 
 def read(tensors: Tensors, source: str) -> Weights:

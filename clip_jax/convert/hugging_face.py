@@ -23,14 +23,14 @@ from clip_jax.convert.settings import (
     write_json,
 )
 from clip_jax.convert.state_dict import (
-    BlockNames,
+    TORCH_AXES,
+    TORCH_NAMES,
     Row,
-    block_rows,
+    Rules,
     from_params,
     join_queries,
-    map_head_rows,
-    norm,
     split_queries,
+    table,
     to_params,
 )
 from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
@@ -57,54 +57,45 @@ _LEGACY_EOS = 2  # a wrong id that stood in the configurations; Hugging Face rea
 
 # ------------------------------------------------------------------ names of tensors
 
-_BLOCK = BlockNames(
-    "layer_norm1", tuple(f"self_attn.{n}_proj.*" for n in "qkv"), "self_attn.out_proj",
-    "layer_norm2", "mlp.fc1", "mlp.fc2",
-)  # fmt: skip
-_IMAGE_HEAD, _TEXT_HEAD = "vision_model.head", "text_model.head"
-_FUSED = f"{_IMAGE_HEAD}.attention.in_proj_"  # query, key and value in one tensor
-_PATCHES = "vision_model.embeddings.patch_embedding"
-_TOWERS = [
-    Row("visual/conv1/kernel", f"{_PATCHES}.weight", "D C P Q -> P Q C D"),
-    Row("visual/positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    *block_rows("visual/transformer/resblocks", "vision_model.encoder.layers.{}", _BLOCK),
-    *norm("visual/ln_post", "vision_model.post_layernorm"),
-    Row("text/token_embedding", "text_model.embeddings.token_embedding.weight"),
-    Row("text/positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    *block_rows("text/transformer/resblocks", "text_model.encoder.layers.{}", _BLOCK),
-    *norm("text/ln_final", "text_model.final_layer_norm"),
-]  # fmt: skip
-_CLIP = [
-    *_TOWERS,
-    Row("visual/class_embedding", "vision_model.embeddings.class_embedding"),
-    *norm("visual/ln_pre", "vision_model.pre_layrnorm"),  # as they write it
-    Row("visual/proj", "visual_projection.weight", "E D -> D E"),
-    Row("text/text_projection", "text_projection.weight", "E D -> D E"),
-    Row("logit_scale", "logit_scale"),
-]
-_SIGLIP = [
-    *_TOWERS,
-    Row("visual/conv1/bias", f"{_PATCHES}.bias"),
-    *map_head_rows(
-        _IMAGE_HEAD, "probe", "attention.in_proj_*.q", "attention.in_proj_*.kv",
-        "attention.out_proj", "layernorm",
-    ),
-    Row("logit_scale", "logit_scale", "1 -> "),
-    Row("logit_bias", "logit_bias", "1 -> "),
-]  # fmt: skip
+_TEXT_HEAD = "text_model.head"
+_FUSED = "vision_model.head.attention.in_proj_"  # query, key and value in one tensor
+_NAMES: Rules = (
+    (r"^(visual|text)/transformer/resblocks/", r"\1/encoder/layers/{}/"),
+    (r"^visual/conv1/", "visual/embeddings/patch_embedding/"),
+    (r"^visual/class_embedding", "visual/embeddings/class_embedding"),
+    (r"^(visual|text)/positional_embedding", r"\1/embeddings/position_embedding/weight"),
+    (r"^text/token_embedding", "text/embeddings/token_embedding"),
+    (r"^visual/ln_pre/", "visual/pre_layrnorm/"),  # as they write it
+    (r"^visual/ln_post/", "visual/post_layernorm/"),
+    (r"^text/ln_final/", "text/final_layer_norm/"),
+    (r"/ln_([12])/", r"/layer_norm\1/"),
+    (r"/attn/in_proj/", "/self_attn/[q,k,v]_proj/"),
+    (r"/attn/out_proj/", "/self_attn/out_proj/"),
+    (r"/c_fc/", "/fc1/"),
+    (r"/c_proj/", "/fc2/"),
+    (r"attn_pool/latent", "head/probe"),
+    (r"attn_pool/(q|kv)/", r"head/attention/\1/"),
+    (r"attn_pool/proj/", "head/attention/out_proj/"),
+    (r"attn_pool/norm/", "head/layernorm/"),
+    (r"attn_pool/", "head/"),
+    (r"^visual/proj$", "visual_projection/weight"),
+    (r"^visual/", "vision_model/"),
+)
+_CLIP: Rules = (*_NAMES, (r"^text/text_projection", "text_projection/weight"))
+_SIGLIP: Rules = (
+    *_NAMES,
+    (r"^text/text_projection$", "text/head/weight"),
+    (r"^text/text_projection_bias", "text/head/bias"),
+)
+_ENDS: Rules = ((r"^text/", "text_model/"), *TORCH_NAMES)
+_AXES: Rules = ((r"^visual/proj$|^text/text_projection$", "E D -> D E"), *TORCH_AXES)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """The table, of tensors whose fused projections are split."""
     if not config.vision.has_map_head:
-        return _CLIP
-    if not config.text.projection:
-        return _SIGLIP
-    return [
-        *_SIGLIP,
-        Row("text/text_projection", f"{_TEXT_HEAD}.weight", "E D -> D E"),
-        Row("text/text_projection_bias", f"{_TEXT_HEAD}.bias"),
-    ]
+        return table(config, [*_CLIP, *_ENDS], _AXES)
+    return table(config, [*_SIGLIP, *_ENDS], [(r"^logit_", "1 -> "), *_AXES])
 
 
 # ------------------------------------------------------------------ settings

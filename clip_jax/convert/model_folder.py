@@ -10,7 +10,7 @@ from typing import Any
 
 from clip_jax.convert import verify
 from clip_jax.convert.settings import read_json, write_json
-from clip_jax.convert.state_dict import Row, flatten, param_shapes, to_params
+from clip_jax.convert.state_dict import flatten, table, to_params
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
@@ -94,11 +94,10 @@ def read(folder: Path) -> Weights:
             f"{', '.join(vocabulary.NAMES)}, beside it."
         )
     tensors = read_tensors(folder / WEIGHTS_NAME)
-    rows = [Row(name, name) for name in param_shapes(config)]
     preprocess = {field: content[name] for field, name in _PREPROCESS.items() if name in content}
     weights = Weights(
         config=config,
-        params=to_params(rows, tensors, config, str(folder / WEIGHTS_NAME)),
+        params=to_params(table(config, (), ()), tensors, config, str(folder / WEIGHTS_NAME)),
         preprocess=from_dict(Preprocess, preprocess, str(path)),
     )
     for name, value in manifest(weights).items():

@@ -14,17 +14,15 @@ from clip_jax.convert.open_clip_config import (
     read_config,
     write_tokenizer,
 )
-from clip_jax.convert.openai import BLOCK
 from clip_jax.convert.settings import write_json
 from clip_jax.convert.state_dict import (
+    TORCH_AXES,
     Row,
-    block_rows,
+    Rules,
     from_params,
-    heads_out,
     join_queries,
-    norm,
-    query_rows,
     split_queries,
+    table,
     to_params,
 )
 from clip_jax.convert.target import Assumptions, Target, check_assumptions
@@ -49,92 +47,45 @@ _TEXT_PREFIXES = (
 )  # fmt: skip
 
 
-def table(config: CLIPConfig) -> list[Row]:
-    """OpenAI's rows and those of open_clip's options."""
-    if config.decoder is not None:
-        return _decoder_table(config)
-    is_timm = config.vision.has_map_head
-    rows = timm.rows() + openai.text_rows() if is_timm else openai.rows(config)
-    if config.text.projection_bias or not config.text.projection:
-        rows = [row for row in rows if row.ours != "text/text_projection"]
+_PROJECTION: Rules = (
+    (r"text_projection$", "text_projection/weight"),
+    (r"text_projection_bias$", "text_projection/bias"),
+)
+
+
+def rows(config: CLIPConfig) -> list[Row]:
+    """The table; that of a model with a decoder is of tensors that `_split` has split."""
+    names: list[tuple[str, str]] = []
+    axes: list[tuple[str, str]] = []
+    if config.vision.has_map_head:
+        names, axes = [*timm.NAMES], [*timm.AXES]
     if config.text.projection_bias:
-        rows += [
-            Row("text/text_projection", "text_projection.weight", "E D -> D E"),
-            Row("text/text_projection_bias", "text_projection.bias"),
-        ]
-    if config.has_logit_bias:
-        rows.append(Row("logit_bias", "logit_bias"))
-    return rows
+        names += _PROJECTION
+        axes.append((r"text_projection$", "E D -> D E"))
+    names += [openai.FLAT_TEXT] if config.decoder is None else _decoder_names(config)
+    return table(config, [*names, *openai.NAMES], [*axes, *TORCH_AXES])
 
 
-def _decoder_table(config: CLIPConfig) -> list[Row]:
-    """The rows of a model with a decoder, of tensors that `_split` has split."""
-    vision = typing.cast(ViTConfig, config.vision)
-    rows = openai.vit_rows(vision)
-    if vision.pool == "queries":
-        rows += _pool_rows(vision.width == config.embed_dim)
-    rows += [
-        Row("text/token_embedding", "text.token_embedding.weight"),
-        Row("text/positional_embedding", "text.positional_embedding"),
-        *norm("text/ln_final", "text.ln_final"),
-        Row("logit_scale", "logit_scale"),
-        *([Row("logit_bias", "logit_bias")] if config.has_logit_bias else []),
-    ]
-    if isinstance(config.decoder, MaMMUTConfig):
-        return [
-            *rows,
-            *_layer_rows("text", config.decoder.cross_every, config.decoder.first_mlp),
-            Row("decoder/image_projection", "map_viz2txt_kv"),
-            Row("decoder/vocab_projection", "text.text_projection"),
-        ]
+def _decoder_names(config: CLIPConfig) -> Rules:
+    is_mammut = isinstance(config.decoder, MaMMUTConfig)
+    blocks = config.decoder.cross_every if isinstance(config.decoder, MaMMUTConfig) else 1
+    is_fused = typing.cast(ViTConfig, config.vision).width == config.embed_dim
     return [
-        *rows,
-        *block_rows("text/transformer/resblocks", "text.transformer.resblocks.{}", BLOCK),
-        Row("text/class_embedding", "text.cls_emb"),
-        Row("text/text_projection", "text.text_projection"),
-        *_layer_rows("decoder", 1, True),
-        *norm("decoder/ln_final", "text_decoder.ln_final"),
-        Row("decoder/vocab_projection", "text_decoder.text_projection"),
+        # The attentional pool's projections are one tensor if all widths are the same.
+        *([] if is_fused else _POOL),
+        (r"^text/class_embedding", "text/cls_emb"),
+        (r"^decoder/image_projection", "map_viz2txt_kv"),
+        (r"^decoder/vocab", "text/text" if is_mammut else "text_decoder/text"),
+        (r"^decoder/", "text_decoder/"),
+        (r"/transformer/layers/self_(\d+)/", rf"/resblocks.{{\1:{blocks}}}/"),
+        (r"/transformer/layers/cross/", "/cross_attn/{}/"),
     ]
 
 
-def _pool_rows(fused: bool) -> list[Row]:
-    """Rows of the attentional pool, whose projections are one tensor if all widths are the same."""
-    ours, theirs = "visual/attn_pool", "visual.attn_pool"
-    q, kv = f"{ours}/attn/q", f"{ours}/attn/kv"
-    projections = query_rows(f"{ours}/attn", *(f"{theirs}.attn.in_proj_*.{x}" for x in ("q", "kv")))
-    if not fused:
-        weights = tuple(f"{theirs}.attn.{name}_proj_weight" for name in "kv")
-        projections = [row for row in projections if not row.ours.endswith("kernel")] + [
-            Row(f"{q}/kernel", f"{theirs}.attn.q_proj_weight", "(N K) D -> D N K"),
-            Row(f"{kv}/kernel", weights, "S (N K) D -> D S N K"),
-        ]
-    return [
-        Row(f"{ours}/query", f"{theirs}.query"),
-        *norm(f"{ours}/ln_q", f"{theirs}.ln_q"),
-        *norm(f"{ours}/ln_k", f"{theirs}.ln_k"),
-        *projections,
-        *heads_out(f"{ours}/attn/out_proj", f"{theirs}.attn.out_proj"),
-    ]
-
-
-def _layer_rows(tower: str, blocks: int, first_mlp: bool) -> list[Row]:
-    """Rows of layers that attend to the image, `blocks` of the text's own in each."""
-    layers, name = f"{tower}/transformer/layers", {"decoder": "text_decoder"}.get(tower, tower)
-    own = [
-        row._replace(first=i, step=blocks)
-        for i in range(blocks)
-        for row in block_rows(f"{layers}/self_{i}", f"{name}.resblocks.{{}}", BLOCK)
-        if first_mlp or not row.ours.startswith((f"{layers}/self_0/mlp", f"{layers}/self_0/ln_2"))
-    ]
-    cross = f"{name}.cross_attn.{{}}"
-    block = block_rows(f"{layers}/cross", cross, BLOCK)
-    return [
-        *own,
-        *(row for row in block if "in_proj" not in row.ours),
-        *norm(f"{layers}/cross/ln_1_kv", f"{cross}.ln_1_kv"),
-        *query_rows(f"{layers}/cross/attn", *(f"{cross}.attn.in_proj_*.{x}" for x in ("q", "kv"))),
-    ]
+_POOL: Rules = (
+    (r"attn_pool/attn/q/kernel", "attn_pool/attn/q_proj_weight"),
+    (r"attn_pool/attn/kv/kernel", "attn_pool/attn/[k,v]_proj_weight"),
+)
 
 
 def _split(tensors: Tensors) -> Tensors:
@@ -188,7 +139,7 @@ def read(
     for name in ("logit_scale", "logit_bias"):  # one number, of shape [] or [1]
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
-    params = to_params(table(config), weights, config, source)
+    params = to_params(rows(config), weights, config, source)
     return Weights(config=config, params=params, preprocess=preprocess)
 
 
@@ -285,7 +236,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under open_clip's names. Raises InputError if it cannot be
     expressed."""
     check(weights)
-    tensors = join_queries(from_params(table(weights.config), weights.params))
+    tensors = join_queries(from_params(rows(weights.config), weights.params))
     if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}

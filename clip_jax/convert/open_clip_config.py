@@ -288,6 +288,10 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
             f"padding, so that it must be the tokenizer's padding id, {tokenizer.pad_id}."
         )
     image = _vision(vision, quick_gelu)
+    if image.pool == "queries" and not isinstance(decoder, CoCaConfig):
+        raise InputError(
+            f"{vision.where}.attentional_pool=True is not supported without multimodal_cfg."
+        )
     values = {ours: pixels.get(name, None, object) for name, ours in _PIXELS.items()}
     values = {name: value for name, value in values.items() if value is not None}
     if values.get("interpolation") == "random":  # in training; open_clip evaluates with bicubic

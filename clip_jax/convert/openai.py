@@ -14,12 +14,11 @@ import numpy as np
 
 from clip_jax.convert import verify
 from clip_jax.convert.state_dict import (
-    BlockNames,
+    TORCH_NAMES,
     Row,
-    block_rows,
+    Rules,
     from_params,
-    heads_out,
-    norm,
+    table,
     to_params,
 )
 from clip_jax.convert.target import Assumptions, Target, assumed, check_assumptions
@@ -49,79 +48,17 @@ COUNTER = "num_batches_tracked"  # BatchNorm's; counts updates and is read by no
 MASK = "attn_mask"  # the text tower's, which tracing puts into an archive; causal, as we compute it
 
 
-_IMAGE_BLOCK = "visual.transformer.resblocks.{}"
-BLOCK = BlockNames(
-    "ln_1", ("attn.in_proj_*",), "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"
-)  # fmt: skip
-
-
-def vit_rows(vision: ViTConfig) -> list[Row]:
-    """Rows of a vision transformer with a class token."""
-    rows = [
-        Row("visual/conv1/kernel", "visual.conv1.weight", "D C P Q -> P Q C D"),
-        Row("visual/class_embedding", "visual.class_embedding"),
-        Row("visual/positional_embedding", "visual.positional_embedding"),
-        *norm("visual/ln_post", "visual.ln_post"),
-        Row("visual/proj", "visual.proj"),
-        *block_rows("visual/transformer/resblocks", _IMAGE_BLOCK, BLOCK),
-    ]
-    if vision.layer_scale is not None:
-        ours = "visual/transformer/resblocks"
-        rows += [Row(f"{ours}/ls_{i}/gamma", f"{_IMAGE_BLOCK}.ls_{i}.gamma") for i in (1, 2)]
-    if vision.pre_norm:
-        rows += norm("visual/ln_pre", "visual.ln_pre")
-    return rows
-
-
-def resnet_rows(vision: ResNetConfig) -> list[Row]:
-    """Rows of a modified ResNet, the running statistics among them."""
-    convs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-    pairs = [(f"visual/{c}", f"visual/{b}") for c, b in convs]
-    for stage, depth in enumerate(vision.layers, 1):
-        for block in range(depth):
-            prefix = f"visual/layer{stage}/{block}"
-            pairs += [(f"{prefix}/{c}", f"{prefix}/{b}") for c, b in convs]
-            if block == 0:
-                pairs.append((f"{prefix}/downsample/0", f"{prefix}/downsample/1"))
-    rows = []
-    for conv, bn in pairs:
-        theirs = bn.replace("/", ".")
-        rows += [
-            Row(f"{conv}/kernel", f"{conv.replace('/', '.')}.weight", "D C P Q -> P Q C D"),
-            *norm(bn, theirs),
-            Row(f"batch_stats/{bn}/mean", f"{theirs}.running_mean"),
-            Row(f"batch_stats/{bn}/var", f"{theirs}.running_var"),
-        ]
-    pool = "visual/attnpool"
-    for name in ("q_proj", "k_proj", "v_proj"):
-        rows += [
-            Row(f"{pool}/{name}/kernel", f"visual.attnpool.{name}.weight", "(N K) D -> D N K"),
-            Row(f"{pool}/{name}/bias", f"visual.attnpool.{name}.bias", "(N K) -> N K"),
-        ]
-    return [
-        *rows,
-        Row(f"{pool}/positional_embedding", "visual.attnpool.positional_embedding"),
-        *heads_out(f"{pool}/c_proj", "visual.attnpool.c_proj"),
-    ]
-
-
-def text_rows() -> list[Row]:
-    """Rows of the text tower and the logit scale."""
-    return [
-        Row("text/token_embedding", "token_embedding.weight"),
-        Row("text/positional_embedding", "positional_embedding"),
-        *block_rows("text/transformer/resblocks", "transformer.resblocks.{}", BLOCK),
-        *norm("text/ln_final", "ln_final"),
-        Row("text/text_projection", "text_projection"),
-        Row("logit_scale", "logit_scale"),
-    ]
+NAMES: Rules = (  # those that open_clip shares, whose decoders keep `text.`
+    (r"^batch_stats/(.*)/", r"\1/running_"),
+    (r"resblocks/", "resblocks/{}/"),
+    *TORCH_NAMES,
+)
+FLAT_TEXT = (r"^text/", "")
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """The whole table."""
-    vision = config.vision
-    image = resnet_rows(vision) if isinstance(vision, ResNetConfig) else vit_rows(vision)
-    return image + text_rows()
+    return table(config, [FLAT_TEXT, *NAMES])
 
 
 def infer(

@@ -1,4 +1,8 @@
-"""A conversion is a table: our path, their tensors' names, and how the axes move."""
+"""A conversion is a table: our path, their tensors' names, and how the axes move.
+
+A format has two lists of rules from which the table of any architecture follows: what becomes of
+our paths, and where axes move.
+"""
 
 import functools
 import math
@@ -17,29 +21,52 @@ from clip_jax.models.clip import CLIP, CLIPConfig, Params
 _SHOWN = 10  # tensors that an error lists
 
 Shape = tuple[int, ...]
+Rules = Sequence[tuple[str, str]]  # a regular expression, and what becomes of it
+
+# The last of the rules of PyTorch's names, and how its axes move. S counts query, key and value.
+TORCH_NAMES: Rules = (
+    (r"token_embedding$", "token_embedding/weight"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/in_proj/", "/in_proj_"),
+    (r"/(attn|attention)/(q|kv)/(\w+)$", r"/\1/in_proj_\3.\2"),  # see `split_queries`
+    ("/", "."),
+)
+TORCH_AXES: Rules = (
+    (r"/(conv\d|downsample/0)/kernel$", "D C P Q -> P Q C D"),
+    (r"/(in_proj|kv)/kernel$", "(S N K) D -> D S N K"),
+    (r"/(in_proj|kv)/bias$", "(S N K) -> S N K"),
+    (r"/(q|[qkv]_proj)/kernel$", "(N K) D -> D N K"),
+    (r"/(q|[qkv]_proj)/bias$", "(N K) -> N K"),
+    (r"/(out_proj|attnpool/c_proj|attn_pool/proj)/kernel$", "D (N K) -> N K D"),
+    (r"/mlp/\w+/kernel$", "F D -> D F"),
+)
+_BLOCK = re.compile(r"\{(\d*):?(\d*)\}")
+_SEVERAL = re.compile(r"\[(.*)\]")
 
 
 class Row(NamedTuple):
     """One parameter of ours and what it is called elsewhere.
 
-    `{}` in their name stands for the number of a block, our leading axis. Several names are stacked
-    on a first axis before `axes` applies. `axes` reads "theirs -> ours", 1 for an axis of theirs
-    alone; empty: nothing moves.
+    `{}` in a name stands for the number of a block, our leading axis; `{1:2}` for the blocks 1, 3,
+    5, …. Several names are stacked on a first axis before `axes` applies. `axes` reads "theirs ->
+    ours", 1 for an axis of theirs alone; empty: nothing moves.
     """
 
     ours: str
-    theirs: str | tuple[str, ...]
-    axes: str = ""
-    first: int = 0  # number of their first block,
-    step: int = 1  # and how far it is from one to the next
+    names: tuple[str, ...]
+    axes: str
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+    def is_stack(self) -> bool:
+        return _BLOCK.search(self.names[0]) is not None
 
     def names_of(self, block: int) -> list[str]:
         """Return the names that one block of ours has elsewhere."""
-        return [name.format(self.first + self.step * block) for name in self.names]
+
+        def number(match: re.Match[str]) -> str:
+            return str(int(match[1] or 0) + int(match[2] or 1) * block)
+
+        return [_BLOCK.sub(number, name) for name in self.names]
 
     @property
     def sides(self) -> list[str]:
@@ -68,83 +95,24 @@ class Row(NamedTuple):
         return list(array) if len(self.names) > 1 else [array]
 
 
-def norm(ours: str, theirs: str) -> list[Row]:
-    """Rows of a LayerNorm's gain and bias in PyTorch."""
-    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+def table(config: CLIPConfig, names: Rules, axes: Rules = TORCH_AXES) -> list[Row]:
+    """Return a row for each parameter of an architecture.
 
-
-def linear(ours: str, theirs: str) -> list[Row]:
-    """Rows of a linear layer in PyTorch."""
-    return [
-        Row(f"{ours}/kernel", f"{theirs}.weight", "F D -> D F"),
-        Row(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def heads_out(ours: str, theirs: str) -> list[Row]:
-    """Rows of attention's output projection in PyTorch."""
-    return [
-        Row(f"{ours}/kernel", f"{theirs}.weight", "D (N K) -> N K D"),
-        Row(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-class BlockNames(NamedTuple):
-    """What a PyTorch implementation calls the parts of a residual block."""
-
-    ln_1: str
-    qkv: tuple[str, ...]  # one fused tensor or three, * for weight or bias
-    out: str
-    ln_2: str
-    fc1: str
-    fc2: str
-
-
-def block_rows(ours: str, theirs: str, names: BlockNames) -> list[Row]:
-    """Rows of a stack of residual blocks."""
-    weights, biases = (
-        tuple(f"{theirs}.{name.replace('*', kind)}" for name in names.qkv)
-        for kind in ("weight", "bias")
-    )
-    fused = len(names.qkv) == 1
-    return [
-        *norm(f"{ours}/ln_1", f"{theirs}.{names.ln_1}"),
-        Row(
-            f"{ours}/attn/in_proj/kernel", weights,
-            "(S N K) D -> D S N K" if fused else "S (N K) D -> D S N K",
-        ),
-        Row(
-            f"{ours}/attn/in_proj/bias", biases,
-            "(S N K) -> S N K" if fused else "S (N K) -> S N K",
-        ),
-        *heads_out(f"{ours}/attn/out_proj", f"{theirs}.{names.out}"),
-        *norm(f"{ours}/ln_2", f"{theirs}.{names.ln_2}"),
-        *linear(f"{ours}/mlp/c_fc", f"{theirs}.{names.fc1}"),
-        *linear(f"{ours}/mlp/c_proj", f"{theirs}.{names.fc2}"),
-    ]  # fmt: skip
-
-
-def query_rows(ours: str, q: str, kv: str) -> list[Row]:
-    """Rows of a query's projection, and of keys' and values' in one; * for weight or bias."""
-    return [
-        Row(f"{ours}/q/kernel", q.replace("*", "weight"), "(N K) D -> D N K"),
-        Row(f"{ours}/q/bias", q.replace("*", "bias"), "(N K) -> N K"),
-        Row(f"{ours}/kv/kernel", kv.replace("*", "weight"), "(S N K) D -> D S N K"),
-        Row(f"{ours}/kv/bias", kv.replace("*", "bias"), "(S N K) -> S N K"),
-    ]
-
-
-def map_head_rows(theirs: str, latent: str, q: str, kv: str, out: str, ln: str) -> list[Row]:
-    """Rows of SigLIP's attention pooling; names below `theirs`."""
-    ours = "visual/attn_pool"
-    return [
-        Row(f"{ours}/latent", f"{theirs}.{latent}"),
-        *query_rows(ours, f"{theirs}.{q}", f"{theirs}.{kv}"),
-        *heads_out(f"{ours}/proj", f"{theirs}.{out}"),
-        *norm(f"{ours}/norm", f"{theirs}.{ln}"),
-        *linear(f"{ours}/mlp/c_fc", f"{theirs}.mlp.fc1"),
-        *linear(f"{ours}/mlp/c_proj", f"{theirs}.mlp.fc2"),
-    ]
+    Our path becomes their name by all of `names`, one after another; `[q,k]` in it means several
+    tensors. The first of `axes` that is found in our path says how axes move.
+    """
+    rows = []
+    for path in param_shapes(config):
+        name = path
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        several = _SEVERAL.search(name)
+        parts = several[1].split(",") if several else [""]
+        moves = next((moves for pattern, moves in axes if re.search(pattern, path)), "")
+        if several:
+            moves = moves.replace("(S ", "S (")
+        rows.append(Row(path, tuple(_SEVERAL.sub(part, name) for part in parts), moves))
+    return rows
 
 
 @functools.lru_cache(maxsize=32)
@@ -172,15 +140,13 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return params
 
 
-def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
+def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
     """Turn their tensors into our nested dict, in the dtypes they have.
 
     Raises InputError, which lists missing, surplus and misshapen tensors with both shapes.
     """
     shapes = param_shapes(config)
-    rows = list(rows)
-    _check_rows(rows, shapes, f"{source} cannot be read")
-    deepest = max((shapes[row.ours][0] for row in rows if "{}" in row.names[0]), default=0)
+    deepest = max((shapes[row.ours][0] for row in rows if row.is_stack), default=0)
     if deepest > len(tensors):  # before a name is made for each
         raise InputError(
             f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
@@ -190,7 +156,7 @@ def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source:
     flat = {}
     for row in rows:
         shape = shapes[row.ours]
-        if "{}" in row.names[0]:
+        if row.is_stack:
             blocks = [[tensors[n] for n in row.names_of(i)] for i in range(shape[0])]
             flat[row.ours] = np.stack([row.to_ours(arrays, shape[1:]) for arrays in blocks])
         else:
@@ -201,12 +167,10 @@ def to_params(rows: Iterable[Row], tensors: Tensors, config: CLIPConfig, source:
 def from_params(rows: Iterable[Row], params: Params) -> Tensors:
     """Turn our nested dict into their tensors, in the dtypes it has."""
     flat = flatten(params)
-    rows = list(rows)
-    _check_rows(rows, flat, "the model cannot be written")
     tensors: Tensors = {}
     for row in rows:
         array = np.asarray(flat[row.ours])
-        blocks = array if "{}" in row.names[0] else [array]
+        blocks = array if row.is_stack else [array]
         for i, block in enumerate(blocks):
             tensors |= zip(row.names_of(i), row.to_theirs(block), strict=True)
     return tensors
@@ -235,20 +199,10 @@ def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Sh
     expected = {}
     for row in rows:
         shape = shapes[row.ours]
-        many = "{}" in row.names[0]
-        theirs = row.their_shape(shape[1:] if many else shape)
-        for i in range(shape[0] if many else 1):
+        theirs = row.their_shape(shape[1:] if row.is_stack else shape)
+        for i in range(shape[0] if row.is_stack else 1):
             expected |= dict.fromkeys(row.names_of(i), theirs)
     return expected
-
-
-def _check_rows(rows: Sequence[Row], ours: dict[str, Any], what: str) -> None:
-    if left := sorted({row.ours for row in rows} ^ set(ours)):
-        raise InputError(
-            f"{what}: the format lacks this combination of pooling and projections, and has no "
-            f"counterpart of {', '.join(left[:_SHOWN])}. Correct the model's configuration, or "
-            "choose --to clip-jax."
-        )
 
 
 def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) -> None:

@@ -6,7 +6,7 @@ The name fixes the sizes and, unlike in the released weights' own code, the acti
 from dataclasses import replace
 from typing import cast
 
-from clip_jax.convert.state_dict import BlockNames, Row, block_rows, map_head_rows, norm
+from clip_jax.convert.state_dict import Rules
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.vit import ViTConfig
@@ -48,17 +48,16 @@ def name_of(vision: ViTConfig) -> str:
     )
 
 
-_BLOCK = BlockNames("norm1", ("attn.qkv.*",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-
-
-def rows() -> list[Row]:
-    """The table of an image tower."""
-    theirs = "visual.trunk"
-    return [
-        Row("visual/conv1/kernel", f"{theirs}.patch_embed.proj.weight", "D C P Q -> P Q C D"),
-        Row("visual/conv1/bias", f"{theirs}.patch_embed.proj.bias"),
-        Row("visual/positional_embedding", f"{theirs}.pos_embed", "1 L D -> L D"),
-        *block_rows("visual/transformer/resblocks", f"{theirs}.blocks.{{}}", _BLOCK),
-        *norm("visual/ln_post", f"{theirs}.norm"),
-        *map_head_rows(f"{theirs}.attn_pool", "latent", "q.*", "kv.*", "proj", "norm"),
-    ]
+NAMES: Rules = (
+    (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
+    (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
+    (r"^visual/ln_post/", "visual/trunk/norm/"),
+    (r"^visual/attn_pool/", "visual/trunk/attn_pool/"),
+    (r"^visual/transformer/resblocks/", "visual/trunk/blocks/{}/"),
+    (r"(trunk/.*)/ln_([12])/", r"\1/norm\2/"),
+    (r"(trunk/.*)/in_proj/", r"\1/qkv/"),
+    (r"(trunk/.*)/out_proj/", r"\1/proj/"),
+    (r"(trunk/.*)/c_fc/", r"\1/fc1/"),
+    (r"(trunk/.*)/c_proj/", r"\1/fc2/"),
+)
+AXES: Rules = ((r"^visual/positional_embedding", "1 L D -> L D"),)
