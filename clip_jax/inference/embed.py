@@ -24,6 +24,8 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
+KEYS = 1_000_000  # names of images compared: of that many, one renamed file is noticed
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
@@ -146,7 +148,7 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
         model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
         dtype=config.dtype, parts=read_worker(config.worker)[1], rows_per_file=config.rows_per_file,
         batch_size=config.batch_size, image_column=config.image_column, weights=sample(model),
-        digest=digest(source, blocks=False),
+        digest=digest(source, keys=KEYS),
     )  # fmt: skip
     before = read_manifest(config.output)
     if before == manifest:

@@ -19,7 +19,7 @@ from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet
-from clip_jax.inference.embed import path_of, read_manifest, rows_of_files, sample
+from clip_jax.inference.embed import KEYS, path_of, read_manifest, rows_of_files, sample
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import SHEET, TILE
 from clip_jax.storage import files
@@ -238,7 +238,7 @@ class Searcher:
             raise InputError(
                 f"the images that {self._folder} was made from are not where they were: {error}"
             ) from error
-        names = digest(images, blocks=False)
+        names = digest(images, keys=KEYS)
         if len(images) != manifest.rows or names != (manifest.digest or names):
             raise InputError(
                 f"{manifest.source} has other images than {self._folder} was made from, or in "

@@ -115,12 +115,14 @@ def blocks_of(source: Source) -> Int64[np.ndarray, " blocks"]:
     return np.ones(len(source), np.int64)
 
 
-def digest(source: Source, *, blocks: bool) -> str:
-    """Hash what tells a source from others: how many samples it has, the keys of a hundred of them,
-    evenly spread, and the `blocks` in which they are read."""
+def digest(source: Source, *, blocks: bool = False, keys: int = 100) -> str:
+    """Hash what tells a source from others: how many samples it has, the keys of up to `keys` of
+    them, evenly spread, and the `blocks` in which they are read."""
     count = len(source)
-    keys = [source.key(i) for i in sorted({i * count // 100 for i in range(100)}) if count]
-    hashed = hashlib.sha256("\n".join([str(count), *keys]).encode("utf-8", "replace"))
+    indices = sorted({i * count // keys for i in range(keys)}) if count > keys else range(count)
+    hashed = hashlib.sha256(str(count).encode())
+    for index in indices:
+        hashed.update(b"\n" + source.key(index).encode("utf-8", "replace"))
     if blocks:
         hashed.update(blocks_of(source).tobytes())
     return hashed.hexdigest()[:12]
