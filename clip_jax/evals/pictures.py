@@ -14,16 +14,6 @@ TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
 LINE = 22  # bold letters that fit below
 
 
-def new_figure(size: tuple[float, float], dpi: int = 100, layout: Any = None) -> Any:
-    """Return a figure of so many inches that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def save(figure: Any, path: AnyPath, **options: Any) -> None:
     """Write a figure to disk or a bucket, as PNG unless its name ends otherwise."""
     kind = path.suffix[1:] or "png"
@@ -43,12 +33,14 @@ def contact_sheet(
 
     With `right` the first line is the answer: bold, and red where it is wrong.
     """
+    from matplotlib.figure import Figure
+
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     space = 0.1 + 0.2 * max(map(len, lines))  # for the texts, which no layout may squeeze
     top = 0.4 if title else 0.1
     width, height = 1.5 * columns, (TILE + space) * rows + top
-    figure = new_figure((width, height))
+    figure = Figure((width, height), dpi=100)
     figure.suptitle(plain(title), fontsize=10)
     grid = {
         "left": 0, "right": 1 - 0.08 / width, "wspace": 0.08 / TILE,
@@ -83,13 +75,17 @@ def similarity_matrix(
 
     Texts are wrapped, and cut after three lines.
     """
+    from matplotlib.figure import Figure
+
     rows, columns = similarity.shape
-    figure = new_figure((0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5), layout="constrained")
+    size = (0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5)
+    figure = Figure(size, dpi=100, layout="constrained")
     axis = figure.subplots()
     axis.set_title(plain(title), fontsize=10)
     cells = axis.imshow(similarity, cmap="viridis")
+    middle = similarity.min() + 0.6 * np.ptp(similarity)
     for (row, column), value in np.ndenumerate(similarity):
-        color = "white" if cells.norm(value) < 0.6 else "black"  # viridis begins dark
+        color = "white" if value < middle else "black"  # viridis begins dark
         text = f"{value:.2f}".replace("0.", ".")
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     for column, image in enumerate(images):

@@ -17,6 +17,7 @@ from clip_jax.data.images import ImageError, Preprocess, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.display import Display
 from clip_jax.errors import InputError
+from clip_jax.evals import datasets
 from clip_jax.evals.datasets import Data, OpenSplit, Split, spread
 from clip_jax.evals.evaluator import Encoder, compiled, embed_images, without_projection
 from clip_jax.models.images import Images, num_bytes, write_row, zeros
@@ -125,15 +126,19 @@ class Splits:
 
     def __init__(
         self, name: str, open_split: OpenSplit, encoder: Encoder, *, most: int | None = None,
-        cache: ImageCache | None = None,
+        cache: ImageCache | None = None, templates: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         """`most` is how many images of a split are read, spread over its classes; `cache` has those
-        decoded before."""
+        decoded before; `templates` are used instead of the data set's own."""
 
         def opened(split: Split) -> Data:
             data = open_split(split)
             if not data.count:
                 raise InputError(f"{name}: no images with a class or caption in its {split} split.")
+            if templates and isinstance(data, datasets.Translated) and data.names:
+                raise InputError("--templates are of one language, these classes of several.")
+            if templates and isinstance(data, datasets.Labelled | datasets.Tagged):
+                data = replace(data, templates=templates)
             return data if most is None else spread(data, most)
 
         self.name, self.encoder = name, encoder

@@ -12,7 +12,7 @@ from clip_jax.data.images import ImageLike, center_crop, decode
 from clip_jax.display import plain
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
-from clip_jax.evals.pictures import contact_sheet, new_figure, save, with_probabilities
+from clip_jax.evals.pictures import contact_sheet, save, with_probabilities
 from clip_jax.evals.reader import Outcome
 from clip_jax.storage.files import AnyPath, write_whole
 
@@ -61,20 +61,15 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def to_markdown(outcomes: Outcomes, model: str) -> str:
     """Write the main metric of each data set, and beside a zero-shot one what OpenAI's models reach
     as open_clip measured it. VOC2007 has no number there: its table has the cut-out objects."""
-    lines = [
-        f"| data set | metric | {model} | "
-        + " | ".join(f"OpenAI {m}" for m in OPENAI_MODELS)
-        + " |",
-        "|---|---|---|" + "---|" * len(OPENAI_MODELS),
-    ]
+    models = [model, *(f"OpenAI {x}" for x in OPENAI_MODELS)]
+    rows = [("data set", "metric", *models), ("---",) * (2 + len(models))]
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
         is_known = name in ROWS and outcome.task.startswith("zeroshot")
         beside = ROWS[name].openai if is_known else ()
         cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
-        cells += [""] * (len(OPENAI_MODELS) + 1 - len(cells))
-        lines.append(f"| {name} | {metric} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, metric, *cells, *[""] * (len(models) - len(cells))))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def to_table(values: Mapping[str, float]) -> str:
@@ -96,6 +91,8 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
 
 def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     """Show a classification: `classes.csv`, the worst first, `confusion.png`, `errors.png`."""
+    from matplotlib.figure import Figure
+
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
@@ -113,7 +110,7 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     busiest = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[: 2 * _WORST])
     columns, counts = columns[busiest], counts[:, busiest]
     size = (2.5 + 0.35 * len(columns), 2.5 + 0.3 * len(worst))
-    figure = new_figure(size, 110, "constrained")
+    figure = Figure(size, dpi=110, layout="constrained")
     axis = figure.subplots()
     axis.imshow(counts, cmap="Blues")
     for (row, column), value in np.ndenumerate(counts):

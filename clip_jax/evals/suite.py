@@ -1,7 +1,7 @@
 """Data sets as an evaluator, the CLIP paper's and anybody's own: in training and afterwards."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ from clip_jax import processes
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals import captioning, linear_probe, prompts, results
 from clip_jax.evals.catalog import data_sets
-from clip_jax.evals.datasets import Data, Labelled, Missing, OpenSplit, Split, Tagged, Translated
+from clip_jax.evals.datasets import Missing, OpenSplit
 from clip_jax.evals.evaluator import Encoder, say
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
 from clip_jax.evals.zero_shot import zero_shot
@@ -103,8 +103,8 @@ class SuiteEvaluator:
         outcomes: list[tuple[str, Outcome]] = []
         for name, open_split in self._opened.items():
             splits = Splits(
-                name, self._with_templates(open_split), encoder, most=self._config.images,
-                cache=self._cache,
+                name, open_split, encoder, most=self._config.images, cache=self._cache,
+                templates=self._templates,
             )  # fmt: skip
             try:
                 new = list(_outcomes(splits, self._config))
@@ -121,19 +121,6 @@ class SuiteEvaluator:
             for outcome in new:
                 for metric, value in outcome.values.items():
                     yield f"{name}/{metric}", value
-
-    def _with_templates(self, open_split: OpenSplit) -> OpenSplit:
-        """Use the templates of the config, if any, instead of a data set's own."""
-
-        def opened(split: Split) -> Data:
-            data = open_split(split)
-            if self._templates and isinstance(data, Translated) and data.names:
-                raise InputError("--templates are of one language, these classes of several.")
-            if self._templates and isinstance(data, Labelled | Tagged):
-                return replace(data, templates=self._templates)
-            return data
-
-        return opened
 
 
 def _outcomes(splits: Splits, config: SuiteConfig) -> Iterator[Outcome]:
