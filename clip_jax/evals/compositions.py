@@ -5,7 +5,6 @@ round. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with o
 swapped or added.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -24,12 +23,10 @@ from clip_jax.storage.files import AnyPath, matching
 _FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
 
 
-@functools.cache
-def _symmetric() -> frozenset[str]:
-    """Relations that ARO leaves out of its mean, because turned round they hold as well, or as
-    little."""
-    text = resources.files("clip_jax.evals").joinpath("aro_symmetric.txt").read_text()
-    return frozenset(text.splitlines())
+# Relations that ARO leaves out of its mean: turned round they hold as well, or as little.
+_SYMMETRIC = frozenset(
+    (resources.files("clip_jax.evals") / "aro_symmetric.txt").read_text().splitlines()
+)
 
 
 def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
@@ -63,11 +60,10 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
         except (ValueError, OverflowError, Image.DecompressionBombError) as error:
             raise SampleError(f"box of {width} x {height} pixels at {x}, {y}: {error}") from error
 
-    def in_mean(group: str, count: int) -> bool:
-        return group not in _symmetric() if relations else count >= _FEWEST
-
-    groups = [row[3] for row in rows]
-    return Contrasted(len(rows), load, groups, in_mean, key=lambda i: str(rows[i][0]))
+    return Contrasted(
+        len(rows), load, [row[3] for row in rows], _SYMMETRIC, 1 if relations else _FEWEST,
+        key=lambda i: str(rows[i][0]),
+    )  # fmt: skip
 
 
 def open_sugar_crepe(folder: AnyPath) -> Contrasted:
@@ -85,9 +81,8 @@ def open_sugar_crepe(folder: AnyPath) -> Contrasted:
             ]
     if not rows:
         raise InputError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
-    groups = [row[2] for row in rows]
     return Contrasted(
-        len(rows), lambda i: rows[i][:2], groups, lambda *_: True, True,
+        len(rows), lambda i: rows[i][:2], [row[2] for row in rows], name_groups=True,
         key=lambda i: str(rows[i][0]),
     )  # fmt: skip
 
@@ -101,7 +96,10 @@ def composition(
     """
     values = {"acc": float(won.mean())}
     members = {group: np.array([g == group for g in groups]) for group in sorted(set(groups))}
-    counted = [won[of].mean() for name, of in members.items() if data.in_mean(name, int(of.sum()))]
+    counted = [
+        won[of].mean() for group, of in members.items()
+        if group not in data.left_out and of.sum() >= data.fewest
+    ]  # fmt: skip
     if counted:
         values["acc_macro"] = float(np.mean(counted))
     if data.name_groups:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,7 +66,8 @@ class Contrasted(_Items):
     """Images with a right and a wrong caption: an answer is both, the right one first."""
 
     groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
-    in_mean: Callable[[str, int], bool]  # whether a group of so many cases counts in the mean
+    left_out: Set[str] = frozenset()  # groups that do not count in the mean over groups
+    fewest: int = 1  # cases of a group that counts
     name_groups: bool = False  # whether there are few enough to report each
 
 

@@ -127,7 +127,7 @@ def test_a_few_images_are_spread_over_the_classes(most, counts):
 
 
 def test_without_labels_they_are_spread_over_the_order():
-    data = Contrasted(10, lambda i: (str(i), ("", "")), list("abcdefghij"), lambda *_: True)
+    data = Contrasted(10, lambda i: (str(i), ("", "")), list("abcdefghij"))
     some = spread(data, 4)
     assert [image for image, _ in some] == ["0", "2", "5", "7"]
     assert list(some.groups) == ["a", "c", "f", "h"]
