@@ -97,18 +97,16 @@ def embed_texts(
     return l2_normalize(features) if normalize else features
 
 
-def without_projection(model: CLIP, params: Params) -> tuple[CLIP, Params]:
-    """Return the model whose image embeddings are what a probe takes, the paper's choice: a ViT's
-    features before the projection, a ResNet's embeddings."""
+def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array, "B D"]:
+    """Embed images as a probe takes them, the paper's choice: a ViT's features before the
+    projection, a ResNet's embeddings, of the lengths that the tower gives them."""
     config = model.config
-    if not (isinstance(config.vision, ViTConfig) and config.vision.projection):
-        return model, params
-    vision = replace(config.vision, projection=False)
-    visual = {name: x for name, x in params["visual"].items() if name != "proj"}
-    return (
-        replace(model, config=replace(config, embed_dim=vision.width, vision=vision)),
-        {**params, "visual": visual},
-    )
+    if isinstance(config.vision, ViTConfig) and config.vision.projection:
+        vision = replace(config.vision, projection=False)
+        model = replace(model, config=replace(config, embed_dim=vision.width, vision=vision))
+        visual = {name: x for name, x in params["visual"].items() if name != "proj"}
+        params = {**params, "visual": visual}
+    return embed_images(model, params, images, normalize=False)
 
 
 class Evaluator(Protocol):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax import sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Split
-from clip_jax.evals.evaluator import compiled, embed_images, say, without_projection
+from clip_jax.evals.evaluator import compiled, embed_for_probe, say
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
 from clip_jax.models.clip import CLIP, Params, l2_normalize
@@ -110,7 +110,7 @@ def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
 
 
 def _part(splits: Splits, split: Split) -> Part:
-    images = splits.embedded(split, True)
+    images = splits.embedded(split, embed_for_probe)
     return images.features, images.labels
 
 
@@ -291,7 +291,6 @@ def nearest_neighbours(
 def probe_features(
     model: CLIP, params: Params, images: Images, mesh: Mesh
 ) -> Float[np.ndarray, "B D"]:
-    """Embed images for a probe. Lengths are kept: the probe sees what the tower puts out."""
-    model, params = without_projection(model, params)
-    run = compiled(embed_images, model, mesh, normalize=False)
+    """Embed images for a probe."""
+    run = compiled(embed_for_probe, model, mesh)
     return sharding.in_batches(run, mesh, params, images)

@@ -19,7 +19,7 @@ from clip_jax.display import Display
 from clip_jax.errors import InputError
 from clip_jax.evals import datasets
 from clip_jax.evals.datasets import Data, OpenSplit, Split, spread
-from clip_jax.evals.evaluator import Encoder, compiled, embed_images, without_projection
+from clip_jax.evals.evaluator import Encoder, compiled, embed_images
 from clip_jax.models.images import Images, num_bytes, write_row, zeros
 
 # Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.4 ms of a core an image,
@@ -143,29 +143,21 @@ class Splits:
 
         self.name, self.encoder = name, encoder
         self.open = functools.cache(opened)
-        self.embedded = functools.cache(self._embed)  # (split, before_projection)
+        self.embedded = functools.cache(
+            lambda split, function=embed_images: self.compute(split, function)
+        )
         self._cache = cache or ImageCache(0)
 
-    def _embed(self, split: Split, before_projection: bool = False) -> Embedded:
-        """Return embeddings of unit length, or the features that a linear probe takes. Missing, if
-        the split is not on disk."""
-        if not before_projection:
-            return self.compute(split, embed_images)
-        model, params = without_projection(self.encoder.model, self.encoder.params)
-        encoder = replace(self.encoder, model=model, params=params)
-        return self.compute(split, embed_images, encoder=encoder, normalize=False)
-
     def compute(
-        self, split: Split, function: Callable[..., Array], *more: Any,
-        encoder: Encoder | None = None, **options: Any,
-    ) -> Embedded:  # fmt: skip
+        self, split: Split, function: Callable[..., Array], *more: Any, **options: Any
+    ) -> Embedded:
         """Run a function as of `compiled` over all images of a split that can be read, on every
         process alike, and keep what belongs to each image.
 
         `more` are arrays that the function takes after the pixels. A terminal sees the progress.
         Missing, if the split is not on disk; raises InputError where no image can be read.
         """
-        encoder = encoder or self.encoder
+        encoder = self.encoder
         run, data = compiled(function, encoder.model, encoder.mesh, **options), self.open(split)
         local = read_batches(data, encoder.preprocess, encoder.mesh)
         rows = sharding.batch_sharding(encoder.mesh)
