@@ -166,12 +166,11 @@ def open_data_set(row: DataSet, root: AnyPath, split: Split = "test") -> Data:
 
 
 def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
-    folder, exists = root / row.name, False
+    folder = root / row.name
     for tars in (folder, root / f"wds_{row.name}", root / f"wds_vtab-{row.name}"):
         part = split_folder(tars, split)
         if part and part != tars and any(part.glob("*.tar")):
             return open_webdataset(tars, split=part.name)
-        exists |= any((tars / "test").glob("*.tar"))
     if not row.classes:
         _check_is_test(row.name, split)
         return _open_texts(row, root)
@@ -185,7 +184,7 @@ def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
     part = split_folder(folder, split) if folder.is_dir() else None
     if part and any(entry.is_dir() for entry in part.iterdir()):
         return open_folder(part, name=row.prompts, names=_names_of_folders(row, part))
-    if (exists or folder.is_dir()) and split != "test":
+    if split != "test":  # which was opened before
         raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
     raise Missing(_advice(row, root))
 

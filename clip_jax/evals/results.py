@@ -21,10 +21,6 @@ COLUMNS = (
     "mean_average_precision", "image_retrieval_recall@5", "text_retrieval_recall@5",
     "model_fullname", "language",
 )  # fmt: skip
-_USUAL = (
-    "mean/acc1", "mean/image_retrieval_recall@5", "acc1", "image_retrieval_recall@5", "acc",
-    "linear_probe/acc1",
-)  # fmt: skip
 _WORST = 12  # classes of the confusion matrix
 
 Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the order of the report
@@ -33,7 +29,8 @@ Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the ord
 def main_metric(name: str, outcome: Outcome) -> str:
     """Return the metric by which the CLIP paper reports a data set; of a probe likewise."""
     wanted = ROWS[name].metric if name in ROWS else ""
-    names = (wanted, f"linear_probe/{wanted}", *_USUAL, *outcome.values)
+    usual = (x for x in outcome.values if x.endswith(("acc1", "image_retrieval_recall@5")))
+    names = (wanted, f"linear_probe/{wanted}", *usual, *outcome.values)
     return next(metric for metric in names if metric in outcome.values)
 
 

@@ -109,8 +109,6 @@ def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
 
 def classifier(encoder: Encoder, texts: Sequence[Sequence[str]]) -> Float[np.ndarray, "classes E"]:
     """Embed every class as the mean of its prompts' unit embeddings, scaled to unit length."""
-    if not texts or not all(texts):
-        raise InputError("zero-shot classification needs at least one class, each with a prompt.")
     features = encoder.texts([text for group in texts for text in group])
     groups = np.split(features, np.cumsum([len(group) for group in texts])[:-1])
     return np.concatenate([prompts.ensemble(group[:, None]) for group in groups])
