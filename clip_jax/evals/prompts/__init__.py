@@ -6,6 +6,7 @@ The data files are CLIP_benchmark's (see NOTICE), ImageNet's names and its 80 te
 import functools
 import json
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,10 +18,8 @@ PLAIN_TEMPLATE = "a photo of a {c}."
 
 
 @functools.cache
-def _data(file: str) -> dict[str, list[str]]:
-    text = resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
-    return {name: list(dict.fromkeys(rows)) if file == "templates.json" else rows
-            for name, rows in json.loads(text).items()}  # fmt: skip
+def _data(file: str) -> Any:
+    return json.loads(resources.files(__name__).joinpath(file).read_text(encoding="utf-8"))
 
 
 def class_names(data_set: str) -> list[str] | None:
@@ -33,11 +32,9 @@ def templates(data_set: str) -> list[str]:
     return _data("templates.json").get(data_set) or [PLAIN_TEMPLATE]
 
 
-@functools.cache
 def imagenet_wnids() -> list[str]:
     """Return WordNet's ids of ImageNet's classes, which are the names of its folders, in order."""
-    text = resources.files(__name__).joinpath("imagenet_wnids.json").read_text()
-    return json.loads(text)
+    return _data("imagenet_wnids.json")
 
 
 def fill(template: str, name: str) -> str:
