@@ -173,8 +173,8 @@ def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     row = dataclasses.replace(catalog.ROWS["imagenet1k"], classes=4)
-    monkeypatch.setattr(catalog, "_ROWS", {"imagenet1k": row})
-    few = functools.partial(linear_probe.search, lambdas=np.logspace(-2, 2, 3))
+    monkeypatch.setattr(catalog, "ROWS", {"imagenet1k": row})
+    few = functools.partial(linear_probe.search, lambdas=[0.01, 1.0, 100.0])
     monkeypatch.setattr(linear_probe, "search", few)
     lines = in_sh([ROOT / "docs/tutorials/imagenet.md"])
     assert len(lines) == 7
