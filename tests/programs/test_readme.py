@@ -19,7 +19,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
