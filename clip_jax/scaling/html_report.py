@@ -50,18 +50,18 @@ def report(config: ReportConfig) -> dict[str, Any]:
     files.check_destination(config.output, "--output", folder=False)
     table, skipped = gather(config.paths)
     finished = {str(row["source"]): row for row in table.rows}
+    # The first result of an evaluation that some run has, or the loss.
+    metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
+    metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
     folders = {str(folder): folder for folder in _folders(config.paths)}
     rows = [finished.get(name) for name in folders]
-    runs = [_run(*pair) for pair in zip(folders.values(), rows, strict=True)]
+    runs = [_run(x, row, metric) for x, row in zip(folders.values(), rows, strict=True)]
     others = [row for row in table.rows if str(row["source"]) not in folders]
     rows, runs = rows + others, runs + [_shown(row) for row in others]
     if not runs:
         raise InputError(
             f"no run under {', '.join(map(str, config.paths))}: give ladders or tables."
         )
-    # The first result of an evaluation that some run has, or the loss.
-    metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
-    metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
     by_row = {id(row): run for row, run in zip(rows, runs, strict=True)}
     table = RunTable([row for row in table.rows if id(row) in by_row])  # each run once
     for row in table.rows:
@@ -73,10 +73,6 @@ def report(config: ReportConfig) -> dict[str, Any]:
         through=config.through, compare=config.compare,
     )  # fmt: skip
     laws, summary = _laws(table, options, by_row)
-    for run in runs:
-        run["curves"] = {
-            name: run["curves"][name] for name in (*CURVES, metric) if name in run["curves"]
-        }
     data = {
         "title": ", ".join(map(str, config.paths)),
         "metric": metric if metric_is == "error" else f"1 − {metric}",
@@ -115,7 +111,7 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
     return sorted({x.parent for x in configs if x.name == "config.json"}, key=str)
 
 
-def _run(folder: AnyPath, finished: Row | None) -> dict[str, Any]:
+def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
     """What the page shows of a run directory."""
     config, result = (_read(folder / name) for name in ("config.json", "result.json"))
     config = upgrade(config)
@@ -145,7 +141,7 @@ def _run(folder: AnyPath, finished: Row | None) -> dict[str, Any]:
         "words": words,
         "hours": result.get("seconds/total", 0.0) / 3600,
         "goodput": result.get("goodput"),
-        "curves": _curves(folder),
+        "curves": _curves(folder, (*CURVES, metric)),
     }
 
 
@@ -170,19 +166,19 @@ def _read(path: AnyPath) -> dict[str, Any]:
     return (parse(path.read_bytes()) if path.exists() else None) or {}
 
 
-def _curves(folder: AnyPath) -> dict[str, list[list[float]]]:
-    """Each number of metrics.jsonl over the samples seen, thinned."""
-    curves: dict[str, list[list[float]]] = {}
+def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]]]:
+    """Numbers of metrics.jsonl by name over the samples seen, thinned."""
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
     samples = 0.0
     for row in read_rows(folder / "metrics.jsonl"):
         samples = row.get("samples_seen", samples)
         for name, value in row.items():
-            if isinstance(value, int | float) and abs(value) < float("inf"):
-                curves.setdefault(name, []).append([samples, float(f"{value:.5g}")])
+            if name in curves and isinstance(value, int | float) and abs(value) < float("inf"):
+                curves[name].append([samples, float(f"{value:.5g}")])
     for name, curve in curves.items():
         kept = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
         curves[name] = [curve[i] for i in kept]
-    return curves
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def _last_line(path: AnyPath) -> str:
@@ -218,9 +214,7 @@ def _laws(
     except InputError as error:
         return [], [str(error)]
     laws, column = [], config.compare
-    families = {config.metric: table}
-    if column is not None:
-        families = table.groups(lambda row: family_of(row, column))
+    families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
         laws.append({"name": name, "curve": curve})

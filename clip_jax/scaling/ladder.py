@@ -325,17 +325,15 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
 def is_done(point: Point) -> bool:
     """Say whether a point is trained to its end. Raises InputError if its directory holds another
     run."""
-    if not (point.workdir / "checkpoints").exists() and not _result(point.workdir):
-        return False  # a config that nobody has trained by may be replaced
-    before = complete(read_run_config(point.workdir, recover=True))
-    check_resumable(point.workdir, before, to_dict(point.config), point.config.samples_after)
-    step = _result(point.workdir).get("step", 0)
-    return from_dict(int, step, f"step in {point.workdir / 'result.json'}") >= point.config.end
-
-
-def _result(workdir: Path) -> dict[str, Any]:
+    workdir = point.workdir
     advice = f"Bring back a copy, or delete {workdir}: the point is trained anew."
-    return read_json(workdir / "result.json", advice=advice)
+    result = read_json(workdir / "result.json", advice=advice)
+    if not (workdir / "checkpoints").exists() and not result:
+        return False  # a config that nobody has trained by may be replaced
+    before = complete(read_run_config(workdir, recover=True))
+    check_resumable(workdir, before, to_dict(point.config), point.config.samples_after)
+    step = from_dict(int, result.get("step", 0), f"step in {workdir / 'result.json'}")
+    return step >= point.config.end
 
 
 # ------------------------------------------------------------------ the command

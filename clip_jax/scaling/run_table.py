@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -128,7 +128,13 @@ def read(path: AnyPath) -> RunTable:
     """Read a table: the one place that does. Raises InputError for a file that is none."""
     if not path.is_file():
         raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
-    return RunTable(_csv_lines(path))
+    try:
+        text = io.StringIO(read_file(path).decode("utf-8"), newline="")
+        lines = list(csv.DictReader(text, restkey="", restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
+    # Cells beyond the header are dropped.
+    return RunTable([{name: cell for name, cell in line.items() if name} for line in lines])
 
 
 def write(table: RunTable, path: AnyPath) -> None:
@@ -226,7 +232,11 @@ def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist; give run directories or tables.")
-        for file in sorted(_files(path)):
+        files = [path]
+        if path.is_dir():
+            named = (as_path(file) for file in walk(path))
+            files = [x for x in named if x.name == "result.json" or x.suffix == ".csv"]
+        for file in sorted(files):
             try:
                 rows += [_ours(file)] if file.name == "result.json" else _table(file)
             except Unfinished as reason:
@@ -238,30 +248,12 @@ class Unfinished(Exception):
     """A run that has no place in a table, and why."""
 
 
-def _files(path: AnyPath) -> Iterable[AnyPath]:
-    if not path.is_dir():
-        return [path]
-    named = (as_path(file) for file in walk(path))
-    return [x for x in named if x.name == "result.json" or x.suffix == ".csv"]
-
-
 def _table(file: AnyPath) -> list[Row]:
     """Rows of a table of runs, whoever wrote it."""
-    rows = [{"source": str(file), **line} for line in _csv_lines(file)]
+    rows = [{"source": str(file), **line} for line in read(file).rows]
     if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
         raise Unfinished("no table with columns arch and samples_seen")
     return rows
-
-
-def _csv_lines(path: AnyPath) -> list[dict[str, str]]:
-    """Read a CSV with a header; cells beyond it are dropped. Raises InputError for what is no
-    text."""
-    try:
-        text = io.StringIO(read_file(path).decode("utf-8"), newline="")
-        lines = list(csv.DictReader(text, restkey="", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
-    return [{name: cell for name, cell in line.items() if name} for line in lines]
 
 
 def _ours(file: AnyPath) -> Row:
