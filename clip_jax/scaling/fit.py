@@ -80,8 +80,7 @@ class FitConfig:
             )
 
     def runs(self, table: RunTable) -> Runs:
-        third = THIRD.get(self.form, "")
-        return table.runs(self.metric, self.metric_is == "score", third)
+        return table.runs(self.metric, self.metric_is == "score", THIRD.get(self.form, ""))
 
     def fit(self, runs: Runs, family: int = 0) -> Fit:
         """Fit runs; each family draws from a seed of its own, so that they are independent."""
@@ -443,8 +442,8 @@ def _lines_of_pair(pair: Mapping[str, Any]) -> list[str]:
     cross = pair["crossing"]
     high = math.inf if cross["high"] is None else cross["high"]
     interval = _interval((cross["low"], high), ".3g")
-    name, at = pair["families"][cross["better"]], cross["compute"] or 0
-    better = f"{name} is the better one from {at:.3g} on {interval}"
+    name, start = pair["families"][cross["better"]], cross["compute"] or 0
+    better = f"{name} is the better one from {start:.3g} on {interval}"
     if not cross["low"] and cross["high"] is None:
         better = "these runs do not determine which is better where"
     lines.append(f"  {better}; the laws cross in {cross['share']:.0%} of draws")
