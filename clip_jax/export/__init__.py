@@ -101,8 +101,9 @@ def export(config: ExportConfig) -> Verification | None:
             if config.format == "stablehlo":
                 stablehlo.write(weights, partial, dtype=config.dtype)
             else:
-                dtype = "float16" if config.dtype == "float16" else "float32"
-                onnx.write(weights, partial, config.layout, dtype=dtype, normalize=config.normalize)
+                onnx.write(
+                    weights, partial, config.layout, dtype=config.dtype, normalize=config.normalize
+                )
         card.write(config.output, config.model, weights, _use(config, weights.config))
     if not (config.verify or config.existing):
         return None
@@ -125,8 +126,7 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
         import onnxruntime
 
         runtime = f"onnxruntime {onnxruntime.__version__}"
-        dtype: onnx.HalfOrFull = "float16" if config.dtype == "float16" else "float32"
-        theirs = onnx.outputs(folder, config.layout, weights.config, dtype, images, tokens)
+        theirs = onnx.outputs(folder, config.layout, weights.config, config.dtype, images, tokens)
         if config.normalize or config.layout == "immich":
             ours |= {name: l2_normalize(ours[name]) for name in ("image_features", "text_features")}
     differences: dict[str, Any] = dict.fromkeys(ours)
@@ -159,7 +159,6 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
             "A folder for immich's machine learning: `visual/`, `textual/`, features of length 1."
         )
     dtype = "fp16" if config.dtype == "float16" else "fp32"
-    half = "float16" if config.dtype == "float16" else "float32"
     return (
         "transformers.js reads it:\n\n```js\n"
         "import { pipeline } from '@huggingface/transformers';\n"
@@ -167,7 +166,7 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
         f" {{ dtype: '{dtype}' }});\nconst found = await classify('photo.png', ['cat', 'dog']);\n"
         "```\n\n`onnx/model*.onnx` is the whole CLIP, `vision_model` and `text_model` its towers; "
         "any ONNX runtime takes them.\n\n"
-        + _captions(onnx.caption_reader(name, model, half), model)
+        + _captions(onnx.caption_reader(name, model, config.dtype), model)
     ).rstrip()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.open_clip_config import is_open_clips_own, text_cfg
 from clip_jax.convert.settings import read_json, write_json
-from clip_jax.convert.weights import Weights
+from clip_jax.convert.weights import DType, Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME
 from clip_jax.errors import InputError
@@ -37,7 +37,6 @@ for _ in range(1, {length}):
 TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
 
 Layout = Literal["transformers-js", "immich"]
-HalfOrFull = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,14 @@ class Names:
     text_output: str
 
 
-def names(layout: Layout, config: CLIPConfig, dtype: HalfOrFull) -> Names:
+def names(layout: Layout, config: CLIPConfig, dtype: DType) -> Names:
     """Return a layout's names for a model."""
     if layout == "immich":
         files = ("visual/model.onnx", "textual/model.onnx", None, None)
         return Names(*files, "image", "text", np.int32, "embedding", "embedding")
+    kinds = ("vision_model", "text_model", "model", "caption_model")
     suffix = "_fp16" if dtype == "float16" else ""
-    image, text, clip, captions = (
-        f"onnx/{name}{suffix}.onnx"
-        for name in ("vision_model", "text_model", "model", "caption_model")
-    )
+    image, text, clip, captions = (f"onnx/{kind}{suffix}.onnx" for kind in kinds)
     files = (image, text, clip, None if config.decoder is None else captions)
     siglip = config.has_logit_bias
     image, text = ("pooler_output",) * 2 if siglip else ("image_embeds", "text_embeds")
@@ -76,7 +73,7 @@ def write(
     folder: Path,
     layout: Layout = "transformers-js",
     *,
-    dtype: HalfOrFull = "float32",
+    dtype: DType = "float32",
     normalize: bool = False,
     inline_bytes: int = INLINE_BYTES,
 ) -> None:
@@ -209,17 +206,14 @@ def _write_beside(
     tokenizer_files.write(folder, config.text, as_json=True, own_padding=own_padding)
 
 
-def caption_reader(folder: str, config: CLIPConfig, dtype: HalfOrFull = "float32") -> str:
+def caption_reader(folder: str, config: CLIPConfig, dtype: DType = "float32") -> str:
     """Return CAPTION_READER for a folder; empty for a model without a decoder or a begin token."""
     file, begin = names("transformers-js", config, dtype).captions, config.text.begin_id
     if file is None or begin is None:
         return ""
     length = min(config.text.context_length, MAX_LENGTH)
-    values = {"folder": folder, "file": file, "begin": begin, "length": length}
-    program = CAPTION_READER
-    for name, value in values.items():
-        program = program.replace(f"{{{name}}}", str(value))
-    return program
+    program = CAPTION_READER.replace("{folder}", folder).replace("{file}", file)
+    return program.replace("{begin}", str(begin)).replace("{length}", str(length))
 
 
 # ------------------------------------------------------------------ verification
@@ -229,7 +223,7 @@ def outputs(
     folder: Path,
     layout: Layout,
     config: CLIPConfig,
-    dtype: HalfOrFull,
+    dtype: DType,
     images: np.ndarray,
     tokens: np.ndarray,
 ) -> dict[str, np.ndarray]:

@@ -132,18 +132,11 @@ class CLIP:
     def init(self, key: Array) -> Params:
         """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
         c = self.config
-        images = as_dtype(zeros(c.vision.image_spec, 1), c.dtype)
-        tokens = jnp.zeros((1, c.text.context_length), jnp.int32)
-
-        def everything(towers: Towers) -> None:
-            if c.decoder is None:
-                towers.visual(images)
-                towers.text(tokens)
-            else:
-                _, image_tokens = _vit(towers).pool_and_tokens(_vit(towers).tokens(images)[0])
-                towers.decoder.embed_and_write(towers.text, tokens, image_tokens)
-
-        variables = cast(Params, Towers(c).init(key, everything, method="run"))
+        images = {"image": zeros(c.vision.image_spec, 1)}
+        texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
+        needs = frozenset() if c.decoder is None else frozenset({"caption_states"})
+        compute = functools.partial(_outputs, images, texts, needs, None, False)
+        variables = cast(Params, Towers(c).init(key, compute, method="run"))
         return variables.pop("params") | variables
 
     def normalize(self, images: Images) -> Images:
