@@ -11,10 +11,9 @@ from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import read_weights
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.export import onnx, stablehlo
 from clip_jax.models.clip import CLIPConfig, l2_normalize
-from clip_jax.models.layers import Activation
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -38,15 +37,9 @@ class ExportConfig:
     # of a few texts too, which must be the same
     verify: bool = False
     existing: bool = False  # write nothing: verify what lies at the output already
-    image_size: int | None = None  # pixels; positions are resized to it
-    activation: Activation | None = None  # of a bare file of tensors, which does not say it
-    architecture: str | None = None  # such as ViT-H-14, of a bare file whose sizes no model has
-    # vocabulary of weights that came without theirs: a tokenizer.json or a sentencepiece model
-    tokenizer: str | None = None
     overwrite: bool = False  # replace what is at the output
 
     def __post_init__(self) -> None:
-        check_ranges(self, image_size="[1, inf)")
         if self.format == "onnx" and self.dtype == "bfloat16":
             raise InputError(
                 "dtype='bfloat16': onnxruntime's CPU multiplies none; take --dtype float16, or "
@@ -88,13 +81,7 @@ def export(config: ExportConfig) -> Verification | None:
         if config.output.is_file():
             raise InputError(f"{config.output} is a file; export writes a folder.")
         files.check_destination(config.output, "the output", folder=True)
-    weights = read_weights(
-        config.model,
-        activation=config.activation,
-        architecture=config.architecture,
-        image_size=config.image_size,
-        tokenizer=config.tokenizer,
-    )
+    weights = read_weights(config.model)
     if not config.existing:
         with files.written_whole(config.output) as partial:
             partial.mkdir(parents=True, exist_ok=True)
