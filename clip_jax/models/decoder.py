@@ -156,7 +156,7 @@ def _cross_rows(blocks: int, first_mlp: bool) -> Rows:
     rows = under("cross", rows)
     for i in range(blocks):
         rows |= under(f"self_{i}", block_rows(mlp=i > 0 or first_mlp))
-    return under(f"transformer/{STACKS[1]}", stacked(rows))
+    return stacked(rows, STACKS[1])
 
 
 def _cross_operations(

@@ -72,9 +72,9 @@ def under(prefix: str, rows: Rows) -> Rows:
     return {f"{prefix}/{path}": names for path, names in rows.items()}
 
 
-def stacked(rows: Rows) -> Rows:
-    """Return the rows of a scanned stack of modules, from those of one."""
-    return {path: f"depth {names}" for path, names in rows.items()}
+def stacked(rows: Rows, stack: str = STACKS[0]) -> Rows:
+    """Return the rows of a `Transformer`, from those of one block."""
+    return under(f"transformer/{stack}", {path: f"depth {names}" for path, names in rows.items()})
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import (
     NORM_ROWS,
-    STACKS,
     Activation,
     BlockConfig,
     BlockInit,
@@ -157,8 +156,8 @@ class TextConfig:
 
     def dimensions(self, stack: Rows | None = None) -> Rows:
         """Name the dimensions of the parameters; `stack` are its layers' if they are others."""
-        blocks = under(f"transformer/{STACKS[0]}", stacked(block_rows()))
-        rows = {"token_embedding": "- W", "positional_embedding": "L -"} | (stack or blocks)
+        rows = {"token_embedding": "- W", "positional_embedding": "L -"}
+        rows |= stack or stacked(block_rows())
         rows |= under("ln_final", NORM_ROWS)
         if self.has_class_token:
             rows["class_embedding"] = "-"

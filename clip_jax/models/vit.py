@@ -17,7 +17,6 @@ from clip_jax.models.layers import (
     MLP_ROWS,
     NORM_ROWS,
     OUT_ROWS,
-    STACKS,
     Activation,
     BlockConfig,
     BlockInit,
@@ -158,9 +157,8 @@ class ViTConfig:
 
     def dimensions(self) -> Rows:
         """Name the dimensions of the parameters."""
-        blocks = stacked(block_rows(self.layer_scale))
         rows = {"conv1/kernel": "P Q C D", "positional_embedding": "L -"}
-        rows |= under(f"transformer/{STACKS[0]}", blocks) | under("ln_post", NORM_ROWS)
+        rows |= stacked(block_rows(self.layer_scale)) | under("ln_post", NORM_ROWS)
         if self.class_token:
             rows["class_embedding"] = "-"
         if self.pre_norm:

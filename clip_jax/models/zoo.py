@@ -8,7 +8,7 @@ Sources: CLIP paper, tables 19 and 20; open_clip's and MetaCLIP's model configur
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
@@ -56,15 +56,10 @@ def _clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
     return _clip(embed_dim, vision, text)
 
 
-class _Tower(NamedTuple):
-    width: int
-    depth: int
-    heads: int
-    mlp: float = 4.0
-
-
-_BASE, _LARGE = _Tower(768, 12, 12), _Tower(1024, 24, 16)
-_SO400M, _GIANT = _Tower(1152, 27, 16, 3.7362), _Tower(1536, 40, 16)
+_BASE = {"width": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"width": 1024, "depth": 24, "num_heads": 16}
+_SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362}
+_GIANT = {"width": 1536, "depth": 40, "num_heads": 16}
 
 
 def _sizes(pattern: str, model: CLIPConfig, *sizes: int | None) -> dict[str, CLIPConfig]:
@@ -79,10 +74,10 @@ def _sizes(pattern: str, model: CLIPConfig, *sizes: int | None) -> dict[str, CLI
 
 
 def _siglip(
-    vision: _Tower,
+    vision: dict[str, Any],
     patch: int,
     *,
-    text: _Tower | None = None,
+    text: dict[str, Any] | None = None,
     length: int = 64,
     vocab: int = 32_000,
     projection: bool = True,
@@ -92,21 +87,16 @@ def _siglip(
     Tanh GELU in both towers, with which all released weights were trained (big_vision; open_clip
     computes some of them with exact GELU).
     """
-    text = text or vision
     image_tower = ViTConfig(
-        image_size=224, patch_size=patch, width=vision.width, depth=vision.depth,
-        num_heads=vision.heads, mlp_ratio=vision.mlp, pool="map", class_token=False,
-        pre_norm=False, patch_bias=True, projection=False, activation="gelu_tanh",
-        norm_epsilon=1e-6,
+        patch_size=patch, pool="map", class_token=False, pre_norm=False, patch_bias=True,
+        projection=False, activation="gelu_tanh", norm_epsilon=1e-6, **vision,
     )  # fmt: skip
     text_tower = TextConfig(
-        context_length=length, vocab_size=vocab, width=text.width, depth=text.depth,
-        num_heads=text.heads, mlp_ratio=text.mlp, causal=False, pool="last",
-        projection=projection, projection_bias=projection, activation="gelu_tanh",
-        norm_epsilon=1e-6,
+        context_length=length, vocab_size=vocab, causal=False, pool="last", projection=projection,
+        projection_bias=projection, activation="gelu_tanh", norm_epsilon=1e-6, **(text or vision),
     )  # fmt: skip
     return CLIPConfig(
-        embed_dim=vision.width, vision=image_tower, text=text_tower, init_logit_scale=10.0,
+        embed_dim=image_tower.width, vision=image_tower, text=text_tower, init_logit_scale=10.0,
         init_logit_bias=-10.0, image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD,
     )  # fmt: skip
 
