@@ -5,13 +5,13 @@
     clip-jax train runs/ladder_datacomp/ViT-B-32@128M-seed0/config.json
 
 Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs; begin with its
-small corner (`--only 'ViT-[SMB]-32@*M-*'`). On a pod every host
-runs the third command, or each slice its `--worker i/n` of the ladder; the same command resumes.
+small corner (`--only 'ViT-[SMB]-32@*M-*'`). On a pod every host runs the third command, or each
+slice its `--worker i/n` of the ladder; the same command resumes.
 
 Batches are DataComp's (4,096 for its small and medium scale, 8,192 large) and those of Cherti et
 al. (88,064). So are the rates to within a factor: DataComp 5e-4 and 1e-3 (xlarge), Cherti et al.
-1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU is an
-assumption; put your own.
+1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU is an assumption; put
+your own.
 """
 
 import dataclasses
