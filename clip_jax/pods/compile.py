@@ -62,6 +62,7 @@ class Facts:
     compile_seconds: float
     parameters: int
     optimizer: int
+    terms: int = 0  # the objective's own arrays: teachers, averages
     batch: int
     loss: int  # peak of the loss compiled alone
     token_embedding: int = 0  # of the parameters, the token embedding table
@@ -137,7 +138,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         lowered = program.step.lower(program.state, program.batch)
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        arguments = held["parameters"] + held["optimizer"] + held["batch"]
+        arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
         if (needed := needed_bytes(str(error), arguments)) is None:
             raise
         seconds = CLOCK.now() - start
@@ -173,9 +174,10 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
         )
         return sum(sizes)
 
-    rest = [getattr(state, name) for name in vars(state) if name != "params"]
+    rest = (state.step, state.opt_state)
     return {
-        "parameters": size(state.params), "optimizer": size(rest), "batch": size(batch),
+        "parameters": size(state.params), "optimizer": size(rest),
+        "terms": size([state.carried, state.frozen]), "batch": size(batch),
         "token_embedding": size(state.params, "token_embedding"),
         "token_embedding_optimizer": size(rest, "token_embedding"),
     }  # fmt: skip

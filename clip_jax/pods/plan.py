@@ -172,7 +172,8 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
     topology, chip = config.topology, config.topology.chip
     model_flops = flops.of_step(config).total
     peak_flops = topology.devices * chip.peak_flops / chip.devices
-    known = {name: getattr(facts, name) for name in ("parameters", "optimizer", "batch", "loss")}
+    entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
+    known = {name: getattr(facts, name) for name in entries}
     rest = facts.peak_bytes - sum(known.values())
     seconds, parts, step_seconds = None, {}, dict.fromkeys(BOUNDS)
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
@@ -248,8 +249,9 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
     best = assessed if assessed.fits else None
     low, high = (wanted, None) if best else (0, wanted)  # fits, does not fit
     while left and (high is None or high - low > max(8, low // 16)):
-        fixed = assessed.bytes_per_device["parameters"] + assessed.bytes_per_device["optimizer"]
-        each = max(assessed.bytes_per_device["total"] - fixed, 1) / (assessed.batch_size // shards)
+        size = assessed.bytes_per_device
+        fixed = size["parameters"] + size["optimizer"] + size.get("terms", 0)
+        each = max(size["total"] - fixed, 1) / (assessed.batch_size // shards)
         guess = int((assessed.hbm_bytes - fixed) / each) // 8 * 8
         guess = max(guess, low + max(8, low // 64 * 8))  # memory is not quite a straight line
         if high and guess >= high:

@@ -23,6 +23,7 @@ BLOCK_BYTES = 4 << 20  # one request, in the order of blocks
 HOW = {
     "parameters": "exact, from the shardings",
     "optimizer": "exact, from the shardings",
+    "terms": "exact, from the shardings",
     "batch": "exact, from the shardings",
     "loss": "the loss compiled alone",
     "activations and workspace": "peak of the compiled step minus the above",

@@ -77,6 +77,7 @@ def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, table)
     assert pod.held_bytes(state, program.batch) == {
         "parameters": on_one_device(state.params),
         "optimizer": on_one_device([getattr(state, x) for x in vars(state) if x != "params"]),
+        "terms": 0,
         "batch": on_one_device(program.batch),
         "token_embedding": 520 * 32 * 4 // 4,
         "token_embedding_optimizer": table,
@@ -95,6 +96,9 @@ def test_times_bound_the_step_and_price_the_run():
     assert planned.hours == pytest.approx(1_000 * seconds / 3600)
     assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
     assert sum(planned.bytes_per_device.values()) == 2 * planned.bytes_per_device["total"]
+    assert "terms" not in planned.bytes_per_device
+    average = dataclasses.replace(facts(planning.request(CONFIG)), terms=3 << 20)
+    assert re.findall(r"terms .* ([\d.]+)", describe(assess(CONFIG, average))) == ["3.0"]
     text = describe(planned)
     assert re.findall(r"token embedding .* ([\d.]+)", text) == ["7.0", "14.0"]
     for words in ("fits", "optimizer, AdamW", "the loss compiled alone", "minus the above"):
