@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from clip_jax.config import load_config
-from clip_jax.pods.plan import BOUNDS, Plan, PlanConfig, plan
-from clip_jax.pods.summary import SECONDS
+from clip_jax.pods.bounds import LIMITS
+from clip_jax.pods.plan import Plan, PlanConfig, plan
 from clip_jax.pods.topology import Topology
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def make(name: str, topology: str, batch: int | None) -> Plan:
 
 def row(name: str, x: Plan) -> str:
     gigabytes = [x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")]
-    times = [getattr(x.seconds, part, None) for part in SECONDS]
+    times = [x.seconds.get(part) for part in LIMITS]
     times += [x.step_seconds[name] for name in ("sequential_bound", "compiler_estimate")]
     cells = [
         f"`{name}`",
@@ -55,7 +55,7 @@ def row(name: str, x: Plan) -> str:
         f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
         f"{x.gigabytes:.0f}",
         *("" if not t else f"{1e3 * t:.0f}" for t in times),
-        *("" if mfu is None else f"{mfu:.0%}" for mfu in map(x.mfu_at, BOUNDS)),
+        *("" if mfu is None else f"{mfu:.0%}" for mfu in x.mfus.values()),
         f"{x.compile_seconds:.0f}",
         f"{x.hours:,.0f}",
     ]

@@ -5,9 +5,7 @@ The sequential bound: a device takes one operation after the other, each at leas
 compute or memory. The compiler estimate: its cycles, without collectives.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from clip_jax.metrics.chips import Chip
 from clip_jax.pods.work import Work
@@ -15,32 +13,16 @@ from clip_jax.pods.work import Work
 # Per chip and direction, bytes/s, between slices: Google's pages on v5e and v6e give it per pod of
 # 256 chips (6.4 and 25.6 Tbit/s). Not known of the others.
 NETWORK = {"TPU v5e": 3.125e9, "TPU v6e": 12.5e9}
+LIMITS = ("compute", "memory", "interconnect", "network")  # that can all work at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Seconds of one step, or of a part of it; None: not known."""
-
-    compute: float | None
-    memory: float
-    interconnect: float | None = None  # within a slice or node
-    network: float | None = None  # between them
-    operations: float | None  # one after the other, each its own longer part
-    compiler: float | None  # its estimate
-
-    @property
-    def overlapped(self) -> float:
-        """The step takes no less, however its parts overlap."""
-        parts = (self.compute, self.memory, self.interconnect, self.network)
-        return max(x for x in parts if x is not None)
-
-    @property
-    def sequential(self) -> float | None:
-        """Nor less than this, since a device takes its operations one after the other."""
-        return self.operations and max(self.overlapped, self.operations)
+# Of a step or a part of it: `compute`, `memory`, `interconnect` (within a slice or node), `network`
+# (between them), `operations` (one after the other, each its own longer part) and `compiler` (its
+# estimate). None: not known.
+Seconds = dict[str, float | None]
 
 
-def times(chip: Chip, works: Sequence[Work]) -> Times:
+def times(chip: Chip, works: Sequence[Work]) -> Seconds:
     """Divide work by a device's peaks. Copies beside other operations fill what these leave."""
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     memory = sum(x.times * x.bytes for x in works) / bandwidth
@@ -55,10 +37,14 @@ def times(chip: Chip, works: Sequence[Work]) -> Times:
     cycles = [x.times * x.cycles for x in works if x.cycles is not None]
     if chip.clock and len(cycles) == len(works):
         estimate = sum(cycles) / chip.clock
-    return Times(compute=compute, memory=memory, operations=operations, compiler=estimate)
+    return {
+        "compute": compute, "memory": memory, "operations": operations, "compiler": estimate
+    }  # fmt: skip
 
 
-def bounds(chip: Chip, works: Sequence[Work], interconnect_bytes: int, network_bytes: int) -> Times:
+def bounds(
+    chip: Chip, works: Sequence[Work], interconnect_bytes: int, network_bytes: int
+) -> Seconds:
     """Bound a step.
 
     Args:
@@ -69,15 +55,27 @@ def bounds(chip: Chip, works: Sequence[Work], interconnect_bytes: int, network_b
     """
     inwards = chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2 / chip.devices
     network = NETWORK.get(chip.name)
-    return dataclasses.replace(
-        times(chip, works),
-        interconnect=interconnect_bytes / inwards if inwards else None,
-        network=network_bytes and network and network_bytes * chip.devices / network,
-    )
+    return times(chip, works) | {
+        "interconnect": interconnect_bytes / inwards if inwards else None,
+        "network": network_bytes and network and network_bytes * chip.devices / network,
+    }
 
 
-def by_part(chip: Chip, works: Sequence[Work]) -> dict[str, Times]:
+def step_seconds(seconds: Seconds) -> Seconds:
+    """Return the two bounds and the estimate of a step, by the names that `plan --json` has."""
+    overlapped = max(seconds[name] or 0.0 for name in LIMITS)
+    operations = seconds["operations"]
+    return {
+        "bound": overlapped,
+        "sequential_bound": operations and max(overlapped, operations),
+        "compiler_estimate": seconds["compiler"],
+    }
+
+
+def by_part(chip: Chip, works: Sequence[Work]) -> dict[str, Seconds]:
     """Return what each part of a step takes, the longest first."""
     names = dict.fromkeys(x.part for x in works)
     parts = {name: times(chip, [x for x in works if x.part == name]) for name in names}
-    return dict(sorted(parts.items(), key=lambda item: -(item[1].operations or item[1].memory)))
+    return dict(
+        sorted(parts.items(), key=lambda item: -(item[1]["operations"] or item[1]["memory"] or 0))
+    )

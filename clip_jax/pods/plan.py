@@ -22,7 +22,7 @@ from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Remat
 from clip_jax.pods import compile as pod
-from clip_jax.pods.bounds import Times, bounds, by_part
+from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import NODE, Topology
@@ -83,11 +83,11 @@ class Plan:
     model_flops_per_step: int  # of all devices, nothing recomputed
     collectives: tuple[Collective, ...]
     calls: dict[str, int]  # of kernels and libraries in a step, by name
-    seconds: Times | None  # at the peaks; None: it does not fit
-    seconds_by_part: dict[str, Times]  # of the step
+    seconds: Seconds  # at the peaks; empty where it does not fit
+    seconds_by_part: dict[str, Seconds]  # of the step
     gigabytes: float  # that a device reads from and writes to HBM, padding included
-    step_seconds: dict[str, float | None]  # by its name in `BOUNDS`; None: not known
-    peak_flops: float  # of all devices
+    step_seconds: Seconds  # by its name in `BOUNDS`; None: not known
+    mfus: dict[str, float | None]  # of these
     steps: int
     mfu: float  # what hours and price assume
     hours: float
@@ -97,16 +97,13 @@ class Plan:
     compile_seconds: float
     fit_compiles: int = 0  # how many were needed to find batch and remat
 
-    def mfu_at(self, bound: str) -> float | None:
-        """Return the MFU of a step that takes as long as one of its `step_seconds`."""
-        seconds = self.step_seconds[bound]
-        return seconds and self.model_flops_per_step / (self.peak_flops * seconds)
-
     def to_json(self) -> dict[str, Any]:
         """Return everything, each bound of the step by its own name, and FLOPs per device."""
         values = dataclasses.asdict(self)
-        for name, seconds in values.pop("step_seconds").items():
-            values |= {f"step_seconds_{name}": seconds, f"mfu_{name}": self.mfu_at(name)}
+        for prefix, field in (("step_seconds", "step_seconds"), ("mfu", "mfus")):
+            values |= {f"{prefix}_{name}": value for name, value in values.pop(field).items()}
+        for collective in values["collectives"]:
+            del collective["source"], collective["arrays"]
         return values | {
             "model_flops_per_step_per_device": self.model_flops_per_step / self.devices
         }
@@ -175,16 +172,15 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
     entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
     known = {name: getattr(facts, name) for name in entries}
     rest = facts.peak_bytes - sum(known.values())
-    seconds, parts, step_seconds = None, {}, dict.fromkeys(BOUNDS)
+    seconds, parts, steps = {}, {}, dict.fromkeys(BOUNDS)
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
         received = sum(x.received for x in facts.collectives)
         from_slices = sum(x.received_from_slices for x in facts.collectives)
         seconds = bounds(chip, facts.works, received, from_slices)
         parts = by_part(chip, facts.works)
-        values = (seconds.overlapped, seconds.sequential, seconds.compiler)
-        step_seconds = dict(zip(BOUNDS, values, strict=True))
-    least = max(step_seconds[name] or 0 for name in ("bound", "sequential_bound"))
-    mfu = min(config.mfu, model_flops / (peak_flops * least)) if least else config.mfu
+        steps = step_seconds(seconds)
+    mfus = {name: x and model_flops / (peak_flops * x) for name, x in steps.items()}
+    mfu = min(config.mfu, *(mfus[name] or 1.0 for name in ("bound", "sequential_bound")))
     hours = config.steps * model_flops / (peak_flops * mfu) / 3600
     devices_of_host = 4 * chip.devices if topology.is_tpu else NODE
     hosts = max(1, topology.devices / devices_of_host)
@@ -209,8 +205,8 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         seconds=seconds,
         seconds_by_part=parts,
         gigabytes=sum(x.times * x.bytes for x in facts.works) / 1e9,
-        step_seconds=step_seconds,
-        peak_flops=peak_flops,
+        step_seconds=steps,
+        mfus=mfus,
         steps=config.steps,
         mfu=mfu,
         hours=hours,

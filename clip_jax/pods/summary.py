@@ -8,13 +8,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Plan
 
+# Columns of the table of seconds. The network is that between slices or nodes.
 SECONDS = {
     "compute": "compute",
     "memory": "HBM, whole tiles",
     "interconnect": "interconnect",
-    "network": "network between slices or nodes",
+    "network": "network",
+    "operations": "sequential",
+    "compiler": "compiler",
 }
 SHARE = ", of the card's what JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
 IMAGE_BYTES = 70e3  # a JPEG of 640 x 480
@@ -47,12 +51,8 @@ def describe(plan: Plan) -> str:
             f"Found with {plan.fit_compiles} compiles: --model.remat {plan.remat} "
             f"--batch-size {plan.batch_size}"
         )
-    lines += [_memory(plan), _collectives(plan)]
-    lines.append(_table(("kernel or library", "calls a step"), plan.calls.items()))
-    if plan.seconds:
-        seconds = {what: getattr(plan.seconds, name) for name, what in SECONDS.items()}
-        shown = [(what, _seconds(value)) for what, value in seconds.items() if value != 0]
-        lines += [_parts(plan), _table(("at the peaks", "seconds a step"), shown)]
+    calls = _table(("kernel or library", "calls a step"), plan.calls.items())
+    lines += [_memory(plan), _collectives(plan), calls, _seconds(plan)]
     lines.append(
         f"model FLOPs: {plan.model_flops_per_step:.4g} a step, "
         f"{plan.model_flops_per_step / plan.devices:.4g} a device"
@@ -62,7 +62,7 @@ def describe(plan: Plan) -> str:
             "HBM traffic counts every operand; what a card's cache still holds costs less."
         )
     for bound, (label, sign) in BOUNDS.items() if plan.seconds else ():
-        seconds, mfu = plan.step_seconds[bound], plan.mfu_at(bound)
+        seconds, mfu = plan.step_seconds[bound], plan.mfus[bound]
         value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
         lines.append(f"{label}: {value}")
     cost = "" if plan.price is None else f", price {plan.price:,.0f}"
@@ -83,8 +83,8 @@ def compare(plans: Sequence[Plan]) -> str:
     """One row a plan."""
     rows = []
     for x in plans:
-        known = {name: getattr(x.seconds, name) or 0.0 for name in SECONDS if x.seconds}
-        seconds, mfus = x.step_seconds["bound"], map(x.mfu_at, BOUNDS)
+        known = {name: x.seconds[name] or 0.0 for name in LIMITS if x.seconds}
+        seconds = x.step_seconds["bound"]
         fits = "yes" if x.fits else "no"
         rows.append((
             x.name,
@@ -92,7 +92,7 @@ def compare(plans: Sequence[Plan]) -> str:
             x.remat,
             f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
             "" if seconds is None else f"{seconds:.4f}",
-            " / ".join("–" if mfu is None else f"{mfu:.1%}" for mfu in mfus if x.fits),
+            " / ".join("–" if mfu is None else f"{mfu:.1%}" for mfu in x.mfus.values() if x.fits),
             max(known, key=lambda name: known[name], default=""),
             f"{x.hours:,.1f}",
             "" if x.price is None else f"{x.price:,.0f}",
@@ -129,18 +129,17 @@ def _collectives(plan: Plan) -> str:
     return _table(names, texts, left=3)
 
 
-def _parts(plan: Plan) -> str:
-    """Where the time goes: each part of the step by its own operations."""
-    names = ("part of the step", "s at compute's peak", "s at HBM's", "s sequential", "s compiler")
-    rows = [
-        (name, *map(_seconds, (x.compute, x.memory, x.operations, x.compiler)))
-        for name, x in plan.seconds_by_part.items()
+def _seconds(plan: Plan) -> str:
+    """Where the time goes: each part of the step by its own operations, and all of them."""
+    parts = plan.seconds_by_part | ({"the step": plan.seconds} if plan.seconds else {})
+    texts = [
+        {name: "not known" if x is None else f"{x:.4f}" for name, x in seconds.items()}
+        for seconds in parts.values()
     ]
-    return _table(names, rows)
-
-
-def _seconds(seconds: float | None) -> str:
-    return "not known" if seconds is None else f"{seconds:.4f}"
+    rows = [
+        (part, *(x.get(name, "") for name in SECONDS)) for part, x in zip(parts, texts, strict=True)
+    ]
+    return _table(("seconds at the peaks", *SECONDS.values()), rows)
 
 
 def _mib(size: int) -> str:
