@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from clip_jax.convert import card
@@ -32,7 +33,7 @@ class ExportConfig:
     dtype: DType = "float32"  # of the weights and the computation; onnx has no bfloat16
     layout: onnx.Layout = "transformers-js"  # with onnx: who loads the folder
     normalize: bool = False  # with onnx: the towers' features have unit length (immich's always)
-    # run the result (onnxruntime; a fresh process), compare with the model; exit code 1 if they
+    # run the result (by onnxruntime or JAX), compare with the model; exit code 1 if they
     # differ by more than the type's rounding: float32 1e-5, float16 0.01, bfloat16 0.03; token ids
     # of a few texts too, which must be the same
     verify: bool = False
@@ -102,7 +103,7 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
     """Run an exported folder and the model on the same random inputs."""
     images, tokens = random_inputs(weights.config)
     ours = our_outputs(weights.config, weights.params, images, tokens)
-    runtime = "jax, a fresh process"
+    runtime = f"jax {jax.__version__}"
     if config.format == "stablehlo":
         theirs = stablehlo.outputs(folder, weights.config, images, tokens)
         if weights.config.decoder is not None:

@@ -5,9 +5,7 @@ model's checkpoints. A model with a decoder has two programs more, which write a
 token: the first one's state, keys and values of the image and of what is written, goes to the next.
 """
 
-import subprocess
-import sys
-import tempfile
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from safetensors.flax import load_file
 
 from clip_jax.convert import model_folder
 from clip_jax.convert.state_dict import flatten, unflatten
@@ -60,15 +59,6 @@ captions = logits.argmax(-1)[:, None]
 for place in range(1, {length}):
     logits, state = following.call(weights, state, captions[:, -1], np.int32(place))
     captions = np.append(captions, logits.argmax(-1)[:, None], axis=1)
-"""
-# Behind it, the logits of a given text's tokens instead: words.npy [B, L] without the begin token.
-_FORCED = """\
-logits, state = read("caption_first").call(weights, np.load("images.npy"))
-words, caption_logits = np.load("words.npy"), [logits]
-for place in range(1, words.shape[1] + 1):
-    logits, state = following.call(weights, state, words[:, place - 1], np.int32(place))
-    caption_logits.append(logits)
-caption_logits = np.stack(caption_logits, axis=1)
 """
 
 
@@ -183,32 +173,33 @@ def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
 def outputs(
     folder: Path, config: CLIPConfig, images: np.ndarray, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Run a folder in a fresh process by its readers, without this package.
+    """Run a folder's programs; `caption_logits` are those of `spoken` ids. Else see `onnx.outputs`.
 
-    `caption_logits` are those of `spoken` ids; else see `onnx.outputs`.
+    Raises InputError where a file is missing, cut, or of another model.
     """
-    path = str(folder.resolve())
-    program, names = READER.replace("{folder}", path), ["image_features", "text_features"]
-    with tempfile.TemporaryDirectory() as scratch:
-        np.save(f"{scratch}/images.npy", images)
-        np.save(f"{scratch}/tokens.npy", tokens)
+
+    def read(name: str) -> Callable[..., Any]:
+        exported = jax.export.deserialize(bytearray((folder / name).read_bytes()))
+        return functools.partial(exported.call, weights)
+
+    try:
+        weights = load_file(folder / "model.safetensors")
+        results = {
+            "image_features": read(IMAGE_NAME)(images),
+            "text_features": read(TEXT_NAME)(tokens),
+        }
         if config.decoder is not None:
-            np.save(f"{scratch}/words.npy", spoken(config, tokens)[:, 1:-1])
-            program += caption_reader(path, config) + _FORCED
-            names.append("caption_logits")
-        program += f"np.savez('out.npz', {', '.join(f'{name}={name}' for name in names)})\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise InputError(
-                f"{folder} cannot be run ({why:.300}): a file of it is missing, cut or of another "
-                "model. Export it again."
-            )
-        with np.load(f"{scratch}/out.npz") as results:
-            return dict(results)
+            words, following = spoken(config, tokens), read(NEXT_NAME)
+            logits, state = read(FIRST_NAME)(images)
+            steps = [logits]
+            for position in range(1, words.shape[1] - 1):
+                logits, state = following(state, words[:, position], np.int32(position))
+                steps.append(logits)
+            results["caption_logits"] = jnp.stack(steps, axis=1)
+        return {name: np.asarray(x) for name, x in results.items()}
+    except Exception as error:  # of types that no module names
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{folder} cannot be run ({why:.300}): a file of it is missing, cut or of another "
+            "model. Export it again."
+        ) from error

@@ -1,7 +1,4 @@
-"""`clip-jax export` as a person meets it: folders, verification, invalid input.
-
-tests/programs/test_stablehlo.py has what starts a process.
-"""
+"""`clip-jax export` as a person meets it: folders, verification, invalid input."""
 
 import json
 import re

@@ -1,8 +1,6 @@
-"""StableHLO artifacts against the model; and those that an older jax wrote.
+"""StableHLO artifacts against the model; and those that an older jax wrote."""
 
-tests/programs/test_stablehlo.py runs those of every family in a fresh process of JAX alone.
-"""
-
+import json
 from dataclasses import replace
 
 import jax
@@ -11,7 +9,9 @@ import pytest
 import tokenizers
 from safetensors.flax import load_file
 
-from clip_jax.convert.verify import relative_difference
+from clip_jax.cli.commands import main
+from clip_jax.convert.formats import write_weights
+from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export.stablehlo import PLATFORMS, READER, caption_reader, write
 from clip_jax.inference.loading import load
@@ -45,6 +45,46 @@ def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families
     with pytest.raises(InputError, match="begin_id=None"):
         write(replace(weights, config=replace(weights.config, text=text)), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["coca", "mammut", "resnet", "siglip"])
+def test_stablehlo_is_verified(tmp_path, capsys, families, name):
+    weights, output = families(name).weights, tmp_path / "out"
+    write_weights(weights, tmp_path / "model", "clip-jax")
+    args = ["export", str(tmp_path / "model"), str(output), "--format", "stablehlo"]
+    assert main([*args, "--verify", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["max_relative_difference"] <= values["bound"] == 1e-5
+    assert load(output).config.embed_dim == weights.config.embed_dim
+    if weights.config.decoder is not None:
+        assert values["caption_logits"] <= values["max_relative_difference"]
+        card = (output / "README.md").read_text()
+        assert 'following = read("caption_next")' in card
+        assert "ends with the id 519" in card
+    if name == "resnet":  # damaged afterwards, it is told without being written again
+        (output / "text.stablehlo").write_bytes(b"")
+        assert main([*args, "--existing"]) == 2
+        assert "cut or of another model" in capsys.readouterr().err
+
+
+def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch):
+    """Captions of all tokens but the begin, each the most probable after those before it."""
+    family = families("coca")
+    config, params = family.weights.config, family.weights.params
+    write(family.weights, tmp_path / "program")
+    np.save(tmp_path / "images.npy", family.images)
+    np.save(tmp_path / "tokens.npy", family.tokens)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(READER.replace("{folder}", "program"), names)
+    exec(caption_reader("program", config), names)
+    for name in ("image_features", "text_features"):
+        assert relative_difference(names[name], family.ours[name]) <= 1e-5
+    begin = np.full((3, 1), config.text.begin_id, np.int32)
+    ids = np.concatenate([begin, names["captions"]], axis=1).astype(np.int32)
+    assert ids.shape == (3, config.text.context_length)
+    logits = our_outputs(config, params, family.images, ids)["caption_logits"]
+    np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
 
 
 def test_the_readers_are_ten_lines_without_this_package():
