@@ -39,7 +39,7 @@ from safetensors.flax import load_file
 
 weights = load_file("{folder}/model.safetensors")
 image, text = (
-    jax.export.deserialize(open(f"{folder}/{name}.stablehlo", "rb").read())
+    jax.export.deserialize(bytes(np.fromfile(f"{folder}/{name}.stablehlo", "u1")))
     for name in ("image", "text")
 )
 image_features = np.asarray(image.call(weights, np.load("images.npy")))
