@@ -122,10 +122,12 @@ class Layer(nn.Module):
     The first token brings the image, whose keys and values the cache then holds.
     """
 
+    stack = STACKS[1]
     config: BlockConfig
     blocks: int = 1
     first_mlp: bool = True
-    causal: bool = True
+    causal: bool | None = None  # None: as the config says
+    collect: bool = False
 
     @nn.compact
     def __call__(
@@ -135,14 +137,17 @@ class Layer(nn.Module):
         image: Float[Array, "B M C"] | None,
         position: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "R L D"], Cache | None]:
-        own, kv = [], None if cache is None else cache.image
+        if self.collect:
+            raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
+        c, (own, kv) = self.config, ([], None if cache is None else cache.image)
+        causal = c.causal if self.causal is None else self.causal
         for i in range(self.blocks):
-            config = self.config._replace(mlp=i > 0 or self.first_mlp, causal=self.causal)
+            config = c._replace(mlp=i > 0 or self.first_mlp, causal=causal)
             kept = None if cache is None else cache.own[i]
             x, kept = Block(config, name=f"self_{i}")(x, kept, None, position)
             own.append(kept)
             if i == 0 and (image is not None or kv is not None):
-                x, kv = CrossBlock(self.config, name="cross")(x, image, kv)
+                x, kv = CrossBlock(c, name="cross")(x, image, kv)
         return x, None if cache is None else Cache(tuple(own), kv)
 
 
@@ -260,7 +265,7 @@ class CoCaDecoder(nn.Module):
             num_heads=c.num_heads, mlp_width=int(width * c.mlp_ratio),
             init_fns=BlockInit.text(width, c.depth),
         )  # fmt: skip
-        self.transformer = Transformer(block, c.depth, self.remat, self.unroll, Layer, STACKS[1])
+        self.transformer = Transformer(block, c.depth, self.remat, self.unroll, Layer)
         self.ln_final = LayerNorm(block.epsilon)
         init = nn.initializers.normal(width**-0.5)
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
@@ -310,9 +315,9 @@ class MaMMUTConfig:
         self, text: TextConfig, image_width: int, options: dict[str, Any]
     ) -> tuple[TextTransformer, nn.Module]:
         """Build the text tower and what it needs to write, of a `TextTransformer`'s fields."""
-        return MaMMUTText(text, **options, decoder=self), MaMMUTDecoder(
-            image_width, text.width, text.vocab_size
-        )
+        fields = (self.cross_every, self.first_mlp)
+        tower = TextTransformer(text, **options, block=Layer, fields=fields, blocks=fields[0])
+        return tower, MaMMUTDecoder(image_width, text.width, text.vocab_size)
 
     def dimensions(self, text: TextConfig) -> Rows:
         """Name the dimensions of the parameters of the decoder and of the text tower."""
@@ -346,38 +351,6 @@ class MaMMUTConfig:
 DecoderConfig = CoCaConfig | MaMMUTConfig
 
 
-class MaMMUTText(TextTransformer):
-    """The text tower, of layers that can attend to the image."""
-
-    decoder: MaMMUTConfig = MaMMUTConfig()
-
-    def stack(self, block: BlockConfig) -> Transformer:
-        depth = self.config.depth // self.decoder.cross_every
-        return Transformer(block, depth, self.remat, self.unroll, Layer, STACKS[1])
-
-    def states(
-        self, tokens: Int[Array, "B L"], collect: bool = False
-    ) -> tuple[Float[Array, "B L D"], None]:
-        """Return the last block's states, without the image."""
-        if collect:
-            raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
-        return self.run(tokens, causal=self.config.causal)[0], None
-
-    def run(
-        self,
-        tokens: Int[Array, "R L"],
-        image: Float[Array, "B M D"] | None = None,
-        caches: list[Cache] | None = None,
-        position: Int[Array, ""] | None = None,
-        causal: bool = True,
-    ) -> tuple[Float[Array, "R L D"], Any]:
-        """Run the blocks; see `Transformer`."""
-        return self.transformer(
-            self.embed(tokens, position), image, caches=caches, position=position, causal=causal,
-            blocks=self.decoder.cross_every, first_mlp=self.decoder.first_mlp,
-        )  # fmt: skip
-
-
 class MaMMUTDecoder(nn.Module):
     """What MaMMUT's text tower needs to write: the image in its width, and a word for a state."""
 
@@ -393,21 +366,25 @@ class MaMMUTDecoder(nn.Module):
         self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
 
     def embed_and_write(
-        self, tower: MaMMUTText, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
+        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
-        embeddings = tower(tokens)
-        written, _ = tower.run(tokens[:, :-1], self._project(image))
-        return embeddings, tower.ln_final(written)
+        return tower(tokens), self._run(tower, tokens[:, :-1], image)[0]
 
     def step(
-        self, tower: MaMMUTText, tokens: Int[Array, "R 1"], image: Float[Array, "B M C"] | None,
-        cache: Caption, position: Int[Array, ""],
+        self, tower: TextTransformer, tokens: Int[Array, "R 1"],
+        image: Float[Array, "B M C"] | None, cache: Caption, position: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
         """Return the state of one more token, and the cache with it."""
-        image = None if image is None else self._project(image)
-        x, own = tower.run(tokens, image, cache.decoder, position)
-        return tower.ln_final(x), Caption(None, own)
+        x, own = self._run(tower, tokens, image, cache.decoder, position)
+        return x, Caption(None, own)
 
-    def _project(self, image: Float[Array, "B M C"]) -> Float[Array, "B M D"]:
-        return image @ self.image_projection.astype(image.dtype)
+    def _run(
+        self, tower: TextTransformer, tokens: Array, image: Array | None,
+        caches: list[Cache] | None = None, position: Array | None = None,
+    ) -> tuple[Array, Any]:  # fmt: skip
+        if image is not None:
+            image = image @ self.image_projection.astype(image.dtype)
+        x = tower.embed(tokens, position)
+        x, caches = tower.transformer(x, image, caches=caches, position=position, causal=True)
+        return tower.ln_final(x), caches

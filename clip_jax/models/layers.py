@@ -34,7 +34,7 @@ KEPT = {
     "full": (),  # all
 }
 KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
-STACKS = ("resblocks", "layers")  # of `Block`, of `decoder.Layer`
+STACKS = ("resblocks", "layers")  # of a `Transformer` of `Block`, of `decoder.Layer`
 Init = Callable[..., Array]
 Rows = dict[str, str]  # path of a parameter → the names of its dimensions
 _ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
@@ -334,6 +334,7 @@ class Block(nn.Module):
     Beside x it returns the cache if it is given one (see `Attention`), with `collect` x again.
     """
 
+    stack = STACKS[0]
     config: BlockConfig
     collect: bool = False
 
@@ -382,16 +383,16 @@ class Transformer(nn.Module):
     Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`. With
     `caches`, one of each block, it returns those instead, and each block has parameters of its own
     (see `apart`). `other` is the same for all: the keys that are seen, or what `block` takes
-    instead; `options` are further fields of it. `unroll` blocks are one turn of the loop: the
-    compiler sees through from one to the next.
+    instead; `fields` and `options` are further fields of it. `unroll` blocks are one turn of the
+    loop: the compiler sees through from one to the next.
     """
 
     config: BlockConfig
     depth: int
     remat: Remat = "none"
     unroll: int = 1
-    block: type[nn.Module] = Block
-    stack: str = STACKS[0]
+    block: type[Any] = Block
+    fields: tuple[Any, ...] = ()
 
     @nn.compact
     def __call__(
@@ -407,7 +408,8 @@ class Transformer(nn.Module):
         if caches is not None:
             kept = []
             for i, cache in enumerate(caches):
-                block = self.block(self.config, name=f"{self.stack}_{i}", **options)
+                name = f"{self.block.stack}_{i}"
+                block = self.block(self.config, *self.fields, name=name, **options)
                 x, cache = block(x, cache, other, position)
                 kept.append(cache)
             return x, kept
@@ -420,4 +422,5 @@ class Transformer(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 3, length=self.depth, unroll=min(self.unroll, self.depth),
         )  # fmt: skip
-        return scanned(self.config, name=self.stack, **options)(x, None, other, position)
+        stack = scanned(self.config, *self.fields, name=self.block.stack, **options)
+        return stack(x, None, other, position)

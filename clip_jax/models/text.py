@@ -12,6 +12,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import (
     NORM_ROWS,
     Activation,
+    Block,
     BlockConfig,
     BlockInit,
     DType,
@@ -187,6 +188,9 @@ class TextTransformer(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     layout: Layout = Layout()
+    block: type[nn.Module] = Block
+    fields: tuple[Any, ...] = ()  # of each block
+    blocks: int = 1  # that stand in one such
 
     def setup(self) -> None:
         c = self.config
@@ -200,7 +204,10 @@ class TextTransformer(nn.Module):
             self.class_embedding = self.param(
                 "class_embedding", nn.initializers.normal(0.01), (c.width,)
             )
-        self.transformer = self.stack(c.block(self.layout))
+        self.transformer = Transformer(
+            c.block(self.layout), c.depth // self.blocks, self.remat, self.unroll, self.block,
+            self.fields,
+        )  # fmt: skip
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
             self.text_projection = self.param(
@@ -210,9 +217,6 @@ class TextTransformer(nn.Module):
             self.text_projection_bias = self.param(
                 "text_projection_bias", uniform(c.width**-0.5), (self.embed_dim,)
             )
-
-    def stack(self, block: BlockConfig) -> Any:
-        return Transformer(block, self.config.depth, self.remat, self.unroll)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         return self.pool(self.states(tokens)[0], tokens)
