@@ -79,7 +79,8 @@ class CrossAttention(nn.Module):
         )
         if kv is not None:
             y = attention.kept(q.reshape(kv[0].shape[0], -1, *heads), kv)
-        elif other is not None:
+        else:
+            assert other is not None
             both = Einsum(
                 "BLD,DSNK->BLSNK", (other.shape[-1], 2, *heads), (2, *heads), self.in_proj,
                 self.bias_init, name="kv",
@@ -90,8 +91,6 @@ class CrossAttention(nn.Module):
                 q.reshape(other.shape[0], -1, *heads), both[:, :, 0], both[:, :, 1]
             )
             kv = (both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2))
-        else:
-            raise ValueError("CrossAttention needs what it attends to, or its keys and values.")
         return Einsum("BLNK,NKD->BLD", (*heads, width), (width,), self.out_init, name="out_proj")(
             checkpoint_name(y.reshape(q.shape), "attended")
         ), kv

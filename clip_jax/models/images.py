@@ -41,19 +41,15 @@ class ImageSpec(Protocol):
     @property
     def side(self) -> int:
         """Pixels a side of images that are drawn for the tower, such as the bundled digits."""
-        ...
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height to which an image is resized."""
-        ...
 
     def pack(self, pixels: UInt8[np.ndarray, "B H W C"]) -> Images:
         """Turn images of one size that fits into what the tower takes."""
-        ...
 
     def shapes(self, batch_size: int) -> Images:
         """Return a batch's arrays as `jax.ShapeDtypeStruct`s."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
