@@ -254,13 +254,10 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     interpret = device is not None and device.platform == "cpu"
 
     def split(kernel: Callable[..., Array], ndim: int) -> Callable[..., Array]:
-        def run(*arrays: Array) -> Array:
-            in_specs = tuple(specs[x.ndim] for x in arrays)
-            return jax.shard_map(
-                kernel, mesh=mesh, in_specs=in_specs, out_specs=specs[ndim], check_vma=False
-            )(*arrays)
-
-        return run
+        mapped = functools.partial(
+            jax.shard_map, kernel, mesh=mesh, out_specs=specs[ndim], check_vma=False
+        )
+        return lambda *arrays: mapped(in_specs=tuple(specs[x.ndim] for x in arrays))(*arrays)
 
     def attend(qkv: attention.QKV, heads: int, causal: bool = False) -> Float[Array, "B L *NK"]:
         dim, own = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
