@@ -155,6 +155,7 @@ def test_a_step_may_take_a_chips_memory_or_what_jax_takes_of_a_gpus(topology, mo
     assert plan.mfus["bound"] is None
     text = describe(plan)
     assert "DOES NOT FIT" in text
+    assert plan.seconds == {}
     assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in text) == (topology == "H100:8")
 
 
@@ -211,3 +212,7 @@ def test_the_command_prints_one_object(tmp_path, capsys):
     assert {"fits", "model_flops_per_step", "mfu_bound", "step_seconds_bound"} <= printed.keys()
     assert printed["bytes_per_device"]["total"] == sum(printed["bytes_per_device"].values()) / 2
     assert len(printed["compared"]) == 1
+    assert not {"source", "arrays"} & printed["collectives"][0].keys()
+    assert printed["seconds_by_part"]["MLP"].keys() == {
+        "compute", "memory", "operations", "compiler"
+    }  # fmt: skip
