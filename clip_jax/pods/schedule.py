@@ -33,28 +33,14 @@ def cycles(folder: Path, name: str) -> int | None:
     return count(reports[0].read_text()) if reports else None
 
 
-class _Loop:
-    """A loop of a schedule, in another or (`outer` None) the schedule itself."""
-
-    def __init__(self, outer: "_Loop | None") -> None:
-        self.outer, self.bundles = outer, 0
-        self.turns = 1.0 if outer is None else math.nan
-
-    @property
-    def cycles(self) -> float:
-        around, times = self.outer, self.turns
-        while around:
-            times, around = times * around.turns, around.outer
-        return self.bundles * times
-
-
 def count(text: str) -> int | None:
     """Add up the bundles, those of a loop as often as it runs; None where that doesn't stand there.
 
     Branches count as if all were taken.
     """
-    loops = [_Loop(None)]
-    inside, depth = loops[:], 0  # of each depth the last loop that began
+    # Of each loop, the whole schedule first: its bundles, its turns, and the loop around it.
+    bundles, turns, around = [0], [1.0], [0]
+    inside, depth = [0], 0  # of each depth the last loop that began
     steps: dict[str, int] = {}
     for line in text.splitlines():
         if not (match := _BUNDLE.match(line)):
@@ -64,13 +50,16 @@ def count(text: str) -> int | None:
         if label == "LB" and depth:
             del inside[depth:]
         while len(inside) <= depth:
-            inside.append(_Loop(inside[-1]))
-            loops.append(inside[-1])
+            around.append(inside[-1])
+            inside.append(len(bundles))
+            bundles.append(0)
+            turns.append(math.nan)
         loop = inside[depth]  # its end may stand between bundles of the one around it
-        loop.bundles += 1
+        bundles[loop] += 1
         steps |= {name: int(step) for name, step in _STEP.findall(line)}
         if (limit := _LIMIT.search(line)) and limit[1] in steps:
-            turns = math.ceil(int(limit[2]) / steps[limit[1]])
-            loop.turns = turns - (FILL if depth == 1 else 0)
-    total = sum(loop.cycles for loop in loops)
+            turns[loop] = math.ceil(int(limit[2]) / steps[limit[1]]) - (FILL if depth == 1 else 0)
+    for loop in range(1, len(turns)):
+        turns[loop] *= turns[around[loop]]
+    total = sum(x * times for x, times in zip(bundles, turns, strict=True))
     return None if math.isnan(total) else int(total)
