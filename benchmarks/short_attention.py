@@ -57,7 +57,7 @@ def exact() -> None:
     of_zoo = set().union(*(towers(config) for config in zoo.ARCHITECTURES.values()))
     for length, dim, causal in sorted({(shape[0], *shape[2:]) for shape in of_zoo}):
         for dtype, xla in ((jnp.float32, attention.xla), (jnp.bfloat16, xla_of_tpu)):
-            case = length, 2, dim, causal, dtype
+            case = length, 2, dim, causal, None, dtype
             ours, theirs = (
                 [y for part in errors(x, *case) for y in part] for x in (interpreted, xla)
             )
@@ -97,7 +97,7 @@ def compiled(backend: str, topology: str, *shapes: str) -> None:
         def attend(qkv, heads=heads, causal=bool(causal)):
             if backend == "xla":
                 return attention.xla(qkv, heads, causal)
-            return short(qkv, heads, causal, lambda kernel, _: kernel, False)
+            return short(qkv, None, heads, causal, lambda kernel, _: kernel, False)
 
         def total(qkv, weight, attend=attend):
             return (attend(qkv).astype(jnp.float32) * weight).sum()

@@ -247,7 +247,7 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     """Return attention on this mesh: of a kernel each device gets its own rows and heads."""
     tensor = DIMENSIONS["N"]
     axes = (BATCH_AXES, None, None, tensor, None)  # of [B, L, S, N, K]; of [B, L, D] heads stay
-    specs = {3: axes[:3], 4: axes[:2] + axes[3:], 5: axes}
+    specs = {1: axes[:1], 3: axes[:3], 4: axes[:2] + axes[3:], 5: axes}
     specs = {ndim: PartitionSpec(*names) for ndim, names in specs.items()}
     # A mesh of numbers alone runs nothing.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
@@ -259,7 +259,9 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
         )
         return lambda *arrays: mapped(in_specs=tuple(specs[x.ndim] for x in arrays))(*arrays)
 
-    def attend(qkv: attention.QKV, heads: int, causal: bool = False) -> Float[Array, "B L *NK"]:
+    def attend(
+        qkv: attention.QKV, heads: int, causal: bool = False, lengths: attention.Lengths = None
+    ) -> Float[Array, "B L *NK"]:
         dim, own = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
         if own != heads and qkv.ndim != 5:
             raise ValueError(f"qkv {qkv.shape}: channels in one axis, but heads lie split.")
@@ -268,15 +270,17 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
             chosen = attention.choose(device, qkv.shape[1], own, dim, qkv.dtype)
         match chosen:
             case "short":
-                return short(qkv, own, causal, split, interpret)
+                return short(qkv, lengths, own, causal, split, interpret)
             case "splash":
-                kernel = functools.partial(
-                    attention.splash, heads=own, causal=causal, interpret=interpret
-                )
-                return split(kernel, 3 if qkv.ndim == 3 else 4)(qkv)
+
+                def kernel(qkv: Array, lengths: attention.Lengths = None) -> Array:
+                    return attention.splash(qkv, own, causal, lengths, interpret=interpret)
+
+                arrays = (qkv,) if lengths is None else (qkv, lengths)
+                return split(kernel, 3 if qkv.ndim == 3 else 4)(*arrays)
             case "cudnn":
-                return attention.cudnn(qkv, heads, causal)
-        return attention.xla(qkv, heads, causal)
+                return attention.cudnn(qkv, heads, causal, lengths)
+        return attention.xla(qkv, heads, causal, lengths)
 
     return attend
 

@@ -16,6 +16,7 @@ Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
 QKV = Float[Array, "B L *SNK"]
 # Keys and values of T tokens, kept for those that follow.
 KV = tuple[Float[Array, "B N T K"], Float[Array, "B N T K"]]
+Lengths = Int[Array, " B"] | None  # real tokens of each row, the others behind them; None: all
 
 # Of one core, by JAX's name of the chip; earlier ones have 16.
 VMEM_MIB = {
@@ -51,15 +52,23 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
 
 
 def xla(
-    qkv: QKV, heads: int, causal: bool = False, keys: Bool[Array, "B L"] | None = None
+    qkv: QKV,
+    heads: int,
+    causal: bool = False,
+    lengths: Lengths = None,
+    keys: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B L *NK"]:
     """Leave it to XLA, on any device. With `causal` a token sees none behind it.
 
-    `keys` names the tokens that are seen, wherever they stand.
+    Here as in every backend, rows of tokens past `lengths` are undefined. `keys` names the tokens
+    that are seen, wherever they stand.
     """
     q, k, v = _parts(qkv, heads)
     mask = None if keys is None else keys[:, None, None, :]
-    return _like(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal), qkv)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths
+    )
+    return _like(out, qkv)
 
 
 def cached(
@@ -96,7 +105,9 @@ def kept(
     return jnp.einsum("BNLT,BNTK->BLNK", jax.nn.softmax(scores).astype(q.dtype), values)
 
 
-def cudnn(qkv: QKV, heads: int, causal: bool = False) -> Float[Array, "B L *NK"]:
+def cudnn(
+    qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None
+) -> Float[Array, "B L *NK"]:
     """NVIDIA's fused kernel, which holds no [L, L]: GPUs of the 8.0 generation on, bfloat16.
 
     An odd length gets one token more, which none of the real ones sees: JAX's training takes even
@@ -107,10 +118,10 @@ def cudnn(qkv: QKV, heads: int, causal: bool = False) -> Float[Array, "B L *NK"]
             f"model.attention='cudnn' computes in 16 bits, not in {qkv.dtype}; "
             "set --model.dtype bfloat16 or --model.attention xla."
         )
-    (batch, length), lengths = qkv.shape[:2], None
+    batch, length = qkv.shape[:2]
     if length % 2:
         qkv = jnp.pad(qkv, ((0, 0), (0, 1), *((0, 0),) * (qkv.ndim - 2)))
-        if not causal:  # causal: nothing sees the token behind the last
+        if lengths is None and not causal:  # causal: nothing sees the token behind the last
             lengths = jnp.full(batch, length, jnp.int32)
     q, k, v = _parts(qkv, heads)
     out = jax.nn.dot_product_attention(
@@ -120,7 +131,7 @@ def cudnn(qkv: QKV, heads: int, causal: bool = False) -> Float[Array, "B L *NK"]
 
 
 def splash(
-    qkv: QKV, heads: int, causal: bool = False, *, interpret: bool = False
+    qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None, *, interpret: bool = False
 ) -> Float[Array, "B L *NK"]:
     """JAX's kernel for TPU, which holds no [L, L]: for sequences that `short` cannot hold.
 
@@ -146,8 +157,10 @@ def splash(
         ),
         interpret=interpret,
     )  # fmt: skip
+    if lengths is None:
+        lengths = jnp.full(batch, length, jnp.int32)
     # Padding is a segment of its own: no real token sees it.
-    real = jnp.broadcast_to((jnp.arange(padded) < length).astype(jnp.int32), (batch, padded))
+    real = (jnp.arange(padded) < lengths[:, None]).astype(jnp.int32)
     out = jax.vmap(kernel)(q * dim**-0.5, k, v, kernels.SegmentIds(real, real))
     return _like(out[:, :, :length, :dim].swapaxes(1, 2), qkv)
 

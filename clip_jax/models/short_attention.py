@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 MAX_LENGTH = 1024  # tokens
 
@@ -20,6 +20,7 @@ _LANES = 128  # of a vector register
 _ROWS = 8  # of a program: what lies in one register's sublanes
 _HIDDEN = -1e30  # the score of a key that is not seen
 
+Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
 Split = Callable[[Callable[..., Array], int], Callable[..., Array]]  # a kernel, its output's rank
 
 
@@ -35,46 +36,58 @@ def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
     return 2 * blocks + spread + 8 * scores + (4 << 20)  # one is computed, one on its way
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def short(
-    qkv: Float[Array, "B L *SNK"], heads: int, causal: bool, split: Split, interpret: bool
-) -> Float[Array, "B L *NK"]:
+    qkv: Float[Array, "B L *SNK"], lengths: Lengths, heads: int, causal: bool, split: Split,
+    interpret: bool,
+) -> Float[Array, "B L *NK"]:  # fmt: skip
     """Attend with that many heads on a device; `split` gives each its rows and heads.
 
     The channels of qkv may be one axis, as the projection's matmul leaves them, or three; the
-    output's are alike. No custom gradient lies inside a map over devices: backward, too, is split.
+    output's are alike. Tokens past a row's length are undefined. No custom gradient lies inside a
+    map over devices: backward, too, is split.
     """
-    return _short_forward(qkv, heads, causal, split, interpret)[0]
+    return _short_forward(qkv, lengths, heads, causal, split, interpret)[0]
 
 
 def _short_forward(
-    qkv: Array, heads: int, causal: bool, split: Split, interpret: bool
-) -> tuple[Array, Array]:
+    qkv: Array, lengths: Lengths, heads: int, causal: bool, split: Split, interpret: bool
+) -> tuple[Array, tuple[Array, Lengths]]:
     call = functools.partial(_call, _forward, heads=heads, causal=causal, interpret=interpret)
-    return split(call, {3: 3, 5: 4}[qkv.ndim])(qkv), qkv
+    ndim = {3: 3, 5: 4}[qkv.ndim]
+    return split(call, ndim)(qkv, *_known(lengths)), (qkv, lengths)
 
 
 def _short_backward(
-    heads: int, causal: bool, split: Split, interpret: bool, qkv: Array, gradient: Array
-) -> tuple[Array]:
+    heads: int, causal: bool, split: Split, interpret: bool, kept: tuple[Array, Lengths],
+    gradient: Array,
+) -> tuple[Array, None]:  # fmt: skip
+    qkv, lengths = kept
     call = functools.partial(_call, _backward, heads=heads, causal=causal, interpret=interpret)
-    return (split(call, qkv.ndim)(qkv, gradient),)
+    return split(call, qkv.ndim)(qkv, gradient, *_known(lengths)), None
 
 
 short.defvjp(_short_forward, _short_backward)
 
 
-def _call(kernel: Callable, *arrays: Array, heads: int, causal: bool, interpret: bool) -> Array:
+def _known(lengths: Lengths) -> tuple[Array, ...]:
+    return () if lengths is None else (lengths,)
+
+
+def _call(
+    kernel: Callable, qkv: Array, *rest: Array, heads: int, causal: bool, interpret: bool
+) -> Array:
     """Run a kernel over what one device has: queries, keys and values and what goes with them."""
-    qkv, (batch, length) = arrays[0], arrays[0].shape[:2]
-    wide = [x.reshape(batch, length, -1) for x in arrays]
+    batch, length = qkv.shape[:2]
+    lengths = [x for x in rest if x.ndim == 1]
+    wide = [x.reshape(batch, length, -1) for x in (qkv, *rest) if x.ndim > 1]
     width = wide[0].shape[2] // 3
     dim, backward = width // heads, len(wide) > 1
     run = _by_token if _fills_registers(heads, dim) else _by_row
     products = 5 if backward else 2  # of two [L, K], each of 2 L² K operations a head
     out_width = 3 * width if backward else width
     result = run(
-        functools.partial(kernel, dim=dim), wide, out_width, heads, causal,
+        functools.partial(kernel, dim=dim), lengths, wide, out_width, heads, causal,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize),
@@ -98,8 +111,9 @@ def _fills_registers(heads: int, dim: int) -> bool:
 
 
 def _by_token(
-    kernel: Callable, wide: list[Array], out_width: int, heads: int, causal: bool, **options: Any
-) -> Array:
+    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    causal: bool, **options: Any,
+) -> Array:  # fmt: skip
     """Run over [L, B, W], as XLA lays such arrays out: a register holds one token of eight rows.
 
     A program takes 128 channels of eight rows. What it reads is spread in float32, of which one
@@ -108,17 +122,19 @@ def _by_token(
     batch, length, width3 = wide[0].shape
     rows, groups = min(batch, _ROWS), width3 // 3 // _LANES
     more = -batch % rows
+    lengths = [jnp.pad(x, (0, more)) for x in lengths]
     wide = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, more), (0, 0))) for x in wide]
     inputs, outputs = 2 + len(wide), out_width * 3 // width3
 
     def body(*refs: Any) -> None:
         refs, scratch = refs[: -inputs - outputs], refs[-inputs - outputs :]
-        *ins, out_ref = refs
+        *known, out_ref = refs
+        ins, first = known[len(lengths) :], pl.program_id(0) * rows
         for ref, spread in zip(ins, scratch[:inputs], strict=True):
             spread[...] = ref[...].astype(jnp.float32).reshape(spread.shape)
 
         def row(i: Any, _: Any) -> Any:
-            seen = _seen(length, causal)
+            seen = _seen(length, causal, *(ref[first + i] for ref in known[: len(lengths)]))
             at = pl.ds(i, length, stride=rows)
             values = [x[at, :].astype(out_ref.dtype) for x in scratch[:inputs]]
             for spread, x in zip(scratch[inputs:], kernel(*values, seen=seen), strict=True):
@@ -138,25 +154,29 @@ def _by_token(
         body,
         out_shape=jax.ShapeDtypeStruct((length, batch + more, out_width), wide[0].dtype),
         grid=((batch + more) // rows, groups),
-        in_specs=[read(third) for third in (0, 1, 2, 0)[:inputs]],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
+        + [read(third) for third in (0, 1, 2, 0)[:inputs]],
         # All channels, for the gradients of q, k and v lie far apart; it leaves after the last.
         out_specs=pl.BlockSpec((length, rows, out_width), lambda i, g: (0, i, 0)),
         scratch_shapes=[pltpu.VMEM((length * rows, _LANES), jnp.float32)] * (inputs + outputs),
         **options,
-    )(wide[0], wide[0], *wide)
+    )(*lengths, wide[0], wide[0], *wide)
     return result.swapaxes(0, 1)[:batch]
 
 
 def _by_row(
-    kernel: Callable, wide: list[Array], out_width: int, heads: int, causal: bool, **options: Any
-) -> Array:
+    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    causal: bool, **options: Any,
+) -> Array:  # fmt: skip
     """Run over [B, L, W]: heads of any size, a row at a time with all of them."""
     batch, length, width3 = wide[0].shape
     dim = width3 // 3 // heads
 
     def body(*refs: Any) -> None:
-        qkv_ref, *rest, out_ref = refs
-        seen = _seen(length, causal)
+        *known, out_ref = refs
+        qkv_ref, *rest = known[len(lengths) :]
+        row = pl.program_id(0)
+        seen = _seen(length, causal, *(ref[row] for ref in known[: len(lengths)]))
         for head in range(heads):
             at = [pl.ds((third * heads + head) * dim, dim) for third in range(3)]
             values = [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in rest]
@@ -170,10 +190,11 @@ def _by_row(
         body,
         out_shape=jax.ShapeDtypeStruct((batch, length, out_width), wide[0].dtype),
         grid=(batch, 1),
-        in_specs=[block(x.shape[2]) for x in wide],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
+        + [block(x.shape[2]) for x in wide],
         out_specs=block(out_width),
         **options,
-    )(*wide)
+    )(*lengths, *wide)
 
 
 def _unrolled(length: int, rows: int) -> int:
@@ -237,12 +258,14 @@ def _join(parts: Sequence[Array], heads: list[tuple[int, int] | None]) -> Array:
     return out
 
 
-def _seen(length: int, causal: bool) -> Bool[Array, "K Q"] | None:
+def _seen(length: int, causal: bool, real: Array | None = None) -> Bool[Array, "K Q"] | None:
     """Whether a query sees a key; None: always."""
-    if not causal:
-        return None
-    key, query = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-    return key <= query
+    shape = (length, length)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    seen = key <= jax.lax.broadcasted_iota(jnp.int32, shape, 1) if causal else None
+    if real is None:
+        return seen
+    return key < real if seen is None else seen & (key < real)
 
 
 def _weights(q: Array, k: Array, dim: int, seen: Array | None) -> Float[Array, "K Q"]:

@@ -11,13 +11,16 @@ import numpy as np
 from clip_jax.models.short_attention import short
 
 
-def exact(qkv: np.ndarray, weight: np.ndarray, causal: bool) -> list[np.ndarray]:
+def exact(qkv: np.ndarray, weight: np.ndarray, causal: bool, lengths: Any) -> list[np.ndarray]:
     """Output and gradient in float64, by the formulas."""
     q, k, v = np.moveaxis(qkv, 2, 0)
     length, scale = qkv.shape[1], qkv.shape[-1] ** -0.5
     scores = np.einsum("BQNK,BLNK->BNQL", q, k) * scale
     if causal:
         scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    if lengths is not None:
+        real = np.arange(length) < np.asarray(lengths)[:, None]
+        scores = np.where(real[:, None, None], scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("BNQL,BLNK->BQNK", p, v)
@@ -28,18 +31,18 @@ def exact(qkv: np.ndarray, weight: np.ndarray, causal: bool) -> list[np.ndarray]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def both(attend: Callable, qkv: Any, weight: Any, causal: bool) -> Any:
+def both(attend: Callable, qkv: Any, weight: Any, causal: bool, lengths: Any) -> Any:
     """Output and gradient of an attention, which gets its channels in one axis."""
     batch, length, _, heads, _ = qkv.shape
     flat = qkv.reshape(batch, length, -1)
-    out, back = jax.vjp(lambda qkv: attend(qkv, heads, causal), flat)
+    out, back = jax.vjp(lambda qkv: attend(qkv, heads, causal, lengths), flat)
     gradient = back(weight.reshape(out.shape))[0]
     return out.reshape(weight.shape), gradient.reshape(qkv.shape)
 
 
-def interpreted(qkv: Any, heads: int, causal: bool) -> Any:
+def interpreted(qkv: Any, heads: int, causal: bool, lengths: Any) -> Any:
     """The short kernel, interpreted, without a mesh."""
-    return short(qkv, heads, causal, lambda kernel, _: kernel, True)
+    return short(qkv, lengths, heads, causal, lambda kernel, _: kernel, True)
 
 
 @jax.custom_vjp
@@ -53,7 +56,7 @@ rounded_back.defvjp(
 )
 
 
-def xla_of_tpu(qkv: Any, heads: int, causal: bool) -> Any:
+def xla_of_tpu(qkv: Any, heads: int, causal: bool, lengths: Any) -> Any:
     """XLA's attention in bfloat16, as it is computed on a TPU.
 
     There the weights' gradient is rounded to bfloat16 as the product leaves it, and the scores',
@@ -66,21 +69,30 @@ def xla_of_tpu(qkv: Any, heads: int, causal: bool) -> Any:
     scores = rounded_back(scores) * q.shape[-1] ** -0.5
     if causal:
         scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(length) < lengths[:, None, None, None], scores, -jnp.inf)
     weights = rounded_back(jax.nn.softmax(scores)).astype(qkv.dtype)
     return jnp.einsum("BNQL,BLNK->BQNK", weights, v).reshape(batch, length, -1)
 
 
 def errors(
-    attend: Callable, length: int, heads: int, dim: int, causal: bool,
+    attend: Callable, length: int, heads: int, dim: int, causal: bool, lengths: Any = None,
     dtype: Any = jnp.float32, batch: int = 2,
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Errors of output and gradient against float64, in the largest value: the largest one, and
-    the root of the mean square."""
+    the root of the mean square. Rows of padding are left out."""
     rng = np.random.default_rng(0)
     shapes = (batch, length, 3, heads, dim), (batch, length, heads, dim)
     qkv, weight = (np.array(jnp.asarray(rng.standard_normal(x), dtype), np.float64) for x in shapes)
-    expected = exact(qkv, weight, causal)
-    arguments = jnp.asarray(qkv, dtype), jnp.asarray(weight, dtype), causal
+    is_padding = np.zeros((batch, length), bool)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths, jnp.int32)
+        is_padding = np.arange(length) >= np.asarray(lengths)[:, None]
+        weight[is_padding] = 0
+    expected = exact(qkv, weight, causal, lengths)
+    arguments = jnp.asarray(qkv, dtype), jnp.asarray(weight, dtype), causal, lengths
     got = [np.array(x, np.float64) for x in both(attend, *arguments)]
+    for x in (got[0], expected[0]):
+        x[is_padding] = 0
     wrong = [np.abs(a - b) / np.abs(b).max() for a, b in zip(got, expected, strict=True)]
     return [x.max() for x in wrong], [np.sqrt((x**2).mean()) for x in wrong]

@@ -23,23 +23,25 @@ from tests.models.exact_attention import errors, interpreted, xla_of_tpu
 def test_the_short_kernel_is_as_exact_as_xla(dtype, xla, factor):
     """By root mean square: which of two has the largest error is luck. In bfloat16 the output is
     found by the same arithmetic, in another order: a thousandth for that."""
-    (_, ours), (_, theirs) = (errors(x, 19, 2, 64, True, dtype) for x in (interpreted, xla))
+    (_, ours), (_, theirs) = (
+        errors(x, 19, 2, 64, True, (19, 5), dtype) for x in (interpreted, xla)
+    )
     assert all(a <= factor * b for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "dim", "causal"),
+    ("batch", "length", "heads", "dim", "causal", "lengths"),
     [
-        (9, 19, 4, 64, False),  # two blocks of rows, of lanes
-        (2, 257, 2, 64, False),
-        (2, 12, 2, 80, False),
-        (3, 17, 1, 128, True),  # a head fills a register
-        (2, 33, 8, 16, True),  # many share one
-        (1, 21, 3, 24, True),  # none
+        (9, 19, 4, 64, False, (19, 1, 2, 3, 18, 19, 7, 19, 5)),  # two blocks of rows, of lanes
+        (2, 257, 2, 64, False, None),
+        (2, 12, 2, 80, False, (1, 12)),
+        (3, 17, 1, 128, True, (17, 4, 9)),  # a head fills a register
+        (2, 33, 8, 16, True, None),  # many share one
+        (1, 21, 3, 24, True, (20,)),  # none
     ],
 )
-def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal):
-    most, _ = errors(interpreted, length, heads, dim, causal, batch=batch)
+def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal, lengths):
+    most, _ = errors(interpreted, length, heads, dim, causal, lengths, batch=batch)
     assert max(most) <= 3e-6
 
 
@@ -48,14 +50,14 @@ def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal):
     [("short", "8", True, 3e-6), ("short", "2x2x2", True, 3e-6), ("splash", "2x2x2", False, 2e-5)],
 )
 def test_a_kernel_on_a_mesh(backend, mesh, causal, bound):
-    """Each device its rows and heads."""
+    """Each device its rows and heads; padding travels along."""
     layout = sharding.layout(make_mesh(MESHES[mesh]), backend)
 
-    def attend(flat, heads, causal):  # the model keeps the axes where heads are split
+    def attend(flat, heads, causal, lengths):  # the model keeps the axes where heads are split
         qkv = flat if layout.whole_heads else flat.reshape(8, 9, 3, heads, 16)
-        return layout.attend(qkv, heads, causal)
+        return layout.attend(qkv, heads, causal, lengths)  # ty: ignore[too-many-positional-arguments]
 
-    most, _ = errors(attend, 9, 2, 16, causal, batch=8)
+    most, _ = errors(attend, 9, 2, 16, causal, tuple(range(1, 9)), batch=8)
     assert max(most) <= bound
 
 
@@ -65,8 +67,8 @@ def test_splash_is_attention():
     assert max(errors(splash, 130, 2, 16, True)[0]) <= 2e-5
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_cudnn_gets_even_lengths(causal):
+@pytest.mark.parametrize(("causal", "lengths"), [(False, None), (True, None), (False, (7, 2))])
+def test_cudnn_gets_even_lengths(causal, lengths):
     """JAX refuses it odd ones in training; a token more changes nothing."""
     plain = jax.nn.dot_product_attention
 
@@ -75,8 +77,8 @@ def test_cudnn_gets_even_lengths(causal):
         return plain(q, k, v, **options)
 
     with mock.patch.object(jax.nn, "dot_product_attention", autospec=True, side_effect=even):
-        got, _ = errors(attention.cudnn, 7, 2, 8, causal, jnp.bfloat16)
-    expected, _ = errors(attention.xla, 7, 2, 8, causal, jnp.bfloat16)
+        got, _ = errors(attention.cudnn, 7, 2, 8, causal, lengths, jnp.bfloat16)
+    expected, _ = errors(attention.xla, 7, 2, 8, causal, lengths, jnp.bfloat16)
     np.testing.assert_allclose(got, expected, rtol=0.1)
     with pytest.raises(ValueError, match=r"set --model\.dtype bfloat16"):
         attention.cudnn(jnp.zeros((1, 4, 48), jnp.float32), 2)
