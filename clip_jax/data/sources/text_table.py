@@ -5,13 +5,13 @@ import functools
 import itertools
 import json
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from clip_jax.data.sources import (
     SampleError,
@@ -25,7 +25,9 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
-_BLOCK = 1 << 24  # bytes of a CSV read at once, and at most a row
+_LONGEST = 1 << 24  # letters of a cell
+_ROWS = 1 << 14  # made arrays at once
+_END = "\0the end"
 _PEEK_LINES = 100  # of a JSONL, to learn which columns it has
 
 
@@ -96,104 +98,69 @@ def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
 class _Delimited:
     """Both columns in memory as Arrow holds them: the text and 8 bytes a row.
 
-    Cells stay bytes, since Arrow would refuse the count file for one that is not UTF-8. Rows with
-    too few or too many cells come after the others, as samples that cannot be read.
+    Rows with too few or too many cells are samples that cannot be read. Cells that are not UTF-8
+    stay bytes, and cost their sample alone.
     """
 
     def __init__(self, path: Path, config: TableConfig) -> None:
         signs = _DELIMITERS[path.suffix]
-        fit = (sign for sign in signs if config.image_column in _header(path, sign))
+        fit = (sign for sign in signs if config.image_column in next(_rows(path, sign), []))
         delimiter = next(fit, signs[0])
-        columns = _header(path, delimiter)
+        rows = _rows(path, delimiter)
+        columns = next(rows, [])
         _check_columns(path, columns, config)
-        names = [
-            name.encode().decode("latin-1")
-            for name in (config.image_column, config.caption_column)
-            if name
-        ]
-        self._malformed: list[tuple[int, str]] = []  # number of the row and what is wrong with it
-
-        def keep(row: Any) -> str:
-            self._malformed.append(
-                (
-                    row.number - 1,  # without the header
-                    f"row has {row.actual_columns} cells, the header {row.expected_columns}: "
-                    f"{row.text!r:.200}",
-                )
-            )
-            return "skip"
-
-        latin = [name.encode().decode("latin-1") for name in columns]
+        names = filter(None, (config.image_column, config.caption_column))
+        places = [columns.index(name) for name in names]
+        empty = [""] * len(columns)
+        self._malformed: dict[int, str] = {}  # what is wrong with a row
+        chunks, count = [], 0
         try:
-            # Arrow takes the rest of the file for one long cell where that fits in a block: the
-            # last one of a long file too, where only an odd number of quotes is a reason to read
-            # the count once more.
-            fits = path.stat().st_size <= _BLOCK
-            if (fits or _has_odd_quotes(path)) and _is_left_open(path, delimiter):
-                raise pa.ArrowInvalid("it ends within quotes")
-            table = pa.csv.read_csv(
-                path,
-                # Bytes as Latin-1 letters: Arrow would lose a malformed row that is not UTF-8.
-                pa.csv.ReadOptions(
-                    use_threads=False, encoding="latin-1", column_names=latin,
-                    skip_rows_after_names=1, block_size=_BLOCK,
-                ),
-                pa.csv.ParseOptions(
-                    delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep
-                ),
-                pa.csv.ConvertOptions(
-                    include_columns=names, column_types=dict.fromkeys(names, pa.binary())
-                ),
-            )  # fmt: skip
-        except pa.ArrowInvalid as error:
+            while block := list(itertools.islice(rows, _ROWS)):
+                for number, row in enumerate(block):
+                    if len(row) != len(columns):
+                        self._malformed[count + number] = (
+                            f"row has {len(row)} cells, the header {len(columns)}: "
+                            f"{delimiter.join(row)!r:.200}"
+                        )
+                        block[number] = empty
+                cells = ([row[i].encode(errors="surrogateescape") for row in block] for i in places)
+                chunks.append([pa.array(column, pa.binary()) for column in cells])
+                count += len(block)
+        except csv.Error as error:
             raise InputError(
                 f"{path} does not parse: {error}. A quote that never closes?"
             ) from error
-        self._columns = [table[name] for name in names]
-        # Of each malformed row, how many others stand before it, and itself.
-        self._before = np.array([n for n, _ in self._malformed]) - np.arange(len(self._malformed))
+        self._count = count
+        self._columns = [
+            pa.chunked_array(list(one), pa.binary()) for one in zip(*chunks, strict=True)
+        ]
 
     def __len__(self) -> int:
-        return len(self._columns[0]) + len(self._malformed)
+        return self._count
 
     def number(self, index: int) -> int:
         """The row's place in the file, from 1."""
-        count = len(self._columns[0])
-        if index >= count:
-            return self._malformed[index - count][0]
-        return index + 1 + int(np.searchsorted(self._before, index + 1, side="right"))
+        return index + 1
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        count = len(self._columns[0])
-        if index >= count:
-            raise SampleError(self._malformed[index - count][1])
-        cells = [column[index].as_py() for column in self._columns]
-        image, *caption = (cell and cell.decode().encode("latin-1") for cell in cells)
+        if index in self._malformed:
+            raise SampleError(self._malformed[index])
+        image, *caption = (column[index].as_py() for column in self._columns)
         return image, caption[0] if caption else None
 
 
-def _header(path: Path, delimiter: str) -> list[str]:
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        return next(csv.reader(file, delimiter=delimiter), [])
-
-
-def _has_odd_quotes(path: Path) -> bool:
-    with path.open("rb") as file:
-        return sum(block.count(b'"') for block in iter(lambda: file.read(1 << 24), b"")) % 2 == 1
-
-
-def _is_left_open(path: Path, delimiter: str) -> bool:
-    """Say whether the file ends within quotes."""
-    limit = csv.field_size_limit(1 << 30)
-    try:
-        with path.open(newline="", encoding="latin-1") as file:
-            for _ in csv.reader(file, delimiter=delimiter, strict=True):
-                pass
-    except csv.Error as error:
-        return "unexpected end of data" in str(error)
-    finally:
-        csv.field_size_limit(limit)
-    return False
+def _rows(path: Path, delimiter: str) -> Iterator[list[str]]:
+    """The rows of a file, header and all. csv.Error for one that ends within quotes."""
+    csv.field_size_limit(_LONGEST)
+    row: list[str] = []
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        # Within quotes, a line more does not make a row of its own.
+        for following in csv.reader(itertools.chain(file, [_END]), delimiter=delimiter):
+            if row:
+                yield row
+            row = following
+    if row != [_END]:
+        raise csv.Error("it ends within quotes")
 
 
 class _JsonLines:
