@@ -36,7 +36,8 @@ from clip_jax.models.clip import (
 )
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import TOWERS, GuardState, OptimConfig, Tower, make_optimizer, schedule
+from clip_jax.optim import TOWERS, OptimConfig, Tower, make_optimizer, schedule
+from clip_jax.optim.wrappers import GuardState
 from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by a term's name and that of its model

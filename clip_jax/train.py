@@ -29,7 +29,7 @@ from clip_jax.inference.loading import starting_params
 from clip_jax.losses import Objective
 from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
-from clip_jax.optim import averaged
+from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import FrozenParams, Program, State
 from clip_jax.storage import files

@@ -19,35 +19,14 @@ from clip_jax.optim.matrices import Rows
 from clip_jax.optim.muon import Muon, scale_by_muon, split
 from clip_jax.optim.wrappers import (
     TOWERS,
-    GuardState,
     Tower,
     average,
-    averaged,
     descend,
     guard,
     lock,
     scale_layers,
     scale_towers,
 )
-
-__all__ = [
-    "LAMB",
-    "TOWERS",
-    "Adafactor",
-    "AdamW",
-    "Constant",
-    "CoolDown",
-    "Cosine",
-    "GuardState",
-    "InverseSqrt",
-    "Muon",
-    "OptimConfig",
-    "Tower",
-    "averaged",
-    "decay_mask",
-    "make_optimizer",
-    "schedule",
-]
 
 NO_DECAY = frozenset(
     # Gains, biases and scalars. OpenAI's code decays only tensors of two or more axes, so the

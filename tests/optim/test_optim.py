@@ -15,11 +15,10 @@ from clip_jax.optim import (
     Cosine,
     InverseSqrt,
     OptimConfig,
-    averaged,
     make_optimizer,
     schedule,
 )
-from clip_jax.optim.wrappers import scale_layers
+from clip_jax.optim.wrappers import averaged, scale_layers
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
 
