@@ -1,6 +1,5 @@
 """Wrong use, and how the console script starts itself."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -121,25 +120,6 @@ def test_the_console_script_starts_itself_once_with_huge_pages():
         assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
         assert console_script.main() == 0
         execute.assert_called_once()
-
-
-def test_libtpu_is_left_alone_where_no_accelerator_is(tmp_path):
-    others = {name: x for name, x in os.environ.items() if not name.startswith("TPU_")}
-    with (
-        mock.patch.object(importlib.util, "find_spec", autospec=True) as find,
-        mock.patch.dict(os.environ, others, clear=True),
-    ):
-        find.return_value = None
-        assert not console_script.plans_only(tmp_path)
-        find.side_effect = lambda name, package=None: name == "libtpu" or None
-        assert console_script.plans_only(tmp_path)
-        (tmp_path / "vfio").mkdir()
-        assert console_script.plans_only(tmp_path)
-        (tmp_path / "vfio/0").touch()
-        assert not console_script.plans_only(tmp_path)
-        (tmp_path / "vfio/0").unlink()
-        os.environ["TPU_WORKER_HOSTNAMES"] = "a,b"
-        assert not console_script.plans_only(tmp_path)
 
 
 def test_json_is_printed_on_request_alone():
