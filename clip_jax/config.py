@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax import flops
-from clip_jax.checkpoints.manager import CheckpointConfig
 from clip_jax.checkpoints.resume import branch_point, order_of
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig

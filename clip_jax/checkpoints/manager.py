@@ -5,14 +5,12 @@ import contextlib
 import functools
 import itertools
 import json
-import logging
 import math
 import operator
-import traceback
 import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from clip_jax import processes
 from clip_jax.checkpoints.retention import (
-    Best,
+    CheckpointConfig,
     Results,
     Retention,
     Unusable,
@@ -32,7 +30,7 @@ from clip_jax.checkpoints.retention import (
     steps_in,
     stored,
 )
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, Params, path_name, split_batch_stats
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -46,30 +44,6 @@ _OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUT
 
 class Damaged(Exception):
     """A checkpoint that does not give back what was saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save, and how much to keep."""
-
-    every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
-    keep: int = 3  # newest checkpoints kept, all of which a run can go on from
-    # Checkpoints kept for `clip-jax evaluate RUN --watch`, where a run has such a watcher: the
-    # oldest that it has not finished with.
-    keep_unwatched: int = 4
-    also: tuple[int, ...] = ()  # steps that are saved and kept besides: where branches begin
-    # Name of a result, such as imagenet1k/acc1: the checkpoint with the best is kept besides. A
-    # step whose evaluation gives the best so far is saved, whenever it is.
-    best: str | None = None
-    best_mode: Literal["max", "min"] = "max"  # which result is the best: the highest or the lowest
-    # Whose results: of the run's own evaluators, or of `clip-jax evaluate RUN --watch` beside it.
-    best_of: Literal["run", "watcher"] = "run"
-
-    def __post_init__(self) -> None:
-        at_least_one = dict.fromkeys(("every_steps", "keep", "keep_unwatched", "also"), "[1, inf)")
-        check_ranges(self, "checkpoint.", **at_least_one)
-        if self.best is not None and not self.best.strip():
-            raise InputError("checkpoint.best is empty; give the name of a result, or None.")
 
 
 @dataclass(frozen=True)
@@ -92,25 +66,21 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
         self._directory = orbax_path(directory)
-        self._best: Best | None = None
+        self._config = config
         if config.best:
-            self._best = Best(name=config.best, mode=config.best_mode, of=config.best_of)
             _drop_damaged_results(self._directory)
         due = [
             policies.FixedIntervalPolicy(config.every_steps),
             policies.SpecificStepsPolicy(config.also),
             policies.PreemptionCheckpointingPolicy(),
         ]
-        kept = Retention(
-            self._directory.parent, config.keep, config.keep_unwatched, config.also, self._best
-        )
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=policies.AnySavePolicy(due),
                 # Without it Orbax doesn't keep the results, by which the policy finds the best.
-                best_fn=self._best.value if self._best else None,
-                preservation_policy=kept,
+                best_fn=config.value if config.best else None,
+                preservation_policy=Retention(self._directory.parent, config),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -118,14 +88,14 @@ class Checkpoints:
 
     def _best_kept(self) -> float:
         """Return the best result of those that are kept with checkpoints; -inf without any."""
-        if not self._best or self._best.of == "watcher":
+        if not self._config.best or self._config.best_of == "watcher":
             return float("inf")
         kept = (stored(self._directory, step) or {} for step in self._manager.all_steps())
-        return max(map(self._best.value, kept), default=float("-inf"))
+        return max(map(self._config.value, kept), default=float("-inf"))
 
     def is_best(self, results: Results) -> bool:
         """Say whether a step with these results is to be saved as the best so far."""
-        return self._best is not None and self._best.value(results) > self._best_value
+        return self._config.value(results) > self._best_value
 
     def latest_step(self) -> int | None:
         """Return the newest complete checkpoint's step, None when there is none."""
@@ -151,11 +121,10 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 position=_PositionSave(position, checksums(state)),
             )
-            kept = dict(results or {}) if self._best else None
+            kept = dict(results or {}) if self._config.best else None
             with files.writing(self._directory):  # also of the save before, in the background
                 self._manager.save(step, args=items, metrics=kept, force=True)
-            if self._best and kept:
-                self._best_value = max(self._best_value, self._best.value(kept))
+            self._best_value = max(self._best_value, self._config.value(kept or {}))
 
     def restore(self, state: Any) -> Restored:
         """Read the newest intact checkpoint: a state of these shapes, where their shardings say.
@@ -334,23 +303,6 @@ class _PositionSave(ocp.args.CheckpointArgs):
 
 def _crc(content: Position) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Say whether a traceback that Orbax or asyncio logs tells more than the one error raised.
-
-    It does not for a full disk, nor for reads that failed beside the one whose error is raised.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, Exception):
-        return True
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    is_orbax = any("orbax" in frame.f_code.co_filename for frame in frames)
-    return not (files.is_full(error) or (is_orbax and "never retrieved" in record.getMessage()))
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_is_news)
 
 
 def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Position]:

@@ -4,10 +4,10 @@ A watcher beside the run (`clip-jax evaluate RUN --watch`) writes a row to `eval
 every step it has finished with. The run keeps the oldest steps that have no row yet.
 """
 
-import datetime
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
@@ -17,7 +17,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from clip_jax import processes
 from clip_jax.checkpoints import orbax
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import parse, read_rows
@@ -33,19 +34,34 @@ class Unusable(InputError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
-    """By which result a checkpoint is the best."""
+class CheckpointConfig:
+    """When to save, and how much to keep."""
 
-    name: str
-    mode: Literal["max", "min"]
-    of: Literal["run", "watcher"]  # who evaluates
+    every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
+    keep: int = 3  # newest checkpoints kept, all of which a run can go on from
+    # Checkpoints kept for `clip-jax evaluate RUN --watch`, where a run has such a watcher: the
+    # oldest that it has not finished with.
+    keep_unwatched: int = 4
+    also: tuple[int, ...] = ()  # steps that are saved and kept besides: where branches begin
+    # Name of a result, such as imagenet1k/acc1: the checkpoint with the best is kept besides. A
+    # step whose evaluation gives the best so far is saved, whenever it is.
+    best: str | None = None
+    best_mode: Literal["max", "min"] = "max"  # which result is the best: the highest or the lowest
+    # Whose results: of the run's own evaluators, or of `clip-jax evaluate RUN --watch` beside it.
+    best_of: Literal["run", "watcher"] = "run"
+
+    def __post_init__(self) -> None:
+        at_least_one = dict.fromkeys(("every_steps", "keep", "keep_unwatched", "also"), "[1, inf)")
+        check_ranges(self, "checkpoint.", **at_least_one)
+        if self.best is not None and not self.best.strip():
+            raise InputError("checkpoint.best is empty; give the name of a result, or None.")
 
     def value(self, results: Results) -> float:
-        """Return the result such that larger is better; -inf where there is none."""
-        value = results.get(self.name, float("nan"))
+        """Return the result `best` such that larger is better; -inf where there is none."""
+        value = results.get(self.best or "", float("nan"))
         if value != value:  # none, or no number
             return float("-inf")
-        return value if self.mode == "max" else -value
+        return value if self.best_mode == "max" else -value
 
 
 # --------------------------------------------------------------------------------- which there are
@@ -85,39 +101,27 @@ def named_step(workdir: AnyPath, which: str) -> int:
         )
     kept = f"{workdir} keeps the checkpoints of steps {', '.join(map(str, steps))}"
     if which == "best":
-        best = _best_of(workdir)
-        if best is None:
+        config = from_dict(CheckpointConfig, read_run_config(workdir).get("checkpoint", {}))
+        if not config.best:
             raise InputError(
                 f"{workdir}@best: the run was trained without --checkpoint.best, the name of a "
                 f"result; {kept}, such as {workdir}@{steps[-1]}."
             )
-        by_step = results_of(workdir, steps, best)
-        if not any(best.name in results for results in by_step.values()):
+        if config.best_of == "watcher":
+            rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
+        else:
+            rows = {step: stored(workdir / "checkpoints", step) or {} for step in steps}
+        if not any(config.best in rows.get(step, {}) for step in steps):
             raise InputError(
-                f"{workdir}@best: none of its checkpoints has {best.name} yet; {kept}."
+                f"{workdir}@best: none of its checkpoints has {config.best} yet; {kept}."
             )
-        return max(steps, key=lambda step: (best.value(by_step[step]), step))
+        return max(steps, key=lambda step: (config.value(rows.get(step, {})), step))
     if which and int(which) not in steps:
         raise Unusable(
             f"{kept}, not of {which}; name one of these, or train that run with a larger "
             "--checkpoint.keep."
         )
     return int(which) if which else steps[-1]
-
-
-def _best_of(workdir: AnyPath) -> Best | None:
-    config = read_run_config(workdir).get("checkpoint") or {}
-    if not config.get("best"):
-        return None
-    return Best(name=config["best"], mode=config["best_mode"], of=config["best_of"])
-
-
-def results_of(workdir: AnyPath, steps: Sequence[int], best: Best) -> dict[int, Results]:
-    """Return what is known of each of these steps: kept with it, or found by the watcher."""
-    if best.of == "watcher":
-        rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
-        return {step: rows.get(step, {}) for step in steps}
-    return {step: stored(workdir / "checkpoints", step) or {} for step in steps}
 
 
 def stored(directory: AnyPath, step: int) -> Results | None:
@@ -129,33 +133,19 @@ def stored(directory: AnyPath, step: int) -> Results | None:
 # --------------------------------------------------------------------------------- which are kept
 
 
-@dataclass
-class _Info:
-    step: int
-    time: datetime.datetime
-    metrics: dict[str, Any] | None
-
-
 class Retention(policies.PreservationPolicy):
     """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
 
     All processes ask it at once.
     """
 
-    def __init__(
-        self,
-        workdir: AnyPath,
-        keep: int,
-        keep_unwatched: int,
-        also: Sequence[int],
-        best: Best | None,
-    ) -> None:
-        self._workdir, self._best, self._keep_unwatched = workdir, best, keep_unwatched
-        kept = [policies.LatestN(keep), policies.CustomSteps(also)]
-        if best:
+    def __init__(self, workdir: AnyPath, config: CheckpointConfig) -> None:
+        self._workdir, self._config = workdir, config
+        kept = [policies.LatestN(config.keep), policies.CustomSteps(config.also)]
+        if config.best:
             kept.append(
                 policies.BestN(
-                    get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=config.value, n=1, keep_checkpoints_without_metrics=False
                 )
             )
         self._policy = policies.AnyPreservationPolicy(kept)
@@ -164,11 +154,12 @@ class Retention(policies.PreservationPolicy):
         steps = [x.step for x in checkpoints]
         unwatched, rows = processes.gather(self._look(steps) if processes.is_lead() else None)[0]
         results: Sequence[Results] = [x.metrics or {} for x in checkpoints]
-        if self._best and self._best.of == "watcher":
+        if self._config.best_of == "watcher":
             results = rows
-        name = self._best.name if self._best else ""
-        infos = [
-            _Info(x.step, x.time, dict(row) if name in row else None)
+        infos: list[Any] = [
+            SimpleNamespace(
+                step=x.step, time=x.time, metrics=dict(row) if self._config.best in row else None
+            )
             for x, row in zip(checkpoints, results, strict=True)
         ]
         keep = self._policy.should_preserve(infos, context=context)
@@ -180,6 +171,8 @@ class Retention(policies.PreservationPolicy):
         Both are of one reading: so a step is among the former, or its row counts for the best.
         """
         rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
-        unwatched = [step for step in sorted(steps) if step not in rows][: self._keep_unwatched]
+        unwatched = [step for step in sorted(steps) if step not in rows][
+            : self._config.keep_unwatched
+        ]
         is_watched = (self._workdir / WATCH).exists()
         return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]

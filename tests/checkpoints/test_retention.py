@@ -9,19 +9,27 @@ from unittest import mock
 import pytest
 
 from clip_jax import processes
-from clip_jax.checkpoints.retention import WATCH, WATCHED, Best, Retention, named_step, split_name
+from clip_jax.checkpoints.retention import (
+    WATCH,
+    WATCHED,
+    CheckpointConfig,
+    Retention,
+    named_step,
+    split_name,
+)
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-ACCURACY = Best(name="acc", mode="max", of="run")
-WATCHERS = Best(name="acc", mode="max", of="watcher")
+ACCURACY = {"best": "acc"}
+WATCHERS = {"best": "acc", "best_of": "watcher"}
 
 
-def kept(workdir, steps, keep=2, keep_unwatched=2, also=(), best=None, of_run=None):
+def kept(workdir, steps, best=None, of_run=None, **config):
     """Ask which of made-up steps stay; `of_run` are results that are kept with them."""
     now, of_run = datetime.datetime.min, of_run or {}
     infos = [SimpleNamespace(step=x, time=now, metrics=of_run.get(x)) for x in steps]
-    policy = Retention(workdir, keep, keep_unwatched, also, best)
+    config = {"keep": 2, "keep_unwatched": 2} | config | (best or {})
+    policy = Retention(workdir, CheckpointConfig(**config))
     stays = policy.should_preserve(infos, context=None)
     return [step for step, stay in zip(steps, stays, strict=True) if stay]
 
@@ -44,7 +52,7 @@ def test_the_best_stays(tmp_path):
     of_run |= {5: {"acc": 0.1}, 6: {"loss": 2.0}}
     steps = [*range(1, 9)]
     assert kept(tmp_path, steps, best=ACCURACY, of_run=of_run) == [3, 7, 8]  # of two, the newer
-    lowest = Best(name="acc", mode="min", of="run")
+    lowest = ACCURACY | {"best_mode": "min"}
     assert kept(tmp_path, steps, best=lowest, of_run=of_run) == [5, 7, 8]
     assert kept(tmp_path, steps, best=WATCHERS, of_run=of_run) == [7, 8]  # whose are none yet
 
