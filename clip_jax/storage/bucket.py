@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import importlib.util
-import io
 import itertools
 import os
 import re
@@ -178,38 +177,15 @@ def count(size: int) -> None:
         _bytes += size
 
 
-class Object(io.RawIOBase):
-    """An object of a bucket as a file for reading."""
+def open_object(path: str) -> Any:
+    """An object as a file for reading; what lies ahead is fetched too. FileNotFoundError."""
+    from fsspec.spec import AbstractBufferedFile
 
-    def __init__(self, path: str) -> None:
-        self._path, self._at = path, 0
-        self._size = stat(path)[0]
+    class Object(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_ranges(path, [(start, end - start)])[0]
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(min(len(buffer), self._size - self._at), 0)
-        if size:
-            (part,) = read_ranges(self._path, [(self._at, size)])
-            buffer[: len(part)] = part
-            self._at += len(part)
-            return len(part)
-        return 0
-
-    def readall(self) -> bytes:
-        """Read to the end, by few requests; io's own takes 8 KiB at a time."""
-        return b"".join(iter(lambda: self.read(min(BUFFER, self._size - self._at)), b""))
+    return Object(None, path, block_size=BUFFER, size=stat(path)[0])
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ import contextlib
 import errno
 import glob
 import hashlib
-import io
-import itertools
 import os
 import re
 import secrets
@@ -16,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -29,7 +27,7 @@ AnyPath = Path | epath.Path  # what `place` makes of what a person gives
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-_MOST_FILES = 10_000_000  # of one pattern
+_MOST_FILES = 1_000_000  # of one pattern
 _FEW = 8  # objects of one folder, up to which each is asked for; above, the folder is listed
 
 
@@ -60,11 +58,11 @@ def expand(pattern: str) -> list[str]:
     Raises InputError if it stands for nothing. A path without * and ? need not exist.
     """
     paths = []
-    if (count := _count_braces(pattern)) > _MOST_FILES:
-        raise InputError(
-            f"{pattern!r} stands for {count:,} files; at most {_MOST_FILES:,} are read"
-        )
-    for path in _expand_braces(os.path.expanduser(pattern)):
+    for number, path in enumerate(_expand_braces(os.path.expanduser(pattern))):
+        if number == _MOST_FILES:
+            raise InputError(
+                f"{pattern!r} stands for more than {_MOST_FILES:,} files, the most that are read"
+            )
         if not any(sign in path for sign in "*?"):
             paths.append(path)
         elif is_remote(path):
@@ -76,31 +74,18 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
-def _count_braces(pattern: str) -> int:
-    """Count the paths that a pattern's innermost braces stand for, without making them."""
-    count = 1
-    for inside in _BRACES.findall(pattern):
-        numbers = _RANGE.fullmatch(inside)
-        first, last = map(int, numbers.groups()) if numbers else (0, inside.count(","))
-        count *= max(last - first + 1, 1)
-    return count
-
-
-def _expand_braces(pattern: str) -> Iterable[str]:
+def _expand_braces(pattern: str) -> Iterator[str]:
     brace = _BRACES.search(pattern)
     if not brace:
-        return [pattern]
-    inside, (start, end) = brace[1], brace.span()
-    numbers = _RANGE.fullmatch(inside)
-    if numbers:
+        yield pattern
+        return
+    choices: Iterable[str] = brace[1].split(",")
+    if numbers := _RANGE.fullmatch(brace[1]):
         first, last = numbers.groups()
         width = len(first) if first.startswith("0") else 0
-        choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        choices = inside.split(",")
-    return itertools.chain.from_iterable(
-        _expand_braces(pattern[:start] + choice + pattern[end:]) for choice in choices
-    )
+        choices = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    for choice in choices:
+        yield from _expand_braces(pattern[: brace.start()] + choice + pattern[brace.end() :])
 
 
 def stat(path: str) -> Stat:
@@ -156,11 +141,11 @@ def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
-def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     """Open for reading from any place; of a bucket, 8 MiB at a time are fetched."""
     path = os.fspath(path)
     if is_remote(path):
-        return io.BufferedReader(bucket.Object(path), bucket.BUFFER)
+        return bucket.open_object(path)
     return open(path, "rb")  # the caller closes it
 
 
@@ -375,7 +360,6 @@ def check_destination(path: AnyPath | None, option: str, folder: bool = True) ->
         ) from error
 
 
-_ALL_USED = (errno.ENOSPC, errno.EDQUOT)
 _NOT_TO_BE_WRITTEN = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -391,17 +375,11 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
     except Exception as error:
         if meaning := is_remote(path) and explain(error, f"{path} cannot be written"):
             raise meaning from error
-        if is_full(error):
+        # By its words, which are all that tensorstore has, who writes Orbax's arrays.
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             raise InputError(f"no space left for {path}: free some and go on.") from error
         if isinstance(error, OSError) and error.errno in _NOT_TO_BE_WRITTEN:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         if of_client(error):
             raise InputError(f"{path} cannot be written: {summary(error)}") from error
         raise
-
-
-def is_full(error: Exception) -> bool:
-    """Say whether a disk is full; tensorstore, which writes Orbax's arrays, has only words."""
-    if isinstance(error, OSError):
-        return error.errno in _ALL_USED
-    return any(os.strerror(number) in str(error) for number in _ALL_USED)

@@ -61,8 +61,8 @@ def test_a_pattern_leaves_dot_files_out_in_a_bucket_as_on_a_disk():
         assert files.expand("gs://b/*.tar") == ["gs://b/1.tar"]
 
 
-def test_braces_that_mean_too_many_files_are_refused_at_once():
+def test_braces_that_mean_too_many_files_are_refused():
     for pattern in ("{0..99999999999}.tar", "{0..99999}/{0..99999}.tar"):
-        with pytest.raises(InputError, match=r"stands for 1\d\d?,000,000,000 files"):
+        with pytest.raises(InputError, match="stands for more than 1,000,000 files"):
             files.expand(pattern)
     assert files.expand("{08..10}/{a,b}") == ["08/a", "08/b", "09/a", "09/b", "10/a", "10/b"]
