@@ -26,9 +26,9 @@ def _drop_tasks(config: dict[str, Any]) -> None:
             evaluator["tasks"] = left or ["zero-shot"]
 
 
-# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, path here. None: the
-# field is gone and changed no result. A path goes through lists: `evals.pool` is a field of each
-# evaluator. A row for a group moves all of its fields.
+# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, and path here, which
+# is in the same group. None: the field is gone and changed no result. A path goes through lists:
+# `evals.pool` is a field of each evaluator.
 RENAMED: dict[str, str | None] = {
     "data.window": "data.shuffle_blocks",
     "optim.image_rate": "optim.image_learning_rate_scale",
@@ -63,31 +63,24 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     A dict that has them already stays as it is.
     """
     for old, new in RENAMED.items():
-        _move(config, old.split("."), new.split(".") if new else [])
+        _rename(config, old.split("."), new and new.rpartition(".")[2])
     for change in UPGRADES:
         change(config)
     return config
 
 
-def _move(node: Any, old: list[str], new: list[str]) -> None:
-    """Move a field to its new path; without one, remove it."""
+def _rename(node: Any, path: list[str], new: str | None) -> None:
+    """Give a field a new name in its group; without one, remove it."""
     if isinstance(node, list):
         for each in node:
-            _move(each, old, new)
-    elif not isinstance(node, dict):
-        return
-    elif len(old) > 1 and (not new or (len(new) > 1 and old[0] == new[0])):
-        _move(node.get(old[0]), old[1:], new[1:])
-    else:  # what is left of the path is a name, or leads to another group
-        source: Any = node
-        for group in old[:-1]:
-            source = source.get(group) if isinstance(source, dict) else None
-        if isinstance(source, dict) and old[-1] in source:
-            value, target = source.pop(old[-1]), node
-            for group in new[:-1]:
-                target = target.setdefault(group, {})
+            _rename(each, path, new)
+    elif isinstance(node, dict) and path[0] in node:
+        if path[1:]:
+            _rename(node[path[0]], path[1:], new)
+        else:
+            value = node.pop(path[0])
             if new:
-                target.setdefault(new[-1], value)
+                node.setdefault(new, value)
 
 
 def is_renamed(path: str) -> tuple[bool, str | None]:

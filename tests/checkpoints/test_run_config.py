@@ -12,8 +12,7 @@ RENAMED = {
     "data.window": "data.shuffle_blocks",
     "data.source.members.part": "data.source.members.shard",
     "evals.looks": None,
-    "caption": "objective.caption",
-    "data.depth.lane": "order.lane",
+    "caption": "captioning",
 }
 
 
@@ -24,21 +23,20 @@ def table(monkeypatch):
     monkeypatch.setattr(run_config, "UPGRADES", [lambda config: config.setdefault("steps", 1)])
 
 
-def test_fields_move_to_their_new_paths():
+def test_fields_get_their_new_names():
     before = {
         "rate": 0.1,
-        "data": {"window": 3, "seed": 0, "depth": {"lane": 4},
+        "data": {"window": 3, "seed": 0,
                  "source": {"members": [{"part": 1}, {"part": 2, "x": 3}]}},
         "evals": [{"looks": 5, "pool": 6}, {"pool": 7}],
         "caption": {"weight": 2.0},
     }  # fmt: skip
     after = {
         "learning_rate": 0.1,
-        "data": {"seed": 0, "depth": {}, "shuffle_blocks": 3,
+        "data": {"seed": 0, "shuffle_blocks": 3,
                  "source": {"members": [{"shard": 1}, {"x": 3, "shard": 2}]}},
         "evals": [{"pool": 6}, {"pool": 7}],
-        "objective": {"caption": {"weight": 2.0}},
-        "order": {"lane": 4},
+        "captioning": {"weight": 2.0},
         "steps": 1,
     }  # fmt: skip
     assert upgrade(before) == after
@@ -57,7 +55,7 @@ def test_a_damaged_config_is_left_as_it_is(config):
         ("rates", (False, "rates")),
         ("evals.looks", (True, None)),
         ("loss.form", (True, "objective.0.form")),
-        ("caption.weight", (True, "objective.caption.weight")),
+        ("caption.weight", (True, "captioning.weight")),
     ],
 )
 def test_a_field_of_a_renamed_group_is_renamed(path, now):
