@@ -50,17 +50,13 @@ def _is_within(value: Any, opening: str, low: float, high: float, closing: str) 
 
 
 def _in_words(opening: str, low: float, high: float, closing: str) -> str:
-    least, most = (f"{x:.12g}" for x in (low, high))
+    least = f"{'at least' if opening == '[' else 'more than'} {low:.12g}"
+    most = f"{'at most' if closing == ']' else 'less than'} {high:.12g}"
     if math.isinf(low) and math.isinf(high):
         return "a finite number"
-    if math.isinf(high):
-        return f"at least {least}" if opening == "[" else f"more than {least}"
-    if math.isinf(low):
-        return f"at most {most}" if closing == "]" else f"less than {most}"
-    start = f"from {least}" if opening == "[" else f"more than {least}"
-    if opening == "[":
-        return f"{start} to {most}" if closing == "]" else f"{start} to below {most}"
-    return f"{start} and at most {most}" if closing == "]" else f"{start} and below {most}"
+    if math.isinf(low) or math.isinf(high):
+        return most if math.isinf(low) else least
+    return f"{least} and {most}"
 
 
 def check_picture(path: Any, name: str) -> None:

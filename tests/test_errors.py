@@ -142,15 +142,15 @@ def test_a_number_out_of_range_is_refused_by_name(field):
     [
         (0, "[1, inf)", "at least 1"),
         (math.nan, "(0, inf)", "more than 0"),
-        (2, "[0, 1)", "from 0 to below 1"),
+        (2, "[0, 1)", "at least 0 and less than 1"),
         (0, "(0, 1]", "more than 0 and at most 1"),
-        (2, "(0, 1)", "more than 0 and below 1"),
+        (2, "(0, 1)", "more than 0 and less than 1"),
         (9, "(-inf, 8]", "at most 8"),
         (9, "(-inf, 8)", "less than 8"),
         (math.inf, "(-inf, inf)", "a finite number"),
-        ((3, 0), "[1, 5]", "from 1 to 5"),
+        ((3, 0), "[1, 5]", "at least 1 and at most 5"),
         (1 << 64, "[0, inf)", "of 64 bits"),
-        ("many", "[0, 0.5]", "from 0 to 0.5"),
+        ("many", "[0, 0.5]", "at least 0 and at most 0.5"),
     ],
 )
 def test_a_range_is_said_in_words(given, needed, says):

@@ -361,4 +361,4 @@ def test_laions_configuration_is_read(tmp_path):
     assert config == replace(weights.config, dtype=config.dtype)
     settings["text_cfg"] |= {"layers": 1 << 21, "cross_attn_ratio": 1 << 21}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
-    assert_refused(tmp_path, "decoder.cross_every=2097152 must be from 1 to 200")
+    assert_refused(tmp_path, "decoder.cross_every=2097152 must be at least 1 and at most 200")
