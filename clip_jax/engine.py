@@ -70,12 +70,7 @@ class Here:
                     display.add(_STEP)
             display.add(done % _STEP)
 
-        if model:
-            with display:
-                for task, _ in tasks:
-                    _show(work(task, counted))
-            return
-        with display, ThreadPoolExecutor(self._threads) as threads:
+        with display, ThreadPoolExecutor(1 if model else self._threads) as threads:
             futures = [threads.submit(work, task, counted) for task, _ in tasks]
             try:
                 for future in as_completed(futures):
