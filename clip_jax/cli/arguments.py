@@ -11,20 +11,18 @@ from typing import Any
 
 from clip_jax.errors import InputError
 
-# Options of open_clip, transformers and others; a field of the configs that they would belong to;
-# and what takes their place there.
+# Options of open_clip, transformers and others for training, and what takes their place.
 _ELSEWHERE = (
-    ("lr optim.lr learning-rate", "optim", "--optim.learning-rate"),
-    ("wd optim.wd weight-decay", "optim", "--optim.weight-decay"),
-    ("warmup warmup-steps", "optim", "--optim.warmup-steps"),
-    ("epochs num-train-epochs max-steps", "steps", "--steps, of --batch-size pairs each"),
-    ("accum-freq gradient-accumulation-steps", "accumulation", "--accumulation"),
-    ("train-data", "data", "--data.source.path, with configs/pairs.py for example"),
-    ("workers", "data", "--data.workers"),
-    ("model", "steps", "a config file with another model, or --model.vision.depth and the like"),
-    ("pretrained", "init_from", "--init-from"),
-    ("output-dir logs", "workdir", "--workdir"),
-    ("output-dir", "output", "--output"),
+    ("lr optim.lr learning-rate", "--optim.learning-rate"),
+    ("wd optim.wd weight-decay", "--optim.weight-decay"),
+    ("warmup warmup-steps", "--optim.warmup-steps"),
+    ("epochs num-train-epochs max-steps", "--steps, of --batch-size pairs each"),
+    ("accum-freq gradient-accumulation-steps", "--accumulation"),
+    ("train-data", "--data.source.path, with configs/pairs.py for example"),
+    ("workers", "--data.workers"),
+    ("model", "a config file with another model, or --model.vision.depth and the like"),
+    ("pretrained", "--init-from"),
+    ("output-dir logs", "--workdir"),
 )
 
 
@@ -70,7 +68,6 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
     """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
     import tyro
 
-    _check_names(kind, args)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_path_rule)
     try:
@@ -96,7 +93,7 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 
 
 def _check_renamed(args: Sequence[str]) -> None:
-    """Raise InputError for a flag that an earlier version had, with the one to use instead."""
+    """Raise InputError for a flag of an earlier version or another tool, with the one of today."""
     from clip_jax.checkpoints.run_config import is_renamed
 
     for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
@@ -104,17 +101,8 @@ def _check_renamed(args: Sequence[str]) -> None:
         if old:
             now = f"is now --{new.replace('_', '-')}" if new else "was removed"
             raise InputError(f"{flag} {now}.")
-
-
-def _check_names(kind: Any, args: Sequence[str]) -> None:
-    """Refuse what other tools call an option that has another name here."""
-    own = {field.name: field.type for field in dataclasses.fields(kind)}
-    for arg in args:
-        flag = arg.partition("=")[0].replace("_", "-")
-        if not dataclasses.is_dataclass(own.get(flag[2:].replace("-", "_"), kind)):
-            continue  # it has that option itself, and not as a group
-        for names, field, instead in _ELSEWHERE:
-            if flag in [f"--{name}" for name in names.split()] and field in own:
+        for names, instead in _ELSEWHERE:
+            if flag[2:].replace("_", "-") in names.split():
                 raise InputError(f"there is no option {flag}; take {instead}.")
 
 
