@@ -177,11 +177,7 @@ def convert(args: Sequence[str]) -> int:
         values["activation_difference"] = done.activation_difference
     if done.unverified:
         values["verification"] = f"written; cannot be verified because {done.unverified}"
-    if proof := done.verification:
-        most = proof.max_relative_difference
-        values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
-    _print(values, as_json, _listed(values))
-    return 0 if proof is None or proof.passed else 1
+    return _print_proof(values, done.verification, as_json)
 
 
 def export(args: Sequence[str]) -> int:
@@ -191,12 +187,7 @@ def export(args: Sequence[str]) -> int:
 
     config, as_json = arguments.read(ExportConfig, args, ("model", "output"), export)
     proof = run_export(config)
-    values: dict[str, Any] = {"output": str(config.output)}
-    if proof:
-        values |= dataclasses.asdict(proof)
-        values["max_relative_difference"] = proof.max_relative_difference
-    _print(values, as_json, _listed(values))
-    return 0 if proof is None or proof.passed else 1
+    return _print_proof({"output": str(config.output)}, proof, as_json)
 
 
 def scale(args: Sequence[str]) -> int:
@@ -328,9 +319,14 @@ def _print(values: Any, as_json: bool, text: str) -> int:
     return 0
 
 
-def _listed(values: dict[str, Any]) -> str:
-    """One value a line, without those that there are not."""
-    return "\n".join(f"{name:<24} {x}" for name, x in values.items() if x is not None)
+def _print_proof(values: dict[str, Any], proof: Any, as_json: bool) -> int:
+    """Print one value a line, without those that there are not; 1 where the proof failed."""
+    if proof:
+        most = proof.max_relative_difference
+        values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
+    text = "\n".join(f"{name:<24} {x}" for name, x in values.items() if x is not None)
+    _print(values, as_json, text)
+    return 0 if proof is None or proof.passed else 1
 
 
 def _say(message: str, code: int) -> int:

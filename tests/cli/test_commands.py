@@ -32,7 +32,6 @@ from tests.conftest import ROOT
         ("train configs/digits.py --train-data x", "take --data.source.path"),
         ("train configs/digits.py --model ViT-B-32", "take a config file with another model"),
         ("train configs/digits.py --output-dir x", "take --workdir"),
-        ("evaluate nowhere --output-dir x", "take --output"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: there is nothing at nowhere"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
@@ -96,7 +95,7 @@ def test_what_ended_a_run_is_its_exit_code(end, code, capsys, monkeypatch, tmp_p
         ("train configs/digits.py --batch-size 0", "batch_size=0 must be at least 2"),
         ("train configs/digits.py --batch-size many", "many"),
         ("train configs/digits.py --model.vision.num-heads 7", "vision.num_heads=7"),
-        ("demo nowhere --port 65536", "must be from 1 to 65535"),
+        ("demo nowhere --port 65536", "must be at least 1 and at most 65535"),
     ],
 )
 def test_a_wrong_flag_is_explained_and_exits_with_2(command, says, capsys, monkeypatch):
