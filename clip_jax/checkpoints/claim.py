@@ -49,15 +49,13 @@ class Claim:
     def take(self) -> None:
         """Claim the directory, for all processes at once; raises InputError where another has
         it."""
-        refusal = processes.gather("")[0]  # connects all: JAX waits less long for that than a lease
+        processes.gather("")  # connects all: JAX waits less long for that than a lease
+        processes.together(self._take, InputError)
+
+    def _take(self) -> None:
         if processes.is_lead():
             take = _lease if files.is_remote(self._workdir) else _lock
-            try:
-                self._held.callback(take(self._workdir, self._work, self._clock))
-            except InputError as error:
-                refusal = str(error)
-        if refusal := processes.gather(refusal)[0]:
-            raise InputError(refusal)
+            self._held.callback(take(self._workdir, self._work, self._clock))
 
 
 def _me() -> dict[str, Any]:
