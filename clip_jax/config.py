@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax import flops
-from clip_jax.checkpoints.resume import branch_point, order_of
+from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import CheckpointConfig
-from clip_jax.checkpoints.run_config import upgrade
+from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError, check_ranges
@@ -160,9 +160,10 @@ def complete(run: dict[str, Any]) -> dict[str, Any]:
 
 def with_order(config: Config, workdir: AnyPath) -> Config:
     """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
-    order = order_of(workdir)
-    if config.data.order != "auto" or order is None:
-        return config
+    order = config.data.order
+    if order == "auto":
+        with contextlib.suppress(InputError):  # damaged: a resuming run says so
+            order = read_run_config(workdir).get("data", {}).get("order") or order
     return replace(config, data=replace(config.data, order=order))
 
 

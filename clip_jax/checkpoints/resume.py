@@ -4,14 +4,12 @@ Runs are compared by their configs as dicts: `before` is the earlier run's, with
 today, and `now` the new one's.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 from clip_jax.checkpoints.retention import steps_in
-from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.errors import InputError
 from clip_jax.storage.files import AnyPath
 
@@ -76,13 +74,6 @@ def check_branch(
             "Give the same values. To begin with its weights alone, use --init-from."
         )
     return [line.strip() for line in _differing(parent, before, now, RESUMABLE)]
-
-
-def order_of(workdir: AnyPath) -> str | None:
-    """Return the order of samples that the run in `workdir` has; None where there is no run."""
-    with contextlib.suppress(InputError):  # damaged: a resuming run says so
-        return read_run_config(workdir).get("data", {}).get("order")
-    return None
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
