@@ -228,7 +228,7 @@ def patched(data: bytes, *changes: tuple[int, bytes]) -> bytes:
 
 def twins() -> bytes:
     """Two names in the directory for the same bytes, as zip bombs have them."""
-    entries = [("a/data.pkl", state_dict()), ("a/data/0", b"0"), ("a/data/1", b"1")]
+    entries = [("a/data.pkl", state_dict().ljust(1000)), ("a/data/0", b"0"), ("a/data/1", b"1")]
     data = zipped(entries)
     first = data.find(b"PK\x01\x02")
     return patched(data, (42, data[first + 42 : first + 46]), (20, data[first + 20 : first + 28]))
