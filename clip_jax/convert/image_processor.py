@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.settings import channels_of, number_of, read_json, write_json
+from clip_jax.convert.settings import naming, number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.errors import InputError
+from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
@@ -73,14 +74,14 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
             f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is left "
             f"out ({', '.join(steps)}) is not supported."
         )
-    mean, std = content.get("image_mean", default.mean), content.get("image_std", default.std)
-    return replace(
-        default,
-        mean=channels_of(mean, f"{where}: image_mean"),
-        std=channels_of(std, f"{where}: image_std", True),
-        interpolation=kinds[resample],
-        resize_mode=mode,
-    )
+    values = {
+        "mean": content.get("image_mean", default.mean),
+        "std": content.get("image_std", default.std),
+        "interpolation": kinds[resample],
+        "resize_mode": mode,
+    }
+    with naming(where):
+        return from_dict(Preprocess, to_dict(default) | values, where)
 
 
 def _find(folder: Path) -> tuple[dict[str, Any], str] | None:

@@ -1,14 +1,12 @@
 """Foreign JSON files and their values, checked where they are read, so that messages name them."""
 
 import json
-import typing
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clip_jax.convert.archives import map_file
-from clip_jax.data.images import Channels
 from clip_jax.errors import InputError
 
 MAX_JSON = 16 << 20  # bytes
@@ -60,18 +58,8 @@ def number_of(value: Any, where: str, positive: bool = False) -> float:
     return float(value)
 
 
-def channels_of(value: Any, where: str, positive: bool = False) -> Channels:
-    """Return three numbers, one for each of red, green and blue. InputError names the place."""
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise InputError(
-            f"{where} is {value!r:.99}; three numbers are needed, for red, green and blue."
-        )
-    numbers = (number_of(x, f"{where}[{i}]", positive) for i, x in enumerate(value))
-    return typing.cast(Channels, tuple(numbers))
-
-
 @contextmanager
-def naming(path: Path) -> Generator[None]:
+def naming(path: Path | str) -> Generator[None]:
     """Put the file's name before a message about a value of it that does not have it."""
     try:
         yield

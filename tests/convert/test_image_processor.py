@@ -35,6 +35,8 @@ def test_of_two_files_the_processors_own_counts(tmp_path):
         ({"image_processor": [1]}, "image_processor is [1]; an object is needed"),
         ({"image_processor": SETTINGS | {"size": 31}}, "size={'shortest_edge': 31}"),
         ({"image_processor": SETTINGS | {"resample": 0}}, "resample=0"),
+        ({"image_processor": SETTINGS | {"image_mean": [0.5, 0.5]}}, "mean has 2 values"),
+        ({"image_processor": SETTINGS | {"image_std": [0.5, 0, 0.5]}}, "must be more than 0"),
         ({"image_processor": {"image_processor_type": "Bit"}}, "'Bit' without resample"),
     ],
 )

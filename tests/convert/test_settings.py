@@ -9,7 +9,6 @@ import pytest
 from clip_jax.convert import image_processor, tokenizer_files
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.open_clip_config import read_config
-from clip_jax.convert.settings import channels_of
 from clip_jax.errors import InputError
 from clip_jax.models.text import TokenizerConfig
 from tests import vocabularies
@@ -19,29 +18,6 @@ WRONG = [
     None, True, "x", -1, 0, 1.5, 10**400, float("nan"), float("inf"),
     [], [1, 2], [[1]], {}, {"a": 1},
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ([0.5, 0.5], "three numbers are needed"),
-        ([0.5, 0.5, 0.5, 0.5], "three numbers are needed"),
-        (0.5, "three numbers are needed"),
-        ("0.5 0.5 0.5", "three numbers are needed"),
-        ({"r": 0.5}, "three numbers are needed"),
-        ([0.5, "0.5", 0.5], r"\[1\] is '0.5'; a finite number"),
-        ([0.5, None, 0.5], r"\[1\] is None; a finite number"),
-        ([0.5, True, 0.5], r"\[1\] is True; a finite number"),
-        ([0.5, float("nan"), 0.5], r"\[1\] is nan; a finite number"),
-        ([0.5, 10**400, 0.5], "a finite number"),
-        ([0.5, 0, 0.5], r"\[1\] is 0; a finite number above 0 is needed"),
-        ([0.5, 0.5, -0.5], r"\[2\] is -0.5; a finite number above 0 is needed"),
-    ],
-)
-def test_mean_and_standard_deviation(value, message):
-    """The test below shows that every format's file is named."""
-    with pytest.raises(InputError, match=f"^x.json: std.*{message}"):
-        channels_of(value, "x.json: std", True)
 
 
 def variants(value):
