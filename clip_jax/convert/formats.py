@@ -23,7 +23,13 @@ from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weights import DType, Weights, resize_positions, same_sizes
+from clip_jax.convert.weights import (
+    DType,
+    Weights,
+    resize_positions,
+    same_sizes,
+    with_vocabulary,
+)
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation
@@ -82,7 +88,10 @@ def read_weights(
     if architecture is not None:
         same_sizes(weights.config, architecture, str(path))
     if tokenizer is not None:
-        weights = _with_vocabulary(weights, path, tokenizer)
+        if file := weights.config.text.tokenizer.file:
+            raise InputError(f"{path} came with its tokenizer, {file}; leave out --tokenizer.")
+        weights = replace(weights, config=with_vocabulary(weights.config, tokenizer))
+        make_tokenizer(weights.config.text)  # or say what is wrong with it
     if image_size in (None, weights.config.vision.image_size):
         return weights
     return resize_positions(weights, image_size)
@@ -93,21 +102,8 @@ def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:
     file = weights.config.text.tokenizer.file
     if copy == path or not file.startswith(f"{copy}/"):
         return weights
-    return _with_file(weights, os.fspath(path / file.removeprefix(f"{copy}/")))
-
-
-def _with_file(weights: Weights, file: str) -> Weights:
-    text = weights.config.text
-    text = replace(text, tokenizer=replace(text.tokenizer, file=file))
-    return replace(weights, config=replace(weights.config, text=text))
-
-
-def _with_vocabulary(weights: Weights, path: AnyPath, file: str) -> Weights:
-    if own := weights.config.text.tokenizer.file:
-        raise InputError(f"{path} came with its tokenizer, {own}; leave out --tokenizer.")
-    weights = _with_file(weights, file)
-    make_tokenizer(weights.config.text)  # or say what is wrong with it
-    return weights
+    file = os.fspath(path / file.removeprefix(f"{copy}/"))
+    return replace(weights, config=with_vocabulary(weights.config, file))
 
 
 def _check_numbers(weights: Weights, path: AnyPath) -> None:

@@ -13,7 +13,7 @@ from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import flatten, table, to_params
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
-from clip_jax.convert.weights import DType, Weights, cast
+from clip_jax.convert.weights import DType, Weights, cast, with_vocabulary
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.errors import InputError
@@ -66,7 +66,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     tensors = {path: cast(x, dtype) for path, x in flatten(weights.params).items()}
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": FORMAT})
     file = vocabulary.keep(weights.config.text.tokenizer, str(folder))
-    config = _with_vocabulary(weights.config, file)
+    config = with_vocabulary(weights.config, file)
     write_json(folder / CONFIG_NAME, to_dict(config))
     write_json(folder / MANIFEST_NAME, manifest(replace(weights, config=config)))
 
@@ -112,13 +112,8 @@ def read(folder: Path) -> Weights:
             f"{config.vision.image_size}."
         )
     if file in vocabulary.NAMES:
-        config = _with_vocabulary(config, str(folder / file))
+        config = with_vocabulary(config, str(folder / file))
     return replace(weights, config=config)
-
-
-def _with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
-    tokenizer = replace(config.text.tokenizer, file=file)
-    return replace(config, text=replace(config.text, tokenizer=tokenizer))
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:

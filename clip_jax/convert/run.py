@@ -8,7 +8,7 @@ import numpy as np
 from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import named_step
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.convert.weights import Weights, default_preprocess, with_vocabulary
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.serialize import from_dict
@@ -36,8 +36,7 @@ def read_config(workdir: AnyPath) -> CLIPConfig:
     config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
     for name in vocabulary.NAMES:  # a copy, so that the run is whole without the file it came from
         if (workdir / name).is_file():
-            tokenizer = replace(config.text.tokenizer, file=str(workdir / name))
-            config = replace(config, text=replace(config.text, tokenizer=tokenizer))
+            config = with_vocabulary(config, str(workdir / name))
     # How it was trained is no part of the finished model, and no other format keeps it.
     rest = {name: getattr(CLIPConfig, name) for name in ("dtype", "remat", "unroll", "attention")}
     return replace(config, **rest)

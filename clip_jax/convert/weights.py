@@ -36,6 +36,12 @@ def default_preprocess(config: CLIPConfig) -> Preprocess:
     )
 
 
+def with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
+    """Return a model's configuration with its vocabulary at another path."""
+    tokenizer = replace(config.text.tokenizer, file=file)
+    return replace(config, text=replace(config.text, tokenizer=tokenizer))
+
+
 def shape_of(tensors: Tensors, name: str, ndim: int, source: str) -> tuple[int, ...]:
     """Return a tensor's shape, or a InputError that names what is missing."""
     if name not in tensors:
