@@ -28,8 +28,6 @@ from clip_jax.convert.state_dict import (
     Row,
     Rules,
     from_params,
-    join_queries,
-    split_queries,
     table,
     to_params,
 )
@@ -58,7 +56,6 @@ _LEGACY_EOS = 2  # a wrong id that stood in the configurations; Hugging Face rea
 # ------------------------------------------------------------------ names of tensors
 
 _TEXT_HEAD = "text_model.head"
-_FUSED = "vision_model.head.attention.in_proj_"  # query, key and value in one tensor
 _NAMES: Rules = (
     (r"^(visual|text)/transformer/resblocks/", r"\1/encoder/layers/{}/"),
     (r"^visual/conv1/", "visual/embeddings/patch_embedding/"),
@@ -81,21 +78,23 @@ _NAMES: Rules = (
     (r"^visual/proj$", "visual_projection/weight"),
     (r"^visual/", "vision_model/"),
 )
-_CLIP: Rules = (*_NAMES, (r"^text/text_projection", "text_projection/weight"))
-_SIGLIP: Rules = (
-    *_NAMES,
-    (r"^text/text_projection$", "text/head/weight"),
-    (r"^text/text_projection_bias", "text/head/bias"),
-)
-_ENDS: Rules = ((r"^text/", "text_model/"), *TORCH_NAMES)
 _AXES: Rules = ((r"^visual/proj$|^text/text_projection$", "E D -> D E"), *TORCH_AXES)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The table, of tensors whose fused projections are split."""
-    if not config.vision.has_map_head:
-        return table(config, [*_CLIP, *_ENDS], _AXES)
-    return table(config, [*_SIGLIP, *_ENDS], [(r"^logit_", "1 -> "), *_AXES])
+    """The whole table."""
+    if config.vision.has_map_head:
+        projection, axes = "text/head/", [(r"^logit_", "1 -> "), *_AXES]
+    else:
+        projection, axes = "text_projection/", _AXES
+    names = [
+        *_NAMES,
+        (r"^text/text_projection$", f"{projection}weight"),
+        (r"^text/text_projection_bias$", f"{projection}bias"),
+        (r"^text/", "text_model/"),
+        *TORCH_NAMES,
+    ]
+    return table(config, names, axes)
 
 
 # ------------------------------------------------------------------ settings
@@ -280,7 +279,6 @@ def read(folder: Path) -> Weights:
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
-    tensors = split_queries(tensors, lambda name: name.startswith(_FUSED))
     siglip = kind == "siglip"
     with naming(path):
         config = (_read_siglip if siglip else _read_clip)(content, str(path))
@@ -306,7 +304,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     else:
         advice = "choose --to open-clip or clip-jax."
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
-    tensors = join_queries(from_params(rows(config), weights.params))
+    tensors = from_params(rows(config), weights.params)
     if not config.text.projection:  # which SiglipModel always has: one that changes nothing
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
         tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)

@@ -20,8 +20,6 @@ from clip_jax.convert.state_dict import (
     Row,
     Rules,
     from_params,
-    join_queries,
-    split_queries,
     table,
     to_params,
 )
@@ -54,7 +52,7 @@ _PROJECTION: Rules = (
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The table; that of a model with a decoder is of tensors that `_split` has split."""
+    """The whole table."""
     names: list[tuple[str, str]] = []
     axes: list[tuple[str, str]] = []
     if config.vision.has_map_head:
@@ -86,17 +84,6 @@ _POOL: Rules = (
     (r"attn_pool/attn/q/kernel", "attn_pool/attn/q_proj_weight"),
     (r"attn_pool/attn/kv/kernel", "attn_pool/attn/[k,v]_proj_weight"),
 )
-
-
-def _split(tensors: Tensors) -> Tensors:
-    """Split the projections of attention to the image into the query's and the others'."""
-    return split_queries(
-        tensors,
-        lambda name: (
-            ".attn.in_proj_" in name
-            and (".cross_attn." in name or name.startswith("visual.attn_pool."))
-        ),
-    )
 
 
 def find_weights(folder: Path) -> Path:
@@ -135,7 +122,12 @@ def read(
         return openai.read(tensors, source, activation=activation, architecture=architecture)
     config, preprocess = read_config(config_path)
     weights = openai.without_bookkeeping(tensors)
-    weights = _flat_names(weights) if config.decoder is None else _split(weights)
+    if config.decoder is None:
+        weights = _flat_names(weights)
+    else:
+        advice = "its decoders have the usual ones."
+        like = Weights(config=config, params={})
+        check_assumptions(like, f"{config_path}: open_clip", _DECODERS_TEXT, advice)
     for name in ("logit_scale", "logit_bias"):  # one number, of shape [] or [1]
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
@@ -178,6 +170,11 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     return assumptions
 
 
+_DECODERS_TEXT: Assumptions = {
+    "text.norm_epsilon": 1e-5, "text.mlp_ratio": 4.0, "text.activation": ("quick_gelu", "gelu"),
+}  # fmt: skip
+
+
 def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
     """Return what open_clip's layout assumes of a model with a decoder."""
     is_coca = isinstance(decoder, CoCaConfig)
@@ -189,9 +186,7 @@ def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
         "text.projection": is_coca,
         "text.projection_bias": False,
         "text.causal": is_coca,
-        "text.norm_epsilon": 1e-5,
-        "text.mlp_ratio": 4.0,
-        "text.activation": ("quick_gelu", "gelu"),
+        **_DECODERS_TEXT,
     }
 
 
@@ -236,7 +231,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under open_clip's names. Raises InputError if it cannot be
     expressed."""
     check(weights)
-    tensors = join_queries(from_params(rows(weights.config), weights.params))
+    tensors = from_params(rows(weights.config), weights.params)
     if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}

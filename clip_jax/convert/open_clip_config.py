@@ -89,16 +89,14 @@ def _timm_tower(section: Settings, name: str) -> ViTConfig:
             f"there are {', '.join(timm.TOWERS)}."
         )
     tower = timm.TOWERS[name]
-    values = {
-        "timm_pool": section.get("timm_pool", "avg", str),
-        "timm_proj": section.get("timm_proj", "linear", str),
-        "image_size": section.count("image_size", 224),
-    }
-    needed = {"timm_pool": "map", "timm_proj": "none", "image_size": tower.image_size}
-    if wrong := [f"{key}={values[key]!r:.99}" for key in needed if values[key] != needed[key]]:
+    pool = section.get("timm_pool", "avg", str)
+    projection = section.get("timm_proj", "linear", str)
+    size = section.count("image_size", 224)
+    if (pool, projection, size) != ("map", "none", tower.image_size):
         raise InputError(
-            f"{section.where}: {', '.join(wrong)} of a {name} is not supported: SigLIP's are "
-            f"{needed}."
+            f"{section.where}: timm_pool={pool!r:.99}, timm_proj={projection!r:.99}, "
+            f"image_size={size} of a {name} is not supported: SigLIP's are 'map', 'none', "
+            f"{tower.image_size}."
         )
     return tower
 
@@ -194,28 +192,16 @@ def _coca(section: Settings, text: TextConfig) -> CoCaConfig:
             f"{section.where}.width={width} is not text_cfg.width={text.width}, whose states it "
             "takes."
         )
-    _check_decoders_text(text, section.where)
     return CoCaConfig(**section.fields(_COCA))
 
 
 def _mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUTConfig]:
     """Read what `text_cfg` says of MaMMUT's one tower for both."""
-    _check_decoders_text(text, section.where)
     decoder = MaMMUTConfig(
         cross_every=section.count("cross_attn_ratio", 1),
         first_mlp=section.get("has_mlp", True, bool),
     )
     return replace(text, causal=False, pool="mean", projection=False), decoder
-
-
-def _check_decoders_text(text: TextConfig, where: str) -> None:
-    """Raise InputError where the decoder, which open_clip builds with the usual ones, would have
-    others."""
-    if text.norm_epsilon != 1e-5 or text.activation == "gelu_tanh" or text.mlp_ratio != 4.0:
-        raise InputError(
-            f"{where}: a decoder beside a text tower with norm_kwargs, act_kwargs or mlp_ratio is "
-            "not supported: open_clip's has the usual ones."
-        )
 
 
 # open_clip's names of the cleaning that it does itself, before any tokenizer of transformers.

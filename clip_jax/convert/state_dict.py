@@ -7,7 +7,7 @@ our paths, and where axes move.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ TORCH_NAMES: Rules = (
     (r"token_embedding$", "token_embedding/weight"),
     (r"/(kernel|scale)$", "/weight"),
     (r"/in_proj/", "/in_proj_"),
-    (r"/(attn|attention)/(q|kv)/(\w+)$", r"/\1/in_proj_\3.\2"),  # see `split_queries`
+    (r"/(attn|attention)/(q|kv)/(\w+)$", r"/\1/in_proj_\3.\2"),
     ("/", "."),
 )
 TORCH_AXES: Rules = (
@@ -46,6 +46,8 @@ _SEVERAL = re.compile(r"\[(.*)\]")
 
 class Row(NamedTuple):
     """One parameter of ours and what it is called elsewhere.
+
+    `.q` and `.kv` at a name's end are parts of one tensor of theirs.
 
     `{}` in a name stands for the number of a block, our leading axis; `{1:2}` for the blocks 1, 3,
     5, …. Several names are stacked on a first axis before `axes` applies. `axes` reads "theirs ->
@@ -152,7 +154,9 @@ def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source:
             f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
             f"has {len(tensors)} tensors."
         )
-    _check_tensors(_their_shapes(rows, shapes), tensors, source)
+    expected = _their_shapes(rows, shapes)
+    tensors = _with_queries(tensors, expected)
+    _check_tensors(expected, tensors, source)
     flat = {}
     for row in rows:
         shape = shapes[row.ours]
@@ -173,26 +177,21 @@ def from_params(rows: Iterable[Row], params: Params) -> Tensors:
         blocks = array if row.is_stack else [array]
         for i, block in enumerate(blocks):
             tensors |= zip(row.names_of(i), row.to_theirs(block), strict=True)
+    for name in [name for name in tensors if name.endswith(".q")]:
+        fused = name.removesuffix(".q")
+        tensors[fused] = np.concatenate([tensors.pop(name), tensors.pop(f"{fused}.kv")])
     return tensors
 
 
-def split_queries(tensors: Tensors, is_fused: Callable[[str], bool]) -> Tensors:
-    """Split tensors that hold query, key and value into `.q` and `.kv`."""
-    separate = {name: x for name, x in tensors.items() if not is_fused(name)}
+def _with_queries(tensors: Tensors, expected: Collection[str]) -> Tensors:
+    """Split tensors of query, key and value that are expected as `.q` and `.kv`."""
+    separate: Tensors = {}
     for name, x in tensors.items():
-        if is_fused(name) and x.ndim and len(x) % 3 == 0:
+        if f"{name}.q" in expected and x.ndim and len(x) % 3 == 0:
             separate[f"{name}.q"], separate[f"{name}.kv"] = np.split(x, [len(x) // 3])
+        else:
+            separate[name] = x
     return separate
-
-
-def join_queries(tensors: Tensors) -> Tensors:
-    """Undo `split_queries`."""
-    joined = {name: x for name, x in tensors.items() if not name.endswith((".q", ".kv"))}
-    for name, x in tensors.items():
-        if name.endswith(".q"):
-            fused = name.removesuffix(".q")
-            joined[fused] = np.concatenate([x, tensors[f"{fused}.kv"]])
-    return joined
 
 
 def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Shape]:
