@@ -257,24 +257,16 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
             if parent not in dict(module.named_children()):
                 module.add_module(parent, torch.nn.Module())
             module = module.get_submodule(parent)
-        if array.dtype.kind == "f" and "running_" not in last:
-            parameter = torch.nn.Parameter(_torch_tensor(array), requires_grad=False)
-            module.register_parameter(last, parameter)
+        dtype_there = getattr(torch, array.dtype.name)
+        plain = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        tensor = torch.tensor(plain, dtype=dtype_there)
+        if tensor.is_floating_point() and "running_" not in last:
+            module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
         else:
-            module.register_buffer(last, _torch_tensor(array))
+            module.register_buffer(last, tensor)
     with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
         warnings.simplefilter("ignore")
         torch.jit.script(root).save(str(path))
-
-
-def _torch_tensor(array: np.ndarray) -> Any:
-    """Return a torch tensor of the same bits, its own memory. Knows bfloat16."""
-    import torch
-
-    array = np.array(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
