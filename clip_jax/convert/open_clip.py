@@ -39,12 +39,6 @@ WEIGHTS_NAMES = (
     WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
 )  # fmt: skip
-_TEXT_PREFIXES = (
-    "text.transformer.", "text.token_embedding.", "text.positional_embedding", "text.ln_final.",
-    "text.text_projection",
-)  # fmt: skip
-
-
 _PROJECTION: Rules = (
     (r"text_projection$", "text_projection/weight"),
     (r"text_projection_bias$", "text_projection/bias"),
@@ -145,10 +139,7 @@ def _unwrapped(tensors: Tensors) -> Tensors:
 
 def _flat_names(tensors: Tensors) -> Tensors:
     """Take away the `text.` of open_clip's custom towers."""
-    return {
-        name.removeprefix("text.") if name.startswith(_TEXT_PREFIXES) else name: x
-        for name, x in tensors.items()
-    }
+    return {name.removeprefix("text."): x for name, x in tensors.items()}
 
 
 def _assumptions(config: CLIPConfig) -> Assumptions:

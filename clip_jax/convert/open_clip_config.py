@@ -379,18 +379,15 @@ def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
 def text_cfg(text: TextConfig) -> dict[str, Any]:
     """Return what open_clip's configuration says of the text tower and its tokenizer."""
     content: dict[str, Any] = {**by_table(_TEXT, text), **_options(text)}
-    if not text.causal:
-        content["no_causal_mask"] = True
-    if text.pool != "argmax":
-        content["pool_type"] = text.pool
-    if text.pool == "eos":
-        content["eos_id"] = text.eos_token_id
-    if text.pool == "class_token" and text.tokenizer.pad_id:
-        content["pad_id"] = text.tokenizer.pad_id
-    if not text.projection:
-        content["proj_type"] = "none"
-    if text.projection_bias:
-        content["proj_bias"] = True
+    options = {
+        "no_causal_mask": None if text.causal else True,
+        "pool_type": text.pool if text.pool != "argmax" else None,
+        "eos_id": text.eos_token_id if text.pool == "eos" else None,
+        "pad_id": text.tokenizer.pad_id or None if text.pool == "class_token" else None,
+        "proj_type": None if text.projection else "none",
+        "proj_bias": text.projection_bias or None,
+    }
+    content |= {name: value for name, value in options.items() if value is not None}
     if is_open_clips_own(text) and text.tokenizer.clean != "clip":
         content["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
     if not is_open_clips_own(text):

@@ -75,7 +75,8 @@ def infer(
     heads, or `architecture` names it; the activation has to be given. InputError asks for it.
     """
     openai = all(name in tensors for name in SIZES)
-    vision = _infer_resnet(tensors, source) if _is_resnet(tensors) else _infer_vit(tensors, source)
+    is_resnet = any(name.startswith("visual.layer1.") for name in tensors)
+    vision = (_infer_resnet if is_resnet else _infer_vit)(tensors, source)
     length, width = shape_of(tensors, "positional_embedding", 2, source)
     _, embed_dim = shape_of(tensors, "text_projection", 2, source)
     hidden, _ = shape_of(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, source)
@@ -104,10 +105,6 @@ def infer(
     if isinstance(vision, ViTConfig):
         vision = replace(vision, activation=activation)
     return replace(config, vision=vision, text=replace(text, activation=activation))
-
-
-def _is_resnet(tensors: Tensors) -> bool:
-    return any(name.startswith("visual.layer1.") for name in tensors)
 
 
 def _heads(width: int) -> int:

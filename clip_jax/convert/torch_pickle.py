@@ -107,13 +107,19 @@ def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
         raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
     if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
         raise InputError("it is big-endian; only little-endian files are read.")
-    content = _Reader(io.BytesIO(entries["data.pkl"][:_MAX_PICKLE])).read()
+    stream = io.BytesIO(entries["data.pkl"][:_MAX_PICKLE])
+    try:
+        content = _Reader(stream, encoding="latin-1").load()
+    except EOFError as error:
+        raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.") from error
     storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
     return content, storages
 
 
 def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dict[str, np.ndarray]:
-    tensors = _find_tensors(_state_dict(content))
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # of a training checkpoint, the model's part
+    tensors = _find_tensors(content)
     if not tensors:
         raise InputError("it holds no tensors.")
     total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
@@ -122,13 +128,6 @@ def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dic
             f"it has {file_size} bytes and claims {total} bytes of tensors: they share storage."
         )
     return {path: _view(tensor, storages, path) for path, tensor in tensors.items()}
-
-
-def _state_dict(content: Any) -> Any:
-    """Of a training checkpoint, the model's part."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        return content["state_dict"]
-    return content
 
 
 def _find_tensors(content: Any) -> dict[str, _Tensor]:
@@ -219,15 +218,6 @@ _CODES = {name: getattr(pickle, name)[0] for name in _ALLOWED}
 
 class _Reader(_Unpickler):
     """One pickle. What it may call is `_MAKERS` and what it may set is a dict's items."""
-
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, encoding="latin-1")
-
-    def read(self) -> Any:
-        try:
-            return self.load()
-        except EOFError as error:
-            raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.") from error
 
     def find_class(self, module: str, name: str) -> _Name:
         is_storage = module in ("torch", "torch.storage") and name in _DTYPES
