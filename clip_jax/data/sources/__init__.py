@@ -160,6 +160,13 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
     return value
 
 
+def check_columns(path: str | AnyPath, config: Any, names: Sequence[str]) -> None:
+    """Raise InputError unless `names` has the config's columns of images and captions once each."""
+    for option in ("image_column", "caption_column"):
+        if column := getattr(config, option):
+            check_column(path, column, names, option)
+
+
 def check_column(path: str | AnyPath, name: str, names: Sequence[str], option: str = "") -> None:
     """Raise InputError unless exactly one column has the name; `option` gives another."""
     if (count := names.count(name)) != 1:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_column, scores
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_columns, scores
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -57,8 +57,7 @@ class ParquetSource(StoredSource):
         self._columns = [config.image_column, config.caption_column]
         groups, sizes = [], []
         for number, (path, metadata) in enumerate(good):
-            schema = metadata.schema.to_arrow_schema()
-            check_columns(path, schema, config.image_column, config.caption_column)
+            check_columns(path, config, metadata.schema.to_arrow_schema().names)
             groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self._groups, self._places = groups, Places(sizes)
@@ -171,12 +170,6 @@ def _metadata(path: str) -> Any:
     if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
         return f"{path} ({metadata.num_rows} rows by its end, {sum(rows)} by its row groups)"
     return metadata
-
-
-def check_columns(path: str, schema: pa.Schema, image_column: str, caption_column: str) -> None:
-    """InputError names the option of a column that the file lacks or has twice."""
-    check_column(path, image_column, schema.names, "image_column")
-    check_column(path, caption_column, schema.names, "caption_column")
 
 
 def record_of(table: pa.Table, columns: list[str], row: int, key: str) -> StoredRecord:

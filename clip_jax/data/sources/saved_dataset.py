@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from clip_jax.data.sources import StoredRecord, StoredSource, scores
-from clip_jax.data.sources.parquet import check_columns, record_of
+from clip_jax.data.sources import StoredRecord, StoredSource, check_columns, scores
+from clip_jax.data.sources.parquet import record_of
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -49,7 +49,7 @@ class SavedDatasetSource(StoredSource):
         except (OSError, pa.ArrowException) as error:
             raise InputError(_unusable(folder, error)) from error
         for name, table in zip(self._names, self._tables, strict=True):
-            check_columns(name, table.schema, config.image_column, config.caption_column)
+            check_columns(name, config, table.schema.names)
         self._columns = [config.image_column, config.caption_column]
         self._places = Places(table.num_rows for table in self._tables)
         if not len(self):

@@ -17,7 +17,7 @@ from clip_jax.data.sources import (
     SampleError,
     StoredRecord,
     StoredSource,
-    check_column,
+    check_columns,
     read_file,
     text_of,
 )
@@ -89,12 +89,6 @@ class TableSource(StoredSource):
         return read_file(path, "image file")
 
 
-def _check_columns(path: Path, columns: list[str], config: TableConfig) -> None:
-    check_column(path, config.image_column, columns, "image_column")
-    if config.caption_column:
-        check_column(path, config.caption_column, columns, "caption_column")
-
-
 class _Delimited:
     """Both columns in memory as Arrow holds them: the text and 8 bytes a row.
 
@@ -108,7 +102,7 @@ class _Delimited:
         delimiter = next(fit, signs[0])
         rows = _rows(path, delimiter)
         columns = next(rows, [])
-        _check_columns(path, columns, config)
+        check_columns(path, config, columns)
         names = filter(None, (config.image_column, config.caption_column))
         places = [columns.index(name) for name in names]
         empty = [""] * len(columns)
@@ -191,7 +185,7 @@ class _JsonLines:
                 row for row in map(self._peek, range(min(len(self), _PEEK_LINES))) if row
             )
         )
-        _check_columns(path, list(columns), config)
+        check_columns(path, config, list(columns))
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_column
+from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_columns
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -36,8 +36,7 @@ def _builder(config: TfdsConfig) -> Any:
             "builder, such as .../coco_captions/1.1.0"
         )
     builder: Any = tfds.builder_from_directory(str(folder))
-    for option in ("image_column", "caption_column"):
-        check_column(folder, getattr(config, option), list(builder.info.features), option)
+    check_columns(folder, config, list(builder.info.features))
     if config.split not in builder.info.splits:
         raise InputError(
             f"{folder} has no split {config.split!r}, only "
