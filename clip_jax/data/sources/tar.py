@@ -81,7 +81,7 @@ class TarSource(StoredSource):
 
     def size(self, first: int, last: int) -> int:
         """Bytes of the shards in which these lie, headers included."""
-        return self._index.bytes_before(last) - self._index.bytes_before(first)
+        return self._index.size(first, last)
 
     def fetch(self, first: int, last: int) -> list[StoredRecord]:
         """Read samples of one block by one request: a whole one is split by its headers, of a piece

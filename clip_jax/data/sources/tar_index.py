@@ -84,7 +84,8 @@ class TarIndex:
         )
         self._shard = np.repeat(np.arange(len(shards)), [len(one) for one in begins])
         self._firsts = np.cumsum(self.counts) - self.counts
-        self._before = np.cumsum(self._ends - self._begins) - (self._ends - self._begins)
+        lengths = self._ends - self._begins
+        self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
         self.rows = functools.lru_cache(maxsize=_OPEN)(self._read_rows)
 
     def block(self, record: int) -> tuple[int, int, int, int, int]:
@@ -94,13 +95,10 @@ class TarIndex:
         edges = int(self._begins[at]), int(self._ends[at])
         return int(self._shard[at]), *edges, first, first + int(self.counts[at])
 
-    def bytes_before(self, record: int) -> int:
-        """About how many bytes the records before this one have."""
-        if record >= len(self.places):
-            return int(np.sum(self._ends - self._begins))
-        at = int(np.searchsorted(self._firsts, record, side="right")) - 1
-        inside = (record - int(self._firsts[at])) / int(self.counts[at])
-        return int(self._before[at]) + int(inside * int(self._ends[at] - self._begins[at]))
+    def size(self, first: int, last: int) -> int:
+        """About how many bytes these records have."""
+        records, size = self._before
+        return int(np.diff(np.interp([first, last], records, size))[0])
 
     def _read_rows(self, shard: int) -> pa.RecordBatch:
         return read_rows(self._rows[shard])
