@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 from clip_jax.data.order.blocks import BlockOrder, Equal, Run, Streams, joined
 from clip_jax.data.sources import BlockSource, Record, Source, blocks_of
 from clip_jax.data.sources.any import SingleConfig
+from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError, check_ranges
 
 # Samples in which the weights are kept exactly, their resolution: as few of these as give every
@@ -132,28 +133,25 @@ class MixtureSource:
 
     def __init__(self, config: MixtureConfig, members: Sequence[Source]) -> None:
         self.members = members
-        self._ends = np.cumsum([len(member) for member in members], dtype=np.int64)
+        self._places = Places(map(len, members))
+        self._starts = np.cumsum([0, *map(len, members)]).tolist()
         self._begins = [0, *(phase.from_sample for phase in config.phases)]
         weights = [config.weights, *(phase.weights for phase in config.phases)]
         self._patterns = [_Pattern(one) for one in weights]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _find(self, index: int) -> tuple[int, int]:
-        member = int(np.searchsorted(self._ends, index, side="right"))
-        return member, index - (int(self._ends[member - 1]) if member else 0)
+        return len(self._places)
 
     def key(self, index: int) -> str:
         """Number of the member, and its key."""
-        member, own = self._find(index)
+        member, own = self._places.find(index)
         return f"{member}/{self.members[member].key(own)}"
 
     def load(
         self, index: int, rng: np.random.Generator
     ) -> tuple[bytes | UInt8[np.ndarray, "H W 3"], str]:
         """Get the member's sample."""
-        member, own = self._find(index)
+        member, own = self._places.find(index)
         return self.members[member].load(own, rng)
 
     def order(self, seed: int) -> Any:
@@ -164,9 +162,9 @@ class MixtureSource:
             grain.MapDataset.range(len(member)).seed((seed + number) % 2**32).shuffle().repeat()
             for number, member in enumerate(self.members)
         ]
-        starts = [0, *self._ends.tolist()]
         phases = _phases(self._begins, self._patterns)
-        return grain.MapDataset.range(ENDLESS).map(_Order(phases, starts, orders))
+        index = functools.partial(_index, phases, self._starts, orders)
+        return grain.MapDataset.range(ENDLESS).map(index)
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
         """The members', one member after the other; none for those that have none."""
@@ -174,13 +172,13 @@ class MixtureSource:
 
     def size(self, first: int, last: int) -> int:
         """The member's bytes."""
-        member, own = self._find(first)
+        member, own = self._places.find(first)
         source = self.members[member]
         return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
 
     def fetch(self, first: int, last: int) -> list[Record]:
         """Get the member's records."""
-        number, own = self._find(first)
+        number, own = self._places.find(first)
         member = self.members[number]
         if not isinstance(member, BlockSource):
             return [Record(self.key(first), 0, functools.partial(member.load, own))]
@@ -199,7 +197,7 @@ class MixtureSource:
             for number, member in enumerate(self.members)
         ]
         begins = [streams.before(start) for start in self._begins]
-        return StreamMixture([0, *self._ends.tolist()], orders, begins, self._patterns)
+        return StreamMixture(self._starts, orders, begins, self._patterns)
 
 
 class StreamMixture:
@@ -258,13 +256,8 @@ class StreamMixture:
         return joined
 
 
-class _Order:
+def _index(phases: list[_Phase], starts: list[int], orders: list[Any], position: int) -> int:
     """Index of a position. Travels to workers, as the source does not."""
-
-    def __init__(self, phases: list[_Phase], starts: list[int], orders: list[Any]) -> None:
-        self._phases, self._starts, self._orders = phases, starts, orders
-
-    def __call__(self, position: int) -> int:
-        phase = next(phase for phase in reversed(self._phases) if phase.start <= position)
-        member, done = phase.at(int(position))
-        return self._starts[member] + int(self._orders[member][done])
+    phase = next(phase for phase in reversed(phases) if phase.start <= position)
+    member, done = phase.at(int(position))
+    return starts[member] + int(orders[member][done])
