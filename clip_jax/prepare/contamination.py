@@ -12,8 +12,6 @@ from clip_jax.prepare import near
 from clip_jax.prepare.near import Hash, Hashes
 from clip_jax.storage import files
 
-_BLOCK = 1 << 16  # test images compared at once
-
 
 def named(sets: tuple[str, ...]) -> dict[str, str]:
     """Read `NAME=SOURCE`, or a source alone, which gives its own name. Raises InputError for a name
@@ -54,11 +52,9 @@ class EvaluationImages:
     def matches(self, image_hash: Hash) -> list[tuple[str, int, int]]:
         """Sets and images in them that one is near, and in how many bits it differs; nearest
         first. All are compared: it takes some nanoseconds each."""
-        matches = []
-        for start in range(0, len(self.hashes), _BLOCK):
-            differ = near.distances(self.hashes[start : start + _BLOCK], image_hash)
-            for row in np.flatnonzero(differ <= self.distance).tolist():
-                at = start + row
-                name = self.names[int(self.sets[at])]
-                matches.append((name, int(self.indices[at]), int(differ[row])))
-        return sorted(matches, key=lambda match: match[2])
+        differ = near.distances(self.hashes, image_hash)
+        rows = np.flatnonzero(differ <= self.distance)
+        return [
+            (self.names[int(self.sets[row])], int(self.indices[row]), int(differ[row]))
+            for row in rows[np.argsort(differ[rows], kind="stable")]
+        ]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_jax.prepare import contamination, near
+from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import describe, prepare
@@ -41,8 +41,7 @@ def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
     assert not (tmp_path / "out/work").exists()
 
 
-def test_the_nearest_set_comes_first(monkeypatch):
-    monkeypatch.setattr(contamination, "_BLOCK", 3)
+def test_the_nearest_set_comes_first():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, (8, 4), np.uint64)
     hashes[5] = hashes[2] ^ np.array([1, 0, 0, 0], np.uint64)
