@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -93,15 +93,13 @@ class Preprocess:
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
-        check_ranges(self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)")
-        if self.interpolation not in RESAMPLING:
-            raise InputError(f"interpolation={self.interpolation!r}: know {', '.join(RESAMPLING)}")
-        if self.resize_mode not in ("shortest", "squash", "longest"):
-            raise InputError(f"resize_mode={self.resize_mode!r}: know shortest, squash and longest")
-        if not 0 <= self.fill <= 255:
-            raise InputError(f"fill={self.fill}: must be from 0 to 255")
-        if self.rules not in ("openai", "transformers"):
-            raise InputError(f"rules={self.rules!r}: must be openai or transformers")
+        check_ranges(
+            self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]"
+        )
+        choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in get_args(known):
+                raise InputError(f"{name}={value!r}: know {', '.join(get_args(known))}")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
@@ -126,7 +124,7 @@ class Preprocess:
         with _opened(image) as opened:
             if self.rules == "transformers":
                 opened = _over_white(opened)
-            return np.asarray(_to_rgb(self._resize(opened)))
+            return np.asarray(self._resize(opened).convert("RGB"))
 
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
@@ -160,7 +158,7 @@ def read_ahead(
 def decode(data: bytes | str | os.PathLike) -> Image.Image:
     """Read an encoded image, given as bytes or path, as RGB. Raises ImageError."""
     with _opened(data) as image:
-        return _to_rgb(image)
+        return image.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -199,7 +197,7 @@ def read_crop(
         # Sizes are rounded up: the last column of an odd image is half empty.
         reduced = (tuple(-(-side // f) for side in full) == image.size for f in (1, 2, 4, 8))
         factor = 2 ** list(reduced).index(True)
-        rgb = _to_rgb(image)
+        rgb = image.convert("RGB")
     if rng is not None and scale is not None:
         return _resized_box(rgb, spec, _random_box(*full, rng, scale), factor)
     if isinstance(spec, Square):
@@ -276,16 +274,12 @@ def _random_box(
     return (left, top, left + w, top + h)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
-
-
 def _over_white(image: Image.Image) -> Image.Image:
     """Convert to RGB as transformers does: what is transparent shows white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _to_rgb(image)
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager

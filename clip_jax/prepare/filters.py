@@ -166,7 +166,8 @@ class Filter:
         score = float(self._scores[index])
         if math.isnan(score):
             raise SampleError(f"score is missing: no {config.score_column}")
-        check_score(config, score)
+        if not config.min_score <= score <= config.max_score:
+            raise SampleError(f"score: {config.score_column} {score:.4g}")
         return score
 
     def _captions(self, captions: list[str]) -> list[str]:
@@ -200,12 +201,6 @@ class Contaminated(SampleError):
         name, index, distance = matches[0]
         super().__init__(f"in {name}: near duplicate of its image {index}, {distance} bits differ")
         self.matches = matches
-
-
-def check_score(config: FilterConfig, score: float) -> None:
-    """Raise SampleError for a score outside the bounds."""
-    if not config.min_score <= score <= config.max_score:
-        raise SampleError(f"score: {config.score_column or 'cosine'} {score:.4g}")
 
 
 # ----------------------------------------------------------------------------------- languages
