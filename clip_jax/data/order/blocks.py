@@ -110,11 +110,7 @@ class StreamOrder(Protocol):
 
 def joined(runs: Sequence[Run]) -> Run:
     """One run of several that follow each other."""
-    return (
-        runs[0]
-        if len(runs) == 1
-        else Run(*(np.concatenate(arrays) for arrays in zip(*runs, strict=True)))
-    )
+    return Run(*(np.concatenate(arrays) for arrays in zip(*runs, strict=True)))
 
 
 # What each stream has had of a source when an epoch of it begins. The shares of all streams in an
@@ -152,7 +148,6 @@ class BlockOrder:
         self, sizes: Int64[np.ndarray, " blocks"], *, seed: int, shuffle_blocks: int, shares: Any
     ) -> None:
         """`shuffle_blocks` is the size of the shuffle buffer, over all streams."""
-        self._arguments = (sizes, seed, shuffle_blocks, shares)
         self._sizes, self._seed, self._shares = sizes, seed, shares
         self._firsts = np.cumsum(sizes) - sizes
         self._length = int(sizes.sum())
@@ -160,13 +155,6 @@ class BlockOrder:
         self._spread = max(1, shuffle_blocks // streams) * self._length / len(sizes)  # places
         self._chunks: dict[int, list[tuple[int, Run]]] = {}  # of each stream: first offset, records
         self._epoch = functools.lru_cache(maxsize=2)(self._permuted)
-
-    def __reduce__(self) -> Any:
-        sizes, seed, shuffle_blocks, shares = self._arguments
-        made = functools.partial(
-            BlockOrder, seed=seed, shuffle_blocks=shuffle_blocks, shares=shares
-        )
-        return made, (sizes,)
 
     def at(self, stream: int, offset: int, count: int) -> Run:
         """The records at `count` places of a stream."""
