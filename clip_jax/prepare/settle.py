@@ -39,7 +39,7 @@ class Dropped:
 def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray, " N"], Dropped]:
     """Which samples are left when duplicates are gone; written for those that score."""
     verdicts, dropped = np.zeros(layout.samples, np.uint8), Dropped()
-    for _, rows in _rows(layout):
+    for rows in _rows(layout):
         verdicts[rows["index"]] = CANDIDATE
     kinds = {"same": (DUPLICATE, layout.join_buckets)} if config.drop_duplicates else {}
     if config.drop_near_duplicates:
@@ -80,7 +80,7 @@ def settle(
 def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"]) -> list[Group]:
     """Share what is kept among shards of equal size, and those among tasks."""
     counts = np.zeros(layout.pair_buckets, np.int64)
-    for _, rows in _rows(layout):
+    for rows in _rows(layout):
         kept = rows["order"][verdicts[rows["index"]] == CANDIDATE]
         numbers = buckets.number_of(kept, layout.pair_buckets)
         counts += np.bincount(numbers.astype(np.int64), minlength=len(counts))
@@ -115,16 +115,15 @@ def _scored(
     """Indices and scores of those that are left, task by task."""
     paths = [layout.file(number, "scores") for number in range(layout.reads)]
     of_model = _ahead(paths) if config.score_with else iter(())
-    for _, rows in _rows(layout):
+    for rows in _rows(layout):
         score = np.frombuffer(next(of_model), "<f8") if config.score_with else rows["score"]
         left = verdicts[rows["index"]] == CANDIDATE
         yield rows["index"][left], score[left]
 
 
-def _rows(layout: Layout) -> Iterator[tuple[int, np.ndarray]]:
+def _rows(layout: Layout) -> Iterator[np.ndarray]:
     paths = [layout.file(number, "rows") for number in range(layout.reads)]
-    for number, data in enumerate(_ahead(paths)):
-        yield number, buckets.table(data, ROWS)
+    return (buckets.table(data, ROWS) for data in _ahead(paths))
 
 
 def _ahead(paths: list[AnyPath]) -> Iterator[bytes]:

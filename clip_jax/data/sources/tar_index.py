@@ -86,7 +86,7 @@ class TarIndex:
         self._firsts = np.cumsum(self.counts) - self.counts
         lengths = self._ends - self._begins
         self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
-        self.rows = functools.lru_cache(maxsize=_OPEN)(self._read_rows)
+        self.rows = functools.lru_cache(maxsize=_OPEN)(lambda shard: read_rows(self._rows[shard]))
 
     def block(self, record: int) -> tuple[int, int, int, int, int]:
         """Of the block that holds a record: its shard, first and last byte, first and last."""
@@ -99,9 +99,6 @@ class TarIndex:
         """About how many bytes these records have."""
         records, size = self._before
         return int(np.diff(np.interp([first, last], records, size))[0])
-
-    def _read_rows(self, shard: int) -> pa.RecordBatch:
-        return read_rows(self._rows[shard])
 
 
 # ------------------------------------------------------------------------------------ building
