@@ -1,6 +1,6 @@
-"""The training state, its birth on a mesh, and the one training step, pure.
+"""The training state, its initialisation on a mesh, and the one training step, pure.
 
-Train, plan, bench and tests share all three: what one compiles is what the others run.
+Train, plan, bench and tests share them: what one compiles is what the others run.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
 from clip_jax import processes, sharding
 from clip_jax.losses import (
@@ -130,7 +130,7 @@ class Program:
         With it goes the learning rate of `step`, the number of steps taken before: the schedule
         stays out of the compiled step, so that runs that differ in it alone share the program.
         """
-        values = {**batch, "rate": np.float32(self._learning_rate(step))}
+        values = {**batch, "learning_rate": np.float32(self._learning_rate(step))}
         return jax.tree.map(
             lambda x, rows: jax.make_array_from_process_local_data(x.sharding, rows),
             self.batch, {name: values[name] for name in self.batch},
@@ -178,12 +178,14 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     for term in recipe.objective:
         batch |= term.inputs(recipe.model, recipe.batch_size)
     batch = jax.tree.map(lambda x: _placed(x, rows), batch)
-    batch["rate"] = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
+    batch["learning_rate"] = _placed(
+        jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh)
+    )
     return replace(jax.tree.map(_placed, state, shardings), frozen=frozen), batch
 
 
-def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
 
 
 def _frozen(config: CLIPConfig, mesh: AnyMesh) -> Params:
@@ -212,13 +214,14 @@ def encode(
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
     constrain, inputs, needs = x.model.layout.constrain, x.inputs, terms.needs(objective)
-    further = [name.split(":") for name in needs if terms.is_embedding(name)]
-    names = {tower: [tower, *(n for t, n in further if t == tower)] for tower in ("image", "text")}
+    names = {"image": ["image"], "text": ["text"]}
+    for tower, _, name in (name.partition(":") for name in needs if terms.is_embedding(name)):
+        names[tower].append(name)
     images = {name: x.model.normalize(inputs[name]) for name in names["image"]}
     texts = {name: inputs[name] for name in names["text"]}
     keys = None
     if key is not None and "image" not in locked:
-        keys = _row_keys(key, constrain(inputs["row"]))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
     # A locked tower is as when it is used: all patches, BatchNorm's running statistics.
     outputs, batch_stats = x.model.outputs(
         x.params, images, texts, needs, keys, train="image" not in locked
@@ -229,10 +232,6 @@ def encode(
     }
     kept = terms.encode(objective, replace(x, outputs=outputs))
     return {name: constrain(y) for name, y in kept.items()}, batch_stats
-
-
-def _row_keys(key: Array, rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def train_step(
@@ -247,7 +246,7 @@ def train_step(
     trainable, batch_stats = split_batch_stats(state.params)
     towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
     scalars = {name: x for name, x in trainable.items() if name not in towers}
-    inputs = {name: x for name, x in batch.items() if name != "rate"}
+    inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     vision, key = model.config.vision, None
     if isinstance(vision, ViTConfig) and vision.patch_dropout:
         # Threefry, whatever the default: the rows' keys must give the same under vmap.
@@ -268,7 +267,9 @@ def train_step(
     )
     grads, metrics = result.params | result.others, result.aux
     optimizer = make_optimizer(optim, model.config.dimensions())
-    updates, opt_state = optimizer.update(grads, state.opt_state, trainable, rate=batch["rate"])
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
+    )
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable
     trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
@@ -289,7 +290,7 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(trainable),
         "logit_scale": jnp.exp(trainable["logit_scale"]),
-        "learning_rate": batch["rate"],
+        "learning_rate": batch["learning_rate"],
     }
     params = join_batch_stats(trainable, batch_stats)
     return State(state.step + 1, params, opt_state, carried, state.frozen), metrics

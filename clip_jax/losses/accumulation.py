@@ -10,8 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
-
-Outputs = dict[str, Float[Array, "B ..."]]
+from clip_jax.losses.objective import Outputs
 
 
 class Gradients(NamedTuple):

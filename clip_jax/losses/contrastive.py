@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError
-from clip_jax.losses.forms import Result, dense
-from clip_jax.losses.objective import Context
+from clip_jax.losses.forms import dense
+from clip_jax.losses.objective import Context, Result
 from clip_jax.losses.pairs import Form, Pairwise, Side
 from clip_jax.losses.same_caption import caption_ids as number_captions
 from clip_jax.losses.streamed import Route, streamed

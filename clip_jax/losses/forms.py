@@ -7,9 +7,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from clip_jax.losses.objective import Result
 from clip_jax.losses.pairs import Pairwise, Side, Statistics, accuracy, compare, summarise
-
-Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
 def conclude(

@@ -12,7 +12,7 @@ towers exist while their chunk is encoded. So any term goes with gradient accumu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from jax import ShapeDtypeStruct
@@ -149,9 +149,12 @@ def fitting(objective: Objective, model: CLIPConfig) -> Objective:
     return tuple(term for term in objective if writes or "caption_states" not in term.needs)
 
 
-def needs(objective: Objective) -> frozenset[str]:
-    """Return the outputs of the towers that the terms need beside the embeddings."""
-    return frozenset(name for term in objective for name in term.needs)
+def needs(objective: Objective) -> tuple[str, ...]:
+    """Return the outputs of the towers that the terms need beside the embeddings, each once.
+
+    Their order is the same in every process, for each compiles the same program.
+    """
+    return tuple(dict.fromkeys(name for term in objective for name in term.needs))
 
 
 def encode(objective: Objective, x: Context) -> Outputs:
@@ -186,14 +189,13 @@ def init(objective: Objective, params: Params) -> dict[str, Any]:
 
 def update(objective: Objective, x: Context) -> dict[str, Any]:
     """Return what the terms carry to the next step."""
-    return {t.name: t.update(_seen_by(t, x)) for t in objective if t.name in x.carried}
+    carrying = [term for term in objective if term.name in x.carried]
+    return {term.name: term.update(_seen_by(term, x)) for term in carrying}
 
 
 def _seen_by(term: Term, x: Context) -> Context:
     """Give a term what is its own of the outputs, frozen parameters and carried states."""
     prefix = f"{term.name}/"
     outputs = {name.removeprefix(prefix): y for name, y in x.outputs.items()}
-    return Context(
-        x.model, x.params, x.inputs, outputs, x.mesh, x.axes,
-        x.frozen.get(term.name, {}), x.carried.get(term.name),
-    )  # fmt: skip
+    frozen, carried = x.frozen.get(term.name, {}), x.carried.get(term.name)
+    return replace(x, outputs=outputs, frozen=frozen, carried=carried)

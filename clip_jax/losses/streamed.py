@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from clip_jax.losses.forms import Result, conclude
+from clip_jax.losses.forms import conclude
+from clip_jax.losses.objective import Result
 from clip_jax.losses.pairs import (
     Pairwise,
     Side,

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -134,7 +134,7 @@ class CLIP:
         c = self.config
         images = {"image": zeros(c.vision.image_spec, 1)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
-        needs = frozenset() if c.decoder is None else frozenset({"caption_states"})
+        needs = () if c.decoder is None else ("caption_states",)
         compute = functools.partial(_outputs, images, texts, needs, None, False)
         variables = cast(Params, Towers(c).init(key, compute, method="run"))
         return variables.pop("params") | variables
@@ -186,7 +186,7 @@ class CLIP:
         params: Params,
         images: dict[str, Images],
         texts: dict[str, Int[Array, "B L"]],
-        needs: frozenset[str] = frozenset(),
+        needs: Sequence[str] = (),
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
     ) -> tuple[dict[str, Float[Array, "B ..."]], Params]:
@@ -287,13 +287,13 @@ def _vit(towers: Towers) -> ViT:
 
 
 def _outputs(
-    images: dict[str, Images], texts: dict[str, Array], needs: frozenset[str],
+    images: dict[str, Images], texts: dict[str, Array], needs: Sequence[str],
     keys: Array | None, train: bool, towers: Towers,
 ) -> dict[str, Array]:  # fmt: skip
     """Compute what `CLIP.outputs` returns; each tower runs once for each of its inputs."""
     out: dict[str, Array] = {}
     pixels = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
-    layers = [(name, *name.split("_tokens:")) for name in sorted(needs) if "_tokens:" in name]
+    layers = [(name, *name.split("_tokens:")) for name in needs if "_tokens:" in name]
     of_image = {name: int(layer) for name, tower, layer in layers if tower == "image"}
     of_text = {name: int(layer) for name, tower, layer in layers if tower == "text"}
     writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
@@ -316,9 +316,11 @@ def _outputs(
         out.setdefault("text", towers.text.pool(last, tokens))
         states = cast(Array, every)[:, :, : tokens.shape[1]]  # without a class token's
         out |= {name: states[layer] for name, layer in of_text.items()}
-    for name in pixels.keys() - {"image"}:
-        out[f"image:{name}"] = towers.visual(pixels[name], train=train)
-    return out | {f"text:{name}": towers.text(texts[name]) for name in texts.keys() - {"text"}}
+    # In their order, which is the same in every process: a set's is not.
+    for name in pixels:
+        if name != "image":
+            out[f"image:{name}"] = towers.visual(pixels[name], train=train)
+    return out | {f"text:{name}": towers.text(x) for name, x in texts.items() if name != "text"}
 
 
 def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Array:

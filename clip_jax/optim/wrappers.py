@@ -31,7 +31,7 @@ def descend() -> optax.GradientTransformationExtraArgs:
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         del params
-        updates = jax.tree.map(lambda x: -extra["rate"] * x, updates)
+        updates = jax.tree.map(lambda x: -extra["learning_rate"] * x, updates)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)

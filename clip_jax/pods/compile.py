@@ -195,7 +195,7 @@ def compile_loss(program: Program) -> Any:
     outputs of the towers, the inputs, and what the terms carry."""
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
-    inputs = {name: x for name, x in program.batch.items() if name != "rate"}
+    inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
     scalars = {name: x for name, x in state.params.items() if not isinstance(x, dict)}
     carried = State(None, None, None, state.carried, state.frozen)
 

@@ -10,8 +10,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import clip_jax.losses
-from clip_jax.losses import SigmoidConfig, SoftmaxConfig, contrastive_loss, devices_per_slice
+from clip_jax.losses import (
+    SigmoidConfig,
+    SoftmaxConfig,
+    contrastive,
+    contrastive_loss,
+    devices_per_slice,
+)
 from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
 from tests.conftest import MESHES
 
@@ -130,7 +135,7 @@ def test_equals_the_definition(
 
     if form == "rings of 2":  # neighbours of one slice pass texts on; slices gather
         slices = mock.create_autospec(devices_per_slice, return_value=2)
-        monkeypatch.setattr(clip_jax.losses, "devices_per_slice", slices)
+        monkeypatch.setattr(contrastive, "devices_per_slice", slices)
     got = compute({})
     want = reference(loss, options, {})
     assert want[0][0] > 0.05

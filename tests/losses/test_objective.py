@@ -16,7 +16,15 @@ from jax import ShapeDtypeStruct
 from clip_jax import flops
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.errors import InputError
-from clip_jax.losses import CaptionConfig, Context, Frozen, SigmoidConfig, SoftmaxConfig, Term
+from clip_jax.losses import (
+    CaptionConfig,
+    Context,
+    Frozen,
+    SigmoidConfig,
+    SoftmaxConfig,
+    Term,
+    objective,
+)
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.pods import compile as pod
 from clip_jax.sharding import MeshConfig, make_mesh
@@ -208,6 +216,18 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     ((_, outputs, _, _), _) = compiled.args_info
     assert pod.peak(compiled) > 0
     assert outputs.keys() > {"image", "text"} or term.name == "average"
+
+
+def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:
+    views = tuple(f"image:view_{number}" for number in range(20))  # a set would shuffle them
+
+    class First(StoredTerm):
+        needs: ClassVar[tuple[str, ...]] = views[10:]
+
+    class Second(StoredTerm):
+        needs: ClassVar[tuple[str, ...]] = views[:15]
+
+    assert objective.needs((First(), Second())) == views[10:] + views[:10]
 
 
 def test_an_objective_that_does_not_fit_is_refused() -> None:

@@ -91,7 +91,7 @@ def followed(
 
     def update(carry, gradient):
         params, state = carry
-        updates, state = optimizer.update(gradient, state, params, rate=RATE)
+        updates, state = optimizer.update(gradient, state, params, learning_rate=RATE)
         return (optax.apply_updates(params, updates), state), None
 
     def run(params, gradients):

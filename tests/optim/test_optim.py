@@ -58,7 +58,7 @@ def one_update(params, grads=None, **options):
     optimizer = make_optimizer(config, {})
     grads = jax.tree.map(np.ones_like, params) if grads is None else grads
     state = optimizer.init(params)
-    updates, state = optimizer.update(grads, state, params, rate=config.learning_rate)
+    updates, state = optimizer.update(grads, state, params, learning_rate=config.learning_rate)
     return optax.apply_updates(params, updates), state
 
 
@@ -146,7 +146,7 @@ def test_an_update_that_is_not_finite_or_unusual_is_skipped_and_counted(bad):
     optimizer = make_optimizer(OptimConfig(**PLAIN, skip_norm_ratio=10.0, ema_decay=0.9), {})
     state = optimizer.init(params)
     ones = jax.tree.map(np.ones_like, params)
-    update = jax.jit(functools.partial(optimizer.update, rate=0.1))
+    update = jax.jit(functools.partial(optimizer.update, learning_rate=0.1))
     _, early = update(jax.tree.map(lambda x: bad * x, ones), state, params)
     assert bool(early.skipped) == (not np.isfinite(bad))  # nothing is unusual yet
     for _ in range(100):
