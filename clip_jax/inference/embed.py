@@ -156,23 +156,16 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
     if before is not None:
         new, old = asdict(manifest), asdict(before)
         old["digest"] = old["digest"] or new["digest"]
-        match [name for name in new if new[name] != old[name]]:
-            case ["weights"]:
-                raise InputError(
-                    f"{config.output} holds embeddings of another checkpoint of {config.model}; "
-                    "choose another output."
-                )
-            case ["digest"]:
-                raise InputError(
-                    f"{config.source} has other images than those that {config.output} was begun "
-                    "with, or in another order: files were renamed or replaced. Choose another "
-                    "output."
-                )
-            case [name, *_]:
-                raise InputError(
-                    f"{config.output} holds embeddings with {name}={old[name]!r}, now "
-                    f"{new[name]!r}; resume with the same, or choose another output."
-                )
+        if different := [name for name in new if new[name] != old[name]]:
+            name = different[0]
+            what = {
+                "weights": f"of another checkpoint of {config.model}",
+                "digest": f"of other images than {config.source} has now, or in another order",
+            }.get(name, f"with {name}={old[name]!r}, now {new[name]!r}")
+            raise InputError(
+                f"{config.output} holds embeddings {what}; resume with the same, or choose another "
+                "output."
+            )
     files.write_whole(config.output / "embed.json", json.dumps(asdict(manifest), indent=1))
 
 

@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     after each data set. Where there are several processes, all call this alike.
     """
     files.check_destination(config.output, "--output")
-    run = read_run_config(config.model)
+    run = config_of_run(config.model)
     return Evaluators(config, run).run(open_encoder(config, run), config.output)
 
 
@@ -101,7 +101,7 @@ class Evaluators:
         return values
 
 
-def read_run_config(path: AnyPath) -> Config | None:
+def config_of_run(path: AnyPath) -> Config | None:
     """Return the config of a run's work directory; None where it is none, or an older one's."""
     path, _ = split_name(path)
     try:

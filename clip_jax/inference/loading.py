@@ -4,7 +4,7 @@ import functools
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
 from clip_jax.convert.formats import read_weights
+from clip_jax.convert.state_dict import flatten, param_shapes
 from clip_jax.convert.weights import cast, default_preprocess
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
@@ -27,7 +28,7 @@ from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
-from clip_jax.models.layers import Activation
+from clip_jax.models.layers import Activation, DType
 from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -119,7 +120,7 @@ def unit(features: Any) -> Float[np.ndarray, "B E"]:
 def load(
     path: str | AnyPath,
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: DType = "float32",
     image_size: int | None = None,
     activation: Activation | None = None,
     architecture: str | None = None,
@@ -143,9 +144,7 @@ def load(
     return Model(config, params, weights.preprocess)
 
 
-def load_on_mesh(
-    path: str | AnyPath, mesh: Mesh, *, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> Model:
+def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -> Model:
     """Load a model as `load` does, with each parameter where the training step would have it.
 
     Of a run each device reads its own part of a checkpoint: neither a device nor a process ever
@@ -207,14 +206,11 @@ def starting_params(
         names.append("batch_stats")
     if set(towers) == set(TOWERS):
         names = list(params)
-    expected = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     taken = {name: params[name] for name in names}
-
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_name(path): x.shape for path, x in leaves}
-
-    has, needs = shapes(taken), shapes({name: expected.get(name, {}) for name in taken})
+    has = {name: x.shape for name, x in flatten(taken).items()}
+    needs = {
+        name: shape for name, shape in param_shapes(config).items() if name.split("/")[0] in taken
+    }
     for name in sorted(has.keys() | needs.keys()):
         if has.get(name) != needs.get(name):
             raise InputError(

@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
-from clip_jax.data.images import (
-    ImageError,
-    ImageLike,
-    Item,
-    center_crop,
-    decode,
-    read_ahead,
-)  # fmt: skip
+from clip_jax.data.images import ImageError, ImageLike, Item, center_crop, decode, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError, check_picture, check_ranges
@@ -70,25 +64,23 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     labels = check_labels(config.labels, config.template) if config.labels else []
     classes = embed_labels(model, labels, config.template) if labels else None
 
-    def describe(images: Images) -> Iterator[dict[str, Any]]:
-        columns: dict[str, list] = {}
-        if config.caption:
-            columns["caption"] = model.caption(
-                images, config.generation, batch_size=config.batch_size
-            )
-        if classes is not None:
-            features = unit(model.encode_image(images, batch_size=config.batch_size))
-            rows = probabilities(model, features, classes)
-            columns["labels"] = [ranked(labels, row) for row in rows]
-        return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-
     results: list[dict[str, Any]] = []
-    for names, images, skipped in read_images(model, paths, lambda path: path, config.batch_size):
+    size = config.batch_size
+    for readable, images, skipped in read_images(model, paths, lambda path: path, size):
         for path, reason in skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        if images is not None:
-            pairs = zip(names, describe(images), strict=True)
-            results += [{"image": str(path), **result} for path, result in pairs]
+        if images is None:
+            continue
+        rows: list[dict[str, Any]] = [{"image": str(path)} for path in readable]
+        if config.caption:
+            captions = model.caption(images, config.generation, batch_size=size)
+            for row, caption in zip(rows, captions, strict=True):
+                row["caption"] = caption
+        if classes is not None:
+            features = unit(model.encode_image(images, batch_size=size))
+            for row, shares in zip(rows, probabilities(model, features, classes), strict=True):
+                row["labels"] = ranked(labels, shares)
+        results += rows
     if not results:
         raise InputError(f"none of the {len(paths)} images could be read.")
     if config.sheet:
@@ -131,9 +123,8 @@ def probabilities(
     similarities (CLIP paper, figure 3), or with a bias each label's own (SigLIP paper, 3.2)."""
     logits = images @ classes.T * float(np.exp(model.params["logit_scale"]))
     if "logit_bias" in model.params:
-        return np.exp(-np.logaddexp(0, -(logits + float(model.params["logit_bias"]))))
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
+        return special.expit(logits + float(model.params["logit_bias"]))
+    return special.softmax(logits, axis=1)
 
 
 def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import say
-from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, open_encoder, read_run_config
+from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, config_of_run, open_encoder
 from clip_jax.metrics import Writer
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -39,7 +39,7 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
     InputError where another watches this run, or its directory is gone. Where there are several
     processes, all call this alike.
     """
-    workdir, run = config.model, read_run_config(config.model)
+    workdir, run = config.model, config_of_run(config.model)
     if run is None or split_name(workdir)[1]:
         raise InputError(
             f"--watch needs a run's work directory, with its config.json; got {workdir}."
@@ -85,7 +85,7 @@ def _writer(workdir: AnyPath, finished: dict[int, Row]) -> Writer:
 def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
     """Return the step at which the run stops (None: it is gone), whether it has saved that, and the
     steps to be evaluated."""
-    run = read_run_config(workdir)  # anew: resumed, it may stop at another step
+    run = config_of_run(workdir)  # anew: resumed, it may stop at another step
     steps = steps_in(workdir / "checkpoints")
     for step in [step for step, row in finished.items() if "skipped" in row and step not in steps]:
         del finished[step]  # the run put it aside or deleted it, and may save it anew

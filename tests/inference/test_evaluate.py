@@ -31,7 +31,7 @@ from clip_jax.inference.evaluate import (
     _digits,
     _of_run,
     _suite,
-    read_run_config,
+    config_of_run,
 )
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of, png
 
@@ -247,7 +247,7 @@ def test_wrong_use_is_explained(args, says, model, tmp_path, monkeypatch, capsys
 
 
 def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, capsys):
-    assert read_run_config(model) is None  # whose config.json is a model's
+    assert config_of_run(model) is None  # whose config.json is a model's
     run = Config(evals=(DigitsEvalConfig(),), data=DataConfig(source=DigitsConfig(digits=4)))
     pairs = Config(evals=(PairsEvalConfig(),))
     ask = functools.partial(EvaluateConfig, model=tmp_path)
