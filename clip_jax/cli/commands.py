@@ -112,13 +112,16 @@ def evaluate(args: Sequence[str]) -> int:
 
 def predict(args: Sequence[str]) -> int:
     """label or caption images: clip-jax predict MODEL --images photos --labels cat dog"""
-    from clip_jax.evals.pictures import in_words
     from clip_jax.inference.predict import PredictConfig
     from clip_jax.inference.predict import predict as run_prediction
 
     config, as_json = arguments.read(PredictConfig, args, ("model",), predict)
     results = run_prediction(config)
-    lines = [f"{result['image']:<32} " + "  ".join(in_words(result, 5)) for result in results]
+    lines = []
+    for result in results:
+        best = [f"{x['label']} {x['probability']:.1%}" for x in result.get("labels", [])[:5]]
+        captions = [result["caption"]] if "caption" in result else []
+        lines.append(f"{result['image']:<32} " + "  ".join(captions + best))
     return _print(results, as_json, "\n".join(lines))
 
 

@@ -109,10 +109,3 @@ def with_probabilities(
     probabilities /= probabilities.sum()
     best = np.argsort(-probabilities)[:top]
     return [f"{names[i]}  {probabilities[i]:.0%}" for i in best]
-
-
-def in_words(result: dict[str, Any], count: int, digits: int = 1) -> list[str]:
-    """Say what was predicted of an image: its caption, and the best labels with their shares."""
-    best = result.get("labels", [])[:count]
-    labels = [f"{x['label']} {x['probability']:.{digits}%}" for x in best]
-    return [*([result["caption"]] if "caption" in result else []), *labels]

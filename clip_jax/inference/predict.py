@@ -3,27 +3,21 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from clip_jax.data.images import ImageError, ImageLike, Item, center_crop, decode, read_ahead
+from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
-from clip_jax.errors import InputError, check_picture, check_ranges
-from clip_jax.evals.pictures import contact_sheet, in_words
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import DType
-from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-
-TILE = 112  # pixels of a picture on a contact sheet
-SHEET = 240  # pictures on a sheet at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +30,11 @@ class PredictConfig:
     template: str = "a photo of a {}."  # sentence around each label; {} alone: the label as it is
     caption: bool = False  # describe each image (a model with a decoder: CoCa, MaMMUT)
     generation: GenerationConfig = GenerationConfig()  # how captions are written
-    sheet: AnyPath | None = None  # picture of the images (the first 240) with what was predicted
     batch_size: int = 64  # images at a time
     dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, inf)")
-        check_picture(self.sheet, "sheet")
         if self.labels or not self.caption:
             check_labels(self.labels, self.template)
 
@@ -53,7 +45,6 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     With `caption` what the model writes of it. Unreadable images are named on standard error.
     Raises InputError if no image is left.
     """
-    files.check_destination(config.sheet, "--sheet", folder=False)
     paths = image_files(config.images)
     if not paths:
         names = ", ".join(map(str, config.images)) or "nothing"
@@ -83,13 +74,6 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         results += rows
     if not results:
         raise InputError(f"none of the {len(paths)} images could be read.")
-    if config.sheet:
-        shown = results[:SHEET]
-        tiles = [center_crop(decode(result["image"]), TILE) for result in shown]
-        lines = [[Path(result["image"]).name, *in_words(result, 3, 0)] for result in shown]
-        more = f"the first {SHEET} of {len(results)} images"
-        with files.written_whole(config.sheet) as path:
-            contact_sheet(path, tiles, lines, title="" if len(results) <= SHEET else more)
     return results
 
 

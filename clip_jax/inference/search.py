@@ -21,11 +21,12 @@ from clip_jax.errors import InputError, check_picture, check_ranges
 from clip_jax.evals.pictures import contact_sheet
 from clip_jax.inference.embed import KEYS, path_of, read_manifest, rows_of_files, sample
 from clip_jax.inference.loading import Model, load, unit
-from clip_jax.inference.predict import SHEET, TILE
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 BLOCK = 65_536  # vectors that are compared at a time
+TILE = 112  # pixels of a picture on a contact sheet
+SHEET = 240  # pictures on a sheet at most
 
 Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and similarities, best first
 
@@ -145,7 +146,7 @@ class SearchConfig:
     image: AnyPath | None = None  # what to look for, as an image
     top: int = 10  # how many to return
     index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
-    sheet: AnyPath | None = None  # picture of what was found
+    sheet: AnyPath | None = None  # picture of the results, at most 240
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
@@ -163,8 +164,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
         tiles = [center_crop(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
         lines = [[f"{x['similarity']:.3f}", x["key"]] for x in results]
         title = config.text or str(config.image)
-        with files.written_whole(config.sheet) as path:
-            contact_sheet(path, tiles, lines, columns=5, title=title)
+        contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
     return results
 
 

@@ -41,7 +41,6 @@ from tests.conftest import ROOT
         # A destination is checked before anything is done.
         ("train configs/pairs.py --data.source.path no --workdir file/x", "file is a .* --workdir"),
         ("evaluate nowhere --output file/x", "file is a file, .* --output"),
-        ("predict no --images no --labels x --sheet file/x.png", "file is a file, .* --sheet"),
         ("search nowhere nowhere --text x --sheet file/x.png", "file is a file, .* --sheet"),
         ("scale fit nowhere --plot file/x.png", "file is a file, .* --plot"),
         ("scale collect nowhere --output file/x", "file is a file, .* --output"),
