@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
     ties: Array  # how many cosines reach it
     positive: Array  # the cosine of the pair itself
     exp_sum: Array  # Σ exp(scale · (cosine − top))
-    term_sum: Array  # Σ of what the loss adds up itself
+    summand_sum: Array  # Σ of the loss's own `summand`
     count: Array  # how many pairs are not masked
 
 
@@ -74,7 +74,7 @@ class Pairwise(Term):
     def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, "R C"]:
-        """Return what `Statistics.term_sum` adds up over a row or column."""
+        """Return what `Statistics.summand_sum` adds up over a row or column."""
         raise NotImplementedError
 
     def losses(
@@ -106,7 +106,7 @@ def compare(image: Side, text: Side, precision: Precision) -> Pairs:
 
 
 def summarise(
-    pairs: Pairs, terms: Float[Array, "R C"], scale: Float[Array, ""], axis: Literal[0, 1]
+    pairs: Pairs, summands: Float[Array, "R C"], scale: Float[Array, ""], axis: Literal[0, 1]
 ) -> Statistics:
     """Reduce a block over its columns (axis 1: one entry per image) or rows (axis 0: per text)."""
     # `top` cancels out of every loss; without its gradient the others stay exact at ties too.
@@ -118,7 +118,7 @@ def summarise(
         ties=(below == 0).sum(axis, dtype=dtype),
         positive=jnp.where(pairs.positive, pairs.cosine, 0).sum(axis),
         exp_sum=jnp.exp(scale * below).sum(axis),
-        term_sum=jnp.where(pairs.valid, terms, 0).sum(axis),
+        summand_sum=jnp.where(pairs.valid, summands, 0).sum(axis),
         count=pairs.valid.sum(axis, dtype=dtype),
     )
 

@@ -27,7 +27,7 @@ class SigmoidConfig(Contrastive):
     def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, "R C"]:
-        """Return what `Statistics.term_sum` adds up: the loss of every pair."""
+        """Return what `Statistics.summand_sum` adds up: the loss of every pair."""
         logits = scale * pairs.cosine + bias
         signed = jnp.where(pairs.positive, logits, -logits)
         return jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
@@ -36,7 +36,7 @@ class SigmoidConfig(Contrastive):
         self, image: Statistics, text: Statistics, scale: Float[Array, ""]
     ) -> Float[Array, " B"]:
         """Return the loss of each image with all texts; the text's statistics add nothing."""
-        return image.term_sum
+        return image.summand_sum
 
     def gradient(
         self,

@@ -23,7 +23,7 @@ class SoftmaxConfig(Contrastive):
     def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, "R C"]:
-        """Return what `Statistics.term_sum` adds up: the cosines, for label smoothing."""
+        """Return what `Statistics.summand_sum` adds up: the cosines, for label smoothing."""
         return pairs.cosine
 
     def losses(
@@ -35,7 +35,7 @@ class SoftmaxConfig(Contrastive):
     def _cross_entropy(self, x: Statistics, scale: Float[Array, ""]) -> Float[Array, " B"]:
         loss = scale * (x.top - x.positive) + jnp.log(x.exp_sum)
         if self.label_smoothing:
-            loss += self.label_smoothing * scale * (x.positive - x.term_sum / x.count)
+            loss += self.label_smoothing * scale * (x.positive - x.summand_sum / x.count)
         return loss
 
     def gradient(
