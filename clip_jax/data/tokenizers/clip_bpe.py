@@ -18,6 +18,7 @@ from jaxtyping import Int32, Integer
 from tokenizers.models import BPE
 
 from clip_jax.data.tokenizers.clean import CLEANING, repaired
+from clip_jax.data.tokenizers.file_tokenizer import too_long
 from clip_jax.errors import InputError
 from clip_jax.models.text import Cleaning
 
@@ -87,10 +88,8 @@ class ClipTokenizer:
             )
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "vocab_size": self.vocab_size,
-            "clean": self.clean,
-        }  # not the cache: workers fill their own
+        # Not the cache: workers fill their own.
+        return {"vocab_size": self.vocab_size, "clean": self.clean}
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -111,11 +110,7 @@ class ClipTokenizer:
             text_ids = self._encode(text, context_length)
             if len(text_ids) > context_length:
                 if not truncate:
-                    shown = text if len(text) <= 200 else f"{text[:200]}…"
-                    raise InputError(
-                        f"the text {shown!r} has more than context_length={context_length} ids; "
-                        "shorten it, or give truncate=True"
-                    )
+                    raise too_long(text, context_length)
                 del text_ids[context_length:]
                 text_ids[-1] = self.end_of_text
             row[: len(text_ids)] = text_ids

@@ -70,22 +70,24 @@ def to_rows(
     ids = np.full((len(texts), context_length), config.pad_id, np.int32)
     clean = CLEANING[config.clean]
     for row, text, words in zip(ids, texts, encode([clean(x) for x in texts]), strict=True):
-        if len(words) > room:
-            if not truncate:
-                shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-                raise InputError(
-                    f"the text {shown!r} has more than context_length={context_length} ids; "
-                    "shorten it, or give truncate=True"
-                )
-            kept = words[:room] if config.cut == "keep_end" else words
-        else:
-            kept = words
+        if len(words) > room and not truncate:
+            raise too_long(text, context_length)
+        kept = words[:room] if config.cut == "keep_end" else words
         complete = [*begin, *kept, *end][:context_length]
         if config.pad_side == "right":
             row[: len(complete)] = complete
         else:
             row[context_length - len(complete) :] = complete
     return ids
+
+
+def too_long(text: str, context_length: int) -> InputError:
+    """The error of a text with more ids than fit."""
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return InputError(
+        f"the text {shown!r} has more than context_length={context_length} ids; "
+        "shorten it, or give truncate=True"
+    )
 
 
 def check_ids(config: TokenizerConfig, size: int, source: str) -> None:
