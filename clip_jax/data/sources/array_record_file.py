@@ -10,7 +10,7 @@ checked against each other; hashes are not, and transposed chunks are not read.
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,10 @@ class ArrayRecordFile:
         self._last = size - _BLOCK
         begin = max(0, self._last - _TAIL)
         tail = _read(path, begin, self._last + _LAST)
-        self.end = _place_of_index(tail[self._last - begin :], self._last)  # of the records
+        footer = _fields(_records(tail[self._last - begin :], self._last)[0])
+        if footer.get(2) != _MAGIC or not 0 < footer.get(1, 0) < self._last:
+            raise ValueError("its last block does not end an ArrayRecord")
+        self.end = footer[1]  # of the records
         if self.end < begin:
             begin, tail = self.end, _read(path, self.end, self._last)
         header, *entries = _records(tail[self.end - begin : self._last - begin], self.end)
@@ -77,13 +80,11 @@ class ArrayRecordFile:
         return wanted[skipped : skipped + last - first]
 
 
-class _Index(NamedTuple):
-    begins: Int64[np.ndarray, " edges"]  # byte at which each chunk begins, and the last one ends
-    firsts: Int64[np.ndarray, " edges"]  # records before each chunk, and in all
-
-
 @functools.lru_cache(maxsize=_OPEN)
-def _index(path: str, begin: int, end: int, count: int) -> _Index:
+def _index(
+    path: str, begin: int, end: int, count: int
+) -> tuple[Int64[np.ndarray, " edges"], Int64[np.ndarray, " edges"]]:
+    """Bytes and records before each chunk, and those before the end of the last one."""
     _, *entries = _records(_read(path, begin, end), begin)
     numbers = _numbers(b"".join(entries))
     if len(numbers) % 6 or (numbers.reshape(-1, 6)[:, ::2] != (0x08, 0x10, 0x18)).any():
@@ -92,15 +93,7 @@ def _index(path: str, begin: int, end: int, count: int) -> _Index:
     edges, firsts = np.append(begins, begin), np.cumsum([0, *counts])
     if (np.diff(edges) <= 0).any() or (counts <= 0).any() or firsts[-1] != count:
         raise ValueError("its index contradicts itself")
-    return _Index(edges, firsts)
-
-
-def _place_of_index(block: bytes, begin: int) -> int:
-    """Read the last block, which says it three times over."""
-    footer = _fields(_records(block, begin)[0])
-    if footer.get(2) != _MAGIC or not 0 < footer.get(1, 0) < begin:
-        raise ValueError("its last block does not end an ArrayRecord")
-    return footer[1]
+    return edges, firsts
 
 
 # ------------------------------------------------------------------------------------- the format
