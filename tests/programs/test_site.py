@@ -10,7 +10,8 @@ import pytest
 from clip_jax.cli.commands import COMMANDS
 from tests.conftest import ROOT
 
-UNLISTED = {f"clip_jax.{name}" for name in ("cli", "arguments", "refused", "serialize", "style")}
+_NAMES = ("cli.arguments", "cli.commands", "display", "errors", "serialize")
+UNLISTED = {f"clip_jax.{name}" for name in _NAMES}
 
 
 @pytest.fixture(scope="module")
