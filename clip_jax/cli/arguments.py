@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
@@ -50,7 +50,8 @@ def read_run(
     """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
     from clip_jax.config import Config, load_config
 
-    _check_renamed(args)
+    own = {x.name for x in dataclasses.fields(kind)} - {x.name for x in dataclasses.fields(Config)}
+    _check_renamed(args, own)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help"} & set(rest):
@@ -92,8 +93,11 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
         raise
 
 
-def _check_renamed(args: Sequence[str]) -> None:
-    """Raise InputError for a flag of an earlier version or another tool, with the one of today."""
+def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:
+    """Raise InputError for a flag of an earlier version or another tool, with the one of today.
+
+    `own` are options that the command has beside those of a training run.
+    """
     from clip_jax.checkpoints.run_config import is_renamed
 
     for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
@@ -102,7 +106,7 @@ def _check_renamed(args: Sequence[str]) -> None:
             now = f"is now --{new.replace('_', '-')}" if new else "was removed"
             raise InputError(f"{flag} {now}.")
         for names, instead in _ELSEWHERE:
-            if flag[2:].replace("_", "-") in names.split():
+            if flag[2:] not in own and flag[2:].replace("_", "-") in names.split():
                 raise InputError(f"there is no option {flag}; take {instead}.")
 
 
