@@ -68,17 +68,22 @@ def read_faults(root: Path) -> list[Fault]:
     """Find all faults in a checkout; ends the program with the first that is not there."""
     faults = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["fault"]
     assert len({row["what"] for row in faults}) == len(faults), "two faults have one name"
-    return [locate(root, number, row) for number, row in enumerate(faults, 1)]
+    found = (locate(root, number, row) for number, row in enumerate(faults, 1))
+    return [fault for fault in found if fault]
 
 
-def locate(root: Path, number: int, row: dict[str, str]) -> Fault:
-    """Find a fault by its keys, or by those of an older commit."""
+def locate(root: Path, number: int, row: dict[str, str]) -> Fault | None:
+    """Find a fault by its keys, or by those of an older commit; None of code that it lacked."""
+    has_function = False
     for ending in ("", OLDER):
         keys = ("file", "function", "old", "new")
         file, function, old, new = (row.get(key + ending, row[key]) for key in keys)
+        if not file and not has_function:
+            return None
         source = (root / file).read_text(encoding="utf-8") if (root / file).is_file() else ""
         lines, tree = source.splitlines(keepends=True), ast.parse(source)
         first, last = extent(tree, function, len(lines))
+        has_function |= last > 0
         inside = "".join(lines[first - 1 : last])
         if inside.count(old) == 1:
             changed = inside.replace(old, new)
@@ -349,7 +354,8 @@ def main() -> int:
         of["compare"].add_argument(name, type=Path)
     args = parser.parse_args()
     if args.verb == "check":
-        print(f"all {len(read_faults(args.checkout.resolve()))} faults are found, and parse")
+        count = len(read_faults(args.checkout.resolve()))
+        print(f"all {count} faults of code that the checkout has are found, and parse")
         return 0
     return {"record": record, "run": run, "compare": compare}[args.verb](args) or 0
 
