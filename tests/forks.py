@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 MODULES = (
-    *("cli", "train", "evaluate", "predict", "convert.conversion", "prepare.writer", "bench"),
+    *("cli.commands", "train", "inference.evaluate", "inference.predict", "convert.conversion"),
+    *("prepare.writer", "bench"),
     *("scaling.ladder", "scaling.fit", "scaling.plots"),
 )
 OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
