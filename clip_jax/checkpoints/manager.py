@@ -5,8 +5,10 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import operator
+import traceback
 import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -303,6 +305,23 @@ class _PositionSave(ocp.args.CheckpointArgs):
 
 def _crc(content: Position) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a traceback that Orbax or asyncio logs tells more than the one error raised.
+
+    It does not for a full disk, nor for reads that failed beside the one whose error is raised.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, Exception):
+        return True
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    is_orbax = any("orbax" in frame.f_code.co_filename for frame in frames)
+    return not (files.is_full(error) or (is_orbax and "never retrieved" in record.getMessage()))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Position]:

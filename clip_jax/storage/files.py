@@ -360,6 +360,7 @@ def check_destination(path: AnyPath | None, option: str, folder: bool = True) ->
         ) from error
 
 
+_ALL_USED = (errno.ENOSPC, errno.EDQUOT)
 _NOT_TO_BE_WRITTEN = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -375,11 +376,17 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
     except Exception as error:
         if meaning := is_remote(path) and explain(error, f"{path} cannot be written"):
             raise meaning from error
-        # By its words, which are all that tensorstore has, who writes Orbax's arrays.
-        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        if is_full(error):
             raise InputError(f"no space left for {path}: free some and go on.") from error
         if isinstance(error, OSError) and error.errno in _NOT_TO_BE_WRITTEN:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         if of_client(error):
             raise InputError(f"{path} cannot be written: {summary(error)}") from error
         raise
+
+
+def is_full(error: Exception) -> bool:
+    """Say whether a disk is full; tensorstore, which writes Orbax's arrays, has only words."""
+    if isinstance(error, OSError):
+        return error.errno in _ALL_USED
+    return any(os.strerror(number) in str(error) for number in _ALL_USED)

@@ -50,7 +50,8 @@ def test_nothing_heavy_is_imported(code: str, heavy: set[str]):
 def test_a_bug_shows_its_traceback_and_exits_with_1():
     train = "lambda args: int('none')"
     done = run(
-        "-c", f"from clip_jax import cli; cli.COMMANDS['train'] = {train}; cli.main(['train'])"
+        "-c",
+        f"from clip_jax.cli import commands as c; c.COMMANDS['train'] = {train}; c.main(['train'])",
     )
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
