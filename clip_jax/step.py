@@ -21,6 +21,7 @@ from clip_jax.losses import (
     Context,
     Objective,
     SoftmaxConfig,
+    Term,
     TermConfig,
     cached_value_and_grad,
 )
@@ -51,8 +52,8 @@ class State:
     step: Any  # int32 scalar: updates done, and so the number of the next batch
     params: Any  # nested dict, float32
     opt_state: Any  # Optax's
-    carried: dict[str, Any] = field(default_factory=dict)  # by terms of the objective
-    frozen: FrozenParams = field(default_factory=dict)  # never saved; see `losses.Term.frozen`
+    carried: Any = field(default_factory=dict)  # by terms of the objective
+    frozen: Any = field(default_factory=dict)  # FrozenParams, never saved; see `losses.Term.frozen`
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint holds, by name."""
@@ -65,7 +66,7 @@ class Recipe:
     """What decides an update, the data and the mesh aside."""
 
     model: CLIPConfig
-    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)
+    objective: tuple[TermConfig | Term, ...] = (SoftmaxConfig(),)
     optim: OptimConfig
     steps: int  # of the whole run: the schedule's end
     batch_size: int  # pairs over all devices

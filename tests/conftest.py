@@ -259,7 +259,7 @@ def write_states(config: Config, workdir: Path) -> State:
     checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
     for step in range(1, config.steps + 1):
         state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), state)
-        checkpoints.save(step, state, {"samples": step})
+        checkpoints.save(step, state.saved(), {"samples": step})
     checkpoints.close()
     return state
 

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -109,6 +109,7 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
     return embed_images(model, params, images, normalize=False)
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Built by `make` of its own config, which is a member of `Config.evals`; yields named numbers,
     in training and on finished weights.

@@ -36,7 +36,7 @@ _COARSE_STEP = 16  # of the grid's indices, in the first round of the search
 _CHECK_EVERY = 8  # L-BFGS steps between looks at the objective
 _HELD_OUT = 5  # one in so many, of a training set without a validation split
 
-Part = tuple[Float[np.ndarray, "B D"], Int[np.ndarray, " B"]]  # features and labels
+Part = tuple[Float[np.ndarray, "_B _D"], Int[np.ndarray, " _B"]]  # features and labels
 
 
 def probe(splits: Splits, seed: int = 0) -> Outcome:

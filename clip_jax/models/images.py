@@ -6,7 +6,7 @@ joined, filled up and sharded alike, whatever they hold; and one image is a batc
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,10 @@ class Patches:
     length: Any  # int32 [B], how many patches are valid, from the first
 
 
-Images = Shaped[Any, "B H W C"] | Patches  # uint8, or normalised
+Images = Shaped[Any, "_B _H _W _C"] | Patches  # uint8, or normalised
 
 
+@runtime_checkable
 class ImageSpec(Protocol):
     """What a tower takes of an image. Its config has one as `image_spec`, its preprocessing too."""
 
@@ -108,7 +109,7 @@ def with_pixels(images: Images, pixels: Any) -> Images:
 
 def as_dtype(images: Images, dtype: Any) -> Any:
     """Return the images with pixels of the dtype in which a tower computes."""
-    return with_pixels(images, pixels_of(images).astype(dtype))
+    return with_pixels(images, jnp.asarray(pixels_of(images), dtype))
 
 
 def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:

@@ -137,7 +137,8 @@ def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path
     text = weights.params["text"] | {"text_projection": projection}
     with pytest.raises(InputError, match=r"1e\+06, and float16 ends at 65,504"):
         write(replace(weights, params=weights.params | {"text": text}), tmp_path, dtype="float16")
-    two_probes = replace(weights.config.vision, pool="two_probes")
+    two_probes = replace(weights.config.vision)
+    object.__setattr__(two_probes, "pool", "two_probes")  # as a later version might have
     with pytest.raises(InputError, match=r"vision.pool='two_probes' has no form in ONNX"):
         write(replace(weights, config=replace(weights.config, vision=two_probes)), tmp_path)
     bars = replace(weights, preprocess=replace(weights.preprocess, resize_mode="longest"))
