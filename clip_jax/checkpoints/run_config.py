@@ -26,20 +26,6 @@ def _drop_tasks(config: dict[str, Any]) -> None:
             evaluator["tasks"] = left or ["zero-shot"]
 
 
-# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, and path here, which
-# is in the same group. None: the field is gone and changed no result. A path goes through lists:
-# `evals.pool` is a field of each evaluator.
-RENAMED: dict[str, str | None] = {
-    "data.window": "data.shuffle_blocks",
-    "optim.image_rate": "optim.image_learning_rate_scale",
-    "optim.text_rate": "optim.text_learning_rate_scale",
-    "optim.optimizer.adam_rate": "optim.optimizer.adam_learning_rate_scale",
-}
-
-# Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order, _drop_tasks]
-
-
 def _loss_to_objective(config: dict[str, Any]) -> None:
     """Make terms of `loss` and of `caption`, which counted where the model has a decoder."""
     if "loss" not in config:
@@ -51,10 +37,27 @@ def _loss_to_objective(config: dict[str, Any]) -> None:
         config["objective"] = [loss | {"weight": weight}, caption]
 
 
-UPGRADES.append(_loss_to_objective)
+# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, and path here, which
+# is in the same group. None: the field is gone and changed no result. A path goes through lists:
+# `evals.pool` is a field of each evaluator.
+RENAMED: dict[str, str | None] = {
+    "data.window": "data.shuffle_blocks",
+    "optim.image_rate": "optim.image_learning_rate_scale",
+    "optim.text_rate": "optim.text_learning_rate_scale",
+    "optim.optimizer.adam_rate": "optim.optimizer.adam_learning_rate_scale",
+}
+
+# Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
+UPGRADES: list[Callable[[dict[str, Any]], None]] = [
+    _rename_order, _drop_tasks, _loss_to_objective,
+]  # fmt: skip
 
 # Where the options of groups are that an upgrade took apart.
-SPLIT = {"loss": "objective.0", "caption": "objective.1"}
+SPLIT = {
+    "loss": "objective.0",
+    "caption.contrastive_weight": "objective.0.weight",
+    "caption": "objective.1",
+}
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:

@@ -68,3 +68,9 @@ def test_evaluators_forget_the_tasks_that_are_gone(monkeypatch):
     before: list = [{"tasks": tasks, "pool": 1_024} for tasks in suites]
     after = upgrade({"evals": [*before, {"pool": 9}]})["evals"]
     assert after == [{"tasks": ["probe"]}, {"tasks": ["zero-shot"]}, {"pool": 9}]
+
+
+def test_the_weight_of_the_contrast_is_that_of_the_first_term(monkeypatch):
+    monkeypatch.undo()
+    assert is_renamed("caption.contrastive_weight") == (True, "objective.0.weight")
+    assert is_renamed("caption.weight") == (True, "objective.1.weight")
