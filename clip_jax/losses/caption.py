@@ -28,7 +28,7 @@ class CaptionConfig(Term):
     needs: ClassVar[tuple[str, ...]] = ("caption_states",)
 
     weight: float = 2.0  # factor of the mean over tokens in the objective (CoCa: 2, MaMMUT: 1)
-    chunk_size: int = 2_048  # positions of a device whose logits are held at a time
+    chunk_size: int = 2_048  # positions per device whose logits are in memory at a time
 
     def __post_init__(self) -> None:
         check_ranges(self, "CaptionConfig.", weight="[0, inf)", chunk_size="[1, inf)")

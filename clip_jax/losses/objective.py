@@ -74,7 +74,7 @@ class Term:
     name: ClassVar[str] = "term"  # of its metrics and of what it carries; once in an objective
     needs: ClassVar[tuple[str, ...]] = ()
 
-    weight: float = 1.0  # factor of this term in the sum
+    weight: float = 1.0  # factor of this term in the objective
 
     def check(self, model: CLIPConfig) -> None:
         """Raise InputError unless the model has what the term needs."""

@@ -59,11 +59,11 @@ class Pairwise(Term):
 
     needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
 
-    form: Form = "auto"  # how it is computed; all forms give one result
-    block_size: int = 512  # text columns handled at a time by blocked and ring
-    budget_mib: int = 256  # auto: what logits (dense) or gathered embeddings (blocked) may take
-    precision: Precision = "highest"  # of the similarity matmuls; TPU's default rounds to bf16
-    mask_same_caption: bool = False  # pairs with one caption are no negatives of each other
+    form: Form = "auto"  # how the loss is computed; all forms give the same result
+    block_size: int = 512  # texts compared at a time by the forms blocked and ring
+    budget_mib: int = 256  # MiB that form auto allows for logits (dense) or embeddings (blocked)
+    precision: Precision = "highest"  # precision of the similarities; the default of TPUs is bf16
+    mask_same_caption: bool = False  # exclude pairs with the same caption as negatives
 
     def __post_init__(self) -> None:
         check_ranges(

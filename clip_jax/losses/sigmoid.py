@@ -18,7 +18,7 @@ class SigmoidConfig(Contrastive):
 
     needs_bias: ClassVar[bool] = True
 
-    label_smoothing: float = 0.0  # targets 1 and 0 become 1 − s/2 and s/2
+    label_smoothing: float = 0.0  # s, which turns the targets 1 and 0 into 1 − s/2 and s/2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from clip_jax.losses.pairs import Pairs, Statistics
 class SoftmaxConfig(Contrastive):
     """Cross-entropy of each image among all texts and of each text among all images, averaged."""
 
-    label_smoothing: float = 0.0  # share of the target spread evenly over all unmasked pairs
+    label_smoothing: float = 0.0  # share of the target spread over all unmasked pairs
 
     def __post_init__(self) -> None:
         super().__post_init__()
