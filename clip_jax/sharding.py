@@ -1,8 +1,8 @@
 """The device mesh and the one table that says how every parameter lies on it.
 
-Read the table as: path → the names of its dimensions (`CLIPConfig.dimensions`, to which each tower
-adds its rows) → (through `DIMENSIONS`) mesh axes. It is strict both ways: a parameter without a row
-and a row without a parameter are errors that name it.
+Read the table as: path → the names of its dimensions (`CLIPConfig.dimensions`, as each module gives
+them to its parameters) → (through `DIMENSIONS`) mesh axes. It is strict both ways: a parameter that
+the model does not have, and one that is missing, are errors that name it.
 """
 
 import functools
@@ -304,11 +304,11 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
         name = path_name(path)
         if name not in rows:
-            raise ValueError(f"parameter {name} {x.shape} has no row in CLIPConfig.dimensions.")
+            raise ValueError(f"the model has no parameter {name} {x.shape}.")
         used.add(name)
         dims = rows[name].split()
         if len(dims) != len(x.shape):
-            raise ValueError(f"parameter {name} {x.shape} does not fit its row {rows[name]!r}.")
+            raise ValueError(f"parameter {name} {x.shape} has the dimensions {rows[name]!r}.")
         axes = [WIDTH if dim == "W" else DIMENSIONS.get(dim) for dim in dims]
         for dim, size, axis in zip(dims, x.shape, axes, strict=True):
             parts = {a: mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ())}
@@ -322,7 +322,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
 
     shardings = jax.tree_util.tree_map_with_path(sharding, params)
     if unused := rows.keys() - used:
-        raise ValueError(f"rows of CLIPConfig.dimensions match no parameter: {sorted(unused)}.")
+        raise ValueError(f"parameters of the model are missing: {sorted(unused)}.")
     return shardings
 
 

@@ -1,5 +1,7 @@
 """The mesh and the strict table."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_jax import sharding
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.models import clip
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import OptimConfig
 from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
@@ -79,6 +82,13 @@ def test_what_does_not_fit_the_table_is_named(params):
     stray = {"mu": {"stray": jax.ShapeDtypeStruct((2,), "float32")}}
     with pytest.raises(ValueError, match="mu/stray"):
         sharding.like_params(stray, param_shardings(TINY, params, mesh), mesh)
+
+
+def test_a_parameter_without_names_of_its_dimensions_is_named(monkeypatch):
+    monkeypatch.setattr(clip, "named", lambda _, init: init)
+    config = replace(TINY, init_logit_scale=3.0)  # not seen before
+    with pytest.raises(ValueError, match=r"\['logit_scale'\] have no names"):
+        config.dimensions()
 
 
 def test_meshes_that_do_not_fit_are_refused():

@@ -10,13 +10,12 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from einops import rearrange
 
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
-from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.clip import CLIPConfig, Params, parameters
 
 _SHOWN = 10  # tensors that an error lists
 
@@ -117,11 +116,9 @@ def table(config: CLIPConfig, names: Rules, axes: Rules = TORCH_AXES) -> list[Ro
     return rows
 
 
-@functools.lru_cache(maxsize=32)
 def param_shapes(config: CLIPConfig) -> dict[str, Shape]:
-    """Return path → shape of an architecture's parameters; nothing is allocated."""
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    return {path: x.shape for path, x in flatten(shapes).items()}
+    """Return path → shape of an architecture's parameters."""
+    return {path: box.value.shape for path, box in parameters(config).items()}
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:

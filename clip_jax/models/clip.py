@@ -24,7 +24,7 @@ from clip_jax.models.images import (
     normalize,
     zeros,
 )
-from clip_jax.models.layers import DType, Layout, Remat, Rows
+from clip_jax.models.layers import DType, Layout, Remat, named
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.vit import ViT, ViTConfig
@@ -80,13 +80,9 @@ class CLIPConfig:
         """Channels of the tokens that a decoder attends to."""
         return self.vision.pooled_width(self.embed_dim)
 
-    def dimensions(self) -> Rows:
+    def dimensions(self) -> dict[str, str]:
         """Return path → dimension names for every parameter; see `layers` for the names."""
-        rows = {"logit_scale": ""} | ({"logit_bias": ""} if self.has_logit_bias else {})
-        rows |= self.vision.dimensions()
-        if self.decoder is None:
-            return rows | self.text.dimensions()
-        return rows | self.decoder.dimensions(self.text)
+        return {path: " ".join(x.names) for path, x in parameters(self).items()}
 
 
 class Towers(nn.Module):
@@ -106,10 +102,10 @@ class Towers(nn.Module):
             self.text = TextTransformer(c.text, **options)
         else:
             self.text, self.decoder = c.decoder.modules(c.text, c.image_token_width, options)
-        scale = math.log(c.init_logit_scale)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(scale), ())
+        scale = named("", nn.initializers.constant(math.log(c.init_logit_scale)))
+        self.logit_scale = self.param("logit_scale", scale, ())
         if c.init_logit_bias is not None:
-            bias = nn.initializers.constant(c.init_logit_bias)
+            bias = named("", nn.initializers.constant(c.init_logit_bias))
             self.logit_bias = self.param("logit_bias", bias, ())
 
     def run(self, function: Callable[["Towers"], Any]) -> Any:
@@ -131,6 +127,10 @@ class CLIP:
 
     def init(self, key: Array) -> Params:
         """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
+        return nn.unbox(self.draw(key))
+
+    def draw(self, key: Array) -> Params:
+        """Draw parameters in boxes, which hold the names of their dimensions (`layers.named`)."""
         c = self.config
         images = {"image": zeros(c.vision.image_spec, 1)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
@@ -278,6 +278,20 @@ class CLIP:
         trainable, batch_stats = split_batch_stats(params)
         variables = {"params": trainable, "batch_stats": batch_stats}
         return Towers(self.config, self.layout).apply(variables, function, method="run", **options)
+
+
+@functools.lru_cache(maxsize=32)
+def parameters(config: CLIPConfig) -> dict[str, Any]:
+    """Return path → box of a parameter: `value.shape`, `names`. Nothing is allocated."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.Partitioned)
+
+    boxes = jax.eval_shape(CLIP(config).draw, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
+    if bare := [path_name(path) for path, x in leaves if not is_box(x)]:
+        raise ValueError(f"dimensions of {bare} have no names, which `layers.named` gives them.")
+    return {path_name(path): x for path, x in leaves}
 
 
 def _vit(towers: Towers) -> ViT:

@@ -19,9 +19,6 @@ from clip_jax.models import attention
 from clip_jax.models.attention import KV
 from clip_jax.models.layers import (
     MLP,
-    MLP_ROWS,
-    NORM_ROWS,
-    OUT_ROWS,
     STACKS,
     Block,
     BlockConfig,
@@ -33,12 +30,9 @@ from clip_jax.models.layers import (
     Layout,
     Operations,
     Remat,
-    Rows,
     Transformer,
     block_operations,
-    block_rows,
-    stacked,
-    under,
+    named,
 )  # fmt: skip
 from clip_jax.models.text import TextConfig, TextTransformer
 
@@ -48,11 +42,6 @@ class Cache(NamedTuple):
 
     own: tuple[KV, ...]  # of each of its blocks
     image: KV | None = None  # None: not yet computed
-
-
-CROSS_ATTENTION_ROWS = {
-    "q/kernel": "D N K", "q/bias": "N K", "kv/kernel": "D S N K", "kv/bias": "S N K",
-}  # fmt: skip
 
 
 class CrossAttention(nn.Module):
@@ -150,19 +139,6 @@ class Layer(nn.Module):
         return x, None if cache is None else Cache(tuple(own), kv)
 
 
-def _cross_rows(blocks: int, first_mlp: bool) -> Rows:
-    """Name the dimensions of the parameters of a stack of layers."""
-    rows = under("attn", CROSS_ATTENTION_ROWS | under("out_proj", OUT_ROWS)) | under(
-        "mlp", MLP_ROWS
-    )
-    for norm in ("ln_1", "ln_1_kv", "ln_2"):
-        rows |= under(norm, NORM_ROWS)
-    rows = under("cross", rows)
-    for i in range(blocks):
-        rows |= under(f"self_{i}", block_rows(mlp=i > 0 or first_mlp))
-    return stacked(rows, STACKS[1])
-
-
 def _cross_operations(
     tokens: int, width: int, mlp_width: int, seen: int, image_width: int
 ) -> Operations:
@@ -226,11 +202,6 @@ class CoCaConfig:
             self, text, options["remat"], options["unroll"], options["layout"]
         )
 
-    def dimensions(self, text: TextConfig) -> Rows:
-        """Name the dimensions of the parameters of the decoder and of the text tower."""
-        rows = _cross_rows(1, True) | under("ln_final", NORM_ROWS) | {"vocab_projection": "D V"}
-        return text.dimensions() | under("decoder", rows)
-
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
         """Count the text tower, for one text."""
         return text.operations(embed_dim, tokens)
@@ -266,7 +237,7 @@ class CoCaDecoder(nn.Module):
         )  # fmt: skip
         self.transformer = Transformer(block, c.depth, self.remat, self.unroll, Layer)
         self.ln_final = LayerNorm(block.epsilon)
-        init = nn.initializers.normal(width**-0.5)
+        init = named("D V", nn.initializers.normal(width**-0.5))
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
 
     def embed_and_write(
@@ -318,11 +289,6 @@ class MaMMUTConfig:
         tower = TextTransformer(text, **options, block=Layer, fields=fields, blocks=fields[0])
         return tower, MaMMUTDecoder(image_width, text.width, text.vocab_size)
 
-    def dimensions(self, text: TextConfig) -> Rows:
-        """Name the dimensions of the parameters of the decoder and of the text tower."""
-        rows = {"decoder/image_projection": "D -", "decoder/vocab_projection": "D V"}
-        return text.dimensions(_cross_rows(self.cross_every, self.first_mlp)) | rows
-
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
         """Count the text tower without the image, for one text."""
         return text.operations(embed_dim, tokens, self._blocks(text, tokens))
@@ -359,9 +325,9 @@ class MaMMUTDecoder(nn.Module):
 
     def setup(self) -> None:
         # LAION draws it from a unit normal, which training from scratch should not copy.
-        init = nn.initializers.normal(self.image_width**-0.5)
+        init = named("D -", nn.initializers.normal(self.image_width**-0.5))
         self.image_projection = self.param("image_projection", init, (self.image_width, self.width))
-        init = nn.initializers.normal(self.width**-0.5)
+        init = named("D V", nn.initializers.normal(self.width**-0.5))
         self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
 
     def embed_and_write(

@@ -1,6 +1,6 @@
 """What both towers are made of: the pre-norm residual block of CLIP's transformers (paper, 2.4).
 
-Dimension key of the repository, in signatures, einsum strings and the rows of parameters alike:
+Dimension key of the repository, in signatures, einsum strings and the names of parameters alike:
 `B` batch, `H W C` image, `P Q` patch rows and columns, `L` tokens, `D` width, `S` query-key-value,
 `N` heads, `K` head dim, `F` MLP width, `E` embedding, `V` vocabulary. Parameters alone have
 `depth`, the scanned axis; `O`, channels of a convolution; `W`, the width of a token embedding
@@ -9,6 +9,7 @@ table; and `-`, what is never split (gains, biases, positions, the rows of that 
 
 import functools
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
@@ -36,7 +37,6 @@ KEPT = {
 KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
 STACKS = ("resblocks", "layers")  # of a `Transformer` of `Block`, of `decoder.Layer`
 Init = Callable[..., Array]
-Rows = dict[str, str]  # path of a parameter → the names of its dimensions
 _ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
 
 
@@ -67,14 +67,9 @@ class Operations:
         return Operations(*(times * count for count in astuple(self)))
 
 
-def under(prefix: str, rows: Rows) -> Rows:
-    """Put a prefix before every path."""
-    return {f"{prefix}/{path}": names for path, names in rows.items()}
-
-
-def stacked(rows: Rows, stack: str = STACKS[0]) -> Rows:
-    """Return the rows of a `Transformer`, from those of one block."""
-    return under(f"transformer/{stack}", {path: f"depth {names}" for path, names in rows.items()})
+def named(names: str, init: Init) -> Callable[..., Any]:
+    """Let an initialiser name the dimensions of what it draws (see above)."""
+    return nn.with_partitioning(init, tuple(names.split()))
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -138,9 +133,6 @@ class BlockConfig(NamedTuple):
     mlp: bool = True  # False: the attention branch alone
 
 
-NORM_ROWS = {"scale": "-", "bias": "-"}
-
-
 class LayerNorm(nn.Module):
     """LayerNorm computed in float32 whatever comes in, returned in the dtype that came in."""
 
@@ -148,8 +140,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.param("scale", named("-", nn.initializers.ones), (x.shape[-1],))
+        bias = self.param("bias", named("-", nn.initializers.zeros), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 - checkpoint_name(x32.mean(-1), "moments")[..., None]
         variance = checkpoint_name(jnp.square(x32).mean(-1), "moments")[..., None]
@@ -217,20 +209,18 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        kernel = self.param("kernel", self.kernel_init, self.shape).astype(x.dtype)
+        left, right, _ = re.split(",|->", self.equation)
+        kernel_init = named(" ".join(right), self.kernel_init)
+        kernel = self.param("kernel", kernel_init, self.shape).astype(x.dtype)
         bias = None
         if self.bias_shape is not None:
-            bias = self.param("bias", self.bias_init, self.bias_shape).astype(x.dtype)
+            names = " ".join(name for name in right if name not in left).replace("D", "-")
+            bias_init = named(names, self.bias_init)
+            bias = self.param("bias", bias_init, self.bias_shape).astype(x.dtype)
         if not self.flat:
             y = self.einsum(self.equation, x, kernel)
             return y if bias is None else y + bias
         return x @ kernel.reshape(x.shape[-1], -1) if bias is None else affine(x, kernel, bias)
-
-
-OUT_ROWS = {"kernel": "N K D", "bias": "-"}  # of the projection that ends an attention
-ATTENTION_ROWS = {"in_proj/kernel": "D S N K", "in_proj/bias": "S N K"} | under(
-    "out_proj", OUT_ROWS
-)
 
 
 class Attention(nn.Module):
@@ -274,11 +264,6 @@ class Attention(nn.Module):
         return x, cache
 
 
-MLP_ROWS = {
-    "c_fc/kernel": "D F", "c_fc/bias": "F", "c_proj/kernel": "F D", "c_proj/bias": "-",
-}  # fmt: skip
-
-
 class MLP(nn.Module):
     """Two linear maps around an activation."""
 
@@ -307,16 +292,9 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+        init = named("-", nn.initializers.constant(self.initial))
+        gamma = self.param("gamma", init, (x.shape[-1],))
         return x * gamma.astype(x.dtype)
-
-
-def block_rows(layer_scale: float | None = None, mlp: bool = True) -> Rows:
-    """Name the dimensions of one block's parameters."""
-    rows = under("ln_1", NORM_ROWS) | under("attn", ATTENTION_ROWS)
-    if mlp:
-        rows |= under("ln_2", NORM_ROWS) | under("mlp", MLP_ROWS)
-    return rows if layer_scale is None else rows | {"ls_1/gamma": "-", "ls_2/gamma": "-"}
 
 
 def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) -> Operations:
@@ -421,6 +399,7 @@ class Transformer(nn.Module):
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 3, length=self.depth, unroll=min(self.unroll, self.depth),
+            metadata_params={nn.PARTITION_NAME: "depth"},
         )  # fmt: skip
         stack = scanned(self.config, *self.fields, name=self.block.stack, **options)
         return stack(x, None, other, position)

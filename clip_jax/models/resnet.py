@@ -21,8 +21,7 @@ from clip_jax.models.layers import (
     Layout,
     Operations,
     Remat,
-    Rows,
-    under,
+    named,
     uniform,
 )  # fmt: skip
 
@@ -114,28 +113,6 @@ class ResNetConfig:
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ModifiedResNet":
         return ModifiedResNet(self, embed_dim, remat, layout)
 
-    def dimensions(self) -> Rows:
-        """Name the dimensions of the parameters and statistics; the late stages are split."""
-        norms = [f"bn{i}" for i in (1, 2, 3)]
-        rows = {f"conv{i}/kernel": "P Q C O" for i in (1, 2, 3)}
-        for stage, depth in enumerate(self.layers, start=1):
-            names = "P Q C D" if stage in SPLIT_STAGES else "P Q C O"
-            for i in range(depth):
-                block = f"layer{stage}/{i}"
-                rows |= {f"{block}/conv{j}/kernel": names for j in (1, 2, 3)}
-                norms += [f"{block}/bn{j}" for j in (1, 2, 3)]
-                if i == 0:
-                    rows[f"{block}/downsample/0/kernel"] = names
-                    norms.append(f"{block}/downsample/1")
-        rows |= {f"{norm}/{name}": "-" for norm in norms for name in ("scale", "bias")}
-        statistics = {f"{norm}/{name}": "-" for norm in norms for name in ("mean", "var")}
-        rows |= under("attnpool", {"positional_embedding": "L -"} | {
-            "c_proj/kernel": "N K E", "c_proj/bias": "E",
-        })  # fmt: skip
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows |= under(f"attnpool/{name}", {"kernel": "D N K", "bias": "N K"})
-        return under("visual", rows) | under("batch_stats/visual", statistics)
-
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
         """Count the tower for one image.
 
@@ -188,10 +165,10 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         shape = (x.shape[-1],)
-        scale = self.param("scale", self.scale_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", named("-", self.scale_init), shape)
+        bias = self.param("bias", named("-", nn.initializers.zeros), shape)
+        running_mean = self.variable("batch_stats", "mean", named("-", jnp.zeros), shape)
+        running_var = self.variable("batch_stats", "var", named("-", jnp.ones), shape)
         x32 = x.astype(jnp.float32)
         if not self.train:
             x32 = (x32 - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon)
@@ -225,10 +202,11 @@ def conv(
     *,
     stride: int = 1,
     convolve: Callable[..., Array] = jax.lax.conv_general_dilated,
+    names: str = "P Q C O",
     name: str,
 ) -> Array:
     """A convolution without bias, padded by half its size, drawn as PyTorch draws it."""
-    init = uniform((x.shape[-1] * size * size) ** -0.5)
+    init = named(names, uniform((x.shape[-1] * size * size) ** -0.5))
     return nn.Conv(
         channels, (size, size), stride, padding=size // 2, use_bias=False, dtype=x.dtype,
         kernel_init=init, conv_general_dilated=convolve, name=name,
@@ -325,7 +303,7 @@ class AttentionPool2d(nn.Module):
 
         x = rearrange(x, "B H W D -> B (H W) D")
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
-        positions = self.param("positional_embedding", normal, (c.num_tokens, width))
+        positions = self.param("positional_embedding", named("L -", normal), (c.num_tokens, width))
         x = x + positions.astype(x.dtype)
         q, k, v = (
             Einsum(
@@ -378,7 +356,7 @@ class ModifiedResNet(nn.Module):
         x = nn.relu(norm(name="bn2")(conv(x, c.width // 2, 3, name="conv2")))
         x = nn.relu(norm(name="bn3")(conv(x, c.width, 3, name="conv3")))
         x = self.layout.constrain(avg_pool(x, 2))
-        split = functools.partial(conv, convolve=self.layout.conv)
+        split = functools.partial(conv, convolve=self.layout.conv, names="P Q C D")
         for i, depth in enumerate(c.layers):
             stage = Stage(
                 c.width * 2**i, depth, 1 if i == 0 else 2, norm,

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import (
-    NORM_ROWS,
     Activation,
     Block,
     BlockConfig,
@@ -20,12 +19,9 @@ from clip_jax.models.layers import (
     Layout,
     Operations,
     Remat,
-    Rows,
     Transformer,
     block_operations,
-    block_rows,
-    stacked,
-    under,
+    named,
     uniform,
 )  # fmt: skip
 
@@ -155,19 +151,6 @@ class TextConfig:
                 f"embed_dim={embed_dim}."
             )
 
-    def dimensions(self, stack: Rows | None = None) -> Rows:
-        """Name the dimensions of the parameters; `stack` are its layers' if they are others."""
-        rows = {"token_embedding": "- W", "positional_embedding": "L -"}
-        rows |= stack or stacked(block_rows())
-        rows |= under("ln_final", NORM_ROWS)
-        if self.has_class_token:
-            rows["class_embedding"] = "-"
-        if self.projection:
-            rows["text_projection"] = "D E"
-        if self.projection_bias:
-            rows["text_projection_bias"] = "-"
-        return under("text", rows)
-
     def operations(
         self, embed_dim: int, tokens: int, stack: Operations | None = None
     ) -> Operations:
@@ -194,15 +177,16 @@ class TextTransformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        normal = nn.initializers.normal
         self.token_embedding = self.param(
-            "token_embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width)
+            "token_embedding", named("- W", normal(0.02)), (c.vocab_size, c.width)
         )
         self.positional_embedding = self.param(
-            "positional_embedding", nn.initializers.normal(0.01), (c.num_positions, c.width)
+            "positional_embedding", named("L -", normal(0.01)), (c.num_positions, c.width)
         )
         if c.has_class_token:
             self.class_embedding = self.param(
-                "class_embedding", nn.initializers.normal(0.01), (c.width,)
+                "class_embedding", named("-", normal(0.01)), (c.width,)
             )
         self.transformer = Transformer(
             c.block(self.layout), c.depth // self.blocks, self.remat, self.unroll, self.block,
@@ -211,11 +195,11 @@ class TextTransformer(nn.Module):
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
             self.text_projection = self.param(
-                "text_projection", nn.initializers.normal(c.width**-0.5), (c.width, self.embed_dim)
+                "text_projection", named("D E", normal(c.width**-0.5)), (c.width, self.embed_dim)
             )
         if c.projection_bias:
             self.text_projection_bias = self.param(
-                "text_projection_bias", uniform(c.width**-0.5), (self.embed_dim,)
+                "text_projection_bias", named("-", uniform(c.width**-0.5)), (self.embed_dim,)
             )
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:

@@ -10,13 +10,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.decoder import CROSS_ATTENTION_ROWS, CrossAttention
+from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.images import Square
 from clip_jax.models.layers import (
     MLP,
-    MLP_ROWS,
-    NORM_ROWS,
-    OUT_ROWS,
     Activation,
     BlockConfig,
     BlockInit,
@@ -25,12 +22,9 @@ from clip_jax.models.layers import (
     Layout,
     Operations,
     Remat,
-    Rows,
     Transformer,
     block_operations,
-    block_rows,
-    stacked,
-    under,
+    named,
     uniform,
 )  # fmt: skip
 
@@ -155,22 +149,6 @@ class ViTConfig:
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
         return ViT(self, embed_dim, remat, unroll, layout)
 
-    def dimensions(self) -> Rows:
-        """Name the dimensions of the parameters."""
-        rows = {"conv1/kernel": "P Q C D", "positional_embedding": "L -"}
-        rows |= stacked(block_rows(self.layer_scale)) | under("ln_post", NORM_ROWS)
-        if self.class_token:
-            rows["class_embedding"] = "-"
-        if self.pre_norm:
-            rows |= under("ln_pre", NORM_ROWS)
-        if self.patch_bias:
-            rows["conv1/bias"] = "-"
-        if self.pool in HEADS:
-            rows |= under("attn_pool", HEADS[self.pool].dimensions())
-        if self.projection:
-            rows["proj"] = "D E"
-        return under("visual", rows)
-
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
         """Count the tower for one image, in training without the patches that are dropped."""
         tokens = (self.kept_patches if training else self.num_patches) + self.class_token
@@ -201,11 +179,6 @@ class AttentionPool(nn.Module):
     embed_dim: int
 
     @staticmethod
-    def dimensions() -> Rows:
-        rows = {"latent": "- - -"} | CROSS_ATTENTION_ROWS | under("proj", OUT_ROWS)
-        return rows | under("norm", NORM_ROWS) | under("mlp", MLP_ROWS)
-
-    @staticmethod
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
         # One query: its projections and MLP are of one token. ln_post is of all tokens.
         return Operations(
@@ -219,7 +192,8 @@ class AttentionPool(nn.Module):
         c = self.config
         heads = (c.num_heads, c.width // c.num_heads)
         init = uniform(c.width**-0.5)
-        latent = self.param("latent", nn.initializers.normal(c.width**-0.5), (1, 1, c.width))
+        normal = named("- - -", nn.initializers.normal(c.width**-0.5))
+        latent = self.param("latent", normal, (1, 1, c.width))
         q = Einsum("BLD,DNK->BLNK", (c.width, *heads), heads, init, init, name="q")(
             jnp.broadcast_to(latent.astype(x.dtype), (x.shape[0], 1, c.width))
         )
@@ -237,12 +211,6 @@ class QueryPool(nn.Module):
     embed_dim: int
 
     @staticmethod
-    def dimensions() -> Rows:
-        rows = CROSS_ATTENTION_ROWS | under("out_proj", OUT_ROWS)
-        norms = under("ln_q", NORM_ROWS) | under("ln_k", NORM_ROWS)
-        return {"query": "- -"} | under("attn", rows) | norms
-
-    @staticmethod
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
         # The queries are projected once, not, as published profiles count, for each image.
         projected = c.pool_queries * embed_dim * (1 if training else 2)
@@ -255,7 +223,8 @@ class QueryPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B Q E"]:
         c = self.config
-        query = self.param("query", nn.initializers.normal(1.0), (c.pool_queries, self.embed_dim))
+        normal = named("- -", nn.initializers.normal(1.0))
+        query = self.param("query", normal, (c.pool_queries, self.embed_dim))
         query = LayerNorm(c.norm_epsilon, name="ln_q")(query.astype(x.dtype))
         init = uniform(self.embed_dim**-0.5)
         attn = CrossAttention(c.pool_heads, init, init, name="attn")
@@ -283,9 +252,9 @@ class ViT(nn.Module):
         )  # fmt: skip
         normal = nn.initializers.normal(scale)
         if c.class_token:
-            self.class_embedding = self.param("class_embedding", normal, (c.width,))
+            self.class_embedding = self.param("class_embedding", named("-", normal), (c.width,))
         self.positional_embedding = self.param(
-            "positional_embedding", normal, (c.num_tokens, c.width)
+            "positional_embedding", named("L -", normal), (c.num_tokens, c.width)
         )
         if c.pre_norm:
             self.ln_pre = LayerNorm(c.norm_epsilon)
@@ -299,7 +268,7 @@ class ViT(nn.Module):
             self.attn_pool = HEADS[c.pool](c, self.embed_dim)
         if c.projection:
             shape = (c.pooled_width(self.embed_dim), self.embed_dim)
-            self.proj = self.param("proj", normal, shape)
+            self.proj = self.param("proj", named("D E", normal), shape)
 
     def __call__(
         self,

@@ -23,6 +23,7 @@ from clip_jax.inference.loading import Model
 from clip_jax.models import images as images_of
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.images import Patches, Square
+from clip_jax.models.layers import named
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
@@ -66,9 +67,8 @@ class PackedTower(nn.Module):
 
     @nn.compact
     def __call__(self, images, keys=None, *, train=False):
-        kernel = self.param(
-            "kernel", nn.initializers.normal(0.2), (PATCH * PATCH * 3, self.embed_dim)
-        )
+        init = named("- E", nn.initializers.normal(0.2))
+        kernel = self.param("kernel", init, (PATCH * PATCH * 3, self.embed_dim))
         number = jnp.arange(LENGTH)
         row = number // jnp.maximum(images.grid[:, 1:], 1)
         x = nn.relu(images.pixels @ kernel + row[..., None] / LENGTH)
@@ -86,9 +86,6 @@ class PackedConfig(ViTConfig):
 
     def module(self, embed_dim, remat, unroll, layout):
         return PackedTower(embed_dim)
-
-    def dimensions(self):
-        return {"visual/kernel": "- E"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
