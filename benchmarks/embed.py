@@ -94,7 +94,6 @@ def main() -> None:
                 source=source,
                 destination=folder / "model",
                 to="clip-jax",
-                architecture="ViT-B-32",
                 activation="gelu",
             )
         )

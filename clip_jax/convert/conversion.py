@@ -30,7 +30,6 @@ class ConvertConfig:
     dtype: DType | None = None  # of the tensors written; by default as they are
     image_size: int | None = None  # pixels; positions are resized to it
     activation: Activation | None = None  # of a bare file of tensors, which does not say it
-    architecture: str | None = None  # such as ViT-H-14, of a bare file whose sizes no model has
     # vocabulary of weights that came without theirs: a tokenizer.json or a sentencepiece model
     tokenizer: str | None = None
     # with --to open-clip, where open_clip computes the image tower with another GELU: write all the
@@ -70,7 +69,6 @@ def convert(config: ConvertConfig) -> Conversion:
     weights = read_weights(
         source,
         activation=config.activation,
-        architecture=config.architecture,
         image_size=config.image_size,
         tokenizer=config.tokenizer,
     )

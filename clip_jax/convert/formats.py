@@ -27,7 +27,6 @@ from clip_jax.convert.weights import (
     DType,
     Weights,
     resize_positions,
-    same_sizes,
     with_vocabulary,
 )
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
@@ -55,7 +54,6 @@ def read_weights(
     path: AnyPath,
     *,
     activation: Activation | None = None,
-    architecture: str | None = None,
     image_size: int | None = None,
     tokenizer: str | None = None,
 ) -> Weights:
@@ -63,9 +61,9 @@ def read_weights(
 
     RUN@20000 is its checkpoint of that step, RUN@best its best; RUN alone its newest.
 
-    `activation` and `architecture` answer what a bare file of tensors cannot say; where the format
-    says it itself, a contradiction raises InputError. `image_size` other than the model's resizes
-    its positions. `tokenizer` is the vocabulary of weights that came without theirs.
+    `activation` answers what a bare file of tensors cannot say; where the format says it itself, a
+    contradiction raises InputError. `image_size` other than the model's resizes its positions.
+    `tokenizer` is the vocabulary of weights that came without theirs.
     """
     path, which = split_name(path)
     if not path.exists():
@@ -78,15 +76,13 @@ def read_weights(
         raise InputError(f"{path} is no run, which alone has a checkpoint @{which}.")
     else:
         with files.local(path) as here:
-            weights = _relocated(path, here, _read(here, activation, architecture))
+            weights = _relocated(path, here, _read(here, activation))
     _check_numbers(weights, path)
     own = weights.config.text.activation
     if activation not in (None, own):
         raise InputError(
             f"{path} says that its activation is {own}, not {activation}; leave out --activation."
         )
-    if architecture is not None:
-        same_sizes(weights.config, architecture, str(path))
     if tokenizer is not None:
         if file := weights.config.text.tokenizer.file:
             raise InputError(f"{path} came with its tokenizer, {file}; leave out --tokenizer.")
@@ -122,7 +118,7 @@ def _check_numbers(weights: Weights, path: AnyPath) -> None:
             )
 
 
-def _read(path: Path, activation: Activation | None, architecture: str | None) -> Weights:
+def _read(path: Path, activation: Activation | None) -> Weights:
     config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
     if path.is_dir():
         if model_folder.is_folder(path):
@@ -140,7 +136,6 @@ def _read(path: Path, activation: Activation | None, architecture: str | None) -
         str(path),
         config_path if config_path.exists() else None,
         activation=activation,
-        architecture=architecture,
     )
 
 

@@ -102,7 +102,6 @@ def read(
     config_path: Path | None,
     *,
     activation: Activation | None = None,
-    architecture: str | None = None,
 ) -> Weights:
     """Read a state dict, with its configuration or, without one, told what no tensor shows."""
     tensors = _unwrapped(tensors)
@@ -113,7 +112,7 @@ def read(
                 f"enough: put its {CONFIG_NAME} beside it."
             )
         tensors = _flat_names(tensors)
-        return openai.read(tensors, source, activation=activation, architecture=architecture)
+        return openai.read(tensors, source, activation=activation)
     config, preprocess = read_config(config_path)
     weights = openai.without_bookkeeping(tensors)
     if config.decoder is None:

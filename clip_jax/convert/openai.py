@@ -61,18 +61,12 @@ def rows(config: CLIPConfig) -> list[Row]:
     return table(config, [FLAT_TEXT, *NAMES])
 
 
-def infer(
-    tensors: Tensors,
-    source: str,
-    *,
-    activation: Activation | None = None,
-    architecture: str | None = None,
-) -> CLIPConfig:
+def infer(tensors: Tensors, source: str, *, activation: Activation | None = None) -> CLIPConfig:
     """Read the architecture off the tensors.
 
     No tensor shows the activation and the number of heads. OpenAI's files are known by their
-    buffers: QuickGELU and 64 channels a head. Elsewhere the architecture of these sizes tells the
-    heads, or `architecture` names it; the activation has to be given. InputError asks for it.
+    buffers: QuickGELU and 64 channels a head. Elsewhere the published model of these sizes tells
+    the heads; the activation has to be given. InputError asks for it.
     """
     openai = all(name in tensors for name in SIZES)
     is_resnet = any(name.startswith("visual.layer1.") for name in tensors)
@@ -92,8 +86,7 @@ def infer(
     if openai:
         activation = "quick_gelu"
     else:
-        known = same_sizes(config, architecture, source)
-        activation = activation or (known.text.activation if architecture else None)
+        known = same_sizes(config, source)
         if activation is None:
             raise InputError(
                 f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
@@ -151,15 +144,9 @@ def without_bookkeeping(tensors: Tensors) -> Tensors:
     }
 
 
-def read(
-    tensors: Tensors,
-    source: str,
-    *,
-    activation: Activation | None = None,
-    architecture: str | None = None,
-) -> Weights:
+def read(tensors: Tensors, source: str, *, activation: Activation | None = None) -> Weights:
     """Read a state dict under OpenAI's names; see `infer` for what has to be told."""
-    config = infer(tensors, source, activation=activation, architecture=architecture)
+    config = infer(tensors, source, activation=activation)
     params = to_params(rows(config), without_bookkeeping(tensors), config, source)
     return Weights(config=config, params=params, preprocess=default_preprocess(config))
 

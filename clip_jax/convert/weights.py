@@ -82,19 +82,11 @@ _PUBLISHED_RATIOS = sorted(
 )
 
 
-def same_sizes(config: CLIPConfig, architecture: str | None, source: str) -> CLIPConfig:
+def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
     """Return the published architecture of these sizes: it has what no tensor shows, the heads.
 
-    With `architecture` that one, which has to fit. Raises InputError if there is none.
+    Raises InputError if there is none.
     """
-    if architecture is not None:
-        known = zoo.get(architecture)
-        if _sizes(known) != _sizes(config):
-            raise InputError(
-                f"{source} is no {architecture}: its towers have widths, depths and MLP widths "
-                f"{_sizes(config)}, that architecture has {_sizes(known)}."
-            )
-        return known
     for known in zoo.ARCHITECTURES.values():
         if _sizes(known) == _sizes(config):
             return known

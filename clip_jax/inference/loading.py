@@ -123,22 +123,19 @@ def load(
     dtype: DType = "float32",
     image_size: int | None = None,
     activation: Activation | None = None,
-    architecture: str | None = None,
     tokenizer: str | None = None,
 ) -> Model:
     """Load a model from a run's work directory, a model folder or a foreign file.
 
     RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `dtype` is that
     of the computation. `image_size` other than the model's resizes its positions.
-    `activation` and `architecture` answer what a bare file of tensors cannot say; the error that
-    asks for them explains; `tokenizer` is the vocabulary of weights that came without theirs, a
-    tokenizer.json or a sentencepiece model. Foreign files are read as data: nothing in them is
-    executed.
+    `activation` answers what a bare file of tensors cannot say; the error that asks for it
+    explains; `tokenizer` is the vocabulary of weights that came without theirs, a tokenizer.json or
+    a sentencepiece model. Foreign files are read as data: nothing in them is executed.
     """
     weights = read_weights(
-        files.as_path(path), activation=activation, architecture=architecture,
-        image_size=image_size, tokenizer=tokenizer,
-    )  # fmt: skip
+        files.as_path(path), activation=activation, image_size=image_size, tokenizer=tokenizer
+    )
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
     config = replace(weights.config, dtype=dtype)
     return Model(config, params, weights.preprocess)

@@ -108,7 +108,7 @@ def test_the_same_training(open_clip, name):
                 x.normal_(0, 0.1)
     tensors = {n: x.detach().numpy().copy() for n, x in model.state_dict().items()}
     with mock.patch.dict(zoo.ARCHITECTURES, small=config):
-        weights = read_openai_names(tensors, "open_clip", architecture="small")
+        weights = read_openai_names(tensors, "open_clip", activation=config.text.activation)
 
     theirs = train_there(open_clip, config, optim, model)
     ours, trained = train_here(config, optim, weights.params)
