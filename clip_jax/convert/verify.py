@@ -73,18 +73,14 @@ def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(model: CLIP, params: Params, images: Array, tokens: Array) -> dict[str, Array]:
-    written: dict[str, Array] = {}
-    if model.config.decoder is None:
-        image_features = model.encode_image(params, images)
-        text_features = model.encode_text(params, tokens)
-    else:
-        image_features, image_tokens = model.encode_image_and_tokens(params, images)
-        text_features, states = model.encode_text_and_write(params, tokens, image_tokens)
-        written["caption_logits"] = model.vocabulary_logits(params, states)
-    logits = l2_normalize(image_features) @ l2_normalize(text_features).T
+    needs = () if model.config.decoder is None else ("caption_states",)
+    out, _ = model.outputs(params, {"image": images}, {"text": tokens}, needs)
+    logits = l2_normalize(out["image"]) @ l2_normalize(out["text"]).T
     logits = logits * jnp.exp(params["logit_scale"]) + params.get("logit_bias", 0.0)
-    features = {"image_features": image_features, "text_features": text_features}
-    return {**features, "logits": logits, **written}
+    result = {"image_features": out["image"], "text_features": out["text"], "logits": logits}
+    if needs:
+        result["caption_logits"] = model.vocabulary_logits(params, out["caption_states"])
+    return result
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -100,18 +96,14 @@ def features_difference(changed: Weights, weights: Weights) -> float:
     return relative_difference(ours[0]["image_features"], ours[1]["image_features"])
 
 
-def _need(module: str, package: str) -> None:
+@contextlib.contextmanager
+def library(module: str, package: str) -> Generator[None]:
+    """See that a reference implementation is installed; its warnings of its own age are dropped."""
     if importlib.util.find_spec(module) is None:
         raise InputError(
             f"--verify compares with {package}, which is not installed: "
             "pip install 'clip-jax-pods[peers]'."
         )
-
-
-@contextlib.contextmanager
-def library(module: str, package: str) -> Generator[None]:
-    """See that a reference implementation is installed; its warnings of its own age are dropped."""
-    _need(module, package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -132,15 +132,19 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
 
 
 def _use(config: ExportConfig, model: CLIPConfig) -> str:
-    name = config.output.name
+    name, captions = config.output.name, ""
+    if model.decoder is not None:
+        captions = (
+            f"It writes captions, which end with the id {model.text.end_id}: "
+            "`docs/how-to/export.md` of clip_jax has the loop.\n\n"
+        )
     if config.format == "stablehlo":
         reader = stablehlo.READER.replace("{folder}", name)
         return (
             "JAX alone reads it, on CPU, CUDA and TPU; `images.npy` [batch, height, width, 3] are "
             "normalised pixels,\n`tokens.npy` [batch, tokens] ids as `manifest.json` says:\n\n"
             f"```python\n{reader}```\n\n"
-            + _captions(stablehlo.caption_reader(name, model), model)
-            + "`clip_jax.load` reads the folder too."
+            f"{captions}`clip_jax.load` reads the folder too."
         )
     if config.layout == "immich":
         return (
@@ -153,15 +157,5 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
         f"const classify = await pipeline('zero-shot-image-classification', '{name}',"
         f" {{ dtype: '{dtype}' }});\nconst found = await classify('photo.png', ['cat', 'dog']);\n"
         "```\n\n`onnx/model*.onnx` is the whole CLIP, `vision_model` and `text_model` its towers; "
-        "any ONNX runtime takes them.\n\n"
-        + _captions(onnx.caption_reader(name, model, config.dtype), model)
+        f"any ONNX runtime takes them.\n\n{captions}"
     ).rstrip()
-
-
-def _captions(program: str, model: CLIPConfig) -> str:
-    if not program:
-        return ""
-    return (
-        f"It writes captions, greedily; each ends with the id {model.text.end_id}, if it ends:\n\n"
-        f"```python\n{program}```\n\n"
-    )

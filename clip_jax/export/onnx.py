@@ -18,20 +18,7 @@ from clip_jax.errors import InputError
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import caption_logits, image_tower, text_tower
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.generation import MAX_LENGTH
 from clip_jax.models.text import TextConfig
-
-# What writes captions, greedily, the begin token first; images.npy as StableHLO's READER has them.
-CAPTION_READER = """\
-import numpy as np, onnxruntime
-
-session = onnxruntime.InferenceSession("{folder}/{file}")
-pixels = np.load("images.npy").transpose(0, 3, 1, 2)
-captions = np.full((len(pixels), 1), {begin})
-for _ in range(1, {length}):
-    logits = session.run(["logits"], {"pixel_values": pixels, "input_ids": captions})[0]
-    captions = np.append(captions, logits[:, -1:].argmax(-1), axis=1)
-"""
 
 # What --verify tokenizes: cases, signs, and more words than any context has.
 TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
@@ -204,16 +191,6 @@ def _write_beside(
     write_json(folder / "config.json", content)
     image_processor.write(folder, preprocess, siglip)
     tokenizer_files.write(folder, config.text, as_json=True, own_padding=own_padding)
-
-
-def caption_reader(folder: str, config: CLIPConfig, dtype: DType = "float32") -> str:
-    """Return CAPTION_READER for a folder; empty for a model without a decoder or a begin token."""
-    file, begin = names("transformers-js", config, dtype).captions, config.text.begin_id
-    if file is None or begin is None:
-        return ""
-    length = min(config.text.context_length, MAX_LENGTH)
-    program = CAPTION_READER.replace("{folder}", folder).replace("{file}", file)
-    return program.replace("{begin}", str(begin)).replace("{length}", str(length))
 
 
 # ------------------------------------------------------------------ verification

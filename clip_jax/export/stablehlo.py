@@ -23,7 +23,7 @@ from clip_jax.convert.tokenizer_files import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
-from clip_jax.models.generation import MAX_LENGTH, begin_and_end
+from clip_jax.models.generation import begin_and_end
 from clip_jax.models.images import pixels_of, with_pixels
 from clip_jax.models.layers import apart
 
@@ -44,21 +44,6 @@ image, text = (
 )
 image_features = np.asarray(image.call(weights, np.load("images.npy")))
 text_features = np.asarray(text.call(weights, np.load("tokens.npy")))
-"""
-
-# What writes captions, greedily; the ids of a caption stand behind the begin token, which it knows.
-CAPTION_READER = """\
-import jax, jax.export, numpy as np
-from safetensors.flax import load_file
-
-weights = load_file("{folder}/model.safetensors")
-read = lambda name: jax.export.deserialize(bytes(np.fromfile(f"{folder}/{name}.stablehlo", "u1")))
-following = read("caption_next")
-logits, state = read("caption_first").call(weights, np.load("images.npy"))
-captions = logits.argmax(-1)[:, None]
-for place in range(1, {length}):
-    logits, state = following.call(weights, state, captions[:, -1], np.int32(place))
-    captions = np.append(captions, logits.argmax(-1)[:, None], axis=1)
 """
 
 
@@ -151,14 +136,6 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
         return logits, jax.tree.leaves(cache)
 
     return first, following
-
-
-def caption_reader(folder: str, config: CLIPConfig) -> str:
-    """Return CAPTION_READER for a folder; empty for a model without a decoder."""
-    if config.decoder is None:
-        return ""
-    length = min(config.text.context_length, MAX_LENGTH)
-    return CAPTION_READER.replace("{folder}", folder).replace("{length}", str(length - 1))
 
 
 def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:

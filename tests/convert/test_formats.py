@@ -1,5 +1,6 @@
 """Every format there and back, bit for bit, measured on files; and what each cannot express."""
 
+import contextlib
 import json
 import re
 import typing
@@ -332,7 +333,7 @@ def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path):
 def test_what_no_reference_implementation_builds_is_written(tmp_path, capsys, name, to):
     write_weights(make_weights(name), tmp_path / "model", "clip-jax")
     flags = ["--to", to, "--verify"]
-    with mock.patch.object(convert_verify, "_need", autospec=True):
+    with mock.patch.object(convert_verify, "library", return_value=contextlib.nullcontext()):
         assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out.npz"), *flags]) == 0
     assert re.search("written; cannot be verified because .*open_clip", capsys.readouterr().out)
 

@@ -1,6 +1,7 @@
 """Small models of each family with weights that move every number, and what they compute."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 from tests import vocabularies
-from tests.conftest import COCA, MAMMUT, RESNET, TINY, batch, parameters
+from tests.conftest import COCA, MAMMUT, RESNET, ROOT, TINY, batch, parameters
 
 RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
 
@@ -47,6 +48,11 @@ FAMILIES = {
         text=replace(SIGLIP.text, context_length=16, vocab_size=520, tokenizer=RULES, **SMALL),
     ),
 }  # fmt: skip
+
+
+def programs():
+    """Return the page's programs: StableHLO's towers and captions, ONNX's captions."""
+    return re.findall(r"```py\n(.*?)```", (ROOT / "docs/how-to/export.md").read_text(), re.DOTALL)
 
 
 @dataclass(frozen=True)
