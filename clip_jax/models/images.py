@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from clip_jax.errors import InputError
+
 # Mean and standard deviation of RGB in [0, 1].
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -70,6 +72,14 @@ class Square:
     def shapes(self, batch_size: int) -> Images:
         """One array of RGB pixels."""
         return jax.ShapeDtypeStruct((batch_size, self.side, self.side, 3), jnp.uint8)
+
+    def check(self, images: Shaped[Any, "B H W C"]) -> None:
+        """Raise InputError unless images have this size."""
+        if images.shape[1:] != (self.side, self.side, 3):
+            raise InputError(
+                f"images have shape {images.shape}; this model needs "
+                f"[batch, {self.side}, {self.side}, 3] (vision.image_size={self.side})."
+            )
 
 
 def concatenate(batches: Sequence[Images]) -> Images:

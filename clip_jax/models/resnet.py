@@ -39,6 +39,13 @@ class ResNetConfig:
     num_heads: int = 32  # heads of the attention pooling
     batch_norm_group: int | None = None  # samples normalised together in training; None: all
 
+    # What another image tower's configuration chooses; no fields.
+    activation = "relu"
+    pool = "attention"
+    has_map_head = False
+    extra_tokens = 1  # before those of the map: their mean
+    positions_path = "visual/attnpool/positional_embedding"  # in the whole model's parameters
+
     def __post_init__(self) -> None:
         check_ranges(
             self, "vision.",
@@ -74,29 +81,6 @@ class ResNetConfig:
     def num_tokens(self) -> int:
         """Tokens of the attention pooling: the mean and every position of the last map."""
         return (self.image_size // 32) ** 2 + self.extra_tokens
-
-    @property
-    def extra_tokens(self) -> int:
-        """Tokens before those of the map: their mean."""
-        return 1
-
-    @property
-    def positions_path(self) -> str:
-        """The path of the positional embedding in the whole model's parameters."""
-        return "visual/attnpool/positional_embedding"
-
-    @property
-    def activation(self) -> str:
-        return "relu"
-
-    @property
-    def pool(self) -> str:
-        return "attention"
-
-    @property
-    def has_map_head(self) -> bool:
-        """Whether a learned query's attention and an MLP pool the tokens (SigLIP)."""
-        return False
 
     @property
     def summary(self) -> str:
@@ -342,11 +326,7 @@ class ModifiedResNet(nn.Module):
     ) -> Float[Array, "B E"]:
         """Embed images; in training BatchNorm takes the batch's statistics. `keys` are a ViT's."""
         c = self.config
-        if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise InputError(
-                f"images have shape {images.shape}; this model needs "
-                f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
-            )
+        c.image_spec.check(images)
 
         def norm(**kwargs: Any) -> nn.Module:
             return BatchNorm(train, c.batch_norm_group, **kwargs)

@@ -53,6 +53,8 @@ class ViTConfig:
     layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
     patch_dropout: float = 0.0  # share of the patches that a training step does not see (FLIP)
 
+    positions_path = "visual/positional_embedding"  # in the whole model's parameters; no field
+
     def __post_init__(self) -> None:
         check_ranges(
             self, "vision.",
@@ -105,11 +107,6 @@ class ViTConfig:
     def extra_tokens(self) -> int:
         """Tokens before those of the patches."""
         return int(self.class_token)
-
-    @property
-    def positions_path(self) -> str:
-        """The path of the positional embedding in the whole model's parameters."""
-        return "visual/positional_embedding"
 
     @property
     def has_map_head(self) -> bool:
@@ -291,11 +288,7 @@ class ViT(nn.Module):
         With `keys`, one for each image, patches are dropped as the config says.
         """
         c = self.config
-        if images.shape[1:] != (c.image_size, c.image_size, 3):
-            raise InputError(
-                f"images have shape {images.shape}; this model needs "
-                f"[batch, {c.image_size}, {c.image_size}, 3] (vision.image_size={c.image_size})."
-            )
+        c.image_spec.check(images)
         patch = c.patch_size
 
         # Pixels beyond the last whole patch are not seen, as in a strided convolution (SO400M@384).
