@@ -104,9 +104,11 @@ def _start_next(
             if job.is_done():
                 say(f"{job.name}: another process did it")
                 continue
-            with _no_ctrl_c(), (job.directory / "log.txt").open("ab") as log:
+            with (job.directory / "log.txt").open("ab") as log:
+                # In a group of its own, which a terminal's Ctrl-C does not reach: the process hears
+                # of it from us, as SIGTERM, at which it saves.
                 process = subprocess.Popen(
-                    job.command, env=environment, pass_fds=[lock.fileno()],
+                    job.command, env=environment, pass_fds=[lock.fileno()], process_group=0,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 )  # fmt: skip
         return _Running(job, process, clock.now())
@@ -119,20 +121,6 @@ def _failure(job: Job, code: int) -> str | None:
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     text = (job.directory / "log.txt").read_text(errors="replace").strip()
     return f"{how}; {job.directory / 'log.txt'} ends: {text.splitlines()[-1] if text else ''}"
-
-
-@contextlib.contextmanager
-def _no_ctrl_c() -> Generator[None]:
-    """Let what is started inside inherit that SIGINT is blocked.
-
-    Ctrl-C reaches every process of a terminal: the runs must hear of it from us, as SIGTERM, at
-    which they save. We hear of one that comes meanwhile afterwards.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
