@@ -105,60 +105,32 @@ class Goodput:
         return f"goodput {values['goodput']:.1%}; seconds: {', '.join(parts)}"
 
 
-class Board:
-    """A folder of TensorBoard's; who looks sees what was reported half a minute ago, or `flush`ed.
+class Writer:
+    """Write a JSONL file and TensorBoard; a resumed run first drops what it will redo.
 
-    Nothing is written in a thread, as tensorboardX's `SummaryWriter` does: where the disk is full,
-    that thread dies, and whoever adds to its queue waits forever.
+    Who looks at TensorBoard sees what was reported half a minute ago, or `flush`ed. Nothing is
+    written in a thread, as tensorboardX's `SummaryWriter` does: where the disk is full, that thread
+    dies, and whoever adds to its queue waits forever.
     """
 
     SECONDS = 30
 
-    def __init__(self, folder: str, purge_step: int | None = None, clock: Clock = CLOCK) -> None:
-        """`purge_step` and later ones, which an earlier start wrote, are no longer shown."""
-        self._folder, self._clock, self._flushed = folder, clock, clock.now()
-        files.make_folder(folder)
-        name = f"events.out.tfevents.{int(clock.unix())}.{socket.gethostname()}"
-        with files.writing(folder):
-            self._records = RecordWriter(f"{folder}/{name}")
-        self._add(0, file_version="brain.Event:2")
-        if purge_step:
-            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self._add(step, summary=summary.scalar(name, value))
-        if self._clock.now() > self._flushed + self.SECONDS:
-            self.flush()
-
-    def _add(self, step: int, **content: Any) -> None:
-        with files.writing(self._folder):
-            event = Event(wall_time=self._clock.unix(), step=step, **content)
-            self._records.write(event.SerializeToString())
-
-    def flush(self) -> None:
-        with files.writing(self._folder):
-            self._records.flush()
-        self._flushed = self._clock.now()
-
-    def close(self) -> None:
-        with files.writing(self._folder):
-            self._records.close()
-
-
-class Writer:
-    """Write a JSONL file and TensorBoard; a resumed run first drops what it will redo."""
-
     def __init__(
-        self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None]
-    ) -> None:
+        self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None],
+        clock: Clock = CLOCK,
+    ) -> None:  # fmt: skip
         """`resume_step` is where a run goes on; None: nothing is redone (see `Lines`)."""
         self._lines = Lines(lines, resume_step, say)
-        self._target = board
+        self._target, self._clock, self._flushed = board, clock, clock.now()
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(board) else None
-        self._board = Board(
-            self._scratch.name if self._scratch else str(self._target),
-            purge_step=resume_step + 1 if resume_step else None,
-        )
+        self._folder = self._scratch.name if self._scratch else str(board)
+        files.make_folder(self._folder)
+        name = f"events.out.tfevents.{int(clock.unix())}.{socket.gethostname()}"
+        with files.writing(self._folder):
+            self._records = RecordWriter(f"{self._folder}/{name}")
+        self._add(0, file_version="brain.Event:2")
+        if resume_step:  # what an earlier start wrote of later steps is no longer shown
+            self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._lines.write({"step": step, **values})
@@ -168,18 +140,31 @@ class Writer:
         """Write to TensorBoard alone."""
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+                self._add(step, summary=summary.scalar(name, value))
+        if self._clock.now() > self._flushed + self.SECONDS:
+            self._flush_board()
+
+    def _add(self, step: int, **content: Any) -> None:
+        with files.writing(self._folder):
+            event = Event(wall_time=self._clock.unix(), step=step, **content)
+            self._records.write(event.SerializeToString())
+
+    def _flush_board(self) -> None:
+        with files.writing(self._folder):
+            self._records.flush()
+        self._flushed = self._clock.now()
 
     def flush(self) -> None:
         """Write everything to the run directory."""
         self._lines.flush()
-        self._board.flush()
+        self._flush_board()
         if self._scratch:
             files.copy_tree(Path(self._scratch.name), self._target)
 
     def close(self) -> None:
         self.flush()
-        self._board.close()
+        with files.writing(self._folder):
+            self._records.close()
         if self._scratch:
             self._scratch.cleanup()
 

@@ -2,56 +2,69 @@
 
 import json
 import math
+import struct
 from unittest import mock
 
 import pytest
 from etils import epath
 from tensorboardX import record_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from clip_jax import metrics
 from clip_jax.errors import InputError
-from clip_jax.metrics import Board, Goodput, Profiler, Timers, Writer, bucket_rates, profile_range
+from clip_jax.metrics import Goodput, Profiler, Timers, Writer, bucket_rates, profile_range
 from tests.clock import HandClock
+
+
+def events_in(folder):
+    """Read TensorBoard's records: size, its checksum, content, its checksum."""
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
 
 
 def test_rows_and_tensorboard_reach_the_folder(tmp_path):
     writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, print)
     writer.write(1, {"loss": 2.0})
     writer.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.name.startswith("events")
+    _, event = events_in(tmp_path / "tensorboard")
+    assert (event.step, event.summary.value[0].tag) == (1, "loss")
+    assert event.summary.value[0].simple_value == 2.0
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
-    with (
-        mock.patch.object(metrics, "Board", autospec=True) as board,
-        mock.patch.object(metrics, "Lines", autospec=True) as lines,
-    ):
-        Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 4, print).close()
-    board.assert_called_once_with(f"{tmp_path}/tensorboard", purge_step=5)
+    with mock.patch.object(metrics, "Lines", autospec=True) as lines:
+        Writer(tmp_path / "metrics.jsonl", tmp_path / "resumed", 4, print).close()
+    _, event = events_in(tmp_path / "resumed")
+    assert (event.step, event.session_log.status) == (5, SessionLog.START)
     lines.return_value.flush.assert_called_once_with()  # until then a bucket has no lines
 
 
 def test_who_looks_at_tensorboard_sees_what_was_reported_half_a_minute_ago(tmp_path):
     clock = HandClock()
-    board = Board(str(tmp_path), clock=clock)
-    (events,) = tmp_path.iterdir()
-    board.flush()
+    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, print, clock)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    writer.flush()
     sizes = [events.stat().st_size]
     for seconds in (0, 29, 2):
         clock.advance(seconds)
-        board.add_scalar("loss", 2.0, 1)
+        writer.draw(1, {"loss": 2.0})
         sizes.append(events.stat().st_size)
     assert sizes[0] == sizes[1] == sizes[2] < sizes[3]
-    board.close()
+    writer.close()
 
 
 def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
-    full = open("/dev/full", "wb")  # noqa: SIM115
+    full, board = open("/dev/full", "wb"), tmp_path / "tensorboard"  # noqa: SIM115
     with mock.patch.object(record_writer, "open_file", autospec=True, return_value=full):
-        board = Board(str(tmp_path))
-    board.add_scalar("loss", 2.0, 1)
-    for ends in (board.flush, board.close):
-        with pytest.raises(InputError, match=rf"^no space left for {tmp_path}: free some"):
+        writer = Writer(tmp_path / "metrics.jsonl", board, 0, print)
+    writer.draw(1, {"loss": 2.0})
+    for ends in (writer.flush, writer.close):
+        with pytest.raises(InputError, match=rf"^no space left for {board}: free some"):
             ends()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 def test_seconds_are_summed_by_activity_since_the_start_and_since_the_last_lap():
