@@ -19,8 +19,10 @@ from clip_jax.errors import InputError
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
-MIB = 1 << 20
 HEADER_SECONDS = 10.0  # in which the headers of a request have to arrive
+MAX_BODY = 16 << 20  # bytes of a request; more is 413
+MAX_WAITING = 256 << 20  # bytes of all requests that are being answered; more is 429
+BODY_SECONDS = 60.0  # within which a body has to arrive; later is 408
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
 _DROPPED = 4  # times the longest body are read of one that is refused
 
@@ -95,31 +97,30 @@ class _Paths:
         One that is refused is read on for a while and dropped: a connection that is closed before
         is reset, and its client does not see why.
         """
-        service, config = self._service, self._service.config
-        most, body, size = config.max_body_mib * MIB, bytearray(), 0
-        too_long = Answer(413, f"the body is longer than {config.max_body_mib:g} MiB.")
+        service, body, size = self._service, bytearray(), 0
+        too_long = Answer(413, f"the body is longer than {MAX_BODY / 2**20:g} MiB.")
         length = request.headers.get("content-length", "0")
         refusal: Exception | None = _wrong_token(self._token, request)
-        if length.isdecimal() and int(length[:20]) > most:
+        if length.isdecimal() and int(length[:20]) > MAX_BODY:
             refusal = refusal or too_long
         if refusal and "expect" in request.headers:  # nothing is sent before we say so
             raise refusal
         try:
-            async with asyncio.timeout(config.request_seconds):
+            async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     size += len(chunk)
-                    if size > most:
+                    if size > MAX_BODY:
                         refusal = refusal or too_long
-                    elif service.bytes_waiting + size > config.max_waiting_mib * MIB:
+                    elif service.bytes_waiting + size > MAX_WAITING:
                         refusal = refusal or Full(
                             "too many bytes are waiting; try again in a moment."
                         )
-                    if size > _DROPPED * most:
+                    if size > _DROPPED * MAX_BODY:
                         break
                     if not refusal:
                         body += chunk
         except TimeoutError:
-            late = f"the body did not arrive in {config.request_seconds:g} seconds."
+            late = f"the body did not arrive in {BODY_SECONDS:g} seconds."
             refusal = refusal or Answer(408, late)
         if refusal:
             raise refusal

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32
 
-from clip_jax.data.images import MAX_PIXELS, ImageError, size_of
+from clip_jax.data.images import ImageError, size_of
 from clip_jax.errors import check_ranges
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import check_labels, probabilities, prompts, ranked
@@ -23,6 +23,7 @@ from clip_jax.models.layers import DType
 from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
+MAX_PIXELS = 50_000_000  # of an image; more is 413
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_RESULTS = 1000  # by one search
 _TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many
@@ -40,18 +41,10 @@ class ServeConfig:
     token_file: AnyPath | None = None  # whose first line a client sends: Authorization: Bearer ...
     batch_size: int = 64  # rows that are computed at once, at most; powers of two are compiled
     queue: int = 512  # images that may wait, and 8 times as many texts; more is 413 or 429
-    max_body_mib: float = 16.0  # MiB of a request; more is 413
-    max_waiting_mib: float = 256.0  # MiB of all requests that are being answered; more is 429
-    max_megapixels: float = 50.0  # of an image; more is 413
-    request_seconds: float = 60.0  # within which a request has to arrive; later is 408
     dtype: DType = "float32"  # of the computation
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)",
-            max_body_mib="(0, inf)", max_waiting_mib="(0, inf)", request_seconds="(0, inf)",
-            max_megapixels=f"(0, {MAX_PIXELS // 1_000_000}]",
-        )  # fmt: skip
+        check_ranges(self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)")
 
 
 class Answer(Exception):
@@ -187,7 +180,7 @@ class Service:
             raise Answer(400, f"images[{index}] is not base64: {error}.") from error
         try:
             width, height = size_of(data)
-            if width * height > self.config.max_megapixels * 1e6:
+            if width * height > MAX_PIXELS:
                 raise ImageError("too large", f"{width} x {height} pixels")
             return self.model.image_preprocess.batch(data)
         except ImageError as error:

@@ -14,14 +14,17 @@ from clip_jax.evals import prompts
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import PredictConfig, predict
 from clip_jax.inference.search import Searcher
+from clip_jax.serve import app, service
 from clip_jax.serve.app import HEADER_SECONDS, Protocol, build
 from clip_jax.serve.batcher import Batcher
 from tests.serve.conftest import encoded, png
 
 
 @pytest.fixture
-def client(start, folder):
-    return start(embeddings=folder / "embeddings", max_body_mib=0.1, max_megapixels=0.01)
+def client(start, folder, monkeypatch):
+    monkeypatch.setattr(app, "MAX_BODY", 104_858)
+    monkeypatch.setattr(service, "MAX_PIXELS", 10_000)
+    return start(embeddings=folder / "embeddings")
 
 
 def test_embeddings_are_the_models(client, model):
@@ -123,8 +126,9 @@ def test_malformed_bodies_get_messages_and_leave_nothing_behind(client):
     assert client.service.bytes_waiting == 0
 
 
-def test_what_is_too_much_at_once_is_429(start):
-    client = start(queue=2, max_waiting_mib=0.001)
+def test_what_is_too_much_at_once_is_429(start, monkeypatch):
+    monkeypatch.setattr(app, "MAX_WAITING", 1_000)
+    client = start(queue=2)
     with mock.patch.object(Batcher, "__len__", return_value=16):  # 8 times as many texts
         status, found, headers = client.ask("/embed", {"texts": ["a"]})
         assert (status, headers["retry-after"]) == (429, "1")
@@ -134,17 +138,16 @@ def test_what_is_too_much_at_once_is_429(start):
     assert client.ask("/embed", {"texts": ["x"]})[0] == 200
 
 
-def test_a_body_that_is_too_long_or_does_not_come_and_a_client_that_left(start):
-    client = start(max_body_mib=0.1)
+def test_a_body_that_is_too_long_or_does_not_come_and_a_client_that_left(client, monkeypatch):
     expecting = {"content-length": "163840", "expect": "100-continue"}
     for pieces, headers, unread in ((40, {}, 0), (40, expecting, 40), (2000, {}, 1897)):
         body = [b" " * 4096] * pieces  # read on for a while, or the connection is reset
         assert (asyncio.run(client.call("/embed", body, headers))[0], len(body)) == (413, unread)
-    client = start(request_seconds=1e-9)
-    assert asyncio.run(client.call("/embed", [b"{"], whole=False))[0] == 408
-    client, left = start(), {"type": "http.disconnect"}
+    left = {"type": "http.disconnect"}
     assert asyncio.run(client.call("/embed", [b"{"], whole=False, then=left))[0] == 499
     assert client.ask("/embed", {"texts": ["a"]})[0] == 200
+    monkeypatch.setattr(app, "BODY_SECONDS", 1e-9)
+    assert asyncio.run(client.call("/embed", [b"{"], whole=False))[0] == 408
     assert client.service.bytes_waiting == 0
 
 
