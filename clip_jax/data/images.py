@@ -12,7 +12,6 @@ import functools
 import io
 import math
 import os
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -44,6 +43,9 @@ Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
+
+# Of metadata, palettes and sizes, which nobody mends during a run.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -285,7 +287,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 @contextlib.contextmanager
 def _opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
     """Open an image for the block; whatever goes wrong in it becomes an ImageError."""
-    with _QUIET, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             image = _open(source, stack)
             if image.width * image.height > MAX_PIXELS:
@@ -353,32 +355,3 @@ def _formats() -> tuple[str, ...]:
     """Of FORMATS those that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-class _Quiet:
-    """Silence Pillow's warnings (metadata, palettes, large sizes) while any thread is inside.
-
-    `warnings.catch_warnings` alone would let threads restore each other's filters.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._saved = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._saved.__exit__(None, None, None)
-
-
-_QUIET = _Quiet()
