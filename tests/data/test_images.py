@@ -7,7 +7,6 @@ import runpy
 import threading
 import tracemalloc
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
