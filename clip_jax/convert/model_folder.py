@@ -25,6 +25,12 @@ CONFIG_NAME = "config.json"
 MANIFEST_NAME = "manifest.json"
 FORMAT = "clip-jax"
 VERSION = 2
+# Fields of `Preprocess` → keys of the manifest.
+_PREPROCESS = {
+    "image_size": "image_size", "mean": "image_mean", "std": "image_std",
+    "interpolation": "interpolation", "resize_mode": "resize_mode", "fill": "fill",
+    "rules": "pixel_rules",
+}  # fmt: skip
 
 
 def manifest(weights: Weights) -> dict[str, Any]:
@@ -32,6 +38,9 @@ def manifest(weights: Weights) -> dict[str, Any]:
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     tokenizer = text.tokenizer
     own = tokenizer.file == "clip"
+    values, newer = to_dict(weights.preprocess), {"fill": 0, "rules": "openai"}
+    # What older folders do not have is left out at its default.
+    pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -49,13 +58,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "padding_id": tokenizer.pad_id,
         "padding_side": tokenizer.pad_side,
         "cut": tokenizer.cut,
-        "image_size": weights.preprocess.image_size,
-        "resize_mode": weights.preprocess.resize_mode,
-        **({"fill": weights.preprocess.fill} if weights.preprocess.fill else {}),
-        **({"pixel_rules": rules} if (rules := weights.preprocess.rules) != "openai" else {}),
-        "interpolation": weights.preprocess.interpolation,
-        "image_mean": list(weights.preprocess.mean),
-        "image_std": list(weights.preprocess.std),
+        **pixels,
         "embed_dim": config.embed_dim,
     }
 
@@ -126,13 +129,3 @@ TARGET = Target(
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
     use="`clip_jax.load(FOLDER)`; `manifest.json` says how pixels and ids are made.",
 )  # fmt: skip
-
-_PREPROCESS = {
-    "image_size": "image_size",
-    "mean": "image_mean",
-    "std": "image_std",
-    "interpolation": "interpolation",
-    "resize_mode": "resize_mode",
-    "fill": "fill",
-    "rules": "pixel_rules",
-}

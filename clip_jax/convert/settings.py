@@ -14,20 +14,13 @@ _LARGEST = 1 << 22  # of a size
 _FINITE = 1e6  # of any other number
 
 
-def read_small(path: Path) -> bytes:
-    """Read a file of a configuration. Raises InputError if it is no regular file, or longer than
-    any."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. InputError names the file and what is wrong."""
     data = map_file(path)
     if len(data) > MAX_JSON:
         raise InputError(f"{path} has {len(data)} bytes; no configuration is that long.")
-    return bytes(data)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. InputError names the file and what is wrong."""
-    data = read_small(path)
     try:
-        value = json.loads(data)
+        value = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):

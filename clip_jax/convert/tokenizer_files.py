@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE, Unigram
 
-from clip_jax.convert.settings import MAX_JSON, read_json, read_small, write_json
+from clip_jax.convert.settings import MAX_JSON, read_json, write_json
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
@@ -347,30 +347,19 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
 
 
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
-    """Say whether a folder's tokenizer files hold CLIP's vocabulary and merges of that size."""
-    vocabulary = _read_vocab(folder)
-    if vocabulary is None:
+    """Say whether a folder's tokenizer files hold CLIP's vocabulary of that size.
+
+    The merges are not compared: each made the token of the next id, so that the vocabulary has
+    them in order.
+    """
+    path = next((x for n in (JSON_NAME, "vocab.json") if (x := folder / n).exists()), None)
+    if path is None or path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes
         return False
+    vocab = read_json(path)
+    if path.name == JSON_NAME:
+        model = vocab.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
     try:
-        tokenizer = ClipTokenizer(vocab_size)
+        return vocab == ClipTokenizer(vocab_size).vocab
     except InputError:
         return False
-    vocab, merges = vocabulary
-    return vocab == tokenizer.vocab and merges == tokenizer.merges
-
-
-def _read_vocab(folder: Path) -> tuple[Any, list[tuple[Any, ...]]] | None:
-    if (path := folder / JSON_NAME).exists():
-        if path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes
-            return None
-        model = read_json(path).get("model")
-        merges = model.get("merges") if isinstance(model, dict) else None
-        if not isinstance(model, dict) or not isinstance(merges, list):
-            return None
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
-        return model.get("vocab"), [tuple(pair) for pair in pairs if isinstance(pair, list)]
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        lines = read_small(folder / "merges.txt").decode(errors="replace").split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return read_json(folder / "vocab.json"), [tuple(pair) for pair in merges]
-    return None
