@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 
@@ -39,12 +39,6 @@ class Here:
     def __init__(self, threads: int = 0) -> None:
         """0 threads: one a core."""
         self._threads = threads or os.cpu_count()
-
-    def __enter__(self) -> "Here":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def run(
         self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
@@ -88,31 +82,9 @@ class OnRay:
     where there is neither for each node. Tasks of workers and nodes that die are done elsewhere.
     """
 
-    def __init__(self) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError("--on ray needs Ray: pip install 'clip-jax-pods[ray]'") from error
-        self._ray: Any = ray
-        self._after = contextlib.ExitStack()
-
-    def __enter__(self) -> "OnRay":
-        with contextlib.ExitStack() as stack:
-            # Ray says on standard output what died; there our result goes.
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            if not self._ray.is_initialized():
-                try:
-                    how = {"logging_level": "ERROR", "log_to_driver": False}
-                    self._ray.init(include_dashboard=False, **how)
-                except ConnectionError as error:
-                    where = os.environ.get("RAY_ADDRESS") or "the cluster of `ray start`"
-                    raise InputError(f"no Ray at {where} (RAY_ADDRESS): {error}") from error
-                stack.callback(self._ray.shutdown)
-            self._after = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._after.close()
+    def __init__(self, ray: Any) -> None:
+        """`ray` is the package, connected."""
+        self._ray = ray
 
     def run(
         self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
@@ -198,6 +170,24 @@ def _show(line: str | None) -> None:
 Runner = Here | OnRay
 
 
-def runner(on: On, threads: int = 0) -> Runner:
-    """Make what does tasks in the place that a person named. It is a block: workers are let go."""
-    return OnRay() if on == "ray" else Here(threads)
+@contextlib.contextmanager
+def runner(on: On, threads: int = 0) -> Generator[Runner]:
+    """Make what does tasks in the place that a person named; at the end workers are let go."""
+    if on == "here":
+        yield Here(threads)
+        return
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--on ray needs Ray: pip install 'clip-jax-pods[ray]'") from error
+    with contextlib.ExitStack() as stack:
+        # Ray says on standard output what died; there our result goes.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if not ray.is_initialized():
+            try:
+                ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            except ConnectionError as error:
+                where = os.environ.get("RAY_ADDRESS") or "the cluster of `ray start`"
+                raise InputError(f"no Ray at {where} (RAY_ADDRESS): {error}") from error
+            stack.callback(ray.shutdown)
+        yield OnRay(ray)

@@ -15,7 +15,7 @@ def test_threads_do_each_task_once_and_say_lines(capsys):
         done.append((task, list(counted(range(7, 10)))))
         return f"line {task}" if task else None
 
-    with Here(3) as does:
+    with runner("here", 3) as does:
         does.run("x", work, [(i, 3) for i in range(5)])
         does.run("x", work, [])
     assert sorted(done) == [(i, [7, 8, 9]) for i in range(5)]
@@ -40,11 +40,11 @@ def test_an_error_stops_the_others_at_their_next_sample():
             begun.set()
             assert index < 10 or failed.wait()
 
-    with Here(2) as does, pytest.raises(ValueError, match="no such luck"):
-        does.run("x", work, [("fails", 1), ("goes on", 1_000_000_000), ("is not begun", 1)])
+    with pytest.raises(ValueError, match="no such luck"):
+        Here(2).run("x", work, [("fails", 1), ("goes on", 1_000_000_000), ("is not begun", 1)])
 
 
 def test_without_ray_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'clip-jax-pods\[ray\]'"):
-        runner("ray")
+    with pytest.raises(ValueError, match=r"pip install 'clip-jax-pods\[ray\]'"), runner("ray"):
+        pass
