@@ -157,10 +157,10 @@ def read_ahead(
             yield [future.result() for future in futures]
 
 
-def decode(data: bytes | str | os.PathLike) -> Image.Image:
-    """Read an encoded image, given as bytes or path, as RGB. Raises ImageError."""
-    with _opened(data) as image:
-        return image.convert("RGB")
+def decode(image: ImageLike) -> Image.Image:
+    """Read an image, encoded (bytes or path) or not, as RGB. Raises ImageError."""
+    with _opened(image) as opened:
+        return opened.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -92,9 +92,7 @@ class DigitsEvaluator:
             )
 
 
-def _exact(
-    encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int
-) -> float:  # fmt: skip
+def _exact(encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int) -> float:
     # Captions as they come out of the tokenizer: "eighty - one" for "eighty-one".
     own = {n: encoder.read(encoder.tokenize(digits.prompts(n, k))) for n in set(labels.tolist())}
     pairs = zip(captions(encoder, images, _SHORT), labels.tolist(), strict=True)

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from clip_jax.data.images import ImageLike, center_crop, decode
+from clip_jax.data.images import center_crop, decode
 from clip_jax.display import plain
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
@@ -123,14 +122,8 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # from all over: data sets lie class by class
     if len(wrong):
-        pictures = [center_crop(_picture(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
+        pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
         lines = [[*with_probabilities(outcome.logits[i], names), f"is: {names[labels[i]]}"]
                  for i in wrong]  # fmt: skip
         contact_sheet(directory / "errors.png", pictures, lines, right=[False] * len(wrong),
                       title="Errors: three nearest classes (softmax), right one")  # fmt: skip
-
-
-def _picture(image: ImageLike) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
-    return image.convert("RGB") if isinstance(image, Image.Image) else decode(image)
