@@ -357,7 +357,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _together(141)  # as a shell reports SIGPIPE
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return _together(_say(f"{error.strerror}: {error.filename}", code=2))
-        return _failed(error)
+        processes = sys.modules.get("clip_jax.processes")
+        if not processes or processes.is_alone():
+            raise  # a bug, which Python reports, unless its way out is through other processes
+        traceback.print_exception(error)
+        return _together(1)
 
 
 def _run(args: Sequence[str]) -> int:
@@ -392,12 +396,3 @@ def _together(code: int) -> int:
     """Return the exit code; with other processes that may wait for this one, leave at once."""
     processes = sys.modules.get("clip_jax.processes")  # none is there without it
     return processes.leave(code) if processes and code not in (0, 3) else code
-
-
-def _failed(error: Exception) -> int:
-    """Let Python report a bug, unless its way out is through other processes."""
-    processes = sys.modules.get("clip_jax.processes")
-    if not processes or processes.is_alone():
-        raise error
-    traceback.print_exception(error)
-    return _together(1)
