@@ -12,23 +12,14 @@ from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Plan
 
 # Columns of the table of seconds. The network is that between slices or nodes.
-SECONDS = {
-    "compute": "compute",
-    "memory": "HBM, whole tiles",
-    "interconnect": "interconnect",
-    "network": "network",
-    "operations": "sequential",
-    "compiler": "compiler",
-}
+SECONDS = {name: name for name in (*LIMITS, "operations", "compiler")}
+SECONDS |= {"memory": "HBM, whole tiles", "operations": "sequential"}
 SHARE = ", of the card's what JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
 IMAGE_BYTES = 70e3  # a JPEG of 640 x 480
 BLOCK_BYTES = 4 << 20  # one request, in the order of blocks
 
 HOW = {
-    "parameters": "exact, from the shardings",
-    "optimizer": "exact, from the shardings",
-    "terms": "exact, from the shardings",
-    "batch": "exact, from the shardings",
+    **dict.fromkeys(("parameters", "optimizer", "terms", "batch"), "exact, from the shardings"),
     "loss": "the loss compiled alone",
     "activations and workspace": "peak of the compiled step minus the above",
     "total": "peak of the compiled step",
