@@ -33,7 +33,7 @@ from clip_jax.pods.collectives import Collective, collectives
 from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.sharding import AnyMesh, MeshConfig
+from clip_jax.sharding import MeshConfig
 from clip_jax.step import Program, Recipe, State, context, encode
 
 # Distributions that compile for TPUs and for GPUs.
@@ -57,7 +57,7 @@ class Facts:
     """What a compiler says of a step, in bytes of one device."""
 
     mesh: tuple[int, int, int]  # data, fsdp, tensor
-    form: str  # of the loss
+    form: str  # of the loss, of several terms each one's
     versions: str
     compile_seconds: float
     parameters: int
@@ -126,10 +126,11 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
     program = Program(recipe, mesh)
     start = CLOCK.now()
-    held = held_bytes(program.state, program.batch)
+    held, shards = held_bytes(program.state, program.batch), sharding.batch_shards(mesh)
+    forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
     compiler = TPU_COMPILER if request.topology.is_tpu else GPU_COMPILER
     result = Facts(
-        mesh=tuple(mesh.shape.values()), form=loss_form(recipe, mesh),
+        mesh=tuple(mesh.shape.values()), form=", ".join(filter(None, forms)),
         versions=", ".join(installed("jax", *compiler)), compile_seconds=0.0,
         loss=peak(compile_loss(program)), fits=False, peak_bytes=0, **held,
     )  # fmt: skip
@@ -181,13 +182,6 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
         "token_embedding": size(state.params, "token_embedding"),
         "token_embedding_optimizer": size(rest, "token_embedding"),
     }  # fmt: skip
-
-
-def loss_form(recipe: Recipe, mesh: AnyMesh) -> str:
-    """Return the form in which the step computes its objective, of several terms each one's."""
-    shards = sharding.batch_shards(mesh)
-    forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
-    return ", ".join(form for form in forms if form)
 
 
 def compile_loss(program: Program) -> Any:
