@@ -3,6 +3,7 @@
 Each takes a run's config with a few fields more and returns the object that `--json` prints.
 """
 
+import contextlib
 import functools
 import os
 import statistics
@@ -157,8 +158,7 @@ def _read_blocks(source: BlockSource) -> Read:
 def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
     bucket.requested()  # of the stages, which have been read one by one
     start = CLOCK.now()
-    batches = pipeline.batches()
-    try:
+    with contextlib.closing(pipeline.batches()) as batches:
         next(batches)
         first = CLOCK.now() - start
         while CLOCK.now() - start < first + config.warmup:
@@ -169,8 +169,6 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
             read.update(vars(next(batches).reading))
             done += 1
             end = CLOCK.now()
-    finally:
-        batches.close()
     return {
         "samples_per_second": done * config.batch_size / (end - start),
         "seconds_to_first_batch": first,

@@ -218,12 +218,10 @@ def _blamed_on(path: Path) -> Generator[None]:
         if isinstance(error, SyntaxError) and error.filename == file:
             lines.append(error.lineno)
         last = Path(frames[-1].filename)
-        if (
-            Path(__file__).parent in last.parents
-            and last != Path(__file__)
-            and not isinstance(error, InputError)
-        ):
+        is_ours = Path(__file__).parent in last.parents and last != Path(__file__)
+        is_input = isinstance(error, InputError)
+        if is_ours and not is_input:
             raise
         where = f"{path}:{lines[-1]}" if lines else str(path)
-        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        what = "" if is_input else f"{type(error).__name__}: "
         raise InputError(f"{where}: {what}{getattr(error, 'msg', error)}") from error

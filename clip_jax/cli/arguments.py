@@ -84,11 +84,8 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
     except SystemExit as stopped:  # at any ValueError of a dataclass, also at those that are bugs
         error: BaseException | None = stopped
         while error := error.__context__:
-            if (
-                isinstance(error, ValueError)
-                and not isinstance(error, InputError)
-                and _is_ours(error)
-            ):
+            is_bug = isinstance(error, ValueError) and not isinstance(error, InputError)
+            if is_bug and _is_ours(error):
                 raise error from None
         raise
 
