@@ -1,7 +1,7 @@
 """From ids of words to rows of a batch: begin and end of text, cut, padding."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,13 @@ class FileTokenizer(abc.ABC):
     config: TokenizerConfig
 
     def __post_init__(self) -> None:
-        check_ids(self.config, self.vocab_size, self.config.file)
+        for name in ("begin_id", "end_id", "pad_id"):
+            value = getattr(self.config, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise InputError(
+                    f"text.tokenizer.{name}={value} is no id of {self.config.file}, which has "
+                    f"{self.vocab_size}."
+                )
 
     def __getstate__(self) -> dict[str, object]:
         return {"config": self.config}
@@ -40,45 +46,34 @@ class FileTokenizer(abc.ABC):
     def __call__(
         self, texts: str | Sequence[str], context_length: int, truncate: bool = False
     ) -> Int32[np.ndarray, "B L"]:
-        """Token ids of each text, by the rules of `config`. Raises InputError for a text that is
-        too long."""
-        return to_rows(texts, self._encode, self.config, context_length, truncate)
+        """Token ids of each text, by the rules of `config`.
+
+        Raises InputError for a text that is too long, unless `truncate`.
+        """
+        config = self.config
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        begin = [] if config.begin_id is None else [config.begin_id]
+        end = [] if config.end_id is None else [config.end_id]
+        room = context_length - len(begin) - len(end)
+        if room < 0:
+            raise InputError(f"context_length={context_length}: begin and end of text do not fit.")
+        ids = np.full((len(texts), context_length), config.pad_id, np.int32)
+        encoded = self._encode(list(map(CLEANING[config.clean], texts)))
+        for row, text, words in zip(ids, texts, encoded, strict=True):
+            if len(words) > room and not truncate:
+                raise too_long(text, context_length)
+            kept = words[:room] if config.cut == "keep_end" else words
+            complete = [*begin, *kept, *end][:context_length]
+            if config.pad_side == "right":
+                row[: len(complete)] = complete
+            else:
+                row[context_length - len(complete) :] = complete
+        return ids
 
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
         """Text of one row of ids, without begin, end and padding."""
         rules = {self.config.begin_id, self.config.end_id, self.config.pad_id}
         return self._decode([int(i) for i in ids if int(i) not in rules])
-
-
-def to_rows(
-    texts: str | Sequence[str],
-    encode: Callable[[list[str]], list[list[int]]],
-    config: TokenizerConfig,
-    context_length: int,
-    truncate: bool,
-) -> Int32[np.ndarray, "B L"]:
-    """Clean texts, encode them, and apply a vocabulary's rules.
-
-    Raises InputError for a text that is too long, unless `truncate`.
-    """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    begin = [] if config.begin_id is None else [config.begin_id]
-    end = [] if config.end_id is None else [config.end_id]
-    room = context_length - len(begin) - len(end)
-    if room < 0:
-        raise InputError(f"context_length={context_length}: begin and end of text do not fit.")
-    ids = np.full((len(texts), context_length), config.pad_id, np.int32)
-    clean = CLEANING[config.clean]
-    for row, text, words in zip(ids, texts, encode([clean(x) for x in texts]), strict=True):
-        if len(words) > room and not truncate:
-            raise too_long(text, context_length)
-        kept = words[:room] if config.cut == "keep_end" else words
-        complete = [*begin, *kept, *end][:context_length]
-        if config.pad_side == "right":
-            row[: len(complete)] = complete
-        else:
-            row[context_length - len(complete) :] = complete
-    return ids
 
 
 def too_long(text: str, context_length: int) -> InputError:
@@ -88,13 +83,3 @@ def too_long(text: str, context_length: int) -> InputError:
         f"the text {shown!r} has more than context_length={context_length} ids; "
         "shorten it, or give truncate=True"
     )
-
-
-def check_ids(config: TokenizerConfig, size: int, source: str) -> None:
-    """Raise InputError if a rule names an id that a vocabulary of `size` does not have."""
-    for name in ("begin_id", "end_id", "pad_id"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < size:
-            raise InputError(
-                f"text.tokenizer.{name}={value} is no id of {source}, which has {size}."
-            )
