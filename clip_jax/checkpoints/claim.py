@@ -28,7 +28,7 @@ _OUT_OF_REACH = (OSError, InputError, Unreachable)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
-class Claim:
+class Claim(contextlib.ExitStack):
     """One training, or watching, at a time in a folder: from `take` until the context is left.
 
     On a disk a lock of the file system's, which ends with its process. In a bucket a lease: a
@@ -37,14 +37,8 @@ class Claim:
     """
 
     def __init__(self, workdir: epath.Path, work: str = "training", clock: Clock = CLOCK) -> None:
+        super().__init__()
         self._workdir, self._work, self._clock = workdir, work, clock
-        self._held = contextlib.ExitStack()
-
-    def __enter__(self) -> "Claim":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
 
     def take(self) -> None:
         """Claim the directory, for all processes at once; raises InputError where another has
@@ -55,7 +49,7 @@ class Claim:
     def _take(self) -> None:
         if processes.is_lead():
             take = _lease if files.is_remote(self._workdir) else _lock
-            self._held.callback(take(self._workdir, self._work, self._clock))
+            self.callback(take(self._workdir, self._work, self._clock))
 
 
 def _me() -> dict[str, Any]:
