@@ -165,7 +165,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def together(function: Callable[[], Any], kind: type[InputError]) -> Any:
+def together(function: Callable[[], Any], kind: type[Exception]) -> Any:
     """Call a function in every process; where it is refused in one, it is so in all."""
     value, why = None, ""
     try:

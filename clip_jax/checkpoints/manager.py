@@ -135,22 +135,19 @@ class Checkpoints:
         where none is intact; then all stay where they are.
         """
         damaged: dict[int, str] = {}
+        args = ocp.args.StandardRestore(state)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            restored, why = None, ""
+            read = functools.partial(_read, self._directory / str(step), args)
             try:
-                restored = _read(self._directory / str(step), ocp.args.StandardRestore(state))
+                restored = processes.together(read, Damaged)
             except Damaged as error:
-                why = str(error)
-            reasons = [reason for reason in processes.gather(why) if reason]
-            if restored and not reasons:
-                messages = [
-                    self._put_aside(*each) for each in damaged.items() if processes.is_lead()
-                ]
-                processes.gather(None)  # nobody lists the steps before that is done
-                self._manager.reload()
-                self._best_value = self._best_kept()
-                return Restored(step, *restored, tuple(messages))
-            damaged[step] = reasons[0]
+                damaged[step] = str(error)
+                continue
+            messages = [self._put_aside(*each) for each in damaged.items() if processes.is_lead()]
+            processes.gather(None)  # nobody lists the steps before that is done
+            self._manager.reload()
+            self._best_value = self._best_kept()
+            return Restored(step, *restored, tuple(messages))
         each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
         raise InputError(
             f"no checkpoint in {self._directory} is intact: {each}. Bring back a copy of one, or "
