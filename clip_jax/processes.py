@@ -206,15 +206,11 @@ def sigterm() -> Generator[Callable[[], bool]]:
 
     Several processes agree through the preemption service instead, which owns the signal there.
     """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # a thread is a notebook's or a test's: nobody signals there
+        return
     came: list[bool] = []
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not the main thread: a notebook's or a test's; nobody signals there
-        yield lambda: False
-        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:
         yield lambda: bool(came)
     finally:
