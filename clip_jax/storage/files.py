@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -98,11 +99,7 @@ def stat(path: str) -> Stat:
 
 def stats(paths: Sequence[str]) -> list[Stat | None]:
     """Ask for many at once, None for what is not there; folders of bucket are listed instead."""
-    folders: dict[str, int] = {}
-    for path in paths:
-        if is_remote(path):
-            folder = path.rpartition("/")[0]
-            folders[folder] = folders.get(folder, 0) + 1
+    folders = Counter(path.rpartition("/")[0] for path in paths if is_remote(path))
     listed = {folder for folder, count in folders.items() if count > _FEW}
     known = {path: entry for folder in listed for path, entry in bucket.listed(folder)}
 
