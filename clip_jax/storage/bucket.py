@@ -223,8 +223,7 @@ def _stat(entry: Any) -> Stat:
 
 
 def check(path: str) -> str:
-    """Return the client's name of a URL's scheme. Raises InputError where none is, or its package
-    lacks."""
+    """Return a URL's scheme. Raises InputError where it has no client, or its package lacks."""
     scheme = path.partition("://")[0]
     if scheme not in _PACKAGES:
         raise InputError(f"{path}: {scheme}:// is not read; a path, gs:// or s3:// is.")
@@ -232,10 +231,9 @@ def check(path: str) -> str:
         raise InputError(f"{path} needs other packages: pip install 'clip-jax-pods[{scheme}]'.")
     import fsspec.config
 
-    protocol = {"gs": "gcs"}.get(scheme, scheme)
     # Others write there too: what was listed once is not remembered, by Orbax's paths neither.
-    fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-    return protocol
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    return scheme
 
 
 def filesystem(path: str) -> Any:
