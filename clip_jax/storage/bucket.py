@@ -300,8 +300,7 @@ def _bucket(scheme: str, bucket: str, process: int) -> Any:
         return store.S3Store(bucket, **_aws(), **how)
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         options["allow_http"] = True
-        how |= {"base_url": emulator, "credential_provider": _no_token}
-        return store.GCSStore(bucket, **how)
+        return store.GCSStore(bucket, base_url=emulator, skip_signature=True, **how)
     import google.auth
     from obstore.auth.google import GoogleCredentialProvider
 
@@ -309,10 +308,6 @@ def _bucket(scheme: str, bucket: str, process: int) -> Any:
         return store.GCSStore(bucket, credential_provider=GoogleCredentialProvider(), **how)
     except google.auth.exceptions.DefaultCredentialsError:
         return store.GCSStore(bucket, skip_signature=True, **how)  # it may be public
-
-
-def _no_token() -> Any:
-    return {"token": "none", "expires_at": None}
 
 
 def _aws() -> dict[str, Any]:
