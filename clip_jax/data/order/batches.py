@@ -4,9 +4,10 @@ In the global order a piece is a few dozen samples. In the order of blocks it is
 stream's rows of the batch, and a worker process has whole streams: it alone reads their blocks.
 """
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,12 +33,7 @@ class Reading:
     seconds_waited: float = 0.0
 
     def __add__(self, other: "Reading") -> "Reading":
-        return Reading(
-            self.requests + other.requests,
-            self.bytes_read + other.bytes_read,
-            self.bytes_used + other.bytes_used,
-            self.seconds_waited + other.seconds_waited,
-        )
+        return Reading(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
