@@ -210,13 +210,14 @@ class StreamMixture:
         begins: list[Int64[np.ndarray, " streams"]],
         patterns: list[_Pattern],
     ) -> None:
-        self._starts, self._orders = starts, orders
-        self._begins, self._patterns = begins, patterns
-        self._streams: dict[int, list[_Phase]] = {}
+        self._starts, self._orders, self._patterns = starts, orders, patterns
+        self._phases = functools.cache(
+            lambda stream: _phases([int(begin[stream]) for begin in begins], patterns)
+        )
 
     def at(self, stream: int, offset: int, count: int) -> Run:
         """The records at `count` places of a stream."""
-        phases = self._of(stream)
+        phases = self._phases(stream)
         runs = []
         while count:
             number = max(i for i, phase in enumerate(phases) if phase.start <= offset)
@@ -234,12 +235,6 @@ class StreamMixture:
             for number, order in enumerate(self._orders)
             if any(share[number] for share in shares)
         )
-
-    def _of(self, stream: int) -> list[_Phase]:
-        if stream not in self._streams:
-            begins = [int(begin[stream]) for begin in self._begins]
-            self._streams[stream] = _phases(begins, self._patterns)
-        return self._streams[stream]
 
     def _in_phase(self, phase: _Phase, stream: int, offset: int, count: int) -> Run:
         pattern, places = phase.pattern, np.arange(offset, offset + count) - phase.start
