@@ -140,11 +140,10 @@ class ReadAhead:
         for stream in self._streams:
             offset = self._start * self._width
             back = min(offset, self._order.reach(stream))
-            run = self._order.at(stream, offset - back, back) if back else None
-            for i in range(back):
-                assert run is not None
-                key = (int(run.epoch[i]), int(run.first[i]))
-                used.setdefault(key, set()).add(int(run.record[i]))
+            if back:
+                run = self._order.at(stream, offset - back, back)
+                for record, epoch, first in zip(*(x.tolist() for x in run[:3]), strict=True):
+                    used.setdefault((epoch, first), set()).add(record)
         return used
 
     def _begin(self, key: _Key, last: int, used: set[int]) -> _Piece:
