@@ -17,7 +17,7 @@ arrays, and not a library's, whose streams may change.
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -113,14 +113,10 @@ def joined(runs: Sequence[Run]) -> Run:
     return Run(*(np.concatenate(arrays) for arrays in zip(*runs, strict=True)))
 
 
-# What each stream has had of a source when an epoch of it begins. The shares of all streams in an
-# epoch add up to its length.
-Shares = Callable[[int], Int64[np.ndarray, " streams"]]
-
-
 @dataclass(frozen=True)
 class OfPositions:
-    """Epoch e is exactly the positions from e to e + 1 times the length."""
+    """What each stream has had of a source when an epoch begins: epoch e is exactly the positions
+    from e to e + 1 times the length."""
 
     streams: Streams
     length: int
