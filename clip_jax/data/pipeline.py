@@ -272,14 +272,11 @@ class _Loader:
             # Each try draws the same numbers, however many the tries before it used.
             rng = np.random.Generator(np.random.Philox(key=[self._config.seed, position]))
             here = None if offset else fetched
+            key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
             try:
-                image, caption = self._load(candidate, here, rng)
+                return Sample(*self._load(candidate, here, rng), position, key, skipped)
             except SampleError as error:
-                key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
                 skipped.append({"position": position, "key": key, "reason": str(error)})
-            else:
-                key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
-                return Sample(image, caption, position, key, skipped)
         raise InputError(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
             f"{skipped[0]['reason']}. Repair the data or change data.source"
