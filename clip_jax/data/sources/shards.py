@@ -21,8 +21,7 @@ class Places:
     """Where each of a source's rows lies: its shards' rows, one shard after the other."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        self.sizes = list(sizes)
-        self._ends = np.cumsum(self.sizes, dtype=np.int64)
+        self._ends = np.cumsum(list(sizes), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
