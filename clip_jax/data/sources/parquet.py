@@ -64,7 +64,6 @@ class ParquetSource(StoredSource):
         self._sizes = np.array(sizes, np.int64)
         if not len(self):
             raise InputError(f"{config.path} has no rows")
-        self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
         self._read = functools.lru_cache(maxsize=_OPEN_GROUPS)(self._read_group)
 
@@ -131,10 +130,10 @@ class ParquetSource(StoredSource):
         return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
 
     def _table(self, group: int) -> pa.Table:
-        with self._lock:
-            reading = self._reading.setdefault(group, threading.Lock())
         try:
-            with reading:  # else every thread that wants this group would decode it
+            with self._reading.setdefault(
+                group, threading.Lock()
+            ):  # else every thread that wants this group would decode it
                 return self._read(group)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
