@@ -1,5 +1,6 @@
 """A CSV, TSV or JSONL of image paths and captions."""
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -180,11 +181,10 @@ class _JsonLines:
         empty = np.flatnonzero(~full)
         self._before = empty - np.arange(len(empty))  # lines that stand before each empty one
         self._image, self._caption = config.image_column, config.caption_column
-        columns = dict.fromkeys(
-            itertools.chain.from_iterable(
-                row for row in map(self._peek, range(min(len(self), _PEEK_LINES))) if row
-            )
-        )
+        columns: dict[str, None] = {}
+        for index in range(min(len(self), _PEEK_LINES)):
+            with contextlib.suppress(SampleError):
+                columns |= dict.fromkeys(self._parse(index))
         check_columns(path, config, list(columns))
 
     def __len__(self) -> int:
@@ -207,9 +207,3 @@ class _JsonLines:
         if not isinstance(row, dict):
             raise SampleError(f"line is a JSON {type(row).__name__}, not an object")
         return row
-
-    def _peek(self, index: int) -> dict[str, Any] | None:
-        try:
-            return self._parse(index)
-        except SampleError:
-            return None
