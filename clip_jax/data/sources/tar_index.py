@@ -73,20 +73,19 @@ class TarIndex:
     def __init__(self, shards: Sequence[tuple[Shard, str]]) -> None:
         """Each with the file of its rows."""
         self.paths = [shard.path for shard, _ in shards]
-        self._rows = [rows for _, rows in shards]
+        rows = [file for _, file in shards]
         self.places = Places(sum(shard.counts) for shard, _ in shards)
         none = np.zeros(0, np.int64)
         self.counts = np.concatenate([none, *(np.array(one.counts, np.int64) for one, _ in shards)])
-        begins = [np.array(one.edges[:-1], np.int64) for one, _ in shards]
-        self._begins = np.concatenate([none, *begins])
-        self._ends = np.concatenate(
-            [none, *(np.array(one.edges[1:], np.int64) for one, _ in shards)]
-        )
-        self._shard = np.repeat(np.arange(len(shards)), [len(one) for one in begins])
+        edges = [np.array(one.edges, np.int64) for one, _ in shards]
+        self._begins = np.concatenate([none, *(one[:-1] for one in edges)])
+        self._ends = np.concatenate([none, *(one[1:] for one in edges)])
+        self._shard = np.repeat(np.arange(len(shards)), [len(one) - 1 for one in edges])
         self._firsts = np.cumsum(self.counts) - self.counts
         lengths = self._ends - self._begins
         self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
-        self.rows = functools.lru_cache(maxsize=_OPEN)(lambda shard: read_rows(self._rows[shard]))
+        # OSError, or ArrowInvalid for another's file.
+        self.rows = functools.lru_cache(maxsize=_OPEN)(lambda i: _reader(rows[i]).get_batch(0))
 
     def block(self, record: int) -> tuple[int, int, int, int, int]:
         """Of the block that holds a record: its shard, first and last byte, first and last."""
@@ -232,11 +231,6 @@ def _write(file: str, batch: pa.RecordBatch) -> None:
     files.write_whole(file, lambda target: target.write(content))
 
 
-def read_rows(file: str) -> pa.RecordBatch:
-    """Rows of one shard, mapped where they are on disk. OSError, or ArrowInvalid for another's."""
-    return _reader(file).get_batch(0)
-
-
 def read_shard(file: str) -> Shard | None:
     """What a file of rows says of its shard; None if it is not there or not whole."""
     try:
@@ -251,6 +245,7 @@ def read_shard(file: str) -> Shard | None:
 
 
 def _reader(file: str) -> Any:
+    """A file as Arrow reads it, mapped where it is on a disk."""
     if files.is_remote(file):
         return pa.ipc.open_file(pa.py_buffer(files.read(file)))
     return pa.ipc.open_file(pa.memory_map(file))
