@@ -44,11 +44,6 @@ def read_all(paths: Sequence[AnyPath], first: int, last: int) -> Iterator[bytes]
         yield from threads.map(lambda path: read(path, first, last), paths)
 
 
-def table(data: bytes, kind: np.dtype) -> np.ndarray:
-    """Rows as they lie in a file or a bucket."""
-    return np.frombuffer(data, kind)
-
-
 def number_of(keys: UInt64[np.ndarray, " n"], count: int) -> UInt64[np.ndarray, " n"]:
     """Which of `count` buckets, a power of two, a key of 64 bits falls into; they lie in order."""
     bits = count.bit_length() - 1

@@ -6,7 +6,7 @@ from typing import Literal
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
 from clip_jax.errors import check_ranges, read_worker
-from clip_jax.prepare import buckets, near
+from clip_jax.prepare import buckets
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import AnyPath
 
@@ -85,10 +85,6 @@ class Layout:
     def join_buckets(self) -> int:
         """In how many parts duplicates are looked for."""
         return buckets.power_of_two(self.samples / _JOINED)
-
-    @property
-    def band_bits(self) -> int:
-        return near.band_bits(self.samples)
 
     def file(self, number: int, kind: str) -> AnyPath:
         """What task `number` writes: pairs, rows, same, alike, then read, which says so; scores."""

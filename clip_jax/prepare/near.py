@@ -25,7 +25,7 @@ _BAND_BITS = (12, 28)  # least and most of a band
 
 Hash = UInt64[np.ndarray, " 4"]
 Hashes = UInt64[np.ndarray, "N 4"]
-ROW = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # what is joined, as it lies in files
+ROW: np.dtype = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # what is joined, as in files
 
 
 def check() -> None:

@@ -47,7 +47,7 @@ def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray,
     for kind, (verdict, count) in kinds.items():
         first = []
         for data in _ahead([layout.joined(kind, bucket) for bucket in range(count)]):
-            repeated = buckets.table(data, REPEATED)
+            repeated = np.frombuffer(data, REPEATED)
             new = verdicts[repeated["index"]] != DUPLICATE if verdict == NEAR else slice(None)
             verdicts[repeated["index"][new]] = verdict
             first += repeated[new][:1].tolist()
@@ -123,7 +123,7 @@ def _scored(
 
 def _rows(layout: Layout) -> Iterator[np.ndarray]:
     paths = [layout.file(number, "rows") for number in range(layout.reads)]
-    return (buckets.table(data, ROWS) for data in _ahead(paths))
+    return (np.frombuffer(data, ROWS) for data in _ahead(paths))
 
 
 def _ahead(paths: list[AnyPath]) -> Iterator[bytes]:

@@ -28,9 +28,10 @@ from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-ROWS = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])  # of pairs that pass alone
+# Of pairs that pass alone.
+ROWS: np.dtype = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])
 SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, by their bytes
-REPEATED = np.dtype([("index", "<u8"), ("of", "<u8")])  # an image, and the earlier one
+REPEATED: np.dtype = np.dtype([("index", "<u8"), ("of", "<u8")])  # an image, and the earlier one
 
 CANDIDATE, DUPLICATE, NEAR, SCORE, NOT_TOP = 1, 2, 3, 4, 5  # what becomes of a sample; 0: dropped
 
@@ -98,7 +99,7 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
         parts = [table[numbers == bucket].tobytes() for bucket in range(count)]
         buckets.write(layout.file(number, "same"), parts)
     if config.drop_near_duplicates:
-        parts = near.sorted_in(np.array(alike, near.ROW), layout.band_bits, count)
+        parts = near.sorted_in(np.array(alike, near.ROW), near.band_bits(layout.samples), count)
         buckets.write(layout.file(number, "alike"), parts)
     files.write_whole(layout.file(number, "read"), json.dumps(statistics.to_dict()))
 
@@ -196,7 +197,7 @@ def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> 
     [bucket] = counted([bucket])
     table = _gathered(layout, "alike", bucket, near.ROW)
     band = bucket // layout.join_buckets
-    later, earlier = near.near_earlier(table, band, layout.band_bits, distance)
+    later, earlier = near.near_earlier(table, band, near.band_bits(layout.samples), distance)
     first: dict[int, int] = {}
     for index, of in zip(later.tolist(), earlier.tolist(), strict=True):
         first[index] = min(of, first.get(index, of))
@@ -205,7 +206,7 @@ def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> 
 
 def _gathered(layout: Layout, kind: str, bucket: int, dtype: np.dtype) -> np.ndarray:
     paths = [layout.file(number, kind) for number in range(layout.reads)]
-    return buckets.table(b"".join(buckets.read_all(paths, bucket, bucket + 1)), dtype)
+    return np.frombuffer(b"".join(buckets.read_all(paths, bucket, bucket + 1)), dtype)
 
 
 def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:
@@ -215,16 +216,14 @@ def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:
 # --------------------------------------------------------------------------------------- scores
 
 
-@functools.lru_cache(maxsize=1)
-def _model(path: AnyPath) -> Model:
-    return load(path)
+_model = functools.lru_cache(maxsize=1)(load)
 
 
 def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
     """Compute the cosine of image and caption (of several their mean) of a task's candidates."""
     assert config.score_with is not None
     model = _model(config.score_with)
-    rows = buckets.table(files.read(layout.file(number, "rows")), ROWS)
+    rows = np.frombuffer(files.read(layout.file(number, "rows")), ROWS)
     indices = layout.indices(number)
     (data,) = files.read_ranges(str(layout.candidates), [(indices.start, len(indices))])
     candidates = np.frombuffer(data, np.uint8)

@@ -24,7 +24,7 @@ from clip_jax.data.sources.shards import listed
 from clip_jax.data.sources.tar_index import open_index
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_worker
-from clip_jax.prepare import buckets, contamination, counts, near, settle, stages
+from clip_jax.prepare import contamination, counts, near, settle, stages
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     _check_settings(folder, config, source)
     if (folder / _WHOLE).exists():
         if not (missing := _missing(layout)):
-            _clear(layout.work)
+            epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
         print(f"{folder} lacks {listed(missing)}: written again", file=sys.stderr)
         files.remove(folder / _WHOLE)
@@ -132,7 +132,7 @@ class _Work:
             missing = [(x, len(x[0])) for x in targets if x[1].name not in existing]
             self._does.run("evaluation sets", image_hash, missing)
             parts += [(number, path) for _, path in targets]
-        rows = [(number, buckets.table(files.read(path), near.ROW)) for number, path in parts]
+        rows = [(number, np.frombuffer(files.read(path), near.ROW)) for number, path in parts]
         kept = io.BytesIO()
         np.savez(
             kept,
@@ -294,9 +294,5 @@ def _report(
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
     if len(done) == len(shards):
         files.write_whole(folder / _WHOLE, "")
-        _clear(layout.work)
+        epath.Path(layout.work).rmtree(missing_ok=True)
     return result
-
-
-def _clear(folder: AnyPath) -> None:
-    epath.Path(folder).rmtree(missing_ok=True)
