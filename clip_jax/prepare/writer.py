@@ -111,9 +111,7 @@ class _Work:
             self._all("score", score, reads, lambda x: layout.file(x, "scores"), model=True)
         verdicts = settle.settle(layout, config, verdicts)
         groups = settle.groups(layout, config, verdicts)
-        own = [
-            group for group in groups[self._worker :: self._workers] if not self._is_written(group)
-        ]
+        own = groups[self._worker :: self._workers]
         write = functools.partial(stages.write, config, layout)
         self._does.run("write", write, [(x, x.pairs) for x in own if not self._is_written(x)])
         shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
