@@ -88,9 +88,9 @@ def merged(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
             total["pairs"] += some["pairs"]
             total["images"].update(some["images"])
         examples = shard["examples"] | examples
-        for name, histogram in shard["histograms"].items():
+        for name, histogram in shard.get("histograms", {}).items():
             histograms[name] += np.array(histogram)
-        for name, (low, high) in shard["extremes"].items():
+        for name, (low, high) in shard.get("extremes", {}).items():
             before = extremes.get(name, [low, high])
             extremes[name] = [min(low, before[0]), max(high, before[1])]
     return {

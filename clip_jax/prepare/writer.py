@@ -277,10 +277,8 @@ def _report(
     paths = [statistics_of(shard) for shard in done]
     if config.joins:
         paths += [layout.file(number, "read") for number in range(layout.reads)]
-    compared = {"counts": dropped.counts, "examples": dropped.examples, "histograms": {}}
-    total = counts.merged(
-        [*(read_json(path, *_COUNTED) for path in paths), compared | {"extremes": {}}]
-    )
+    compared = {"counts": dropped.counts, "examples": dropped.examples}
+    total = counts.merged([*(read_json(path, *_COUNTED) for path in paths), compared])
     for name, source in contamination.named(config.decontaminate).items():
         one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
         one["of"] = len(open_images(source, option="--decontaminate"))
