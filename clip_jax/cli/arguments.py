@@ -57,12 +57,7 @@ def read_run(
     if path is None and not {"-h", "--help"} & set(rest):
         raise InputError(f"{verb} needs a config file: clip-jax {verb} configs/digits.py")
     default = load_config(path) if path else Config()
-    return parse(kind, rest, f"{verb} CONFIG", command, kind(**fields(default), **defaults))
-
-
-def fields(instance: Any) -> dict[str, Any]:
-    """Return a dataclass's fields by name, those inside as they are."""
-    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+    return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults))
 
 
 def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None) -> Any:

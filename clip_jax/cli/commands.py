@@ -76,7 +76,7 @@ def train(args: Sequence[str]) -> int:
     path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
     # A run's own config.json means that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
-    values = arguments.fields(arguments.read_run(Run, args, train, "train", workdir=str(workdir)))
+    values = dict(vars(arguments.read_run(Run, args, train, "train", workdir=str(workdir))))
     workdir = values.pop("workdir")
 
     from clip_jax import processes
