@@ -28,6 +28,7 @@ BLOCK = 65_536  # vectors that are compared at a time
 TILE = 112  # pixels of a picture on a contact sheet
 SHEET = 240  # pictures on a sheet at most
 
+Method = Literal["exact", "usearch"]
 Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and similarities, best first
 
 
@@ -145,7 +146,7 @@ class SearchConfig:
     text: str = ""  # what to look for, in words
     image: AnyPath | None = None  # what to look for, as an image
     top: int = 10  # how many to return
-    index: Literal["exact", "usearch"] = "exact"  # usearch: approximate, for very many (an extra)
+    index: Method = "exact"  # usearch: approximate, for very many (an extra)
     sheet: AnyPath | None = None  # picture of the results, at most 240
 
     def __post_init__(self) -> None:
@@ -206,7 +207,7 @@ class Searcher:
             )
 
     def search(
-        self, query: str | AnyPath, top: int, index: Literal["exact", "usearch"] = "exact"
+        self, query: str | AnyPath, top: int, index: Method = "exact"
     ) -> list[dict[str, Any]]:
         """Find what is closest to a text, or to the image at a path; see `search`."""
         if isinstance(query, str):
@@ -216,10 +217,7 @@ class Searcher:
         return self.closest(unit(features)[0], top, index)
 
     def closest(
-        self,
-        features: Float[np.ndarray, " E"],
-        top: int,
-        index: Literal["exact", "usearch"] = "exact",
+        self, features: Float[np.ndarray, " E"], top: int, index: Method = "exact"
     ) -> list[dict[str, Any]]:
         """Find what is closest to an embedding of unit length; see `search`."""
         find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
