@@ -49,9 +49,12 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
         claim.take()
         rows = processes.gather(read_rows(workdir / WATCHED))[0]
         finished = {row.pop("step"): row for row in rows if "skipped" not in row}
-        writer = _writer(workdir, finished) if processes.is_lead() else None
-        if writer:
+        writer = None
+        if processes.is_lead():
+            writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
             stack.callback(writer.close)
+            for step, values in finished.items():  # of which a kill may have lost some
+                writer.draw(step, values)
         while True:
             end, is_over, steps = processes.gather(_left(workdir, finished))[0]
             if end is None:
@@ -73,13 +76,6 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
     return last
-
-
-def _writer(workdir: AnyPath, finished: dict[int, Row]) -> Writer:
-    writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
-    for step, values in finished.items():  # of which a kill may have lost some
-        writer.draw(step, values)
-    return writer
 
 
 def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
