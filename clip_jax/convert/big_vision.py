@@ -39,11 +39,6 @@ _ACTIVATIONS = {"vision.activation": "gelu_tanh", "text.activation": "gelu_tanh"
 _SIGLIP2_WORDS = 256_000  # whose images transformers resizes bilinearly
 
 
-def is_big_vision(tensors: Tensors) -> bool:
-    """Say whether the names are big_vision's."""
-    return any(name.startswith((f"{_ROOT}img/", "img/")) for name in tensors)
-
-
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _NAMES: Rules = (  # below `params/`, of blocks that lie stacked
     (r"^visual/conv1/", "img/embedding/"),

@@ -121,13 +121,13 @@ def _check_numbers(weights: Weights, path: AnyPath) -> None:
 def _read(path: Path, activation: Activation | None) -> Weights:
     config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
     if path.is_dir():
-        if model_folder.is_folder(path):
+        if (path / model_folder.MANIFEST_NAME).is_file():
             return model_folder.read(path)
         if _is_hugging_face(path):
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
     tensors = read_tensors(path)
-    if big_vision.is_big_vision(tensors):
+    if any(name.startswith(("img/", "params/img/")) for name in tensors):
         return big_vision.read(tensors, str(path))
     if any(name.startswith("text_model.") for name in tensors):
         return hugging_face.read(path.parent)

@@ -32,7 +32,7 @@ from clip_jax.convert.state_dict import (
     to_params,
 )
 from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
-from clip_jax.convert.tensor_files import Tensors, read_tensors, write_safetensors
+from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
@@ -295,9 +295,11 @@ def read(folder: Path) -> Weights:
     )
 
 
-def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the state dict under Hugging Face's names. Raises InputError if it cannot be
-    expressed."""
+def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
+    """Write everything that transformers' model and processor need offline.
+
+    Raises InputError if they cannot express the model.
+    """
     config = weights.config
     if config.vision.has_map_head:
         check_siglip(weights, "Hugging Face's SiglipModel", {})
@@ -309,18 +311,13 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
         tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)
         tensors[f"{_TEXT_HEAD}.bias"] = np.zeros(width, kind)
-    return {n: cast(x, dtype) for n, x in tensors.items()}
-
-
-def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
-    """Write everything that transformers' model and processor need offline."""
-    tensors = to_tensors(weights, dtype)
+    tensors = {n: cast(x, dtype) for n, x in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     kind = tensors["text_model.final_layer_norm.weight"].dtype.name
     write_json(folder / "config.json", config_json(weights, kind))
-    image_processor.write(folder, weights.preprocess, weights.config.vision.has_map_head)
-    tokenizer_files.write(folder, weights.config.text)
+    image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
+    tokenizer_files.write(folder, config.text)
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:

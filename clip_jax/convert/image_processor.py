@@ -32,8 +32,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     What its file leaves out, or sets to null, its class decides: without a name CLIP's or, with
     `siglip`, SigLIP's. InputError names what we do not have.
     """
-    settings = _find(folder)
-    content, where = ({}, "") if settings is None else settings
+    content, where = _find(folder)
     content = {name: value for name, value in content.items() if value is not None}
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
     own = "Siglip" if siglip else "CLIP"
@@ -84,8 +83,8 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
         return from_dict(Preprocess, to_dict(default) | values, where)
 
 
-def _find(folder: Path) -> tuple[dict[str, Any], str] | None:
-    """Return the settings that transformers would take, and where they stand."""
+def _find(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the settings that transformers would take, if any, and where they stand."""
     path = folder / PROCESSOR_NAME
     if path.exists():
         content = read_json(path).get("image_processor")
@@ -96,7 +95,7 @@ def _find(folder: Path) -> tuple[dict[str, Any], str] | None:
                 )
             return content, f"{path}: image_processor"
     path = folder / CONFIG_NAME
-    return (read_json(path), str(path)) if path.exists() else None
+    return (read_json(path), str(path)) if path.exists() else ({}, "")
 
 
 def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:

@@ -74,11 +74,6 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     write_json(folder / MANIFEST_NAME, manifest(replace(weights, config=config)))
 
 
-def is_folder(path: Path) -> bool:
-    """Say whether a directory is one of these."""
-    return (path / MANIFEST_NAME).is_file()
-
-
 def read(folder: Path) -> Weights:
     """Read the folder. Raises InputError where the manifest and the configuration disagree."""
     path = folder / MANIFEST_NAME

@@ -47,10 +47,7 @@ _PROJECTION: Rules = (
 
 def rows(config: CLIPConfig) -> list[Row]:
     """The whole table."""
-    names: list[tuple[str, str]] = []
-    axes: list[tuple[str, str]] = []
-    if config.vision.has_map_head:
-        names, axes = [*timm.NAMES], [*timm.AXES]
+    names, axes = ([*timm.NAMES], [*timm.AXES]) if config.vision.has_map_head else ([], [])
     if config.text.projection_bias:
         names += _PROJECTION
         axes.append((r"text_projection$", "E D -> D E"))
@@ -189,22 +186,6 @@ _REASONS = {
 }
 
 
-def check(weights: Weights) -> None:
-    """Raise InputError, which lists what open_clip has no settings for."""
-    assumptions = _assumptions(weights.config)
-    check_assumptions(
-        weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
-    )
-    ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
-    if ours != theirs:
-        raise InputError(
-            f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
-            f"fixes it, and this model has {ours}. Say --accept-activation to write it all the "
-            "same, as open_clip's released folders are; the difference is then measured. Or "
-            "choose --to hugging-face or clip-jax."
-        )
-
-
 def as_computed(weights: Weights) -> Weights:
     """Return the model as open_clip will compute it: with the activation a timm name fixes.
 
@@ -220,7 +201,18 @@ def as_computed(weights: Weights) -> Weights:
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under open_clip's names. Raises InputError if it cannot be
     expressed."""
-    check(weights)
+    assumptions = _assumptions(weights.config)
+    check_assumptions(
+        weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
+    )
+    ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
+    if ours != theirs:
+        raise InputError(
+            f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
+            f"fixes it, and this model has {ours}. Say --accept-activation to write it all the "
+            "same, as open_clip's released folders are; the difference is then measured. Or "
+            "choose --to hugging-face or clip-jax."
+        )
     tensors = from_params(rows(weights.config), weights.params)
     if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}

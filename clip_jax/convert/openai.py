@@ -274,6 +274,4 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
         return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
-TARGET = Target(
-    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded
-)  # fmt: skip
+TARGET = Target(write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded)
