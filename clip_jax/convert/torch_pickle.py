@@ -91,7 +91,7 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
     Raises InputError.
     """
     try:
-        return _views(*_read_zip(buffer), len(buffer))
+        return _read(buffer)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     # Whatever opcodes a hostile file strings together: the reader is a machine that they drive.
@@ -101,7 +101,7 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
         raise InputError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
 
 
-def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
+def _read(buffer: memoryview) -> dict[str, np.ndarray]:
     entries = read_archive(buffer)
     if "data.pkl" not in entries:
         raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
@@ -112,21 +112,17 @@ def _read_zip(buffer: memoryview) -> tuple[Any, dict[str, memoryview]]:
         content = _Reader(stream, encoding="latin-1").load()
     except EOFError as error:
         raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.") from error
-    storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
-    return content, storages
-
-
-def _views(content: Any, storages: dict[str, memoryview], file_size: int) -> dict[str, np.ndarray]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # of a training checkpoint, the model's part
     tensors = _find_tensors(content)
     if not tensors:
         raise InputError("it holds no tensors.")
     total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
-    if total > file_size:
+    if total > len(buffer):
         raise InputError(
-            f"it has {file_size} bytes and claims {total} bytes of tensors: they share storage."
+            f"it has {len(buffer)} bytes and claims {total} bytes of tensors: they share storage."
         )
+    storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
     return {path: _view(tensor, storages, path) for path, tensor in tensors.items()}
 
 
@@ -244,13 +240,6 @@ class _Reader(_Unpickler):
             raise InputError("it has a storage that is not described as torch.save does.")
         return _Storage(np.dtype(_DTYPES[storage_type.name]), key, numel)
 
-    def set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_pairs([key, value])
-
-    def set_items(self) -> None:
-        self.set_pairs(self.pop_mark())
-
     def set_pairs(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict:
@@ -273,8 +262,8 @@ class _Reader(_Unpickler):
         {code: _Unpickler.dispatch[code] for code in _CODES.values()}
         | {
             pickle.NEWOBJ[0]: _Unpickler.load_reduce,
-            pickle.SETITEM[0]: set_item,
-            pickle.SETITEMS[0]: set_items,
+            pickle.SETITEM[0]: lambda self: self.set_pairs([self.stack.pop(-2), self.stack.pop()]),
+            pickle.SETITEMS[0]: lambda self: self.set_pairs(self.pop_mark()),
             pickle.BUILD[0]: build,
         }
     )
