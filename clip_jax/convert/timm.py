@@ -11,10 +11,11 @@ from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.vit import ViTConfig
 
-
-def _towers() -> dict[str, ViTConfig]:
-    """timm's name → tower. Those with tanh GELU are the ones added with SigLIP 2, and So400m/16."""
-    towers: dict[str, ViTConfig] = {}
+# timm's name → tower. Those with tanh GELU are the ones added with SigLIP 2, and So400m/16.
+TOWERS: dict[str, ViTConfig] = {
+    f"{name}_siglip_{size}": replace(
+        cast(ViTConfig, zoo.get(architecture).vision), image_size=size, activation=activation
+    )
     for name, architecture, sizes, activation in (
         ("vit_base_patch32", "ViT-B-32-SigLIP2-256", (256,), "gelu_tanh"),
         ("vit_base_patch16", "ViT-B-16-SigLIP", (224, 256, 384, 512), "gelu"),
@@ -23,15 +24,9 @@ def _towers() -> dict[str, ViTConfig]:
         ("vit_so400m_patch14", "ViT-SO400M-14-SigLIP", (224, 378, 384), "gelu"),
         ("vit_so400m_patch16", "ViT-SO400M-16-SigLIP2-256", (256, 384, 512), "gelu_tanh"),
         ("vit_giantopt_patch16", "ViT-gopt-16-SigLIP2-256", (256, 384), "gelu_tanh"),
-    ):
-        vision = cast(ViTConfig, zoo.get(architecture).vision)
-        for size in sizes:
-            tower = replace(vision, image_size=size, activation=activation)
-            towers[f"{name}_siglip_{size}"] = tower
-    return towers
-
-
-TOWERS: dict[str, ViTConfig] = _towers()
+    )
+    for size in sizes
+}
 
 
 def name_of(vision: ViTConfig) -> str:

@@ -7,6 +7,7 @@ MetaCLIP 2's (`worldwide`) have its own names, SigLIP's and CoCa's open_clip's, 
 Sources: CLIP paper, tables 19 and 20; open_clip's and MetaCLIP's model configurations; big_vision.
 """
 
+import difflib
 from dataclasses import replace
 from typing import Any
 
@@ -64,13 +65,11 @@ _GIANT = {"width": 1536, "depth": 40, "num_heads": 16}
 
 def _sizes(pattern: str, model: CLIPConfig, *sizes: int | None) -> dict[str, CLIPConfig]:
     """Return a model for images of some sizes, which are part of its names; None: of its own."""
-    names = {size: pattern.format("" if size is None else f"-{size}") for size in sizes}
-    return {
-        name: replace(
-            model, vision=replace(model.vision, image_size=size or model.vision.image_size)
-        )
-        for size, name in names.items()
-    }
+    models = {}
+    for size in sizes:
+        vision = replace(model.vision, image_size=size or model.vision.image_size)
+        models[pattern.format(f"-{size}" if size else "")] = replace(model, vision=vision)
+    return models
 
 
 def _siglip(
@@ -240,8 +239,6 @@ for _name, _parts in _RESNETS.items():
 def get(name: str) -> CLIPConfig:
     """Look an architecture up by name. InputError lists the names that come close."""
     if name not in ARCHITECTURES:
-        import difflib
-
         close = difflib.get_close_matches(name, ARCHITECTURES, n=5, cutoff=0.3)
         raise InputError(
             f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?"
