@@ -71,17 +71,19 @@ class Graph:
 
     # -------------------------------------------------------------- what models are made of
 
+    def cast(self, x: str, dtype: Any) -> str:
+        """Bring a value to a type of NumPy's."""
+        from onnx import helper
+
+        return self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
     def computed(self, x: str) -> str:
         """Bring an input to the type that the graph computes in."""
-        from onnx import TensorProto
-
-        return self.op("Cast", x, to=TensorProto.FLOAT16) if self._half else x
+        return self.cast(x, np.float16) if self._half else x
 
     def exact(self, x: str) -> str:
         """Bring a value to float32."""
-        from onnx import TensorProto
-
-        return self.op("Cast", x, to=TensorProto.FLOAT) if self._half else x
+        return self.cast(x, np.float32) if self._half else x
 
     def integers(self, *values: int) -> np.ndarray:
         return np.array(values, np.int64)
@@ -156,9 +158,7 @@ class Graph:
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 
-        nodes = list(self._nodes)
-        for name, value, _ in outputs:
-            nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        ends = [helper.make_node("Identity", [x], [name], name=name) for name, x, _ in outputs]
         external = sum(x.nbytes for x in self._constants.values()) > inline_bytes
         if external:
             tensors = list(self._external(path.with_name(f"{path.name}_data")))
@@ -167,7 +167,7 @@ class Graph:
         kinds = {name: helper.np_dtype_to_tensor_dtype(np.dtype(x)) for name, x, _ in inputs}
         value_info = helper.make_tensor_value_info
         graph = helper.make_graph(
-            nodes,
+            self._nodes + ends,
             path.stem,
             [value_info(name, kinds[name], shape) for name, _, shape in inputs],
             [value_info(name, TensorProto.FLOAT, shape) for name, _, shape in outputs],

@@ -96,9 +96,7 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
 
 def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
     """Pad ids [B, L] to the context length, as the model's tokenizer does."""
-    from onnx import TensorProto
-
-    ids, one = graph.op("Cast", ids, to=TensorProto.INT64), graph.integers(1)
+    ids, one = graph.cast(ids, np.int64), graph.integers(1)
     padding = graph.integers(*[text.tokenizer.pad_id] * text.context_length)[None]
     rows, length = (graph.op("Shape", ids, start=axis, end=axis + 1) for axis in range(2))
     missing = graph.op("Slice", padding, length, graph.integers(text.context_length), one)
@@ -140,12 +138,9 @@ def _key_mask(graph: Graph, text: TextConfig, ids: str) -> str:
 
 def _end(graph: Graph, text: TextConfig, ids: str) -> str:
     """Positions [B, 1] of the states that stand for the texts."""
-    from onnx import TensorProto
-
-    ids = graph.op("Cast", ids, to=TensorProto.INT32)
+    ids = graph.cast(ids, np.int32)
     if text.pool == "eos":
-        ids = graph.op("Equal", ids, np.int32(text.eos_token_id))
-        ids = graph.op("Cast", ids, to=TensorProto.INT32)
+        ids = graph.cast(graph.op("Equal", ids, np.int32(text.eos_token_id)), np.int32)
     return graph.op("ArgMax", ids, axis=1, keepdims=1)
 
 
