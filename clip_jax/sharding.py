@@ -8,7 +8,7 @@ the model does not have, and one that is missing, are errors that name it.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,19 +160,16 @@ def in_batches(
     batch_size = -(-batch_size // shards) * shards
     starts = range(0, max(count, 1), batch_size)  # of no rows a batch of zeros says the shape
 
-    def batches() -> Iterator[tuple[Any, ...]]:
-        for start in starts:
-            length = padded_size(min(count - start, batch_size), shards, batch_size)
-            batch = slice(start, start + batch_size)
-            put = functools.partial(_put, batch=batch, length=length, on=batch_sharding(mesh))
-            yield params, *jax.tree.map(put, rows)
+    def batch_at(start: int) -> tuple[Any, ...]:
+        length = padded_size(min(count - start, batch_size), shards, batch_size)
+
+        def put(x: Any) -> Array:
+            return put_rows(np.asarray(x[start : start + batch_size]), length, batch_sharding(mesh))
+
+        return params, *jax.tree.map(put, rows)
 
     with Display(name, count, quiet=not name or len(starts) < 8) as display:
-        return compute_batches(function, batches(), display)[:count]
-
-
-def _put(rows: Any, batch: slice, length: int, on: NamedSharding) -> Array:
-    return put_rows(np.asarray(rows[batch]), length, on)
+        return compute_batches(function, map(batch_at, starts), display)[:count]
 
 
 def padded_size(rows: int, shards: int, batch_size: int) -> int:
@@ -218,10 +215,7 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
 
         kernel_spec = PartitionSpec(*(DIMENSIONS.get(n) for n in right))
 
-        @functools.partial(
-            jax.shard_map, mesh=mesh, in_specs=(spec_of(left), kernel_spec), out_specs=spec_of(out),
-            check_vma=False,
-        )  # fmt: skip
+        @functools.partial(mapped, in_specs=(spec_of(left), kernel_spec), out_specs=spec_of(out))
         def local(x: Array, kernel: Array) -> Array:
             if "D" in right:
                 kernel = gather(kernel, width, right.index("D"))
