@@ -73,7 +73,6 @@ def scale_by_adafactor(
         return AdafactorState(jnp.zeros((), jnp.int32), mu, nu_row, nu_col)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
-        del params
         step: Any = optax.safe_increment(state.count)
         decay = jnp.minimum(b2, 1 - step.astype(jnp.float32) ** -config.exponent)
 

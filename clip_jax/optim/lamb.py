@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from clip_jax.optim.matrices import Rows, with_names
 
@@ -30,7 +30,8 @@ def scale_by_trust_ratio(
         if not adapt:
             return update
         axes = tuple(i for i, name in enumerate(names) if name != "depth")
-        length, of_update = (_norm(x, axes) for x in (param, update))
+        squares = (jnp.sum(jax.lax.square(x), axes, keepdims=True) for x in (param, update))
+        length, of_update = map(jnp.sqrt, squares)
         known = (length > 0) & (of_update > 0)
         return update * jnp.where(known, length / jnp.where(known, of_update, 1), 1)
 
@@ -38,7 +39,3 @@ def scale_by_trust_ratio(
         return with_names(rows, scaled, updates, params, adapts(params)), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def _norm(x: Array, axes: tuple[int, ...]) -> Float[Array, "..."]:
-    return jnp.sqrt(jnp.sum(jax.lax.square(x), axes, keepdims=True))

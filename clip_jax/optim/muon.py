@@ -2,7 +2,6 @@
 arXiv:2502.16982 for the scale of an update)."""
 
 import math
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,7 +70,6 @@ def scale_by_muon(
         return MuonState(state.count, state.mu)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
-        del params
         before = optax.contrib.MuonState(state.count, state.mu, jnp.asarray(QUINTIC))
         result: Any = muon.update(updates, before)
         return with_names(rows, scaled, result[0]), MuonState(result[1].count, result[1].mu)
@@ -93,5 +91,4 @@ def split(
     def labels(params: Any) -> Any:
         return with_names(rows, lambda names, _: "linear" if matrix_of(names) else "rest", params)
 
-    transforms: Mapping[Hashable, Any] = {"linear": linear, "rest": rest}
-    return optax.partition(transforms, labels)
+    return optax.partition({"linear": linear, "rest": rest}, labels)

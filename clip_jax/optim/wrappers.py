@@ -24,13 +24,11 @@ def descend() -> optax.GradientTransformationExtraArgs:
     """Go against the gradient by the learning rate, which is given with it."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:
-        del params
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, optax.ScaleByScheduleState]:
-        del params
         updates = jax.tree.map(lambda x: -extra["learning_rate"] * x, updates)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
