@@ -77,10 +77,9 @@ def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()
 
 
 def _weigh(counts: Operations, convention: Convention = "matmul") -> int:
-    macs = counts.macs + counts.attention_macs
     if convention == "matmul":
-        return 2 * macs
-    return macs + 5 * counts.layer_norm + 2 * counts.batch_norm
+        return 2 * counts.macs
+    return counts.macs + 5 * counts.layer_norm + 2 * counts.batch_norm
 
 
 def _count(

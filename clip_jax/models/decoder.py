@@ -144,8 +144,7 @@ def _cross_operations(
 ) -> Operations:
     """Count one block that attends to `seen` tokens of an image."""
     return Operations(
-        macs=2 * tokens * width * (width + mlp_width) + 2 * seen * image_width * width,
-        attention_macs=2 * tokens * seen * width,
+        macs=2 * tokens * width * (width + seen + mlp_width) + 2 * seen * image_width * width,
         layer_norm=2 * tokens * width + seen * image_width,
     )
 

@@ -55,8 +55,7 @@ class Layout(NamedTuple):
 class Operations:
     """What a forward pass does, before a convention of `flops` weighs it."""
 
-    macs: int = 0  # multiply-adds of convolutions and matmuls with weights
-    attention_macs: int = 0  # multiply-adds of the two products between activations
+    macs: int = 0  # multiply-adds of convolutions and matmuls
     layer_norm: int = 0  # elements normalised
     batch_norm: int = 0  # elements normalised
 
@@ -298,10 +297,9 @@ class LayerScale(nn.Module):
 
 
 def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) -> Operations:
-    """Count one block: per token 4·width² for attention and 2·width·mlp_width."""
+    """Count one block: per token 4·width² + 2·tokens·width for attention, 2·width·mlp_width."""
     return Operations(
-        macs=tokens * (4 * width * width + mlp * 2 * width * mlp_width),
-        attention_macs=2 * tokens * tokens * width,
+        macs=2 * tokens * width * (2 * width + tokens + mlp * mlp_width),
         layer_norm=(1 + mlp) * tokens * width,
     )
 

@@ -121,12 +121,10 @@ class ResNetConfig:
                     macs += out_size**2 * inputs * outputs
                     batch_norm += out_size**2 * outputs
                 inputs, size = outputs, out_size
-        queries = 1 if training else self.num_tokens
-        return Operations(
-            macs=macs + 2 * self.num_tokens * inputs**2 + queries * inputs * (inputs + embed_dim),
-            attention_macs=2 * queries * self.num_tokens * inputs,
-            batch_norm=batch_norm,
-        )
+        tokens = self.num_tokens
+        queries = 1 if training else tokens
+        macs += inputs * (2 * tokens * inputs + queries * (inputs + 2 * tokens + embed_dim))
+        return Operations(macs=macs, batch_norm=batch_norm)
 
 
 SPLIT_STAGES = (3, 4)  # whose kernels, 95% of the weights, are split over a mesh

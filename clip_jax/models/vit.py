@@ -179,8 +179,7 @@ class AttentionPool(nn.Module):
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
         # One query: its projections and MLP are of one token. ln_post is of all tokens.
         return Operations(
-            macs=2 * c.width * (c.width + tokens * c.width + c.mlp_width),
-            attention_macs=2 * tokens * c.width,
+            macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.mlp_width),
             layer_norm=tokens * c.width,
         )
 
@@ -212,8 +211,7 @@ class QueryPool(nn.Module):
         # The queries are projected once, not, as published profiles count, for each image.
         projected = c.pool_queries * embed_dim * (1 if training else 2)
         return Operations(
-            macs=(2 * tokens * c.width + projected) * embed_dim,
-            attention_macs=2 * c.pool_queries * tokens * embed_dim,
+            macs=(2 * tokens * (c.width + c.pool_queries) + projected) * embed_dim,
             layer_norm=(tokens - 1) * c.width + c.pool_queries * embed_dim,
         )
 
