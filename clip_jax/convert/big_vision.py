@@ -19,14 +19,7 @@ from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import Row, Rules, from_params, table, to_params
 from clip_jax.convert.target import Target, fixed
 from clip_jax.convert.tensor_files import Tensors
-from clip_jax.convert.weights import (
-    DType,
-    Weights,
-    cast,
-    mlp_ratio,
-    shape_of,
-    square_side,
-)
+from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, shape_of, square_side
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig

@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 
 from clip_jax.convert import card
-from clip_jax.convert.formats import (
-    TARGETS,
-    Format,
-    read_weights,
-    verify,
-    write_weights,
-)
+from clip_jax.convert.formats import TARGETS, Format, read_weights, verify, write_weights
 from clip_jax.convert.verify import Unverifiable, Verification, features_difference
 from clip_jax.convert.weights import DType
 from clip_jax.errors import InputError, check_ranges

@@ -23,12 +23,7 @@ from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weights import (
-    DType,
-    Weights,
-    resize_positions,
-    with_vocabulary,
-)
+from clip_jax.convert.weights import DType, Weights, resize_positions, with_vocabulary
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation

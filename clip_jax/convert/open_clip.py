@@ -15,14 +15,7 @@ from clip_jax.convert.open_clip_config import (
     write_tokenizer,
 )
 from clip_jax.convert.settings import write_json
-from clip_jax.convert.state_dict import (
-    TORCH_AXES,
-    Row,
-    Rules,
-    from_params,
-    table,
-    to_params,
-)
+from clip_jax.convert.state_dict import TORCH_AXES, Row, Rules, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast

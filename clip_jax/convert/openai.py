@@ -13,14 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import verify
-from clip_jax.convert.state_dict import (
-    TORCH_NAMES,
-    Row,
-    Rules,
-    from_params,
-    table,
-    to_params,
-)
+from clip_jax.convert.state_dict import TORCH_NAMES, Row, Rules, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Target, assumed, check_assumptions
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
