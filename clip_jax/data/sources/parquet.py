@@ -130,10 +130,10 @@ class ParquetSource(StoredSource):
         return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
 
     def _table(self, group: int) -> pa.Table:
+        # Without the lock every thread that wants this group would decode it.
+        lock = self._reading.setdefault(group, threading.Lock())
         try:
-            with self._reading.setdefault(
-                group, threading.Lock()
-            ):  # else every thread that wants this group would decode it
+            with lock:
                 return self._read(group)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SampleError(f"row group {self._groups[group][1]}: {error}") from error
