@@ -74,3 +74,13 @@ def test_the_weight_of_the_contrast_is_that_of_the_first_term(monkeypatch):
     monkeypatch.undo()
     assert is_renamed("caption.contrastive_weight") == (True, "objective.0.weight")
     assert is_renamed("caption.weight") == (True, "objective.1.weight")
+
+
+def test_loss_and_caption_become_terms_with_their_weights(monkeypatch):
+    monkeypatch.undo()
+    older = {"loss": {"form": "ring"}, "caption": {"weight": 2.0, "contrastive_weight": 0.5}}
+    captions = upgrade(copy.deepcopy(older) | {"model": {"decoder": {"depth": 2}}})["objective"]
+    assert captions == [{"form": "ring", "weight": 0.5}, {"weight": 2.0}]
+    assert upgrade(copy.deepcopy(older) | {"model": {"decoder": None}})["objective"] == [
+        {"form": "ring"}
+    ]

@@ -26,6 +26,7 @@ from clip_jax.losses import (
     objective,
 )
 from clip_jax.models.clip import CLIPConfig, l2_normalize
+from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe
@@ -134,10 +135,12 @@ def inputs() -> dict[str, Any]:
     }
 
 
-def program(terms: Sequence[Term], mesh: str = "1", accumulation: int = 1) -> Program:
+def program(
+    terms: Sequence[Term], mesh: str = "1", accumulation: int = 1, optim: OptimConfig = OPTIM
+) -> Program:
     sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
     recipe = Recipe(
-        model=TINY, objective=cast(Any, (SoftmaxConfig(), *terms)), optim=OPTIM, steps=10,
+        model=TINY, objective=cast(Any, (SoftmaxConfig(), *terms)), optim=optim, steps=10,
         batch_size=16, accumulation=accumulation,
     )  # fmt: skip
     return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
@@ -216,6 +219,43 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     ((_, outputs, _, _), _) = compiled.args_info
     assert pod.peak(compiled) > 0
     assert outputs.keys() > {"image", "text"} or term.name == "average"
+
+
+def test_a_skipped_update_leaves_what_terms_carry_as_it_was() -> None:
+    own = program([AverageTerm(), StoredTerm()], optim=replace(OPTIM, skip_norm_ratio=10.0))
+    begun = begin(own)
+    before = jax.device_get(begun.carried)
+    unusable = inputs() | {"vectors": np.full((16, TINY.embed_dim), np.nan, jnp.bfloat16)}
+    state, metrics = own.step(begun, own.put(unusable))
+    assert metrics["skipped_updates"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.carried))
+    state, metrics = own.step(state, own.put(inputs()))
+    assert metrics["skipped_updates"] == 1
+    assert (state.carried["average"]["centre"] != before["average"]["centre"]).any()
+
+
+def test_each_term_sees_what_it_carries_itself() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class First(StoredTerm):
+        name: ClassVar[str] = "first"
+
+        def init(self, params):
+            return {"count": 1}
+
+        def update(self, x: Context):
+            return {"count": 10 * x.carried["count"]}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Second(First):
+        name: ClassVar[str] = "second"
+
+        def init(self, params):
+            return {"count": 2}
+
+    both = (First(), Second())
+    begun = objective.init(both, {})
+    x = Context(*[cast(Any, None)] * 2, {}, {}, *[cast(Any, None)] * 2, {}, begun)
+    assert objective.update(both, x) == {"first": {"count": 10}, "second": {"count": 20}}
 
 
 def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:

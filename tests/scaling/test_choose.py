@@ -94,6 +94,17 @@ def test_a_trial_without_a_finite_loss_is_not_chosen(tmp_path):
         choose(config)
 
 
+def test_a_trial_that_diverged_with_some_seed_is_not_judged_by_the_others(tmp_path):
+    rows, kept = run_table.read(write(tmp_path / "trials.csv")).rows, []
+    for row in rows:
+        is_lucky = (row["arch"], float(row["lr"])) == ("w16", RATES[0])
+        if not is_lucky or int(row["seed"]) < 2:  # with seed 2 it diverged
+            kept.append(row | ({"loss": 0.5} if is_lucky else {}))
+    run_table.write(run_table.RunTable(kept), tmp_path / "trials.csv")
+    config = ChooseConfig(table=tmp_path / "trials.csv", choose_by="loss", report="accuracy")
+    assert abs(math.log2(choose(config)["points"][0]["lr"] / best_rate(16, 64))) < 0.55
+
+
 @pytest.mark.parametrize("column", ["lr", "width", "samples_seen", "accuracy", "loss"])
 def test_a_cell_without_a_number_is_named(column, tmp_path):
     trials = write(tmp_path / "trials.csv")
