@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import signal
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -35,6 +36,9 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import State, shapes
 from tests import guard
 
+# A shell starts what it puts in the background without Ctrl-C, and so whatever that starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
