@@ -25,11 +25,11 @@ from clip_jax.losses import (
     Term,
     objective,
 )
-from clip_jax.models.clip import CLIPConfig, l2_normalize
+from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import Program, Recipe
+from clip_jax.step import Program, Recipe, State, context
 from tests.conftest import COCA, MESHES, OPTIM, TINY, assert_close, batch, parameters
 
 TEACHER = replace(TINY, embed_dim=24, vision=replace(TINY.vision, width=16, depth=1))
@@ -254,7 +254,8 @@ def test_each_term_sees_what_it_carries_itself() -> None:
 
     both = (First(), Second())
     begun = objective.init(both, {})
-    x = Context(*[cast(Any, None)] * 2, {}, {}, *[cast(Any, None)] * 2, {}, begun)
+    state = State(jnp.zeros((), jnp.int32), {}, {}, begun)
+    x = context(CLIP(TINY), make_mesh(MeshConfig(), jax.devices()[:1]), state, {}, {}, {})
     assert objective.update(both, x) == {"first": {"count": 10}, "second": {"count": 20}}
 
 
