@@ -1,8 +1,8 @@
 """The device mesh and the one table that says how every parameter lies on it.
 
 Read the table as: path → the names of its dimensions (`CLIPConfig.dimensions`, as each module gives
-them to its parameters) → (through `DIMENSIONS`) mesh axes. It is strict both ways: a parameter that
-the model does not have, and one that is missing, are errors that name it.
+them to its parameters) → (through `DIMENSIONS`) mesh axes. It is strict both ways: an unknown
+parameter and a missing one raise an error with its path.
 """
 
 import functools
@@ -302,7 +302,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
         used.add(name)
         dims = rows[name].split()
         if len(dims) != len(x.shape):
-            raise ValueError(f"parameter {name} {x.shape} has the dimensions {rows[name]!r}.")
+            raise ValueError(f"parameter {name} {x.shape} does not fit its names {rows[name]!r}.")
         axes = [WIDTH if dim == "W" else DIMENSIONS.get(dim) for dim in dims]
         for dim, size, axis in zip(dims, x.shape, axes, strict=True):
             parts = {a: mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ())}

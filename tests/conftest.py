@@ -36,7 +36,7 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import State, shapes
 from tests import guard
 
-# A shell starts what it puts in the background without Ctrl-C, and so whatever that starts.
+# A shell starts background jobs with SIGINT ignored, which processes inherit; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")

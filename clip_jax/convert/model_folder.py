@@ -39,7 +39,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
     tokenizer = text.tokenizer
     own = tokenizer.file == "clip"
     values, newer = to_dict(weights.preprocess), {"fill": 0, "rules": "openai"}
-    # What older folders do not have is left out at its default.
+    # Keys that older folders do not have are left out where they have their defaults.
     pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
     return {
         "format": FORMAT,

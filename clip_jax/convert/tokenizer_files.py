@@ -349,8 +349,8 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
     """Say whether a folder's tokenizer files hold CLIP's vocabulary of that size.
 
-    The merges are not compared: each made the token of the next id, so that the vocabulary has
-    them in order.
+    The merges need no comparison: each merge defines the token with the next id, so the vocabulary
+    determines them and their order.
     """
     path = next((x for n in (JSON_NAME, "vocab.json") if (x := folder / n).exists()), None)
     if path is None or path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes

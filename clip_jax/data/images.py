@@ -44,7 +44,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
-# Of metadata, palettes and sizes, which nobody mends during a run.
+# Pillow warns of unusual metadata, palettes and sizes, which nobody can change during a run.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -135,8 +135,8 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
     name, captions = config.output.name, ""
     if model.decoder is not None:
         captions = (
-            f"It writes captions, which end with the id {model.text.end_id}: "
-            "`docs/how-to/export.md` of clip_jax has the loop.\n\n"
+            f"The model writes captions, which end with the id {model.text.end_id}; "
+            "`docs/how-to/export.md` of clip_jax shows the loop that decodes them.\n\n"
         )
     if config.format == "stablehlo":
         reader = stablehlo.READER.replace("{folder}", name)

@@ -290,7 +290,7 @@ def parameters(config: CLIPConfig) -> dict[str, Any]:
     boxes = jax.eval_shape(CLIP(config).draw, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
     if bare := [path_name(path) for path, x in leaves if not is_box(x)]:
-        raise ValueError(f"dimensions of {bare} have no names, which `layers.named` gives them.")
+        raise ValueError(f"dimensions of {bare} have no names: use `layers.named` to give them.")
     return {path_name(path): x for path, x in leaves}
 
 

@@ -105,8 +105,8 @@ def _start_next(
                 say(f"{job.name}: another process did it")
                 continue
             with (job.directory / "log.txt").open("ab") as log:
-                # In a group of its own, which a terminal's Ctrl-C does not reach: the process hears
-                # of it from us, as SIGTERM, at which it saves.
+                # A process group of its own keeps a terminal's Ctrl-C away from the run, to which
+                # we send SIGTERM instead: then it saves a checkpoint and ends.
                 process = subprocess.Popen(
                     job.command, env=environment, pass_fds=[lock.fileno()], process_group=0,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

@@ -19,10 +19,10 @@ from clip_jax.errors import InputError
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
-HEADER_SECONDS = 10.0  # in which the headers of a request have to arrive
-MAX_BODY = 16 << 20  # bytes of a request; more is 413
-MAX_WAITING = 256 << 20  # bytes of all requests that are being answered; more is 429
-BODY_SECONDS = 60.0  # within which a body has to arrive; later is 408
+HEADER_SECONDS = 10.0  # for the headers of a request to arrive
+MAX_BODY = 16 << 20  # bytes of the body of one request; a longer one is answered with 413
+MAX_WAITING = 256 << 20  # bytes of all requests in progress; beyond it the answer is 429
+BODY_SECONDS = 60.0  # for a body to arrive; after that the answer is 408
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
 _DROPPED = 4  # times the longest body are read of one that is refused
 

@@ -23,7 +23,7 @@ from clip_jax.models.layers import DType
 from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
-MAX_PIXELS = 50_000_000  # of an image; more is 413
+MAX_PIXELS = 50_000_000  # of one image; a larger one is answered with 413
 _LABEL_SETS = 64  # whose embeddings are kept
 _MOST_RESULTS = 1000  # by one search
 _TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many

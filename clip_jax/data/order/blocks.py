@@ -115,8 +115,10 @@ def joined(runs: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True)
 class OfPositions:
-    """What each stream has had of a source when an epoch begins: epoch e is exactly the positions
-    from e to e + 1 times the length."""
+    """Count the records of a source that each stream has read when an epoch begins.
+
+    Epoch e is exactly the positions from e to e + 1 times the length.
+    """
 
     streams: Streams
     length: int

@@ -84,7 +84,7 @@ class TarIndex:
         self._firsts = np.cumsum(self.counts) - self.counts
         lengths = self._ends - self._begins
         self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
-        # OSError, or ArrowInvalid for another's file.
+        # Raises OSError, or ArrowInvalid for a file that is no index.
         self.rows = functools.lru_cache(maxsize=_OPEN)(lambda i: _reader(rows[i]).get_batch(0))
 
     def block(self, record: int) -> tuple[int, int, int, int, int]:
@@ -245,7 +245,7 @@ def read_shard(file: str) -> Shard | None:
 
 
 def _reader(file: str) -> Any:
-    """A file as Arrow reads it, mapped where it is on a disk."""
+    """Open an Arrow file, mapped into memory where it is on a disk."""
     if files.is_remote(file):
         return pa.ipc.open_file(pa.py_buffer(files.read(file)))
     return pa.ipc.open_file(pa.memory_map(file))
