@@ -33,7 +33,7 @@ from tests.conftest import ROOT
         ("train configs/digits.py --model ViT-B-32", "take a config file with another model"),
         ("train configs/digits.py --output-dir x", "take --workdir"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
-        ("prepare nowhere out", "SOURCE: there is nothing at nowhere"),
+        ("prepare nowhere out", "SOURCE: nowhere does not exist"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),

@@ -136,7 +136,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["predict", "MODEL", "--labels", "cat", "--template", "a"], "has no {}"),
         (["predict", "MODEL", "--images", "x" * 300, "--labels", "a"], "name too long: xxx"),
         (["embed", "MODEL", "x" * 300, "OUT"], "name too long: xxx"),
-        (["embed", "MODEL", "nowhere", "OUT"], "SOURCE: there is nothing at nowhere"),
+        (["embed", "MODEL", "nowhere", "OUT"], "SOURCE: nowhere does not exist"),
         (["embed", "MODEL", "EMPTY", "OUT"], "has no images"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--worker", "3/2"], "worker='3/2' must be i/n"),
         (["embed", "MODEL", "PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),

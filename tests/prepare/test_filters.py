@@ -69,7 +69,9 @@ def test_a_source_without_scores_says_so(tmp_path):
     with pytest.raises(ValueError, match="TableSource has no columns beside its pairs"):
         run(tmp_path, path, score_column="similarity")
     FORMATS["tar"](tmp_path, PAIRS)
-    with pytest.raises(ValueError, match=r"'similarity' is to be read from .*00000\.parquet: .*No"):
+    with pytest.raises(
+        ValueError, match=r"'similarity' cannot be read from .*00000\.parquet: .*No"
+    ):
         run(tmp_path, tmp_path / "*.tar", score_column="similarity")
 
 

@@ -165,7 +165,7 @@ def test_inspect_shows_the_first_samples(source, capsys):
 def test_wrong_config(wrong, message):
     with pytest.raises(ValueError, match=message):
         PrepareConfig(source="x.tar", **wrong)
-    for path, says in (("*.zip", "is not a data source"), ("x.zip", "there is nothing at x.zip")):
+    for path, says in (("*.zip", "is not a data source"), ("x.zip", "x.zip does not exist")):
         with pytest.raises(ValueError, match=says):
             guess_source(PathConfig(path=path))
 

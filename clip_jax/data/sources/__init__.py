@@ -1,4 +1,4 @@
-"""One file a format: random access, a length, a key for each sample."""
+"""Data sources, one module for each format: random access, a length, a key for each sample."""
 
 import abc
 import hashlib
@@ -16,12 +16,12 @@ from clip_jax.storage.files import AnyPath
 
 
 class SampleError(Exception):
-    """This one sample cannot be used; the message is the reason that `skipped.jsonl` shows."""
+    """One sample cannot be used; the message is the reason shown in `skipped.jsonl`."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Image-text pairs by index. Threads share it."""
+    """Image-text pairs by index. Implementations are thread-safe."""
 
     def __len__(self) -> int: ...
 
@@ -32,9 +32,9 @@ class Source(Protocol):
     def load(
         self, index: int, rng: np.random.Generator
     ) -> tuple[bytes | UInt8[np.ndarray, "H W 3"], str]:
-        """Get an encoded image (or pixels of the final size) and its caption.
+        """Load an encoded image (or pixels of the final size) and its caption.
 
-        What is random in a sample (which caption, how it is drawn) comes from `rng` alone. Raises
+        Everything random in a sample (which caption, how it is drawn) comes from `rng`. Raises
         SampleError if the sample cannot be read.
         """
         ...
@@ -49,19 +49,19 @@ class Record(NamedTuple):
 
 
 class StoredRecord(NamedTuple):
-    """One sample as it is stored; each part is decoded, or read, when it is asked for."""
+    """One sample as it is stored; each part is decoded, or read, on demand."""
 
     key: str
     size: int  # bytes; 0 where nothing was read
-    image: Callable[[], bytes]  # SampleError where there is none
-    text: Callable[[], Any]  # what `captions_of` takes. SampleError
+    image: Callable[[], bytes]  # raises SampleError if there is none
+    text: Callable[[], Any]  # argument of `captions_of`; raises SampleError
 
     def load(self, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and a caption."""
+        """Load the encoded image and a caption."""
         return self.image(), caption_of(self.text(), rng)
 
     def captions(self) -> list[str]:
-        """Get all captions. Raises SampleError."""
+        """Return all captions. Raises SampleError."""
         return captions_of(self.text())
 
 
@@ -69,7 +69,7 @@ AnyRecord = Record | StoredRecord
 
 
 class StoredSource(abc.ABC):
-    """A `Source` of encoded images with all their captions: what `clip-jax prepare` copies."""
+    """A `Source` of encoded images with all their captions, as `clip-jax prepare` needs."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -80,14 +80,14 @@ class StoredSource(abc.ABC):
 
     @abc.abstractmethod
     def record(self, index: int) -> StoredRecord:
-        """Get one sample as it is stored. Raises SampleError if it cannot be read."""
+        """Return one sample as it is stored. Raises SampleError if it cannot be read."""
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
-        """Get the encoded image and a caption. Raises SampleError."""
+        """Load the encoded image and a caption. Raises SampleError."""
         return self.record(index).load(rng)
 
     def image(self, index: int) -> bytes:
-        """Get the encoded image. Raises SampleError."""
+        """Return the encoded image. Raises SampleError."""
         return self.record(index).image()
 
 
@@ -96,28 +96,28 @@ class BlockSource(Source, Protocol):
     """A source whose records are stored in blocks, so that one request reads many."""
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
-        """How many records each block holds, in the order of the records."""
+        """Return the number of records in each block, in the order of the records."""
         ...
 
     def size(self, first: int, last: int) -> int:
-        """Bytes of the records from `first` to before `last`, which are of one block."""
+        """Return the bytes of the records from `first` to before `last`, all in one block."""
         ...
 
     def fetch(self, first: int, last: int) -> Sequence[AnyRecord]:
-        """Read records of one block in one go. Raises SampleError where none can be read."""
+        """Read records of one block at once. Raises SampleError if none can be read."""
         ...
 
 
 def blocks_of(source: Source) -> Int64[np.ndarray, " blocks"]:
-    """A source's blocks; each record is one where they lie apart."""
+    """Return a source's block sizes; without blocks, each record counts as one."""
     if isinstance(source, BlockSource):
         return source.blocks()
     return np.ones(len(source), np.int64)
 
 
 def digest(source: Source, *, blocks: bool = False, keys: int = 100) -> str:
-    """Hash what tells a source from others: how many samples it has, the keys of up to `keys` of
-    them, evenly spread, and the `blocks` in which they are read."""
+    """Hash what identifies a source: the number of samples, the keys of up to `keys` of them,
+    evenly spread, and with `blocks` the sizes of its blocks."""
     count = len(source)
     indices = sorted({i * count // keys for i in range(keys)}) if count > keys else range(count)
     hashed = hashlib.sha256(str(count).encode())
@@ -130,25 +130,25 @@ def digest(source: Source, *, blocks: bool = False, keys: int = 100) -> str:
 
 @runtime_checkable
 class ScoredSource(Protocol):
-    """A source with numbers beside its pairs, such as a CLIP score."""
+    """A source with numeric columns beside its pairs, such as a CLIP score."""
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column, NaN where a value is missing. Raises InputError if there is no such
+        """Return a column, with NaN for missing values. Raises InputError if there is no such
         column."""
         ...
 
 
 def caption_of(value: Any, rng: np.random.Generator) -> str:
-    """Text of a cell: a string, UTF-8 bytes, or a sequence of them, of which one is drawn.
+    """Return the text of a cell: a string, UTF-8 bytes, or a sequence, of which one is drawn.
 
-    A single text draws nothing, so that a sample looks the same in every format.
+    A single text draws nothing from `rng`, so that a sample is the same in every format.
     """
     values = _several(value)
     return text_of(values[0] if len(values) == 1 else values[int(rng.integers(len(values)))])
 
 
 def captions_of(value: Any) -> list[str]:
-    """All texts of a cell."""
+    """Return all texts of a cell."""
     return [text_of(one) for one in _several(value)]
 
 
@@ -161,22 +161,22 @@ def _several(value: Any) -> Sequence[Any] | np.ndarray:
 
 
 def check_columns(path: str | AnyPath, config: Any, names: Sequence[str]) -> None:
-    """Raise InputError unless `names` has the config's columns of images and captions once each."""
+    """Raise InputError unless `names` contains each of the config's columns exactly once."""
     for option in ("image_column", "caption_column"):
         if column := getattr(config, option):
             check_column(path, column, names, option)
 
 
 def check_column(path: str | AnyPath, name: str, names: Sequence[str], option: str = "") -> None:
-    """Raise InputError unless exactly one column has the name; `option` gives another."""
+    """Raise InputError unless exactly one column has the name; `option` can change it."""
     if (count := names.count(name)) != 1:
         what = f"no column {name!r}, only" if not count else f"{count} columns {name!r} among"
-        advice = f"; set {option}" if option else ""
+        advice = f"; set {option} to one of them" if option else ""
         raise InputError(f"{path} has {what} {', '.join(map(repr, names)) or 'none'}{advice}")
 
 
 def read_file(path: AnyPath, what: str) -> bytes:
-    """Read a whole file. SampleError for one that is not there, and for what never ends."""
+    """Read a file. Raises SampleError if it is missing or not a regular file."""
     try:
         if not files.is_remote(path):
             kind = os.stat(path).st_mode
@@ -191,13 +191,13 @@ def read_file(path: AnyPath, what: str) -> bytes:
 
 
 def text_of(value: Any, name: str = "caption") -> str:
-    """A string, or UTF-8 bytes as one. SampleError for what is neither."""
+    """Return a string, or decode UTF-8 bytes. Raises SampleError for anything else."""
     try:
         if isinstance(value, bytes):
             return value.decode("utf-8-sig")
         if isinstance(value, str):
-            value.encode()  # a JSON may hold half a letter, which nobody can write down
-            return value.removeprefix("\ufeff")  # a mark of byte order is no letter
+            value.encode()  # JSON may contain a lone surrogate, which UTF-8 cannot
+            return value.removeprefix("\ufeff")  # byte order mark
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SampleError(f"{name} is not UTF-8: {error.reason} at {error.start}") from error
     raise SampleError(f"{name} is {'missing' if value is None else type(value).__name__}")

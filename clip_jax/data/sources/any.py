@@ -1,4 +1,4 @@
-"""Any one source: the configs there are, how a path says which, and how one is opened."""
+"""Open any single source: all configs, and the one that a path stands for."""
 
 import dataclasses
 import os
@@ -23,18 +23,18 @@ _IN_FOLDERS = (TarConfig, ArrayRecordConfig, ParquetConfig)  # shards that a fol
 
 @dataclass(frozen=True, kw_only=True)
 class PathConfig:
-    """Pairs in whatever format the path's ending says, or what is in the folder."""
+    """A source whose format follows from the path's ending or from what the folder contains."""
 
-    path: str  # tars, Parquet, ArrayRecord, a table; a folder of those, of TFDS, of images
-    image_column: str = ""  # where the format has columns; empty: its default
-    caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
-    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    path: str  # Tars, Parquet, ArrayRecord or a table, or a folder of those, of TFDS or of images.
+    image_column: str = ""  # Column (or feature) of the images; empty: the format's default.
+    caption_column: str = ""  # Column, feature or key in a tar's .json; empty: the default.
+    bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
 
     def open(self, image_size: int, process: tuple[int, int]) -> Source:
         return guess_source(self).open(image_size, process)
 
 
-# A new format has a line here. Its config has the path's endings, if any, in `suffixes`.
+# A new format needs a line here. Its config lists the path's endings, if any, in `suffixes`.
 SingleConfig = (
     PathConfig
     | DigitsConfig
@@ -54,10 +54,10 @@ def open_single(
     process: tuple[int, int] = (0, 1),
     option: str = "data.source",
 ) -> Source:
-    """Open what a source's config describes; sources that draw do so in `image_size` pixels.
+    """Open the source that a config describes; a source that draws does so at `image_size` pixels.
 
-    `process` is which of several processes' this is: they share the building of an index. Raises
-    InputError, which begins with the `option` that the config was given by.
+    `process` is (index, count) of this process: all processes share the building of an index.
+    Raises InputError, which begins with the `option` that set the config.
     """
     try:
         return config.open(image_size, process)
@@ -66,9 +66,9 @@ def open_single(
 
 
 def open_images(path: str, image_column: str = "image", option: str = "SOURCE") -> StoredSource:
-    """Open images whose captions need not be there: a folder, a table, tars, Parquet, ArrayRecord.
+    """Open images that need no captions: a folder, a table, tars, Parquet or ArrayRecord.
 
-    Raises InputError if there is no such source or no image in it.
+    Raises InputError if the source does not exist or has no images.
     """
     config = PathConfig(path=path)
     try:
@@ -79,18 +79,18 @@ def open_images(path: str, image_column: str = "image", option: str = "SOURCE") 
     if isinstance(kind, TableConfig):
         kind = dataclasses.replace(kind, image_column=image_column, caption_column="")
     source = open_single(kind, image_size=1, option=option)
-    assert isinstance(source, StoredSource), path  # what has a path never draws
+    assert isinstance(source, StoredSource), path  # a source with a path never draws
     return source
 
 
 def absolute(path: str) -> str:
-    """Make what `open_images` takes independent of the working directory."""
+    """Make a path for `open_images` independent of the working directory."""
     return path if files.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def guess_source(config: PathConfig) -> SingleConfig:
-    """Tell the format by a path's ending, or by what a folder holds. Raises InputError if neither
-    does."""
+    """Choose the format by a path's ending or a folder's content. Raises InputError if neither
+    determines it."""
     path = config.path
     folder = files.as_path(path)
     kinds: dict[str, Any] = {
@@ -110,9 +110,9 @@ def guess_source(config: PathConfig) -> SingleConfig:
             kind = FolderConfig
     if kind is None:
         if not (any(sign in path for sign in "*?[{") or folder.exists()):
-            raise InputError(f"there is nothing at {path}")
+            raise InputError(f"{path} does not exist; correct the path")
         raise InputError(
-            f"{path} is not a data source: give files that end in {', '.join(kinds)}, or a folder "
+            f"{path} is not a data source; use files that end in {', '.join(kinds)}, or a folder "
             "of such files, of images, of save_to_disk or of a TFDS version"
         )
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
@@ -121,7 +121,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
         options["caption"], options["caption_key"] = "json", options.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
     if not options.keys() <= names:
-        raise InputError(f"{path} ({kind.__name__}) has no columns: leave {', '.join(options)} out")
+        raise InputError(f"{path} ({kind.__name__}) has no columns; leave {', '.join(options)} out")
     if "bad_shards" in names:
         options["bad_shards"] = config.bad_shards
     return kind(path=path, **options)

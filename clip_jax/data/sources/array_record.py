@@ -1,8 +1,8 @@
 """ArrayRecord shards, as `clip-jax prepare` writes them.
 
 A record is a tf.train.Example with the features `image` (encoded), `caption` (one or several texts)
-and `key`, so that other programs read it too. Each record is a group of its own: a random one
-costs one read. On a disk array_record's own reader reads them; it opens no URLs.
+and `key`, so that other programs can read it too. Each record is a group of its own, so a random
+one costs one read. On a disk the library array_record reads them; it does not open URLs.
 """
 
 import functools
@@ -20,18 +20,18 @@ from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-_THREADS = 64  # that read the files' ends
-_BLOCK_BYTES = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
+_THREADS = 64  # for reading the ends of the files
+_BLOCK_BYTES = 1 << 22  # approximate bytes: transfer takes 30 ms, about as long as the latency
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecordConfig:
     """ArrayRecord shards of tf.train.Examples."""
 
-    path: str  # data/*.array_record
-    image_column: str = "image"  # feature with the encoded image
-    caption_column: str = "caption"  # feature with one or several texts
-    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    path: str  # Shards, such as data/*.array_record or data/{00000..00041}.array_record.
+    image_column: str = "image"  # Feature with the encoded image.
+    caption_column: str = "caption"  # Feature with one or several captions.
+    bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
     suffixes: ClassVar = (".array_record",)
 
     def open(self, *_: Any) -> "ArrayRecordSource":
@@ -39,26 +39,26 @@ class ArrayRecordConfig:
 
 
 class ArrayRecordSource(StoredSource):
-    """One pair a record, in the order of shards and records. Raises InputError for shards not
-    usable."""
+    """One pair for each record, in the order of shards and records. Raises InputError for unusable
+    shards."""
 
     def __init__(self, config: ArrayRecordConfig) -> None:
         paths = files.expand(config.path)
         with ThreadPoolExecutor(_THREADS) as threads:
             opened = list(threads.map(_open, paths))
         bad = [shard for shard in opened if isinstance(shard, str)]
-        settle(config.path, bad, "no ArrayRecord, or not whole", config.bad_shards)
+        settle(config.path, bad, "not complete ArrayRecord files", config.bad_shards)
         self._shards = [shard for shard in opened if not isinstance(shard, str)]
         self._places = Places(len(shard) for shard in self._shards)
         if not len(self):
-            raise InputError(f"{config.path} has no records")
+            raise InputError(f"{config.path} has no records; it needs at least one pair")
         self._config = config
 
     def __len__(self) -> int:
         return len(self._places)
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
-        """Records of each block: whole groups, some MiB of a shard by its records' mean size."""
+        """Return the number of records in each block: groups of about 4 MiB together."""
         counts = [np.zeros(0, np.int64)]
         for shard in filter(len, self._shards):
             groups = round(_BLOCK_BYTES / (shard.end / len(shard) * shard.group))
@@ -68,21 +68,21 @@ class ArrayRecordSource(StoredSource):
 
     @functools.cached_property
     def _bytes(self) -> tuple[Int64[np.ndarray, " edges"], Int64[np.ndarray, " edges"]]:
-        """Records and bytes before each shard, and in all."""
+        """Return the records and bytes before each shard, and in total."""
         shards = list(filter(len, self._shards))
         return np.cumsum([0, *map(len, shards)]), np.cumsum([0, *(one.end for one in shards)])
 
     def size(self, first: int, last: int) -> int:
-        """Bytes of these records, by the mean of their shard."""
+        """Estimate the bytes of these records by the mean of their shard."""
         return int(np.diff(np.interp([first, last], *self._bytes))[0])
 
     def fetch(self, first: int, last: int) -> list[StoredRecord]:
-        """Read records of one shard by one request."""
+        """Read records of one shard in one request."""
         records = self._read(first, last)
         return [self._record(self.key(i), x) for i, x in enumerate(records, first)]
 
     def key(self, index: int) -> str:
-        """Shard and number of the record."""
+        """Return the shard and the number of the record."""
         shard, row = self._places.find(index)
         return f"{self._shards[shard].path}:{row}"
 
@@ -119,7 +119,7 @@ class ArrayRecordSource(StoredSource):
 
 
 class _OnDisk(ArrayRecordFile):
-    """Read by array_record, which compares hashes too and reads every kind of chunk."""
+    """Read by the library array_record, which also checks hashes and reads all kinds of chunks."""
 
     def __init__(self, path: str) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -134,7 +134,7 @@ class _OnDisk(ArrayRecordFile):
 
 
 def _open(path: str) -> ArrayRecordFile | str:
-    """An open shard, or its name and what is wrong with it."""
+    """Open a shard, or return its name and what is wrong with it."""
     try:
         if not files.is_remote(path):
             return _OnDisk(path)
@@ -146,7 +146,7 @@ def _open(path: str) -> ArrayRecordFile | str:
     except (OSError, ValueError, IndexError) as error:
         return f"{path} ({error})"
     if shard.transposed:
-        return f"{path} (transposed, which is read on a disk only: clip-jax prepare it there)"
+        return f"{path} (transposed, which is read from a disk only: clip-jax prepare it there)"
     return shard
 
 
@@ -155,7 +155,7 @@ def _open(path: str) -> ArrayRecordFile | str:
 
 @functools.cache
 def _example() -> Any:
-    """The message class, with bytes alone: field numbers from TensorFlow's example.proto."""
+    """Build the message class, for bytes only; field numbers as in TensorFlow's example.proto."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kind = descriptor_pb2.FieldDescriptorProto
@@ -184,7 +184,7 @@ def _example() -> Any:
 
 
 def encode_example(features: dict[str, list[bytes]]) -> bytes:
-    """Serialise, the same bytes for the same features."""
+    """Serialise features as a tf.train.Example; equal features give equal bytes."""
     example = _example()()
     for name in sorted(features):
         entry = example.features.feature.add(key=name)
@@ -193,7 +193,7 @@ def encode_example(features: dict[str, list[bytes]]) -> bytes:
 
 
 def decode_example(record: bytes) -> dict[str, list[bytes]]:
-    """Bytes features by name. SampleError if it is no tf.train.Example."""
+    """Return the bytes features by name. Raises SampleError if it is no tf.train.Example."""
     from google.protobuf.message import DecodeError
 
     try:

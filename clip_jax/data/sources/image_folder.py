@@ -1,4 +1,4 @@
-"""A folder of images, each with its caption in a .txt of the same name."""
+"""A folder of images, each with its caption in a .txt file of the same name."""
 
 import functools
 from collections import Counter
@@ -16,18 +16,18 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """Images and sidecar texts: a/cat.jpg and a/cat.txt."""
+    """A folder of images with captions in text files: a/cat.jpg and a/cat.txt."""
 
-    path: str  # of the folder; folders in it count too
+    path: str  # Folder with the images; subfolders are included.
 
     def open(self, *_: Any) -> "FolderSource":
         return FolderSource(self)
 
 
 def image_files(paths: Iterable[AnyPath], beside: Sequence[str] = ()) -> list[AnyPath]:
-    """List files as given, and of folders, in alphabetical order, the images in them.
+    """List these files, and the images in these folders in alphabetical order.
 
-    Dot files, such as macOS's ._photo.jpg, are no images. A warning counts the others whose ending
+    Dot files, such as macOS's ._photo.jpg, are left out. A warning counts other files whose ending
     is neither an image's nor one of `beside`.
     """
     images, folders, ignored = [], {}, Counter()
@@ -54,26 +54,26 @@ def image_files(paths: Iterable[AnyPath], beside: Sequence[str] = ()) -> list[An
 
 
 class FolderSource(StoredSource):
-    """One pair an image, by path in alphabetical order. Raises InputError if there is no image."""
+    """One pair for each image, in alphabetical order. Raises InputError if there is no image."""
 
     def __init__(self, config: FolderConfig) -> None:
         self._folder = files.as_path(config.path)
         if not self._folder.is_dir():
-            raise InputError(f"no folder at {config.path}")
+            raise InputError(f"{config.path} is not a folder; give a folder of images")
         paths = image_files([self._folder], beside=[".txt"])
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
-            raise InputError(f"{self._folder} has no images ({', '.join(SUFFIXES)})")
+            raise InputError(f"{self._folder} has no images, which end in {', '.join(SUFFIXES)}")
 
     def __len__(self) -> int:
         return len(self._names)
 
     def key(self, index: int) -> str:
-        """The image's path in the folder."""
+        """Return the image's path in the folder."""
         return self._names[index].encode(errors="surrogateescape").decode(errors="replace")
 
     def record(self, index: int) -> StoredRecord:
-        """Get the image file and the text file, each read when it is asked for."""
+        """Return the image file and the text file, each read on demand."""
         path = self._folder / self._names[index]
         image = functools.partial(read_file, path, path.suffix)
         text = functools.partial(read_file, path.with_suffix(".txt"), ".txt")

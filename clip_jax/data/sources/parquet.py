@@ -1,7 +1,7 @@
-"""Parquet files with the images inside: Hugging Face's layout and img2dataset's.
+"""Parquet files that contain the images, in Hugging Face's or img2dataset's layout.
 
-Parquet has no random access: a row costs its row group. With row groups of 100 rows, as Hugging
-Face writes image sets, that is bearable; for fast reading `clip-jax prepare` it first.
+Parquet has no random access: reading a row costs its row group. With row groups of 100 rows, as
+Hugging Face writes image data sets, that is bearable; for speed, convert with `clip-jax prepare`.
 """
 
 import errno
@@ -22,18 +22,18 @@ from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-_THREADS = 16  # that read the files' ends
-_OPEN_GROUPS = 8  # row groups kept in memory; each thread works in one at a time
+_THREADS = 16  # for reading the footers of the files
+_OPEN_GROUPS = 8  # row groups cached in memory; each thread needs one at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetConfig:
-    """Pairs in Parquet files. img2dataset calls its image column `jpg`."""
+    """Pairs in Parquet files. In those of img2dataset the image column is `jpg`."""
 
-    path: str  # data/*.parquet, data/{00000..00041}.parquet
-    image_column: str = "image"  # encoded images, or structs with `bytes` (Hugging Face)
-    caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
-    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
+    path: str  # Files: data/*.parquet or data/{00000..00041}.parquet.
+    image_column: str = "image"  # Column of encoded images, or structs with `bytes` (HF).
+    caption_column: str = "caption"  # Column of captions, or lists of which one is drawn.
+    bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
     suffixes: ClassVar = (".parquet",)
 
     def open(self, *_: Any) -> "ParquetSource":
@@ -41,14 +41,14 @@ class ParquetConfig:
 
 
 class ParquetSource(StoredSource):
-    """One pair a row, in the order of files and rows. Raises InputError for files not usable."""
+    """One pair for each row, in the order of files. Raises InputError for unusable files."""
 
     def __init__(self, config: ParquetConfig) -> None:
         paths = files.expand(config.path)
         with ThreadPoolExecutor(_THREADS) as threads:
             read = list(threads.map(_metadata, paths))
         bad = [one for one in read if isinstance(one, str)]
-        settle(config.path, bad, "not usable", config.bad_shards)
+        settle(config.path, bad, "unusable", config.bad_shards)
         good = [
             (path, one) for path, one in zip(paths, read, strict=True) if not isinstance(one, str)
         ]
@@ -63,7 +63,7 @@ class ParquetSource(StoredSource):
         self._groups, self._places = groups, Places(sizes)
         self._sizes = np.array(sizes, np.int64)
         if not len(self):
-            raise InputError(f"{config.path} has no rows")
+            raise InputError(f"{config.path} has no rows; it needs at least one pair")
         self._reading: dict[int, threading.Lock] = {}
         self._read = functools.lru_cache(maxsize=_OPEN_GROUPS)(self._read_group)
 
@@ -71,7 +71,7 @@ class ParquetSource(StoredSource):
         return len(self._places)
 
     def _read_group(self, group: int) -> pa.Table:
-        """Read a row group, its columns and what lies between them by one request."""
+        """Read a row group: its columns, and what is stored between them, in one request."""
         number, local = self._groups[group]
         begin, end = self._span(group)
         (data,) = files.read_ranges(self._paths[number], [(begin, end - begin)])
@@ -79,7 +79,7 @@ class ParquetSource(StoredSource):
         return file.read_row_group(local, columns=self._columns, use_threads=False)
 
     def _span(self, group: int) -> tuple[int, int]:
-        """Where the bytes of a row group's columns begin and end."""
+        """Return where the bytes of a row group's columns begin and end."""
         number, local = self._groups[group]
         row_group = self._metadata[number].row_group(local)
         spans = []
@@ -93,21 +93,21 @@ class ParquetSource(StoredSource):
 
     @functools.cached_property
     def _edges(self) -> Int64[np.ndarray, " edges"]:
-        """Bytes before each row group, and in all."""
+        """Return the bytes before each row group, and in total."""
         spans = map(self._span, range(len(self._groups)))
         return np.cumsum([0, *(end - begin for begin, end in spans)])
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
-        """Rows of each row group."""
+        """Return the number of rows in each row group."""
         return self._sizes
 
     def size(self, first: int, last: int) -> int:
-        """Bytes of the row groups in which these lie."""
+        """Estimate the bytes of these rows by the mean of their row group."""
         before = np.concatenate([[0], np.cumsum(self._sizes)])
         return int(np.diff(np.interp([first, last], before, self._edges))[0])
 
     def fetch(self, first: int, last: int) -> list[StoredRecord]:
-        """Read rows of one row group, which costs the whole of it."""
+        """Read rows of one row group, which reads all of it."""
         group, row = self._places.find(first)
         table = self._table(group).slice(row, last - first)
         return [
@@ -115,18 +115,18 @@ class ParquetSource(StoredSource):
         ]
 
     def key(self, index: int) -> str:
-        """File and row."""
+        """Return the file and the row."""
         group, row = self._places.find(index)
         number, local = self._groups[group]
         before = sum(self._metadata[number].row_group(g).num_rows for g in range(local))
         return f"{self._paths[number]}:{before + row}"
 
     def record(self, index: int) -> StoredRecord:
-        """Get a row."""
+        """Return one row."""
         return self.fetch(index, index + 1)[0]
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column of numbers from all files."""
+        """Return a numeric column of all files."""
         return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
 
     def _table(self, group: int) -> pa.Table:
@@ -140,7 +140,7 @@ class ParquetSource(StoredSource):
 
 
 class _Part(io.BytesIO):
-    """Bytes of a file from `begin` on, at their places in it."""
+    """A file of which only the bytes from `begin` on are in memory, at their own offsets."""
 
     def __init__(self, data: bytes, begin: int) -> None:
         super().__init__(data)
@@ -153,12 +153,12 @@ class _Part(io.BytesIO):
         if whence == io.SEEK_SET:
             offset -= self._begin
             if offset < 0:
-                raise OSError(errno.EINVAL, "a column begins before what its file says")
+                raise OSError(errno.EINVAL, "a column begins before the offset in its footer")
         return self._begin + super().seek(offset, whence)
 
 
 def _metadata(path: str) -> Any:
-    """What a file's end says, or its name and what is wrong with it."""
+    """Read a file's footer, or return its name and what is wrong with it."""
     try:
         with files.open_file(path) as file:
             metadata = pq.read_metadata(file)
@@ -167,12 +167,12 @@ def _metadata(path: str) -> Any:
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         return f"{path} ({error})"
     if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
-        return f"{path} ({metadata.num_rows} rows by its end, {sum(rows)} by its row groups)"
+        return f"{path} ({metadata.num_rows} rows in its footer, {sum(rows)} in its row groups)"
     return metadata
 
 
 def record_of(table: pa.Table, columns: list[str], row: int, key: str) -> StoredRecord:
-    """Get a row of an Arrow table."""
+    """Return a row of an Arrow table."""
     image, text = (functools.partial(_cell, table, name, row) for name in columns)
     return StoredRecord(key, table.nbytes // len(table), lambda: _image(image()), text)
 
@@ -187,7 +187,7 @@ def _image(image: Any) -> bytes:
 
 
 def _cell(table: pa.Table, name: str, row: int) -> Any:
-    """A value as Python's; SampleError for text that is not UTF-8."""
+    """Convert a cell to Python. Raises SampleError for text that is not UTF-8."""
     try:
         return table[name][row].as_py()
     except UnicodeDecodeError as error:

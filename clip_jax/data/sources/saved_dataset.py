@@ -1,4 +1,4 @@
-"""Folders that Hugging Face's `Dataset.save_to_disk` writes, read without `datasets`."""
+"""Folders written by Hugging Face's `Dataset.save_to_disk`, read without `datasets`."""
 
 import json
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class SavedDatasetConfig:
-    """A folder of `save_to_disk` whose images are stored inside."""
+    """A folder of Hugging Face's `save_to_disk` that contains the images."""
 
-    path: str  # of the folder with state.json; of a DatasetDict, one split's folder
-    image_column: str = "image"
-    caption_column: str = "caption"  # text, or lists of texts of which one is drawn each time
+    path: str  # Folder with state.json; for a DatasetDict, the folder of one split.
+    image_column: str = "image"  # Column of encoded images, or structs with `bytes`.
+    caption_column: str = "caption"  # Column of captions, or lists of which one is drawn.
 
     def open(self, *_: Any) -> "SavedDatasetSource":
         return SavedDatasetSource(self)
 
 
 class SavedDatasetSource(StoredSource):
-    """One pair a row; the files stay on disk, mapped. Raises InputError for folders not usable."""
+    """One pair for each row; files are memory-mapped. Raises InputError for unusable folders."""
 
     def __init__(self, config: SavedDatasetConfig) -> None:
         folder = files.as_path(config.path)
@@ -53,29 +53,29 @@ class SavedDatasetSource(StoredSource):
         self._columns = [config.image_column, config.caption_column]
         self._places = Places(table.num_rows for table in self._tables)
         if not len(self):
-            raise InputError(f"{folder} has no rows")
+            raise InputError(f"{folder} has no rows; it needs at least one pair")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def key(self, index: int) -> str:
-        """File and row."""
+        """Return the file and the row."""
         file, row = self._places.find(index)
         return f"{self._names[file]}:{row}"
 
     def record(self, index: int) -> StoredRecord:
-        """Get a row."""
+        """Return one row."""
         file, row = self._places.find(index)
         return record_of(self._tables[file].slice(row, 1), self._columns, 0, self.key(index))
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column of numbers from all files."""
+        """Return a numeric column of all files."""
         tables = zip(self._names, self._tables, strict=True)
         return np.concatenate([scores.numbers(name, table, column) for name, table in tables])
 
 
 def _data_files(folder: AnyPath) -> list[str]:
-    """Names of the Arrow files. Raises InputError for a folder that save_to_disk did not write."""
+    """List the Arrow files. Raises InputError for a folder that save_to_disk did not write."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [str(file["filename"]) for file in state["_data_files"]]
@@ -88,10 +88,10 @@ def _data_files(folder: AnyPath) -> list[str]:
         ) from error
     if is_reordered:
         raise InputError(
-            _unusable(folder, "it keeps an order of its own: call flatten_indices() first")
+            _unusable(folder, "its rows are selected by indices: call flatten_indices() first")
         )
     return names
 
 
 def _unusable(folder: AnyPath, why: object) -> str:
-    return f"{folder} is no usable folder of save_to_disk: {why}"
+    return f"{folder} is not a usable folder of save_to_disk: {why}"

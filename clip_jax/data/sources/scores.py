@@ -1,4 +1,4 @@
-"""Numbers beside the pairs, such as a CLIP score: columns of Parquet and Arrow files."""
+"""Numeric columns beside the pairs, such as CLIP scores, in Parquet and Arrow files."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,15 @@ from clip_jax.storage import files
 
 
 def numbers(path: str, table: pa.Table, column: str) -> Float64[np.ndarray, " N"]:
-    """Get a column as float64, NaN where it is empty. Raises InputError if it holds no numbers."""
+    """Return a column as float64, with NaN for empty cells. Raises InputError if not numeric."""
     check_column(path, column, table.schema.names)
     try:
         return table[column].cast(pa.float64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         kind = table[column].type
-        raise InputError(f"column {column!r} of {path} is {kind}, no numbers") from error
+        raise InputError(
+            f"column {column!r} of {path} has the type {kind}, not numbers; choose another column"
+        ) from error
 
 
 def of_parquet(path: str, column: str) -> Float64[np.ndarray, " N"]:
@@ -28,10 +30,9 @@ def of_parquet(path: str, column: str) -> Float64[np.ndarray, " N"]:
 
 
 def beside_tar(shard: str, keys: Sequence[str], column: str) -> Float64[np.ndarray, " N"]:
-    """Read the column of img2dataset's Parquet file beside a tar, for these members.
+    """Read a column of img2dataset's Parquet file beside a tar, for the members with these keys.
 
-    NaN for members of which it says nothing. Raises InputError if the file or the column is not
-    usable.
+    Members that are not in it get NaN. Raises InputError if the file or the column is not usable.
     """
     path = f"{shard.removesuffix('.tar')}.parquet"
     table = _read(path, ["key", column])
@@ -47,4 +48,4 @@ def _read(path: str, columns: list[str]) -> pa.Table:
                 check_column(path, column, file.schema_arrow.names)
             return file.read(columns)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{columns[-1]!r} is to be read from {path}: {error}") from error
+        raise InputError(f"column {columns[-1]!r} cannot be read from {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""What shards have in common: where a row lies, and what to say of shards that cannot be read."""
+"""Shards: which one contains a row, and what to report if some cannot be read."""
 
 import functools
 import logging
@@ -14,11 +14,11 @@ BadShards = Literal["error", "skip"]
 _SHOWN = 5
 
 _log = logging.getLogger(__name__)
-warn_once = functools.cache(_log.warning)  # the same message once a process
+warn_once = functools.cache(_log.warning)  # logs the same message once in a process
 
 
 class Places:
-    """Where each of a source's rows lies: its shards' rows, one shard after the other."""
+    """Finds the rows of a source, which are those of its shards, one shard after the other."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
         self._ends = np.cumsum(list(sizes), dtype=np.int64)
@@ -27,20 +27,20 @@ class Places:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def find(self, index: int) -> tuple[int, int]:
-        """Number of the shard, and of the row in it."""
+        """Return the number of the shard, and of the row in it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of many names, for a message."""
+    """Join the first few of many names for a message."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards) -> None:
-    """Name shards that cannot be read (each with its reason, if any): InputError, or a warning."""
+    """Raise InputError, or warn, that shards (with the reason, if any) cannot be read."""
     shards = list(shards)
     if not shards:
         return

@@ -1,7 +1,7 @@
-"""WebDataset tars with random access, by an index of where each member lies.
+"""WebDataset tars with random access, by an index of each member's offset.
 
-The index (tar_index.py) is built once, in parallel, and kept beside the shards or in a folder of
-your choice; a shard that changes is read anew.
+The index (tar_index.py) is built once, in parallel, and stored beside the shards or in a folder of
+your choice; a shard that has changed is indexed again.
 """
 
 import json
@@ -25,30 +25,30 @@ Read = Callable[[int, int], bytes]  # offset and size
 
 @dataclass(frozen=True, kw_only=True)
 class TarConfig:
-    """WebDataset tars: members 000.jpg and 000.txt (or .json, .cls) make a pair."""
+    """WebDataset tars, in which members like 000.jpg and 000.txt (or .json, .cls) are a pair."""
 
-    path: str  # of the shards: data/{00000..00041}.tar, data/*.tar, gs://bucket/*.tar
-    caption: Literal["txt", "json", "cls"] = "txt"  # extension of the member with the text
-    caption_key: str = "caption"  # of a .json
-    class_names: str = ""  # file with one class name a line, for .cls; empty: the number itself
-    index: str = ""  # folder for the index; empty: where the first shard is
-    bad_shards: BadShards = "error"  # missing, truncated or damaged ones
-    suffixes: ClassVar = (".tar", ".gz", ".tgz")  # whose InputError says why gzip is not read
+    path: str  # Shards, such as data/{00000..00041}.tar, data/*.tar or gs://bucket/*.tar.
+    caption: Literal["txt", "json", "cls"] = "txt"  # Extension of the member with the caption.
+    caption_key: str = "caption"  # Key of the caption in a .json member.
+    class_names: str = ""  # File with a class name in each line, for .cls; empty: the number.
+    index: str = ""  # Folder for the index; empty: the folder of the first shard.
+    bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
+    suffixes: ClassVar = (".tar", ".gz", ".tgz")  # gzip is rejected with a reason
 
     def open(self, _: int, process: tuple[int, int]) -> "TarSource":
         return TarSource(self, process)
 
 
 class TarSource(StoredSource):
-    """All pairs of all shards, in the order of the pattern. Raises InputError for shards not
-    usable."""
+    """All pairs of all shards, in the order of the pattern. Raises InputError for unusable
+    shards."""
 
     def __init__(self, config: TarConfig, process: tuple[int, int] = (0, 1)) -> None:
-        """`process` is which of several processes' this is: they share the index's building."""
+        """`process` is (index, count) of this process: all share the building of the index."""
         self._caption, self._caption_key = config.caption, config.caption_key
         self._classes = _class_names(config.class_names)
         index = open_index(config.path, config.index, config.bad_shards, process)
-        assert index is not None  # it waits for the others
+        assert index is not None  # None only without waiting for the others
         self._index: TarIndex = index
         if not len(self):
             raise InputError(
@@ -67,25 +67,25 @@ class TarSource(StoredSource):
             raise SampleError(f"index of the shard: {error}") from error
 
     def key(self, index: int) -> str:
-        """Shard and the members' common name."""
+        """Return the shard and the members' common name."""
         shard, rows, row = self._find(index)
         return f"{shard}:{rows['key'][row].as_py().decode(errors='replace')}"
 
     def record(self, index: int) -> StoredRecord:
-        """Read the image member and the text's."""
+        """Read the members with the image and the caption."""
         return self._read_rows(index, index + 1)[0]
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
-        """Samples of each block: some MiB of a shard, from the first header to the last byte."""
+        """Return the number of samples in each block, which is about 4 MiB of a shard."""
         return self._index.counts
 
     def size(self, first: int, last: int) -> int:
-        """Bytes of the shards in which these lie, headers included."""
+        """Estimate the bytes of these samples, headers included."""
         return self._index.size(first, last)
 
     def fetch(self, first: int, last: int) -> list[StoredRecord]:
-        """Read samples of one block by one request: a whole one is split by its headers, of a piece
-        the index says where its members are."""
+        """Read samples of one block in one request. A complete block is split by its headers; for a
+        part of one, the index has the members' offsets."""
         shard, begin, end, *block = self._index.block(first)
         if [first, last] != block:
             return self._read_rows(first, last)
@@ -133,7 +133,7 @@ class TarSource(StoredSource):
         )
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
-        """Get a column of img2dataset's Parquet files beside the shards, by the members' keys."""
+        """Return a column of img2dataset's Parquet files beside the shards, by members' keys."""
         columns = []
         for number, shard in enumerate(self._index.paths):
             rows = self._index.rows(number)
@@ -143,7 +143,7 @@ class TarSource(StoredSource):
         return np.concatenate(columns)
 
     def _value(self, member: bytes) -> Any:
-        """What `caption_of` takes."""
+        """Return the argument of `caption_of`."""
         if self._caption == "txt":
             return member
         if self._caption == "json":
@@ -163,7 +163,7 @@ class TarSource(StoredSource):
 
 
 def _reader(path: str, begin: int, end: int) -> Read:
-    """Read these bytes of a shard, and return what gives those at an offset, so many."""
+    """Read these bytes of a shard; return a function from offset and size to a part of them."""
     try:
         (data,) = files.read_ranges(path, [(begin, end - begin)])
     except OSError as error:
@@ -181,4 +181,4 @@ def _class_names(path: str) -> list[str]:
         with files.open_file(path) as file:
             return file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"class_names={path}: {error}") from error
+        raise InputError(f"class_names={path} cannot be read: {error}") from error

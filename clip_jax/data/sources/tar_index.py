@@ -1,8 +1,9 @@
-"""The index of tars: how many samples each shard has, which blocks they lie in, and where.
+"""The index of tars: the number of samples in each shard, their blocks and their offsets.
 
-A file holds all shards' counts and blocks, which a source keeps in memory. In a folder of the
-same name each shard's rows are a file, read when a row is needed. Rows are written as they are
-found, so that several processes share the work and a killed one loses what it was at.
+One file contains the counts and blocks of all shards, which a source keeps in memory. A folder of
+the same name has a file with the rows of each shard, read when a row is needed. It is written as
+soon as the shard is indexed, so that processes share the work and a kill loses only unfinished
+shards.
 """
 
 import functools
@@ -28,19 +29,19 @@ from clip_jax.storage import files
 
 _log = logging.getLogger(__name__)
 
-_THREADS = 16  # that read headers: waiting takes most of the time
+_THREADS = 16  # for reading headers, which is mostly waiting
 _THREADS_REMOTE = 64
-_AT_ONCE = 1 << 16  # bytes of a header's read: what a disk's system reads anyway
+_AT_ONCE = 1 << 16  # bytes read for a header: as many as the operating system reads anyway
 _AT_ONCE_REMOTE = 1 << 12  # a header, a caption and the next header
-_BLOCK_BYTES = 1 << 22  # bytes, about: 30 ms for one and as long for the answer to begin
-_OPEN = 256  # shards whose rows are in memory, or mapped
-_LOOK = 2.0  # seconds between looks at what other processes have written
-_REPORT = 60.0  # seconds between lines on who is waited for
+_BLOCK_BYTES = 1 << 22  # approximate bytes: transfer takes 30 ms, about as long as the latency
+_OPEN = 256  # shards whose rows are cached, or mapped
+_LOOK = 2.0  # seconds between checks for other processes' files
+_REPORT = 60.0  # seconds between messages about waiting
 _SCHEMA = pa.schema(
     [("key", pa.binary())]
     + [(f"{name}_{what}", pa.int64()) for name in ("image", *TEXTS) for what in ("offset", "size")]
 )
-_ENDINGS = {b"endings": " ".join((*IMAGES, *TEXTS)).encode()}  # an index of others is built anew
+_ENDINGS = {b"endings": " ".join((*IMAGES, *TEXTS)).encode()}  # with others, the index is rebuilt
 _SHARDS = pa.schema(
     {
         "shard": pa.string(),
@@ -57,21 +58,21 @@ _SHARDS = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index says of one tar."""
+    """The entry of one tar in the index."""
 
     path: str
-    stat: tuple[int, float]  # its size and time
-    edges: Sequence[int] | np.ndarray  # bytes at which its blocks begin, and where the last ends
+    stat: tuple[int, float]  # size in bytes and time of the last change
+    edges: Sequence[int] | np.ndarray  # offsets at which its blocks begin, and the last one ends
     counts: Sequence[int] | np.ndarray  # samples of each block
-    ignored: str = ""  # JSON: how many members are ignored, and one of them
+    ignored: str = ""  # JSON: the number of ignored members, and one of them
     failure: str = ""  # why it cannot be used
 
 
 class TarIndex:
-    """All usable shards: their blocks, and their rows on demand."""
+    """All usable shards: their blocks in memory, their rows on demand."""
 
     def __init__(self, shards: Sequence[tuple[Shard, str]]) -> None:
-        """Each with the file of its rows."""
+        """`shards` are entries with the path of their rows."""
         self.paths = [shard.path for shard, _ in shards]
         rows = [file for _, file in shards]
         self.places = Places(sum(shard.counts) for shard, _ in shards)
@@ -84,18 +85,18 @@ class TarIndex:
         self._firsts = np.cumsum(self.counts) - self.counts
         lengths = self._ends - self._begins
         self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
-        # Raises OSError, or ArrowInvalid for a file that is no index.
+        # Raises OSError, or ArrowInvalid for a foreign file.
         self.rows = functools.lru_cache(maxsize=_OPEN)(lambda i: _reader(rows[i]).get_batch(0))
 
     def block(self, record: int) -> tuple[int, int, int, int, int]:
-        """Of the block that holds a record: its shard, first and last byte, first and last."""
+        """Return a record's block: shard, first byte, end, first record, the one after the last."""
         at = int(np.searchsorted(self._firsts, record, side="right")) - 1
         first = int(self._firsts[at])
         edges = int(self._begins[at]), int(self._ends[at])
         return int(self._shard[at]), *edges, first, first + int(self.counts[at])
 
     def size(self, first: int, last: int) -> int:
-        """About how many bytes these records have."""
+        """Estimate the bytes of these records."""
         records, size = self._before
         return int(np.diff(np.interp([first, last], records, size))[0])
 
@@ -110,11 +111,11 @@ def open_index(
     process: tuple[int, int] = (0, 1),
     wait: bool = True,
 ) -> TarIndex | None:
-    """Open the index of the shards that `path` stands for, after building what is missing of it.
+    """Open the index of the shards that match `path`, after indexing the missing ones.
 
-    `folder` may be empty. Of what is missing in a bucket this process indexes its share; then it
-    waits for the others', or returns None if something is missing still. Raises InputError for bad
-    shards.
+    An empty `folder` means that of the first shard. In a bucket this process indexes its share;
+    then it waits for the others, or without `wait` returns None if shards are still missing.
+    Raises InputError for bad shards.
     """
     shards = files.expand(path)
     name = index_name(shards, folder)
@@ -133,18 +134,18 @@ def open_index(
         except OSError as error:
             raise InputError(
                 f"the index of {path} cannot be written to {name}: {error}; set "
-                "index to a folder that can be written"
+                "index to a writable folder"
             ) from error
         if known is None:
             return None
     bad = [f"{one.path} ({one.failure})" for one in known if one.failure]
-    settle(path, bad, "not usable", bad_shards)
+    settle(path, bad, "unusable", bad_shards)
     _say_ignored(known)
     return TarIndex([(one, _rows_file(name, i)) for i, one in enumerate(known) if not one.failure])
 
 
 def index_name(shards: list[str], folder: str = "") -> str:
-    """Path of the index of these shards, without an ending: its name depends on theirs."""
+    """Return the path of these shards' index without an ending; it depends on their names."""
     digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12]
     folder = os.path.expanduser(folder or str(shards[0]).rpartition("/")[0] or ".")
     return f"{folder}/clip_jax_index_{digest}"
@@ -161,7 +162,7 @@ def _complete(
     process: tuple[int, int],
     wait: bool,
 ) -> list[Shard] | None:
-    """Index this process's shards, wait for the others', and write the summary of all."""
+    """Index this process's shards, wait for the others, and write the summary of all."""
     indexed: dict[int, Shard] = {}
     written = {os.path.basename(path) for path in files.walk(name)}
 
@@ -197,7 +198,7 @@ def _complete(
                 return None
             if CLOCK.now() > reported + _REPORT:
                 reported = CLOCK.now()
-                _log.warning("waiting for %d shards that others index", len(present) - len(indexed))
+                _log.warning("waiting for %d shards of other workers", len(present) - len(indexed))
             CLOCK.sleep(_LOOK)
     entries = [indexed[number] for number in range(len(present))]
     if process[0] == 0 or not wait:
@@ -217,7 +218,7 @@ def _index_and_write(path: str, stat: tuple[int, float], file: str) -> Shard:
 
 
 def write_rows(file: str, shard: Shard, rows: pa.RecordBatch) -> None:
-    """Write one shard's rows; their metadata say of which, and what the summary holds of it."""
+    """Write the rows of one shard, with its entry as their metadata."""
     fields = shard.__dict__ | {"edges": list(shard.edges), "counts": list(shard.counts)}
     metadata = {b"shard": json.dumps(fields).encode()} | _ENDINGS
     _write(file, rows.replace_schema_metadata(metadata))
@@ -232,7 +233,7 @@ def _write(file: str, batch: pa.RecordBatch) -> None:
 
 
 def read_shard(file: str) -> Shard | None:
-    """What a file of rows says of its shard; None if it is not there or not whole."""
+    """Read a shard's entry from the file of its rows; None if it is missing or incomplete."""
     try:
         reader = _reader(file)
         metadata = reader.schema.metadata
@@ -245,14 +246,14 @@ def read_shard(file: str) -> Shard | None:
 
 
 def _reader(file: str) -> Any:
-    """Open an Arrow file, mapped into memory where it is on a disk."""
+    """Open a file with Arrow, memory-mapped if it is on a disk."""
     if files.is_remote(file):
         return pa.ipc.open_file(pa.py_buffer(files.read(file)))
     return pa.ipc.open_file(pa.memory_map(file))
 
 
 def write_summary(path: str, shards: Sequence[Shard]) -> None:
-    """Write what all shards' files say of them."""
+    """Write the entries of all shards."""
     rows = [
         (one.path, *one.stat, list(one.edges), list(one.counts), one.ignored, one.failure)
         for one in shards
@@ -262,7 +263,7 @@ def write_summary(path: str, shards: Sequence[Shard]) -> None:
 
 
 def read_summary(path: str) -> list[Shard]:
-    """Read what `write_summary` wrote; empty if it isn't there or not whole."""
+    """Read the entries that `write_summary` wrote; empty if they are missing or incomplete."""
     try:
         reader = _reader(path)
         if not reader.schema.equals(_SHARDS, check_metadata=True):
@@ -278,20 +279,20 @@ def read_summary(path: str) -> list[Shard]:
 
 
 def _lists(column: Any) -> list[np.ndarray]:
-    """Arrays of a column of lists, which share its memory."""
+    """Return the arrays of a column of lists, which share its memory."""
     offsets = column.offsets.to_pylist()
     values = column.values.to_numpy()
     return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def _say_ignored(shards: Sequence[Shard]) -> None:
-    """Say what lies in the shards and is read by nobody."""
+    """Warn about members that are never read."""
     notes = [json.loads(one.ignored) for one in shards if one.ignored]
     if notes:
         warn_once(
             f"{sum(count for count, _ in notes):,} members of {len(notes):,} shards, such as "
-            f"{notes[0][1]}, are ignored: after its first dot a name says what the member is, one "
-            f"of {', '.join((*IMAGES, *TEXTS))}; of a sample's images the first of these counts"
+            f"{notes[0][1]}, are ignored: after the first dot, a name must have one of "
+            f"{', '.join((*IMAGES, *TEXTS))}. Of a sample's images, the first in this list is used"
         )
 
 
@@ -299,9 +300,9 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
 
 
 def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
-    """Find the samples of one tar, and what a `Shard` says of its blocks and ignored members.
+    """Index one tar: return its samples, and the fields of its `Shard`.
 
-    Raises InputError, which says why it cannot be used, and from which byte.
+    Raises InputError, with the reason and the offset, if it cannot be used.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     edges, ignored = [], []
@@ -311,8 +312,8 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
 
     if str(shard).endswith((".gz", ".tgz")) or read(0, 2) == b"\x1f\x8b":
         raise InputError(
-            "is compressed with gzip, which has no random access; gunzip it (JPEGs hardly "
-            "shrink anyway)"
+            "is compressed with gzip, which has no random access; gunzip it (gzip hardly "
+            "shrinks JPEGs anyway)"
         )
     at_once = _AT_ONCE_REMOTE if files.is_remote(shard) else _AT_ONCE
     for sample in samples(members(read, 0, size + 1, size, at_once), ignored):
@@ -325,7 +326,7 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
         end = sample.end
     expected = _expected(shard)
     if expected is not None and len(edges) != expected:
-        raise InputError(f"has {len(edges)} samples, img2dataset counted {expected}")
+        raise InputError(f"has {len(edges)} samples, but img2dataset counted {expected}")
     facts: dict[str, Any] = _blocks([*edges, end] if edges else [0])
     if ignored:
         facts["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
@@ -333,7 +334,7 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
 
 
 def _blocks(edges: list[int]) -> dict[str, list[int]]:
-    """Cut a shard at samples, in about equal parts of some MiB."""
+    """Cut a shard between samples into roughly equal blocks of about 4 MiB."""
     places = np.array(edges)
     parts = max(1, round((edges[-1] - edges[0]) / _BLOCK_BYTES))
     marks = edges[0] + np.arange(1, parts) * (edges[-1] - edges[0]) / parts
@@ -342,7 +343,7 @@ def _blocks(edges: list[int]) -> dict[str, list[int]]:
 
 
 def _expected(shard: str) -> int | None:
-    """How many samples img2dataset says that it wrote, in a file beside the tar."""
+    """Return how many samples img2dataset wrote, by a file beside the tar, if there is one."""
     stem = str(shard).removesuffix(".tar")
     try:
         with files.open_file(f"{stem}_stats.json") as file:
@@ -350,12 +351,12 @@ def _expected(shard: str) -> int | None:
     except FileNotFoundError:
         pass
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{PurePosixPath(stem).name}_stats.json is no img2dataset's") from error
+        raise InputError(f"{PurePosixPath(stem).name}_stats.json is not img2dataset's") from error
     try:
         import pyarrow.parquet
 
         with files.open_file(f"{stem}.parquet") as file:
             status = pyarrow.parquet.read_table(file, columns=["status"])["status"].to_pylist()
-    except (FileNotFoundError, pa.ArrowInvalid):  # no such file, or another's, without `status`
+    except (FileNotFoundError, pa.ArrowInvalid):  # no such file, or a foreign one without `status`
         return None
     return status.count("success") if status else None

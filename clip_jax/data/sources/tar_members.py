@@ -1,4 +1,4 @@
-"""What lies in a tar: members by their headers (ustar, GNU and pax), and samples of them."""
+"""The members of a tar, by their headers (ustar, GNU and pax), and the samples they form."""
 
 import functools
 import zlib
@@ -12,15 +12,15 @@ IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "json", "cls")
 
 _BLOCK = 512
-_MAX_HEADER = 1 << 20  # bytes of a long name; more is damage
+_MAX_HEADER = 1 << 20  # maximum bytes of a long name; more means damage
 
 
 class Member(NamedTuple):
     """A regular file in a tar."""
 
     name: bytes
-    start: int  # of its headers
-    offset: int  # of its bytes
+    start: int  # of its first header
+    offset: int  # of its content
     size: int
     end: int  # where the next member's headers start
 
@@ -35,10 +35,10 @@ class Sample(NamedTuple):
 
 
 def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> Iterator[Sample]:
-    """Members in a row become samples; others, dot files aside, are noted as `ignored`.
+    """Group neighbouring members to samples; add other members, except dot files, to `ignored`.
 
     Of images of several kinds in a sample, such as a mask beside the photo, the first in `IMAGES`
-    counts.
+    is used.
     """
     last_key, start, end, spans, rank = None, 0, 0, {}, -1
     for name, begin, offset, size, after in members:
@@ -67,7 +67,7 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
 
 @functools.lru_cache(maxsize=256)
 def _kind(extension: bytes) -> tuple[str | None, int]:
-    """Say what a member is, and of an image its ending's place in `IMAGES`."""
+    """Return the kind of a member, and for an image the index of its extension in `IMAGES`."""
     name = extension.lower().decode("ascii", "replace")
     if name in IMAGES:
         return "image", IMAGES.index(name)
@@ -77,10 +77,10 @@ def _kind(extension: bytes) -> tuple[str | None, int]:
 def members(
     read: Callable[[int, int], bytes], start: int, end: int, size_of_file: int, at_once: int
 ) -> Iterator[Member]:
-    """Members from a header at `start` to before `end`, or to the end mark.
+    """Yield the members from a header at `start` to before `end`, or to the end mark.
 
-    `read(offset, size)` is asked for `at_once` bytes where a header lies. Raises InputError for
-    damage.
+    `read(offset, size)` is called for `at_once` bytes at a header. Raises InputError if the tar is
+    damaged.
     """
     at, of_member, long_name, long_size = start, start, None, None
     ahead, begin = b"", start  # bytes of the file, and where they start
@@ -102,7 +102,7 @@ def members(
         data, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
         if size < 0 or at > size_of_file:
             raise InputError(
-                f"truncated: the member at byte {data} has {size} bytes, the file ends at "
+                f"truncated: the member at byte {data} has {size} bytes, but the file ends at "
                 f"{size_of_file}"
             )
         if kind in (b"L", b"x"):
@@ -145,15 +145,15 @@ def _octal(field: bytes) -> int:
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """Fields of an extended header: lines of "LENGTH name=value"."""
+    """Parse the fields of an extended header: lines of "LENGTH name=value"."""
     fields = {}
     while content:
         length, _, _ = content.partition(b" ")
         if not length[:20].isdigit() or not 0 < int(length[:20]) <= len(content):
-            raise InputError("damaged: an extended header that does not parse")
+            raise InputError("damaged: an extended header cannot be parsed")
         name, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         fields[name] = value
         content = content[int(length) :]
     if not fields.get(b"size", b"0").isdigit() or len(fields.get(b"size", b"")) > 20:
-        raise InputError("damaged: an extended header whose size is no number")
+        raise InputError("damaged: the size in an extended header is not a number")
     return fields

@@ -1,4 +1,4 @@
-"""A CSV, TSV or JSONL of image paths and captions."""
+"""Tables of image paths and captions: CSV, TSV and JSONL."""
 
 import contextlib
 import csv
@@ -25,20 +25,20 @@ from clip_jax.data.sources import (
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depend on the country
-_LONGEST = 1 << 24  # letters of a cell
-_ROWS = 1 << 14  # made arrays at once
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # Excel's depends on the locale
+_LONGEST = 1 << 24  # maximum characters of a cell
+_ROWS = 1 << 14  # rows converted to arrays at once
 _END = "\0the end"
-_PEEK_LINES = 100  # of a JSONL, to learn which columns it has
+_PEEK_LINES = 100  # lines of a JSONL that are read to find its columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Pairs listed in one file."""
+    """A table of image paths and captions: .csv, .tsv or .jsonl."""
 
-    path: str  # .csv or .tsv with a header, or .jsonl; images relative to its folder
-    image_column: str = "image"  # column of the image's path
-    caption_column: str = "caption"  # column of the text; empty: none, for images alone
+    path: str  # A .csv or .tsv with a header, or a .jsonl; image paths are relative to its folder.
+    image_column: str = "image"  # Column of the image paths.
+    caption_column: str = "caption"  # Column of the captions; empty: images without captions.
     suffixes: ClassVar = (".csv", ".tsv", ".jsonl", ".ndjson")
 
     def open(self, *_: Any) -> "TableSource":
@@ -46,12 +46,12 @@ class TableConfig:
 
 
 class TableSource(StoredSource):
-    """One pair a row. Raises InputError if the file, a column or every row is missing."""
+    """One pair for each row. Raises InputError if the file, a column or all rows are missing."""
 
     def __init__(self, config: TableConfig) -> None:
         path = files.as_path(config.path)
         if not path.is_file():
-            raise InputError(f"no table at {config.path}; give a .csv, .tsv or .jsonl")
+            raise InputError(f"no table at {config.path}; give a .csv, .tsv or .jsonl file")
         if path.suffix not in config.suffixes:
             raise InputError(f"{path} ends in {path.suffix!r}, not {', '.join(config.suffixes)}")
         kind = _Delimited if path.suffix in _DELIMITERS else _JsonLines
@@ -65,7 +65,7 @@ class TableSource(StoredSource):
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        """Row (the first after the header is 1), of a JSONL the line, and image path."""
+        """Return the row (1 follows the header) or the line of a JSONL, and the image path."""
         number = self.rows.number(index)
         try:
             image, _ = self.rows[index]
@@ -75,7 +75,7 @@ class TableSource(StoredSource):
         return f"{number}:{shown.decode(errors='replace')}"
 
     def record(self, index: int) -> StoredRecord:
-        """Get a row: its image's file, and the caption, of a JSONL's list all."""
+        """Return a row: the image's file, and the caption, or a list of captions in a JSONL."""
         image, text = self.rows[index]
         return StoredRecord(self.key(index), 0, functools.partial(self._image, image), lambda: text)
 
@@ -91,10 +91,10 @@ class TableSource(StoredSource):
 
 
 class _Delimited:
-    """Both columns in memory as Arrow holds them: the text and 8 bytes a row.
+    """Both columns in memory as Arrow arrays: the text and 8 bytes for each row.
 
     Rows with too few or too many cells are samples that cannot be read. Cells that are not UTF-8
-    stay bytes, and cost their sample alone.
+    stay bytes and make only their own sample unusable.
     """
 
     def __init__(self, path: Path, config: TableConfig) -> None:
@@ -122,9 +122,7 @@ class _Delimited:
                 chunks.append([pa.array(column, pa.binary()) for column in cells])
                 count += len(block)
         except csv.Error as error:
-            raise InputError(
-                f"{path} does not parse: {error}. A quote that never closes?"
-            ) from error
+            raise InputError(f"{path} cannot be parsed: {error}; check its quotes") from error
         self._count = count
         self._columns = [
             pa.chunked_array(list(one), pa.binary()) for one in zip(*chunks, strict=True)
@@ -134,7 +132,7 @@ class _Delimited:
         return self._count
 
     def number(self, index: int) -> int:
-        """The row's place in the file, from 1."""
+        """Return the row's number in the file, from 1."""
         return index + 1
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -145,11 +143,11 @@ class _Delimited:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """The rows of a file, header and all. csv.Error for one that ends within quotes."""
+    """Yield a file's rows, with the header. Raises csv.Error if it ends within quotes."""
     csv.field_size_limit(_LONGEST)
     row: list[str] = []
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        # Within quotes, a line more does not make a row of its own.
+        # Within quotes, the additional line does not become a row of its own.
         for following in csv.reader(itertools.chain(file, [_END]), delimiter=delimiter):
             if row:
                 yield row
@@ -159,7 +157,7 @@ def _rows(path: Path, delimiter: str) -> Iterator[list[str]]:
 
 
 class _JsonLines:
-    """The file stays on disk, mapped; in memory is where each line starts."""
+    """The file is memory-mapped; only the offsets of its lines are in memory."""
 
     def __init__(self, path: Path, config: TableConfig) -> None:
         if not path.stat().st_size:
@@ -179,7 +177,7 @@ class _JsonLines:
         full = ends > starts  # not the end after the last newline, nor an empty line
         self._starts, self._ends = starts[full], ends[full]
         empty = np.flatnonzero(~full)
-        self._before = empty - np.arange(len(empty))  # lines that stand before each empty one
+        self._before = empty - np.arange(len(empty))  # lines before each empty one
         self._image, self._caption = config.image_column, config.caption_column
         columns: dict[str, None] = {}
         for index in range(min(len(self), _PEEK_LINES)):
@@ -191,7 +189,7 @@ class _JsonLines:
         return len(self._starts)
 
     def number(self, index: int) -> int:
-        """The line's place in the file, from 1."""
+        """Return the line's number in the file, from 1."""
         return index + 1 + int(np.searchsorted(self._before, index, side="right"))
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:

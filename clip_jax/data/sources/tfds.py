@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: sets prepared as array_record or Parquet."""
+"""TensorFlow Datasets, prepared as array_record or Parquet, read without TensorFlow."""
 
 import functools
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from clip_jax.storage import files
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsConfig:
-    """A prepared TFDS builder (`file_format="array_record"`)."""
+    """A data set prepared by TFDS with `file_format="array_record"` or "parquet"."""
 
-    path: str  # of the folder with dataset_info.json: .../name/1.0.0
-    split: str = "train"
-    image_column: str = "image"  # feature with the image
-    caption_column: str = "caption"  # Text feature, or a sequence of texts
+    path: str  # Folder of the version, with dataset_info.json: .../name/1.0.0.
+    split: str = "train"  # Name of the split.
+    image_column: str = "image"  # Feature with the image.
+    caption_column: str = "caption"  # Feature with a text or a sequence of texts.
 
     def open(self, *_: Any) -> StoredSource:
         return (TfdsBucketSource if files.is_remote(self.path) else TfdsSource)(self)
 
 
 def _builder(config: TfdsConfig) -> Any:
-    """Open a version's folder. Raises InputError where it is none, or lacks what is asked for."""
+    """Open a version's folder. Raises InputError if it is none, or lacks the split or a column."""
     import tensorflow_datasets as tfds
 
     folder = files.as_path(config.path)
     if not (folder / "dataset_info.json").is_file():
         raise InputError(
             f"no dataset_info.json in {folder}; give the version's folder of a prepared TFDS "
-            "builder, such as .../coco_captions/1.1.0"
+            "data set, such as .../coco_captions/1.1.0"
         )
     builder: Any = tfds.builder_from_directory(str(folder))
     check_columns(folder, config, list(builder.info.features))
@@ -46,7 +46,7 @@ def _builder(config: TfdsConfig) -> Any:
 
 
 class TfdsSource(StoredSource):
-    """One pair an example, images as they were stored. Raises InputError for folders not usable."""
+    """One pair for each example, images as stored. Raises InputError for unusable folders."""
 
     def __init__(self, config: TfdsConfig) -> None:
         self._examples = _builder(config).as_data_source(
@@ -58,7 +58,7 @@ class TfdsSource(StoredSource):
         return len(self._examples)
 
     def key(self, index: int) -> str:
-        """Split and number of the example."""
+        """Return the split and the number of the example."""
         return f"{self._config.split}:{index}"
 
     def record(self, index: int) -> StoredRecord:
@@ -77,14 +77,14 @@ class TfdsSource(StoredSource):
 
 
 class TfdsBucketSource(ArrayRecordSource):
-    """The examples of a builder's folder in a bucket, which TFDS itself does not read there."""
+    """The examples of a TFDS folder in a bucket, where TFDS itself cannot read them."""
 
     def __init__(self, config: TfdsConfig) -> None:
         info = _builder(config).info
         if info.file_format.value != "array_record":
             raise InputError(
-                f"{config.path} is stored as {info.file_format.value}; in a bucket a set of TFDS "
-                'is read as array_record: build it with file_format="array_record", or read it '
+                f"{config.path} is stored as {info.file_format.value}; in a bucket only "
+                'array_record can be read: build it with file_format="array_record", or read it '
                 "from a disk"
             )
         super().__init__(

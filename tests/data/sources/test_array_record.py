@@ -95,6 +95,6 @@ def test_transposed_records_are_read_on_a_disk_only(tmp_path):
         mock.patch.object(array_record.files, "is_remote", autospec=True, return_value=True),
         mock.patch.object(array_record.files, "expand", autospec=True, return_value=[config.path]),
         mock.patch.object(array_record, "ArrayRecordFile", autospec=True, return_value=file),
-        pytest.raises(ValueError, match=r"transposed, which is read on a disk only: clip-jax prep"),
+        pytest.raises(ValueError, match=r"transposed, which is read from a disk only: clip-jax"),
     ):
         ArrayRecordSource(config)

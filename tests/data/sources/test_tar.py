@@ -107,7 +107,7 @@ def test_a_size_of_thousands_of_digits_and_gzip_are_refused(tmp_path):
         member = tarfile.TarInfo("1.jpg")
         member.pax_headers = {"size": "9" * 5000}
         file.addfile(member)
-    with pytest.raises(InputError, match="whose size is no number"):
+    with pytest.raises(InputError, match="size in an extended header is not a number"):
         open_tar(tmp_path / "a.tar")
     tarfile.open(tmp_path / "packed.tar", "w:gz").close()
     with pytest.raises(InputError, match=r"packed\.tar .*gzip, which has no random access"):
@@ -139,7 +139,7 @@ def test_files_of_img2dataset_count_the_samples_and_score_them_by_name(tmp_path)
     rows = {"key": ["c", "a", "d", "e", "f"], "score": [0.5, 0.25, 1, 1, 1]}
     status = pa.array(["success"] * 4 + ["failed"])
     pq.write_table(pa.table(rows).append_column("status", status), tmp_path / "0.parquet")
-    with pytest.raises(ValueError, match="has 3 samples, img2dataset counted 4"):
+    with pytest.raises(ValueError, match="has 3 samples, but img2dataset counted 4"):
         open_tar(tmp_path / "0.tar")
     (tmp_path / "0_stats.json").write_text('{"successes": 3}')
     np.testing.assert_array_equal(open_tar(tmp_path / "0.tar").scores("score"), [0.25, np.nan, 0.5])
@@ -256,4 +256,4 @@ def test_processes_share_the_building_of_an_index(tmp_path, indexed, caplog):
     assert index
     assert len(index.places) == 10
     assert sorted(indexed()) == [f"{tmp_path}/{i}.tar" for i in range(5)]
-    assert "waiting for 3 shards that others index" in caplog.text
+    assert "waiting for 3 shards of other workers" in caplog.text
