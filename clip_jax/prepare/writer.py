@@ -1,9 +1,10 @@
-"""Any source to ArrayRecord shards, from reading to the report: here in threads, or on Ray.
+"""Convert any source to ArrayRecord shards, from reading to the report, in threads or on Ray.
 
-Each stage is tasks that write files whole, a function of options and source alone; what is there is
-not done again. So nodes, threads, retries and stops change nothing, and several machines without
-Ray may share the work. Where no pair depends on another, one stage copies what passes. Else the
-samples are read once into `work`, compared and scored there, settled, and gathered into shards.
+Each stage consists of tasks that write files atomically, as a function of options and source alone;
+a task whose files exist is not repeated. So nodes, threads, retries and stops do not change the
+result, and machines without Ray can share the work. If no pair depends on another, a single stage
+copies those that pass. Otherwise samples are read once into the folder `work`, compared and scored
+there, and gathered into shards.
 """
 
 import dataclasses
@@ -33,16 +34,16 @@ from clip_jax.storage.json_files import read_json
 
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
-_TEST_IMAGES = 2_000  # of an evaluation set that one task hashes
-_COUNTED = ("counts", "examples")  # what every report has
-_REPORT = ("samples", "found", "shards", *_COUNTED)  # what the whole one has
-_WHOLE = "_SUCCESS"  # the file that says that nothing is missing, as Hadoop and Spark write it
+_TEST_IMAGES = 2_000  # images of an evaluation set that one task hashes
+_COUNTED = ("counts", "examples")  # keys of every report
+_REPORT = ("samples", "found", "shards", *_COUNTED)  # keys of the report over all shards
+_WHOLE = "_SUCCESS"  # file that marks a complete result, as in Hadoop and Spark
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Write this worker's shards that do not exist yet; returns the report over all so far.
+    """Write this worker's missing shards; return the report over all shards so far.
 
-    Raises InputError for a source that is not usable, and for a folder begun with other settings.
+    Raises InputError for an unusable source, or a folder that was created with other settings.
     """
     if config.destination is None:
         raise InputError("prepare needs a destination: clip-jax prepare SRC DST")
@@ -61,7 +62,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if not (missing := _missing(layout)):
             epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
-        print(f"{folder} lacks {listed(missing)}: written again", file=sys.stderr)
+        print(f"{folder} lacks {listed(missing)}; writing them again", file=sys.stderr)
         files.remove(folder / _WHOLE)
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
     with runner(config.on, config.threads) as does:
@@ -76,14 +77,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 class _Work:
-    """The stages in their order, each with what is missing of it."""
+    """Runs the stages in their order, each for its missing tasks."""
 
     def __init__(self, does: Runner, config: PrepareConfig, layout: Layout) -> None:
         self._does, self._config, self._layout = does, config, layout
         self._worker, self._workers = read_worker(config.worker)
 
     def copy(self) -> list[AnyPath]:
-        """One stage; returns the shards that there are to be."""
+        """Run the single stage; return all shards of the result."""
         layout, count = self._layout, self._layout.reads
         work = functools.partial(stages.copy, self._config, layout)
         shards = [layout.shard(number, count) for number in range(count)]
@@ -93,7 +94,7 @@ class _Work:
         return shards
 
     def join(self) -> tuple[settle.Dropped, list[AnyPath]]:
-        """Read, compare, score, settle, gather; returns what was dropped and the shards."""
+        """Read, compare, score, decide, gather; return what was dropped and all shards."""
         config, layout = self._config, self._layout
         reads, count = range(layout.reads), layout.join_buckets
         read = functools.partial(stages.read, config, layout)
@@ -118,7 +119,7 @@ class _Work:
         return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
 
     def hash_evaluation_sets(self) -> None:
-        """Hash the images of all evaluation sets, which every reader compares with."""
+        """Hash the images of all evaluation sets, with which each pair is compared."""
         layout, parts = self._layout, []
         for number, source in enumerate(contamination.named(self._config.decontaminate).values()):
             images = len(open_images(source, option="--decontaminate"))
@@ -151,7 +152,7 @@ class _Work:
         size: int = 0,
         model: bool = False,
     ) -> None:
-        """Do all tasks of a stage that are missing, this worker's first: all need all of it."""
+        """Run all missing tasks of a stage, this worker's first: the next stage needs them all."""
         existing = self._existing()
         missing = [number for number in numbers if path(number).name not in existing]
         turn = sorted(missing, key=lambda x: (x - self._worker) % self._workers)
@@ -170,12 +171,12 @@ class _Work:
         return {path.name for path in self._layout.folder.iterdir()}
 
     def _is_whole(self, shard: AnyPath) -> bool:
-        """Whether a shard was there when first one was asked for."""
+        """Return whether a shard was complete when the folder was listed."""
         return {shard.name, statistics_of(shard).name} <= self._written
 
 
 def inspect(config: PrepareConfig) -> dict[str, Any]:
-    """Show the first pairs that pass, and count what is wrong in up to 1,000 evenly spread ones."""
+    """Return the first pairs, and the statistics of up to 1,000 evenly spread ones."""
     config = config.with_filter()
     source = stages.open_source(config)
     passes = Filter(config, source)
@@ -202,12 +203,12 @@ def inspect(config: PrepareConfig) -> dict[str, Any]:
 
 
 def index(config: PrepareConfig) -> dict[str, Any]:
-    """Index this worker's tars of the source, beside them; what is indexed is not read again.
+    """Index this worker's share of the source's tars; write the index beside them.
 
-    Returns the number of shards and samples, 0 as long as other workers' are missing.
+    Returns the number of shards and samples, 0 as long as those of other workers are missing.
     """
     if not config.source.endswith(".tar"):
-        raise InputError(f"{config.source} needs no index: only tars (data/*.tar) have one")
+        raise InputError(f"{config.source} needs no index: only tars (data/*.tar) do; omit --index")
     worker = read_worker(config.worker)
     shards = open_index(config.source, "", config.bad_shards, worker, wait=False)
     if shards is None:
@@ -216,14 +217,14 @@ def index(config: PrepareConfig) -> dict[str, Any]:
 
 
 def describe_index(result: dict[str, Any]) -> str:
-    """One line for people, of `index`."""
+    """Format the result of `index` for people."""
     if not result["shards"]:
-        return "this worker's shards are indexed; others are missing still"
+        return "this worker's shards are indexed; those of others are still missing"
     return f"{result['samples']:,} samples in {result['shards']:,} shards are indexed"
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Lines for people, of `prepare` or `inspect`."""
+    """Format the result of `prepare` or `inspect` for people."""
     lines = [f"{result['samples']:,} samples"]
     lines += [json.dumps(pair, ensure_ascii=False) for pair in result.get("first", ())]
     lines.append(counts.describe(result))
@@ -233,11 +234,11 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _missing(layout: Layout) -> list[str]:
-    """Name the files of a result that was whole once that are gone."""
+    """List the files that are missing from a result that was complete."""
     written = {path.name for path in layout.folder.iterdir()}
     if "report.json" not in written:
         return ["report.json"]
-    advice = "Bring back a copy, or delete it: the same command makes it anew."
+    advice = "Restore a copy, or delete it: the same command creates it again."
     count = read_json(layout.folder / "report.json", *_REPORT, advice=advice)["shards"]["of"]
     shards = [layout.shard(number, count) for number in range(count)]
     names = [path.name for shard in shards for path in (shard, statistics_of(shard))]
@@ -245,7 +246,7 @@ def _missing(layout: Layout) -> list[str]:
 
 
 def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
-    """Refuse a folder begun with other settings, or of other samples: its shards would not fit."""
+    """Raise InputError if the folder was created with other settings or samples."""
     kept = dataclasses.asdict(config)
     kept |= {
         "samples": len(source),
@@ -257,11 +258,11 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
     kept["decontaminate"] = list(config.decontaminate)
     path = folder / "prepare.json"
     before = {name: value for name, value in read_json(path).items() if name in kept}
-    if before and {"digest": kept["digest"]} | before != kept:  # an older one has none
+    if before and {"digest": kept["digest"]} | before != kept:  # older files have no digest
         differ = ", ".join(name for name in kept if before.get(name) != kept[name])
         raise InputError(
-            f"{folder} was begun with other settings: {differ} (digest: the names of samples, "
-            f"or their order), see {path}; give the same ones to go on, or another destination"
+            f"{folder} was created with other settings: {differ} (digest: the names or order of "
+            f"samples). Use those in {path} to continue, or choose another destination"
         )
     if before != kept:
         files.write_whole(path, json.dumps(kept, indent=1))
@@ -270,7 +271,7 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
 def _report(
     config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[AnyPath]
 ) -> dict[str, Any]:
-    """Write what all processes have done so far; and, if that is all, mark it as complete."""
+    """Write the report over all processes; if no shard is missing, mark it as complete."""
     folder = layout.folder
     existing = {path.name for path in folder.iterdir()}
     done = [x for x in shards if {x.name, statistics_of(x).name} <= existing]

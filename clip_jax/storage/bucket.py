@@ -1,7 +1,7 @@
-"""Objects of gs:// and s3:// by their clients: listed, read in ranges, uploaded.
+"""Objects in buckets (gs:// and s3://): list them, read ranges, upload.
 
-Samples are read by obstore: half of gcsfs' and a third of s3fs' CPU time a request, without the
-GIL, retried. Written is by gcsfs and s3fs, through which Orbax's paths go too.
+Reading uses obstore, which takes half of gcsfs' and a third of s3fs' CPU time for a request,
+releases the GIL and retries. Writing uses gcsfs and s3fs, as Orbax's paths do.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.storage.errors import LOGIN, explain, of_client, summary
 
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # besides obstore; extras of the schemes' names
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # besides obstore; each scheme has an extra
 
-NEAR = 1 << 16  # bytes between ranges: sooner transferred than asked for in a second request
-BUFFER = 1 << 23  # bytes that reading an object from front to back fetches at a time
-REQUEST_SECONDS = 60  # for one request, its body included
-RETRY_SECONDS = 180  # for one request with all that follow it
-_RETRIES = 20  # after pauses that double from 0.1 to 15 s, drawn at random: about the same time
-_LATE = (1.0, 4.0)  # seconds, and times the usual, after which a range is asked for once more
-_AT_ONCE = 4  # requests for one range
-_USUAL = 64  # newest answers, of which the middle one's seconds are the usual
+NEAR = 1 << 16  # bytes between ranges that transfer faster than a second request takes
+BUFFER = 1 << 23  # bytes fetched at a time when an object is read from front to back
+REQUEST_SECONDS = 60  # timeout of one request, including its body
+RETRY_SECONDS = 180  # timeout of a request with all its retries
+_RETRIES = 20  # with random pauses that double from 0.1 to 15 s: about the same time
+_LATE = (1.0, 4.0)  # repeat a request after 1 s, or 4 times the usual time
+_AT_ONCE = 4  # maximum concurrent requests for one range
+_USUAL = 64  # newest answers, whose median time is the usual time
 _SIGNS = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
 
 _lock = threading.Lock()
@@ -44,7 +44,7 @@ Stat = tuple[int, float]  # bytes, and time of the last change
 
 
 def stat(path: str) -> Stat:
-    """Size in bytes and time of the last change. FileNotFoundError."""
+    """Return size in bytes and time of the last change. Raises FileNotFoundError."""
     import obstore
 
     store, key = _store(path)
@@ -53,7 +53,7 @@ def stat(path: str) -> Stat:
 
 
 def read(path: str) -> bytes:
-    """All bytes of an object."""
+    """Read an object."""
     import obstore
 
     store, key = _store(path)
@@ -64,7 +64,7 @@ def read(path: str) -> bytes:
 
 
 def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """Bytes (offset, size) of an object, of near ranges by one request; fewer where it ends."""
+    """Read ranges (offset, size), near ones in one request; shorter at the object's end."""
     import obstore
 
     store, key = _store(path)
@@ -100,7 +100,7 @@ def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 
 def _answers(store: Any, key: str, starts: list[int], ends: list[int]) -> list[Any]:
-    """Ask for ranges, all at once."""
+    """Request all ranges concurrently."""
 
     async def all_of_them() -> list[Any]:
         requests = (_range(store, key, *span) for span in zip(starts, ends, strict=True))
@@ -110,9 +110,9 @@ def _answers(store: Any, key: str, starts: list[int], ends: list[int]) -> list[A
 
 
 async def _range(store: Any, key: str, start: int, end: int) -> Any:
-    """Ask for one range, and again where the answer is late: the soonest counts.
+    """Request one range, and request it again if the answer is late; use the first answer.
 
-    The client itself asks again, after pauses, where an answer fails or is cut short.
+    The client itself retries, after pauses, if a request fails or its answer is incomplete.
     """
     import obstore
 
@@ -137,31 +137,31 @@ async def _range(store: Any, key: str, start: int, end: int) -> Any:
             task.cancel()
 
 
-_seconds: deque[float] = deque(maxlen=_USUAL)  # that the newest answers took
+_seconds: deque[float] = deque(maxlen=_USUAL)  # duration of the newest answers
 
 
 @functools.cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """What waits for answers in this process, in a thread of its own."""
+    """Start the event loop that waits for answers, in a separate thread of this process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="bucket").start()
     return loop
 
 
 def glob(pattern: str) -> list[str]:
-    """Objects that match; * and ? stay within a folder, **/ stands for any or none."""
+    """List objects that match; * and ? match within a folder, **/ any folders or none."""
     folder = re.split(r"[*?]", pattern, maxsplit=1)[0].rpartition("/")[0]
     rest = pattern[len(folder) + 1 :]
     wanted = re.compile(
         "".join(_SIGNS.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*|\?)", rest))
     )
     paths = (path for path, _ in listed(folder, deep="/" in rest))
-    paths = (path for path in paths if "/." not in path[len(folder) :])  # dot files, as on a disk
+    paths = (path for path in paths if "/." not in path[len(folder) :])  # not dot files, like glob
     return sorted(path for path in paths if wanted.fullmatch(path[len(folder) + 1 :]))
 
 
 def requested() -> tuple[int, int]:
-    """Return requests and bytes read by this process since the last call."""
+    """Return the requests and bytes read by this process since the last call."""
     global _requests, _bytes
     with _lock:
         counts = _requests, _bytes
@@ -170,7 +170,7 @@ def requested() -> tuple[int, int]:
 
 
 def count(size: int) -> None:
-    """Count a request and what it brought."""
+    """Count a request and its bytes."""
     global _requests, _bytes
     with _lock:
         _requests += 1
@@ -178,7 +178,7 @@ def count(size: int) -> None:
 
 
 def open_object(path: str) -> Any:
-    """An object as a file for reading; what lies ahead is fetched too. FileNotFoundError."""
+    """Open an object for reading, with read-ahead. Raises FileNotFoundError."""
     from fsspec.spec import AbstractBufferedFile
 
     class Object(AbstractBufferedFile):
@@ -190,10 +190,10 @@ def open_object(path: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: str) -> Generator[None]:
-    """Turn what a bucket's client raises into OSError, InputError or Unreachable."""
+    """Convert errors of a bucket's client to OSError, InputError or Unreachable."""
     try:
         yield
-    except FileNotFoundError as error:  # the client's own words are twenty lines
+    except FileNotFoundError as error:  # the client's own message has twenty lines
         raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
     except Exception as error:
         if (meaning := explain(error, f"{path} cannot be read")) is not None:
@@ -204,7 +204,7 @@ def reading(path: str) -> Generator[None]:
 
 
 def listed(folder: str, deep: bool = False) -> Iterator[tuple[str, Stat]]:
-    """Objects in a folder of a bucket, and with `deep` in those below it; unsorted."""
+    """Yield the objects in a folder, with `deep` also in its subfolders; unsorted."""
     import obstore
 
     store, key = _store(folder)
@@ -223,21 +223,21 @@ def _stat(entry: Any) -> Stat:
 
 
 def check(path: str) -> str:
-    """Return a URL's scheme. Raises InputError where it has no client, or its package lacks."""
+    """Return a URL's scheme. Raises InputError if it is unsupported or its client not installed."""
     scheme = path.partition("://")[0]
     if scheme not in _PACKAGES:
-        raise InputError(f"{path}: {scheme}:// is not read; a path, gs:// or s3:// is.")
+        raise InputError(f"{path}: {scheme}:// is not supported; use a path, gs:// or s3://.")
     if any(importlib.util.find_spec(name) is None for name in (_PACKAGES[scheme], "obstore")):
-        raise InputError(f"{path} needs other packages: pip install 'clip-jax-pods[{scheme}]'.")
+        raise InputError(f"{path} needs more packages: pip install 'clip-jax-pods[{scheme}]'.")
     import fsspec.config
 
-    # Others write there too: what was listed once is not remembered, by Orbax's paths neither.
+    # Other processes write there too, so listings must not be cached, nor by Orbax's paths.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
     return scheme
 
 
 def filesystem(path: str) -> Any:
-    """The client that writes. InputError at once where there are no credentials."""
+    """Return the client that writes. Raises InputError at once without credentials."""
     import fsspec
 
     if not _may_write(path.partition("://")[0]):
@@ -248,13 +248,13 @@ def filesystem(path: str) -> Any:
 def check_bucket(path: str) -> None:
     """Raise InputError if the bucket of a URL does not exist."""
     client, (name, _, key) = filesystem(path), path.partition("://")[2].partition("/")
-    try:  # below the path alone: not all may list the bucket, or ask for it
+    try:  # only below the path: some users may not list the bucket
         if path.startswith("s3://"):
             client.call_s3("list_objects_v2", Bucket=name, Prefix=key, MaxKeys=1)
         else:
             client.call("GET", "b/{}/o", name, prefix=key, maxResults=1)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no bucket {name!r}; correct the name.") from error
+        raise InputError(f"{path}: there is no bucket {name!r}; correct its name.") from error
 
 
 @functools.cache
@@ -275,7 +275,7 @@ def _may_write(scheme: str) -> bool:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The client that reads a bucket, and the object's name in it."""
+    """Return the client that reads a bucket, and the object's name in it."""
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     return _bucket(scheme, bucket, os.getpid()), key
@@ -283,7 +283,7 @@ def _store(url: str) -> tuple[Any, str]:
 
 @functools.cache
 def _bucket(scheme: str, bucket: str, process: int) -> Any:
-    """Open a bucket, once in each process: threads do not survive a fork."""
+    """Open a bucket, once in each process, since threads do not survive a fork."""
     check(f"{scheme}://{bucket}")
     from obstore import store
 
@@ -311,7 +311,7 @@ def _bucket(scheme: str, bucket: str, process: int) -> Any:
 
 
 def _aws() -> dict[str, Any]:
-    """Region and credentials that botocore finds, as s3fs does: variables, ~/.aws, a role."""
+    """Return region and credentials as botocore and s3fs do: variables, ~/.aws, a role."""
     import botocore.session
 
     session = botocore.session.Session()

@@ -1,4 +1,4 @@
-"""What errors of a bucket mean: nobody let us in, or it is out of reach for a while."""
+"""Interpret errors of bucket clients: access is denied, or the bucket is unreachable."""
 
 import contextlib
 import re
@@ -17,18 +17,18 @@ _CLIENTS = (
 )  # fmt: skip
 _NOT_LET_IN = re.compile("Unauthenticated|PermissionDenied|Credential|RefreshError")
 _AWAY = re.compile("Connect|Timeout|Disconnected|Transport|Payload|Proxy")
-_REFUSAL = re.compile(r"\b4\d\d [A-Z]")  # an answer that asking again will not change
-OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's words
+_REFUSAL = re.compile(r"\b4\d\d [A-Z]")  # a response that a retry would not change
+OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # in TensorStore's messages
 
 
 class Unreachable(Exception):
-    """A bucket gave no answer for as long as it is asked again; nothing is wrong with the run."""
+    """A bucket did not respond to any retry; the run itself is fine and can be resumed."""
 
 
 def explain(error: BaseException, what: str) -> InputError | Unreachable | None:
-    """Say what an error means that using a bucket has met; None for anything else.
+    """Return the meaning of an error from a bucket; None for any other error.
 
-    A PermissionError, which clients raise too, is taken for one of theirs.
+    A PermissionError, which clients raise too, counts as one of theirs.
     """
     name, code = type(error).__name__, str(getattr(error, "code", ""))
     if any(word in str(error) for word in OUT_OF_REACH):
@@ -36,12 +36,12 @@ def explain(error: BaseException, what: str) -> InputError | Unreachable | None:
     if not of_client(error) and not isinstance(error, PermissionError):
         return None
     if "NoSuchBucket" in str(error):
-        return InputError(f"{what}: there is no such bucket; correct the name.")
+        return InputError(f"{what}: there is no such bucket; correct its name.")
     refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs' OSError
     if refused or isinstance(error, PermissionError) or _NOT_LET_IN.search(name):
         return InputError(f"{what}: {summary(error)}. {LOGIN}")
     if name == "GenericError" and not _REFUSAL.search(str(error)):
-        return Unreachable(f"{what}: no good answer, however often it was asked. {summary(error)}")
+        return Unreachable(f"{what}: no good answer in spite of retries. {summary(error)}")
     if code == "429" or code.startswith("5") or _AWAY.search(name):
         return Unreachable(f"{what}: {summary(error)}")
     return None
@@ -49,7 +49,7 @@ def explain(error: BaseException, what: str) -> InputError | Unreachable | None:
 
 @contextlib.contextmanager
 def explained() -> Generator[None]:
-    """Turn what a client raises anywhere within into what it means."""
+    """Convert a client's errors in the block to InputError or Unreachable."""
     try:
         yield
     except Exception as error:
@@ -59,13 +59,13 @@ def explained() -> Generator[None]:
 
 
 def of_client(error: BaseException) -> bool:
-    """Say whether an error is one of a bucket's client, or was raised there."""
+    """Return whether an error comes from a bucket's client, by its class or where it was raised."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
     names = [type(error).__module__, *(frame.f_globals.get("__name__", "") for frame in frames)]
     return any(name.partition(".")[0] in _CLIENTS for name in names)
 
 
 def summary(error: BaseException) -> str:
-    """Return its kind and its first line."""
+    """Return an error's class and the first line of its message."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first:.300}"

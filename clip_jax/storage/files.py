@@ -1,6 +1,6 @@
-"""A path on disk or in a bucket: list, open, ranges, written whole. The only room that asks which.
+"""Paths on a disk or in a bucket: list files, open them, read ranges, write atomically.
 
-What it does of a bucket is in `bucket`.
+Only this module distinguishes the two; the operations in a bucket are in `bucket`.
 """
 
 import contextlib
@@ -24,24 +24,23 @@ from clip_jax.storage import bucket
 from clip_jax.storage.bucket import Stat
 from clip_jax.storage.errors import Unreachable, explain, of_client, summary
 
-AnyPath = Path | epath.Path  # what `place` makes of what a person gives
+AnyPath = Path | epath.Path  # the result of `as_path`
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-_MOST_FILES = 1_000_000  # of one pattern
-_FEW = 8  # objects of one folder, up to which each is asked for; above, the folder is listed
+_MOST_FILES = 1_000_000  # maximum for one pattern
+_FEW = 8  # up to so many objects of a folder are requested singly; else it is listed
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Say whether a path is a bucket's, rather than a file system's."""
+    """Return whether a path is in a bucket, not in a file system."""
     return "://" in os.fspath(path)
 
 
 def as_path(path: str | os.PathLike[str]) -> AnyPath:
-    """Make of what a person gave a path that joins, globs, opens: pathlib's, or for a URL epath's.
+    """Convert a user's path to pathlib's, or a URL to epath's, which has the same methods.
 
-    Raises InputError for a kind of URL that nothing here reads, and one whose package is not
-    installed.
+    Raises InputError for an unsupported kind of URL, and for one whose package is not installed.
     """
     path = os.fspath(path)
     if not is_remote(path):
@@ -54,15 +53,16 @@ def as_path(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths that a pattern stands for: {00000..00041}, {a,b}, *, ?; sorted where it has * or ?.
+    """List the paths that match a pattern of {00000..00041}, {a,b}, *, ?; sorted for * and ?.
 
-    Raises InputError if it stands for nothing. A path without * and ? need not exist.
+    Raises InputError if nothing matches. A path without * and ? need not exist.
     """
     paths = []
     for number, path in enumerate(_expand_braces(os.path.expanduser(pattern))):
         if number == _MOST_FILES:
             raise InputError(
-                f"{pattern!r} stands for more than {_MOST_FILES:,} files, the most that are read"
+                f"{pattern!r} stands for more than {_MOST_FILES:,} files, the maximum; use a "
+                "narrower pattern"
             )
         if not any(sign in path for sign in "*?"):
             paths.append(path)
@@ -71,7 +71,7 @@ def expand(pattern: str) -> list[str]:
         else:
             paths += sorted(glob.glob(path, recursive=True))
     if not paths:
-        raise InputError(f"nothing matches {pattern!r}")
+        raise InputError(f"nothing matches {pattern!r}; correct the path")
     return paths
 
 
@@ -90,7 +90,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def stat(path: str) -> Stat:
-    """Size in bytes and time of the last change. FileNotFoundError."""
+    """Return size in bytes and time of the last change. Raises FileNotFoundError."""
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime
@@ -98,7 +98,7 @@ def stat(path: str) -> Stat:
 
 
 def stats(paths: Sequence[str]) -> list[Stat | None]:
-    """Ask for many at once, None for what is not there; folders of bucket are listed instead."""
+    """Return `stat` of many paths, None for missing ones; lists a bucket's folders if faster."""
     folders = Counter(path.rpartition("/")[0] for path in paths if is_remote(path))
     listed = {folder for folder, count in folders.items() if count > _FEW}
     known = {path: entry for folder in listed for path, entry in bucket.listed(folder)}
@@ -114,7 +114,7 @@ def stats(paths: Sequence[str]) -> list[Stat | None]:
 
 
 def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """All files in a folder and the folders in it, by path in alphabetical order.
+    """List all files in a folder and its subfolders, by path in alphabetical order.
 
     Links are followed, but no folder is walked twice.
     """
@@ -125,7 +125,7 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
     paths, seen = [], set()
     for inside, folders, names in os.walk(folder, followlinks=True):
         status = os.stat(inside)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was walked
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -134,12 +134,12 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """List a folder's files that match a pattern, sorted; dot files, such as macOS's, are not."""
+    """List a folder's files that match a pattern, sorted, without dot files such as macOS's."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open for reading from any place; of a bucket, 8 MiB at a time are fetched."""
+    """Open a file for reading; from a bucket, 8 MiB are fetched at a time."""
     path = os.fspath(path)
     if is_remote(path):
         return bucket.open_object(path)
@@ -147,15 +147,15 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """All bytes of a file."""
+    """Read a file."""
     path = os.fspath(path)
     return bucket.read(path) if is_remote(path) else Path(path).read_bytes()
 
 
 def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """Bytes (offset, size) of one file; fewer where the file ends sooner.
+    """Read ranges (offset, size) of one file; they are shorter where the file ends.
 
-    Of a bucket in one request where the ranges are near each other, as a pair's members are.
+    In a bucket, ranges near each other, such as a pair's members, take one request.
     """
     if not is_remote(path):
         with open(path, "rb", buffering=0) as file:
@@ -165,7 +165,7 @@ def read_ranges(path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 @contextlib.contextmanager
 def local(path: AnyPath) -> Generator[Path]:
-    """A file or a whole folder as a path on disk; what is in a bucket is copied for a while."""
+    """Yield a path on disk of a file or a folder; from a bucket, a temporary copy."""
     if not is_remote(path):
         yield Path(path)
         return
@@ -192,11 +192,11 @@ def _download(source: AnyPath | str, target: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Generator[Path]:
-    """A path on disk to write a file or a folder of files to, which become `path` at the end.
+    """Yield a path on disk for writing a file or a folder, which becomes `path` at the end.
 
-    So `path` holds all of it, or what it held before; each file of a folder does. The path given
-    ends as `path` does; folders above are made. Raises InputError where nothing can be written or
-    the disk is full.
+    So `path` (in a folder, each file) has either the complete new content or its old one. The
+    yielded path ends as `path` does; parent folders are created. Raises InputError if `path`
+    cannot be written or the disk is full.
     """
     path = os.fspath(path)
     folder, name = os.path.split(path)
@@ -211,7 +211,7 @@ def written_whole(path: str | os.PathLike[str]) -> Generator[Path]:
         _put(partial, path)
 
 
-PARTIAL = ".partial."  # stands in the names of files that a kill leaves half written
+PARTIAL = ".partial."  # part of the names of files that a kill leaves incomplete
 
 
 def _put(partial: Path, path: str) -> None:
@@ -236,7 +236,7 @@ def _discard(partial: Path) -> None:
 
 
 def remove_partial(path: AnyPath) -> None:
-    """Delete what killed processes have left of a file that they were writing."""
+    """Delete incomplete copies of a file that killed processes have left."""
     if not is_remote(path):
         for old in Path(path).parent.glob(f".*{PARTIAL}{glob.escape(path.name)}"):
             _discard(old)
@@ -245,7 +245,7 @@ def remove_partial(path: AnyPath) -> None:
 def write_whole(
     path: str | os.PathLike[str], content: str | bytes | Callable[[Any], object]
 ) -> None:
-    """Write text, bytes, or what a function writes to the file given; see `written_whole`."""
+    """Write text, bytes, or a function's output atomically; see `written_whole`."""
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, bytes) and is_remote(path):
@@ -257,7 +257,7 @@ def write_whole(
 
 
 def create(path: str | os.PathLike[str], content: bytes) -> bool:
-    """Write a file that nobody has written yet; False where it is there. Of several, one wins."""
+    """Write a file unless it exists, else return False. Of concurrent writers, one succeeds."""
     path = os.fspath(path)
     with writing(path):
         try:
@@ -276,12 +276,12 @@ def create(path: str | os.PathLike[str], content: bytes) -> bool:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Say whether there is a file or a folder."""
+    """Return whether a file or a folder exists."""
     return os.path.exists(path) if not is_remote(path) else epath.Path(path).exists()
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file, if it exists."""
     with contextlib.suppress(FileNotFoundError), writing(path):
         if is_remote(path):
             bucket.filesystem(os.fspath(path)).rm_file(os.fspath(path))
@@ -290,16 +290,16 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder and those above it; a bucket has none to make."""
+    """Create a folder and its parents; does nothing in a bucket, which needs none."""
     if not is_remote(path):
         with writing(path):
             os.makedirs(path, exist_ok=True)
 
 
 def beside(folder: AnyPath, name: str) -> Path:
-    """A folder on disk for what is made of the files in another and can be made anew.
+    """Return a folder on disk for a cache of data derived from the files in `folder`.
 
-    It lies in that one, or for a bucket's in the user's cache folder.
+    It is in `folder` itself, or if that is in a bucket, in the user's cache folder.
     """
     if not is_remote(folder):
         return Path(folder) / name
@@ -309,7 +309,7 @@ def beside(folder: AnyPath, name: str) -> Path:
 
 
 def move_folder(source: AnyPath, target: AnyPath) -> None:
-    """Give a folder another name, in the same place; in a bucket each object is copied there."""
+    """Rename a folder; in a bucket, copy each object and delete the old ones."""
     with writing(target):
         if not is_remote(source):
             os.makedirs(target.parent, exist_ok=True)
@@ -324,15 +324,15 @@ def move_folder(source: AnyPath, target: AnyPath) -> None:
 
 
 def copy_tree(source: Path, target: AnyPath) -> None:
-    """Copy a folder's files into another, which may be in a bucket; each appears whole."""
+    """Copy a folder's files to another, which may be in a bucket; each appears atomically."""
     with written_whole(target) as partial:
         shutil.copytree(source, partial)
 
 
 def check_destination(path: AnyPath | None, option: str, folder: bool = True) -> None:
-    """Raise InputError where no file can be written to a folder, or as a file, that a person chose.
+    """Raise InputError if the folder (or file) that a user chose for output cannot be written.
 
-    Asked before the work whose result goes there. None passes.
+    Called before the work starts whose result is written there. None passes.
     """
     if path is None:
         return
@@ -365,7 +365,7 @@ _NOT_TO_BE_WRITTEN = (
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Generator[None]:
-    """Turn a full disk, a place not to be written and a bucket's refusal into one message."""
+    """Convert errors of a full disk, a read-only path or a bucket to one message."""
     try:
         yield
     except (InputError, Unreachable, FileNotFoundError, FileExistsError):
@@ -374,7 +374,9 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
         if meaning := is_remote(path) and explain(error, f"{path} cannot be written"):
             raise meaning from error
         if is_full(error):
-            raise InputError(f"no space left for {path}: free some and go on.") from error
+            raise InputError(
+                f"no space left for {path}: free some space and run the command again."
+            ) from error
         if isinstance(error, OSError) and error.errno in _NOT_TO_BE_WRITTEN:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         if of_client(error):
@@ -383,7 +385,7 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
 
 
 def is_full(error: Exception) -> bool:
-    """Say whether a disk is full; tensorstore, which writes Orbax's arrays, has only words."""
+    """Return whether a disk is full; TensorStore, used by Orbax, says so only in its message."""
     if isinstance(error, OSError):
         return error.errno in _ALL_USED
     return any(os.strerror(number) in str(error) for number in _ALL_USED)

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files that a command keeps: read, recovered where a kill has torn them."""
+"""JSON and JSON Lines files of a command, which are recovered if a kill left them incomplete."""
 
 import json
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-_UPLOAD_SECONDS = 60  # between rewritings of a file in a bucket, which cannot append
+_UPLOAD_SECONDS = 60  # between uploads of a file in a bucket, which cannot append
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, None if the bytes are none."""
+    """Parse a JSON object; None if the bytes are not one."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -21,27 +21,27 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json(path: AnyPath, *names: str, advice: str = "Bring back a copy.") -> dict[str, Any]:
-    """Read a JSON object that a command keeps, {} where there is no file.
+def read_json(path: AnyPath, *names: str, advice: str = "Restore a copy.") -> dict[str, Any]:
+    """Read a command's JSON object, {} if there is no file.
 
-    InputError, with the advice, if it holds something else or has not all the names.
+    Raises InputError, with the advice, if it is not a JSON object or lacks one of the names.
     """
     if not path.exists():
         return {}
     value = parse(path.read_bytes())
     if value is None or not value.keys() >= {*names}:
         having = f" with {', '.join(names)}" if names else ""
-        raise InputError(f"{path} is damaged: it holds no JSON object{having}. {advice}")
+        raise InputError(f"{path} is damaged: it is not a JSON object{having}. {advice}")
     return value
 
 
 def recover_json(path: AnyPath, say: Callable[[str], None] | None) -> dict[str, Any]:
-    """Read a JSON object that is about to be written anew; {} if it is damaged.
+    """Read a JSON object that is about to be rewritten; {} if it is damaged.
 
-    With `say`, which one process of several passes, a damaged file is kept under another name.
+    With `say`, which only one process passes, a damaged file is saved under another name.
     """
     try:
-        return read_json(path, advice="It is made anew; the damaged file is kept as")
+        return read_json(path, advice="It is created again; the damaged file is saved as")
     except InputError as error:
         if say:
             say(f"{error} {_keep_damaged(path)}")
@@ -55,12 +55,11 @@ def _keep_damaged(path: AnyPath) -> AnyPath:
 
 
 class Lines:
-    """A JSONL file that grows by rows with a `step`; a resumed run first drops what it will redo.
+    """A JSONL file to which rows with a `step` are appended.
 
-    Without a `resume_step` nothing is dropped but a line that a kill has torn.
-
-    A bucket has no appends: there the rows are kept in memory, and the file is written anew when
-    `flush` says so or once a minute.
+    A resumed run first drops the rows after `resume_step`, which it will write again; without one,
+    only a line that a kill left incomplete is dropped. In a bucket, which cannot append, the rows
+    are kept in memory, and the file is rewritten by `flush` or once a minute.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Lines:
             self._lines = [json.dumps(row) + "\n" for row in kept]
             if damaged:
                 copy = _keep_damaged(path)
-                say(f"{path}: {damaged} damaged lines are left out; as it was it is kept in {copy}")
+                say(f"{path}: {damaged} damaged lines are left out; the old file is now {copy}")
             files.write_whole(path, "".join(self._lines))
         if self._appends:
             self._lines = []
@@ -95,19 +94,19 @@ class Lines:
             self.flush()
 
     def flush(self) -> None:
-        """See that everything is in the file."""
+        """Write all rows to the file."""
         if self._lines:
             files.write_whole(self._path, "".join(self._lines))
         self._written = self._clock.now()
 
 
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file that are whole; none where there is no file."""
+    """Read the complete rows of a JSONL file; none if there is no file."""
     return _rows(path.read_bytes())[0] if path.exists() else []
 
 
 def _rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows, and how many lines are none; not the last, torn by a kill."""
+    """Return the rows, and the number of damaged lines, except an incomplete last one."""
     complete, _, _ = content.rpartition(b"\n")
     lines = [parse(line) or {} for line in complete.splitlines()]
     rows = [row for row in lines if isinstance(row.get("step"), int)]

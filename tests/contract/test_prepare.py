@@ -23,7 +23,7 @@ def test_shards_in_a_bucket_are_those_on_disk(tmp_path, gs, capsys):
     out, source = files.as_path(f"{gs.url}/out"), f"{gs.url}/in/*.tar"
     command = ["prepare", source, "--index"]
     assert main([*command, "--worker", "2/2"]) == 0
-    assert "others are missing still" in capsys.readouterr().out
+    assert "others are still missing" in capsys.readouterr().out
     assert main([*command, "--worker", "1/2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"shards": 3, "samples": 30}
     how = {"source": source, "samples_per_shard": 8, "samples_per_task": 10, "threads": 2}

@@ -142,11 +142,14 @@ def test_the_filters_of_datacomp(name, bounds):
     ("wrong", "message"),
     [
         ({"filter": "laion-2b"}, "the scores of filter=laion-2b need score_column or score_with"),
-        ({"filter": "basic", "languages": ("de",)}, r"basic keeps \('en',\), not \('de',\)"),
+        (
+            {"filter": "basic", "languages": ("de",)},
+            r"filter=basic keeps languages=\('en',\), not \('de',\)",
+        ),
         ({"top_share": 0.3}, "top_share need score_column"),
-        ({"score_column": "x", "score_with": Path("y")}, "give one"),
-        ({"min_caption": 5, "max_caption": 4}, "min_caption=5 and max_caption=4 leave nothing"),
-        ({"score_column": "x", "min_score": 1.0, "max_score": 0.0}, "leave nothing"),
+        ({"score_column": "x", "score_with": Path("y")}, "set only one"),
+        ({"min_caption": 5, "max_caption": 4}, "min_caption=5 and max_caption=4 leave no pair"),
+        ({"score_column": "x", "min_score": 1.0, "max_score": 0.0}, "leave no pair"),
         ({"min_score": 0.3}, "need score_column"),
     ],
 )
@@ -158,7 +161,7 @@ def test_wrong_config(wrong, message):
 
 def test_an_unknown_language_is_refused_with_those_known():
     filters.check_languages(("en", "wuu", "zh"))
-    with pytest.raises(ValueError, match=r"languages=EN xx: no such code; known: af, .*, zh"):
+    with pytest.raises(ValueError, match=r"languages=EN xx: unknown codes; choose from af, .*, zh"):
         filters.check_languages(("EN", "de", "xx"))
 
 

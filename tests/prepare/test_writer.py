@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_and_leaves_no_half_shard(source, tmp_path):
         assert prepare(config)["counts"] == {"kept": 20}
     assert sorted(call.args[1] for call in read.call_args_list) == list(range(12, 20))
     assert read_all(tmp_path / "out") == [(image, text) for _, image, text in PAIRS]
-    with pytest.raises(ValueError, match="begun with other settings"):
+    with pytest.raises(ValueError, match="created with other settings"):
         prepare(PrepareConfig(**how, min_side=9))
 
 
@@ -86,7 +86,7 @@ def test_a_deleted_shard_is_written_again_unless_the_source_has_other_names(
         (out / name).unlink()
     assert prepare(config) == report
     assert digests(out) == before
-    assert f"lacks {', '.join(lost)}: written again" in capsys.readouterr().err
+    assert f"lacks {', '.join(lost)}; writing them again" in capsys.readouterr().err
     (images / "00.png").rename(images / "z.png")
     with pytest.raises(ValueError, match="other settings: digest "):
         prepare(config)
@@ -127,7 +127,7 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     for name, damaged in (("report.json", "{}"), ("report.json", "["), ("prepare.json", "{")):
         kept = (folder / name).read_text()
         (folder / name).write_text(damaged)
-        with pytest.raises(InputError, match=rf"{name} is damaged: .* Bring back a copy"):
+        with pytest.raises(InputError, match=rf"{name} is damaged: .* Restore a copy"):
             prepare(PrepareConfig(**how))
         (folder / name).write_text(kept)
     (folder / "report.json").unlink()  # as the message says

@@ -12,7 +12,7 @@ from clip_jax.storage import bucket, files
 
 
 def test_a_url_of_another_kind_is_refused():
-    with pytest.raises(InputError, match="ftp:// is not read"):
+    with pytest.raises(InputError, match="ftp:// is not supported"):
         files.as_path("ftp://a/b")
 
 
