@@ -1,4 +1,4 @@
-"""The objective of training and its terms, whose negatives are the global batch."""
+"""Training losses: contrastive ones over the global batch, the caption loss, and their sum."""
 
 from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.caption import CaptionConfig, caption_loss, count_labels

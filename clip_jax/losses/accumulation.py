@@ -1,4 +1,4 @@
-"""Gradients of one big batch in the memory of a small one (GradCache: Gao et al. 2021)."""
+"""Gradient accumulation with the negatives of the full batch (GradCache: Gao et al. 2021)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from clip_jax.losses.objective import Outputs
 
 
 class Gradients(NamedTuple):
-    """A loss with its gradients, and what came with them."""
+    """A loss with its gradients and outputs."""
 
     loss: Float[Array, ""]
-    aux: Any  # of the loss
-    outputs: Outputs  # of the global batch
+    aux: Any  # auxiliary output of the loss
+    outputs: Outputs  # of the towers, for the global batch
     statistics: Any  # of the towers, averaged over the chunks
-    params: Any  # gradient of what the towers are made of
-    others: Any  # gradient of what the loss alone takes
+    params: Any  # gradient of the towers' parameters
+    others: Any  # gradient of the parameters that only the loss takes
 
 
 def cached_value_and_grad(
@@ -36,14 +36,14 @@ def cached_value_and_grad(
 ) -> Gradients:
     """Differentiate `loss_fn(others, outputs) -> (loss, aux)`, encoding chunk by chunk.
 
-    `encode(params, chunk)` gives (outputs by name, statistics) of a chunk of `batch`, a tree of
-    arrays [B, ...]. One chunk is encoded once, and its derivative kept. Of several, each is encoded
-    twice, so what it draws must follow from the chunk; only outputs and one chunk's activations are
-    held. The gradients are exactly those of one big batch; `loss_fn` sees the batch's own order.
+    `encode(params, chunk)` returns (outputs by name, statistics) of a chunk of `batch`, a tree of
+    arrays [B, ...]. A single chunk is encoded once. Several are encoded twice each, so randomness
+    must depend on the chunk alone; memory holds all outputs and one chunk's activations. The
+    gradients are exactly those of the full batch, in whose order `loss_fn` sees the outputs.
 
     A chunk takes every `num_chunks`-th run of `group_size` rows (those that share a BatchNorm).
     With B sharded contiguously and `num_chunks` · `group_size` a divisor of the rows per device,
-    every device so keeps its own rows. Raises InputError if B isn't divisible by that product.
+    every device keeps its own rows. Raises InputError if B isn't divisible by that product.
     """
     differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
     if num_chunks == 1:
@@ -60,8 +60,8 @@ def cached_value_and_grad(
     size = len(jax.tree.leaves(batch)[0])
     if size % (num_chunks * group_size):
         raise InputError(
-            f"A batch of {size} does not divide into {num_chunks} chunks of whole groups of "
-            f"{group_size}: change the batch size or the number of chunks."
+            f"A batch of {size} does not divide into {num_chunks} chunks of groups of {group_size} "
+            "rows; change the batch size or the number of chunks."
         )
     chunks = jax.tree.map(split, batch)
 

@@ -1,7 +1,7 @@
 """The caption loss: cross-entropy of each token given the image and those before it.
 
-The vocabulary is large, so its logits are never held for all positions: forward and backward visit
-them some positions at a time, and the backward computes them again.
+The vocabulary is large, so its logits are never stored for all positions: both passes compute them
+for some positions at a time.
 """
 
 import functools
@@ -22,19 +22,19 @@ from clip_jax.losses.objective import Axes, Context, Outputs, Result, Term
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(Term):
-    """Cross-entropy of a caption's tokens, written by the model's decoder (CoCa, MaMMUT)."""
+    """Caption loss (CoCa, MaMMUT): cross-entropy of the tokens that the decoder predicts."""
 
     name: ClassVar[str] = "caption"
     needs: ClassVar[tuple[str, ...]] = ("caption_states",)
 
-    weight: float = 2.0  # factor of the mean over tokens in the objective (CoCa: 2, MaMMUT: 1)
-    chunk_size: int = 2_048  # positions per device whose logits are in memory at a time
+    weight: float = 2.0  # Factor on this loss in the objective (CoCa: 2, MaMMUT: 1).
+    chunk_size: int = 2_048  # Token positions per device whose logits are in memory at once.
 
     def __post_init__(self) -> None:
         check_ranges(self, "CaptionConfig.", weight="[0, inf)", chunk_size="[1, inf)")
 
     def encode(self, x: Context) -> Outputs:
-        """Sum up the loss of each row."""
+        """Return the loss of each row, summed over its tokens."""
         kernel = x.params["decoder"]["vocab_projection"]
         rows = caption_loss(
             x.outputs["caption_states"], kernel, x.inputs["text"][:, 1:], mesh=x.mesh, axes=x.axes,
@@ -60,9 +60,9 @@ def caption_loss(
 ) -> Float[Array, " B"]:
     """Return each row's Σ −log p(label) over the positions whose label is no padding.
 
-    p is the softmax of `states · kernel`, in float32; matmuls are of the states' dtype. On a mesh
-    rows are split over `axes.rows` and the kernel as the parameter that it is. The derivative is
-    our own: memory is that of the logits of `chunk_size` positions, and of one kernel.
+    p is the softmax of `states · kernel`, in float32; matmuls are in the states' dtype. On a mesh
+    rows are sharded over `axes.rows`, and the kernel like its parameter. With a custom derivative,
+    memory is that of the logits of `chunk_size` positions and of one kernel.
     """
     options = {"pad_id": pad_id, "chunk": chunk_size}
     if mesh is None or axes is None:
@@ -111,7 +111,7 @@ def caption_loss(
 
 
 def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
-    """Count the positions that the loss is averaged over, at least one."""
+    """Return the number of positions that the loss is averaged over, at least 1."""
     return jnp.maximum((labels != pad_id).sum(), 1).astype(jnp.float32)
 
 
@@ -121,7 +121,7 @@ def _forward(
 ) -> tuple[Float[Array, " B"], Float[Array, "B L"]]:  # fmt: skip
     """Return each row's loss and each position's log Σ exp.
 
-    `vocabulary`: the mesh axis that splits it; None: none does.
+    `vocabulary` is the mesh axis that shards the vocabulary, None if none does.
     """
     kernel = kernel.astype(states.dtype)
 
@@ -183,7 +183,7 @@ def _by_chunks(
     visit: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: tuple[Array, ...], size: int,
     pad_id: int,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Scan over arrays [B, L, ...], `size` positions at a time; the last are filled up."""
+    """Scan over arrays [B, L, ...], `size` positions at a time; the last chunk is padded."""
     batch, length = arrays[0].shape[:2]
     count = batch * length
     size = min(size, count)

@@ -1,4 +1,4 @@
-"""Contrastive terms: every pair of the global batch is compared, in forms that fit any batch."""
+"""Contrastive losses over all pairs of the global batch, in forms for any batch size."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from clip_jax.models.clip import CLIPConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Pairwise):
-    """A term that compares images with texts: in it every other pair is a negative."""
+    """A loss that compares all images with all texts; every other pair is a negative."""
 
     name: ClassVar[str] = "contrastive"
 
@@ -28,12 +28,12 @@ class Contrastive(Pairwise):
         """Raise InputError if the loss takes a bias that the model does not have."""
         if self.needs_bias and model.init_logit_bias is None:
             raise InputError(
-                f"{type(self).__name__} needs a logit_bias, and the model has none: "
+                f"{type(self).__name__} needs a logit_bias, but the model has none: "
                 "set model.init_logit_bias (SigLIP: -10) or choose SoftmaxConfig."
             )
 
     def loss(self, x: Context) -> Result:
-        """Compute the loss of the global batch; in it every other pair is a negative."""
+        """Compute the loss of the global batch."""
         return contrastive_loss(
             self,
             x.outputs["image"],
@@ -46,11 +46,11 @@ class Contrastive(Pairwise):
         )
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
-        """Count the similarity matrix and its two gradients, of which a locked tower spares one."""
+        """Count the similarity matrix and its two gradients; a locked tower saves one of them."""
         return batch_size * batch_size * model.embed_dim * (3 - len(set(locked)))
 
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> Form:
-        """Resolve `auto`."""
+        """Return the form that is used, with `auto` resolved."""
         return choose_form(self, batch_size, model.embed_dim, shards)
 
 
@@ -70,17 +70,17 @@ def contrastive_loss(
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one
     device). `logit_scale` is the factor itself, not its logarithm. The softmax ignores
     `logit_bias`, which cancels in it; the sigmoid needs it. `caption_ids` (see `same_caption`)
-    is needed by `mask_same_caption` and ignored without. Metrics:
-    `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, k-fold ties 1/k.
+    is required with `mask_same_caption` and ignored without. Metrics: `image_to_text_accuracy`
+    and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties count 1/k.
 
-    Raises InputError if B doesn't divide by the shards.
+    Raises InputError if B is not a multiple of the number of shards.
     """
     if not config.needs_bias:
         logit_bias = jnp.zeros_like(logit_scale)
     if logit_bias is None:
-        raise ValueError(f"{type(config).__name__} needs logit_bias, and got None.")
+        raise ValueError(f"{type(config).__name__} needs logit_bias, but got None.")
     if config.mask_same_caption and caption_ids is None:
-        raise ValueError("mask_same_caption=True needs caption_ids, and got None.")
+        raise ValueError("mask_same_caption=True needs caption_ids, but got None.")
     batch = len(image_features)
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     if batch % shards:
@@ -101,7 +101,7 @@ def contrastive_loss(
 
 
 def choose_form(config: Contrastive, batch: int, embed_dim: int, shards: int) -> Form:
-    """Resolve `auto`: dense while a device's logits fit the budget, then blocked, else ring."""
+    """Resolve `auto`: dense if a device's logits fit the budget, blocked if embeddings do."""
     budget = config.budget_mib * 2**20 / 4  # float32s
     if config.form != "auto":
         return config.form
@@ -111,7 +111,7 @@ def choose_form(config: Contrastive, batch: int, embed_dim: int, shards: int) ->
 
 
 def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:
-    """Count the neighbours along `axes` that fast links join; 1 if slices are not in order.
+    """Count the devices along `axes` within a slice, with fast links; 1 if slices are interleaved.
 
     Devices of one TPU slice share a `slice_index`; other backends have none and count as one.
     """

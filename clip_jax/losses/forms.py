@@ -1,4 +1,4 @@
-"""The forms of the losses: one function, computed in less and less memory."""
+"""The dense form of the losses, and the last step of every form."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from clip_jax.losses.pairs import Pairwise, Side, Statistics, accuracy, compare,
 def conclude(
     config: Pairwise, image: Statistics, text: Statistics, scale: Float[Array, ""]
 ) -> Result:
-    """Average loss and accuracies over the pairs whose statistics are given."""
+    """Average loss and accuracies over pairs, from the statistics of their images and texts."""
     metrics = {
         "image_to_text_accuracy": accuracy(image).mean(),
         "text_to_image_accuracy": accuracy(text).mean(),
@@ -31,7 +31,7 @@ def dense(
     mesh: Mesh | None,
     axes: tuple[str, ...],
 ) -> Result:
-    """Hold each device's rows of the logits, [B / devices, B]; differentiated by JAX itself."""
+    """Compute each device's rows of the logits, [B / devices, B], at once; JAX differentiates."""
     if mesh is not None:
 
         def constrain(x: Any, spec: P) -> Any:

@@ -2,13 +2,13 @@
 
 A term is a config dataclass with its weight, and pure functions. A step calls them in this order:
 
-1. `encode`, while a chunk of the batch is in the towers: numbers of each pair (a row term, such as
-   a caption's loss), or a teacher's embeddings.
+1. `encode`, while a chunk of the batch is encoded: numbers of each pair (such as a caption's loss),
+   or a teacher's embeddings.
 2. `loss`, once the outputs of the global batch are known (a global term compares them).
 3. `update`, after the parameters have changed, for a term that carries a state of its own.
 
-Embeddings, and what `encode` returns, are kept for the global batch; all other outputs of the
-towers exist while their chunk is encoded. So any term goes with gradient accumulation.
+Embeddings and the results of `encode` are kept for the global batch; all other outputs of the
+towers exist only while their chunk is encoded. So any term works with gradient accumulation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 
-Inputs = dict[str, Any]  # the batch by name: "image", "text", and what terms read besides
+Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
 Outputs = dict[str, Float[Array, "B ..."]]
 Metrics = dict[str, Any]  # name -> scalar
 Result = tuple[Float[Array, ""], Metrics]
@@ -37,18 +37,18 @@ class Axes(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A model that a term computes with and nothing trains, such as a teacher."""
+    """A model that a term uses and nothing trains, such as a teacher."""
 
     config: CLIPConfig
-    weights: str  # where they are read from: a run, a model folder, a file
+    weights: str  # path of a run, a model folder or a weight file
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a term's functions see: of one chunk in `encode`, of the global batch afterwards."""
+    """The input of a term's functions: for one chunk in `encode`, else for the global batch."""
 
-    model: CLIP  # as it lies on the mesh; `replace(model, config=...)` is another one there
-    params: Params  # in `loss` those that belong to no tower: `logit_scale`, `logit_bias`
+    model: CLIP  # with the mesh's layout; `replace(model, config=...)` is another model with it
+    params: Params  # in `loss` only those of no tower: `logit_scale`, `logit_bias`
     inputs: Inputs
     outputs: Outputs  # of the towers, and of the term's own `encode`
     mesh: Mesh
@@ -59,10 +59,10 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One term of an objective; what a subclass does not define it does not need.
+    """One term of an objective; a subclass defines the methods that it needs.
 
-    `needs` names outputs of the towers beside the embeddings `image` and `text`, [B, E] of unit
-    length, which every term has:
+    `needs` names outputs of the towers in addition to the L2-normalised embeddings `image` and
+    `text`, [B, E], which every term has:
 
     - `caption_states`: the decoder's states of all tokens but the last, [B, L − 1, D].
     - `image_tokens:LAYER`, `text_tokens:LAYER`: states after a block, [B, L, D]; negative layers
@@ -71,20 +71,20 @@ class Term:
       of the input: several views, synthetic captions.
     """
 
-    name: ClassVar[str] = "term"  # of its metrics and of what it carries; once in an objective
+    name: ClassVar[str] = "term"  # for its metrics and state; unique within an objective
     needs: ClassVar[tuple[str, ...]] = ()
 
-    weight: float = 1.0  # factor of this term in the objective
+    weight: float = 1.0  # Factor on this term in the objective.
 
     def check(self, model: CLIPConfig) -> None:
         """Raise InputError unless the model has what the term needs."""
 
     def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, ShapeDtypeStruct]:
-        """Shapes of what the term reads from the batch beside images and texts, by name."""
+        """Return the shapes of further inputs that the term reads from the batch, by name."""
         return {}
 
     def frozen(self) -> dict[str, Frozen]:
-        """Models that the term computes with and nothing trains, by name.
+        """Return the frozen models that the term uses, by name.
 
         Their parameters are sharded like the model's, and passed to the step; they are never
         saved, decayed or counted as trained.
@@ -92,9 +92,9 @@ class Term:
         return {}
 
     def init(self, params: Params) -> Any:
-        """Begin what the term carries from step to step: a tree of arrays, saved with the state.
+        """Return the term's initial state, a tree of arrays that is saved in checkpoints.
 
-        An array whose path ends in a parameter's path is sharded as that is, others are replicated.
+        An array whose path ends in a parameter's path is sharded like it; others are replicated.
         """
         return {}
 
@@ -107,7 +107,7 @@ class Term:
         raise NotImplementedError
 
     def update(self, x: Context) -> Any:
-        """Return what is carried to the next step; the context has the updated parameters."""
+        """Return the term's state for the next step; the context has the updated parameters."""
         return x.carried
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
@@ -116,7 +116,7 @@ class Term:
         return 0
 
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> str | None:
-        """Name the form in which it is computed on so many batch shards, if it has several."""
+        """Return the form that is used on so many batch shards, if the term has several."""
         return None
 
 
@@ -124,33 +124,33 @@ Objective = tuple[Term, ...]
 
 
 def check(objective: Objective, model: CLIPConfig) -> None:
-    """Raise InputError unless the terms go together, and with the model."""
+    """Raise InputError unless the terms fit each other and the model."""
     names = [term.name for term in objective]
     if len(set(names)) < len(names) or not any(term.weight for term in objective):
         raise InputError(
             f"objective has the terms {', '.join(names) or 'none'} with the weights "
-            f"{[term.weight for term in objective]}: give at least one with a weight above 0, and "
-            "each name once."
+            f"{[term.weight for term in objective]}; it must have at least one weight above 0, and "
+            "each term only once."
         )
     for term in objective:
         term.check(model)
     writes = any("caption_states" in term.needs for term in objective)
     if writes != (model.decoder is not None):
-        wrong = "needs model.decoder" if writes else "trains no model.decoder"
+        wrong = "needs model.decoder" if writes else "does not train model.decoder"
         raise InputError(
-            f"the objective ({', '.join(names)}) {wrong}: give the objective a CaptionConfig and "
-            "the model a decoder, or neither."
+            f"the objective ({', '.join(names)}) {wrong}; use a CaptionConfig and a model with a "
+            "decoder, or neither."
         )
 
 
 def fitting(objective: Objective, model: CLIPConfig) -> Objective:
-    """Leave out the terms of a decoder that the model does not have."""
+    """Return the objective without terms for a decoder if the model has none."""
     writes = model.decoder is not None
     return tuple(term for term in objective if writes or "caption_states" not in term.needs)
 
 
 def needs(objective: Objective) -> tuple[str, ...]:
-    """Return the outputs of the towers that the terms need beside the embeddings, each once.
+    """Return the outputs of the towers that the terms need besides the embeddings, each once.
 
     Their order is the same in every process, for each compiles the same program.
     """
@@ -158,7 +158,7 @@ def needs(objective: Objective) -> tuple[str, ...]:
 
 
 def encode(objective: Objective, x: Context) -> Outputs:
-    """Return the outputs of a chunk that are kept: embeddings, and what the terms compute."""
+    """Return the outputs of a chunk to keep: embeddings, and the results of the terms."""
     kept = {name: y for name, y in x.outputs.items() if is_embedding(name)}
     for term in objective:
         own = term.encode(_seen_by(term, x))
@@ -167,12 +167,12 @@ def encode(objective: Objective, x: Context) -> Outputs:
 
 
 def is_embedding(name: str) -> bool:
-    """Say whether an output of the towers is an embedding, and no states of tokens."""
+    """Say whether an output of the towers is an embedding, not token states."""
     return name.partition(":")[0] in ("image", "text")
 
 
 def total(objective: Objective, x: Context) -> Result:
-    """Add up the weighted terms; of several, each one's value is a metric `NAME_loss`."""
+    """Return the weighted sum of the terms; with several, each adds a metric `NAME_loss`."""
     parts, metrics = [], {}
     for term in objective:
         value, own = term.loss(_seen_by(term, x))
@@ -182,19 +182,19 @@ def total(objective: Objective, x: Context) -> Result:
 
 
 def init(objective: Objective, params: Params) -> dict[str, Any]:
-    """Begin what the terms carry, by their names; terms without anything are left out."""
+    """Return the initial states of the terms that have one, by name."""
     carried = {term.name: term.init(params) for term in objective}
     return {name: tree for name, tree in carried.items() if tree}
 
 
 def update(objective: Objective, x: Context) -> dict[str, Any]:
-    """Return what the terms carry to the next step."""
+    """Return the states of the terms for the next step, by name."""
     carrying = [term for term in objective if term.name in x.carried]
     return {term.name: term.update(_seen_by(term, x)) for term in carrying}
 
 
 def _seen_by(term: Term, x: Context) -> Context:
-    """Give a term what is its own of the outputs, frozen parameters and carried states."""
+    """Return the context with a term's own outputs, frozen parameters and state."""
     prefix = f"{term.name}/"
     outputs = {name.removeprefix(prefix): y for name, y in x.outputs.items()}
     frozen, carried = x.frozen.get(term.name, {}), x.carried.get(term.name)

@@ -1,6 +1,6 @@
-"""What every contrastive loss needs to know of the B × B logits, one row or column at a time.
+"""Statistics of the rows and columns of the B × B logits, which define every contrastive loss.
 
-A loss is written once, on `Statistics`; the forms of `forms.py` only gather them differently.
+A loss is written once, on `Statistics`; the forms only differ in how they gather them.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ MASKED = -1e30
 
 
 class Statistics(NamedTuple):
-    """What a loss needs of each row (or each column) of the similarity matrix: one entry per row.
+    """Statistics of each row (or each column) of the similarity matrix: one entry per row.
 
     Relative to one `top` all other fields are sums, so blocks join by `merge`, devices by `psum`.
-    Everything is kept as cosines, not logits: at a scale of 100 a logit is rounded to 4e-6, while
+    They are of cosines, not logits: at a scale of 100 a logit is rounded to 4e-6, while
     scale · (cosine − top) is not, and no fusion of the scaling can break a tie.
     """
 
@@ -46,24 +46,24 @@ class Pairs(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Images or texts, with who they are."""
+    """Embeddings of images or texts, with their identities."""
 
     features: Float[Array, "B E"]
     index: Int[Array, " B"]  # position in the global batch
-    caption_ids: Int[Array, " B"] | None  # given: other pairs with the same id are masked
+    caption_ids: Int[Array, " B"] | None  # if set, other pairs with the same id are masked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise(Term):
-    """A loss of the similarity matrix: a subclass says which, the forms compute it."""
+    """A loss of the similarity matrix, which a subclass defines and the forms compute."""
 
     needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
 
-    form: Form = "auto"  # how the loss is computed; all forms give the same result
-    block_size: int = 512  # texts compared at a time by the forms blocked and ring
-    budget_mib: int = 256  # MiB that form auto allows for logits (dense) or embeddings (blocked)
-    precision: Precision = "highest"  # precision of the similarities; the default of TPUs is bf16
-    mask_same_caption: bool = False  # exclude pairs with the same caption as negatives
+    form: Form = "auto"  # Form of the computation; all give the same loss, auto chooses by size.
+    block_size: int = 512  # Number of texts compared at once by the forms blocked and ring.
+    budget_mib: int = 256  # MiB that auto allows for logits (dense) or embeddings (blocked).
+    precision: Precision = "highest"  # Matmul precision of similarities; TPUs' default is bfloat16.
+    mask_same_caption: bool = False  # Exclude pairs with the same caption from the negatives.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -124,7 +124,7 @@ def summarise(
 
 
 def nothing(size: int, dtype: jnp.dtype) -> Statistics:
-    """Return the statistics of `size` rows of which no pair has been seen."""
+    """Return the statistics of `size` rows before any pair is seen."""
     zero = jnp.zeros(size, dtype)
     return Statistics(zero + MASKED, zero, zero, zero, zero, zero)
 

@@ -1,4 +1,4 @@
-"""Which captions of a batch are the same, so that their pairs need not be called negatives."""
+"""Find equal captions in a batch, so that their pairs need not count as negatives."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""SigLIP: every image-text pair is one yes-or-no question (Zhai et al. 2023, algorithm 1)."""
+"""The loss of SigLIP: classify every image-text pair as matching or not (Zhai et al. 2023,
+algorithm 1)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,11 +15,11 @@ from clip_jax.losses.pairs import Pairs, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidConfig(Contrastive):
-    """Binary cross-entropy of all B² pairs, summed, divided by B; needs `logit_bias`."""
+    """Sigmoid loss (SigLIP): binary cross-entropy of all B² pairs, over B; needs a logit bias."""
 
     needs_bias: ClassVar[bool] = True
 
-    label_smoothing: float = 0.0  # s, which turns the targets 1 and 0 into 1 − s/2 and s/2
+    label_smoothing: float = 0.0  # Label smoothing s: the targets 1 and 0 become 1 − s/2 and s/2.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,9 +12,9 @@ from clip_jax.losses.pairs import Pairs, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(Contrastive):
-    """Cross-entropy of each image among all texts and of each text among all images, averaged."""
+    """InfoNCE (CLIP): cross-entropy of images among all texts and of texts among all images."""
 
-    label_smoothing: float = 0.0  # share of the target spread over all unmasked pairs
+    label_smoothing: float = 0.0  # Share of the target that is spread over all unmasked pairs.
 
     def __post_init__(self) -> None:
         super().__post_init__()

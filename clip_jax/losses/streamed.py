@@ -1,7 +1,7 @@
-"""The blocked and the ring form: the similarity matrix is visited in blocks and never held.
+"""The blocked and the ring form: the similarity matrix is computed in blocks and never stored.
 
 Each device keeps its images and sees all texts, some gathered (blocked: all of them), the others
-passed around a ring of devices. Texts carry their statistics along, and backward their gradient.
+passed around a ring of devices with their statistics or, in the backward pass, their gradients.
 """
 
 import functools
@@ -30,7 +30,7 @@ from clip_jax.losses.pairs import (
 )
 
 # images, columns = visit(images, texts, columns): compare this device's images with some texts,
-# given what is known so far of either.
+# and update the statistics or gradients of both.
 Visit = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -44,11 +44,11 @@ class Route:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The devices at the same place of every ring, which exchange their texts."""
+        """The devices at the same position of every ring, which exchange their texts."""
         return [list(range(position, self.shards, self.ring)) for position in range(self.ring)]
 
     def gather(self, x: Any) -> Any:
-        """Collect the texts of the same place in all rings, [B / ring]."""
+        """Gather the texts at the same position of all rings, [B / ring]."""
         if self.ring == self.shards:
             return x
 
@@ -58,7 +58,7 @@ class Route:
         return jax.tree.map(collect, x)
 
     def sum_home(self, x: Float[Array, "B E"]) -> Float[Array, "b E"]:
-        """Add up what all rings have for gathered texts; each device keeps its own texts."""
+        """Sum gathered texts' values over all rings; each device keeps those of its own texts."""
         if self.ring == self.shards:
             return x
         return lax.psum_scatter(x, self.axes, axis_index_groups=self.groups, tiled=True)
@@ -81,12 +81,12 @@ class Route:
         return lax.pmean(x, self.axes) if self.shards > 1 else x
 
     def pass_on(self, x: Any) -> Any:
-        """Hand over to the next device of the ring and receive from the one before."""
+        """Send to the next device of the ring and receive from the previous one."""
         hops = [(i, i - i % self.ring + (i + 1) % self.ring) for i in range(self.shards)]
         return jax.tree.map(lambda a: lax.ppermute(a, self.axes, hops), x)
 
     def around(self, visit: Visit, images: Any, texts: Any, columns: Any) -> tuple[Any, Any]:
-        """Take every image to every text of the ring; what becomes known of a text comes home."""
+        """Visit every text of the ring with this device's images; a text's results return home."""
         if self.ring == 1:
             return visit(images, texts, columns)
 
@@ -101,7 +101,7 @@ class Route:
 
 
 def by_blocks(visit: Visit, size: int) -> Visit:
-    """Turn a visit to some texts into one to any number of them, `size` at a time."""
+    """Return a visit that handles any number of texts, `size` at a time."""
 
     def visit_all(images: Any, texts: Any, columns: Any) -> tuple[Any, Any]:
         length = len(jax.tree.leaves(columns)[0])
@@ -170,7 +170,7 @@ def streamed(
 
     forward, backward = local_forward, local_backward
     if mesh is not None:
-        # The replicated results come from a psum, which check_vma need not prove: nothing
+        # The replicated results come from a psum, which check_vma need not verify: nothing
         # differentiates through these maps, whose derivative is `backward`.
         shard = functools.partial(
             jax.shard_map, mesh=mesh, axis_names=set(route.axes), check_vma=False

@@ -1,5 +1,5 @@
-"""Optimizers and schedules of their rate: AdamW as the CLIP paper trains (section 2.5, tables 18
-and 19), LAMB, Adafactor, Muon."""
+"""Optimizers and learning-rate schedules: AdamW as in the CLIP paper (section 2.5, tables 18 and
+19), LAMB, Adafactor, Muon."""
 
 import functools
 import math
@@ -38,23 +38,23 @@ NO_DECAY = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Half a cosine from the peak to the final rate at the last step: the CLIP paper's."""
+    """Half a cosine from the peak to the final learning rate at the last step (CLIP paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The peak to the end: a trunk, from which cool-downs branch (arXiv:2506.04598)."""
+    """Constant peak learning rate, for parent runs of cool-down branches (arXiv:2506.04598)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoolDown:
-    """The peak, and over the last steps down to the final rate."""
+    """Constant peak, then a cool-down to the final learning rate over the last steps (WSD)."""
 
-    steps: int  # that the cool-down takes, counted from the end of the run
-    # linear; sqrt: 1 − √progress, steep at first (Hägele et al. 2024, arXiv:2405.18392); power:
-    # (1 − progress)^power, open_clip's.
+    steps: int  # Length of the cool-down in steps, counted back from the end of the run.
+    # Shape of the cool-down. linear; sqrt: 1 − √progress, steep at first (Hägele et al. 2024,
+    # arXiv:2405.18392); power: (1 − progress)^power, as in open_clip.
     shape: Literal["linear", "sqrt", "power"] = "linear"
-    power: float = 1.0  # of the shape of that name
+    power: float = 1.0  # Exponent of the shape power; other shapes ignore it.
 
     def __post_init__(self) -> None:
         check_ranges(self, "optim.schedule.", steps="[1, inf)", power="(0, inf)")
@@ -62,9 +62,9 @@ class CoolDown:
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt:
-    """peak × √(timescale / (timescale + steps since the warm-up)): no end is built in."""
+    """Inverse square root, without an end: peak × √(timescale / (timescale + steps - warm-up))."""
 
-    timescale: int = 10_000  # steps after which the rate has fallen to 71%
+    timescale: int = 10_000  # Steps after which the learning rate has fallen to 71% of its peak.
 
     def __post_init__(self) -> None:
         check_ranges(self, "optim.schedule.", timescale="[1, inf)")
@@ -72,35 +72,37 @@ class InverseSqrt:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Two moments of every element: the CLIP paper's."""
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), the optimizer of the CLIP paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How weights follow from gradients. The defaults are the paper's for ViT-B."""
+    """Settings of the optimizer and the learning-rate schedule; defaults: the paper's for ViT-B."""
 
     optimizer: AdamW | LAMB | Adafactor | Muon = AdamW()
 
-    learning_rate: float = 5e-4  # peak, after the warm-up
-    final_learning_rate: float = 0.0  # at the last step, where the schedule falls to it
-    warmup_steps: int = 2_000  # linear from zero
+    learning_rate: float = 5e-4  # Peak learning rate, reached after the warm-up.
+    final_learning_rate: float = 0.0  # Learning rate at the last step of schedules that decay.
+    warmup_steps: int = 2_000  # Number of steps of linear warm-up from a learning rate of zero.
     schedule: Cosine | Constant | CoolDown | InverseSqrt = Cosine()  # after the warm-up
-    weight_decay: float = 0.2  # on weights that are not gains or biases; decoupled, × learning rate
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.98  # decay of the second moment (paper: 0.98 for ViT, 0.999 for ResNet)
-    eps: float = 1e-6  # paper: 1e-6 for ViT, 1e-8 for ResNet
-    clip_norm: float | None = None  # global gradient norm; None: no clipping
-    max_logit_scale: float = 100.0  # cap on exp(logit_scale)
-    first_moment: Literal["float32", "bfloat16"] = "float32"  # storage of the first moment
-    image_learning_rate_scale: float = 1.0  # factor on the image tower's learning rate
-    text_learning_rate_scale: float = 1.0  # factor on the text tower's learning rate
-    # Each layer's rate, as a multiple of the next one's: for fine-tuning, where the first layers
-    # should keep what they have (0.65 to 0.9; BEiT, arXiv:2106.08254).
+    weight_decay: float = 0.2  # Weight decay, × learning rate; not on gains, biases and scalars.
+    b1: float = 0.9  # Decay rate of the first moment.
+    b2: float = 0.98  # Decay rate of the second moment (paper: 0.98 for ViT, 0.999 for ResNet).
+    eps: float = 1e-6  # Constant added to Adam's denominator (paper: ViT 1e-6, ResNet 1e-8).
+    clip_norm: float | None = None  # Maximum global norm of the gradient; None: no clipping.
+    max_logit_scale: float = 100.0  # Upper bound on exp(logit_scale), the inverse temperature.
+    # Data type in which the first moment is stored.
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    image_learning_rate_scale: float = 1.0  # Factor on the image tower's learning rate.
+    text_learning_rate_scale: float = 1.0  # Factor on the text tower's learning rate.
+    # Each layer's learning rate as a multiple of the next layer's. For fine-tuning, 0.65 to 0.9
+    # changes the first layers least (BEiT, arXiv:2106.08254).
     layer_decay: float = 1.0
-    locked: tuple[Tower, ...] = ()  # towers that keep their weights (LiT: image)
-    ema_decay: float | None = None  # of an average of the weights, which is evaluated; None: none
-    # Skip an update whose gradient norm isn't finite, or is this many times the usual; None: stop
-    # at the first that isn't finite.
+    locked: tuple[Tower, ...] = ()  # Towers with frozen weights (locked-image tuning, LiT: image).
+    # Decay rate of a moving average of the weights, used in evaluation; None: no average.
+    ema_decay: float | None = None
+    # Skip updates whose gradient norm is not finite or exceeds this multiple of its running mean;
+    # None: stop the run at the first that is not finite.
     skip_norm_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -113,22 +115,25 @@ class OptimConfig:
             skip_norm_ratio="(1, inf)",
         )  # fmt: skip
         if set(self.locked) == set(TOWERS):
-            raise InputError("optim.locked holds both towers: nothing but a scale would train.")
+            raise InputError(
+                "optim.locked names both towers, so that only the logit scale would train; lock "
+                "one tower at most."
+            )
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Return the learning rate of each step, counted from 0: linear warm-up, then the schedule.
+    """Return the learning rate as a function of the step, from 0: warm-up, then the schedule.
 
-    The first step already moves (rate = peak / warm-up), and a run that is shorter than its warm-up
-    ends within it, as in open_clip. Raises InputError where the cool-down is longer than what is
-    left of the run.
+    The warm-up is linear and begins with peak / warm-up, and a run that is shorter than its warm-up
+    ends within it, as in open_clip. Raises InputError if warm-up and cool-down are longer than the
+    run.
     """
     warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
     kind = config.schedule
     if isinstance(kind, CoolDown) and warmup + kind.steps > steps:
         raise InputError(
             f"optim.schedule.steps={kind.steps} of cool-down after optim.warmup_steps={warmup} are "
-            f"more than steps={steps}; shorten one, or train longer."
+            f"more than steps={steps}; lower one of them, or raise --steps."
         )
 
     def rate(step: int) -> float:
@@ -152,15 +157,15 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 def decay_mask(params: Params) -> Any:
-    """True where weight decay applies, judged by the parameter's own name."""
+    """Return True for the parameters that weight decay applies to, judged by their names."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
 
 
 def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformationExtraArgs:
     """Build the gradient transformation: optional clipping, the optimizer, decay, learning rates.
 
-    Around them, where asked for: locked towers, averaged weights, skipped updates. Its `update`
-    takes the step's learning rate as `rate`: the compiled step knows no schedule. `rows` name the
+    Optional wrappers lock towers, average the weights and skip updates. `update` takes the step's
+    `learning_rate`, so that the compiled step is independent of the schedule. `rows` name the
     dimensions of every parameter (`CLIPConfig.dimensions`).
     """
     moments = {"b1": config.b1, "b2": config.b2}

@@ -1,4 +1,4 @@
-"""Adafactor as big_vision has it (Zhai et al. 2022, arXiv:2106.04560, section 3.3): with momentum,
+"""Adafactor as in big_vision (Zhai et al. 2022, arXiv:2106.04560, section 3.3): with momentum,
 without relative steps or clipping, and with a cap on the second moment's decay."""
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ SQUARE_EPS = 1e-30  # added to the gradient's squares
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor:
-    """A second moment of rows and columns in place of all elements.
+    """Adafactor (Shazeer & Stern, arXiv:1804.04235): second moment factored into rows and columns.
 
-    b1 is the momentum's decay, b2 the cap on the second moment's; big_vision stores the momentum
-    in bfloat16 (first_moment).
+    optim.b1 is the momentum's decay rate, optim.b2 the cap on the second moment's. big_vision
+    stores the momentum in bfloat16 (optim.first_moment).
     """
 
-    exponent: float = 0.8  # the second moment's decay is 1 − step^−exponent, at most b2
-    min_size: int = 32  # matrices with a smaller side keep the moment of every element
+    exponent: float = 0.8  # The second moment's decay rate is 1 − step^−exponent, at most b2.
+    min_size: int = 32  # Matrices with a smaller side keep the second moment of every element.
 
     def __post_init__(self) -> None:
         check_ranges(self, "optim.optimizer.", exponent="(0, inf)", min_size="[1, inf)")
@@ -35,7 +35,7 @@ class Adafactor:
 class AdafactorState(NamedTuple):
     """Momentum, and the second moment as means along a matrix's two sides, of length 1 there.
 
-    Where nothing is factored, `nu_row` has every element and `nu_col` no array.
+    If a parameter is not factored, `nu_row` has every element and `nu_col` no array.
     """
 
     count: Int[Array, ""]
@@ -53,10 +53,10 @@ class _Scaled(NamedTuple):
 def scale_by_adafactor(
     config: Adafactor, rows: Rows, *, b1: float, b2: float, first_moment: str
 ) -> optax.GradientTransformation:
-    """Divide by the root of the factored second moment, then take the momentum, not corrected.
+    """Divide by the root of the factored second moment, then apply momentum, not bias-corrected.
 
-    The two largest dimensions of a layer are its matrix's; layers, and query, key and value, stand
-    apart, as do heads or what else is left.
+    The two largest dimensions of a layer form its matrix. Layers, query, key and value, and other
+    dimensions such as heads give separate matrices.
     """
     dtype = jnp.dtype(first_moment)
 
@@ -100,7 +100,7 @@ def scale_by_adafactor(
 
 
 def _sides(names: list[str], shape: tuple[int, ...], min_size: int) -> tuple[int, int] | None:
-    """Return the axes of a layer's largest and second largest dimension; None: too small."""
+    """Return the axes of a layer's largest and second largest dimension; None if too small."""
     own = [i for i, name in enumerate(names) if name not in ("depth", "S")]
     if len(own) < 2:
         return None
@@ -109,6 +109,6 @@ def _sides(names: list[str], shape: tuple[int, ...], min_size: int) -> tuple[int
 
 
 def _apart(tree: Any) -> list[Any]:
-    """Make three trees of one of triples."""
+    """Split a tree of triples into three trees."""
     flat, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, _Scaled))
     return [structure.unflatten(parts) for parts in zip(*flat, strict=True)]

@@ -14,16 +14,16 @@ from clip_jax.optim.matrices import Rows, with_names
 
 @dataclass(frozen=True, kw_only=True)
 class LAMB:
-    """AdamW, each update as long as its layer's weights × the rate. Moments as AdamW's."""
+    """LAMB (arXiv:1904.00962): AdamW with updates scaled to the norm of their layer's weights."""
 
 
 def scale_by_trust_ratio(
     rows: Rows, adapts: Callable[[Any], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Give each update the length of what it updates; a layer of a stack has its own.
+    """Scale each update to the norm of its parameter; stacked layers are scaled separately.
 
-    `adapts(params)` is True for the parameters that this holds for. Where a length is zero, the
-    ratio is 1.
+    `adapts(params)` is True for the parameters to which this applies. If a norm is zero, the ratio
+    is 1.
     """
 
     def scaled(names: list[str], update: Array, param: Array, adapt: bool) -> Array:

@@ -1,7 +1,7 @@
-"""What of a parameter is one layer's and one matrix, by the names of its dimensions.
+"""Tell which dimensions of a stacked parameter form one layer's matrix, by their names.
 
-Layers are stacked in one array (`depth`), and so are query, key and value (`S`). `Rows` are those
-of `CLIPConfig.dimensions`.
+Layers are stacked in one array (`depth`), and so are query, key and value (`S`). `Rows` maps paths
+of parameters to their dimensions' names (`CLIPConfig.dimensions`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ import jax
 from clip_jax.models.clip import path_name
 
 Rows = Mapping[str, str]
-# Linear maps between hidden widths, apart from what stacks them: how many dimensions are the input.
-# Not among them: words, positions, patches, learned queries, convolutions, and the output words.
+# Linear maps between hidden widths, without stacking dimensions: how many dimensions are the input.
+# Not among them: embeddings, patches, learned queries, convolutions, the vocabulary projection.
 LINEAR = {"D N K": 1, "N K D": 2, "N K E": 2, "D F": 1, "F D": 1, "D E": 1, "D -": 1}
 
 
@@ -29,7 +29,7 @@ def with_names(rows: Rows, function: Callable[..., Any], tree: Any, *others: Any
 def matrix_of(names: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return the axes of one matrix's inputs and outputs; the others stack matrices.
 
-    None where a parameter is no linear map between hidden widths.
+    None if a parameter is not a linear map between hidden widths.
     """
     own = [i for i, name in enumerate(names) if name not in ("depth", "S")]
     inputs = LINEAR.get(" ".join(names[i] for i in own))

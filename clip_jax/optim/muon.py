@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton and Schulz's iteration (Jordan et al. 2024;
+"""Muon: momentum, orthogonalised by Newton-Schulz iterations (Jordan et al. 2024;
 arXiv:2502.16982 for the scale of an update)."""
 
 import math
@@ -19,19 +19,20 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; brings singular values 
 
 @dataclass(frozen=True, kw_only=True)
 class Muon:
-    """Orthogonal updates of the linear maps, each layer's query, key and value apart.
+    """Muon: orthogonalised momentum for linear maps, AdamW for all other parameters.
 
-    The rest (words, positions, patches, gains, biases, scalars, convolutions) has AdamW's with b1,
-    b2, eps. One moment in memory for a linear map, not two.
+    Query, key and value of each layer are separate maps. AdamW (optim.b1, optim.b2, optim.eps)
+    updates embeddings, patches, gains, biases, scalars and convolutions. Linear maps store one
+    moment instead of two.
     """
 
-    momentum: float = 0.95  # decay of the linear maps' first moment
-    nesterov: bool = True  # of both optimizers, as optax.contrib.muon has it
-    iterations: int = 5
-    # An update's elements are this large on average, about as AdamW's are, so that its rates hold;
-    # None: as long as √(outputs / inputs) where that is more than 1, Jordan's.
+    momentum: float = 0.95  # Decay rate of the first moment of linear maps.
+    nesterov: bool = True  # Nesterov momentum in both optimizers, as in optax.contrib.muon.
+    iterations: int = 5  # Newton-Schulz iterations per update.
+    # Root mean square of an update's elements; 0.2 is close to AdamW's, so its learning rates carry
+    # over. None: scale by √(outputs / inputs) where that exceeds 1 (Jordan et al.).
     rms: float | None = 0.2
-    adam_learning_rate_scale: float = 1.0  # factor on the learning rate of all other parameters
+    adam_learning_rate_scale: float = 1.0  # Factor on the learning rate of AdamW's parameters.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -42,7 +43,7 @@ class Muon:
 
 
 class MuonState(NamedTuple):
-    """The first moment of linear maps."""
+    """Step count and first moments of the linear maps."""
 
     count: Int[Array, ""]
     mu: Params
@@ -51,9 +52,9 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     config: Muon, rows: Rows, *, eps: float, first_moment: str
 ) -> optax.GradientTransformation:
-    """Orthogonalise the momentum of linear maps; `rows` must know every parameter as one.
+    """Orthogonalise the momentum of linear maps; by `rows`, every parameter must be one.
 
-    optax.contrib.scale_by_muon does it. Its third state, the iteration's coefficients, is a
+    It wraps optax.contrib.scale_by_muon, whose third state, the iteration's coefficients, is a
     constant here and is not saved.
     """
     muon = optax.contrib.scale_by_muon(
@@ -86,7 +87,7 @@ def scale_by_muon(
 def split(
     linear: optax.GradientTransformation, rest: optax.GradientTransformation, rows: Rows
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimizer for linear maps, another for the rest."""
+    """Apply one optimizer to linear maps, another to all other parameters."""
 
     def labels(params: Any) -> Any:
         return with_names(rows, lambda names, _: "linear" if matrix_of(names) else "rest", params)

@@ -1,4 +1,4 @@
-"""What stands around an optimizer: its rate, towers and layers apart, averages, skipped updates."""
+"""Wrappers of an optimizer: learning rates by tower and layer, locks, averages, skipped updates."""
 
 import re
 from typing import Any, Literal, NamedTuple
@@ -12,16 +12,16 @@ from clip_jax.models.clip import Params, path_name
 from clip_jax.optim.matrices import Rows
 
 Tower = Literal["image", "text"]
-TOWERS = {"image": "visual", "text": "text"}  # where in the parameters
-USUAL_DECAY = 0.99  # of the running mean of gradient norms that says what is usual
-USUAL_UPDATES = 100  # before which nothing is unusual
-# What stands before a tower's first layer.
+TOWERS = {"image": "visual", "text": "text"}  # their names in the parameter tree
+USUAL_DECAY = 0.99  # decay rate of the running mean of gradient norms
+USUAL_UPDATES = 100  # number of updates before a gradient norm can count as unusual
+# Parameters before a tower's first layer.
 INPUTS = frozenset({"token_embedding", "positional_embedding", "class_embedding", "ln_pre"})
 STEM = frozenset({"conv1", "conv2", "conv3", "bn1", "bn2", "bn3"})
 
 
 def descend() -> optax.GradientTransformationExtraArgs:
-    """Go against the gradient by the learning rate, which is given with it."""
+    """Multiply updates by minus the learning rate, an argument of `update`."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
@@ -36,7 +36,7 @@ def descend() -> optax.GradientTransformationExtraArgs:
 
 
 def scale_towers(image: float, text: float) -> optax.GradientTransformation:
-    """Multiply the updates of either tower; what belongs to neither (the scale) stays."""
+    """Multiply the updates of each tower by a factor; others (the logit scale) are unchanged."""
 
     def update(updates: Any, _: Any) -> Any:
         return updates | {
@@ -48,10 +48,10 @@ def scale_towers(image: float, text: float) -> optax.GradientTransformation:
 
 
 def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
-    """Multiply updates by decay^(layers above): of a tower, 1 after the last, decay in the last.
+    """Multiply updates by decay^n: n is 0 after a tower's last layer, 1 in the last, and so on.
 
-    What stands before the first layer (words, positions, patches, a ResNet's stem) counts as one
-    more. The layers of a ResNet are its blocks; what belongs to no tower stays.
+    Parameters before the first layer (embeddings, patches, a ResNet's stem) count as one more
+    layer. The layers of a ResNet are its blocks. Parameters of no tower are unchanged.
     """
     blocks = sorted({block for path in rows if (block := _block(path))})
 
@@ -81,7 +81,7 @@ def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
 
 
 def _block(path: str) -> tuple[int, int] | None:
-    """Stage and number of a ResNet's block, of `visual/layer2/3/conv1/kernel`."""
+    """Return stage and block of a ResNet's parameter, such as `visual/layer2/3/conv1/kernel`."""
     match = re.match(r"visual/layer(\d+)/(\d+)/", path)
     return match and (int(match[1]), int(match[2]))
 
@@ -89,7 +89,7 @@ def _block(path: str) -> tuple[int, int] | None:
 def lock(
     inner: optax.GradientTransformationExtraArgs, towers: tuple[Tower, ...]
 ) -> optax.GradientTransformationExtraArgs:
-    """Give no update to some towers, nor moments in memory."""
+    """Freeze towers: no updates, and no moments in memory."""
 
     names = [TOWERS[tower] for tower in towers]
 
@@ -103,7 +103,7 @@ def lock(
 
 
 class AverageState(NamedTuple):
-    """Beside the optimizer's state, a slow copy of the parameters."""
+    """The optimizer's state and the moving average of the parameters."""
 
     inner: Any
     ema: Params
@@ -129,26 +129,26 @@ def average(
 
 
 class GuardState(NamedTuple):
-    """Beside the optimizer's state, what is usual and what was skipped."""
+    """The optimizer's state, the usual gradient norm, and counts of skipped updates."""
 
     inner: Any
-    usual_norm: Float[Array, ""]  # running mean of the norms of updates done, not yet corrected
-    updates: Int[Array, ""]  # done
-    skipped: Int[Array, ""]  # in all
+    usual_norm: Float[Array, ""]  # running mean of the norms of applied updates, not bias-corrected
+    updates: Int[Array, ""]  # number of applied updates
+    skipped: Int[Array, ""]  # number of skipped updates
     skipped_in_a_row: Int[Array, ""]
 
 
 def guard(
     inner: optax.GradientTransformationExtraArgs, ratio: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Leave parameters and state as they are where the gradient's norm is not finite or unusual.
+    """Skip updates whose gradient norm is not finite or more than `ratio` times its running mean.
 
-    Unusual is more than `ratio` times the running mean. Decided from the global gradient in the
-    compiled step, so that all devices and hosts decide alike.
+    A skipped update leaves parameters and state unchanged. The compiled step decides by the global
+    gradient, so that all devices and hosts decide alike.
     """
 
     def init(params: Any) -> GuardState:
-        # Four arrays: the step gives its memory back, and may give none back twice.
+        # Four separate arrays: the step donates them, and none may be donated twice.
         return GuardState(
             inner.init(params), jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))
         )
@@ -178,6 +178,6 @@ def guard(
 
 
 def averaged(opt_state: Any, params: Params) -> Params:
-    """Return the parameters to evaluate: the average where the optimizer keeps one."""
+    """Return the parameters to evaluate: their average if the optimizer keeps one."""
     inner = opt_state.inner if isinstance(opt_state, GuardState) else opt_state
     return params | inner.ema if isinstance(inner, AverageState) else params

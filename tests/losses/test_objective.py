@@ -277,12 +277,12 @@ def test_an_objective_that_does_not_fit_is_refused() -> None:
 
     for terms, message in (
         ((), "terms none with the weights"),
-        ((SoftmaxConfig(), SoftmaxConfig()), "contrastive, contrastive .* each name once"),
-        ((SoftmaxConfig(weight=0.0),), r"\[0\.0\]: give at least one with a weight above 0"),
-        ((SoftmaxConfig(), CaptionConfig()), "needs model.decoder: give"),
+        ((SoftmaxConfig(), SoftmaxConfig()), "contrastive, contrastive .* each term only once"),
+        ((SoftmaxConfig(weight=0.0),), r"\[0\.0\]; it must have at least one weight above 0"),
+        ((SoftmaxConfig(), CaptionConfig()), "needs model.decoder; use a CaptionConfig"),
         ((SigmoidConfig(),), "set model.init_logit_bias"),
     ):
         with pytest.raises(InputError, match=message):
             recipe(TINY, *terms)
-    with pytest.raises(InputError, match="trains no model"):
+    with pytest.raises(InputError, match=r"does not train model\.decoder"):
         recipe(COCA, SoftmaxConfig())
