@@ -1,1 +1,1 @@
-"""Checkpoints: saving and restoring a run, which are deleted, and which process owns a run."""
+"""Checkpoints: save, restore and delete them, resume runs, and lock run directories."""

@@ -1,4 +1,4 @@
-"""A run's work directory: who may write to it, and what in it can no longer be read."""
+"""Exclusive access to a run directory, and a count of starts without progress."""
 
 import contextlib
 import errno
@@ -22,18 +22,18 @@ from clip_jax.storage.errors import Unreachable
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import parse
 
-LEASE_SECONDS = 45  # without a sign of life after which a training in a bucket counts as dead
+LEASE_SECONDS = 45  # without renewal, after which a lease in a bucket has expired
 RENEW_SECONDS = 10
 _OUT_OF_REACH = (OSError, InputError, Unreachable)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Claim(contextlib.ExitStack):
-    """One training, or watching, at a time in a folder: from `take` until the context is left.
+    """Exclusive claim of one training or watcher on a folder, from `take` until the context exits.
 
-    On a disk a lock of the file system's, which ends with its process. In a bucket a lease: a
-    chain of numbered objects, each of which only one process can create; whoever made the newest
-    holds it, and makes the next every few seconds. A lease that ends so is taken over.
+    On a disk it is a file lock, which ends with its process. In a bucket it is a lease: a chain of
+    numbered objects, each of which only one process can create. The creator of the newest holds the
+    lease, and renews it by creating the next every few seconds. An expired lease is taken over.
     """
 
     def __init__(self, workdir: epath.Path, work: str = "training", clock: Clock = CLOCK) -> None:
@@ -41,9 +41,8 @@ class Claim(contextlib.ExitStack):
         self._workdir, self._work, self._clock = workdir, work, clock
 
     def take(self) -> None:
-        """Claim the directory, for all processes at once; raises InputError where another has
-        it."""
-        processes.gather("")  # connects all: JAX waits less long for that than a lease
+        """Claim the directory for all processes of the run. InputError if another run has it."""
+        processes.gather("")  # connects all first: JAX's timeout for that is below a lease's
         processes.together(self._take, InputError)
 
     def _take(self) -> None:
@@ -59,11 +58,11 @@ def _me() -> dict[str, Any]:
 def _taken(workdir: epath.Path, work: str, holder: dict[str, Any]) -> InputError:
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
     or_else = ", or choose another --workdir for this run" if work == "training" else ""
-    return InputError(f"{who} is {work} in {workdir}; end it first{or_else}.")
+    return InputError(f"{who} is {work} in {workdir}; stop it first{or_else}.")
 
 
 def _lock(workdir: epath.Path, work: str, _: Clock) -> Callable[[], None]:
-    """Lock a file, and note in it who did; return what unlocks it."""
+    """Lock a file and write the holder into it; return the function that unlocks it."""
     files.make_folder(workdir)
     path = workdir / "lock"
     with files.writing(path):
@@ -71,7 +70,7 @@ def _lock(workdir: epath.Path, work: str, _: Clock) -> Callable[[], None]:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _NO_LOCKS:  # some cluster file systems: better unlocked than not at all
+        if error.errno in _NO_LOCKS:  # some cluster file systems have none: run without a lock
             return lambda: os.close(number)
         os.close(number)
         raise _taken(workdir, work, parse(path.read_bytes()) or {}) from error
@@ -82,14 +81,14 @@ def _lock(workdir: epath.Path, work: str, _: Clock) -> Callable[[], None]:
 
 
 def _lease(workdir: epath.Path, work: str, clock: Clock) -> Callable[[], None]:
-    """Take the lease when it is free; return what gives it back."""
+    """Take the lease when it is free; return the function that releases it."""
     folder, me = f"{workdir}/lease", _me()
     number, holder = _newest(folder)
     free = not holder or holder.get("released")
     if not free:
         warn(
-            f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that has "
-            f"died, this {work} begins within {LEASE_SECONDS} seconds."
+            f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that is "
+            f"dead, this {work} begins within {LEASE_SECONDS} seconds."
         )
     since = clock.now()
     while not free or not _extend(folder, number + 1, me):
@@ -118,13 +117,13 @@ def _newest(folder: str) -> tuple[int, dict[str, Any]]:
 
 
 def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
-    """Create the next object and remove the one before; False where another was faster."""
+    """Create the next object and remove the previous one; False if another process was faster."""
     path = f"{folder}/{number:012d}"
     if not files.create(path, json.dumps(content).encode()):
         existing = parse(files.read(path)) or {}
-        if existing.get("id") != content["id"]:  # else an answer was lost, and it was tried again
+        if existing.get("id") != content["id"]:  # else ours: a response was lost, and we retried
             return False
-    if max(_numbers(folder)) > number:  # of somebody who has removed theirs of this number
+    if max(_numbers(folder)) > number:  # another process went further and removed this number
         files.remove(path)
         return False
     files.remove(f"{folder}/{number - 1:012d}")
@@ -132,7 +131,7 @@ def _extend(folder: str, number: int, content: dict[str, Any]) -> bool:
 
 
 class _Renewal:
-    """A thread that renews the lease until `end`; where it is lost, it ends the process."""
+    """A thread that renews the lease until `end`, and ends the process if the lease is lost."""
 
     def __init__(
         self, folder: str, number: int, me: dict[str, Any], work: str, clock: Clock
@@ -146,26 +145,26 @@ class _Renewal:
         while not self._clock.wait(self._over, RENEW_SECONDS):
             try:
                 kept = _extend(self._folder, self._number + 1, self._me)
-            except _OUT_OF_REACH:  # the next try will tell
+            except _OUT_OF_REACH:  # tried again at the next renewal
                 continue
             if not kept:
                 warn(
-                    f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, after "
-                    f"{LEASE_SECONDS} seconds without a sign of life from this one."
+                    f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, since "
+                    f"this one did not renew its lease for {LEASE_SECONDS} seconds."
                 )
                 os._exit(2)
             self._number += 1
 
     def end(self) -> None:
-        """Say that the directory is free."""
+        """Release the lease."""
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(*_OUT_OF_REACH):  # then it lapses
+        with contextlib.suppress(*_OUT_OF_REACH):  # then it expires
             _extend(self._folder, self._number + 1, self._me | {"released": True})
 
 
 def count_start(path: AnyPath, step: int) -> int:
-    """Note in a file that the run begins at `step`; return how often in a row it began there."""
+    """Record a start at `step` in a file; return the number of starts in a row at that step."""
     earlier = (parse(path.read_bytes()) if path.exists() else None) or {}
     starts = earlier.get("starts", 0) + 1 if earlier.get("step") == step else 1
     files.write_whole(path, json.dumps({"step": step, "starts": starts}))

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: the state and the data position in one atomic unit, with their checksums."""
+"""Save and restore the training state and the data position, atomically and with checksums."""
 
 import asyncio
 import contextlib
@@ -39,31 +39,31 @@ from clip_jax.storage.files import AnyPath
 
 Position = dict[str, Any]  # samples seen and the like, by name
 
-# What a store says when it is out of reach for a while: nothing is known of the checkpoint then.
+# Errors of a store that is out of reach for a while; they say nothing about the checkpoint.
 _OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
                  "RESOURCE_EXHAUSTED", "ABORTED")  # fmt: skip
 
 
 class Damaged(Exception):
-    """A checkpoint that does not give back what was saved."""
+    """A checkpoint that cannot be read, or does not contain what was saved."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a run goes on from."""
+    """A restored checkpoint."""
 
     step: int
     state: Any
     position: Position
-    messages: tuple[str, ...] = ()  # of newer checkpoints, which are damaged
+    messages: tuple[str, ...] = ()  # about newer checkpoints, which are damaged
 
 
 class Checkpoints:
     """`<workdir>/checkpoints/<step>/`, written in the background.
 
-    A checkpoint exists whole or not at all: Orbax writes beside it and renames (on buckets: marks
-    it as committed), so a process killed while saving leaves the one before. With it are kept the
-    checksums of its arrays, so that what a disk loses later is noticed.
+    Saves are atomic: Orbax writes to a temporary folder and renames it (on buckets: marks it as
+    committed), so a process killed while saving leaves the previous checkpoint. Checksums of the
+    arrays are saved too, to detect later damage.
     """
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
@@ -89,18 +89,18 @@ class Checkpoints:
         self._best_value = self._best_kept()
 
     def _best_kept(self) -> float:
-        """Return the best result of those that are kept with checkpoints; -inf without any."""
+        """Return the best result among the existing checkpoints; -inf without any."""
         if not self._config.best or self._config.best_of == "watcher":
             return float("inf")
         kept = (stored(self._directory, step) or {} for step in self._manager.all_steps())
         return max(map(self._config.value, kept), default=float("-inf"))
 
     def is_best(self, results: Results) -> bool:
-        """Say whether a step with these results is to be saved as the best so far."""
+        """Say whether a step with these results must be saved as the best so far."""
         return self._config.value(results) > self._best_value
 
     def latest_step(self) -> int | None:
-        """Return the newest complete checkpoint's step, None when there is none."""
+        """Return the step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def should_save(self, step: int) -> bool:
@@ -108,7 +108,7 @@ class Checkpoints:
         return step != self.latest_step() and self._manager.should_save(step)
 
     def reached_preemption(self, step: int) -> bool:
-        """Say whether all processes agreed to stop at this step. Ask at every step."""
+        """Say whether all processes agreed to stop at this step. Call it at every step."""
         return self._manager.reached_preemption(step)
 
     def save(
@@ -116,7 +116,7 @@ class Checkpoints:
     ) -> None:
         """Save now, unless this step is saved already. Returns when the arrays are copied.
 
-        `results` are those of the step's evaluation, by which the best checkpoint is kept.
+        `results` are those of the step's evaluation, which decide on the best checkpoint.
         """
         if step != self.latest_step():
             items = ocp.args.Composite(
@@ -124,15 +124,15 @@ class Checkpoints:
                 position=_PositionSave(position, checksums(state)),
             )
             kept = dict(results or {}) if self._config.best else None
-            with files.writing(self._directory):  # also of the save before, in the background
+            with files.writing(self._directory):  # errors may be of the previous save's thread
                 self._manager.save(step, args=items, metrics=kept, force=True)
             self._best_value = max(self._best_value, self._config.value(kept or {}))
 
     def restore(self, state: Any) -> Restored:
-        """Read the newest intact checkpoint: a state of these shapes, where their shardings say.
+        """Restore the newest intact checkpoint, with the shapes and shardings of `state`.
 
-        Newer ones, which are damaged, are put aside. All processes call this at once. InputError
-        where none is intact; then all stay where they are.
+        Newer ones, which are damaged, are moved aside. All processes must call this. Raises
+        InputError if none is intact; then none is moved.
         """
         damaged: dict[int, str] = {}
         args = ocp.args.StandardRestore(state)
@@ -144,26 +144,26 @@ class Checkpoints:
                 damaged[step] = str(error)
                 continue
             messages = [self._put_aside(*each) for each in damaged.items() if processes.is_lead()]
-            processes.gather(None)  # nobody lists the steps before that is done
+            processes.gather(None)  # no process lists the steps before that is done
             self._manager.reload()
             self._best_value = self._best_kept()
             return Restored(step, *restored, tuple(messages))
         each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
         raise InputError(
-            f"no checkpoint in {self._directory} is intact: {each}. Bring back a copy of one, or "
-            "start anew in another --workdir."
+            f"no checkpoint in {self._directory} is intact: {each}. Restore a copy of one, or "
+            "start a new run in another --workdir."
         )
 
     def _put_aside(self, step: int, why: str) -> str:
-        """Move a step's folder to where nobody takes it for a checkpoint; return what to say."""
+        """Move a step's folder to `damaged/` in the run directory; return a message about it."""
         aside = self._directory.parent / "damaged"
         names = itertools.chain([str(step)], (f"{step}-{i}" for i in itertools.count(2)))
         target = next(aside / name for name in names if not (aside / name).exists())
         files.move_folder(self._directory / str(step), target)
-        return f"the checkpoint of step {step} is damaged ({why}); it is kept in {target}"
+        return f"the checkpoint of step {step} is damaged ({why}); it was moved to {target}"
 
     def wait(self) -> None:
-        """Block until what was saved is on disk."""
+        """Block until all saves are on disk."""
         with files.writing(self._directory):
             self._manager.wait_until_finished()
 
@@ -174,18 +174,18 @@ class Checkpoints:
 
 
 def _drop_damaged_results(directory: epath.Path) -> None:
-    """Delete what was kept as a checkpoint's results and can no longer be read."""
+    """Delete the results of checkpoints that can no longer be read."""
     if processes.is_lead():
         for step in steps_in(directory):
             if stored(directory, step) is None:
                 files.remove(directory / str(step) / "metrics" / "metrics")
-    processes.gather(None)  # nobody reads them before that is done
+    processes.gather(None)  # no process reads them before that is done
 
 
 def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
-    """Read one checkpoint of a run that may be going on: nothing there is touched.
+    """Restore one checkpoint of a run, without changing anything: the run may still be training.
 
-    Raises InputError where that step is not kept, or is damaged.
+    Raises InputError if that step does not exist or is damaged.
     """
     step = named_step(workdir, str(step))
     with _refusing(workdir, step) as folder:
@@ -193,10 +193,10 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
 
 
 def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None) -> Params:
-    """Read a checkpoint's parameters alone, whatever mesh they were trained on.
+    """Restore only the parameters of a checkpoint, whatever mesh they were trained on.
 
-    `places` are their shardings: each device reads its own part and nothing else. By default all
-    goes to the first device. Where the run keeps an average of its weights (optim.ema_decay), that.
+    `places` are their shardings: each device reads only its own shard. By default all go to the
+    first device. If the run averages its weights (optim.ema_decay), the average is returned.
     Raises Unusable if the checkpoint is damaged.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -210,7 +210,7 @@ def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None)
     with _refusing(workdir, step) as folder:
         average = _average_in(folder)
         target: Any = {"params": shapes}
-        if average:  # of what is trained, to which BatchNorm's statistics belong
+        if average:  # of the trained parameters, without BatchNorm's statistics
             target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
             target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
         args = ocp.args.PyTreeRestore(
@@ -225,18 +225,18 @@ def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None)
 
 @contextlib.contextmanager
 def _refusing(workdir: AnyPath, step: int) -> Generator[epath.Path]:
-    """The folder of a step; what is damaged in it is refused."""
+    """Yield the folder of a step; raise Unusable if a file in it is damaged."""
     try:
         yield orbax_path(workdir) / "checkpoints" / str(step)
     except Damaged as error:
         raise Unusable(
             f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
-            "command puts it aside and goes on from the newest one that is intact."
+            "command moves it aside and resumes from the newest intact one."
         ) from error
 
 
 def _average_in(folder: epath.Path) -> tuple[str, ...]:
-    """Return where in a saved state the average of the weights lies; () if there is none."""
+    """Return the path of the averaged weights in a saved state; () if there are none."""
     try:
         saved: Any = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
     except Exception as error:
@@ -256,10 +256,10 @@ def _average_in(folder: epath.Path) -> tuple[str, ...]:
 
 @jax.jit
 def checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
-    """Sum up every array of a tree to 32 bits, which change if any one of its elements does.
+    """Return a 32-bit checksum of every array of a tree, which changes if any one element does.
 
-    Whole numbers are summed, and each element's place goes into them: so the sum is the same on
-    every mesh, each device reads its own part, and nothing but the sums is exchanged.
+    It is a sum of integers that depend on each element and its position. So it is the same on every
+    mesh, each device reads its own shard, and only sums are exchanged.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {path_name(path): _sum(x) for path, x in leaves}
@@ -278,7 +278,7 @@ def _sum(x: Array) -> UInt32[Array, ""]:
 
 
 class _PositionHandler(ocp.JsonCheckpointHandler):
-    """Writes position and checksums as JSON in the background, once the device has the latter."""
+    """Writes position and checksums as JSON in the background, once the latter are computed."""
 
     async def async_save(
         self, directory: epath.Path, item: Any = None, args: Any = None
@@ -305,9 +305,9 @@ def _crc(content: Position) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Say whether a traceback that Orbax or asyncio logs tells more than the one error raised.
+    """Say whether a traceback that Orbax or asyncio logs adds to the error that is raised.
 
-    It does not for a full disk, nor for reads that failed beside the one whose error is raised.
+    It does not for a full disk, nor for further reads that failed with the one that raises.
     """
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, Exception):
@@ -322,9 +322,9 @@ for _name in ("absl", "asyncio"):
 
 
 def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Position]:
-    """Read a step's state and position, and compare the checksums. Damaged says what is wrong.
+    """Read a step's state and position, and compare the checksums. Raises Damaged.
 
-    No process waits for another here, whatever any of them meets.
+    No process waits for another here, so that an error in one does not block the others.
     """
     args = ocp.args.Composite(state=state, position=ocp.args.JsonRestore())
     try:
@@ -335,16 +335,16 @@ def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Posi
     expected, own = position.pop("checksums", None), position.pop("checksum", None)
     if expected or own:  # older checkpoints have neither
         if own != _crc(position | {"checksums": expected}):
-            raise Damaged("position/metadata is not what was saved")
+            raise Damaged("position/metadata does not match its checksum")
         sums = jax.device_get(checksums(items["state"]))
         wrong = [name for name, x in sums.items() if int(x) != expected.get(name, int(x))]
         if wrong:
-            raise Damaged(f"{len(wrong)} of {len(sums)} arrays are not what was saved: {wrong[0]}")
+            raise Damaged(f"{len(wrong)} of {len(sums)} arrays fail their checksums: {wrong[0]}")
     return items["state"], position
 
 
 def _damaged(error: Exception) -> Damaged:
-    """Say in one line what reading a checkpoint met; errors that say nothing of it go on."""
+    """Return a read error as Damaged, in one line; re-raise errors unrelated to the checkpoint."""
     outside = isinstance(error, MemoryError | ConnectionError | TimeoutError | PermissionError)
     if outside or any(word in str(error) for word in _OUT_OF_REACH):
         raise error

@@ -1,9 +1,9 @@
-"""Orbax on `s3://`: what it knows to do on `gs://` alone, it does there too.
+"""Support for `s3://` in Orbax, which supports only `gs://` buckets by itself.
 
-A bucket has no renames, so on `gs://` Orbax writes a step where it will stay, and last of all a
-file that says that it is whole; arrays go through TensorStore's client. TensorStore has one for S3
-as well, and the file is a file; only Orbax's own questions are whether a path begins with `gs://`.
-Its answers are replaced here, in the one place that has to follow Orbax's versions.
+A bucket has no renames, so on `gs://` Orbax writes a step in its final location and, last of all, a
+file that marks it as complete; arrays go through TensorStore, which supports S3 as well. Only
+Orbax's checks for the prefix `gs://` prevent the same on S3. This module replaces these checks, and
+is the only one that depends on Orbax's version.
 """
 
 import functools
@@ -22,15 +22,14 @@ _ARRAYS = "orbax.checkpoint._src.serialization.tensorstore_utils"
 
 @functools.cache
 def enable() -> None:
-    """Let Orbax save on s3:// and read there. Raises InputError for a version that is built
-    otherwise."""
+    """Let Orbax save to and read from s3://. Raises InputError if its version does not allow it."""
     try:
         paths, arrays = map(importlib.import_module, (_PATHS, _ARRAYS))
         _extend(paths, arrays)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"orbax-checkpoint {ocp.__version__} cannot be led to s3:// ({error}); install the "
-            "version that pyproject.toml names, or give a --workdir on gs:// or a disk."
+            f"orbax-checkpoint {ocp.__version__} does not work with s3:// ({error}); install the "
+            "version that pyproject.toml names, or use a --workdir on gs:// or a disk."
         ) from error
 
 
@@ -51,12 +50,12 @@ def _extend(paths: Any, arrays: Any) -> None:
 
 
 def _spec(url: str) -> dict[str, Any]:
-    """What TensorStore needs to find an object; of AWS itself it asks for the bucket's region."""
+    """Return TensorStore's spec of an object; on AWS, it looks up the bucket's region itself."""
     name, _, path = url.removeprefix(_PREFIX).partition("/")
     spec: dict[str, Any] = {"driver": "s3", "bucket": name, "path": path}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         spec["endpoint"] = endpoint
         spec["aws_region"] = os.environ.get("AWS_REGION") or "us-east-1"
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # else it complains of files that need not be there
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # else it complains about missing credential files
         spec["aws_credentials"] = {"type": "environment"}
     return spec

@@ -1,4 +1,4 @@
-"""Which settings may change where a run resumes, or where another run branches from it.
+"""Settings that may change when a run resumes or when another run branches from it.
 
 Runs are compared by their configs as dicts: `before` is the earlier run's, with every field of
 today, and `now` the new one's.
@@ -13,29 +13,29 @@ from clip_jax.checkpoints.retention import steps_in
 from clip_jax.errors import InputError
 from clip_jax.storage.files import AnyPath
 
-SamplesAfter = Callable[[int], int]  # pairs that a run sees in its first steps
+SamplesAfter = Callable[[int], int]  # number of pairs that a run sees in its first steps
 
-# What may change between a run and its resumption: it alters no update.
+# Settings that may change when a run resumes: they alter no update.
 RESUMABLE = (
     *("stop_after", "mesh", "accumulation", "checkpoint", "processes", "evals", "report_every"),
     *("profile_steps", "compilation_cache"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
 )
-# What a branch may change besides: nothing before it depends on it.
+# Settings that a branch may change, too: no earlier update depends on them.
 BRANCHABLE = (
     *("steps", "optim.schedule", "optim.final_learning_rate", "branch_from"),
     "double_batch_at",  # later than the branch: the number of pairs seen there is checked
 )
-_ENDLESS = ("Constant", "InverseSqrt")  # schedules that do not know the run's last step
+_ENDLESS = ("Constant", "InverseSqrt")  # schedules that do not depend on the run's last step
 
 
 def check_resumable(
     workdir: AnyPath, before: dict[str, Any], now: dict[str, Any], samples_after: SamplesAfter
 ) -> None:
-    """Raise InputError unless the run in `workdir` may go on with the config `now`.
+    """Raise InputError unless the run in `workdir` may resume with the config `now`.
 
-    Without a run there, `before` is empty. A run may become longer where its schedule has no end.
+    Without a run there, `before` is empty. A run may become longer if its schedule has no end.
     """
     is_longer = before.get("steps", math.inf) <= now["steps"]
     is_endless = now["optim"]["schedule"]["type"] in _ENDLESS
@@ -44,16 +44,16 @@ def check_resumable(
     if before and (lines := _differing(workdir, before, now, allowed, samples)):
         raise InputError(
             f"{workdir} holds a run with another config:\n" + "\n".join(lines) + "\n"
-            "Give the same values to resume it, or another --workdir to start anew."
+            "Use the same values to resume it, or another --workdir to start a new run."
         )
 
 
 def branch_point(text: str) -> tuple[str, int]:
-    """Read RUN@STEP: a run directory and the step of one of its checkpoints."""
+    """Parse RUN@STEP: a run directory and the step of one of its checkpoints."""
     run, at, step = text.rpartition("@")
     if not (at and run and step.isdecimal() and int(step)):
         raise InputError(
-            f"branch_from={text!r} must be RUN@STEP, a work directory and the step of one of its "
+            f"branch_from={text!r} must be RUN@STEP, a run directory and the step of one of its "
             "checkpoints, such as runs/parent@20000."
         )
     return run, int(step)
@@ -67,11 +67,11 @@ def check_branch(
     Raises InputError for those that may not differ.
     """
     if not before:
-        raise InputError(f"branch_from: there is no run in {parent} (no config.json).")
+        raise InputError(f"branch_from: {parent} is no run directory, as it has no config.json.")
     if lines := _differing(parent, before, now, RESUMABLE + BRANCHABLE, samples):
         raise InputError(
             f"a branch of {parent} cannot differ from it in:\n" + "\n".join(lines) + "\n"
-            "Give the same values. To begin with its weights alone, use --init-from."
+            "Use the same values. To begin with its weights alone, use --init-from."
         )
     return [line.strip() for line in _differing(parent, before, now, RESUMABLE)]
 
@@ -95,10 +95,10 @@ def _differing(
     workdir: AnyPath, before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str],
     samples: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """List the settings that differ, apart from those allowed, and from what a mixture reads after
-    the first `samples`."""
+    """List the settings that differ, except for those allowed and for members of a mixture that
+    are read after the first `samples`."""
     data = dict(before.get("data", {}))
-    if "auto" in (data.get("order"), now["data"]["order"]):  # of a ladder's run that never began
+    if "auto" in (data.get("order"), now["data"]["order"]):  # a ladder's run that never began
         data["order"] = now["data"]["order"]
     if samples is not None and _begin_alike(data.get("source"), now["data"]["source"], samples):
         data["source"] = now["data"]["source"]
@@ -110,8 +110,8 @@ def _differing(
 
 
 def _begin_alike(old: Any, new: Any, samples: int) -> bool:
-    """Say whether two sources are mixtures that give the same first `samples`: members were added
-    at the end, and are first read in a phase that is still to come."""
+    """Say whether two sources are mixtures with the same first `samples`: members were added at the
+    end, and are first read in a later phase."""
     if not (old and "members" in old and "members" in new):
         return False
     known, phases = len(old["members"]), len(old["phases"])

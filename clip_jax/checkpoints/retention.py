@@ -1,7 +1,7 @@
-"""Which checkpoints of a run there are, which of them RUN@20000 and RUN@best mean, and which stay.
+"""Find the checkpoints of a run, resolve RUN@20000 and RUN@best, and decide which ones to keep.
 
-A watcher beside the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/watch.jsonl` for
-every step it has finished with. The run keeps the oldest steps that have no row yet.
+A watcher of the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/watch.jsonl` for
+every step it has finished. The run keeps the oldest steps that have no row yet.
 """
 
 import os
@@ -25,39 +25,40 @@ from clip_jax.storage.json_files import parse, read_rows
 
 Results = Mapping[str, Any]  # of one step, by name
 
-WATCH = "evals/watch"  # of a work directory: the folder that its watcher claims
-WATCHED = "evals/watch.jsonl"  # and a row for every step that the watcher has finished with
+WATCH = "evals/watch"  # in a run directory: the folder that its watcher claims
+WATCHED = "evals/watch.jsonl"  # a row for every step that the watcher has finished
 
 
 class Unusable(InputError):
-    """A checkpoint that is not kept, is damaged, or holds values that are no numbers."""
+    """A checkpoint that does not exist, is damaged, or has values that are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, and how much to keep."""
+    """When to save checkpoints, and which ones to keep."""
 
-    every_steps: int = 1_000  # steps between checkpoints; the last step is always saved
-    keep: int = 3  # newest checkpoints kept, all of which a run can go on from
-    # Checkpoints kept for `clip-jax evaluate RUN --watch`, where a run has such a watcher: the
-    # oldest that it has not finished with.
+    every_steps: int = 1_000  # Number of steps between checkpoints; the last step is always saved.
+    keep: int = 3  # Number of newest checkpoints to keep; training can resume from any of them.
+    # Number of checkpoints kept for `clip-jax evaluate RUN --watch`, if one runs: the oldest that
+    # it has not evaluated yet.
     keep_unwatched: int = 4
-    also: tuple[int, ...] = ()  # steps that are saved and kept besides: where branches begin
-    # Name of a result, such as imagenet1k/acc1: the checkpoint with the best is kept besides. A
-    # step whose evaluation gives the best so far is saved, whenever it is.
+    also: tuple[int, ...] = ()  # Further steps to save and keep, such as starts of branches.
+    # Name of a result, such as imagenet1k/acc1, whose best checkpoint is kept as well. A step that
+    # sets a new best is saved at once. None: keep no best checkpoint.
     best: str | None = None
-    best_mode: Literal["max", "min"] = "max"  # which result is the best: the highest or the lowest
-    # Whose results: of the run's own evaluators, or of `clip-jax evaluate RUN --watch` beside it.
+    # Whether the highest (max) or the lowest (min) result is best.
+    best_mode: Literal["max", "min"] = "max"
+    # Whose results decide: the run's own evaluators, or `clip-jax evaluate RUN --watch` (watcher).
     best_of: Literal["run", "watcher"] = "run"
 
     def __post_init__(self) -> None:
         at_least_one = dict.fromkeys(("every_steps", "keep", "keep_unwatched", "also"), "[1, inf)")
         check_ranges(self, "checkpoint.", **at_least_one)
         if self.best is not None and not self.best.strip():
-            raise InputError("checkpoint.best is empty; give the name of a result, or None.")
+            raise InputError("checkpoint.best is empty; set it to the name of a result, or None.")
 
     def value(self, results: Results) -> float:
-        """Return the result `best` such that larger is better; -inf where there is none."""
+        """Return the result `best`, signed so that larger is better; -inf if there is none."""
         value = results.get(self.best or "", float("nan"))
         if value != value:  # none, or no number
             return float("-inf")
@@ -68,7 +69,7 @@ class CheckpointConfig:
 
 
 def orbax_path(directory: epath.PathLike) -> epath.Path:
-    """A folder as Orbax takes it; the first on s3:// teaches it that."""
+    """Return a folder as a path for Orbax; the first one on s3:// enables that in Orbax."""
     path = files.as_path(directory)
     if os.fspath(directory).startswith("s3://"):
         orbax.enable()
@@ -82,9 +83,9 @@ def steps_in(directory: epath.PathLike) -> list[int]:
 
 
 def split_name(path: AnyPath) -> tuple[AnyPath, str]:
-    """Split RUN@20000 and RUN@best in the run and what stands behind the last @.
+    """Split RUN@20000 and RUN@best into the run and the part after the last @.
 
-    A path that exists is itself, and so is one without such a suffix.
+    A path that exists, or has no such suffix, is returned unchanged, with an empty part.
     """
     run, at, which = os.fspath(path).rpartition("@")
     if not (at and run and (which == "best" or which.isdecimal())) or path.exists():
@@ -93,19 +94,19 @@ def split_name(path: AnyPath) -> tuple[AnyPath, str]:
 
 
 def named_step(workdir: AnyPath, which: str) -> int:
-    """Return the step that stands behind the @, the newest for "". Unusable if there is none."""
+    """Return the step that the part after the @ names, the newest for ""; Unusable if missing."""
     steps = steps_in(workdir / "checkpoints")
     if not steps:
         raise Unusable(
-            f"{workdir / 'checkpoints'} holds no checkpoint: the run has saved none yet."
+            f"{workdir / 'checkpoints'} has no checkpoint; wait until the run has saved one."
         )
-    kept = f"{workdir} keeps the checkpoints of steps {', '.join(map(str, steps))}"
+    kept = f"{workdir} has checkpoints of steps {', '.join(map(str, steps))}"
     if which == "best":
         config = from_dict(CheckpointConfig, read_run_config(workdir).get("checkpoint", {}))
         if not config.best:
             raise InputError(
-                f"{workdir}@best: the run was trained without --checkpoint.best, the name of a "
-                f"result; {kept}, such as {workdir}@{steps[-1]}."
+                f"{workdir}@best: the run was trained without --checkpoint.best; use {workdir}@"
+                f"{steps[-1]}, for example ({kept})."
             )
         if config.best_of == "watcher":
             rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
@@ -118,14 +119,14 @@ def named_step(workdir: AnyPath, which: str) -> int:
         return max(steps, key=lambda step: (config.value(rows.get(step, {})), step))
     if which and int(which) not in steps:
         raise Unusable(
-            f"{kept}, not of {which}; name one of these, or train that run with a larger "
+            f"{kept}, not of {which}; choose one of these, or train that run with a larger "
             "--checkpoint.keep."
         )
     return int(which) if which else steps[-1]
 
 
 def stored(directory: AnyPath, step: int) -> Results | None:
-    """Return the results that Orbax keeps with a checkpoint; None where they are no such thing."""
+    """Return the results that Orbax saved with a checkpoint; {} if none, None if unreadable."""
     path = directory / str(step) / "metrics" / "metrics"
     return parse(path.read_bytes()) if path.exists() else {}
 
@@ -136,7 +137,7 @@ def stored(directory: AnyPath, step: int) -> Results | None:
 class Retention(policies.PreservationPolicy):
     """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
 
-    All processes ask it at once.
+    All processes must call it together.
     """
 
     def __init__(self, workdir: AnyPath, config: CheckpointConfig) -> None:
@@ -166,9 +167,9 @@ class Retention(policies.PreservationPolicy):
         return [kept or step in unwatched for step, kept in zip(steps, keep, strict=True)]
 
     def _look(self, steps: Sequence[int]) -> tuple[list[int], list[Results]]:
-        """List the oldest steps that a watcher has yet to finish with, and its rows of all.
+        """List the oldest steps that a watcher has yet to finish, and its rows of all steps.
 
-        Both are of one reading: so a step is among the former, or its row counts for the best.
+        Both come from one read, so that a step without a row is always among the former.
         """
         rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
         unwatched = [step for step in sorted(steps) if step not in rows][

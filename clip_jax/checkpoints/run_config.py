@@ -1,4 +1,4 @@
-"""`config.json` of a run directory as a plain dict, with the names that fields have today."""
+"""Read `config.json` of a run directory as a plain dict, with the current names of fields."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from clip_jax.storage.json_files import read_json, recover_json
 def _rename_order(config: dict[str, Any]) -> None:
     data = config.get("data")
     if isinstance(data, dict):
-        order = data.setdefault("order", "global")  # once the only one
+        order = data.setdefault("order", "global")  # the only order before there was the field
         data["order"] = "blocks" if order == "stretches" else order
 
 
 def _drop_tasks(config: dict[str, Any]) -> None:
-    """Forget the tasks `alignment` and `templates` of data sets, and the pool of the former."""
+    """Drop the removed tasks `alignment` and `templates`, and `alignment`'s field `pool`."""
     evaluators = config.get("evals")
     for evaluator in evaluators if isinstance(evaluators, list) else ():
         if isinstance(evaluator, dict) and isinstance(tasks := evaluator.get("tasks"), list):
@@ -27,7 +27,7 @@ def _drop_tasks(config: dict[str, Any]) -> None:
 
 
 def _loss_to_objective(config: dict[str, Any]) -> None:
-    """Make terms of `loss` and of `caption`, which counted where the model has a decoder."""
+    """Turn `loss` and, if the model has a decoder, `caption` into terms of the objective."""
     if "loss" not in config:
         return
     loss, caption = config.pop("loss"), dict(config.pop("caption", {"type": "CaptionConfig"}))
@@ -37,9 +37,9 @@ def _loss_to_objective(config: dict[str, Any]) -> None:
         config["objective"] = [loss | {"weight": weight}, caption]
 
 
-# Fields of a run's `Config` that version e1a3b50 called otherwise: path there, and path here, which
-# is in the same group. None: the field is gone and changed no result. A path goes through lists:
-# `evals.pool` is a field of each evaluator.
+# Renamed fields of a run's `Config`: path in version e1a3b50, and current path, in the same group.
+# None: the field was removed and changed no result. A path goes through lists: `evals.pool` is a
+# field of each evaluator.
 RENAMED: dict[str, str | None] = {
     "data.window": "data.shuffle_blocks",
     "optim.image_rate": "optim.image_learning_rate_scale",
@@ -47,12 +47,12 @@ RENAMED: dict[str, str | None] = {
     "optim.optimizer.adam_rate": "optim.optimizer.adam_learning_rate_scale",
 }
 
-# Changes of shape, after the table: each edits the dict, and leaves one of today's shape alone.
+# Structural changes, applied after the table: each edits the dict, unless it is current already.
 UPGRADES: list[Callable[[dict[str, Any]], None]] = [
     _rename_order, _drop_tasks, _loss_to_objective,
 ]  # fmt: skip
 
-# Where the options of groups are that an upgrade took apart.
+# Current paths of options in groups that an upgrade has split.
 SPLIT = {
     "loss": "objective.0",
     "caption.contrastive_weight": "objective.0.weight",
@@ -61,9 +61,9 @@ SPLIT = {
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
-    """Give the dict of a `config.json` today's names, in place; return it.
+    """Update the dict of a `config.json` to the current names, in place; return it.
 
-    A dict that has them already stays as it is.
+    A dict that has them already is unchanged.
     """
     for old, new in RENAMED.items():
         _rename(config, old.split("."), new and new.rpartition(".")[2])
@@ -87,9 +87,9 @@ def _rename(node: Any, path: list[str], new: str | None) -> None:
 
 
 def is_renamed(path: str) -> tuple[bool, str | None]:
-    """Say whether a field, or a group that it was in, has another name; and its path today.
+    """Say whether a field or its group was renamed, and return the current path.
 
-    The path is None where the field is gone.
+    The path is None if the field was removed.
     """
     for old, new in (RENAMED | SPLIT).items():
         if path == old or path.startswith(old + "."):
@@ -98,9 +98,9 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
 
 
 def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any]:
-    """Read a run's `config.json`, {} where there is none. InputError if it is damaged.
+    """Read a run's `config.json`; {} if there is none. Raises InputError if it is damaged.
 
-    With `recover`, a damaged one counts as none, and a copy of it is kept.
+    With `recover`, a damaged one counts as missing, and a copy of it is kept.
     """
     path = workdir / "config.json"
     if recover:

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard, the terminal; and the clock behind them."""
+"""Metrics of a run: timing, and reports to `metrics.jsonl`, TensorBoard and the terminal."""
 
 import contextlib
 import json
@@ -23,8 +23,8 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import Lines, recover_json
 
-# tensorboardX imports these where they are installed, for what is never asked of it here, and
-# PyTorch alone takes seconds of every command.
+# tensorboardX imports these if they are installed, for features that are not used here, and
+# importing PyTorch alone takes seconds.
 _UNASKED = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
 for _name in _UNASKED:
     sys.modules[_name] = None  # ty: ignore[invalid-assignment]
@@ -69,18 +69,18 @@ class Timers:
 
 
 class Goodput:
-    """Where the seconds of a run went, over all its starts: what was not spent on steps, and why.
+    """Seconds of a run by activity, over all its starts; goodput is the share spent on steps.
 
-    `compile` holds the first step too. `lost` are steps done again, since a run that died goes on
-    from its last checkpoint; the time between two starts is in nobody's clock.
+    `compile` includes the first step. `lost` is the time of steps that were repeated, since a run
+    that died resumes from its last checkpoint. Time between two starts is not counted.
     """
 
     PARTS = ("init", "restore", "compile", "input", "save", "evaluation")
     NAMES = (*PARTS, "steps", "lost")
 
     def __init__(self, timers: Timers, earlier: Mapping[str, Any], steps_kept: float) -> None:
-        """`earlier` is the result.json of the starts before, `steps_kept` the `seconds/steps` that
-        they had spent when they saved the checkpoint from which this start goes on."""
+        """`earlier` is the result.json of earlier starts, `steps_kept` their `seconds/steps` at the
+        checkpoint from which this start resumes."""
         self._timers = timers
         self._earlier = {name: float(earlier.get(f"seconds/{name}", 0.0)) for name in self.NAMES}
         lost = max(self._earlier["steps"] - steps_kept, 0.0)
@@ -88,7 +88,7 @@ class Goodput:
         self._earlier["lost"] += lost
 
     def values(self) -> dict[str, float]:
-        """Return seconds by part, their sum, and the share of steps in it."""
+        """Return seconds by activity, their sum, and the share of steps in it."""
         own = {name: self._timers.total[name] for name in self.PARTS}
         own["steps"] = max(self._timers.elapsed() - sum(own.values()), 0.0)
         seconds = {name: own.get(name, 0.0) + value for name, value in self._earlier.items()}
@@ -99,18 +99,18 @@ class Goodput:
         }
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return a summary in one line."""
         values = self.values()
         parts = [f"{name} {values[f'seconds/{name}']:.1f}" for name in self.NAMES]
         return f"goodput {values['goodput']:.1%}; seconds: {', '.join(parts)}"
 
 
 class Writer:
-    """Write a JSONL file and TensorBoard; a resumed run first drops what it will redo.
+    """Write a JSONL file and TensorBoard; a resumed run first drops rows that it will repeat.
 
-    Who looks at TensorBoard sees what was reported half a minute ago, or `flush`ed. Nothing is
-    written in a thread, as tensorboardX's `SummaryWriter` does: where the disk is full, that thread
-    dies, and whoever adds to its queue waits forever.
+    TensorBoard shows values at most half a minute after they were written, or after `flush`. No
+    thread writes them, unlike in tensorboardX's `SummaryWriter`: on a full disk that thread dies,
+    and writes to its queue block forever.
     """
 
     SECONDS = 30
@@ -119,7 +119,7 @@ class Writer:
         self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None],
         clock: Clock = CLOCK,
     ) -> None:  # fmt: skip
-        """`resume_step` is where a run goes on; None: nothing is redone (see `Lines`)."""
+        """`resume_step` is the step that a run resumes from; None keeps all rows (see `Lines`)."""
         self._lines = Lines(lines, resume_step, say)
         self._target, self._clock, self._flushed = board, clock, clock.now()
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(board) else None
@@ -129,7 +129,7 @@ class Writer:
         with files.writing(self._folder):
             self._records = RecordWriter(f"{self._folder}/{name}")
         self._add(0, file_version="brain.Event:2")
-        if resume_step:  # what an earlier start wrote of later steps is no longer shown
+        if resume_step:  # hides later steps that an earlier start wrote
             self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Writer:
         self.draw(step, values)
 
     def draw(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write to TensorBoard alone."""
+        """Write only to TensorBoard."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._add(step, summary=summary.scalar(name, value))
@@ -172,8 +172,8 @@ class Writer:
 class Reports:
     """Reports of a run: in its run directory, to TensorBoard, on the terminal.
 
-    Of several processes the first writes what it gathers from all: `report` and `write_down` are
-    called by all at once.
+    The first of several processes writes what it gathers from all; all processes must call
+    `report` and `write_down`.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ class Reports:
     ) -> None:  # fmt: skip
         """`steps_kept` are the seconds spent on steps until the checkpoint of `start`.
 
-        Pairs and FLOPs are given as sums over the first steps; `compiling_after` are the steps
-        after which one is compiled, and counts for no speed.
+        `samples_after` and `flops_after` return sums over the first steps. The step after each of
+        `compiling_after` is compiled, and left out of all speeds.
         """
         lead = processes.is_lead()
         self._workdir, self._timers, self._devices, self._reported = workdir, timers, devices, start
@@ -204,12 +204,12 @@ class Reports:
         self.goodput = Goodput(timers, self.result, steps_kept)
 
     def begin(self) -> None:
-        """Set-up is over: from here on time counts for steps."""
+        """Mark the end of set-up: from now on, time counts as time of steps."""
         self._timers.total["init"] = self._timers.elapsed() - self._timers.total["restore"]
         self._timers.lap()
 
     def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Note samples of a step that this process could not read, each with the reason."""
+        """Record samples of a step that this process could not read, each with the reason."""
         self._skipped_here += [{"step": step, **sample} for sample in samples]
 
     def read(self, counts: Mapping[str, float]) -> None:
@@ -258,7 +258,7 @@ class Reports:
             self._writer.write(step, dict(values))
 
     def position(self) -> dict[str, float]:
-        """Return what a checkpoint keeps of the clock."""
+        """Return the timing that a checkpoint saves."""
         return {"seconds/steps": self.goodput.values()["seconds/steps"]}
 
     def write_down(self) -> None:
@@ -285,7 +285,7 @@ class Reports:
 
 
 def _hosts(training: float, steps: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Compare how the processes spent `training` seconds: the slowest holds all back."""
+    """Compare how the processes spent `training` seconds; the slowest delays all others."""
     hosts = processes.gather(
         {
             "host": socket.gethostname(),
@@ -308,9 +308,9 @@ def _hosts(training: float, steps: int, seconds: Mapping[str, float]) -> dict[st
 
 
 def bucket_rates(counts: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """What was read from buckets a second, by all processes; nothing where nothing was.
+    """Return rates of reading from buckets, over all processes; {} if nothing was read.
 
-    `bucket_wait` is in threads: 2 means that two were waiting for a bucket at any time.
+    `bucket_wait` is the mean number of threads that were waiting for a bucket.
     """
     if not counts.get("requests"):
         return {}
@@ -318,7 +318,7 @@ def bucket_rates(counts: Mapping[str, float], seconds: float) -> dict[str, float
         "bucket_requests_per_second": counts["requests"] / seconds,
         "bucket_bytes_per_second": counts["bytes_read"] / seconds,
     }
-    if counts.get("bytes_used"):  # not counted where any sample may be next
+    if counts.get("bytes_used"):  # not counted if samples are read one by one
         rates["bytes_read_per_byte_used"] = counts["bytes_read"] / counts["bytes_used"]
         rates["bucket_wait"] = counts["seconds_waited"] / seconds
     return rates
@@ -333,13 +333,13 @@ class Profiler:
         self._scratch: tempfile.TemporaryDirectory | None = None
 
     def before(self, step: int) -> None:
-        """Begin with the first step of the range, or with a later one where a run resumes."""
+        """Start the trace at the first step of the range, or where the run resumes within it."""
         if self._scratch is None and self._first <= step <= self._last:
             self._scratch = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._scratch.name)
 
     def after(self, step: int, outputs: Any) -> bool:
-        """End with the last step, once it is computed; True if that was now."""
+        """Stop after the last step of the range, once it is computed; return True if so."""
         if self._scratch is None or step < self._last:
             return False
         jax.block_until_ready(outputs)
@@ -348,7 +348,7 @@ class Profiler:
         return True
 
     def close(self) -> None:
-        """Write a trace that has begun."""
+        """Stop a trace that has begun, and write it."""
         if self._scratch:
             jax.profiler.stop_trace()
             files.copy_tree(Path(self._scratch.name), self._target)
@@ -357,10 +357,12 @@ class Profiler:
 
 
 def profile_range(steps: str) -> tuple[int, int]:
-    """Read `10:15`: the first and the last step. Raises InputError, which says what is wrong."""
+    """Parse `10:15` into the first and the last step. Raises InputError if it is malformed."""
     first, _, last = steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST.")
+        raise InputError(
+            f"profile_steps={steps!r} must be FIRST:LAST with 1 <= FIRST <= LAST, such as 10:15."
+        )
     return int(first), int(last)
 
 

@@ -1,4 +1,4 @@
-"""What accelerators can do at most: `chip_specs.csv`, found by JAX's `device_kind`."""
+"""Peak performance of accelerators: `chip_specs.csv`, looked up by JAX's `device_kind`."""
 
 import csv
 import functools
@@ -44,12 +44,12 @@ def _chip(row: dict[str, str]) -> Chip:
 def find(device_kind: str) -> Chip | None:
     """Find the chip behind JAX's `device.device_kind`; None where the table has none (CPU).
 
-    Names match whole: a "TPU v4 lite", an "H200 NVL" or a slice of a card is another chip.
+    Names must match exactly: a "TPU v4 lite", an "H200 NVL" or a slice of a card is another chip.
     """
     return next((chip for chip in chips().values() if device_kind in chip.device_kinds), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of one JAX device, FLOP/s; None where it is not known (CPU)."""
+    """Return the dense bf16 peak of one JAX device in FLOP/s; None if it is unknown (CPU)."""
     chip = find(device_kind)
     return None if chip is None else chip.peak_flops / chip.devices

@@ -23,6 +23,6 @@ def test_what_tensorstore_needs_to_find_an_object(monkeypatch):
 def test_a_version_of_orbax_that_is_built_otherwise_is_named():
     with (
         mock.patch.object(orbax, "_ARRAYS", "json"),
-        pytest.raises(InputError, match=r"orbax-checkpoint \S+ cannot be led to s3:// \(.*json"),
+        pytest.raises(InputError, match=r"orbax-checkpoint \S+ does not work with s3:// \(.*json"),
     ):
         orbax.enable.__wrapped__()

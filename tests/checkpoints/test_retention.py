@@ -140,7 +140,7 @@ def test_what_stands_behind_a_run_names_a_step(tmp_path):
     assert (named_step(run, ""), named_step(run, "4")) == (10, 4)
     results = {1: '{"acc": 0.2}', 2: '{"acc": 0.9}', 3: '{"acc": 0.9}', 4: '{"ac'}
     for which, message in (
-        ("7", "keeps the checkpoints of steps 1, 2, 3, 4, 10, not of 7"),
+        ("7", "has checkpoints of steps 1, 2, 3, 4, 10, not of 7"),
         ("best", "none of its checkpoints has acc yet"),
     ):
         with pytest.raises(InputError, match=message):
@@ -155,7 +155,7 @@ def test_what_stands_behind_a_run_names_a_step(tmp_path):
     assert named_step(run, "best") == 3  # step 9 is no longer kept
     with pytest.raises(InputError, match=r"without --checkpoint\.best"):
         named_step(run_with(run, []), "best")
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(InputError, match="has no checkpoint; wait"):
         named_step(run_with(tmp_path / "empty", []), "")
 
 

@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_taken(workdir, capfd
     assert_is(found, 2)
     (line,) = found.messages
     assert line.startswith("the checkpoint of step 3 is damaged (")
-    assert line.endswith(f"it is kept in {workdir}/damaged/3-2")
+    assert line.endswith(f"it was moved to {workdir}/damaged/3-2")
     assert "Traceback" not in capfd.readouterr().err
     assert steps_in(workdir / "checkpoints") == [2]
     assert list(files.walk(workdir / "damaged/3-2"))
