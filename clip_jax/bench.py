@@ -1,6 +1,6 @@
-"""Throughput of this machine: `clip-jax bench input | step CONFIG`, a function each.
+"""Benchmarks of this machine: `clip-jax bench input CONFIG` and `clip-jax bench step CONFIG`.
 
-Each takes a run's config with a few fields more and returns the object that `--json` prints.
+Each takes a run's config with a few more fields and returns the object that `--json` prints.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ _MOST_BAD = 1000  # samples in a row
 
 @dataclass(frozen=True, kw_only=True)
 class InputBench(Config):
-    """A run's input alone: no model, no device."""
+    """Settings of a run and of the benchmark of its input pipeline; no device is used."""
 
-    seconds: float = 5.0  # seconds of measurement, each for the stages and for the pipeline
-    warmup: float = 2.0  # seconds that the pipeline runs before the measurement
+    seconds: float = 5.0  # Seconds measured, once for the single stages, once for the pipeline.
+    warmup: float = 2.0  # Seconds that the pipeline runs before it is measured.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,10 +50,10 @@ class InputBench(Config):
 
 
 def measure_input(config: InputBench) -> dict[str, Any]:
-    """Samples a second of each stage in one thread, of the whole pipeline, and what limits it.
+    """Measure samples/s of each stage in one thread and of the whole pipeline; name the bottleneck.
 
-    `stages` has for each the samples a second and the share of the time that it computes (the rest
-    is waiting, for a disk or a bucket).
+    For each stage, `stages` has samples/s and the share of time spent computing (the rest is
+    waiting for a disk or a bucket).
     """
     data = config.data
     tokenizer = make_tokenizer(config.model.text)
@@ -79,7 +79,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
 
 
 def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, dict[str, float]]:
-    """Each stage over the same samples, one after the other, in this thread."""
+    """Run each stage on the same samples, one after the other, in this thread."""
     data, spec = config.data, config.model.vision.image_spec
     length = config.model.text.context_length
     source = open_source(data.source, spec.side)
@@ -125,7 +125,9 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
         else:
             count += len(captions)
         if not count and number > _MOST_BAD:
-            raise InputError(f"none of {number} samples of data.source could be read")
+            raise InputError(
+                f"none of {number} samples of data.source could be read; check its path and files."
+            )
     return {
         name: {"samples_per_second": count / wall[name], "computing": cpu[name] / wall[name]}
         for name in wall
@@ -136,13 +138,13 @@ Read = Callable[[np.random.Generator], tuple[Any, str]]
 
 
 def _read_any(source: Source) -> Read:
-    """Any sample next."""
+    """Return a reader of samples in random order."""
     order = np.random.default_rng(0)
     return lambda rng: source.load(int(order.integers(len(source))), rng)
 
 
 def _read_blocks(source: BlockSource) -> Read:
-    """Blocks at random, whole, and their samples."""
+    """Return a reader of the samples of random blocks, each read in one piece."""
     order, sizes = np.random.default_rng(0), source.blocks()
     ends, records = np.cumsum(sizes), []
 
@@ -156,7 +158,7 @@ def _read_blocks(source: BlockSource) -> Read:
 
 
 def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
-    bucket.requested()  # of the stages, which have been read one by one
+    bucket.requested()  # drops the counts of the stages
     start = CLOCK.now()
     with contextlib.closing(pipeline.batches()) as batches:
         next(batches)
@@ -178,7 +180,7 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def describe_input(result: dict[str, Any]) -> str:
-    """A line a stage, and what to change."""
+    """Return one line per stage, and advice on what to change."""
     lines = [f"{'stage':<18}{'samples/s':>10}  computing"]
     for name, stage in result["stages"].items():
         lines.append(f"{name:<18}{stage['samples_per_second']:>10,.0f}  {stage['computing']:.0%}")
@@ -198,19 +200,19 @@ def _of_bucket(result: dict[str, Any]) -> str:
     line = f"bucket: {requests:,.1f} requests/s of {samples / requests:,.0f} samples"
     line += f", {result['bucket_bytes_per_second'] / 2**20:,.1f} MiB/s"
     if "bucket_wait" in result:
-        line += f", {result['bytes_read_per_byte_used']:.2f} bytes read a byte used, "
-        line += f"{result['bucket_wait']:.2f} threads wait"
+        line += f", {result['bytes_read_per_byte_used']:.2f} bytes read per byte used, "
+        line += f"{result['bucket_wait']:.2f} threads waiting"
     return f"{line}; {result['order']} order"
 
 
 def _advice(result: dict[str, Any]) -> str:
     if result["stages"][result["limit"]]["computing"] < 0.5:
-        return "it mostly waits: raise --data.threads"
+        return "it mostly waits for storage: raise --data.threads"
     if max(1, result["workers"]) * max(1, result["threads"]) < result["cores"]:
         return "cores are idle: raise --data.threads or --data.workers"
     if result["limit"] == "decode and crop":
         return "smaller files decode faster: clip-jax prepare --resize"
-    return "more --data.workers share the interpreter less"
+    return "raise --data.workers: each worker has its own Python interpreter"
 
 
 # --------------------------------------------------------------------------------------- step
@@ -218,11 +220,11 @@ def _advice(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBench(Config):
-    """A run's training step on made-up data: no input, no files."""
+    """Settings of a run and of the benchmark of its training step, on synthetic data."""
 
-    warmup: int = 3  # untimed calls before the timed ones
-    rounds: int = 7  # timed rounds, of which the median counts
-    calls: int = 3  # calls of a round, within which the device never waits for the host
+    warmup: int = 3  # Number of untimed steps before the timed ones.
+    rounds: int = 7  # Number of timed rounds; the median round is reported.
+    calls: int = 3  # Steps per round, enqueued so that the device never waits for the host.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,9 +232,9 @@ class StepBench(Config):
 
 
 def measure_step(config: StepBench) -> dict[str, Any]:
-    """Whole training steps: samples and images a second, MFU (None on a CPU), memory.
+    """Measure training steps: samples/s, MFU (None on a CPU) and memory.
 
-    `peak_bytes` is the device's own count where it keeps one, else what the compiled step needs.
+    `peak_bytes` is the peak that the device reports, if it does, else the compiler's estimate.
     """
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
@@ -285,15 +287,15 @@ def describe_step(result: dict[str, Any]) -> str:
     return (
         f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
         f"batch {result['batch_size']:,}\n"
-        f"{result['seconds']:.4f} s a call (median; fastest {result['seconds_fastest']:.4f})\n"
+        f"{result['seconds']:.4f} s/step (median; fastest {result['seconds_fastest']:.4f})\n"
         f"{result['samples_per_second']:,.1f} pairs/s, "
-        f"{result['samples_per_second_per_device']:,.1f} a device{share}\n"
-        f"{result['model_flops'] / result['seconds'] / 1e12:.3g} TFLOP/s of the model's own\n"
-        f"memory {result['peak_bytes'] / 2**20:,.0f} MiB a device"
+        f"{result['samples_per_second_per_device']:,.1f} per device{share}\n"
+        f"{result['model_flops'] / result['seconds'] / 1e12:.3g} model TFLOP/s\n"
+        f"memory {result['peak_bytes'] / 2**20:,.0f} MiB per device"
     )
 
 
-# What `clip-jax bench` offers: the config of each, what measures, what makes text of its result.
+# Benchmarks of `clip-jax bench`: config class, function that measures, function that formats.
 Bench = tuple[type[Config], Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], str]]
 BENCHES: dict[str, Bench] = {
     "input": (InputBench, measure_input, describe_input),

@@ -1,9 +1,8 @@
-"""Many tasks of one kind, done by threads of this process or on Ray, wherever its nodes are.
+"""Run many tasks of one kind in threads of this process or on a Ray cluster.
 
-Work is a function of a task and of what wraps its indices to count them. It reads and writes files,
-each of which appears whole and is a function of the task alone; so a task that is done twice, by a
-node that was thought dead, or again after a stop, changes nothing. What work returns is a line
-for people, or None.
+Work is a function of a task and of a wrapper for its indices that counts them. It reads and writes
+files; each is written atomically and depends on the task alone. So a task may run twice, because
+its node was thought dead or after a restart. Work returns a line to print, or None.
 """
 
 import contextlib
@@ -25,28 +24,28 @@ Counted = Callable[[Iterable[int]], Iterator[int]]
 Work = Callable[[Any, Counted], str | None]
 
 _STEP = 64  # samples between movements of the progress bar
-_RETRIES = 20  # of a task whose worker or node dies; a task that kills its worker ends some time
-_AHEAD = 10_000  # tasks that Ray is told of at a time
+_RETRIES = 20  # after the death of a worker or node; limited, since the task may be the cause
+_AHEAD = 10_000  # tasks submitted to Ray at once
 
 
 class _Stopped(Exception):
-    """Another thread failed, or a person pressed Ctrl-C."""
+    """Another thread failed, or Ctrl-C was pressed."""
 
 
 class Here:
-    """Threads of this process; no others where the work has a model, which takes all devices."""
+    """Threads of this process; only one if the work has a model, which uses all devices."""
 
     def __init__(self, threads: int = 0) -> None:
-        """0 threads: one a core."""
+        """0 threads: one per core."""
         self._threads = threads or os.cpu_count()
 
     def run(
         self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
     ) -> None:
-        """Do all tasks, each given with how many samples it counts.
+        """Run all tasks, each with its number of samples.
 
-        `model` says that the work keeps a model in memory, between tasks and on an accelerator. An
-        error, or Ctrl-C, stops all of them at their next sample.
+        `model` says that the work keeps a model on an accelerator between tasks. An error or
+        Ctrl-C stops all tasks at their next sample.
         """
         if not tasks:
             return
@@ -76,20 +75,20 @@ class Here:
 
 
 class OnRay:
-    """Ray's nodes: those of RAY_ADDRESS or of a cluster that `ray start` began here, else its own.
+    """Ray's nodes: of RAY_ADDRESS, of a cluster that `ray start` began here, or a new local one.
 
-    A task asks for one core; work with a model gets an actor for each GPU, for each TPU host, and
-    where there is neither for each node. Tasks of workers and nodes that die are done elsewhere.
+    A task takes one core. Work with a model gets an actor for each GPU and each TPU host, or for
+    each node if there are neither. Tasks of workers and nodes that die are rerun elsewhere.
     """
 
     def __init__(self, ray: Any) -> None:
-        """`ray` is the package, connected."""
+        """`ray` is the module, already connected."""
         self._ray = ray
 
     def run(
         self, name: str, work: Work, tasks: Sequence[tuple[Any, int]], *, model: bool = False
     ) -> None:
-        """See `Here.run`. An error lets go of the tasks that have not begun."""
+        """See `Here.run`. An error cancels the tasks that have not begun."""
         if not tasks:
             return
         ray, work = self._ray, self._ray.put(functools.partial(_in_folder, os.getcwd(), work))
@@ -102,8 +101,8 @@ class OnRay:
         def following() -> int | None:
             if waiting:
                 return waiting.popleft()
-            # A holder may be lost, or slow: those with nothing to do begin what is left a second
-            # time (the backup tasks of MapReduce, OSDI 2004, section 3.6).
+            # An actor may be lost or slow: idle actors start the remaining tasks a second time
+            # (backup tasks as in MapReduce, OSDI 2004, section 3.6).
             return next((task for task in left if begun[task] == 1), None) if actors else None
 
         with Display(name, sum(size for _, size in tasks)) as display:
@@ -131,7 +130,7 @@ class OnRay:
                     ray.kill(actor)
 
     def _actors(self) -> list[Any]:
-        """One holder of a model for each accelerator, or where none has any for each node."""
+        """Start an actor for each accelerator, or for each node if there are none."""
         kind = self._ray.remote(max_restarts=-1, max_task_retries=_RETRIES)(_Holder)
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         requests: list[dict[str, Any]] = [
@@ -145,7 +144,7 @@ class OnRay:
 
 
 def _in_folder(folder: str, work: Work, task: Any) -> str | None:
-    """Do a task where relative paths mean what they mean here, if the node has the folder."""
+    """Do a task in the caller's folder, if the node has it, so that relative paths are valid."""
     with contextlib.suppress(OSError):
         os.chdir(folder)
     return work(task, iter)
@@ -156,7 +155,7 @@ def _call(work: Callable[[Any], str | None], task: Any) -> str | None:
 
 
 class _Holder:
-    """A process of its own, in which what work caches stays."""
+    """An actor: a process that keeps what the work caches, such as a model."""
 
     def call(self, work: Callable[[Any], str | None], task: Any) -> str | None:
         return work(task)
@@ -172,7 +171,7 @@ Runner = Here | OnRay
 
 @contextlib.contextmanager
 def runner(on: On, threads: int = 0) -> Generator[Runner]:
-    """Make what does tasks in the place that a person named; at the end workers are let go."""
+    """Yield a runner of tasks in this process or on Ray; release its workers at the end."""
     if on == "here":
         yield Here(threads)
         return
@@ -181,13 +180,15 @@ def runner(on: On, threads: int = 0) -> Generator[Runner]:
     except ImportError as error:
         raise InputError("--on ray needs Ray: pip install 'clip-jax-pods[ray]'") from error
     with contextlib.ExitStack() as stack:
-        # Ray says on standard output what died; there our result goes.
+        # Ray reports failures on standard output, which is reserved for the result.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if not ray.is_initialized():
             try:
                 ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
             except ConnectionError as error:
                 where = os.environ.get("RAY_ADDRESS") or "the cluster of `ray start`"
-                raise InputError(f"no Ray at {where} (RAY_ADDRESS): {error}") from error
+                raise InputError(
+                    f"no Ray at {where}: {error}. Start it there, or change or unset RAY_ADDRESS."
+                ) from error
             stack.callback(ray.shutdown)
         yield OnRay(ray)

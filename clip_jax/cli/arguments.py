@@ -1,4 +1,4 @@
-"""What a person types after a command, read into the dataclass that the command takes."""
+"""Parse the arguments of a command into the dataclass that the command takes."""
 
 import dataclasses
 import itertools
@@ -11,12 +11,12 @@ from typing import Any
 
 from clip_jax.errors import InputError
 
-# Options of open_clip, transformers and others for training, and what takes their place.
+# Training options of open_clip, transformers and others, and their counterparts here.
 _ELSEWHERE = (
     ("lr optim.lr learning-rate", "--optim.learning-rate"),
     ("wd optim.wd weight-decay", "--optim.weight-decay"),
     ("warmup warmup-steps", "--optim.warmup-steps"),
-    ("epochs num-train-epochs max-steps", "--steps, of --batch-size pairs each"),
+    ("epochs num-train-epochs max-steps", "--steps, each with --batch-size pairs"),
     ("accum-freq gradient-accumulation-steps", "--accumulation"),
     ("train-data", "--data.source.path, with configs/pairs.py for example"),
     ("workers", "--data.workers"),
@@ -27,14 +27,14 @@ _ELSEWHERE = (
 
 
 def leading(args: Sequence[str]) -> list[str]:
-    """Return what stands before the first flag."""
+    """Return the arguments before the first flag."""
     return list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
 
 
 def read(
     kind: Any, args: Sequence[str], positional: Sequence[str], command: FunctionType, verb: str = ""
 ) -> tuple[Any, bool]:
-    """Read a command's config, its first fields by position; say whether --json was given."""
+    """Parse a command's config, its first fields by position; also say if --json was passed."""
     rest = [arg for arg in args if arg != "--json"]
     values = leading(rest)[: len(positional)]
     names = positional[: len(values)]
@@ -47,7 +47,7 @@ def read(
 def read_run(
     kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
 ) -> Any:
-    """Read a config file and the flags over it into `kind`, a Config with fields of its own."""
+    """Load a config file, override it by flags, and return it as `kind`, a subclass of Config."""
     from clip_jax.config import Config, load_config
 
     own = {x.name for x in dataclasses.fields(kind)} - {x.name for x in dataclasses.fields(Config)}
@@ -55,13 +55,13 @@ def read_run(
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help"} & set(rest):
-        raise InputError(f"{verb} needs a config file: clip-jax {verb} configs/digits.py")
+        raise InputError(f"{verb} needs a config file, as in: clip-jax {verb} configs/digits.py")
     default = load_config(path) if path else Config()
     return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults))
 
 
 def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None) -> Any:
-    """Read flags into a dataclass with tyro; it prints its own errors and exits with 2."""
+    """Parse flags into a dataclass with tyro, which prints its own errors and exits with 2."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -76,7 +76,7 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
             config=(tyro.conf.AvoidSubcommands,),
             **({} if default is None else {"default": default}),
         )
-    except SystemExit as stopped:  # at any ValueError of a dataclass, also at those that are bugs
+    except SystemExit as stopped:  # at any ValueError of a dataclass, even if it is a bug
         error: BaseException | None = stopped
         while error := error.__context__:
             is_bug = isinstance(error, ValueError) and not isinstance(error, InputError)
@@ -86,9 +86,9 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 
 
 def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:
-    """Raise InputError for a flag of an earlier version or another tool, with the one of today.
+    """Raise InputError for a flag of an earlier version or another tool, naming the current one.
 
-    `own` are options that the command has beside those of a training run.
+    `own` are the command's options beyond those of a training run.
     """
     from clip_jax.checkpoints.run_config import is_renamed
 
@@ -99,7 +99,7 @@ def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:
             raise InputError(f"{flag} {now}.")
         for names, instead in _ELSEWHERE:
             if flag[2:] not in own and flag[2:].replace("_", "-") in names.split():
-                raise InputError(f"there is no option {flag}; take {instead}.")
+                raise InputError(f"there is no option {flag}; use {instead}.")
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -109,7 +109,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _path_rule(info: Any) -> Any:
-    """Tell tyro how to read what may be a path or a URL."""
+    """Return tyro's rule for parsing a path or URL, None for other types."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     from clip_jax.storage.files import AnyPath, as_path

@@ -1,7 +1,7 @@
-"""One sub-command per verb; each only parses and calls one function.
+"""The sub-commands of `clip-jax`; each parses its arguments and calls one function.
 
 Exit codes: 0 done, 1 a bug or a failed check, 2 wrong use or input, 3 preempted after saving, 75 a
-bucket gave no answer (start again).
+bucket did not respond (run it again).
 """
 
 import dataclasses
@@ -26,55 +26,55 @@ from clip_jax.storage.errors import Unreachable, explained
 USAGE = """\
 usage: clip-jax COMMAND [...]
 
-CLIP in JAX: train it, evaluate it, use it, carry the weights both ways.
+CLIP in JAX: train, evaluate, use and convert models.
 
 commands:
 {commands}
 
-`clip-jax COMMAND --help` says what a command takes.
+`clip-jax COMMAND --help` lists the options of a command.
 """
 
 SCALE_USAGE = """\
 usage: clip-jax scale VERB [...]
 
-Scaling experiments: train a ladder of runs, gather them, fit a law, ask the law.
+Scaling experiments: train a ladder of runs, collect the results, fit scaling laws and use them.
 
-  ladder SPEC        train models x samples x seeds, what is missing of it (--dry-run: its hours)
-  collect RUN ...    gather finished runs into one table
-  choose TABLE       the best trial of each point of a sweep; the rule for rates, checked
-  fit TABLE          fit a law, with intervals; predict runs, spend a budget, compare families, draw
-  report RUN ...     one HTML page to look at: points, laws, curves, costs, what failed
+  ladder SPEC        Train the missing runs of models x samples x seeds (--dry-run: estimate hours)
+  collect RUN ...    Collect finished runs into one table
+  choose TABLE       Choose the best trial at each point of a sweep; check the learning-rate rule
+  fit TABLE          Fit a law with intervals; predict runs, allocate compute, compare families
+  report RUN ...     Write an HTML report: points, laws, loss curves, costs, failures
 
-`clip-jax scale VERB --help` says what a verb takes.
+`clip-jax scale VERB --help` lists the options of a verb.
 """
 
 BENCH_USAGE = """\
 usage: clip-jax bench VERB CONFIG [...]
 
-What this machine does a second, with a run's config.
+Measure the throughput of this machine with a run's config.
 
-  input    samples of each stage of reading, of the whole pipeline, and what limits it
-  step     training steps on made-up data: pairs, MFU, memory (CPU, GPU, TPU)
+  input    Samples/s of each input stage and of the whole pipeline, and the bottleneck
+  step     Pairs/s, MFU and memory of training steps on synthetic data (CPU, GPU, TPU)
 
-`clip-jax bench VERB --help` says what a verb takes.
+`clip-jax bench VERB --help` lists the options of a verb.
 """
 
 
 def train(args: Sequence[str]) -> int:
-    """train a model from a config file: clip-jax train configs/digits.py"""
+    """Train a model from a config file: clip-jax train configs/digits.py"""
     from clip_jax.config import Config
 
     @dataclass(frozen=True, kw_only=True)
     class Run(Config):
-        workdir: str  # where the run lives, or gs://, s3://; the same command resumes it
+        workdir: str  # Run directory, local or gs://, s3://; the same command resumes the run.
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if not self.workdir.strip():
-                raise InputError(f"workdir={self.workdir!r} is empty; give a folder or gs://...")
+                raise InputError(f"workdir={self.workdir!r} is empty; set a folder or gs://...")
 
     path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
-    # A run's own config.json means that run.
+    # The config.json of a run resumes that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
     values = dict(vars(arguments.read_run(Run, args, train, "train", workdir=str(workdir))))
     workdir = values.pop("workdir")
@@ -95,7 +95,7 @@ def train(args: Sequence[str]) -> int:
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """evaluate a run, a model folder or a foreign file: clip-jax evaluate MODEL [--watch]"""
+    """Evaluate a run, model folder or weight file: clip-jax evaluate MODEL [--watch]"""
     from clip_jax import processes
     from clip_jax.evals.results import to_table
     from clip_jax.inference.evaluate import EvaluateConfig
@@ -111,7 +111,7 @@ def evaluate(args: Sequence[str]) -> int:
 
 
 def predict(args: Sequence[str]) -> int:
-    """label or caption images: clip-jax predict MODEL --images photos --labels cat dog"""
+    """Label or caption images: clip-jax predict MODEL --images photos --labels cat dog"""
     from clip_jax.inference.predict import PredictConfig
     from clip_jax.inference.predict import predict as run_prediction
 
@@ -126,7 +126,7 @@ def predict(args: Sequence[str]) -> int:
 
 
 def embed(args: Sequence[str]) -> int:
-    """embed a folder, table or tars to Parquet: clip-jax embed MODEL SOURCE OUTPUT"""
+    """Embed images of a folder, table or tars to Parquet: clip-jax embed MODEL SOURCE OUTPUT"""
     from clip_jax.inference.embed import EmbedConfig
     from clip_jax.inference.embed import embed as run_embedding
 
@@ -138,7 +138,7 @@ def embed(args: Sequence[str]) -> int:
 
 
 def search(args: Sequence[str]) -> int:
-    """search an embedded folder: clip-jax search MODEL EMBEDDINGS --text 'a red bicycle'"""
+    """Search embedded images: clip-jax search MODEL EMBEDDINGS --text 'a red bicycle'"""
     from clip_jax.inference.search import SearchConfig
     from clip_jax.inference.search import search as run_search
 
@@ -149,7 +149,7 @@ def search(args: Sequence[str]) -> int:
 
 
 def demo(args: Sequence[str]) -> int:
-    """serve a page that labels and searches: clip-jax demo MODEL --embeddings EMBEDDINGS"""
+    """Open a web demo that labels and searches: clip-jax demo MODEL --embeddings EMBEDDINGS"""
     from clip_jax.serve.demo import DemoConfig
     from clip_jax.serve.demo import demo as serve
 
@@ -159,7 +159,7 @@ def demo(args: Sequence[str]) -> int:
 
 
 def serve(args: Sequence[str]) -> int:
-    """serve over HTTP, many clients at once: clip-jax serve MODEL --embeddings EMBEDDINGS"""
+    """Serve a model to many clients over HTTP: clip-jax serve MODEL --embeddings EMBEDDINGS"""
     from clip_jax.serve.server import serve as run_server
     from clip_jax.serve.service import ServeConfig
 
@@ -169,7 +169,7 @@ def serve(args: Sequence[str]) -> int:
 
 
 def convert(args: Sequence[str]) -> int:
-    """convert weights and prove it: clip-jax convert SRC DST --to hugging-face --verify"""
+    """Convert weights and verify them: clip-jax convert SRC DST --to hugging-face --verify"""
     from clip_jax.convert.conversion import ConvertConfig
     from clip_jax.convert.conversion import convert as run_conversion
 
@@ -184,7 +184,7 @@ def convert(args: Sequence[str]) -> int:
 
 
 def export(args: Sequence[str]) -> int:
-    """write a model as ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
+    """Export a model to ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
     from clip_jax.export import ExportConfig
     from clip_jax.export import export as run_export
 
@@ -194,7 +194,7 @@ def export(args: Sequence[str]) -> int:
 
 
 def scale(args: Sequence[str]) -> int:
-    """scaling laws: clip-jax scale ladder SPEC, collect RUN ..., fit TABLE, report RUN ..."""
+    """Run scaling experiments: clip-jax scale ladder | collect | choose | fit | report"""
     verb, rest = (args[0], args[1:]) if args else ("", [])
     if verb in ("-h", "--help"):
         print(SCALE_USAGE)
@@ -219,7 +219,7 @@ def scale(args: Sequence[str]) -> int:
         result = run_table.collect(config)
         _print(result, as_json, f"{result['rows']} runs in {result['table']}")
         for line in result["skipped"]:
-            print(f"left out: {line}", file=sys.stderr)
+            print(f"skipped: {line}", file=sys.stderr)
     elif verb == "report":
         config, as_json = arguments.read(html_report.ReportConfig, rest, (), scale, "scale report")
         result = html_report.report(config)
@@ -250,7 +250,7 @@ def _ladder(args: Sequence[str]) -> int:
 
 
 def plan(args: Sequence[str]) -> int:
-    """what a run takes on a pod you don't have: clip-jax plan CONFIG --topology v5e:16x16"""
+    """Estimate memory and speed of a run on a pod: clip-jax plan CONFIG --topology v5e:16x16"""
     from clip_jax.pods.plan import PlanConfig
     from clip_jax.pods.plan import plan as make_plan
     from clip_jax.pods.summary import compare, describe
@@ -265,7 +265,7 @@ def plan(args: Sequence[str]) -> int:
 
 
 def prepare(args: Sequence[str]) -> int:
-    """any image-text set to ArrayRecord shards: clip-jax prepare SRC DST; --inspect, --index"""
+    """Convert image-text data to ArrayRecord shards: clip-jax prepare SRC DST [--inspect]"""
     from clip_jax.prepare import writer
     from clip_jax.prepare.layout import PrepareConfig
 
@@ -275,12 +275,12 @@ def prepare(args: Sequence[str]) -> int:
         return _print(indexed, as_json, writer.describe_index(indexed))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
     if "kept" not in result["counts"]:
-        _say("no pair is kept; the counts say why each was dropped.", code=0)
+        _say("no pair was kept; the counts say why pairs were dropped.", code=0)
     return _print(result, as_json, writer.describe(result))
 
 
 def bench(args: Sequence[str]) -> int:
-    """measure this machine: clip-jax bench input CONFIG, clip-jax bench step CONFIG"""
+    """Measure this machine's throughput: clip-jax bench input CONFIG, clip-jax bench step CONFIG"""
     from clip_jax import bench as benches
 
     verb, rest = (args[0], args[1:]) if args else ("", [])
@@ -292,7 +292,7 @@ def bench(args: Sequence[str]) -> int:
     kind, measure, describe = benches.BENCHES[verb]
     flags = [arg for arg in rest if arg != "--json"]
     config = arguments.read_run(kind, flags, bench, f"bench {verb}")
-    if verb != "input":  # which computes on no device
+    if verb != "input":  # the input benchmark uses no device
         from clip_jax import processes
 
         processes.start(config.processes)  # with the flags that training takes
@@ -323,7 +323,7 @@ def _print(values: Any, as_json: bool, text: str) -> int:
 
 
 def _print_proof(values: dict[str, Any], proof: Any, as_json: bool) -> int:
-    """Print one value a line, without those that there are not; 1 where the proof failed."""
+    """Print one value per line, without missing ones; return 1 if the verification failed."""
     if proof:
         most = proof.max_relative_difference
         values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _together(_say(str(error), code=2))
     except Unreachable as error:
-        return _together(_say(f"{error}. What was saved is intact.", code=75))
+        return _together(_say(f"{error}. Saved files are intact.", code=75))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
         return _together(_say("interrupted.", code=130))
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _together(_say(f"{error.strerror}: {error.filename}", code=2))
         processes = sys.modules.get("clip_jax.processes")
         if not processes or processes.is_alone():
-            raise  # a bug, which Python reports, unless its way out is through other processes
+            raise  # a bug, which Python reports; with other processes, it is printed below
         traceback.print_exception(error)
         return _together(1)
 
@@ -379,12 +379,12 @@ def _run(args: Sequence[str]) -> int:
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
-        return _say(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}.{meant}", code=2)
+        return _say(f"no command {args[0]!r}; choose from {', '.join(COMMANDS)}.{meant}", code=2)
     return COMMANDS[args[0]](args[1:])
 
 
 def _unread() -> bool:
-    """Say whether the reader of the output, `head` say, has left; if so, drop the rest of it."""
+    """Say whether the reader of the output, such as `head`, has exited; if so, drop the rest."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLERR)
     if left := bool(poll.poll(0)):
@@ -393,6 +393,6 @@ def _unread() -> bool:
 
 
 def _together(code: int) -> int:
-    """Return the exit code; with other processes that may wait for this one, leave at once."""
-    processes = sys.modules.get("clip_jax.processes")  # none is there without it
+    """Return the exit code; with other processes that may wait for this one, exit at once."""
+    processes = sys.modules.get("clip_jax.processes")  # not imported: there are no others
     return processes.leave(code) if processes and code not in (0, 3) else code

@@ -33,4 +33,4 @@ def test_input_from_a_bucket_says_what_it_asks_for(gs, tmp_path, capsys):
     # Half of a tar of such small images is headers; and the budget, however little was used.
     assert read < 2 * used + ahead * 2**20
     assert used < 2 * read
-    assert "bytes read a byte used" in describe_input(result)
+    assert "bytes read per byte used" in describe_input(result)

@@ -140,7 +140,7 @@ def test_nothing_is_kept(source, tmp_path, capsys):
     assert main(["prepare", source, str(tmp_path / "none"), "--min-side", "99", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["counts"] == {"image side": 20}
-    assert "no pair is kept; the counts say why" in printed.err
+    assert "no pair was kept; the counts say why" in printed.err
 
 
 def test_inspect_shows_the_first_samples(source, capsys):

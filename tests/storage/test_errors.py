@@ -53,9 +53,9 @@ def test_what_an_error_means(error, kind):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (Unreachable("gs://b/x: no"), 75, "gs://b/x: no. What was saved is intact."),
+        (Unreachable("gs://b/x: no"), 75, "gs://b/x: no. Saved files are intact."),
         (InputError("gs://b/x: no"), 2, "gs://b/x: no"),
-        (HttpError(503), 75, "a bucket cannot be used: HttpError: code 503. What was saved"),
+        (HttpError(503), 75, "a bucket cannot be used: HttpError: code 503. Saved files"),
     ],
 )
 def test_how_a_command_ends(error, code, line, capsys):
