@@ -14,7 +14,7 @@ __all__ = ["available_models", "load", "tokenize"]
 
 
 def available_models() -> list[str]:
-    """List the architectures known by name; OpenAI's own names stand for OpenAI's models."""
+    """List the names of known architectures; OpenAI's names mean OpenAI's models."""
     from clip_jax.models.zoo import ARCHITECTURES
 
     return list(ARCHITECTURES)
@@ -33,7 +33,7 @@ def tokenize(
 
 
 def __getattr__(name: str) -> Any:
-    """Look `load` up at its first use, so that `import clip_jax` brings neither jax nor Flax."""
+    """Import `load` at its first use, so that `import clip_jax` imports neither JAX nor Flax."""
     if name == "load":
         from clip_jax.inference.loading import load
 

@@ -5,11 +5,11 @@ import sys
 
 
 def main() -> int:
-    """Run the command, in a process whose `malloc` asks for huge pages.
+    """Run the command, in a process whose `malloc` uses huge pages.
 
-    XLA's CPU backend takes its work space anew at every step; on pages of 4 KiB the faults cost a
-    small model up to a fifth of its time (BENCHMARKS.md). glibc reads its tunables before Python
-    begins, so the process starts itself again, once; whoever sets GLIBC_TUNABLES keeps theirs.
+    XLA's CPU backend allocates its work space anew at every step; with pages of 4 KiB, page faults
+    cost a small model up to a fifth of its time (BENCHMARKS.md). glibc reads its tunables before
+    Python starts, so the process re-executes itself once. A GLIBC_TUNABLES that is set is kept.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -1,4 +1,4 @@
-"""The time, and every wait that ends with it. What waits takes a `Clock`; tests move their own."""
+"""Time and waiting. Code that waits takes a `Clock`, so that tests can pass their own."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ class Clock:
     """The clock of this machine, in seconds."""
 
     def now(self) -> float:
-        """Return seconds since some moment in the past; never set back."""
+        """Return seconds since a fixed moment in the past; they never decrease."""
         return time.monotonic()
 
     def unix(self) -> float:
@@ -40,4 +40,4 @@ class Clock:
         return await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
 
-CLOCK = Clock()  # what everything uses unless it is given another
+CLOCK = Clock()  # the default

@@ -1,8 +1,8 @@
-"""The configuration of a run: composes the parts' dataclasses, nothing else.
-
-A renamed field gets a row in `RENAMED` of `checkpoints/run_config.py`, so that older runs resume.
+"""The configuration of a training run, composed of the dataclasses of its parts.
 
 A config file is Python with `get_config() -> Config`; flags override its fields by name.
+
+A renamed field needs a row in `RENAMED` of `checkpoints/run_config.py`, so that older runs resume.
 """
 
 import contextlib
@@ -40,31 +40,33 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run."""
+    """Settings of a training run."""
 
-    seed: int = 0  # of the parameters; the data has its own, data.seed
-    steps: int = 10_000  # updates in the whole run
-    stop_after: int | None = None  # of them: stop there, saved; without it the run goes on
-    batch_size: int = 1_024  # image-text pairs per step over all devices
-    # Steps after which the batch is twice as large: 1000 3000 ends with four times batch_size.
+    seed: int = 0  # Random seed of initial parameters and patch dropout; the data has data.seed.
+    steps: int = 10_000  # Number of optimizer updates in the whole run.
+    stop_after: int | None = None  # Step at which to save and stop early; None: run to the end.
+    batch_size: int = 1_024  # Number of image-text pairs per step over all devices.
+    # Steps after which the batch size doubles: 1000 3000 ends with four times batch_size.
     double_batch_at: tuple[int, ...] = ()
-    accumulation: int = 1  # chunks in which a batch is encoded, in one's memory (GradCache)
+    accumulation: int = 1  # Chunks per batch (GradCache); the activations of one are in memory.
     model: CLIPConfig = field(default_factory=CLIPConfig)
-    # RUN@STEP: go on from that run's state and data position, under another schedule or length.
+    # Parent run and step, as RUN@STEP: continues from that state and data position, under another
+    # schedule or length. None: no branch.
     branch_from: str | None = None
-    init_from: str | None = None  # weights to begin with: a run, a model folder, a foreign file
-    init_towers: tuple[Tower, ...] = ("image", "text")  # which of its towers are taken
+    init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
+    init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
     data: DataConfig = field(default_factory=DataConfig)
-    # What is minimised: a weighted sum of terms, such as a contrastive loss and a caption loss.
-    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)
+    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    # Evaluators that run during training.
     evals: tuple[DigitsEvalConfig | PairsEvalConfig | SuiteEvalConfig, ...] = ()
-    report_every: int = 100  # steps between reports in metrics.jsonl, TensorBoard and terminal
-    profile_steps: str | None = None  # FIRST:LAST, such as 10:15: trace these steps for xprof
-    compilation_cache: str | None = None  # folder; None: in the work directory (on CPUs: none)
+    report_every: int = 100  # Steps between reports in metrics.jsonl, TensorBoard and the terminal.
+    profile_steps: str | None = None  # Steps to trace for xprof, as FIRST:LAST (10:15); None: none.
+    # Folder for compiled programs; None: in the run directory, on CPUs no cache.
+    compilation_cache: str | None = None
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -74,15 +76,15 @@ class Config:
         )  # fmt: skip
         if any(a >= b for a, b in itertools.pairwise((*self.double_batch_at, self.steps))):
             raise InputError(
-                f"double_batch_at={self.double_batch_at} must rise and end before steps="
-                f"{self.steps}."
+                f"double_batch_at={self.double_batch_at} must increase and stay below steps="
+                f"{self.steps}; change --double-batch-at or --steps."
             )
         vision = self.model.vision
         group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else 1
         if self.accumulation > 1 and group is None:
             raise InputError(
-                f"accumulation={self.accumulation} needs model.vision.batch_norm_group: with whole "
-                "batches, BatchNorm would see the chunks instead."
+                f"accumulation={self.accumulation} would compute BatchNorm over chunks instead of "
+                "the batch; set model.vision.batch_norm_group to the number of rows that share it."
             )
         if self.batch_size % (self.accumulation * (group or 1)):
             raise InputError(
@@ -93,11 +95,11 @@ class Config:
             _, step = branch_point(self.branch_from)
             if step >= self.steps:
                 raise InputError(
-                    f"branch_from={self.branch_from} leaves nothing of steps={self.steps}, which "
-                    "counts from the beginning of the run branched from."
+                    f"branch_from={self.branch_from} is not before steps={self.steps}, which "
+                    "includes the parent run's steps; raise --steps or branch earlier."
                 )
             if self.init_from:
-                raise InputError("branch_from and init_from both give the weights; give one.")
+                raise InputError("branch_from and init_from both set the weights; set only one.")
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
@@ -107,39 +109,39 @@ class Config:
         return min(self.steps, self.stop_after or self.steps)
 
     def samples_after(self, steps: int) -> int:
-        """Count the pairs of the first `steps` updates."""
+        """Return the number of image-text pairs in the first `steps` updates."""
         return growth.samples_after(self.batch_size, self.double_batch_at, steps)
 
     def flops_after(self, steps: int) -> int:
-        """Count the model FLOPs of the first `steps` updates."""
+        """Return the model FLOPs of the first `steps` updates."""
         phases = growth.phases(self.batch_size, self.double_batch_at, steps)
         return sum(flops.of_step(replace(self.recipe, batch_size=n)).total * k for n, k in phases)
 
     @property
     def recipe(self) -> Recipe:
-        """What of this decides an update, the data and the mesh aside."""
+        """The settings that determine an update, apart from the data and the mesh."""
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
 
 def load_config(path: str | Path) -> Config:
-    """Run a config file's `get_config()`, or read the `config.json` that a run keeps.
+    """Load a config from a Python file's `get_config()` or from a run's `config.json`.
 
-    A name such as `vit_b16` means the config of that name that ships with the package. Raises
-    InputError, which says what the file lacks.
+    A name such as `vit_b16` selects the bundled config of that name. Raises InputError that says
+    what is wrong with the file.
     """
     path = Path(path)
     if path.suffix != ".json":
         config = run_file(path, "get_config", Config)
         return from_dict(Config, to_dict(config), f"{path}: config")  # checks the types
     if not path.is_file():
-        raise InputError(f"no config at {path}; a run keeps its own in its work directory.")
+        raise InputError(f"no config at {path}; a run saves its own in its run directory.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
+        raise InputError(f"{path} is not JSON: {error}. Correct it, or restore a copy.") from error
     try:
         return of_run(content, f"{path}: config")
-    except InputError as error:  # of a value out of its range, which does not know the file
+    except InputError as error:  # the check of a value's range does not know the file
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
 
 
@@ -151,7 +153,7 @@ def of_run(content: Any, where: str = "config") -> Config:
 def complete(run: dict[str, Any]) -> dict[str, Any]:
     """Return the dict of a run's config with defaults for the fields that an older version lacked.
 
-    The defaults of new fields change nothing.
+    Defaults of new fields keep the older version's behaviour.
     """
     with contextlib.suppress(InputError):
         return to_dict(from_dict(Config, run)) if run else {}
@@ -159,7 +161,7 @@ def complete(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_order(config: Config, workdir: AnyPath) -> Config:
-    """Give `data.order=auto` the value that the run in `workdir` began with, if there is one."""
+    """Replace `data.order=auto` by the order that the run in `workdir`, if any, began with."""
     order = config.data.order
     if order == "auto":
         with contextlib.suppress(InputError):  # damaged: a resuming run says so
@@ -179,15 +181,15 @@ def bundled_configs() -> dict[str, Path]:
 
 
 def run_file(path: Path, function: str, kind: type) -> Any:
-    """Run a Python file and return what one of its functions does, which must be a `kind`.
+    """Run a Python file and return the result of one of its functions, which must be a `kind`.
 
-    The path may be the name of a bundled config. What goes wrong in the file is refused with its
-    line.
+    The path may be the name of a bundled config. Errors in the file become InputErrors that name
+    the line.
     """
     if not path.is_file():
         bundled = bundled_configs()
         if str(path) not in bundled:
-            raise InputError(f"no config file at {path}; by name there are {', '.join(bundled)}.")
+            raise InputError(f"no config file at {path}; bundled are {', '.join(bundled)}.")
         path = bundled[str(path)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
@@ -197,19 +199,19 @@ def run_file(path: Path, function: str, kind: type) -> Any:
         spec.loader.exec_module(module)
         if function not in vars(module):
             raise InputError(
-                f"it has no {function}() -> {kind.__name__}; see configs/ for the shape."
+                f"the file must define {function}() -> {kind.__name__}; see configs/ for examples."
             )
         made = vars(module)[function]()
     if not isinstance(made, kind):
         raise InputError(
-            f"{function}() of {path} returned {type(made).__name__}, not a {kind.__name__}."
+            f"{function}() in {path} must return a {kind.__name__}, not {type(made).__name__}."
         )
     return made
 
 
 @contextlib.contextmanager
 def _blamed_on(path: Path) -> Generator[None]:
-    """Refuse what a person's file raises, with the line; a bug of this package stays one."""
+    """Turn errors of a user's file into InputErrors with the line; bugs of this package pass."""
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""What a person sees: warnings, the progress of long work, and the style of every plot."""
+"""Output for people: warnings, progress bars, and the style of all plots."""
 
 import sys
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ STYLE: dict[Any, Any] = {
 
 
 def plain(text: str) -> str:
-    """Escape a text for matplotlib, which else reads formulas between dollars."""
+    """Escape dollar signs, between which matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
 def warn(line: str) -> None:
-    """Say something before the run has a display of its own."""
+    """Print a message to standard error, outside of any progress bar."""
     print(f"clip-jax: {line}", file=sys.stderr, flush=True)
 
 
@@ -75,17 +75,17 @@ class Display:
         self.close()
 
     def advance(self, done: int) -> None:
-        """Move the bar to where so many are done."""
+        """Set the bar to `done` items."""
         if self._progress:
             self._progress.update(self._task, completed=done)
 
     def add(self, count: int = 1) -> None:
-        """Move the bar by so many more."""
+        """Advance the bar by `count` items."""
         if self._progress:
             self._progress.advance(self._task, count)
 
     def report(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show a report's main numbers."""
+        """Show the main metrics of a report."""
         names = ("loss", "image_to_text_accuracy", "logit_scale", "images_per_second", "mfu")
         shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
         if self._progress:

@@ -1,4 +1,4 @@
-"""The one error that a person caused and can mend, and the checks of what a person gives."""
+"""The error for invalid input, and checks of values that users set."""
 
 import math
 import numbers
@@ -10,30 +10,30 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf")
 
 
 class InputError(ValueError):
-    """Wrong use or wrong input, refused on purpose: one message, exit code 2.
+    """Invalid input or wrong use: a command prints the message alone and exits with code 2.
 
-    The message says what was given, what is needed and where to change it. Any other exception
-    that leaves a command is a bug, and shows its traceback.
+    The message says what is wrong, what is expected and what to change. Any other exception that
+    leaves a command is a bug, and shows its traceback.
     """
 
 
 def check_ranges(config: Any, where: str = "", **ranges: str) -> None:
-    """Refuse numbers of a config outside their ranges, written as in `steps="[1, inf)"`.
+    """Raise InputError for a config's numbers outside their ranges, as in `steps="[1, inf)"`.
 
-    None passes; every entry of a tuple has to lie inside. NaN lies in no range, infinity only
-    where the bracket says so, and an integer takes no more than 64 bits. `where` stands before the
-    field's name in the message.
+    None passes; every entry of a tuple must be in the range. NaN is in no range, infinity only if
+    the bracket includes it, and integers must fit in 64 bits. `where` precedes the field's name in
+    the message.
     """
     for name, text in ranges.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
             if value is not None and not _is_within(value, *_bounds(text)):
-                needed = "of 64 bits" if _is_long(value) else _in_words(*_bounds(text))
+                needed = "within 64 bits" if _is_long(value) else _in_words(*_bounds(text))
                 raise InputError(f"{where}{name}={values!r} must be {needed}.")
 
 
 def _bounds(text: str) -> tuple[str, float, float, str]:
-    """Opening bracket, least, largest, closing bracket."""
+    """Return opening bracket, minimum, maximum, closing bracket."""
     low, high = text[1:-1].split(",")
     return text[0], float(low), float(high), text[-1]
 
@@ -60,13 +60,13 @@ def _in_words(opening: str, low: float, high: float, closing: str) -> str:
 
 
 def check_picture(path: Any, name: str) -> None:
-    """Refuse a path whose ending names no picture format that matplotlib writes. None passes."""
+    """Raise InputError unless a path ends in an image format of matplotlib. None passes."""
     if path is not None and not str(path).lower().endswith(_PICTURES):
         raise InputError(f"{name}={str(path)!r} must end in one of {', '.join(_PICTURES)}.")
 
 
 def read_worker(text: str) -> tuple[int, int]:
-    """Read `1/4` to `4/4`: the number of a worker, from 0 on, and how many there are."""
+    """Parse `1/4` to `4/4` into a worker's index, from 0, and the number of workers."""
     number, _, count = text.partition("/")
     digits = all(x.isascii() and x.isdecimal() and len(x) < 10 for x in (number, count))
     if not (digits and 1 <= int(number) <= int(count)):

@@ -3,18 +3,18 @@
 Each tower counts its own operations (`operations` of its config); this adds them up. A convention
 changes a number by up to a factor of two, so each has a name:
 
-- `matmul`: 2 × multiply-adds of all matmuls and convolutions, attention's included, over the whole
-  sequence whatever the mask. open_clip's profile; this project's own figures and MFU.
+- `matmul`: 2 × multiply-adds of all matmuls and convolutions, attention's included, over the full
+  sequence whatever the mask. Used by open_clip's profile, and here for all figures and MFU.
 - `fvcore`: multiply-adds, not doubled, plus 5 per element of a LayerNorm and 2 per element of a
   BatchNorm, as fvcore counts them ("GMACs"). The compute axis of Cherti et al. 2023.
 
 MFU divides the `matmul` count of a training step (3 × forward, recomputation not counted, even the
 patch projection's unneeded input gradient counted) by the chips' peak.
 
-One thing is not a convention but a waste: open_clip's attention pool of a ResNet lets each position
-of the map query and uses the mean token's answer alone. `forward` counts it, to be comparable with
-published numbers; `training`, and so MFU, counts the one query that is needed, and computed here.
-So with CoCa: `forward` writes the last token too, and projects its queries for each image.
+`forward` also counts unneeded work of open_clip, to be comparable with published numbers: its
+attention pool of a ResNet queries at every position and uses only the mean token's result, and its
+CoCa decodes the last token and projects its queries for each image. `training`, and so MFU, counts
+only what is needed, and computed here.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -30,15 +30,15 @@ BACKWARD = 2  # a gradient for the input and one for the weights, each as large 
 
 
 class Flops(NamedTuple):
-    """Of one image-text pair, forward, or of one optimizer step over the global batch.
+    """Operations of one image-text pair, forward, or of one optimizer step over the global batch.
 
     The unit is the convention's: FLOPs, or MACs (`fvcore`).
     """
 
     image: int
     text: int
-    decoder: int = 0  # where there is one, its vocabulary included
-    loss: int = 0  # of a step: the similarity matrix's
+    decoder: int = 0  # with its vocabulary projection; 0 without a decoder
+    loss: int = 0  # the similarity matrix of a step
 
     @property
     def total(self) -> int:
@@ -46,7 +46,7 @@ class Flops(NamedTuple):
 
 
 def of_step(run: Any) -> Flops:
-    """Count one training step of a run's Config or Recipe, with its dropped patches and locks."""
+    """Count one training step of a Config or Recipe, with dropped patches and locked towers."""
     locked = run.optim.locked
     macs = sum(term.macs(run.model, run.batch_size, locked) for term in run.objective)
     return training(run.model, run.batch_size, locked=locked)._replace(loss=2 * macs)

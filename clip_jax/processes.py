@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, agree, notice a dead one, and end."""
+"""Runs of several processes: how they connect, agree, detect a dead process, and exit."""
 
 import contextlib
 import faulthandler
@@ -23,7 +23,7 @@ from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 
-# What the compiler is asked for beyond its defaults. A flag of the environment wins.
+# Compiler options beyond the defaults. Flags in the environment take precedence.
 TPU_OPTIONS = {
     # Under `fsdp` the parameters of the next layer are gathered while this one computes: the
     # gathers become asynchronous and are fused with the matmuls beside them.
@@ -38,16 +38,16 @@ TPU_OPTIONS = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-GPU_OPTIONS = {  # which, unlike the TPU's, take no words
+GPU_OPTIONS = {  # booleans, where the TPU's options take strings
     # Schedules collectives early and waits for them late. Off by default.
     "xla_gpu_enable_latency_hiding_scheduler": True,
     # In the scan over layers, the next layer's gather may run beside this layer.
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
-CPU_FLAGS = {  # through XLA_FLAGS, for whatever runs on simulated devices and processes
+CPU_FLAGS = {  # set in XLA_FLAGS for simulated devices and for several processes
     # One order for the collectives of a step. Otherwise (jax 0.10, not 0.12) each device starts
-    # them as they become ready, and on a busy machine the devices of a 2 × 2 × 2 mesh soon wait
-    # for each other in a circle.
+    # them as they become ready, and on a busy machine the devices of a 2 × 2 × 2 mesh soon
+    # deadlock.
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
@@ -56,11 +56,13 @@ _EXPLICIT = ("CLIP_JAX_COORDINATOR", "CLIP_JAX_PROCESS_COUNT", "CLIP_JAX_PROCESS
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
-    """What ends a run that cannot go on. Which processes there are, the environment says."""
+    """When to end a run that cannot continue. The environment defines its processes."""
 
-    heartbeat_seconds: int = 40  # silence of one process after which the others end too
-    watchdog_minutes: float = 30.0  # without a step; then all stacks are printed, exit code 1
-    max_starts: int | None = None  # in a row without a new checkpoint; then exit code 2
+    heartbeat_seconds: int = 40  # Seconds without a sign of life from one process before all exit.
+    # Minutes without progress before the run prints every thread's stack and exits with code 1.
+    watchdog_minutes: float = 30.0
+    # Starts in a row without a new checkpoint before exit code 2; None: no limit.
+    max_starts: int | None = None
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -70,11 +72,11 @@ class ProcessesConfig:
 
 
 def start(config: ProcessesConfig) -> None:
-    """Join the other processes if the environment says that there are any. Before any computation.
+    """Connect to the run's other processes, if there are any. Call it before any computation.
 
-    Cloud TPU, GKE and Slurm (in a step of several tasks) are recognised. Elsewhere the variables
-    CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT and CLIP_JAX_PROCESS_INDEX
-    say it, as `launch/local.py` does. Raises InputError if one of the three lacks.
+    Cloud TPU, GKE and Slurm (in a step of several tasks) are detected. Elsewhere set the variables
+    CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT, CLIP_JAX_PROCESS_INDEX,
+    as `launch/local.py` does. Raises InputError if only some of the three are set.
     """
     _set_flags()
     explicit = {name: os.environ.get(name, "") for name in _EXPLICIT}
@@ -85,7 +87,9 @@ def start(config: ProcessesConfig) -> None:
     if any(explicit.values()):
         if missing := [name for name, value in explicit.items() if not value]:
             variables = ", ".join(f"{k}={v}" for k, v in explicit.items() if v)
-            raise InputError(f"the environment has {variables} without {' and '.join(missing)}.")
+            raise InputError(
+                f"the environment has {variables} without {' and '.join(missing)}; set all or none."
+            )
         address, count, index = explicit.values()
         jax.distributed.initialize(
             address, int(count), int(index), cluster_detection_method="deactivate", **timeouts
@@ -95,7 +99,7 @@ def start(config: ProcessesConfig) -> None:
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Return the options under which a training step is compiled, for jax.jit, by platform."""
+    """Return the compiler options of the training step on a platform, for jax.jit."""
     options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS}.get(platform, {})
     flags = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in flags}
@@ -115,7 +119,7 @@ def _set_flags() -> None:
 
 
 def _surrounded() -> bool:
-    """Say whether this process is one of several of a cluster that JAX can ask for the others."""
+    """Say whether this process runs on a cluster on which JAX can discover the others."""
     environment = os.environ
     if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return True
@@ -138,10 +142,10 @@ def is_lead() -> bool:
 
 
 def leave(code: int, seconds: float = 10) -> int:
-    """Return the exit code where this process is alone; else end it without waiting for others.
+    """Return the exit code if this process is alone; else exit without waiting for the others.
 
-    Others that come here too, within `seconds`, end with their own codes. Those that cannot,
-    because they wait for this process in a computation, are ended by JAX once it is gone.
+    Others that call this within `seconds` exit with their own codes. Those that cannot, because
+    they wait for this process in a collective, are ended by JAX once it has exited.
     """
     if is_alone():
         return code
@@ -154,7 +158,7 @@ def leave(code: int, seconds: float = 10) -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Collect one JSON value from every process, in their order; all must call it at once."""
+    """Collect one JSON value from every process, in process order; all processes must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -166,7 +170,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def together(function: Callable[[], Any], kind: type[Exception]) -> Any:
-    """Call a function in every process; where it is refused in one, it is so in all."""
+    """Call a function in every process; if it raises `kind` in one, raise that in all."""
     value, why = None, ""
     try:
         value = function()
@@ -178,10 +182,10 @@ def together(function: Callable[[], Any], kind: type[Exception]) -> Any:
 
 
 def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
-    """Keep compiled programs in `folder`, or by default in the work directory, for later starts.
+    """Cache compiled programs in `folder`, by default in the run directory, for later starts.
 
-    By default not on a CPU, whose programs fit the very machine that compiled them. Whoever has
-    set JAX's own variable (JAX_COMPILATION_CACHE_DIR) keeps it. Before anything is compiled.
+    On a CPU there is no default, since programs run only on the machine that compiled them. JAX's
+    own variable JAX_COMPILATION_CACHE_DIR takes precedence. Call it before anything is compiled.
     """
     if jax.config.values["jax_compilation_cache_dir"] or (
         folder is None and jax.default_backend() == "cpu"
@@ -192,7 +196,7 @@ def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
 
 
 def code_version() -> str:
-    """Hash the package's own source, so that hosts with different checkouts notice."""
+    """Return a hash of the package's source, so that different checkouts can be detected."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -202,12 +206,12 @@ def code_version() -> str:
 
 @contextlib.contextmanager
 def sigterm() -> Generator[Callable[[], bool]]:
-    """Catch SIGTERM for a while; the function given says whether it came.
+    """Catch SIGTERM within the context; yield a function that says whether it has arrived.
 
-    Several processes agree through the preemption service instead, which owns the signal there.
+    Several processes use JAX's preemption service instead, which then handles the signal.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # a thread is a notebook's or a test's: nobody signals there
+        yield lambda: False  # handlers need the main thread; notebooks and tests use others
         return
     came: list[bool] = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
@@ -221,9 +225,9 @@ def sigterm() -> Generator[Callable[[], bool]]:
 def interruptible() -> Generator[None]:
     """Let Ctrl-C end the process at once, with exit code 130 and one line.
 
-    An exception in the midst of a save would leave threads that wait for one another; and whatever
-    is half written does not count. A thread reads the signal, which also ends a compilation, where
-    the main thread is in C++ and runs no handler.
+    An exception during a save could deadlock its threads, and half-written files are ignored
+    anyway. A thread reads the signal, so that Ctrl-C also ends a compilation, during which the main
+    thread is in C++ and runs no handler.
     """
     if threading.current_thread() is not threading.main_thread():  # a notebook's, or a test's
         yield
@@ -247,8 +251,8 @@ def _end_at_interrupt(reads: int) -> None:
             for child in multiprocessing.active_children():
                 child.kill()
             warn(
-                "interrupted; the same command goes on from the newest checkpoint, or from the "
-                "beginning if none was saved."
+                "interrupted; the same command resumes from the newest checkpoint, or starts from "
+                "the beginning if none was saved."
             )
             os._exit(130)
     os.close(reads)
@@ -257,8 +261,8 @@ def _end_at_interrupt(reads: int) -> None:
 class Watchdog:
     """Ends a process that hangs: no `beat` for `minutes` prints every thread's stack and exits 1.
 
-    A hung collective blocks the main thread in C++, where no exception reaches it; so a thread
-    watches while the context is entered, and leaves by `os._exit`.
+    A hung collective blocks the main thread in C++, where no exception reaches it. So a thread
+    watches it within the context, and calls `os._exit`.
     """
 
     def __init__(self, minutes: float, advice: str, clock: Clock = CLOCK) -> None:
@@ -274,7 +278,7 @@ class Watchdog:
         self._left.set()
 
     def beat(self) -> None:
-        """Say that something was finished."""
+        """Record progress."""
         self._last = self._clock.now()
 
     def _watch(self, left: threading.Event) -> None:
@@ -288,10 +292,10 @@ class Watchdog:
             sys._current_frames().get(threading.main_thread().ident or 0), file=stream
         )
         warn(
-            f"nothing finished in {self._seconds / 60:g} minutes; above, where every "
-            f"thread stands. {self._advice} If this is no hang but slow work, raise "
+            f"nothing finished in {self._seconds / 60:g} minutes; the stacks of all threads are "
+            f"above. {self._advice} If the work is slow rather than stuck, raise "
             "--processes.watchdog-minutes."
         )
-        # The first to leave would have JAX abort the others, before the one that hangs has shown
-        # where it does.
+        # JAX aborts the other processes when the first one exits; so each waits until all have had
+        # time to print their stacks.
         os._exit(leave(1, seconds=30))

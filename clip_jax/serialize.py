@@ -1,4 +1,4 @@
-"""Configurations as JSON and back, strictly: what a file says is checked against the dataclass."""
+"""Configs to JSON and back; values are checked strictly against the dataclasses."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from clip_jax.storage.files import as_path
 
 
 def to_dict(config: Any) -> Any:
-    """Write nested dataclasses as JSON values; each says its type, since fields may be unions."""
+    """Convert nested dataclasses to JSON values; each has its `type`, as fields may be unions."""
     if dataclasses.is_dataclass(config):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": type(config).__name__, **values}
@@ -30,8 +30,8 @@ def to_json(value: Any) -> str:
 def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     """Read a value of the annotated type `kind` from what `to_dict` wrote.
 
-    Fields that are missing take their defaults, so that older files stay readable. Raises
-    InputError that names the place for an unknown field, a wrong type or a value out of range.
+    Missing fields take their defaults, so that older files stay readable. Raises InputError that
+    names the field if it is unknown, has the wrong type or is out of range.
     """
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, data, where)
@@ -48,7 +48,7 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return list(_read_tuple((args[0], ...), data, where))
     if kind is Any:
         return data
-    if kind is float and type(data) is int and data.bit_length() < 1024:  # or no float is as large
+    if kind is float and type(data) is int and data.bit_length() < 1024:  # larger ones overflow
         return float(data)
     if kind in (bool, int, float, str, type(None)):
         if type(data) is not kind:

@@ -1,8 +1,8 @@
-"""The device mesh and the one table that says how every parameter lies on it.
+"""The device mesh and the table that says how every parameter is sharded over it.
 
-Read the table as: path → the names of its dimensions (`CLIPConfig.dimensions`, as each module gives
-them to its parameters) → (through `DIMENSIONS`) mesh axes. It is strict both ways: an unknown
-parameter and a missing one raise an error with its path.
+The table maps a parameter's path to the names of its dimensions (`CLIPConfig.dimensions`, defined
+by each module for its own parameters), and these to mesh axes (`DIMENSIONS`). Parameters that the
+model does not have, and missing ones, are errors that name them.
 """
 
 import functools
@@ -26,29 +26,29 @@ from clip_jax.models.clip import CLIPConfig, Params, path_name
 from clip_jax.models.layers import Layout
 from clip_jax.models.short_attention import short
 
-AnyMesh = Mesh | AbstractMesh  # of devices, or of their numbers alone
+AnyMesh = Mesh | AbstractMesh  # of devices, or of the axis sizes alone
 BATCH_AXES = ("data", "fsdp")
-ROWS = 256  # of a batch over all devices, where nothing else is said
+ROWS = 256  # default number of rows per batch, over all devices
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
-# A token embedding table is split by its width: its length, 901,629 say, divides by nothing.
+# A token embedding is sharded along its width: a vocabulary of 901,629, say, does not divide.
 WIDTH = ("tensor", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices along each axis; at most one may be −1: what is left."""
+    """Number of devices along each mesh axis; at most one may be −1, for all that remain."""
 
-    data: int = -1  # batch split, parameters copied
-    fsdp: int = 1  # batch split, parameters and optimizer state split too
-    tensor: int = 1  # heads and MLP channels split
+    data: int = -1  # Data parallelism: the batch is sharded, parameters are replicated.
+    fsdp: int = 1  # Fully sharded data parallelism: splits batch, parameters and optimizer state.
+    tensor: int = 1  # Tensor parallelism: attention heads and MLP channels are sharded.
 
     def __post_init__(self) -> None:
         check_ranges(self, "mesh.", **dict.fromkeys(("data", "fsdp", "tensor"), "[-1, inf)"))
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise InputError(
-                f"mesh sizes must be positive, at most one of them -1, got data={self.data}, "
-                f"fsdp={self.fsdp}, tensor={self.tensor}."
+                f"mesh sizes must be positive, at most one of them -1, got --mesh.data={self.data} "
+                f"--mesh.fsdp={self.fsdp} --mesh.tensor={self.tensor}."
             )
 
 
@@ -75,8 +75,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % len(slices):
         raise InputError(
-            f"mesh data={sizes[0]} must be a multiple of the {len(slices)} slices, between which "
-            "only the data axis may lie; change --mesh.data, --mesh.fsdp or --mesh.tensor."
+            f"mesh data={sizes[0]} must be a multiple of the {len(slices)} slices, since only the "
+            "data axis may span slices; change --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
     else:
         array = mesh_utils.create_hybrid_device_mesh(
@@ -87,15 +87,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def batch_shards(mesh: AnyMesh) -> int:
-    """Count the pieces that a global batch is split into."""
+    """Return the number of shards of a global batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def data_part(mesh: Mesh) -> tuple[int, int]:
-    """Return which part of every global batch this process reads, and how many parts there are.
+    """Return which shard of every global batch this process reads, and the number of shards.
 
-    Processes whose devices hold the same rows (those that share a row by `tensor`) read the same
-    part. Raises InputError if the processes hold unequal or overlapping parts.
+    Processes whose devices hold the same rows (along `tensor`) read the same shard. Raises
+    InputError if the processes' shards are unequal or overlap.
     """
     owners = mesh.devices.reshape(batch_shards(mesh), -1)
     rows: dict[int, set[int]] = {}
@@ -105,14 +105,14 @@ def data_part(mesh: Mesh) -> tuple[int, int]:
     parts = sorted({tuple(sorted(shards)) for shards in rows.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(owners):
         raise InputError(
-            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes unequal parts of a batch; "
-            "choose --mesh.tensor so that one divides the other: it and the devices of a process."
+            f"mesh {dict(mesh.shape)} gives the {len(rows)} processes unequal shards of a batch; "
+            "set --mesh.tensor to a divisor or a multiple of the devices per process."
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Rows over the batch axes, everything else whole."""
+    """Shard rows over the batch axes, and no other dimension."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -124,7 +124,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 def put_rows(
     rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding, fill: float = 0
 ) -> Shaped[Array, "length ..."]:
-    """Fill rows up to `length` and put them on the mesh; every process has all of them."""
+    """Pad rows to `length` and put them on the mesh; every process must have all of them."""
     filled = rows
     if len(rows) < length:
         filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
@@ -135,7 +135,7 @@ def put_rows(
 def compute_batches(
     function: Callable[..., Any], batches: Iterable[tuple[Any, ...]], display: Display
 ) -> Shaped[np.ndarray, "B ..."]:
-    """Join what a compiled function gives for each of some batches that are on the mesh."""
+    """Run a compiled function on batches that are on the mesh, and join the results."""
     results: list[Any] = []
     for batch in batches:
         if results:  # one behind, so that the devices never wait for the host
@@ -151,14 +151,14 @@ def in_batches(
 ) -> Shaped[np.ndarray, "B ..."]:  # fmt: skip
     """Run a compiled function of parameters and rows over all rows, `batch_size` at a time.
 
-    Rows are images or token ids, which every process has. The last batch is filled up with zeros,
-    which are cut off again. With a `name` a terminal sees the progress of more than a few batches.
+    Rows are images or token ids, which every process has. The last batch is padded with zeros,
+    whose results are dropped. With a `name`, more than a few batches show a progress bar.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1.")
     count, shards = len(jax.tree.leaves(rows)[0]), batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    starts = range(0, max(count, 1), batch_size)  # of no rows a batch of zeros says the shape
+    starts = range(0, max(count, 1), batch_size)  # without rows, zeros give the result's shape
 
     def batch_at(start: int) -> tuple[Any, ...]:
         length = padded_size(min(count - start, batch_size), shards, batch_size)
@@ -180,19 +180,19 @@ def padded_size(rows: int, shards: int, batch_size: int) -> int:
 
 
 def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
-    """Split activations by rows and nothing else, and gather the parameters that they meet.
+    """Shard activations by rows only, and gather parameters where they are used.
 
-    Left alone, the compiler may follow the parameters instead: activations split by channel over
-    `fsdp`, summed over the mesh at every matmul.
+    Otherwise the compiler may shard activations like the parameters: by channel over `fsdp`, with
+    an all-reduce at every matmul.
     """
     rows = PartitionSpec(BATCH_AXES)
     width = DIMENSIONS["D"]
-    # In a shard_map a parameter's gradient is summed to where the parameter lies. Unchecked, the
-    # sum over `data` comes last and is of the shards alone.
+    # In a shard_map a parameter's gradient is reduce-scattered to the parameter's sharding. Without
+    # check_vma, the sum over `data` comes last, of the shards alone.
     mapped = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
 
     def gather(x: Array, over: str, axis: int) -> Array:
-        # From itself alone a CPU would gather by copies, an image tower's kernels for every batch.
+        # On an axis of one device, a CPU would copy an image tower's kernels for every batch.
         return jax.lax.all_gather(x, over, axis=axis, tiled=True) if mesh.shape[over] > 1 else x
 
     @functools.partial(mapped, in_specs=(PartitionSpec(None, WIDTH), rows))
@@ -238,12 +238,12 @@ def layout(mesh: AnyMesh, backend: attention.Backend = "xla") -> Layout:
 
 
 def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
-    """Return attention on this mesh: of a kernel each device gets its own rows and heads."""
+    """Return attention on this mesh; a device's kernel computes its own rows and heads."""
     tensor = DIMENSIONS["N"]
     axes = (BATCH_AXES, None, None, tensor, None)  # of [B, L, S, N, K]; of [B, L, D] heads stay
     specs = {1: axes[:1], 3: axes[:3], 4: axes[:2] + axes[3:], 5: axes}
     specs = {ndim: PartitionSpec(*names) for ndim, names in specs.items()}
-    # A mesh of numbers alone runs nothing.
+    # An abstract mesh runs nothing.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
     interpret = device is not None and device.platform == "cpu"
 
@@ -258,7 +258,7 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     ) -> Float[Array, "B L *NK"]:
         dim, own = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
         if own != heads and qkv.ndim != 5:
-            raise ValueError(f"qkv {qkv.shape}: channels in one axis, but heads lie split.")
+            raise ValueError(f"qkv {qkv.shape}: sharded heads need five axes [B, L, S, N, K].")
         chosen = backend
         if backend == "auto":
             chosen = attention.choose(device, qkv.shape[1], own, dim, qkv.dtype)
@@ -291,7 +291,7 @@ def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
 
 
 def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params:
-    """Look every parameter up in the table. Arrays or shapes in, NamedShardings out."""
+    """Return the NamedSharding of every parameter, from arrays or shapes."""
     rows = config.dimensions()
     used = set()
 
@@ -302,7 +302,7 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
         used.add(name)
         dims = rows[name].split()
         if len(dims) != len(x.shape):
-            raise ValueError(f"parameter {name} {x.shape} does not fit its names {rows[name]!r}.")
+            raise ValueError(f"parameter {name} {x.shape} must have dimensions {rows[name]!r}.")
         axes = [WIDTH if dim == "W" else DIMENSIONS.get(dim) for dim in dims]
         for dim, size, axis in zip(dims, x.shape, axes, strict=True):
             parts = {a: mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ())}
@@ -323,10 +323,10 @@ def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params
 def like_params(
     tree: Any, shardings: Params, mesh: AnyMesh, others: NamedSharding | None = None
 ) -> Any:
-    """Shard whatever mirrors the parameters (moments, averages) as they are; scalars are copied.
+    """Shard arrays that mirror parameters (moments, averages) like them; scalars are replicated.
 
     A dimension of length 1, along which a moment is a mean, is not split. An array whose path does
-    not end in a parameter's path is sharded as `others` says; without it, ValueError is raised.
+    not end in a parameter's path gets the sharding `others`; without it, ValueError is raised.
     """
     flat = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
 

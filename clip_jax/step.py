@@ -1,6 +1,6 @@
-"""The training state, its initialisation on a mesh, and the one training step, pure.
+"""The training state, its initialisation on a mesh, and the training step, a pure function.
 
-Train, plan, bench and tests share them: what one compiles is what the others run.
+`train`, `plan`, `bench` and the tests share them, so all of them compile the same program.
 """
 
 import functools
@@ -41,47 +41,47 @@ from clip_jax.optim import TOWERS, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.optim.wrappers import GuardState
 from clip_jax.sharding import AnyMesh
 
-FrozenParams = dict[str, dict[str, Params]]  # by a term's name and that of its model
+FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Everything that training carries from step to step. The data position is `step` too."""
+    """All values that training carries from step to step; `step` is also the data position."""
 
     step: Any  # int32 scalar: updates done, and so the number of the next batch
     params: Any  # nested dict, float32
-    opt_state: Any  # Optax's
-    carried: Any = field(default_factory=dict)  # by terms of the objective
+    opt_state: Any  # Optax state
+    carried: Any = field(default_factory=dict)  # state of the objective's terms, by term name
     frozen: Any = field(default_factory=dict)  # FrozenParams, never saved; see `losses.Term.frozen`
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, by name."""
+        """Return the parts that a checkpoint stores, by name."""
         trees = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
         return trees | ({"carried": self.carried} if self.carried else {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides an update, the data and the mesh aside."""
+    """Settings that determine an update, apart from the data and the mesh."""
 
     model: CLIPConfig
     objective: tuple[TermConfig | Term, ...] = (SoftmaxConfig(),)
     optim: OptimConfig
-    steps: int  # of the whole run: the schedule's end
-    batch_size: int  # pairs over all devices
-    accumulation: int = 1
-    seed: int = 0  # of the parameters, and of what training drops
+    steps: int  # Number of updates in the whole run, at which the schedule ends.
+    batch_size: int  # Number of image-text pairs per step over all devices.
+    accumulation: int = 1  # Chunks per batch (GradCache).
+    seed: int = 0  # Random seed of the initial parameters and of patch dropout.
 
     def __post_init__(self) -> None:
         terms.check(self.objective, self.model)
 
 
 class Program:
-    """A recipe on a mesh: the shardings of its arrays, and the two functions compiled for them.
+    """A recipe on a mesh: shardings, and compiled functions for initialisation and step.
 
-    `state` and `batch` are shapes that know their shardings (see `shapes`). Nothing is computed
-    or compiled before `init` or `step` is called.
+    `state` and `batch` are shapes with shardings (see `shapes`). Nothing is computed or compiled
+    before `init` or `step` is called.
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
@@ -109,15 +109,15 @@ class Program:
         )  # fmt: skip
 
     def init(self, params: Params | None = None, frozen: FrozenParams | None = None) -> State:
-        """Draw the state, sharded, with `params` in place of those drawn.
+        """Initialise the sharded state at random, except for `params`, which are used as they are.
 
-        `frozen` are the parameters of the models that the terms of the objective name.
+        `frozen` has the parameters of the objective's frozen models (see `losses.Term.frozen`).
         """
         state = self._init(jax.random.key(self.recipe.seed), params=params)
         return self.with_frozen(state, frozen)
 
     def resume(self, saved: dict[str, Any], frozen: FrozenParams | None = None) -> State:
-        """Make the state of what a checkpoint holds (see `State.saved`)."""
+        """Build the state from the content of a checkpoint (see `State.saved`)."""
         return self.with_frozen(State(**saved), frozen)
 
     def with_frozen(self, state: State, frozen: FrozenParams | None) -> State:
@@ -126,10 +126,10 @@ class Program:
         return replace(state, frozen=jax.device_put(frozen or {}, shardings))
 
     def put(self, batch: Inputs, step: int = 0) -> Inputs:
-        """Put this process's share of a batch, NumPy arrays by name, on the mesh.
+        """Put this process's shard of a batch, NumPy arrays by name, on the mesh.
 
-        With it goes the learning rate of `step`, the number of steps taken before: the schedule
-        stays out of the compiled step, so that runs that differ in it alone share the program.
+        The learning rate after `step` updates is added as an input: runs that differ only in
+        their schedule share one compiled program.
         """
         values = {**batch, "learning_rate": np.float32(self._learning_rate(step))}
         return jax.tree.map(
@@ -142,7 +142,7 @@ def init_state(
     key: Array, model: CLIP, optimizer: optax.GradientTransformation,
     objective: Objective = (), params: Params | None = None,
 ) -> State:  # fmt: skip
-    """Draw parameters, with `params` in place of those drawn, and start the rest at step 0."""
+    """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
     params = model.init(key) | (params or {})
     trainable, _ = split_batch_stats(params)
     carried = terms.init(objective, trainable)
@@ -150,9 +150,9 @@ def init_state(
 
 
 def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
-    """Return state and batch as shapes that know their shardings on the mesh.
+    """Return the shapes of state and batch, with their shardings on the mesh.
 
-    Raises InputError unless the mesh can split the batch and every parameter.
+    Raises InputError if the mesh cannot split the batch or a parameter evenly.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
     model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, recipe.model.dimensions())
@@ -197,7 +197,7 @@ def _frozen(config: CLIPConfig, mesh: AnyMesh) -> Params:
 def context(
     model: CLIP, mesh: Mesh, state: State, params: Params, inputs: Inputs, outputs: Outputs
 ) -> Context:
-    """Gather what the objective's functions see; parameters and outputs are differentiated."""
+    """Build the context of the objective's functions; parameters and outputs are differentiated."""
     axes = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
     model = replace(model, layout=sharding.layout(mesh, model.config.attention))
     return Context(model, params, inputs, outputs, mesh, axes, state.frozen, state.carried)
@@ -206,11 +206,11 @@ def context(
 def encode(
     x: Context, objective: Objective, locked: tuple[Tower, ...] = (), key: Array | None = None
 ) -> tuple[Outputs, Params]:
-    """Compute the outputs of a chunk that the objective keeps, embeddings at unit length, and
-    BatchNorm's new statistics.
+    """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
+    and the new BatchNorm statistics.
 
-    With `key` patches are dropped: a pair's `row` in the global batch decides which, so that
-    neither the mesh nor the number of chunks matters.
+    With `key`, patches are dropped. Which ones depends on a pair's `row` in the global batch, not
+    on the mesh or the number of chunks.
     """
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
@@ -223,7 +223,7 @@ def encode(
     keys = None
     if key is not None and "image" not in locked:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
-    # A locked tower is as when it is used: all patches, BatchNorm's running statistics.
+    # A locked tower runs as in inference: all patches, BatchNorm's running statistics.
     outputs, batch_stats = x.model.outputs(
         x.params, images, texts, needs, keys, train="image" not in locked
     )
@@ -239,10 +239,10 @@ def train_step(
     state: State, batch: Inputs, *, model: CLIP, objective: Objective, optim: OptimConfig,
     mesh: Mesh, accumulation: int = 1, seed: int = 0,
 ) -> tuple[State, Metrics]:  # fmt: skip
-    """Take one step: towers, objective, gradients, update.
+    """Take one training step: encode, compute the objective and its gradients, update.
 
-    With `accumulation` the towers see the batch in that many chunks, one after the other, in the
-    memory of one; the gradients are those of the whole. `seed` is that of the patch dropout.
+    The towers encode the batch in `accumulation` chunks, which takes the memory of one chunk; the
+    gradients are those of the full batch. `seed` is the seed of patch dropout.
     """
     trainable, batch_stats = split_batch_stats(state.params)
     towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
@@ -250,7 +250,7 @@ def train_step(
     inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     vision, key = model.config.vision, None
     if isinstance(vision, ViTConfig) and vision.patch_dropout:
-        # Threefry, whatever the default: the rows' keys must give the same under vmap.
+        # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
         inputs = inputs | {"row": jnp.arange(len(inputs["text"]))}
     context_of = functools.partial(context, model, mesh, state)

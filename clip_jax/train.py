@@ -1,4 +1,4 @@
-"""The training run, from top to bottom. The math is in step.py, losses/ and models/."""
+"""A training run from set-up to end. The mathematics is in step.py, losses/ and models/."""
 
 import contextlib
 import functools
@@ -35,24 +35,25 @@ from clip_jax.step import FrozenParams, Program, State
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
-_DATA = "data.json"  # in the work directory: which samples the run is trained on
-MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run counts as lost
+_DATA = "data.json"  # in the run directory: fingerprints of the training data
+MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient is not finite, or too many updates were skipped."""
 
 
 class Preempted(Exception):
-    """SIGTERM came; the state is saved."""
+    """The run received SIGTERM and has saved its state."""
 
 
 def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
-    """Train to `config.end`, going on from the newest checkpoint in `workdir` if there is one.
+    """Train to `config.end`, resuming from the newest checkpoint in `workdir` if there is one.
 
-    `workdir` may be in a bucket (`gs://`, `s3://`). Where there are several processes, all call
-    this alike. Returns what `result.json` holds. Raises InputError for a config that cannot run or
-    does not fit the work directory, Diverged for a loss that is not finite, Preempted at SIGTERM.
+    `workdir`, the run directory, may be in a bucket (`gs://`, `s3://`). All processes of a run call
+    this alike. Returns the content of `result.json`. Raises InputError for a config that cannot run
+    or does not match the run directory, Diverged for a loss that is not finite, Preempted at
+    SIGTERM.
     """
     workdir = epath.Path(workdir if files.is_remote(workdir) else Path(workdir).absolute())
     files.check_destination(workdir, "--workdir")
@@ -67,7 +68,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """What a run holds while it goes on."""
+    """The parts of a training run and its current state."""
 
     config: Config
     workdir: epath.Path
@@ -79,12 +80,12 @@ class Run:
     profiler: Profiler
     watchdog: processes.Watchdog
     timers: Timers
-    start: int  # the step that it goes on from
+    start: int  # step from which it resumes, 0 for a new run
     state: State
 
     @property
     def encoder(self) -> Encoder:
-        """The model to evaluate, with the average of its weights where the optimizer keeps one."""
+        """The model to evaluate, with averaged weights if the optimizer keeps them."""
         config, program = self.config.model, self.program
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
@@ -95,7 +96,7 @@ class Run:
 
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
-    """Make every part of the run; with the state that the loop begins with. See `train`."""
+    """Build all parts of the run, with its initial or restored state. See `train`."""
     check_patches(config, workdir)
     timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
@@ -128,7 +129,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     agree(config, workdir, pipeline, evaluations, start)
     watchdog = processes.Watchdog(
         config.processes.watchdog_minutes,
-        f"What was saved in {workdir} is intact: the same command goes on from it.",
+        f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
     if start:
         with timers.measure("restore"), watchdog:
@@ -152,7 +153,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     reports.result["unique_samples"] = pipeline.num_samples
     for line in begun.messages:
         reports.line(line)
-    from_where = f"going on from step {start}" if start else "from the beginning"
+    from_where = f"resuming from step {start}" if start else "from the beginning"
     reports.line(
         f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an "
         f"epoch, mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind} on "
@@ -160,8 +161,8 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     )
     if (warmup := config.optim.warmup_steps) >= config.steps:
         reports.line(
-            f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, and the "
-            f"run has {config.steps} steps."
+            f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, but the "
+            f"run has {config.steps} steps; lower it, or train longer."
         )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
@@ -176,13 +177,13 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
     begun = config.branch_from or steps_in(workdir / "checkpoints")
     if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
         raise InputError(
-            f"model.vision.image_size={size} is no multiple of model.vision.patch_size={patch}: "
-            f"the last {rest} pixels would not be seen. Set it to {size - rest + patch}."
+            f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}: "
+            f"the last {rest} pixels would be ignored. Set the size to {size - rest + patch}."
         )
 
 
 def open_data(config: Config, part: int, parts: int) -> Pipeline:
-    """Open this process's part of the training data."""
+    """Open this process's shard of the training data, `part` of `parts`."""
     return build(
         config.data,
         tokenizer=make_tokenizer(config.model.text),
@@ -195,25 +196,24 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
 
 
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
-    """Compare the data with those that the run in `workdir`, if there is one, was trained on. A
-    mixture may have more members. Raises `InputError` where keys or the number of samples
-    differ."""
+    """Raise InputError if the run in `workdir`, if any, was trained on data with other keys or
+    another number of samples. A mixture may have gained members."""
     path = workdir / _DATA
     if not steps_in(workdir / "checkpoints"):
         return  # nothing has been trained
     if not path.exists():
         if processes.is_lead():
             warn(
-                f"{workdir} has no {_DATA}, since an older version wrote it: the run is resumed "
-                "without a check that data.source is what it was trained on."
+                f"{workdir} has no {_DATA}, since an older version wrote it: resuming without a "
+                "check that data.source is the data that the run was trained on."
             )
         return
-    advice = "Bring back a copy, or delete it to go on without a check of the data."
+    advice = "Restore a copy, or delete it to resume without a check of the data."
     kept = read_json(path, "fingerprints", advice=advice)["fingerprints"]
     if pipeline.fingerprints()[: len(from_dict(list[str], kept, str(path)))] != kept:
         raise InputError(
             f"The run in {workdir} was trained on other data: the number of samples or the keys of "
-            "data.source have changed since. Restore the data, or start a new run in another "
+            "data.source have changed. Restore the data, or start a new run in another "
             "--workdir. (To add data to a run, append a mixture member with a later phase.)"
         )
 
@@ -221,8 +221,8 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
 def agree(
     config: Config, workdir: epath.Path, pipeline: Pipeline, evaluations: Evaluations, start: int
 ) -> None:
-    """Raise InputError unless all processes mean the same run, and it has not failed here too
-    often."""
+    """Write the run's config and data fingerprints. Raises InputError if processes differ in them,
+    or after too many starts from this step."""
     data = pipeline.fingerprints()
     facts = {
         "config": to_dict(config),
@@ -241,40 +241,40 @@ def agree(
     if processes.gather(begun)[0] > (config.processes.max_starts or math.inf):
         raise InputError(
             f"the last {config.processes.max_starts} starts in {workdir} all began at step {start} "
-            "and ended without a new checkpoint; their last words say why. To try again, delete "
-            "starts.json there or raise --processes.max-starts."
+            "and ended without a new checkpoint; their error messages say why. To try again, "
+            "delete starts.json there or raise --processes.max-starts."
         )
 
 
 def check_processes_agree(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError, which names what differs, unless all processes know the same facts.
+    """Raise InputError with the differences unless all processes have the same facts.
 
-    `facts` has one mapping for each process: of config, code, data and resume step.
+    `facts` has one mapping for each process: config, code version, data and resume step.
     """
     for index, other in enumerate(facts):
         if differing := differences(dict(facts[0]), dict(other)):
             raise InputError(
-                f"processes 0 and {index} do not agree:\n"
+                f"processes 0 and {index} were started differently:\n"
                 + "\n".join(f"  {name}: {a} in 0, {b} in {index}" for name, a, b in differing)
-                + "\nStart all with the same config, code and data, and a --workdir that all see."
+                + "\nStart all with the same config, code, data and --workdir, which all must see."
             )
 
 
 def check_best(config: Config, evaluations: Evaluations) -> None:
-    """Raise InputError where no evaluator gives the result by which the best checkpoint is kept."""
+    """Raise InputError if no evaluator of the run reports the result `checkpoint.best`."""
     if config.checkpoint.best and config.checkpoint.best_of == "run":
         evaluations.check_gives(config.checkpoint.best)
 
 
 def begin(config: Config, program: Program) -> State:
-    """Draw the state, with the weights that the config wants to begin with."""
+    """Initialise the state at random, or with the weights of `init_from`."""
     if not config.init_from:
         return program.init()
     return program.init(starting_params(config.init_from, config.model, config.init_towers))
 
 
 def frozen_params(objective: Objective) -> FrozenParams:
-    """Read the weights of the models that terms of the objective compute with."""
+    """Load the weights of the objective's frozen models (see `losses.Term.frozen`)."""
     return {
         term.name: {
             name: starting_params(model.weights, model.config)
@@ -286,18 +286,18 @@ def frozen_params(objective: Objective) -> FrozenParams:
 
 
 def branch(config: Config, program: Program, parent: epath.Path, start: int) -> Restored:
-    """Read the state that another run had at a step. Its seconds are its own."""
+    """Restore the parent run's state at a step; the parent's training time is not counted."""
     begun = restore(config, restore_step(parent, start, program.state.saved()))
     return replace(begun, position={"seconds/steps": 0.0})
 
 
 def restore(config: Config, begun: Restored) -> Restored:
-    """Check that what was read stands where this config's batches lead."""
+    """Raise InputError unless a checkpoint's samples match the config's batch sizes."""
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(
-            f"the checkpoint of step {begun.step} stands at sample {begun.position['samples']}, "
+            f"the checkpoint of step {begun.step} has seen {begun.position['samples']} samples, "
             f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}) does "
-            "not reach; use the batches it was trained with, or another --workdir."
+            "not give; use the batch sizes it was trained with, or another --workdir."
         )
     return begun
 
@@ -306,7 +306,7 @@ def restore(config: Config, begun: Restored) -> Restored:
 
 
 def loop(run: Run) -> None:
-    """Take the steps that are left; report, evaluate and save whenever one is due."""
+    """Run the remaining steps; report, evaluate and save when it is due."""
     config, program, timers, reports = run.config, run.program, run.timers, run.reports
     batches = run.pipeline.batches(run.start, config.double_batch_at)
     health = Health(run)
@@ -341,23 +341,24 @@ def loop(run: Run) -> None:
             reporting = last or step % config.report_every == 0
             evaluating = run.evaluations.due(step)
             if saving or reporting or evaluating:
-                numbers = health.check()  # before anything of this step is kept
+                numbers = health.check()  # before this step is reported or saved
                 if reporting:
                     reports.report(step, numbers)
                 results = evaluate(run, step) if evaluating else {}
                 if saving or run.checkpoints.is_best(results):
-                    save(run, step, results, wait=stop or last)  # before the result says so
+                    save(run, step, results, wait=stop or last)  # before result.json records it
                 reports.write_down()
                 run.watchdog.beat()
             reports.advance(step)
             if stop:
                 raise Preempted(
-                    f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}."
+                    f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}; run the "
+                    "same command again to resume."
                 )
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Run the evaluators that are due, on the run's own mesh; return what they found."""
+    """Run the evaluators that are due, on the run's own mesh; return their results by name."""
     results: dict[str, float] = {}
     with run.timers.measure("evaluation"):
         for values in run.evaluations.run(step, run.encoder, run.workdir / "evals"):
@@ -369,7 +370,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 
 def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
-    """Save state and data position, and write out the metrics; with `wait`, finish the save too."""
+    """Save state and data position and write all metrics; with `wait`, until the save is done."""
     position = {"samples": run.config.samples_after(step), **run.reports.position()}
     with run.timers.measure("save"):
         run.checkpoints.save(step, run.state.saved(), position, results)
@@ -379,24 +380,24 @@ def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
 
 
 class Health:
-    """Whether the loss is still a number, asked one step behind: so the device never waits."""
+    """Checks that the loss is finite, one step behind, so that the device never waits."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._last: tuple[int, dict[str, jax.Array], Batch] | None = None
 
     def follow(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
-        """Take a step's metrics, which are still being computed; check those of the one before."""
+        """Register a step's metrics, which are being computed; check those of the step before."""
         if self._last:
             self.check()
             self._run.watchdog.beat()
         self._last = (step, metrics, batch)
 
     def check(self) -> dict[str, float]:
-        """Wait for the newest step's metrics and return them; Diverged if they are no numbers."""
+        """Wait for the newest step's metrics and return them; Diverged if they are not finite."""
         assert self._last
         step, arrays, batch = self._last
-        with self._run.timers.measure("device"):  # a host that never waits holds all back
+        with self._run.timers.measure("device"):  # the host that waits least is the straggler
             metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         in_a_row = int(metrics.get("skipped_in_a_row", 0))
         is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
@@ -404,17 +405,17 @@ class Health:
             return metrics
         saved = self._run.checkpoints.latest_step()
         raise Diverged(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+            f"diverged at step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
             + (f", {in_a_row} updates skipped in a row. " if in_a_row else ". ")
             + f"Samples {batch.index[0]} to {batch.index[-1]}: {', '.join(batch.keys[:8])}, … "
             + (f"The checkpoint of step {saved} is intact." if saved else "Nothing was saved yet.")
-            + " Lower --optim.learning-rate, set --optim.clip-norm, or look at these samples."
+            + " Lower --optim.learning-rate, set --optim.clip-norm, or inspect these samples."
         )
 
 
 def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: object) -> None:
-    """Finish writing, unless somebody wants it to end, or one of several processes fails alone:
-    the others wait for it."""
+    """Finish saving, except after Ctrl-C or if one of several processes fails alone, since the
+    others would not take part."""
     if kind is not None and issubclass(kind, KeyboardInterrupt):
         return
     alone = kind is not None and not issubclass(kind, Preempted | Diverged)
@@ -427,7 +428,7 @@ def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: objec
 
 
 def end(run: Run) -> dict[str, Any]:
-    """Say where everything is, and return the result."""
+    """Print where the results are, and return them."""
     workdir = run.workdir
     run.reports.line(run.reports.goodput.describe())
     run.reports.line(

@@ -149,7 +149,7 @@ def test_a_number_out_of_range_is_refused_by_name(field):
         (9, "(-inf, 8)", "less than 8"),
         (math.inf, "(-inf, inf)", "a finite number"),
         ((3, 0), "[1, 5]", "at least 1 and at most 5"),
-        (1 << 64, "[0, inf)", "of 64 bits"),
+        (1 << 64, "[0, inf)", "within 64 bits"),
         ("many", "[0, 0.5]", "at least 0 and at most 0.5"),
     ],
 )

@@ -97,7 +97,7 @@ def test_each_process_reads_its_rows_and_those_that_share_rows_the_same(owners, 
 
 
 def test_rows_that_lie_crosswise_are_refused():
-    with pytest.raises(ValueError, match=r"unequal parts of a batch"):
+    with pytest.raises(ValueError, match=r"unequal shards of a batch"):
         data_part(mesh_of([0, 0, 0, 1, 1, 1, 2, 2], 4, 1, 2))
 
 
@@ -226,8 +226,8 @@ def test_ctrl_c_ends_the_process_and_its_children_at_once(ended, capfd):
     child.kill.assert_called_once_with()
     assert signal.getsignal(signal.SIGINT) is before
     errors = capfd.readouterr().err
-    assert errors.startswith("clip-jax: interrupted; the same command goes on")
-    assert "or from the beginning if none was saved" in errors
+    assert errors.startswith("clip-jax: interrupted; the same command resumes")
+    assert "or starts from the beginning if none was saved" in errors
     assert errors.count("\n") == 1
 
 

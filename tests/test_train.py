@@ -126,7 +126,7 @@ def test_a_stopped_and_damaged_run_ends_bit_for_bit_the_same(finished, tmp_path,
     for name in damaged[:3]:
         assert sum(str(tmp_path / name) in line for line in lines[:-1]) == 1, lines
         assert (tmp_path / f"{name}.damaged").exists()
-    assert any("going on from step 4" in line for line in lines)
+    assert any("resuming from step 4" in line for line in lines)
     assert_identical(final_state(finished), final_state(tmp_path))
     assert lines[-1].count("clip-jax evaluate") == 1  # the last line says what to run next
 
@@ -150,9 +150,9 @@ def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
     assert {row["step"]: row["samples_seen"] for row in rows(workdir)} == {5: 5 * 16, 6: 7 * 16}
     assert "optim.schedule" in (workdir / "branch.json").read_text()
     for name, changes, message in (
-        ("more", {"double_batch_at": (2,)}, "stands at sample 64, which batch_size=16"),
-        ("less", {"branch_from": f"{unbroken}@6", "steps": 8, "double_batch_at": ()}, "sample 112"),
-        ("no step", {"branch_from": f"{parent}@3"}, "not of 3; name one"),
+        ("more", {"double_batch_at": (2,)}, "has seen 64 samples, which batch_size=16"),
+        ("less", {"branch_from": f"{unbroken}@6", "steps": 8, "double_batch_at": ()}, "seen 112"),
+        ("no step", {"branch_from": f"{parent}@3"}, "not of 3; choose one"),
         ("other", {"batch_size": 32}, r"a branch of .* cannot differ from it in:\n  batch_size"),
     ):
         with pytest.raises(InputError, match=message):
@@ -179,7 +179,8 @@ def test_a_new_run_sees_all_pixels(size, patch, tmp_path):
     model = tiny().model
     vision = dataclasses.replace(model.vision, image_size=size, patch_size=patch)
     config = tiny(model=dataclasses.replace(model, vision=vision))
-    expected = pytest.raises(InputError, match=r"last 2 pixels would not be seen\. Set it to 21")
+    message = r"last 2 pixels would be ignored\. Set the size to 21"
+    expected = pytest.raises(InputError, match=message)
     with contextlib.nullcontext() if size == 384 else expected:
         (check_patches if size == 384 else train)(config, epath.Path(tmp_path))
     (tmp_path / "checkpoints/2").mkdir(parents=True)
@@ -225,9 +226,10 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
         broken = {name: jax.numpy.float32(np.nan)} if step == 3 else {}
         follow(health, step, metrics | broken, batch)
 
+    message = r"^diverged at step 3: .*Samples 32 to 47: \d\d/.* step 2 is intact"
     with (
         mock.patch.object(Health, "follow", autospec=True, side_effect=third_is_broken),
-        pytest.raises(Diverged, match=r"^step 3: .*Samples 32 to 47: \d\d/.* step 2 is intact"),
+        pytest.raises(Diverged, match=message),
     ):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

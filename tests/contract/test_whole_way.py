@@ -47,7 +47,7 @@ def test_the_whole_way_in_a_bucket(clip, s3):
     s3.server.behave()
     for path in files.walk(f"{run}/lease"):  # as if it had been dead for a minute
         files.remove(path)
-    assert "going on from step 2" in clip.run(*train, "--workdir", run).stderr
+    assert "resuming from step 2" in clip.run(*train, "--workdir", run).stderr
     lines = files.read(f"{run}/metrics.jsonl").decode().splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "loss" in row] == list(range(1, 9))
     assert json.loads(files.read(f"{run}/starts.json")) == {"step": 2, "starts": 1}

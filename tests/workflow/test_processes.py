@@ -49,7 +49,7 @@ def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path
 
     # With half as many devices, which hold no parameter whole.
     again = start(*training(tmp_path, "--mesh.fsdp", 2, "--mesh.tensor", 2, processes=1))
-    assert f"going on from step {stopped}" in "".join(again.end())
+    assert f"resuming from step {stopped}" in "".join(again.end())
     assert_same_run(tmp_path, one)
     assert samples(tmp_path) == samples(one)
     assert samples(one)[2] == list(range(16, 32))
@@ -70,7 +70,7 @@ def test_a_killed_process_ends_all_and_the_order_of_blocks_is_read_on_by_one(tmp
     os.kill(two.pid(0), signal.SIGKILL)
     assert two.end(code=137)[-1] == "launch: process 0 was killed by SIGKILL"
     again = start(*training(killed, *flags, processes=1, devices=8, **how))
-    assert "going on from step 6" in "".join(again.end())
+    assert "resuming from step 6" in "".join(again.end())
     assert_same_run(killed, whole)
     keys = samples(whole, "keys")
     assert samples(killed, "keys") == keys
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_all_in_one_line_each_after_a_damaged_checkpoint(one, tmp_pa
     assert two.output.count("] clip-jax: interrupted") == 2
     # What one process cannot read, none of them goes on from.
     assert two.output.count(f"the checkpoint of step {STEPS} is damaged") == 1
-    assert f"going on from step {STEPS - 3}" in two.output
+    assert f"resuming from step {STEPS - 3}" in two.output
     assert (workdir / f"damaged/{STEPS}").is_dir()
 
 

@@ -99,7 +99,7 @@ def test_a_ladder_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path, sta
     }  # fmt: skip
     lines = start(*command, **quick).end()
     assert not any(line.startswith("a@640-seed0: ") for line in lines)
-    assert "going on from step" in (second / "log.txt").read_text()
+    assert "resuming from step" in (second / "log.txt").read_text()
     for name in ("a", "b"):
         assert list(losses(root / f"{name}@640-seed0")) == list(range(1, 41))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
