@@ -1,1 +1,1 @@
-"""What CLIP papers report, computed on the training mesh."""
+"""Evaluators of the metrics that CLIP papers report, computed on the training mesh."""

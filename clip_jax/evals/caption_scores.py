@@ -1,7 +1,7 @@
-"""How near captions are to those that people wrote: BLEU (Papineni et al. 2002) and CIDEr-D
-(Vedantam et al. 2015), as COCO's evaluation counts both.
+"""Similarity of generated captions to references: BLEU (Papineni et al. 2002) and CIDEr-D
+(Vedantam et al. 2015), as COCO's evaluation computes both.
 
-Texts are first cut into words by the rules of the Penn Treebank, lower case, punctuation left out.
+Texts are first split into lower-case words by Penn Treebank rules; punctuation is left out.
 """
 
 import functools
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 _ORDER = 4  # longest n-gram
-_SIGMA = 6.0  # of CIDEr's penalty for another length
-_TINY, _SMALL = 1e-15, 1e-9  # COCO's, which keep its quotients finite
+_SIGMA = 6.0  # width of CIDEr's Gaussian length penalty
+_TINY, _SMALL = 1e-15, 1e-9  # COCO's constants against division by zero
 
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
-# COCO's list has their names in capitals, and so leaves them in texts of lower case.
+# COCO's punctuation list has these in capitals, so it does not remove them from lower case.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
 _WORD = re.compile(
     r"""
@@ -40,7 +40,7 @@ _TWO = {"cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"]
 
 
 def words_of(text: str) -> list[str]:
-    """Cut a caption into its words."""
+    """Split a caption into its words."""
     words: list[str] = []
     for word in _WORD.findall(text.lower().replace("’", "'")):
         words += _TWO.get(word, [_BRACKETS.get(word, word)])
@@ -56,7 +56,7 @@ def _n_grams(words: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return BLEU-1 to BLEU-4 of a whole set, each caption's nearest reference for its length."""
+    """Return BLEU-1 to BLEU-4 of all captions; the closest reference length counts for each."""
     right, written = np.zeros(_ORDER), np.zeros(_ORDER)
     length = wanted = 0
     for caption, texts in zip(captions, references, strict=True):
@@ -75,7 +75,7 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return the mean CIDEr-D, with document frequencies of these references."""
+    """Return the mean CIDEr-D; document frequencies are those of the references."""
     grams = [[_n_grams(words_of(text)) for text in texts] for texts in references]
     seen_in = Counter(gram for texts in grams for gram in set().union(*itertools.chain(*texts)))
     documents = math.log(len(grams))
@@ -95,7 +95,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
         total = 0.0
         for other in texts:
             alike = np.mean([cosine(a, weigh(b)) for a, b in zip(weights, other, strict=True)])
-            difference = mine[1].total() - other[1].total()  # COCO's length: of bigrams
+            difference = mine[1].total() - other[1].total()  # COCO measures the length in bigrams
             total += alike * math.exp(-(difference**2) / (2 * _SIGMA**2))
         scores.append(10 * total / len(texts))
     return float(np.mean(scores))

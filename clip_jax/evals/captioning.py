@@ -1,4 +1,4 @@
-"""Captions on the whole mesh: written, and how probable given texts are."""
+"""Generate captions on the mesh, and compute the likelihood of given ones."""
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ _AXES = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS[
 
 
 def describe(splits: Splits, generation: GenerationConfig) -> Outcome:
-    """Write a caption for each image, greedily unless told otherwise, and compare with its own.
+    """Generate a caption for each image and compare it with the reference captions.
 
-    Missing where the images have no captions.
+    Raises Missing if the images have no captions.
     """
     if not isinstance(splits.open("test"), Captioned):
         raise Missing("the images have no captions of their own.")
@@ -36,9 +36,9 @@ def describe(splits: Splits, generation: GenerationConfig) -> Outcome:
 
 
 def classify_by_likelihood(splits: Splits) -> Outcome:
-    """Classify every image by which class's prompt the decoder finds most probable, given it.
+    """Classify every image by the class whose prompt the decoder finds most likely, given it.
 
-    Of the templates the first. Missing where the images have no classes.
+    Prompts use the first template. Raises Missing if the images have no classes.
     """
     data, encoder = splits.open("test"), splits.encoder
     if not isinstance(data, Labelled):
@@ -53,12 +53,12 @@ def classify_by_likelihood(splits: Splits) -> Outcome:
 
 
 def captions(encoder: Encoder, images: Images, generation: GenerationConfig) -> list[str]:
-    """Describe images that every process has."""
+    """Generate captions of images, the same ones on every process."""
     return encoder.read(encoder.compute(write, images, generation=generation))
 
 
 def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B L"]) -> float:
-    """Return the caption loss of pairs that every process has: the mean of all tokens."""
+    """Return the caption loss per token of pairs, the same ones on every process."""
     rows = encoder.compute(loss_of_text, images, tokens, mesh=encoder.mesh)
     real = tokens[:, 1:] != encoder.model.config.text.tokenizer.pad_id
     return float(rows.sum() / max(real.sum(), 1))
@@ -68,7 +68,7 @@ def write(
     model: CLIP, params: Params, images: Images, seed: UInt32[Array, ""] | None = None, *,
     generation: GenerationConfig,
 ) -> Int[Array, "B L"]:  # fmt: skip
-    """Write a caption for each image, as token ids; `seed` is one that is not compiled in."""
+    """Generate a caption for each image, as token ids; a `seed` here avoids recompilation."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
     return generate(model, params, image_tokens, generation, seed)
 
@@ -77,7 +77,7 @@ def loss_of_text(
     model: CLIP, params: Params, images: Images, tokens: Int[Array, "B L"], *,
     mesh: Mesh,
 ) -> Float[Array, " B"]:  # fmt: skip
-    """Return the loss of each image's own text, summed over its tokens."""
+    """Return the caption loss of each image's text, summed over its tokens."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
     return _loss(model, mesh, params, image_tokens, tokens)
 
@@ -86,7 +86,7 @@ def log_likelihood(
     model: CLIP, params: Params, images: Images, tokens: Int[Array, "T L"], *,
     mesh: Mesh,
 ) -> Float[Array, "B T"]:  # fmt: skip
-    """Return log p(text | image) of all images and all of some texts."""
+    """Return log p(text | image) for every image and every text."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
 
     def one(text: Int[Array, " L"]) -> Float[Array, " B"]:

@@ -1,7 +1,7 @@
-"""The data sets that can be named: the CLIP paper's (tables 9 and 11), each with its names and
-metric; ARO and SugarCrepe; those in many languages; and anybody's own, as KIND:PATH.
+"""The data sets that --dataset accepts: the CLIP paper's (tables 9 and 11), each with its class
+names and metric; ARO and SugarCrepe; multilingual ones; and one's own, as KIND:PATH.
 
-A data set is looked for under one root, by name: CLIP_benchmark's WebDataset layout
+A named data set is searched for under one root: CLIP_benchmark's WebDataset layout
 (`NAME/test/*.tar`, or `wds_NAME`), a folder of classes (`NAME/test/CLASS/` or `NAME/CLASS/`),
 or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
 """
@@ -35,25 +35,25 @@ from clip_jax.evals.evaluator import say
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, matching
 
-# Of the numbers `openai` in data_sets.json (see NOTICE).
+# The models whose metrics are the `openai` of data_sets.json, in this order (see NOTICE).
 OPENAI_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One row of the suite."""
+    """A data set of the suite."""
 
-    name: str  # CLIP_benchmark's
-    classes: int = 0  # 0: texts instead of classes
-    tfds: str = ""  # builder[/config]; empty: TFDS has none that works without TensorFlow
-    split: Split = "test"  # TFDS's for the test
-    metric: str = "acc1"  # the paper's choice
-    published: bool = False  # TFDS's order of classes is that of the published names
-    folders: Sequence[str] = ()  # first and last, where theirs is; numbered ones always are
-    named_like: str = ""  # whose published names TFDS's order has; empty: its own
-    like: str = ""  # whose templates, and names unless said otherwise; empty: its own
-    source: str = ""  # where a folder of it comes from
-    openai: Sequence[float] = ()  # what OpenAI's models reach, as open_clip measured it
+    name: str  # as in CLIP_benchmark
+    classes: int = 0  # number of classes; 0: it has texts instead
+    tfds: str = ""  # builder[/config]; empty: none works without TensorFlow
+    split: Split = "test"  # split of TFDS that is the test split
+    metric: str = "acc1"  # as in the CLIP paper
+    published: bool = False  # whether TFDS orders classes as the published names
+    folders: Sequence[str] = ()  # the first and last, if folders have the published order
+    named_like: str = ""  # data set whose published names TFDS orders by; empty: this
+    like: str = ""  # data set with its templates and class names; empty: this
+    source: str = ""  # where to get it as a folder
+    openai: Sequence[float] = ()  # metrics of OPENAI_MODELS, as measured by open_clip
 
     @property
     def prompts(self) -> str:
@@ -62,7 +62,7 @@ class DataSet:
 
 _FILE = resources.files("clip_jax.evals") / "data_sets.json"
 SUITE = tuple(DataSet(**row) for row in json.loads(_FILE.read_text()))
-_CAPTIONS = {  # in many languages: the sources
+_CAPTIONS = {  # multilingual captions, and where to get them
     "xtd10": "adobe-research/Cross-lingual-Test-Dataset-XTD10",
     "xtd200": "visheratin/nllb-clip, data/xtd200",
     "flickr30k-200": "visheratin/nllb-clip, data/flickr30k-200",
@@ -76,11 +76,11 @@ _KINDS = ("folder", "webdataset", "languages")
 def data_sets(
     names: Sequence[str], data_dir: str, codes: Sequence[str] = (), skip: bool = False
 ) -> dict[str, OpenSplit]:
-    """Return what opens the splits of each data set, by name; without `names` of the whole suite
-    those that are below `data_dir`, while the others are named with how to get them.
+    """Return a function that opens the splits of each data set, by name. Without `names` these are
+    the suite's data sets in `data_dir`; how to get the others is printed.
 
-    `codes` are the languages of data sets in many, by default all. Raises InputError for a named
-    one that is not on disk, and where none is, unless `skip` says to go on without.
+    `codes` selects languages of multilingual data sets; empty: all. Raises InputError if a named
+    data set is not on disk, or none is, unless `skip` is set.
     """
     opened: dict[str, OpenSplit] = {}
     for text in names or ROWS:
@@ -94,29 +94,29 @@ def data_sets(
             open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
         else:
             raise InputError(
-                f"no data set {text!r}; say {', '.join(f'{k}:PATH' for k in _KINDS)} or one of "
+                f"no data set {text!r}; use {', '.join(f'{k}:PATH' for k in _KINDS)} or one of "
                 f"{', '.join(_NAMES)}."
             )
         open_split = functools.cache(open_split)
         try:
-            open_split("test")  # wrong use is said before a model is loaded
+            open_split("test")  # report errors before a model is loaded
         except Missing as error:
             if names and not skip:
                 raise InputError(str(error)) from error
             say(f"left out: {error}")
             continue
         if name in opened:
-            raise InputError(f"two data sets are called {name}; rename a folder, or measure one.")
+            raise InputError(f"two data sets are called {name}; rename a folder, or remove one.")
         opened[name] = open_split
     if not opened and not skip:
         raise InputError(
-            f"none of the suite's {len(SUITE)} data sets is in {data_dir} (--data-dir)."
+            f"none of the suite's {len(SUITE)} data sets is in {data_dir}; set --data-dir."
         )
     return opened
 
 
 def _open_own(kind: str, path: AnyPath, name: str, codes: Sequence[str], split: Split) -> Data:
-    """Open somebody's own data of a kind. Missing where it has no such split."""
+    """Open the user's own data. Raises Missing if it has no such split."""
     if kind == "languages":
         _check_is_test(str(path), split)
         return languages.open_translated(path, codes)
@@ -141,27 +141,24 @@ def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) ->
 
 
 def open_languages(name: str, root: AnyPath, codes: Sequence[str] = ()) -> Translated:
-    """Open a data set in these languages or all that it has; Missing says where it should be."""
+    """Open a data set in some or all languages. Raises Missing, which says where to put it."""
     if name == languages.BABEL:
         imagenet = open_data_set(ROWS["imagenet1k"], root)
         assert isinstance(imagenet, Labelled)
         return languages.open_babel(imagenet, languages.babel_folder(root), codes)
     folder = root / name
     if not folder.is_dir():
-        raise Missing(f"{name} is not in {root}: put {_CAPTIONS[name]} in {folder}, images/ there.")
+        raise Missing(f"{name} is not in {root}: put {_CAPTIONS[name]} in {folder}, with images/.")
     return languages.open_translated(folder, codes)
 
 
 def open_data_set(row: DataSet, root: AnyPath, split: Split = "test") -> Data:
-    """Open one data set of the suite under `root`. Missing says where it was looked for and how to
-    get it.
-
-    InputError when the one on disk has another number of classes than the data set.
-    """
+    """Open one data set of the suite under `root`. Raises Missing, which says how to get it, and
+    InputError if the number of classes on disk is wrong."""
     data = _open_row(row, root, split)
     if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
-        raise InputError(f"{row.name} has {row.classes} classes, the one in {root} "
-                         f"{len(data.names)}.")  # fmt: skip
+        raise InputError(f"{row.name} has {row.classes} classes, but the one in {root} has "
+                         f"{len(data.names)}; replace it.")  # fmt: skip
     return data
 
 
@@ -184,13 +181,13 @@ def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
     part = split_folder(folder, split) if folder.is_dir() else None
     if part and any(entry.is_dir() for entry in part.iterdir()):
         return open_folder(part, name=row.prompts, names=_names_of_folders(row, part))
-    if split != "test":  # which was opened before
+    if split != "test":  # the test split has been opened before: the data set is here
         raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
     raise Missing(_advice(row, root))
 
 
 def _names_of_folders(row: DataSet, folder: AnyPath) -> Sequence[str] | None:
-    """Return the published names where the folders are the ones that they stand for."""
+    """Return the published names if the folders are those that they name; else None."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     matches = [names[0], names[-1]] == row.folders and len(names) == row.classes
     return prompts.class_names(row.prompts) if matches else None
@@ -208,7 +205,7 @@ def _open_texts(row: DataSet, root: AnyPath) -> Data:
             return open_aro(aro / file, aro / "images")
     raise Missing(
         f"{row.name}: put {row.source} in {folder}"
-        + (", the images in val2014/ or images/ there." if row.metric.endswith("recall@5") else ".")
+        + (", with val2014/ or images/." if row.metric.endswith("recall@5") else ".")
     )
 
 

@@ -1,7 +1,7 @@
-"""Images with a right caption and one of the same words or objects that is wrong.
+"""Images with a right caption and a wrong one made of the same words or objects.
 
-ARO (Yuksekgonul et al., 2023, arXiv:2210.01936): relations and attributes of Visual Genome, turned
-round. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with one thing replaced,
+ARO (Yuksekgonul et al., 2023, arXiv:2210.01936): relations and attributes of Visual Genome,
+swapped. SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610): fluent captions with one thing replaced,
 swapped or added.
 """
 
@@ -20,10 +20,10 @@ from clip_jax.evals.datasets import Contrasted, checked, images_beside
 from clip_jax.evals.prompts import read_text
 from clip_jax.storage.files import AnyPath, matching
 
-_FEWEST = 25  # cases of an attribute pair that counts in ARO's mean
+_FEWEST = 25  # minimum number of cases of an attribute pair in ARO's mean
 
 
-# Relations that ARO leaves out of its mean: turned round they hold as well, or as little.
+# Relations that ARO leaves out of its mean: swapping their objects changes nothing.
 _SYMMETRIC = frozenset(
     (resources.files("clip_jax.evals") / "aro_symmetric.txt").read_text().splitlines()
 )
@@ -32,8 +32,7 @@ _SYMMETRIC = frozenset(
 def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
     """Open `visual_genome_relation.json` or `visual_genome_attribution.json`.
 
-    A case is the part of the image that its box holds. Raises InputError for a file of another
-    shape.
+    Images are cropped to a case's bounding box. Raises InputError for a file in another format.
     """
     layout = (
         "ARO's format: a list of cases with image_path, bbox_x, bbox_y, bbox_w, bbox_h, "
@@ -69,7 +68,7 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
 def open_sugar_crepe(folder: AnyPath) -> Contrasted:
     """Open SugarCrepe's files (`swap_obj.json`, ...) with COCO's images in `val2017/` or `images/`.
 
-    Raises InputError for a file of another shape.
+    Raises InputError for a file in another format.
     """
     images, rows = images_beside(folder), []
     for file in matching(folder, "*.json"):
@@ -80,7 +79,9 @@ def open_sugar_crepe(folder: AnyPath) -> Contrasted:
                 for case in (content.values() if isinstance(content, dict) else content)
             ]
     if not rows:
-        raise InputError(f"no .json of SugarCrepe's, such as swap_obj.json, in {folder}.")
+        raise InputError(
+            f"no .json of SugarCrepe's in {folder}; add its files, such as swap_obj.json."
+        )
     return Contrasted(
         len(rows), lambda i: rows[i][:2], [row[2] for row in rows], name_groups=True,
         key=lambda i: str(rows[i][0]),
@@ -92,7 +93,7 @@ def composition(
 ) -> dict[str, float]:
     """Return the share of cases won, `acc`, and its mean over groups, `acc_macro` (ARO's number).
 
-    Also `acc/GROUP` where there are few. Without a group that counts, there is no mean.
+    Also `acc/GROUP` if the data set reports groups. Without a group that counts, there is no mean.
     """
     values = {"acc": float(won.mean())}
     members = {group: np.array([g == group for g in groups]) for group in sorted(set(groups))}

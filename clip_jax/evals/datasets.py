@@ -1,4 +1,4 @@
-"""Labelled images and captioned images on disk, in the layouts that evaluators meet."""
+"""Labelled and captioned images on disk, in the layouts that the evaluators read."""
 
 import contextlib
 import json
@@ -23,16 +23,16 @@ _SPLITS = ("train", "val", "validation", "valid", "test")
 
 
 class Missing(Exception):
-    """The data set is not on this disk; the message says how to get it."""
+    """The data set is not on disk; the message says how to get it."""
 
 
 @dataclass(frozen=True)
 class _Items:
-    """Images and what belongs to each. `load` gives what `data.images` reads, and the answer."""
+    """Images with an answer each; `load` returns both, the image as `data.images` reads it."""
 
     count: int
     load: Callable[[int], tuple[ImageLike, Any]]
-    key: Callable[[int], str] = field(default="image {}".format, kw_only=True)  # for messages
+    key: Callable[[int], str] = field(default="image {}".format, kw_only=True)  # in messages
 
     def __iter__(self) -> Iterator[tuple[ImageLike, Any]]:
         return map(self.load, range(self.count))
@@ -40,17 +40,17 @@ class _Items:
 
 @dataclass(frozen=True)
 class Labelled(_Items):
-    """Images of classes; an answer is the class's number."""
+    """Images with one class each; the answer is the class index."""
 
     names: Sequence[str]
     templates: Sequence[str]
-    labels: Sequence[int] | None = None  # of all, where they are known without reading images
+    labels: Sequence[int] | None = None  # of all images, if known without reading them
 
 
 @dataclass(frozen=True)
 class Tagged(_Items):
-    """Images with any number of classes; an answer is [classes], int8: 1 for each that is there, −1
-    for the others, and 0 where only objects too difficult to count are of it."""
+    """Images with any number of classes; the answer is [classes], int8: 1 for a class in the image,
+    −1 for one that is not, 0 for one with only objects marked as difficult."""
 
     names: Sequence[str]
     templates: Sequence[str]
@@ -58,27 +58,27 @@ class Tagged(_Items):
 
 @dataclass(frozen=True)
 class Captioned(_Items):
-    """Images with one or several captions each, which are the answer."""
+    """Images with one or more captions each; the answer is the list of captions."""
 
 
 @dataclass(frozen=True)
 class Contrasted(_Items):
-    """Images with a right and a wrong caption: an answer is both, the right one first."""
+    """Images with a right and a wrong caption; the answer is both, the right one first."""
 
-    groups: Sequence[str]  # of each case: a relation, a pair of attributes, a kind of change
-    left_out: Set[str] = frozenset()  # groups that do not count in the mean over groups
-    fewest: int = 1  # cases of a group that counts
-    name_groups: bool = False  # whether there are few enough to report each
+    groups: Sequence[str]  # one per image: a relation, pair of attributes or kind of change
+    left_out: Set[str] = frozenset()  # groups excluded from the mean over groups
+    fewest: int = 1  # minimum number of images of a group in that mean
+    name_groups: bool = False  # whether each group is reported, too
 
 
 @dataclass(frozen=True)
 class Translated(_Items):
-    """The same images in several languages. `answer_in` reads a language's captions, or its number
-    of the class, from an image's answer; None where the language has none."""
+    """The same images in several languages. `answer_in(language, answer)` extracts a language's
+    captions or class index from an image's answer; None if the language has none."""
 
     languages: Sequence[str]
     answer_in: Callable[[str, Any], Any]
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of classes, by language
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # class names by language
     templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -87,8 +87,8 @@ OpenSplit = Callable[[Split], Data]
 
 
 def spread(data: Data, most: int) -> Data:
-    """Take at most so many items: as many of each class, where the classes are known without
-    reading, else evenly from the order of the data."""
+    """Select at most `most` images: equally many per class if the labels are known without reading
+    images, else evenly spaced in the order of the data set."""
     if most >= data.count:
         return data
     chosen = np.arange(most) * data.count // most
@@ -99,7 +99,7 @@ def spread(data: Data, most: int) -> Data:
         rank = np.empty_like(by_class)  # how many of its class come before
         rank[by_class] = np.arange(len(labels)) - starts
         rounds = np.lexsort((labels, rank))
-        full = np.flatnonzero(rank < rank[rounds[most]])  # the last round has some classes only
+        full = np.flatnonzero(rank < rank[rounds[most]])  # the last round is incomplete
         last = rounds[rank[rounds] == rank[rounds[most]]]
         count = most - len(full)
         chosen = np.sort([*full, *last[np.arange(count) * len(last) // max(count, 1)]])
@@ -114,10 +114,10 @@ def spread(data: Data, most: int) -> Data:
 
 
 def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
-    """Return where a folder keeps a split; None where it has none.
+    """Return the folder of a split; None if there is none.
 
-    Either it has `train`, `val` and `test`, or it is the test split itself. Without `test` the
-    images of `val` are the test, as ImageNet's are.
+    A folder either has `train`, `val` and `test`, or is the test split itself. Without `test`, the
+    images in `val` are the test split, as in ImageNet.
     """
     train, test = path / "train", path / "test"
     validation = next((f for n in _SPLITS[1:4] if (f := path / n).is_dir()), None)
@@ -131,24 +131,26 @@ def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
 
 
 def open_folder(path: AnyPath, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
-    """Open a folder in ImageFolder's layout: one folder a class, in the order of their names.
+    """Open a folder in ImageFolder's layout: one folder per class, sorted by name.
 
-    Classes are called by `classnames.txt` in the folder (of a split: or beside it), one a line;
-    else by `names`; else as published where the folders are the WordNet ids of ImageNet's classes
-    or numbers of those of the data set `name`; else as the folders are. `name` also decides on
-    templates. Raises InputError for a folder without classes and for a wrong number of names.
+    Class names are, in this order of preference: the lines of `classnames.txt` in the folder (or,
+    of a split, beside it); `names`; the published ones, if the folders are ImageNet's WordNet ids
+    or the class indices of the data set `name`; the folders' names. `name` also selects templates.
+    Raises InputError for a folder without classes and for a wrong number of names.
     """
     if not path.is_dir():
-        raise InputError(f"there is no folder {path}; folder:PATH needs one folder a class in it.")
+        raise InputError(
+            f"there is no folder {path}; folder:PATH needs a folder with one folder per class."
+        )
     folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(folders) < 2:
-        raise InputError(f"{path} has {len(folders)} folders; it needs one a class, two at least.")
+        raise InputError(f"{path} has {len(folders)} folders; it needs one per class, at least 2.")
     imagenet = prompts.class_names("imagenet1k") or []
     wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
     numbers = all(folder.isdecimal() for folder in folders)
     if numbers:
         folders.sort(key=int)
-    published = prompts.class_names(name) or imagenet  # ImageNetV2's folders are numbers, too
+    published = prompts.class_names(name) or imagenet  # ImageNetV2's folders are class indices, too
     beside = [path, path.parent] if path.name in _SPLITS else [path]
     listed = next((f for f in beside if (f / "classnames.txt").is_file()), None)
     if listed:
@@ -158,16 +160,18 @@ def open_folder(path: AnyPath, *, name: str = "", names: Sequence[str] | None = 
     elif names is None:
         names = [wnids.get(folder) or _spaced(folder) for folder in folders]
     if len(names) != len(folders):
-        where = listed / "classnames.txt" if listed else "its published list"
+        where = listed / "classnames.txt" if listed else "the published list"
         raise InputError(
             f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
-            "it needs one a line, in the order of the folders' names."
+            "list one name per line in classnames.txt, in the order of the folders' names."
         )
     labels = {folder: label for label, folder in enumerate(folders)}
     images = image_files(path / folder for folder in folders)
     files = [(file, labels[file.relative_to(path).parts[0]]) for file in images]
     if not files:
-        raise InputError(f"no images ({', '.join(SUFFIXES)}) in the folders of {path}.")
+        raise InputError(
+            f"add images ({', '.join(SUFFIXES)}) to the folders of {path}: all are empty."
+        )
     return Labelled(
         len(files), files.__getitem__, names, prompts.templates(name),
         [label for _, label in files], key=lambda i: str(files[i][0]),
@@ -175,19 +179,21 @@ def open_folder(path: AnyPath, *, name: str = "", names: Sequence[str] | None = 
 
 
 def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Captioned:
-    """Open CLIP_benchmark's layout: `{split}/*.tar` with `.cls`, or `.txt` of one caption a line.
+    """Open CLIP_benchmark's layout: `{split}/*.tar` with `.cls`, or `.txt` with a caption per line.
 
-    `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` stand beside.
+    `classnames.txt`, `zeroshot_classification_templates.txt` and `dataset_type.txt` are in `path`.
     """
     from clip_jax.data.sources.tar import TarConfig, TarSource
 
     if not any((path / split).glob("*.tar")):
-        raise InputError(f"there are no tars in {path / split}; CLIP_benchmark's layout has them.")
+        raise InputError(
+            f"there are no tars in {path / split}; webdataset:PATH needs PATH/test/*.tar."
+        )
     kind = path / "dataset_type.txt"
     captions = kind.exists() and prompts.read_text(kind).strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
     source = TarSource(TarConfig(path=shards, caption="txt" if captions else "cls"))
-    rng = np.random.default_rng(0)  # draws nothing: there is one text
+    rng = np.random.default_rng(0)  # unused: each image has one text
 
     if captions:
 
@@ -213,10 +219,10 @@ def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Caption
 def open_tfds(
     path: AnyPath, *, split: str, names: Sequence[str] | None, templates: Sequence[str]
 ) -> Labelled | Tagged:
-    """Open a prepared TFDS builder's folder, the one with `dataset_info.json`: images of one class,
-    or, as VOC2007's, of any number.
+    """Open the folder of a prepared TFDS builder, which has `dataset_info.json`: images with one
+    class each or, as in VOC2007, with any number.
 
-    Class names are the builder's unless given. Missing where it has no such split; raises
+    `names` replaces the builder's class names. Raises Missing if there is no such split, and
     InputError for a wrong number of names.
     """
     import tensorflow_datasets as tfds
@@ -250,12 +256,12 @@ def open_tfds(
     count = features["label"].num_classes
     names = names or [_spaced(name) for name in features["label"].names]
     if len(names) != count:
-        raise InputError(f"{path} has {count} classes, but {len(names)} are named.")
+        raise InputError(f"{path} has {count} classes, but the published list {len(names)} names.")
     return Labelled(len(examples), load, names, templates)
 
 
 def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
-    """Open COCO's annotation format (Karpathy's splits of COCO and Flickr30k come in it).
+    """Open COCO's annotation format, which Karpathy's splits of COCO and Flickr30k use.
 
     Raises InputError for a file of another shape. Images without a caption are left out.
     """
@@ -269,14 +275,14 @@ def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
     if unlisted := [key for key in captions if key not in files]:
         raise InputError(
             f"{annotations} has captions of {len(unlisted)} images that it does not list, such as "
-            f"image_id={unlisted[0]!r}; each needs an entry in images, with id and file_name."
+            f"image_id={unlisted[0]!r}; add an entry with id and file_name to images for each."
         )
     rows = [(files[key], texts) for key, texts in captions.items()]
     return Captioned(len(rows), rows.__getitem__, key=lambda i: str(rows[i][0]))
 
 
 def images_beside(folder: AnyPath) -> AnyPath:
-    """Return where the images are to which a folder has texts: below it, or itself."""
+    """Return the folder of the images that a folder of texts describes: below it, or itself."""
     names = ("images", "val2014", "val2017")
     return next((images for name in names if (images := folder / name).is_dir()), folder)
 
@@ -286,7 +292,7 @@ _WRONG = (AttributeError, LookupError, OverflowError, SampleError, TypeError, Va
 
 @contextlib.contextmanager
 def checked(path: AnyPath, layout: str) -> Generator[None]:
-    """Raise InputError where something that a layout has is missing or of another type."""
+    """Raise InputError if a part of the layout is missing or has the wrong type."""
     try:
         yield
     except InputError:
@@ -295,7 +301,7 @@ def checked(path: AnyPath, layout: str) -> Generator[None]:
         raise InputError(f"{path} is not in {layout} ({error!r}).") from error
 
 
-# Of the digits' captions, those that say the number in words.
+# Those of the digits' captions that write the number in words.
 _DIGITS_TEMPLATES = (
     "{c}", "a photo of the number {c}", "the number {c} on paper", "a handwritten {c}",
     "somebody wrote {c}",
@@ -305,10 +311,10 @@ _DIGITS_TEMPLATES = (
 def open_digits(
     config: digits.DigitsConfig, split: Split, *, per_number: int, image_size: int
 ) -> Labelled:
-    """Draw the digits that ship inside as images of classes, every number one.
+    """Draw the bundled digits as labelled images, every number a class.
 
-    Train and validation are in the training writers' hands, test in those held out. Probes are
-    shown every number, also those that the model itself never was.
+    Training and validation images are by the training writers, test images by the held-out ones.
+    Probes are fitted to every number, also to those that the model has not seen in training.
     """
     numbers = list(range(10**config.digits))
     hands = "held out" if split == "test" else "training"
@@ -325,7 +331,7 @@ def open_digits(
 
 
 def _class_names(folder: AnyPath) -> list[str]:
-    # One a line; CLEVR has a class without a name.
+    # One per line; an empty line counts, since CLEVR has a class without a name.
     return prompts.read_text(folder / "classnames.txt").splitlines()
 
 

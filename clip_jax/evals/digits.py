@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on the bundled digits: seen and unseen numbers, by writers held out."""
+"""Zero-shot accuracy on the bundled digits: seen and unseen numbers by held-out writers."""
 
 import functools
 from collections.abc import Iterator
@@ -19,17 +19,18 @@ from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images
 from clip_jax.storage.files import AnyPath
 
-_SHORT = GenerationConfig(min_length=1)  # "4 2" is a caption
+_SHORT = GenerationConfig(min_length=1)  # captions are as short as "4 2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsEvalConfig:
-    """Every number is a class; its captions are its prompts; the scans are held out."""
+    """Zero-shot classification of the bundled digits, each number a class."""
 
     source: DigitsConfig = field(default_factory=DigitsConfig)  # Digits data set and its split.
-    per_number: int = 20  # Images of each number.
-    max_numbers: int = 1_000  # Numbers whose images are classified, of the seen and of the unseen.
-    max_prompts: int | None = None  # Prompts of each class. None: all of its captions.
+    per_number: int = 20  # Number of images per number (class).
+    # Maximum number of seen numbers, and of unseen numbers, whose images are classified.
+    max_numbers: int = 1_000
+    max_prompts: int | None = None  # Maximum number of prompts per class. None: all its captions.
     every_steps: int = 500  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
@@ -41,19 +42,19 @@ class DigitsEvalConfig:
 
 
 class DigitsEvaluator:
-    """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1`, top-5s, and `order`: how often 42
-    is nearer to the captions of 42 than to those of 24. Draws `predictions.png`: some of the images
-    with their three best labels.
+    """Yields `zero_shot/seen/top1`, `zero_shot/unseen/top1`, the top-5 accuracies, and `order`: how
+    often an image of 42 is closer to the captions of 42 than to those of 24. Draws
+    `predictions.png`: some of the images with their three best labels.
 
-    With a decoder also `caption/seen/exact`, `caption/unseen/exact`: how often what it writes is
-    one of the number's captions, word by word."""
+    With a decoder it also yields `caption/seen/exact` and `caption/unseen/exact`: how often the
+    generated caption is, word for word, one of the number's captions."""
 
     def __init__(self, config: DigitsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
         seen, unseen = digits.number_split(config.source.digits, config.source.split_seed)
         splits = {"seen": seen[: config.max_numbers], "unseen": unseen[: config.max_numbers]}
         self._splits = {name: numbers for name, numbers in splits.items() if numbers}
-        # What is drawn is always the same.
+        # Every evaluation gets the same images.
         self._images = functools.cache(
             lambda name, size: digits.evaluation_set(
                 config.source, self._splits[name], config.per_number, size
@@ -93,7 +94,7 @@ class DigitsEvaluator:
 
 
 def _exact(encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int) -> float:
-    # Captions as they come out of the tokenizer: "eighty - one" for "eighty-one".
+    # Captions after a round trip through the tokenizer: "eighty - one" for "eighty-one".
     own = {n: encoder.read(encoder.tokenize(digits.prompts(n, k))) for n in set(labels.tolist())}
     pairs = zip(captions(encoder, images, _SHORT), labels.tolist(), strict=True)
     return float(np.mean([caption in own[n] for caption, n in pairs]))

@@ -1,4 +1,4 @@
-"""What evaluators share: a model with its inputs on a mesh; and when each of them has its turn."""
+"""What evaluators share: the encoder that they measure, and the schedule on which they run."""
 
 import functools
 import sys
@@ -24,14 +24,14 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A model on a mesh, with its own way of reading images and texts."""
+    """A model on a mesh, with its own preprocessing of images and its own tokenizer."""
 
     model: CLIP
     params: Params
     mesh: Mesh
     preprocess: Preprocess
-    tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], cut to length
-    name: str = "model"  # in tables
+    tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], truncated
+    name: str = "model"  # in tables of results
     _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -39,30 +39,30 @@ class Encoder:
         return float(np.exp(jax.device_get(self.params["logit_scale"])))
 
     def images(self, images: Images) -> Float[np.ndarray, "B E"]:
-        """Embed images that every process has, at unit length."""
+        """Embed images, the same ones on every process, as unit vectors."""
         return self.compute(embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Embed texts at unit length."""
+        """Embed texts as unit vectors."""
         return self.compute(embed_texts, self.tokenize(texts))
 
     def compute(
         self, function: Callable[..., Array], *rows: Any, batch_size: int = sharding.ROWS,
         **options: Any,
     ) -> np.ndarray:  # fmt: skip
-        """Run a function as of `compiled` over images or tokens that every process has."""
+        """Run a function that `compiled` takes over images or tokens, equal on every process."""
         run = compiled(function, self.model, self.mesh, **options)
         return sharding.in_batches(run, self.mesh, self.params, *rows, batch_size=batch_size)
 
     def read(self, ids: Int[np.ndarray, "B L"]) -> list[str]:
-        """Turn ids that the model has written back into texts."""
+        """Decode generated token ids to texts."""
         return read_captions(ids, self.model.config.text)
 
     def classes(
         self, templates: Sequence[str], names: Sequence[str]
     ) -> Float[np.ndarray, "templates classes E"]:
-        """Embed every class name in every template. Nothing is embedded twice: ImageNet and its
-        variants share 80,000 prompts, and so do the tasks on one data set."""
+        """Embed every class name in every template, each prompt once: ImageNet and its variants
+        share 80,000 prompts, and the tasks on one data set share all of them."""
         rows = [prompts.fill(template, name) for template in templates for name in names]
         if new := [row for row in dict.fromkeys(rows) if row not in self._known]:
             self._known.update(zip(new, self.texts(new), strict=True))
@@ -74,8 +74,8 @@ class Encoder:
 def compiled(
     function: Callable[..., Array], model: CLIP, mesh: Mesh, /, **options: Any
 ) -> Callable[..., Array]:
-    """Compile `function(model, params, *rows, **options)` for batches that are split over the mesh,
-    as in training; what it returns is on every device."""
+    """Compile `function(model, params, *rows, **options)` for batches sharded over the mesh, as in
+    training; its result is replicated."""
     model = replace(model, layout=sharding.layout(mesh, model.config.attention))
     bound = functools.partial(function, model, **options)
     return jax.jit(bound, out_shardings=sharding.replicated(mesh))
@@ -84,7 +84,7 @@ def compiled(
 def embed_images(
     model: CLIP, params: Params, images: Images, *, normalize: bool = True
 ) -> Float[Array, "B E"]:
-    """Embed images, at unit length unless `normalize` is off."""
+    """Embed images, as unit vectors unless `normalize` is off."""
     features = model.encode_image(params, model.normalize(images))
     return l2_normalize(features) if normalize else features
 
@@ -92,14 +92,14 @@ def embed_images(
 def embed_texts(
     model: CLIP, params: Params, tokens: Int[Array, "B L"], *, normalize: bool = True
 ) -> Float[Array, "B E"]:
-    """Embed rows of tokens, at unit length unless `normalize` is off."""
+    """Embed rows of token ids, as unit vectors unless `normalize` is off."""
     features = model.encode_text(params, tokens)
     return l2_normalize(features) if normalize else features
 
 
 def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array, "B D"]:
-    """Embed images as a probe takes them, the paper's choice: a ViT's features before the
-    projection, a ResNet's embeddings, of the lengths that the tower gives them."""
+    """Embed images for a linear probe as the CLIP paper does: a ViT's features before the
+    projection, or a ResNet's embeddings, neither of them normalised."""
     config = model.config
     if isinstance(config.vision, ViTConfig) and config.vision.projection:
         vision = replace(config.vision, projection=False)
@@ -111,11 +111,10 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Built by `make` of its own config, which is a member of `Config.evals`; yields named numbers,
-    in training and on finished weights.
+    """An evaluator: yields named metrics, during training and on saved weights. It is built by
+    `make` of its config, a member of `Config.evals`.
 
-    One that knows from the start on which data sets it measures has their `names`: its results are
-    called `NAME/METRIC`.
+    One that knows its data sets before it runs has their `names`; its metrics are `NAME/METRIC`.
     """
 
     every_steps: int
@@ -123,30 +122,30 @@ class Evaluator(Protocol):
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Measure a model; with `output`, also write tables and pictures into that folder.
 
-        All processes call it and get the same numbers; one writes.
+        All processes call it and get the same numbers; only one writes.
         """
         ...
 
 
 class Evaluations:
-    """A run's evaluators, each at its own steps and all at the last."""
+    """A run's evaluators: each runs every `every_steps` steps, and all run at the last step."""
 
     def __init__(self, configs: Sequence[Any], steps: int) -> None:
-        """`configs` have `make() -> Evaluator`; `steps` are those of the whole run."""
+        """`configs` have `make() -> Evaluator`; `steps` is the length of the run."""
         self._evaluators: list[Evaluator] = [config.make() for config in configs]
         self._steps = steps
-        self._results: dict[int, set[str]] = {}  # names of the numbers that each one yielded
+        self._results: dict[int, set[str]] = {}  # metrics that each evaluator yielded
 
     def measured(self) -> list[str]:
-        """Name what is measured: all processes must find the same data sets."""
+        """Return the names of the data sets, which must be the same on all processes."""
         return [name for e in self._evaluators for name in getattr(e, "names", ())]
 
     def due(self, step: int) -> bool:
-        """Say whether any evaluator has its turn; the last step is always one."""
+        """Say whether any evaluator runs at this step; all run at the last."""
         return step == self._steps or any(step % e.every_steps == 0 for e in self._evaluators)
 
     def run(self, step: int, encoder: Encoder, output: AnyPath) -> Iterator[dict[str, float]]:
-        """Yield the results of each evaluator whose turn it is; at the last step they also write
+        """Yield the metrics of each evaluator that is due; at the last step, evaluators also write
         tables and pictures to `output`."""
         last = step == self._steps
         for index, evaluator in enumerate(self._evaluators):
@@ -156,10 +155,9 @@ class Evaluations:
                 yield values
 
     def check_gives(self, wanted: str) -> None:
-        """Raise InputError where no evaluator gives a result of this name, as far as is known by
-        now:
+        """Raise InputError if no evaluator yields a metric of this name, as far as is known.
 
-        of data sets which there are, of all evaluators what they gave when they had their turn.
+        Before an evaluator has run, at most its data sets are known; afterwards, its metrics.
         """
         known: set[str] = set()
         for index, evaluator in enumerate(self._evaluators):
@@ -170,9 +168,9 @@ class Evaluations:
                 return
             known |= names
         raise InputError(
-            f"checkpoint.best={wanted!r} is no result of this run's evaluators, which give "
-            f"{', '.join(sorted(known)) or 'none'}. Name one of these, give the run evaluators "
-            "(evals), or leave them to `evaluate RUN --watch` with --checkpoint.best-of watcher."
+            f"checkpoint.best={wanted!r} is not a metric of this run's evaluators, which yield "
+            f"{', '.join(sorted(known)) or 'none'}. Name one of these, add evaluators to `evals`, "
+            "or evaluate with `evaluate RUN --watch` and --checkpoint.best-of watcher."
         )
 
 

@@ -1,4 +1,4 @@
-"""Pairs held out from training: the loss among them, and retrieval."""
+"""Contrastive loss, caption loss and retrieval on pairs held out from training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,38 +19,38 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class PairsEvalConfig:
-    """The first pairs of a source that training does not see, always the same."""
+    """Contrastive loss and retrieval on the first pairs of a source held out from training."""
 
     data: DataConfig = field(
         default_factory=lambda: DataConfig(source=DigitsConfig(split="test"), crop="center")
     )  # Source of the pairs.
-    pairs: int = 1_024  # Number of pairs.
-    # Pairs that compete in info_nce. The loss grows with their logarithm: runs that are compared
-    # must share it.
+    pairs: int = 1_024  # Number of pairs; the source must have at least as many.
+    # Number of pairs that compete in the info_nce loss, at most `pairs`. The loss grows with its
+    # logarithm: use the same value in all runs that are compared.
     pool: int = 1_024
     every_steps: int = 1_000  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
         check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")
         if self.pool > self.pairs:
-            raise InputError(f"evals.pool={self.pool} must be at most pairs={self.pairs}.")
+            raise InputError(f"evals.pool={self.pool} must be at most evals.pairs={self.pairs}.")
         if self.data.crop != "center":
-            raise InputError("data.crop of held-out pairs must be 'center', not 'random'.")
+            raise InputError("evals.data.crop must be 'center', not 'random', for held-out pairs.")
 
     def make(self) -> "PairsEvaluator":
         return PairsEvaluator(self)
 
 
 class PairsEvaluator:
-    """Yields `info_nce`, the recalls, and a decoder's `caption_loss`."""
+    """Yields `info_nce`, retrieval recalls and median ranks, and with a decoder `caption_loss`."""
 
     def __init__(self, config: PairsEvalConfig) -> None:
         self.config, self.every_steps = config, config.every_steps
         count = len(open_source(config.data.source, 32))
-        if count < config.pairs:  # they would come twice, in one pool
+        if count < config.pairs:  # a pool would contain a pair twice
             raise InputError(
                 f"evals.pairs={config.pairs}, but their source has {count}; set evals.pairs and "
-                "evals.pool to no more than that."
+                f"evals.pool to at most {count}."
             )
         self._read: Batch | None = None
 
@@ -64,7 +64,7 @@ class PairsEvaluator:
             yield "caption_loss", loss_per_token(encoder, batch.image, batch.text)
 
     def _batch(self, encoder: Encoder) -> Batch:
-        """The pairs, read at the first evaluation: a run has one way of reading them."""
+        """Return the pairs, read at the first evaluation and then kept."""
         if self._read is None:
             config = encoder.model.config
             pipeline = build(
@@ -87,8 +87,8 @@ def info_nce(
 ) -> float:
     """Return the symmetric contrastive loss among `pool` pairs, averaged over pools of that size.
 
-    Unit vectors; `logit_scale` is the factor itself, not its logarithm. Pools are consecutive
-    pairs; what does not fill a last one is left out, since fewer negatives are an easier task.
+    Features are unit vectors; `logit_scale` is the factor itself, not its logarithm. Pools are
+    consecutive pairs; an incomplete last pool is left out, since fewer negatives are easier.
     """
     losses = []
     for start in range(0, len(image_features) - pool + 1, pool):

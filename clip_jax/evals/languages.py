@@ -1,7 +1,7 @@
 """The same images in many languages: Babel-ImageNet's classes (Geigle et al., 2023,
-arXiv:2306.08658), and captions as XTD10, XTD200, Flickr30k-200 and Crossmodal-3600 keep them.
+arXiv:2306.08658), and captions of XTD10, XTD200, Flickr30k-200 and Crossmodal-3600.
 
-Which image and which caption count is as in CLIP_benchmark, whose names of the data sets these are.
+The names of the data sets, and the images and captions that count, are CLIP_benchmark's.
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ from clip_jax.storage.files import AnyPath, as_path, walk
 
 BABEL = "babel_imagenet"
 _BABEL_FILES = (f"{BABEL}.json", "nllb_dist13b_prompts.json")
-_INDICES = ("filenames.txt", "test_image_names.txt")  # of Flickr30k-200; of XTD10 and XTD200
-_XTD10 = "test_1kcaptions_"  # before a language's name
+_INDICES = ("filenames.txt", "test_image_names.txt")  # of Flickr30k-200, and of XTD10 and XTD200
+_XTD10 = "test_1kcaptions_"  # prefix of a file's name, before the language
 _CROSSMODAL = "captions.jsonl"
 
 
 def babel_folder(root: AnyPath) -> AnyPath:
-    """Find Babel-ImageNet's texts, which BabelNet's license (no commerce) keeps out of here."""
+    """Find Babel-ImageNet's texts, not bundled since their license excludes commercial use."""
     spec = importlib.util.find_spec("clip_benchmark")
     folders = [root / BABEL]
     if spec and spec.submodule_search_locations:
@@ -33,15 +33,15 @@ def babel_folder(root: AnyPath) -> AnyPath:
         if all((folder / file).is_file() for file in _BABEL_FILES):
             return folder
     raise Missing(
-        f"{BABEL}: put {' and '.join(_BABEL_FILES)} of gregor-ge/Babel-ImageNet in {folders[0]}, "
+        f"{BABEL}: put {' and '.join(_BABEL_FILES)} from gregor-ge/Babel-ImageNet in {folders[0]}, "
         "or pip install clip-benchmark, which has them. Their license excludes commercial use."
     )
 
 
 def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = ()) -> Translated:
-    """Classify ImageNet's images by the names and prompts that `folder` has in each language.
+    """Open ImageNet's images with the class names and prompts of each language in `folder`.
 
-    A language names some of the 1,000 classes: the others' images are left out of its numbers.
+    A language has names for some of the 1,000 classes; images of the others do not count in it.
     """
     layout = (
         "Babel-ImageNet's format: by language classes and their names, and prompts with {} for "
@@ -56,7 +56,7 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
         last = len(imagenet.names) - 1
         for code, classes in numbers.items():
             if len(names[code]) != len(classes) or not 0 <= min(classes) <= max(classes) <= last:
-                raise ValueError(f"{code}: as many names as classes, which are 0 to {last}")
+                raise ValueError(f"{code}: needs one name per class, and classes from 0 to {last}")
     chosen = _chosen(BABEL, [code for code in names if code in prompts], languages)
     of_class = {code: {c: i for i, c in enumerate(numbers[code])} for code in chosen}
     return Translated(
@@ -66,8 +66,8 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
 
 
 def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translated:
-    """Open captions in many languages: a file a language, a line an image, beside a list of the
-    images' names; or Crossmodal-3600's `captions.jsonl`, of which the first caption counts.
+    """Open captions in many languages: a file per language with a line per image, beside a list of
+    the images' names; or Crossmodal-3600's `captions.jsonl`, whose first caption counts.
 
     The images are in `images/`, `val2014/` or the folder itself.
     """
@@ -100,7 +100,7 @@ def _lines_of(folder: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
     index = next((path for path in files if path.name in _INDICES), None)
     if index is None:
         raise InputError(
-            f"{folder} has neither {_CROSSMODAL} nor a list of images, {' or '.join(_INDICES)}."
+            f"{folder} needs {_CROSSMODAL} or a list of images, {' or '.join(_INDICES)}."
         )
     marked = [path for path in files if path.name.startswith(_XTD10)]
     names = _lines(index)
@@ -108,7 +108,7 @@ def _lines_of(folder: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
     for path in marked or [path for path in files if path != index]:
         lines = _lines(path)
         if len(lines) != len(names):
-            raise InputError(f"{path} has {len(lines)} lines, but {index} {len(names)} images.")
+            raise InputError(f"{path} has {len(lines)} lines, but {index} has {len(names)} images.")
         for row, line in zip(captions, lines, strict=True):
             if line:
                 row[path.stem.removeprefix(_XTD10)] = [line]
@@ -116,7 +116,7 @@ def _lines_of(folder: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:
 
 
 def _lines(path: AnyPath) -> list[str]:
-    """Lines that end where a file says so: captions may have Unicode's other separators."""
+    """Split lines at newlines alone: captions may contain Unicode's other separators."""
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
@@ -124,14 +124,14 @@ def _chosen(name: str, known: Sequence[str], wanted: Sequence[str]) -> list[str]
     chosen = [code for code in known if code in wanted or not wanted]
     if not chosen:
         raise InputError(
-            f"{name} has captions in {', '.join(known) or 'no language'}; choose others by "
+            f"{name} has captions in {', '.join(known) or 'no language'}; choose from these with "
             "--languages."
         )
     return chosen
 
 
 def average(by_language: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Name each language's numbers, and before them their means: `mean/METRIC`, `de/METRIC`."""
+    """Return the means over languages, `mean/METRIC`, then each language's metrics, `de/METRIC`."""
     each = {f"{code}/{m}": x for code, row in by_language.items() for m, x in row.items()}
     metrics = dict.fromkeys(metric for row in by_language.values() for metric in row)
     means = {

@@ -1,11 +1,11 @@
-"""What labels add to frozen features: linear probe, few-shot probes, nearest neighbours.
+"""Classify with frozen features and labels: linear probe, few-shot probes, nearest neighbours.
 
-CLIP paper, section 3.2 and appendix A.3. All need a training split; where there is no validation
-split, a fifth of the training images is held out to choose λ, and trained on afterwards.
+CLIP paper, section 3.2 and appendix A.3. All need a training split. Without a validation split, a
+fifth of the training images is held out to choose λ; the final fit includes it.
 
 Logistic regression minimises  Σ cross-entropy + λ/2 ‖W‖²  with an unpenalised intercept, which is
 scikit-learn's objective at C = 1/λ. The same problem is solved in better coordinates: features are
-centred and turned onto their principal axes, which changes neither objective nor optimum, and each
+centred and rotated onto their principal axes, which changes neither objective nor optimum, and each
 axis is scaled by the curvature expected there, so that L-BFGS needs tens of steps, not hundreds.
 """
 
@@ -32,19 +32,18 @@ from clip_jax.models.images import Images
 
 SHOTS = (1, 2, 4, 8, 16)  # figure 6 of the paper
 LAMBDAS = np.logspace(-6, 6, 96).tolist()  # the paper's grid
-_COARSE_STEP = 16  # of the grid's indices, in the first round of the search
-_CHECK_EVERY = 8  # L-BFGS steps between looks at the objective
-_HELD_OUT = 5  # one in so many, of a training set without a validation split
+_COARSE_STEP = 16  # in indices of the grid, in the first round of the search
+_CHECK_EVERY = 8  # L-BFGS steps between tests for convergence
+_HELD_OUT = 5  # one in five images, of a training set without a validation split
 
 Part = tuple[Float[np.ndarray, "_B _D"], Int[np.ndarray, " _B"]]  # features and labels
 
 
 def probe(splits: Splits, seed: int = 0) -> Outcome:
-    """Fit a linear probe with the λ that the validation images choose, and measure it on the test
-    split.
+    """Fit a linear probe, with λ chosen on validation images, and measure it on the test split.
 
-    `seed` decides which training images stand in for a validation split. Missing where there is no
-    training split; raises InputError where splits have other classes.
+    `seed` selects the training images that replace a missing validation split. Raises Missing
+    without a training split, and InputError for splits with different classes.
     """
     train, validation, (features, labels), classes = _examples(splits, seed)
     mesh = splits.encoder.mesh
@@ -55,9 +54,9 @@ def probe(splits: Splits, seed: int = 0) -> Outcome:
 
 
 def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Outcome:
-    """Fit probes to k images of each class; `few_shot/{k}` are left out where a class has fewer.
+    """Fit probes to k images per class; a k that exceeds the images of some class is left out.
 
-    `seed` also decides which images these are; Missing and InputError as for `probe`.
+    `seed` also selects these images. Raises as `probe` does.
     """
     (features, labels), validation, test, classes = _examples(splits, seed)
     mesh, values = splits.encoder.mesh, {}
@@ -75,8 +74,7 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 
 
 def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
-    """Label test images by the vote of the k nearest training images; Missing and InputError as for
-    `probe`."""
+    """Classify test images by the vote of the k nearest training images; raises as `probe` does."""
     train, validation, test, _ = _examples(splits, seed)
     known = _joined(train, validation)
     votes = nearest_neighbours(known, test[0], splits.encoder.mesh, k=min(k, len(known[1])))
@@ -84,21 +82,21 @@ def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
 
 
 def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
-    """Return the training, validation and test splits, and how many classes they have."""
+    """Return the training, validation and test splits, and the number of classes."""
     test_data, train_data = splits.open("test"), splits.open("train")
     if not isinstance(test_data, Labelled) or not isinstance(train_data, Labelled):
-        raise Missing("probes are for images of one class each.")
+        raise Missing("probes and neighbours need images with one class each.")
     classes = len(test_data.names)
     if list(test_data.names) != list(train_data.names):
         raise InputError(
-            f"{splits.name}: train has {len(train_data.names)} classes, test {classes}"
-            ", and their names or order differ; both splits need the same folders."
+            f"{splits.name}: train has {len(train_data.names)} classes and test has {classes}, and "
+            "their names or order differ; use the same folders in both splits."
         )
     train, test = _part(splits, "train"), _part(splits, "test")
     if len(np.unique(train[1])) < 2:
         raise InputError(
-            f"{splits.name}: all training images that were read are of one class, of {classes}; "
-            "probes and neighbours need two classes at least (--images may be too few)."
+            f"{splits.name}: all training images that could be read have one class, of {classes}; "
+            "probes and neighbours need at least two. Raise --images, or add training images."
         )
     try:
         validation = _part(splits, "validation")
@@ -119,10 +117,10 @@ def _joined(first: Part, second: Part) -> Part:
 
 
 def hold_out(labels: Int[np.ndarray, " B"], rng: np.random.Generator) -> Int[np.ndarray, " rows"]:
-    """Choose a fifth of the images, one at least, of no class the last; none, if none can."""
+    """Choose a fifth of the images, at least one if possible, but never all of a class."""
     order = rng.permutation(len(labels))
     _, last = np.unique(labels[order][::-1], return_index=True)
-    spare = np.delete(order, len(order) - 1 - last)  # without one of each class, the last in order
+    spare = np.delete(order, len(order) - 1 - last)  # without the last image of each class
     return spare[: max(len(order) // _HELD_OUT, 1)]
 
 
@@ -133,7 +131,7 @@ class Probe:
     weights: Float[np.ndarray, "D classes"]
     bias: Float[np.ndarray, " classes"]
     objective: float  # Σ cross-entropy + λ/2 ‖W‖² on the training data
-    steps: int  # of L-BFGS
+    steps: int  # L-BFGS steps taken
 
     def logits(self, features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B classes"]:
         return features @ self.weights + self.bias
@@ -143,7 +141,7 @@ class Probe:
 
 
 class Problem:
-    """One training set on the mesh; `fit` solves it for any λ, going on from the last solution."""
+    """A training set on the mesh; `fit` solves it for any λ, starting from the last solution."""
 
     def __init__(
         self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], mesh: Mesh,
@@ -167,9 +165,9 @@ class Problem:
         self._start = np.zeros((features.shape[1] + 1, self._classes), np.float32)
 
     def fit(self, strength: float, *, max_steps: int = 1_000, tolerance: float = 2e-7) -> Probe:
-        """Solve for λ = `strength`, until eight steps lower the objective by less than
-        `tolerance` of itself: three of float32's own steps. A slow problem (λ of 1e-3 on digits)
-        that stopped at 1e-6 was 1e-5 above its optimum, at 2e-7 it is 3e-6."""
+        """Solve for λ = `strength`, until eight steps lower the objective by less than `tolerance`,
+        relative to it. 2e-7 is three float32 roundings: a slow problem (λ = 1e-3 on digits) ends
+        3e-6 above its optimum, and with 1e-6 it ended 1e-5 above."""
         scale = np.append((self._curvature + strength) / self._count, 1 / self._classes) ** -0.5
         scale = jax.device_put(scale[:, None].astype(np.float32), self._replicated)
         start = jax.device_put(self._start, self._replicated)
@@ -213,7 +211,7 @@ def _solve(
         x, state, before, count, _ = carry
         value, grad = value_and_grad(x, state=state)
         updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=objective)
-        # Progress since the last look; looks are rare, since a single step may stand still.
+        # Progress since the last test; tests are rare, since a single step may make none.
         looking = count % _CHECK_EVERY == 0
         going = ~looking | (before - value > tolerance * jnp.abs(value))
         before = jnp.where(looking, value, before)
@@ -231,15 +229,15 @@ def search(
     train: Part, validation: Part, mesh: Mesh, *, lambdas: Sequence[float] = LAMBDAS,
     classes: int | None = None,
 ) -> float:  # fmt: skip
-    """Return the λ with the best validation accuracy: a coarse grid, then finer around its peak.
+    """Return the λ with the best validation accuracy: search a coarse grid, then finer ones.
 
-    Equal accuracies go to the larger λ, the simpler model. Large λ come first in each round, since
-    the solution of one is the next one's start.
+    Of equal accuracies the larger λ, the simpler model, wins. Each round begins with large λ, whose
+    problems are easy, since each solution is the start of the next.
     """
     if not len(validation[1]):
         raise Missing(
-            "λ is chosen by validation images, and no training image can be spared for them; add "
-            "images, or a validation split."
+            "choosing λ needs validation images, and no training image can be spared for them; add "
+            "training images or a validation split."
         )
     problem = Problem(*train, mesh, classes=classes)
     accuracies: dict[int, float] = {}
@@ -258,7 +256,7 @@ def search(
 def few_per_class(
     labels: Int[np.ndarray, " B"], k: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " some"]:
-    """Draw the indices of k samples of each class, or of all where there are fewer."""
+    """Draw the indices of k samples of each class, or of all if it has fewer."""
     order = rng.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     classes = np.split(by_class, np.cumsum(np.bincount(labels)))
@@ -269,7 +267,7 @@ def nearest_neighbours(
     train: Part, test_features: Float[np.ndarray, "T D"], mesh: Mesh, *, k: int = 20,
     batch_size: int = 1_024,
 ) -> Int[np.ndarray, " T"]:  # fmt: skip
-    """Label each test row by the vote of its k nearest training rows in cosine similarity.
+    """Classify each test row by the vote of its k nearest training rows in cosine similarity.
 
     Equal votes go to the smallest label, as in scikit-learn.
     """

@@ -1,4 +1,4 @@
-"""Pictures that let a person see what the model sees and says."""
+"""Draw images with predictions, and similarity matrices."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from jaxtyping import Float, UInt8
 from clip_jax.display import plain
 from clip_jax.storage.files import AnyPath, write_whole
 
-TILE = 1.42  # inches of an image on a sheet, 1.5 with the space beside it
-LINE = 22  # bold letters that fit below
+TILE = 1.42  # width of an image on a sheet in inches; 1.5 with the gap
+LINE = 22  # bold letters that fit below an image
 
 
 def save(figure: Any, path: AnyPath, **options: Any) -> None:
-    """Write a figure to disk or a bucket, as PNG unless its name ends otherwise."""
+    """Write a figure to disk or a bucket, in the format of the path's suffix; without one, PNG."""
     kind = path.suffix[1:] or "png"
     write_whole(path, lambda file: figure.savefig(file, format=kind, **options))
 
@@ -29,7 +29,7 @@ def contact_sheet(
     columns: int = 8,
     title: str = "",
 ) -> None:
-    """Draw images in a grid, each above its lines of text, of which long ones keep their ends.
+    """Draw images in a grid, each above its lines of text; long lines are shortened in the middle.
 
     With `right` the first line is the answer: bold, and red where it is wrong.
     """
@@ -37,7 +37,7 @@ def contact_sheet(
 
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    space = 0.1 + 0.2 * max(map(len, lines))  # for the texts, which no layout may squeeze
+    space = 0.1 + 0.2 * max(map(len, lines))  # for the texts, which automatic layout would squeeze
     top = 0.4 if title else 0.1
     width, height = 1.5 * columns, (TILE + space) * rows + top
     figure = Figure((width, height), dpi=100)
@@ -60,7 +60,7 @@ def contact_sheet(
                 fontsize=7, color="tab:red" if wrong else "black",
                 fontweight="bold" if j == 0 and right is not None else "normal",
             )  # fmt: skip
-    save(figure, path, bbox_inches="tight")  # texts stand outside the axes
+    save(figure, path, bbox_inches="tight")  # texts are outside the axes
 
 
 def similarity_matrix(
@@ -85,7 +85,7 @@ def similarity_matrix(
     cells = axis.imshow(similarity, cmap="viridis")
     middle = similarity.min() + 0.6 * np.ptp(similarity)
     for (row, column), value in np.ndenumerate(similarity):
-        color = "white" if value < middle else "black"  # viridis begins dark
+        color = "white" if value < middle else "black"  # viridis is dark at low values
         text = f"{value:.2f}".replace("0.", ".")
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     for column, image in enumerate(images):
@@ -104,7 +104,7 @@ def similarity_matrix(
 def with_probabilities(
     logits: Float[np.ndarray, " classes"], names: Sequence[str], top: int = 3
 ) -> list[str]:
-    """Write the nearest names with their softmax over all names (of any model), the best first."""
+    """Format the nearest names with their softmax over all names, the best first."""
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     best = np.argsort(-probabilities)[:top]

@@ -1,5 +1,5 @@
-"""A data set's splits on the whole mesh: each process decodes its own part of every batch, and what
-the model computes of them is on every process."""
+"""Run a model over a data set's splits: each process decodes its shard of every batch, and the
+results are on every process."""
 
 import functools
 import itertools
@@ -22,25 +22,25 @@ from clip_jax.evals.datasets import Data, OpenSplit, Split, spread
 from clip_jax.evals.evaluator import Encoder, compiled, embed_images
 from clip_jax.models.images import Images, num_bytes, write_row, zeros
 
-# Images of a process at a time. Of 1,024, each new array of 150 MB cost 0.4 ms of a core an image,
-# in pages, beside 2 ms of decoding.
+# Maximum number of images per process and batch. With 1,024, page faults of the new 150 MB arrays
+# cost 0.4 ms per image, on top of 2 ms for decoding.
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """One process's rows of a batch. A row without an answer is zeros: padding, or unreadable."""
+    """One process's rows of a batch. Rows without an answer, padding or unreadable, are zeros."""
 
     images: Images
-    answers: dict[int, Any]  # by position in the data set: a class, truths, captions
-    skipped: dict[int, str]  # why
+    answers: dict[int, Any]  # by index in the data set: a class, tags or captions
+    skipped: dict[int, str]  # reasons, by index in the data set
 
 
 def read_batches(data: Data, preprocess: Preprocess, mesh: Mesh) -> Iterator[LocalBatch]:
-    """Read a data set's images in order, decoded in threads one batch ahead of need.
+    """Read a data set's images in order; threads decode one batch ahead.
 
-    All processes take the same number of batches; a global batch is a multiple of the mesh's
-    batch shards, and its row `i` is the data set's image `start + i`.
+    All processes yield the same number of batches. A global batch is a multiple of the mesh's batch
+    shards, and its row `i` is image `start + i` of the data set.
     """
     shards, (process, count) = sharding.batch_shards(mesh), sharding.data_part(mesh)
     rows = -(-min(_BATCH * count, data.count) // shards) * shards // count  # of this process
@@ -66,15 +66,15 @@ def read_batches(data: Data, preprocess: Preprocess, mesh: Mesh) -> Iterator[Loc
 
 
 class ImageCache:
-    """Decoded images in host memory between evaluations: whole data sets, up to a budget."""
+    """Keeps decoded images in host memory between evaluations: complete splits, up to a budget."""
 
     def __init__(self, budget: int) -> None:
-        """`budget` in bytes of this process."""
+        """`budget` is in bytes, for this process."""
         self._free = budget
         self._stored: dict[Any, list[LocalBatch]] = {}
 
     def read(self, key: Any, batches: Iterable[LocalBatch]) -> Iterator[LocalBatch]:
-        """Yield the batches, or those that were stored under this key."""
+        """Yield the batches stored under this key, or else these, and store them if they fit."""
         if key in self._stored:
             yield from self._stored[key]
             return
@@ -94,12 +94,12 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The images of a data set that could be read, in order."""
+    """Embeddings and answers of the images that could be read, in order."""
 
-    features: Shaped[np.ndarray, "B ..."]  # or what else was computed of each
-    indices: Int[np.ndarray, " B"]  # in the data set
-    answers: list  # what belongs to each: a class, truths, captions
-    skipped: list[str]  # images that cannot be read, and why
+    features: Shaped[np.ndarray, "B ..."]  # or another result of the model for each image
+    indices: Int[np.ndarray, " B"]  # of the images in the data set
+    answers: list  # for each image: a class, tags or captions
+    skipped: list[str]  # images that could not be read, with the reason
 
     @functools.cached_property
     def labels(self) -> Int[np.ndarray, "B ..."]:
@@ -108,7 +108,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of one task on one data set: numbers by name, and for a classification more."""
+    """Results of one task on one data set: metrics, and details of a classification."""
 
     task: str  # CLIP_benchmark's name
     values: dict[str, float]
@@ -117,26 +117,28 @@ class Outcome:
     logits: Float[np.ndarray, "B classes"] | None = None  # cosine × logit scale
     labels: Int[np.ndarray, " B"] | None = None
     indices: Int[np.ndarray, " B"] | None = None
-    of_template: dict[str, float] = field(default_factory=dict)  # top-1 of each alone
+    of_template: dict[str, float] = field(
+        default_factory=dict
+    )  # top-1 accuracy of each template alone
     by_language: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Splits:
-    """A data set's splits, each opened and embedded when first asked for, once for all tasks."""
+    """A data set's splits, each opened and embedded at first use, once for all tasks."""
 
     def __init__(
         self, name: str, open_split: OpenSplit, encoder: Encoder, *, most: int | None = None,
         cache: ImageCache | None = None, templates: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        """`most` is how many images of a split are read, spread over its classes; `cache` has those
-        decoded before; `templates` are used instead of the data set's own."""
+        """`most` limits the images per split, spread over its classes; `cache` has images decoded
+        before; `templates` replace the data set's own."""
 
         def opened(split: Split) -> Data:
             data = open_split(split)
             if not data.count:
                 raise InputError(f"{name}: no images with a class or caption in its {split} split.")
             if templates and isinstance(data, datasets.Translated) and data.names:
-                raise InputError("--templates are of one language, these classes of several.")
+                raise InputError("remove --templates: these classes have names in many languages.")
             if templates and isinstance(data, datasets.Labelled | datasets.Tagged):
                 data = replace(data, templates=templates)
             return data if most is None else spread(data, most)
@@ -151,11 +153,11 @@ class Splits:
     def compute(
         self, split: Split, function: Callable[..., Array], *more: Any, **options: Any
     ) -> Embedded:
-        """Run a function as of `compiled` over all images of a split that can be read, on every
-        process alike, and keep what belongs to each image.
+        """Run a function that `compiled` takes over all readable images of a split; return its
+        results with each image's answer, on every process.
 
-        `more` are arrays that the function takes after the pixels. A terminal sees the progress.
-        Missing, if the split is not on disk; raises InputError where no image can be read.
+        `more` are further arrays that the function takes after the images. A terminal shows the
+        progress. Raises Missing if the split is not on disk, InputError if no image can be read.
         """
         encoder = self.encoder
         run, data = compiled(function, encoder.model, encoder.mesh, **options), self.open(split)
@@ -184,7 +186,7 @@ class Splits:
 
 
 def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:
-    """Bring together what each process knows of its images, in the order of the data set."""
+    """Merge what each process knows of its images, in the order of the data set."""
     rows = [[(i, np.asarray(x).tolist()) for i, x in one.items()] for one in known]
     every = processes.gather(rows)
     return [dict(sorted(map(tuple, itertools.chain(*parts)))) for parts in zip(*every, strict=True)]

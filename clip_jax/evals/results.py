@@ -1,4 +1,4 @@
-"""Results on data sets, for people and other programs: CLIP_benchmark's CSV, Markdown, pictures."""
+"""Results on data sets, as CLIP_benchmark's CSV, Markdown tables and pictures."""
 
 import csv
 import io
@@ -20,13 +20,13 @@ COLUMNS = (
     "mean_average_precision", "image_retrieval_recall@5", "text_retrieval_recall@5",
     "model_fullname", "language",
 )  # fmt: skip
-_WORST = 12  # classes of the confusion matrix
+_WORST = 12  # number of rows of the confusion matrix
 
-Outcomes = Sequence[tuple[str, Outcome]]  # with the data set's name, in the order of the report
+Outcomes = Sequence[tuple[str, Outcome]]  # (data set, outcome) in the order of the report
 
 
 def main_metric(name: str, outcome: Outcome) -> str:
-    """Return the metric by which the CLIP paper reports a data set; of a probe likewise."""
+    """Return the metric by which the CLIP paper reports a data set, also for probes."""
     wanted = ROWS[name].metric if name in ROWS else ""
     usual = (x for x in outcome.values if x.endswith(("acc1", "image_retrieval_recall@5")))
     names = (wanted, f"linear_probe/{wanted}", *usual, *outcome.values)
@@ -55,8 +55,8 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def to_markdown(outcomes: Outcomes, model: str) -> str:
-    """Write the main metric of each data set, and beside a zero-shot one what OpenAI's models reach
-    as open_clip measured it. VOC2007 has no number there: its table has the cut-out objects."""
+    """Write the main metric of each data set and, for zero-shot tasks, that of OpenAI's models as
+    open_clip measured it: not for VOC2007, which it measured on cropped objects."""
     models = [model, *(f"OpenAI {x}" for x in OPENAI_MODELS)]
     rows = [("data set", "metric", *models), ("---",) * (2 + len(models))]
     for name, outcome in outcomes:
@@ -69,14 +69,14 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
 
 
 def to_table(values: Mapping[str, float]) -> str:
-    """Draw names and numbers for a terminal."""
+    """Format names and numbers for a terminal."""
     width = max(map(len, values), default=0)
     return "\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items())
 
 
 def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
-    """Write `results.csv`, `results.md`, and of each data set with several templates the accuracy
-    of each alone, the best first, in `NAME/templates.csv`."""
+    """Write `results.csv`, `results.md` and, for data sets with several templates, the accuracy of
+    each template alone, the best first, as `NAME/templates.csv`."""
     write_whole(directory / "results.csv", to_csv(outcomes, model))
     write_whole(directory / "results.md", to_markdown(outcomes, model))
     for name, outcome in outcomes:
@@ -86,7 +86,7 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
 
 
 def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
-    """Show a classification: `classes.csv`, the worst first, `confusion.png`, `errors.png`."""
+    """Write a classification's `classes.csv` (worst first), `confusion.png` and `errors.png`."""
     from matplotlib.figure import Figure
 
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
@@ -99,7 +99,7 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     by_class = [(names[present[i]], accuracy[i]) for i in order]
     write_whole(directory / "classes.csv", _csv(("class", "acc1"), by_class))
 
-    # The worst classes against what they are taken for.
+    # The worst classes (rows) and the classes predicted for their images (columns).
     worst = present[order[:_WORST]]
     columns = np.union1d(worst, predicted[np.isin(labels, worst)])
     counts = np.array([[((labels == r) & (predicted == c)).sum() for c in columns] for r in worst])
@@ -116,14 +116,14 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
                       color="white" if dark else "black")  # fmt: skip
     axis.set_xticks(range(len(columns)), [drawn[c] for c in columns], rotation=90, fontsize=7)
     axis.set_yticks(range(len(worst)), [drawn[c] for c in worst], fontsize=7)
-    axis.set(xlabel="taken for", ylabel="is", title="The worst classes")
+    axis.set(xlabel="predicted", ylabel="true class", title="The worst classes")
     save(figure, directory / "confusion.png")
 
     wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # from all over: data sets lie class by class
+    wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # evenly spaced: data sets are sorted by class
     if len(wrong):
         pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
-        lines = [[*with_probabilities(outcome.logits[i], names), f"is: {names[labels[i]]}"]
+        lines = [[*with_probabilities(outcome.logits[i], names), f"true: {names[labels[i]]}"]
                  for i in wrong]  # fmt: skip
         contact_sheet(directory / "errors.png", pictures, lines, right=[False] * len(wrong),
-                      title="Errors: three nearest classes (softmax), right one")  # fmt: skip
+                      title="Errors: three nearest classes (softmax), true class")  # fmt: skip

@@ -1,8 +1,8 @@
-"""Retrieval both ways (CLIP paper, table 13): recall@k and median rank.
+"""Image and text retrieval (CLIP paper, table 13): recall@k and median rank.
 
-The rank of a query is 1 plus the number of wrong candidates that are at least as similar as its
-best right one, so ties count against the model: features that are all the same retrieve nothing.
-The similarity matrix is computed in blocks of queries, once for each direction.
+The rank of a query is 1 plus the number of wrong candidates at least as similar as its best right
+one. So ties count against the model: embeddings that are all equal retrieve nothing. The similarity
+matrix is computed in blocks of queries, once per direction.
 """
 
 import jax
@@ -15,7 +15,7 @@ from clip_jax import sharding
 from clip_jax.errors import InputError
 
 RECALL_AT = (1, 5, 10)
-_ROWS = 512  # queries of a block on each batch shard
+_ROWS = 512  # queries per block and batch shard
 
 
 def retrieval(
@@ -26,8 +26,8 @@ def retrieval(
 ) -> dict[str, float]:
     """Return recall@1, 5 and 10 and the median rank, text → image and image → text.
 
-    `image_retrieval_*` asks with a text for its image, `text_retrieval_*` with an image for any of
-    its captions: CLIP_benchmark's names.
+    In CLIP_benchmark's names, `image_retrieval_*` finds the image of a text, and `text_retrieval_*`
+    any caption of an image.
     """
     by_text, by_image = ranks(image_features, text_features, image_of_text, mesh)
     values = {}
@@ -50,7 +50,7 @@ def ranks(
     num_images = len(image_features)
     captioned = np.bincount(image_of_text, minlength=num_images)
     if not captioned.all():
-        raise InputError(f"image {np.argmin(captioned)} has no caption; leave such images out.")
+        raise InputError(f"image {np.argmin(captioned)} has no caption; remove images without one.")
     captions = np.full((num_images, captioned.max()), -1, np.int32)
     order = np.argsort(image_of_text, kind="stable")
     captions[image_of_text[order], np.concatenate([np.arange(n) for n in captioned])] = order
@@ -67,7 +67,7 @@ def _ranks(
     right: Int[np.ndarray, "Q K"],
     mesh: Mesh,
 ) -> Int[np.ndarray, " Q"]:
-    """`right` has the indices of each query's right candidates, filled up with −1."""
+    """`right` holds the indices of each query's right candidates, padded with −1."""
     rank = jax.jit(_rank, out_shardings=sharding.replicated(mesh))
     known = jax.device_put(candidates, sharding.replicated(mesh))
     rows = _ROWS * sharding.batch_shards(mesh)

@@ -1,4 +1,4 @@
-"""Data sets as an evaluator, the CLIP paper's and anybody's own: in training and afterwards."""
+"""Evaluate tasks on data sets, the CLIP paper's or one's own, in training and afterwards."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,37 +21,39 @@ Task = Literal["zero-shot", "captions", "likelihood", "probe", "few-shot", "neig
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
-    """What is measured, and on what."""
+    """Data sets and tasks of an evaluation."""
 
-    # Data sets: names of the CLIP paper's; in many languages babel_imagenet, xtd10, xtd200,
-    # flickr30k-200, crossmodal3600; or your own, as folder:PATH (one folder per class, optionally
-    # below train/, val/ and test/), webdataset:PATH (CLIP_benchmark's tars), languages:PATH
-    # (captions in several languages). Empty: the CLIP paper's.
+    # Data sets to evaluate: names from the CLIP paper; aro_relation, aro_attribution, sugar_crepe;
+    # the multilingual babel_imagenet, xtd10, xtd200, flickr30k-200, crossmodal3600; or your own, as
+    # folder:PATH (one folder per class, optionally below train/, val/ and test/), webdataset:PATH
+    # (tars in CLIP_benchmark's layout) or languages:PATH (captions in several languages). Empty:
+    # all that are in data_dir, but for multilingual ones.
     dataset: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()  # Languages by the data set's own codes. Empty: all.
-    data_dir: str = "data"  # Folder of the named data sets, local or in a bucket.
-    # Tasks. zero-shot: classify by class names, or retrieve. captions: BLEU and CIDEr of what a
-    # decoder writes. likelihood: classify by how probable a decoder finds each class's first
-    # prompt. probe: logistic regression on features. few-shot: the same on --shots of each class.
-    # neighbours: the vote of the nearest images. The last three need a training split.
+    languages: tuple[str, ...] = ()  # Language codes, as the data set writes them. Empty: all.
+    data_dir: str = "data"  # Folder of the named data sets: a path or a bucket's URL.
+    # Tasks to run. zero-shot: classify by class names, or retrieve. captions: BLEU and CIDEr of
+    # generated captions. likelihood: classify by a decoder's probability of each class's first
+    # prompt. probe: logistic regression on features. few-shot: the same on --shots images per
+    # class. neighbours: vote of the nearest training images. The last three need a training split.
     tasks: tuple[Task, ...] = ("zero-shot",)
-    templates: Path | None = None  # File with one prompt template per line, {c} for the class name.
-    images: int | None = None  # Images of each split, spread over its classes. None: all.
-    shots: tuple[int, ...] = linear_probe.SHOTS  # Training images of each class, for few-shot.
-    neighbours: int = 20  # Number of nearest training images that vote.
+    # File with one prompt template per line, {c} for the class name. None: published templates.
+    templates: Path | None = None
+    images: int | None = None  # Maximum number of images per split, spread over classes. None: all.
+    shots: tuple[int, ...] = linear_probe.SHOTS  # Training images per class in the few-shot task.
+    neighbours: int = 20  # Number of training images that vote in the neighbours task.
     generation: GenerationConfig = GenerationConfig()  # How captions are generated.
-    # Random seed of few-shot samples, and of validation images where a data set has none.
+    # Random seed for few-shot samples, and for validation images of data sets without such a split.
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise InputError("tasks is empty; name one at least, such as zero-shot.")
+            raise InputError("tasks is empty; set it to at least one task, such as zero-shot.")
         check_ranges(
             self, images="[1, inf)", shots="[1, inf)", neighbours="[1, inf)", seed="[0, inf)"
         )
 
 
-# Each on the splits of one data set; Missing says what it lacks.
+# Each runs on the splits of one data set, or raises Missing for data that it lacks.
 TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
     "zero-shot": lambda s, _: zero_shot(s.open("test"), s.embedded("test"), s.encoder),
     "captions": lambda s, config: captioning.describe(s, config.generation),
@@ -64,10 +66,10 @@ TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteEvalConfig(SuiteConfig):
-    """The same while training: `clip-jax evaluate` of the run gives the same numbers."""
+    """Data sets and tasks evaluated in training, with the same results as `clip-jax evaluate`."""
 
-    missing: Literal["error", "skip"] = "error"  # What a data set that is not on disk leads to.
-    memory_mib: int = 4_096  # MiB of decoded images that each process keeps between evaluations.
+    missing: Literal["error", "skip"] = "error"  # How to treat data sets that are not on disk.
+    memory_mib: int = 4_096  # MiB per process for decoded images kept between evaluations.
     every_steps: int = 5_000  # Steps between evaluations; the last step is always evaluated.
 
     def __post_init__(self) -> None:
@@ -81,24 +83,25 @@ class SuiteEvalConfig(SuiteConfig):
 
 
 class SuiteEvaluator:
-    """Yields `DATASET/METRIC`, CLIP_benchmark's names of both; writes `results.csv`, `results.md`
-    and pictures of each data set."""
+    """Yields `DATASET/METRIC` by CLIP_benchmark's names; writes `results.csv`, `results.md` and
+    pictures of each data set."""
 
     def __init__(
         self, config: SuiteConfig, opened: Mapping[str, OpenSplit], every_steps: int = 1,
         memory: int = 0,
     ) -> None:  # fmt: skip
-        """`opened` gives a data set's splits by its name (see `data_sets`); `memory` is how many
-        bytes of decoded images each process keeps."""
+        """`opened` opens each data set's splits, by name (see `data_sets`); `memory` limits the
+        decoded images that each process keeps, in bytes."""
         self.every_steps, self._config, self._opened = every_steps, config, opened
         self.names = tuple(opened)
         self._cache = ImageCache(memory)
         self._templates = prompts.read_templates(config.templates) if config.templates else None
 
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
-        """Do all tasks on all data sets that allow them, and write tables after each data set.
+        """Run all tasks on all data sets that support them; write tables after each data set.
 
-        A data set that cannot be read is named and left out; InputError where it is the only one.
+        A data set that cannot be read is reported and left out; if it is the only one, its
+        InputError is raised.
         """
         outcomes: list[tuple[str, Outcome]] = []
         for name, open_split in self._opened.items():
@@ -124,7 +127,7 @@ class SuiteEvaluator:
 
 
 def _outcomes(splits: Splits, config: SuiteConfig) -> Iterator[Outcome]:
-    """Run the tasks on one data set; say which it has no data for, and what could not be read."""
+    """Run the tasks on one data set; report tasks without data and images that cannot be read."""
     for name, task in TASKS.items():
         if name not in config.tasks:
             continue
@@ -136,6 +139,6 @@ def _outcomes(splits: Splits, config: SuiteConfig) -> Iterator[Outcome]:
         for line in outcome.skipped[:3]:
             say(f"{splits.name}: {line}")
         if len(outcome.skipped) > 3:
-            say(f"{splits.name}: {len(outcome.skipped)} images in all could not be read")
+            say(f"{splits.name}: {len(outcome.skipped)} images in total could not be read")
         if outcome.values:
             yield outcome

@@ -1,6 +1,6 @@
-"""Zero-shot tasks: what each kind of data set is for, without training.
+"""Zero-shot tasks for each kind of data set.
 
-Classification (CLIP paper, 3.1): the nearest averaged prompt embedding wins.
+Classification (CLIP paper, section 3.1) predicts the class with the nearest mean prompt embedding.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from clip_jax.evals.retrieval import retrieval
 
 
 def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
-    """Do without training what the data set is for: classify, tag, retrieve, or tell apart."""
+    """Run the zero-shot task of a data set: classify, tag, retrieve, or choose a caption."""
     match data:
         case Labelled():
             return classify(data, images, encoder)
@@ -39,7 +39,7 @@ def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
 def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     """Classify every image by class names × templates, averaged in embedding space.
 
-    With several templates also each template alone: mean, spread, gain of the ensemble.
+    With several templates, also measure each alone: mean, spread and the ensemble's gain.
     """
     labels = images.labels
     texts = encoder.classes(data.templates, data.names)
@@ -56,7 +56,7 @@ def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
 
 
 def tag(data: Tagged, images: Embedded, encoder: Encoder) -> Outcome:
-    """Rank all images for each class: mean average precision, CLIP_benchmark's and VOC2007's."""
+    """Rank all images for each class: mean average precision as in CLIP_benchmark and VOC2007."""
     texts = prompts.ensemble(encoder.classes(data.templates, data.names))
     values = multi_label(images.features @ texts.T, images.labels)
     return Outcome("zeroshot_classification", values, images.skipped)
@@ -71,7 +71,7 @@ def retrieve(images: Embedded, encoder: Encoder) -> Outcome:
 
 
 def contrast(data: Contrasted, images: Embedded, encoder: Encoder) -> Outcome:
-    """Count how often the right caption is nearer to its image than the wrong one; ties lose."""
+    """Count how often the right caption is closer to its image than the wrong one; ties lose."""
     texts = encoder.texts([text for pair in images.answers for text in pair])
     own, other = ((images.features * x).sum(axis=1) for x in (texts[::2], texts[1::2]))
     groups = [data.groups[i] for i in images.indices]
@@ -80,9 +80,9 @@ def contrast(data: Contrasted, images: Embedded, encoder: Encoder) -> Outcome:
 
 
 def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
-    """Classify or retrieve in each language, the images being embedded once; and the means.
+    """Classify or retrieve in each language, with images embedded once, and average over languages.
 
-    A language that says nothing of the images read is left out.
+    Languages without an answer for any of the images are left out.
     """
     results: dict[str, dict[str, float]] = {}
     quiet = not processes.is_lead()
@@ -102,7 +102,7 @@ def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
                 results[language] = retrieve(part, encoder).values
             display.add(1)
     if not results:
-        raise InputError("no language says anything of the images that were read.")
+        raise InputError("no language has a class or caption for the images read; raise --images.")
     task = "zeroshot_classification" if data.names else "zeroshot_retrieval"
     return Outcome(task, average(results), images.skipped, by_language=results)
 
@@ -117,7 +117,7 @@ def classifier(encoder: Encoder, texts: Sequence[Sequence[str]]) -> Float[np.nda
 def ranks_of_own(
     logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, " B"]:
-    """Rank each row's own label among its logits, 1 the best; ties count against."""
+    """Rank each row's label among its logits, from 1, the best; ties count against it."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     return (logits >= own).sum(axis=1)
 
@@ -125,7 +125,7 @@ def ranks_of_own(
 def top_k_accuracy(
     logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"], k: int = 1
 ) -> float:
-    """Return the share of rows whose label is among their k largest logits; ties count against."""
+    """Return the share of rows with their label in the k largest logits; ties count against it."""
     return float((ranks_of_own(logits, labels) <= k).mean())
 
 
@@ -134,8 +134,8 @@ def classification(
 ) -> dict[str, float]:
     """Return `acc1`, `acc5` and `mean_per_class_recall`, CLIP_benchmark's names.
 
-    Fewer than five classes have no `acc5`; two have `roc_auc`, by which the CLIP paper reports
-    Hateful Memes. Classes without a sample do not count in the mean.
+    Below five classes there is no `acc5`. For two classes there is `roc_auc`, which the CLIP paper
+    reports for Hateful Memes. Classes without a sample do not count in the mean.
     """
     right = ranks_of_own(logits, labels) == 1
     per_class = np.bincount(labels, right) / np.maximum(np.bincount(labels), 1)
@@ -153,8 +153,8 @@ def classification(
 def average_precisions(
     scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]
 ) -> tuple[float, float]:
-    """Return the mean, over the true samples, of the precision among those ranked as high; and
-    VOC2007's, the mean of the best precision from each recall of 0, 0.1, ..., 1 on.
+    """Return two average precisions: the mean precision at the ranks of the true samples, and
+    VOC2007's mean of the best precision at recall ≥ r, over r = 0, 0.1, ..., 1.
 
     Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", 2010, section 4.2.
     """
@@ -170,8 +170,8 @@ def multi_label(
 ) -> dict[str, float]:
     """Return `mean_average_precision` and VOC2007's, `mean_average_precision_11`, over classes.
 
-    Truth is 1, −1, or 0 for an image that does not count for a class (VOC: only difficult objects).
-    The CLIP paper reports VOC2007 by the latter (table 9).
+    `truth` is 1, −1, or 0 for an image that does not count for a class (VOC: only difficult
+    objects). The CLIP paper reports VOC2007 by the 11-point mean (table 9).
     """
     of_classes = [
         average_precisions(scores[real != 0], real[real != 0] > 0)

@@ -99,11 +99,13 @@ def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():
         evaluations.check_gives("b")  # nobody knows yet
         list(evaluations.run(step, encoder, Path()))
     evaluations.check_gives("info_nce")
-    with pytest.raises(InputError, match=r"'b' is no result of .* which give a/acc1, info_nce\."):
+    with pytest.raises(
+        InputError, match=r"'b' is not a metric of .* which yield a/acc1, info_nce\."
+    ):
         evaluations.check_gives("b")
-    with pytest.raises(InputError, match="which give none"):
+    with pytest.raises(InputError, match="which yield none"):
         Evaluations([], 12).check_gives("b")
     evaluations = Evaluations([Named(2, {"a/acc1": 0.5}, ("a",))], 12)
     evaluations.check_gives("a/acc5")
-    with pytest.raises(InputError, match=r"which give a/\*"):
+    with pytest.raises(InputError, match=r"which yield a/\*"):
         evaluations.check_gives("imagenet1k/acc1")

@@ -41,7 +41,7 @@ def test_more_pairs_than_there_are_would_come_twice_in_one_pool(tmp_path):
 
 
 def test_wrong_values_are_explained():
-    with pytest.raises(ValueError, match="pool=9 must be at most pairs=8"):
+    with pytest.raises(ValueError, match=r"evals\.pool=9 must be at most evals\.pairs=8"):
         PairsEvalConfig(pairs=8, pool=9)
     with pytest.raises(ValueError, match="must be 'center'"):
         PairsEvalConfig(data=DataConfig())

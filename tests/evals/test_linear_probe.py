@@ -128,7 +128,7 @@ def search():
 def test_a_probe_of_one_class_is_refused(encoder):
     one = dataclasses.replace(drawn_digits("train"), count=1)
     splits = Splits("digits", {"train": one, "test": drawn_digits("test")}.__getitem__, encoder)
-    with pytest.raises(InputError, match="are of one class, of 10; probes and"):
+    with pytest.raises(InputError, match="have one class, of 10; probes and"):
         probe.neighbours(splits)
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_probed_is_said(encoder):
         names = data.names if split == "test" else data.names[::-1]
         return Labelled(data.count, data.load, names, data.templates)
 
-    with pytest.raises(ValueError, match="digits: train has 10 classes, test 10, and"):
+    with pytest.raises(ValueError, match="digits: train has 10 classes and test has 10, and"):
         probe.probe(Splits("digits", other_classes, encoder))
 
 

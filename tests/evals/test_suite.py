@@ -99,7 +99,7 @@ def test_the_best_so_far_is_saved_whenever_it_is_and_kept(run):
     assert results[named_step(workdir, "best")] == max(results.values())
     config = from_dict(Config, json.loads((workdir / "config.json").read_text()))
     unknown = dataclasses.replace(config, checkpoint=CheckpointConfig(best="imagenet1k/acc1"))
-    with pytest.raises(InputError, match=r"which give animals/\*"):
+    with pytest.raises(InputError, match=r"which yield animals/\*"):
         train(unknown, workdir.parent / "other")
 
 

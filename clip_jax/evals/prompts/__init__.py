@@ -1,4 +1,4 @@
-"""Class names and templates as published, and how much the phrasing matters.
+"""Published class names and prompt templates, and the sensitivity of accuracy to phrasing.
 
 The data files are CLIP_benchmark's (see NOTICE), ImageNet's names and its 80 templates OpenAI's.
 """
@@ -23,7 +23,7 @@ def _data(file: str) -> Any:
 
 
 def class_names(data_set: str) -> list[str] | None:
-    """Return the published class names in the order of the labels; None where there are none."""
+    """Return the published class names in the order of the labels; None if there are none."""
     return _data("class_names.json").get(data_set)
 
 
@@ -33,17 +33,17 @@ def templates(data_set: str) -> list[str]:
 
 
 def imagenet_wnids() -> list[str]:
-    """Return WordNet's ids of ImageNet's classes, which are the names of its folders, in order."""
+    """Return the WordNet ids of ImageNet's classes in order; its folders have these names."""
     return _data("imagenet_wnids.json")
 
 
 def fill(template: str, name: str) -> str:
-    """Put a class name where the template says `{c}` or `{}`."""
+    """Replace `{c}` or `{}` in a template with a class name."""
     return template.replace("{c}", name).replace("{}", name)
 
 
 def read_text(path: AnyPath) -> str:
-    """Read a file that a person wrote. Raises InputError where it is not there or is no text."""
+    """Read a text file. Raises InputError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -51,13 +51,15 @@ def read_text(path: AnyPath) -> str:
 
 
 def read_templates(path: AnyPath) -> list[str]:
-    """Read one template a line. Raises InputError for a line without `{c}` for the class."""
+    """Read one template per line. Raises InputError for a line without `{c}` for the class."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if "{c}" not in line and "{}" not in line:
-            raise InputError(f"{path}: template {number}, {line!r}, says nowhere {{c}}.")
+            raise InputError(
+                f"{path}: template {number}, {line!r}, needs {{c}} for the class name."
+            )
     if not lines:
-        raise InputError(f"{path} is empty; it needs one template a line, such as {PLAIN_TEMPLATE}")
+        raise InputError(f"{path} is empty; write one template per line: {PLAIN_TEMPLATE}")
     return lines
 
 
@@ -75,7 +77,7 @@ def sensitivity(
     features: Float[np.ndarray, "templates classes E"],
 ) -> tuple[dict[str, float], list[float]]:
     """Return how much the phrasing matters: the mean top-1 accuracy of single templates, best minus
-    worst, the accuracy of all together and what that adds to the mean; and that of each alone."""
+    worst, the accuracy of their ensemble, and its gain over the mean; and the single accuracies."""
 
     def accuracy(weights: Float[np.ndarray, "classes E"]) -> float:
         return float(((image_features @ weights.T).argmax(axis=1) == labels).mean())
