@@ -1,1 +1,1 @@
-"""What a run takes on a pod that you don't have: its step compiled, memory and moves counted."""
+"""Plan a run for a pod that is not at hand: compile its step, count memory and data movement."""

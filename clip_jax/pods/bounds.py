@@ -1,8 +1,8 @@
-"""How long a training step takes at least, and how long the compiler thinks it takes.
+"""Bounds of the time of a training step, and the compiler's estimate of it.
 
-The overlapped bound: all work overlaps, so the longest of compute, memory and links at their peaks.
-The sequential bound: a device takes one operation after the other, each at least as long as its own
-compute or memory. The compiler estimate: its cycles, without collectives.
+The overlapped bound assumes that all work overlaps: it is the longest of compute, memory and links
+at their peaks. The sequential bound assumes that a device runs one operation after the other, each
+bound by its own compute or memory. The compiler estimate adds up cycles, without collectives.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from clip_jax.metrics.chips import Chip
 from clip_jax.pods.work import Work
 
-# Per chip and direction, bytes/s, between slices: Google's pages on v5e and v6e give it per pod of
-# 256 chips (6.4 and 25.6 Tbit/s). Not known of the others.
+# Bytes/s between slices, per chip and direction. Google's pages on v5e and v6e state it per pod of
+# 256 chips (6.4 and 25.6 Tbit/s); for other chips it is not known.
 NETWORK = {"TPU v5e": 3.125e9, "TPU v6e": 12.5e9}
-LIMITS = ("compute", "memory", "interconnect", "network")  # that can all work at once
+LIMITS = ("compute", "memory", "interconnect", "network")  # resources that work at the same time
 
 
-# Of a step or a part of it: `compute`, `memory`, `interconnect` (within a slice or node), `network`
-# (between them), `operations` (one after the other, each its own longer part) and `compiler` (its
-# estimate). None: not known.
+# Seconds of a step or a part of it: `compute`, `memory`, `interconnect` (within a slice or node),
+# `network` (between them), `operations` (run sequentially, each bound by compute or memory) and
+# `compiler` (its estimate). None: not known.
 Seconds = dict[str, float | None]
 
 
 def times(chip: Chip, works: Sequence[Work]) -> Seconds:
-    """Divide work by a device's peaks. Copies beside other operations fill what these leave."""
+    """Divide work by a device's peaks. Asynchronous copies overlap with other operations."""
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     memory = sum(x.times * x.bytes for x in works) / bandwidth
     compute = operations = estimate = None
@@ -45,13 +45,13 @@ def times(chip: Chip, works: Sequence[Work]) -> Seconds:
 def bounds(
     chip: Chip, works: Sequence[Work], interconnect_bytes: int, network_bytes: int
 ) -> Seconds:
-    """Bound a step.
+    """Bound the resources' times in a step.
 
     Args:
-      chip: peaks; `interconnect_bandwidth` is of both directions together, half of it inwards.
-      works: of one JAX device, of which `chip.devices` make a chip.
-      interconnect_bytes: that one device receives within its slice or node.
-      network_bytes: that one device receives from others.
+      chip: its peaks; `interconnect_bandwidth` counts both directions, half of it inwards.
+      works: operations of one JAX device; a chip has `chip.devices` of them.
+      interconnect_bytes: bytes that one device receives within its slice or node.
+      network_bytes: bytes that one device receives from other slices or nodes.
     """
     inwards = chip.interconnect_bandwidth and chip.interconnect_bandwidth / 2 / chip.devices
     network = NETWORK.get(chip.name)
@@ -62,7 +62,7 @@ def bounds(
 
 
 def step_seconds(seconds: Seconds) -> Seconds:
-    """Return the two bounds and the estimate of a step, by the names that `plan --json` has."""
+    """Return the two bounds and the estimate of a step, by their names in `plan --json`."""
     overlapped = max(seconds[name] or 0.0 for name in LIMITS)
     operations = seconds["operations"]
     return {
@@ -73,7 +73,7 @@ def step_seconds(seconds: Seconds) -> Seconds:
 
 
 def by_part(chip: Chip, works: Sequence[Work]) -> dict[str, Seconds]:
-    """Return what each part of a step takes, the longest first."""
+    """Return the times of each part of a step, the longest first."""
     names = dict.fromkeys(x.part for x in works)
     parts = {name: times(chip, [x for x in works if x.part == name]) for name in names}
     return dict(

@@ -1,4 +1,4 @@
-"""The collectives of a compiled step, read from its HLO: between which devices, and how much."""
+"""Read the collectives of a compiled step from its HLO: their devices and their bytes."""
 
 import math
 import re
@@ -10,22 +10,22 @@ import numpy as np
 from clip_jax.pods import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-Arrays = tuple[tuple[str, tuple[int, ...]], ...]  # dtype and dims of each
+Arrays = tuple[tuple[str, tuple[int, ...]], ...]  # dtype and dims of each array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective, with the bytes of one device in a whole step."""
+    """One collective; bytes are those of one device in a step."""
 
     kind: str  # one of KINDS
     axes: tuple[str, ...]  # mesh axes along which the members of a group differ
-    part: str  # of the step
-    source: str  # where in the program it comes from
-    arrays: Arrays  # of the result on one device; of a reduce-scatter, of the operand
-    times: int  # a step
-    bytes: int  # of the arrays
-    received: int  # at least, over the links inside a slice or node
-    received_from_slices: int  # at least, or from other nodes, if all devices share the work
+    part: str  # part of the step, such as "text tower, forward"
+    source: str  # op_name of the instruction: its origin in the program
+    arrays: Arrays  # its results on one device; of a reduce-scatter, its operands
+    times: int  # executions per step
+    bytes: int  # size of the arrays times executions
+    received: int  # lower bound of bytes received within a slice or node
+    received_from_slices: int  # the same from other slices or nodes, if devices share the work
 
 
 def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Collective]:
@@ -34,7 +34,7 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
     Args:
       text: optimised HLO, `compiled.as_text()`.
       mesh: axis -> size, in the order of the devices.
-      slices: into how many slices (joined by a slower network) the devices fall, in order.
+      slices: number of consecutive groups of devices that a slower network joins.
     """
     devices = math.prod(mesh.values())
     result: dict[tuple[object, ...], Collective] = {}
@@ -43,7 +43,7 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
         for x in visit.computation.values():
             key, times = (visit.name, x.name), visit.times
             if between := hlo.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes):
-                # Over the network from the same chip of every other slice, along the data axis.
+                # From the same chip of every other slice, over the network along the data axis.
                 if x.opcode == "recv":
                     kind, arrays = between.lower().replace("_", "-"), (x.shapes[0][:2],)
                     result[key] = _collective(kind, arrays, ("data",), slices, slices, times, "")
@@ -55,10 +55,10 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             if (members := groups.shape[1]) == 1:
                 continue
             arrays = _arrays(x, kind, visit.computation)
-            if visit.name.startswith("all-reduce-scatter"):  # and the slice that is kept, as one
+            if visit.name.startswith("all-reduce-scatter"):  # fused with the slice that follows
                 kind = "reduce-scatter"
             if visit.fused:
-                # TPUs fuse a collective with several computations that hide it: one channel, once.
+                # TPUs fuse a collective into several computations that hide it: count it once.
                 key = (hlo.search(r"channel_id=(\d+)", x.attributes), kind, arrays)
                 times = min(times, result[key].times) if key in result else times
             coordinates = zip(mesh, np.unravel_index(groups, tuple(mesh.values())), strict=True)
@@ -73,7 +73,7 @@ def _collective(
     kind: str, arrays: Arrays, axes: tuple[str, ...], members: int, slices: int, times: int,
     source: str,
 ) -> Collective:  # fmt: skip
-    """Count the bytes of a group of members that is spread over slices."""
+    """Count the bytes of a group of `members` devices that spans `slices` slices."""
     size = times * sum(hlo.Shape(*array).bytes for array in arrays)
 
     def received(members: int) -> int:
@@ -94,7 +94,7 @@ def _part(source: str) -> str:
     for name, pattern in (("image tower", "/visual"), ("text tower", "/text"), ("loss", "jvp(")):
         if pattern in source:
             return f"{name}, {direction}"
-    return "update" if source else "unnamed"  # by the compiler
+    return "update" if source else "unnamed"  # added by the compiler
 
 
 def _arrays(x: hlo.Instruction, kind: str, computation: hlo.Computation) -> Arrays:
@@ -109,7 +109,7 @@ def _arrays(x: hlo.Instruction, kind: str, computation: hlo.Computation) -> Arra
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """Read which devices communicate with each other, [groups, members]."""
+    """Return the groups of devices that communicate with each other, [groups, members]."""
     ids = np.arange(devices)
     listed = hlo.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", attributes)
     if listed:
@@ -130,7 +130,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Read `[2,4]T(1,0)`: the numbers from 0 on in that shape, then transposed."""
+    """Read `[2,4]T(1,0)`: 0, 1, 2, ... in that shape, then transposed."""
     shape, _, order = text.partition("T")
     dims = hlo.numbers(shape.strip("[]"))
     array = np.arange(math.prod(dims)).reshape(dims)

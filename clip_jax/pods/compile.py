@@ -1,8 +1,8 @@
-"""Compile the training step for a pod that isn't there, and read off what it holds and moves.
+"""Compile the training step for a pod that is not at hand, and read its memory and traffic.
 
-The TPU compiler reads its environment once, when it is loaded, and a TPU that is in use can't be
-loaded twice; a process that has seen one platform's devices compiles for no other. So
-`compile_step` starts `python -m clip_jax.pods.compile`, a process of its own.
+The TPU compiler reads its environment once, when it is loaded, and cannot be loaded while a TPU is
+in use. A process that has seen one platform's devices compiles for no other. So `compile_step`
+starts a process of its own, `python -m clip_jax.pods.compile`.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from clip_jax.step import Program, Recipe, State, context, encode
 # Distributions that compile for TPUs and for GPUs.
 TPU_COMPILER = ("libtpu",)
 GPU_COMPILER = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
-# Kernels can be tried out on a card alone; without one Triton's products need the trial.
+# Autotuning needs a card, and Triton's matmuls need autotuning: both are off.
 WITHOUT_A_CARD = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
@@ -54,20 +54,20 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a compiler says of a step, in bytes of one device."""
+    """What the compiler reports about a step; sizes are bytes of one device."""
 
     mesh: tuple[int, int, int]  # data, fsdp, tensor
-    form: str  # of the loss, of several terms each one's
+    form: str  # form of the loss; several terms are separated by commas
     versions: str
     compile_seconds: float
     parameters: int
     optimizer: int
     terms: int = 0  # the objective's own arrays: teachers, averages
     batch: int
-    loss: int  # peak of the loss compiled alone
-    token_embedding: int = 0  # of the parameters, the token embedding table
-    token_embedding_optimizer: int = 0  # of the optimizer's state, the table's
-    fits: bool  # the compiler took it; else there are no works and collectives
+    loss: int  # peak of the loss, compiled alone
+    token_embedding: int = 0  # its part of the parameters
+    token_embedding_optimizer: int = 0  # its part of the optimizer's state
+    fits: bool  # the compiler accepts it; else there are no works and collectives
     peak_bytes: int
     works: tuple[Work, ...] = ()
     collectives: tuple[Collective, ...] = ()
@@ -82,8 +82,8 @@ class Facts:
 
 
 def compile_step(request: Request) -> Facts:
-    """Compile in a process of its own. Raises InputError for what can't be compiled; see
-    `facts`."""
+    """Return the facts of a step, compiled in a process of its own: see `facts`. Raises InputError
+    without the compiler, or for an invalid request."""
     names, extra = (TPU_COMPILER, "tpu") if request.topology.is_tpu else (GPU_COMPILER, "plan-gpu")
     if not installed(names[0]):
         raise InputError(
@@ -109,7 +109,7 @@ def compile_step(request: Request) -> Facts:
 
 
 def installed(*names: str) -> list[str]:
-    """Return name and version of those distributions that are installed."""
+    """Return "name version" of each distribution that is installed."""
     versions = []
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -118,10 +118,10 @@ def installed(*names: str) -> list[str]:
 
 
 def facts(request: Request, devices: list[jax.Device], folder: Path | None = None) -> Facts:
-    """Compile the step and the loss alone, and read off memory, collectives and work.
+    """Compile the step, and the loss alone, and read memory, collectives and work.
 
-    Where the step does not fit, the TPU compiler says only what it needs; the GPU's compiles all
-    the same. `folder` is where the compiler wrote its kernels' schedules.
+    If the step does not fit, the TPU compiler reports only the memory needed; the GPU compiler
+    compiles it anyway. `folder` has the schedules of kernels that the compiler wrote.
     """
     recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
     program = Program(recipe, mesh)
@@ -153,9 +153,9 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
 
 
 def needed_bytes(message: str, held: int) -> int | None:
-    """Read from the compiler's complaint what a step would take; None: it complains of another.
+    """Read from the compiler's error how many bytes a step needs; None: another kind of error.
 
-    `held` is what a device holds anyway: the earliest complaint speaks of the rest alone.
+    `held` are the bytes of state and batch, which the compiler's earliest check does not include.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     total = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
@@ -165,7 +165,7 @@ def needed_bytes(message: str, held: int) -> int | None:
 
 
 def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
-    """Add up what one device holds of state and batch (arrays, or shapes with shardings)."""
+    """Add up the bytes of state and batch on one device (arrays, or shapes with shardings)."""
 
     def size(tree: Any, of: str = "") -> int:
         sizes = (
@@ -185,8 +185,8 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
 
 
 def compile_loss(program: Program) -> Any:
-    """Compile value and gradients of the objective alone, a function of the scalar parameters, the
-    outputs of the towers, the inputs, and what the terms carry."""
+    """Compile value and gradients of the objective alone, as a function of the scalar parameters,
+    the towers' outputs, the inputs and the state of the terms."""
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
     inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
@@ -211,18 +211,18 @@ def compile_loss(program: Program) -> Any:
 
 
 def peak(compiled: Any) -> int:
-    """Bytes of one device at the worst moment, arguments included."""
+    """Return the peak memory of one device in bytes, arguments included."""
     return compiled.memory_analysis().peak_memory_in_bytes
 
 
 def target(topology: Topology) -> str:
-    """Read what XLA must know of a card to compile for it."""
+    """Read the description of a card that XLA needs to compile for it."""
     name = f"{topology.family.lower()}.txtpb"
     return (resources.files("clip_jax") / "pods" / "gpus" / name).read_text()
 
 
 def memory_of_card(topology: Topology) -> int:
-    """Bytes that a GPU has."""
+    """Return the memory of a GPU in bytes."""
     [size] = re.findall(r"device_memory_size: (\d+)", target(topology))
     return int(size)
 
@@ -237,17 +237,17 @@ def _devices(topology: Topology) -> list[jax.Device]:
             platform="cuda", target_config=target(topology), topology=shape
         ).devices
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.family == "v4":  # one JAX device a chip, as on the real ones
+    if topology.family == "v4":  # one JAX device per chip, as on real ones
         options["chip_config_name"] = "megacore"
     name = str(dataclasses.replace(topology, slices=1))
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"topology {topology} is none that libtpu knows: {error}") from error
+        raise InputError(f"libtpu has no --topology {topology}: {error}") from error
 
 
 def main() -> None:
-    """Read a request from standard input, write the facts to standard output."""
+    """Read a request from standard input and write the facts to standard output."""
     request = from_dict(Request, json.load(sys.stdin))
     try:
         result = to_dict(facts(request, _devices(request.topology), Path(sys.argv[1])))

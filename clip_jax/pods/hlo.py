@@ -1,8 +1,8 @@
 """XLA's optimised HLO text as computations of instructions, and a walk through what a step runs.
 
-A pure function of `compiled.as_text()`, since XLA's own cost analysis counts the body of a loop
-once. Loops here are `lax.scan`s: their trip counts stand in the text. What the text has more than
-this reader knows is an error, not a smaller number.
+XLA's own cost analysis counts the body of a loop once; this module depends on nothing but
+`compiled.as_text()`. Loops are `lax.scan`s, with their trip counts in the text. Unknown syntax
+is an error, not a smaller number.
 """
 
 import math
@@ -17,7 +17,7 @@ _HOST = 5  # the memory space of arrays in the host's memory
 
 
 def search(pattern: str, text: str) -> str:
-    """Return the first group of a pattern's first match; "" where there is none."""
+    """Return the first group of a pattern's first match; "" without a match."""
     match = re.search(pattern, text)
     return match[1] if match else ""
 
@@ -28,22 +28,22 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 class Shape(NamedTuple):
-    """One array. `fast`: in memory on the chip, which costs no HBM traffic."""
+    """One array. `fast` means on-chip memory, which causes no HBM traffic."""
 
     dtype: str
     dims: tuple[int, ...]
     fast: bool = False
     order: tuple[int, ...] = ()  # dims from minor to major
-    tile: tuple[int, ...] = ()  # of the minor dims; none: nothing is padded
+    tile: tuple[int, ...] = ()  # sizes along the minor dims; empty: no padding
 
     @property
     def bytes(self) -> int:
-        """Of the elements alone."""
+        """Size of the elements, without padding."""
         return self._sized(math.prod(self.dims))
 
     @property
     def padded_bytes(self) -> int:
-        """As stored in memory, in whole tiles."""
+        """Size in memory, padded to complete tiles."""
         if not self.tile:
             return self.bytes
         lying = [self.dims[i] for i in reversed(self.order)]
@@ -62,19 +62,19 @@ class Instruction(NamedTuple):
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result, a tuple flattened
+    shapes: tuple[Shape, ...]  # shapes of the result; a tuple is flattened
     operands: tuple[str, ...]
-    arguments: str  # verbatim: of a parameter its number, of a constant its value
+    arguments: str  # verbatim: the number of a parameter, the value of a constant
     attributes: str
     root: bool
 
     @property
     def source(self) -> str:
-        """Where in the program it comes from."""
+        """Its origin in the program: the op_name."""
         return search(r'op_name="([^"]*)"', self.attributes)
 
     def called(self, *keys: str) -> list[str]:
-        """Name the computations that it calls by these attributes, and its branches."""
+        """Return the computations that it calls by these attributes, and its branches."""
         names = [search(rf"\b{key}=%?([\w.\-]+)", self.attributes) for key in keys]
         branches = search(r"branch_computations=\{([^}]*)\}", self.attributes)
         return [name for name in names if name] + re.findall(r"%?([\w.\-]+)", branches)
@@ -84,7 +84,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Read computations by name, and the name of the entry. ValueError for what isn't HLO."""
+    """Return computations by name, and the entry's name. Raises ValueError for invalid HLO."""
     bodies: dict[str, list[str]] = {}
     entry, name = "", None
     for line in text.splitlines():
@@ -98,7 +98,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             name = None
         elif _HEAD.match(line):
             bodies[name].append(line)
-        elif bodies[name]:  # attributes go on
+        elif bodies[name]:  # attributes continue on the next line
             bodies[name][-1] += f"\n{line}"
     if name is not None or entry not in bodies:
         raise ValueError(f"HLO breaks off in {name or list(bodies)[-1:]}")
@@ -126,7 +126,7 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Return where the first parenthesis closes."""
+    """Return the position at which the first parenthesis closes."""
     depth = 0
     for match in re.finditer(r'[()]|"(?:[^"\\]|\\.)*"', text):
         depth += (match[0] == "(") - (match[0] == ")")
@@ -140,13 +140,13 @@ def read_shapes(text: str) -> Iterator[Shape]:
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text):
         order, _, rest = layout.partition(":")
         tile, space = numbers(search(r"T\(([\d,]+)\)", rest)), search(r"S\((\d+)\)", rest)
-        # GPUs have no tiles, and their space 1 is HBM too.
+        # On GPUs, without tiles, memory space 1 is HBM, too.
         fast = bool(tile and space and int(space) not in (0, _HOST))
         yield Shape(dtype, numbers(dims), fast, numbers(order), tile)
 
 
 def trips(instruction: Instruction, computations: Mapping[str, Computation]) -> int:
-    """Read how often a loop runs: XLA says it, or the condition compares a counter to it."""
+    """Return the trip count of a loop: as XLA states it, or as its condition's only constant."""
     if known := search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes):
         return int(known)
     inside = [computations[name] for name in instruction.called("condition")]
@@ -158,18 +158,18 @@ def trips(instruction: Instruction, computations: Mapping[str, Computation]) -> 
         if x.opcode == "constant" and x.arguments.isdigit()
     }
     if len(limits) != 1:
-        raise ValueError(f"how often does {instruction.name} run? {sorted(limits)}")
+        raise ValueError(f"trip count of {instruction.name} is one of {sorted(limits)}: not known")
     return limits.pop()
 
 
 class Visit(NamedTuple):
-    """One computation on the way through a step."""
+    """One computation that a step runs, with the number of its executions."""
 
     name: str
     computation: Computation
     times: int
     fused: bool  # within a fusion, whose memory traffic is the fusion's
-    source: str  # where in the program the fusion comes from
+    source: str  # origin of the fusion in the program
 
 
 def walk(
@@ -179,7 +179,7 @@ def walk(
     fused: bool = False,
     source: str = "",
 ) -> Iterator[Visit]:
-    """Visit all computations that a step runs, with how often it does."""
+    """Visit all computations that a step runs, with the number of their executions."""
     yield Visit(name, computations[name], times, fused, source)
     for instruction in computations[name].values():
         if instruction.opcode == "while":

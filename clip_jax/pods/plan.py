@@ -1,7 +1,7 @@
-"""`clip-jax plan CONFIG --topology v5e:16x16`: what a run takes on a pod that you don't have.
+"""`clip-jax plan CONFIG --topology v5e:16x16`: memory, time and cost of a run on a pod.
 
-The training step of the config is compiled for the pod (`compile.py`); memory and collectives are
-read from the result, times are bounds at the chips' peaks (`bounds.py`).
+The training step is compiled for the pod, which need not be at hand (`compile.py`). Memory and
+collectives are read from the result; times are bounds at the chips' peaks (`bounds.py`).
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
 
-COMPILES = 8  # of --fit, at most
+COMPILES = 8  # maximum number of compilations of --fit
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
 V5E = Topology.parse("v5e:16x16")
-# Of a step's seconds: how `--json` names them, what they are, and how MFU compares to them.
+# Bounds and estimate of the step time: name in `--json`, label, and relation of the MFU to it.
 BOUNDS = {
     "bound": ("overlapped bound", "≤"),
     "sequential_bound": ("sequential bound", "≤"),
     "compiler_estimate": ("compiler estimate", "≈"),
 }
-GPU_SHARE = 0.75  # of a card's memory that JAX takes, where XLA_PYTHON_CLIENT_MEM_FRACTION is unset
+GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default: share of a card that JAX takes
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
 Compile = Callable[[Request], Facts]
 AsText = tyro.constructors.PrimitiveConstructorSpec(
@@ -49,15 +49,17 @@ AsText = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Config):
-    """A run's config, and the pod that it is planned for."""
+    """Config of a training run, and the pod that it is planned for."""
 
-    # v5e:16x16/slices=2: two of them, joined by the network between slices along the data axis.
-    topology: Annotated[Topology, AsText] = V5E  # TPUs (v5e:16x16) or GPUs (H100:64)
-    chip_hour_price: float | None = None  # price of one chip-hour, in any currency
-    mfu: float = 0.4  # MFU that the run is assumed to reach, unless its bound is lower
-    fit: bool = False  # find the cheapest remat and the largest batch that fit
-    compare: tuple[str, ...] = ()  # other pods or meshes: v5p:4x4x8, v5e:16x16/fsdp=8,slices=2
-    cache: Path | None = None  # folder of compiled results (default: ~/.cache/clip_jax/plan)
+    # Pod to plan for: TPUs such as v5e:16x16, or GPUs such as H100:64. v5e:16x16/slices=2 is two
+    # slices, joined along the data axis by the network between slices.
+    topology: Annotated[Topology, AsText] = V5E
+    chip_hour_price: float | None = None  # Price of one chip-hour, in any currency. None: no price.
+    mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price, unless its bound is lower.
+    fit: bool = False  # Find the cheapest remat and the largest batch that fit into memory.
+    # Other pods or meshes to compare with, such as v5p:4x4x8 or v5e:16x16/fsdp=8,slices=2.
+    compare: tuple[str, ...] = ()
+    cache: Path | None = None  # Cache folder. None: clip_jax/plan in $XDG_CACHE_HOME or ~/.cache.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,39 +68,39 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One config on one pod."""
+    """Memory, time and cost of one config on one pod."""
 
-    name: str  # of the topology
+    name: str  # name of the topology
     fits: bool
     devices: int
     mesh: dict[str, int]
     batch_size: int
     remat: str
-    form: str  # of the loss
-    optimizer: str  # its name
-    hbm_bytes: float  # of one device, that a run may use
+    form: str  # form of the loss
+    optimizer: str
+    hbm_bytes: float  # memory of one device that a run may use
     is_gpu: bool
     bytes_per_device: dict[str, int]  # by part, and the total
-    token_embedding_bytes: dict[str, int]  # of parameters and optimizer, the token embedding table
-    model_flops_per_step: int  # of all devices, nothing recomputed
+    token_embedding_bytes: dict[str, int]  # its part of parameters and optimizer
+    model_flops_per_step: int  # of all devices, without recomputation
     collectives: tuple[Collective, ...]
-    calls: dict[str, int]  # of kernels and libraries in a step, by name
-    seconds: Seconds  # at the peaks; empty where it does not fit
-    seconds_by_part: dict[str, Seconds]  # of the step
-    gigabytes: float  # that a device reads from and writes to HBM, padding included
-    step_seconds: Seconds  # by its name in `BOUNDS`; None: not known
-    mfus: dict[str, float | None]  # of these
+    calls: dict[str, int]  # calls of kernels and libraries per step, by name
+    seconds: Seconds  # of a step at the chips' peaks; empty if it does not fit
+    seconds_by_part: dict[str, Seconds]  # the same for each part of the step
+    gigabytes: float  # HBM traffic of one device per step, padding included
+    step_seconds: Seconds  # by name in `BOUNDS`; None: not known
+    mfus: dict[str, float | None]  # MFU at each of these
     steps: int
-    mfu: float  # what hours and price assume
+    mfu: float  # assumed for hours and price
     hours: float
-    images_per_second_per_host: float  # that it must read and decode
+    images_per_second_per_host: float  # to read and decode
     price: float | None
     versions: str
     compile_seconds: float
-    fit_compiles: int = 0  # how many were needed to find batch and remat
+    fit_compiles: int = 0  # compilations that --fit needed
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything, each bound of the step by its own name, and FLOPs per device."""
+        """Return all fields, with bounds of the step flattened, and FLOPs per device."""
         values = dataclasses.asdict(self)
         for prefix, field in (("step_seconds", "step_seconds"), ("mfu", "mfus")):
             values |= {f"{prefix}_{name}": value for name, value in values.pop(field).items()}
@@ -110,12 +112,12 @@ class Plan:
 
 
 def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
-    """Plan a config on its topology, then on those it is compared with.
+    """Plan a config on its topology, then on those to compare with.
 
-    `compile_` gives the facts of a request; by default the cache, then the compiler. Raises
-    InputError for a topology or mesh that cannot be, and where the compiler is missing.
+    `compile_` returns the facts of a request; by default from the cache, else the compiler. Raises
+    InputError for an impossible topology or mesh, and without the compiler.
     """
-    if config.double_batch_at:  # the largest batch, and as many pairs
+    if config.double_batch_at:  # plan the largest batch, for the same number of pairs
         largest = growth.batch_after(config.batch_size, config.double_batch_at, config.steps)
         steps = -(-config.samples_after(config.steps) // largest)
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
@@ -126,7 +128,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
 
 
 def request(config: PlanConfig) -> Request:
-    """Return what the compiled step depends on. Raises InputError for what cannot be split."""
+    """Return what the compiled step depends on. Raises InputError if the mesh cannot shard it."""
     devices = config.topology.devices
     data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
     if config.batch_size % (data * fsdp):
@@ -157,15 +159,15 @@ def _variant(config: PlanConfig, text: str) -> PlanConfig:
 
 
 def usable_bytes(topology: Topology) -> float:
-    """Return what a run may use of one device's memory."""
+    """Return how much memory of one device a run may use, in bytes."""
     if topology.is_tpu:
-        # The compiler's own limit, 15.75 GiB on a v5e, is above the 16 GB that a chip is sold with.
+        # The compiler's own limit, 15.75 GiB on a v5e, exceeds the nominal 16 GB of the chip.
         return topology.chip.hbm_bytes / topology.chip.devices
     return GPU_SHARE * pod.memory_of_card(topology)
 
 
 def assess(config: PlanConfig, facts: Facts) -> Plan:
-    """Turn what the compiler says into memory, times, the MFU's bounds, and the run's price."""
+    """Compute memory, step times, MFU bounds, hours and price from the compiler's facts."""
     topology, chip = config.topology, config.topology.chip
     model_flops = flops.of_step(config).total
     peak_flops = topology.devices * chip.peak_flops / chip.devices
@@ -221,8 +223,8 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
 def fit(config: PlanConfig, compile_: Compile) -> Plan:
     """Find the cheapest remat at which the batch fits, then the largest batch at that remat.
 
-    Bisection in steps of 8 pairs a device, led by what memory the batches before took; at most
-    COMPILES compiles. Where the config's own batch fits at no policy, the search goes down.
+    Bisects in steps of 8 pairs per device, guided by the memory of the batches before, with at
+    most COMPILES compilations. If the config's batch fits with no policy, the search goes down.
     """
     left = COMPILES
     devices = config.topology.devices
@@ -234,7 +236,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         left -= 1
         model = dataclasses.replace(config.model, remat=remat)
         tried = dataclasses.replace(config, model=model, batch_size=per_device * shards)
-        warn(f"fit: remat {remat}, {per_device} pairs a device ({left} compiles left)")
+        warn(f"fit: remat {remat}, {per_device} pairs per device ({left} compiles left)")
         return assess(tried, compile_(request(tried)))
 
     wanted = max(config.batch_size // shards, 1)
@@ -249,7 +251,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         fixed = size["parameters"] + size["optimizer"] + size.get("terms", 0)
         each = max(size["total"] - fixed, 1) / (assessed.batch_size // shards)
         guess = int((assessed.hbm_bytes - fixed) / each) // 8 * 8
-        guess = max(guess, low + max(8, low // 64 * 8))  # memory is not quite a straight line
+        guess = max(guess, low + max(8, low // 64 * 8))  # memory is not quite linear in the batch
         if high and guess >= high:
             guess = (low + high) // 2 // 8 * 8 or (low + high) // 2
             if not low < guess < high:
@@ -263,7 +265,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
 
 
 def compiling(config: PlanConfig) -> Compile:
-    """Return a compile that looks on disk first: for the same code, compilers and flags."""
+    """Return a compile function with a cache on disk, per code, compilers and flags."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = config.cache or home / "clip_jax/plan"
     flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
@@ -275,7 +277,7 @@ def compiling(config: PlanConfig) -> Compile:
         path = folder / f"{key}.json"
         if path.is_file():
             return from_dict(Facts, json.loads(path.read_text())["facts"])
-        warn(f"compiling for {request.topology} (a minute or a few) ...")
+        warn(f"compiling for {request.topology} (takes a few minutes) ...")
         facts = pod.compile_step(request)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, json.dumps({"request": values, "facts": to_dict(facts)}))

@@ -1,7 +1,7 @@
-"""How many cycles a TPU kernel takes: the length of its final schedule, as the compiler writes it.
+"""Count the cycles of a TPU kernel: the length of the final schedule that the compiler writes.
 
-XLA estimates cycles of its own fusions; of a Pallas kernel the HLO says nothing, but the compiler
-can be asked for the bundles that it issues, one a cycle, loops marked.
+XLA estimates cycles of its own fusions, but not of Pallas kernels. For these, the compiler can
+write the instruction bundles that it issues, one per cycle, with loops marked.
 """
 
 import math
@@ -10,9 +10,9 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*: (>*)\s*\{(\})?")
 _LIMIT = re.compile(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit test \*/")
-_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), ")  # of a loop's counter: more than 1 if unrolled
+_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), ")  # increment of a loop counter; > 1 if unrolled
 
-FILL = 2  # turns of the outermost loop, over the grid, that only start and end its copies
+FILL = 2  # iterations of the outermost loop, over the grid, that only start and end copies
 
 
 def dump(folder: str) -> str:
@@ -24,7 +24,7 @@ def dump(folder: str) -> str:
 
 
 def cycles(folder: Path, name: str) -> int | None:
-    """Count the cycles of a kernel by its instruction's name; None where no schedule is there."""
+    """Count the cycles of a kernel by its instruction's name; None without a schedule."""
     reports = [
         path
         for path in folder.glob("*-final_bundles.txt")
@@ -34,19 +34,19 @@ def cycles(folder: Path, name: str) -> int | None:
 
 
 def count(text: str) -> int | None:
-    """Add up the bundles, those of a loop as often as it runs; None where that doesn't stand there.
+    """Add up the bundles, times the iterations of their loops; None if these are not known.
 
-    Branches count as if all were taken.
+    All branches count as taken.
     """
-    # Of each loop, the whole schedule first: its bundles, its turns, and the loop around it.
+    # For each loop (0: the schedule itself): its bundles, its iterations, and the enclosing loop.
     bundles, turns, around = [0], [1.0], [0]
-    inside, depth = [0], 0  # of each depth the last loop that began
+    inside, depth = [0], 0  # the last loop that began at each depth
     steps: dict[str, int] = {}
     for line in text.splitlines():
         if not (match := _BUNDLE.match(line)):
             continue
         label, empty = match[1], bool(match[3])
-        depth = depth if empty else len(match[2])  # an empty one waits for a branch
+        depth = depth if empty else len(match[2])  # empty bundles wait for a branch
         if label == "LB" and depth:
             del inside[depth:]
         while len(inside) <= depth:
@@ -54,7 +54,7 @@ def count(text: str) -> int | None:
             inside.append(len(bundles))
             bundles.append(0)
             turns.append(math.nan)
-        loop = inside[depth]  # its end may stand between bundles of the one around it
+        loop = inside[depth]  # its end may be among bundles of the enclosing loop
         bundles[loop] += 1
         steps |= {name: int(step) for name, step in _STEP.findall(line)}
         if (limit := _LIMIT.search(line)) and limit[1] in steps:

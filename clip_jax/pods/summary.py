@@ -1,4 +1,4 @@
-"""A plan for people: tables."""
+"""Format plans as tables for a terminal."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ from rich.table import Table
 from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Plan
 
-# Columns of the table of seconds. The network is that between slices or nodes.
+# Columns of the table of seconds. `network` is the one between slices or nodes.
 SECONDS = {name: name for name in (*LIMITS, "operations", "compiler")}
-SECONDS |= {"memory": "HBM, whole tiles", "operations": "sequential"}
-SHARE = ", of the card's what JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-IMAGE_BYTES = 70e3  # a JPEG of 640 x 480
-BLOCK_BYTES = 4 << 20  # one request, in the order of blocks
+SECONDS |= {"memory": "HBM with padding", "operations": "sequential"}
+SHARE = ", the part of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+IMAGE_BYTES = 70e3  # typical JPEG of 640 x 480 pixels
+BLOCK_BYTES = 4 << 20  # bytes per request with shuffle blocks
 
 HOW = {
     **dict.fromkeys(("parameters", "optimizer", "terms", "batch"), "exact, from the shardings"),
@@ -27,30 +27,30 @@ HOW = {
 
 
 def describe(plan: Plan) -> str:
-    """Tables of memory, collectives and times, and what the run costs."""
+    """Format a plan's memory, collectives, times and cost."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
     gigabytes = plan.bytes_per_device["total"] / 1e9
     lines = [
-        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} ({rows} a "
+        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} ({rows} per "
         f"shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
         f"{'fits' if plan.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
-        f"{plan.hbm_bytes / 1e9:.1f} GB a device" + (SHARE if plan.is_gpu else ""),
+        f"{plan.hbm_bytes / 1e9:.1f} GB per device" + (SHARE if plan.is_gpu else ""),
     ]
     if plan.fit_compiles:
         lines.append(
-            f"Found with {plan.fit_compiles} compiles: --model.remat {plan.remat} "
+            f"Best setting ({plan.fit_compiles} compiles): --model.remat {plan.remat} "
             f"--batch-size {plan.batch_size}"
         )
-    calls = _table(("kernel or library", "calls a step"), plan.calls.items())
+    calls = _table(("kernel or library", "calls per step"), plan.calls.items())
     lines += [_memory(plan), _collectives(plan), calls, _seconds(plan)]
     lines.append(
-        f"model FLOPs: {plan.model_flops_per_step:.4g} a step, "
-        f"{plan.model_flops_per_step / plan.devices:.4g} a device"
+        f"model FLOPs: {plan.model_flops_per_step:.4g} per step, "
+        f"{plan.model_flops_per_step / plan.devices:.4g} per device"
     )
     if plan.is_gpu and plan.seconds:
         lines.append(
-            "HBM traffic counts every operand; what a card's cache still holds costs less."
+            "HBM traffic counts every operand; those that are still in a card's cache cost less."
         )
     for bound, (label, sign) in BOUNDS.items() if plan.seconds else ():
         seconds, mfu = plan.step_seconds[bound], plan.mfus[bound]
@@ -64,14 +64,14 @@ def describe(plan: Plan) -> str:
     images = plan.images_per_second_per_host
     size, requests = images * IMAGE_BYTES / 1e6, images * IMAGE_BYTES / BLOCK_BYTES
     lines.append(
-        f"a host reads {images:,.0f} images/s: of {IMAGE_BYTES / 1e3:.0f} kB each, {size:,.0f} "
-        f"MB/s in {requests:,.1f} requests/s of a bucket"
+        f"each host reads {images:,.0f} images/s: at {IMAGE_BYTES / 1e3:.0f} kB each, {size:,.0f} "
+        f"MB/s in {requests:,.1f} requests/s to a bucket"
     )
     return "\n".join(filter(None, lines))
 
 
 def compare(plans: Sequence[Plan]) -> str:
-    """One row a plan."""
+    """Format plans as a table with one row each."""
     rows = []
     for x in plans:
         known = {name: x.seconds[name] or 0.0 for name in LIMITS if x.seconds}
@@ -100,11 +100,11 @@ def _memory(plan: Plan) -> str:
         rows.append((label, HOW[name], _mib(size)))
         if table := plan.token_embedding_bytes.get(name):
             rows.append(("  of it, the token embedding", HOW[name], _mib(table)))
-    return _table(("memory of a device", "how it is known", "MiB"), rows, left=2)
+    return _table(("memory per device", "source", "MiB"), rows, left=2)
 
 
 def _collectives(plan: Plan) -> str:
-    """Collectives joined by kind, axes and part of the step; the smallest in one row."""
+    """Format collectives, summed by kind, axes and part of the step; small ones in one row."""
     sums: dict[tuple[str, str, str], np.ndarray] = {}
     for x in plan.collectives:
         key = (x.kind, " × ".join(x.axes), x.part)
@@ -121,7 +121,7 @@ def _collectives(plan: Plan) -> str:
 
 
 def _seconds(plan: Plan) -> str:
-    """Where the time goes: each part of the step by its own operations, and all of them."""
+    """Format the seconds of each part of the step, and of the step."""
     parts = plan.seconds_by_part | ({"the step": plan.seconds} if plan.seconds else {})
     texts = [
         {name: "not known" if x is None else f"{x:.4f}" for name, x in seconds.items()}

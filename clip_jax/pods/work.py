@@ -1,8 +1,8 @@
-"""What every operation of a compiled step computes and moves, read from its HLO.
+"""Read the FLOPs, memory traffic and cycles of every operation of a compiled step from its HLO.
 
 FLOPs are those of matmuls and convolutions, in bf16 passes of the matrix unit. Bytes are what an
-operation reads from and writes to HBM, in the whole tiles of arrays. Cycles are the
-compiler's own estimate, of a kernel its schedule's length.
+operation reads from and writes to HBM, arrays padded to complete tiles. Cycles are the compiler's
+estimate or, for a kernel, the length of its schedule.
 """
 
 import math
@@ -16,45 +16,46 @@ from clip_jax.pods import hlo
 from clip_jax.pods.collectives import KINDS
 from clip_jax.pods.hlo import Computation, Instruction, Shape, numbers, search
 
-# What computes nothing and moves nothing, or is counted where the work is. All else is counted.
+# Opcodes that cost nothing, or whose work is counted elsewhere. All others are counted.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "call-start", "async-start", "async-update", "opt-barrier"),
     *("add-dependency", "partition-id", "replica-id", "send", "recv"),
 }
-# Custom calls that only tell the compiler something.
+# Custom calls that only inform the compiler.
 MARKS = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
     "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
 )  # fmt: skip
-UNREAD = ("dynamic-update-slice", *KINDS)  # the first operand, updated in place or sent elsewhere
+# Opcodes that do not read their first operand, but update it in place or send it elsewhere.
+UNREAD = ("dynamic-update-slice", *KINDS)
 SLICES = ("dynamic-slice", "slice", "gather")
-# What a matmul costs in bf16 passes of the matrix unit, by what its operands are asked to keep.
+# bf16 passes of the matrix unit per matmul, by the precision of its operands.
 PASSES = {"default": 1, "high": 3, "highest": 6}
 KERNEL = "tpu_custom_call"
-_UNKNOWN = 2**62  # cycles from here on stand for none
+_UNKNOWN = 2**62  # the compiler writes at least this for unknown cycles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One instruction of a step, as often as the step takes it."""
+    """One instruction of a step, with its cost per execution."""
 
     name: str
-    part: str  # of the step: see `part_of`
-    times: int
-    flops: float | None  # each time; None: a kernel that doesn't say
-    bytes: int  # each time
-    cycles: int | None  # each time; None: a kernel without a schedule
-    target: str = ""  # of a call: the kernel's or library's name
-    hidden: bool = False  # it only starts: its bytes move while other operations compute
+    part: str  # part of the step: see `part_of`
+    times: int  # executions per step
+    flops: float | None  # None: a kernel without a cost estimate
+    bytes: int  # HBM traffic
+    cycles: int | None  # None: a kernel without a schedule
+    target: str = ""  # name of a called kernel or library
+    hidden: bool = False  # asynchronous: its bytes move while other operations compute
 
 
 def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -> list[Work]:
-    """List what a step does.
+    """List the operations of a step.
 
     Args:
       text: optimised HLO, `compiled.as_text()`.
-      schedule: gives the cycles of a kernel by its instruction's name.
+      schedule: returns the cycles of a kernel by its instruction's name.
     """
     computations, entry = hlo.parse(text)
     pieces = [
@@ -64,7 +65,7 @@ def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -
         for x in visit.computation.values()
         if not (x.opcode in FREE or x.opcode.endswith("-done") or _target(x) in MARKS)
     ]
-    kernels: dict[str, int] = {}  # by their program: of equal ones the compiler compiles one
+    kernels: dict[str, int] = {}  # by program: the compiler compiles equal ones once
     for _, x in pieces:
         if _target(x) == KERNEL and (cycles := schedule(x.name)) is not None:
             kernels[_program(x)] = cycles
@@ -84,7 +85,7 @@ def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -
 
 
 def part_of(x: Instruction, caller: str = "") -> str:
-    """Say what an instruction is for, by the names of the modules that it comes from."""
+    """Return the part of the step that an instruction belongs to, by its modules' names."""
     source = x.source or caller
     if x.opcode.removesuffix("-start") in KINDS:
         return "collectives"
@@ -120,7 +121,7 @@ def _program(kernel: Instruction) -> str:
 
 def _estimate(x: Instruction) -> int:
     cycles = int(search(r'"estimated_cycles":"(\d+)"', x.attributes) or 0)
-    return cycles if cycles < _UNKNOWN else 0  # none, as of collectives
+    return cycles if cycles < _UNKNOWN else 0  # unknown, as for collectives
 
 
 # --------------------------------------------------------------------------------------- FLOPs
@@ -129,7 +130,7 @@ def _estimate(x: Instruction) -> int:
 def count_flops(
     x: Instruction, computation: Computation, computations: Mapping[str, Computation]
 ) -> float | None:
-    """Count one instruction's FLOPs, a fusion's with all that is in it; None: not known."""
+    """Count the FLOPs of an instruction, or of all in a fusion; None: not known."""
     if x.opcode == "fusion":
         inner = [computations[name] for name in x.called("calls")]
         counts = [count_flops(y, c, computations) for c in inner for y in c.values()]
@@ -152,7 +153,7 @@ def _custom_flops(x: Instruction, operands: list[Shape]) -> float | None:
     if target.startswith("__cublas$"):
         contracted = search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
         return _product(x.shapes[0], operands[0], numbers(contracted.replace('"', "")))
-    if target.startswith("__cudnn$conv"):  # of the gradients too, in the forward one's terms
+    if target.startswith("__cudnn$conv"):  # gradients have the FLOPs of the forward convolution
         first, second, result = *operands[:2], x.shapes[0]
         if "BackwardInput" in target:
             return _convolution(x, result, second, first)
@@ -174,15 +175,15 @@ def _product(result: Shape, lhs: Shape, contracted: tuple[int, ...]) -> float:
 
 
 def _convolution(x: Instruction, lhs: Shape, rhs: Shape, result: Shape) -> float:
-    """2 × multiply-adds, those with padding and between dilated elements left out, as XLA does."""
+    """Count 2 FLOPs per multiply-add, without padding and dilation holes, as XLA does."""
     labels = search(r"dim_labels=(\w+->\w+)", x.attributes)
-    inputs, kernel, output = re.split("_|->", labels)  # of one without any an error
+    inputs, kernel, output = re.split("_|->", labels)  # fails without dim_labels
     fields = dict(f.split("=") for f in search(r"window=\{([^}]*)\}", x.attributes).split())
 
     def of_window(name: str, default: int, dim: int) -> int:
         return int(fields[name].split("x")[dim].split("_")[0]) if name in fields else default
 
-    pairs = 1  # of an output and an input that a weight multiplies
+    pairs = 1  # pairs of an output and an input position that a weight joins
     for dim in range(len(output) - 2):
         outputs = np.arange(result.dims[output.index(str(dim))])[:, None]
         weights = np.arange(of_window("size", 1, dim))
@@ -233,7 +234,7 @@ def _traffic(
 def _read(
     inner: Computation, number: int, computations: Mapping[str, Computation], operand: Instruction
 ) -> int:
-    """Count what a fusion reads of one operand: all, the slices it takes, or nothing of it."""
+    """Count the bytes that a fusion reads of an operand: all, some slices, or none."""
     names = {
         x.name for x in inner.values() if x.opcode == "parameter" and x.arguments == str(number)
     }
@@ -260,7 +261,7 @@ def _results(inner: Computation) -> list[Instruction]:
 
 
 def _written(x: Instruction, inner: Computation, computations: Mapping[str, Computation]) -> int:
-    """Count what a fusion writes for one result: an update in place, or all of it."""
+    """Count the bytes that a fusion writes for a result: an update in place, or all of it."""
     while x.opcode == "bitcast":
         x = inner[x.operands[0]]
     if x.opcode == "dynamic-update-slice":
@@ -268,12 +269,12 @@ def _written(x: Instruction, inner: Computation, computations: Mapping[str, Comp
     if x.opcode == "fusion" and len(x.shapes) == 1:
         [called] = (computations[name] for name in x.called("calls"))
         return _written(_results(called)[0], called, computations)
-    # What a fusion hands through, or a collective that goes on behind it, it does not write.
+    # A fusion does not write a parameter that it returns, or an unfinished collective.
     return 0 if x.opcode in ("parameter", *KINDS) else sum(s.padded_bytes for s in x.shapes)
 
 
 def _origin(x: Instruction, computation: Computation) -> str:
-    """Name the array behind views of it: read in several windows, it is read once."""
+    """Return the name of the array that views refer to, so that it is counted once."""
     while x.opcode == "bitcast" and x.operands[0] in computation:
         x = computation[x.operands[0]]
     return x.name

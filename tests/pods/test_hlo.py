@@ -69,5 +69,5 @@ def test_a_loop_whose_turns_are_not_said_is_an_error():
     lines = ("  %a = s32[] constant(3)", "  %b = s32[] constant(4)")
     loop = "  ROOT %w = s32[] while(%a), condition=%main, body=%main"
     computations, _ = hlo.parse(module(*lines, loop))
-    with pytest.raises(ValueError, match="how often does w run"):
+    with pytest.raises(ValueError, match="trip count of w is one of"):
         hlo.trips(computations["main"]["w"], computations)
