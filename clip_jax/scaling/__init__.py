@@ -1,1 +1,1 @@
-"""Scaling experiments: a ladder of runs, their table, the laws fitted to it, the pictures."""
+"""Scaling experiments: ladders of runs, tables of their results, and scaling laws with plots."""

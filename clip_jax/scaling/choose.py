@@ -1,9 +1,9 @@
-"""The best trial of each point of a sweep, and a rule for learning rates across sizes.
+"""Choose the best trial of each point of a sweep; fit a rule for learning rates across sizes.
 
-The rule is learning rate = exp(a) · width^b · batch^c, a straight line through logarithms, fitted
-to the optima of the smaller widths and held against the largest. A point's optimum is the vertex of
-the parabola through the best learning rate and its two neighbours, for each seed alone; seeds are
-the observations, and intervals are Student's.
+The rule is learning rate = exp(a) · width^b · batch^c, a straight line in logarithms, fitted to the
+optima of the smaller widths and checked on the largest. The optimum of a point and seed is the
+vertex of the parabola through the best learning rate and its two neighbours. Each is an
+observation, and intervals are Student's t.
 """
 
 import itertools
@@ -34,48 +34,48 @@ SWEPT = {
 class ChooseConfig:
     """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
 
-    table: AnyPath  # what `scale collect` has written, all trials in it
-    choose_by: str  # column by which trials are compared, such as info_nce
-    report: str  # column that is reported of the chosen; never the same: the best of many is lucky
-    best: Literal["min", "max"] = "min"  # of choose_by
-    where: tuple[str, ...] = ()  # COLUMN=PATTERN, all of which a row must match
-    output: AnyPath | None = None  # a table of the chosen trials' runs alone, for `scale fit`
+    table: AnyPath  # Table of all trials (CSV), as written by `scale collect`.
+    choose_by: str  # Column by which trials are compared, such as info_nce.
+    report: str  # Column to report for the best trials; not choose_by, to avoid selection bias.
+    best: Literal["min", "max"] = "min"  # Whether the best choose_by is the lowest or the highest.
+    where: tuple[str, ...] = ()  # Conditions COLUMN=PATTERN that a row must match.
+    output: AnyPath | None = None  # Table of the best trials to write for `scale fit`. None: none.
 
     def __post_init__(self) -> None:
         if self.choose_by == self.report:
             raise InputError(
-                f"choose_by and report are both {self.report!r}: the best of many trials by a "
-                "metric is partly luck in it; report another one, or one of other data."
+                f"choose_by and report are both {self.report!r}, which biases the reported value; "
+                "set --report to a different metric, or to one on different data."
             )
 
     def loss(self, row: Row) -> float:
-        """What is least of the best."""
+        """Return a value of choose_by that is lowest for the best trial."""
         value = number(row, self.choose_by)
         return value if self.best == "min" else -value
 
 
 class Choice(NamedTuple):
-    """A point's best trial."""
+    """The best trial of a point."""
 
-    point: dict[str, Any]  # what there is to say of it, as JSON values
-    rows: Sequence[Row]  # the trial's runs, one a seed
-    factor: float  # between learning rates of the grid; NaN where only one was tried
+    point: dict[str, Any]  # its description, as JSON values
+    rows: Sequence[Row]  # runs of the trial, one per seed
+    factor: float  # ratio of neighbouring learning rates; NaN if there is only one
 
 
 class Rule(NamedTuple):
     """learning rate = exp(coefficients · (1, ln width, ln batch)).
 
-    A column that never varies has 0.
+    The coefficient of a column that does not vary is 0.
     """
 
     coefficients: Float[np.ndarray, " 3"]
     covariance: Float[np.ndarray, "3 3"]
-    variance: float  # of ln learning rate around the rule
-    t: float  # Student's, of 95% intervals
+    variance: float  # of the logarithm of the learning rate around the rule
+    t: float  # quantile of Student's t for 95% intervals
     observations: int
 
     def predict(self, width: float, batch: float) -> tuple[float, float, float]:
-        """Return the learning rate, and where one more run's optimum lies in 95 of 100 cases."""
+        """Return the learning rate and the 95% interval of one more run's optimum."""
         x = np.array([1.0, math.log(width), math.log(batch)])
         middle = float(x @ self.coefficients)
         half = self.t * math.sqrt(float(x @ self.covariance @ x) + self.variance)
@@ -110,14 +110,14 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
 
 
 def _best(point: RunTable, config: ChooseConfig) -> Choice:
-    """Choose among a point's trials by the mean over their seeds, and say what it measured."""
+    """Choose the trial of a point with the best mean over seeds, and describe it."""
     groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
     losses = {
         trial: float(np.mean([config.loss(row) for row in rows]))
         for trial, rows in trials.items()
-        if len(rows) == seeds  # others diverged with some seed
+        if len(rows) == seeds  # others have diverged with some seed
     }
     losses = {trial: loss for trial, loss in losses.items() if math.isfinite(loss)}
     if not losses:
@@ -129,7 +129,7 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
     best = min(losses, key=losses.__getitem__)
     edges = []
     for i, what in enumerate(SWEPT.values()):
-        values = sorted({  # each batch has learning rates and warm-ups of its own
+        values = sorted({  # learning rates and warm-ups depend on the batch
             trial[i]
             for trial in trials
             if what == "batch" or trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
@@ -164,7 +164,7 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
 
 
 def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
-    """Find where a parabola in the logarithm is least, through the best and its neighbours.
+    """Find the minimum of the parabola, in log, through the best value and its neighbours.
 
     At an edge of the grid it is the best learning rate itself.
     """
@@ -179,7 +179,7 @@ def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
 def fit_rule(
     widths: Sequence[float], batches: Sequence[float], learning_rates: Sequence[float]
 ) -> Rule | None:
-    """Fit the rule to optima, one observation each; None where there are too few."""
+    """Fit the rule to optima, one observation each; None if there are too few."""
     n = len(learning_rates)
     x = np.stack([np.ones(n), np.log(widths), np.log(batches)], axis=1)
     used = [0, *(i for i in (1, 2) if np.ptp(x[:, i]) > 0)]
@@ -196,7 +196,7 @@ def fit_rule(
 
 
 def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
-    """Fit the rule to all but the largest width, and hold it against that."""
+    """Fit the rule to all but the largest width, and check it on that one."""
     largest = max(choice.point["width"] for choice in choices)
     known = [
         (point["width"], point["global_batch"], optimum)
@@ -222,7 +222,7 @@ def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
     exponents = {
         name: rule.exponent(column)
         for name, column in (("width_exponent", 1), ("batch_exponent", 2))
-        if rule.covariance[column, column] > 0  # else it never varied
+        if rule.covariance[column, column] > 0  # else it does not vary
     }
     return {
         **{name: value for name, (value, _, _) in exponents.items()},
@@ -239,9 +239,9 @@ def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Write the choices as a table, then the rule and its check."""
+    """Format the best trials, then the rule and its check, as text."""
     by, of = result["choose_by"], result["report"]
-    lines = [f"chosen by {by} (mean over seeds); {of} is reported"]
+    lines = [f"chosen by {by} (mean over seeds), reporting {of}"]
     for point in result["points"]:
         swept = ", ".join(f"{what} {point[name]:g}" for name, what in SWEPT.items())
         values = (
@@ -254,7 +254,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{point['trials']} trials, {point['seeds']} seeds): {', '.join(values)}"
         )
         lines += [
-            f"  AT THE EDGE of the grid, {edge}: the optimum may lie beyond"
+            f"  AT THE EDGE of the grid, {edge}: the optimum may be outside"
             for edge in point["edges"]
         ]
     if (rule := result["rule"]) is None:

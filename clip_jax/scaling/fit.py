@@ -1,7 +1,7 @@
-"""Fit scaling laws to a table of runs, and answer what one asks of them.
+"""Fit scaling laws to a table of runs, and predict from them.
 
-The unit of compute is Cherti et al.'s: forward GMACs of one image-text pair × pairs seen. A budget
-is given in training FLOPs, which are 6e9 times that.
+The unit of compute is Cherti et al.'s: forward GMACs of one image-text pair × pairs seen. Budgets
+are in training FLOPs, 6e9 times that.
 """
 
 import math
@@ -32,10 +32,10 @@ from clip_jax.scaling.uncertainty import (
 )
 from clip_jax.storage.files import AnyPath, check_destination
 
-THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms take besides
-EXTRAPOLATION = 10.0  # times the largest run's compute, from which a prediction carries a warning
+THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # third columns that forms need
+EXTRAPOLATION = 10.0  # multiple of the largest compute above which predictions get a warning
 
-# Cherti et al. 2023, figures 1 and 2: alpha and beta, laid over a plot of the same metric.
+# Cherti et al. 2023, figures 1 and 2: alpha and beta, drawn in plots of the same metric.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "imagenet1k_acc1": {"LAION": (-0.1114, 5.858), "OpenAI": (-0.1638, 23.18)},
     "imagenet_robustness_acc1": {"LAION": (-0.1255, 11.61), "OpenAI": (-0.2378, 211.7)},
@@ -48,42 +48,52 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 class FitConfig:
     """Fit a scaling law to a table of runs."""
 
-    metric: str = "imagenet1k_acc1"  # column with the result
-    metric_is: Literal["score", "error"] = "score"  # score: error = 1 − metric; error: as it is
-    where: tuple[str, ...] = ()  # keep rows with COLUMN=PATTERN, such as upstream_dataset=LAION*
-    # power: β·C^α; saturating: E∞ + A(C+B)^−α; additive: E∞ + A·N^−a + B·D^−b; repeated: that with
-    # epochs over fewer samples (column unique_samples); batched: with a batch (global_batch)
+    metric: str = "imagenet1k_acc1"  # Column with the result of each run.
+    # What the metric is. score: the law describes the error 1 − metric. error: the metric itself.
+    metric_is: Literal["score", "error"] = "score"
+    # Conditions COLUMN=PATTERN that a row must match, such as upstream_dataset=LAION*.
+    where: tuple[str, ...] = ()
+    # Form of the law, for compute C, model size N and samples D. power: β·C^α. saturating:
+    # E∞ + A(C+B)^−α. additive: E∞ + A·N^−a + B·D^−b. repeated: additive, for several epochs over
+    # the samples in column unique_samples. batched: additive, for batch sizes in global_batch.
     form: Form = "power"
-    # Column by which to fit families apart and compare them, such as family, schedule or data
+    # Column that divides runs into families, such as family, schedule or data. Fits a law to each
+    # family and compares them. None: one law for all runs.
     compare: str | None = None
-    through: Through | None = None  # frontier of bins or all runs; default: frontier for power
-    bins: int = BINS  # of the frontier, equally wide in log C
-    draws: int = 1_000  # of the bootstrap
-    hold_out: float | None = None  # fit runs below this compute (forward GMACs), predict the others
-    hold_out_samples: str | None = None  # the same with pairs seen, such as 12.8B
-    # MODEL@SAMPLES, such as ViT-L-14@12.8B; with /UNIQUE (repeated) or /BATCH (batched) behind
+    # Points to fit. frontier: the best run of each bin of compute. all: every run. None: frontier
+    # for the form power, all for the others.
+    through: Through | None = None
+    bins: int = BINS  # Number of bins of the frontier, equally wide in log C.
+    draws: int = 1_000  # Number of bootstrap draws for the 95% intervals.
+    # Compute, as forward GMACs × pairs seen, from which on runs are predicted. None: fit all.
+    hold_out: float | None = None
+    # Pairs seen, such as 12.8B, from which on runs are predicted. None: fit all.
+    hold_out_samples: str | None = None
+    # Runs to predict, as MODEL@SAMPLES, such as ViT-L-14@12.8B; append /UNIQUE for the form
+    # repeated, or /BATCH for batched.
     predict: tuple[str, ...] = ()
-    budget: float | None = None  # training FLOPs: which model, how many samples?
-    candidates: tuple[str, ...] = ()  # models that a budget chooses from; default: the table's
-    plot: AnyPath | None = None  # write this path with .svg and .png
+    # Training FLOPs for which to find the best model and number of samples. None: no search.
+    budget: float | None = None
+    candidates: tuple[str, ...] = ()  # Models to choose from for the budget. Empty: the table's.
+    plot: AnyPath | None = None  # Path without suffix of the .svg and .png plot. None: no plot.
 
     def __post_init__(self) -> None:
         check_ranges(
             self, bins="[3, 10000]", draws="[100, 1000000]", hold_out="(0, inf)", budget="(0, inf)"
         )  # fmt: skip
         if self.hold_out is not None and self.hold_out_samples is not None:
-            raise InputError("give hold_out or hold_out_samples, not both.")
+            raise InputError("hold_out and hold_out_samples are both set; remove one.")
         questions = self.hold_out, self.hold_out_samples, self.budget, self.plot
         if self.compare and (self.predict or any(x is not None for x in questions)):
             raise InputError(
-                "compare fits several laws; hold_out, predict, budget and plot ask one."
+                "compare fits several laws; remove it, or hold_out, predict, budget and plot."
             )
 
     def runs(self, table: RunTable) -> Runs:
         return table.runs(self.metric, self.metric_is == "score", THIRD.get(self.form, ""))
 
     def fit(self, runs: Runs, family: int = 0) -> Fit:
-        """Fit runs; each family draws from a seed of its own, so that they are independent."""
+        """Fit runs; each family has its own bootstrap seed, so that they are independent."""
         through, bins, draws = self.passes_through, self.bins, self.draws
         return fit_law(self.form, runs, through, bins=bins, draws=draws, seed=family)
 
@@ -96,25 +106,24 @@ class FitConfig:
 class FitCommand(FitConfig):
     """Fit a scaling law to a table of runs."""
 
-    table: AnyPath = Path("scaling.csv")  # what `scale collect` wrote, or such a table
+    table: AnyPath = Path("scaling.csv")  # Table of runs (CSV), as written by `scale collect`.
 
 
 def fit_file(command: FitCommand) -> dict[str, Any]:
-    """Fit and answer what the command asks of a table in a file; see `fit`."""
+    """Run `fit` on the table in a file."""
     for path in plots.both(command.plot) if command.plot else ():
         check_destination(path, "--plot", folder=False)
     return fit(run_table.read(command.table), command)
 
 
 def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
-    """Fit and answer; everything as JSON values (`describe` puts it in words).
+    """Fit laws and predict with them; returns JSON values (`describe` formats them as text).
 
-    Keys: `alpha`, `beta` (power law), `parameters` with intervals, `irreducible_error` (None where
-    the runs do not determine it), `points` that the law went through, its `curve` where compute is
-    divided best, `residuals` of the runs in the table's order, `optimal`: how compute is divided
-    best, by a law in N and D; `hold_out`, `predictions` by what was asked, `budget`, `warnings`.
-    With `compare`: `families` by name, each with those of the above that a law has, and
-    `pairs` of them.
+    Keys: `alpha`, `beta` (power law), `parameters` with intervals, `irreducible_error` (None if the
+    runs do not determine it), the fitted `points`, the law's `curve` at the best division of
+    compute, `residuals` in the order of the table, `optimal` (best divisions of compute, for laws
+    in N and D), `hold_out`, `predictions` by run, `budget`, `warnings`. With `compare`: `families`
+    by name, each with the keys of a law, and `pairs` of families.
     """
     table = table.select(config.metric, config.where)
     result: dict[str, Any] = {
@@ -132,7 +141,7 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     if config.hold_out is not None:
         result["hold_out"] = _hold_out(runs, runs.compute >= config.hold_out, config)
     elif config.hold_out_samples is not None:
-        # Runs see batches: as many samples as the option says, up to rounding.
+        # Runs see complete batches, so their samples match the option up to rounding.
         held = runs.samples >= 0.99 * parse_count(config.hold_out_samples)
         result["hold_out"] = _hold_out(runs, held, config)
 
@@ -147,8 +156,8 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
         result["predictions"][wanted] = {"compute": compute, **_prediction(prediction, config)}
         if compute > EXTRAPOLATION * largest:
             result["warnings"].append(
-                f"{wanted} is {compute / largest:.0f} times the largest run's compute; the "
-                "interval supposes that the law still holds there."
+                f"{wanted} has {compute / largest:.0f} times the compute of the largest run; the "
+                "interval assumes that the law still holds there."
             )
     if config.budget is not None:
         names = config.candidates or tuple(sizes)
@@ -165,7 +174,7 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
 
 
 def published(metric: str) -> dict[str, Law]:
-    """Cherti et al.'s laws for a metric, by the models that they fit; none for other metrics."""
+    """Return Cherti et al.'s laws for a metric, by their models; empty for other metrics."""
     return {
         f"{models} (Cherti et al.)": PowerLaw(alpha, beta)
         for models, (alpha, beta) in PUBLISHED.get(metric, {}).items()
@@ -173,7 +182,7 @@ def published(metric: str) -> dict[str, Law]:
 
 
 def _law(fitted: Fit) -> dict[str, Any]:
-    """What there is to say of any law through some runs."""
+    """Return the keys of `fit` that describe one law."""
     law, runs, sizes = fitted.law, fitted.runs, sizes_of([fitted])
     span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
     curve = np.stack([span, *fitted.best(span, sizes)["error"]])
@@ -198,7 +207,7 @@ def _law(fitted: Fit) -> dict[str, Any]:
     if isinstance(law, PowerLaw):
         result |= {name: parameter["value"] for name, parameter in parameters.items()}
     if isinstance(law, Additive) and isinstance(fitted.drawn, Additive):
-        # From the least of the runs to ten times the largest.
+        # From the smallest compute of the runs to ten times the largest.
         low, high = np.log10([runs.compute.min(), EXTRAPOLATION * runs.compute.max()])
         compute = 10.0 ** np.arange(np.ceil(low), high)
         tables = {name: np.stack(x).T.tolist() for name, x in fitted.best(compute, sizes).items()}
@@ -219,14 +228,14 @@ def _law(fitted: Fit) -> dict[str, Any]:
 def _hold_out(runs: Runs, held: np.ndarray, config: FitConfig) -> dict[str, Any]:
     """Fit the runs that are not `held` and predict those that are: usually the largest.
 
-    A fit through the frontier speaks of the best runs alone, so of the held-out ones those are
-    predicted that no other run beats with as little compute. Raises InputError if none is left.
+    A fit through the frontier describes only the best runs, so it predicts only held-out runs that
+    no other run beats with at most their compute. Raises InputError if there are none.
     """
     tested = held & pareto(runs) if config.passes_through == "frontier" else held
     if not tested.any():
         raise InputError(
-            f"nothing to predict: of {len(held)} runs {held.sum()} are held out, and none of these "
-            f"is tested; their compute reaches {runs.compute.max():g}."
+            f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
+            f"these can be tested; lower hold_out: compute reaches {runs.compute.max():g}."
         )
     test, fitted = runs.where(tested), config.fit(runs.where(~held))
     predicted = fitted.predict(test.size, test.samples, test.third)
@@ -255,14 +264,14 @@ def _run_of(wanted: str, sizes: Mapping[str, float]) -> tuple[float, float, floa
 
 
 def _size(model: str, sizes: Mapping[str, float]) -> float:
-    """Forward GMACs of a model: the table's, or the zoo's."""
+    """Return the forward GMACs of a model, from the table or the zoo."""
     return sizes[model] if model in sizes else gmacs(zoo.get(model))
 
 
 def _prediction(prediction: Prediction, config: FitConfig) -> dict[str, Any]:
-    """An error with its interval and, where the metric is a score, the score with its own."""
+    """Return an error with its interval and, if the metric is a score, the score with its own."""
     is_score = config.metric_is == "score"
-    most = 1.0 if is_score else math.inf  # nothing is wrong more often than always
+    most = 1.0 if is_score else math.inf  # an error of 1 − score is at most 1
     error, low, high = (min(float(value), most) for value in prediction)
     both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
     return both | ({"score": 1 - error, "score_interval": [1 - high, 1 - low]} if is_score else {})
@@ -271,7 +280,7 @@ def _prediction(prediction: Prediction, config: FitConfig) -> dict[str, Any]:
 def _budget(
     budget: float, names: Sequence[str], sizes: Mapping[str, float], fitted: Fit, config: FitConfig
 ) -> dict[str, Any]:
-    """Say which model serves a budget best, by a law that is additive in size and samples."""
+    """Choose the best model for a budget, by a law that is additive in size and samples."""
     if not isinstance(fitted.law, Additive):
         fitted = fit_law("additive", fitted.runs, "all", draws=config.draws)
     size = np.array([_size(name, sizes) for name in names])
@@ -295,16 +304,16 @@ def _budget(
     }
 
 
-# ------------------------------------------------------------------ families side by side
+# ------------------------------------------------------------------ comparison of families
 
 
 def family_of(row: Row, column: str) -> str:
-    """Name the family of a row, by a column."""
+    """Return the name of a row's family: its text in a column."""
     return text(row, column) or f"no {column}"
 
 
 def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
-    """Fit every family of runs on its own, and compare every two."""
+    """Fit every family of runs separately, and compare every pair."""
     table.check(column)
     families: dict[str, Fit] = {}
     alike, warnings = {}, []
@@ -319,7 +328,7 @@ def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
             alike[name] = _by_the_rest(members, runs)
     if len(families) < 2:
         raise InputError(
-            f"compare={column!r} takes two families of runs or more; there is "
+            f"compare={column!r} needs two or more families that can be fitted, not "
             + "; ".join([*families, *warnings]) + "."
         )  # fmt: skip
     return {
@@ -331,7 +340,7 @@ def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
 
 
 def _by_the_rest(table: RunTable, runs: Runs) -> dict[tuple[str, ...], float]:
-    """Name errors by size, samples and seed; runs that these do not tell apart are left out."""
+    """Map (size, samples, seed) to the error, without runs that share these."""
     lengths = np.asarray(runs.length).tolist()
     keys = [(row["arch"], x, text(row, "seed")) for row, x in zip(table.rows, lengths, strict=True)]
     errors = zip(keys, runs.error.tolist(), strict=True)
@@ -341,13 +350,13 @@ def _by_the_rest(table: RunTable, runs: Runs) -> dict[tuple[str, ...], float]:
 def _pair(
     names: tuple[str, str], families: Mapping[str, Fit], alike: Mapping[str, Mapping[Any, float]]
 ) -> dict[str, Any]:
-    """Compare two families: where their laws cross, at which ratio, and runs alike in all else.
+    """Compare two families: the crossing and the ratios of their laws, and matching runs.
 
-    `alike` has each family's errors by what else there is to say of a run.
+    `alike` has the errors of each family by (size, samples, seed).
     """
     first, second = (families[name] for name in names)
     one, other = (alike[name] for name in names)
-    least = max(fitted.runs.compute.min() for fitted in (first, second))  # that both have
+    least = max(fitted.runs.compute.min() for fitted in (first, second))  # in both families
     most = min(fitted.runs.compute.max() for fitted in (first, second))
     cross = crossing(first, second)
     pairs = np.array([(one[key], other[key]) for key in one if key in other]).reshape(-1, 2)
@@ -365,7 +374,7 @@ def _pair(
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Put the result of `fit` in words."""
+    """Format the result of `fit` as text."""
     law = f"{result['metric']}: {result['form']} law"
     unit = f"; C in {result['compute_unit']}"
     lines = [law + unit] if "families" in result else []
@@ -433,24 +442,22 @@ def _in_words(prediction: Mapping[str, Any]) -> str:
 
 def _lines_of_pair(pair: Mapping[str, Any]) -> list[str]:
     one, other = pair["families"]
-    lines = [f"{other} beside {one}:"]
-    for at, which in zip(pair["ratios"], ("least", "largest"), strict=True):
+    lines = [f"{other} compared with {one}:"]
+    for at, which in zip(pair["ratios"], ("smallest", "largest"), strict=True):
         lines.append(
-            f"  at the {which} compute of both, {at['compute']:.3g}: {_ratio(at, '+.1%')}, smaller "
+            f"  at the {which} shared compute, {at['compute']:.3g}: {_ratio(at, '+.1%')}, lower "
             f"in {at['share']:.0%} of draws"
         )
     cross = pair["crossing"]
     high = math.inf if cross["high"] is None else cross["high"]
     interval = _interval((cross["low"], high), ".3g")
     name, start = pair["families"][cross["better"]], cross["compute"] or 0
-    better = f"{name} is the better one from {start:.3g} on {interval}"
+    better = f"{name} is better from {start:.3g} on {interval}"
     if not cross["low"] and cross["high"] is None:
-        better = "these runs do not determine which is better where"
+        better = "these runs do not determine which is better at what compute"
     lines.append(f"  {better}; the laws cross in {cross['share']:.0%} of draws")
     if alike := pair["paired"]:
-        lines.append(
-            f"  in {alike['pairs']} pairs of runs alike in all else: {_ratio(alike, '+.2%')}"
-        )
+        lines.append(f"  in {alike['pairs']} pairs of matching runs: {_ratio(alike, '+.2%')}")
     return lines
 
 

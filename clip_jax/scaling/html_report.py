@@ -1,6 +1,6 @@
-"""One HTML page of a ladder, for a person: points, laws, residuals, curves, costs, what failed.
+"""Write an HTML report of runs: results, laws, residuals, curves, costs and failures.
 
-The page is one file without a server: data, style and script are in it, and it asks for nothing.
+The report is one file with data, style and script: it needs no server and loads nothing.
 """
 
 import fcntl
@@ -23,34 +23,37 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, as_path
 from clip_jax.storage.json_files import parse, read_rows
 
-POINTS = 240  # of a run's curve, evenly spread
-CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # before evaluations
-RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluations' results
-ERROR = re.compile(r"loss|info_nce")  # of those that are better when smaller
-# How a log ends that says why; anything else is a run that was killed, or goes on elsewhere.
+POINTS = 240  # maximum number of points per curve, evenly spaced
+CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
+RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluation metrics
+ERROR = re.compile(r"loss|info_nce")  # names of those that are better when lower
+# Last log line of a failed run; others were killed or are running elsewhere.
 FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Put runs on one page, which opens from its file."""
+    """Write an HTML report of runs, which opens without a server."""
 
-    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, ladders, tables
-    output: AnyPath = Path("report.html")  # the page
-    metric: str | None = None  # the result by which runs are points; None: the first evaluation's
-    metric_is: Literal["score", "error"] | None = None  # None: error for a loss, or score
-    where: tuple[str, ...] = ()  # points that the law takes: COLUMN=PATTERN, such as arch=ViT-B*
-    form: Form = "power"  # as in `scale fit`
+    paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
+    output: AnyPath = Path("report.html")  # HTML file to write.
+    metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
+    # What the metric is. None: error if its name contains loss or info_nce, else score.
+    metric_is: Literal["score", "error"] | None = None
+    # Conditions COLUMN=PATTERN that a row must match to be fitted, such as arch=ViT-B*.
+    where: tuple[str, ...] = ()
+    form: Form = "power"  # Form of the law, as in `scale fit`.
+    # Points to fit: the frontier or all. None: frontier for the form power, all for the others.
     through: Through | None = None
-    compare: str | None = None  # column by which families are fitted apart
+    compare: str | None = None  # Column that divides runs into families, each with its own law.
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Write the page. Returns its path, how many runs it shows by status, and what it says."""
+    """Write the report; return its path, the number of runs by status, and the summary."""
     files.check_destination(config.output, "--output", folder=False)
     table, skipped = gather(config.paths)
     finished = {str(row["source"]): row for row in table.rows}
-    # The first result of an evaluation that some run has, or the loss.
+    # The first evaluation metric that any run has, or the loss.
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
     folders = {str(folder): folder for folder in _folders(config.paths)}
@@ -59,11 +62,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
     others = [row for row in table.rows if str(row["source"]) not in folders]
     rows, runs = rows + others, runs + [_shown(row) for row in others]
     if not runs:
-        raise InputError(
-            f"no run under {', '.join(map(str, config.paths))}: give ladders or tables."
-        )
+        raise InputError(f"no run under {', '.join(map(str, config.paths))}; name runs or tables.")
     by_row = {id(row): run for row, run in zip(rows, runs, strict=True)}
-    table = RunTable([row for row in table.rows if id(row) in by_row])  # each run once
+    table = RunTable([row for row in table.rows if id(row) in by_row])  # without duplicates
     for row in table.rows:
         if text(row, metric):
             value = number(row, metric)
@@ -93,7 +94,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Put data into the page: no text in them can end its script, and NaN becomes null."""
+    """Insert data into the page, escaped so that no text ends its script; NaN becomes null."""
     text = to_json(data).replace("<", "\\u003c")
     template = Path(__file__).with_name("html_report.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)
@@ -103,7 +104,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
-    """Find the run directories: also of runs that have not begun, or come to no end."""
+    """Find the run directories, also those of unfinished runs."""
     configs = [
         as_path(file) for path in paths if path.is_dir() for file in files.walk(path)
         if file.endswith("config.json")
@@ -112,7 +113,7 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
 
 
 def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
-    """What the page shows of a run directory."""
+    """Return the data that the page shows of a run directory."""
     config, result = (_read(folder / name) for name in ("config.json", "result.json"))
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
@@ -146,7 +147,7 @@ def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
 
 
 def _shown(row: Row) -> dict[str, Any]:
-    """What the page shows of any row of a table."""
+    """Return the data that the page shows of a row of a table."""
     names = ("arch", "family", "schedule", "data", "seed", "lr", "warmup", "global_batch")
     numbers = ("samples_seen", "gmacs_per_sample", "training_flops", "flops_spent")
     return {
@@ -167,7 +168,7 @@ def _read(path: AnyPath) -> dict[str, Any]:
 
 
 def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]]]:
-    """Numbers of metrics.jsonl by name over the samples seen, thinned."""
+    """Read metrics of metrics.jsonl over samples seen, thinned, by name."""
     curves: dict[str, list[list[float]]] = {name: [] for name in names}
     samples = 0.0
     for row in read_rows(folder / "metrics.jsonl"):
@@ -187,7 +188,7 @@ def _last_line(path: AnyPath) -> str:
 
 
 def _is_held(lock: AnyPath) -> bool:
-    """Say whether a process trains there, as far as this machine can tell."""
+    """Return whether a process on this machine holds a run's lock."""
     if files.is_remote(lock) or not lock.exists():
         return False
     with open(lock, "rb") as file:
@@ -204,9 +205,9 @@ def _is_held(lock: AnyPath) -> bool:
 def _laws(
     table: RunTable, config: FitConfig, by_row: Mapping[int, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Fit the finished runs; give each what it is off the law. And put the fit in words.
+    """Fit the finished runs and store their residuals; return the laws and a text summary.
 
-    Where nothing can be fitted, the page says why.
+    If nothing can be fitted, the summary has the reason.
     """
     try:
         table = table.select(config.metric, config.where)

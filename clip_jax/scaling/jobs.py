@@ -1,4 +1,4 @@
-"""Processes, a few at a time."""
+"""Run processes, a limited number at a time."""
 
 import contextlib
 import fcntl
@@ -16,18 +16,18 @@ POLL_SECONDS = 0.1
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C came; what was running has been told, and has ended."""
+    """SIGTERM or Ctrl-C arrived, and the running processes have been terminated."""
 
 
 class Job(NamedTuple):
-    """One process, and the directory that no other process of its kind may use meanwhile."""
+    """One process, and the directory that it locks while it runs."""
 
     name: str
     command: list[str]
-    directory: Path  # of `log.txt`, what the process prints, and of `job.lock`, which it holds
-    is_done: Callable[[], bool]  # whether the work is there
-    after: str = ""  # the job that makes what it begins with, if one does
-    is_ready: Callable[[], bool] = lambda: True  # whether that is there; its maker may go on
+    directory: Path  # has `log.txt`, the process's output, and `job.lock`, which it holds
+    is_done: Callable[[], bool]  # whether its result exists
+    after: str = ""  # name of the job that produces its input, if there is one
+    is_ready: Callable[[], bool] = lambda: True  # whether its input exists
 
 
 class _Running(NamedTuple):
@@ -43,10 +43,11 @@ def run(
     say: Say,
     clock: Clock = CLOCK,
 ) -> dict[str, str]:
-    """Run all jobs, in order; one that fails leaves the others alone.
+    """Run all jobs, in order; the failure of one does not affect the others.
 
-    Returns why jobs failed, by name. Raises Stopped after SIGTERM or SIGINT, once the running
-    processes, which get SIGTERM, have ended. Call it from the main thread, which hears signals.
+    Returns the reasons of failures, by name. After SIGTERM or SIGINT, sends SIGTERM to the running
+    processes and raises Stopped when they have ended. Call it from the main thread, since only
+    that one handles signals.
     """
     waiting, running, failures = list(jobs), list[_Running](), dict[str, str]()
     terminated = False
@@ -54,7 +55,7 @@ def run(
         while running or (waiting and not came):
             for job in [job for job in waiting if job.after in failures and not job.is_ready()]:
                 waiting.remove(job)
-                failures[job.name] = f"not begun, for {job.after} failed"
+                failures[job.name] = f"not started, because {job.after} failed"
             while len(running) < at_a_time and not came:
                 unfinished = {job.name for job in (*waiting, *(one.job for one in running))}
                 if not (started := _start_next(waiting, unfinished, environment, say, clock)):
@@ -71,13 +72,13 @@ def run(
                     say(f"{job.name}: {'stopped' if came else 'FAILED'} after {minutes}: {failure}")
                     failures |= {} if came else {job.name: failure}
                 else:
-                    say(f"{job.name}: {minutes}; {len(waiting) + len(running)} left")
+                    say(f"{job.name}: done after {minutes}; {len(waiting) + len(running)} left")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)
     if came:
         raise Stopped(
-            f"stopped by {signal.Signals(came[0]).name}; what was running is saved. The same "
-            "command again goes on."
+            f"stopped by {signal.Signals(came[0]).name}; running jobs were saved. Run the same "
+            "command again to continue."
         )
     return failures
 
@@ -95,18 +96,18 @@ def _start_next(
             continue
         with (job.directory / "job.lock").open("a") as lock:
             try:
-                # The process inherits the lock: it holds as long as that lives, even if we are
-                # killed, so that whoever comes next does not train beside an orphan.
+                # The process inherits the lock and holds it while it lives, even if this one is
+                # killed: so the next command does not train in parallel to an orphan.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             waiting.remove(job)
             if job.is_done():
-                say(f"{job.name}: another process did it")
+                say(f"{job.name}: already done by another process")
                 continue
             with (job.directory / "log.txt").open("ab") as log:
-                # A process group of its own keeps a terminal's Ctrl-C away from the run, to which
-                # we send SIGTERM instead: then it saves a checkpoint and ends.
+                # A terminal's Ctrl-C does not reach a process group of its own: the process gets
+                # SIGTERM instead, on which it saves.
                 process = subprocess.Popen(
                     job.command, env=environment, pass_fds=[lock.fileno()], process_group=0,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -125,7 +126,7 @@ def _failure(job: Job, code: int) -> str | None:
 
 @contextlib.contextmanager
 def _listening() -> Generator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying of them."""
+    """Collect SIGTERM and SIGINT in a list instead of being ended by them."""
     came: list[int] = []
     kinds = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds]

@@ -1,10 +1,10 @@
-"""A ladder of runs: models × samples seen × seeds, and × the trials of a sweep.
+"""Train a ladder of runs: models × samples seen × seeds (× trials of a sweep).
 
-Each point has a whole schedule of its own, or is a cool-down branch from one run of its model at a
-constant learning rate, the parent run (arXiv:2506.04598). A spec is a Python file with
-`get_ladder() -> LadderConfig`. Every point of the grid becomes an ordinary run: a `config.json` in
-its own run directory, trained by `clip-jax train` as a process. The FLOPs are counted, the hours
-follow from a stated MFU.
+Each point has its own schedule, or is a cool-down branch from a run of its model at a constant
+learning rate, the parent run (arXiv:2506.04598). A spec is a Python file with
+`get_ladder() -> LadderConfig`. Every point becomes an ordinary run, with a `config.json` in its run
+directory, trained by a `clip-jax train` process. FLOPs are counted; hours follow from an assumed
+MFU.
 """
 
 import itertools
@@ -39,19 +39,19 @@ from clip_jax.storage.json_files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """What trains a point, as assumed for its hours."""
+    """Hardware that trains a point, to estimate its hours."""
 
-    chip: str = "TPU v5e"  # as in chip_specs.csv, or anything with a peak_flops
-    chips: int = 1  # that train one point together
-    mfu: float = 0.4  # assumed share of the peak; `clip-jax plan` and `bench` have better figures
-    peak_flops: float | None = None  # FLOP/s of one chip; None: the table's dense bf16 peak
-    start_seconds: float = 0.0  # of each point: start, compilation, evaluation
+    chip: str = "TPU v5e"  # Name in chip_specs.csv, or any name with peak_flops.
+    chips: int = 1  # Number of chips that train one point together.
+    mfu: float = 0.4  # Assumed MFU (0 to 1); `clip-jax plan` and `bench` have better figures.
+    peak_flops: float | None = None  # FLOP/s of one chip. None: its dense bf16 peak in the table.
+    start_seconds: float = 0.0  # Seconds per point for start, compilation and evaluation.
 
     def __post_init__(self) -> None:
         if self.peak_flops is None and self.chip not in chips.chips():
             raise InputError(
-                f"hardware.chip={self.chip!r} is none of {', '.join(chips.chips())}; take one of "
-                "these or give hardware.peak_flops."
+                f"hardware.chip={self.chip!r} is not one of {', '.join(chips.chips())}; use one of "
+                "these, or set hardware.peak_flops."
             )
         check_ranges(
             self, "hardware.",
@@ -59,30 +59,31 @@ class HardwareConfig:
         )  # fmt: skip
 
     def hours(self, training_flops: float) -> float:
-        """Estimate the hours of one point: the one place where FLOPs become time."""
+        """Estimate the hours of one point; nothing else converts FLOPs to time."""
         peak = self.peak_flops or chips.chips()[self.chip].peak_flops
         seconds = training_flops / (self.chips * peak * self.mfu) + self.start_seconds
         return seconds / 3600
 
     def estimate(self, points: "Sequence[Point]") -> dict[str, Any]:
-        """Estimate runs one after the other, as JSON values, with what was assumed."""
+        """Estimate the hours of sequential runs; returns JSON values with the assumptions."""
         hours = sum(self.hours(point.training_flops) for point in points)
         return {"chip": self.chip, "chips": self.chips, "mfu": self.mfu, "hours": hours}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """How a point's learning rate and warm-up follow from its batch, its width and its length.
+    """Rules for a point's learning rate and warm-up, by its batch size, width and steps.
 
-    The base config's peak learning rate holds at the base's batch size and at `reference_width`;
-    a point's is base × (batch / base's batch)^batch_exponent × (width / reference)^width_exponent.
-    The final learning rate keeps its share of the peak.
+    The base config's peak learning rate is for its batch size and `reference_width`. That of a
+    point is base × (batch / base's batch)^batch_exponent × (width / reference)^width_exponent, and
+    the final learning rate is scaled by the same factor.
     """
 
-    batch_exponent: float = 0.5  # Adam: the square root (Malladi et al. 2022, arXiv:2205.10287)
-    reference_width: int = 768  # of the image tower
-    width_exponent: float = 0.0  # 0: one learning rate for all widths, as open_clip's
-    max_warmup_share: float = 0.1  # of a run's steps, where the base's warm-up is longer than that
+    # Exponent of the batch size; 0.5 suits Adam (Malladi et al. 2022, arXiv:2205.10287).
+    batch_exponent: float = 0.5
+    reference_width: int = 768  # Image tower width that the base learning rate is for.
+    width_exponent: float = 0.0  # Exponent of the width. 0: the same learning rate for all widths.
+    max_warmup_share: float = 0.1  # Maximum warm-up, as a share of a run's steps.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -92,7 +93,7 @@ class RulesConfig:
         )  # fmt: skip
 
     def apply(self, base: Config, batch_size: int, width: int, steps: int) -> OptimConfig:
-        """Return the optimizer's config of one point."""
+        """Return the optimizer config of one point."""
         factor = (batch_size / base.batch_size) ** self.batch_exponent
         factor *= (width / self.reference_width) ** self.width_exponent
         return replace(
@@ -107,31 +108,32 @@ class RulesConfig:
 class BranchesConfig:
     """Points as cool-down branches from one parent run for each model and seed.
 
-    The parent run keeps its learning rate at the peak and evaluates nothing; a point goes on from
-    it to the base's final learning rate. It is, bit for bit, what a run of its own with that
-    warmup-stable-decay (WSD) schedule would be.
+    The parent run keeps its learning rate at the peak and evaluates nothing; a point continues from
+    it to the base's final learning rate. It equals, bit for bit, an uninterrupted run with that
+    warmup-stable-decay (WSD) schedule.
     """
 
-    share: float = 0.2  # of a point's steps that cool down
-    shape: Literal["linear", "sqrt", "power"] = "linear"  # see CoolDown
-    power: float = 1.0  # of the shape of that name
+    share: float = 0.2  # Share of a point's steps in the cool-down.
+    shape: Literal["linear", "sqrt", "power"] = "linear"  # Shape of the cool-down: see CoolDown.
+    power: float = 1.0  # Exponent of the cool-down, used by the shape power.
 
     def __post_init__(self) -> None:
         check_ranges(self, "branches.", share="(0, 1)", power="(0, inf)")
 
     def cool_down(self, steps: int) -> CoolDown:
-        """Return the schedule of a point with so many steps from the parent run's beginning."""
+        """Return the schedule of a point with `steps` steps, including those of the parent run."""
         return CoolDown(steps=max(round(self.share * steps), 1), shape=self.shape, power=self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What the trials of a point differ in: every combination of these, one trial each."""
+    """Settings of the trials of a point: one trial for every combination."""
 
-    learning_rates: tuple[float, ...] = (1.0,)  # as multiples of what the rules give
-    batch_sizes: tuple[int, ...] = ()  # none: the point's own. Samples stay, steps follow
-    warmups: tuple[float, ...] = (1.0,)  # steps of warm-up, as multiples of what the rules give
-    weight_decays: tuple[float, ...] = ()  # none: the base's own
+    learning_rates: tuple[float, ...] = (1.0,)  # Learning rates, as multiples of the rules'.
+    # Batch sizes; the number of steps changes to keep the samples. Empty: the point's own.
+    batch_sizes: tuple[int, ...] = ()
+    warmups: tuple[float, ...] = (1.0,)  # Numbers of warm-up steps, as multiples of the rules'.
+    weight_decays: tuple[float, ...] = ()  # Weight decays. Empty: the base config's.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -144,18 +146,18 @@ class SweepConfig:
             needed = name in ("learning_rates", "warmups")
             if len(set(values)) < len(values) or (needed and not values):
                 raise InputError(
-                    f"sweep.{name}={values} must name each value once, and one at least."
+                    f"sweep.{name}={values} must have no value twice, and at least one."
                 )
 
     def trials(self, config: Config) -> Iterator[tuple[str, Config]]:
-        """Make a config for every combination at one batch size, named by what is swept."""
+        """Yield a name suffix and a config for every combination at one batch size."""
         decays = self.weight_decays or (config.optim.weight_decay,)
         for factor, warmup, decay in itertools.product(self.learning_rates, self.warmups, decays):
             warmup_steps = round(warmup * config.optim.warmup_steps)
             if warmup_steps >= config.steps:
                 raise InputError(
-                    f"sweep.warmups={warmup:g} makes {warmup_steps} steps of warm-up, of "
-                    f"{config.steps}: take a smaller multiple, or rules.max_warmup_share."
+                    f"sweep.warmups={warmup:g} gives {warmup_steps} steps of warm-up in a run of "
+                    f"{config.steps}; lower it or rules.max_warmup_share."
                 )
             optim = replace(
                 config.optim,
@@ -175,44 +177,44 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig:
-    """Models × samples × seeds. What the points share is an ordinary config."""
+    """A grid of runs, models × samples × seeds, that share a base config."""
 
-    base: Config  # data, loss, evaluations; model, steps, seeds and learning rates are replaced
-    models: Mapping[str, CLIPConfig]  # by the name that its points get
-    samples: tuple[int, ...]  # pairs seen, over the whole of one point's schedule
-    batch_sizes: tuple[int, ...] = ()  # one for each of `samples`; none: the base's for all
-    seeds: tuple[int, ...] = (0,)  # of the parameters and of the data's order
+    base: Config  # Shared config; points replace its model, steps, seeds and learning rates.
+    models: Mapping[str, CLIPConfig]  # Models, by the name that their points get.
+    samples: tuple[int, ...]  # Numbers of pairs seen, each in one point's complete schedule.
+    batch_sizes: tuple[int, ...] = ()  # Batch size for each of `samples`. Empty: the base's.
+    seeds: tuple[int, ...] = (0,)  # Random seeds for parameters and data order.
     rules: RulesConfig = field(default_factory=RulesConfig)
-    branches: BranchesConfig | None = None  # None: each point over the base's own schedule
-    sweep: SweepConfig | None = None  # None: one trial a point, by the rules
-    hardware: tuple[HardwareConfig, ...] = ()  # to estimate for, one after the other
+    branches: BranchesConfig | None = None  # Cool-down branches. None: full schedules.
+    sweep: SweepConfig | None = None  # Trials per point. None: one, by the rules.
+    hardware: tuple[HardwareConfig, ...] = ()  # Hardware to estimate hours for, each on its own.
 
     def __post_init__(self) -> None:
         check_ranges(
             self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]"
         )  # fmt: skip
         if self.base.double_batch_at:
-            raise InputError("base.double_batch_at: a ladder's points have one batch size each.")
+            raise InputError("base.double_batch_at must be empty: points have one batch size each.")
         for name in ("models", "samples", "seeds"):
             if not (values := getattr(self, name)):
                 raise InputError(f"{name} is empty; a ladder needs at least one.")
             if len(set(values)) < len(values):
-                raise InputError(f"{name}={values} names one twice.")
+                raise InputError(f"{name}={values} names one twice; remove it.")
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):
             raise InputError(
                 f"batch_sizes={self.batch_sizes} must have one for each of samples={self.samples}."
             )
         if self.branches and self.sweep:
-            raise InputError("branches and sweep: sweep points of schedules of their own.")
+            raise InputError("branches and sweep cannot be combined; remove one of them.")
         if self.branches and len(set(self.batch_sizes)) > 1:
             raise InputError(
                 f"batch_sizes={self.batch_sizes} differ, but branches of one parent run all have "
-                "its batch size; give one for all, or no branches."
+                "its batch size; use the same for all, or remove branches."
             )
 
 
 def load_ladder(path: str | Path) -> LadderConfig:
-    """Run a spec's `get_ladder()`. Raises InputError, which says what the file lacks."""
+    """Run a spec's `get_ladder()`. Raises InputError if the file has none."""
     ladder: LadderConfig = run_file(Path(path), "get_ladder", LadderConfig)
     return ladder
 
@@ -221,14 +223,14 @@ def load_ladder(path: str | Path) -> LadderConfig:
 
 
 class Point(NamedTuple):
-    """One run of the ladder: a point, or the parent run from which some branch."""
+    """One run of the ladder: a point, or the parent run of branches."""
 
-    name: str  # w32@16K-seed0, w32-parent-seed0, of a sweep's trial w32@16K-rate0.5-seed0
+    name: str  # w32@16K-seed0, w32-parent-seed0 or, in a sweep, w32@16K-rate0.5-seed0
     model: str
-    samples: int  # as the spec says; the run sees a whole number of batches
+    samples: int  # as in the spec; the run sees complete batches
     config: Config
     workdir: Path
-    parent: str = ""  # the name of the run that it branches from
+    parent: str = ""  # name of the run that it branches from
 
     @property
     def samples_seen(self) -> int:
@@ -236,16 +238,16 @@ class Point(NamedTuple):
 
     @property
     def first_step(self) -> int:
-        """The parent's step with whose state the run begins, 0 without a parent."""
+        """The step of the parent run from which this run starts; 0 without a parent."""
         return branch_point(self.config.branch_from)[1] if self.config.branch_from else 0
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of the run's own steps."""
+        """FLOPs of the run's own steps, without the parent run's."""
         return flops.of_step(self.config).total * (self.config.steps - self.first_step)
 
     def is_ready(self) -> bool:
-        """Say whether the state with which it begins is there."""
+        """Return whether the checkpoint from which it starts exists."""
         if not self.config.branch_from:
             return True
         parent, step = branch_point(self.config.branch_from)
@@ -253,7 +255,7 @@ class Point(NamedTuple):
 
 
 def grid(ladder: LadderConfig, root: Path) -> list[Point]:
-    """Make every run's config; work directories lie side by side under `root`."""
+    """Return every run of the ladder, with run directories under `root`."""
     points = []
     sweep = ladder.sweep or SweepConfig()
     own = ladder.batch_sizes or (ladder.base.batch_size,) * len(ladder.samples)
@@ -284,17 +286,17 @@ def grid(ladder: LadderConfig, root: Path) -> list[Point]:
         points += _with_parents(of_model, ladder.branches) if ladder.branches else of_model
     names = [point.name for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"points would share the names {sorted(twice)}; samples lie too close.")
+        raise InputError(f"points would share the names {sorted(twice)}; samples are too close.")
     return points
 
 
 def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Point]:
-    """Make branches of a model's points, with the parent run of each seed before them."""
+    """Turn a model's points into branches, preceded by the parent run of each seed."""
     made = []
     for seed in dict.fromkeys(point.config.seed for point in points):
         of_seed = [point for point in points if point.config.seed == seed]
         one, optim = of_seed[0], of_seed[0].config.optim
-        # Parent runs were called trunks once; a ladder that was begun then goes on.
+        # Earlier versions called parent runs trunks; continue ladders of that time.
         names = (f"{one.model.replace('/', '-')}-{kind}-seed{seed}" for kind in ("parent", "trunk"))
         workdir, before = (one.workdir.with_name(name) for name in names)
         workdir = before if before.exists() else workdir
@@ -304,9 +306,9 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
             begin.append(point.config.steps - schedule.steps)
             if begin[-1] < max(optim.warmup_steps, 1):
                 raise InputError(
-                    f"{point.name} has {point.config.steps} steps: with a warm-up of "
-                    f"{optim.warmup_steps}, no parent run is left before branches.share="
-                    f"{branches.share}; give more samples, or a smaller batch_size or share."
+                    f"{point.name} has {point.config.steps} steps: after a warm-up of "
+                    f"{optim.warmup_steps}, none is left for the parent run with branches.share="
+                    f"{branches.share}; use more samples, or a smaller batch_size or share."
                 )
             config = replace(
                 point.config, optim=replace(optim, schedule=schedule),
@@ -323,13 +325,13 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
 
 
 def is_done(point: Point) -> bool:
-    """Say whether a point is trained to its end. Raises InputError if its directory holds another
+    """Return whether a point is completely trained. Raises InputError if its directory has another
     run."""
     workdir = point.workdir
-    advice = f"Bring back a copy, or delete {workdir}: the point is trained anew."
+    advice = f"Restore a copy, or delete {workdir} to train the point again."
     result = read_json(workdir / "result.json", advice=advice)
     if not (workdir / "checkpoints").exists() and not result:
-        return False  # a config that nobody has trained by may be replaced
+        return False  # a config without a checkpoint may be replaced
     before = complete(read_run_config(workdir, recover=True))
     check_resumable(workdir, before, to_dict(point.config), point.config.samples_after)
     step = from_dict(int, result.get("step", 0), f"step in {workdir / 'result.json'}")
@@ -341,14 +343,14 @@ def is_done(point: Point) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LadderCommand:
-    """Train what is missing of a ladder; the same command again goes on where it stopped."""
+    """Train the unfinished runs of a ladder; run the command again to resume."""
 
-    spec: Path  # a Python file with get_ladder(), such as configs/ladder_digits.py
-    root: Path | None = None  # where the work directories lie; default: runs/ and the spec's name
-    only: str = "*"  # pattern of the names of points, such as 'w32@*' or '*-seed0'
-    worker: str = "1/1"  # which of how many workers this is, that share the points: 1/4 to 4/4
-    jobs: int = 1  # points at a time on this machine; 0: only write their configs
-    dry_run: bool = False  # only print the table
+    spec: Path  # Python file with get_ladder(), such as configs/ladder_digits.py.
+    root: Path | None = None  # Parent of the run directories. None: runs/ and the spec's name.
+    only: str = "*"  # Pattern of the names of points to train, such as 'w32@*' or '*-seed0'.
+    worker: str = "1/1"  # Shard of the points for this worker: 1/4 to 4/4 for four workers.
+    jobs: int = 1  # Number of points to train at once on this machine. 0: only write configs.
+    dry_run: bool = False  # Only print the table of points.
 
     def __post_init__(self) -> None:
         read_worker(self.worker)
@@ -356,10 +358,11 @@ class LadderCommand:
 
 
 def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
-    """Print the table, write the configs, train what is missing.
+    """Print the table of points, write their configs, and train the unfinished ones.
 
-    Returns JSON values: `points`, each with its estimates, whether it is `done` and, if it failed,
-    the `failure`; and `totals` of what was missing. Raises jobs.Stopped after SIGTERM or Ctrl-C.
+    Returns JSON values: `points`, each with its estimates, whether it is `done` and the `failure`
+    if it failed; and `totals` of the unfinished points. Raises jobs.Stopped after SIGTERM or
+    Ctrl-C.
     """
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
@@ -372,7 +375,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     if not command.dry_run:
         check_destination(root, "--root")
         for point in missing:
-            config = with_order(point.config, point.workdir)  # as it began, if it did
+            config = with_order(point.config, point.workdir)  # an earlier start's order
             write_whole(point.workdir / "config.json", json.dumps(to_dict(config), indent=1))
         if command.jobs:
             failures = _train(missing, root, command.jobs, say)
@@ -403,7 +406,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
 
 
 def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
-    """Return a command's part of the points, the longest first; parents go with their branches."""
+    """Return this worker's shard of the points, the longest first; branches stay with parents."""
     wanted = {point.name for point in points if fnmatch(point.name, command.only)}
     if not wanted:
         raise InputError(f"only={command.only!r} matches no point; the first is {points[0].name}.")
@@ -416,16 +419,16 @@ def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
     def work(some: Sequence[Point]) -> int:
         return sum(point.training_flops for point in some)
 
-    # No long one is left for the end, and parts weigh alike.
+    # Long runs start first, and workers get similar amounts of work.
     number, parts = read_worker(command.worker)
     mine = sorted(together.values(), key=work, reverse=True)[number::parts]
     return sorted((p for some in mine for p in some), key=lambda point: -point.training_flops)
 
 
 def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -> dict[str, str]:
-    """Train points as processes; returns why some failed, by name."""
+    """Train points in processes; return the reasons of failures, by name."""
     environment = {
-        # Points that differ in their seed compile the same step.
+        # Points that differ only in their seed share the compiled step.
         "JAX_COMPILATION_CACHE_DIR": str((root / "compilation_cache").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **os.environ,
@@ -449,7 +452,7 @@ def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
-    """Put the grid into a table, a line for each model and number of samples."""
+    """Format the grid as a table with a line per model and number of samples."""
     groups: dict[tuple[str, int], list[Point]] = {}
     for point in sorted(points, key=lambda point: (gmacs(point.config.model), point.samples)):
         label = f"{point.model} parent" if ladder.branches and not point.parent else point.model
@@ -465,7 +468,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             **({"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}),
             "learning rate": f"{config.optim.learning_rate:g}",
             "warm-up": f"{config.optim.warmup_steps:,}",
-            "FLOPs a run": f"{point.training_flops:.2e}",
+            "FLOPs per run": f"{point.training_flops:.2e}",
             "runs": str(len(group)),
             "done": str(sum(other.name in done for other in group)),
         }
@@ -480,7 +483,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
     lines.append(f"{len(missing)} of {len(points)} runs are missing: {total:.2e} training FLOPs")
     lines += [
         f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
-        f"{kind.estimate(missing)['hours']:,.2f} h one after the other"
+        f"{kind.estimate(missing)['hours']:,.2f} h in sequence"
         for kind in ladder.hardware
     ]
     if ladder.branches:
@@ -493,13 +496,13 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         together = sum(point.training_flops for point in points)
         kept = sum(len(point.config.checkpoint.also) for point in points)
         lines.append(
-            f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with a run for "
-            f"each: {1 - together / alone:.0%} saved. The parent runs keep the checkpoints of "
-            f"{kept} steps, where branches begin."
+            f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with separate "
+            f"runs: {1 - together / alone:.0%} saved. The parent runs keep the checkpoints of "
+            f"{kept} steps, where branches start."
         )
     return "\n".join(lines)
 
 
 def _digits(number: float) -> float:
-    """Round to three digits: a learning rate that a person can repeat."""
+    """Round a learning rate to three digits."""
     return float(f"{number:.3g}")

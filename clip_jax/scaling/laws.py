@@ -1,11 +1,11 @@
-"""Scaling laws, their fits by least squares, and the frontier of the runs that they go through.
+"""Scaling laws, their least-squares fits, and the frontier of runs.
 
-Compute C is size × samples; size N is the forward multiply-adds of one image-text pair, so that
-ViT-B/32 and B/16, which have as many parameters, count as what they are; D is samples seen. The
-units are the caller's, and β's unit follows from them. Two laws take a third quantity of a run:
-how many of its samples were distinct, or how many make a batch.
+Compute C is N · D. Size N is the forward multiply-adds of one image-text pair, since these differ
+between models with equal numbers of parameters, such as ViT-B/32 and B/16. D is samples seen. The
+units are the caller's, and β's unit follows from them. Two laws use a third quantity of a run: the
+number of distinct samples, or the batch size.
 
-A new form is a subclass of `Law`: its terms, its coefficients, and where a fit begins to search.
+A new form is a subclass of `Law`: its terms, coefficients and the grid on which a search begins.
 """
 
 import itertools
@@ -16,28 +16,28 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 from jaxtyping import Bool, Float
 
-BINS = 5  # of the frontier: Cherti et al. 2023
-TRAINING_FLOPS = 6e9  # of one forward GMAC: two a multiply-add, three passes
+BINS = 5  # of the frontier, as in Cherti et al. 2023
+TRAINING_FLOPS = 6e9  # per forward GMAC: 2 FLOPs per multiply-add × 3 for both passes
 
-# The search for the numbers in which a law is not linear.
-EXPONENTS = np.geomspace(0.01, 3.0, 24)  # where it starts for an exponent
-FADES = np.geomspace(0.1, 1_000, 12)  # and for the epochs after which samples are spent
-SAME = 1e-3  # an offset this small beside the least compute is none
-CELLS = np.linspace(-1, 1, 5)  # of a refined grid, in steps of the one before
-ROUNDS = 9  # the step halves each time: 2⁻⁹ of the first grid's
-RIDGE = 1e-13  # keeps a matrix invertible where two terms coincide
-AT_ONCE = 2_000_000  # numbers of a table of terms: a few hundred MB in all
+# Grid search for the parameters in which a law is not linear.
+EXPONENTS = np.geomspace(0.01, 3.0, 24)  # first grid for an exponent
+FADES = np.geomspace(0.1, 1_000, 12)  # first grid for Repeated.fade, in epochs
+SAME = 1e-3  # smallest offset, as a share of the smallest compute
+CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
+ROUNDS = 9  # each halves the step, to 2⁻⁹ of the first grid's
+RIDGE = 1e-13  # keeps a matrix invertible if two terms coincide
+AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 
-Numbers = np.ndarray | np.floating | float  # NumPy turns an array without axes into a scalar
+Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
 
 
 class Runs(NamedTuple):
-    """Measured runs: what each cost, how wrong it is, and what a reader calls it."""
+    """Measured runs: sizes, samples, errors and labels."""
 
     size: Float[np.ndarray, " n"]  # forward multiply-adds of one pair
     samples: Float[np.ndarray, " n"]  # pairs seen in training
     error: Float[np.ndarray, " n"]  # 1 − accuracy, or a loss; positive
-    third: Float[np.ndarray, " n"] | None = None  # what Repeated or Batched takes besides
+    third: Float[np.ndarray, " n"] | None = None  # third quantity, for Repeated and Batched
     model: np.ndarray | None = None  # names, for the colours of a plot
     length: np.ndarray | None = None  # samples as text, for the markers of a plot
 
@@ -55,7 +55,7 @@ class Runs(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """What a law says of the best division of some compute."""
+    """The best division of some compute by a law, and its error."""
 
     size: Numbers
     samples: Numbers
@@ -69,10 +69,10 @@ class Optimum(NamedTuple):
 class Law:
     """E = Σ coefficient · term, where the terms depend on the other parameters.
 
-    Each parameter is a number, or an array of many laws at once.
+    Each parameter is a number, or an array for many laws.
     """
 
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ()  # the parameters that stand before the terms
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ()  # parameters that multiply the terms
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -87,12 +87,12 @@ class Law:
         return type(self)(*(function(np.asarray(x)) for x in self.parameters.values()))
 
     def terms(self, size: Numbers, samples: Numbers, third: Numbers | None) -> tuple[Numbers, ...]:
-        """Return what stands behind each of COEFFICIENTS."""
+        """Return the factor of each of COEFFICIENTS."""
         raise NotImplementedError
 
     @classmethod
     def grid(cls, runs: Runs) -> tuple[np.ndarray, ...]:
-        """Where to begin the search for each parameter inside of the terms: evenly in its log."""
+        """Return the first grid of each parameter inside the terms, evenly spaced in log."""
         raise NotImplementedError
 
     def __call__(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Numbers:
@@ -103,9 +103,9 @@ class Law:
     def fitted(
         cls, runs: Runs, error: Float[np.ndarray, "#R n"], weights: Float[np.ndarray, "R n"]
     ) -> Self:
-        """Minimise the squared relative residuals of R tables; every parameter is `[R]`.
+        """Fit R tables of errors by squared relative residuals; every parameter is `[R]`.
 
-        The tables share the runs' sizes, samples, and the third where the law takes one.
+        The tables share the sizes, samples and third quantity of `runs`.
         """
         inside = [name for name in cls.names() if name not in cls.COEFFICIENTS]
 
@@ -122,10 +122,10 @@ class Law:
         return cls(**dict(named))
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
-        """Divide compute such that the error is least, with new samples in small batches.
+        """Divide compute such that the error is lowest, with new samples in small batches.
 
-        `sizes` are the least and the largest that may be chosen. A law of compute alone has nothing
-        to divide: its size is 1.
+        `sizes` are the smallest and largest allowed size. A law of compute alone has nothing to
+        divide, so its size is 1.
         """
         one = np.ones_like(compute * next(iter(self.parameters.values())))
         return Optimum(one, compute * one, self(compute, one))
@@ -133,13 +133,13 @@ class Law:
 
 @dataclass(frozen=True)
 class PowerLaw(Law):
-    """E = beta · C^alpha; alpha is negative, as Cherti et al. print it."""
+    """E = beta · C^alpha, with negative alpha as in Cherti et al."""
 
     alpha: Numbers
     beta: Numbers
 
     def __call__(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Numbers:
-        # In logarithms: of steep lines, the two factors may exceed a float where the law does not.
+        # In logarithms, since factors of steep lines may overflow where the law does not.
         with np.errstate(over="ignore"):
             return np.exp(np.log(self.beta) + self.alpha * np.log(size * samples))
 
@@ -151,7 +151,7 @@ class PowerLaw(Law):
         x, y, total = np.log(runs.compute), np.log(error), weights.sum(-1)
         x_mean, y_mean = (weights * x).sum(-1) / total, (weights * y).sum(-1) / total
         dx, dy = x - x_mean[:, None], y - y_mean[:, None]
-        with np.errstate(invalid="ignore"):  # one bin alone has no slope: NaN
+        with np.errstate(invalid="ignore"):  # a single bin has no slope: NaN
             slope = (weights * dx * dy).sum(-1) / (weights * dx * dx).sum(-1)
         return cls(slope, np.exp(y_mean - slope * x_mean))
 
@@ -178,7 +178,7 @@ class Saturating(Law):
 class Additive(Law):
     """E = irreducible + size_scale·N^−size_alpha + samples_scale·D^−samples_alpha.
 
-    Hoffmann et al. 2022, equation 2. It and its kinds tell sizes of equal compute apart.
+    Hoffmann et al. 2022, equation 2. Unlike laws of compute, it distinguishes sizes.
     """
 
     COEFFICIENTS = ("size_scale", "samples_scale", "irreducible")
@@ -189,7 +189,7 @@ class Additive(Law):
     irreducible: Numbers
 
     def worth(self, samples: Numbers, third: Numbers) -> Numbers:
-        """Return how many new samples in small batches those are worth that a run has seen."""
+        """Return the equivalent number of new samples seen in small batches."""
         return samples
 
     def terms(self, size: Numbers, samples: Numbers, third: Numbers | None) -> tuple[Numbers, ...]:
@@ -202,13 +202,13 @@ class Additive(Law):
 
     @property
     def size_exponent(self) -> Numbers:
-        """The power of compute with which the best size grows."""
+        """The exponent of compute with which the best size grows."""
         return self.samples_alpha / (self.size_alpha + self.samples_alpha)
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
-        """Divide compute such that the error is least: Hoffmann et al. 2022, equation 4."""
+        """Divide compute such that the error is lowest: Hoffmann et al. 2022, equation 4."""
         a, b = self.size_alpha, self.samples_alpha
-        with np.errstate(divide="ignore", over="ignore"):  # where size or samples don't count
+        with np.errstate(divide="ignore", over="ignore"):  # if size or samples do not matter
             ratio = a * self.size_scale / (b * self.samples_scale)
             size = np.clip((ratio * compute**b) ** (1 / (a + b)), *sizes)
         return Optimum(size, compute / size, self(size, compute / size))
@@ -216,14 +216,14 @@ class Additive(Law):
 
 @dataclass(frozen=True)
 class Repeated(Additive):
-    """The additive law of samples seen again (Muennighoff et al. 2023, arXiv:2305.16264).
+    """The additive law for repeated samples (Muennighoff et al. 2023, arXiv:2305.16264).
 
-    Seen again, samples are worth less each time: U distinct ones that are seen D / U times count as
-    U·(1 + fade·(1 − exp(−(D / U − 1) / fade))), `fade` epochs' worth at the most. The third
-    quantity is the number of distinct samples, by default all of them.
+    Repeated samples are worth less each time: U distinct samples seen D / U times count as
+    U·(1 + fade·(1 − exp(−(D / U − 1) / fade))), so repetitions are worth at most `fade` epochs. The
+    third quantity is the number of distinct samples; None: all.
     """
 
-    fade: Numbers  # R* of the paper: epochs after which another is worth 1/e of a new one
+    fade: Numbers  # R* of the paper: epochs after which one more is worth 1/e of a new one
 
     def worth(self, samples: Numbers, third: Numbers) -> Numbers:
         distinct = np.minimum(third, samples)
@@ -238,9 +238,9 @@ class Repeated(Additive):
 class Batched(Additive):
     """The additive law with D / (1 + batch / critical) samples (McCandlish et al. 2018).
 
-    At the critical batch, `critical` samples, twice as many are seen for an error as with very
-    small batches, in twice as many steps as with very large ones (arXiv:1812.06162, equation 2.12).
-    The third quantity is the batch, by default a very small one.
+    With batches of `critical` samples, an error takes twice the samples of very small batches, and
+    twice the steps of very large ones (arXiv:1812.06162, equation 2.12). The third quantity is the
+    batch size; None: very small.
     """
 
     critical: Numbers
@@ -272,11 +272,11 @@ def search(
 ) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "R K"]]:
     """Minimise Σ weights·(1 − prediction / error)² by variable projection.
 
-    For given exponents, say, the best coefficients, none negative, follow in closed form; a grid
-    that closes in finds the exponents. It cannot stop at a bad start as gradient methods do, and
-    thousands of tables are solved at once.
+    For fixed exponents, the best nonnegative coefficients have a closed form; a grid, refined
+    around its best cell, finds the exponents. Unlike gradient methods, this does not depend on a
+    start, and it solves thousands of tables at once.
 
-    `terms` maps arrays `[...]`, one an exponent, to `[..., n, K]`. `grid` has where to begin:
+    `terms` maps arrays `[...]`, one per exponent, to `[..., n, K]`. `grid` is the first grid:
     increasing positive values of each exponent, evenly spaced in log. Returns the exponents and
     the K coefficients of each table.
     """
@@ -317,13 +317,13 @@ def search(
 def _nonnegative(
     normal: Float[np.ndarray, "*B K K"], target: Float[np.ndarray, "*B K"]
 ) -> tuple[Float[np.ndarray, "*B K"], Float[np.ndarray, "*B"]]:
-    """Solve least squares with no coefficient below zero, from its normal equations.
+    """Solve nonnegative least squares from the normal equations.
 
-    Tries every subset of coefficients: with two or three of them there are few, and of small
-    problems there are millions, which scipy.optimize.nnls would solve one by one. Returns the
-    coefficients and the loss up to a constant.
+    Tries every subset of coefficients: two or three have few, and there are millions of problems,
+    which scipy.optimize.nnls would solve one by one. Returns the coefficients, and the loss up to a
+    constant.
     """
-    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))  # terms are of any magnitude
+    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))  # terms have very different magnitudes
     normal, target = normal / (unit[..., None] * unit[..., None, :]), target / unit
     best, least = np.zeros_like(target), np.zeros(target.shape[:-1])
     k = target.shape[-1]
@@ -344,7 +344,7 @@ def _nonnegative(
 
 
 def bin_edges(compute: Float[np.ndarray, " n"], bins: int = BINS) -> Float[np.ndarray, " edges"]:
-    """Edges of equal-width bins of log10 C over [min, max + 0.1], as Cherti et al. bin."""
+    """Return edges of equal-width bins of log10 C over [min, max + 0.1], as in Cherti et al."""
     log = np.log10(compute)
     return np.linspace(log.min(), log.max() + 0.1, bins + 1)
 
@@ -354,10 +354,9 @@ def frontier(
     error: Float[np.ndarray, "*R n"],
     edges: Float[np.ndarray, " edges"],
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, "*R bins"]]:
-    """Find the least error of each bin; it stands at the bin's centre.
+    """Return the compute at the centre of each bin, `[bins]`, and its lowest error, `[..., bins]`.
 
-    Returns compute `[bins]` and error `[..., bins]`, infinite where a bin is empty. A run with
-    infinite error takes no part.
+    The error of an empty bin is infinite. Runs with infinite error do not count.
     """
     bin_of_run = np.digitize(np.log10(compute), edges) - 1
     least = [np.where(bin_of_run == i, error, np.inf).min(axis=-1) for i in range(len(edges) - 1)]
@@ -365,7 +364,7 @@ def frontier(
 
 
 def pareto(runs: Runs) -> Bool[np.ndarray, " n"]:
-    """Say which runs no other beats with as little compute."""
+    """Return which runs no other run beats with at most their compute."""
     as_cheap = runs.compute[None] <= runs.compute[:, None]
     better = runs.error[None] < runs.error[:, None]
     return ~np.any(as_cheap & better, axis=1)

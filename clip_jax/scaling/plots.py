@@ -1,4 +1,4 @@
-"""Pictures of a fit: runs, frontier, law with its band, published laws beside it, residuals."""
+"""Plot a fit: runs, frontier, law with its 95% band, published laws, residuals."""
 
 import itertools
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Law, Runs, pareto
 from clip_jax.scaling.uncertainty import Fit, Prediction
 from clip_jax.storage.files import AnyPath, written_whole
 
-Axes = Any  # matplotlib's: imported only where something is drawn
+Axes = Any  # matplotlib's, which is imported only when something is drawn
 Figure = Any
 
 MARKERS = "osD^vPX*<>"
@@ -29,11 +29,11 @@ def figure(
     error_label: str = "error",
     title: str = "",
 ) -> Figure:
-    """Draw runs, frontier, fit and its band over the residuals, in one column of a paper's page.
+    """Draw runs, frontier, fit and its band above the residuals, as a figure for a paper.
 
-    `others` are published laws to lay over, by label, in the same units; `predictions` of runs not
-    made the compute and what the fit says, by label. The law is drawn to the compute `reach`, by
-    default a little beyond the runs.
+    `others` are published laws to draw, by label, in the same units. `predictions` are the compute
+    and the prediction of runs that do not exist, by label. The law is drawn up to the compute
+    `reach`, by default slightly beyond the runs.
     """
     import matplotlib
     from matplotlib.figure import Figure as NewFigure
@@ -49,7 +49,7 @@ def figure(
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
         lower.set_xlabel(COMPUTE_LABEL)
-        lower.set_ylabel("off the law, %")
+        lower.set_ylabel("deviation from the law, %")
         lower.margins(y=0.15)
         top = upper.secondary_xaxis(
             "top", functions=(lambda c: c * TRAINING_FLOPS, lambda f: f / TRAINING_FLOPS)
@@ -61,7 +61,7 @@ def figure(
         page.legend(
             *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
         )
-        page.canvas  # noqa: B018 - a figure without pyplot makes its canvas at first use
+        page.canvas  # noqa: B018 - creates the canvas of a figure without pyplot
     return page
 
 
@@ -72,7 +72,7 @@ def panel(
     others: Mapping[str, Law] | None = None,
     reach: float | None = None,
 ) -> None:
-    """Draw runs, frontier, law with band and other laws on log-log axes."""
+    """Draw runs, frontier, the law with its band, and other laws on log-log axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     runs, solid = fit.runs, _in_fit(fit)
@@ -86,7 +86,7 @@ def panel(
     _points(axes, runs, runs.error, solid, 5.5)
     span = np.geomspace(runs.compute.min() / 1.6, reach or runs.compute.max() * 1.6, 200)
     one = np.ones_like(span)
-    if isinstance(fit.law, Additive):  # a line for each model, over the samples that runs saw
+    if isinstance(fit.law, Additive):  # a line per model, over the range of samples
         samples = np.geomspace(runs.samples.min() / 1.5, runs.samples.max() * 1.5, 100)
         for model, color in _colors(runs).items():
             size = runs.size[np.asarray(runs.model) == model][0]
@@ -97,7 +97,7 @@ def panel(
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
                 fit.fitted.compute, fit.fitted.error, linestyle="none", marker="o", markersize=9,
-                markerfacecolor="none", markeredgecolor=INK, label="least error of each bin",
+                markerfacecolor="none", markeredgecolor=INK, label="lowest error of each bin",
             )  # fmt: skip
     for (label, law), color in zip((others or {}).items(), OTHERS, strict=False):
         axes.plot(span, law(span, one), color=color, linewidth=1.2, dashes=(5, 2), label=label)
@@ -111,12 +111,12 @@ def panel(
 
 
 def both(stem: AnyPath) -> list[AnyPath]:
-    """Return `stem.svg` and `stem.png`, for a paper and for everything else."""
+    """Return the paths `stem.svg` and `stem.png`."""
     return [stem.with_name(stem.name + ending) for ending in (".svg", ".png")]
 
 
 def save(figure: Figure, stem: AnyPath) -> list[AnyPath]:
-    """Write a figure in both formats."""
+    """Write a figure as SVG and PNG; return the paths."""
     import matplotlib
 
     paths = both(stem)
@@ -134,7 +134,7 @@ def _points(
     solid: Bool[np.ndarray, " n"],
     size: float,
 ) -> None:
-    """Draw one point a run: colour says the model, marker the samples; faint if not `solid`."""
+    """Draw one point per run: colour by model, marker by samples, faint if not `solid`."""
     colors, markers = _colors(runs), _markers(runs)
     for i, (model, length) in enumerate(
         zip(*map(np.asarray, (runs.model, runs.length)), strict=True)
@@ -152,7 +152,7 @@ def _band(axes: Axes, x: np.ndarray, curve: Prediction, color: Any, **how: Any) 
 
 
 def _predicted(axes: Axes, label: str, compute: float, prediction: Prediction) -> None:
-    """Draw what a fit says of a run not made, with its interval."""
+    """Draw a prediction with its interval."""
     y, low, high = map(float, prediction)
     axes.errorbar(
         compute, y, yerr=[[y - low], [high - y]], marker="*", markersize=9, color=INK,
@@ -165,18 +165,18 @@ def _predicted(axes: Axes, label: str, compute: float, prediction: Prediction) -
 
 
 def _in_fit(fit: Fit) -> Bool[np.ndarray, " n"]:
-    """Runs that the law speaks of: all, or the ones that no other beats."""
+    """Return which runs the law describes: all, or those on the Pareto frontier."""
     n = len(fit.runs.error)
     return np.ones(n, bool) if len(fit.fitted.error) == n else pareto(fit.runs)
 
 
 def _ordered(names: np.ndarray | None, by: Float[np.ndarray, " n"]) -> list[str]:
-    """Each name once, in the order of what the runs of it have."""
+    """Return each name once, sorted by the runs' values in `by`."""
     return [*dict.fromkeys(np.asarray(names)[np.argsort(by, kind="stable")].tolist())]
 
 
 def _colors(runs: Runs) -> dict[str, Any]:
-    """One colour a model, dark for the small and light for the large."""
+    """Return a colour per model, dark for small and light for large ones."""
     import matplotlib
 
     models = _ordered(runs.model, runs.size)

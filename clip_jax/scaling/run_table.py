@@ -1,8 +1,8 @@
-"""One table of runs, one row a trained model: read, written, and gathered from run directories.
+"""Read, write and collect tables of runs, with one row per trained model.
 
 Columns are those of Cherti et al.'s results: `arch`, `samples_seen`, `gmacs_per_sample` (forward,
-one pair, fvcore's count), `mparams`, and one column a metric. Whatever else a run knows (seed,
-learning rate, where it came from) is a column too.
+one pair, fvcore's count), `mparams`, and one column per metric. Other facts of a run (seed,
+learning rate, source, ...) are columns, too.
 """
 
 import csv
@@ -44,7 +44,7 @@ FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
 
 @dataclass(frozen=True)
 class RunTable:
-    """Rows by column: text or numbers, and nothing where a run says nothing."""
+    """Rows as dicts by column: text or numbers; columns may be missing or None."""
 
     rows: Sequence[Row]
 
@@ -53,7 +53,7 @@ class RunTable:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def check(self, *columns: str) -> None:
-        """Raise InputError for a column that is not there."""
+        """Raise InputError for a missing column."""
         names = self.columns
         for column in columns:
             if column not in names:
@@ -64,38 +64,41 @@ class RunTable:
     def select(self, metric: str, where: Sequence[str] = ()) -> "RunTable":
         """Keep the rows that have the metric and match every COLUMN=PATTERN.
 
-        Raises InputError for a column that is not there, and when nothing is left.
+        Raises InputError for a missing column, or if no row is left.
         """
         self.check("arch", "samples_seen", "gmacs_per_sample", metric)
         rows = [row for row in self.rows if text(row, metric)]
         for condition in where:
             column, equals, pattern = condition.partition("=")
             if not equals:
-                raise InputError(f"where={condition!r} must be COLUMN=PATTERN.")
+                raise InputError(f"where={condition!r} must be COLUMN=PATTERN, like arch=ViT-B*.")
             self.check(column)
             rows = [row for row in rows if fnmatch(text(row, column), pattern)]
         if not rows:
-            raise InputError(f"no row of the table has {metric!r} and matches {list(where)}.")
+            raise InputError(f"no row of the table has {metric!r} and matches where={list(where)}.")
         return RunTable(rows)
 
     def groups(self, key: Callable[[Row], Any]) -> dict[Any, "RunTable"]:
-        """Put rows with the same key together, in the order of the first of each."""
+        """Group rows by key, in the order in which keys appear."""
         groups: dict[Any, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(key(row), []).append(row)
         return {value: RunTable(rows) for value, rows in groups.items()}
 
     def numbers(self, column: str) -> np.ndarray:
-        """Return a column of numbers. Raises InputError for a cell that is none."""
+        """Return a column as numbers. Raises InputError for a cell that is not a number."""
         return np.array([number(row, column) for row in self.rows])
 
     def runs(self, metric: str, is_score: bool, third: str = "") -> Runs:
-        """Make runs of rows: errors from the metric, the third quantity from a column."""
+        """Convert rows to runs: the error from the metric, the third quantity from a column."""
         columns = ["gmacs_per_sample", "samples_seen", metric, *([third] if third else [])]
         self.check(*columns)
         sizes, samples, values, *others = map(self.numbers, columns)
         if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
-            raise InputError(f"one of {', '.join(map(repr, columns))} is not finite in some row.")
+            raise InputError(
+                f"{', '.join(map(repr, columns))} must be finite in every row; correct the table, "
+                "or exclude rows with --where."
+            )
         labels = [
             text(row, "samples_seen_scale") or short(count)
             for row, count in zip(self.rows, samples.tolist(), strict=True)
@@ -111,34 +114,34 @@ class RunTable:
 
 
 def text(row: Row, column: str) -> str:
-    """Return a cell as the text that a file has of it."""
+    """Return a cell as text, as in a file; "" for a missing one."""
     return "" if row.get(column) is None else str(row[column])
 
 
 def number(row: Row, column: str) -> float:
-    """Read a cell. Raises InputError if it is empty or no number."""
+    """Return a cell as a number. Raises InputError if it is empty or not a number."""
     try:
         return float(text(row, column))
     except ValueError as error:
         what = f"{column} of {row['arch']} is {text(row, column)!r}, not a number"
-        raise InputError(f"{what}: mend the table, or leave the row out by --where.") from error
+        raise InputError(f"{what}: correct the table, or exclude the row with --where.") from error
 
 
 def read(path: AnyPath) -> RunTable:
-    """Read a table: the one place that does. Raises InputError for a file that is none."""
+    """Read a table; nothing else does. Raises InputError for a file that is not CSV."""
     if not path.is_file():
-        raise InputError(f"no table at {path}; `clip-jax scale collect` writes one.")
+        raise InputError(f"there is no table {path}; `clip-jax scale collect` writes one.")
     try:
         text = io.StringIO(read_file(path).decode("utf-8"), newline="")
         lines = list(csv.DictReader(text, restkey="", restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}.") from error
-    # Cells beyond the header are dropped.
+    # Drop cells beyond the header.
     return RunTable([{name: cell for name, cell in line.items() if name} for line in lines])
 
 
 def write(table: RunTable, path: AnyPath) -> None:
-    """Write a table as CSV; a column for everything that any of its rows has."""
+    """Write a table as CSV, with every column that any row has."""
     file = io.StringIO()
     columns = list(dict.fromkeys([*FIRST, *table.columns]))
     writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -149,14 +152,14 @@ def write(table: RunTable, path: AnyPath) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Gather finished runs into one table."""
+    """Collect finished runs in one table."""
 
-    paths: tuple[AnyPath, ...] = (Path("runs"),)  # run directories, ladders, tables
-    output: AnyPath = Path("scaling.csv")  # the table
+    paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
+    output: AnyPath = Path("scaling.csv")  # Table to write (CSV).
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
-    """Write the table. Returns its path, the number of rows and why runs were left out."""
+    """Write the table; return its path, the number of rows, and the reasons of skipped runs."""
     check_destination(config.output, "--output", folder=False)
     table, skipped = gather(config.paths)
     if not table.rows:
@@ -180,7 +183,7 @@ def parse_count(text: str) -> float:
 
 
 def short(number: float) -> str:
-    """Write a count in two digits: 13B, 2.6B, 400M."""
+    """Format a count with about two digits: 13B, 2.6B, 400M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= 0.995 * unit:
             value = number / unit
@@ -190,20 +193,20 @@ def short(number: float) -> str:
 
 @functools.cache
 def gmacs(config: CLIPConfig) -> float:
-    """Forward GMACs of one pair, as fvcore counts them."""
+    """Return the forward GMACs of one pair, as fvcore counts them."""
     return flops.forward(config, "fvcore").total / 1e9
 
 
 @functools.cache
 def mparams(config: CLIPConfig) -> float:
-    """Millions of parameters."""
+    """Return the number of parameters in millions."""
     shapes = dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))
     shapes.pop("batch_stats", None)  # BatchNorm's running statistics are not trained
     return count(shapes) / 1e6
 
 
 def arch_of(config: CLIPConfig) -> str:
-    """Name an architecture: the zoo's name for it, or its measures."""
+    """Return the zoo's name of an architecture, or else a description of its size."""
 
     def shape(c: CLIPConfig) -> CLIPConfig:
         plain = {name: getattr(CLIPConfig, name) for name in ("remat", "unroll", "attention")}
@@ -219,19 +222,19 @@ def arch_of(config: CLIPConfig) -> str:
     return f"{kind}-text-w{config.text.width}d{config.text.depth}"
 
 
-# ------------------------------------------------------------------ gathering
+# ------------------------------------------------------------------ collecting
 
 
 def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
     """Read every finished run directory and every CSV of runs below the paths.
 
-    Returns the table, and one line for each run or file that could not become rows of it.
+    Returns the table, and one line for each run or file that was skipped, with the reason.
     """
     rows: list[Row] = []
     skipped: list[str] = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path} does not exist; give run directories or tables.")
+            raise InputError(f"{path} does not exist; name run directories or tables.")
         files = [path]
         if path.is_dir():
             named = (as_path(file) for file in walk(path))
@@ -245,31 +248,31 @@ def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
 
 
 class Unfinished(Exception):
-    """A run that has no place in a table, and why."""
+    """Raised with the reason for a run or file that is skipped."""
 
 
 def _table(file: AnyPath) -> list[Row]:
-    """Rows of a table of runs, whoever wrote it."""
+    """Read the rows of a CSV of runs from any program."""
     rows = [{"source": str(file), **line} for line in read(file).rows]
     if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
-        raise Unfinished("no table with columns arch and samples_seen")
+        raise Unfinished("not a table with the columns arch and samples_seen")
     return rows
 
 
 def _ours(file: AnyPath) -> Row:
-    """A run directory of `clip-jax train`."""
+    """Read the row of a run directory of `clip-jax train`."""
     config = file.with_name("config.json")
     if not config.exists():
         raise Unfinished("no config.json beside it")
     try:
         result, run = (json.loads(path.read_text()) for path in (file, config))
         run = upgrade(run)
-        end = run["steps"]  # a run that --stop-after has stopped is in the middle of its schedule
+        end = run["steps"]  # runs that --stop-after has stopped are unfinished
         if result.get("step") != end:
             raise Unfinished(f"stopped at step {result.get('step')} of {end}")
         watched = {row["step"]: row for row in read_rows(file.parent / WATCHED)}
         if watched and end not in watched:
-            raise Unfinished(f"its watcher has evaluated step {max(watched)} of {end}")
+            raise Unfinished(f"its watcher has evaluated up to step {max(watched)} of {end}")
         if reason := watched.get(end, {}).get("skipped"):
             raise Unfinished(f"its watcher skipped step {end}: {reason}")
         row = of_run(run, end)
@@ -280,9 +283,9 @@ def _ours(file: AnyPath) -> Row:
 
 
 def of_run(run: dict[str, Any], step: int) -> Row:
-    """Say what a run directory's config tells of a run that has come to a step.
+    """Return the columns that follow from a run's config and its last step.
 
-    Raises LookupError, TypeError or ValueError for what is no such config.
+    Raises LookupError, TypeError or ValueError for an invalid config.
     """
     model = from_dict(CLIPConfig, run["model"], "model")
     optim, batch_size = run["optim"], run["batch_size"]
@@ -299,7 +302,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
         "training_flops": work(step),
-        "flops_spent": max(work(step) - work(first), 0),  # a parent run had done the first steps
+        "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
         **_kinds(run),
         "seed": run["seed"],
         "global_batch": batch_size,
@@ -311,7 +314,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 
 
 def _kinds(run: dict[str, Any]) -> Row:
-    """Say by what families of runs are told apart: from a run directory's config."""
+    """Return the columns that distinguish families of runs, from a run's config."""
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")

@@ -1,11 +1,14 @@
-"""Fits with their uncertainty: intervals of laws, of predictions, and of where laws cross.
+"""Fit laws with uncertainty: intervals of parameters, of predictions, and of crossings of laws.
 
-All fits minimise squared relative residuals: a run's noise is a share of its error. The straight
-line through all runs is least squares in log-log with Student's t intervals, exact for Gaussian
-noise. Other laws through all runs are fitted again to errors drawn around them, whose scatter is
-itself drawn from what the residuals say of it (a parametric bootstrap, which for a straight line
-gives Student's t). Laws through a frontier are fitted again to resampled runs. What these intervals
-cover is measured in benchmarks/scaling_coverage.py.
+All fits minimise squared relative residuals: the noise of a run is proportional to its error.
+- A power law through all runs is a line in log-log, with Student's t intervals, exact for Gaussian
+  noise.
+- Other laws through all runs use a parametric bootstrap: they are fitted again to errors drawn
+  around the fit. The noise level is drawn, too, from its distribution given the residuals; for a
+  line, this gives Student's t.
+- Laws through a frontier are fitted again to resampled runs.
+
+benchmarks/scaling_coverage.py measures the coverage of these intervals.
 """
 
 from collections.abc import Sequence
@@ -32,16 +35,16 @@ from clip_jax.scaling.laws import (
 
 Form = Literal["power", "saturating", "additive", "repeated", "batched"]
 Through = Literal["frontier", "all"]
-Sizes = tuple[float, float]  # the least and the largest that a division of compute may choose
+Sizes = tuple[float, float]  # smallest and largest size for a division of compute
 
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
-BEYOND = 100.0  # times less and more compute than any run's, within which crossings are looked for
-GRID = 400  # amounts of compute evenly spread in log C, between which a crossing is interpolated
+BEYOND = 100.0  # factor beyond the runs' compute, on both sides, of the search for crossings
+GRID = 400  # points, evenly spaced in log C, between which crossings are interpolated
 
 
 class Prediction(NamedTuple):
-    """Errors of runs, and the interval in which each should fall."""
+    """Predicted errors, and the 95% interval of each."""
 
     error: Numbers
     low: Numbers
@@ -49,24 +52,24 @@ class Prediction(NamedTuple):
 
 
 def middle(draws: np.ndarray) -> tuple[Numbers, Numbers]:
-    """Return the 95% in the middle of draws, along the first axis."""
+    """Return the central 95% interval of draws along the first axis."""
     low, high = np.quantile(draws, [TAIL, 1 - TAIL], axis=0)
     return low, high
 
 
 class Fit(NamedTuple):
-    """A law through runs or their frontier, and what else the runs may mean."""
+    """A law fitted to runs or their frontier, with bootstrap draws of it."""
 
     law: Law
     runs: Runs  # all of them
-    fitted: Runs  # what the law went through: the runs, or the bins of their frontier
-    drawn: Law  # each parameter `[draws]`
-    noise: float  # relative scatter around the law, for the degrees of freedom that are left
-    freedom: int  # fitted points − parameters
-    is_line: bool = False  # through all runs: then intervals are Student's t, and exact
+    fitted: Runs  # points of the fit: the runs, or the bins of their frontier
+    drawn: Law  # draws of the law: each parameter is `[draws]`
+    noise: float  # relative scatter around the law, as a standard deviation
+    freedom: int  # degrees of freedom: fitted points − parameters
+    is_line: bool = False  # a power law through all runs, with exact intervals
 
     def interval(self, parameter: str) -> tuple[float, float]:
-        """95% interval of a parameter of the law."""
+        """Return the 95% interval of a parameter of the law."""
         if not self.is_line:
             low, high = middle(getattr(self.drawn, parameter))
         elif parameter == "alpha":
@@ -78,15 +81,15 @@ class Fit(NamedTuple):
         return float(low), float(high)
 
     def curve(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
-        """Evaluate the law, with the interval of the law itself: the band of a plot."""
+        """Evaluate the law with its own interval, the band of a plot."""
         return self.predict(size, samples, third, new=False)
 
     def predict(
         self, size: Numbers, samples: Numbers, third: Numbers | None = None, *, new: bool = True
     ) -> Prediction:
-        """Evaluate the law, with the interval for one `new` run: the band and a run's scatter."""
+        """Evaluate the law with the interval of one `new` run, which includes its scatter."""
         error = self.law(size, samples, third)
-        if self.is_line:  # `new` is of one more run, otherwise of the line's height
+        if self.is_line:  # with `new`, of one more run; otherwise, of the line
             mean, spread = _mean_and_spread(self.runs)
             away = (np.log(size * samples) - mean) ** 2 / spread
             factor = np.exp(self._reach * np.sqrt(1 / len(self.runs.error) + away + new))
@@ -99,7 +102,7 @@ class Fit(NamedTuple):
 
     @property
     def _reach(self) -> float:
-        """Student's t's quantile, in units of an error with a variance of 1."""
+        """The quantile of Student's t times the noise."""
         from scipy import special
 
         return self.noise * float(special.stdtrit(self.freedom, 1 - TAIL))
@@ -111,12 +114,12 @@ class Fit(NamedTuple):
         return np.asarray(laws(size, samples, third))
 
     def divided(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> tuple[Optimum, Optimum]:
-        """Divide compute best: by the law `[C]`, and by every draw `[draws, C]`."""
+        """Return the best division of compute by the law, `[C]`, and by each draw, `[draws, C]`."""
         drawn = self.drawn.map(lambda x: x[:, None])
         return self.law.optimum(compute, sizes), drawn.optimum(compute, sizes)
 
     def best(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> dict[str, Prediction]:
-        """Divide compute best: `size`, `samples` and `error`, each with its interval."""
+        """Return `size`, `samples` and `error` of the best division, each with its interval."""
         law, drawn = self.divided(compute, sizes)
         return {
             name: Prediction(value, *middle(np.asarray(draws)))
@@ -125,10 +128,10 @@ class Fit(NamedTuple):
 
     @property
     def irreducible(self) -> float | None:
-        """The irreducible error, or None where the runs do not determine it.
+        """The irreducible error, or None if the runs do not determine it.
 
-        It is stated only if its interval stays clear of zero and is narrower than half the
-        estimate: runs that have not begun to level off fit almost any value.
+        They do if its interval is above zero and narrower than half the estimate. Runs that have
+        not begun to level off are compatible with almost any value.
         """
         if "irreducible" not in self.law.names():
             return None
@@ -146,22 +149,20 @@ def fit_law(
     draws: int = 1_000,
     seed: int = 0,
 ) -> Fit:
-    """Fit one law to runs: to all of them, or to the least error of each bin of compute.
+    """Fit one law to all runs, or to the lowest error of each bin of compute.
 
-    The bootstrap has `draws` and a `seed`.
-
-    Raises InputError for too few points for the law's parameters, errors that are not positive, or
-    an additive law through a frontier, whose bins have no size and no samples.
+    `draws` and `seed` are those of the bootstrap. Raises InputError for too few points, errors that
+    are not positive, or an additive law through a frontier, whose bins have no size and no samples.
     """
     kind = LAWS[form]
     parameters = len(kind.names())
     if not (runs.error > 0).all():
         raise InputError(
-            f"errors must be positive to have a logarithm; the least is {runs.error.min()}. For a "
-            "metric that is better when larger, the error is 1 − metric, as a fraction."
+            f"errors must be positive, but the lowest is {runs.error.min()}; a score must be a "
+            "fraction, since its error is 1 − metric, and an error needs metric_is=error."
         )
     if issubclass(kind, Additive) and through == "frontier":
-        raise InputError(f"the {form} law needs sizes and samples: fit it through all runs.")
+        raise InputError(f"the {form} law needs sizes and samples; set through=all.")
     if kind in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
         what = "distinct samples" if kind is Repeated else "batch"
         raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
@@ -174,7 +175,7 @@ def fit_law(
     if points <= parameters:
         raise InputError(
             f"{points} points ({through}) cannot determine the {parameters} parameters of the "
-            f"{form} law and their scatter: it takes {parameters + 1} or more."
+            f"{form} law and its scatter; it needs at least {parameters + 1}."
         )
     law = kind.fitted(fitted, fitted.error[None], np.ones((1, points))).map(lambda x: x[0])
     freedom, rng = points - parameters, np.random.default_rng(seed)
@@ -184,7 +185,7 @@ def fit_law(
     if through == "frontier":
         drawn = _resampled(kind, runs, edges, rng, draws)
     else:
-        # What the standard deviation may be, given the residuals' own.
+        # Draws of the standard deviation, given that of the residuals.
         scatter = noise * np.sqrt(freedom / rng.chisquare(freedom, draws))
         if isinstance(law, PowerLaw):
             drawn = _lines(law, runs, scatter, rng)
@@ -196,7 +197,7 @@ def fit_law(
 
 
 def _mean_and_spread(runs: Runs) -> tuple[float, float]:
-    """Return the mean of the logarithms of compute, and the sum of squares around it."""
+    """Return the mean of log C, and the sum of squares around it."""
     x = np.log(runs.compute)
     return float(x.mean()), float(np.square(x - x.mean()).sum())
 
@@ -204,9 +205,9 @@ def _mean_and_spread(runs: Runs) -> tuple[float, float]:
 def _lines(
     law: PowerLaw, runs: Runs, scatter: Float[np.ndarray, " draws"], rng: np.random.Generator
 ) -> PowerLaw:
-    """Draw lines that the runs may mean as well.
+    """Draw lines that are compatible with the runs.
 
-    With a run more than a line has parameters, one in thousands is steeper than any float.
+    With three runs, one in thousands is too steep for a float; these are left out.
     """
     mean, spread = _mean_and_spread(runs)
     slope = law.alpha + scatter / np.sqrt(spread) * rng.standard_normal(len(scatter))
@@ -226,9 +227,9 @@ def _resampled(
     counts = rng.multinomial(n, np.full(n, 1 / n), draws)
     compute, error = frontier(runs.compute, np.where(counts > 0, runs.error, np.inf), edges)
     full = np.isfinite(error)
-    bins = Runs(compute, np.ones_like(compute), compute)  # whose errors are each draw's own
+    bins = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
     drawn = kind.fitted(bins, np.where(full, error, 1.0), full.astype(float))
-    held = np.isfinite([*drawn.parameters.values()]).all(axis=0)  # a draw may hold one bin alone
+    held = np.isfinite([*drawn.parameters.values()]).all(axis=0)  # a draw may have a single bin
     return drawn.map(lambda x: x[held])
 
 
@@ -236,7 +237,7 @@ def _resampled(
 
 
 def sizes_of(fits: Sequence[Fit]) -> Sizes:
-    """Say which sizes the best division of compute may choose: somewhat beyond those measured."""
+    """Return the sizes allowed for the best division of compute: up to 10 times beyond the runs."""
     sizes = np.concatenate([fit.runs.size for fit in fits])
     return float(sizes.min() / 10), float(sizes.max() * 10)
 
@@ -244,7 +245,7 @@ def sizes_of(fits: Sequence[Fit]) -> Sizes:
 def _errors(
     first: Fit, second: Fit, compute: Float[np.ndarray, " C"]
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C"]]:
-    """Evaluate two laws where each divides compute best: the estimates, then every draw."""
+    """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
     sizes = sizes_of([first, second])
     both = [
         np.concatenate([np.atleast_2d(x.error) for x in fit.divided(compute, sizes)])
@@ -255,21 +256,21 @@ def _errors(
 
 
 class Crossing(NamedTuple):
-    """Where the family that is better in the end becomes so."""
+    """The compute from which the family that is better at large compute is better."""
 
-    better: int  # that family: 0 the first, 1 the second
-    compute: float | None  # None: it is better from the least compute on that was looked at
-    low: float  # of the 95% interval; 0: before what was looked at
-    high: float  # inf: beyond what was looked at
-    share: float  # of the draws that cross so within what was looked at: how sure it is
+    better: int  # index of that family, 0 or 1
+    compute: float | None  # None: it is better in the complete range searched
+    low: float  # lower end of the 95% interval; 0: below the range searched
+    high: float  # upper end; inf: above the range searched
+    share: float  # share of draws that cross this way in the range searched
 
 
 def crossing(first: Fit, second: Fit) -> Crossing:
-    """Find where one family's error falls below the other's for good.
+    """Find the compute from which one family's error stays below the other's.
 
-    That is looked for from 1/100 of the runs' least compute to 100 times their largest. Draws in
-    which it is below from the beginning count as crossing before, those in which it never is as
-    crossing beyond, and those that cross the other way as both.
+    The range searched is 1/100 of the runs' smallest compute to 100 times their largest. Draws in
+    which the error is below throughout count as crossing before the range, those in which it is
+    above as crossing after it, and those that cross the other way as both.
     """
     computes = np.concatenate([first.runs.compute, second.runs.compute])
     log = np.linspace(np.log(computes.min() / BEYOND), np.log(computes.max() * BEYOND), GRID)
@@ -279,7 +280,7 @@ def crossing(first: Fit, second: Fit) -> Crossing:
     gap = gap if better else -gap
     begins, ends = gap[:, 0] > 0, gap[:, -1] > 0
     crosses = ~begins & ends
-    # The first of those that are above 0 to the end.
+    # The first point from which all are above 0.
     after = np.where(crosses, GRID - np.argmin(gap[:, ::-1] > 0, axis=1), 1)
     every = np.arange(len(gap))
     below, above = gap[every, after - 1], gap[every, after]
@@ -303,11 +304,11 @@ class Ratio(NamedTuple):
     ratio: float
     low: float
     high: float
-    share: float  # of the draws in which the second's is the smaller
+    share: float  # share of draws in which the second's error is lower
 
 
 def ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ratio]:
-    """Compare two laws at some amounts of compute, each divided as it would have it."""
+    """Compare two laws at some amounts of compute, each at its own best division."""
     one, other = _errors(first, second, compute)
     ratio = other / one
     rows = np.stack([compute, ratio[0], *middle(ratio[1:]), (ratio[1:] < 1).mean(0)])
@@ -315,9 +316,9 @@ def ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ra
 
 
 class Paired(NamedTuple):
-    """The second family's errors as multiples of the first's, in runs that differ in nothing else.
+    """The second family's errors as multiples of the first's, in otherwise equal runs.
 
-    The mean is of logarithms, its interval Student's t.
+    The mean is geometric, with Student's t interval.
     """
 
     pairs: int
@@ -327,7 +328,7 @@ class Paired(NamedTuple):
 
 
 def paired(pairs: Float[np.ndarray, "n 2"]) -> Paired | None:
-    """Compare errors pair by pair; None with fewer than two."""
+    """Compare errors pair by pair; None for fewer than two pairs."""
     from scipy import stats
 
     if len(pairs) < 2:

@@ -119,7 +119,7 @@ def test_a_row_that_a_kill_has_torn_is_measured_again(run):
     curve = run.watch()
     whole = (run.workdir / WATCHED).read_text().splitlines(keepends=True)
     (run.workdir / WATCHED).write_text("".join(whole[:2]) + whole[2][:9])
-    with pytest.raises(run_table.Unfinished, match="has evaluated step 4 of 6"):
+    with pytest.raises(run_table.Unfinished, match="has evaluated up to step 4 of 6"):
         run_table._ours(run.workdir / "result.json")
     run.opened.remove(6)
     assert run.watch() == curve

@@ -110,7 +110,7 @@ def test_a_cell_without_a_number_is_named(column, tmp_path):
     trials = write(tmp_path / "trials.csv")
     rows = [row | {column: "-" if column == "loss" else ""} for row in run_table.read(trials).rows]
     run_table.write(run_table.RunTable(rows), trials)
-    with pytest.raises(InputError, match=f"{column} of w16 is '-?', not a number: mend the table"):
+    with pytest.raises(InputError, match=f"{column} of w16 is '-?', not a number: correct the"):
         choose(ChooseConfig(table=trials, choose_by="loss", report="accuracy"))
 
 

@@ -55,8 +55,8 @@ def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
     assert [Path(p).name for p in result["plots"]] == ["imagenet.svg", "imagenet.png"]
     assert all(Path(p).stat().st_size > 10_000 for p in result["plots"])
     (far,) = result["warnings"]
-    assert far.startswith("ViT-H-14@1000B is ")
-    assert "times the largest run's compute" in far
+    assert far.startswith("ViT-H-14@1000B has ")
+    assert "times the compute of the largest run" in far
     text = describe(result)
     assert "ViT-H-14@68B: 79.7%" in text
     assert "4 of them inside the 95% interval" in text
@@ -77,8 +77,8 @@ def test_families_are_compared_from_one_table():
     assert small["crossing"]["better"] == 0
     assert small["paired"]["pairs"] == 9  # B/32, B/16 and L/14 at 3B, 13B and 34B
     text = describe(result)
-    assert "LAION-80M beside LAION-2B:" in text
-    assert "in 9 pairs of runs alike in all else" in text
+    assert "LAION-80M compared with LAION-2B:" in text
+    assert "in 9 pairs of matching runs" in text
     few = fit(TABLE, replace(config, where=(), form="saturating"))
     assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points (all) cannot determine")
     assert "irreducible   not determined by these runs" in describe(few)
@@ -140,9 +140,9 @@ def test_a_budget_names_a_model_and_its_samples():
         ({"predict": ("ViT-L-14@many",)}, "not a number of samples"),
         ({"predict": ("ViT-X-14@1B",)}, "no architecture 'ViT-X-14'; did you mean"),
         ({"hold_out": 1e30}, "nothing to predict"),
-        ({"compare": "arch", "where": ("arch=ViT-H-14",)}, "takes two families of runs or more"),
+        ({"compare": "arch", "where": ("arch=ViT-H-14",)}, "needs two or more families"),
         ({"compare": "family"}, "no column 'family'; it has arch, "),
-        ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "predict, budget and plot ask one"),
+        ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "hold_out, predict, budget and plot"),
     ],
 )
 def test_wrong_use_is_told(changes: dict, message: str):

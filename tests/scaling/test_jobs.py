@@ -107,13 +107,13 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
     assert (some[0].directory / "log.txt").read_text() == "fine\n"
     assert len(machine.said) == 5
     assert machine.run(some[:1]) == {}
-    assert machine.said[-1] == "a: another process did it"
+    assert machine.said[-1] == "a: already done by another process"
     assert machine.started == list("abcde")
 
 
 def test_how_long_each_took_and_how_many_are_left_is_said(machine: Machine):
     machine.run([machine.job(name, seconds=60) for name in "ab"])
-    assert machine.said == ["a: 1.0 min; 1 left", "b: 1.0 min; 0 left"]
+    assert machine.said == ["a: done after 1.0 min; 1 left", "b: done after 1.0 min; 0 left"]
     assert set(machine.slept) == {jobs.POLL_SECONDS}
 
 
@@ -129,7 +129,7 @@ def test_a_job_waits_for_what_another_makes_and_does_not_begin_if_that_failed(ma
     # b begins when what it needs is there, though its maker has not ended.
     assert machine.started == ["e", "a", "b", "c"]
     assert failures.keys() == {"c", "d"}
-    assert failures["d"] == "not begun, for c failed"
+    assert failures["d"] == "not started, because c failed"
 
 
 def test_no_second_process_starts_beside_an_orphan(machine: Machine):
@@ -141,7 +141,7 @@ def test_no_second_process_starts_beside_an_orphan(machine: Machine):
     ):
         machine.run([one])
     assert machine.run([one]) == {}
-    assert machine.said == ["a: another process did it"]
+    assert machine.said == ["a: already done by another process"]
     assert machine.started == ["a"]
 
 
@@ -149,7 +149,7 @@ def test_a_signal_terminates_what_runs_and_starts_no_others(machine: Machine):
     acts = {0.5: lambda: signal.raise_signal(signal.SIGINT)}
     some = [machine.job("a", acts=acts, done_after=None), machine.job("b")]
     before = [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))]
-    with pytest.raises(Stopped, match=r"stopped by SIGINT; .* goes on"):
+    with pytest.raises(Stopped, match=r"stopped by SIGINT; .* again to continue"):
         machine.run(some)
     assert [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))] == before
     assert machine.started == ["a"]

@@ -54,14 +54,14 @@ def test_every_point_follows_the_rules():
         ({"models": {}}, "models is empty"),
         ({"seeds": (0, 0)}, "names one twice"),
         ({"batch_sizes": (16,)}, "one for each of samples"),
-        ({"samples": (128_000, 128_100)}, "samples lie too close"),
+        ({"samples": (128_000, 128_100)}, "samples are too close"),
         (
             {"batch_sizes": (16, 64), "branches": BranchesConfig()},
             "all have its batch size",
         ),
         (
             {"samples": (16, 512), "branches": BranchesConfig()},
-            "1 steps: .* no parent run is left",
+            "1 steps: .* none is left for the parent run",
         ),
         ({"sweep": SweepConfig(), "branches": BranchesConfig()}, "branches and sweep"),
     ],
@@ -115,7 +115,7 @@ def test_hours_follow_from_the_peak():
     assert hours == pytest.approx(1.1)
     core = HardwareConfig(chip="CPU core", peak_flops=1e10, mfu=0.5)
     assert core.hours(3.6e13) == pytest.approx(2)
-    with pytest.raises(ValueError, match="'TPU v9' is none of TPU v3, TPU v4, TPU v5e"):
+    with pytest.raises(ValueError, match="'TPU v9' is not one of TPU v3, TPU v4, TPU v5e"):
         HardwareConfig(chip="TPU v9")
     with pytest.raises(ValueError, match=r"mfu=40.*at most 1"):
         HardwareConfig(mfu=40)
@@ -263,9 +263,9 @@ def test_a_point_has_a_trial_for_every_combination():
 
 
 def test_sweeps_that_make_no_sense_are_refused():
-    with pytest.raises(InputError, match=r"sweep\.learning_rates=\(1, 1\) must name each"):
+    with pytest.raises(InputError, match=r"sweep\.learning_rates=\(1, 1\) must have no"):
         SweepConfig(learning_rates=(1, 1))
     with pytest.raises(InputError, match=r"sweep\.warmups=\(\)"):
         SweepConfig(warmups=())
-    with pytest.raises(InputError, match=r"sweep\.warmups=50 makes 100 steps of warm-up, of 64"):
+    with pytest.raises(InputError, match=r"sweep\.warmups=50 gives 100 steps .* run of 64"):
         grid(swept_ladder(SweepConfig(warmups=(1, 50))), Path("root"))

@@ -36,8 +36,13 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
         for _ in range(2)
     )  # fmt: skip
     wanted = ["small", r"\$^medium\$", "large", "1e+06 pairs", "their law", "what is next"]
-    wanted += ["held-out loss", r"a \$^ladder\$", "off the law, %", "training FLOPs (3 × forward)"]
-    wanted += ["fit, 95% band", "least error of each bin"] if form == "power" else []
+    wanted += [
+        "held-out loss",
+        r"a \$^ladder\$",
+        "deviation from the law, %",
+        "training FLOPs (3 × forward)",
+    ]
+    wanted += ["fit, 95% band", "lowest error of each bin"] if form == "power" else []
     assert {*wanted} <= {*words(page)}
     upper, lower = page.axes[:2]
     assert upper.get_xscale() == upper.get_yscale() == lower.get_xscale() == "log"

@@ -57,7 +57,7 @@ def test_runs_of_every_kind_become_one_table(tmp_path: Path):
     summary = collect(CollectConfig(paths=(logs,), output=output))
     assert summary["rows"] == 2
     assert len(summary["skipped"]) == 2
-    for reason in ("step 40 of 100", "no table with columns arch and samples_seen"):
+    for reason in ("step 40 of 100", "not a table with the columns arch and samples_seen"):
         assert any(reason in line for line in summary["skipped"])
     rows = {row["arch"]: row for row in csv.DictReader(output.read_text().splitlines())}
     ours, others = rows["ViT-S-32"], rows["RN50"]
