@@ -1,1 +1,1 @@
-"""The towers as pure functions of nested dicts; the only place that knows Flax."""
+"""The models as pure functions of nested dicts of parameters; only this package uses Flax."""

@@ -1,4 +1,4 @@
-"""Attention by backend: one function of queries, keys and values, computed in several ways."""
+"""Attention backends: several implementations of one function of queries, keys and values."""
 
 from typing import Any, Literal
 
@@ -11,38 +11,38 @@ from clip_jax.errors import InputError
 from clip_jax.models.short_attention import MAX_LENGTH, vmem_bytes
 
 Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
-# Queries, keys and values: [B, L, S·N·K], as the projection's matmul leaves them, or, where heads
-# lie on several devices, [B, L, S, N, K]. Attention makes of them [B, L, N·K] or [B, L, N, K].
+# Queries, keys and values: [B, L, S·N·K], the output of the projection's matmul, or [B, L, S, N, K]
+# where heads are sharded over devices. Attention returns [B, L, N·K] or [B, L, N, K].
 QKV = Float[Array, "B L *SNK"]
-# Keys and values of T tokens, kept for those that follow.
+# KV cache: keys and values of T tokens.
 KV = tuple[Float[Array, "B N T K"], Float[Array, "B N T K"]]
-Lengths = Int[Array, " B"] | None  # real tokens of each row, the others behind them; None: all
+Lengths = Int[Array, " B"] | None  # real tokens of each row, padding follows; None: all
 
-# Of one core, by JAX's name of the chip; earlier ones have 16.
+# VMEM of one core by JAX's name of the chip; earlier chips have 16 MiB.
 VMEM_MIB = {
     "TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128,
     "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64,
 }  # fmt: skip
-_LANES = 128  # of a TPU's vector unit: splash takes head dims and lengths in multiples of it
-SPLASH_LENGTH = 577  # tokens from which splash reads less of memory than XLA
-_BLOCK = 512  # tokens of a splash block at most
+_LANES = 128  # of a TPU's vector unit; splash needs head dims and lengths in multiples of it
+SPLASH_LENGTH = 577  # tokens; from here on splash reads less memory than XLA
+_BLOCK = 512  # most tokens in a block of splash
 
 
 def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> Backend:
-    """Choose what `auto` is on a device of the mesh, which holds that many heads of each row.
+    """Return the backend that `auto` selects on a device that holds `heads` heads of each row.
 
-    TPUs: with `short`, compiled for v5e and not run, a step of ViT-B/16 moves 50 GB of HBM where it
-    moved 118 with XLA's attention, of ViT-L/14 137 where it moved 429; on v5p the compiler's
-    estimate for ViT-H/14, whose heads of 80 fill no register, is 1.2 s where that for MetaCLIP 2's
-    same towers was 2.3. BENCHMARKS.md has more. Where VMEM is too small for a sequence, splash is
-    ahead of XLA from about 577 tokens. GPUs from generation 8.0: cuDNN's kernel, which holds no
-    scores; compiled for H100, not run.
+    TPUs: `short`, compiled for v5e but not run, moves 50 GB of HBM in a step of ViT-B/16 where
+    XLA's attention moves 118, and 137 instead of 429 for ViT-L/14. On v5p the compiler estimates
+    1.2 s for ViT-H/14, whose heads of 80 channels fill no register, and 2.3 s with XLA's attention
+    for MetaCLIP 2's same towers (see BENCHMARKS.md). If VMEM is too small for a sequence, splash
+    is faster than XLA from about 577 tokens. GPUs of compute capability 8.0 or later: cuDNN's
+    kernel, which does not store the scores; compiled for H100 but not run.
     """
-    platform = getattr(device, "platform", "cpu")  # None: a mesh of numbers, on which nothing runs
+    platform = getattr(device, "platform", "cpu")  # a mesh of plain numbers, for planning, has none
     if platform == "tpu":
         room = VMEM_MIB.get(device.device_kind, 16) * 2**20
         fits = length <= MAX_LENGTH and vmem_bytes(length, heads, dim) <= room
-        if fits and dim % 8 == 0 and dim >= 64:  # of every published model
+        if fits and dim % 8 == 0 and dim >= 64:  # true of every published model
             return "short"
         return "splash" if length >= SPLASH_LENGTH else "xla"
     is_new = platform == "gpu" and float(device.compute_capability) >= 8
@@ -58,10 +58,10 @@ def xla(
     lengths: Lengths = None,
     keys: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B L *NK"]:
-    """Leave it to XLA, on any device. With `causal` a token sees none behind it.
+    """Compute attention by XLA, on any device; with `causal` tokens do not attend to later ones.
 
-    Here as in every backend, rows of tokens past `lengths` are undefined. `keys` names the tokens
-    that are seen, wherever they stand.
+    As in every backend, the output for tokens past `lengths` is undefined. `keys` masks the tokens
+    that are attended to, at any positions.
     """
     q, k, v = _parts(qkv, heads)
     mask = None if keys is None else keys[:, None, None, :]
@@ -74,9 +74,9 @@ def xla(
 def cached(
     qkv: QKV, heads: int, cache: KV, position: Int[Array, ""]
 ) -> tuple[Float[Array, "B L *NK"], KV]:
-    """Let one token see itself and those before it, whose keys and values are cached.
+    """Compute attention of one token to itself and to the cached tokens before it.
 
-    Its own are put into the cache at `position`, and the cache is returned.
+    Returns also the cache, with the token's key and value written at `position`.
     """
     q, *new = _parts(qkv, heads)
     keys, values = (
@@ -92,10 +92,9 @@ def cached(
 def kept(
     q: Float[Array, "B L N K"], kv: KV, seen: Bool[Array, " T"] | None = None
 ) -> Float[Array, "B L N K"]:
-    """Attend to keys and values as a cache lays them out: each head's are one matrix.
+    """Compute attention to keys and values in the layout of the cache: one matrix per head.
 
-    As tokens come, one by one, nothing is moved but what a product reads; `dot_product_attention`
-    turns all of them about for every token.
+    `dot_product_attention` would transpose the whole cache for every new token.
     """
     keys, values = kv
     scores = jnp.einsum("BLNK,BNTK->BNLT", q, keys, preferred_element_type=jnp.float32)
@@ -108,20 +107,20 @@ def kept(
 def cudnn(
     qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None
 ) -> Float[Array, "B L *NK"]:
-    """NVIDIA's fused kernel, which holds no [L, L]: GPUs of the 8.0 generation on, bfloat16.
+    """Compute attention by cuDNN's fused kernel, without storing [L, L] scores.
 
-    An odd length gets one token more, which none of the real ones sees: JAX's training takes even
-    ones alone.
+    For GPUs of compute capability 8.0 or later, in 16 bits. An odd length is padded by one token,
+    which is masked: JAX's gradient of the kernel supports even lengths only.
     """
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
         raise InputError(
-            f"model.attention='cudnn' computes in 16 bits, not in {qkv.dtype}; "
+            f"model.attention='cudnn' supports 16-bit types only, not {qkv.dtype}; "
             "set --model.dtype bfloat16 or --model.attention xla."
         )
     batch, length = qkv.shape[:2]
     if length % 2:
         qkv = jnp.pad(qkv, ((0, 0), (0, 1), *((0, 0),) * (qkv.ndim - 2)))
-        if lengths is None and not causal:  # causal: nothing sees the token behind the last
+        if lengths is None and not causal:  # causal masks the added token, too
             lengths = jnp.full(batch, length, jnp.int32)
     q, k, v = _parts(qkv, heads)
     out = jax.nn.dot_product_attention(
@@ -133,10 +132,10 @@ def cudnn(
 def splash(
     qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None, *, interpret: bool = False
 ) -> Float[Array, "B L *NK"]:
-    """JAX's kernel for TPU, which holds no [L, L]: for sequences that `short` cannot hold.
+    """Compute attention by JAX's TPU kernel, for sequences too long for `short`.
 
-    Arrays of one device: the compiler cannot split a kernel (`sharding.layout` does). `interpret`
-    runs it slowly on a CPU.
+    It stores no [L, L] scores. Arrays are those of one device: the compiler cannot shard a kernel
+    (`sharding.layout` does). `interpret` runs it slowly on a CPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -159,7 +158,7 @@ def splash(
     )  # fmt: skip
     if lengths is None:
         lengths = jnp.full(batch, length, jnp.int32)
-    # Padding is a segment of its own: no real token sees it.
+    # Padding is a segment of its own, so real tokens do not attend to it.
     real = (jnp.arange(padded) < lengths[:, None]).astype(jnp.int32)
     out = jax.vmap(kernel)(q * dim**-0.5, k, v, kernels.SegmentIds(real, real))
     return _like(out[:, :, :length, :dim].swapaxes(1, 2), qkv)
@@ -171,5 +170,5 @@ def _parts(qkv: QKV, heads: int) -> list[Float[Array, "B L N K"]]:
 
 
 def _like(out: Float[Array, "B L N K"], qkv: QKV) -> Float[Array, "B L *NK"]:
-    """Put the heads' channels in one axis if they came so."""
+    """Merge the heads' channels into one axis if those of `qkv` are merged."""
     return out if qkv.ndim == 5 else out.reshape(*out.shape[:2], -1)

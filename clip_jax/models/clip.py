@@ -35,23 +35,25 @@ AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Two towers and the embedding space they share."""
+    """Architecture of a CLIP model: two towers and the embedding space they share."""
 
-    embed_dim: int = 512  # dimensions of the shared space
+    embed_dim: int = 512  # Dimensions of the shared embedding space.
     vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    decoder: DecoderConfig | None = None  # writes captions: CoCa's or MaMMUT's; None: none
-    init_logit_scale: float = 1 / 0.07  # inverse temperature at the start (SigLIP: 10)
-    init_logit_bias: float | None = None  # SigLIP: −10; None: no bias
-    image_mean: tuple[float, float, float] = OPENAI_MEAN  # of RGB in [0, 1], subtracted
-    image_std: tuple[float, float, float] = OPENAI_STD  # of RGB in [0, 1], divided by
-    dtype: DType = "bfloat16"  # of the matmuls; parameters, norms and softmax are float32
-    # What is kept for the backward pass, the rest is computed again. none: all is kept; hidden: of
-    # each block q, k, v, what attention makes of them, the residual and the MLP's hidden state;
-    # residual: not the last; attention: q, k, v and what attention makes of them; full: nothing.
+    decoder: DecoderConfig | None = None  # Caption decoder, CoCa's or MaMMUT's. None: no captions.
+    init_logit_scale: float = 1 / 0.07  # Initial inverse temperature; SigLIP uses 10.
+    init_logit_bias: float | None = None  # Initial logit bias; SigLIP uses −10. None: no bias.
+    image_mean: tuple[float, float, float] = OPENAI_MEAN  # Mean of RGB in [0, 1], subtracted.
+    image_std: tuple[float, float, float] = OPENAI_STD  # Standard deviation of RGB in [0, 1].
+    dtype: DType = "bfloat16"  # Type of matmuls; parameters, norms and softmax are float32.
+    # Activations saved for the backward pass, which recomputes the others. none: all are saved;
+    # hidden: each block's q, k, v, attention output, residual and the MLP's hidden state;
+    # residual: the same without the hidden state; attention: q, k, v and attention output; full:
+    # none are saved; dots: the old name of hidden.
     remat: Remat = "none"
-    unroll: int = 1  # blocks in one turn of a tower's loop: more are faster, and compile longer
-    # In training; auto: by device and length. short, splash: TPUs; cudnn: GPUs, bfloat16.
+    unroll: int = 1  # Blocks per iteration of a tower's loop: more run faster and compile longer.
+    # Attention backend in training. auto: by device and sequence length; xla: any device; short and
+    # splash: TPUs; cudnn: GPUs, bfloat16.
     attention: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -66,13 +68,14 @@ class CLIPConfig:
         if self.decoder is not None:
             if not isinstance(self.vision, ViTConfig):
                 raise InputError(
-                    "decoder needs a vision transformer, not a ResNet: set model.vision."
+                    "model.decoder needs a vision transformer, not a ResNet: choose another "
+                    "model.vision, or set model.decoder to None."
                 )
             self.decoder.check(self.text, self.image_token_width)
 
     @property
     def has_logit_bias(self) -> bool:
-        """Whether probabilities are the sigmoid's, of single pairs (SigLIP)."""
+        """Whether the probability of each pair is a sigmoid (SigLIP) instead of a softmax."""
         return self.init_logit_bias is not None
 
     @property
@@ -86,7 +89,7 @@ class CLIPConfig:
 
 
 class Towers(nn.Module):
-    """The towers, the decoder and the logit scale under one tree of parameters."""
+    """Flax module of the towers, the decoder and the logit scale, with one tree of parameters."""
 
     config: CLIPConfig
     layout: Layout = Layout()
@@ -109,28 +112,28 @@ class Towers(nn.Module):
             self.logit_bias = self.param("logit_bias", bias, ())
 
     def run(self, function: Callable[["Towers"], Any]) -> Any:
-        """Compute something with the modules."""
+        """Return `function` of the bound modules."""
         return function(self)
 
 
 @dataclass(frozen=True)
 class CLIP:
-    """The model's functions for one architecture; hashable, so that `jit` can take it as static.
+    """Functions of one architecture; hashable, so it can be a static argument of `jit`.
 
     Parameters are plain nested float32 dicts: `visual`, `text`, `logit_scale` (its logarithm, as
     OpenAI stores it) and, for SigLIP, `logit_bias`; for a ResNet also `batch_stats`, BatchNorm's
-    running statistics, which no gradient trains. Features come back unnormalised, in float32.
+    running statistics, which have no gradient. Returned features are not normalised, in float32.
     """
 
     config: CLIPConfig
-    layout: Layout = Layout()  # on which mesh; the model itself knows none
+    layout: Layout = Layout()  # how arrays are sharded over a mesh
 
     def init(self, key: Array) -> Params:
-        """Draw parameters as OpenAI does; jit with `out_shardings` to shard them at birth."""
+        """Initialise parameters as OpenAI does; jit with `out_shardings` to create them sharded."""
         return nn.unbox(self.draw(key))
 
     def draw(self, key: Array) -> Params:
-        """Draw parameters in boxes, which hold the names of their dimensions (`layers.named`)."""
+        """Initialise parameters in boxes with the names of their dimensions (`layers.named`)."""
         c = self.config
         images = {"image": zeros(c.vision.image_spec, 1)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
@@ -140,8 +143,7 @@ class CLIP:
         return variables.pop("params") | variables
 
     def normalize(self, images: Images) -> Images:
-        """Scale bytes to [0, 1], then by the model's mean and standard deviation; leave images that
-        are normalised."""
+        """Normalise bytes by the model's mean and standard deviation; keep normalised images."""
         if is_normalized(images):
             return images
         return normalize(images, self.config.image_mean, self.config.image_std)
@@ -158,7 +160,7 @@ class CLIP:
     def encode_image_and_tokens(
         self, params: Params, images: Images
     ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
-        """Embed normalised images, and return what the caption decoder attends to."""
+        """Embed normalised images; return also the tokens that the caption decoder attends to."""
         inputs = as_dtype(images, self.config.dtype)
 
         def pooled(towers: Towers) -> tuple[Array, Array]:
@@ -173,7 +175,7 @@ class CLIP:
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts; return also the decoder's states of all tokens but the last.
 
-        `vocabulary_logits` makes of those the logits of the tokens that follow.
+        `vocabulary_logits` of these states are the logits of the next tokens.
         """
         self.needs_decoder()
         features, states = self._run(
@@ -190,12 +192,12 @@ class CLIP:
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
     ) -> tuple[dict[str, Float[Array, "B ..."]], Params]:
-        """Compute what a training step's terms need of the towers, by the names of `losses.Term`.
+        """Compute the model outputs that the terms of a loss need, by the names of `losses.Term`.
 
-        `images` (normalised) and `texts` hold the batch as "image" and "text", and further ones by
-        the names of their inputs. With `keys`, one for each image, a ViT drops patches as its
-        config says. Returns outputs, embeddings float32 and not of unit length, and `batch_stats`:
-        with `train` as BatchNorm updates them.
+        `images` (normalised) and `texts` hold the batch as "image" and "text", and further inputs
+        by their names. With `keys`, one per image, a ViT applies patch dropout. Returns the outputs
+        (embeddings are float32 and not normalised) and `batch_stats`, with `train` as updated by
+        BatchNorm.
         """
         compute = functools.partial(_outputs, images, texts, needs, keys, train)
         out, updates = self._run(params, compute, mutable=["batch_stats"])
@@ -212,38 +214,37 @@ class CLIP:
         cache: Caption,
         position: Int[Array, ""],
     ) -> tuple[Float[Array, "R V"], Caption]:
-        """Return the logits of what follows one more token, the one at `position` in its row.
+        """Return the logits of the token that follows the one at `position`, and the new KV cache.
 
-        `params` are `apart`'s. Image tokens are needed with the first one only; then `cache` (see
-        `empty_cache`) has them.
-        There may be several rows for each image, one after the other.
+        `params` come from `apart`. Image tokens are needed with the first token only; later `cache`
+        (see `empty_cache`) holds their keys and values. An image may have several adjacent rows.
         """
         more = (tokens[:, None], image_tokens, cache, position)
         states, cache = self._run(params, lambda towers: towers.decoder.step(towers.text, *more))
         return self.vocabulary_logits(params, states)[:, 0], cache
 
     def empty_cache(self, rows: int, length: int) -> Caption:
-        """Make room for the keys and values of `length` tokens of each row."""
+        """Return an empty KV cache for `length` tokens of each row."""
         c = self.config
         return self.needs_decoder().empty_cache(c.text, rows, length, c.dtype)
 
     def vocabulary_logits(
         self, params: Params, states: Float[Array, "B L D"]
     ) -> Float[Array, "B L V"]:
-        """Compare states of the decoder with every word."""
+        """Return the logits of every token id for states of the decoder."""
         kernel = params["decoder"]["vocab_projection"].astype(states.dtype)
         return self.layout.einsum("BLD,DV->BLV", states, kernel).astype(jnp.float32)
 
     def needs_decoder(self) -> DecoderConfig:
         """Return the decoder's configuration. Raises InputError if the model has none."""
         if self.config.decoder is None:
-            raise InputError("this model writes no captions: it has no decoder (model.decoder).")
+            raise InputError("this model has no decoder for captions; use a CoCa or MaMMUT model.")
         return self.config.decoder
 
     def image_tokens(
         self, params: Params, images: Images, layer: int = -1, norm: bool = False
     ) -> Float[Array, "B L D"]:
-        """Return the states after one block of a vision transformer, class token first if it has.
+        """Return the states after one block of a vision transformer, any class token's first.
 
         `layer` counts from 0 or, negative, from the end (LLaVA takes −2); `norm` applies `ln_post`.
         """
@@ -261,20 +262,20 @@ class CLIP:
     ) -> Float[Array, "B L D"]:
         """Return the states of all tokens after one block; `norm` applies `ln_final`.
 
-        Diffusion models condition on these: Stable Diffusion 1 on the last block's with `norm`, 2
-        on layer −2 with `norm`, XL on layer −2 as it is.
+        Diffusion models condition on these: Stable Diffusion 1 on the last block with `norm`, 2 on
+        layer −2 with `norm`, XL on layer −2 without.
         """
 
         def states(towers: Towers) -> Array:
             compute = functools.partial(towers.text.states, tokens)
             x = _states_after(layer, self.config.text.depth, compute)
-            x = x[:, : tokens.shape[1]]  # without a class token's
+            x = x[:, : tokens.shape[1]]  # without the class token
             return towers.text.ln_final(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
 
     def _run(self, params: Params, function: Callable[[Towers], Any], **options: Any) -> Any:
-        """Compute something with the modules of these parameters."""
+        """Return `function` of the modules bound to these parameters."""
         trainable, batch_stats = split_batch_stats(params)
         variables = {"params": trainable, "batch_stats": batch_stats}
         return Towers(self.config, self.layout).apply(variables, function, method="run", **options)
@@ -282,7 +283,7 @@ class CLIP:
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: CLIPConfig) -> dict[str, Any]:
-    """Return path → box of a parameter: `value.shape`, `names`. Nothing is allocated."""
+    """Return path → box of each parameter, with `value.shape` and `names`, without allocating."""
 
     def is_box(x: Any) -> bool:
         return isinstance(x, nn.Partitioned)
@@ -290,13 +291,15 @@ def parameters(config: CLIPConfig) -> dict[str, Any]:
     boxes = jax.eval_shape(CLIP(config).draw, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
     if bare := [path_name(path) for path, x in leaves if not is_box(x)]:
-        raise ValueError(f"dimensions of {bare} have no names: use `layers.named` to give them.")
+        raise ValueError(f"dimensions of {bare} have no names; draw them with `layers.named`.")
     return {path_name(path): x for path, x in leaves}
 
 
 def _vit(towers: Towers) -> ViT:
     if not isinstance(towers.visual, ViT):
-        raise InputError("tokens of the image tower need a vision transformer, not a ResNet.")
+        raise InputError(
+            "image tokens need a vision transformer, not a ResNet: use a model with another vision."
+        )
     return towers.visual
 
 
@@ -304,7 +307,7 @@ def _outputs(
     images: dict[str, Images], texts: dict[str, Array], needs: Sequence[str],
     keys: Array | None, train: bool, towers: Towers,
 ) -> dict[str, Array]:  # fmt: skip
-    """Compute what `CLIP.outputs` returns; each tower runs once for each of its inputs."""
+    """Compute the outputs of `CLIP.outputs`; each tower runs once for each of its inputs."""
     out: dict[str, Array] = {}
     pixels = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
     layers = [(name, *name.split("_tokens:")) for name in needs if "_tokens:" in name]
@@ -328,9 +331,9 @@ def _outputs(
     if of_text:
         last, every = towers.text.states(tokens, collect=True)
         out.setdefault("text", towers.text.pool(last, tokens))
-        states = cast(Array, every)[:, :, : tokens.shape[1]]  # without a class token's
+        states = cast(Array, every)[:, :, : tokens.shape[1]]  # without the class token
         out |= {name: states[layer] for name, layer in of_text.items()}
-    # In their order, which is the same in every process: a set's is not.
+    # In the order of the dicts, which is the same in every process; that of a set is not.
     for name in pixels:
         if name != "image":
             out[f"image:{name}"] = towers.visual(pixels[name], train=train)
@@ -341,7 +344,7 @@ def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Array:
     """Return the states after a block; the last one's output needs no collecting."""
     if not -depth <= layer < depth:
         raise InputError(
-            f"layer={layer}: the tower has {depth} blocks, 0 to {depth - 1} or −{depth} to −1."
+            f"layer={layer}: the tower has {depth} blocks; use 0 to {depth - 1} or −{depth} to −1."
         )
     collect = layer not in (-1, depth - 1)
     last, every = compute(collect=collect)
@@ -349,14 +352,14 @@ def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Array:
 
 
 def l2_normalize(x: AnyArray) -> AnyArray:
-    """Scale vectors to unit length; NumPy's by NumPy."""
+    """Scale vectors to unit length; NumPy arrays by NumPy."""
     if isinstance(x, np.ndarray):
         return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def split_batch_stats(params: Params) -> tuple[Params, Params]:
-    """Part a tree into what gradients train and BatchNorm's statistics (for a ViT empty)."""
+    """Split a tree into trainable parameters and BatchNorm's statistics (empty for a ViT)."""
     trainable = {name: tree for name, tree in params.items() if name != "batch_stats"}
     return trainable, params.get("batch_stats", {})
 
@@ -372,6 +375,6 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def count(params: Params) -> int:
-    """Count the parameters of a tree (arrays or shapes), running statistics left out."""
+    """Count the parameters of a tree of arrays or shapes, without running statistics."""
     trainable, _ = split_batch_stats(params)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))

@@ -1,8 +1,8 @@
-"""Captions beside the contrast: CoCa (arXiv:2205.01917) and MaMMUT (arXiv:2303.16839).
+"""Caption decoders of CoCa (arXiv:2205.01917) and MaMMUT (arXiv:2303.16839).
 
-CoCa's decoder stands on the text tower, whose token states it takes; MaMMUT's is the text tower
-itself, run a second time, causal and with an eye on the image. The configs say what is built of
-either, and how the text tower changes with it.
+CoCa's decoder takes the token states of the text tower; MaMMUT's is the text tower itself, run a
+second time with a causal mask and cross-attention to the image. The configs build the decoder and
+the text tower that belongs to it.
 """
 
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ from clip_jax.models.text import TextConfig, TextTransformer
 
 
 class Cache(NamedTuple):
-    """What a layer keeps: keys and values of the tokens before, and of the image."""
+    """KV cache of a layer: keys and values of the tokens before, and of the image."""
 
-    own: tuple[KV, ...]  # of each of its blocks
+    own: tuple[KV, ...]  # one per block
     image: KV | None = None  # None: not yet computed
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one sequence to another, whose width may be another."""
+    """Multi-head attention of one sequence to another, whose width may differ."""
 
     num_heads: int
     in_proj: Init
@@ -56,10 +56,10 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "R L D"], other: Float[Array, "B M C"] | None, kv: KV | None = None
     ) -> tuple[Float[Array, "r L D"], KV]:
-        """Attend to `other`, or to its keys and values, which are returned too.
+        """Attend to `other`, or to its keys and values `kv`; return these, too.
 
-        x may have several rows for each of the others' (beams of one image), one after the other,
-        or one for all.
+        x may have several adjacent rows for each row of `other` (beams of one image), or one row
+        for all.
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
@@ -105,16 +105,16 @@ class CrossBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """A block, one that attends to the image, and further blocks; without an image none does.
+    """A block, a cross-attention block (skipped without an image), and further blocks.
 
-    The first token brings the image, whose keys and values the cache then holds.
+    With a cache, the image comes with the first token; then the cache holds its keys and values.
     """
 
     stack = STACKS[1]
     config: BlockConfig
     blocks: int = 1
     first_mlp: bool = True
-    causal: bool | None = None  # None: as the config says
+    causal: bool | None = None  # None: the config's
     collect: bool = False
 
     @nn.compact
@@ -126,7 +126,10 @@ class Layer(nn.Module):
         position: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "R L D"], Cache | None]:
         if self.collect:
-            raise InputError("states of single blocks of MaMMUT's text tower are not kept.")
+            raise InputError(
+                "MaMMUT's text tower does not return the states of single blocks; "
+                "use a model with another decoder, or with none."
+            )
         c, (own, kv) = self.config, ([], None if cache is None else cache.image)
         causal = c.causal if self.causal is None else self.causal
         for i in range(self.blocks):
@@ -142,7 +145,7 @@ class Layer(nn.Module):
 def _cross_operations(
     tokens: int, width: int, mlp_width: int, seen: int, image_width: int
 ) -> Operations:
-    """Count one block that attends to `seen` tokens of an image."""
+    """Count the operations of a block with cross-attention to `seen` image tokens."""
     return Operations(
         macs=2 * tokens * width * (width + seen + mlp_width) + 2 * seen * image_width * width,
         layer_norm=2 * tokens * width + seen * image_width,
@@ -150,7 +153,7 @@ def _cross_operations(
 
 
 def _vocabulary_operations(text: TextConfig, tokens: int) -> Operations:
-    """Count the norm and the comparison with every word that end both decoders."""
+    """Count the operations of the last norm and of the logits, alike in both decoders."""
     return Operations(macs=tokens * text.width * text.vocab_size, layer_norm=tokens * text.width)
 
 
@@ -160,9 +163,9 @@ def _empty(text: TextConfig, heads: int, rows: int, length: int, dtype: DType) -
 
 
 class Caption(NamedTuple):
-    """What the decoding of captions keeps of the tokens before."""
+    """KV cache of caption decoding."""
 
-    text: list[KV] | None  # of CoCa's text tower, block by block
+    text: list[KV] | None  # one per block of CoCa's text tower; MaMMUT: None
     decoder: list[Cache]
 
 
@@ -171,26 +174,26 @@ class Caption(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CoCaConfig:
-    """Layers of the text tower's width above it, each of which also attends to the image."""
+    """CoCa's caption decoder: layers with cross-attention to the image after the text tower."""
 
-    depth: int = 12  # layers, of a causal block and one that attends to the image
-    num_heads: int = 8  # attention heads
-    mlp_ratio: float = 4.0  # MLP width / width
+    depth: int = 12  # Number of layers: each is a causal and a cross-attention block.
+    num_heads: int = 8  # Number of attention heads.
+    mlp_ratio: float = 4.0  # Width of the MLP divided by that of the text tower.
 
     def __post_init__(self) -> None:
         check_ranges(self, "decoder.", depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)")
 
     def check(self, text: TextConfig, image_width: int) -> None:
-        """Raise InputError unless it fits the text tower and the image's tokens."""
+        """Raise InputError unless the decoder fits the text tower and the image tokens."""
         if text.width % self.num_heads:
             raise InputError(
-                f"text.width={text.width} is not divisible by decoder.num_heads={self.num_heads}."
+                f"text.width={text.width} must be a multiple of decoder.num_heads={self.num_heads}."
             )
         if image_width != text.width or not text.causal:
             raise InputError(
                 f"CoCa's decoder needs text.causal=True, got {text.causal}, and image tokens "
-                f"of text.width={text.width}, got {image_width}: embed_dim where "
-                "vision.pool='queries', else vision.width."
+                f"of text.width={text.width}, got {image_width}: set embed_dim (with "
+                "vision.pool='queries') or vision.width to the same width."
             )
 
     def modules(
@@ -202,28 +205,28 @@ class CoCaConfig:
         )
 
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
-        """Count the text tower, for one text."""
+        """Count the operations of the text tower for one text."""
         return text.operations(embed_dim, tokens)
 
     def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
-        """Count the decoder for one caption that sees `seen` image tokens."""
+        """Count the decoder's operations for one caption that attends to `seen` image tokens."""
         width, mlp_width = text.width, int(text.width * self.mlp_ratio)
         layer = block_operations(tokens, width, mlp_width)
         layer += _cross_operations(tokens, width, mlp_width, seen, image_width)
         return self.depth * layer + _vocabulary_operations(text, tokens)
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
-        """Make room for the keys and values of `length` tokens of each row."""
+        """Return an empty KV cache for `length` tokens of each row."""
         own = Cache((_empty(text, self.num_heads, rows, length, dtype),))
         blocks = [_empty(text, text.num_heads, rows, length, dtype)] * text.depth
         return Caption(blocks, [own] * self.depth)
 
 
 class CoCaDecoder(nn.Module):
-    """From the text tower's token states to states of which the next token is read off."""
+    """Map the text tower's token states to states that predict the next token."""
 
     config: CoCaConfig
-    text: TextConfig  # whose activation and LayerNorm's ε it shares
+    text: TextConfig  # the decoder has its activation and LayerNorm's ε
     remat: Remat
     unroll: int
     layout: Layout
@@ -263,37 +266,36 @@ class CoCaDecoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class MaMMUTConfig:
-    """The text tower twice: as it is for the contrast; causal, and seeing the image, to write."""
+    """MaMMUT's caption decoder: the text tower itself, causal and with cross-attention."""
 
-    cross_every: int = 2  # text blocks for each block that attends to the image, behind the first
-    # The MLP of those text blocks that are followed by one that attends to the image.
-    first_mlp: bool = True
+    cross_every: int = 2  # Text blocks per cross-attention block, which follows the first.
+    first_mlp: bool = True  # Whether text blocks before a cross-attention block have an MLP.
 
     def __post_init__(self) -> None:
-        check_ranges(self, "decoder.", cross_every="[1, 200]")  # each is compiled
+        check_ranges(self, "decoder.", cross_every="[1, 200]")  # each block is compiled
 
     def check(self, text: TextConfig, image_width: int) -> None:
-        """Raise InputError unless it fits the text tower."""
+        """Raise InputError unless the decoder fits the text tower."""
         if text.has_class_token or text.depth % self.cross_every:
             raise InputError(
-                f"decoder.cross_every={self.cross_every} needs text.depth={text.depth} "
-                f"to be a multiple, and text.pool={text.pool!r} another than class_token."
+                f"MaMMUT needs text.depth={text.depth} to be a multiple of decoder.cross_every="
+                f"{self.cross_every} and another text.pool than 'class_token', got {text.pool!r}."
             )
 
     def modules(
         self, text: TextConfig, image_width: int, options: dict[str, Any]
     ) -> tuple[TextTransformer, nn.Module]:
-        """Build the text tower and what it needs to write, of a `TextTransformer`'s fields."""
+        """Build the text tower and the decoder; `options` are the fields of a `TextTransformer`."""
         fields = (self.cross_every, self.first_mlp)
         tower = TextTransformer(text, **options, block=Layer, fields=fields, blocks=fields[0])
         return tower, MaMMUTDecoder(image_width, text.width, text.vocab_size)
 
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
-        """Count the text tower without the image, for one text."""
+        """Count the operations of the text tower for one text, without the image."""
         return text.operations(embed_dim, tokens, self._blocks(text, tokens))
 
     def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
-        """Count the decoder for one caption that sees `seen` image tokens."""
+        """Count the decoder's operations for one caption that attends to `seen` image tokens."""
         crossed = _cross_operations(tokens, text.width, text.mlp_width, seen, text.width)
         projected = Operations(macs=seen * image_width * text.width)
         blocks = self._blocks(text, tokens) + (text.depth // self.cross_every) * crossed
@@ -307,7 +309,7 @@ class MaMMUTConfig:
         return (text.depth // self.cross_every) * (first + (self.cross_every - 1) * later)
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
-        """Make room for the keys and values of `length` tokens of each row."""
+        """Return an empty KV cache for `length` tokens of each row."""
         own = Cache((_empty(text, text.num_heads, rows, length, dtype),) * self.cross_every)
         return Caption(None, [own] * (text.depth // self.cross_every))
 
@@ -316,14 +318,14 @@ DecoderConfig = CoCaConfig | MaMMUTConfig
 
 
 class MaMMUTDecoder(nn.Module):
-    """What MaMMUT's text tower needs to write: the image in its width, and a word for a state."""
+    """Projections that MaMMUT's text tower needs for captions: of image tokens, to logits."""
 
     image_width: int
     width: int
     vocab_size: int
 
     def setup(self) -> None:
-        # LAION draws it from a unit normal, which training from scratch should not copy.
+        # LAION uses a standard normal, which is too large for training from scratch.
         init = named("D -", nn.initializers.normal(self.image_width**-0.5))
         self.image_projection = self.param("image_projection", init, (self.image_width, self.width))
         init = named("D V", nn.initializers.normal(self.width**-0.5))

@@ -1,4 +1,4 @@
-"""Write captions: one compiled loop over tokens, with keys and values kept, whatever the way."""
+"""Generate captions in one compiled loop over tokens with a KV cache, for every method."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -19,21 +19,21 @@ MAX_LENGTH = 30
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How captions are written."""
+    """Settings of caption generation."""
 
-    # greedy: the most probable token each time. sample: drawn; the seed alone decides, not the
-    # other images. beams: the most probable caption that a search of this width meets.
+    # greedy: the most probable token at each step. sample: a random token, the same whatever other
+    # images are in the batch. beams: the most probable caption of a beam search.
     method: Literal["greedy", "sample", "beams"] = "greedy"
-    # Tokens, begin and end of text included; the last is the end. None: 30, or as many as the
-    # model has positions.
+    # Maximum number of tokens, begin and end of text included. None: 30, or the model's context
+    # length if that is less.
     max_length: int | None = None
-    min_length: int = 5  # tokens, the begin included, before the end may come
-    top_k: int | None = None  # sample: from so many tokens; None: of any rank
-    top_p: float | None = None  # sample: from the fewest that together have this probability
-    temperature: float = 1.0  # sample: divides the logits
-    seed: int = 0  # sample
-    beams: int = 4  # captions followed at a time
-    length_penalty: float = 1.0  # beams: log probability is divided by tokens to this power
+    min_length: int = 5  # Minimum tokens before the end of text, begin of text included.
+    top_k: int | None = None  # For sample: draw from the k most probable tokens. None: all.
+    top_p: float | None = None  # For sample: fewest tokens of this total probability. None: all.
+    temperature: float = 1.0  # For sample: divisor of the logits.
+    seed: int = 0  # For sample: random seed.
+    beams: int = 4  # For beams: number of captions searched in parallel.
+    length_penalty: float = 1.0  # For beams: log probability is divided by length to this power.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -45,12 +45,14 @@ class GenerationConfig:
         if self.max_length is not None and self.min_length >= self.max_length:
             raise InputError(
                 f"generation.min_length={self.min_length} must be less than "
-                f"generation.max_length={self.max_length}."
+                f"generation.max_length={self.max_length}; change one of them."
             )
 
     def within(self, text: TextConfig) -> "GenerationConfig":
-        """Say how long captions may be. Raises InputError if the model has not so many
-        positions."""
+        """Return the settings with the maximum length filled in.
+
+        Raises InputError if it is more than the model's context length.
+        """
         most = text.context_length
         if self.max_length is None:
             length = min(most, MAX_LENGTH)
@@ -58,7 +60,7 @@ class GenerationConfig:
         if self.max_length > most:
             raise InputError(
                 f"generation.max_length={self.max_length} is more than the model's "
-                f"text.context_length={most}."
+                f"text.context_length={most}; lower it."
             )
         return self
 
@@ -70,11 +72,11 @@ def generate(
     config: GenerationConfig = GenerationConfig(),
     seed: Integer[Array, ""] | None = None,
 ) -> Int[Array, "B L"]:
-    """Write a caption for each image: ids from begin to end of text, then padding.
+    """Generate a caption for each image: ids from begin to end of text, then padding.
 
-    As in open_clip's `generate`, a row also ends with the padding id, should it be written. `seed`
-    stands for the config's: another is then the same program. Raises InputError if the model has no
-    decoder, or not so many positions.
+    As in open_clip's `generate`, a generated padding id also ends a row. `seed` replaces the
+    config's, so that another seed needs no compilation. Raises InputError if the model has no
+    decoder or too short a context.
     """
     clip.needs_decoder()
     config = config.within(clip.config.text)
@@ -85,11 +87,11 @@ def generate(
 
 
 def begin_and_end(text: TextConfig) -> tuple[int, int]:
-    """Return the ids around each text. Raises InputError if its tokenizer has none."""
+    """Return the begin and end ids. Raises InputError if the tokenizer has none."""
     if text.begin_id is None or text.end_id is None:
         raise InputError(
-            f"captions begin and end with an id, and text.tokenizer has begin_id={text.begin_id}, "
-            f"end_id={text.end_id}."
+            f"captions need begin and end ids, and text.tokenizer has begin_id={text.begin_id}, "
+            f"end_id={text.end_id}; set both."
         )
     return text.begin_id, text.end_id
 
@@ -105,10 +107,10 @@ def _choose(
     if config.top_p is not None:
         order = jnp.sort(logits, axis=-1, descending=True)
         before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)
-        kept = jnp.where(before < config.top_p, order, jnp.inf)  # the first always
+        kept = jnp.where(before < config.top_p, order, jnp.inf)  # always keeps the first
         logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
-    # One noise for all rows: what an image gets does not depend on the others. Threefry, whatever
-    # the default.
+    # All rows share the noise, so an image's caption does not depend on the others. Threefry,
+    # whatever JAX's default is, for the same captions everywhere.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
     noise = jax.random.gumbel(key, logits.shape[-1:])
     return (logits / config.temperature + noise).argmax(-1)
@@ -123,7 +125,7 @@ def _write(
     rows = len(image_tokens)
 
     def extend(ids: Array, logits: Array, position: Array, done: Array) -> tuple[Array, Array]:
-        """Put the token that follows the one at `position` into its row."""
+        """Write the token that follows the one at `position` into its row."""
         is_end = jnp.arange(logits.shape[-1]) == end
         logits = jnp.where(is_end & (position + 1 < config.min_length), -jnp.inf, logits)
         chosen = jnp.where(position + 2 == length, end, choose(logits, position))
@@ -150,7 +152,7 @@ def _write(
 def _search(
     clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig
 ) -> Int[Array, "B L"]:
-    """Beam search, which ends when nothing can beat what has been found."""
+    """Run a beam search, which stops when no open beam can beat the best finished caption."""
     text, length, count = clip.config.text, cast(int, config.max_length), config.beams
     params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
@@ -160,7 +162,7 @@ def _search(
         ids, position, scores, best_ids, best, _ = state
         gains = jax.nn.log_softmax(logits).reshape(images, count, -1)
         vocabulary = jnp.arange(gains.shape[-1])
-        # What ends here,
+        # Captions that end here,
         ended = (scores + gains[:, :, end]) / (position + 1.0) ** config.length_penalty
         ended = jnp.where(position + 1 < config.min_length, -jnp.inf, ended)
         winner = ended.argmax(1)
@@ -169,7 +171,7 @@ def _search(
         score = ended.max(1)
         best_ids = jnp.where((score > best)[:, None], caption, best_ids)
         best = jnp.maximum(score, best)
-        # and what goes on.
+        # and those that continue.
         gains = jnp.where((vocabulary == end) | (vocabulary == pad), -jnp.inf, gains)
         total = (scores[:, :, None] + gains).reshape(images, -1)
         scores, chosen = jax.lax.top_k(total, count)
@@ -191,7 +193,7 @@ def _search(
 
     ids = jnp.full((images, count, length), pad, jnp.int32).at[:, :, 0].set(begin)
     first = jnp.zeros((), jnp.int32)
-    scores = jnp.full((images, count), -jnp.inf).at[:, 0].set(0)  # all begin alike: one of them
+    scores = jnp.full((images, count), -jnp.inf).at[:, 0].set(0)  # equal at first: only one counts
     cache = clip.empty_cache(images * count, length)
     begun = clip.decode_next(params, ids[:, :, 0].ravel(), image_tokens, cache, first)
     start = (ids, first, scores, ids[:, 0], jnp.full(images, -jnp.inf), None)
@@ -199,7 +201,7 @@ def _search(
 
 
 def _reorder(cache: Caption, rows: Int[Array, " R"]) -> Caption:
-    """Give each row the keys and values of another; the images' are those of all their rows."""
+    """Copy each row's keys and values from row `rows`; those of images are shared by their rows."""
     text, own = jax.tree.map(
         lambda x: x[rows], (cache.text, [layer.own for layer in cache.decoder])
     )

@@ -1,10 +1,10 @@
-"""What both towers are made of: the pre-norm residual block of CLIP's transformers (paper, 2.4).
+"""Layers of both towers: the pre-norm residual block of CLIP's transformers (paper, 2.4).
 
-Dimension key of the repository, in signatures, einsum strings and the names of parameters alike:
+Dimension names of the repository, in signatures, einsum strings and the names of parameters:
 `B` batch, `H W C` image, `P Q` patch rows and columns, `L` tokens, `D` width, `S` query-key-value,
-`N` heads, `K` head dim, `F` MLP width, `E` embedding, `V` vocabulary. Parameters alone have
+`N` heads, `K` head dim, `F` MLP width, `E` embedding, `V` vocabulary. Only parameters have
 `depth`, the scanned axis; `O`, channels of a convolution; `W`, the width of a token embedding
-table; and `-`, what is never split (gains, biases, positions, the rows of that table).
+table; and `-`, an axis that is never sharded (gains, biases, positions, the rows of that table).
 """
 
 import functools
@@ -25,35 +25,35 @@ from clip_jax.models import attention
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16"]
-# What is kept for the backward pass, which computes the rest again; from all of it on down.
+# Activations saved for the backward pass, which recomputes the others: from all to none.
 Remat = Literal["none", "hidden", "residual", "attention", "full", "dots"]
-# By name; with it, how many widths of a token. Means and variances of norms are two numbers.
+# Names of saved activations, and their size in widths per token (mean and variance are 2 numbers).
 KEPT = {
-    "hidden": ("moments", "qkv", "attended", "residual", "hidden"),  # 9: norms, activations again
-    "residual": ("moments", "qkv", "attended", "residual"),  # 5: and the MLP's first
-    "attention": ("moments", "qkv", "attended"),  # 4: and attention's output
-    "full": (),  # all
+    "hidden": ("moments", "qkv", "attended", "residual", "hidden"),  # 9; recomputes norms, GELU
+    "residual": ("moments", "qkv", "attended", "residual"),  # 5; also the MLP's first matmul
+    "attention": ("moments", "qkv", "attended"),  # 4; also the projection of attention's output
+    "full": (),  # 0; recomputes everything
 }
-KEPT["dots"] = KEPT["hidden"]  # as runs call it that are older than its names
-STACKS = ("resblocks", "layers")  # of a `Transformer` of `Block`, of `decoder.Layer`
+KEPT["dots"] = KEPT["hidden"]  # its name in the configs of older runs
+STACKS = ("resblocks", "layers")  # parameters of a `Transformer` of `Block` or of `decoder.Layer`
 Init = Callable[..., Array]
-_ONES = 8  # rows of ones, of which a product takes a sum: a vector would be made a sum again
+_ONES = 8  # rows of ones whose product is a sum; of one row the compiler would make a sum again
 
 
 class Layout(NamedTuple):
-    """How arrays lie on a mesh, which the model does not know (`sharding.layout` does)."""
+    """Functions that depend on how arrays are sharded; the model knows no mesh (see `sharding`)."""
 
     constrain: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
-    attend: Callable[[Array, int, bool], Array] = attention.xla  # of qkv, heads, causal or not
+    attend: Callable[[Array, int, bool], Array] = attention.xla  # of qkv, heads, causal
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # of x [B, ...] and a kernel
-    conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel split by D
-    whole_heads: bool = True  # every device has all of them
+    conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel sharded along D
+    whole_heads: bool = True  # whether every device has all heads
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a forward pass does, before a convention of `flops` weighs it."""
+    """Operations of a forward pass, which the conventions of `flops` turn into FLOPs."""
 
     macs: int = 0  # multiply-adds of convolutions and matmuls
     layer_norm: int = 0  # elements normalised
@@ -67,12 +67,12 @@ class Operations:
 
 
 def named(names: str, init: Init) -> Callable[..., Any]:
-    """Let an initialiser name the dimensions of what it draws (see above)."""
+    """Return an initialiser whose parameters have named dimensions (see above)."""
     return nn.with_partitioning(init, tuple(names.split()))
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """x·σ(1.702x): OpenAI's released weights were trained with it, so it is not interchangeable."""
+    """Compute x·σ(1.702x), with which OpenAI's weights were trained; GELU gives other results."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -84,7 +84,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def uniform(limit: float) -> Init:
-    """U(−limit, limit); PyTorch's Linear default is `uniform(fan_in**-0.5)`."""
+    """Return an initialiser U(−limit, limit); PyTorch's Linear has `uniform(fan_in**-0.5)`."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
@@ -102,13 +102,13 @@ class BlockInit(NamedTuple):
 
     @classmethod
     def image(cls, width: int, mlp_width: int) -> "BlockInit":
-        """PyTorch's defaults, which OpenAI's image tower keeps (Xavier for `in_proj`)."""
+        """Return PyTorch's defaults, as in OpenAI's image tower (Xavier for `in_proj`)."""
         linear = uniform(width**-0.5)
         return cls(uniform((6 / (4 * width)) ** 0.5), linear, linear, uniform(mlp_width**-0.5))
 
     @classmethod
     def text(cls, width: int, depth: int) -> "BlockInit":
-        """Normals scaled by width and depth, as OpenAI's `initialize_parameters` draws them."""
+        """Return normals scaled by width and depth, as in OpenAI's `initialize_parameters`."""
         residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
         return cls(
             nn.initializers.normal(width**-0.5),
@@ -119,21 +119,21 @@ class BlockInit(NamedTuple):
 
 
 class BlockConfig(NamedTuple):
-    """What one residual block is made of."""
+    """Settings of one residual block."""
 
     num_heads: int
     mlp_width: int
     activation: Activation
-    epsilon: float  # LayerNorm's
+    epsilon: float  # of LayerNorm
     init_fns: BlockInit
     layer_scale: float | None = None  # initial gain of both residual branches; None: no gains
-    causal: bool = False  # a token sees none behind it
+    causal: bool = False  # tokens do not attend to later ones
     layout: Layout = Layout()
     mlp: bool = True  # False: the attention branch alone
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm computed in float32 whatever comes in, returned in the dtype that came in."""
+    """LayerNorm, computed in float32 and returned in the input's dtype."""
 
     epsilon: float = 1e-5
 
@@ -152,11 +152,11 @@ class LayerNorm(nn.Module):
 def affine(
     x: Float[Array, "*B D"], kernel: Float[Array, "..."], bias: Float[Array, "..."]
 ) -> Float[Array, "*B F"]:
-    """x·kernel + bias, the kernel's axes taken as two, with gradients as compilers take them best.
+    """Compute x·kernel + bias, the kernel reshaped to a matrix, with faster gradients.
 
-    The bias's is a product: as a sum over rows a TPU takes seven times as long as to read it. The
-    kernel's is finished as a matrix: given the parameter's axes, the compiler would write the
-    output's gradient anew for them.
+    The bias's gradient is a product: as a sum over rows, a TPU takes seven times as long as reading
+    it does. The kernel's is computed as a matrix: with the parameter's axes, the compiler would
+    copy the output's gradient to another layout.
     """
     return x @ kernel.reshape(x.shape[-1], -1) + bias.reshape(-1)
 
@@ -178,14 +178,14 @@ def _sums(x: Array, dy: Array) -> tuple[Array, Array]:
     rows = tuple(range(x.ndim - 1))
     over_rows = ((rows, rows), ((), ()))
     dkernel = jax.lax.dot_general(x, dy, over_rows)
-    if dy.dtype == jnp.float32:  # whose products a TPU rounds
+    if dy.dtype == jnp.float32:  # a TPU rounds the products of float32
         return dkernel, dy.sum(rows)
     ones = jnp.ones((*dy.shape[:-1], _ONES), dy.dtype)
     return dkernel, jax.lax.dot_general(ones, dy, over_rows)[0]
 
 
 def _flat_sums(x: Array, dy: Array) -> tuple[Array, Array]:
-    """Give XLA's CPU compiler matrices: of more axes it writes transposed copies."""
+    """Compute the same from matrices: of more axes, XLA on CPU makes transposed copies."""
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return x.T @ dy, jnp.ones(len(dy), dy.dtype) @ dy
 
@@ -194,7 +194,7 @@ affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Einsum(nn.Module):
-    """einsum(equation, x, kernel) + bias: a linear map whose axes keep their names."""
+    """Linear map einsum(equation, x, kernel) + bias, whose parameters have named axes."""
 
     equation: str
     shape: tuple[int, ...]
@@ -202,8 +202,8 @@ class Einsum(nn.Module):
     kernel_init: Init
     bias_init: Init = nn.initializers.zeros
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum
-    # All axes but rows and tokens are one: the compiler lays arrays of many axes out otherwise than
-    # kernels read them.
+    # Merge the output's axes after rows and tokens: the compiler's layout of arrays of many axes is
+    # not the one that attention kernels read.
     flat: bool = False
 
     @nn.compact
@@ -223,7 +223,7 @@ class Einsum(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
+    """Multi-head self-attention with a fused projection to queries, keys and values."""
 
     num_heads: int
     init_fns: BlockInit
@@ -238,10 +238,10 @@ class Attention(nn.Module):
         cache: attention.KV | None = None,
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
-        """Attend to all tokens, to those that `keys` names, or to what a cache holds.
+        """Attend to all tokens, to those in the mask `keys`, or to those in a KV cache.
 
-        With `cache` x is one token, whose keys and values are put at `position`; it sees those up
-        to there. Returns the cache with it.
+        With `cache`, x is one token at `position`, which attends to the tokens up to itself; the
+        updated cache is returned.
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
@@ -252,7 +252,7 @@ class Attention(nn.Module):
         qkv = checkpoint_name(qkv, "qkv")
         if cache is not None and position is not None:
             x, cache = attention.cached(qkv, self.num_heads, cache, position)
-        elif keys is not None:  # which no kernel takes
+        elif keys is not None:  # no kernel supports such a mask
             x = attention.xla(qkv, self.num_heads, self.causal, keys=keys)
         else:
             x = self.layout.attend(qkv, self.num_heads, self.causal)
@@ -285,7 +285,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel (CaiT's)."""
+    """LayerScale: a learned gain per channel (CaiT, arXiv:2103.17239)."""
 
     initial: float
 
@@ -297,7 +297,7 @@ class LayerScale(nn.Module):
 
 
 def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) -> Operations:
-    """Count one block: per token 4·width² + 2·tokens·width for attention, 2·width·mlp_width."""
+    """Count a block's operations: 4·width² + 2·tokens·width + 2·width·mlp_width per token."""
     return Operations(
         macs=2 * tokens * width * (2 * width + tokens + mlp * mlp_width),
         layer_norm=(1 + mlp) * tokens * width,
@@ -305,9 +305,9 @@ def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) 
 
 
 class Block(nn.Module):
-    """x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+    """Residual block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
 
-    Beside x it returns the cache if it is given one (see `Attention`), with `collect` x again.
+    Returns x and the cache, if any (see `Attention`), or with `collect` x twice.
     """
 
     stack = STACKS[0]
@@ -338,10 +338,10 @@ class Block(nn.Module):
 
 
 def apart(params: dict[str, Any]) -> dict[str, Any]:
-    """Give each block of a stack parameters of its own, under its name and number.
+    """Split stacked parameters into those of each block, under the stack's name and a number.
 
-    What goes through the blocks again and again, for token after token, would else cut every
-    block's out of the stack each time, which costs a CPU more than the products do.
+    Token-by-token decoding would otherwise slice every block's parameters out of the stack for
+    each token, which takes a CPU longer than the matmuls.
     """
     out = {}
     for name, tree in params.items():
@@ -354,13 +354,12 @@ def apart(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, scanned: every parameter has a leading axis of length `depth`.
+    """Stack of blocks, scanned: every parameter has a leading axis of length `depth`.
 
     Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`. With
-    `caches`, one of each block, it returns those instead, and each block has parameters of its own
-    (see `apart`). `other` is the same for all: the keys that are seen, or what `block` takes
-    instead; `fields` and `options` are further fields of it. `unroll` blocks are one turn of the
-    loop: the compiler sees through from one to the next.
+    `caches`, one per block, it returns the updated caches instead, and blocks have separate
+    parameters (see `apart`). All blocks get the same `other`, such as a mask of keys; `fields` and
+    `options` are further fields of `block`. A loop iteration runs `unroll` blocks.
     """
 
     config: BlockConfig
@@ -392,7 +391,7 @@ class Transformer(nn.Module):
         block = self.block
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.remat])
-            # A loop keeps XLA from merging the recomputation away: no barrier needed.
+            # Inside a loop XLA cannot merge the recomputation away, so no barrier is needed.
             block = nn.remat(block, prevent_cse=self.unroll > 1, policy=policy)
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},

@@ -1,4 +1,4 @@
-"""The image tower as a modified ResNet with attention pooling (CLIP paper, 2.4 and table 19)."""
+"""Image tower: a modified ResNet with attention pooling (CLIP paper, 2.4 and table 19)."""
 
 import functools
 from collections.abc import Callable
@@ -28,23 +28,23 @@ from clip_jax.models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
-    """A modified ResNet: three-convolution stem, blur before stride, attention pooling.
+    """Image tower: a modified ResNet with attention pooling. The defaults are those of RN50.
 
-    The defaults are RN50's. The activation is always ReLU; QuickGELU is the text tower's.
+    The activation is always ReLU; QuickGELU is the text tower's.
     """
 
-    image_size: int = 224  # pixels, square
-    layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottleneck blocks per stage
-    width: int = 64  # channels after the stem; the last stage has 32 × as many
-    num_heads: int = 32  # heads of the attention pooling
-    batch_norm_group: int | None = None  # samples normalised together in training; None: all
+    image_size: int = 224  # Height and width of input images, in pixels.
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # Bottleneck blocks per stage.
+    width: int = 64  # Channels after the stem; the last stage has 32 × as many.
+    num_heads: int = 32  # Number of attention heads of the pooling.
+    batch_norm_group: int | None = None  # Samples normalised together in training. None: batch.
 
-    # What another image tower's configuration chooses; no fields.
+    # Fields of ViTConfig that are fixed here.
     activation = "relu"
     pool = "attention"
     has_map_head = False
-    extra_tokens = 1  # before those of the map: their mean
-    positions_path = "visual/attnpool/positional_embedding"  # in the whole model's parameters
+    extra_tokens = 1  # the mean, before the tokens of the map
+    positions_path = "visual/attnpool/positional_embedding"  # in the model's parameters
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -55,12 +55,12 @@ class ResNetConfig:
         if self.image_size % 32:
             raise InputError(
                 f"vision.image_size={self.image_size} is not a multiple of 32, "
-                "the stride of a ResNet."
+                "the stride of a ResNet; round it to one."
             )
         if self.output_width % self.num_heads:
             raise InputError(
-                f"32 × vision.width={self.width} is not divisible by "
-                f"vision.num_heads={self.num_heads}."
+                f"32 × vision.width={self.width} must be a multiple of "
+                f"vision.num_heads={self.num_heads}; change one of them."
             )
 
     @property
@@ -69,7 +69,7 @@ class ResNetConfig:
 
     @property
     def output_width(self) -> int:
-        """Channels of the last stage, where the attention pooling works."""
+        """Channels of the last stage and of the attention pooling."""
         return self.width * 32
 
     @property
@@ -88,20 +88,20 @@ class ResNetConfig:
         return f"ResNet of width {self.width}, layers {self.layers}"
 
     def check_width(self, embed_dim: int) -> None:
-        """Raise InputError unless embeddings can have so many dimensions: any, by a projection."""
+        """Accept any number of dimensions of the embedding: a projection adapts them."""
 
     def pooled_width(self, embed_dim: int) -> int:
-        """Channels of what is projected."""
+        """Channels before the projection."""
         return self.output_width
 
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ModifiedResNet":
         return ModifiedResNet(self, embed_dim, remat, layout)
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
-        """Count the tower for one image.
+        """Count the tower's operations for one image.
 
-        In training one token queries in the attention pool, the one whose answer is used; in
-        published profiles all do, which is 5% more for RN50.
+        In training the attention pooling has one query, the one that is used; published profiles
+        count a query for every token, which is 5% more for RN50.
         """
         width, size = self.width, self.image_size // 2
         # Stem: three 3×3 convolutions, the first with stride 2, then 2×2 average pooling.
@@ -127,7 +127,7 @@ class ResNetConfig:
         return Operations(macs=macs, batch_norm=batch_norm)
 
 
-SPLIT_STAGES = (3, 4)  # whose kernels, 95% of the weights, are split over a mesh
+SPLIT_STAGES = (3, 4)  # stages whose kernels, 95% of the weights, are sharded over a mesh
 
 
 class BatchNorm(nn.Module):
@@ -135,8 +135,8 @@ class BatchNorm(nn.Module):
 
     In training the statistics are those of the global batch or, with `group`, of every `group`
     samples in order of the batch, so that they depend on no mesh. The running mean and variance
-    move by 0.1 towards the batch's (the groups' average); the variance that runs is unbiased, the
-    one that normalises is not.
+    move by 0.1 towards the batch's (the groups' average). The running variance is unbiased, the one
+    that normalises is not.
     """
 
     train: bool
@@ -160,15 +160,17 @@ class BatchNorm(nn.Module):
         count = group * x.shape[1] * x.shape[2]
         if x.shape[0] % group or count < 2:
             raise InputError(
-                f"a batch of shape {x.shape} cannot be normalised in groups of {group}: the batch "
-                "must be a multiple of vision.batch_norm_group, a group more than one value."
+                f"a batch of shape {x.shape} cannot be normalised in groups of {group}: batch_size "
+                "must be a multiple of vision.batch_norm_group, and a group have several values."
             )
-        # Both moments in one pass, about the running mean: about zero the squares would cancel.
+        # Both moments in one pass, about the running mean: about zero, the squares would cancel.
         center = jax.lax.stop_gradient(running_mean.value)
         x32 = rearrange(x32 - center, "(G B) H W C -> G B H W C", B=group)
         mean = checkpoint_name(x32.mean((1, 2, 3), keepdims=True), "moments")
         var = jnp.square(x32).mean((1, 2, 3), keepdims=True) - jnp.square(mean)
-        var = checkpoint_name(jnp.maximum(var, 0), "moments")  # rounded, where all are equal
+        var = checkpoint_name(
+            jnp.maximum(var, 0), "moments"
+        )  # may round below 0 where all values are equal
         x32 = x32 - mean
         running_mean.value = center + 0.1 * mean.mean((0, 1, 2, 3))
         unbiased = var.mean((0, 1, 2, 3)) * (count / (count - 1))
@@ -187,7 +189,7 @@ def conv(
     names: str = "P Q C O",
     name: str,
 ) -> Array:
-    """A convolution without bias, padded by half its size, drawn as PyTorch draws it."""
+    """Apply a convolution without bias, padded by half its size, initialised as in PyTorch."""
     init = named(names, uniform((x.shape[-1] * size * size) ** -0.5))
     return nn.Conv(
         channels, (size, size), stride, padding=size // 2, use_bias=False, dtype=x.dtype,
@@ -201,7 +203,7 @@ def avg_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
 
 
 class Downsample(nn.Module):
-    """The shortcut where the shape changes: blur by `stride`, then 1 × 1 convolution and norm."""
+    """Shortcut of another shape: average pooling by `stride`, 1 × 1 convolution, norm."""
 
     channels: int
     stride: int
@@ -215,7 +217,7 @@ class Downsample(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 × 1, 3 × 3, blur, 1 × 1 around a shortcut; the last gain starts at zero."""
+    """Bottleneck: 1 × 1, 3 × 3, average pooling, 1 × 1; the last norm's gain starts at zero."""
 
     planes: int
     stride: int
@@ -238,13 +240,13 @@ _save_moments = jax.checkpoint_policies.save_only_these_names("moments")
 
 
 def save_convolutions(primitive: Any, *args: Any, **params: Any) -> bool:
-    """The remat policy that "hidden" means here: what convolutions give, and norms' moments."""
+    """Remat policy "hidden" of a ResNet: save convolutions' outputs and the moments of norms."""
     is_convolution = primitive is jax.lax.conv_general_dilated_p
     return is_convolution or _save_moments(primitive, *args, **params)
 
 
 class Stage(nn.Module):
-    """A run of blocks of one width; the first changes the resolution."""
+    """Blocks of one width; the first changes the resolution."""
 
     planes: int
     depth: int
@@ -258,7 +260,7 @@ class Stage(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         block = Bottleneck
         if self.remat != "none":
-            policy = _save_moments  # two numbers a channel
+            policy = _save_moments  # two numbers per channel
             if KEPT[self.remat] == KEPT["hidden"]:
                 policy = save_convolutions
             block = nn.remat(Bottleneck, policy=policy)
@@ -270,7 +272,7 @@ class Stage(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Attention whose one query is the mean over all positions of the map, as OpenAI pools."""
+    """OpenAI's attention pooling, whose query is the mean over all positions of the map."""
 
     config: ResNetConfig
     embed_dim: int
@@ -322,7 +324,7 @@ class ModifiedResNet(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B E"]:
-        """Embed images; in training BatchNorm takes the batch's statistics. `keys` are a ViT's."""
+        """Embed images; with `train` BatchNorm takes the batch's statistics. `keys` are unused."""
         c = self.config
         c.image_spec.check(images)
 

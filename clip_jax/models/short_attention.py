@@ -1,7 +1,7 @@
-"""Attention over short sequences for TPU: a Pallas kernel that holds a whole sequence in VMEM.
+"""Attention over short sequences on TPU: a Pallas kernel that holds a whole sequence in VMEM.
 
-It reads the fused projection as the matmul leaves it and writes what the output's projection reads;
-scores never reach HBM, and the backward pass keeps queries, keys and values alone.
+It reads the fused projection in the matmul's layout and writes the layout that the output
+projection reads. Scores never reach HBM; only queries, keys and values are saved for the gradient.
 """
 
 import functools
@@ -16,16 +16,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 MAX_LENGTH = 1024  # tokens
 
-_LANES = 128  # of a vector register
-_ROWS = 8  # of a program: what lies in one register's sublanes
-_HIDDEN = -1e30  # the score of a key that is not seen
+_LANES = 128  # lanes of a vector register
+_ROWS = 8  # rows per program: the sublanes of a register
+_HIDDEN = -1e30  # score of a masked key
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
-Split = Callable[[Callable[..., Array], int], Callable[..., Array]]  # a kernel, its output's rank
+Split = Callable[
+    [Callable[..., Array], int], Callable[..., Array]
+]  # of a kernel and its output's rank
 
 
 def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
-    """Estimate what a program takes of VMEM in the backward pass, the larger of both."""
+    """Estimate the VMEM in bytes of the backward pass, which needs more than the forward pass."""
     width = _up(heads * dim, _LANES)
     scores = _up(length, 16) * _up(length, _LANES) * 4
     if _fills_registers(heads, dim):
@@ -33,7 +35,7 @@ def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
         blocks, spread = tokens * (4 * _LANES + 3 * width) * itemsize, 7 * tokens * _LANES * 4
     else:
         blocks, spread = _up(length, 16) * 7 * width * itemsize, 0
-    return 2 * blocks + spread + 8 * scores + (4 << 20)  # one is computed, one on its way
+    return 2 * blocks + spread + 8 * scores + (4 << 20)  # double buffering
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -41,11 +43,11 @@ def short(
     qkv: Float[Array, "B L *SNK"], lengths: Lengths, heads: int, causal: bool, split: Split,
     interpret: bool,
 ) -> Float[Array, "B L *NK"]:  # fmt: skip
-    """Attend with that many heads on a device; `split` gives each its rows and heads.
+    """Compute attention with `heads` heads per device; `split` maps a kernel over the devices.
 
-    The channels of qkv may be one axis, as the projection's matmul leaves them, or three; the
-    output's are alike. Tokens past a row's length are undefined. No custom gradient lies inside a
-    map over devices: backward, too, is split.
+    The channels of qkv are one axis, the projection's matmul's output, or three; the output has the
+    same form. Output past a row's length is undefined. `split` is applied to the forward and the
+    backward kernel separately, so that no custom gradient is inside a map over devices.
     """
     return _short_forward(qkv, lengths, heads, causal, split, interpret)[0]
 
@@ -77,14 +79,14 @@ def _known(lengths: Lengths) -> tuple[Array, ...]:
 def _call(
     kernel: Callable, qkv: Array, *rest: Array, heads: int, causal: bool, interpret: bool
 ) -> Array:
-    """Run a kernel over what one device has: queries, keys and values and what goes with them."""
+    """Run a kernel over the arrays of one device: qkv, and in `rest` gradients and lengths."""
     batch, length = qkv.shape[:2]
     lengths = [x for x in rest if x.ndim == 1]
     wide = [x.reshape(batch, length, -1) for x in (qkv, *rest) if x.ndim > 1]
     width = wide[0].shape[2] // 3
     dim, backward = width // heads, len(wide) > 1
     run = _by_token if _fills_registers(heads, dim) else _by_row
-    products = 5 if backward else 2  # of two [L, K], each of 2 L² K operations a head
+    products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
     result = run(
         functools.partial(kernel, dim=dim), lengths, wide, out_width, heads, causal,
@@ -114,10 +116,10 @@ def _by_token(
     kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
     causal: bool, **options: Any,
 ) -> Array:  # fmt: skip
-    """Run over [L, B, W], as XLA lays such arrays out: a register holds one token of eight rows.
+    """Run over [L, B, W], XLA's layout of such arrays: a register holds one token of eight rows.
 
-    A program takes 128 channels of eight rows. What it reads is spread in float32, of which one
-    row's tokens can be read at a stride; 16-bit numbers are packed in pairs of rows.
+    A program computes 128 channels of eight rows. It converts its input to float32, so that the
+    tokens of one row can be read at a stride; 16-bit numbers are packed in pairs of rows.
     """
     batch, length, width3 = wide[0].shape
     rows, groups = min(batch, _ROWS), width3 // 3 // _LANES
@@ -147,7 +149,7 @@ def _by_token(
             block = spread[...].reshape(length, rows, _LANES)
             out_ref[:, :, pl.ds(at, _LANES)] = block.astype(out_ref.dtype)
 
-    def read(third: int) -> pl.BlockSpec:  # q, k and v lie `groups` apart
+    def read(third: int) -> pl.BlockSpec:  # q, k and v are `groups` blocks apart
         return pl.BlockSpec((length, rows, _LANES), lambda i, g: (0, i, third * groups + g))
 
     result = pl.pallas_call(
@@ -156,7 +158,7 @@ def _by_token(
         grid=((batch + more) // rows, groups),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
         + [read(third) for third in (0, 1, 2, 0)[:inputs]],
-        # All channels, for the gradients of q, k and v lie far apart; it leaves after the last.
+        # All channels: the gradients of q, k and v are far apart. Written after the last group.
         out_specs=pl.BlockSpec((length, rows, out_width), lambda i, g: (0, i, 0)),
         scratch_shapes=[pltpu.VMEM((length * rows, _LANES), jnp.float32)] * (inputs + outputs),
         **options,
@@ -168,7 +170,7 @@ def _by_row(
     kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
     causal: bool, **options: Any,
 ) -> Array:  # fmt: skip
-    """Run over [B, L, W]: heads of any size, a row at a time with all of them."""
+    """Run over [B, L, W], all heads of one row at a time; heads may have any size."""
     batch, length, width3 = wide[0].shape
     dim = width3 // 3 // heads
 
@@ -198,7 +200,7 @@ def _by_row(
 
 
 def _unrolled(length: int, rows: int) -> int:
-    """Choose how many rows a loop's turn takes: few scores leave the matrix unit waiting."""
+    """Return the rows per loop iteration: too few scores would leave the matrix unit idle."""
     fitting = [n for n in (1, 2, 4, 8) if rows % n == 0 and n * length * length <= 160_000]
     return max(fitting, default=1)
 
@@ -208,7 +210,7 @@ def _up(size: int, to: int) -> int:
 
 
 def _forward(q: Array, k: Array, v: Array, *, dim: int, seen: Array | None) -> list[Array]:
-    """Attend with the heads that lie side by side in [L, W]."""
+    """Compute attention of adjacent heads in [L, W]."""
     parts, heads = [], _heads(q, dim)
     for own in heads:
         weights = _weights(_only(q, own), k, dim, seen)
@@ -219,31 +221,31 @@ def _forward(q: Array, k: Array, v: Array, *, dim: int, seen: Array | None) -> l
 def _backward(
     q: Array, k: Array, v: Array, do: Array, *, dim: int, seen: Array | None
 ) -> list[Array]:
-    """Find the gradients of q, k and v from the output's."""
+    """Compute the gradients of q, k and v from the output's."""
     parts, heads = [], _heads(q, dim)
     for own in heads:
         weights = _weights(_only(q, own), k, dim, seen)
         dweights = _dot(v, _only(do, own), 1, 1)
         inner = (weights * dweights).sum(0, keepdims=True)
         dscores = (weights * (dweights - inner) * dim**-0.5).astype(q.dtype)
-        # This order keeps the matrix unit busiest, by the compiler's schedule.
+        # Of all orders, the compiler's schedule of this one keeps the matrix unit busiest.
         dv, dk = _dot(weights.astype(do.dtype), do, 1, 0), _dot(dscores, q, 1, 0)
         parts.append((_dot(dscores, k, 0, 0), dk, dv))
     return [_join(x, heads) for x in zip(*parts, strict=True)]
 
 
 def _heads(x: Array, dim: int) -> list[tuple[int, int] | None]:
-    """List the lanes of each head in [L, W]; None: there is one alone.
+    """List the lanes of each head in [L, W]; None: there is only one head.
 
-    A product with the others' lanes at zero costs the matrix unit what a narrow one does, and
-    nothing has to be shifted.
+    A product with the other heads' lanes set to zero takes the matrix unit no longer than a narrow
+    one, and no lanes have to be shifted.
     """
     width = x.shape[1]
     return [None] if width == dim else [(at, at + dim) for at in range(0, width, dim)]
 
 
 def _only(x: Array, own: tuple[int, int] | None, others: Array | float = 0) -> Array:
-    """Keep a head's own lanes and put something else into the others."""
+    """Keep a head's own lanes and replace the others."""
     if own is None:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -251,7 +253,7 @@ def _only(x: Array, own: tuple[int, int] | None, others: Array | float = 0) -> A
 
 
 def _join(parts: Sequence[Array], heads: list[tuple[int, int] | None]) -> Array:
-    """Take from each head's product its own lanes."""
+    """Combine the lanes that each head's product has for itself."""
     out, *rest = parts
     for x, own in zip(rest, heads[1:], strict=True):
         out = _only(x, own, out)
@@ -259,7 +261,7 @@ def _join(parts: Sequence[Array], heads: list[tuple[int, int] | None]) -> Array:
 
 
 def _seen(length: int, causal: bool, real: Array | None = None) -> Bool[Array, "K Q"] | None:
-    """Whether a query sees a key; None: always."""
+    """Return the mask of keys that each query attends to; None: all."""
     shape = (length, length)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     seen = key <= jax.lax.broadcasted_iota(jnp.int32, shape, 1) if causal else None
@@ -269,7 +271,7 @@ def _seen(length: int, causal: bool, real: Array | None = None) -> Bool[Array, "
 
 
 def _weights(q: Array, k: Array, dim: int, seen: Array | None) -> Float[Array, "K Q"]:
-    """Softmax of one head's scores in float32, keys first: sums run over rows, not over lanes."""
+    """Return the softmax of one head's scores in float32; keys first, so sums are over rows."""
     scores = _dot(k, q, 1, 1)
     if seen is not None:
         scores = jnp.where(seen, scores, _HIDDEN)
@@ -278,7 +280,7 @@ def _weights(q: Array, k: Array, dim: int, seen: Array | None) -> Float[Array, "
 
 
 def _dot(a: Array, b: Array, axis: int, other: int) -> Array:
-    """Sum over one axis of each, in float32."""
+    """Multiply matrices, contracting one axis of each, in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((axis,), (other,)), ((), ())),

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer read at the end-of-text token (CLIP paper, 2.4)."""
+"""Text tower: a causal transformer, pooled at the end-of-text token (CLIP paper, 2.4)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,20 +31,21 @@ Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize",
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How texts become token ids: a vocabulary and its rules. Another rule gives other ids."""
+    """Vocabulary and rules that turn texts into token ids; other rules give other ids."""
 
-    # clip: the bundled BPE of OpenAI, with OpenAI's rules; else the path of a tokenizer.json
-    # or a sentencepiece model, local or in a bucket. Empty: weights that came without theirs.
+    # Vocabulary. clip: OpenAI's bundled BPE with OpenAI's rules; otherwise the path of a
+    # tokenizer.json or a sentencepiece model, local or in a bucket. Empty: weights without one.
     file: str = "clip"
-    # Before the vocabulary sees a text. lower: the case. whitespace: repair mojibake and HTML, one
-    # space between words. punctuation: lower, drop ASCII punctuation (SigLIP in Hugging Face).
-    # canonicalize: repair, and that (SigLIP in open_clip). clip: repair, lower.
+    # Cleaning before tokenization. lower: lower case. whitespace: repair mojibake and HTML, single
+    # spaces. punctuation: lower case, no ASCII punctuation (SigLIP in Hugging Face).
+    # canonicalize: repair, then punctuation (SigLIP in open_clip). clip: whitespace, then lower.
     clean: Cleaning = "clip"
-    begin_id: int | None = None  # put before each text; None: nothing
-    end_id: int | None = None  # put after each text; None: nothing
-    pad_id: int = 0  # fills up to the context length
-    pad_side: Literal["right", "left"] = "right"  # where the padding stands
-    cut: Literal["keep_end", "drop_end"] = "keep_end"  # of a text that is too long
+    begin_id: int | None = None  # Token id before each text. None: none.
+    end_id: int | None = None  # Token id after each text. None: none.
+    pad_id: int = 0  # Token id that pads texts to the context length.
+    pad_side: Literal["right", "left"] = "right"  # Side of the padding.
+    # How texts that are too long are cut: before end_id (keep_end) or with it (drop_end).
+    cut: Literal["keep_end", "drop_end"] = "keep_end"
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -54,28 +55,28 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A text transformer. The defaults are those of OpenAI's ViT-B/32."""
+    """Text tower: a transformer. The defaults are those of OpenAI's ViT-B/32."""
 
-    context_length: int = 77  # tokens, start and end of text included
-    vocab_size: int = 49_408  # 256 × 2 bytes, merges, start and end of text
-    width: int = 512  # channels of the residual stream
-    depth: int = 12  # blocks
-    num_heads: int = 8  # attention heads
-    mlp_ratio: float = 4.0  # MLP width / width
-    causal: bool = True  # a token sees only what stands before it
-    # Which token's state stands for the text. argmax: the highest id, which is end of text in
-    # CLIP's vocabulary; eos: the first eos_token_id (where ids were added above it); class_token: a
-    # learned token behind all others (CoCa); mean: all positions', padding included (MaMMUT).
+    context_length: int = 77  # Maximum tokens per text, begin and end of text included.
+    vocab_size: int = 49_408  # Number of token ids; the default is that of CLIP's BPE.
+    width: int = 512  # Channels of the residual stream.
+    depth: int = 12  # Number of transformer blocks.
+    num_heads: int = 8  # Number of attention heads.
+    mlp_ratio: float = 4.0  # Width of the MLP divided by that of the residual stream.
+    causal: bool = True  # Tokens attend only to themselves and earlier ones.
+    # Token whose state becomes the embedding. argmax: that of the highest id, which is end of text
+    # in CLIP's vocabulary; eos: the first eos_token_id; last: the last position; class_token: a
+    # learned token after all others (CoCa); mean: the mean of all, padding included (MaMMUT).
     pool: Pool = "argmax"
-    # The class token sees no padding. False: it sees the first of it instead of itself, an error
-    # in open_clip with which its released CoCa were trained.
+    # Whether the class token attends to itself and not to padding. False: it attends to the first
+    # padding token instead of itself, an error with which open_clip's CoCa models were trained.
     correct_class_mask: bool = True
-    eos_token_id: int = 49_407  # read by pool="eos" alone
-    projection: bool = True  # project to embed_dim (without it, width must equal embed_dim)
-    projection_bias: bool = False  # bias in the projection (SigLIP)
-    activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
-    norm_epsilon: float = 1e-5  # LayerNorm's ε
-    tokenizer: TokenizerConfig = TokenizerConfig()  # whose ids the embedding has rows for
+    eos_token_id: int = 49_407  # End-of-text id; used only with pool=eos.
+    projection: bool = True  # Project to embed_dim; otherwise width must equal it.
+    projection_bias: bool = False  # Bias in the projection, as in SigLIP.
+    activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
+    norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
+    tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -86,7 +87,7 @@ class TextConfig:
         )  # fmt: skip
         if self.width % self.num_heads:
             raise InputError(
-                f"text.width={self.width} is not divisible by text.num_heads={self.num_heads}."
+                f"text.width={self.width} must be a multiple of text.num_heads={self.num_heads}."
             )
         if self.projection_bias and not self.projection:
             raise InputError("text.projection_bias=True needs text.projection=True.")
@@ -98,12 +99,12 @@ class TextConfig:
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a learned token behind the text's stands for the text."""
+        """Whether the embedding is the state of a learned token after the text's."""
         return self.pool == "class_token"
 
     @property
     def sees_padding(self) -> bool:
-        """Whether a text's embedding depends on the id of its padding and on how much there is."""
+        """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.causal or self.pool not in ("argmax", "eos")
 
     @property
@@ -112,23 +113,23 @@ class TextConfig:
 
     @property
     def end_of_text_id(self) -> int:
-        """The id of CLIP's end of text: the highest, or where ids were added above it, `eos`."""
+        """The end-of-text id of CLIP's vocabulary: the highest, or `eos_token_id` with pool=eos."""
         return self.eos_token_id if self.pool == "eos" else self.vocab_size - 1
 
     @property
     def clip_vocab_size(self) -> int:
-        """How many ids CLIP's BPE has here: up to the end of text, which may have others above."""
+        """Number of ids of CLIP's BPE, end of text included; the model may have more above."""
         return self.end_of_text_id + 1
 
     @property
     def begin_id(self) -> int | None:
-        """The id before each text; CLIP's vocabulary ends with it and the end of text."""
+        """The id before each text; in CLIP's vocabulary the last but one."""
         own = self.tokenizer.file == "clip"
         return self.clip_vocab_size - 2 if own else self.tokenizer.begin_id
 
     @property
     def end_id(self) -> int | None:
-        """The id behind each text."""
+        """The id after each text; in CLIP's vocabulary the last."""
         own = self.tokenizer.file == "clip"
         return self.clip_vocab_size - 1 if own else self.tokenizer.end_id
 
@@ -137,14 +138,14 @@ class TextConfig:
         return int(self.width * self.mlp_ratio)
 
     def block(self, layout: Layout) -> BlockConfig:
-        """What the tower's blocks are made of."""
+        """Return the settings of the tower's blocks."""
         return BlockConfig(
             self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
             BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
         )  # fmt: skip
 
     def check_width(self, embed_dim: int) -> None:
-        """Raise InputError unless embeddings can have so many dimensions."""
+        """Raise InputError unless embeddings can have `embed_dim` dimensions."""
         if not self.projection and self.width != embed_dim:
             raise InputError(
                 f"text.projection=False needs text.width={self.width} to equal "
@@ -154,16 +155,16 @@ class TextConfig:
     def operations(
         self, embed_dim: int, tokens: int, stack: Operations | None = None
     ) -> Operations:
-        """Count the tower for one text; looking an embedding up costs nothing."""
+        """Count the tower's operations for one text; looking up embeddings costs nothing."""
         tokens += self.has_class_token
         blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
-        # OpenAI and open_clip normalise every token, then read one.
+        # OpenAI and open_clip normalise every token, then pool.
         ends = Operations(self.projection * self.width * embed_dim, layer_norm=tokens * self.width)
         return ends + (stack or blocks)
 
 
 class TextTransformer(nn.Module):
-    """Token and position embeddings, a transformer, the end-of-text state, a projection."""
+    """Text tower: embeddings of tokens and positions, a transformer, pooling, a projection."""
 
     config: TextConfig
     embed_dim: int
@@ -172,8 +173,8 @@ class TextTransformer(nn.Module):
     unroll: int = 1
     layout: Layout = Layout()
     block: type[nn.Module] = Block
-    fields: tuple[Any, ...] = ()  # of each block
-    blocks: int = 1  # that stand in one such
+    fields: tuple[Any, ...] = ()  # further fields of `block`
+    blocks: int = 1  # transformer blocks in one `block`
 
     def setup(self) -> None:
         c = self.config
@@ -208,9 +209,9 @@ class TextTransformer(nn.Module):
     def states(
         self, tokens: Int[Array, "B L"], collect: bool = False
     ) -> tuple[Float[Array, "B l D"], Float[Array, "depth B l D"] | None]:
-        """Return the last block's states, a class token's behind the text's.
+        """Return the last block's states, a class token's after the text's.
 
-        With `collect` every block's too.
+        With `collect`, return every block's, too.
         """
         c = self.config
         x = self.embed(tokens)
@@ -228,12 +229,13 @@ class TextTransformer(nn.Module):
     def embed(
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
-        """Look tokens up, and add the positions from the first or from `position` on."""
+        """Look up token embeddings and add those of positions, from 0 or from `position` on."""
         c = self.config
         length = tokens.shape[1]
         if length > c.context_length:
             raise InputError(
-                f"tokens have length {length}, more than text.context_length={c.context_length}."
+                f"tokens have length {length}, more than text.context_length={c.context_length}; "
+                "truncate them."
             )
         positions = self.positional_embedding[:length]
         if position is not None:
@@ -241,10 +243,10 @@ class TextTransformer(nn.Module):
         return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        """Take the state that stands for the text, norm and project it."""
+        """Pool the states, apply `ln_final`, and project."""
         c = self.config
         match c.pool:
-            case "argmax":  # OpenAI's reading of "end of text"
+            case "argmax":  # OpenAI's rule for the end of text
                 end = tokens.argmax(axis=-1)
             case "eos":
                 end = (tokens == c.eos_token_id).argmax(axis=-1)

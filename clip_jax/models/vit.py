@@ -1,4 +1,4 @@
-"""The image tower as a vision transformer (CLIP paper, 2.4)."""
+"""Image tower: a vision transformer (CLIP paper, 2.4)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,29 +31,29 @@ from clip_jax.models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """A vision transformer. The defaults are ViT-B/32's."""
+    """Image tower: a vision transformer. The defaults are those of ViT-B/32."""
 
-    image_size: int = 224  # pixels, square
-    patch_size: int = 32  # pixels
-    width: int = 768  # channels of the residual stream
-    depth: int = 12  # blocks
-    num_heads: int = 12  # attention heads
-    mlp_ratio: float = 4.0  # MLP width / width
-    # mean: of the patches; mean_all: and the class token (MaMMUT); map: SigLIP's attention pooling;
-    # queries: CoCa's, of which the first is the embedding and the others are the decoder's.
+    image_size: int = 224  # Height and width of input images, in pixels.
+    patch_size: int = 32  # Height and width of a patch, in pixels.
+    width: int = 768  # Channels of the residual stream.
+    depth: int = 12  # Number of transformer blocks.
+    num_heads: int = 12  # Number of attention heads.
+    mlp_ratio: float = 4.0  # Width of the MLP divided by that of the residual stream.
+    # Pooling. mean: of the patches; mean_all: of patches and class token (MaMMUT); map: SigLIP's
+    # attention pooling; queries: CoCa's, the first for the embedding, the others for captions.
     pool: Literal["class_token", "mean", "mean_all", "map", "queries"] = "class_token"
-    pool_queries: int = 256  # of pool="queries", the embedding's included
-    pool_heads: int = 8  # attention heads of pool="queries"
-    class_token: bool = True  # prepend a learned token (class_token pooling needs it)
-    pre_norm: bool = True  # LayerNorm before the first block
-    patch_bias: bool = False  # bias in the patch projection
-    projection: bool = True  # project to embed_dim (without it, width must equal embed_dim)
-    activation: Activation = "quick_gelu"  # OpenAI's; open_clip's own models use gelu
-    norm_epsilon: float = 1e-5  # LayerNorm's ε
-    layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
-    patch_dropout: float = 0.0  # share of the patches that a training step does not see (FLIP)
+    pool_queries: int = 256  # Number of queries with pool=queries, the embedding's included.
+    pool_heads: int = 8  # Number of attention heads with pool=queries.
+    class_token: bool = True  # Prepend a learned token; pool=class_token needs it.
+    pre_norm: bool = True  # LayerNorm before the first block.
+    patch_bias: bool = False  # Bias in the patch projection.
+    projection: bool = True  # Project to embed_dim; otherwise width must equal it.
+    activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
+    norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
+    layer_scale: float | None = None  # Initial gain of residual branches. None: no gains.
+    patch_dropout: float = 0.0  # Fraction of patches dropped in training (FLIP).
 
-    positions_path = "visual/positional_embedding"  # in the whole model's parameters; no field
+    positions_path = "visual/positional_embedding"  # in the model's parameters; no field
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -65,16 +65,16 @@ class ViTConfig:
         )  # fmt: skip
         if self.image_size < self.patch_size:
             raise InputError(
-                f"vision.image_size={self.image_size} is smaller than one patch "
+                f"vision.image_size={self.image_size} must be at least one patch "
                 f"(vision.patch_size={self.patch_size})."
             )
         if self.width % self.num_heads:
             raise InputError(
-                f"vision.width={self.width} is not divisible by vision.num_heads={self.num_heads}."
+                f"vision.width={self.width} is no multiple of vision.num_heads={self.num_heads}."
             )
         if self.pool == "class_token" and not self.class_token:
             raise InputError(
-                "vision.pool='class_token' needs vision.class_token=True (or pool='mean')."
+                "vision.pool='class_token' needs vision.class_token=True; set it, or pool='mean'."
             )
 
     @property
@@ -96,7 +96,7 @@ class ViTConfig:
 
     @property
     def kept_patches(self) -> int:
-        """Patches that a training step sees, at least one."""
+        """Patches left by patch dropout in training, at least one."""
         return max(round(self.num_patches * (1 - self.patch_dropout)), 1)
 
     @property
@@ -110,7 +110,7 @@ class ViTConfig:
 
     @property
     def has_map_head(self) -> bool:
-        """Whether a learned query's attention and an MLP pool the tokens (SigLIP)."""
+        """Whether tokens are pooled by attention of a learned query and an MLP (SigLIP)."""
         return self.pool == "map"
 
     @property
@@ -122,17 +122,17 @@ class ViTConfig:
         )
 
     def caption_tokens(self, patches: int) -> int:
-        """Tokens that a caption decoder attends to, of so many patches."""
+        """Return how many tokens a caption decoder attends to, given the number of patches."""
         if self.pool == "queries":
             return self.pool_queries - 1
         return patches + (self.class_token and self.pool in ("map", "mean_all"))
 
     def pooled_width(self, embed_dim: int) -> int:
-        """Channels of what is projected, and of the tokens that a caption decoder attends to."""
+        """Channels before the projection, and of the tokens that a caption decoder attends to."""
         return embed_dim if self.pool == "queries" else self.width
 
     def check_width(self, embed_dim: int) -> None:
-        """Raise InputError unless embeddings can have so many dimensions."""
+        """Raise InputError unless embeddings can have `embed_dim` dimensions."""
         if not self.projection and self.width != embed_dim:
             raise InputError(
                 f"vision.projection=False needs vision.width={self.width} to equal "
@@ -140,14 +140,14 @@ class ViTConfig:
             )
         if self.pool == "queries" and embed_dim % self.pool_heads:
             raise InputError(
-                f"embed_dim={embed_dim} is not divisible by vision.pool_heads={self.pool_heads}."
+                f"embed_dim={embed_dim} must be a multiple of vision.pool_heads={self.pool_heads}."
             )
 
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
         return ViT(self, embed_dim, remat, unroll, layout)
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
-        """Count the tower for one image, in training without the patches that are dropped."""
+        """Count the tower's operations for one image, in training without dropped patches."""
         tokens = (self.kept_patches if training else self.num_patches) + self.class_token
         patch, projected = self.patch_size**2 * 3, self.projection * self.pooled_width(embed_dim)
         ends = Operations(
@@ -163,21 +163,21 @@ class ViTConfig:
 def drop_patches(
     x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int
 ) -> Float[Array, "B l D"]:
-    """Keep a random choice of each image's patches; an image's key alone decides."""
+    """Keep a random choice of each image's patches, which depends on its key only."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, (x.shape[1],)))(keys)
-    indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would be gathered from all devices
+    indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would gather from all devices
     return jnp.take_along_axis(x, indices[:, :, None], axis=1)
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens, then a residual MLP (SigLIP's "MAP" head)."""
+    """Attention of a learned query to all tokens, then a residual MLP (SigLIP's "MAP" head)."""
 
     config: ViTConfig
     embed_dim: int
 
     @staticmethod
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
-        # One query: its projections and MLP are of one token. ln_post is of all tokens.
+        # The query's projections and MLP are of one token, ln_post of all tokens.
         return Operations(
             macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.mlp_width),
             layer_norm=tokens * c.width,
@@ -201,14 +201,14 @@ class AttentionPool(nn.Module):
 
 
 class QueryPool(nn.Module):
-    """Learned queries attend to all tokens (CoCa's "attentional pooler", as in open_clip)."""
+    """Attention of learned queries to all tokens (CoCa's "attentional pooler", as in open_clip)."""
 
     config: ViTConfig
     embed_dim: int
 
     @staticmethod
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
-        # The queries are projected once, not, as published profiles count, for each image.
+        # Queries are projected once per batch; published profiles count them for each image.
         projected = c.pool_queries * embed_dim * (1 if training else 2)
         return Operations(
             macs=(2 * tokens * (c.width + c.pool_queries) + projected) * embed_dim,
@@ -230,7 +230,7 @@ HEADS = {"map": AttentionPool, "queries": QueryPool}  # pools with parameters of
 
 
 class ViT(nn.Module):
-    """Patches, a class token, positions, a transformer, pooling, a projection."""
+    """Vision transformer: patches, class token, positions, blocks, pooling, a projection."""
 
     config: ViTConfig
     embed_dim: int
@@ -272,7 +272,7 @@ class ViT(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B E"]:
-        """Embed images; with `keys` patches are dropped. Nothing else differs in training."""
+        """Embed images; with `keys` patch dropout applies. `train` has no other effect."""
         return self.pool_and_tokens(self.tokens(images, keys=keys)[0])[0]
 
     def tokens(
@@ -283,13 +283,13 @@ class ViT(nn.Module):
     ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
         """Return the last block's states, the class token's first; with `collect` every block's.
 
-        With `keys`, one for each image, patches are dropped as the config says.
+        With `keys`, one for each image, patch dropout applies.
         """
         c = self.config
         c.image_spec.check(images)
         patch = c.patch_size
 
-        # Pixels beyond the last whole patch are not seen, as in a strided convolution (SO400M@384).
+        # Pixels beyond the last full patch are cut, as by a strided convolution (SO400M@384).
         side = c.image_size // patch * patch
         x = rearrange(images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch)
         x = self.conv1(x)
@@ -311,7 +311,7 @@ class ViT(nn.Module):
         """Norm, pool and project; return also the tokens that a caption decoder attends to."""
         c = self.config
         tokens = x[:, int(c.class_token) :]
-        # OpenAI normalises after pooling, SigLIP before. The class token alone: the same numbers.
+        # OpenAI normalises after pooling, SigLIP before; for a class token it makes no difference.
         match c.pool:
             case "class_token":
                 x, tokens = self.ln_post(x[:, 0]), self.ln_post(tokens)

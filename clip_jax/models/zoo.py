@@ -1,4 +1,4 @@
-"""Architectures as data.
+"""Named architectures, as configurations.
 
 OpenAI's names (`ViT-B/32`) are OpenAI's released models, with QuickGELU; open_clip's names
 (`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`. Both call
@@ -64,7 +64,7 @@ _GIANT = {"width": 1536, "depth": 40, "num_heads": 16}
 
 
 def _sizes(pattern: str, model: CLIPConfig, *sizes: int | None) -> dict[str, CLIPConfig]:
-    """Return a model for images of some sizes, which are part of its names; None: of its own."""
+    """Return a model for several image sizes, named after them; None: its own size, no suffix."""
     models = {}
     for size in sizes:
         vision = replace(model.vision, image_size=size or model.vision.image_size)
@@ -83,8 +83,8 @@ def _siglip(
 ) -> CLIPConfig:
     """SigLIP: attention pooling, sigmoid loss with a bias, towers of the same width by default.
 
-    Tanh GELU in both towers, with which all released weights were trained (big_vision; open_clip
-    computes some of them with exact GELU).
+    Both towers have tanh GELU, with which big_vision trained all released weights; open_clip
+    computes some of them with exact GELU.
     """
     image_tower = ViTConfig(
         patch_size=patch, pool="map", class_token=False, pre_norm=False, patch_bias=True,
@@ -108,7 +108,7 @@ def _worldwide(
     *,
     mt5: bool = False,
 ) -> CLIPConfig:
-    """MetaCLIP 2: XLM-V's vocabulary, or mT5's, and the first end of text by its id."""
+    """MetaCLIP 2: XLM-V's or mT5's vocabulary, pooled at the first end-of-text id."""
     vocab, eos = (250_000, 1) if mt5 else (901_629, 2)
     text = replace(text, vocab_size=vocab, pool="eos", eos_token_id=eos)
     return _clip(embed_dim, vision, text, activation)
@@ -123,7 +123,7 @@ def _coca(
     queries: bool = True,
     vocab: int = 49_408,
 ) -> CLIPConfig:
-    """CoCa, as released by open_clip: with its error in the class token's mask."""
+    """CoCa as released by open_clip, with its error in the class token's mask."""
     vision = replace(vision, pool="queries" if queries else "class_token")
     text = TextConfig(
         context_length=76, vocab_size=vocab, width=width, num_heads=heads, pool="class_token",
@@ -133,13 +133,13 @@ def _coca(
 
 
 def _mammut(vision: ViTConfig, text: TextConfig, first_mlp: bool) -> CLIPConfig:
-    """MaMMUT, as LAION trained it: pooled by the mean of all tokens, on both sides."""
+    """MaMMUT as LAION trained it: both towers are pooled by the mean of all tokens."""
     vision = replace(vision, pool="mean_all")
     text = replace(text, pool="mean", causal=False, projection=False)
     return replace(_clip(text.width, vision, text), decoder=MaMMUTConfig(first_mlp=first_mlp))
 
 
-_GEMMA = 256_000  # words of SigLIP 2
+_GEMMA = 256_000  # vocabulary size of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
 _L14, _L16 = _vit(14, 1024, 24), _vit(16, 1024, 24)
 _H14, _H16 = _vit(14, 1280, 32, heads=16), _vit(16, 1280, 32, heads=16)
@@ -237,7 +237,7 @@ for _name, _parts in _RESNETS.items():
 
 
 def get(name: str) -> CLIPConfig:
-    """Look an architecture up by name. InputError lists the names that come close."""
+    """Return an architecture by name. Raises InputError, which lists similar names."""
     if name not in ARCHITECTURES:
         close = difflib.get_close_matches(name, ARCHITECTURES, n=5, cutoff=0.3)
         raise InputError(

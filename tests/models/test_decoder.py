@@ -71,7 +71,7 @@ def test_what_cannot_be_is_refused():
         replace(COCA, embed_dim=64)
     with pytest.raises(InputError, match=r"text.causal=True, got False"):
         replace(COCA, text=replace(COCA.text, causal=False))
-    with pytest.raises(InputError, match=r"decoder.cross_every=3 needs text.depth=4"):
+    with pytest.raises(InputError, match=r"text.depth=4 to be a multiple of decoder.cross_every=3"):
         replace(MAMMUT, decoder=MaMMUTConfig(cross_every=3))
     with pytest.raises(InputError, match=r"decoder.num_heads=5"):
         replace(COCA, decoder=CoCaConfig(num_heads=5))
