@@ -1,1 +1,1 @@
-"""Use a finished model: load, evaluate, predict, embed, search."""
+"""Use a trained model: load, evaluate, predict, embed, search."""

@@ -1,4 +1,4 @@
-"""Embed many images into a folder of Parquet files."""
+"""Write embeddings of many images to a folder of Parquet files."""
 
 import functools
 import json
@@ -24,22 +24,24 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
-KEYS = 1_000_000  # names of images compared: of that many, one renamed file is noticed
+KEYS = 1_000_000  # up to so many images, all names are in the digest: one renamed file is noticed
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """Embeddings of many images, to a folder of Parquet files; the same command again resumes."""
+    """Embed images into a folder of Parquet files; running the command again resumes."""
 
-    model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    source: str  # image folder; .csv, .tsv, .jsonl; tars: data/{00..41}.tar; Parquet; ArrayRecord
-    output: AnyPath  # folder for rows-*.parquet with the columns index, key, embedding
-    on: On = "here"  # ray: on the nodes of RAY_ADDRESS (ray://..., or `ray start`), or a local Ray
-    worker: str = "1/1"  # which of how many workers this is, that share the work: 1/4 to 4/4
-    image_column: str = "image"  # of a table: the image's path
-    rows_per_file: int = 1024  # images a file; a kill loses at most as many
-    batch_size: int = 64  # images at a time
-    dtype: DType = "float32"  # of the computation
+    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Images: folder; .csv, .tsv or .jsonl table; tars: data/{00..41}.tar; Parquet; ArrayRecord.
+    source: str
+    output: AnyPath  # Folder for rows-*.parquet with columns index, key, embedding.
+    # Where to run. ray: nodes of RAY_ADDRESS (ray://..., or `ray start`), by default a local Ray.
+    on: On = "here"
+    worker: str = "1/1"  # Worker i of n that share the work, as i/n: 1/4 to 4/4.
+    image_column: str = "image"  # Column of a table with the image paths.
+    rows_per_file: int = 1024  # Images per file; a killed worker loses at most so many.
+    batch_size: int = 64  # Images computed at once.
+    dtype: DType = "float32"  # Data type of the computation.
 
     def __post_init__(self) -> None:
         read_worker(self.worker)
@@ -48,7 +50,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds embeddings of: its `embed.json`."""
+    """Model, source and settings of a folder of embeddings: its `embed.json`."""
 
     model: str
     source: str
@@ -59,14 +61,14 @@ class Manifest:
     batch_size: int
     image_column: str
     weights: list[float]  # see `sample`
-    digest: str = ""  # of the images' names; older folders have none
+    digest: str = ""  # of the image names; empty in older folders
 
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
-    """Embed a source's images at unit length; return counts and what was skipped.
+    """Embed the images of a source, normalised; return counts and the skipped images.
 
-    Every file appears whole or not at all and its name says which rows it holds, so whatever was
-    killed goes on where it stopped.
+    Files are written atomically and named after their rows, so a killed run resumes where it
+    stopped.
     """
     files.check_destination(config.output, "--output")
     _opened.cache_clear()  # the files may have changed
@@ -74,7 +76,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     number, parts = read_worker(config.worker)
     rows = rows_of_files(len(source), number, parts, config.rows_per_file)
     missing = [some for some in rows if _is_missing(path_of(config.output, some))] or [range(0)]
-    work = functools.partial(_embed_rows, config)  # of no rows too: it compares models
+    work = functools.partial(_embed_rows, config)  # also with no rows: it checks the manifest
     with runner(config.on) as tasks:
         tasks.run("embed", work, [(some, len(some)) for some in missing], model=True)
     skipped = [line for some in rows for line in _skipped_in(path_of(config.output, some)) or ()]
@@ -83,7 +85,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 
 
 def rows_of_files(count: int, number: int, parts: int, each: int) -> list[range]:
-    """Which of `count` rows each file holds that a part of the work writes."""
+    """Return the rows, out of `count`, of each file that worker `number` of `parts` writes."""
     first, end = ((i * count) // parts for i in (number, number + 1))
     return [range(start, min(start + each, end)) for start in range(first, end, each)]
 
@@ -93,7 +95,7 @@ def path_of(folder: AnyPath, rows: range) -> AnyPath:
 
 
 def _skipped_in(path: AnyPath) -> list[dict[str, str]] | None:
-    """Return what `clip-jax embed` left out of a file, and why; None if the file is damaged."""
+    """Return the images skipped in a file, with reasons; None if the file is damaged."""
     try:
         with files.open_file(path) as file:
             return json.loads((pq.read_schema(file).metadata or {})[b"skipped"])
@@ -103,14 +105,13 @@ def _skipped_in(path: AnyPath) -> list[dict[str, str]] | None:
 
 def _is_missing(path: AnyPath) -> bool:
     if is_damaged := path.exists() and _skipped_in(path) is None:
-        print(f"{path} is damaged and made anew", file=sys.stderr)
+        print(f"{path} is damaged; its rows are embedded again", file=sys.stderr)
     return is_damaged or not path.exists()
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(config: EmbedConfig) -> tuple[Model, StoredSource]:
-    """Open what a process embeds, file after file. Raises InputError if the folder has another's
-    embeddings."""
+    """Return model and source, cached for all files of a process; check the folder's manifest."""
     model = load(config.model, dtype=config.dtype)
     source = open_images(config.source, config.image_column)
     _check_manifest(config, model, source)
@@ -122,7 +123,7 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
     size = config.batch_size
     if not rows:
         return
-    files.remove_partial(path)  # of a run that was killed
+    files.remove_partial(path)  # left by a killed run
     indices, skipped, features = [], [], [np.empty((0, model.config.embed_dim), np.float32)]
     for readable, images, failed in read_images(model, rows, source.image, size):
         indices += readable
@@ -143,7 +144,7 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
 
 
 def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> None:
-    """Write what the folder holds; raises InputError if it holds something else already."""
+    """Write `embed.json`; raise InputError if the folder has other embeddings."""
     manifest = Manifest(
         model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
         dtype=config.dtype, parts=read_worker(config.worker)[1], rows_per_file=config.rows_per_file,
@@ -163,16 +164,15 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
                 "digest": f"of other images than {config.source} has now, or in another order",
             }.get(name, f"with {name}={old[name]!r}, now {new[name]!r}")
             raise InputError(
-                f"{config.output} holds embeddings {what}; resume with the same, or choose another "
-                "output."
+                f"{config.output} holds embeddings {what}; to resume, use the same settings, "
+                "otherwise choose another output folder."
             )
     files.write_whole(config.output / "embed.json", json.dumps(asdict(manifest), indent=1))
 
 
 def read_manifest(folder: AnyPath) -> Manifest | None:
-    """Say what a folder holds embeddings of; None if it has no `embed.json`. Raises InputError if
-    that is damaged."""
-    path, advice = folder / "embed.json", "Embed the images anew."
+    """Read a folder's `embed.json`; None if there is none. Raises InputError if it is damaged."""
+    path, advice = folder / "embed.json", "Delete the folder and embed the images again."
     if not path.exists():
         return None
     content = read_json(path, advice=advice)
@@ -184,6 +184,6 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
 
 
 def sample(model: Model) -> list[float]:
-    """One number of each of the image tower's parameters: it tells models and checkpoints apart."""
+    """Return one value of each image tower parameter, to tell models and checkpoints apart."""
     leaves = map(np.asarray, jax.tree.leaves(model.params["visual"]))
     return [float(x.flat[x.size // 2]) for x in leaves]

@@ -1,5 +1,4 @@
-"""The evaluators of training on finished weights, the CLIP paper's data sets, and anybody's own:
-`clip-jax evaluate MODEL`."""
+"""`clip-jax evaluate MODEL`: run the evaluators of training, or data sets, on saved weights."""
 
 import functools
 import itertools
@@ -26,17 +25,16 @@ _DIGITS = DigitsEvalConfig(per_number=100)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SuiteConfig):
-    """Evaluate a model as its run did, on the bundled digits, on the CLIP paper's data sets, or on
-    your own."""
+    """Evaluate a model by its run's evaluators, on the bundled digits, or on other data sets."""
 
-    # Run directory, model folder or foreign file. Of a run the newest checkpoint, or the one that
-    # RUN@20000 or RUN@best names.
+    # Run directory, model folder, or weights in another format. RUN is the newest checkpoint of a
+    # run, RUN@20000 that of a step, RUN@best the best.
     model: AnyPath
-    # Evaluators. run: those of the run's own config, with the options given here; digits: the
-    # bundled digits data set; clip: the CLIP paper's data sets. None: run, where the run has
-    # evaluators and neither --dataset, --data-dir nor --digits is given; else digits.
+    # Evaluators. run: those of the run's config, changed by the options used here; digits: the
+    # bundled digits data set; clip: the CLIP paper's data sets. None: clip with --dataset or
+    # --data-dir, else run if the run has evaluators and --digits is not used, else digits.
     suite: Literal["run", "digits", "clip"] | None = None
-    digits: DigitsEvalConfig = _DIGITS
+    digits: DigitsEvalConfig = _DIGITS  # Settings of --suite digits.
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
@@ -44,12 +42,12 @@ class EvaluateConfig(SuiteConfig):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Return numbers by name, as in a run's `result.json`: of a data set `DATASET/METRIC`.
+    """Return metrics by name, as in a run's `result.json`; data sets have `DATASET/METRIC`.
 
-    A data set of the suite that is not on disk is named on standard error with how to get it, and
-    the others run; so is one whose images cannot be read, and a task that a data set lacks a split
-    for. Raises InputError where nothing is left and for files of another shape. `output` is written
-    after each data set. Where there are several processes, all call this alike.
+    Data sets of the suite that are missing or unreadable, and tasks for which a data set lacks a
+    split, are skipped with a message on standard error. Raises InputError if nothing is left, or
+    if files have another layout. `output` is written after each data set. In a multi-process run,
+    all processes call this.
     """
     files.check_destination(config.output, "--output")
     run = config_of_run(config.model)
@@ -57,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 class Evaluators:
-    """The evaluators of a command, made once for any number of checkpoints."""
+    """Evaluators of a command, created once for any number of checkpoints."""
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
         suite = _suite(config, run)
@@ -74,14 +72,14 @@ class Evaluators:
             self._digits = _digits(config, run)
             if "zero-shot" in config.tasks:
                 self._evaluators = [self._digits.make()]
-            # As a data set they also have templates and pictures, for those who want them.
+            # Only as a data set do the digits use templates and write pictures.
             with_zero_shot = config.templates or config.output
             self._tasks_on_digits = tuple(
                 task for task in config.tasks if task != "zero-shot" or with_zero_shot
             )
 
     def run(self, encoder: Encoder, output: AnyPath | None) -> dict[str, float]:
-        """Measure one model; write tables and pictures to `output`."""
+        """Evaluate one model; write tables and pictures to `output`."""
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
             open_split = functools.partial(
@@ -97,12 +95,14 @@ class Evaluators:
                 if output and processes.is_lead():
                     files.write_whole(output / "result.json", json.dumps(values, indent=1))
         if not values:
-            raise InputError(f"nothing could be measured with --tasks {' '.join(config.tasks)}.")
+            raise InputError(
+                f"nothing could be measured with --tasks {' '.join(config.tasks)}; choose others."
+            )
         return values
 
 
 def config_of_run(path: AnyPath) -> Config | None:
-    """Return the config of a run's work directory; None where it is none, or an older one's."""
+    """Return the config of a run directory; None if there is none that can be read."""
     path, _ = split_name(path)
     try:
         return of_run(json.loads((path / "config.json").read_text()))
@@ -111,7 +111,7 @@ def config_of_run(path: AnyPath) -> Config | None:
 
 
 def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
-    """Load the model to the mesh, where the training step would have it."""
+    """Load the model to the mesh, sharded as in training."""
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
     model = load_on_mesh(config.model, mesh, dtype=dtype)
@@ -124,8 +124,8 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
 def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:
     if config.suite == "run" and not (run and run.evals):
         raise InputError(
-            f"--suite run: {config.model} is no run with evaluators of its own (evals in its "
-            "config); say --suite digits, --suite clip or --dataset."
+            f"--suite run: {config.model} is no run with evaluators (evals in its config); use "
+            "--suite digits, --suite clip or --dataset."
         )
     if config.suite:
         return config.suite
@@ -134,8 +134,8 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
         return "clip"
     if run is None and (split_name(config.model)[0] / "checkpoints").is_dir():
         raise InputError(
-            f"{config.model} is a run whose config.json cannot be read, so that its evaluators are "
-            "not known; say --suite digits, --suite clip or --dataset."
+            f"{config.model} is a run whose config.json, with its evaluators, cannot be read; use "
+            "--suite digits, --suite clip or --dataset."
         )
     if config.digits != _DIGITS or not (run and run.evals):
         return "digits"
@@ -145,21 +145,21 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
     if untaken:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(untaken))
         raise InputError(
-            f"{flags}: the evaluators of {config.model} have no such option; say --suite digits, "
+            f"{flags}: the evaluators of {config.model} have no such option; use --suite digits, "
             "--suite clip or --dataset."
         )
     return "run"
 
 
 def _options(config: EvaluateConfig) -> dict[str, Any]:
-    """Options of the tasks that differ from their defaults."""
+    """Return the options of tasks that differ from their defaults."""
     usual = EvaluateConfig(model=config.model)
     names = {x.name for x in fields(SuiteConfig)} - {"dataset", "data_dir"}
     return {x: getattr(config, x) for x in names if getattr(config, x) != getattr(usual, x)}
 
 
 def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
-    """The evaluators of a run, with the options that are given, for those that have them."""
+    """Return a run's evaluators, changed by the options of the command that they have."""
     options = _options(config)
     return [
         replace(own, **{name: options[name] for name in options.keys() & vars(own).keys()})
@@ -168,8 +168,7 @@ def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
 
 
 def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:
-    """Return the evaluator of digits: of the run's own numbers, unless others are named. A line
-    says where the run has learned others."""
+    """Return the evaluator of digits, by default on the run's numbers; warn if they differ."""
     digits = config.digits
     own = [x.source for x in (run.evals if run else ()) if isinstance(x, DigitsEvalConfig)]
     if own and digits == _DIGITS:
@@ -179,7 +178,7 @@ def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:
         learned = getattr(run.data.source, name, measured) if run else measured
         if learned != measured:
             say(
-                f"the run was trained with data.source.{name}={learned}, this measures "
+                f"the run was trained with data.source.{name}={learned}, this evaluation has "
                 f"--digits.source.{name.replace('_', '-')} {measured}"
             )
     return digits

@@ -1,4 +1,4 @@
-"""A finished model from wherever it lies: a run, our folder, OpenAI's or another format's."""
+"""Load a trained model from a run, a model folder or weights in another format."""
 
 import functools
 import typing
@@ -36,7 +36,7 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready to use: its functions, its weights, and how its inputs are made.
+    """A model ready to use: functions, weights, preprocessing and tokenizer.
 
     `model.clip.encode_image(model.params, images)` is the pure function underneath.
     """
@@ -47,7 +47,7 @@ class Model:
 
     @functools.cached_property
     def clip(self) -> CLIP:
-        """The model's functions; bytes are normalised as by the model's own preprocessing."""
+        """The model's functions; they normalise bytes as the model's preprocessing does."""
         how = self.image_preprocess
         return CLIP(replace(self.config, image_mean=how.mean, image_std=how.std))
 
@@ -56,25 +56,24 @@ class Model:
         return make_tokenizer(self.config.text)
 
     def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int32[Any, "B L"]:
-        """Turn texts into token ids; a text that is too long is an error, or cut."""
+        """Turn texts into token ids; texts that are too long raise InputError or are truncated."""
         return self.tokenizer(texts, self.config.text.context_length, truncate)
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Images:
-        """Turn images of any kind, or one, into the model's normalised input."""
+        """Turn one or several images of any kind into the model's normalised input."""
         many = images if isinstance(images, list | tuple) else [typing.cast(ImageLike, images)]
         how = self.image_preprocess
         return how.normalize(concatenate([how.batch(image) for image in many]))
 
     def encode_image(self, images: Images, *, batch_size: int = 64) -> Float[Array, "B E"]:
-        """Embed images, bytes or what `preprocess` returns, `batch_size` at a time; features are
-        not normalised."""
+        """Embed images, bytes or the output of `preprocess`, in batches; not normalised."""
         encode = compiled(embed_images, self.clip, self._mesh, normalize=False)
         return jnp.asarray(self._in_batches("encode_image", encode, images, batch_size))
 
     def encode_text(
         self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
     ) -> Float[Array, "B E"]:
-        """Embed what `tokenize` returns, `batch_size` at a time; features are not normalised."""
+        """Embed the output of `tokenize`, in batches; not normalised."""
         encode = compiled(embed_texts, self.clip, self._mesh, normalize=False)
         return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size))
 
@@ -85,12 +84,12 @@ class Model:
         *,
         batch_size: int = 64,
     ) -> list[str]:
-        """Describe images, bytes or what `preprocess` returns, `batch_size` at a time.
+        """Return a caption for each image, given bytes or the output of `preprocess`, in batches.
 
-        Raises InputError if the model has no decoder: CoCa and MaMMUT have.
+        Raises InputError if the model has no decoder; CoCa and MaMMUT have one.
         """
         self.clip.needs_decoder()
-        # Another seed is the same program.
+        # The seed is an argument, so that another needs no compilation.
         run = compiled(write, self.clip, self._mesh, generation=replace(generation, seed=0))
         run = functools.partial(run, seed=jnp.uint32(generation.seed))
         ids = self._in_batches("caption", run, images, batch_size)
@@ -98,12 +97,12 @@ class Model:
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
-        """All devices of this process."""
+        """A mesh of all devices of this process."""
         return sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
 
     @functools.cached_property
     def _replicated(self) -> Params:
-        """The parameters, copied to each device."""
+        """The parameters, replicated on all devices."""
         return jax.device_put(self.params, sharding.replicated(self._mesh))
 
     def _in_batches(self, name: str, function: Any, rows: Any, batch_size: int) -> np.ndarray:
@@ -125,13 +124,13 @@ def load(
     activation: Activation | None = None,
     tokenizer: str | None = None,
 ) -> Model:
-    """Load a model from a run's work directory, a model folder or a foreign file.
+    """Load a model from a run directory, a model folder or weights in another format.
 
     RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `dtype` is that
-    of the computation. `image_size` other than the model's resizes its positions.
-    `activation` answers what a bare file of tensors cannot say; the error that asks for it
-    explains; `tokenizer` is the vocabulary of weights that came without theirs, a tokenizer.json or
-    a sentencepiece model. Foreign files are read as data: nothing in them is executed.
+    of the computation. Another `image_size` than the model's resizes its position embeddings.
+    `activation` is needed for plain tensor files, which do not record it. `tokenizer` is the
+    vocabulary for weights that have none: a tokenizer.json or a sentencepiece model. Files are read
+    as data: nothing in them is executed.
     """
     weights = read_weights(
         files.as_path(path), activation=activation, image_size=image_size, tokenizer=tokenizer
@@ -142,10 +141,10 @@ def load(
 
 
 def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -> Model:
-    """Load a model as `load` does, with each parameter where the training step would have it.
+    """Load a model as `load` does, with parameters sharded as in training.
 
-    Of a run each device reads its own part of a checkpoint: neither a device nor a process ever
-    has more. Where there are several processes, all call this alike.
+    From a run, each device reads only its shards of the checkpoint, so no process holds more. In a
+    multi-process run, all processes call this.
     """
     workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
@@ -153,15 +152,15 @@ def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)
         step = processes.together(lambda: named_step(workdir, which), Unusable)
-        step = processes.gather(step)[0]  # one, while the run goes on
+        step = processes.gather(step)[0]  # the same everywhere, while the run goes on
         params = processes.together(
             lambda: restore_params(workdir, step, CLIP(config), places), Unusable
         )
         for name, number in jax.device_get(_not_finite(params)).items():
             if number:
                 raise Unusable(
-                    f"{workdir}: {name} has {number} values that are NaN or infinite, so every "
-                    "prediction would be; take an earlier checkpoint."
+                    f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
+                    "predictions would be NaN; take an earlier checkpoint."
                 )
         return Model(config, params, default_preprocess(config))
     weights = read_weights(files.as_path(path))
@@ -183,11 +182,11 @@ def _not_finite(params: Params) -> dict[str, Array]:
 def starting_params(
     path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
 ) -> Params:
-    """Read the weights with which a training of the architecture `config` can begin, in float32.
+    """Return float32 weights from which a model of architecture `config` can start training.
 
-    Positions are fitted: the image tower's resized to its image size, the text tower's cut to its
-    context length. With one tower alone, neither the other nor the logit scale is returned.
-    Raises InputError, which names the first parameter whose shape is another.
+    Position embeddings are adapted: the image tower's resized to its image size, the text tower's
+    cut to its context length. With one tower, neither the other nor the logit scale is returned.
+    Raises InputError, which names the first parameter of another shape.
     """
     weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
     if "text" in towers:
@@ -195,7 +194,9 @@ def starting_params(
     params = dict(weights.params)
     text, length = params["text"], config.text.context_length
     positions = text["positional_embedding"]
-    if weights.config.text.has_class_token and config.text.has_class_token:  # the last is its own
+    if (
+        weights.config.text.has_class_token and config.text.has_class_token
+    ):  # the last is the class token's
         positions = np.concatenate([positions[:length], positions[-1:]])
     params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
     names = [TOWERS[tower] for tower in towers]
@@ -212,7 +213,7 @@ def starting_params(
         if has.get(name) != needs.get(name):
             raise InputError(
                 f"init_from={str(path)!r} has {name} {has.get(name, 'not at all')}, and the model "
-                f"needs {needs.get(name, 'none')}: give the same architecture under --model, or "
-                "take one tower with --init-towers."
+                f"needs {needs.get(name, 'none')}; set --model to the same architecture, or "
+                "initialise one tower by --init-towers."
             )
     return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)

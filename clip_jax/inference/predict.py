@@ -1,4 +1,4 @@
-"""Label images with the nearest of some texts, or describe them."""
+"""Classify images zero-shot by the nearest label, or write captions of them."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +22,16 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Which of your labels fits each image, by the nearest text; or a caption of its own."""
+    """Classify images zero-shot by any list of labels, or write captions of them."""
 
-    model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    images: tuple[AnyPath, ...] = ()  # files, or folders of them
-    labels: tuple[str, ...] = ()  # the classes to choose from
-    template: str = "a photo of a {}."  # sentence around each label; {} alone: the label as it is
-    caption: bool = False  # describe each image (a model with a decoder: CoCa, MaMMUT)
-    generation: GenerationConfig = GenerationConfig()  # how captions are written
-    batch_size: int = 64  # images at a time
-    dtype: DType = "float32"  # of the computation
+    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
+    labels: tuple[str, ...] = ()  # Labels to choose from. Empty: captions only (--caption).
+    template: str = "a photo of a {}."  # Prompt template; {} is the label.
+    caption: bool = False  # Write a caption of each image; needs a CoCa or MaMMUT model.
+    generation: GenerationConfig = GenerationConfig()
+    batch_size: int = 64  # Images computed at once.
+    dtype: DType = "float32"  # Data type of the computation.
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, inf)")
@@ -42,13 +42,13 @@ class PredictConfig:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Return for each readable image its path and all labels with probabilities, best first.
 
-    With `caption` what the model writes of it. Unreadable images are named on standard error.
-    Raises InputError if no image is left.
+    With `caption`, also a caption. Unreadable images are reported on standard error. Raises
+    InputError if no image can be read.
     """
     paths = image_files(config.images)
     if not paths:
         names = ", ".join(map(str, config.images)) or "nothing"
-        raise InputError(f"no images in {names}; --images takes files and folders of images.")
+        raise InputError(f"no images in {names}; set --images to image files or folders of them.")
     model = load(config.model, dtype=config.dtype)
     if config.caption:
         model.clip.needs_decoder()
@@ -73,38 +73,40 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
                 row["labels"] = ranked(labels, shares)
         results += rows
     if not results:
-        raise InputError(f"none of the {len(paths)} images could be read.")
+        raise InputError(f"none of the {len(paths)} images could be read; see the reasons above.")
     return results
 
 
 def check_labels(labels: Sequence[str], template: str) -> list[str]:
-    """Return the labels, each once: two that are alike would share a probability. Raises InputError
-    if there is none, an empty one, or no place for it in the template."""
+    """Return the labels without duplicates. Raises InputError for unusable labels or template."""
     if not labels or not all(label.strip() for label in labels):
-        raise InputError(f"labels={list(labels)}: give at least one label and none empty.")
+        raise InputError(f"labels={list(labels)}: give at least one label, and no empty ones.")
     if "{}" not in template:
-        raise InputError(f"template={template!r} has no {{}} where the label goes.")
+        raise InputError(f"template={template!r} has no {{}}; put it where the label goes.")
     return list(dict.fromkeys(labels))
 
 
 def embed_labels(
     model: Model, labels: Sequence[str], template: str
 ) -> Float[np.ndarray, "classes E"]:
-    """Embed each label in its sentence, at unit length."""
+    """Return normalised embeddings of the labels, each in the template."""
     tokens = model.tokenize(prompts(labels, template), truncate=True)
     return unit(model.encode_text(tokens))
 
 
 def prompts(labels: Sequence[str], template: str) -> list[str]:
-    """Put each label into its sentence."""
+    """Return the template with each label."""
     return [template.replace("{}", label) for label in labels]
 
 
 def probabilities(
     model: Model, images: Float[np.ndarray, "B E"], classes: Float[np.ndarray, "classes E"]
 ) -> Float[np.ndarray, "B classes"]:
-    """Probabilities of unit-length embeddings, as the model was trained: the softmax of the scaled
-    similarities (CLIP paper, figure 3), or with a bias each label's own (SigLIP paper, 3.2)."""
+    """Return the probability of each class, from normalised embeddings.
+
+    It is the softmax of scaled similarities (CLIP paper, figure 3) or, for a model with a logit
+    bias, the sigmoid for each class by itself (SigLIP paper, 3.2).
+    """
     logits = images @ classes.T * float(np.exp(model.params["logit_scale"]))
     if "logit_bias" in model.params:
         return special.expit(logits + float(model.params["logit_bias"]))
@@ -112,7 +114,7 @@ def probabilities(
 
 
 def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:
-    """Pair labels with probabilities, best first."""
+    """Return labels with probabilities, best first."""
     best = sorted(zip(shares, labels, strict=True), key=lambda x: -x[0])
     return [{"label": label, "probability": float(share)} for share, label in best]
 
@@ -120,8 +122,9 @@ def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list
 def read_images(
     model: Model, items: Sequence[Item], read: Callable[[Item], ImageLike], batch_size: int
 ) -> Iterator[tuple[list[Item], Images | None, list[tuple[Item, str]]]]:
-    """Yield by batches the items whose images can be read, these images (None if there are none),
-    and the other items with the reason. Threads decode while the model computes."""
+    """Yield per batch the readable items, their images (None: none), and the others with reasons.
+
+    Threads decode images while the model computes."""
 
     def prepare(item: Item) -> tuple[Item, Images | None, str]:
         try:

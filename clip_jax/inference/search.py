@@ -1,4 +1,4 @@
-"""Search an embedded folder by text or image."""
+"""Search embedded images by text or image."""
 
 import functools
 import itertools
@@ -24,9 +24,9 @@ from clip_jax.inference.loading import Model, load, unit
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-BLOCK = 65_536  # vectors that are compared at a time
-TILE = 112  # pixels of a picture on a contact sheet
-SHEET = 240  # pictures on a sheet at most
+BLOCK = 65_536  # embeddings compared at once
+TILE = 112  # side of an image on a contact sheet, in pixels
+SHEET = 240  # most images on a contact sheet
 
 Method = Literal["exact", "usearch"]
 Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and similarities, best first
@@ -35,7 +35,7 @@ Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and simi
 def nearest(
     blocks: Iterable[Float[np.ndarray, "B E"]], query: Float[np.ndarray, " E"], count: int
 ) -> Nearest:
-    """Find the rows with the largest products; of equal ones the earlier row wins."""
+    """Return the rows with the largest products with `query`; ties go to earlier rows."""
     rows, similarities, start = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0
     for block in blocks:
         products = block @ query
@@ -50,8 +50,7 @@ def nearest(
 
 
 def read_rows(path: AnyPath) -> pa.Table:
-    """Read one file that `clip-jax embed` wrote: `index`, `key`, `embedding`. Raises InputError if
-    it is damaged."""
+    """Read `index`, `key`, `embedding` of a file. Raises InputError if it is damaged."""
     try:
         with files.open_file(path) as file:
             table = pq.read_table(file, page_checksum_verification=True)
@@ -59,25 +58,27 @@ def read_rows(path: AnyPath) -> pa.Table:
     except (pa.ArrowException, OSError, KeyError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{path} is damaged ({why}); delete it and run the same clip-jax embed again, which "
-            "makes only what is missing."
+            f"{path} is damaged ({why}); delete it and run the same clip-jax embed command again, "
+            "which computes only missing files."
         ) from error
 
 
 class Embeddings:
-    """A folder of `rows-*.parquet`. The first use copies them to one Arrow file, which is mapped
-    from disk from then on; it is made anew when the folder has changed."""
+    """Embeddings of a folder of `rows-*.parquet`, copied to one Arrow file on first use.
+
+    The copy is memory-mapped, and renewed when the folder has changed.
+    """
 
     def __init__(self, folder: AnyPath) -> None:
         paths = sorted(folder.glob("rows-*.parquet"))
         if not paths:
-            raise InputError(f"no embeddings in {folder}; clip-jax embed writes them.")
+            raise InputError(f"no embeddings in {folder}; write them by clip-jax embed.")
         stats = files.stats([str(path) for path in paths])
         stamp = json.dumps([(x.name, *(stat or ())) for x, stat in zip(paths, stats, strict=True)])
         self._cache = files.beside(folder, "search")
         try:
             self._rows = self._open(stamp)
-        except (OSError, ValueError, pa.ArrowException):  # none, of other files, or damaged
+        except (OSError, ValueError, pa.ArrowException):  # missing, outdated or damaged
             self._copy(paths, stamp)
             self._rows = self._open(stamp)
         chunks, width = self._rows["embedding"].chunks, self._rows["embedding"].type.list_size
@@ -93,7 +94,7 @@ class Embeddings:
         return table
 
     def _copy(self, paths: list[AnyPath], stamp: str) -> None:
-        files.remove(self._cache / "index.usearch")  # of what is out of date
+        files.remove(self._cache / "index.usearch")  # it is outdated, too
         schema = read_rows(paths[0]).schema.with_metadata({"files": stamp})
         with (
             files.written_whole(self._cache / "rows.arrow") as partial,
@@ -114,16 +115,16 @@ class Embeddings:
         return self._rows["index"][row].as_py(), self._rows["key"][row].as_py()
 
     def exact(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
-        """Compare with every vector."""
+        """Return the nearest rows by comparison with every embedding."""
         return nearest(self.blocks, query, count)
 
     def approximate(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
-        """Ask usearch's graph, which the first use builds."""
+        """Return the nearest rows by usearch's graph index, which the first use builds."""
         try:
             from usearch.index import Index
         except ImportError as error:
             raise InputError(
-                "--index usearch needs the package: pip install 'clip-jax-pods[search]'"
+                "--index usearch needs the package usearch: pip install 'clip-jax-pods[search]'"
             ) from error
         path = self._cache / "index.usearch"
         if not path.exists():
@@ -139,25 +140,25 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The images of an embedded folder that are closest to a text or an image."""
+    """Search embedded images by text or by image."""
 
-    model: AnyPath  # the model that embedded them
-    embeddings: AnyPath  # folder that `clip-jax embed` wrote
-    text: str = ""  # what to look for, in words
-    image: AnyPath | None = None  # what to look for, as an image
-    top: int = 10  # how many to return
-    index: Method = "exact"  # usearch: approximate, for very many (an extra)
-    sheet: AnyPath | None = None  # picture of the results, at most 240
+    model: AnyPath  # Model that embedded the images; other weights are an error.
+    embeddings: AnyPath  # Folder that `clip-jax embed` wrote.
+    text: str = ""  # Text query. Empty: --image is the query.
+    image: AnyPath | None = None  # Image query. None: --text is the query.
+    top: int = 10  # Number of results.
+    index: Method = "exact"  # Search method. exact: all embeddings; usearch: approximate.
+    sheet: AnyPath | None = None  # Picture to write, of up to 240 results. None: no picture.
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
-            raise InputError("search needs one of --text and --image, and no empty text.")
+            raise InputError("search needs a non-empty --text or --image, and not both.")
         check_ranges(self, top="[1, inf)")
         check_picture(self.sheet, "sheet")
 
 
 def search(config: SearchConfig) -> list[dict[str, Any]]:
-    """Return `key`, `similarity` (cosine) and `index` in the source of the best, best first."""
+    """Return `key`, cosine `similarity` and `index` in the source of the results, best first."""
     files.check_destination(config.sheet, "--sheet", folder=False)
     searcher = Searcher(load(config.model), config.embeddings)
     results = searcher.search(config.image or config.text, config.top, config.index)
@@ -170,23 +171,25 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 
 
 class Searcher:
-    """An embedded folder beside its model. Raises InputError if another model embedded it."""
+    """Search with loaded model and embeddings. Raises InputError if another model embedded them."""
 
     def __init__(self, model: Model, folder: AnyPath) -> None:
         self._model, self._folder = model, folder
         manifest = read_manifest(folder)
         if manifest is None:
-            raise InputError(f"no embeddings in {folder} (embed.json); clip-jax embed writes them.")
+            raise InputError(
+                f"no embeddings in {folder} (embed.json); write them by clip-jax embed."
+            )
         self._manifest = manifest
         self._check_files()
         own = sample(model)
-        # Files keep numbers in float32, float16 or bfloat16: the same weights to 1 part in 256.
+        # Files may round weights to bfloat16, which is precise to 1 part in 256.
         if len(own) != len(manifest.weights) or not np.allclose(
             own, manifest.weights, rtol=1 / 128, atol=1e-6
         ):
             raise InputError(
                 f"the embeddings in {folder} are another model's: {manifest.model} made them. "
-                "Search with that, or embed the images anew."
+                "Search with that model, or embed the images again."
             )
         self._embeddings = Embeddings(folder)
 
@@ -202,14 +205,14 @@ class Searcher:
         if missing := [name for name in names if name not in written]:
             raise InputError(
                 f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "
-                f"{listed(missing)}. Run the same clip-jax embed again (each of its parts), which "
-                "makes what is missing."
+                f"{listed(missing)}. Run the same clip-jax embed command again (every worker) to "
+                "compute them."
             )
 
     def search(
         self, query: str | AnyPath, top: int, index: Method = "exact"
     ) -> list[dict[str, Any]]:
-        """Find what is closest to a text, or to the image at a path; see `search`."""
+        """Return the results for a text or for the image at a path; see `search`."""
         if isinstance(query, str):
             features = self._model.encode_text(self._model.tokenize([query], truncate=True))
         else:
@@ -219,7 +222,7 @@ class Searcher:
     def closest(
         self, features: Float[np.ndarray, " E"], top: int, index: Method = "exact"
     ) -> list[dict[str, Any]]:
-        """Find what is closest to an embedding of unit length; see `search`."""
+        """Return the results for a normalised embedding; see `search`."""
         find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
         results: list[dict[str, Any]] = []
         for row, similarity in zip(*find(features, top), strict=True):
@@ -234,18 +237,18 @@ class Searcher:
             images = open_images(manifest.source, manifest.image_column)
         except InputError as error:
             raise InputError(
-                f"the images that {self._folder} was made from are not where they were: {error}"
+                f"the images embedded in {self._folder} have moved; bring them back: {error}"
             ) from error
         names = digest(images, keys=KEYS)
         if len(images) != manifest.rows or names != (manifest.digest or names):
             raise InputError(
                 f"{manifest.source} has other images than {self._folder} was made from, or in "
-                "another order; bring them back, or embed them anew."
+                "another order; restore them, or embed them again."
             )
         return images
 
     def picture(self, index: int) -> Image.Image:
-        """Read an image that was found, by its `index`; gray if it is no longer there."""
+        """Read an image by its `index` in a result; gray if it cannot be read."""
         try:
             return decode(self._images.image(index))
         except (SampleError, ImageError):

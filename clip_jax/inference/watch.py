@@ -1,7 +1,7 @@
-"""`clip-jax evaluate RUN --watch`: each checkpoint of a run is evaluated as it is finished.
+"""`clip-jax evaluate RUN --watch`: evaluate each checkpoint of a run as soon as it is saved.
 
-It runs beside the training, whose files it leaves alone: what it finds is in `evals/watch.jsonl`
-of the work directory and in `tensorboard/watch/`, at the end also in `result.json`.
+It runs beside training and changes none of its files: metrics go to `evals/watch.jsonl` of the run
+directory and to `tensorboard/watch/`, at the end also to `result.json`.
 """
 
 import contextlib
@@ -24,25 +24,24 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, read_rows
 
-POLL_SECONDS = 2.0  # between looking for new checkpoints
+POLL_SECONDS = 2.0  # interval of looking for new checkpoints
 
-Row = dict[str, Any]  # of a step: numbers by name, or why it was `skipped`
+Row = dict[str, Any]  # metrics of a step by name, or why it was `skipped`
 
 
 def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
-    """Evaluate a run's checkpoints, the oldest first, to its last step, or to that of its
-    `stop_after`; return the last numbers.
+    """Evaluate a run's checkpoints, oldest first, up to its last step or `stop_after`.
 
-    Every step gets a row in `evals/watch.jsonl` and is not read again after a kill. The row of a
-    checkpoint that is damaged, or was deleted before its turn, says why it was skipped; should one
-    be there at the next start, or come back, it gets another row, and the last one counts. Raises
-    InputError where another watches this run, or its directory is gone. Where there are several
-    processes, all call this alike.
+    Returns the last metrics. Every step gets a row in `evals/watch.jsonl` and is not evaluated
+    again after a restart. The row of a damaged or deleted checkpoint says why it was skipped; if
+    one is there at the next start or reappears, it gets another row, and the last row counts.
+    Raises InputError if another process watches the run, or its directory is gone. In a
+    multi-process run, all processes call this.
     """
     workdir, run = config.model, config_of_run(config.model)
     if run is None or split_name(workdir)[1]:
         raise InputError(
-            f"--watch needs a run's work directory, with its config.json; got {workdir}."
+            f"--watch needs a run directory with a readable config.json, got {workdir}."
         )
     evaluators = Evaluators(config, run)
     with Claim(epath.Path(workdir) / WATCH, "watching") as claim, contextlib.ExitStack() as stack:
@@ -53,18 +52,18 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
         if processes.is_lead():
             writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
             stack.callback(writer.close)
-            for step, values in finished.items():  # of which a kill may have lost some
+            for step, values in finished.items():  # a kill may have lost some
                 writer.draw(step, values)
         while True:
             end, is_over, steps = processes.gather(_left(workdir, finished))[0]
             if end is None:
                 raise InputError(
-                    f"{workdir} is gone, or its config.json is: there is no run to watch."
+                    f"{workdir} or its config.json is gone; bring it back to watch the run."
                 )
             if steps:
                 step = steps[0]
                 finished[step] = _evaluate(config, run, evaluators, step)
-                if writer:  # the run may delete it from here on
+                if writer:  # then the run may delete the checkpoint
                     writer.write(step, finished[step])
                     writer.flush()
             elif is_over:
@@ -72,26 +71,25 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
             else:
                 clock.sleep(POLL_SECONDS)
     last = {name: x for name, x in finished.get(end, {}).items() if name != "skipped"}
-    if processes.is_lead():  # the run has written all of its own
+    if processes.is_lead():  # the run has written its own metrics
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
     return last
 
 
 def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
-    """Return the step at which the run stops (None: it is gone), whether it has saved that, and the
-    steps to be evaluated."""
-    run = config_of_run(workdir)  # anew: resumed, it may stop at another step
+    """Return the run's last step (None: it is gone), whether it is saved, and steps to evaluate."""
+    run = config_of_run(workdir)  # read again: a resumed run may stop at another step
     steps = steps_in(workdir / "checkpoints")
     for step in [step for step, row in finished.items() if "skipped" in row and step not in steps]:
-        del finished[step]  # the run put it aside or deleted it, and may save it anew
+        del finished[step]  # the run moved or deleted it, and may save it again
     end = run.end if run else None
     is_over = end is not None and max(steps, default=0) >= end
     return end, is_over, [step for step in steps if step not in finished]
 
 
 def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step: int) -> Row:
-    """Return a step's numbers, or why it is skipped if its checkpoint cannot be read."""
+    """Return a step's metrics, or why it is skipped if its checkpoint cannot be read."""
     workdir = config.model
     try:
         encoder = open_encoder(replace(config, model=files.as_path(f"{workdir}@{step}")), run)

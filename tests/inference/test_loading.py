@@ -115,7 +115,7 @@ def test_the_library_says_what_can_be_loaded():
 @pytest.mark.parametrize(
     ("destination", "extra", "says"),
     [
-        ("out", ["--to", "clip-jax"], "something is at"),
+        ("out", ["--to", "clip-jax"], "exists; use --overwrite"),
         ("run", ["--to", "clip-jax"], "is both source and destination"),
         ("out", ["--to", "openai", "--overwrite"], "is a folder; --to openai takes a file"),
         (
@@ -123,7 +123,7 @@ def test_the_library_says_what_can_be_loaded():
             ["--to", "clip-jax", "--overwrite"],
             "is a file; --to clip-jax needs a folder",
         ),
-        ("new", ["--to", "clip-jax", "--image-size", "4"], "smaller than one patch"),
+        ("new", ["--to", "clip-jax", "--image-size", "4"], "must be at least one patch"),
         ("new", ["--to", "clip-jax", "--activation", "gelu"], "its activation is quick_gelu, not"),
         ("out/file/new", ["--to", "clip-jax"], "is a file, and"),
     ],

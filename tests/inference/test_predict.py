@@ -132,7 +132,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["predict", "MODEL", "--images", "MODEL", "--labels", "cat"], "no images in"),
         (["predict", "MODEL", "--images", "x.png", "--labels", "cat"], "none of the 1 images"),
         (["predict", "MODEL", "--images", "x.png"], "give at least one label"),
-        (["predict", "MODEL", "--images", "x.png", "--labels", "cat", " "], "none empty"),
+        (["predict", "MODEL", "--images", "x.png", "--labels", "cat", " "], "no empty ones"),
         (["predict", "MODEL", "--labels", "cat", "--template", "a"], "has no {}"),
         (["predict", "MODEL", "--images", "x" * 300, "--labels", "a"], "name too long: xxx"),
         (["embed", "MODEL", "x" * 300, "OUT"], "name too long: xxx"),
@@ -142,7 +142,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
         (["embed", "MODEL", "PHOTOS", "OUT", "--rows-per-file", "0"], "rows_per_file=0"),
         (["embed", "MODEL", "PHOTOS", "DONE", "--batch-size", "7"], "batch_size=64, now 7"),
         (["search", "MODEL", "EMPTY", "--text", "x"], "no embeddings in"),
-        (["search", "MODEL", "DONE", "--text", " "], "needs one of --text and --image"),
+        (["search", "MODEL", "DONE", "--text", " "], "needs a non-empty --text or --image"),
         (["search", "MODEL", "DONE", "--text", "x", "--top", "0"], "top=0 must be at least 1"),
         (["search", "MODEL", "DONE", "--image", "x.png"], "unreadable: No such file or directory"),
     ],
@@ -288,7 +288,7 @@ def test_pictures_that_are_gone_are_said(folder, tmp_path, run, refused):
     run("embed", folder / "model", photos, out)
     shutil.rmtree(photos)
     sheet = ["--text", "x", "--sheet", tmp_path / "sheet.png"]
-    assert "are not where they were" in refused("search", folder / "model", out, *sheet)
+    assert "have moved" in refused("search", folder / "model", out, *sheet)
 
 
 def cut(path):

@@ -168,7 +168,7 @@ def test_one_watches_a_run_and_a_run_it_must_be(run, tmp_path, capsys):
     assert "is watching in" in capsys.readouterr().err
     for model in (tmp_path, f"{run.workdir}@2"):
         assert main(["evaluate", str(model), "--watch"]) == 2
-        assert "--watch needs a run's work directory" in capsys.readouterr().err
+        assert "--watch needs a run directory" in capsys.readouterr().err
 
 
 def test_what_one_process_cannot_use_none_uses():
