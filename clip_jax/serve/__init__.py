@@ -1,1 +1,1 @@
-"""HTTP with JSON: embeddings, labels and search of one model, for many clients at once."""
+"""HTTP server with JSON: embeddings, labels and search of one model, for many clients."""

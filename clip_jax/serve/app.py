@@ -1,4 +1,4 @@
-"""The paths that are served: bodies read within their limits, answers and refusals as JSON."""
+"""HTTP paths of the server: limits on request bodies; results and errors as JSON."""
 
 import asyncio
 import hmac
@@ -19,16 +19,16 @@ from clip_jax.errors import InputError
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
-HEADER_SECONDS = 10.0  # for the headers of a request to arrive
-MAX_BODY = 16 << 20  # bytes of the body of one request; a longer one is answered with 413
-MAX_WAITING = 256 << 20  # bytes of all requests in progress; beyond it the answer is 429
-BODY_SECONDS = 60.0  # for a body to arrive; after that the answer is 408
+HEADER_SECONDS = 10.0  # time for the headers of a request to arrive
+MAX_BODY = 16 << 20  # bytes of a request body; status 413 above
+MAX_WAITING = 256 << 20  # bytes of all pending requests; status 429 above
+BODY_SECONDS = 60.0  # time for a request body to arrive; status 408 after
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
-_DROPPED = 4  # times the longest body are read of one that is refused
+_DROPPED = 4  # how much of a rejected body is read, in multiples of MAX_BODY
 
 
 def build(service: Service, token: str | None = None) -> Starlette:
-    """Return the application, which Uvicorn calls."""
+    """Return the ASGI application for Uvicorn."""
     paths = _Paths(service, token)
     errors: Any = dict.fromkeys((404, 405, 500), paths.failed)
     return Starlette(
@@ -43,17 +43,17 @@ def build(service: Service, token: str | None = None) -> Starlette:
 
 
 class Protocol(AutoHTTPProtocol):
-    """Uvicorn's protocol, which also closes connections whose headers arrive too slowly."""
+    """Uvicorn's protocol that also closes connections whose headers arrive too slowly."""
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begin to wait for headers."""
+        """Start the time limit for headers."""
         super().connection_made(transport)
         self._late = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Wait for the rest of the headers, unless a request is being answered."""
+        """Keep the time limit until the headers are complete."""
         super().data_received(data)
         is_busy = self.cycle and not self.cycle.response_complete
         if self._late and is_busy:
@@ -64,14 +64,14 @@ class Protocol(AutoHTTPProtocol):
 
 
 class _Paths:
-    """What answers each path."""
+    """Handlers of all paths."""
 
     def __init__(self, service: Service, token: str | None) -> None:
         self._service, self._token = service, token
         self.work = {"/embed": service.embed, "/label": service.label, "/search": service.search}
 
     async def answer(self, request: Request) -> Response:
-        """Answer one of the paths that compute."""
+        """Handle a request to one of the paths that compute."""
         started, path, service = CLOCK.now(), request.url.path, self._service
         status, content = 200, {}
         try:
@@ -86,7 +86,7 @@ class _Paths:
         except (Answer, Full, InputError) as error:
             status, content = getattr(error, "status", 400), {"error": str(error)}
         except ClientDisconnect:
-            status = 499  # which nobody reads
+            status = 499  # the client has left
         service.metrics.requests.labels(path, status).inc()
         service.metrics.seconds.labels(path).observe(CLOCK.now() - started)
         return JSONResponse(content, status, _HEADERS.get(status))
@@ -94,16 +94,18 @@ class _Paths:
     async def _read(self, request: Request) -> bytes:
         """Read the body.
 
-        One that is refused is read on for a while and dropped: a connection that is closed before
-        is reset, and its client does not see why.
+        Of a rejected body, some more is read and dropped: closing the connection at once would
+        reset it, and the client would not see the error.
         """
         service, body, size = self._service, bytearray(), 0
-        too_long = Answer(413, f"the body is longer than {MAX_BODY / 2**20:g} MiB.")
+        too_long = Answer(
+            413, f"the body is longer than {MAX_BODY / 2**20:g} MiB; send fewer inputs."
+        )
         length = request.headers.get("content-length", "0")
         refusal: Exception | None = _wrong_token(self._token, request)
         if length.isdecimal() and int(length[:20]) > MAX_BODY:
             refusal = refusal or too_long
-        if refusal and "expect" in request.headers:  # nothing is sent before we say so
+        if refusal and "expect" in request.headers:  # the client waits for our "continue"
             raise refusal
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -113,7 +115,7 @@ class _Paths:
                         refusal = refusal or too_long
                     elif service.bytes_waiting + size > MAX_WAITING:
                         refusal = refusal or Full(
-                            "too many bytes are waiting; try again in a moment."
+                            "the server has too many pending requests; retry later."
                         )
                     if size > _DROPPED * MAX_BODY:
                         break
@@ -127,30 +129,30 @@ class _Paths:
         return bytes(body)
 
     async def health(self, _: Request) -> Response:
-        """Say that the server is there, and with which model."""
+        """Return that the server is up, and the model."""
         config = self._service.model.config
         about = {"image_size": config.vision.image_spec.side, "embed_dim": config.embed_dim}
         return JSONResponse({"status": "ok", "model": str(self._service.config.model), **about})
 
     async def numbers(self, request: Request) -> Response:
-        """Give Prometheus what it asks for."""
+        """Return the metrics for Prometheus."""
         if error := _wrong_token(self._token, request):
             return JSONResponse({"error": str(error)}, 401, _HEADERS[401])
         known = generate_latest(self._service.metrics.registry)
         return Response(known, media_type=CONTENT_TYPE_LATEST)
 
     async def failed(self, _: Request, error: Exception) -> Response:
-        """Answer what has no path, another method, or was a bug."""
+        """Return the error of an unknown path, another method, or a bug."""
         status = getattr(error, "status_code", 500)
         message = {
-            404: f"there are {', '.join(self.work)}, /health and /metrics.",
-            405: "take POST for what is computed, GET for /health and /metrics.",
-        }.get(status, "an error of the server, which its log shows.")
+            404: f"unknown path; use {', '.join(self.work)}, /health or /metrics.",
+            405: f"wrong method; use POST for {', '.join(self.work)}, GET for the others.",
+        }.get(status, "internal error; see the server's log.")
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
-        """Close the service behind the last request."""
+        """Close the service after the last request."""
         yield
         await asyncio.to_thread(self._service.close)
 
@@ -161,7 +163,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Answer(400, f"the body is not JSON: {error!s:.200}.") from error
     if not isinstance(values, dict):
-        raise Answer(400, 'the body is a JSON object, such as {"texts": ["a cat"]}.')
+        raise Answer(400, 'the body must be a JSON object, such as {"texts": ["a cat"]}.')
     return values
 
 
@@ -169,4 +171,4 @@ def _wrong_token(token: str | None, request: Request) -> Answer | None:
     header = request.headers.get("authorization", "")
     if token is None or hmac.compare_digest(f"Bearer {token}".encode(), header.encode()):
         return None
-    return Answer(401, "send the token of this server: Authorization: Bearer TOKEN.")
+    return Answer(401, "missing or wrong token; send the header Authorization: Bearer TOKEN.")

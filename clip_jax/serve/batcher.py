@@ -1,4 +1,4 @@
-"""Rows that many threads ask for, computed together in few sizes of batch."""
+"""Dynamic batching: rows submitted by many threads are computed together."""
 
 import threading
 from collections import deque
@@ -13,18 +13,18 @@ from clip_jax.clock import CLOCK, Clock
 
 
 class Full(Exception):
-    """More is waiting than may wait."""
+    """The queue is full."""
 
     status = 429
 
 
 class Batcher:
-    """One thread that computes whatever is waiting, at most `batch_size` rows at a time.
+    """A thread that computes pending rows, at most `batch_size` at a time.
 
-    While it computes, others queue up: so batches are as large as the load. Their sizes are powers
-    of two, or a little less, so that few shapes are compiled and few rows wasted. Whoever has had
-    an answer may ask again at once: after a batch of several rows the next begins when as many
-    wait again, or none has come for `linger` seconds. A lone row is not held up.
+    Rows queue while a batch is computed, so batches grow with the load. Their sizes are powers of
+    two, or a little less, so that few shapes are compiled and few rows are padding. Clients often
+    send the next request after an answer: so after a batch of several rows, the next starts when
+    as many are pending again, or none has come for `linger` seconds. A single row does not wait.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Batcher:
         self._thread.start()
 
     def __len__(self) -> int:
-        """How many rows are waiting."""
+        """Number of pending rows."""
         return len(self._waiting)
 
     def submit(self, rows: Sequence[Any]) -> list[Future[Float[np.ndarray, " E"]]]:
-        """Ask for the features of some rows, in their order. Raises Full; then none is queued."""
+        """Queue rows; return their features as futures, in order. Raises Full, with none queued."""
         futures: list[Future] = [Future() for _ in rows]
         with self._changed:
             waiting = len(self._waiting)
@@ -61,7 +61,7 @@ class Batcher:
         return futures
 
     def close(self) -> None:
-        """Compute what is waiting, take nothing more, and end the thread."""
+        """Compute the pending rows, accept no more, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -69,13 +69,13 @@ class Batcher:
 
     def _run(self) -> None:
         while taken := self._take():
-            taken = [x for x in taken if x[0].set_running_or_notify_cancel()]  # not given up
+            taken = [x for x in taken if x[0].set_running_or_notify_cancel()]  # not cancelled
             if not taken:
                 continue
             try:
                 features = self._compute([row for _, row in taken])
                 self._observe(len(taken))
-            except Exception as error:  # whoever waits has to know
+            except Exception as error:  # passed on to the clients
                 for future, _ in taken:
                     future.set_exception(error)
             else:
@@ -83,7 +83,7 @@ class Batcher:
                     future.set_result(row)
 
     def _take(self) -> list[tuple[Future, Any]]:
-        """Wait for rows; take as many as fill a batch well. None: closed, and nothing is left."""
+        """Wait for rows and take a batch of them. None: closed, and none is pending."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -95,7 +95,9 @@ class Batcher:
 
 
 def fitting(count: int) -> int:
-    """Return how many of `count` rows to compute at once: all if padding costs less than an
-    eighth, else the largest power of two."""
+    """Return how many of `count` rows to compute at once.
+
+    All, if they are padded to a power of two by less than an eighth, else the largest power of two.
+    """
     above = 1 << max(count - 1, 0).bit_length()
     return count if count >= above * 7 / 8 else above // 2

@@ -1,4 +1,4 @@
-"""A page in the browser: label or describe an image, search an embedded folder."""
+"""Web demo: label or caption an image, search embedded images."""
 
 import os
 from dataclasses import dataclass
@@ -10,25 +10,24 @@ from clip_jax.inference.predict import check_labels, embed_labels, probabilities
 from clip_jax.inference.search import Searcher
 from clip_jax.storage.files import AnyPath
 
-SHOWN = 640  # pixels of the longer side of a picture that was found
+SHOWN = 640  # longer side of a search result, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Serve the page until interrupted."""
+    """Serve the web demo until interrupted."""
 
-    model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    embeddings: AnyPath | None = None  # folder that `clip-jax embed` wrote: adds the search
-    host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
-    port: int = 7860
+    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds the search. None: none.
+    host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
+    port: int = 7860  # Port to serve at.
 
     def __post_init__(self) -> None:
         check_ranges(self, port="[1, 65535]")
 
 
 def demo(config: DemoConfig) -> None:
-    """Serve the page until interrupted. Raises InputError if Gradio is missing or the port is
-    taken."""
+    """Serve the web demo. Raises InputError if Gradio is missing or the port is taken."""
     gr = _gradio()
     page = build(config)
     plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -40,14 +39,14 @@ def demo(config: DemoConfig) -> None:
     except OSError as error:
         raise InputError(
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
-            "this machine's; choose others by --port and --host."
+            "this machine's; set other ones by --port and --host."
         ) from error
     finally:
         page.close()
 
 
 def build(config: DemoConfig) -> Any:
-    """Lay out the page, a `gradio.Blocks`, around a loaded model."""
+    """Return the web demo of a model, a `gradio.Blocks`."""
     gr = _gradio()
     model = load(config.model)
     searcher = Searcher(model, config.embeddings) if config.embeddings else None
@@ -82,16 +81,16 @@ def build(config: DemoConfig) -> Any:
             pictures.append((picture, f"{hit['similarity']:.3f}  {hit['key']}"))
         return pictures
 
-    # A day's uploads and results lie in Gradio's temporary folder, no longer.
+    # Gradio's temporary folder keeps uploads and results for a day.
     day = 24 * 3600
     with gr.Blocks(title="clip_jax", analytics_enabled=False, delete_cache=(3600, day)) as page:
         gr.Markdown(f"# clip_jax\n{config.model}")
         with gr.Tab("Label an image"), gr.Row():
             with gr.Column():
-                # A path, so that the pixels are what `clip-jax predict` sees.
+                # A path, so that the pixels are those of `clip-jax predict`.
                 image = gr.Image(label="Image", type="filepath", image_mode=None, height=320,
                                  sources=["upload", "clipboard"], buttons=[])  # fmt: skip
-                # What the file holds is ours to read, or to refuse in one sentence.
+                # Any file, so that our reader decides and gives its error message.
                 image.preprocess = lambda file: file and file.path
                 lines = gr.Textbox(label="Labels, one a line", lines=4)
                 template = gr.Textbox(label="Sentence around each", value="a photo of a {}.")
@@ -116,10 +115,10 @@ def build(config: DemoConfig) -> Any:
 
 
 def _gradio() -> Any:
-    # Read at import: without it Gradio asks its maker's server for the newest version.
+    # Read at import: without it Gradio asks its vendor's server for the newest version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
-        raise InputError("the page needs Gradio: pip install 'clip-jax-pods[demo]'") from error
+        raise InputError("the web demo needs Gradio: pip install 'clip-jax-pods[demo]'") from error
     return gradio

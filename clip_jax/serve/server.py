@@ -1,4 +1,4 @@
-"""The server from its start to SIGTERM."""
+"""`clip-jax serve`: run the HTTP server from start to shutdown."""
 
 import signal
 import socket
@@ -11,23 +11,23 @@ from clip_jax.storage.files import AnyPath
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM, which lets requests end, or an interrupt.
+    """Serve until SIGTERM, after which pending requests are finished, or an interrupt.
 
-    Raises InputError if an extra is missing, the address is taken, or the token's file is empty.
+    Raises InputError if an extra is missing, the address is taken, or the token file is empty.
     """
     try:
         import uvicorn
 
         from clip_jax.serve.app import Protocol, build
     except ImportError as error:
-        raise InputError("serving needs an extra: pip install 'clip-jax-pods[serve]'") from error
+        raise InputError("serve needs an extra: pip install 'clip-jax-pods[serve]'") from error
     token = _read_token(config.token_file)
     try:
         taken = socket.create_server((config.host, config.port), backlog=2048)
     except OSError as error:
         raise InputError(
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
-            "this machine's; choose others by --port and --host."
+            "this machine's; set other ones by --port and --host."
         ) from error
     with taken:
         service = Service(config, load(config.model, dtype=config.dtype))
@@ -37,7 +37,7 @@ def serve(config: ServeConfig) -> None:
             lifespan="on", timeout_graceful_shutdown=60, server_header=False,
         )  # fmt: skip
         print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
-        # Uvicorn ends by it, and then raises it again for whoever was there before.
+        # Uvicorn stops on the signal, then raises it again for the previous handler.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[taken])
 
@@ -50,5 +50,5 @@ def _read_token(file: AnyPath | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"token_file={str(file)!r} cannot be read: {error}.") from error
     if not token:
-        raise InputError(f"token_file={str(file)!r} holds no token in its first line.")
+        raise InputError(f"token_file={str(file)!r} has no token in its first line; write one.")
     return token

@@ -1,4 +1,4 @@
-"""A model that many requests share: each is prepared by threads, and computed with the others."""
+"""The model behind all requests: threads prepare inputs, batches are shared by requests."""
 
 import asyncio
 import base64
@@ -23,32 +23,33 @@ from clip_jax.models.layers import DType
 from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
-MAX_PIXELS = 50_000_000  # of one image; a larger one is answered with 413
-_LABEL_SETS = 64  # whose embeddings are kept
-_MOST_RESULTS = 1000  # by one search
-_TEXTS = 8  # times as many texts as images may wait: their rows are small, and labels are many
-_LETTERS = 1000  # of a text are read for each token of the context; what follows cannot matter
+MAX_PIXELS = 50_000_000  # pixels of an image; status 413 above
+_LABEL_SETS = 64  # sets of labels whose embeddings are cached
+_MOST_RESULTS = 1000  # results of a search
+_TEXTS = 8  # pending texts per pending image: their rows are small, and labels are many
+_LETTERS = 1000  # characters of a text read per token of the context; later ones cannot matter
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Serve a model until SIGTERM or an interrupt."""
+    """Serve a model over HTTP until SIGTERM or an interrupt."""
 
-    model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    embeddings: AnyPath | None = None  # folder that `clip-jax embed` wrote: adds /search
-    host: str = "127.0.0.1"  # address to serve at; 0.0.0.0 lets other machines in
-    port: int = 8000
-    token_file: AnyPath | None = None  # whose first line a client sends: Authorization: Bearer ...
-    batch_size: int = 64  # rows that are computed at once, at most; powers of two are compiled
-    queue: int = 512  # images that may wait, and 8 times as many texts; more is 413 or 429
-    dtype: DType = "float32"  # of the computation
+    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds /search. None: no search.
+    host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
+    port: int = 8000  # Port to serve at.
+    # File with a token in its first line, required as Authorization: Bearer TOKEN. None: no token.
+    token_file: AnyPath | None = None
+    batch_size: int = 64  # Maximum number of rows computed at once; powers of two are compiled.
+    queue: int = 512  # Pending images, and 8 × as many texts; status 413 or 429 above.
+    dtype: DType = "float32"  # Data type of the computation.
 
     def __post_init__(self) -> None:
         check_ranges(self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)")
 
 
 class Answer(Exception):
-    """A request that gets no features, but a status and one message."""
+    """An HTTP error: a status and one message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -56,7 +57,7 @@ class Answer(Exception):
 
 
 class Service:
-    """A model, and all that requests to it share."""
+    """A model and everything that its requests share."""
 
     def __init__(self, config: ServeConfig, model: Model) -> None:
         self.config, self.model = config, model
@@ -78,7 +79,7 @@ class Service:
         return lambda rows: unit(encode(concatenate(rows), batch_size=self.config.batch_size))
 
     def warm_up(self) -> None:
-        """Compile every shape that requests will need, so that none of them waits for it."""
+        """Compile all shapes that requests need, so that none waits for a compilation."""
         image = zeros(self.model.image_preprocess.image_spec, 1)
         text = np.zeros((1, self.model.config.text.context_length), np.int32)
         most = self.config.batch_size
@@ -87,15 +88,15 @@ class Service:
             self._encoder("text")([text] * count)
 
     def close(self) -> None:
-        """Answer what is waiting, then end the threads."""
+        """Finish pending rows, then end the threads."""
         self.images.close()
         self.texts.close()
         self.threads.shutdown()
 
-    # ------------------------------------------------------------ what is asked for
+    # ------------------------------------------------------------ requests
 
     async def embed(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Embeddings at unit length of `images` and `texts`."""
+        """Return normalised embeddings of `images` and `texts`."""
         values = _only(request, images=[], texts=[])
         if not values["images"] and not values["texts"]:
             raise Answer(400, "give images, a list of base64 strings, or texts, a list of strings.")
@@ -105,11 +106,11 @@ class Service:
         return {"images": images.tolist(), "texts": texts.tolist()}
 
     async def label(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Of each of `images` all `labels` with their probabilities, best first."""
+        """Return for each of `images` all `labels` with probabilities, best first."""
         values = _only(request, images=None, labels=None, template="a photo of a {}.")
         labels, template = _strings(values["labels"], "labels"), values["template"]
         if not isinstance(template, str):
-            raise Answer(400, "template is a string with {} where the label goes.")
+            raise Answer(400, "template must be a string with {} where the label goes.")
         labels = check_labels(labels, template)
         classes, images = await asyncio.gather(
             self._embed_labels(labels, template), self.embed_images(values["images"])
@@ -118,15 +119,15 @@ class Service:
         return {"images": [{"labels": ranked(labels, row)} for row in shares]}
 
     async def search(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The embedded images that are closest to `text` or to `image`."""
+        """Return the embedded images nearest to `text` or `image`."""
         if self.searcher is None:
             raise Answer(404, "this server has no embeddings; start it with --embeddings FOLDER.")
         values = _only(request, text="", image="", top=10)
         text, image, top = values["text"], values["image"], values["top"]
         if type(top) is not int or not 1 <= top <= _MOST_RESULTS:
-            raise Answer(400, f"top is a whole number from 1 to {_MOST_RESULTS}.")
+            raise Answer(400, f"top must be an integer from 1 to {_MOST_RESULTS}.")
         if bool(text) == bool(image):
-            raise Answer(400, "search needs one of text and image.")
+            raise Answer(400, "search needs either text or image.")
         query = await (self.embed_texts([text]) if text else self.embed_images([image]))
         results = await asyncio.get_running_loop().run_in_executor(
             self.threads, self.searcher.closest, query[0], top
@@ -134,12 +135,12 @@ class Service:
         return {"results": results}
 
     async def embed_images(self, images: Any) -> Float[np.ndarray, "B E"]:
-        """Embed base64 strings of encoded images, at unit length."""
+        """Return normalised embeddings of base64 strings of encoded images."""
         encoded = _strings(images, "images")
         return await self._compute(self.images, self._image, encoded)
 
     async def embed_texts(self, texts: Any) -> Float[np.ndarray, "B E"]:
-        """Embed texts, at unit length; one that is too long is cut."""
+        """Return normalised embeddings of texts; texts that are too long are truncated."""
         return await self._compute(self.texts, self._tokens, _strings(texts, "texts"))
 
     async def _embed_labels(
@@ -160,10 +161,10 @@ class Service:
             return np.empty((0, self.model.config.embed_dim), np.float32)
         if len(items) > batcher.capacity:
             raise Answer(
-                413, f"{len(items)} of a kind in one request; at most {batcher.capacity} are taken."
+                413, f"{len(items)} inputs in one request; send at most {batcher.capacity}."
             )
         if len(batcher) + len(items) > batcher.capacity:
-            raise Full("the queue is full; try again in a moment.")
+            raise Full("the queue is full; retry later.")
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self.threads, prepare, *item) for item in enumerate(items)]
         try:
@@ -193,26 +194,26 @@ class Service:
 
 
 def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Take the known names of a request."""
+    """Return the fields of a request; unknown ones are an error."""
     if unknown := sorted(request.keys() - defaults):
         known = ", ".join(defaults)
-        raise Answer(400, f"{unknown[0]!r:.99} is not known here; there are {known}.")
+        raise Answer(400, f"unknown field {unknown[0]!r:.99}; the fields are {known}.")
     return defaults | request
 
 
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-        raise Answer(400, f"{name} is a list of strings.")
+        raise Answer(400, f"{name} must be a list of strings.")
     try:
         "".join(value).encode()
     except UnicodeEncodeError as error:
-        message = f"{name} has half of a surrogate pair, which is no character."
+        message = f"{name} has an unpaired surrogate, which is no character; remove it."
         raise Answer(400, message) from error
     return value
 
 
 class Metrics:
-    """What Prometheus is told."""
+    """Prometheus metrics."""
 
     def __init__(self, service: Service) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -222,13 +223,13 @@ class Metrics:
             "clip_jax_requests", "requests answered", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "clip_jax_request_seconds", "from the first byte to the last", ["path"],
+            "clip_jax_request_seconds", "request latency", ["path"],
             buckets=[0.005 * 2**i for i in range(14)], registry=registry,
         )  # fmt: skip
         self.batch_size = Histogram(
-            "clip_jax_batch_size", "rows computed at once", ["tower"],
+            "clip_jax_batch_size", "rows per batch", ["tower"],
             buckets=[2**i for i in range(11)], registry=registry,
         )  # fmt: skip
-        waiting = Gauge("clip_jax_waiting", "rows in the queue", ["tower"], registry=registry)
+        waiting = Gauge("clip_jax_waiting", "pending rows", ["tower"], registry=registry)
         waiting.labels("image").set_function(lambda: len(service.images))
         waiting.labels("text").set_function(lambda: len(service.texts))

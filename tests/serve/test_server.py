@@ -14,6 +14,6 @@ def test_without_the_extra_one_message_says_what_to_install(monkeypatch, capsys)
 def test_a_token_file_without_a_token_is_refused(tmp_path, capsys):
     (tmp_path / "token").write_text("\n")
     assert main(["serve", "nowhere", "--token-file", str(tmp_path / "token")]) == 2
-    assert "holds no token" in capsys.readouterr().err
+    assert "has no token" in capsys.readouterr().err
     assert main(["serve", "nowhere", "--token-file", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err
