@@ -1,4 +1,4 @@
-"""Models that run without this package: StableHLO for JAX, ONNX for everything else."""
+"""Export models that run without this package: StableHLO for JAX, ONNX for everything else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,49 +18,50 @@ from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-# Relative differences that each type's rounding explains, over the depth of a model.
+# Bounds of relative differences that rounding causes over the depth of a model.
 BOUNDS: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export, for whom, and whether to verify it."""
+    """Export a model to StableHLO or ONNX, optionally with a numerical check."""
 
-    model: AnyPath  # a run's work directory, a model folder, or a foreign file
-    output: AnyPath  # folder to write
-    # stablehlo: JAX on CPU, CUDA and TPU, without this package; onnx: browsers, phones, servers
+    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    output: AnyPath  # Folder to write.
+    # Format. stablehlo: for JAX on CPU, CUDA and TPU; onnx: for browsers, phones, servers.
     format: Literal["stablehlo", "onnx"]
-    dtype: DType = "float32"  # of the weights and the computation; onnx has no bfloat16
-    layout: onnx.Layout = "transformers-js"  # with onnx: who loads the folder
-    normalize: bool = False  # with onnx: the towers' features have unit length (immich's always)
-    # run the result (by onnxruntime or JAX), compare with the model; exit code 1 if they
-    # differ by more than the type's rounding: float32 1e-5, float16 0.01, bfloat16 0.03; token ids
-    # of a few texts too, which must be the same
+    dtype: DType = "float32"  # Type of weights and computation; onnx has no bfloat16.
+    layout: onnx.Layout = "transformers-js"  # For onnx: program that loads the folder.
+    normalize: bool = False  # For onnx: normalise embeddings; immich's always are.
+    # Run the export (by onnxruntime or JAX) and compare; exit code 1 if outputs differ by more
+    # than 1e-5 (float32), 0.01 (float16) or 0.03 (bfloat16), or token ids of a few texts differ.
     verify: bool = False
-    existing: bool = False  # write nothing: verify what lies at the output already
-    overwrite: bool = False  # replace what is at the output
+    existing: bool = False  # Write nothing; verify the existing output.
+    overwrite: bool = False  # Replace an existing output.
 
     def __post_init__(self) -> None:
         if self.format == "onnx" and self.dtype == "bfloat16":
             raise InputError(
-                "dtype='bfloat16': onnxruntime's CPU multiplies none; take --dtype float16, or "
+                "dtype='bfloat16' is not supported by onnxruntime on CPUs; use --dtype float16 or "
                 "--format stablehlo."
             )
         if self.format == "stablehlo" and (self.normalize or self.layout != "transformers-js"):
-            raise InputError("--layout and --normalize are choices of --format onnx.")
+            raise InputError("--layout and --normalize need --format onnx.")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Relative differences ‖a − b‖/‖b‖ between the export's numbers (a) and the model's (b)."""
+    """Relative differences ‖a − b‖/‖b‖ between outputs of the export (a) and of the model (b)."""
 
     runtime: str
     bound: float
     image_features: float
     text_features: float
-    logits: float | None  # None: the folder computes none
-    caption_logits: float | None = None  # of a decoder, for all words; None likewise
-    texts_with_other_ids: int | None = None  # by the folder's tokenizer.json; None: none
+    logits: float | None  # None: the export has none
+    caption_logits: float | None = (
+        None  # of a decoder, for all token ids; None: the export has none
+    )
+    texts_with_other_ids: int | None = None  # with the folder's tokenizer.json; None: it has none
 
     @property
     def max_relative_difference(self) -> float:
@@ -73,14 +74,16 @@ class Verification:
 
 
 def export(config: ExportConfig) -> Verification | None:
-    """Write the folder; with `verify` run it and compare with the model's numbers.
+    """Export a model; with `verify`, run the export and compare its outputs with the model's.
 
-    Raises InputError where the model cannot be read or exported, or something is at the output.
+    Raises InputError if the model cannot be read or exported, or the output exists.
     """
     if not config.existing:
         check_free(config.model, config.output, config.overwrite)
         if config.output.is_file():
-            raise InputError(f"{config.output} is a file; export writes a folder.")
+            raise InputError(
+                f"{config.output} is a file; export writes a folder, so choose another output."
+            )
         files.check_destination(config.output, "the output", folder=True)
     weights = read_weights(config.model)
     if not config.existing:
@@ -100,7 +103,7 @@ def export(config: ExportConfig) -> Verification | None:
 
 
 def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification:
-    """Run an exported folder and the model on the same random inputs."""
+    """Compare an exported folder with the model on the same random inputs."""
     images, tokens = random_inputs(weights.config)
     ours = our_outputs(weights.config, weights.params, images, tokens)
     runtime = f"jax {jax.__version__}"
@@ -121,8 +124,8 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
     for name, x in theirs.items():
         if x.shape != ours[name].shape:
             raise InputError(
-                f"{folder} gives {name} of shape {list(np.shape(x))}, the model "
-                f"{list(ours[name].shape)}: it is another model's."
+                f"{folder} returns {name} of shape {list(np.shape(x))}, the model "
+                f"{list(ours[name].shape)}; it is another model's, so export it again."
             )
         differences[name] = relative_difference(x, ours[name])
     if (file := weights.config.text.tokenizer.file) == "clip" or (file and config.format == "onnx"):
@@ -135,27 +138,27 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
     name, captions = config.output.name, ""
     if model.decoder is not None:
         captions = (
-            f"The model writes captions, which end with the id {model.text.end_id}; "
-            "`docs/how-to/export.md` of clip_jax shows the loop that decodes them.\n\n"
+            f"It writes captions, which end with token id {model.text.end_id}: "
+            "`docs/how-to/export.md` of clip_jax has the loop.\n\n"
         )
     if config.format == "stablehlo":
         reader = stablehlo.READER.replace("{folder}", name)
         return (
-            "JAX alone reads it, on CPU, CUDA and TPU; `images.npy` [batch, height, width, 3] are "
-            "normalised pixels,\n`tokens.npy` [batch, tokens] ids as `manifest.json` says:\n\n"
+            "It needs only JAX, on CPU, CUDA or TPU; `images.npy` [batch, height, width, 3] are "
+            "normalised pixels,\n`tokens.npy` [batch, tokens] token ids, see `manifest.json`:\n\n"
             f"```python\n{reader}```\n\n"
-            f"{captions}`clip_jax.load` reads the folder too."
+            f"{captions}`clip_jax.load` reads the folder, too."
         )
     if config.layout == "immich":
         return (
-            "A folder for immich's machine learning: `visual/`, `textual/`, features of length 1."
+            "A folder for immich's machine learning: `visual/`, `textual/`, normalised embeddings."
         )
     dtype = "fp16" if config.dtype == "float16" else "fp32"
     return (
-        "transformers.js reads it:\n\n```js\n"
+        "For transformers.js:\n\n```js\n"
         "import { pipeline } from '@huggingface/transformers';\n"
         f"const classify = await pipeline('zero-shot-image-classification', '{name}',"
-        f" {{ dtype: '{dtype}' }});\nconst found = await classify('photo.png', ['cat', 'dog']);\n"
-        "```\n\n`onnx/model*.onnx` is the whole CLIP, `vision_model` and `text_model` its towers; "
-        f"any ONNX runtime takes them.\n\n{captions}"
+        f" {{ dtype: '{dtype}' }});\nconst results = await classify('photo.png', ['cat', 'dog']);\n"
+        "```\n\n`onnx/model*.onnx` is the full model, `vision_model` and `text_model` its towers; "
+        f"any ONNX runtime loads them.\n\n{captions}"
     ).rstrip()

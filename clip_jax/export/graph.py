@@ -11,15 +11,15 @@ from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
 from clip_jax.models.layers import Activation
 
-OPSET = 20  # the first with Gelu
-IR_VERSION = 9  # which belongs to it
-INLINE_BYTES = 1_900_000_000  # of weights in one protobuf, which ends at 2 GB
+OPSET = 20  # first version with Gelu
+IR_VERSION = 9  # that of opset 20
+INLINE_BYTES = 1_900_000_000  # most weights in one protobuf, whose limit is 2 GB
 
-_ALIGNED = 4096  # bytes, so that weights can be mapped from disk
+_ALIGNED = 4096  # bytes; alignment for memory-mapping weights
 
 
 class Graph:
-    """Nodes and weights of one graph. Values are known by their names, as ONNX knows them."""
+    """Nodes and weights of one graph; values are referred to by name, as in ONNX."""
 
     def __init__(self, params: Params, half: bool) -> None:
         self._weights = {path: np.asarray(x, np.float32) for path, x in flatten(params).items()}
@@ -28,7 +28,7 @@ class Graph:
         self._constants: dict[str, np.ndarray] = {}
 
     def weight(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter in float32; of a stack of layers, one layer's."""
+        """Return a parameter in float32; with `layer`, that layer's of a stack."""
         array = self._weights[path]
         return array if layer is None else array[layer]
 
@@ -45,7 +45,7 @@ class Graph:
         return name
 
     def constant(self, array: np.ndarray | np.generic) -> str:
-        """Add an array as it is; a small one that is there already is taken again."""
+        """Add an array unchanged and return its name; equal small arrays are added once."""
         array = np.asarray(array)
         small = array.nbytes <= 64
         key = f"{array.dtype}{array.shape}{array.tobytes().hex()}" if small else ""
@@ -54,8 +54,7 @@ class Graph:
         return name
 
     def number(self, array: Any, what: str = "a weight") -> np.ndarray:
-        """Bring floats to the type that the graph computes in. Raises InputError where float16
-        ends."""
+        """Cast floats to the graph's type. Raises InputError if float16 would overflow."""
         exact = np.asarray(array, np.float32)
         if not self._half:
             return exact
@@ -64,32 +63,32 @@ class Graph:
         if not np.isfinite(rounded).all():
             most = np.abs(exact).max()
             raise InputError(
-                f"{what} has values up to {most:.3g}, and float16 ends at 65,504; take "
+                f"{what} has values up to {most:.3g}, and float16 ends at 65,504; use "
                 "--dtype float32."
             )
         return rounded
 
-    # -------------------------------------------------------------- what models are made of
+    # -------------------------------------------------------------- layers
 
     def cast(self, x: str, dtype: Any) -> str:
-        """Bring a value to a type of NumPy's."""
+        """Cast a value to a NumPy dtype."""
         from onnx import helper
 
         return self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def computed(self, x: str) -> str:
-        """Bring an input to the type that the graph computes in."""
+        """Cast an input to the graph's type."""
         return self.cast(x, np.float16) if self._half else x
 
     def exact(self, x: str) -> str:
-        """Bring a value to float32."""
+        """Cast a value to float32."""
         return self.cast(x, np.float32) if self._half else x
 
     def integers(self, *values: int) -> np.ndarray:
         return np.array(values, np.int64)
 
     def linear(self, x: str, kernel: np.ndarray, bias: np.ndarray | None = None) -> str:
-        """x · kernel [in, out] + bias [out]."""
+        """Add x · kernel [in, out] + bias [out]."""
         x = self.op("MatMul", x, self.number(kernel))
         return x if bias is None else self.op("Add", x, self.number(bias))
 
@@ -104,12 +103,12 @@ class Graph:
         return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
     def dense(self, x: str, path: str, layer: int | None = None) -> str:
-        """The linear map at a path, whose kernel's axes are taken as two."""
+        """Add the linear map at a path, its kernel reshaped to a matrix."""
         kernel, bias = (self.weight(f"{path}/{name}", layer) for name in ("kernel", "bias"))
         return self.linear(x, kernel.reshape(-1, bias.size), bias.reshape(-1))
 
     def heads(self, x: str, path: str, layer: int | None = None) -> list[str]:
-        """What the linear map at a path gives, queries, keys or values, each [B, N, L, K]."""
+        """Add the linear map at a path; return queries, keys or values, each [B, N, L, K]."""
         *many, heads, dim = self.weight(f"{path}/bias", layer).shape
         count = many[0] if many else 1
         x = self.op("Reshape", self.dense(x, path, layer), self.integers(0, 0, count, heads, dim))
@@ -119,7 +118,7 @@ class Graph:
     def attention(
         self, out: str, q: str, k: str, v: str, *, layer: int | None = None, mask: str | None = None
     ) -> str:
-        """Attention of [B, N, L, K], and the linear map at `out` behind it.
+        """Add attention of [B, N, L, K], and the linear map at `out` after it.
 
         Scores and their softmax are float32.
         """
@@ -133,11 +132,11 @@ class Graph:
         return self.dense(self.op("Reshape", x, self.integers(0, 0, heads * dim)), out, layer)
 
     def mean(self, x: str) -> str:
-        """The mean of all tokens of [B, L, D]."""
+        """Add the mean over the tokens of [B, L, D]."""
         return self.op("ReduceMean", x, self.integers(1), keepdims=0)
 
     def unit(self, x: str) -> str:
-        """Scale rows to unit length."""
+        """Add the scaling of rows to unit length."""
         length = self.op("ReduceL2", x, self.integers(-1), keepdims=1)
         return self.op("Div", x, self.op("Max", length, np.float32(1e-12)))
 
@@ -150,10 +149,10 @@ class Graph:
         outputs: Sequence[tuple[str, str, Sequence[str | int]]],
         inline_bytes: int = INLINE_BYTES,
     ) -> bool:
-        """Write `path`; weights of more than `inline_bytes` go to `path` + "_data".
+        """Write the graph to `path`; weights above `inline_bytes` go to `path` + "_data".
 
         Inputs are (name, NumPy type, shape), outputs (name, value, shape); a string in a shape is a
-        size that a caller chooses. Returns whether there is a second file.
+        dynamic size. Returns whether there is a second file.
         """
         import onnx
         from onnx import TensorProto, helper, numpy_helper
@@ -183,9 +182,9 @@ class Graph:
         return external
 
     def _external(self, path: Path) -> Iterator[Any]:
-        """Write the constants one behind the other, of any size; yield what says where each is.
+        """Write the constants to a file; yield tensors that refer to it.
 
-        Small ones stay inside: what shapes are inferred from has to.
+        Small ones stay in the graph, since shape inference needs them.
         """
         from onnx import TensorProto, helper, numpy_helper
 

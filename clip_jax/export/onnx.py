@@ -20,7 +20,7 @@ from clip_jax.export.towers import caption_logits, image_tower, text_tower
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 
-# What --verify tokenizes: cases, signs, and more words than any context has.
+# Texts that --verify tokenizes: cases, signs, and more words than any context has.
 TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
 
 Layout = Literal["transformers-js", "immich"]
@@ -28,12 +28,12 @@ Layout = Literal["transformers-js", "immich"]
 
 @dataclass(frozen=True)
 class Names:
-    """What a layout calls its files, their inputs and outputs."""
+    """Names of a layout's files, their inputs and outputs."""
 
     image: str  # path in the folder
     text: str
     clip: str | None  # both towers and the logits; None: the layout has none
-    captions: str | None  # the decoder's logits; None: the layout has none, or the model
+    captions: str | None  # the decoder's logits; None: the layout or the model has none
     pixels: str  # inputs
     ids: str
     ids_type: Any
@@ -64,11 +64,11 @@ def write(
     normalize: bool = False,
     inline_bytes: int = INLINE_BYTES,
 ) -> None:
-    """Write a folder of ONNX files, with the preprocessing and the tokenizer that the reader takes.
+    """Write a folder of ONNX files, with preprocessing and tokenizer in the reader's format.
 
-    `normalize`: the towers' features have unit length (immich's always have). Weights of a file
-    above `inline_bytes` lie beside it. Raises InputError for what the reader cannot do, and without
-    the package `onnx`.
+    With `normalize`, embeddings are normalised (immich's always are). Weights above `inline_bytes`
+    are in a second file. Raises InputError if the reader does not support the model, or the package
+    `onnx` is missing.
     """
     _need("onnx", "--format onnx")
     check(weights, layout)
@@ -110,11 +110,10 @@ def write(
 
 
 def check(weights: Weights, layout: Layout) -> None:
-    """Raise InputError for what a layout's reader cannot do with images and texts."""
+    """Raise InputError if a layout's reader lacks the preprocessing or the padding."""
     if weights.preprocess.resize_mode == "longest":
         raise InputError(
-            f"preprocess.resize_mode='longest' is nothing that {layout} does with images; choose "
-            "--format stablehlo, whose manifest says it."
+            f"{layout} does not support preprocess.resize_mode='longest'; use --format stablehlo."
         )
     if layout == "immich" and weights.config.text.tokenizer.pad_side == "left":
         raise InputError(
@@ -123,7 +122,7 @@ def check(weights: Weights, layout: Layout) -> None:
 
 
 def _logits(graph: Graph, config: CLIPConfig, called: Names) -> list[tuple[str, str, tuple]]:
-    """Both towers and their similarities, as transformers names them."""
+    """Add both towers and their similarities; return outputs as named in transformers."""
     image = graph.unit(image_tower(graph, config, called.pixels))
     text = graph.unit(text_tower(graph, config, called.ids))
     scale = np.exp(graph.weight("logit_scale"))
@@ -147,7 +146,9 @@ def _write_beside(
     own_padding = config.text.sees_padding
     if layout == "immich":
         words, own = text_cfg(config.text), is_open_clips_own(config.text)
-        if not own:  # tokenizer.json cleans: immich lowers no case, and joins words at underscores
+        if (
+            not own
+        ):  # tokenizer.json cleans texts: immich does not lower case, and joins at underscores
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
         write_json(
             folder / "config.json",
@@ -204,11 +205,11 @@ def outputs(
     images: np.ndarray,
     tokens: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Run the files by onnxruntime on normalised pixels [B, H, W, 3] and ids [B, L].
+    """Run the files by onnxruntime on normalised pixels [B, H, W, 3] and token ids [B, L].
 
-    Returns `image_features`, `text_features` and, where the layout has them, `logits` and, of all
-    tokens but the last, `caption_logits`. Raises InputError, which names a file that is missing,
-    cut, or of another kind.
+    Returns `image_features`, `text_features` and, if the layout has them, `logits` and
+    `caption_logits` (of all tokens but the last). Raises InputError, which names a file that is
+    missing, truncated, or of another kind.
     """
     _need("onnxruntime", "--verify")
     called = names(layout, config, dtype)
@@ -226,10 +227,10 @@ def outputs(
 
 
 def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
-    """Count those TEXTS whose ids by the exported tokenizer.json differ from the model's.
+    """Count the TEXTS whose ids by the exported tokenizer.json differ from the model's.
 
-    The file is used, and texts are padded, as by the layout's reader (None: StableHLO's). Where
-    padding changes no feature, its id may differ.
+    Texts are tokenized and padded as by the layout's reader (None: StableHLO's). The padding id may
+    differ if it does not change features.
     """
     path = folder / ("textual" if layout == "immich" else "") / JSON_NAME
     settings, theirs = read_json(path.with_name("tokenizer_config.json")), json_file.load(str(path))
@@ -237,7 +238,9 @@ def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
     name = str(token.get("content") if isinstance(token, dict) else token)
     pad = theirs.token_to_id(name) if text.sees_padding else text.tokenizer.pad_id
     if pad is None:
-        raise InputError(f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json.")
+        raise InputError(
+            f"{path} lacks pad_token={name!r:.99} of its tokenizer_config.json; export again."
+        )
     side, texts = settings.get("padding_side", "right"), TEXTS
     if layout == "immich":
         side, words = "right", read_json(folder / "config.json").get("text_cfg")
@@ -254,19 +257,19 @@ def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[n
     import onnxruntime
 
     if not path.is_file():
-        raise InputError(f"there is no {path}; clip-jax export --format onnx writes it.")
+        raise InputError(f"there is no {path}; write it by clip-jax export --format onnx.")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it says is in the exception
+    options.log_severity_level = 4  # its messages are in the exception
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
         return session.run(wanted, inputs)
-    except Exception as error:  # of types that its module does not name
+    except Exception as error:  # its types are not public
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{path} cannot be run ({why:.300}): it is cut, its weights beside it are, or it is of "
-            "another model. Export it again."
+            f"{path} cannot be run ({why:.300}): it is truncated, its weights beside it are, or "
+            "it is another model's. Export it again."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""StableHLO by jax.export: the towers for CPU, CUDA and TPU in one artifact, read by JAX alone.
+"""StableHLO by jax.export: one artifact per tower for CPU, CUDA and TPU, run by JAX alone.
 
-Weights are arguments, in safetensors beside it: an artifact ends at 2 GB and is one for all of a
-model's checkpoints. A model with a decoder has two programs more, which write a caption token by
-token: the first one's state, keys and values of the image and of what is written, goes to the next.
+Weights are arguments, in a safetensors file: artifacts are limited to 2 GB and shared by all
+checkpoints of a model. A model with a decoder has two more programs, which write a caption token by
+token and pass on a KV cache of the image and the written tokens.
 """
 
 import functools
@@ -30,9 +30,9 @@ from clip_jax.models.layers import apart
 IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
 FIRST_NAME, NEXT_NAME = "caption_first.stablehlo", "caption_next.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
-_STEPS = 9  # tokens by which a decoder is compared
+_STEPS = 9  # tokens for which a decoder is compared
 
-# What reads a folder; images.npy [B, H, W, 3] are normalised pixels, tokens.npy [B, L] token ids.
+# Code for the model card: images.npy [B, H, W, 3], normalised pixels; tokens.npy [B, L], token ids.
 READER = """\
 import jax, jax.export, numpy as np
 from safetensors.flax import load_file
@@ -48,14 +48,13 @@ text_features = np.asarray(text.call(weights, np.load("tokens.npy")))
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
-    """Write a model folder, which `load` reads too, and beside it both towers as StableHLO.
+    """Write a model folder, which `load` reads, too, with both towers as StableHLO.
 
-    With a decoder, also the programs that write captions: weights and pixels [b, H, W, 3] make the
-    logits [b, V] of what follows the begin token, and a state, a list of arrays; weights, state,
-    ids [b] and their place [] in the text make those of what follows them, and the next state.
-    `dtype` is that of the weights, and of the computation where it is bfloat16; features and logits
-    are float32. The batch is symbolic: any size runs. InputError without the package `flatbuffers`,
-    and if a decoder's tokenizer has no begin and end.
+    For a decoder, it also writes `caption_first(weights, pixels)`, which returns logits [b, V] of
+    the token after the begin token and a state, a list of arrays, and `caption_next(weights, state,
+    ids, position)`, which returns the next logits and state. `dtype` is that of the weights, and of
+    the computation if it is bfloat16; features and logits are float32. The batch size is symbolic.
+    Raises InputError if the package `flatbuffers`, or begin and end ids for captions, are missing.
     """
     try:
         import flatbuffers  # noqa: F401
@@ -97,7 +96,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
 
 
 def _of_weights(function: Callable[..., Any], computed: str) -> Callable[..., Any]:
-    """Take a file's tensors, by path, for the tree of parameters."""
+    """Make a function of parameters one of a file's tensors by path."""
 
     def program(weights: dict[str, Array], *inputs: Any) -> Any:
         tree = unflatten({path: x.astype(jnp.float32) for path, x in weights.items()})
@@ -109,7 +108,7 @@ def _of_weights(function: Callable[..., Any], computed: str) -> Callable[..., An
 
 
 def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return what writes the first token and what writes each that follows; see `write`."""
+    """Return the functions for the first token and for each later token; see `write`."""
     begin, _ = begin_and_end(model.config.text)
     length = model.config.text.context_length
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
@@ -119,7 +118,7 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
 
     def first(params: Params, images: Array) -> tuple[Array, list[Array]]:
         _, image_tokens = model.encode_image_and_tokens(params, images)
-        rows = images.shape[0]  # a symbol
+        rows = images.shape[0]  # symbolic
         cache = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])),
             model.empty_cache(1, length),
@@ -139,7 +138,7 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
 
 
 def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
-    """Make of ids [B, L] some that begin and hold no padding: what a decoder may have written."""
+    """Replace begin and padding in ids [B, L], to get ids that a decoder may have written."""
     text, few = config.text, tokens[:, :_STEPS].copy()
     begin, end = begin_and_end(text)
     few[few == text.tokenizer.pad_id] = end
@@ -150,9 +149,9 @@ def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
 def outputs(
     folder: Path, config: CLIPConfig, images: np.ndarray, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Run a folder's programs; `caption_logits` are those of `spoken` ids. Else see `onnx.outputs`.
+    """Run a folder's programs as `onnx.outputs` does; `caption_logits` are those of `spoken` ids.
 
-    Raises InputError where a file is missing, cut, or of another model.
+    Raises InputError if a file is missing, truncated, or another model's.
     """
 
     def read(name: str) -> Callable[..., Any]:
@@ -174,9 +173,9 @@ def outputs(
                 steps.append(logits)
             results["caption_logits"] = jnp.stack(steps, axis=1)
         return {name: np.asarray(x) for name, x in results.items()}
-    except Exception as error:  # of types that no module names
+    except Exception as error:  # its types are not public
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{folder} cannot be run ({why:.300}): a file of it is missing, cut or of another "
-            "model. Export it again."
+            f"{folder} cannot be run ({why:.300}): one of its files is missing, truncated or "
+            "another model's. Export it again."
         ) from error

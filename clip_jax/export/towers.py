@@ -1,8 +1,8 @@
-"""The towers in ONNX's operators: the same functions as `models/`, of the same parameters.
+"""The towers in ONNX operators: the same functions as in `models/`, of the same parameters.
 
-Images come as [batch, 3, height, width], normalised; layers are unrolled; BatchNorm's running
-statistics are folded into the convolutions before it. Captions are computed from the first token
-on for each token more.
+Images are [batch, 3, height, width], normalised. Layers are unrolled; BatchNorm's running
+statistics are folded into the convolutions before it. Caption logits have no KV cache: all tokens
+are computed again for each new one.
 """
 
 import itertools
@@ -18,7 +18,9 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
-_MASKED = np.float32(np.finfo(np.float32).min / 2)  # of a score; −∞ is no number to some runtimes
+_MASKED = np.float32(
+    np.finfo(np.float32).min / 2
+)  # a masked score; some runtimes do not support −∞
 
 
 def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
@@ -57,7 +59,9 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
             x = graph.op("GatherND", x, _end(graph, text, ids), batch_dims=1)
             x = _ln_final(graph, text, "text", x)
         case _:
-            raise InputError(f"text.pool={text.pool!r} has no form in ONNX; take another --format.")
+            raise InputError(
+                f"text.pool={text.pool!r} has no form in ONNX; use --format stablehlo."
+            )
     if text.projection:
         x = graph.linear(x, graph.weight("text/text_projection"))
     if text.projection_bias:
@@ -66,13 +70,13 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
 
 
 def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> str:
-    """Return the logits [B, L, V] of each token's successor, in float32.
+    """Return the logits [B, L, V] of each next token, in float32.
 
-    Of normalised pixels [B, 3, H, W] and ids [B, L], the begin token first.
+    Inputs are normalised pixels [B, 3, H, W] and ids [B, L], the begin token first.
     """
     text, vision = config.text, config.vision
     if config.decoder is None or not isinstance(vision, ViTConfig):
-        raise ValueError("there is no decoder that attends to a vision transformer's tokens")
+        raise ValueError("the model has no decoder that attends to a vision transformer's tokens")
     image = _vit(graph, vision, graph.computed(pixels), tokens=True)
     length = graph.op("Shape", ids, start=1, end=2)
     mask = causal = _causal_mask(graph, text, length)
@@ -82,7 +86,7 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
         image = graph.linear(image, graph.weight("decoder/image_projection"))
     else:
         tower = "decoder"
-        if text.has_class_token:  # which stands behind all that is written
+        if text.has_class_token:  # it is after all written tokens
             keys = _key_mask(graph, text, ids)
             keys = graph.op("Slice", keys, graph.integers(0), length, graph.integers(3))
             mask = graph.op("Min", causal, keys)
@@ -106,7 +110,7 @@ def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
 
 
 def _embedded(graph: Graph, text: TextConfig, ids: str, length: str) -> str:
-    """Look ids [B, L] up, and add the positions of the first L."""
+    """Look up token embeddings of ids [B, L] and add position embeddings."""
     positions = graph.number(graph.weight("text/positional_embedding")[: text.context_length])
     positions = graph.op("Slice", positions, graph.integers(0), length, graph.integers(0))
     table = graph.number(graph.weight("text/token_embedding"), "text/token_embedding")
@@ -114,7 +118,7 @@ def _embedded(graph: Graph, text: TextConfig, ids: str, length: str) -> str:
 
 
 def _causal_mask(graph: Graph, text: TextConfig, length: str) -> str:
-    """What is added to scores [L, L] so that no token sees one behind it."""
+    """Return the additive mask of scores [L, L] that hides later tokens."""
     both = graph.op("Concat", length, length, axis=0)
     axes = graph.integers(0, 1)
     return graph.op("Slice", _triangle(text.context_length), graph.integers(0, 0), both, axes)
@@ -125,9 +129,9 @@ def _triangle(size: int) -> np.ndarray:
 
 
 def _key_mask(graph: Graph, text: TextConfig, ids: str) -> str:
-    """What is added to scores [B, 1, 1, L + 1] so that padding is not seen; the class token is.
+    """Return the additive mask of scores [B, 1, 1, L + 1] that hides padding, not the class token.
 
-    Without `correct_class_mask` the class token's column stands before the others.
+    Without `correct_class_mask`, the class token's column is before the others.
     """
     is_pad = graph.op("Equal", ids, np.array(text.tokenizer.pad_id, np.int64))
     keys = graph.op("Where", is_pad, _MASKED, np.float32(0))
@@ -137,7 +141,7 @@ def _key_mask(graph: Graph, text: TextConfig, ids: str) -> str:
 
 
 def _end(graph: Graph, text: TextConfig, ids: str) -> str:
-    """Positions [B, 1] of the states that stand for the texts."""
+    """Return the positions [B, 1] of the states that are pooled."""
     ids = graph.cast(ids, np.int32)
     if text.pool == "eos":
         ids = graph.cast(graph.op("Equal", ids, np.int32(text.eos_token_id)), np.int32)
@@ -159,7 +163,7 @@ def _stack(
     mask: str | None = None,
     image: str | None = None,
 ) -> str:
-    """A tower's blocks; with `image` those between them that attend to it, too."""
+    """Add a tower's blocks; with `image` also the cross-attention blocks between them."""
     layers = f"{tower}/transformer/layers"
     own = (f"{layers}/self_{i}" for i in itertools.count())
     paths = [*itertools.takewhile(lambda path: graph.has(f"{path}/ln_1/scale"), own)]
@@ -206,7 +210,7 @@ def _mlp(
     graph: Graph, config: ViTConfig | TextConfig, x: str, path: str, norm: str,
     layer: int | None = None,
 ) -> str:  # fmt: skip
-    """The MLP at a path, and the norm before it."""
+    """Add the MLP at a path, and the norm before it."""
     x = graph.layer_norm(x, f"{path}/{norm}", config.norm_epsilon, layer)
     x = graph.activation(graph.dense(x, f"{path}/mlp/c_fc", layer), config.activation)
     return graph.dense(x, f"{path}/mlp/c_proj", layer)
@@ -216,7 +220,7 @@ def _mlp(
 
 
 def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> str:
-    """What is projected, or the tokens that a caption decoder attends to: `ViT.pool_and_tokens`."""
+    """Add the pooled state, or the decoder's image tokens, as in `ViT.pool_and_tokens`."""
     x = _vit_states(graph, config, x)
 
     def normed(x: str) -> str:
@@ -242,7 +246,7 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> str:
         case "queries":
             x = _query_pool(graph, config, x)
             return normed(others(x) if tokens else first(x))
-    raise InputError(f"vision.pool={config.pool!r} has no form in ONNX; take --format stablehlo.")
+    raise InputError(f"vision.pool={config.pool!r} has no form in ONNX; use --format stablehlo.")
 
 
 def _vit_states(graph: Graph, config: ViTConfig, x: str) -> str:
@@ -254,7 +258,7 @@ def _vit_states(graph: Graph, config: ViTConfig, x: str) -> str:
     x = graph.op("Conv", x, *inputs, kernel_shape=[patch, patch], strides=[patch, patch])
     x = _by_position(graph, x, config.width)
     positions = graph.weight("visual/positional_embedding").copy()
-    if config.class_token:  # a position more, which holds nothing yet
+    if config.class_token:  # an empty position, to which it is added
         positions[0] += graph.weight("visual/class_embedding")
         x = graph.op("Pad", x, graph.integers(0, 1, 0, 0, 0, 0))
     x = graph.op("Add", x, graph.number(positions))
@@ -264,20 +268,20 @@ def _vit_states(graph: Graph, config: ViTConfig, x: str) -> str:
 
 
 def _by_position(graph: Graph, x: str, channels: int) -> str:
-    """[B, C, H, W] to [B, H·W, C]."""
+    """Add the reshaping of [B, C, H, W] to [B, H·W, C]."""
     x = graph.op("Reshape", x, graph.integers(0, channels, -1))
     return graph.op("Transpose", x, perm=[0, 2, 1])
 
 
 def _constant_queries(graph: Graph, query: np.ndarray, path: str) -> str:
-    """[Q, D] projected: [1, N, Q, K], which no image changes."""
+    """Project queries [Q, D] to [1, N, Q, K] at export, since no image changes them."""
     q = np.einsum("QD,DNK->NQK", query.astype(np.float64), graph.weight(f"{path}/kernel"))
     q = (q + graph.weight(f"{path}/bias")[:, None])[None]
     return graph.constant(graph.number(q))
 
 
 def _attention_pool(graph: Graph, config: ViTConfig, x: str) -> str:
-    """SigLIP's: one query, and an MLP."""
+    """Add SigLIP's attention pooling: one query, and an MLP."""
     path = "visual/attn_pool"
     q = _constant_queries(graph, graph.weight(f"{path}/latent")[0], f"{path}/q")
     x = graph.attention(f"{path}/proj", q, *graph.heads(x, f"{path}/kv"))
@@ -285,7 +289,7 @@ def _attention_pool(graph: Graph, config: ViTConfig, x: str) -> str:
 
 
 def _query_pool(graph: Graph, config: ViTConfig, x: str) -> str:
-    """CoCa's: many queries, normed as what they attend to is."""
+    """Add CoCa's attention pooling: many queries; a norm for them and one for the tokens."""
     path = "visual/attn_pool"
     query = graph.weight(f"{path}/query").astype(np.float64)
     query = query - query.mean(-1, keepdims=True)
@@ -319,7 +323,7 @@ def _resnet(graph: Graph, config: ResNetConfig, x: str) -> str:
 
 
 def _conv(graph: Graph, x: str, conv: str, norm: str, stride: int = 1) -> str:
-    """A convolution with the norm behind it."""
+    """Add a convolution with the BatchNorm after it folded in."""
     kernel = graph.weight(f"{conv}/kernel").astype(np.float64)
     scale, bias = (graph.weight(f"{norm}/{name}").astype(np.float64) for name in ("scale", "bias"))
     mean, var = (graph.weight(f"batch_stats/{norm}/{name}") for name in ("mean", "var"))

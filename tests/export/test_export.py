@@ -51,7 +51,7 @@ def test_what_is_at_the_output_is_kept_and_verified(model, tmp_path, capsys):
     output.mkdir()
     (output / "mine").touch()
     assert export(model, output) == 2
-    assert "something is at" in capsys.readouterr().err
+    assert "exists; use --overwrite" in capsys.readouterr().err
     assert export(model, output, "--overwrite") == 0
     assert (output / "mine").exists()
     write_tiny_model(tmp_path / "other", seed=1)
