@@ -1,7 +1,7 @@
 """big_vision's format: an `.npz` of SigLIP's parameters under their paths in its own model.
 
-The file has no configuration: sizes are read off the arrays, the rest is what big_vision's
-`two_towers` of SigLIP has. Blocks lie stacked (`encoderblock/`), as ours do, or one by one
+The file has no configuration: sizes are inferred from the arrays, the rest is that of big_vision's
+`two_towers` for SigLIP. Blocks are stacked (`encoderblock/`), as ours are, or separate
 (`encoderblock_0/`); they are written stacked.
 """
 
@@ -29,11 +29,11 @@ from clip_jax.models.vit import ViTConfig
 _ROOT = "params/"
 _BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")
 _ACTIVATIONS = {"vision.activation": "gelu_tanh", "text.activation": "gelu_tanh"}
-_SIGLIP2_WORDS = 256_000  # whose images transformers resizes bilinearly
+_SIGLIP2_WORDS = 256_000  # vocabulary size; transformers resizes such models' images bilinearly
 
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_NAMES: Rules = (  # below `params/`, of blocks that lie stacked
+_NAMES: Rules = (  # below `params/`, for stacked blocks
     (r"^visual/conv1/", "img/embedding/"),
     (r"^visual/positional_embedding", "img/pos_embedding"),
     (r"^visual/transformer/resblocks/", "img/Transformer/encoderblock/"),
@@ -70,12 +70,12 @@ _AXES: Rules = (
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The table."""
+    """Return the table of parameters."""
     return table(config, _NAMES, _AXES)
 
 
 def read(tensors: Tensors, source: str) -> Weights:
-    """Read SigLIP's parameters; what else a checkpoint holds, such as the optimizer's, is left."""
+    """Read SigLIP's parameters; other arrays, such as optimizer state, are ignored."""
     prefix = _ROOT if any(name.startswith(_ROOT) for name in tensors) else ""
     arrays = _stacked(
         {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, source
@@ -96,7 +96,7 @@ def read(tensors: Tensors, source: str) -> Weights:
 
 
 def _stacked(arrays: Tensors, source: str) -> Tensors:
-    """Stack blocks that lie one by one."""
+    """Stack separate blocks."""
     tensors: Tensors = {}
     blocks: dict[str, dict[int, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -107,18 +107,18 @@ def _stacked(arrays: Tensors, source: str) -> Tensors:
     for name, stack in blocks.items():
         shapes = {x.shape for x in stack.values()}
         if sorted(stack) != list(range(len(stack))) or len(shapes) > 1 or name in tensors:
-            raise InputError(f"{source}: the blocks of {name} are not one stack: {sorted(stack)}.")
+            raise InputError(f"{source}: blocks of {name} are missing; it has {sorted(stack)}.")
         tensors[name] = np.stack([stack[i] for i in range(len(stack))])
     return tensors
 
 
 def infer(arrays: Tensors, source: str) -> CLIPConfig:
-    """Read the architecture off the arrays. InputError names what is missing."""
+    """Infer the architecture from the arrays. Raises InputError, which names a missing one."""
     kernel = arrays.get("img/embedding/kernel")
     if kernel is not None and kernel.ndim == 2:
         raise InputError(
-            f"{source} is a SigLIP 2 of native aspect ratios (NaFlex), whose images have no fixed "
-            "size; its fixed-resolution models are read."
+            f"{source} is a SigLIP 2 of native aspect ratios (NaFlex), which is not supported; use "
+            "a fixed-resolution model."
         )
     patch, _, _, width = shape_of(arrays, "img/embedding/kernel", 4, source)
     positions = shape_of(arrays, "img/pos_embedding", 3, source)[1]
@@ -126,7 +126,7 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
     vocab, text_width = shape_of(arrays, "txt/Embed_0/embedding", 2, source)
     projection = "txt/head/kernel" in arrays
     vision = ViTConfig(
-        # The released So400m/14 of 384 pixels sees 378 of them.
+        # The released So400m/14 for 384 pixels uses 378 of them.
         image_size=384 if (side, patch) == (27, 14) else side * patch,
         patch_size=patch,
         **_tower(arrays, "img/Transformer/encoderblock", width, source),
@@ -157,8 +157,7 @@ def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, A
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the arrays under big_vision's names. Raises InputError if its SigLIP is not this
-    model."""
+    """Return the arrays under big_vision's names. Raises InputError if it lacks the model."""
     check_siglip(weights, "big_vision's SigLIP", _ACTIVATIONS)
     tensors = from_params(rows(weights.config), weights.params)
     return {f"{_ROOT}{name}": cast(x, dtype) for name, x in tensors.items()}
@@ -170,9 +169,9 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
-    """Of open_clip's model of these sizes and its loader of big_vision's files.
+    """Return the outputs of open_clip's model of these sizes and its loader of such files.
 
-    Its GELU is big_vision's only once it is set so.
+    Its GELU has to be changed to big_vision's.
     """
     with verify.library("open_clip", "open_clip_torch"):
         try:

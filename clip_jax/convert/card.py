@@ -1,6 +1,6 @@
-"""A model card: what a folder's model was trained on, how, and with which numbers.
+"""Write a model card: architecture, training and metrics of a folder's model.
 
-A run's configuration and results go with its weights as `training.json`, from folder to folder.
+A run's configuration and results are copied with its weights, as `training.json`.
 """
 
 import json
@@ -17,12 +17,12 @@ from clip_jax.storage.json_files import read_json
 
 NAME = "README.md"
 FACTS_NAME = "training.json"
-# Of a run's configuration: what a reader of its weights wants to know.
+# Settings of a run that the card shows.
 _TRAINING = (
     "data/source", "data/augment", "data/crop", "steps", "batch_size", "objective", "optim",
     "init_from", "branch_from", "seed",
 )  # fmt: skip
-# Of result.json: how fast it was, not how good.
+# Metrics of speed in result.json, which the card does not show.
 _TIMES = ("seconds/", "goodput", "memory", "input/")
 
 _CARD = """\
@@ -34,7 +34,7 @@ tags: [clip, jax]
 
 # {name}
 
-A CLIP written by clip_jax: an image tower and a text tower with one embedding space.
+A CLIP model written by clip_jax: an image tower and a text tower with one embedding space.
 
 ## Use
 
@@ -54,12 +54,12 @@ A CLIP written by clip_jax: an image tower and a text tower with one embedding s
 
 ## Licence
 
-To be filled in by who publishes the weights.
+To be filled in by the publisher of the weights.
 """
 
 
 def training(source: AnyPath) -> dict[str, Any] | None:
-    """Return `config` and `result` of the run that a model comes from; None where nothing says."""
+    """Return `config` and `result` of a model's run; None if they are unknown."""
     if run.is_run(source):
         result = source / "result.json"
         return {
@@ -72,7 +72,7 @@ def training(source: AnyPath) -> dict[str, Any] | None:
 
 
 def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
-    """Write the card, and what it is made of, into a folder of the model's files."""
+    """Write the card and `training.json` into a folder of the model's files."""
     facts = training(source)
     if facts is not None:
         files.write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
@@ -80,7 +80,7 @@ def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
 
 
 def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) -> str:
-    """Return the card's Markdown. `use` says how the folder is read."""
+    """Return the card as Markdown; `use` says how to load the folder."""
     model = {
         "parameters": f"{count(weights.params):,}",
         "image tower": weights.config.vision.summary,

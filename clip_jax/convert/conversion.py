@@ -1,4 +1,4 @@
-"""The conversion of a model from one format to another, with a numerical check."""
+"""Convert a model from one format to another, with a numerical check."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,22 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert, to what, and whether to verify it."""
+    """Convert weights to another format, optionally with a numerical check."""
 
-    source: AnyPath  # a run, a model folder, or a file (.pt, .bin, .safetensors, .npz)
-    destination: AnyPath  # folder to write; with --to openai or big-vision a file
-    to: Format  # whose format to write
-    # load the result with its own library (extra `peers`), compare; exit code 1 above 1e-5
+    source: AnyPath  # Run directory, model folder or file (.pt, .bin, .safetensors, .npz).
+    destination: AnyPath  # Folder to write; a file with --to openai or big-vision.
+    to: Format  # Format to write.
+    # Compare with the reference implementation (extra `peers`): exit code 1 if above 1e-5.
     verify: bool = False
-    dtype: DType | None = None  # of the tensors written; by default as they are
-    image_size: int | None = None  # pixels; positions are resized to it
-    activation: Activation | None = None  # of a bare file of tensors, which does not say it
-    # vocabulary of weights that came without theirs: a tokenizer.json or a sentencepiece model
+    dtype: DType | None = None  # Data type of the written tensors. None: unchanged.
+    image_size: int | None = None  # New image size in pixels; positions are resized. None: keep.
+    activation: Activation | None = None  # Activation, for a file of tensors without a config.
+    # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.
     tokenizer: str | None = None
-    # with --to open-clip, where open_clip computes the image tower with another GELU: write all the
-    # same, and say how much the features change
+    # With --to open-clip: write even if open_clip computes the image tower with another GELU, and
+    # report how much that changes the features.
     accept_activation: bool = False
-    overwrite: bool = False  # replace what is at the destination
+    overwrite: bool = False  # Replace an existing destination.
 
     def __post_init__(self) -> None:
         check_ranges(self, image_size="[1, inf)")
@@ -37,28 +37,28 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The numbers of a conversion."""
+    """Results of a conversion."""
 
     verification: Verification | None  # None: not verified
-    # relative difference of image features between this model's activation and the one that was
-    # accepted instead; None: the format has the model's own
+    # relative difference of image features between the model's activation and the accepted one;
+    # None: the format has the model's own
     activation_difference: float | None
-    unverified: str = ""  # why no reference implementation can build what was written
+    unverified: str = ""  # why no reference implementation can load the result
 
 
 def convert(config: ConvertConfig) -> Conversion:
-    """Write a model in another format; with `verify` compare with the reference implementation.
+    """Write a model in another format; with `verify`, compare with the reference implementation.
 
-    Raises InputError when the source cannot be read, the format cannot express the model, or
-    something is at the destination already.
+    Raises InputError if the source cannot be read, the format cannot express the model, or the
+    destination exists.
     """
     source, destination, target = config.source, config.destination, TARGETS[config.to]
     check_free(source, destination, config.overwrite)
     files.check_destination(destination, f"--to {config.to}", folder=bool(target.names))
     if config.accept_activation and target.as_computed is None:
         raise InputError(
-            f"--accept-activation is a choice of --to open-clip; --to {config.to} keeps the "
-            "model's."
+            f"--accept-activation needs --to open-clip; --to {config.to} keeps the model's "
+            "activation."
         )
     weights = read_weights(
         source,
@@ -86,10 +86,9 @@ def convert(config: ConvertConfig) -> Conversion:
 
 
 def check_free(source: AnyPath, destination: AnyPath, overwrite: bool) -> None:
-    """Raise InputError if a destination is the source, or holds something that is not to be
-    replaced."""
+    """Raise InputError if a destination is the source, or exists and must not be replaced."""
     if source.exists() and destination.exists() and source.resolve() == destination.resolve():
         raise InputError(f"{source} is both source and destination; choose another destination.")
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not overwrite:
-        raise InputError(f"something is at {destination} already; say --overwrite to replace it.")
+        raise InputError(f"{destination} exists; use --overwrite to replace it.")

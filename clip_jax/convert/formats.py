@@ -1,4 +1,4 @@
-"""One way in and one way out for every format."""
+"""Read and write weights in every format."""
 
 import os
 from dataclasses import replace
@@ -38,7 +38,7 @@ TARGETS: dict[Format, Target] = {
     "big-vision": big_vision.TARGET,
     "clip-jax": model_folder.TARGET,
 }
-# By which a folder is known to be of a format, and its inputs; left by another they would mislead.
+# Files by which a format and its inputs are recognised; those of another format would mislead.
 _KNOWN = {
     *(name for target in TARGETS.values() for name in target.names),
     *(tokenizer_files.CONFIG_NAME, tokenizer_files.SIGLIP_NAME, *vocabulary.NAMES),
@@ -52,23 +52,25 @@ def read_weights(
     image_size: int | None = None,
     tokenizer: str | None = None,
 ) -> Weights:
-    """Read a run, or a model file or folder of any format that we know; the content tells which.
+    """Read a run, or a model file or folder of any supported format, recognised by its content.
 
-    RUN@20000 is its checkpoint of that step, RUN@best its best; RUN alone its newest.
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest.
 
-    `activation` answers what a bare file of tensors cannot say; where the format says it itself, a
-    contradiction raises InputError. `image_size` other than the model's resizes its positions.
-    `tokenizer` is the vocabulary of weights that came without theirs.
+    `activation` is needed for plain tensor files, which do not record it; InputError if the format
+    records another. Another `image_size` than the model's resizes its position embeddings.
+    `tokenizer` is the vocabulary for weights that have none.
     """
     path, which = split_name(path)
     if not path.exists():
         raise InputError(
-            f"there is no {path}: a model is a file (.pt, .bin, .safetensors, .npz) or a folder."
+            f"there is no {path}; give a file (.pt, .bin, .safetensors, .npz) or a folder."
         )
     if run.is_run(path):
         weights = run.read(path, which)
     elif which:
-        raise InputError(f"{path} is no run, which alone has a checkpoint @{which}.")
+        raise InputError(
+            f"{path} is not a run directory, so it has no checkpoint @{which}; leave that out."
+        )
     else:
         with files.local(path) as here:
             weights = _relocated(path, here, _read(here, activation))
@@ -76,20 +78,20 @@ def read_weights(
     own = weights.config.text.activation
     if activation not in (None, own):
         raise InputError(
-            f"{path} says that its activation is {own}, not {activation}; leave out --activation."
+            f"{path} records that its activation is {own}, not {activation}; omit --activation."
         )
     if tokenizer is not None:
         if file := weights.config.text.tokenizer.file:
-            raise InputError(f"{path} came with its tokenizer, {file}; leave out --tokenizer.")
+            raise InputError(f"{path} has its own tokenizer, {file}; omit --tokenizer.")
         weights = replace(weights, config=with_vocabulary(weights.config, tokenizer))
-        make_tokenizer(weights.config.text)  # or say what is wrong with it
+        make_tokenizer(weights.config.text)  # raises InputError if it is damaged
     if image_size in (None, weights.config.vision.image_size):
         return weights
     return resize_positions(weights, image_size)
 
 
 def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:
-    """Name a vocabulary in a bucket by its URL, where it was read from a temporary `copy`."""
+    """Replace the path of a vocabulary in the temporary `copy` of a bucket by its URL."""
     file = weights.config.text.tokenizer.file
     if copy == path or not file.startswith(f"{copy}/"):
         return weights
@@ -98,18 +100,17 @@ def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:
 
 
 def _check_numbers(weights: Weights, path: AnyPath) -> None:
-    """Raise InputError if a weight is no finite number: nothing that comes of it would be one
-    either."""
+    """Raise InputError unless all weights are finite floating-point numbers."""
     for name, array in flatten(weights.params).items():
         if array.dtype.kind in "biuc":
             raise InputError(
-                f"{path}: {name} has the type {array.dtype}; weights are floating-point numbers."
+                f"{path}: {name} has the type {array.dtype}; weights must be floating-point."
             )
         if not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
             raise InputError(
                 f"{path}: {name} has {bad} values of {array.size} that are NaN or infinite, so "
-                "every prediction would be; take an earlier checkpoint, or the file again."
+                "all predictions would be NaN; use an earlier checkpoint, or get the file again."
             )
 
 
@@ -135,7 +136,7 @@ def _read(path: Path, activation: Activation | None) -> Weights:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    """Say whether a folder is Hugging Face's. Some hold open_clip's files too; those are taken."""
+    """Return whether to read a folder as Hugging Face's: not if it has open_clip's files, too."""
     config = path / "config.json"
     open_clips = (path / open_clip_config.CONFIG_NAME).exists() and any(
         (path / name).exists() for name in open_clip.WEIGHTS_NAMES if name.startswith("open_clip")
@@ -148,7 +149,7 @@ def write_weights(
 ) -> None:
     """Write a model in one of the formats. Raises InputError if the format cannot express it.
 
-    In a folder that held another format's files, those by which it was known are removed.
+    Files by which another format in the folder is recognised are removed.
     """
     target = TARGETS[to]
     with files.written_whole(path) as partial:
@@ -159,11 +160,11 @@ def write_weights(
 
 
 def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = None) -> Verification:
-    """Load what was written at `path` with the format's own library and compare.
+    """Load the written model at `path` by the reference implementation and compare the outputs.
 
-    That library or `dtype` may round weights: then it is compared with our model on the rounded
-    weights, and the loss by rounding is a number of its own. Raises InputError if the library is
-    not installed, Unverifiable if it has no such model.
+    If that library or `dtype` rounds weights, the reference for the comparison is our model with
+    the rounded weights, and the effect of rounding is reported separately. Raises InputError if
+    the library is not installed, Unverifiable if it has no such model.
     """
     target = TARGETS[to]
     inputs = random_inputs(weights.config)

@@ -1,8 +1,8 @@
-"""Hugging Face's format: a folder that a model and a processor of transformers load.
+"""Hugging Face's format: a folder for a model and a processor of transformers.
 
-`CLIPModel` and `MetaClip2Model` differ in how the end of text is looked for: by its id in MetaCLIP
-2, whatever the id is; in CLIP the id 2 stands for the highest id. `SiglipModel` is SigLIP's, and
-fixed-resolution SigLIP 2's; that of native aspect ratios (NaFlex) is another model.
+`CLIPModel` and `MetaClip2Model` differ in the end of text: MetaCLIP 2 uses the configured id; in
+CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolution SigLIP 2; SigLIP 2
+of native aspect ratios (NaFlex) is another model.
 """
 
 import typing
@@ -45,13 +45,13 @@ _WEIGHTS_NAMES = (
     WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 _POSITION_IDS = "embeddings.position_ids"  # buffers of old files
-_ACTIVATIONS: dict[str, Activation] = {  # for a name of ours the last one is written
+_ACTIVATIONS: dict[str, Activation] = {  # of several names for ours, the last is written
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_LEGACY_EOS = 2  # a wrong id that stood in the configurations; Hugging Face reads it as "argmax"
+_LEGACY_EOS = 2  # a wrong id in old configurations; Hugging Face reads it as "argmax"
 
 # ------------------------------------------------------------------ names of tensors
 
@@ -62,7 +62,7 @@ _NAMES: Rules = (
     (r"^visual/class_embedding", "visual/embeddings/class_embedding"),
     (r"^(visual|text)/positional_embedding", r"\1/embeddings/position_embedding/weight"),
     (r"^text/token_embedding", "text/embeddings/token_embedding"),
-    (r"^visual/ln_pre/", "visual/pre_layrnorm/"),  # as they write it
+    (r"^visual/ln_pre/", "visual/pre_layrnorm/"),  # their spelling
     (r"^visual/ln_post/", "visual/post_layernorm/"),
     (r"^text/ln_final/", "text/final_layer_norm/"),
     (r"/ln_([12])/", r"/layer_norm\1/"),
@@ -82,7 +82,7 @@ _AXES: Rules = ((r"^visual/proj$|^text/text_projection$", "E D -> D E"), *TORCH_
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The whole table."""
+    """Return the table of parameters."""
     if config.vision.has_map_head:
         projection, axes = "text/head/", [(r"^logit_", "1 -> "), *_AXES]
     else:
@@ -153,7 +153,7 @@ SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
 
 
 def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
-    """Raise InputError, which lists what a SigLIP model called `name` cannot express."""
+    """Raise InputError if a SigLIP implementation called `name` cannot express the model."""
     assumptions = {
         **SIGLIP_ASSUMPTIONS, "text.projection_bias": weights.config.text.projection, **more,
     }  # fmt: skip
@@ -161,13 +161,15 @@ def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
 
 
 def _sections(content: dict[str, Any], source: str) -> tuple[Settings, Settings]:
-    """Return the settings of both towers; what `…_dict` holds, in old files, is the whole tower."""
+    """Return the settings of both towers; in old files, `…_dict` replaces the tower's section."""
     sections = []
     for tower in ("vision_config", "text_config"):
         name = tower if content.get(f"{tower}_dict") is None else f"{tower}_dict"
         section = Settings(content.get(name) or {}, f"{source}: {name}")
         if (channels := section.count("num_channels", 3)) != 3:
-            raise InputError(f"{section.where}.num_channels={channels}; 3 are supported.")
+            raise InputError(
+                f"{section.where}.num_channels={channels} is not supported; it must be 3."
+            )
         sections.append(section)
     return sections[0], sections[1]
 
@@ -176,7 +178,7 @@ def _tower(section: Settings, table: Table, activation: str) -> dict[str, Any]:
     fields = section.fields(table)
     name = section.get("hidden_act", activation, object)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise InputError(f"{section.where}.hidden_act={name!r:.99}; known are {[*_ACTIVATIONS]}.")
+        raise InputError(f"{section.where}.hidden_act={name!r:.99} is none of {[*_ACTIVATIONS]}.")
     ratio = mlp_ratio(fields["width"], fields.pop("mlp_width"))
     return {**fields, "mlp_ratio": ratio, "activation": _ACTIVATIONS[name]}
 
@@ -186,7 +188,7 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
     vision = _tower(sections[0], _IMAGE, "quick_gelu")
     text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)
-    # The end of text, where it has the highest id, is where argmax is too.
+    # An end of text with the highest id is also that of argmax.
     argmax = content["model_type"] == "clip" and eos in (_LEGACY_EOS, text["vocab_size"] - 1)
     return CLIPConfig(
         embed_dim=count_of(content.get("projection_dim", 512), f"{source}: projection_dim"),
@@ -208,7 +210,7 @@ def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
     if not has_head or projected != vision["width"]:
         raise InputError(
             f"{source}: vision_use_head={has_head!r:.99} with projection_size={projected} for "
-            f"images of {vision['width']} is not supported: both towers must end in one space."
+            f"images of {vision['width']} is not supported: both towers need the same width."
         )
     return CLIPConfig(
         embed_dim=vision["width"],
@@ -220,7 +222,7 @@ def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
 
 
 def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what both classes of models say of the image tower and of the text tower."""
+    """Return the settings of image and text tower that both model classes share."""
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     vision, text = typing.cast(ViTConfig, config.vision), config.text
     return (
@@ -230,7 +232,7 @@ def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
-    """Return what `config.json` says."""
+    """Return the content of `config.json`."""
     config, text = weights.config, weights.config.text
     vision_config, text_config = towers(config)
     top: dict[str, Any] = {}
@@ -261,23 +263,23 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Weights:
-    """Read a model's folder. Raises InputError, which names what is missing or unknown."""
+    """Read a folder. Raises InputError, which names what is missing or not supported."""
     path = folder / "config.json"
     content = read_json(path)
     kind = content.get("model_type")
     if kind == "siglip2":
         raise InputError(
-            f"{path} has model_type='siglip2': SigLIP 2 of native aspect ratios (NaFlex), whose "
-            "images have no fixed size. Its fixed-resolution models ('siglip') are read."
+            f"{path} has model_type='siglip2', SigLIP 2 of native aspect ratios (NaFlex), which is "
+            "not supported; use a fixed-resolution model ('siglip')."
         )
     if kind not in ("clip", "metaclip_2", "siglip"):
         raise InputError(
-            f"{path} has model_type={kind!r:.99}; Hugging Face's CLIPModel ('clip'), "
-            "MetaClip2Model ('metaclip_2') and SiglipModel ('siglip') are read."
+            f"{path} has model_type={kind!r:.99}; supported are Hugging Face's CLIPModel ('clip'), "
+            "MetaClip2Model ('metaclip_2') and SiglipModel ('siglip')."
         )
     file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if file is None:
-        raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}.")
+        raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
     siglip = kind == "siglip"
     with naming(path):
@@ -296,7 +298,7 @@ def read(folder: Path) -> Weights:
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
-    """Write everything that transformers' model and processor need offline.
+    """Write all files that transformers' model and processor need offline.
 
     Raises InputError if they cannot express the model.
     """
@@ -307,7 +309,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         advice = "choose --to open-clip or clip-jax."
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
     tensors = from_params(rows(config), weights.params)
-    if not config.text.projection:  # which SiglipModel always has: one that changes nothing
+    if not config.text.projection:  # SiglipModel always has a projection: write the identity
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
         tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)
         tensors[f"{_TEXT_HEAD}.bias"] = np.zeros(width, kind)

@@ -1,7 +1,7 @@
-"""How images become pixels, in Hugging Face's files.
+"""Preprocessing of images in Hugging Face's files.
 
-`preprocessor_config.json`, or the `image_processor` of `processor_config.json`, in which today's
-processors keep theirs and which then counts.
+It is the `image_processor` of `processor_config.json`, in which current processors store it and
+which takes precedence, or `preprocessor_config.json`.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ PROCESSOR_NAME = "processor_config.json"
 _RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _HALF = (0.5, 0.5, 0.5)
 _SIGLIP = Preprocess(mean=_HALF, std=_HALF, resize_mode="squash", rules="transformers")
-# What each class of transformers does where a file does not say it.
+# Defaults of the classes of transformers.
 _CLASSES = {
     "CLIP": Preprocess(rules="transformers"),
     "Siglip": _SIGLIP,
@@ -27,10 +27,10 @@ _CLASSES = {
 
 
 def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
-    """Read what a processor would do with images for a model of images of `size` pixels.
+    """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
-    What its file leaves out, or sets to null, its class decides: without a name CLIP's or, with
-    `siglip`, SigLIP's. InputError names what we do not have.
+    Missing and null settings have the defaults of the file's class, or if it has none, of CLIP's or
+    with `siglip` SigLIP's. Raises InputError, which names an unsupported setting.
     """
     content, where = _find(folder)
     content = {name: value for name, value in content.items() if value is not None}
@@ -40,8 +40,8 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if name not in _CLASSES and "resample" not in content:
         raise InputError(
-            f"{where}: image_processor_type={kind!r:.99} without resample is not supported; write "
-            "resample there, 2 for bilinear or 3 for bicubic, as that class has it."
+            f"{where}: image_processor_type={kind!r:.99} without resample is not supported; add "
+            "that class's resample to it: 2 for bilinear or 3 for bicubic."
         )
     default = replace(_CLASSES.get(name, _CLASSES[own]), image_size=size)
     square = {"height": size, "width": size}
@@ -57,7 +57,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
     else:
         raise InputError(
             f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
-            f"is not supported for an image size of {size}."
+            f"is not supported for a model with image size {size}."
         )
     kinds = {number: name for name, number in _RESAMPLE.items()}
     resample = content.get("resample", _RESAMPLE[default.interpolation])
@@ -70,8 +70,8 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
         or not all(content.get(step, True) for step in steps)
     ):
         raise InputError(
-            f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is left "
-            f"out ({', '.join(steps)}) is not supported."
+            f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is off "
+            f"({', '.join(steps)}) is not supported."
         )
     values = {
         "mean": content.get("image_mean", default.mean),
@@ -84,7 +84,7 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
 
 
 def _find(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the settings that transformers would take, if any, and where they stand."""
+    """Return the settings that transformers would use, if any, and their file."""
     path = folder / PROCESSOR_NAME
     if path.exists():
         content = read_json(path).get("image_processor")
@@ -99,7 +99,7 @@ def _find(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
-    """Write the settings of an image processor that does the same, and no other's beside it."""
+    """Write the settings of an equivalent image processor, and remove any other's."""
     size = preprocess.image_size
     square = {"height": size, "width": size}
     shortest = preprocess.resize_mode == "shortest"
@@ -118,4 +118,4 @@ def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
         "image_std": list(preprocess.std),
     }
     write_json(folder / CONFIG_NAME, settings)
-    (folder / PROCESSOR_NAME).unlink(missing_ok=True)  # which would count instead
+    (folder / PROCESSOR_NAME).unlink(missing_ok=True)  # it would take precedence

@@ -1,7 +1,7 @@
-"""Our model folder: safetensors under our parameter paths, the configuration, and a manifest.
+"""clip_jax's model folder: safetensors under our parameter paths, configuration, manifest.
 
-The manifest says in plain words what silently goes wrong elsewhere; on reading it has to agree with
-the configuration.
+The manifest records in plain words the settings that are easily lost elsewhere; on reading, it must
+agree with the configuration.
 """
 
 from dataclasses import replace
@@ -34,12 +34,12 @@ _PREPROCESS = {
 
 
 def manifest(weights: Weights) -> dict[str, Any]:
-    """Return what a user of the weights has to know, as plain JSON values."""
+    """Return what a user of the weights needs to know, as plain JSON values."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     tokenizer = text.tokenizer
     own = tokenizer.file == "clip"
     values, newer = to_dict(weights.preprocess), {"fill": 0, "rules": "openai"}
-    # Keys that older folders do not have are left out where they have their defaults.
+    # At their defaults, entries that older folders lack are left out.
     pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
     return {
         "format": FORMAT,
@@ -64,7 +64,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
-    """Write the folder; `dtype` None keeps every array's own."""
+    """Write the folder; with `dtype` None arrays keep theirs."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {path: cast(x, dtype) for path, x in flatten(weights.params).items()}
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": FORMAT})
@@ -75,21 +75,21 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 
 def read(folder: Path) -> Weights:
-    """Read the folder. Raises InputError where the manifest and the configuration disagree."""
+    """Read the folder. Raises InputError if manifest and configuration disagree."""
     path = folder / MANIFEST_NAME
     content = read_json(path)
     version = content.get("version")
     if content.get("format") != FORMAT or version != VERSION:
         raise InputError(
-            f"{path} is of format {content.get('format')!r}, version {version!r}; {FORMAT!r}, "
-            f"version {VERSION} is read."
+            f"{path} has format {content.get('format')!r}, version {version!r}; {FORMAT!r}, "
+            f"version {VERSION} is supported."
         )
     config = from_dict(CLIPConfig, read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
     file = config.text.tokenizer.file
     if file not in ("", "clip", *vocabulary.NAMES):
         raise InputError(
-            f"{folder / CONFIG_NAME}: text.tokenizer.file={file!r:.99}; it is one of "
-            f"{', '.join(vocabulary.NAMES)}, beside it."
+            f"{folder / CONFIG_NAME}: text.tokenizer.file={file!r:.99} must be one of "
+            f"{', '.join(vocabulary.NAMES)} in the folder."
         )
     tensors = read_tensors(folder / WEIGHTS_NAME)
     preprocess = {field: content[name] for field, name in _PREPROCESS.items() if name in content}
@@ -101,13 +101,13 @@ def read(folder: Path) -> Weights:
     for name, value in manifest(weights).items():
         if content.get(name) != value:
             raise InputError(
-                f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} means {value!r}; one "
-                "of them was changed by hand."
+                f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} says {value!r}; undo "
+                "the change by hand of one of them."
             )
     if weights.preprocess.image_size != config.vision.image_size:
         raise InputError(
-            f"{path} says image_size={weights.preprocess.image_size}; the model has "
-            f"{config.vision.image_size}."
+            f"{path} says image_size={weights.preprocess.image_size}, but the model has "
+            f"{config.vision.image_size}; undo the change by hand of one of them."
         )
     if file in vocabulary.NAMES:
         config = with_vocabulary(config, str(folder / file))
@@ -122,5 +122,5 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 TARGET = Target(
     write=write, reference="clip_jax", outputs=_outputs,
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
-    use="`clip_jax.load(FOLDER)`; `manifest.json` says how pixels and ids are made.",
+    use="`clip_jax.load(FOLDER)`; `manifest.json` describes preprocessing and tokenization.",
 )  # fmt: skip

@@ -27,7 +27,7 @@ from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
-# What open_clip's own loader would take, the first first.
+# Files that open_clip's own loader looks for, in its order.
 WEIGHTS_NAMES = (
     WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
@@ -39,7 +39,7 @@ _PROJECTION: Rules = (
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The whole table."""
+    """Return the table of parameters."""
     names, axes = ([*timm.NAMES], [*timm.AXES]) if config.vision.has_map_head else ([], [])
     if config.text.projection_bias:
         names += _PROJECTION
@@ -53,7 +53,7 @@ def _decoder_names(config: CLIPConfig) -> Rules:
     blocks = config.decoder.cross_every if isinstance(config.decoder, MaMMUTConfig) else 1
     is_fused = typing.cast(ViTConfig, config.vision).width == config.embed_dim
     return [
-        # The attentional pool's projections are one tensor if all widths are the same.
+        # If all widths are the same, the attentional pool's projections are one tensor.
         *([] if is_fused else _POOL),
         (r"^text/class_embedding", "text/cls_emb"),
         (r"^decoder/image_projection", "map_viz2txt_kv"),
@@ -71,7 +71,7 @@ _POOL: Rules = (
 
 
 def find_weights(folder: Path) -> Path:
-    """Choose the file of weights in a folder as open_clip does."""
+    """Return the weights file of a folder that open_clip would load."""
     for name in WEIGHTS_NAMES:
         for path in (folder / name, folder / f"{name}.index.json"):
             if path.exists():
@@ -80,8 +80,8 @@ def find_weights(folder: Path) -> Path:
     if len(others) != 1:
         names = ", ".join(path.name for path in others[:5])
         raise InputError(
-            f"{folder} holds {len(others)} files of weights ({names or 'none'}); a model's folder "
-            f"has exactly one (.safetensors, .bin or .pt), or one called {WEIGHTS_NAME}."
+            f"{folder} has {len(others)} files of weights ({names or 'none'}); a model folder "
+            f"needs exactly one (.safetensors, .bin or .pt), or one called {WEIGHTS_NAME}."
         )
     return others[0]
 
@@ -93,13 +93,13 @@ def read(
     *,
     activation: Activation | None = None,
 ) -> Weights:
-    """Read a state dict, with its configuration or, without one, told what no tensor shows."""
+    """Read a state dict with its configuration; without one, `activation` is needed."""
     tensors = _unwrapped(tensors)
     if config_path is None:
         if decoder := [n for n in tensors if n.startswith(("text_decoder.", "text.cross_attn."))]:
             raise InputError(
-                f"{source} has a caption decoder ({decoder[0]}), of which tensors alone do not say "
-                f"enough: put its {CONFIG_NAME} beside it."
+                f"{source} has a caption decoder ({decoder[0]}), which tensors alone do not "
+                f"describe; put its {CONFIG_NAME} beside it."
             )
         tensors = _flat_names(tensors)
         return openai.read(tensors, source, activation=activation)
@@ -108,10 +108,10 @@ def read(
     if config.decoder is None:
         weights = _flat_names(weights)
     else:
-        advice = "its decoders have the usual ones."
+        advice = "only these settings are supported."
         like = Weights(config=config, params={})
         check_assumptions(like, f"{config_path}: open_clip", _DECODERS_TEXT, advice)
-    for name in ("logit_scale", "logit_bias"):  # one number, of shape [] or [1]
+    for name in ("logit_scale", "logit_bias"):  # one value, of shape [] or [1]
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
     params = to_params(rows(config), weights, config, source)
@@ -119,7 +119,7 @@ def read(
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
-    """Take away what training wraps names in."""
+    """Remove the prefixes that training wrappers add to names."""
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
@@ -127,7 +127,7 @@ def _unwrapped(tensors: Tensors) -> Tensors:
 
 
 def _flat_names(tensors: Tensors) -> Tensors:
-    """Take away the `text.` of open_clip's custom towers."""
+    """Remove the prefix `text.` of open_clip's custom towers."""
     return {name.removeprefix("text."): x for name, x in tensors.items()}
 
 
@@ -156,7 +156,7 @@ _DECODERS_TEXT: Assumptions = {
 
 
 def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
-    """Return what open_clip's layout assumes of a model with a decoder."""
+    """Return the settings that open_clip assumes of a model with a decoder."""
     is_coca = isinstance(decoder, CoCaConfig)
     return {
         "decoder.mlp_ratio": 4.0,
@@ -171,16 +171,16 @@ def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
 
 
 _REASONS = {
-    "vision.activation": "QuickGELU is of both towers or of none",
-    "text.correct_class_mask": "open_clip computes the other mask",
-    # Another of CLIP's is written as Hugging Face's, which can only pad with end of text.
-    "text.clip_vocab_size": "a smaller one's padding with id 0, which text.causal=False and "
-    "text.pool='last' see, cannot be written",
+    "vision.activation": "both towers have QuickGELU or neither",
+    "text.correct_class_mask": "open_clip has only the other mask",
+    # Other sizes are written as Hugging Face's tokenizer, which can only pad with end of text.
+    "text.clip_vocab_size": "a smaller vocabulary's padding with id 0, which matters with "
+    "text.causal=False and text.pool='last', cannot be written",
 }
 
 
 def as_computed(weights: Weights) -> Weights:
-    """Return the model as open_clip will compute it: with the activation a timm name fixes.
+    """Return the model as open_clip will compute it, with the activation of its timm name.
 
     Raises InputError if timm has no tower of these sizes.
     """
@@ -192,8 +192,7 @@ def as_computed(weights: Weights) -> Weights:
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the state dict under open_clip's names. Raises InputError if it cannot be
-    expressed."""
+    """Return the state dict under open_clip's names. Raises InputError if it has no such model."""
     assumptions = _assumptions(weights.config)
     check_assumptions(
         weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
@@ -202,12 +201,12 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     if ours != theirs:
         raise InputError(
             f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
-            f"fixes it, and this model has {ours}. Say --accept-activation to write it all the "
-            "same, as open_clip's released folders are; the difference is then measured. Or "
-            "choose --to hugging-face or clip-jax."
+            f"fixes it, and this model has {ours}. Use --accept-activation to write it "
+            "nevertheless, as in open_clip's released folders, and measure the difference, or use "
+            "--to hugging-face or clip-jax."
         )
     tensors = from_params(rows(weights.config), weights.params)
-    if weights.config.vision.has_map_head:  # open_clip's class with a text tower of its own
+    if weights.config.vision.has_map_head:  # open_clip's class has its text tower below `text.`
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}
     return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)
@@ -227,7 +226,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     if isinstance(weights.config.decoder, MaMMUTConfig):
-        message = "MaMMUT is in LAION's fork of open_clip alone, which is in no package"
+        message = "only LAION's fork of open_clip has MaMMUT, and no package has the fork"
         raise verify.Unverifiable(message)
     with verify.library("open_clip", "open_clip_torch"):
         import open_clip

@@ -1,4 +1,4 @@
-"""`open_clip_config.json`: what it says of a model, and what of a model it says."""
+"""Read and write `open_clip_config.json`."""
 
 import typing
 from dataclasses import replace
@@ -28,7 +28,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "open_clip_config.json"
-_LOCAL = "local"  # open_clip takes the tokenizer files beside the weights, whatever the name
+_LOCAL = "local"  # a name: open_clip loads the tokenizer files beside the weights
 _IMAGE: Table = {
     "width": ("width", 768), "head_width": ("head_width", 64), "patch_size": ("patch_size", 16),
     "mlp_ratio": ("mlp_ratio", 4.0),
@@ -48,12 +48,12 @@ _PIXELS = {  # of preprocess_cfg → fields of Preprocess
     "fill_color": "fill",
 }  # fmt: skip
 _POOLS: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
-# Settings of multimodal_cfg that open_clip does not read.
+# Settings of multimodal_cfg that open_clip ignores.
 _UNREAD = {
     "context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads",
     "output_tokens",
 }  # fmt: skip
-# Settings that change no number of a finished model.
+# Settings without effect on a trained model.
 _INERT = {
     "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_drop",
     "timm_drop_path", "timm_model_pretrained", "timm_proj_bias",
@@ -82,11 +82,11 @@ def _epsilon(section: Settings) -> float:
 
 
 def _timm_tower(section: Settings, name: str) -> ViTConfig:
-    """Read a tower of timm's, whose name says all: also the activation."""
+    """Read a tower of timm, whose name defines it, including the activation."""
     if name not in timm.TOWERS:
         raise InputError(
-            f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; of timm's "
-            f"there are {', '.join(timm.TOWERS)}."
+            f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; use one "
+            f"of {', '.join(timm.TOWERS)}."
         )
     tower = timm.TOWERS[name]
     pool = section.get("timm_pool", "avg", str)
@@ -95,7 +95,7 @@ def _timm_tower(section: Settings, name: str) -> ViTConfig:
     if (pool, projection, size) != ("map", "none", tower.image_size):
         raise InputError(
             f"{section.where}: timm_pool={pool!r:.99}, timm_proj={projection!r:.99}, "
-            f"image_size={size} of a {name} is not supported: SigLIP's are 'map', 'none', "
+            f"image_size={size} of a {name} is not supported: SigLIP needs 'map', 'none', "
             f"{tower.image_size}."
         )
     return tower
@@ -110,14 +110,16 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     size = section.get("image_size", 224, object)
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
-            raise InputError(f"{section.where}.image_size={size!r:.99}: images must be square.")
+            raise InputError(
+                f"{section.where}.image_size={size!r:.99} is not supported: it must be square."
+            )
         size = size[0]
     image_size = count_of(size, f"{section.where}.image_size")
     if isinstance(layers, list):
         section.used |= {"patch_size", "mlp_ratio"}
         if len(layers) != 4 or any(type(x) is not int or not 1 <= x <= 200 for x in layers):
             raise InputError(
-                f"{section.where}.layers={layers!r:.99}: a ResNet has four stages of 1 to 200 "
+                f"{section.where}.layers={layers!r:.99}: a ResNet needs four stages of 1 to 200 "
                 "blocks."
             )
         stages = typing.cast(tuple[int, int, int, int], tuple(layers))
@@ -129,8 +131,8 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     queries = section.get("attentional_pool", False, object)
     if queries not in (False, True):
         raise InputError(
-            f"{section.where}.attentional_pool={queries!r:.99} is not supported: open_clip calls "
-            "it untested; true and false are."
+            f"{section.where}.attentional_pool={queries!r:.99} is not supported, since open_clip "
+            "calls it untested; use true or false."
         )
     if pool not in _POOLS or (pool != "tok" and (queries or not ln_after)):
         raise InputError(
@@ -156,8 +158,8 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
 def _text(section: Settings, quick_gelu: bool) -> TextConfig:
     if tower := section.get("hf_model_name", None, str):
         raise InputError(
-            f"{section.where}.hf_model_name={tower!r:.99} is not supported: a text tower "
-            "of Hugging Face's (as of coca_roberta-ViT-B-32, or xlm-roberta's CLIP)."
+            f"{section.where}.hf_model_name={tower!r:.99} is not supported: it is a text "
+            "tower of Hugging Face (as of coca_roberta-ViT-B-32, or xlm-roberta's CLIP)."
         )
     pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
     pool = section.get("pool_type", "argmax", str)
@@ -184,19 +186,19 @@ def _text(section: Settings, quick_gelu: bool) -> TextConfig:
 
 
 def _coca(section: Settings, text: TextConfig) -> CoCaConfig:
-    """Read `multimodal_cfg`. Raises InputError if its decoder does not fit the text tower."""
+    """Read `multimodal_cfg`. Raises InputError if the decoder does not fit the text tower."""
     section.used |= _UNREAD
     width = section.count("width", 512)
     if width != text.width:
         raise InputError(
-            f"{section.where}.width={width} is not text_cfg.width={text.width}, whose states it "
-            "takes."
+            f"{section.where}.width={width} must equal text_cfg.width={text.width}, since the "
+            "decoder takes those states."
         )
     return CoCaConfig(**section.fields(_COCA))
 
 
 def _mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUTConfig]:
-    """Read what `text_cfg` says of MaMMUT's one tower for both."""
+    """Read the text tower and the decoder of MaMMUT from `text_cfg`."""
     decoder = MaMMUTConfig(
         cross_every=section.count("cross_attn_ratio", 1),
         first_mlp=section.get("has_mlp", True, bool),
@@ -204,7 +206,7 @@ def _mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUTConf
     return replace(text, causal=False, pool="mean", projection=False), decoder
 
 
-# open_clip's names of the cleaning that it does itself, before any tokenizer of transformers.
+# open_clip's names of its cleaning, which precedes any tokenizer of transformers.
 _CLEANING: dict[str, Cleaning] = {
     "lower": "clip", "whitespace": "whitespace", "canonicalize": "canonicalize",
 }  # fmt: skip
@@ -216,7 +218,7 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
     where = f"{section.where}.tokenizer_kwargs.clean"
     cleaning = options.get("clean", "whitespace" if name else "lower")
     if not isinstance(cleaning, str) or cleaning not in _CLEANING:
-        raise InputError(f"{where} is {cleaning!r:.99}; known are {', '.join(_CLEANING)}.")
+        raise InputError(f"{where} is {cleaning!r:.99}; it must be one of {', '.join(_CLEANING)}.")
     clean = _CLEANING[cleaning]
     section.used |= {"tokenizer_mode"}
     strip = options.get("strip_sep_token", False)
@@ -225,7 +227,7 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
     if not name:
         return TokenizerConfig(clean=clean)
     absent = tokenizer_files.missing(text, clean)
-    if strip:  # of CLIPA, whose vocabulary is BERT's
+    if strip:  # CLIPA, with BERT's vocabulary
         absent = replace(absent, begin_id=101, end_id=0, pad_id=0)
     tokenizer = tokenizer_files.read(folder, text, absent)
     if tokenizer is absent:
@@ -236,7 +238,7 @@ def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerCo
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
-    """Read `open_clip_config.json`. InputError names a setting that we do not have."""
+    """Read the file. Raises InputError, which names an unsupported setting."""
     content = read_json(path)
     with naming(path):
         return _read_config(content, path)
@@ -262,7 +264,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         raise InputError(
             f"{text.where}.embed_cls={has_class_token} is not supported "
             f"{'without' if has_class_token else 'with'} multimodal_cfg: a text tower has a class "
-            "token if a CoCa decoder stands on it."
+            "token if and only if there is a CoCa decoder."
         )
     tokenizer = _tokenizer(text, text_config, path.parent)
     pad = text.get("pad_id", 0, int)  # without a class token it has no effect
@@ -271,7 +273,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
     if has_class_token and pad != tokenizer.pad_id:
         raise InputError(
             f"{text.where}.pad_id={pad} is not supported: the class token does not attend to "
-            f"padding, so that it must be the tokenizer's padding id, {tokenizer.pad_id}."
+            f"padding, so it must be the tokenizer's padding id, {tokenizer.pad_id}."
         )
     image = _vision(vision, quick_gelu)
     if image.pool == "queries" and not isinstance(decoder, CoCaConfig):
@@ -280,7 +282,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         )
     values = {ours: pixels.get(name, None, object) for name, ours in _PIXELS.items()}
     values = {name: value for name, value in values.items() if value is not None}
-    if values.get("interpolation") == "random":  # in training; open_clip evaluates with bicubic
+    if values.get("interpolation") == "random":  # for training; open_clip evaluates with bicubic
         values["interpolation"] = "bicubic"
     preprocess = from_dict(Preprocess, {**values, "image_size": image.image_size}, pixels.where)
     config = CLIPConfig(
@@ -301,7 +303,7 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
 
 
 def preprocess_cfg(preprocess: Preprocess) -> dict[str, Any]:
-    """Return what open_clip's configuration says of pixels."""
+    """Return the settings of preprocessing in open_clip's configuration."""
     values = to_dict(preprocess)
     return {"size": preprocess.image_size} | {
         name: values[ours] for name, ours in _PIXELS.items() if values[ours] != 0
@@ -309,20 +311,20 @@ def preprocess_cfg(preprocess: Preprocess) -> dict[str, Any]:
 
 
 def is_open_clips_own(text: TextConfig) -> bool:
-    """Say whether a tokenizer is the one that open_clip has inside."""
+    """Return whether a tokenizer is open_clip's built-in one."""
     tokenizer = text.tokenizer
     is_full = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
     return is_full and tokenizer.clean in _CLEANING.values()
 
 
 def write_tokenizer(folder: Path, text: TextConfig) -> None:
-    """Write the files of a tokenizer that open_clip does not have inside."""
+    """Write the files of a tokenizer that is not built into open_clip."""
     if not is_open_clips_own(text):
         tokenizer_files.write(folder, text, text.tokenizer.clean in _CLEANING.values())
 
 
 def model_cfg(weights: Weights) -> dict[str, Any]:
-    """Return what open_clip's configuration says of a model."""
+    """Return the settings of a model in open_clip's configuration."""
     config, text = weights.config, weights.config.text
     top: dict[str, Any] = {"embed_dim": config.embed_dim}
     if text.activation == "quick_gelu":
@@ -334,7 +336,7 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
         top["custom_text"] = True
     if config.decoder is not None:
         image["output_tokens"] = words["output_tokens"] = True
-        for name in ("no_causal_mask", "pool_type", "proj_type"):  # the kind of decoder says them
+        for name in ("no_causal_mask", "pool_type", "proj_type"):  # implied by the kind of decoder
             words.pop(name, None)
     if isinstance(config.decoder, MaMMUTConfig):
         words |= {
@@ -377,7 +379,7 @@ def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
 
 
 def text_cfg(text: TextConfig) -> dict[str, Any]:
-    """Return what open_clip's configuration says of the text tower and its tokenizer."""
+    """Return the settings of text tower and tokenizer in open_clip's configuration."""
     content: dict[str, Any] = {**by_table(_TEXT, text), **_options(text)}
     options = {
         "no_causal_mask": None if text.causal else True,

@@ -1,4 +1,4 @@
-"""OpenAI's format: the released TorchScript archives, and the same names as a plain state dict."""
+"""OpenAI's format: released TorchScript archives, and plain state dicts of the same names."""
 
 import importlib.util
 import re
@@ -35,13 +35,13 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 
-# Buffers of OpenAI's archives that repeat what shapes say.
+# Buffers of OpenAI's archives that repeat sizes.
 SIZES = ("input_resolution", "context_length", "vocab_size")
-COUNTER = "num_batches_tracked"  # BatchNorm's; counts updates and is read by nothing
-MASK = "attn_mask"  # the text tower's, which tracing puts into an archive; causal, as we compute it
+COUNTER = "num_batches_tracked"  # BatchNorm's count of updates; unused
+MASK = "attn_mask"  # the text tower's causal mask, which tracing saves
 
 
-NAMES: Rules = (  # those that open_clip shares, whose decoders keep `text.`
+NAMES: Rules = (  # shared with open_clip, whose decoders keep `text.`
     (r"^batch_stats/(.*)/", r"\1/running_"),
     (r"resblocks/", "resblocks/{}/"),
     *TORCH_NAMES,
@@ -50,16 +50,16 @@ FLAT_TEXT = (r"^text/", "")
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    """The whole table."""
+    """Return the table of parameters."""
     return table(config, [FLAT_TEXT, *NAMES])
 
 
 def infer(tensors: Tensors, source: str, *, activation: Activation | None = None) -> CLIPConfig:
-    """Read the architecture off the tensors.
+    """Infer the architecture from the tensors.
 
-    No tensor shows the activation and the number of heads. OpenAI's files are known by their
-    buffers: QuickGELU and 64 channels a head. Elsewhere the published model of these sizes tells
-    the heads; the activation has to be given. InputError asks for it.
+    Tensors do not show the activation and the number of heads. OpenAI's files, recognised by their
+    buffers, have QuickGELU and 64 channels per head. Other files have the heads of the published
+    model of these sizes, and need `activation`; without it InputError asks for it.
     """
     openai = all(name in tensors for name in SIZES)
     is_resnet = any(name.startswith("visual.layer1.") for name in tensors)
@@ -84,7 +84,7 @@ def infer(tensors: Tensors, source: str, *, activation: Activation | None = None
             raise InputError(
                 f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
                 "and those called -quickgelu) or GELU (most of open_clip's), and the wrong one "
-                "costs accuracy without an error. Say --activation quick_gelu or gelu."
+                "costs accuracy without an error. Set --activation to quick_gelu or gelu."
             )
         text = replace(text, num_heads=known.text.num_heads)
         vision = replace(vision, num_heads=known.vision.num_heads)
@@ -94,7 +94,7 @@ def infer(tensors: Tensors, source: str, *, activation: Activation | None = None
 
 
 def _heads(width: int) -> int:
-    """OpenAI's rule: 64 channels a head (a placeholder where it does not divide)."""
+    """Return the heads by OpenAI's rule: 64 channels per head (a placeholder if not divisible)."""
     return width // 64 if width % 64 == 0 else 1
 
 
@@ -129,7 +129,7 @@ def _infer_resnet(tensors: Tensors, source: str) -> ResNetConfig:
 
 
 def without_bookkeeping(tensors: Tensors) -> Tensors:
-    """Drop what is no weight: repeated sizes, BatchNorm's counters, masks."""
+    """Remove what is not a weight: repeated sizes, BatchNorm's counters, masks."""
     return {
         name: x
         for name, x in tensors.items()
@@ -138,17 +138,17 @@ def without_bookkeeping(tensors: Tensors) -> Tensors:
 
 
 def read(tensors: Tensors, source: str, *, activation: Activation | None = None) -> Weights:
-    """Read a state dict under OpenAI's names; see `infer` for what has to be told."""
+    """Read a state dict under OpenAI's names; see `infer` for `activation`."""
     config = infer(tensors, source, activation=activation)
     params = to_params(rows(config), without_bookkeeping(tensors), config, source)
     return Weights(config=config, params=params, preprocess=default_preprocess(config))
 
 
 def _assumptions(config: CLIPConfig) -> Assumptions:
-    """Return what `clip.load` builds: the released models' values, whatever the file holds."""
+    """Return the settings of the model that `clip.load` builds, whatever the file has."""
     vision = config.vision
     size = vision.image_size
-    if isinstance(vision, ViTConfig):  # whole patches
+    if isinstance(vision, ViTConfig):  # full patches only
         size -= size % vision.patch_size
     return {
         "decoder": None,
@@ -185,9 +185,9 @@ _KEPT_FLOAT32 = re.compile(
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under OpenAI's names, with the buffers of the released files.
 
-    `dtype` "float16" halves what OpenAI's files have halved: matrices, convolutions and their
-    biases, not norms and embeddings. None keeps every array's own. Raises InputError if the model
-    cannot be expressed.
+    With `dtype` "float16", the same tensors are float16 as in OpenAI's files: matrices,
+    convolutions and their biases, not norms and embeddings. None keeps each array's dtype. Raises
+    InputError if the format cannot express the model.
     """
     config = weights.config
     advice = "choose --to open-clip or clip-jax."
@@ -214,16 +214,16 @@ def counters(tensors: Tensors) -> Tensors:
 def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     """Write the archive that `clip.load` of openai-clip reads.
 
-    The archive holds the weights and no program: `clip.load(path)` builds its own model from them,
-    `clip.load(path, jit=True)` has nothing to run. The one place that needs torch.
+    The archive has weights and no program: `clip.load(path)` builds its own model from them, but
+    `clip.load(path, jit=True)` has nothing to run. This is the only function that needs torch.
     """
     tensors = to_tensors(weights, dtype)
     try:
         import torch
     except ImportError as error:
         raise InputError(
-            "writing OpenAI's .pt needs PyTorch: pip install torch, or choose --to open-clip or "
-            "hugging-face, which do not."
+            "writing OpenAI's .pt needs PyTorch: pip install torch, or use --to open-clip or "
+            "hugging-face, which do not need it."
         ) from error
 
     root = torch.nn.Module()
@@ -241,13 +241,13 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
             module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
         else:
             module.register_buffer(last, tensor)
-    with warnings.catch_warnings():  # TorchScript is deprecated, and what clip.load reads
+    with warnings.catch_warnings():  # TorchScript is deprecated, but needed by clip.load
         warnings.simplefilter("ignore")
         torch.jit.script(root).save(str(path))
 
 
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
-    """Return what openai-clip computes with: it rounds matrices to float16, whatever `dtype`."""
+    """Return the parameters in openai-clip, which always rounds matrices to float16."""
     tensors = without_bookkeeping(to_tensors(weights, "float16"))
     return to_params(rows(weights.config), tensors, weights.config, "rounded weights")
 
@@ -255,7 +255,7 @@ def _rounded(weights: Weights, dtype: DType | None) -> Params:
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("clip", "openai-clip"):
         if "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources"):
-            # openai-clip 1.0.1 takes `packaging` from it; new setuptools no longer has it.
+            # openai-clip 1.0.1 imports `packaging` from it; recent setuptools do not have it.
             import packaging.version
 
             stub: Any = types.ModuleType("pkg_resources")

@@ -1,4 +1,4 @@
-"""A run's work directory as a model: one checkpoint's weights and its configuration."""
+"""Read a model from a run directory: configuration, and the weights of a checkpoint."""
 
 from dataclasses import replace
 
@@ -16,12 +16,12 @@ from clip_jax.storage.files import AnyPath
 
 
 def is_run(path: AnyPath) -> bool:
-    """Say whether a directory is a run's."""
+    """Return whether a path is a run directory."""
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
 def read(workdir: AnyPath, which: str = "") -> Weights:
-    """Read a checkpoint's weights, the newest's or `which`; the optimizer's state is left there."""
+    """Read the weights, not the optimizer state, of the newest checkpoint or of `which`."""
     config = read_config(workdir)
     params = restore_params(workdir, named_step(workdir, which), CLIP(config))
     return Weights(
@@ -31,12 +31,12 @@ def read(workdir: AnyPath, which: str = "") -> Weights:
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:
-    """Read the architecture of a run's model, with its vocabulary."""
+    """Read the architecture of a run's model, with the path of its vocabulary."""
     content = read_run_config(workdir)
     config = from_dict(CLIPConfig, content.get("model"), f"{workdir / 'config.json'}: model")
-    for name in vocabulary.NAMES:  # a copy, so that the run is whole without the file it came from
+    for name in vocabulary.NAMES:  # the run's copy, since the original file may be gone
         if (workdir / name).is_file():
             config = with_vocabulary(config, str(workdir / name))
-    # How it was trained is no part of the finished model, and no other format keeps it.
+    # Settings of training are not part of the model, and no other format has them.
     rest = {name: getattr(CLIPConfig, name) for name in ("dtype", "remat", "unroll", "attention")}
     return replace(config, **rest)

@@ -1,4 +1,4 @@
-"""Foreign JSON files and their values, checked where they are read, so that messages name them."""
+"""Read JSON files of other libraries, with checks whose messages name file and setting."""
 
 import json
 from collections.abc import Generator, Iterable, Mapping
@@ -10,12 +10,12 @@ from clip_jax.convert.archives import map_file
 from clip_jax.errors import InputError
 
 MAX_JSON = 16 << 20  # bytes
-_LARGEST = 1 << 22  # of a size
-_FINITE = 1e6  # of any other number
+_LARGEST = 1 << 22  # largest size
+_FINITE = 1e6  # largest other number
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. InputError names the file and what is wrong."""
+    """Read a JSON object. Raises InputError, which names the file."""
     data = map_file(path)
     if len(data) > MAX_JSON:
         raise InputError(f"{path} has {len(data)} bytes; no configuration is that long.")
@@ -24,36 +24,33 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}; an object is needed.")
+        raise InputError(f"{path} holds a {type(value).__name__}; it must be an object.")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object so that people can read it."""
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def count_of(value: Any, where: str) -> int:
-    """Return a size that a foreign configuration gives. Raises InputError unless it is a sensible
-    one."""
+    """Return a size of another library's configuration. Raises InputError for an unlikely one."""
     if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise InputError(
-            f"{where} is {value!r:.99}; a whole number from 1 to {_LARGEST} is needed."
-        )
+        raise InputError(f"{where} is {value!r:.99}; it must be an integer from 1 to {_LARGEST}.")
     return value
 
 
 def number_of(value: Any, where: str, positive: bool = False) -> float:
-    """Return a finite number, above 0 if it has to be. InputError names where it stands."""
+    """Return a finite number, above 0 if `positive`. Raises InputError, which names `where`."""
     if type(value) not in (int, float) or not (0 if positive else -_FINITE) < value < _FINITE:
         least = " above 0" if positive else ""
-        raise InputError(f"{where} is {value!r:.99}; a finite number{least} is needed.")
+        raise InputError(f"{where} is {value!r:.99}; it must be a finite number{least}.")
     return float(value)
 
 
 @contextmanager
 def naming(path: Path | str) -> Generator[None]:
-    """Put the file's name before a message about a value of it that does not have it."""
+    """Prefix messages of InputError with the file's name if they lack it."""
     try:
         yield
     except InputError as error:
@@ -66,26 +63,26 @@ Table = Mapping[str, tuple[str, int | float]]  # their setting → our field, th
 
 
 def by_table(table: Table, config: Any) -> dict[str, Any]:
-    """Return the settings of a configuration of ours; undoes `Settings.fields`."""
+    """Return their settings for our configuration; inverse of `Settings.fields`."""
     return {name: getattr(config, ours) for name, (ours, _) in table.items()}
 
 
 class Settings:
-    """One section of the JSON; it remembers which of its values were read."""
+    """A section of the JSON, which records the settings that were read."""
 
     def __init__(self, values: Any, where: str, inert: Iterable[str] = ()) -> None:
         if not isinstance(values, dict):
-            raise InputError(f"{where} is {values!r:.99}; an object is needed.")
+            raise InputError(f"{where} is {values!r:.99}; it must be an object.")
         self.values, self.where, self.used = values, where, set(inert)
 
     def get(self, name: str, default: Any, kind: type) -> Any:
-        """Return a value of the wanted type: `object` for any."""
+        """Return a value of type `kind`; `object` is any type."""
         self.used.add(name)
         value = self.values.get(name)
         if value is None:
             return default
         if not isinstance(value, kind):
-            raise InputError(f"{self.where}.{name} is {value!r:.99}, of the wrong type.")
+            raise InputError(f"{self.where}.{name} is {value!r:.99}, which has the wrong type.")
         return value
 
     def count(self, name: str, default: int) -> int:
@@ -95,12 +92,12 @@ class Settings:
         return number_of(self.get(name, default, object), f"{self.where}.{name}", positive=True)
 
     def fields(self, table: Table) -> dict[str, Any]:
-        """Read the fields of a configuration of ours."""
+        """Return the fields of our configuration for these settings."""
         read: dict[type, Any] = {int: self.count, float: self.number}
         return {ours: read[type(default)](name, default) for name, (ours, default) in table.items()}
 
     def finish(self) -> None:
-        """Raise InputError for a setting that nothing has read and that is not off."""
+        """Raise InputError for a setting that was not read and is not off."""
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", {}, []):
                 raise InputError(f"{self.where}.{name}={value!r:.99} is not supported by clip_jax.")

@@ -1,7 +1,7 @@
-"""A conversion is a table: our path, their tensors' names, and how the axes move.
+"""Convert parameters by a table of our paths, their tensors' names, and the order of axes.
 
-A format has two lists of rules from which the table of any architecture follows: what becomes of
-our paths, and where axes move.
+A format has two lists of rules that generate the table of any architecture: for the names, and for
+the axes.
 """
 
 import functools
@@ -17,12 +17,12 @@ from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig, Params, parameters
 
-_SHOWN = 10  # tensors that an error lists
+_SHOWN = 10  # most tensors that an error lists
 
 Shape = tuple[int, ...]
-Rules = Sequence[tuple[str, str]]  # a regular expression, and what becomes of it
+Rules = Sequence[tuple[str, str]]  # a regular expression and its replacement
 
-# The last of the rules of PyTorch's names, and how its axes move. S counts query, key and value.
+# The last rules for PyTorch's names, and those for its axes; S is query, key and value.
 TORCH_NAMES: Rules = (
     (r"token_embedding$", "token_embedding/weight"),
     (r"/(kernel|scale)$", "/weight"),
@@ -44,13 +44,13 @@ _SEVERAL = re.compile(r"\[(.*)\]")
 
 
 class Row(NamedTuple):
-    """One parameter of ours and what it is called elsewhere.
+    """One of our parameters and its names in another format.
 
-    `.q` and `.kv` at a name's end are parts of one tensor of theirs.
+    Names that end with `.q` and `.kv` are parts of one tensor of theirs.
 
-    `{}` in a name stands for the number of a block, our leading axis; `{1:2}` for the blocks 1, 3,
-    5, …. Several names are stacked on a first axis before `axes` applies. `axes` reads "theirs ->
-    ours", 1 for an axis of theirs alone; empty: nothing moves.
+    `{}` in a name is the number of a block, our leading axis; `{1:2}` is the blocks 1, 3, 5, ….
+    Several names are stacked on a first axis before `axes` applies. `axes` is "theirs -> ours", 1
+    for an axis that only they have; empty: the same order.
     """
 
     ours: str
@@ -62,7 +62,7 @@ class Row(NamedTuple):
         return _BLOCK.search(self.names[0]) is not None
 
     def names_of(self, block: int) -> list[str]:
-        """Return the names that one block of ours has elsewhere."""
+        """Return their names for one of our blocks."""
 
         def number(match: re.Match[str]) -> str:
             return str(int(match[1] or 0) + int(match[2] or 1) * block)
@@ -74,11 +74,11 @@ class Row(NamedTuple):
         return [side.strip() for side in self.axes.split("->")]
 
     def sizes(self, shape: Shape) -> dict[str, int]:
-        """Return the size of every axis, given the shape of one block of ours."""
+        """Return the size of every axis, given the shape of one of our blocks."""
         return dict(zip(self.sides[1].split(), shape, strict=True)) if self.axes else {}
 
     def their_shape(self, shape: Shape) -> Shape:
-        """Return the shape of each of their tensors, given that of one block of ours."""
+        """Return the shape of each of their tensors, given that of one of our blocks."""
         if not self.axes:
             return shape
         sizes = {"1": 1, **self.sizes(shape)}
@@ -99,8 +99,8 @@ class Row(NamedTuple):
 def table(config: CLIPConfig, names: Rules, axes: Rules = TORCH_AXES) -> list[Row]:
     """Return a row for each parameter of an architecture.
 
-    Our path becomes their name by all of `names`, one after another; `[q,k]` in it means several
-    tensors. The first of `axes` that is found in our path says how axes move.
+    All rules of `names`, in order, turn our path into their name; `[q,k]` in it means several
+    tensors. The first rule of `axes` that matches our path gives the order of axes.
     """
     rows = []
     for path in param_shapes(config):
@@ -131,7 +131,7 @@ def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
-    """Undo `flatten`."""
+    """Return nested dicts: the inverse of `flatten`."""
     params: Params = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
@@ -140,16 +140,16 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 
 def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
-    """Turn their tensors into our nested dict, in the dtypes they have.
+    """Turn their tensors into our nested dict, in their dtypes.
 
     Raises InputError, which lists missing, surplus and misshapen tensors with both shapes.
     """
     shapes = param_shapes(config)
     deepest = max((shapes[row.ours][0] for row in rows if row.is_stack), default=0)
-    if deepest > len(tensors):  # before a name is made for each
+    if deepest > len(tensors):  # before creating so many names
         raise InputError(
-            f"{source} does not fit the architecture: its configuration says {deepest} blocks, it "
-            f"has {len(tensors)} tensors."
+            f"{source} does not fit the architecture: its configuration has {deepest} blocks, "
+            f"but it has {len(tensors)} tensors; correct one of them."
         )
     expected = _their_shapes(rows, shapes)
     tensors = _with_queries(tensors, expected)
@@ -166,7 +166,7 @@ def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source:
 
 
 def from_params(rows: Iterable[Row], params: Params) -> Tensors:
-    """Turn our nested dict into their tensors, in the dtypes it has."""
+    """Turn our nested dict into their tensors, in our dtypes."""
     flat = flatten(params)
     tensors: Tensors = {}
     for row in rows:
@@ -181,7 +181,7 @@ def from_params(rows: Iterable[Row], params: Params) -> Tensors:
 
 
 def _with_queries(tensors: Tensors, expected: Collection[str]) -> Tensors:
-    """Split tensors of query, key and value that are expected as `.q` and `.kv`."""
+    """Split fused tensors of query, key and value that are expected as `.q` and `.kv`."""
     separate: Tensors = {}
     for name, x in tensors.items():
         if f"{name}.q" in expected and x.ndim and len(x) % 3 == 0:

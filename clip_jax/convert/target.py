@@ -1,6 +1,6 @@
-"""What `convert --to` has to know of a format: how it is written, what it assumes, who checks it.
+"""Interface of a format of `convert --to`: writing, assumptions, reference implementation.
 
-A format that is written has a module with a `TARGET`, and a row in `formats.TARGETS`.
+Each such format has a module with a `TARGET`, and an entry in `formats.TARGETS`.
 """
 
 import operator
@@ -16,8 +16,8 @@ from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
 
-# Field or property of the configuration → the value that the format has, or a tuple of values; a
-# class stands for any of its objects. What a tower does not have is not compared.
+# Field or property of the configuration → the value that the format supports, or a tuple of them; a
+# class matches any of its objects. Fields that a tower does not have are skipped.
 Assumptions = dict[str, Any]
 
 
@@ -28,13 +28,13 @@ def check_assumptions(
     advice: str,
     reasons: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise InputError, which lists what a format called `name` cannot express.
+    """Raise InputError, which lists what a format called `name` cannot express, if anything.
 
-    Fields are `CLIPConfig`'s, or below `preprocess.`; `reasons` are added to the message.
+    Fields are those of `CLIPConfig`, or below `preprocess.`; `reasons` are added to the message.
     """
     problems: dict[str, str] = {}
     for field, expected in assumptions.items():
-        if field.partition(".")[0] in problems:  # another kind of tower: its fields say no more
+        if field.partition(".")[0] in problems:  # another kind of tower: skip its fields
             continue
         root = weights if field.startswith("preprocess.") else weights.config
         try:
@@ -58,7 +58,7 @@ def _shown(value: Any) -> str:
 
 
 def assumed(prefix: str, value: Any, *but: str) -> dict[str, Any]:
-    """Return assumptions that a dataclass's fields, other than `but`, are those of `value`.
+    """Return assumptions that the fields of a dataclass, except `but`, equal those of `value`.
 
     A tuple, such as an image mean, is one value.
     """
@@ -68,7 +68,7 @@ def assumed(prefix: str, value: Any, *but: str) -> dict[str, Any]:
 
 
 def fixed(assumptions: Assumptions, prefix: str) -> dict[str, Any]:
-    """Return the keyword arguments of a tower's configuration that a format assumes."""
+    """Return the fields of a tower's configuration that a format fixes."""
     return {
         name.removeprefix(f"{prefix}."): value
         for name, value in assumptions.items()
@@ -77,7 +77,7 @@ def fixed(assumptions: Assumptions, prefix: str) -> dict[str, Any]:
 
 
 def rounded(weights: Weights, dtype: DType | None) -> Params:
-    """Return a model's parameters as a file of `dtype` holds them."""
+    """Return a model's parameters as stored in a file of `dtype`."""
     if dtype in (None, "float32"):
         return weights.params
     return jax.tree.map(lambda x: cast(x, dtype), weights.params)
@@ -87,13 +87,12 @@ def rounded(weights: Weights, dtype: DType | None) -> Params:
 class Target:
     """A format that `convert --to` writes."""
 
-    write: Callable[..., None]  # of weights and a path; `dtype=None` keeps every array's own
-    reference: str  # the library that --verify compares with
-    outputs: Callable[[Weights, Path, Inputs], Outputs]  # its numbers, of what is at a path
-    rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it computes with
-    # Returns the model as the library will compute it, where its format does not have the model's
-    # activation.
+    write: Callable[..., None]  # of weights and a path; `dtype=None` keeps each array's
+    reference: str  # reference implementation for --verify
+    outputs: Callable[[Weights, Path, Inputs], Outputs]  # its outputs for the model at a path
+    rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it uses
+    # Returns the model as the library will compute it, if the format cannot express its activation.
     as_computed: Callable[[Weights], Weights] | None = None
-    # Of a folder's files, those by which it is known to be of the format; none: it is one file.
+    # Files by which a folder of the format is recognised; none: the format is a single file.
     names: tuple[str, ...] = ()
-    use: str = ""  # how a folder is read, for its model card
+    use: str = ""  # how to load a folder, for its model card

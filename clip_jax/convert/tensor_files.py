@@ -1,6 +1,6 @@
-"""Files of named tensors in any format: safetensors, in one file or sharded, PyTorch's, NumPy's.
+"""Read files of named tensors: safetensors, in one file or sharded, PyTorch's and NumPy's.
 
-The format is told by a file's content, not by its name. Nothing needs torch, nothing is executed.
+The format is recognised by content, not by name. Nothing needs torch and nothing is executed.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 def read_tensors(path: Path) -> Tensors:
     """Read every tensor of a file, or of the shards that an `.index.json` names.
 
-    Raises InputError, which says what the file is, if it is not one of tensors.
+    Raises InputError, which describes the file, if it is not one of tensors.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -35,10 +35,10 @@ def read_tensors(path: Path) -> Tensors:
     if head[:2] == b"\x80\x02":
         raise InputError(
             f"{path} is a pickle without a zip archive, as PyTorch before 1.6 wrote it; load it "
-            "with torch, and save it again."
+            "with torch and save it again."
         )
     raise InputError(
-        f"{path} is neither safetensors nor a PyTorch file nor an .npz: it begins with "
+        f"{path} is neither safetensors nor a PyTorch file nor an .npz: it begins with the bytes "
         f"{head.hex(' ')}."
     )
 
@@ -46,11 +46,11 @@ def read_tensors(path: Path) -> Tensors:
 def _read_safetensors(path: Path) -> Tensors:
     try:
         return safetensors.numpy.load_file(path)
-    except (AttributeError, KeyError) as error:  # a type that NumPy does not have
+    except (AttributeError, KeyError) as error:  # a type that NumPy lacks
         kind = str(error.args[0]).rpartition("attribute ")[2].strip("'")
         raise InputError(
-            f"{path} holds tensors of type {kind}; float32, float16 and bfloat16 are read. Save "
-            "the weights in one of them where they were quantized."
+            f"{path} holds tensors of type {kind}; float32, float16 and bfloat16 are supported. "
+            "Save the weights in one of them, unquantized."
         ) from error
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         raise InputError(f"{path} is a damaged or truncated safetensors file: {error}.") from error
@@ -59,11 +59,11 @@ def _read_safetensors(path: Path) -> Tensors:
 def _read_shards(path: Path) -> Tensors:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise InputError(f"{path} has no weight_map from tensor to file.")
+        raise InputError(f"{path} lacks weight_map, which maps tensors to files.")
     tensors: Tensors = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or file == ".." or file.endswith(".json"):
-            raise InputError(f"{path} names {file!r}, which is not a file beside it.")
+            raise InputError(f"{path} names {file!r}, which is not a file beside it; add it.")
         tensors |= read_tensors(path.parent / file)
     if missing := sorted(set(places) - set(tensors)):
         raise InputError(f"the shards of {path} lack {len(missing)} tensors, first {missing[:10]}.")
@@ -71,10 +71,10 @@ def _read_shards(path: Path) -> Tensors:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write tensors."""
-    # safetensors writes an array's memory whatever its strides say.
+    """Write tensors to a safetensors file."""
+    # safetensors writes an array's memory, ignoring its strides.
     contiguous = {name: np.array(x, order="C", ndmin=0) for name, x in tensors.items()}
     path.touch()
     mode = path.stat().st_mode
     safetensors.numpy.save_file(contiguous, path, metadata)
-    path.chmod(mode)  # safetensors' files are for their owner alone
+    path.chmod(mode)  # safetensors creates files that only their owner can read

@@ -1,6 +1,6 @@
-"""SigLIP's image towers as open_clip has them: a timm model, known by its name alone.
+"""SigLIP's image towers in open_clip: timm models, identified by name.
 
-The name fixes the sizes and, unlike in the released weights' own code, the activation.
+The name determines the sizes and, unlike in the code of the released weights, the activation.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.vit import ViTConfig
 
-# timm's name → tower. Those with tanh GELU are the ones added with SigLIP 2, and So400m/16.
+# timm's name → tower. The towers added with SigLIP 2, and So400m/16, have tanh GELU.
 TOWERS: dict[str, ViTConfig] = {
     f"{name}_siglip_{size}": replace(
         cast(ViTConfig, zoo.get(architecture).vision), image_size=size, activation=activation
@@ -30,7 +30,7 @@ TOWERS: dict[str, ViTConfig] = {
 
 
 def name_of(vision: ViTConfig) -> str:
-    """Return the name of the tower with these sizes, whatever its activation.
+    """Return timm's name of the tower with these sizes, whatever the activation.
 
     Raises InputError if timm has no such tower.
     """
@@ -38,8 +38,8 @@ def name_of(vision: ViTConfig) -> str:
         if replace(vision, activation=tower.activation, patch_dropout=0.0) == tower:
             return name
     raise InputError(
-        "open_clip builds attention-pooling towers by timm's names alone, and none is a "
-        f"{vision.summary}, {vision.image_size} pixels; choose --to hugging-face or clip-jax."
+        "open_clip builds attention-pooling towers only by timm's names, and none is a "
+        f"{vision.summary}, {vision.image_size} pixels; use --to hugging-face or clip-jax."
     )
 
 

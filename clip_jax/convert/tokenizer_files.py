@@ -1,6 +1,6 @@
-"""A vocabulary and its rules in Hugging Face's files, which open_clip's folders have too.
+"""Read and write Hugging Face's tokenizer files, which open_clip's folders have, too.
 
-What is read is what transformers' tokenizer would do; what is written makes it give our ids.
+The rules read are those of transformers' tokenizer; the files written make it return our ids.
 """
 
 from dataclasses import replace
@@ -21,38 +21,38 @@ from clip_jax.storage.files import write_whole
 
 CONFIG_NAME = "tokenizer_config.json"
 SIGLIP_NAME = "spiece.model"
-_UNIGRAM = 1  # of sentencepiece's TrainerSpec.ModelType
-_UNKNOWN, _CONTROL = 2, 3  # of its SentencePiece.Type
-# Rules of released vocabularies, by their number of ids: (begin, end, padding).
+_UNIGRAM = 1  # in sentencepiece's TrainerSpec.ModelType
+_UNKNOWN, _CONTROL = 2, 3  # in its SentencePiece.Type
+# Special ids of released vocabularies, by number of ids: (begin, end, padding).
 _RELEASED = {
     32_000: (None, 1, 1), 250_000: (None, 1, 1), 256_000: (None, 1, 0), 901_629: (0, 2, 1),
 }  # fmt: skip
 
 
 def missing(text: TextConfig, clean: Cleaning) -> TokenizerConfig:
-    """Return the rules of a vocabulary that does not lie beside the weights."""
+    """Return the rules of a vocabulary whose files are missing."""
     begin, end, pad = _RELEASED.get(text.vocab_size, (None, None, 0))
     return TokenizerConfig(file="", clean=clean, begin_id=begin, end_id=end, pad_id=pad)
 
 
 def read(folder: Path, text: TextConfig, default: TokenizerConfig) -> TokenizerConfig:
-    """Read which vocabulary and rules transformers takes from a folder; `default` without files."""
+    """Read the vocabulary and rules of a folder; return `default` if it has no such files."""
     if is_clip_tokenizer(folder, text.clip_vocab_size):
         return TokenizerConfig()
     path = folder / CONFIG_NAME
     settings = read_json(path) if path.exists() else {}
     if settings.get("truncation_side", "right") != "right":
-        raise InputError(f"{path}: truncation_side='left' is not supported: texts lose their end.")
+        raise InputError(f"{path}: truncation_side='left' is not supported; set it to right.")
     side = settings.get("padding_side", "right")
     if side not in ("right", "left"):
-        raise InputError(f"{path}: padding_side is {side!r:.99}; known are right and left.")
+        raise InputError(f"{path}: padding_side is {side!r:.99}; it must be right or left.")
     kind = settings.get("tokenizer_class")
     if (folder / SIGLIP_NAME).exists() and kind in (None, "SiglipTokenizer"):
         return _read_siglip(folder, settings, side)
     if not (folder / JSON_NAME).exists():
         return default
     if kind == "Siglip2Tokenizer":
-        side = settings.get("padding_side", "left")  # the class's own default
+        side = settings.get("padding_side", "left")  # the class's default
     return _read_json(folder, settings, "lower" if kind == "Siglip2Tokenizer" else "none", side)
 
 
@@ -97,10 +97,10 @@ def _read_json(
 
 
 def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
-    """Return what a tokenizer.json puts before and after a text."""
+    """Return the ids that a tokenizer.json puts before and after a text."""
     if (count := tokenizer.num_special_tokens_to_add(False)) > 2:
         raise InputError(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
-    with json_file.damage_refused(file):  # its post-processor may name tokens that it lacks
+    with json_file.damage_refused(file):  # its post-processor may name missing tokens
         bare = tokenizer.encode("a", add_special_tokens=False).ids
         ids = tokenizer.encode("a", add_special_tokens=True).ids
     extra = len(ids) - len(bare)
@@ -109,7 +109,7 @@ def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
         if ids[before : before + len(bare)] == bare and len(after) <= 1:
             return (ids[0] if before else None), (after[0] if after else None)
     raise InputError(
-        f"{file} puts {ids} for {bare}: at most one id before and one after are known."
+        f"{file} turns {bare} into {ids}; at most one id before and one after are supported."
     )
 
 
@@ -117,7 +117,7 @@ def _token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; a string is needed.")
+        raise InputError(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; it must be a string.")
     return value
 
 
@@ -128,19 +128,19 @@ def write(
     as_json: bool = False,
     own_padding: bool = False,
 ) -> None:
-    """Write what `AutoTokenizer.from_pretrained` needs to make the ids of a model's tokenizer.
+    """Write the files with which `AutoTokenizer.from_pretrained` returns a model's token ids.
 
-    With `cleaned` its texts come cleaned; with `as_json` a sentencepiece model becomes a
-    `tokenizer.json`, which is all that some readers know. Hugging Face repairs no mojibake and
-    unescapes no HTML. `own_padding` as in `write_clip_tokenizer`.
+    With `cleaned`, its input is already cleaned; with `as_json`, a sentencepiece model becomes a
+    `tokenizer.json`, the only format of some readers. Hugging Face repairs no mojibake and
+    unescapes no HTML. `own_padding` is that of `write_clip_tokenizer`.
     Raises InputError for a sentencepiece model with rules that no class of transformers has.
     """
     config = text.tokenizer
     if config.file == "clip":
         if not cleaned and config.clean != "clip":
             raise InputError(
-                f"transformers has CLIP's BPE with CLIP's cleaning alone, and this model's is "
-                f"{config.clean!r}; choose --to open-clip or clip-jax."
+                f"transformers has CLIP's BPE only with text.tokenizer.clean='clip', not "
+                f"{config.clean!r}; use --to open-clip or clip-jax."
             )
         write_clip_tokenizer(folder, text, own_padding)
         return
@@ -168,8 +168,8 @@ def _write_siglip(
     if not fits or config.begin_id is not None or config.end_id is None:
         raise InputError(
             f"{config.file} with text.tokenizer.clean={config.clean!r}, begin_id="
-            f"{config.begin_id}, end_id={config.end_id} is not what transformers does with a "
-            "sentencepiece model (SiglipTokenizer: punctuation, None, an id); choose --to clip-jax."
+            f"{config.begin_id}, end_id={config.end_id} is not supported by transformers for a "
+            "sentencepiece model (SiglipTokenizer: punctuation, None, an id); use --to clip-jax."
         )
     model = sentence_piece.load(config.file)
     write_whole(folder / SIGLIP_NAME, data)
@@ -185,7 +185,7 @@ def _write_siglip(
 def _write_json(
     folder: Path, tokenizer: HubTokenizer, config: TokenizerConfig, cleaned: bool
 ) -> dict[str, Any]:
-    """Write the vocabulary with the rules put into it; return the names of its special tokens."""
+    """Write the vocabulary with its rules; return the names of its special tokens."""
     steps = [] if cleaned else list(_CLEANING[config.clean])
     if steps and tokenizer.normalizer is not None:
         steps.append(tokenizer.normalizer)
@@ -204,23 +204,23 @@ def _write_json(
 
 
 def _unigram(data: bytes, file: str) -> HubTokenizer:
-    """Return what splits texts as a sentencepiece unigram model does, for readers without it.
+    """Return a tokenizer equivalent to a sentencepiece unigram model, for readers without it.
 
-    Raises InputError for a model of another kind than unigram, and without the package `protobuf`.
+    Raises InputError for another kind of model, and if the package `protobuf` is missing.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise InputError(
-            f"{file} becomes a tokenizer.json with the package protobuf alone: "
+            f"converting {file} to a tokenizer.json needs the package protobuf: "
             "pip install 'clip-jax-pods[onnx]'."
         ) from error
     made_at_run_time: Any = sentencepiece_model_pb2
     model = made_at_run_time.ModelProto.FromString(data)
     if model.trainer_spec.model_type != _UNIGRAM:
         raise InputError(
-            f"{file} is a sentencepiece model of another kind than unigram; give the "
-            "tokenizer.json that was published beside it, by --tokenizer."
+            f"{file} is a sentencepiece model of another kind than unigram; set --tokenizer to the "
+            "tokenizer.json that was published with it."
         )
     rules, pieces = model.normalizer_spec, model.pieces
     tokenizer = HubTokenizer(
@@ -252,8 +252,8 @@ def _unigram(data: bytes, file: str) -> HubTokenizer:
 
 _LOWER = normalizers.Lowercase()
 _SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-_SIGNS = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")  # ASCII's punctuation
-# Cleaning as normalizers of a tokenizer.json, which have no repair of mojibake and HTML.
+_SIGNS = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")  # ASCII punctuation
+# Cleaning as normalizers of a tokenizer.json, which cannot repair mojibake and HTML.
 _CLEANING: dict[Cleaning, list[normalizers.Normalizer]] = {
     "none": [],
     "lower": [_LOWER],
@@ -265,23 +265,23 @@ _CLEANING: dict[Cleaning, list[normalizers.Normalizer]] = {
 
 
 def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> TokenizerConfig:
-    """Return a tokenizer of transformers whose texts open_clip has cleaned before."""
+    """Return the rules of transformers' tokenizer, with open_clip's cleaning before it."""
     covered = {
         "none": ("whitespace", "canonicalize", "clip"), "lower": ("canonicalize", "clip"),
         "punctuation": ("canonicalize",), "clip": ("clip",),
     }  # fmt: skip
     if clean not in covered.get(config.clean, ()):
         raise InputError(
-            f"{where}: cleaning {clean!r} before a tokenizer whose own is {config.clean!r} is not "
-            "supported."
+            f"{where}: cleaning {clean!r} before a tokenizer that cleans by {config.clean!r} is "
+            "not supported."
         )
     return replace(config, clean=clean)
 
 
 def without_separator(config: TokenizerConfig, folder: Path) -> TokenizerConfig:
-    """Return a tokenizer that has id 0 for its separator, as open_clip's `strip_sep_token` does.
+    """Return the rules with id 0 instead of the separator, as by open_clip's `strip_sep_token`.
 
-    Raises InputError unless the separator is what ends each text.
+    Raises InputError unless texts end with the separator.
     """
     path = folder / CONFIG_NAME
     token = _token(read_json(path) if path.exists() else {}, "sep_token", folder) or "[SEP]"
@@ -303,10 +303,10 @@ _PIECES = (
 def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = False) -> None:
     """Write the two files that `CLIPProcessor.from_pretrained` needs to tokenize and to pad.
 
-    Padding is end-of-text, as Hugging Face's CLIP does it: the end is read at its first place, so
-    features are those of our zeros. (Its "!" has id 0, but as a padding token it would also be
-    taken out of texts.) Hugging Face applies no ftfy and unescapes no HTML. With `own_padding`, for
-    readers that take a padding token out of no text, it is the model's own.
+    Padding is end-of-text, as in Hugging Face's CLIP: the state of the first one is pooled, so
+    features equal those of our padding with 0. (Id 0 is "!", which as a padding token would be
+    removed from texts.) Hugging Face applies no ftfy and unescapes no HTML. With `own_padding`,
+    for readers that do not remove padding tokens from texts, padding is the model's own.
     """
     tokenizer = ClipTokenizer(text.clip_vocab_size)
     content = HubTokenizer(
@@ -347,13 +347,13 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
 
 
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
-    """Say whether a folder's tokenizer files hold CLIP's vocabulary of that size.
+    """Return whether a folder's tokenizer files have CLIP's vocabulary of that size.
 
-    The merges need no comparison: each merge defines the token with the next id, so the vocabulary
-    determines them and their order.
+    The merges are not compared: each creates the token of the next id, so the vocabulary implies
+    them.
     """
     path = next((x for n in (JSON_NAME, "vocab.json") if (x := folder / n).exists()), None)
-    if path is None or path.stat().st_size > MAX_JSON:  # CLIP's takes three million bytes
+    if path is None or path.stat().st_size > MAX_JSON:  # CLIP's has three million bytes
         return False
     vocab = read_json(path)
     if path.name == JSON_NAME:

@@ -1,10 +1,10 @@
-"""PyTorch's pickles read as data: nothing in them is ever imported, called or executed.
+"""Read PyTorch's pickles as data: nothing in them is ever imported, called or executed.
 
-Python's own unpickler, the one that is written in Python, is left the few instructions that
-`torch.save` and TorchScript write, and names of ours. It builds plain containers and records of
-tensors; a class of `__torch__` becomes an inert bag of attributes. Everything else, by name or by
-instruction, is refused. Sizes, offsets and strides are checked against the storages that the file
-holds before an array is made, and arrays are views of the file.
+Python's unpickler written in Python is restricted to the few opcodes that `torch.save` and
+TorchScript write, and to replacements of the functions they call. It builds plain containers and
+records of tensors; an object of a `__torch__` class keeps only its attributes. Any other opcode or
+name is an error. Sizes, offsets and strides are checked against the file's storages before an array
+is created, and arrays are views of the file.
 """
 
 import io
@@ -22,9 +22,9 @@ import numpy as np
 from clip_jax.convert.archives import read_archive
 from clip_jax.errors import InputError
 
-_MAX_PICKLE = 8 << 20  # bytes; the structure of a large checkpoint takes one or two
-_MAX_OBJECTS = 100_000  # a checkpoint has some thousand tensors
-_MAX_DEPTH = 64  # of nested modules
+_MAX_PICKLE = 8 << 20  # bytes; that of a large checkpoint has one or two MB
+_MAX_OBJECTS = 100_000  # a checkpoint has a few thousand tensors
+_MAX_DEPTH = 64  # levels of nested modules
 _MAX_NAME = 200  # characters
 _MAX_DIMS = 16
 
@@ -45,14 +45,14 @@ _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorli
 
 @dataclass
 class Inert:
-    """An object of a class that TorchScript defined: its attributes, without its class."""
+    """The attributes of an object of a class that TorchScript defined."""
 
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A class or function that the pickle asks for; called, it does what is harmless."""
+    """A class or function that the pickle refers to; calling it has a harmless effect."""
 
     module: str
     name: str
@@ -65,7 +65,7 @@ class _Name:
         if self.is_script_class:
             return Inert()
         if (self.module, self.name) not in _MAKERS:
-            raise InputError(f"its pickle calls {self.module}.{self.name}.")
+            raise InputError(f"its pickle calls {self.module}.{self.name}, which is not supported.")
         return _MAKERS[self.module, self.name](*arguments)
 
 
@@ -87,47 +87,47 @@ class _Tensor:
 def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
     """Read the tensors of a file that `torch.save` or `torch.jit.save` wrote, by name.
 
-    Values that are not tensors are dropped; of a training checkpoint the `state_dict` is read.
-    Raises InputError.
+    Values that are not tensors are ignored; from a training checkpoint, `state_dict` is read.
+    Raises InputError for a damaged file and for one of another kind.
     """
     try:
         return _read(buffer)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    # Whatever opcodes a hostile file strings together: the reader is a machine that they drive.
+    # The opcodes of a hostile file may raise anything.
     except (
         LookupError, TypeError, ValueError, AttributeError, struct.error, pickle.UnpicklingError
     ) as error:  # fmt: skip
-        raise InputError(f"{name} is not a PyTorch file, or a damaged one: {error}.") from error
+        raise InputError(f"{name} is not a PyTorch file, or damaged: {error}.") from error
 
 
 def _read(buffer: memoryview) -> dict[str, np.ndarray]:
     entries = read_archive(buffer)
     if "data.pkl" not in entries:
-        raise InputError("a zip archive without data.pkl: PyTorch did not write it.")
+        raise InputError("it is a zip archive without data.pkl, so PyTorch did not write it.")
     if bytes(entries.get("byteorder", memoryview(b"little"))[:8]) != b"little":
-        raise InputError("it is big-endian; only little-endian files are read.")
+        raise InputError("it is big-endian; only little-endian files are supported.")
     stream = io.BytesIO(entries["data.pkl"][:_MAX_PICKLE])
     try:
         content = _Reader(stream, encoding="latin-1").load()
     except EOFError as error:
         raise InputError(f"its pickle does not end within {_MAX_PICKLE} bytes.") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # of a training checkpoint, the model's part
+        content = content["state_dict"]  # the model, of a training checkpoint
     tensors = _find_tensors(content)
     if not tensors:
         raise InputError("it holds no tensors.")
     total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if total > len(buffer):
         raise InputError(
-            f"it has {len(buffer)} bytes and claims {total} bytes of tensors: they share storage."
+            f"it has {len(buffer)} bytes but claims {total} bytes of tensors: they share storage."
         )
     storages = {path[5:]: data for path, data in entries.items() if path.startswith("data/")}
     return {path: _view(tensor, storages, path) for path, tensor in tensors.items()}
 
 
 def _find_tensors(content: Any) -> dict[str, _Tensor]:
-    """Collect tensors by their path of attributes. Bounded, since objects may hold themselves."""
+    """Collect tensors by their path of attributes, within limits, since objects may be cyclic."""
     tensors: dict[str, _Tensor] = {}
     todo: list[tuple[str, Any, int]] = [("", content, 0)]
     seen = 0
@@ -140,11 +140,13 @@ def _find_tensors(content: Any) -> dict[str, _Tensor]:
         if not isinstance(items, dict):
             continue
         if seen + len(todo) + len(items) > _MAX_OBJECTS or depth > _MAX_DEPTH:
-            raise InputError("its objects are nested too deep, or are too many.")
+            raise InputError("it has too many objects, or too deeply nested ones.")
         for key, child in items.items():
             if isinstance(key, str):
                 if len(key) > _MAX_NAME:
-                    raise InputError(f"it has a name of {len(key)} characters.")
+                    raise InputError(
+                        f"it has a name of {len(key)} characters, more than {_MAX_NAME}."
+                    )
                 todo.append((f"{path}.{key}" if path else key, child, depth + 1))
     return tensors
 
@@ -153,12 +155,12 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
     storage = tensor.storage
     what = f"tensor {path} of shape {list(tensor.shape)}"
     if storage.key not in storages:
-        raise InputError(f"{what} lies in storage {storage.key[:99]}, which the file lacks.")
+        raise InputError(f"{what} is in storage {storage.key[:99]}, which the file lacks.")
     data = storages[storage.key]
     dtype = storage.dtype
     if storage.numel * dtype.itemsize != len(data):
         raise InputError(
-            f"{what} lies in storage {storage.key[:99]} of {storage.numel} {dtype.name} values; "
+            f"{what} is in storage {storage.key[:99]} of {storage.numel} {dtype.name} values, but "
             f"the file has {len(data)} bytes for it."
         )
     numel = math.prod(tensor.shape)
@@ -167,8 +169,8 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
     )
     if numel and (last >= storage.numel or numel > storage.numel):
         raise InputError(
-            f"{what}, offset {tensor.offset} and strides {list(tensor.strides)} leaves its storage "
-            f"of {storage.numel} values."
+            f"{what}, offset {tensor.offset} and strides {list(tensor.strides)} exceeds its "
+            f"storage of {storage.numel} values."
         )
     if not numel:
         return np.zeros(0, dtype)
@@ -178,7 +180,7 @@ def _view(tensor: _Tensor, storages: dict[str, memoryview], path: str) -> np.nda
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """What torch._utils._rebuild_tensor and _rebuild_tensor_v2 are given."""
+    """Return a record of the arguments of torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
     numbers = (offset, *shape, *strides)
     if (
         not isinstance(storage, _Storage)
@@ -193,14 +195,16 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
 
 
 class _Instructions(dict[int, Callable[..., None]]):
-    """What each instruction does; another one is refused."""
+    """Handlers of the supported opcodes; any other is an error."""
 
     def __missing__(self, code: int) -> Callable[..., None]:
         name = {ord(op.code): op.name for op in pickletools.opcodes}.get(code, f"opcode {code}")
         raise InputError(f"its pickle uses {name}, which files of tensors do not need.")
 
 
-_Unpickler: Any = pickle._Unpickler  # pickle.Unpickler, in C, makes a memo as large as it is told
+_Unpickler: Any = (
+    pickle._Unpickler
+)  # pickle.Unpickler, in C, allocates a memo of any size the file demands
 _ALLOWED = (
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
     "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
@@ -213,7 +217,7 @@ _CODES = {name: getattr(pickle, name)[0] for name in _ALLOWED}
 
 
 class _Reader(_Unpickler):
-    """One pickle. What it may call is `_MAKERS` and what it may set is a dict's items."""
+    """Unpickler that may only call `_MAKERS` and set items of dicts."""
 
     def find_class(self, module: str, name: str) -> _Name:
         is_storage = module in ("torch", "torch.storage") and name in _DTYPES
@@ -221,9 +225,9 @@ class _Reader(_Unpickler):
         if is_storage or wanted.is_script_class or (module, name) in _MAKERS:
             return wanted
         raise InputError(
-            f"its pickle asks for {module[:99]}.{name[:99]}, which is refused: a pickle can run "
-            "any program. Save the state dict alone (torch.save(model.state_dict(), path), or as "
-            "safetensors)."
+            f"its pickle asks for {module[:99]}.{name[:99]}, which is not allowed: a pickle "
+            "can run any program. Save the state dict alone, as safetensors or by "
+            "torch.save(model.state_dict(), path)."
         )
 
     def persistent_load(self, reference: Any) -> _Storage:
@@ -237,7 +241,7 @@ class _Reader(_Unpickler):
             or not 0 <= numel < 1 << 60
             or any(v is not None for v in view)
         ):
-            raise InputError("it has a storage that is not described as torch.save does.")
+            raise InputError("it has a storage that torch.save would not describe so.")
         return _Storage(np.dtype(_DTYPES[storage_type.name]), key, numel)
 
     def set_pairs(self, items: list[Any]) -> None:
@@ -245,7 +249,7 @@ class _Reader(_Unpickler):
         if type(target) is not dict:
             raise InputError(f"its pickle sets items of a {type(target).__name__}.")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # hashing nested tuples can take for ever
+            if type(key) not in (str, int):  # hashing nested tuples can take unlimited time
                 raise InputError(f"it has a dict with a {type(key).__name__} as key.")
             target[key] = value
 
@@ -254,8 +258,8 @@ class _Reader(_Unpickler):
         if isinstance(target, Inert):
             if not isinstance(state, dict):
                 raise InputError("it has an object whose state is not a dict.")
-            target.attributes = state  # not a copy: many objects may be given one state
-        elif not isinstance(target, dict | _Tensor):  # what is set there says nothing of tensors
+            target.attributes = state  # not a copy: many objects may share one state
+        elif not isinstance(target, dict | _Tensor):  # states set there do not matter for tensors
             raise InputError(f"its pickle sets the state of a {type(target).__name__}.")
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = _Instructions(
@@ -269,7 +273,7 @@ class _Reader(_Unpickler):
     )
 
 
-# What may be called, and what is done instead.
+# Functions that may be called, and their replacements.
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): lambda *_: {},
     ("torch._utils", "_rebuild_tensor"): _tensor,

@@ -1,4 +1,4 @@
-"""The numerical check: a reference implementation and our model run on the same inputs."""
+"""Numerical check: compare a reference implementation and our model on the same inputs."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from clip_jax.convert.weights import Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
 
-BOUND = 1e-5  # relative difference that float32 explains
+BOUND = 1e-5  # relative difference that float32 rounding can cause
 _BATCH = 4
 
 Inputs = tuple[np.ndarray, np.ndarray]  # normalised pixels [B, H, W, C], token ids [B, L]
@@ -26,14 +26,14 @@ Outputs = dict[str, np.ndarray]  # image_features, text_features, logits, captio
 
 @dataclass(frozen=True)
 class Verification:
-    """Relative differences ‖a − b‖/‖b‖ between our numbers (a) and the reference's (b)."""
+    """Relative differences ‖a − b‖/‖b‖ between our outputs (a) and the reference's (b)."""
 
     reference: str  # the library
     image_features: float
     text_features: float
     logits: float
-    rounding_loss: float | None  # of ours, between exact and rounded weights; None: not rounded
-    caption_logits: float = 0.0  # of a decoder, for all words; 0 without
+    rounding_loss: float | None  # difference of ours by rounding the weights; None: not rounded
+    caption_logits: float = 0.0  # of a decoder, for all token ids; 0 without
 
     @property
     def max_relative_difference(self) -> float:
@@ -46,17 +46,17 @@ class Verification:
 
 
 class Unverifiable(InputError):
-    """No reference implementation has such a model; the message says why, after "because"."""
+    """No reference implementation has such a model; the message is a reason after "because"."""
 
 
 def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
-    """Draw normalised pixels, and token ids as a tokenizer makes them: end of text, then zeros."""
+    """Draw normalised pixels, and token ids as of a tokenizer: end of text, then zeros."""
     rng = np.random.default_rng(seed)
     size, text = config.vision.image_size, config.text
     images = rng.normal(size=(_BATCH, size, size, 3)).astype(np.float32)
     end_of_text = text.end_of_text_id
     tokens = rng.integers(1, text.vocab_size - 1, (_BATCH, text.context_length), dtype=np.int32)
-    tokens += tokens >= end_of_text  # which stands at one place alone
+    tokens += tokens >= end_of_text  # so that it occurs only once
     for row, end in zip(tokens, rng.integers(1, text.context_length, _BATCH), strict=True):
         row[end] = end_of_text
         row[end + 1 :] = 0
@@ -64,7 +64,7 @@ def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
 
 
 def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) -> Outputs:
-    """Run our model in float32."""
+    """Return the outputs of our model in float32."""
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), params)
     with jax.default_matmul_precision("highest"):
         outputs = _run(CLIP(replace(config, dtype="float32")), params, images, tokens)
@@ -84,13 +84,13 @@ def _run(model: CLIP, params: Params, images: Array, tokens: Array) -> dict[str,
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """‖a − b‖/‖b‖ in float64."""
+    """Return ‖a − b‖/‖b‖, in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def features_difference(changed: Weights, weights: Weights) -> float:
-    """Return how far a change of the model moves its image features, on random pixels."""
+    """Return the relative difference of image features of two models, on random pixels."""
     images, tokens = random_inputs(weights.config)
     ours = [our_outputs(w.config, w.params, images, tokens) for w in (changed, weights)]
     return relative_difference(ours[0]["image_features"], ours[1]["image_features"])
@@ -98,7 +98,7 @@ def features_difference(changed: Weights, weights: Weights) -> float:
 
 @contextlib.contextmanager
 def library(module: str, package: str) -> Generator[None]:
-    """See that a reference implementation is installed; its warnings of its own age are dropped."""
+    """Require a reference implementation; silence its deprecation warnings."""
     if importlib.util.find_spec(module) is None:
         raise InputError(
             f"--verify compares with {package}, which is not installed: "
@@ -118,7 +118,7 @@ def torch_inputs(inputs: Inputs) -> tuple[Any, Any]:
 
 
 def torch_outputs(encode_image: Any, encode_text: Any, model: Any, inputs: Inputs) -> Outputs:
-    """Run a PyTorch model, given its two encoders, on our inputs."""
+    """Return the outputs of a PyTorch model, from its two encoders."""
     import torch
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a model file says, whatever its format: architecture, weights, and how inputs are made."""
+"""Content of a model file of any format: architecture, weights, preprocessing."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -17,41 +17,41 @@ from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
 
-DType = Literal["float32", "float16", "bfloat16"]  # of tensors in files
+DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """One model as a file holds it."""
+    """A model as stored in a file."""
 
     config: CLIPConfig
-    params: Params  # NumPy arrays in the file's dtypes, so that nothing is lost on the way
+    params: Params  # NumPy arrays in the file's dtypes, so no precision is lost
     preprocess: Preprocess = field(default_factory=Preprocess)
 
 
 def default_preprocess(config: CLIPConfig) -> Preprocess:
-    """Return OpenAI's way to make pixels, with a model's image size, mean and deviation."""
+    """Return OpenAI's preprocessing with a model's image size, mean and std."""
     return Preprocess(
         image_size=config.vision.image_size, mean=config.image_mean, std=config.image_std
     )
 
 
 def with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
-    """Return a model's configuration with its vocabulary at another path."""
+    """Return a model's configuration with another path of its vocabulary."""
     tokenizer = replace(config.text.tokenizer, file=file)
     return replace(config, text=replace(config.text, tokenizer=tokenizer))
 
 
 def shape_of(tensors: Tensors, name: str, ndim: int, source: str) -> tuple[int, ...]:
-    """Return a tensor's shape, or a InputError that names what is missing."""
+    """Return a tensor's shape. Raises InputError if it is missing or has other axes."""
     if name not in tensors:
         raise InputError(
-            f"{source} lacks the tensor {name}: it holds no CLIP model of this format (its first "
+            f"{source} lacks the tensor {name}, so it is no CLIP model of this format (its first "
             f"tensors are {sorted(tensors)[:5]})."
         )
     if tensors[name].ndim != ndim or 0 in tensors[name].shape:
         raise InputError(
-            f"{source}: {name} has shape {list(tensors[name].shape)}, not {ndim} axes."
+            f"{source}: {name} has shape {list(tensors[name].shape)}; it must have {ndim} axes."
         )
     return tensors[name].shape
 
@@ -62,15 +62,17 @@ def count_blocks(tensors: Tensors, prefix: str) -> int:
 
 
 def square_side(count: int, what: str, source: str) -> int:
-    """Return √count. Raises InputError if it is not whole."""
+    """Return √count. Raises InputError if it is not an integer."""
     side = math.isqrt(max(count, 0))
     if count < 1 or side * side != count:
-        raise InputError(f"{source}: {what} has {count} positions, which make no square image.")
+        raise InputError(
+            f"{source}: {what} has {count} positions, which is not the square of an integer."
+        )
     return side
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
-    """Return a ratio r with int(width · r) = mlp_width, the published one where there is one."""
+    """Return a ratio r with int(width · r) = mlp_width, if possible a published one."""
     for ratio in (4.0, *_PUBLISHED_RATIOS, mlp_width / width):
         if int(width * ratio) == mlp_width:
             return ratio
@@ -83,7 +85,7 @@ _PUBLISHED_RATIOS = sorted(
 
 
 def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
-    """Return the published architecture of these sizes: it has what no tensor shows, the heads.
+    """Return the published architecture of these sizes, for the number of attention heads.
 
     Raises InputError if there is none.
     """
@@ -92,8 +94,8 @@ def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
             return known
     raise InputError(
         f"{source} has no configuration and its sizes are no published model's, so its number of "
-        "attention heads is unknown. Put an open_clip_config.json beside it, or convert it where "
-        "its configuration is known."
+        "attention heads is unknown. Put its open_clip_config.json beside it, or convert it by the "
+        "software that wrote it."
     )
 
 
@@ -110,18 +112,18 @@ def _sizes(config: CLIPConfig) -> dict[str, object]:
 
 
 def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:
-    """Change a floating array's dtype; None: as it is."""
+    """Cast a floating-point array; None: keep its dtype."""
     if dtype is None or array.dtype.kind in "iub":
         return array
     return np.asarray(array).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def resize_positions(weights: Weights, image_size: int) -> Weights:
-    """Return the model for images of `image_size` pixels; positions by antialiased bicubic, as
-    open_clip resizes them.
+    """Return the model for images of `image_size` pixels.
 
-    The class token's (a ResNet's mean token's) position stays. Raises ValueError for a size that
-    the architecture cannot have.
+    Position embeddings are resized by antialiased bicubic interpolation, as in open_clip; that of
+    the class token (of a ResNet, the mean token) is kept. Raises ValueError for sizes that the
+    architecture cannot have.
     """
     vision = replace(weights.config.vision, image_size=image_size)
     config = replace(weights.config, vision=vision)

@@ -21,8 +21,8 @@ MAX_LENGTH = 30
 class GenerationConfig:
     """Settings of caption generation."""
 
-    # greedy: the most probable token at each step. sample: a random token, the same whatever other
-    # images are in the batch. beams: the most probable caption of a beam search.
+    # Decoding method. greedy: the most probable token at each step. sample: a random token, which
+    # does not depend on other images. beams: the most probable caption of a beam search.
     method: Literal["greedy", "sample", "beams"] = "greedy"
     # Maximum number of tokens, begin and end of text included. None: 30, or the model's context
     # length if that is less.

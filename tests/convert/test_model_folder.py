@@ -16,10 +16,10 @@ def test_the_manifest_is_checked(tmp_path):
     assert content["padding_id"] == 0
     assert content["case_folding"] is True
     for name, value, match in [
-        ("text_activation", "gelu", "says text_activation='gelu', but config.json means"),
-        ("image_size", 64, "says image_size=64; the model has 32"),
+        ("text_activation", "gelu", "says text_activation='gelu', but config.json says"),
+        ("image_size", 64, "says image_size=64, but the model has 32"),
         ("interpolation", "nearest", "must be one of"),
-        ("version", 1, "version 1; 'clip-jax', version 2 is read"),
+        ("version", 1, "version 1; 'clip-jax', version 2 is supported"),
     ]:
         path.write_text(json.dumps({**content, name: value}))
         with pytest.raises(ValueError, match=match):
