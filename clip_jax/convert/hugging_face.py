@@ -210,7 +210,7 @@ def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
     if not has_head or projected != vision["width"]:
         raise InputError(
             f"{source}: vision_use_head={has_head!r:.99} with projection_size={projected} for "
-            f"images of {vision['width']} is not supported: both towers need the same width."
+            f"images of {vision['width']} is not supported: both embeddings need the same width."
         )
     return CLIPConfig(
         embed_dim=vision["width"],

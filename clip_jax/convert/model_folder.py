@@ -101,8 +101,8 @@ def read(folder: Path) -> Weights:
     for name, value in manifest(weights).items():
         if content.get(name) != value:
             raise InputError(
-                f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} says {value!r}; undo "
-                "the change by hand of one of them."
+                f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} implies {value!r}; "
+                "undo the change by hand of one of them."
             )
     if weights.preprocess.image_size != config.vision.image_size:
         raise InputError(

@@ -16,7 +16,7 @@ def test_the_manifest_is_checked(tmp_path):
     assert content["padding_id"] == 0
     assert content["case_folding"] is True
     for name, value, match in [
-        ("text_activation", "gelu", "says text_activation='gelu', but config.json says"),
+        ("text_activation", "gelu", "says text_activation='gelu', but config.json implies"),
         ("image_size", 64, "says image_size=64, but the model has 32"),
         ("interpolation", "nearest", "must be one of"),
         ("version", 1, "version 1; 'clip-jax', version 2 is supported"),
