@@ -265,7 +265,8 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
     _digits(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
     assert not capsys.readouterr().err
     _digits(asked, run)
-    assert "data.source.digits=4, this evaluation has --digits.source.dig" in capsys.readouterr().err
+    says = "data.source.digits=4, this evaluation has --digits.source.dig"
+    assert says in capsys.readouterr().err
     for wrong in ({"shots": (0,)}, {"images": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvaluateConfig(model=tmp_path, **wrong)

@@ -96,7 +96,7 @@ def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
         ("/embed", {"images": ["x"] * 600}, 413, "at most 512"),
         ("/label", {"images": [], "labels": []}, 400, "give at least one label"),
         ("/label", {"images": [], "labels": ["a"], "template": "b"}, 400, "has no {}"),
-        ("/label", {"images": [], "labels": ["a"], "template": 1}, 400, "template must be a string"),
+        ("/label", {"images": [], "labels": ["a"], "template": 1}, 400, "template must be"),
         ("/search", {"text": "a", "image": "b"}, 400, "either text or image"),
         ("/search", {"text": "a", "top": 0}, 400, "from 1 to 1000"),
         ("/search", {"text": 5}, 400, "texts must be a list of strings"),
