@@ -134,8 +134,8 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
         return "clip"
     if run is None and (split_name(config.model)[0] / "checkpoints").is_dir():
         raise InputError(
-            f"{config.model} is a run whose config.json, with its evaluators, cannot be read; use "
-            "--suite digits, --suite clip or --dataset."
+            f"{config.model} is a run whose config.json cannot be read, so its evaluators are "
+            "unknown; use --suite digits, --suite clip or --dataset."
         )
     if config.digits != _DIGITS or not (run and run.evals):
         return "digits"

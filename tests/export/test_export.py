@@ -64,7 +64,7 @@ def test_what_is_at_the_output_is_kept_and_verified(model, tmp_path, capsys):
     ("format", "flags", "message"),
     [
         ("onnx", ("--dtype", "bfloat16"), "--dtype float16"),
-        ("stablehlo", ("--layout", "immich"), "choices of --format onnx"),
+        ("stablehlo", ("--layout", "immich"), "need --format onnx"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model, tmp_path, capsys, format, flags, message):

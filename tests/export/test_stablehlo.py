@@ -59,11 +59,11 @@ def test_stablehlo_is_verified(tmp_path, capsys, families, name):
     if weights.config.decoder is not None:
         assert values["caption_logits"] <= values["max_relative_difference"]
         card = (output / "README.md").read_text()
-        assert "end with the id 519" in card
+        assert "end with token id 519" in card
     if name == "resnet":  # damaged afterwards, it is told without being written again
         (output / "text.stablehlo").write_bytes(b"")
         assert main([*args, "--existing"]) == 2
-        assert "cut or of another model" in capsys.readouterr().err
+        assert "truncated or another model's" in capsys.readouterr().err
 
 
 def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch):
