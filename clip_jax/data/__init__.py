@@ -1,1 +1,1 @@
-"""From pairs on disk to batches on the mesh."""
+"""The input pipeline: from image-text pairs on disk to batches on the mesh."""

@@ -1,4 +1,4 @@
-"""What may be done to a crop besides cropping (SimCLR, appendix A; off by default, as in CLIP)."""
+"""Optional augmentations of a crop (SimCLR, appendix A); all are off by default, as in CLIP."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from clip_jax.errors import check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Probabilities, and how strong the jitter is."""
+    """Augmentations besides cropping: their probabilities and the strength of the colour jitter."""
 
-    flip: float = 0.0  # probability of a mirror image; captions may say left and right
-    color_jitter: float = 0.0  # probability; SimCLR has 0.8
-    brightness: float = 0.4  # jitter: factors between 1 - x and 1 + x
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1  # jitter: turns of the colour circle, at most 0.5
-    grayscale: float = 0.0  # probability; SimCLR has 0.2
+    flip: float = 0.0  # Probability of mirroring; avoid it if captions say left or right.
+    color_jitter: float = 0.0  # Probability of jittering the colours; SimCLR uses 0.8.
+    brightness: float = 0.4  # Jitter of the brightness: a factor between 1 - x and 1 + x.
+    contrast: float = 0.4  # Jitter of the contrast: a factor between 1 - x and 1 + x.
+    saturation: float = 0.4  # Jitter of the saturation: a factor between 1 - x and 1 + x.
+    hue: float = 0.1  # Jitter of the hue: largest turn of the colour circle, at most 0.5 turns.
+    grayscale: float = 0.0  # Probability of converting to grayscale; SimCLR uses 0.2.
 
     def __post_init__(self) -> None:
         names = ("flip", "color_jitter", "grayscale", "brightness", "contrast", "saturation")
@@ -29,7 +29,7 @@ class AugmentConfig:
 def augment(
     pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, config: AugmentConfig
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw from `rng` only for what is on, so that switching one thing on leaves others alone."""
+    """Apply the enabled augmentations; a disabled one draws nothing from `rng`."""
     if config.flip and rng.random() < config.flip:
         pixels = np.ascontiguousarray(pixels[:, ::-1])
     if config.color_jitter and rng.random() < config.color_jitter:
@@ -40,7 +40,7 @@ def augment(
 
 
 def _jitter(image: Image.Image, rng: np.random.Generator, config: AugmentConfig) -> Image.Image:
-    """Brightness, contrast, saturation and hue, in random order."""
+    """Change brightness, contrast, saturation and hue, in random order."""
     enhancers = (
         (ImageEnhance.Brightness, config.brightness),
         (ImageEnhance.Contrast, config.contrast),

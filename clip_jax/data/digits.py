@@ -1,11 +1,11 @@
-"""Numbers in real handwriting: pairs that ship inside, without a download.
+"""The bundled digits data set: images of handwritten numbers with captions, without a download.
 
-scikit-learn's 1,797 scans (8x8 pixels, 17 levels; a part of UCI's "Optical Recognition of
-Handwritten Digits") set side by side as a number of k digits, with captions in varied words. Some
-numbers are never trained on and three writers' pages are held out, so that zero-shot accuracy is
+Numbers of k digits are composed of scikit-learn's 1,797 scans (8x8 pixels, 17 levels; a part of
+UCI's "Optical Recognition of Handwritten Digits"), with captions in varied wording. Some numbers
+are left out of training and three writers' pages are held out, so that zero-shot accuracy is
 measured on unseen handwriting, for seen and for unseen numbers.
 
-A number always has k digits. Its leading zeros are said one by one: with k = 2 the number 7 is
+A number always has k digits, and its leading zeros are spelled out: with k = 2 the number 7 is
 written 0 7, its numeral is "07" and its words are "zero seven"; 0 is "zero zero".
 """
 
@@ -22,13 +22,13 @@ from clip_jax.errors import InputError, check_ranges
 _MAX_DIGITS = 6
 _NEVER_SEEN_SHARE = 0.2
 
-# The scans come in 14 pages of about 128, one writer after the other (each page begins with 0 to 9
-# three times). Held out is every fifth page from the first. Writers differ: a support vector
-# machine reads 95 to 99% of the scans that such a choice holds out, 97% of these.
+# The scans are 14 pages of about 128, each by one writer (a page begins with 0 to 9 three times).
+# Every fifth page, from the first on, is held out. Writers differ: a support vector machine
+# recognises 95 to 99% of the scans that such a choice holds out, and 97% of these.
 _HELD_OUT_PAGES = ((0, 130), (646, 776), (1287, 1415))
 
 _SCAN_SIZE = 8
-_ZOOM = 4  # scans are kept enlarged, so that bilinear sampling neither blurs nor aliases
+_ZOOM = 4  # scans are stored enlarged, so that bilinear sampling neither blurs nor aliases
 _MARGIN = 1  # empty scan pixels around a glyph
 _GLYPH_SIZE = (_SCAN_SIZE + 2 * _MARGIN) * _ZOOM
 _ELASTIC_GRID = 3  # control points along each side of a glyph
@@ -64,23 +64,23 @@ TEMPLATES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
-    """How much one rendering of the same scans differs from the next.
+    """Random variation between renderings of the same scans; all zeros leave them unchanged.
 
-    The first eight act on each digit alone. Zero everywhere gives the scans as they are.
+    Rotation to fade vary each digit separately, the others the image.
     """
 
-    rotation: float = 12.0  # largest angle either way, degrees
-    scale: float = 0.12  # largest change of size, as a fraction
-    stretch: float = 0.12  # largest change of width against height, as a fraction
-    shear: float = 0.2  # largest slant, as a tangent
-    shift: float = 0.1  # largest move, as a fraction of the digit's size
-    elastic: float = 0.3  # standard deviation of local bending, pixels of the 8x8 scan
-    thickness: float = 0.8  # 1: strokes lose or gain up to a quarter of a scan pixel on each side
-    fade: float = 0.3  # largest loss of ink, as a fraction
-    drift: float = 0.25  # largest move of the whole number up or down, as a fraction of free space
-    shade: float = 0.3  # largest darkening of the paper, as a fraction
-    tint: float = 0.1  # largest difference between the paper's colour channels, as a fraction
-    noise: float = 0.04  # standard deviation of the pixels' noise, as a fraction of white
+    rotation: float = 12.0  # Largest rotation of a digit in either direction, in degrees.
+    scale: float = 0.12  # Largest change of a digit's size, as a fraction.
+    stretch: float = 0.12  # Largest change of a digit's width against its height, as a fraction.
+    shear: float = 0.2  # Largest slant of a digit, as the tangent of the angle.
+    shift: float = 0.1  # Largest displacement of a digit in x and y, as a fraction of its size.
+    elastic: float = 0.3  # Standard deviation of elastic deformations, in pixels of the 8x8 scan.
+    thickness: float = 0.8  # Change of stroke width; 1: up to 1/4 scan pixel on each side.
+    fade: float = 0.3  # Largest loss of ink, as a fraction.
+    drift: float = 0.25  # Largest vertical displacement of a number, as a fraction of free space.
+    shade: float = 0.3  # Largest darkening of the paper, as a fraction of white.
+    tint: float = 0.1  # Largest difference between the paper's colour channels, as a fraction.
+    noise: float = 0.04  # Standard deviation of the pixel noise, as a fraction of white.
 
     def __post_init__(self) -> None:
         shares = ("scale", "stretch", "shift", "fade", "drift", "shade", "tint", "noise")
@@ -90,7 +90,7 @@ class Jitter:
         )  # fmt: skip
 
 
-# The exam stays the same however the training is tuned.
+# Fixed, so that scores stay comparable whatever jitter a run trains with.
 HELD_OUT_JITTER = Jitter(
     rotation=4.0,
     scale=0.05,
@@ -109,13 +109,14 @@ HELD_OUT_JITTER = Jitter(
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig:
-    """Numbers of k digits in handwriting."""
+    """The bundled digits data set: handwritten numbers of `digits` digits each."""
 
-    digits: int = 2  # how many digits a number has
-    split: Literal["train", "test"] = "train"  # train: seen numbers in training writers' hands
-    samples: int = 50_000  # pairs in one epoch
-    split_seed: int = 0  # decides which numbers are never seen
-    jitter: Jitter = Jitter()  # of the training split; the test split's is fixed and milder
+    digits: int = 2  # Number of digits of each number, from 1 to 6.
+    # "train": seen numbers by training writers. "test": all numbers by held-out writers.
+    split: Literal["train", "test"] = "train"
+    samples: int = 50_000  # Number of pairs in one epoch.
+    split_seed: int = 0  # Random seed that chooses the numbers left out of training.
+    jitter: Jitter = Jitter()  # Random variation of training images; test images have less.
 
     def __post_init__(self) -> None:
         _check_digits(self.digits)
@@ -127,13 +128,13 @@ class DigitsConfig:
 
 def _check_digits(digits: int) -> None:
     if not 1 <= digits <= _MAX_DIGITS:
-        raise InputError(f"digits={digits}: numbers have 1 to {_MAX_DIGITS} digits")
+        raise InputError(f"digits={digits} must be at least 1 and at most {_MAX_DIGITS}")
 
 
 def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Numbers of so many digits that are trained on, and the fifth of them that never is.
+    """Split the numbers of `digits` digits into those seen in training and the unseen fifth.
 
-    Among the seen ones each digit stands at each place. With one digit all numbers are seen.
+    Every digit occurs at every position of seen numbers. With one digit all numbers are seen.
     """
     _check_digits(digits)
     count = 10**digits
@@ -149,20 +150,20 @@ def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
 
 
 def scan_split() -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " held_out"]]:
-    """Indices of scikit-learn's scans: 11 pages to train on, and the 3 pages held out."""
+    """Return the indices of the scans on the 11 training pages and on the 3 held-out pages."""
     held_out = np.concatenate([np.arange(*page) for page in _HELD_OUT_PAGES])
     return np.setdiff1d(np.arange(len(_scans()[1])), held_out), held_out
 
 
 def number_words(number: int, digits: int) -> str:
-    """42 -> "forty-two", and with two digits 7 -> "zero seven"."""
+    """Spell a number: 42 is "forty-two", and with two digits 7 is "zero seven"."""
     numeral = f"{number:0{digits}d}"
     zeros = len(numeral) - len(numeral.lstrip("0"))
     return " ".join(["zero"] * zeros + ([_cardinal(number)] if number else []))
 
 
 def _cardinal(number: int) -> str:
-    """Words of a number from 1 to 999,999, without "and": "four thousand two hundred seventeen"."""
+    """Spell a number from 1 to 999,999 without "and": "four thousand two hundred seventeen"."""
     words = []
     if number >= 1000:
         words += [_cardinal(number // 1000), "thousand"]
@@ -179,7 +180,7 @@ def _cardinal(number: int) -> str:
 
 
 def prompts(number: int, digits: int) -> list[str]:
-    """Everything that a caption may say of the number; no two numbers share a caption."""
+    """Return all captions of a number; no two numbers share a caption."""
     numeral = f"{number:0{digits}d}"
     fields = {
         "words": number_words(number, digits),
@@ -192,7 +193,7 @@ def prompts(number: int, digits: int) -> list[str]:
 
 @functools.cache
 def _scans() -> tuple[Float32[np.ndarray, "1797 8 8"], Int[np.ndarray, "1797"]]:
-    """Ink from 0 to 1 of each scan, and which digit it is."""
+    """Return each scan's ink, from 0 to 1, and its digit."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -201,7 +202,7 @@ def _scans() -> tuple[Float32[np.ndarray, "1797 8 8"], Int[np.ndarray, "1797"]]:
 
 @functools.cache
 def _glyphs() -> UInt8[np.ndarray, "3 1797 40 40"]:
-    """All scans, enlarged, with a margin: thinner, as they are, thicker."""
+    """Return all scans enlarged, with a margin: thinned, unchanged and thickened."""
     from scipy import ndimage
 
     scans, _ = _scans()
@@ -217,8 +218,8 @@ def _glyphs() -> UInt8[np.ndarray, "3 1797 40 40"]:
 def _places(
     digits: int, image_size: int
 ) -> tuple[Float32[np.ndarray, "k P 2"], Float32[np.ndarray, "k P 9"]]:
-    """For each digit's place: every image pixel as (x, y) from the place's centre, in digit sizes;
-    and the weights of the control points of its bending there."""
+    """For each digit, return every image pixel as (x, y) relative to the digit's centre, in digit
+    sizes, and the weights of the control points of the elastic deformation there."""
     pixels = (np.arange(image_size) + 0.5) / image_size * digits
     y, x = np.meshgrid(pixels - digits / 2, pixels, indexing="ij")
     middles = np.arange(digits) + 0.5
@@ -238,9 +239,9 @@ def render(
     image_size: int,
     jitter: Jitter,
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Dark ink on light paper: the scans of these indices side by side, left to right.
+    """Draw these scans side by side, from left to right, in dark ink on light paper.
 
-    The digits share the width of the image equally and stand in the middle of its height.
+    The digits share the width of the image equally and are centred vertically.
     """
     k = len(scans)
     points, weights = _places(k, image_size)
@@ -279,7 +280,7 @@ def render(
 def _bilinear(
     glyphs: Float32[np.ndarray, "k 40 40"], where: Float32[np.ndarray, "k P 2"]
 ) -> Float32[np.ndarray, "k P"]:
-    """Ink at points (x, y) given in digit sizes from the glyph's centre; none outside."""
+    """Interpolate the ink at points (x, y), in digit sizes from the glyph's centre; 0 outside."""
     at = np.clip((where * _SCAN_SIZE * _ZOOM) + (_GLYPH_SIZE - 1) / 2, 0, _GLYPH_SIZE - 1.001)
     corner = at.astype(np.int32)
     x, y = np.moveaxis(at % 1, -1, 0)
@@ -291,7 +292,7 @@ def _bilinear(
 
 
 class _Writer:
-    """Writes numbers with one split's scans."""
+    """Draws numbers with the scans of one split."""
 
     def __init__(self, indices: Int[np.ndarray, " scans"], jitter: Jitter, image_size: int) -> None:
         labels = _scans()[1][indices]
@@ -305,10 +306,10 @@ class _Writer:
 
 
 class DigitsSource:
-    """`config.samples` pairs; record i is always the same number, its looks and words vary.
+    """`config.samples` pairs; record i is always the same number, its image and caption vary.
 
-    The train split has the seen numbers in the training writers' hands; the test split has all
-    numbers in the held-out writers' hands.
+    The train split has the seen numbers by the training writers; the test split has all numbers by
+    the held-out writers.
     """
 
     def __init__(self, config: DigitsConfig, image_size: int) -> None:
@@ -344,10 +345,10 @@ def evaluation_set(
     image_size: int,
     hands: Literal["held out", "training"] = "held out",
 ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]:
-    """So many images of each number in held-out handwriting, and the numbers themselves as labels.
+    """Draw `per_number` images of each number by held-out writers, with the numbers as labels.
 
-    Always the same images for the same number; only `config.digits` matters. A probe learns from
-    the same kind of images in the training writers' `hands`.
+    A number always gets the same images; only `config.digits` matters. With `hands="training"` the
+    training writers wrote them, as a probe needs for its training set.
     """
     writer = _Writer(scan_split()[hands == "held out"], HELD_OUT_JITTER, image_size)
     images = []

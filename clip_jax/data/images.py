@@ -1,10 +1,10 @@
-"""Pixels for CLIP (paper, 2.4: a random square crop from resized images is the augmentation).
+"""Decode, crop and resize images (paper, 2.4: a random square crop is the only augmentation).
 
-Two orders, both on purpose. `Preprocess`, for finished weights, does what OpenAI's preprocessing
-does to the pixel: resize and crop in the image's own mode, then convert to RGB. Training converts
-to RGB first (`decode`), so that crops are cheap and all modes are treated alike. The two agree on
-RGB images. In both, EXIF orientation is *not* applied, alpha is dropped, 16-bit gray is cut off at
-255, and of an animation the first frame counts, as in OpenAI's and open_clip's code.
+There are two orders, both on purpose. `Preprocess`, for finished weights, reproduces OpenAI's
+preprocessing to the pixel: resize and crop in the image's own mode, then convert to RGB. Training
+converts to RGB first (`decode`), so that crops are cheap and all modes are treated alike. The two
+agree on RGB images. Both ignore EXIF orientation, drop alpha, clip 16-bit gray at 255 and use the
+first frame of an animation, as OpenAI's and open_clip's code does.
 """
 
 import contextlib
@@ -44,31 +44,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
-# Pillow warns of unusual metadata, palettes and sizes, which nobody can change during a run.
+# Warnings about metadata, palettes and sizes, which nobody can act on during a run.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+MAX_PIXELS = 178_956_970  # above this Pillow itself reports a decompression bomb
 
-_FLATTEST = 4 / 3  # of random crops with a scale, as torchvision's
+_FLATTEST = 4 / 3  # largest aspect ratio of random crops with a scale, as in torchvision
 
-_MAX_RESIZED_PIXELS = 1 << 24  # as an intermediate result; at 224 pixels, 334 times as long as wide
+_MAX_RESIZED_PIXELS = 1 << 24  # intermediate image; at 224 pixels, one 334 times as long as wide
 
-# What is read from files and bytes. Not everything that Pillow knows: its EPS reader, for one,
-# would run Ghostscript on whatever the web holds.
+# The formats that are read. Not all that Pillow supports: its EPS reader, for one, would run
+# Ghostscript on downloaded files.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF"),
     *("JPEG2000", "PPM", "TGA", "ICO", "PCX", "DDS", "QOI"),
 )
-SUFFIXES = (  # of what is taken for an image, in folders and in tars
+SUFFIXES = (  # of files that count as images, in folders and in tars
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
     *(".jp2", ".ppm", ".pgm"),
 )
 
 
 class ImageError(InputError):
-    """An image that cannot be used, and in one word why (`reason`)."""
+    """An image that cannot be used; `reason` says why in a word or two."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -80,18 +80,18 @@ class ImageError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """Any image to the input of finished weights; the defaults are OpenAI's."""
+    """Preprocessing of images for finished weights; the defaults are OpenAI's."""
 
-    image_size: int = 224  # pixels, height and width
-    mean: Channels = OPENAI_MEAN  # of pixels in [0, 1], by channel
-    std: Channels = OPENAI_STD
-    interpolation: Interpolation = "bicubic"
-    # shortest: shorter side to image_size, centre crop (OpenAI). squash: both sides, whatever the
-    # shape. longest: longer side to image_size, bars beside it (both from open_clip).
+    image_size: int = 224  # Height and width of the model's input, in pixels.
+    mean: Channels = OPENAI_MEAN  # Mean of each channel, for pixels in [0, 1]; it is subtracted.
+    std: Channels = OPENAI_STD  # Standard deviation of each channel, by which pixels are divided.
+    interpolation: Interpolation = "bicubic"  # Resampling filter for resizing.
+    # "shortest": shorter side to image_size, then a centre crop (OpenAI). "squash": both sides to
+    # image_size. "longest": longer side to image_size, padded to a square (both from open_clip).
     resize_mode: ResizeMode = "shortest"
-    fill: int = 0  # of the bars, in every channel: 0 black, 255 white
-    # openai: resize and crop in the image's own mode, then to RGB without alpha; an odd margin is
-    # rounded to even. transformers: to RGB first, alpha over white; an odd margin is rounded down.
+    fill: int = 0  # Value of the padding in every channel, from 0 (black) to 255 (white).
+    # "openai": resize and crop in the image's own mode, then convert to RGB and drop alpha; halves
+    # of odd margins are rounded to even. "transformers": RGB first, alpha over white; rounded down.
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
@@ -101,28 +101,28 @@ class Preprocess:
         choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in get_args(known):
-                raise InputError(f"{name}={value!r}: know {', '.join(get_args(known))}")
+                raise InputError(f"{name}={value!r} must be one of {', '.join(get_args(known))}")
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
-        """Normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4], integers), an
-        encoded image's bytes or path. Raises ImageError."""
+        """Return the normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4],
+        integers), or an encoded image's bytes or path. Raises ImageError."""
         return pixels_of(self.normalize(self.pixels(image)[None]))[0]
 
     @property
     def image_spec(self) -> ImageSpec:
-        """What `batch` makes of images."""
+        """The shape of the images that `batch` returns."""
         return Square(self.image_size)
 
     def batch(self, image: ImageLike) -> Images:
-        """One image as a batch of bytes, which a device normalises. Raises ImageError."""
+        """Return a batch of one image as bytes, for a device to normalise. Raises ImageError."""
         return self.image_spec.pack(self.pixels(image)[None])
 
     def normalize(self, images: Images) -> Images:
-        """Scale bytes to [0, 1], then by the mean and standard deviation."""
+        """Scale bytes to [0, 1], subtract the mean and divide by the standard deviation."""
         return normalize(images, self.mean, self.std)
 
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
-        """The same before it is normalised: what a device normalises, at a quarter of the bytes."""
+        """Return the pixels before normalisation, in a quarter of the bytes. Raises ImageError."""
         with _opened(image) as opened:
             if self.rules == "transformers":
                 opened = _over_white(opened)
@@ -146,7 +146,7 @@ class Preprocess:
 def read_ahead(
     batches: Iterable[Sequence[Item]], read: Callable[[Item], Result], ahead: int = 2
 ) -> Iterator[list[Result]]:
-    """Read the items of each batch in threads, so many batches ahead of need."""
+    """Read the items of each batch in threads, `ahead` batches before they are needed."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         waiting: deque[list[Future[Result]]] = deque()
         for batch in batches:
@@ -158,13 +158,13 @@ def read_ahead(
 
 
 def decode(image: ImageLike) -> Image.Image:
-    """Read an image, encoded (bytes or path) or not, as RGB. Raises ImageError."""
+    """Convert an image, encoded (bytes or path) or not, to RGB. Raises ImageError."""
     with _opened(image) as opened:
         return opened.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Read an encoded image's width and height, but not its pixels. Raises ImageError."""
+    """Return an encoded image's width and height without decoding it. Raises ImageError."""
     with _opened(data, load=False) as image:
         return image.size
 
@@ -177,16 +177,16 @@ def read_crop(
     *,
     scaled: bool = True,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode, crop and resize in one: at random with `rng`, else the middle. Raises ImageError.
+    """Decode an image and crop it, at random with `rng`, else in the middle. Raises ImageError.
 
-    For a tower of squares as in the paper: shorter side to its size, then the square's place is
-    random. Any other takes all of the image. With `scale` as open_clip does, by default with
-    (0.9, 1.0): a rectangle with that share of the area and sides between 3:4 and 4:3, squeezed to
-    the tower's size. (At (0.9, 1.0) no such rectangle fits into a 3:2 photograph; open_clip then
-    takes its middle 4:3, each time the same.)
+    Square inputs as in the paper: the shorter side is resized, then a square is cropped at a random
+    position. Any other input takes the full image. With `scale`, as in open_clip, whose default is
+    (0.9, 1.0): a rectangle with that share of the area and an aspect ratio between 3:4 and 4:3 is
+    squeezed to the input's size. (At (0.9, 1.0) no such rectangle fits into a 3:2 photograph;
+    open_clip then always takes the middle 4:3.)
 
-    With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop then still has at least as
-    many pixels a side as the tower takes; the choice of the crop does not depend on it.
+    With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 size where the crop still has at least as
+    many pixels a side as the input; the choice of the crop does not depend on it.
     """
     with _opened(data, load=False) as image:
         full = image.size
@@ -208,14 +208,14 @@ def read_crop(
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Shorter side of an RGB image to `size` pixels (bicubic), the square in its middle."""
+    """Resize the shorter side of an RGB image to `size` (bicubic) and crop the middle square."""
     return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
 
 
 def _resized_box(
     image: Image.Image, spec: ImageSpec, box: tuple[int, int, int, int], factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Bring a box of the full image, of which `image` is 1 / `factor`, to the tower's size."""
+    """Resize a box of the full image, of which `image` is 1 / `factor`, to the input's size."""
     left, top, right, bottom = box
     size = spec.fit(right - left, bottom - top)
     if factor == 1:
@@ -233,10 +233,10 @@ def _crop_of_resized(
     factor: int = 1,
     down: bool = False,
 ) -> Image.Image:
-    """Bring the shorter side to `size`; crop a square, at random with `rng`, else the middle.
+    """Resize the shorter side to `size`; crop a square, at random with `rng`, else the middle.
 
-    `full` is the size of the image that was reduced by `factor` to this one, if it was. `down`
-    rounds the middle's offset down.
+    `full` is the size of the image before it was reduced by `factor`, if it was. `down` rounds the
+    middle's offset down.
     """
     full = full or image.size
     short, long = sorted(full)
@@ -248,9 +248,9 @@ def _crop_of_resized(
     wide = full[0] > full[1]
     left, top = (offset, 0) if wide else (0, offset)
     if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
-        # Of a reduced image the border lies between pixels; the resized form of a sliver would
-        # fill the memory. Resizing only the crop's part is the same up to the rounding of its
-        # border to float32.
+        # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
+        # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
+        # rounding of its border to float32.
         short, long = short / factor, long / factor
         start, end = (edge * long / resized_long for edge in (offset, offset + size))
         box = (start, 0, end, short) if wide else (0, start, short, end)
@@ -262,8 +262,8 @@ def _crop_of_resized(
 def _random_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Draw as torchvision's RandomResizedCrop: ten tries to fit a rectangle into the image, else
-    the largest one in the middle that is no longer than 4:3."""
+    """Draw a box as torchvision's RandomResizedCrop does: ten attempts to fit a rectangle into the
+    image, else the largest one in the middle with an aspect ratio of at most 4:3."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))
@@ -277,7 +277,7 @@ def _random_box(
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB as transformers does: what is transparent shows white."""
+    """Convert to RGB as transformers does: transparent pixels become white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -286,7 +286,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
-    """Open an image for the block; whatever goes wrong in it becomes an ImageError."""
+    """Open an image for the block; any error in it becomes an ImageError."""
     with contextlib.ExitStack() as stack:
         try:
             image = _open(source, stack)
@@ -303,7 +303,7 @@ def _opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
             raise
         except Image.UnidentifiedImageError as error:
             raise ImageError("not an image", f"none of {', '.join(_formats())}") from error
-        except Exception as error:  # Pillow's readers raise whatever broken bytes lead them to
+        except Exception as error:  # Pillow raises almost anything on damaged bytes
             raise ImageError(_reason(error), f"{error or type(error).__name__}") from error
 
 
@@ -334,7 +334,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if not (gray or color):
         raise ImageError(
             "not an image",
-            f"array {array.dtype}{list(array.shape)}; give uint8 [H, W, 3] with values 0 to 255 "
+            f"array of {array.dtype}{list(array.shape)}; pass uint8 [H, W, 3] with values 0 to 255 "
             "(or [H, W], [H, W, 4]; 16-bit gray as uint16 [H, W])",
         )
     if not array.size:
@@ -352,6 +352,6 @@ def _reason(error: Exception) -> Reason:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Of FORMATS those that this Pillow was built with."""
+    """Return those of FORMATS that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -1,9 +1,9 @@
-"""One endless order of samples, the same whatever the number of threads and processes.
+"""Endless batches in one order of samples, whatever the number of threads and processes.
 
-A sample's position is its place in that order: batch t of B samples holds positions t·B to
-(t+1)·B, process p of P the p-th contiguous part of it. Each epoch is a new permutation of the
-source. Everything random in a sample comes from (seed, position), so the step number says all that
-a resumed run needs to know.
+A sample's position is its index in that order: batch t of B samples holds positions t·B to
+(t+1)·B, and process p of P reads the p-th contiguous part of it. Each epoch is a new permutation of
+the source. Everything random in a sample comes from (seed, position), so a resumed run needs only
+the step number.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import Images, ImageSpec
 from clip_jax.storage import files
 
-_MAX_REPLACEMENTS = 1000  # tries for one position; beyond that the source is broken
-_MIN_JUDGED = 256  # samples before the share of bad ones is judged
+_MAX_REPLACEMENTS = 1000  # attempts for one position; beyond that the source is broken
+_MIN_JUDGED = 256  # samples to read before the share of bad ones is checked
 _SHOWN_REASONS = 3
 
 Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
@@ -43,22 +43,25 @@ SourceConfig = SingleConfig | MixtureConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where pairs come from and how they are read."""
+    """Settings of the input pipeline: the source of the pairs, and how they are read."""
 
     source: SourceConfig = field(default_factory=DigitsConfig)
-    seed: int = 0  # of the order, the crops and the choice of captions
-    crop: Literal["random", "center"] = "random"  # which square of the resized image
-    crop_scale: tuple[float, float] | None = None  # random ones: share of the area, not the paper's
-    scaled_decode: bool = True  # JPEGs at 1/2, 1/4 or 1/8 where the crop keeps its size
+    seed: int = 0  # Random seed for the order of samples, the crops and the choice of captions.
+    crop: Literal["random", "center"] = "random"  # Position of the crop in the image.
+    # Smallest and largest share of the image's area in a random crop, such as 0.9 1.0 (open_clip).
+    # None: resize the shorter side, then crop a random square (CLIP paper).
+    crop_scale: tuple[float, float] | None = None
+    scaled_decode: bool = True  # Decode JPEGs at 1/2, 1/4 or 1/8 if the crop stays large enough.
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    workers: int = 0  # processes that read and decode, each with its threads; 0: none
-    threads: int = 2  # that read and decode; 0: none, in the caller's thread
-    prefetch: int = 2  # batches made ahead of need
-    max_bad_share: float = 0.05  # of samples that cannot be read, before the run stops
-    order: Literal["auto", "global", "blocks"] = "auto"  # blocks: many samples a request, of
-    # files read from front to back; global: any sample next; auto: blocks in buckets
-    shuffle_blocks: int = 1024  # size of the shuffle buffer of order=blocks, over all processes
-    read_ahead_mib: int = 4096  # MiB of blocks that a process holds, read and not yet used
+    workers: int = 0  # Processes that read and decode, each with `threads` threads; 0: none.
+    threads: int = 2  # Threads that read and decode in each process; 0: the main thread does it.
+    prefetch: int = 2  # Number of batches prepared ahead.
+    max_bad_share: float = 0.05  # Share of unreadable samples, 0 to 1, above which the run stops.
+    # "global": any sample may be next. "blocks": files are read from front to back, many samples in
+    # one request. "auto": blocks for files in buckets, else global.
+    order: Literal["auto", "global", "blocks"] = "auto"
+    shuffle_blocks: int = 1024  # Shuffle buffer of order="blocks", in blocks over all processes.
+    read_ahead_mib: int = 4096  # Memory for blocks that are read ahead, in MiB for each process.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -68,7 +71,9 @@ class DataConfig:
             read_ahead_mib="[1, inf)",
         )  # fmt: skip
         if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
-            raise InputError(f"data.crop_scale={self.crop_scale} must rise")
+            raise InputError(
+                f"data.crop_scale={self.crop_scale} must be in ascending order; exchange the two"
+            )
 
 
 def build(
@@ -81,11 +86,12 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Pipeline":
-    """Open the source. `batch_size` is global; raises InputError for what cannot be read or
-    split."""
+    """Open the source and build its pipeline. `batch_size` is global. Raises InputError if the
+    source cannot be read, or the batch not be divided among the processes."""
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
-            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+            f"batch_size={batch_size} must be a positive multiple of the {process_count} "
+            "processes; change --batch-size"
         )
     return Pipeline(
         config,
@@ -103,9 +109,9 @@ def _tokenized(
 
 
 def open_source(config: SourceConfig, image_size: int, process: tuple[int, int] = (0, 1)) -> Source:
-    """Open what a source's config describes; sources that draw do so in `image_size` pixels.
+    """Open the source that a config describes; a source that draws does so at `image_size` pixels.
 
-    `process` is which of several processes' this is: they share the building of an index.
+    `process` is (index, count) of this process: all processes share the building of an index.
     """
     if isinstance(config, MixtureConfig):
         members = [
@@ -117,7 +123,7 @@ def open_source(config: SourceConfig, image_size: int, process: tuple[int, int] 
 
 
 class Pipeline:
-    """Endless batches over one source, from any step on."""
+    """Endless batches from one source, starting at any step."""
 
     def __init__(
         self,
@@ -137,17 +143,17 @@ class Pipeline:
             _check_budget(config, cast(BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
-        """Hash the source, of a mixture each member."""
+        """Hash the source, or each member of a mixture."""
         source = self._loader.source
         members = source.members if isinstance(source, MixtureSource) else [source]
         return [digest(one, blocks=self.order == "blocks") for one in members]
 
     def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
-        """Batch number `start_step` and all after it. Close the generator to end its threads.
+        """Yield batch `start_step` and all that follow. Close the generator to stop its threads.
 
-        After the steps `doubled_at` a batch is twice as many of the first ones, joined: the order
-        stays, and of several processes each has its rows of every one. Raises InputError once
-        clearly more than `max_bad_share` of the samples were bad.
+        At each of the steps `doubled_at`, a batch begins to join twice as many of the original
+        batches: the order stays the same, and each process keeps its rows of all of them. Raises
+        InputError once clearly more than `max_bad_share` of the samples were bad.
         """
         import grain
 
@@ -155,7 +161,7 @@ class Pipeline:
         first = growth.samples_after(1, doubled_at, start_step)
         make = self._in_streams(first) if self.order == "blocks" else self._globally()
         number = make.number
-        # A thread makes a piece of a batch, so that the first is soon there and few are in memory.
+        # A thread makes a piece of a batch: the first batch is ready sooner, and few are in memory.
         ahead = config.prefetch * number << len(doubled_at)
         dataset = (
             grain.MapDataset.range(ENDLESS)
@@ -169,7 +175,7 @@ class Pipeline:
         if config.workers:
             from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # Grain's processes read flags, and we have none
+            if not flags.FLAGS.is_parsed():  # Grain's workers expect parsed absl flags
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -192,7 +198,7 @@ class Pipeline:
         if isinstance(source, MixtureSource):
             order = source.order(seed)
         else:
-            # Shuffled epoch by epoch, and before `repeat`: an epoch has each sample once.
+            # Shuffled before `repeat`, so that each epoch has every sample exactly once.
             order = grain.MapDataset.range(self.num_samples).seed(seed).shuffle().repeat()
         return GlobalPieces(self._loader, self._tokenize, order, self._batch_size, self._process)
 
@@ -217,8 +223,7 @@ def _stream_order(seed: int, streams: Streams, shuffle_blocks: int, source: Sour
 
 
 def _settled_order(config: DataConfig, source: Source) -> Literal["global", "blocks"]:
-    """The order that a run begins with. Raises InputError for blocks of a source that has
-    none."""
+    """Resolve `data.order`. Raises InputError if blocks are required and the source has none."""
     members = config.source.members if isinstance(config.source, MixtureConfig) else ()
     paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
     together = isinstance(source, BlockSource) and len(source.blocks()) < len(source)
@@ -226,30 +231,30 @@ def _settled_order(config: DataConfig, source: Source) -> Literal["global", "blo
         return "blocks" if together and any(map(files.is_remote, paths)) else "global"
     if config.order == "blocks" and not together:
         raise InputError(
-            "data.order=blocks needs files with many records in each: tars, Parquet, "
-            "ArrayRecord. clip-jax prepare writes such files; data.order=global reads any"
+            "data.order=blocks needs files with many records each: tars, Parquet or "
+            "ArrayRecord. Set --data.order global, or convert the data with clip-jax prepare"
         )
     return config.order
 
 
 def _check_budget(config: DataConfig, source: BlockSource, processes: int) -> None:
-    """Refuse a budget below the size of the shuffle buffer: reading would stop, or exceed it."""
+    """Raise InputError if the shuffle buffer exceeds the memory for reading ahead."""
     blocks, total = len(source.blocks()), source.size(0, len(source))
     buffer = min(config.shuffle_blocks, blocks)
-    # Blocks in the buffer are half used, on average; a buffer of all begins with all.
+    # On average, half of each buffered block is used; a buffer of all blocks starts full.
     need = total / blocks * buffer / processes * (0.6 if buffer < blocks else 1.0)
     if need > config.read_ahead_mib << 20:
         raise InputError(
-            f"data.read_ahead_mib={config.read_ahead_mib} is too little: of data.shuffle_blocks="
-            f"{config.shuffle_blocks} blocks of {total / blocks / 2**20:.1f} MiB, each of "
-            f"{processes} processes holds {need / 2**20:,.0f} MiB. Raise it, lower "
-            "data.shuffle_blocks (a new run then shuffles less), or write the data anew with "
-            "clip-jax prepare, in shorter blocks"
+            f"data.read_ahead_mib={config.read_ahead_mib} is too small: a shuffle buffer of "
+            f"data.shuffle_blocks={config.shuffle_blocks} blocks of {total / blocks / 2**20:.1f} "
+            f"MiB needs {need / 2**20:,.0f} MiB on each of {processes} processes. Raise "
+            "--data.read-ahead-mib, lower --data.shuffle-blocks in a new run (it shuffles less), "
+            "or write shorter blocks with clip-jax prepare"
         )
 
 
 class _Loader:
-    """A sample of a position: the record that the order puts there, or the next good one."""
+    """Loads the sample of a position: its record in the order, or the next good one."""
 
     def __init__(
         self, config: DataConfig, image_spec: ImageSpec, process: tuple[int, int] = (0, 1)
@@ -258,18 +263,18 @@ class _Loader:
         self._config, self._spec = config, image_spec
 
     def __reduce__(self) -> Any:
-        # A worker opens the source itself: open files and mapped memory do not travel.
+        # Workers reopen the source: open files and mapped memory cannot be pickled.
         return _Loader, (self._config, self._spec)
 
     def __call__(
         self, position: int, record: int, fetched: AnyRecord | SampleError | None = None
     ) -> Sample:
-        """Load the record, unless it was `fetched` already, or the next good one."""
+        """Load the record, unless it was `fetched` already; if it is bad, the next good one."""
         skipped = []
         count = len(self.source)
         for offset in range(min(count, _MAX_REPLACEMENTS)):
             candidate = (record + offset) % count
-            # Each try draws the same numbers, however many the tries before it used.
+            # Each attempt draws the same random numbers, however many earlier ones used.
             rng = np.random.Generator(np.random.Philox(key=[self._config.seed, position]))
             here = None if offset else fetched
             key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
@@ -279,7 +284,7 @@ class _Loader:
                 skipped.append({"position": position, "key": key, "reason": str(error)})
         raise InputError(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
-            f"{skipped[0]['reason']}. Repair the data or change data.source"
+            f"{skipped[0]['reason']}. Repair the data, or choose another data.source"
         )
 
     def _load(
@@ -311,12 +316,12 @@ class _Loader:
 
 
 def _leave_interrupts(*_: int) -> None:
-    """Ignore Ctrl-C in a worker: a terminal sends it to all, and the training answers for them."""
+    """Ignore Ctrl-C in a worker: the terminal sends it to all, and the trainer handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _BadShare:
-    """Counts bad samples and stops the run when they are too many."""
+    """Counts bad samples and stops the run if there are too many."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -328,12 +333,12 @@ class _BadShare:
         self._bad += len({event["position"] for event in batch.skipped})
         self._first += batch.skipped[: _SHOWN_REASONS - len(self._first)]
         expected = self._limit * self._seen
-        # Three standard deviations, since a share just below the limit strays above it by chance.
+        # Three standard deviations, since a share just below the limit may exceed it by chance.
         if self._seen < _MIN_JUDGED or self._bad <= expected + 3 * math.sqrt(expected):
             return
         reasons = "; ".join(f"{event['key']}: {event['reason']}" for event in self._first)
         raise InputError(
             f"{self._bad} of the first {self._seen} samples could not be read, more than "
             f"data.max_bad_share={self._limit:g}. The first: {reasons}. Repair the data, or raise "
-            "data.max_bad_share to go on without them"
+            "--data.max-bad-share to continue without them"
         )

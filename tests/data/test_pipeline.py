@@ -193,7 +193,7 @@ def test_closing_ends_the_threads_and_their_work():
 
 
 def test_a_crop_scale_that_falls_and_a_batch_that_processes_cannot_split():
-    with pytest.raises(ValueError, match=r"data.crop_scale=\(1.0, 0.9\) must rise"):
+    with pytest.raises(ValueError, match=r"data.crop_scale=\(1.0, 0.9\) must be in asc"):
         DataConfig(crop_scale=(1.0, 0.9))
     with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of the 5 proc"):
         open_pipeline(digits(), process_count=5)

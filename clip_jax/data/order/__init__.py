@@ -1,1 +1,1 @@
-"""The order of samples: shuffle blocks, mixtures, and what reads ahead in that order."""
+"""The order of samples: shuffle blocks, mixtures, batches, and reading ahead in that order."""

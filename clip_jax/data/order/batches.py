@@ -1,7 +1,7 @@
-"""Batches put together of pieces, each made by one thread.
+"""Batches assembled from pieces, each made by one thread.
 
-In the global order a piece is a few dozen samples. In the order of blocks it is the
-stream's rows of the batch, and a worker process has whole streams: it alone reads their blocks.
+In the global order a piece is a few dozen samples. In the block order it is one stream's rows of
+the batch; a worker process has entire streams, so it alone reads their blocks.
 """
 
 import operator
@@ -20,12 +20,12 @@ from clip_jax.data.sources import AnyRecord, SampleError, Source
 from clip_jax.models.images import Images, concatenate
 from clip_jax.storage import bucket
 
-_PIECE = (8, 64)  # samples, at least and at most, of which a batch is put together
+_PIECE = (8, 64)  # smallest and largest number of samples in a piece of a batch
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was requested of buckets, and how long threads waited for them."""
+    """Requests to buckets, and how long threads waited for them."""
 
     requests: int = 0
     bytes_read: int = 0
@@ -44,15 +44,15 @@ class Batch:
     text: Int32[np.ndarray, "B L"]
     index: Int64[np.ndarray, " B"]  # global positions
     keys: list[str]  # of the samples used
-    skipped: list[dict[str, Any]]  # position, key, reason of those that could not be
-    reading: Reading = field(default_factory=Reading, compare=False)  # since the batch before
+    skipped: list[dict[str, Any]]  # position, key and reason of each bad sample
+    reading: Reading = field(default_factory=Reading, compare=False)  # since the previous batch
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample of a batch."""
 
-    image: Images  # one
+    image: Images  # a single one
     caption: str
     position: int
     key: str
@@ -61,7 +61,7 @@ class Sample:
 
 @runtime_checkable
 class Load(Protocol):
-    """Makes the sample of a position from the record that the order puts there."""
+    """Loads the sample of a position from the record that the order assigns to it."""
 
     source: Source
 
@@ -75,7 +75,7 @@ Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
 
 @dataclass(frozen=True)
 class _Notes:
-    """What a worker says of a piece besides its arrays, which come through shared memory."""
+    """What a worker reports about a piece besides its arrays, which use shared memory."""
 
     index: Int64[np.ndarray, " B"]
     keys: list[str]
@@ -84,7 +84,7 @@ class _Notes:
 
 
 Piece = tuple[Images, Int32[np.ndarray, "B L"], _Notes]
-NoPiece = tuple[()]  # and not None, which Grain would leave out
+NoPiece = tuple[()]  # not None, which Grain would drop
 
 
 def _piece(samples: Sequence[Sample], tokenize: Tokenize, reading: Reading) -> Piece:
@@ -99,10 +99,10 @@ def _piece(samples: Sequence[Sample], tokenize: Tokenize, reading: Reading) -> P
 
 
 def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
-    """Put a batch together."""
+    """Assemble a batch from its pieces."""
     images, texts, notes = zip(*filter(None, pieces), strict=True)
     return Batch(
-        image=concatenate(images),  # a copy, also of one piece: shared memory is given back
+        image=concatenate(images),  # copies even a single piece: its shared memory is reused
         text=np.concatenate(texts),
         index=np.concatenate([one.index for one in notes]),
         keys=[key for one in notes for key in one.keys],
@@ -113,7 +113,7 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
 
 @dataclass(frozen=True)
 class GlobalPieces:
-    """Makes the i-th of the pieces, `number` a batch, of this process's rows."""
+    """Makes this process's rows in the global order, in `number` pieces for each batch."""
 
     load: Load
     tokenize: Tokenize
@@ -123,7 +123,7 @@ class GlobalPieces:
 
     @property
     def number(self) -> int:
-        """In how many equal pieces of a few dozen samples a batch is made; one if in none."""
+        """Equal pieces of a few dozen samples in a batch; 1 if it cannot be divided so."""
         size = self.batch_size // self.process[1]
         number = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
         return number if size // number >= _PIECE[0] else 1
@@ -137,13 +137,13 @@ class GlobalPieces:
         return _piece(samples, self.tokenize, Reading(*bucket.requested()))
 
     def close(self) -> None:
-        """Nothing is read ahead."""
+        """Do nothing, since nothing is read ahead."""
 
 
 @dataclass(frozen=True)
 class StreamPieces:
-    """Makes pieces of `number` a batch, each a stream's; some are empty, so that workers, which
-    take pieces in turn, have the same streams in every batch."""
+    """Makes this process's rows in the block order, a piece for each stream. Empty pieces pad a
+    batch, so that workers, which take pieces in turn, get the same streams in every batch."""
 
     load: Load
     tokenize: Tokenize
@@ -156,7 +156,7 @@ class StreamPieces:
 
     @property
     def number(self) -> int:
-        """Pieces a batch."""
+        """Pieces in a batch, the empty ones included."""
         return -(-len(self.streams.own) // self.workers) * self.workers
 
     def __call__(self, i: int) -> Piece | NoPiece:
@@ -192,12 +192,12 @@ class StreamPieces:
         )
 
     def close(self) -> None:
-        """End what reads ahead in this process."""
+        """Stop reading ahead in this process."""
         self._ahead.close()
 
 
 class _Opened:
-    """What one process has open: it does not travel to another."""
+    """The open reader of one process; a pickled copy has none."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,18 +1,19 @@
-"""An order of shuffle blocks: records stored together come near each other in time.
+"""The block order: records that are stored together are read at about the same time.
 
-A block is a run of neighbouring records that one request reads. Place j of a batch belongs to
-stream j div width, and a process has whole streams. In each epoch the blocks are interleaved evenly
-over the streams: what all streams read at a time is from all over the source, as far apart as can
-be, so that what is stored sorted (by class, by day) is spread over an epoch. The blocks of all
-streams, one stream's behind another's, are cut where each stream's share of the epoch ends: a
-record is in one stream. A block that a cut divides becomes two pieces. In its stream, each of a
-piece's records gets a random place among as many as the shuffle buffer has blocks, around the
-piece's own place and mirrored at the stream's ends; their order is that of these places. So a
-stream reads forward, each of its next records may come from any piece in the buffer, and records of
-one piece meet as often as records that are drawn from such a buffer one by one.
+A shuffle block is a run of neighbouring records that one request reads. A batch is divided into
+streams of `width` neighbouring places each, and a process has entire streams. In each epoch the
+blocks are interleaved evenly over the streams: at any time all streams together read from all parts
+of the source, as far apart as possible, so that data sorted by class or by day are spread over the
+epoch. The blocks of all streams, one stream after another, are cut where each stream's share of the
+epoch ends, so a record is in one stream only. A block that a cut divides becomes two pieces.
 
-The random numbers are SplitMix64 (Steele, Lea and Flood, 2014) of (seed, epoch, record), by whole
-arrays, and not a library's, whose streams may change.
+Within its stream, each record of a piece gets a random place in a range as wide as the shuffle
+buffer, centred on the piece and mirrored at the stream's ends; records are read in the order of
+these places. So a stream reads forward, its next record may come from any piece in the buffer, and
+records of one piece meet as often as if they were drawn from a shuffle buffer one by one.
+
+The random numbers are SplitMix64 (Steele, Lea and Flood, 2014) of (seed, epoch, record), computed
+for arrays at a time: a library's generator could change between versions.
 """
 
 import bisect
@@ -26,20 +27,20 @@ from jaxtyping import Float64, Int64, UInt64
 
 from clip_jax.errors import InputError
 
-_STREAMS = (16, 512)  # at most: in small batches, and in the largest
-_TINY = 64  # a batch in which each place is a stream: any number of processes divides it
-_WIDTH = 16  # places, so that a stream's share of a batch is worth a thread's while
-_CHUNK = 1024  # places of a stream whose order is found at once, at least
-_KEPT = 6  # chunks of a stream: those who read ahead are not where those are who wait
+_STREAMS = (16, 512)  # maximum number: in small batches, and in the largest
+_TINY = 64  # batch size up to which each place is a stream: any number of processes divides it
+_WIDTH = 16  # places at least, so that a stream's share of a batch is enough work for a thread
+_CHUNK = 1024  # minimum number of places of a stream whose order is computed at once
+_KEPT = 6  # cached chunks of a stream: reading ahead and taking records use different ones
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's
-_QUOTIENTS = 40  # of a continued fraction: as many as a float64 tells apart
+_QUOTIENTS = 40  # of a continued fraction: as many as a float64 can distinguish
 
 
 def count_streams(batch_size: int) -> int:
-    """Return how many streams a batch has: it follows from its size alone, and divides it.
+    """Return the number of streams of a batch, a divisor of its size, on which alone it depends.
 
-    As many as 16 places each allow, and a multiple of the odd part of the size where there is one,
-    so that any usual number of processes divides it.
+    Streams of large batches have 16 places or more, and their number is a multiple of the odd part
+    of the size if possible, so that any usual number of processes divides it.
     """
     if batch_size <= _TINY:
         return batch_size
@@ -51,7 +52,7 @@ def count_streams(batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Streams:
-    """The streams of a batch, and those that one of several processes has."""
+    """The streams of a batch, and those of one process, given as (index, count)."""
 
     batch_size: int
     process: tuple[int, int] = (0, 1)
@@ -59,9 +60,9 @@ class Streams:
     def __post_init__(self) -> None:
         if self.count % self.process[1]:
             raise InputError(
-                f"batch_size={self.batch_size} is read in {self.count} streams, which "
-                f"{self.process[1]} processes do not divide; choose a batch size that is 16 times "
-                "a multiple of the processes, or data.order=global"
+                f"batch_size={self.batch_size} is read in {self.count} streams, which cannot be "
+                f"divided among {self.process[1]} processes. Set --batch-size to 16 times a "
+                "multiple of the number of processes, or --data.order global"
             )
 
     @functools.cached_property
@@ -70,55 +71,53 @@ class Streams:
 
     @property
     def width(self) -> int:
-        """Places of a batch in a stream."""
+        """Number of places that a stream has in a batch."""
         return self.batch_size // self.count
 
     @property
     def own(self) -> range:
-        """Numbers of this process's streams."""
+        """Indices of this process's streams."""
         each = self.count // self.process[1]
         return range(self.process[0] * each, (self.process[0] + 1) * each)
 
     def before(self, position: int) -> Int64[np.ndarray, " streams"]:
-        """How many of the positions before this one each stream has."""
+        """Count the positions before this one, for each stream."""
         batches, offset = divmod(position, self.batch_size)
         rest = offset - np.arange(self.count, dtype=np.int64) * self.width
         return batches * self.width + np.clip(rest, 0, self.width)
 
 
 class Run(NamedTuple):
-    """Records at places of a stream that follow each other, and the piece that each lies in."""
+    """Records at consecutive places of a stream, each with the piece that contains it."""
 
     record: Int64[np.ndarray, " places"]
     epoch: Int64[np.ndarray, " places"]
-    first: Int64[np.ndarray, " places"]  # record of the piece
-    last: Int64[np.ndarray, " places"]  # the one after it
+    first: Int64[np.ndarray, " places"]  # first record of the piece
+    last: Int64[np.ndarray, " places"]  # the record after its last one
 
 
 @runtime_checkable
 class StreamOrder(Protocol):
-    """What each stream reads."""
+    """The records of each stream, in the order in which they are read."""
 
     def at(self, stream: int, offset: int, count: int) -> Run:
-        """The records at the places from `offset` on: how many the stream had before."""
+        """Return `count` records of a stream from its place `offset` on."""
         ...
 
     def reach(self, stream: int) -> int:
-        """Places of the stream in which a piece is begun and ended, at most."""
+        """Return the maximum number of places over which the records of a piece are spread."""
         ...
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """One run of several that follow each other."""
+    """Concatenate consecutive runs."""
     return Run(*(np.concatenate(arrays) for arrays in zip(*runs, strict=True)))
 
 
 @dataclass(frozen=True)
 class OfPositions:
-    """Count the records of a source that each stream has read when an epoch begins.
-
-    Epoch e is exactly the positions from e to e + 1 times the length.
-    """
+    """Counts the records that each stream has read when an epoch begins: epoch e is exactly the
+    positions from e to e + 1 times the length."""
 
     streams: Streams
     length: int
@@ -129,8 +128,8 @@ class OfPositions:
 
 @dataclass(frozen=True)
 class Equal:
-    """Streams take equal shares, up to one record: a stream's offset alone says what it has had, as
-    the members of a mixture need, whose later weights are not known yet."""
+    """The same where streams have equal shares of each epoch, up to one record, which do not depend
+    on positions: a mixture's later weights, and so its members' positions, may still change."""
 
     streams: Streams
     length: int
@@ -140,22 +139,22 @@ class Equal:
 
 
 class BlockOrder:
-    """The order of one source whose records lie in blocks of `sizes`."""
+    """The block order of one source, whose blocks have `sizes` records."""
 
     def __init__(
         self, sizes: Int64[np.ndarray, " blocks"], *, seed: int, shuffle_blocks: int, shares: Any
     ) -> None:
-        """`shuffle_blocks` is the size of the shuffle buffer, over all streams."""
+        """`shuffle_blocks` is the size of the shuffle buffer for all streams together."""
         self._sizes, self._seed, self._shares = sizes, seed, shares
         self._firsts = np.cumsum(sizes) - sizes
         self._length = int(sizes.sum())
         streams = shares.streams.count
         self._spread = max(1, shuffle_blocks // streams) * self._length / len(sizes)  # places
-        self._chunks: dict[int, list[tuple[int, Run]]] = {}  # of each stream: first offset, records
+        self._chunks: dict[int, list[tuple[int, Run]]] = {}  # by stream: first offset, records
         self._epoch = functools.lru_cache(maxsize=2)(self._permuted)
 
     def at(self, stream: int, offset: int, count: int) -> Run:
-        """The records at `count` places of a stream."""
+        """Return `count` records of a stream from its place `offset` on."""
         runs = []
         while count:
             start, chunk = self._chunk_with(stream, offset)
@@ -165,16 +164,16 @@ class BlockOrder:
         return joined(runs)
 
     def reach(self, stream: int) -> int:
-        """Places of the stream in which a piece is begun and ended, at most.
+        """Return the maximum number of places over which the records of a piece are spread.
 
-        Places are random, and ranks stray from them by about the root of a third of the spread: the
-        room for it is forty times as much, or more.
+        Places are random, and ranks deviate from them by about the root of a third of the spread:
+        the margin is at least forty times as much.
         """
         longest = self._length // self._shares.streams.count + self._shares.streams.width + 1
         return min(longest, int(1.2 * self._spread) + _CHUNK)
 
     def _chunk_with(self, stream: int, offset: int) -> tuple[int, Run]:
-        """The chunk that holds a place, and the place at which it starts."""
+        """Return the chunk that contains a place, and the place at which it starts."""
         kept = self._chunks.get(stream, [])
         for start, run in kept:
             if start <= offset < start + len(run.record):
@@ -197,7 +196,7 @@ class BlockOrder:
                 return before + start, run
 
     def _permuted(self, epoch: int) -> tuple[Any, Any, Any]:
-        """The blocks of an epoch in their order, where each ends, and where streams are cut."""
+        """Return the blocks of an epoch in order, where each ends, and where streams are cut."""
         shares = self._shares(epoch + 1) - self._shares(epoch)
         cuts = np.concatenate([[0], np.cumsum(shares)])
         order = self._interleaved(epoch, cuts)
@@ -206,12 +205,12 @@ class BlockOrder:
     def _interleaved(
         self, epoch: int, cuts: Int64[np.ndarray, " cuts"]
     ) -> Int64[np.ndarray, " blocks"]:
-        """One stream's blocks behind another's, so that those of one time are from everywhere.
+        """Return the blocks, stream after stream, so that those read at one time are far apart.
 
-        By time, block i comes at {i a + b}, for an a whose continued fraction has random
-        quotients, none above 3: any part of such an order holds its share of any part of the
-        source, up to a few blocks (Kuipers and Niederreiter, 1974, chapter 2, theorem 3.4). Of
-        those that come at one time, which stream has which is random.
+        Block i is read at the time {i a + b}, for an a whose continued fraction has random
+        quotients, none above 3: any part of such an order contains its share of any part of the
+        source, up to a few blocks (Kuipers and Niederreiter, 1974, chapter 2, theorem 3.4). Blocks
+        of the same time are assigned to the streams at random.
         """
         index = np.arange(len(self._sizes))
         slope = 0.0
@@ -230,13 +229,13 @@ class BlockOrder:
         return interleaved
 
     def _chunk(self, epoch: int, stream: int, number: int, chunks: int) -> tuple[int, Run]:
-        """Those of a stream's records whose random places lie in one of its equal chunks."""
+        """Return the records whose random places are in one of a stream's equal chunks."""
         order, ends, cuts = self._epoch(epoch)
         start, stop = int(cuts[stream]), int(cuts[stream + 1])
         length = stop - start
         spread = self._spread if self._spread < length else 2.0 * length
         low, high = (length * n / chunks for n in (number, number + 1))
-        # No offset is farther than half the spread from its piece's middle.
+        # No record is placed farther than half the spread from the middle of its piece.
         reach = (low - spread / 2, high + spread / 2)
         begin, end = (start + int(min(max(edge, 0), length)) for edge in reach)
         inside = slice(
@@ -263,7 +262,7 @@ class BlockOrder:
 def _random(
     seed: int, epoch: int, channel: int, index: Int64[np.ndarray, " N"]
 ) -> UInt64[np.ndarray, " N"]:
-    """SplitMix64 of a channel of its own for each seed and epoch."""
+    """Return SplitMix64 numbers, independent for each seed, epoch and channel."""
     key = np.zeros(1, np.uint64)
     for number in (seed, epoch, channel):
         key = _mix(key + np.uint64(_GAMMA) + np.uint64(number))
@@ -271,7 +270,7 @@ def _random(
 
 
 def _share(random: UInt64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
-    """From 0 on and below 1."""
+    """Scale to [0, 1)."""
     return (random >> np.uint64(11)) / 2.0**53
 
 

@@ -1,4 +1,4 @@
-"""Several sources in one stream by weight, each in its own shuffled order."""
+"""Weighted mixtures of several sources, each in its own shuffled order."""
 
 import functools
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from clip_jax.data.sources.any import SingleConfig
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError, check_ranges
 
-# Samples in which the weights are kept exactly, their resolution: as few of these as give every
-# member whose weight is not 0 a sample.
+# Numbers of samples after which the weights hold exactly. The first one is used in which every
+# member whose weight is not 0 has a sample.
 _PERIODS = tuple(4096 << doublings for doublings in range(11))
 ENDLESS = 1 << 53  # positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberConfig:
-    """One source of a mixture."""
+    """One source of a mixture, and its weight."""
 
     source: SingleConfig
-    weight: float = 1.0  # its share of the samples, relative to the other members'
+    weight: float = 1.0  # Share of the samples, relative to the other members' weights.
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.source.members.", weight="[0, inf)")
@@ -33,10 +33,10 @@ class MemberConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """New weights from a global sample position on."""
+    """New weights of a mixture, from one position in the order of samples on."""
 
-    from_sample: int  # steps done × batch size
-    weights: tuple[float, ...]  # one a member, in their order; 0: not read
+    from_sample: int  # Position of the first sample: finished steps × batch size.
+    weights: tuple[float, ...]  # One weight for each member, in their order; 0: not read.
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.source.phases.", from_sample="[0, inf)", weights="[0, inf)")
@@ -44,34 +44,36 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """Members and weights. To change a running mixture, add a phase at the resume (and members at
-    the end, with weight 0 for what is past): where each member stands follows from all phases."""
+    """A mixture of sources by weight. To change the weights of a run, add a phase where it resumes.
+    Append new members at the end, with weight 0 in earlier phases, which must not change."""
 
-    members: tuple[MemberConfig, ...] = ()
-    phases: tuple[PhaseConfig, ...] = ()
+    members: tuple[MemberConfig, ...] = ()  # Sources with their initial weights.
+    phases: tuple[PhaseConfig, ...] = ()  # Later changes of the weights, in ascending order.
 
     def __post_init__(self) -> None:
         starts = [0, *(phase.from_sample for phase in self.phases)]
         if not self.members:
-            raise InputError("data.source.members is empty: a mixture needs at least one")
+            raise InputError("data.source.members is empty; add at least one MemberConfig")
         if starts != sorted(starts):
-            raise InputError(f"data.source.phases start at {starts[1:]}; they must rise from 0")
+            raise InputError(
+                f"data.source.phases start at {starts[1:]}; put them in ascending order"
+            )
         for weights in (self.weights, *(phase.weights for phase in self.phases)):
             if len(weights) != len(self.members) or not sum(weights) > 0:
                 raise InputError(
-                    f"weights {weights} of data.source: needs {len(self.members)}, one a member, "
-                    "not all 0"
+                    f"data.source has the weights {weights}; it needs {len(self.members)}, one "
+                    "for each member, and not all 0"
                 )
             _counts(weights)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the time before the first phase."""
+        """Weights before the first phase."""
         return tuple(member.weight for member in self.members)
 
 
 class _Pattern:
-    """Which member each sample of a period has, and how many of it the period gave before."""
+    """The member of each sample of a period, and how many of its samples precede it there."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.counts, self.period = _counts(weights)
@@ -82,7 +84,7 @@ class _Pattern:
 
 
 def _counts(weights: Sequence[float]) -> tuple[Int64[np.ndarray, " members"], int]:
-    """Count each member's samples in a period, and the period's."""
+    """Return the number of each member's samples in a period, and the period's length."""
     shares = np.asarray(weights, np.float64) / sum(weights)
     for period in _PERIODS:
         counts = np.floor(shares * period).astype(np.int64)
@@ -91,21 +93,21 @@ def _counts(weights: Sequence[float]) -> tuple[Int64[np.ndarray, " members"], in
         if all(counts[shares > 0]):
             return counts, period
     raise InputError(
-        f"weights {tuple(weights)} of data.source: the smallest is less than one of "
-        f"{_PERIODS[-1]} samples; raise it, or leave its member out with weight 0"
+        f"data.source has the weights {tuple(weights)}; the smallest is less than one of "
+        f"{_PERIODS[-1]} samples. Raise it, or set it to 0 to leave its member out"
     )
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """A pattern that repeats from a position on, and what each member gave before."""
+    """A pattern that repeats from a position on, and how many samples each member had before."""
 
     start: int
     before: Int64[np.ndarray, " members"]
     pattern: _Pattern
 
     def at(self, position: int) -> tuple[int, int]:
-        """Member, and how many samples it gave before."""
+        """Return the member of a position, and how many samples it had before."""
         period, offset = divmod(position - self.start, self.pattern.period)
         member = int(self.pattern.member[offset])
         done = (
@@ -114,14 +116,14 @@ class _Phase:
         return member, int(done)
 
     def counts_before(self, position: int) -> Int64[np.ndarray, " members"]:
-        """How many samples each member gave before a position."""
+        """Count each member's samples before a position."""
         period, offset = divmod(position - self.start, self.pattern.period)
         rest = np.bincount(self.pattern.member[:offset], minlength=len(self.before))
         return self.before + period * self.pattern.counts + rest
 
 
 def _phases(starts: Sequence[int], patterns: Sequence[_Pattern]) -> list[_Phase]:
-    """Phases that begin at these positions, of a batch or of one stream of it."""
+    """Return the phases that begin at these positions, of all samples or of one stream."""
     phases = [_Phase(0, np.zeros_like(patterns[0].counts), patterns[0])]
     for start, pattern in zip(starts[1:], patterns[1:], strict=True):
         phases.append(_Phase(start, phases[-1].counts_before(start), pattern))
@@ -129,7 +131,7 @@ def _phases(starts: Sequence[int], patterns: Sequence[_Pattern]) -> list[_Phase]
 
 
 class MixtureSource:
-    """All members' samples, one member after the other; `order` says which comes when."""
+    """All members' samples, one member after the other; `order` mixes them."""
 
     def __init__(self, config: MixtureConfig, members: Sequence[Source]) -> None:
         self.members = members
@@ -143,19 +145,19 @@ class MixtureSource:
         return len(self._places)
 
     def key(self, index: int) -> str:
-        """Number of the member, and its key."""
+        """Return the index of the member and its own key."""
         member, own = self._places.find(index)
         return f"{member}/{self.members[member].key(own)}"
 
     def load(
         self, index: int, rng: np.random.Generator
     ) -> tuple[bytes | UInt8[np.ndarray, "H W 3"], str]:
-        """Get the member's sample."""
+        """Load the member's sample."""
         member, own = self._places.find(index)
         return self.members[member].load(own, rng)
 
     def order(self, seed: int) -> Any:
-        """An endless grain.MapDataset of indices: each member's epochs are permutations of it."""
+        """Return an endless grain.MapDataset of indices; a member is shuffled in each epoch."""
         import grain
 
         orders = [
@@ -167,17 +169,17 @@ class MixtureSource:
         return grain.MapDataset.range(ENDLESS).map(index)
 
     def blocks(self) -> Int64[np.ndarray, " blocks"]:
-        """The members', one member after the other; none for those that have none."""
+        """Return all members' blocks; a member without blocks has one for each record."""
         return np.concatenate([blocks_of(member) for member in self.members])
 
     def size(self, first: int, last: int) -> int:
-        """The member's bytes."""
+        """Return the size of these records in bytes; 0 for a member without blocks."""
         member, own = self._places.find(first)
         source = self.members[member]
         return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
 
     def fetch(self, first: int, last: int) -> list[Record]:
-        """Get the member's records."""
+        """Read records of one block of a member."""
         number, own = self._places.find(first)
         member = self.members[number]
         if not isinstance(member, BlockSource):
@@ -186,7 +188,7 @@ class MixtureSource:
         return [Record(f"{number}/{one.key}", one.size, one.load) for one in records]
 
     def stream_order(self, seed: int, streams: Streams, shuffle_blocks: int) -> "StreamMixture":
-        """The order in blocks: each stream has its own place in each member."""
+        """Return the block order: each stream advances in each member by itself."""
         orders = [
             BlockOrder(
                 blocks_of(member),
@@ -201,7 +203,7 @@ class MixtureSource:
 
 
 class StreamMixture:
-    """What each stream reads of a mixture: members by its own place, alike in all streams."""
+    """The block order of a mixture: all streams alternate between members by the same pattern."""
 
     def __init__(
         self,
@@ -216,7 +218,7 @@ class StreamMixture:
         )
 
     def at(self, stream: int, offset: int, count: int) -> Run:
-        """The records at `count` places of a stream."""
+        """Return `count` records of a stream from its place `offset` on."""
         phases = self._phases(stream)
         runs = []
         while count:
@@ -228,7 +230,7 @@ class StreamMixture:
         return joined(runs)
 
     def reach(self, stream: int) -> int:
-        """Places of the stream in which a piece is begun and ended, at most."""
+        """Return the maximum number of places over which the records of a piece are spread."""
         shares = [pattern.counts / pattern.period for pattern in self._patterns]
         return max(
             int(order.reach(stream) / min(share[number] for share in shares if share[number])) + 1
@@ -252,7 +254,7 @@ class StreamMixture:
 
 
 def _index(phases: list[_Phase], starts: list[int], orders: list[Any], position: int) -> int:
-    """Index of a position. Travels to workers, as the source does not."""
+    """Return the index at a position. Takes no source, since workers unpickle the arguments."""
     phase = next(phase for phase in reversed(phases) if phase.start <= position)
     member, done = phase.at(int(position))
     return starts[member] + int(orders[member][done])

@@ -1,5 +1,5 @@
-"""Blocks of files, fetched before their records are needed: by several requests at once, within
-a budget of bytes, and each record given up when it is used."""
+"""Fetch blocks of files before their records are needed, by several requests at once, within a
+budget of bytes; each record is released when it is used."""
 
 import threading
 from collections import deque
@@ -10,22 +10,22 @@ from clip_jax.clock import CLOCK
 from clip_jax.data.order.blocks import Run, StreamOrder
 from clip_jax.data.sources import AnyRecord, BlockSource, SampleError
 
-_REQUESTS = 16  # at once: of 4 MiB in 100 ms each, 640 MiB a second
-_AHEAD = 16  # part of the budget for samples from what is waited for to what is read: 256 MiB
-_LOOK = 0.1  # seconds after which room is looked for, where nobody says that there is some
+_REQUESTS = 16  # at once; at 4 MiB in 100 ms each, 640 MiB/s
+_AHEAD = 16  # 1/16 of the budget limits the samples between consuming and reading: 256 MiB
+_LOOK = 0.1  # seconds between checks for free memory, if no thread signals it
 
 _Key = tuple[int, int]  # epoch, and first record of a piece
 
 
 @dataclass
 class _Piece:
-    """Records of one request, and what is still to come of them."""
+    """Records of one request, as long as some of them are unused."""
 
     key: _Key
     last: int
-    used: set[int]  # records that were used before a run was resumed
-    size: int  # bytes held: expected ones until the records are there
-    records: list[AnyRecord | SampleError | None] | None = None  # None: not there yet
+    used: set[int]  # records that were used before the run was resumed
+    size: int  # bytes held; an estimate until the records are read
+    records: list[AnyRecord | SampleError | None] | None = None  # None: not read yet
 
     @property
     def count(self) -> int:
@@ -33,7 +33,7 @@ class _Piece:
 
 
 class ReadAhead:
-    """Records of some streams, from a step on. Close it to end its threads."""
+    """The records of some streams from a step on. Close it to stop its threads."""
 
     def __init__(
         self,
@@ -54,31 +54,31 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._arrived, self._room, self._work = (threading.Condition(self._lock) for _ in range(3))
         self._pieces: dict[_Key, _Piece] = {}
-        self._left: dict[_Key, int] = {}  # records of each that are still to be taken
+        self._left: dict[_Key, int] = {}  # records of each that have not been taken
         self._queue: deque[_Piece] = deque()
-        self._held = 0  # bytes that are there, or asked for
-        self._demanded = start  # the newest step that somebody waits for
+        self._held = 0  # bytes in memory or requested
+        self._demanded = start  # the newest step that a thread waits for
         self._closed = False
         self._failure: BaseException | None = None
         for work in (self._plan, *[self._fetch] * _REQUESTS):
             threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
 
     def run(self, step: int, stream: int) -> Run:
-        """The records of a stream's part of a batch."""
+        """Return the records of one stream in a batch."""
         return self._order.at(stream, step * self._width, self._width)
 
     def take(self, step: int, record: int, key: _Key) -> AnyRecord:
-        """Wait for a record; each is there once an epoch. Raises SampleError if it is a bad one."""
+        """Wait for a record, which can be taken once an epoch. Raises SampleError if it is bad."""
         with self._lock:
             if step > self._demanded:
                 self._demanded = step
                 self._room.notify()
             while (piece := self._pieces.get(key)) is None or piece.records is None:
                 if self._failure or self._closed:
-                    raise self._failure or InterruptedError("reading has ended")
+                    raise self._failure or InterruptedError("the reader of blocks was closed")
                 self._arrived.wait()
             fetched = piece.records[record - key[1]]
-            assert fetched is not None, (record, key)  # else the order gave it twice
+            assert fetched is not None, (record, key)  # else the order has it twice
             self._give_up(piece, record - key[1])
             self._left[key] -= 1
             if not self._left[key]:
@@ -89,7 +89,7 @@ class ReadAhead:
         return fetched
 
     def close(self) -> None:
-        """End the threads; of a request under way nobody waits for the answer."""
+        """Stop the threads, without waiting for pending requests."""
         with self._lock:
             self._closed = True
             for condition in (self._arrived, self._room, self._work):
@@ -98,25 +98,25 @@ class ReadAhead:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # goes to whoever waits for a record
+        except BaseException as error:  # raised where a record is waited for
             with self._lock:
                 self._failure = self._failure or error
                 self._arrived.notify_all()
 
     def _give_up(self, piece: _Piece, offset: int) -> None:
-        """Hold a record no longer."""
+        """Release a record."""
         assert piece.records is not None
         fetched, piece.records[offset] = piece.records[offset], None
         if isinstance(fetched, AnyRecord):
             piece.size -= fetched.size
             self._held -= fetched.size
 
-    # --------------------------------------------------------------------- in threads of its own
+    # -------------------------------------------------------------------------- background threads
 
     def _plan(self) -> None:
-        """Queue pieces in the order in which they are needed, as far as the budget goes."""
+        """Queue pieces in the order in which they are needed, as far as the budget allows."""
         used = self._used_before()
-        to_plan: dict[_Key, int] = {}  # places of begun pieces that no planned step has had
+        to_plan: dict[_Key, int] = {}  # records of begun pieces that no planned step has used
         step = self._start
         while True:
             for stream in self._streams:
@@ -135,7 +135,7 @@ class ReadAhead:
             step += 1
 
     def _used_before(self) -> dict[_Key, set[int]]:
-        """Records that were used of pieces which earlier steps have begun."""
+        """Return the used records of pieces that steps before the first have begun."""
         used: dict[_Key, set[int]] = {}
         for stream in self._streams:
             offset = self._start * self._width
@@ -152,7 +152,7 @@ class ReadAhead:
         return _Piece(key, last, used, size)
 
     def _queued(self, piece: _Piece, step: int, left: int) -> bool:
-        """Queue a piece once there is room, or somebody waits for its step; False when closed."""
+        """Queue a piece once memory is free or its step is waited for; False if closed."""
         with self._lock:
             while not self._closed and step > self._demanded:
                 near = step <= self._demanded + self._ahead

@@ -1,7 +1,7 @@
 """CLIP's byte-level BPE over lower-cased text (paper, 2.4), with the ids of OpenAI's tokenizer.
 
 Text is cleaned as OpenAI's is (ftfy, HTML unescaped twice, whitespace collapsed, lower case), split
-into words at whitespace, and each word's ids are looked up; only words never met before reach the
+into words at whitespace, and each word's ids are looked up in a cache; only new words need the
 splitting pattern and the Rust BPE.
 """
 
@@ -27,13 +27,13 @@ END_OF_TEXT = "<|endoftext|>"
 WORD_END = "</w>"
 FULL_VOCAB_SIZE = 49_408
 
-# What is in every vocabulary: a letter for each byte, each byte at a word's end, the two markers.
+# In every vocabulary: each byte, each byte at the end of a word, and the two special tokens.
 _SMALLEST_VOCAB_SIZE = 2 * 256 + 2
-_MAX_CACHED_WORDS = 1 << 19  # about 160 MB; then the cache starts afresh
-_MAX_CACHED_LETTERS = 64  # longer words are rarely met twice
+_MAX_CACHED_WORDS = 1 << 19  # about 160 MB; then the cache is cleared
+_MAX_CACHED_LETTERS = 64  # longer words rarely occur twice
 
-# OpenAI's pattern. `regex` and not `re` or the Rust one: what is a letter, a number, a space and an
-# upper-case form of another letter ("'ſ" is a form of "'s") must be decided as OpenAI's code does.
+# OpenAI's pattern. It needs `regex`, not `re` or Rust's: letters, numbers, spaces and upper-case
+# forms of other letters ("'ſ" is a form of "'s") must be recognised as in OpenAI's code.
 # (Its quirk: U+0345, a mark whose upper case is a letter, fits no alternative and is dropped.)
 _PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>"
@@ -44,8 +44,8 @@ _PIECES = regex.compile(
 
 
 def _byte_letters() -> dict[int, str]:
-    """Map each byte to the letter that stands for it, in the vocabulary's order: printable
-    Latin-1 for itself, the others from U+0100 on (GPT-2's table)."""
+    """Map each byte to the letter that represents it, in the vocabulary's order: printable Latin-1
+    to itself, the others to U+0100 and up (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     letters = {byte: chr(byte) for byte in printable}
@@ -57,7 +57,7 @@ _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
 
 
 def _read_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` merges of CLIP's file; its first line is a header."""
+    """Read the first `count` merges of CLIP's file; its first line is a header."""
     path = resources.files("clip_jax.data.tokenizers") / "bpe_simple_vocab_16e6.txt.gz"
     with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
         pairs = (line.split() for line in itertools.islice(lines, 1, count + 1))
@@ -66,13 +66,13 @@ def _read_merges(count: int) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class ClipTokenizer:
-    """Text to CLIP's token ids.
+    """Convert texts to CLIP's token ids.
 
-    A smaller `vocab_size` keeps only the first merges of the same list, so a small model gets a
-    small vocabulary: words fall into more pieces, end-of-text stays the highest id (OpenAI's
-    pooling by argmax needs that).
+    A smaller `vocab_size` uses only the first merges of the same list, so a small model gets a
+    small vocabulary: words are split into more pieces, and end-of-text stays the highest id, as
+    OpenAI's pooling by argmax needs.
 
-    Cheap to construct and to pickle: the vocabulary is read at the first use. Threads may share it.
+    Cheap to construct and to pickle: the vocabulary is read on first use. Threads may share it.
     Raises InputError for a `vocab_size` outside [514, 49408].
     """
 
@@ -83,25 +83,25 @@ class ClipTokenizer:
         if not _SMALLEST_VOCAB_SIZE <= self.vocab_size <= FULL_VOCAB_SIZE:
             raise InputError(
                 f"vocab_size={self.vocab_size}: CLIP's tokenizer has {_SMALLEST_VOCAB_SIZE} "
-                f"(bytes only) to {FULL_VOCAB_SIZE} ids; set the text model's vocab_size between, "
-                "or give the vocabulary that it has: text.tokenizer.file."
+                f"(bytes only) to {FULL_VOCAB_SIZE} ids. Change text.vocab_size, or set "
+                "text.tokenizer.file to the model's own vocabulary."
             )
 
     def __getstate__(self) -> dict[str, object]:
-        # Not the cache: workers fill their own.
+        # Without the cache: workers fill their own.
         return {"vocab_size": self.vocab_size, "clean": self.clean}
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
     ) -> Int32[np.ndarray, "B L"]:
-        """Token ids of each text between start-of-text and end-of-text, then zeros.
+        """Return the token ids of each text between start-of-text and end-of-text, then zeros.
 
-        A text with more than `context_length` ids raises InputError, or loses its tail if
+        A text with more than `context_length` ids raises InputError, or is truncated with
         `truncate` (end-of-text stays last). A text that is not a str raises TypeError.
         """
         if context_length < 2:
             raise InputError(
-                f"context_length={context_length}: at least 2 are needed, start and end of text"
+                f"context_length={context_length} must be at least 2, for start and end of text"
             )
         if isinstance(texts, str):
             texts = [texts]
@@ -117,7 +117,7 @@ class ClipTokenizer:
         return ids
 
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
-        """Cleaned text of one row of ids: without start-of-text, up to the first end-of-text."""
+        """Return the cleaned text of one row of ids, up to the first end-of-text."""
         tokens = self._tokens
         inside = itertools.takewhile(lambda i: i != self.end_of_text, (int(i) for i in ids))
         joined = "".join(tokens[i] for i in inside if i != self.start_of_text)
@@ -134,12 +134,12 @@ class ClipTokenizer:
 
     @functools.cached_property
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs to join, the most urgent first; with `vocab`, what a `tokenizer.json` holds."""
+        """Pairs to merge, highest priority first; `tokenizer.json` has these and `vocab`."""
         return _read_merges(self.vocab_size - _SMALLEST_VOCAB_SIZE)
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
-        """Token to id, in the order of ids."""
+        """The id of each token, in the order of ids."""
         letters = list(_LETTERS.values())
         ends = [letter + WORD_END for letter in letters]
         merged = [left + right for left, right in self.merges]
@@ -158,7 +158,7 @@ class ClipTokenizer:
         return {}
 
     def _encode(self, text: object, enough: int) -> list[int]:
-        """All ids of a text; of a long one more than `enough`, and not much more."""
+        """Return all ids of a text; of a long one, slightly more than `enough`."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.200}")
         cache = self._cache
@@ -174,7 +174,7 @@ class ClipTokenizer:
         return ids
 
     def _words(self, text: str) -> list[str]:
-        if self.clean == "clip":  # whose spaces are those that it is split at
+        if self.clean == "clip":  # the spaces that it would collapse are split at anyway
             return repaired(text).lower().split()
         return CLEANING[self.clean](text).split()
 

@@ -1,4 +1,4 @@
-"""From ids of words to rows of a batch: begin and end of text, cut, padding."""
+"""Tokenizers of vocabulary files: begin and end of text, truncation and padding."""
 
 import abc
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _SHOWN = 200  # letters of a text in a message
 
 @dataclass(frozen=True)
 class FileTokenizer(abc.ABC):
-    """Text to the ids of a vocabulary's file. Cheap to pickle: each process reads the file."""
+    """Convert texts to the ids of a vocabulary file. Cheap to pickle: processes reread the file."""
 
     config: TokenizerConfig
 
@@ -25,8 +25,8 @@ class FileTokenizer(abc.ABC):
             value = getattr(self.config, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise InputError(
-                    f"text.tokenizer.{name}={value} is no id of {self.config.file}, which has "
-                    f"{self.vocab_size}."
+                    f"text.tokenizer.{name}={value} is not an id of {self.config.file}; it must be "
+                    f"at least 0 and less than {self.vocab_size}."
                 )
 
     def __getstate__(self) -> dict[str, object]:
@@ -35,7 +35,7 @@ class FileTokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """How many ids a model needs."""
+        """Number of ids that a model needs."""
 
     @abc.abstractmethod
     def _encode(self, cleaned: list[str]) -> list[list[int]]: ...
@@ -46,7 +46,7 @@ class FileTokenizer(abc.ABC):
     def __call__(
         self, texts: str | Sequence[str], context_length: int, truncate: bool = False
     ) -> Int32[np.ndarray, "B L"]:
-        """Token ids of each text, by the rules of `config`.
+        """Return the token ids of each text, by the rules of `config`.
 
         Raises InputError for a text that is too long, unless `truncate`.
         """
@@ -56,7 +56,9 @@ class FileTokenizer(abc.ABC):
         end = [] if config.end_id is None else [config.end_id]
         room = context_length - len(begin) - len(end)
         if room < 0:
-            raise InputError(f"context_length={context_length}: begin and end of text do not fit.")
+            raise InputError(
+                f"context_length={context_length} cannot hold begin and end of text; raise it."
+            )
         ids = np.full((len(texts), context_length), config.pad_id, np.int32)
         encoded = self._encode(list(map(CLEANING[config.clean], texts)))
         for row, text, words in zip(ids, texts, encoded, strict=True):
@@ -71,15 +73,15 @@ class FileTokenizer(abc.ABC):
         return ids
 
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:
-        """Text of one row of ids, without begin, end and padding."""
+        """Return the text of one row of ids, without begin, end and padding."""
         rules = {self.config.begin_id, self.config.end_id, self.config.pad_id}
         return self._decode([int(i) for i in ids if int(i) not in rules])
 
 
 def too_long(text: str, context_length: int) -> InputError:
-    """The error of a text with more ids than fit."""
+    """Return the error for a text with too many ids."""
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     return InputError(
         f"the text {shown!r} has more than context_length={context_length} ids; "
-        "shorten it, or give truncate=True"
+        "shorten it, or pass truncate=True"
     )

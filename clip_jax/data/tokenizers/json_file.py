@@ -1,7 +1,7 @@
-"""A vocabulary in a `tokenizer.json` (of the library `tokenizers`): BPE, WordPiece, unigram.
+"""A vocabulary in a `tokenizer.json` of the `tokenizers` library: BPE, WordPiece or unigram.
 
-The file says how text is split into words and words into ids. What its post-processor would add,
-and how it would pad and cut, is left to the model's own rules.
+The file defines how text is split into words and words into ids. Its post-processor, padding and
+truncation are ignored: the model's own rules apply.
 """
 
 import base64
@@ -18,15 +18,15 @@ from clip_jax.data.tokenizers.file_tokenizer import FileTokenizer
 from clip_jax.data.tokenizers.vocabulary import read_vocabulary
 from clip_jax.errors import InputError
 
-_MOST_GROWTH = 1 << 14  # of a text at worst; a few hundred in sentencepiece's rules
-_GROWTH = {  # of one letter, in letters or bytes
+_MOST_GROWTH = 1 << 14  # largest growth of a text; sentencepiece's rules reach a few hundred
+_GROWTH = {  # largest growth of one letter, in letters or bytes
     "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 3,
     "ByteLevel": 4, "Metaspace": 2,
 }  # fmt: skip
 
 
 def load(file: str) -> Tokenizer:
-    """Read a `tokenizer.json`. Raises InputError, which says what is wrong with it."""
+    """Read a `tokenizer.json`. Raises InputError if it is damaged or would exhaust the memory."""
     data = read_vocabulary(file)
     with damage_refused(file):
         tokenizer = Tokenizer.from_str(data.decode())
@@ -34,8 +34,8 @@ def load(file: str) -> Tokenizer:
         part = getattr(tokenizer, name)
         if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
             raise InputError(
-                f"{file}: the steps of its {name} may make a text more than {_MOST_GROWTH} times "
-                "as long, which would fill the memory; no vocabulary needs that. Take another file."
+                f"{file}: its {name} may make a text more than {_MOST_GROWTH} times as long, which "
+                "would exhaust the memory and no vocabulary needs. Use another file."
             )
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -43,7 +43,7 @@ def load(file: str) -> Tokenizer:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """Bound how many times as long a step of a tokenizer makes a text."""
+    """Bound the factor by which a step of a tokenizer lengthens a text."""
     match step["type"]:
         case "Sequence":
             steps = next(value for value in step.values() if isinstance(value, list))
@@ -54,7 +54,7 @@ def _growth(step: dict[str, Any]) -> float:
             return max(1, length / len(pattern)) if pattern else 1 + length
         case "Prepend":
             return 1 + len(step["prepend"])
-        case "Precompiled":  # the length of a table, the table, and what it puts for letters
+        case "Precompiled":  # the length of a table, the table, and its replacements
             data = base64.b64decode(step["precompiled_charsmap"])
             texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
             return max(1, *map(len, texts))
@@ -64,17 +64,17 @@ def _growth(step: dict[str, Any]) -> float:
 
 @contextlib.contextmanager
 def damage_refused(file: str) -> Generator[None]:
-    """Raise InputError where the library fails, or panics, on what a file says."""
+    """Raise InputError where the library fails, or panics, on a file's content."""
     try:
         yield
-    except BaseException as error:  # a panic of the Rust library is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(f"{file} is no tokenizer.json: {error!s:.200}") from None
+        raise InputError(f"{file} is not a valid tokenizer.json: {error!s:.200}") from None
 
 
 class JSONTokenizer(FileTokenizer):
-    """Text to the ids of a `tokenizer.json`."""
+    """Convert texts to the ids of a `tokenizer.json`."""
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:

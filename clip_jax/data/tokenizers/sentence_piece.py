@@ -10,7 +10,7 @@ from clip_jax.errors import InputError
 
 
 def load(file: str) -> SentencePieceProcessor:
-    """Read a sentencepiece model. Raises InputError, which says what is wrong with it."""
+    """Read a sentencepiece model. Raises InputError if the file is not one."""
     data = read_vocabulary(file)
     try:
         return SentencePieceProcessor(model_proto=data)
@@ -21,7 +21,7 @@ def load(file: str) -> SentencePieceProcessor:
 
 
 class SentencePieceTokenizer(FileTokenizer):
-    """Text to the ids of a sentencepiece model."""
+    """Convert texts to the ids of a sentencepiece model."""
 
     @functools.cached_property
     def _model(self) -> SentencePieceProcessor:
@@ -29,7 +29,7 @@ class SentencePieceTokenizer(FileTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return self._model.get_piece_size()
 
     def _encode(self, cleaned: list[str]) -> list[list[int]]:

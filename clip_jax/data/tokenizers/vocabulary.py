@@ -1,4 +1,4 @@
-"""The file of a vocabulary: read from disk or bucket, told by its content, kept with a model."""
+"""Vocabulary files: read from a disk or a bucket, recognised by content, saved with a model."""
 
 import dataclasses
 import hashlib
@@ -11,36 +11,36 @@ from clip_jax.storage import files
 JSON_NAME = "tokenizer.json"
 SENTENCEPIECE_NAME = "tokenizer.model"
 NAMES = (JSON_NAME, SENTENCEPIECE_NAME)
-_LARGEST = 256 << 20  # bytes; 901,629 words take about 50 million
+_LARGEST = 256 << 20  # bytes; a vocabulary of 901,629 words takes about 50 million
 
 
 def read_vocabulary(file: str) -> bytes:
-    """Read a vocabulary's file whole. Raises InputError if there is none, or it is longer than
-    any."""
+    """Read a vocabulary file. Raises InputError if it cannot be read or is too large."""
     try:
         if not files.is_remote(file) and os.path.exists(file) and not os.path.isfile(file):
             raise OSError("a folder, a pipe or a device")
         size, _ = files.stat(file)
         if size > _LARGEST:
-            raise InputError(f"{file} has {size} bytes; no vocabulary is that long.")
+            raise InputError(
+                f"{file} has {size} bytes, more than any vocabulary; correct text.tokenizer.file."
+            )
         return files.read(file)
     except OSError as error:
         raise InputError(
-            f"{file} cannot be read ({error.strerror or error}): text.tokenizer.file is a "
+            f"{file} cannot be read ({error.strerror or error}). Set text.tokenizer.file to a "
             "tokenizer.json or a sentencepiece model."
         ) from error
 
 
 def is_json(data: bytes) -> bool:
-    """Say whether a vocabulary is a `tokenizer.json`."""
+    """Return whether a vocabulary is a `tokenizer.json`."""
     return data[:64].lstrip()[:1] == b"{"
 
 
 def keep(config: TokenizerConfig, folder: str) -> str:
-    """Copy a vocabulary's file into a folder; return the name it has there.
+    """Copy a vocabulary file into a folder and return its name there.
 
-    CLIP's, which is bundled, needs no copy. Raises InputError if another vocabulary is kept there
-    already.
+    CLIP's, which is bundled, is not copied. Raises InputError if the folder has another vocabulary.
     """
     if config.file in ("", "clip"):
         return config.file
@@ -53,22 +53,21 @@ def keep(config: TokenizerConfig, folder: str) -> str:
         files.write_whole(path, data)
         return name
     if before != data:
-        raise InputError(f"{path} is another vocabulary than {config.file}.")
+        raise InputError(f"{path} and {config.file} differ; use another folder.")
     return name
 
 
 def digest(config: TokenizerConfig) -> str:
-    """Say in few letters which vocabulary it is, so that processes can agree on one."""
+    """Return a short id of a vocabulary, by which processes check that they use the same."""
     if config.file in ("", "clip"):
         return config.file
     return hashlib.sha256(read_vocabulary(config.file)).hexdigest()[:16]
 
 
 def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> None:
-    """Raise InputError, which names the difference, if weights were trained with other ids than
-    `ours`.
+    """Raise InputError, naming the difference, if weights were trained with other ids than `ours`.
 
-    Weights that came without their vocabulary cannot say.
+    Weights without a vocabulary cannot be checked.
     """
     for field in dataclasses.fields(ours):
         values = getattr(ours, field.name), getattr(theirs, field.name)
@@ -76,7 +75,7 @@ def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> N
             values = read_vocabulary(ours.file), read_vocabulary(theirs.file)
         if theirs.file and values[0] != values[1]:
             raise InputError(
-                f"{source} has the words of other ids: its text.tokenizer.{field.name} is "
+                f"{source} was trained with other token ids: its text.tokenizer.{field.name} is "
                 f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
-                "Give it the same tokenizer, or take the image tower alone with --init-towers."
+                "Use the same tokenizer, or only its image tower with --init-towers image."
             )

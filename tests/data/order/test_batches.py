@@ -105,11 +105,11 @@ def test_blocks_are_read_from_a_bucket_and_any_order_from_a_disk(rows):
 
 
 def test_blocks_that_cannot_be(rows):
-    with pytest.raises(ValueError, match=r"in 9 streams, which 8 processes do not divide"):
+    with pytest.raises(ValueError, match=r"in 9 streams, which cannot be divided among 8 proc"):
         open_pipeline(rows, batch_size=72, process_count=8)
     with mock.patch.object(Rows, "size", autospec=True, side_effect=lambda _, a, b: (b - a) << 20):
         config = dataclasses.replace(rows, read_ahead_mib=100)
-        with pytest.raises(ValueError, match=r"read_ahead_mib=100 is too little: .* 115 MiB"):
+        with pytest.raises(ValueError, match=r"read_ahead_mib=100 is too small: .* 115 MiB"):
             open_pipeline(config)
         open_pipeline(config, process_count=2)
     with (

@@ -77,8 +77,8 @@ def test_a_change_leaves_the_past_alone():
     [
         (lambda: MixtureConfig(), "members is empty"),
         (lambda: mixture((0, 0)), "not all 0"),
-        (lambda: mixture((1,), (PhaseConfig(from_sample=1, weights=(1.0, 1.0)),)), "needs 1"),
-        (lambda: mixture((1.0, 2.5, 0.0), PHASES[::-1]), "must rise"),
+        (lambda: mixture((1,), (PhaseConfig(from_sample=1, weights=(1.0, 1.0)),)), "needs 1, one"),
+        (lambda: mixture((1.0, 2.5, 0.0), PHASES[::-1]), "put them in ascending order"),
     ],
 )
 def test_wrong_config(wrong, message):

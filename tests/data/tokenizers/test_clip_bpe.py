@@ -55,7 +55,7 @@ def test_truncation_keeps_the_end_of_text(piece, count):
     [
         (lambda: TOKENIZER("dog " * 7, 8), r"(?s)'dog dog.*context_length=8.*truncate"),
         (lambda: TOKENIZER("dog " * 10_000, 8), "context_length=8"),
-        (lambda: TOKENIZER("a dog", 1), "context_length=1: at least 2"),  # begin and end of text
+        (lambda: TOKENIZER("a dog", 1), "context_length=1 must be at least 2, for start and end"),
         # What a CSV reader gives for an empty cell.
         (lambda: TOKENIZER._encode(float("nan"), 77), "must be a str, not float"),
         (lambda: ClipTokenizer(513), "vocab_size=513.*514.*49408"),
