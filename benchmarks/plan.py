@@ -1,77 +1,131 @@
-"""The table "Pods" of BENCHMARKS.md: what `clip-jax plan` says of every config on its slice.
+"""Plan every bundled config on its slice: the TPU tables of BENCHMARKS.md. No TPU is needed.
 
-    python benchmarks/plan.py [config ...]
+    python benchmarks/plan.py [CONFIG ...]
 
-Compiled steps are cached, so that one can be compiled at a time.
+The TPU compiler (extra `tpu`) compiles each config's training step. The script prints three tables:
+cost and step time, what bounds the step, and memory. Compiled steps are cached, so that configs can
+be compiled one at a time; all of them take about two hours on one or two cores.
 """
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from clip_jax.config import load_config
-from clip_jax.pods.bounds import LIMITS
+from clip_jax.models import zoo
 from clip_jax.pods.plan import Plan, PlanConfig, plan
 from clip_jax.pods.topology import Topology
 
 ROOT = Path(__file__).parents[1]
+PRICES = {"v5e": 1.2, "v5p": 4.2}  # $ per chip-hour
 
-V5E, V5P, V5P_512 = "v5e:16x16", "v5p:4x4x8", "v5p:8x8x8"
-PODS = [  # config, topology, batch if not the config's
-    ("vit_b32", V5E, None),
-    ("vit_b16", V5E, None),
-    ("vit_l14", V5E, None),
-    ("vit_l14", f"{V5E}/slices=2", 65_536),
-    ("vit_l14_336", V5E, None),
-    ("rn50", V5E, None),
-    ("rn50x64", V5P, None),
-    ("vit_h14", V5P, None),
-    ("vit_bigg14", V5P_512, None),
-    ("siglip_b16", V5E, None),
-    ("siglip2_b16", V5E, None),
-    ("clipa_l14", V5E, None),
+V5E, V5P, V5P_512, V5E_8 = "v5e:16x16", "v5p:4x4x8", "v5p:8x8x8", "v5e:2x4"
+PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what differs
+    ("vit_b32", V5E, {}),
+    ("vit_b32", V5E, {"fsdp": 16}),
+    ("vit_b16", V5E, {}),
+    ("vit_b16", V5E, {"fsdp": 16}),
+    ("vit_l14", V5E, {}),
+    ("vit_l14", f"{V5E}/slices=2", {"batch_size": 65_536}),
+    ("vit_l14_336", V5E, {}),
+    ("rn50", V5E, {}),
+    ("rn50x64", V5P, {}),
+    ("vit_h14", V5P, {}),
+    ("vit_h14", V5P, {"architecture": "ViT-H-14-quickgelu-worldwide"}),  # MetaCLIP 2
+    ("vit_bigg14", V5P_512, {}),
+    ("siglip_b16", V5E, {}),
+    ("siglip_b16", V5E, {"fsdp": 16}),
+    ("siglip2_b16", V5E, {}),
+    ("clipa_l14", V5E, {}),
+    ("clipa_l14", V5E, {"fsdp": 16}),
+    ("coca_b32", V5E, {}),
+    ("coca_l14", V5E, {}),
+    ("mammut_l14", V5E, {}),
+    ("datacomp_small", V5E_8, {}),
+    ("datacomp_medium", V5E_8, {}),
 ]
+COST = (
+    "config", "slice", "batch, pairs", "memory, GB per chip", "step time, ms (sequential bound)",
+    "MFU, % (sequential bound)", "training time, h", "cost, $",
+)  # fmt: skip
+BOUNDS = (
+    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)",
+    "compiler estimate, ms", "MFU, % (compiler estimate)",
+)  # fmt: skip
+MEMORY = (
+    "config", "mesh, data × fsdp × tensor", "remat", "peak, GB per chip", "parameters, GB",
+    "optimizer, GB", "model TFLOP per chip and step", "compile time, s",
+)  # fmt: skip
 
 
-def make(name: str, topology: str, batch: int | None) -> Plan:
-    config = load_config(ROOT / f"configs/{name}.py")
+def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan]:
+    config, label = load_config(ROOT / f"configs/{name}.py"), f"`{name}`"
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if batch:  # as many samples
+    if batch := changes.get("batch_size"):  # for as many samples
         values |= {"batch_size": batch, "steps": config.steps * config.batch_size // batch}
-    return plan(PlanConfig(**values, topology=Topology.parse(topology)))[0]
+    if fsdp := changes.get("fsdp"):
+        values["mesh"] = dataclasses.replace(config.mesh, fsdp=fsdp)
+        label += f", fsdp {fsdp}"
+    if architecture := changes.get("architecture"):
+        model = dataclasses.replace(zoo.get(architecture), remat=config.model.remat)
+        values["model"] = dataclasses.replace(model, attention="xla")
+        label += f", {architecture}, attention `xla`"
+    price = PRICES[topology.partition(":")[0]]
+    where = Topology.parse(topology)
+    return label, plan(PlanConfig(**values, topology=where, chip_hour_price=price))[0]
 
 
-def row(name: str, x: Plan) -> str:
-    gigabytes = [x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")]
-    times = [x.seconds.get(part) for part in LIMITS]
-    times += [x.step_seconds[name] for name in ("sequential_bound", "compiler_estimate")]
-    cells = [
-        f"`{name}`",
-        f"{x.name}, {'×'.join(map(str, x.mesh.values()))}",
-        f"{x.batch_size:,}",
-        x.remat,
-        f"{'yes' if x.fits else 'no'}: {gigabytes[0]:.1f} of {x.hbm_bytes / 1e9:.0f}",
-        f"{gigabytes[1]:.2f} + {gigabytes[2]:.2f}",
-        f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
-        f"{x.gigabytes:.0f}",
-        *("" if not t else f"{1e3 * t:.0f}" for t in times),
-        *("" if mfu is None else f"{mfu:.0%}" for mfu in x.mfus.values()),
-        f"{x.compile_seconds:.0f}",
-        f"{x.hours:,.0f}",
-    ]
-    return "| " + " | ".join(cells) + " |"
+def percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.0f}"
+
+
+def milliseconds(x: float | None) -> str:
+    return f"{1e3 * x:.0f}" if x else ""
+
+
+def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
+    """Return a row of each table."""
+    peak, parameters, optimizer = (
+        x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")
+    )
+    memory = f"{peak:.1f} of {x.hbm_bytes / 1e9:.0f}" + " (too much)" * (not x.fits)
+    steps = {name: milliseconds(value) for name, value in x.step_seconds.items()}
+    mfus = {name: percent(value) for name, value in x.mfus.items()}
+    limits = [milliseconds(x.seconds.get(part)) for part in ("compute", "memory", "interconnect")]
+    return (
+        (
+            label, x.name, f"{x.batch_size:,}", memory, steps["sequential_bound"],
+            mfus["sequential_bound"], f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
+            f"{x.price or 0:,.0f}",
+        ),
+        (
+            label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"], steps["compiler_estimate"],
+            mfus["compiler_estimate"],
+        ),
+        (
+            label, "×".join(map(str, x.mesh.values())), x.remat, memory, f"{parameters:.2f}",
+            f"{optimizer:.2f}", f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
+            f"{x.compile_seconds:.0f}",
+        ),
+    )  # fmt: skip
 
 
 def main() -> None:
-    print(
-        "| config | slice, data × fsdp × tensor | batch | remat | fits: GB a chip | parameters + "
-        "optimizer | TFLOP a step and chip | GB moved | compute ms | HBM ms | ICI ms | network "
-        "between slices ms | sequential bound ms | compiler estimate ms | MFU, overlapped bound | "
-        "MFU, sequential bound | MFU, compiler estimate | compile s | hours |\n|" + "---|" * 19
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, *pod in PODS:
-        if name in sys.argv[1:] or len(sys.argv) == 1:
-            print(row(name, make(name, *pod)), flush=True)
+    parser.add_argument("configs", nargs="*", help="names of configs; by default all")
+    names = parser.parse_args().configs
+    every = []
+    for name, topology, changes in PODS:
+        if not names or name in names:
+            print(f"{name} on {topology} {changes or ''}", file=sys.stderr, flush=True)
+            every.append(rows(*make(name, topology, changes)))
+    for header, table in zip((COST, BOUNDS, MEMORY), zip(*every, strict=True), strict=True):
+        print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        print(*(f"| {' | '.join(row)} |" for row in table), sep="\n")
 
 
 if __name__ == "__main__":
