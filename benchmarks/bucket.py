@@ -1,12 +1,15 @@
-"""Input pipelines on the same JPEGs in a bucket: clip_jax beside open_clip, from fake-gcs-server.
+"""Measure input pipelines that read the same JPEG files from a bucket: clip_jax and open_clip.
 
-    python benchmarks/bucket.py FOLDER [--latency 0.03] [--only NAME ...]
+    PYTHONPATH=. python benchmarks/bucket.py FOLDER [--latency 0.03] [--only NAME ...]
 
-FOLDER gets the photographs of `input.py`. The server and its proxy, which answers each
-request `latency` seconds late, have one core, the pipelines the other, also where they read from
-disk: rates are of one core. open_clip reads by `curl` through its own WebDataset pipe. Each run is
-a process of its own, warm before it is timed; `--rounds` runs of each alternate, and the median
-counts. Requests and bytes are the pipeline's own count, over the timed batches.
+FOLDER receives the photographs of `input.py`. The bucket is a fake-gcs-server behind a proxy that
+delays each response by `--latency` seconds. Server and proxy run on one core. The pipelines run on
+the other, also when they read from disk, so all rates are rates of one core. open_clip reads
+through `curl`, by its own WebDataset pipe.
+
+Each run is a process of its own and is warmed up before it is timed. The runs alternate, `--rounds`
+times each, and the medians are printed. Requests and bytes are counted by the pipeline over the
+timed batches.
 """
 
 import argparse
@@ -82,7 +85,7 @@ def ours(tars: str, run: dict[str, Any], part: tuple[int, int]):
 
 
 def measure(tars: str, run: dict[str, Any], part: tuple[int, int]) -> dict[str, float]:
-    """Rates of the timed batches, in this process."""
+    """Return the rates of the timed batches, measured in this process."""
     peer = run.get("who") == "open_clip"
     batches = open_clip_batches(tars, run["workers"]) if peer else ours(tars, run, part)
     for _ in range(WARM):
@@ -126,15 +129,25 @@ def take(places: dict[str, str], run: dict[str, Any], processes: int) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="folder for the photographs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--latency", type=float, default=0.03, help="seconds before each answer")
-    parser.add_argument("--rate", type=float, default=0.0, help="bytes a second of the line")
-    parser.add_argument("--faults", default="{}", help='such as {"503": 0.05, "hang": 0.01}')
-    parser.add_argument("--only", nargs="*", default=list(RUNS), help="names of runs")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--latency", type=float, default=0.03, help="delay of each response in seconds"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="bandwidth in bytes/s (0: no limit)"
+    )
+    parser.add_argument(
+        "--faults",
+        default="{}",
+        help='shares of faulty responses as JSON: {"503": 0.05, "hang": 0.01}',
+    )
+    parser.add_argument("--only", nargs="*", default=list(RUNS), help="runs to measure")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share a batch")
+    parser.add_argument("--rounds", type=int, default=3, help="times to repeat each run")
     arguments = parser.parse_args()
     if arguments.one:
         run, part = json.loads(arguments.one)

@@ -1,15 +1,16 @@
-"""Captions/s of coca_ViT-B-32 in float32: clip_jax, then open_clip, of the same weights.
+"""Compare the captioning speed of clip_jax and open_clip: coca_ViT-B-32 in float32, same weights.
 
-    PYTHONPATH=. python benchmarks/caption.py [batch size]
+    python benchmarks/caption.py [BATCH_SIZE]
 
-Random weights; greedy captions of 30 tokens. open_clip runs both towers and the decoder over the
-whole caption for every token; here keys and values are kept. The median of the rounds counts.
-Not in turn: once torch has computed in a process, XLA's products take 1.3 times as long there.
+The weights are random and the captions greedy, with 30 tokens each. open_clip runs both towers and
+the decoder over the whole caption for every token; clip_jax caches keys and values. The medians of
+the rounds are compared. The two do not alternate: once torch has computed in a process,
+XLA's products take 1.3 times as long in it.
 """
 
+import argparse
 import importlib
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -28,12 +29,17 @@ from clip_jax.inference.loading import load
 from clip_jax.models.generation import GenerationConfig, generate
 
 LENGTH, ROUNDS = 30, 3
-BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 8
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("batch_size", nargs="?", type=int, default=8, help="images per batch")
+    batch_size = parser.parse_args().batch_size
     warnings.simplefilter("ignore")
-    transformers.generation.BeamSearchScorer = object  # dropped, and needed for beams alone
+    # open_clip imports it, but only beam search uses it; transformers has removed it.
+    transformers.generation.BeamSearchScorer = object
     import open_clip
 
     importlib.reload(importlib.import_module("open_clip.coca_model"))
@@ -41,14 +47,14 @@ def main() -> None:
     torch.manual_seed(0)
     module = importlib.import_module("open_clip.coca_model")
     own = {name: x for name, x in settings.items() if name != "custom_text"}
-    peer = module.CoCa(**own).eval()
+    reference = module.CoCa(**own).eval()
     with torch.no_grad():
-        peer.text_decoder.text_projection.normal_(std=0.2)  # left as memory was
-    images = np.random.default_rng(0).normal(size=(BATCH, 224, 224, 3)).astype(np.float32)
+        reference.text_decoder.text_projection.normal_(std=0.2)  # open_clip leaves it uninitialised
+    images = np.random.default_rng(0).normal(size=(batch_size, 224, 224, 3)).astype(np.float32)
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tensors = {name: x.numpy() for name, x in peer.state_dict().items()}
+        tensors = {name: x.numpy() for name, x in reference.state_dict().items()}
         write_safetensors(folder / layout.WEIGHTS_NAME, tensors, {"format": "pt"})
         config = {"model_cfg": settings, "preprocess_cfg": {}}
         write_json(folder / "open_clip_config.json", config)
@@ -65,7 +71,7 @@ def main() -> None:
 
     def theirs() -> np.ndarray:
         with torch.inference_mode():
-            return peer.generate(
+            return reference.generate(
                 pixels, generation_type="top_k", top_k=1, seq_len=LENGTH, min_seq_len=LENGTH - 1
             ).numpy()
 
@@ -78,7 +84,7 @@ def main() -> None:
             run()
             times.append(time.perf_counter() - started)
         seconds.append(statistics.median(times))
-    fast, slow = (BATCH / took for took in seconds)
+    fast, slow = (batch_size / took for took in seconds)
     same = np.mean(ids[0][:, : ids[1].shape[1]] == ids[1])
     print(
         f"clip_jax {fast:.2f} captions/s, open_clip {slow:.2f}: ratio {fast / slow:.1f}; "

@@ -1,14 +1,15 @@
-"""Memory of the caption loss, in chunks and all at once, by the TPU's compiler; nothing is run.
+"""Measure the memory of the caption loss, in chunks and with all logits at once. Nothing is run.
 
-    PYTHONPATH=. python benchmarks/caption_memory.py [chunked] [dense]
+    python benchmarks/caption_memory.py [chunked] [dense]
 
-coca_ViT-L-14 at 32,768 pairs on v5e:16x16, with `jax[tpu]`: the loss and its gradients alone.
+The TPU compiler (extra `tpu`) compiles the loss and its gradients alone, with the sizes of
+coca_ViT-L-14 at a batch of 32,768 on v5e:16x16, and reports the peak memory of a chip.
 """
 
+import argparse
 import functools
 import json
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,14 @@ BATCH, TOKENS, WIDTH, WORDS = 32_768, 75, 768, 49_408
 
 
 def dense_loss(states, kernel, labels):
-    """What is written without thought: all logits at once, differentiated by JAX."""
+    """Compute the loss in the plain way: all logits at once, differentiated by JAX."""
     logits = jnp.einsum("BLD,DV->BLV", states, kernel.astype(states.dtype)).astype(jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
     return -jnp.where(labels != 0, picked, 0).sum(1)
 
 
 def peak_gib(which: str) -> float:
-    """Peak GiB per chip of value and gradient, rows over all chips, the kernel over 16."""
+    """Return the peak memory per chip in GiB; rows are split over all chips, the kernel over 16."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
     shape = np.array(devices).reshape(16, 16, 1)
     mesh = Mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -51,7 +52,12 @@ def peak_gib(which: str) -> float:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("losses", nargs="*", help="chunked, dense or both (the default)")
+    losses = parser.parse_args().losses or ("chunked", "dense")
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    for case in sys.argv[1:] or ("chunked", "dense"):
+    for case in losses:
         print(json.dumps({"loss": case, "peak_gib": round(peak_gib(case), 2)}), flush=True)

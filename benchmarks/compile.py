@@ -1,14 +1,19 @@
-"""Checks of compiled steps that take minutes: kinds of TPUs and GPUs, cuDNN, large embeddings.
+"""Compile training steps for many kinds of TPUs and GPUs, and check the results.
 
     python benchmarks/compile.py [tpu] [gpu] [cudnn] [tables]
 
-`tpu` and `tables` need the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. No device is needed. An
-assertion fails where a step does not compile as it should. tests/programs/test_tpu_plan.py has the
-quick ones.
+- tpu: a small step for v4 to tpu7x; the gradients are summed over the data axis.
+- gpu: a small step for A100 to B200; only steps on several nodes use the network.
+- cudnn: attention over 197 and 257 patches and over 77 tokens is cuDNN's.
+- tables: large token embedding tables are never gathered.
+
+`tpu` and `tables` need the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. The checks take minutes
+and end with an assertion error where a step does not compile as it should. No device is needed.
+The quick checks are in tests/programs/test_tpu_plan.py.
 """
 
+import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,7 @@ TABLES = [  # 256,000 tokens of 768, and 901,629 of 1,024, at a batch of 32,768
 def small(
     topology: str, image_size: int, patch: int, length: int, fsdp: int = 2, **more: Any
 ) -> Request:
-    """Return the step of a small model; `fsdp` devices share its parameters."""
+    """Return the step of a small model whose parameters are split over `fsdp` devices."""
     sizes: Any = {"width": 64, "depth": 1, "num_heads": 1}
     model = CLIPConfig(
         embed_dim=16, vision=ViTConfig(image_size=image_size, patch_size=patch, **sizes),
@@ -47,7 +52,7 @@ def small(
 
 
 def tpu() -> None:
-    """Of every kind of TPU the sums of gradients are found: two to four bytes a parameter."""
+    """Check on every kind of TPU that gradients are summed: two to four bytes per parameter."""
     for topology in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"):
         facts = compile_step(small(topology, 16, 8, 10, fsdp=1, dtype="float32"))
         kinds = ("all-reduce", "reduce-scatter")
@@ -57,7 +62,7 @@ def tpu() -> None:
 
 
 def gpu() -> None:
-    """Every kind of GPU is compiled for; more than one node communicates over the network."""
+    """Check every kind of GPU; only steps on more than one node use the network."""
     for topology in ("H100:8", "H100:16", "A100:8", "H200:8", "B200:8"):
         request = small(topology, 16, 8, 10, dtype="float32")
         facts = compile_step(request)
@@ -70,7 +75,7 @@ def gpu() -> None:
 
 
 def cudnn() -> None:
-    """Attention is cuDNN's for odd lengths too: 197 and 257 patches, 77 tokens."""
+    """Check that attention over odd lengths is cuDNN's: 197 and 257 patches, 77 tokens."""
     for patch in (16, 14):
         request = small("H100:8", 224, patch, 77, attention="cudnn", dtype="bfloat16")
         calls = compile_step(request).calls()
@@ -79,7 +84,7 @@ def cudnn() -> None:
 
 
 def tables() -> None:
-    """A large token embedding table is never gathered: the rows of a batch are sent."""
+    """Check that a large token embedding table is never gathered: a batch's rows are sent."""
     for name, architecture, topology in TABLES:
         config = load_config(ROOT / f"configs/{name}.py")
         # XLA's attention, with which BENCHMARKS.md was measured; nothing here depends on it.
@@ -108,5 +113,9 @@ def tables() -> None:
 
 if __name__ == "__main__":
     checks = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "tables": tables}
-    for name in sys.argv[1:] or checks:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checks", nargs="*", help="checks to run; by default all of them")
+    for name in parser.parse_args().checks or checks:
         checks[name]()

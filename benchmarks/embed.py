@@ -1,12 +1,13 @@
-"""JPEG files to embeddings on disk: `clip-jax embed` and an open_clip script, in turn.
+"""Compare `clip-jax embed` with an open_clip script: JPEG files to embeddings on disk.
 
-    python benchmarks/embed.py [images] [chunks] [workers]
+    python benchmarks/embed.py [IMAGES] [CHUNKS] [WORKERS]
 
-ViT-B/32 in float32 with the same random weights. The images are photographs that scikit-image and
-scikit-learn ship, recut at random to 640 x 480 pixels. Both take them in the same chunks, one after
-the other; open_clip's DataLoader has `workers` processes (0: it decodes in its own).
+Both use ViT-B/32 in float32 with the same random weights. The images are photographs that
+scikit-image and scikit-learn ship, cropped at random to 640 x 480 pixels. Both embed the same
+chunks of images, alternately.
 """
 
+import argparse
 import shutil
 import sys
 import tempfile
@@ -43,7 +44,7 @@ def make_images(folder: Path, count: int) -> list[Path]:
 
 
 class Files:
-    """A torch data set: it stands here because the DataLoader's processes import it."""
+    """A torch data set, at module level because the DataLoader's processes import it."""
 
     def __init__(self, paths: list[Path], preprocess) -> None:
         self.paths, self.preprocess = paths, preprocess
@@ -73,6 +74,16 @@ def open_clip_embed(model, preprocess, paths: list[Path], output: Path, workers:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default, what in (
+        ("images", IMAGES, "number of images"),
+        ("chunks", CHUNKS, "number of chunks"),
+        ("workers", WORKERS, "processes of open_clip's DataLoader (0: decode in the main process)"),
+    ):
+        parser.add_argument(name, nargs="?", type=int, default=default, help=what)
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     import open_clip
     import torch
@@ -80,8 +91,7 @@ def main() -> None:
     from clip_jax.convert.conversion import ConvertConfig, convert
     from clip_jax.inference.embed import EmbedConfig, embed
 
-    numbers = [int(arg) for arg in sys.argv[1:]]
-    images, chunks, workers = numbers + [IMAGES, CHUNKS, WORKERS][len(numbers) :]
+    images, chunks, workers = args.images, args.chunks, args.workers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = make_images(folder / "images", images)

@@ -1,12 +1,12 @@
-"""Images/s of ViT-B/32's image tower in float32: clip_jax, open_clip and Hugging Face in turn.
+"""Compare the speed of ViT-B/32's image tower in clip_jax, open_clip and Hugging Face (float32).
 
-    python benchmarks/encode.py [batch size]
+    python benchmarks/encode.py [BATCH_SIZE]
 
-Random weights; the three alternate in one process, the median of the rounds counts.
+The weights are random. The three alternate in one process; the medians of the rounds are printed.
 """
 
+import argparse
 import statistics
-import sys
 import time
 import warnings
 
@@ -61,7 +61,11 @@ def hugging_face(pixels: np.ndarray):
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    batch = int(sys.argv[1]) if len(sys.argv) > 1 else BATCH
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("batch_size", nargs="?", type=int, default=BATCH, help="images per batch")
+    batch = parser.parse_args().batch_size
     pixels = np.random.default_rng(0).normal(size=(batch, 224, 224, 3)).astype(np.float32)
     runs = {"clip_jax": ours, "open_clip": open_clip, "Hugging Face": hugging_face}
     runs = {name: make(pixels) for name, make in runs.items()}

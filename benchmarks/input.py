@@ -1,16 +1,17 @@
-"""Input pipelines on the same JPEGs: clip_jax beside open_clip's WebDataset loader.
+"""Compare input pipelines on the same JPEG files: clip_jax and open_clip's WebDataset loader.
 
-    python benchmarks/input.py FOLDER     (needs the extra `peers`; under ten minutes)
+    python benchmarks/input.py FOLDER
 
-FOLDER gets 5,000 photographs, once: scikit-image's and scikit-learn's, cut anew at random, 640 x
-480, in 25 tars with captions. open_clip reads them by its own `get_wds_dataset` with its training
-transform (in an endless epoch, so that no refilling of its shuffle buffers is measured); both crop
-with the scale (0.9, 1) to 224 pixels, tokenise to 77 ids, and make batches of 256: open_clip
-normalised float32, clip_jax uint8, which the training step normalises.
+FOLDER receives 5,000 photographs of 640 x 480 pixels in 25 tars with captions: crops of those that
+scikit-image and scikit-learn ship. open_clip reads them by its own `get_wds_dataset` with its
+training transform, in an endless epoch, so that no refill of its shuffle buffers is measured. Both
+take crops with the scale (0.9, 1) to 224 pixels, tokenise captions to 77 ids, and make batches of
+256. open_clip returns normalised float32; clip_jax returns uint8, which the training step
+normalises.
 
-First each runs with several numbers of workers and the best is taken; then both alternate, five
-times, each run in a process of its own, warm before it is timed. CPU seconds are those of the
-process and of its workers.
+Each is first run with several numbers of workers, of which the best is used. Then both alternate,
+five times, each run in a process of its own that is warmed up before it is timed. CPU seconds
+include worker processes. All of it takes less than ten minutes and needs the extra `peers`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SETTINGS = {
 
 
 def write_photographs(folder: Path) -> None:
-    """Write the tars, unless they are there."""
+    """Write the tars, unless they exist."""
     import numpy as np
     import skimage
     import sklearn.datasets
@@ -77,7 +78,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def open_clip_batches(tars: Path | str, workers: int):
-    """Endless batches of open_clip's, from a folder or, through `curl`, a URL."""
+    """Yield batches of open_clip's loader without end, from a folder or, through `curl`, a URL."""
     import open_clip
     from open_clip_train.data import get_wds_dataset
     from open_clip_train.params import parse_args
@@ -128,7 +129,7 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
 
 
 def cpu_seconds() -> float:
-    """Of this process and all below it that live."""
+    """Return the CPU seconds of this process and all its living descendants."""
     parents, seconds = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -171,8 +172,10 @@ def run(who: str, folder: Path, setting: dict[str, int], count: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder for the photographs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()

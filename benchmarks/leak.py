@@ -1,15 +1,17 @@
-"""Read batches, and print by which part the memory of the process tree grew on the way.
+"""Read many batches, and print by how much the memory of the process tree grew meanwhile.
 
     PYTHONPATH=. python benchmarks/leak.py [SAMPLES]
 
-Six formats at once in a mixture, with images that cannot be read, by a worker process and threads.
-What leaks does so by sample: 300,000 by default. The growth is from the second tenth of the samples
-to the last one, and the exit code is 1 if it is 2% or more. Memory is measured at every hundredth
-of the samples: the proportional set size of what main process and worker together allocated (a page
-that both have counts once). Not of files that they map: of a library's pages, they have a larger
-share as soon as another program that maps it ends.
+A mixture of six formats is read, unreadable images included, by a worker process and by threads.
+Leaks grow with the number of samples, 300,000 by default. Growth is measured between the second and
+the last tenth of the samples; the exit code is 1 if it is 2% or more.
+
+Memory is measured after each hundredth of the samples: the proportional set size of what the main
+process and the worker have allocated. Mapped files do not count, since the share of a library's
+pages grows as soon as another program that maps it ends.
 """
 
+import argparse
 import dataclasses
 import gc
 import os
@@ -29,7 +31,7 @@ KINDS = ("tar", "table", "parquet", "array_record", "saved_dataset", "tfds")
 
 
 def tree_bytes() -> int:
-    """Of this process and its children."""
+    """Return the allocated bytes of this process and its children."""
     own = Path("/proc/self/task")
     children = {pid for task in own.iterdir() for pid in (task / "children").read_text().split()}
     total = 0
@@ -49,7 +51,7 @@ def write(folder: Path) -> list[str]:
 
 
 def held(samples: int, paths: list[str]) -> list[int]:
-    """Bytes at every hundredth of the samples."""
+    """Return the allocated bytes after each hundredth of the samples."""
     members = tuple(MemberConfig(source=PathConfig(path=path)) for path in paths)
     config = DataConfig(
         source=MixtureConfig(members=members),
@@ -78,9 +80,13 @@ def main(samples: int) -> int:
     tenth = len(sizes) // 10
     before, after = (statistics.median(x) for x in (sizes[tenth : 2 * tenth], sizes[-tenth:]))
     growth = after / before - 1
-    print(f"{samples:,} samples, {before / 2**20:.1f} MiB, grown by {growth:.2%}")
+    print(f"{samples:,} samples: {before / 2**20:.1f} MiB, growth {growth:.2%}")
     return int(growth >= 0.02)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 300_000))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", nargs="?", type=int, default=300_000, help="samples to read")
+    sys.exit(main(parser.parse_args().samples))

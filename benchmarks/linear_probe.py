@@ -1,10 +1,13 @@
-"""How fast the linear probe solves a large problem, beside scikit-learn's L-BFGS in float64.
+"""Compare the linear probe's solver with scikit-learn's L-BFGS in float64 on a large problem.
 
-20,000 × 512 made-up embeddings of 100 classes and one grid of λ, compilation included. Prints the
-seconds of both, and for each λ how far from scikit-learn's objective ours ends. Run
-`python benchmarks/linear_probe.py`; it takes minutes.
+    python benchmarks/linear_probe.py
+
+The problem has 20,000 generated embeddings of width 512 in 100 classes, and four values of λ. The
+script prints the seconds that both take, compilation included, and for each λ by how much the
+objective of our solution exceeds scikit-learn's. It takes minutes.
 """
 
+import argparse
 import time
 
 import jax
@@ -16,7 +19,7 @@ from clip_jax.evals.linear_probe import Problem
 
 
 def objective(features, labels, weights, bias, strength):
-    """In float64, whoever found the weights."""
+    """Compute the objective in float64."""
     logits = features.astype(np.float64) @ weights.astype(np.float64) + bias
     shifted = logits - logits.max(1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(1)) - np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
@@ -24,6 +27,9 @@ def objective(features, labels, weights, bias, strength):
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((100, 512)) * 0.25
     labels = rng.integers(0, 100, 24_000)

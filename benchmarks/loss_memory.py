@@ -1,14 +1,15 @@
-"""Memory of the contrastive losses in each form, by the TPU's compiler; nothing is run.
+"""Measure the memory of each form of the contrastive losses by the TPU compiler. Nothing is run.
 
-    PYTHONPATH=. python benchmarks/loss_memory.py [LOSS/FORM/BATCH ...]
+    python benchmarks/loss_memory.py [LOSS/FORM/BATCH ...]
 
-On eight v5e chips, with `jax[tpu]`: value, metrics and all gradients in float32, E = 512.
+For eight v5e chips (extra `tpu`), the script compiles loss value, metrics and all gradients in
+float32 with embeddings of width 512, and prints the peak memory per chip.
 """
 
+import argparse
 import functools
 import json
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ CASES = ("dense/32768", "blocked/32768", "ring/32768", "blocked/262144", "ring/2
 
 
 def peak_mib(loss: str, form: str, batch: int) -> float:
-    """Peak MiB per device; the embeddings stay sharded."""
+    """Return the peak memory per device in MiB; the embeddings stay sharded."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     rows, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -42,10 +43,15 @@ def peak_mib(loss: str, form: str, batch: int) -> float:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", help="such as sigmoid/ring/262144; by default all")
+    cases = parser.parse_args().cases
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     every = [f"{loss}/{case}" for loss in ("softmax", "sigmoid") for case in CASES]
-    for name in sys.argv[1:] or every:
+    for name in cases or every:
         loss, form, batch = name.split("/")
         row = {"loss": loss, "form": form, "batch": int(batch)}
         print(json.dumps(row | {"peak_mib": peak_mib(loss, form, int(batch))}), flush=True)

@@ -1,15 +1,17 @@
-"""The digits with the captions of 20% of them exchanged: trained raw, and filtered by that model.
+"""Filter mismatched captions by a model's own scores: make the data, train on it, and compare.
 
-python benchmarks/mismatched.py digits
-clip-jax train benchmarks/mismatched.py --workdir raw
-clip-jax prepare digits/pairs.parquet filtered --score-with raw --top-share 0.8
-clip-jax train benchmarks/mismatched.py --workdir second --data.source.path filtered
-python benchmarks/mismatched.py digits filtered    # what the filter took away
+    python benchmarks/mismatched.py digits           # 20,000 pairs, 20% with exchanged captions
+    clip-jax train benchmarks/mismatched.py --workdir raw
+    clip-jax prepare digits/pairs.parquet filtered --score-with raw --top-share 0.8
+    clip-jax train benchmarks/mismatched.py --workdir second --data.source.path filtered
+    python benchmarks/mismatched.py digits filtered  # count the pairs that the filter dropped
+
+The second command trains on all pairs; the third drops the 20% with the lowest scores.
 """
 
+import argparse
 import dataclasses
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,4 +65,10 @@ def compare(folder: Path, filtered: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1])) if len(sys.argv) == 2 else compare(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder of the pairs")
+    parser.add_argument("filtered", type=Path, nargs="?", help="output of `prepare`, to compare")
+    args = parser.parse_args()
+    compare(args.folder, args.filtered) if args.filtered else make(args.folder)

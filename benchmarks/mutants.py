@@ -1,17 +1,21 @@
-"""Deliberate faults in the package, one at a time: do the tests notice them?
+"""Insert deliberate faults into the package, one at a time, and see whether the tests catch them.
 
     python benchmarks/mutants.py check --checkout DIR
     python benchmarks/mutants.py record --checkout DIR --output map.json [-- PYTEST-ARGS ...]
     python benchmarks/mutants.py run --checkout DIR --map map.json --output result.json
     python benchmarks/mutants.py compare OLD.json NEW.json
 
-The faults are in `mutants.toml`. `check` says whether each is found in a checkout, and parses.
-`record` runs the tests under coverage and writes down which of them run the lines of each fault;
-what tests start as processes of their own is not seen. `run` puts one fault after the other into a
-copy of the checkout and runs these tests, the quickest first, until one fails. That one must pass
-without the fault, else it is left out and the others go on. `compare` prints a table of two results
-and ends with exit code 1 where the second misses a fault that the first caught. It needs coverage,
-pytest, pytest-cov and pytest-xdist.
+The faults are listed in `mutants.toml`.
+
+- check: Find the code of each fault in a checkout, and parse the faulty version.
+- record: Run the tests under coverage, and write which of them execute the lines of each fault.
+  Code that runs in processes started by a test is not seen.
+- run: Insert each fault into a copy of the checkout, and run its tests, quickest first, until one
+  fails. A test that also fails without the fault does not count, and the others are tried.
+- compare: Print a table of two results. The exit code is 1 if the second misses a fault that the
+  first caught.
+
+It needs coverage, pytest, pytest-cov and pytest-xdist.
 """
 
 import argparse
@@ -53,7 +57,7 @@ def pytest_runtest_logreport(report):
 
 
 class Fault(NamedTuple):
-    """A fault as it is found in a checkout. `what` is its name."""
+    """A fault as located in a checkout. `what` is its name."""
 
     number: int  # from 1, in the order of the file
     file: str
@@ -65,7 +69,7 @@ class Fault(NamedTuple):
 
 
 def read_faults(root: Path) -> list[Fault]:
-    """Find all faults in a checkout; ends the program with the first that is not there."""
+    """Locate all faults in a checkout; end the program at the first that is missing."""
     faults = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["fault"]
     assert len({row["what"] for row in faults}) == len(faults), "two faults have one name"
     found = (locate(root, number, row) for number, row in enumerate(faults, 1))
@@ -73,7 +77,7 @@ def read_faults(root: Path) -> list[Fault]:
 
 
 def locate(root: Path, number: int, row: dict[str, str]) -> Fault | None:
-    """Find a fault by its keys, or by those of an older commit; None of code that it lacked."""
+    """Locate a fault by its keys, or those for an older commit; None if that lacked the code."""
     has_function = False
     for ending in ("", OLDER):
         keys = ("file", "function", "old", "new")
@@ -96,12 +100,12 @@ def locate(root: Path, number: int, row: dict[str, str]) -> Fault | None:
             return Fault(number, file, function, row["what"], content, around, bodies)
     raise SystemExit(
         f"fault {number} ({row['file']}, {row['function']}: {row['what']}) is not found in "
-        f"{root}: its text must stand there exactly once."
+        f"{root}: its text must occur there exactly once."
     )
 
 
 def extent(tree: ast.Module, function: str, length: int) -> tuple[int, int]:
-    """Return the first and last line of a function or class; an empty stretch if there is none."""
+    """Return the first and last line of a function or class; an empty range if there is none."""
     if function == "<module>":
         return 1, length
     node: Any = tree
@@ -114,7 +118,7 @@ def extent(tree: ast.Module, function: str, length: int) -> tuple[int, int]:
 
 
 def statement(tree: ast.Module, first: int, last: int) -> range:
-    """Return the lines of the smallest statement around these, of a block its head alone."""
+    """Return the lines of the smallest statement around these; of a block, only its head."""
     around = []
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt):
@@ -160,7 +164,7 @@ def run_pytest(
 
 
 def record(args: argparse.Namespace) -> None:
-    """Write which tests run the lines of each fault."""
+    """Write which tests execute the lines of each fault."""
     import coverage
 
     checkout = args.checkout.resolve()
@@ -217,7 +221,7 @@ def file_of(test: str) -> str:
 
 
 def is_mirror(test_file: str, file: str) -> bool:
-    """Say whether a file of tests, perhaps in a folder of one stage, is that of a module."""
+    """Return whether a test file, perhaps in the folder of one CI stage, is that of a module."""
     path, parts = Path(file), Path(test_file).parts
     name = path.parent.name if path.stem == "__init__" else path.stem
     return (*path.parts[1:-1], f"test_{name}.py") in (parts[1:], parts[2:])
@@ -260,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def judge(fault: Fault, copy: Path, tests: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Say what becomes of one fault, the test that noticed it, and which tests fail without it."""
+    """Return the outcome of one fault, the test that caught it, and tests that fail without it."""
     dropped: list[str] = []
     passed: set[str] = set()
     limit = 60 * args.minutes
@@ -296,8 +300,8 @@ def judge(fault: Fault, copy: Path, tests: list[str], args: argparse.Namespace) 
 
 @contextlib.contextmanager
 def applied(fault: Fault, copy: Path) -> Generator[None]:
-    """Put a fault into a copy for the block. What Python has compiled of the module is deleted
-    each time: it is judged by times that are too coarse."""
+    """Insert a fault into a copy for the duration of a block. Bytecode of the module is deleted
+    each time, since Python compares modification times that are too coarse."""
     path = copy / fault.file
     before = path.read_text(encoding="utf-8")
 
@@ -336,26 +340,32 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Read the command line and do what it says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run the subcommand of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     of = {name: verbs.add_parser(name) for name in ("check", "record", "run", "compare")}
     for name in ("check", "record", "run"):
-        of[name].add_argument("--checkout", type=Path, required=True)
+        of[name].add_argument("--checkout", type=Path, required=True, help="source tree to test")
     for name in ("record", "run"):
-        of[name].add_argument("--output", type=Path, required=True)
-    of["record"].add_argument("pytest", nargs="*", help="arguments of pytest, behind --")
-    of["run"].add_argument("--map", type=Path, required=True, help="what `record` has written")
-    of["run"].add_argument("--jobs", type=int, default=2, help="faults at a time")
-    of["run"].add_argument("--minutes", type=float, default=5.0, help="for the tests of one fault")
-    of["run"].add_argument("--only", type=int, nargs="+", help="numbers of faults")
-    of["run"].add_argument("--mark", default="", help="pytest's -m; by default all tests")
+        of[name].add_argument("--output", type=Path, required=True, help="JSON file to write")
+    of["record"].add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    of["run"].add_argument("--map", type=Path, required=True, help="output of `record`")
+    of["run"].add_argument("--jobs", type=int, default=2, help="faults to test in parallel")
+    of["run"].add_argument(
+        "--minutes", type=float, default=5.0, help="time limit for the tests of one fault"
+    )
+    of["run"].add_argument("--only", type=int, nargs="+", help="numbers of the faults to test")
+    of["run"].add_argument(
+        "--mark", default="", help="pytest's -m expression; by default all tests run"
+    )
     for name in ("old", "new"):
         of["compare"].add_argument(name, type=Path)
     args = parser.parse_args()
     if args.verb == "check":
         count = len(read_faults(args.checkout.resolve()))
-        print(f"all {count} faults of code that the checkout has are found, and parse")
+        print(f"all {count} faults were located in the checkout, and parse")
         return 0
     return {"record": record, "run": run, "compare": compare}[args.verb](args) or 0
 

@@ -2,10 +2,11 @@
 
     python benchmarks/operations.py OLD_TREE NEW_TREE [CONFIG ...]
 
-Prints for each config (default: vit_b16 and siglip_b16), at its own batch, on a mesh of 2 × 2 × 2
-simulated CPU devices, the operations whose number differs. Nothing is compiled or computed.
+For each config, at its own batch size on a mesh of 2 x 2 x 2 simulated CPU devices, the script
+prints the operations whose number differs. Nothing is compiled or computed.
 """
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,7 @@ ENVIRONMENT = {
 
 
 def histogram(config: str) -> dict[str, int]:
-    """Count the operations of a config's step by name, with the package of this process."""
+    """Count the operations of a config's step by name, with this process's package."""
     import clip_jax
     from clip_jax.config import load_config
     from clip_jax.sharding import MeshConfig, make_mesh
@@ -36,7 +37,7 @@ def histogram(config: str) -> dict[str, int]:
 
 
 def lowered(tree: str, config: str) -> Counter[str]:
-    """Count in a process that runs in a source tree and imports its package."""
+    """Count the operations in a process that imports the package of a source tree."""
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.path.abspath(tree)}
     command = [sys.executable, os.path.abspath(__file__), "--histogram", config]
     done = subprocess.run(
@@ -46,9 +47,15 @@ def lowered(tree: str, config: str) -> Counter[str]:
 
 
 def main() -> None:
-    old_tree, new_tree, *configs = sys.argv[1:]
-    for config in configs or CONFIGS:
-        old, new = lowered(old_tree, config), lowered(new_tree, config)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old_tree", help="source tree to compare with")
+    parser.add_argument("new_tree", help="source tree to check")
+    parser.add_argument("configs", nargs="*", help="names of configs (default: vit_b16 siglip_b16)")
+    args = parser.parse_args()
+    for config in args.configs or CONFIGS:
+        old, new = lowered(args.old_tree, config), lowered(args.new_tree, config)
         print(f"{config}: {old.total():,} operations before, {new.total():,} after", flush=True)
         for name in sorted(old | new, key=lambda name: -abs(new[name] - old[name])):
             if new[name] != old[name]:

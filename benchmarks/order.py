@@ -1,14 +1,21 @@
-"""How well orders mix 1.28 million samples that lie sorted by class, 1,280 of each of a thousand.
+"""Measure how well different orders mix 1.28 million samples that are sorted by class.
 
     PYTHONPATH=. python benchmarks/order.py
 
-Classes in a batch, pairs of one class in it, how far classes' shares of 20 batches scatter (all
-over what independent draws would give), and how far apart in batches two neighbours of the file
-come. Blocks hold 60 samples. WebDataset's buffers are open_clip's: eight workers, 128 shards
-given to them in random order, each worker with a buffer of 5,000 samples and batches of its
-own.
+The data have 1,000 classes of 1,280 samples each, in shuffle blocks of 60. For each order the
+script prints:
+
+- the number of classes in a batch,
+- the number of pairs of one class in a batch,
+- the scatter of the classes' shares of 20 batches,
+- the distance in batches between samples that are neighbours in the file.
+
+The ratios in brackets, the pairs and the scatter are relative to independent draws. WebDataset's
+buffers are those of open_clip: eight workers share 128 shards in random order, and each has a
+buffer of 5,000 samples and makes batches of its own.
 """
 
+import argparse
 import random
 from collections.abc import Iterator
 
@@ -76,6 +83,9 @@ def describe(name: str, batches: np.ndarray) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(
         "| batch | order | classes in a batch | pairs of one class | scatter of shares "
         "| neighbours apart, batches |\n" + "|---" * 6 + "|"

@@ -1,19 +1,22 @@
-"""Prepare generated pairs, here and on Ray: seconds of each stage, memory, and what came out.
+"""Time `clip-jax prepare` on generated pairs, on this machine or on Ray, and measure its memory.
 
-    python benchmarks/prepare.py make FOLDER 1000000 48    # pairs, pixels of a side
-    python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --threads 2
-    python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --on ray
+    PYTHONPATH=. python benchmarks/prepare.py make FOLDER 1000000 48
+    PYTHONPATH=. python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --threads 2
+    PYTHONPATH=. python benchmarks/prepare.py run FOLDER OUT --drop-duplicates --shuffle --on ray
 
-Every tenth image is an earlier one again; beside the tars lie img2dataset's Parquet files with a
-column `similarity`.
+- make: Write tars with the given number of pairs, whose images have the given side in pixels. Every
+  tenth image repeats an earlier one. Beside each tar is a Parquet file as img2dataset writes it,
+  with a column `similarity`.
+- run: Prepare them, with any options of `clip-jax prepare`, and print the seconds of each stage,
+  the peak memory, the counts, and a digest of the shards.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 import threading
 import time
@@ -33,7 +36,7 @@ SHARD, DISTINCT = 10_000, 2_000
 
 
 def pictures(side: int) -> list[bytes]:
-    """Smooth noise as JPEG; a comment makes as many of each as one likes, with the same pixels."""
+    """Return smooth noise as JPEG files. A comment in a file makes copies with other bytes."""
     rng, files = np.random.default_rng(0), []
     for _ in range(DISTINCT):
         noise = Image.fromarray(rng.integers(0, 256, (33, 33, 3), np.uint8))
@@ -65,7 +68,7 @@ def make(folder: Path, count: int, side: int) -> None:
 
 
 def processes(of: int) -> list[int]:
-    """This process and all that came from it."""
+    """Return the ids of a process and all its descendants."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -77,7 +80,7 @@ def processes(of: int) -> list[int]:
 
 
 def watch(most: list[float], stop: threading.Event) -> None:
-    """Keep the largest sums of memory: proportional set sizes, of this process and of its own."""
+    """Record the peak memory (proportional set size) of this process, and with its descendants."""
     while not stop.wait(0.5):
         own, total = 0.0, 0.0
         for pid in processes(os.getpid()):
@@ -127,7 +130,18 @@ def timed(kind: type) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    making, running = verbs.add_parser("make"), verbs.add_parser("run")
+    making.add_argument("folder", type=Path, help="folder for the tars")
+    making.add_argument("count", type=int, help="number of pairs")
+    making.add_argument("side", type=int, help="side of an image in pixels")
+    running.add_argument("folder", help="folder of the tars")
+    running.add_argument("output", help="folder for the shards")
+    args, options = parser.parse_known_args()
+    if args.verb == "make":
+        make(args.folder, args.count, args.side)
     else:
-        run(sys.argv[2:])
+        run([args.folder, args.output, *options])

@@ -1,14 +1,18 @@
-"""The tables of "Weights" in BENCHMARKS.md, and token ids of 100,000 strings and of all of Unicode.
+"""Verify weights and tokens against the reference implementations, at the published sizes.
 
-    python benchmarks/published.py [weights | tokens]
+    PYTHONPATH=. python benchmarks/published.py [weights | tokens]
 
-Needs the extra `peers`. Models of the published sizes, both directions: what each library builds
-itself, with weights of its own, is saved by it, read here and compared; random weights of ours are
-written, loaded by the library's own loader and compared. Each comparison also makes the mistakes
-that it has to notice (`check`). The widest models are of full width but two layers deep;
-the shapes of the whole ones are compared, too. Takes about half an hour.
+- weights: For each model and library, in both directions, the outputs are compared: a model that
+  the library builds and saves is read by clip_jax, and random weights of clip_jax are written and
+  loaded by the library's own loader. Each comparison is repeated with deliberate mistakes, which it
+  must detect (`check`). The widest models have their full width but two layers; the shapes of
+  the complete models are compared, too.
+- tokens: The ids of 100,000 strings and of the characters of all Unicode planes are compared.
+
+It needs the extra `peers` and takes about half an hour.
 """
 
+import argparse
 import json
 import random
 import re
@@ -68,14 +72,15 @@ OPEN_CLIP_NAMES = {  # as open_clip's own configurations are called
 
 
 def is_expressible(name: str, to: str) -> bool:
-    """OpenAI's code has heads of 64 channels and QuickGELU; Hugging Face's has no ResNet."""
+    """Return whether a library has a model: OpenAI has only heads of 64 channels and QuickGELU,
+    Hugging Face no ResNet."""
     if to == "hugging-face":
         return not name.startswith("RN")
     return to == "open-clip" or not name.startswith(("ViT-H", "ViT-g", "ViT-big"))
 
 
 def cut(config: CLIPConfig) -> CLIPConfig:
-    """Full width, two layers (a ResNet: two blocks in each stage)."""
+    """Reduce a model to two layers of full width (a ResNet: two blocks in each stage)."""
     text = replace(config.text, depth=2)
     if isinstance(config.vision, ResNetConfig):
         return replace(config, vision=replace(config.vision, layers=(2, 2, 2, 2)), text=text)
@@ -83,7 +88,7 @@ def cut(config: CLIPConfig) -> CLIPConfig:
 
 
 def model_of(to, name, config):
-    """Build a library's model of a released architecture, as deep as `config`; its settings too."""
+    """Build a library's model of a released architecture, as deep as `config`, and its settings."""
     vision, text = config.vision, config.text
     resnet = isinstance(vision, ResNetConfig)
     if to == "openai":
@@ -142,7 +147,7 @@ def saved_by(to, name, config, folder):
 
 
 def shapes_by(rows, config):
-    """Their name → shape of every tensor that a conversion table makes of an architecture."""
+    """Return the shape of every tensor of an architecture by its name in a library."""
     shapes, ours = {}, param_shapes(config)
     for row in rows:
         shape = ours[row.ours]
@@ -156,7 +161,7 @@ def shapes_by(rows, config):
 
 
 def assert_same_shapes(name: str, to: str) -> None:
-    """Shapes and parameter counts are those of the model that a library builds, without memory."""
+    """Check shapes and parameter counts against the model that a library builds without memory."""
     config = zoo.get(name)
     with torch.device("meta"):
         model, _ = model_of(to, name, config)
@@ -168,7 +173,7 @@ def assert_same_shapes(name: str, to: str) -> None:
 
 
 def other_activation(weights, ids):
-    """GELU where QuickGELU belongs, and the other way round, in both towers."""
+    """Swap GELU and QuickGELU in both towers."""
 
     def swapped(tower):
         if isinstance(tower, ResNetConfig):
@@ -182,13 +187,13 @@ def other_activation(weights, ids):
 
 
 def other_padding(weights, ids):
-    """Padding with another id: the text ends, and then come fives."""
+    """Pad with another id, 5, after the end of the text."""
     return weights, np.where(ids == weights.config.text.tokenizer.pad_id, 5, ids)
 
 
 def permuted_layer(weights, ids):
-    """The hidden units of one MLP in each tower in reverse (a ResNet's: channels of a convolution),
-    on their way in and not on their way out."""
+    """Reverse the hidden units of one MLP in each tower (in a ResNet, channels of a convolution):
+    on their way in but not on their way out."""
     params = jax.tree.map(lambda x: x, weights.params)  # new dicts, the same arrays
     layers = [params["text"]["transformer"]["resblocks"]["mlp"]["c_fc"]]
     if isinstance(weights.config.vision, ResNetConfig):
@@ -204,7 +209,7 @@ def permuted_layer(weights, ids):
 
 
 def check(weights, model, images, our_ids, their_ids) -> float:
-    """Return the largest difference; make each mistake above, which the difference must show."""
+    """Return the largest difference; check that each mistake above makes a large one."""
     largest = check_parity(weights, model, images, our_ids, their_ids)
     theirs = outputs(model, images, their_ids)
     for mistake in (other_activation, other_padding, permuted_layer):
@@ -216,7 +221,7 @@ def check(weights, model, images, our_ids, their_ids) -> float:
 
 
 def compare(name: str, to: Format, folder: Path) -> str:
-    """Largest differences of a model, as a library reads ours and as we read its own."""
+    """Return the largest differences of a model, for a library that reads ours, and the reverse."""
     config = cut(zoo.get(name)) if name in CUT else zoo.get(name)
     images = random_inputs(config)[0][:2]
     weights = random_weights(config)
@@ -286,7 +291,7 @@ BETWEEN += [" ", " ", " ", "\u2028", "\u3000", "\u200b", "\ufeff", "\u180e", "\u
 
 
 def any_character(rng: random.Random) -> str:
-    """From every plane, surrogates and the unassigned included; half from the two first blocks."""
+    """Draw from all planes, surrogates and unassigned included; half from the first two blocks."""
     high = rng.choice((0x80, 0x250, 0x3000, 0x10000, 0x20000, sys.maxunicode + 1))
     return chr(rng.randrange(high))
 
@@ -315,7 +320,7 @@ def piece(rng: random.Random) -> str:
 
 
 def draw(count: int, seed: int) -> list[str]:
-    """Mostly up to 20 pieces; one in a hundred is far longer than any context."""
+    """Draw strings, mostly of up to 20 pieces; one in a hundred exceeds any context length."""
     rng = random.Random(seed)
     result = []
     for _ in range(count):
@@ -340,9 +345,9 @@ def assert_equal(texts: list[str], theirs: np.ndarray) -> None:
 
 
 def assert_same_characters(openai_clip: Any, every: int = 1) -> int:
-    """Compare characters of all of Unicode: each alone, in a word and after an apostrophe.
+    """Compare characters of all Unicode planes: each alone, in a word and after an apostrophe.
 
-    Letters of the large alphabets behave alike, and so do the unassigned: a few are enough.
+    Of large alphabets and of unassigned characters, which all behave alike, a sample is compared.
     """
     tokenizer = openai_clip.clip._tokenizer
     characters = []
@@ -360,7 +365,7 @@ def assert_same_characters(openai_clip: Any, every: int = 1) -> int:
 
 
 def tokens() -> None:
-    """Compare the ids of 100,000 strings with both libraries', of every character with OpenAI's."""
+    """Compare the ids of 100,000 strings with both libraries', and of characters with OpenAI's."""
     openai_clip = import_openai_clip()
     import open_clip
 
@@ -371,11 +376,16 @@ def tokens() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=("weights", "tokens"), help="by default both")
+    only = parser.parse_args().part
     import_openai_clip()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in (weights, tokens):
-            if sys.argv[1:] in ([], [part.__name__]):
+            if only in (None, part.__name__):
                 part()
 
 

@@ -1,11 +1,14 @@
-"""N images through a tower that costs next to nothing, beside decoding them alone.
+"""Compare the evaluation of images by a tiny tower with decoding them alone, to measure the reader.
 
-JAX_NUM_CPU_DEVICES=8 python benchmarks/reader.py FOLDER [N]; 500 JPEGs are made in FOLDER.
+    JAX_NUM_CPU_DEVICES=8 python benchmarks/reader.py FOLDER [IMAGES]
+
+500 JPEG files of 500 x 375 pixels are written to FOLDER and read again and again. The tower has
+one layer, four patches and a width of four, so that decoding takes nearly all the time.
 """
 
+import argparse
 import dataclasses
 import resource
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +27,13 @@ from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 FILES = 500
-folder, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 50_000
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("folder", type=Path, help="folder for the JPEG files")
+parser.add_argument("images", nargs="?", type=int, default=50_000, help="images to read")
+args = parser.parse_args()
+folder, count = args.folder, args.images
 rng = np.random.default_rng(0)
 for i in range(FILES):
     file = folder / f"{i % 5}/{i}.jpg"
@@ -68,9 +77,9 @@ def rate(work, images: int) -> float:
 
 
 part = count // 5
-evaluated(2_048)  # compiled, and all files read once
+evaluated(2_048)  # compiles, and reads all files once
 alone, full = [], []
-for _ in range(5):  # in turn, since the machine is not always as quick
+for _ in range(5):  # alternately, since the speed of the machine varies
     alone.append(rate(decoded, part))
     full.append(rate(evaluated, part))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

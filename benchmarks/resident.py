@@ -1,12 +1,13 @@
-"""Resident memory of a run that reads blocks from a slow bucket, by `data.read_ahead_mib`.
+"""Measure the resident memory of a run that reads blocks from a slow bucket.
 
     PYTHONPATH=. python benchmarks/resident.py [SECONDS]
 
-JPEGs of 56 kB from ArrayRecord, 30 ms late and at 30 MB/s, a budget of 64 MiB. The exit code is 1
-if memory grew by 400 MiB beyond the budget, or by 40 MiB from the first half of the time (120
-seconds by default) to the second.
+The bucket holds JPEG files of 56 kB in an ArrayRecord file; it answers after 30 ms, at 30 MB/s.
+`data.read_ahead_mib` is 64. The exit code is 1 if memory grew by 400 MiB more than that budget, or
+by 40 MiB more in the second half of the time than in the first.
 """
 
+import argparse
 import io
 import os
 import subprocess
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import grain  # noqa: F401  what reading loads counts before
+import grain  # noqa: F401  imported here, so that it does not count as growth
 import numpy as np
 import obstore  # noqa: F401
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -31,7 +32,7 @@ BUDGET, IMAGES = 64, 6_000  # MiB; pairs
 
 
 def resident() -> int:
-    """MiB of this process."""
+    """Return the resident memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
 
@@ -53,7 +54,7 @@ def upload(url: str) -> None:
 
 
 def measure(url: str, seconds: float) -> int:
-    """Read for so long; print by how many MiB memory grew at most in each half of the time."""
+    """Read for the given time; print the largest growth of memory in each half of it."""
     pipeline = build(
         DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, shuffle_blocks=8),
         tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
@@ -69,7 +70,7 @@ def measure(url: str, seconds: float) -> int:
         most[half] = max(most[half], resident() - before)
         if time.monotonic() > start + seconds:
             break
-    print(f"{samples:,} images; grown by {most[0]} MiB, then by {most[1]} MiB", flush=True)
+    print(f"{samples:,} images: growth {most[0]} MiB, then {most[1]} MiB", flush=True)
     return int(max(most) >= BUDGET + 400 or most[1] >= most[0] + 40)
 
 
@@ -84,7 +85,12 @@ def main(seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    duration = float(sys.argv[1]) if len(sys.argv) > 1 else 120.0
-    if sys.argv[2:]:  # a process of its own, which has not uploaded
-        os._exit(measure(sys.argv[2], duration))  # waits for no thread
-    sys.exit(main(duration))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("seconds", nargs="?", type=float, default=120.0, help="seconds to read")
+    parser.add_argument("url", nargs="?", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.url:  # in a process of its own, which has not uploaded
+        os._exit(measure(args.url, args.seconds))  # does not wait for threads
+    sys.exit(main(args.seconds))

@@ -1,7 +1,12 @@
-"""Retrieval over N × N embeddings of 512: python benchmarks/retrieval.py [N]"""
+"""Time image-text retrieval over N x N generated embeddings of width 512.
 
+    python benchmarks/retrieval.py [N]
+
+The script prints recalls and median ranks in both directions, seconds and peak memory.
+"""
+
+import argparse
 import resource
-import sys
 import time
 
 import numpy as np
@@ -9,7 +14,11 @@ import numpy as np
 from clip_jax import sharding
 from clip_jax.evals.retrieval import retrieval
 
-count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("count", nargs="?", type=int, default=100_000, help="number of pairs")
+count = parser.parse_args().count
 rng = np.random.default_rng(0)
 images = rng.standard_normal((count, 512), np.float32)
 images /= np.linalg.norm(images, axis=1, keepdims=True)

@@ -1,9 +1,10 @@
-"""Throughput of the server beside `encode_image` in batches.
+"""Compare the throughput of `clip-jax serve` with `encode_image` in batches.
 
     PYTHONPATH=. python benchmarks/serve.py
 
-One process serves, this one asks: 32 clients, one picture a request, each at once with the next.
-Seconds of a processor are measured too, which other work on the machine does not change much.
+One process serves. This process runs the clients; each sends one image per request, and the next
+one as soon as it has its answer. CPU time per image is measured as well, since other work on the
+machine changes it little.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Process:
             return answer.status
 
     def seconds(self) -> float:
-        """What its threads have computed."""
+        """Return the CPU seconds of its threads."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -69,11 +70,13 @@ class Process:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--architecture", default="ViT-B-32")
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architecture", default="ViT-B-32", help="model to serve")
+    parser.add_argument("--requests", type=int, default=512, help="requests per round")
+    parser.add_argument("--clients", type=int, default=32, help="concurrent clients")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds to measure")
     args = parser.parse_args()
     jax.config.update("jax_default_prng_impl", "rbg")
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,8 +110,8 @@ if __name__ == "__main__":
             p50, p99 = np.percentile(seconds, [50, 99])
             print(
                 f"encode_image {alone:.1f}/s, served {served:.1f}/s, ratio {served / alone:.3f}; "
-                f"p50 {p50:.3f} s, p99 {p99:.3f} s; processor {1000 * own:.1f} and "
-                f"{1000 * theirs:.1f} ms an image, ratio {own / theirs:.3f}",
+                f"p50 {p50:.3f} s, p99 {p99:.3f} s; CPU time {1000 * own:.1f} and "
+                f"{1000 * theirs:.1f} ms per image, ratio {own / theirs:.3f}",
                 flush=True,
             )
         server.end()

@@ -1,22 +1,25 @@
-"""The short attention kernel: how exact it is, and that TPUs' compiler takes it; no TPU is needed.
+"""Check the kernel for short attention: its accuracy, and that the TPU compiler accepts it.
 
-    PYTHONPATH=. python benchmarks/short_attention.py WHAT
+    export PYTHONPATH=.
+    python benchmarks/short_attention.py exact
+    python benchmarks/short_attention.py short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
+    python benchmarks/short_attention.py step [ARCHITECTURE ...]
 
-    exact
-    short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
-    step [ARCHITECTURE ...]
+- exact: Run the kernel in interpret mode for all shapes of published models up to 1,024 tokens.
+  Print the errors of output and gradient against float64 (largest, root mean square), and their
+  ratios to the errors of XLA's attention.
+- short, xla: Compile value and gradient of one attention, by default for the shapes of all configs.
+  Print for each the number of kernels, and the precision of each product of an [L, L] matrix in
+  float32.
+- step: Compile a training step with one layer in each tower. Print the cycles of the kernels.
 
-exact: interpreted, for all shapes of the zoo of up to 1,024 tokens: errors of output and gradient
-against float64 (the largest, the root mean square), and their ratios to those of XLA's attention.
-The others compile, with `jax[tpu]`. short, xla: value and gradient of one attention, by default for
-the shapes of all configs; prints for each how many kernels there are, and with which precision each
-product of a matrix [L, L] in float32 is taken. step: one layer of each tower in a training step.
+No TPU is needed. All but `exact` need the extra `tpu`.
 """
 
+import argparse
 import dataclasses
 import os
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -39,12 +42,12 @@ from tests.models.exact_attention import errors, interpreted, xla_of_tpu
 
 ROOT = Path(__file__).parent.parent
 ROWS = 16
-# With heads of 72, 80, 88 and 104 channels.
+# These have heads of 72, 80, 88 and 104 channels.
 IN_A_STEP = ("ViT-SO400M-14-SigLIP", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
 
 
 def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
-    """Length, heads, their size and whether causal, of both towers."""
+    """Return the length, heads, head size and causality of attention in both towers."""
     text, vision = config.text, config.vision
     shapes = {(text.context_length, text.num_heads, text.width // text.num_heads, text.causal)}
     if not isinstance(vision, ResNetConfig):
@@ -77,7 +80,7 @@ def shapes_of_the_configs(topology: str) -> list[str]:
 
 
 def products_of_scores(text: str, length: int) -> list[str]:
-    """Convolutions of an operand [.., L, L] in float32: the precision that each asks for."""
+    """Return the precision of each convolution with a float32 operand of shape [.., L, L]."""
     of_name = dict(re.findall(r"^\s*(?:ROOT )?(%\S+) = (\w+\[[\d,]*\])", text, re.MULTILINE))
     precisions = []
     for line in text.splitlines():
@@ -110,7 +113,7 @@ def compiled(backend: str, topology: str, *shapes: str) -> None:
 
 
 def step(*names: str) -> None:
-    """Compile widths and lengths as they are; print the cycles of the kernels' schedules."""
+    """Compile steps of full width and length; print the cycles of the kernels' schedules."""
     for name in names or IN_A_STEP:
         model = zoo.get(name)
         model = dataclasses.replace(
@@ -132,7 +135,13 @@ def step(*names: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("exact", "short", "xla", "step"), help="see above")
+    parser.add_argument("rest", nargs="*", help="topology and shapes, or architectures")
+    args = parser.parse_args()
+    what, rest = args.what, args.rest
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
-    what, *rest = sys.argv[1:]
     {"exact": exact, "step": step}.get(what, lambda *args: compiled(what, *args))(*rest)

@@ -1,10 +1,12 @@
-"""A run on the digits with its pairs sorted by number, read by blocks: does it learn as well?
+"""Train on the digits sorted by number and read in blocks: does the model learn as well?
 
-    PYTHONPATH=. python benchmarks/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
+    python benchmarks/sorted_digits.py CONFIG WORKDIR [--seed 1 --data.seed 1 ...]
 
-All pairs of a number lie together, in blocks of 32. What follows WORKDIR goes to `train`.
+All pairs of a number are neighbours, in blocks of 32 pairs. Further options are passed to
+`clip-jax train`.
 """
 
+import argparse
 import sys
 
 import numpy as np
@@ -17,7 +19,7 @@ BLOCK = 32
 
 
 class Sorted(digits.DigitsSource):
-    """The same pairs in another order, as one long file of blocks."""
+    """The same pairs, sorted by number, as one file of blocks."""
 
     def load(self, index, rng):
         return super().load(self._place(index), rng)
@@ -49,6 +51,11 @@ if __name__ == "__main__":
     for module in (pipeline, *[m for n, m in sys.modules.items() if n.startswith("clip_jax.data")]):
         if hasattr(module, "DigitsSource"):
             module.DigitsSource = Sorted
-    config, workdir, *more = sys.argv[1:]
-    order = ["--data.order", "blocks", "--workdir", workdir]
-    sys.exit(commands.main(["train", config, *order, *more]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="such as configs/digits.py")
+    parser.add_argument("workdir", help="run directory")
+    args, more = parser.parse_known_args()
+    order = ["--data.order", "blocks", "--workdir", args.workdir]
+    sys.exit(commands.main(["train", args.config, *order, *more]))

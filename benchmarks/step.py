@@ -1,14 +1,16 @@
-"""Training steps a second in float32 on CPU cores: clip_jax and open_clip in turn.
+"""Compare the training steps of clip_jax and open_clip in float32 on CPU cores.
 
-    python benchmarks/step.py [small] [batch size]
+    python benchmarks/step.py [small] [BATCH_SIZE]
 
-Of ViT-B/32 at 64 pairs, or of small towers (width 128, four and two blocks, 64 patches) at 256.
+The model is ViT-B/32 with 64 pairs per step, or with `small` a model of width 128 (four image
+blocks over 64 patches, two text blocks) with 256 pairs.
 
-Both in one process, alternating, each with all cores; the median of the rounds counts. A step is
-the whole update (both towers, loss, gradients, AdamW) on pixels that are already in memory. Before
-that, clip_jax's towers alone: forward, and forward with backward.
+A step is a complete update (both towers, loss, gradients, AdamW) on pixels in memory. The two
+alternate in one process, each with all cores, and the medians of the rounds are compared. Before
+that, the script times clip_jax's towers alone: forward, and forward with backward.
 """
 
+import argparse
 import dataclasses
 import math
 import statistics
@@ -131,8 +133,13 @@ def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], f
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    model, size = (SMALL, 256) if "small" in sys.argv else (B32, 64)
-    for number in filter(str.isdigit, sys.argv[1:]):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("options", nargs="*", help="`small` and the batch size, both optional")
+    options = parser.parse_args().options
+    model, size = (SMALL, 256) if "small" in options else (B32, 64)
+    for number in filter(str.isdigit, options):
         size = int(number)
     data = batch(model, size)
     print_towers(model, data)
@@ -148,7 +155,7 @@ def main() -> None:
             print(f"{name:<10} {seconds[name][-1]:7.3f} s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:<10} {median:7.3f} s a step, {size / median:6.2f} pairs/s")
+        print(f"{name:<10} {median:7.3f} s/step, {size / median:6.2f} pairs/s")
     print(f"clip_jax takes {medians['clip_jax'] / medians['open_clip']:.2f} of open_clip's time")
 
 

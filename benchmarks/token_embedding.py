@@ -1,9 +1,13 @@
-"""The table "Token embedding tables" of BENCHMARKS.md: the lookup of token embeddings and its
-gradient, compiled alone for pods that are not there; beside it the same with the table gathered.
+"""Measure what a sharded token embedding table sends and holds, with a gathered table beside it.
 
     python benchmarks/token_embedding.py
+
+The TPU compiler (extra `tpu`) compiles the lookup of a batch of 32,768 texts and the gradient of
+the table, alone, for SigLIP 2 B/16 and MetaCLIP 2 H/14. The script prints the MiB that a chip
+receives over each mesh axis, and its peak memory. Nothing is run.
 """
 
+import argparse
 import functools
 import os
 import subprocess
@@ -30,7 +34,7 @@ CASES = [  # model, topology, fsdp
 
 
 def gathered(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Look words up in the whole table, which every device gathers."""
+    """Look tokens up in the complete table, which every device gathers."""
     rows = P(sharding.BATCH_AXES)
 
     @functools.partial(
@@ -70,10 +74,15 @@ def report(name: str, topology: str, fsdp: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:  # in processes of their own: the compiler is loaded once in each
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", nargs="?", type=int, help=argparse.SUPPRESS)
+    case = parser.parse_args().case
+    if case is None:  # one process for each case, since the compiler is loaded once per process
         quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         for i in range(len(CASES)):
             subprocess.run([sys.executable, __file__, str(i)], env=os.environ | quiet, check=True)
     else:
         jax.config.update("jax_platforms", "cpu")
-        report(*CASES[int(sys.argv[1])])
+        report(*CASES[case])
