@@ -5,11 +5,13 @@ A config file is Python with `get_config() -> Config`; flags override its fields
 A renamed field needs a row in `RENAMED` of `checkpoints/run_config.py`, so that older runs resume.
 """
 
+import ast
 import contextlib
 import importlib.util
 import itertools
 import json
 import os
+import re
 import traceback
 from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
@@ -178,6 +180,14 @@ def bundled_configs() -> dict[str, Path]:
     folders = (package / "configs", package.parent / "configs")
     folder = next((x for x in folders if x.is_dir()), folders[0])
     return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def lab_note(path: Path) -> dict[str, str]:
+    """Return what a config file's docstring says: `about`, its first line, and, if it has these
+    paragraphs, `Hardware` and `Expected`."""
+    note = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    parts = re.findall(r"^(Hardware|Expected): (.*?)(?=^\w+: |\n\n|\Z)", note, re.M | re.S)
+    return {"about": note.partition("\n")[0]} | {label: " ".join(x.split()) for label, x in parts}
 
 
 def run_file(path: Path, function: str, kind: type) -> Any:

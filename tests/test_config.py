@@ -20,9 +20,9 @@ CONFIGS = ROOT / "configs"
         ("import nowhere_at_all\n", ":1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("x = 1\ndef get_config(:\n", ":2: SyntaxError: invalid syntax"),
         ("x = '\x00'\n", ": "),
-        ("x = 1\n", "has no get_config()"),
+        ("x = 1\n", "must define get_config()"),
         ("get_config = 3\n", ": TypeError: 'int' object is not callable"),
-        ("def get_config():\n    return 1\n", "returned int, not a Config"),
+        ("def get_config():\n    return 1\n", "must return a Config, not int"),
         ("from clip_jax.models import zoo\ndef get_config():\n    zoo.get('B')\n", ":3: no arch"),
     ],
 )
@@ -31,7 +31,7 @@ def test_an_error_in_a_config_file_is_said_with_its_line(text, says, tmp_path, c
     path.write_text(text)
     assert main(["train", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith((f"clip-jax: {path}", f"clip-jax: get_config() of {path}"))
+    assert line.startswith((f"clip-jax: {path}", f"clip-jax: get_config() in {path}"))
     assert says in line
 
 

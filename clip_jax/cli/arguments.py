@@ -1,10 +1,13 @@
 """Parse the arguments of a command into the dataclass that the command takes."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
+import re
 import traceback
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
@@ -24,6 +27,29 @@ _ELSEWHERE = (
     ("pretrained", "--init-from"),
     ("output-dir logs", "--workdir"),
 )
+
+# Options that `--help` shows; `--help-all` shows all. Commands that are not listed have few.
+_RUN = (
+    "workdir", "data.source.path", "steps", "batch-size", "optim.learning-rate",
+    "optim.warmup-steps", "init-from", "accumulation", "mesh.fsdp", "seed",
+)  # fmt: skip
+_PLAN = ("topology", "chip-hour-price", "fit", "compare", "mfu", "model.remat")
+_MOST_USED: dict[str, tuple[str, ...]] = {
+    "train": _RUN,
+    "plan": (*_PLAN, "batch-size", "accumulation", "mesh.fsdp", "mesh.tensor"),
+    "bench": (
+        "seconds", "warmup", "rounds", "calls", "data.source.path", "data.workers", "data.threads",
+        "batch-size", "accumulation", "model.remat", "mesh.fsdp",
+    ),
+    "evaluate": (
+        "dataset", "suite", "data-dir", "tasks", "templates", "languages", "output", "watch",
+        "mesh.fsdp",
+    ),
+    "prepare": (
+        "inspect", "min-side", "max-caption", "resize", "drop-duplicates", "drop-near-duplicates",
+        "languages", "score-column", "min-score", "shuffle", "worker", "on",
+    ),
+}  # fmt: skip
 
 
 def leading(args: Sequence[str]) -> list[str]:
@@ -54,7 +80,7 @@ def read_run(
     _check_renamed(args, own)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
-    if path is None and not {"-h", "--help"} & set(rest):
+    if path is None and not {"-h", "--help", "--help-all"} & set(rest):
         raise InputError(f"{verb} needs a config file, as in: clip-jax {verb} configs/digits.py")
     default = load_config(path) if path else Config()
     return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults))
@@ -66,16 +92,19 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_path_rule)
+    names = () if "--help-all" in args else _MOST_USED.get(verb.split()[0], ())
+    is_help = bool({"-h", "--help"} & set(args))
     try:
-        return tyro.cli(
-            kind,
-            registry=registry,
-            prog=f"clip-jax {verb}",
-            description=(command.__doc__ or "").strip(),
-            args=list(args),
-            config=(tyro.conf.AvoidSubcommands,),
-            **({} if default is None else {"default": default}),
-        )
+        with _shortened(names, verb) if names and is_help else contextlib.nullcontext():
+            return tyro.cli(
+                kind,
+                registry=registry,
+                prog=f"clip-jax {verb}",
+                description=(command.__doc__ or "").strip(),
+                args=["--help" if arg == "--help-all" else arg for arg in args],
+                config=(tyro.conf.AvoidSubcommands,),
+                **({} if default is None else {"default": default}),
+            )
     except SystemExit as stopped:  # at any ValueError of a dataclass, even if it is a bug
         error: BaseException | None = stopped
         while error := error.__context__:
@@ -83,6 +112,22 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
             if is_bug and _is_ours(error):
                 raise error from None
         raise
+
+
+@contextlib.contextmanager
+def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
+    """Reduce the help that is printed inside to these options, in this order."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        intro, _, rest = printed.getvalue().partition("\n options")
+        blocks = re.findall(r"^  (--([a-z][\w.-]*).*\n(?: {6}.*\n)*)", rest, re.M)
+        options = {name: re.sub(r"^ *\n| +$", "", block, flags=re.M) for block, name in blocks}
+        print(f"{intro.rstrip()}\n\nmost used options:")
+        print("".join(f"  {options[name].rstrip()}\n" for name in names if name in options))
+        print(f"All {len(options)} options: clip-jax {verb.replace(' [--json]', '')} --help-all")
 
 
 def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:

@@ -10,8 +10,10 @@ import errno
 import functools
 import os
 import select
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ CLIP in JAX: train, evaluate, use and convert models.
 commands:
 {commands}
 
-`clip-jax COMMAND --help` lists the options of a command.
+`clip-jax COMMAND --help` lists the options that are used most, `--help-all` all of them.
 """
 
 SCALE_USAGE = """\
@@ -48,6 +50,13 @@ Scaling experiments: train a ladder of runs, collect the results, fit scaling la
 `clip-jax scale VERB --help` lists the options of a verb.
 """
 
+CONFIGS_USAGE = """\
+usage: clip-jax configs [NAME] [--json]
+
+Without NAME: list the bundled configs with their hardware, cost and expected result.
+With NAME: print that config, to start your own from: clip-jax configs digits > mine.py
+"""
+
 BENCH_USAGE = """\
 usage: clip-jax bench VERB CONFIG [...]
 
@@ -61,7 +70,7 @@ Measure the throughput of this machine with a run's config.
 
 
 def train(args: Sequence[str]) -> int:
-    """Train a model from a config file: clip-jax train configs/digits.py"""
+    """Train a model from a config file: clip-jax train digits"""
     from clip_jax.config import Config
 
     @dataclass(frozen=True, kw_only=True)
@@ -300,7 +309,43 @@ def bench(args: Sequence[str]) -> int:
     return _print(result, len(flags) < len(rest), describe(result))
 
 
+def configs(args: Sequence[str]) -> int:
+    """List the bundled configs, or print one to start from: clip-jax configs [NAME]"""
+    from clip_jax.config import bundled_configs, lab_note
+
+    names = [arg for arg in args if not arg.startswith("-")]
+    if {"-h", "--help"} & set(args):
+        print(CONFIGS_USAGE)
+        return 0
+    paths = bundled_configs()
+    if unknown := [name for name in names if name not in paths]:
+        raise InputError(f"no config {unknown[0]!r}; choose from {', '.join(paths)}.")
+    if names:
+        print("\n".join(paths[name].read_text(encoding="utf-8") for name in names), end="")
+        return 0
+    notes = {name: lab_note(path) for name, path in paths.items()}
+    width = shutil.get_terminal_size().columns - 2
+    lines = []
+    for name, note in notes.items():
+        texts = [note["about"], *(f"{label}: {x}" for label, x in note.items() if label != "about")]
+        lines += [name, *(textwrap.indent(textwrap.fill(text, width), "  ") for text in texts)]
+    return _print(notes, "--json" in args, "\n".join(lines))
+
+
+def sample_data(args: Sequence[str]) -> int:
+    """Write drawn shapes to try things with: clip-jax sample-data FOLDER"""
+    from clip_jax.data.shapes import SampleDataConfig, write
+
+    kind = SampleDataConfig
+    config, as_json = arguments.read(kind, args, ("output",), sample_data, "sample-data")
+    result = write(config)
+    text = "{output}: {train} training and {test} test images of {classes} classes"
+    return _print(result, as_json, text.format(**result))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "configs": configs,
+    "sample-data": sample_data,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
@@ -367,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         listing = "\n".join(
-            f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
+            f"  {name:<12} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
         )
         print(USAGE.format(commands=listing))
         return 0
@@ -380,6 +425,8 @@ def _run(args: Sequence[str]) -> int:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
         return _say(f"no command {args[0]!r}; choose from {', '.join(COMMANDS)}.{meant}", code=2)
+    if sys.stderr.isatty() and not {"-h", "--help", "--help-all"} & set(args):
+        _say(f"starting {args[0]} ...", code=0)  # JAX takes seconds to import
     return COMMANDS[args[0]](args[1:])
 
 

@@ -32,7 +32,7 @@ class FilterConfig:
     min_words: int = 0  # Minimum number of words in a caption, separated by spaces.
     # Languages of captions, such as en de zh, as detected by fastText. Empty: any language.
     languages: tuple[str, ...] = ()
-    drop_duplicates: bool = False  # Of images with identical bytes, keep only the first.
+    drop_duplicates: bool = False  # Keep only the first of images with identical bytes.
     drop_near_duplicates: bool = False  # Drop images that are near-duplicates of an earlier one.
     near_distance: int = 40  # Maximum number of differing hash bits, of 256, of near-duplicates.
     # Evaluation sets, as NAME=IMAGES with a folder, table, tars, ...; near-duplicates of their

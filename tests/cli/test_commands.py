@@ -1,5 +1,6 @@
 """Wrong use, and how the console script starts itself."""
 
+import json
 import os
 import re
 import sys
@@ -118,6 +119,54 @@ def test_the_console_script_starts_itself_once_with_huge_pages():
         assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
         assert console_script.main() == 0
         execute.assert_called_once()
+
+
+def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(ROOT)
+    commands = {
+        "train": "train configs/pairs.py", "plan": "plan configs/digits.py",
+        "evaluate": "evaluate runs/x", "prepare": "prepare a b",
+    }  # fmt: skip
+    assert commands.keys() == arguments._MOST_USED.keys() - {"bench"}
+    commands["bench input"] = "bench input configs/pairs.py"
+    commands["bench step"] = "bench step configs/pairs.py"
+    shown = {}
+    for name, command in commands.items():
+        for flag in ("--help", "--help-all"):
+            with pytest.raises(SystemExit):
+                main([*command.split(), flag])
+            text = capsys.readouterr().out
+            shown[name, flag] = re.findall(r"^(?:│ |  )--([a-z][\w.-]*)", text, re.M)
+            if flag == "--help":
+                count = int(re.search(r"All (\d+) options: clip-jax .* --help-all", text)[1])
+        assert len(shown[name, "--help-all"]) == count
+    for name, few in arguments._MOST_USED.items():
+        if name != "bench":
+            assert shown[name, "--help"] == [*few]
+    both = {*shown["bench input", "--help"], *shown["bench step", "--help"]}
+    assert both == {*arguments._MOST_USED["bench"]}
+
+
+def test_bundled_configs_are_listed_and_printed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["configs"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^digits\n  .*\n  Hardware: two CPU cores", text, re.M)
+    assert main(["configs", "digits"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs/digits.py").read_text()
+    assert main(["configs", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)
+    assert notes.keys() == {path.stem for path in (ROOT / "configs").glob("[!_]*.py")}
+    assert "v5e-256" in notes["vit_b16"]["Hardware"]
+    assert main(["configs", "digit"]) == 2
+    assert "no config 'digit'; choose from" in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_first_line_comes_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main(["evaluate", "nowhere"])
+    assert capsys.readouterr().err.startswith("clip-jax: starting evaluate ...\n")
 
 
 def test_json_is_printed_on_request_alone():

@@ -233,7 +233,7 @@ def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
         ({"worker": "3/2"}, "worker='3/2' must be i/n"),
         ({"jobs": -1}, "jobs=-1 must be at least 0"),
         ({"only": "x*"}, r"only='x\*' matches no point"),
-        ({"spec": DIGITS}, r"has no get_ladder\(\)"),
+        ({"spec": DIGITS}, r"must define get_ladder\(\)"),
     ],
 )
 def test_wrong_use_of_the_command(changes, message, tmp_path):

@@ -29,6 +29,8 @@ class PathConfig:
     image_column: str = ""  # Column (or feature) of the images; empty: the format's default.
     caption_column: str = ""  # Column, feature or key in a tar's .json; empty: the default.
     bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
+    # Captions of class folders, such as "a photo of a {}" (see FolderConfig). Empty: none.
+    templates: tuple[str, ...] = ()
 
     def open(self, image_size: int, process: tuple[int, int]) -> Source:
         return guess_source(self).open(image_size, process)
@@ -115,13 +117,14 @@ def guess_source(config: PathConfig) -> SingleConfig:
             f"{path} is not a data source; use files that end in {', '.join(kinds)}, or a folder "
             "of such files, of images, of save_to_disk or of a TFDS version"
         )
-    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    options: dict[str, Any] = {name: value for name, value in columns.items() if value}
+    optional = ("image_column", "caption_column", "templates")
+    options: dict[str, Any] = {name: x for name in optional if (x := getattr(config, name))}
     if kind is TarConfig and config.caption_column:
         options["caption"], options["caption_key"] = "json", options.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
     if not options.keys() <= names:
-        raise InputError(f"{path} ({kind.__name__}) has no columns; leave {', '.join(options)} out")
+        extra = ", ".join(options.keys() - names)
+        raise InputError(f"{path} ({kind.__name__}) does not take {extra}; leave that out")
     if "bad_shards" in names:
         options["bad_shards"] = config.bad_shards
     return kind(path=path, **options)

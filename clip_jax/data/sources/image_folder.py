@@ -1,4 +1,4 @@
-"""A folder of images, each with its caption in a .txt file of the same name."""
+"""A folder of images, captioned by .txt files of the same name or by the names of subfolders."""
 
 import functools
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import StoredRecord, StoredSource, read_file
+from clip_jax.data.sources import StoredRecord, StoredSource, read_file, text_of
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -16,9 +16,18 @@ from clip_jax.storage.files import AnyPath
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """A folder of images with captions in text files: a/cat.jpg and a/cat.txt."""
+    """A folder of images with captions in text files (a/cat.jpg, a/cat.txt), or class folders."""
 
     path: str  # Folder with the images; subfolders are included.
+    # Captions of class folders, such as "a photo of a {}", of which one is drawn per sample: {} is
+    # the name of the subfolder with spaces for "_", or its line in classnames.txt. Empty: captions
+    # are in .txt files.
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if "{}" not in template:
+                raise InputError(f"templates: {template!r} has no {{}} for the name of the class")
 
     def open(self, *_: Any) -> "FolderSource":
         return FolderSource(self)
@@ -64,6 +73,8 @@ class FolderSource(StoredSource):
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
             raise InputError(f"{self._folder} has no images, which end in {', '.join(SUFFIXES)}")
+        self._templates = config.templates
+        self._classes = self._read_classes() if config.templates else {}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -76,5 +87,25 @@ class FolderSource(StoredSource):
         """Return the image file and the text file, each read on demand."""
         path = self._folder / self._names[index]
         image = functools.partial(read_file, path, path.suffix)
-        text = functools.partial(read_file, path.with_suffix(".txt"), ".txt")
+        if (name := self._classes.get(self._names[index].split("/")[0])) is not None:
+            captions = [template.replace("{}", name) for template in self._templates]
+            return StoredRecord(self.key(index), 0, image, lambda: captions)
+        what = ".txt (class folders need templates instead)"
+        text = functools.partial(read_file, path.with_suffix(".txt"), what)
         return StoredRecord(self.key(index), 0, image, text)
+
+    def _read_classes(self) -> dict[str, str]:
+        """Map class folders to names. Raises InputError unless all images are in such folders."""
+        if loose := next((name for name in self._names if "/" not in name), None):
+            raise InputError(f"{self._folder}/{loose} is in no class folder; templates need one")
+        folders = sorted({name.split("/")[0] for name in self._names})
+        listed = self._folder / "classnames.txt"
+        names = [folder.replace("_", " ") for folder in folders]
+        if listed.is_file():
+            names = text_of(read_file(listed, "classnames.txt"), "classnames.txt").splitlines()
+        if len(names) != len(folders):
+            raise InputError(
+                f"{listed} has {len(names)} lines for {len(folders)} class folders; list one name "
+                "per line, in the order of the folders' names"
+            )
+        return dict(zip(folders, names, strict=True))

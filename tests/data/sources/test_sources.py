@@ -138,10 +138,38 @@ def test_images_without_a_text_and_pipes_are_samples_with_a_reason(tmp_path):
     source = FolderSource(FolderConfig(path=str(tmp_path)))
     assert [source.key(i) for i in range(len(source))] == ["a.jpg", "b/1.PNG", "c.jpg"]
     assert source.load(0, RNG) == (b"y", "text")
-    with pytest.raises(SampleError, match=r"\.txt: No such file"):
+    with pytest.raises(SampleError, match=r"\.txt .*: No such file"):
         source.load(1, RNG)
     with pytest.raises(SampleError, match=r"\.jpg: a pipe or a device"):
         source.image(2)
+
+
+def test_class_folders_are_captioned_by_templates_and_their_names(tmp_path):
+    for name in ("red_fox/0.png", "cat/b/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    config = PathConfig(path=str(tmp_path), templates=("a photo of a {}", "a {}"))
+    source = FolderSource(FolderConfig(path=str(tmp_path), templates=config.templates))
+    assert source.record(0).captions() == ["a photo of a cat", "a cat"]
+    assert source.record(1).captions() == ["a photo of a red fox", "a red fox"]
+    assert {source.load(1, np.random.default_rng(i))[1] for i in range(9)} == {
+        *source.record(1).captions()
+    }
+    (tmp_path / "classnames.txt").write_text("tabby\nvulpes\n")
+    assert open_single(config, 16).load(1, RNG)[1].endswith("a vulpes")
+    (tmp_path / "classnames.txt").write_text("tabby\n")
+    with pytest.raises(InputError, match="has 1 lines for 2 class folders"):
+        open_single(config, 16)
+    (tmp_path / "loose.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"loose\.png is in no class folder"):
+        open_single(config, 16)
+    with pytest.raises(InputError, match=r"'a cat' has no \{\}"):
+        FolderConfig(path=str(tmp_path), templates=("a cat",))
+    without = FolderSource(FolderConfig(path=str(tmp_path)))
+    with pytest.raises(SampleError, match="class folders need templates"):
+        without.load(0, RNG)
+    with pytest.raises(InputError, match="does not take templates"):
+        open_single(dataclasses.replace(config, path="pairs.csv"), 16)
 
 
 def test_all_readers_take_the_same_files_for_images_and_count_the_others(tmp_path, caplog):

@@ -1,0 +1,60 @@
+"""The sample data: what is written, and that its three forms hold the same pairs."""
+
+import numpy as np
+import pytest
+
+from clip_jax.cli.commands import main
+from clip_jax.data.shapes import SampleDataConfig, draw, write
+from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.sources.image_folder import FolderSource
+from clip_jax.errors import InputError
+from clip_jax.evals.datasets import open_folder
+
+RNG = np.random.default_rng(0)
+
+
+def test_folders_table_and_tars_hold_the_same_pairs(tmp_path):
+    config = SampleDataConfig(output=str(tmp_path / "shapes"), train=11, test=2, size=16)
+    counts = write(config)
+    assert (counts["train"], counts["test"]) == (220, 48)
+    root = tmp_path / "shapes"
+    folders, table, tars = (
+        open_single(PathConfig(path=str(root / name), templates=templates), 16)
+        for name, templates in (
+            ("folders/train", ("a {}",)), ("pairs.csv", ()), ("tars/{00000..00001}.tar", ()),
+        )
+    )  # fmt: skip
+    assert isinstance(folders, FolderSource)
+    pairs = [table.load(i, RNG) for i in range(len(table))]
+    assert sorted(pairs) == sorted(tars.load(i, RNG) for i in range(len(tars)))
+    assert sorted(image for image, _ in pairs) == sorted(folders.image(i) for i in range(220))
+    for i in range(0, 220, 30):
+        name = folders.load(i, RNG)[1].removeprefix("a ")
+        caption = next(text for image, text in pairs if image == folders.image(i))
+        assert name in caption
+    test, train = open_folder(root / "folders/test"), open_folder(root / "folders/train")
+    assert len(test.names) == 24
+    unseen = {*test.names} - {*train.names}
+    assert unseen == {"red star", "yellow triangle", "green circle", "blue square"}
+
+
+def test_a_drawing_is_what_its_caption_says():
+    for number in range(20):
+        image, caption = draw("blue", "circle", 64, np.random.default_rng(number))
+        pixels = np.asarray(image).astype(int)
+        inside = pixels[..., 0] < 120  # the background is light
+        radius = np.sqrt(inside.mean() / np.pi)
+        assert ("small" in caption) == (radius < 0.32)
+        middle = np.nonzero(inside)[1].mean() / 64
+        side = "left" if middle < 0.4 else "right" if middle > 0.6 else ""
+        assert side in caption
+        assert pixels[inside].mean(0).argmax() == 2
+
+
+def test_an_output_that_exists_is_kept(tmp_path, capsys):
+    config = SampleDataConfig(output=str(tmp_path / "shapes"), train=1, test=1, size=8)
+    write(config)
+    with pytest.raises(InputError, match="exists already"):
+        write(config)
+    assert main(["sample-data", str(tmp_path / "other"), "--train", "1", "--test", "1"]) == 0
+    assert "20 training and 24 test images of 24 classes" in capsys.readouterr().out
