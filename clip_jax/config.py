@@ -186,7 +186,7 @@ def lab_note(path: Path) -> dict[str, str]:
     """Return what a config file's docstring says: `about`, its first line, and, if it has these
     paragraphs, `Hardware` and `Expected`."""
     note = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    parts = re.findall(r"^(Hardware|Expected): (.*?)(?=^\w+: |\n\n|\Z)", note, re.M | re.S)
+    parts = re.findall(r"^(Hardware|Expected): (.*?)(?=^[A-Z]\w+: |\n\n|\Z)", note, re.M | re.S)
     return {"about": note.partition("\n")[0]} | {label: " ".join(x.split()) for label, x in parts}
 
 

@@ -1,14 +1,15 @@
-"""OpenAI's RN50 on Conceptual 12M, the smallest public set from which a useful CLIP comes.
+"""OpenAI's RN50 on Conceptual 12M, the smallest public data set that gives a useful CLIP.
 
     clip-jax prepare 'cc12m/{00000..01242}.tar' prepared --resize 256
-    clip-jax train configs/cc12m.py --data.source.path prepared
-    clip-jax plan configs/cc12m.py --topology v5e:2x4
+    clip-jax train cc12m --data.source.path prepared
+    clip-jax plan cc12m --topology v5e:2x4
 
-Hardware: a v5e-8; 7 hours at 40% MFU, $67 at $1.20 a chip-hour.
-Recipe: the command of open_clip's documentation for Conceptual Captions: batch 1,024, rate 1e-3,
-weight decay 0.1, warm-up of 10,000 steps, 30 epochs (of the 10M pairs still to be downloaded).
-Expected: open_clip publishes an RN50 with QuickGELU trained on CC12M, 36.45% zero-shot top-1 on
-ImageNet, without its recipe; how near this one comes is not known here.
+Hardware: one v5e-8 slice; 7 hours at an assumed 40% MFU, $67 at $1.20 per chip-hour.
+Recipe: the command in open_clip's documentation for Conceptual Captions. Batch size 1,024, learning
+rate 1e-3, weight decay 0.1, 10,000 warm-up steps, 30 epochs of the 10M pairs that can still be
+downloaded.
+Expected: unknown for this recipe. open_clip's RN50 with QuickGELU trained on CC12M reaches 36.45%
+ImageNet zero-shot top-1; its recipe is not published.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig

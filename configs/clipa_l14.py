@@ -1,15 +1,15 @@
-"""CLIPA's first phase for ViT-L/14: 36 image tokens and 8 text tokens, a fraction of the cost.
+"""CLIPA's first phase for ViT-L/14: 36 image tokens and 8 text tokens, at a fraction of the cost.
 
-    clip-jax train configs/clipa_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/clipa_l14.py --topology v5e:16x16
+    clip-jax train clipa_l14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan clipa_l14 --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 13 hours at 40% MFU, $3,900 at $1.20 a chip-hour. With
-`--mesh.fsdp 16` the compiler expects 198 ms a step and not 234.
-Recipe: CLIPA-v2 (Li et al. 2023; the authors' script for H/14): 84 pixels, 8 tokens of text, batch
-65,536, rate 2.048e-3 (8e-6 · batch / 256), β2 0.95, warm-up of 782 steps, weight decay 0.2, crops
-of 40% to 100%; 12.8B samples are 195,312 steps. A short second phase at 224 pixels and 32 tokens
-follows in the paper, with the positions resized.
-Expected: 79% zero-shot top-1 on ImageNet after both phases on DataComp-1B (the paper's L/14).
+Hardware: one v5e-256 slice; 13 hours at an assumed 40% MFU, $3,900 at $1.20 per chip-hour.
+Recipe: CLIPA-v2 (Li et al. 2023), from the authors' script for H/14. 84 pixels, 8 text tokens,
+batch size 65,536, learning rate 2.048e-3 (8e-6 · batch size / 256), β2 0.95, 782 warm-up steps,
+weight decay 0.2, crops of 40% to 100%; 12.8B samples are 195,312 steps. In the paper, a short
+second phase at 224 pixels and 32 tokens follows, with resized position embeddings.
+Expected: 79% ImageNet zero-shot top-1 after both phases on DataComp-1B (the paper's L/14).
+Notes: With `--mesh.fsdp 16` the compiler estimates 198 ms per step instead of 234.
 """
 
 import dataclasses

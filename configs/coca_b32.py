@@ -1,15 +1,16 @@
-"""CoCa of ViT-B/32, open_clip's architecture: contrast and captions in one run.
+"""CoCa with ViT-B/32, open_clip's architecture: contrastive and caption loss in one run.
 
-    clip-jax train configs/coca_b32.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/coca_b32.py --topology v5e:16x16
+    clip-jax train coca_b32 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan coca_b32 --topology v5e:16x16
 
-Hardware: one v5e-256 slice, batch split by data alone: 6.6 of 16 GB a chip, MFU at most 33%
-by the sequential bound, about a day (compiled, not run). Of a pair's FLOPs the decoder takes 55%.
-Recipe: the contrastive loss counts 1 and the caption's 2 (CoCa, section 4.1); the rest is the
-CLIP paper's, as in `configs/vit_b32.py`. The class token's mask is the one that
-open_clip released, so that the weights go there and back; the right one is trained with
---model.text.correct-class-mask True.
-Expected: nothing yet; there is no run of ours.
+Hardware: one v5e-256 slice; about a day (compiled, not run). It takes 6.6 of 16 GB per chip; MFU
+is at most 33% by the sequential bound.
+Recipe: weight 1 for the contrastive loss and 2 for the caption loss (CoCa, section 4.1). The rest
+is the CLIP paper's, as in `vit_b32`.
+Expected: unknown; nobody has trained this config yet.
+Notes: The mesh has only a `data` axis. The decoder takes 55% of a pair's FLOPs. The class token's
+mask is the one that open_clip released, so that weights can be converted in both directions;
+`--model.text.correct-class-mask True` trains with the correct mask.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
-"""CoCa of ViT-L/14, open_clip's architecture: contrast and captions in one run.
+"""CoCa with ViT-L/14, open_clip's architecture: contrastive and caption loss in one run.
 
-    clip-jax train configs/coca_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/coca_l14.py --topology v5e:16x16
+    clip-jax train coca_l14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan coca_l14 --topology v5e:16x16
 
-Hardware: one v5e-256 slice takes 12.6 of 16 GB a chip, MFU at most 62% (sequential bound),
-40% by the compiler estimate, five days (compiled, not run).
-Recipe: the contrastive loss counts 1 and the caption's 2 (CoCa, section 4.1); the rest is the
-CLIP paper's, as in `configs/vit_l14.py`. The class token's mask is the one that
-open_clip released, so that the weights go there and back; the right one is trained with
---model.text.correct-class-mask True.
-Expected: nothing yet; there is no run of ours.
+Hardware: one v5e-256 slice; five days (compiled, not run). It takes 12.6 of 16 GB per chip; MFU is
+at most 62% by the sequential bound and 40% by the compiler estimate.
+Recipe: weight 1 for the contrastive loss and 2 for the caption loss (CoCa, section 4.1). The rest
+is the CLIP paper's, as in `vit_l14`.
+Expected: unknown; nobody has trained this config yet.
+Notes: The class token's mask is the one that open_clip released, so that weights can be converted
+in both directions; `--model.text.correct-class-mask True` trains with the correct mask.
 """
 
 import dataclasses

@@ -1,16 +1,17 @@
-"""DataComp's medium scale: ViT-B/32 on 128M pairs, the benchmark in which the data is what varies.
+r"""DataComp's medium scale: ViT-B/32 on 128M pairs, a benchmark of data filters.
 
     clip-jax prepare 'datacomp/{00000000..00012799}.tar' prepared \
         --score-column clip_l14_similarity_score --min-score 0.28
-    clip-jax train configs/datacomp_medium.py --data.source.path prepared
-    clip-jax plan configs/datacomp_medium.py --topology v5e:2x4
+    clip-jax train datacomp_medium --data.source.path prepared
+    clip-jax plan datacomp_medium --topology v5e:2x4
 
-Hardware: a v5e-8; 2.5 hours at 40% MFU, $24 at $1.20 a chip-hour. `plan`: 12.6 of 16 GB a
-chip, an MFU of at most 69%, 33% by the compiler's estimate.
-Recipe: DataComp (Gadre et al. 2023, arXiv:2304.14108), table of scale configurations: batch 4,096,
-rate 5e-4, warm-up of 500 steps, as many pairs seen as the unfiltered pool has, whatever is kept.
-Expected: ImageNet zero-shot top-1 of 17.6% without a filter, 22.6% with the basic one, 27.3%
-with the 30% of best CLIP score (L/14), the best of the paper's simple ones at this scale.
+Hardware: one v5e-8 slice; 2.5 hours at an assumed 40% MFU, $24 at $1.20 per chip-hour. `plan`
+reports 12.6 of 16 GB per chip, an MFU of at most 69%, and 33% by the compiler estimate.
+Recipe: DataComp (Gadre et al. 2023, arXiv:2304.14108), table of scale configurations. Batch size
+4,096, learning rate 5e-4, 500 warm-up steps. The run sees as many pairs as the unfiltered pool
+has, whatever the filter keeps.
+Expected: 17.6% ImageNet zero-shot top-1 without a filter, 22.6% with the basic filter, 27.3% with
+the 30% of best CLIP score (L/14), the best of the paper's simple filters at this scale.
 """
 
 import dataclasses

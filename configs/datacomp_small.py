@@ -1,16 +1,17 @@
-"""DataComp's small scale: ViT-B/32 on 12.8M pairs, the benchmark in which the data is what varies.
+r"""DataComp's small scale: ViT-B/32 on 12.8M pairs, a benchmark of data filters.
 
     clip-jax prepare 'datacomp/{00000000..00001279}.tar' prepared \
         --score-column clip_l14_similarity_score --min-score 0.28
-    clip-jax train configs/datacomp_small.py --data.source.path prepared
-    clip-jax plan configs/datacomp_small.py --topology v5e:2x4
+    clip-jax train datacomp_small --data.source.path prepared
+    clip-jax plan datacomp_small --topology v5e:2x4
 
-Hardware: a v5e-8; 15 minutes at 40% MFU, $2 at $1.20 a chip-hour. `plan`: 12.6 of 16 GB a
-chip, an MFU of at most 69%, 33% by the compiler's estimate.
-Recipe: DataComp (Gadre et al. 2023, arXiv:2304.14108), table of scale configurations: batch 4,096,
-rate 5e-4, warm-up of 500 steps, as many pairs seen as the unfiltered pool has, whatever is kept.
-Expected: ImageNet zero-shot top-1 of 2.5% without a filter, 3.8% with the basic one, 5.1%
-with the 30% of best CLIP score (L/14), the best of the paper's simple ones at this scale.
+Hardware: one v5e-8 slice; 15 minutes at an assumed 40% MFU, $2 at $1.20 per chip-hour. `plan`
+reports 12.6 of 16 GB per chip, an MFU of at most 69%, and 33% by the compiler estimate.
+Recipe: DataComp (Gadre et al. 2023, arXiv:2304.14108), table of scale configurations. Batch size
+4,096, learning rate 5e-4, 500 warm-up steps. The run sees as many pairs as the unfiltered pool
+has, whatever the filter keeps.
+Expected: 2.5% ImageNet zero-shot top-1 without a filter, 3.8% with the basic filter, 5.1% with
+the 30% of best CLIP score (L/14), the best of the paper's simple filters at this scale.
 """
 
 import dataclasses

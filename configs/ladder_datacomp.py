@@ -1,17 +1,17 @@
 """The grid of the LAION and DataComp papers: ViT-S/32 to H/14, 1.28M to 34B pairs seen.
 
-    clip-jax scale ladder configs/ladder_datacomp.py --dry-run
-    clip-jax scale ladder configs/ladder_datacomp.py --jobs 0       # writes the runs' configs
+    clip-jax scale ladder ladder_datacomp --dry-run
+    clip-jax scale ladder ladder_datacomp --jobs 0       # writes the runs' configs
     clip-jax train runs/ladder_datacomp/ViT-B-32@128M-seed0/config.json
 
-Point the two sources at your shards first. The whole grid takes 1e23 training FLOPs; begin with its
-small corner (`--only 'ViT-[SMB]-32@*M-*'`). On a pod every host runs the third command, or each
-slice its `--worker i/n` of the ladder; the same command resumes.
-
-Batches are DataComp's (4,096 for its small and medium scale, 8,192 large) and those of Cherti et
-al. (88,064). So are the rates to within a factor: DataComp 5e-4 and 1e-3 (xlarge), Cherti et al.
-1e-3 from B/32 to L/14 and 5e-4 for H/14; here one rule makes all of them. MFU is an assumption; put
-your own.
+Hardware: 1e23 training FLOPs for the whole grid; one v5e-256 slice takes 1,177 hours at an assumed
+45% MFU. Begin with the small corner (`--only 'ViT-[SMB]-32@*M-*'`).
+Recipe: batch sizes of DataComp (4,096 for its small and medium scale, 8,192 for large) and of
+Cherti et al. (88,064). One rule sets all learning rates. They are within a factor of the papers':
+DataComp 5e-4 and 1e-3 (xlarge), Cherti et al. 1e-3 from B/32 to L/14 and 5e-4 for H/14.
+Notes: Copy this file with `clip-jax configs ladder_datacomp > mine.py` and set the paths of its two
+data sources to your shards. On a pod, run the third command on every host, or `--worker i/n` of the
+ladder on each slice; the same command resumes. The MFU is an assumption; set your own.
 """
 
 import dataclasses

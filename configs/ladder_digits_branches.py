@@ -1,10 +1,12 @@
-"""The digits' ladder by cool-downs: one parent run a model and seed, a branch for each count.
+"""The digits' ladder with cool-down branches: one parent run per model and seed.
 
-    clip-jax scale ladder configs/ladder_digits_branches.py --jobs 2
+    clip-jax scale ladder ladder_digits_branches --jobs 2
     clip-jax scale collect runs/ladder_digits runs/ladder_digits_branches --output both.csv
     clip-jax scale fit both.csv --metric info_nce --metric-is error --compare schedule
 
-The same points as configs/ladder_digits.py, for 63% of its FLOPs.
+Hardware: two CPU cores, about half an hour (`--dry-run` estimates 0.84 core hours).
+Notes: The points are those of `ladder_digits`, for 63% of its FLOPs: each sample count is a branch
+of the parent run.
 """
 
 from dataclasses import replace

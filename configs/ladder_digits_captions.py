@@ -1,12 +1,13 @@
-"""CLIP, CoCa and MaMMUT beside each other: four-digit numbers, one width, three counts.
+"""CLIP, CoCa and MaMMUT compared: four-digit numbers, one width, three sample counts.
 
-    clip-jax scale ladder configs/ladder_digits_captions.py --jobs 2
+    clip-jax scale ladder ladder_digits_captions --jobs 2
     clip-jax scale collect runs/ladder_digits_captions --output captions.csv
     clip-jax scale report captions.csv --metric info_nce --metric-is error --output captions.html
 
-Towers, data, rates and error are those of configs/ladder_digits.py at width 40. A pair costs CoCa
-and MaMMUT more than CLIP: the report's axis is FLOPs, at which MaMMUT's paper compares them
-(arXiv:2303.16839, section 4).
+Hardware: two CPU cores, about ten minutes (`--dry-run` estimates 0.25 core hours).
+Recipe: towers, data, learning rates and error of `ladder_digits` at width 40.
+Notes: A pair costs CoCa and MaMMUT more FLOPs than CLIP. So the report's axis is FLOPs, at which
+MaMMUT's paper compares them (arXiv:2303.16839, section 4).
 """
 
 from dataclasses import replace

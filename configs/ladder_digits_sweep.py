@@ -1,12 +1,13 @@
 """The best learning rate of four widths, a factor of 8 apart: a sweep for two CPU cores.
 
-    clip-jax scale ladder configs/ladder_digits_sweep.py --jobs 2
+    clip-jax scale ladder ladder_digits_sweep --jobs 2
     clip-jax scale collect runs/ladder_digits_sweep --output sweep.csv
     clip-jax scale choose sweep.csv --choose-by info_nce --report zero_shot/unseen/top1
 
-Four-digit numbers as in ladder_digits.py. The rule for learning rates across widths is fitted to
-the optima of the smaller three and must predict that of the largest. Learning rates are a factor of
-2 apart, around the rule's own guess.
+Hardware: two CPU cores, about 20 minutes.
+Notes: The data are the four-digit numbers of `ladder_digits`. A rule for learning rates across
+widths is fitted to the optima of the three smaller widths and must predict that of the largest.
+Learning rates are a factor of 2 apart, centred on the rule that the spec assumes.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig
@@ -22,7 +23,7 @@ from clip_jax.optim import OptimConfig
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig, SweepConfig
 
 WIDTHS = (16, 32, 64, 128)
-AT_THE_END = 1_000_000  # steps between evaluations: the last step always counts
+AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
 
 
 def model(width: int) -> CLIPConfig:

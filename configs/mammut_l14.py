@@ -1,14 +1,15 @@
-"""MaMMUT of ViT-L/14, LAION's architecture: one text tower for contrast and captions.
+"""MaMMUT with ViT-L/14, LAION's architecture: one text tower for contrastive and caption loss.
 
-    clip-jax train configs/mammut_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/mammut_l14.py --topology v5e:16x16
+    clip-jax train mammut_l14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan mammut_l14 --topology v5e:16x16
 
-Hardware: one v5e-256 slice takes 12.1 of 16 GB a chip, MFU at most 64% (sequential bound),
-44% by the compiler estimate, four and a half days (compiled, not run).
-Recipe: both losses count 1; 12.8B samples of DataComp, the largest count at which it was compared
-with CLIP at equal budget; the rest is the CLIP paper's, as in `configs/vit_l14.py`.
-Expected: no run of ours; 80.34% zero-shot top-1 on ImageNet where CLIP of this size has 79.2%, both
-of 12.8B samples of DataComp.
+Hardware: one v5e-256 slice; four and a half days (compiled, not run). It takes 12.1 of 16 GB per
+chip; MFU is at most 64% by the sequential bound and 44% by the compiler estimate.
+Recipe: weight 1 for both losses; 12.8B samples of DataComp, the largest count at which LAION
+(arXiv:2506.04598) compared it with CLIP at equal budget. The rest is the CLIP paper's, as in
+`vit_l14`.
+Expected: 80.34% ImageNet zero-shot top-1 (LAION's model), against 79.2% for CLIP of this size, both
+after 12.8B samples of DataComp. Nobody has trained this config yet.
 """
 
 import dataclasses

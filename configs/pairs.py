@@ -1,10 +1,12 @@
 """Your own image-text pairs: a table of image paths and captions, tars, Parquet, or a folder.
 
-    clip-jax train configs/pairs.py --data.source.path pairs.csv
+    clip-jax train pairs --data.source.path pairs.csv
 
-The model is ViT-S/16 (62M parameters) at a batch that one accelerator of 16 GB holds; from some
-millions of pairs on, take ViT-B/32 and the largest batch you can. Expected: the loss falls clearly
-below log(batch size) = 6.2 within the first thousand steps if the captions describe the images.
+Hardware: one accelerator with 16 GB.
+Expected: the loss falls clearly below log(batch size) = 6.2 within the first thousand steps if the
+captions describe the images.
+Notes: The model is ViT-S/16 (62M parameters). With more than a few million pairs, use ViT-B/32 and
+the largest batch size that fits.
 """
 
 import dataclasses

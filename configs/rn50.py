@@ -1,16 +1,16 @@
 """ResNet-50 as OpenAI trained it: three-convolution stem, anti-aliased strides, attention pool.
 
-    clip-jax train configs/rn50.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/rn50.py --topology v5e:16x16
+    clip-jax train rn50 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan rn50 --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 9 hours at 40% MFU, $2,900 at $1.20 a chip-hour.
-Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
-32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
-random square crops alone. For ResNets β2 is 0.999 and ε 1e-8.
-BatchNorm's statistics are those of 128 samples at a time, a device's share on that slice (OpenAI's
-were local too), so that they depend on no mesh.
-Expected: 59.8% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the
-released weights).
+Hardware: one v5e-256 slice; 9 hours at an assumed 40% MFU, $2,900 at $1.20 per chip-hour.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20. AdamW with weight decay 0.2, 2,000 warm-up
+steps, cosine decay to zero, logit scale capped at 100, only random square crops; 32 epochs of 400M
+pairs are 390,625 steps of 32,768. For ResNets, β2 is 0.999 and ε 1e-8.
+Expected: 59.8% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
+weights).
+Notes: BatchNorm's statistics are those of groups of 128 samples, a device's share on that slice
+(OpenAI's were local, too), so that they do not depend on the mesh.
 """
 
 import dataclasses

@@ -1,17 +1,18 @@
-"""RN50x64, the paper's largest ResNet: 448 pixels, 623M parameters.
+"""RN50x64, the CLIP paper's largest ResNet: 448 pixels, 623M parameters.
 
-    clip-jax train configs/rn50x64.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/rn50x64.py --topology v5p:4x4x8
+    clip-jax train rn50x64 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan rn50x64 --topology v5p:4x4x8
 
-Hardware: 128 v5p chips (OpenAI: 18 days on 592 V100s); 10 days at 40% MFU, $133,000 at $4.20 a
-chip-hour.
-Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
-32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
-random square crops alone. For ResNets β2 is 0.999 and ε 1e-8; the rate is 3.6e-4. BatchNorm's
-statistics are those of 128 samples at a time, half of a device's share there, so that they depend
-on no mesh.
-Expected: 73.9% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the
-released weights).
+Hardware: 128 v5p chips; 10 days at an assumed 40% MFU, $133,000 at $4.20 per chip-hour. OpenAI
+took 18 days on 592 V100s.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20. AdamW with weight decay 0.2, 2,000 warm-up
+steps, cosine decay to zero, logit scale capped at 100, only random square crops; 32 epochs of 400M
+pairs are 390,625 steps of 32,768. For ResNets, β2 is 0.999 and ε 1e-8; the learning rate is
+3.6e-4.
+Expected: 73.9% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
+weights).
+Notes: BatchNorm's statistics are those of groups of 128 samples, half of a device's share on that
+slice, so that they do not depend on the mesh.
 """
 
 import dataclasses

@@ -1,16 +1,16 @@
-"""SigLIP 2 B/16 at 256 pixels: a vocabulary of 256,000 words, of which a chip holds a part.
+r"""SigLIP 2 B/16 at 256 pixels, with a sharded token embedding of 256,000 tokens.
 
-    clip-jax train configs/siglip2_b16.py --data.source.path 'gs://BUCKET/pairs/*.tar' \
+    clip-jax train siglip2_b16 --data.source.path 'gs://BUCKET/pairs/*.tar' \
         --model.text.tokenizer.file gs://BUCKET/tokenizer.model
-    clip-jax plan configs/siglip2_b16.py --topology v5e:16x16
+    clip-jax plan siglip2_b16 --topology v5e:16x16
 
-Hardware: one v5e-256 slice, parameters and optimizer split over 16; 4 days at 40% MFU, $29,400 at
-$1.20 a chip-hour.
-Recipe: Tschannen et al. 2025 (SigLIP 2), section 2: batch 32,768, rate 1e-3 on a cosine after
-20,000 steps of warm-up, weight decay 1e-4, gradients clipped at norm 1, 64 tokens of lower-cased
-text; 40B samples are 1,220,703 steps. β2 0.95 is SigLIP's. Of their losses this has the sigmoid: no
-caption decoder, and no self-distillation in the last fifth.
-Expected: above SigLIP's 76.7% zero-shot top-1 on ImageNet; theirs has 79.1% with all their losses.
+Hardware: one v5e-256 slice; 4 days at an assumed 40% MFU, $29,400 at $1.20 per chip-hour.
+Recipe: Tschannen et al. 2025 (SigLIP 2), section 2. Batch size 32,768, learning rate 1e-3 with
+cosine decay after 20,000 warm-up steps, weight decay 1e-4, gradients clipped at norm 1, 64 tokens
+of lower-cased text; 40B samples are 1,220,703 steps. β2 0.95 is SigLIP's. Of their losses this
+config has the sigmoid loss: no caption decoder, and no self-distillation in the last fifth.
+Expected: above SigLIP's 76.7% ImageNet zero-shot top-1; SigLIP 2 has 79.1% with all its losses.
+Notes: Parameters and optimizer state are sharded over 16 chips.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ from clip_jax.sharding import MeshConfig
 
 def get_config() -> Config:
     model = zoo.get("ViT-B-16-SigLIP2-256")
-    # Gemma's words under SigLIP 2's rules, which Google licenses; or your own of 256,000 at most.
+    # Gemma's vocabulary, which Google licenses, with SigLIP 2's rules; or your own vocabulary of up
+    # to 256,000 tokens.
     words = TokenizerConfig(file="tokenizer.model", clean="lower", end_id=1)
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, tokenizer=words))
     return Config(

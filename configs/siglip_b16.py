@@ -1,14 +1,14 @@
 """SigLIP B/16: sigmoid loss with a bias, attention pooling.
 
-    clip-jax train configs/siglip_b16.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/siglip_b16.py --topology v5e:16x16
+    clip-jax train siglip_b16 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan siglip_b16 --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 17 hours at 40% MFU, $5,300 at $1.20 a chip-hour. With
-`--mesh.fsdp 16` the compiler expects 190 ms a step and not 209.
-Recipe: Zhai et al. 2023 (SigLIP), section 4: batch 32,768, rate 1e-3, weight decay 1e-4, β2 0.95
-(steadier at large batches), logit scale from 10 and bias from −10, 64 tokens; gradients clipped at
-norm 1. 9B samples are 274,658 steps.
-Expected: 73% zero-shot top-1 on ImageNet for 9B samples of WebLI at 224 pixels (theirs).
+Hardware: one v5e-256 slice; 17 hours at an assumed 40% MFU, $5,300 at $1.20 per chip-hour.
+Recipe: Zhai et al. 2023 (SigLIP), section 4. Batch size 32,768, learning rate 1e-3, weight decay
+1e-4, β2 0.95 (more stable at large batches), initial logit scale 10 and bias −10, 64 text tokens,
+gradients clipped at norm 1; 9B samples are 274,658 steps.
+Expected: 73% ImageNet zero-shot top-1 after 9B samples of WebLI at 224 pixels (the paper's).
+Notes: With `--mesh.fsdp 16` the compiler estimates 190 ms per step instead of 209.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
 """ViT-B/16 as OpenAI trained it.
 
-    clip-jax train configs/vit_b16.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/vit_b16.py --topology v5e:16x16
+    clip-jax train vit_b16 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan vit_b16 --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 22 hours at 40% MFU, $6,700 at $1.20 a chip-hour. With
-`--mesh.fsdp 16` the compiler expects 175 ms a step and not 187.
-Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
-32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
-random square crops alone.
-Expected: 68% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the released
-weights: 68.3%).
+Hardware: one v5e-256 slice; 22 hours at an assumed 40% MFU, $6,700 at $1.20 per chip-hour.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20. AdamW with weight decay 0.2, 2,000 warm-up
+steps, cosine decay to zero, logit scale capped at 100, only random square crops; 32 epochs of 400M
+pairs are 390,625 steps of 32,768.
+Expected: 68.3% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
+weights).
+Notes: With `--mesh.fsdp 16` the compiler estimates 175 ms per step instead of 187.
 """
 
 import dataclasses

@@ -1,15 +1,16 @@
 """ViT-B/32 as OpenAI trained it.
 
-    clip-jax train configs/vit_b32.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/vit_b32.py --topology v5e:16x16
+    clip-jax train vit_b32 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan vit_b32 --topology v5e:16x16
 
-Hardware: one v5e-256 slice, batch and parameters split by data alone; 8 hours at 40% MFU, $2,400 at
-$1.20 a chip-hour. With `--mesh.fsdp 16` the compiler expects 80 ms a step and not 93.
-Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
-32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
-random square crops alone.
-Expected: 63% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the released
-weights: 63.3%); 62.5% with as many samples of LAION-2B (Cherti et al. 2023).
+Hardware: one v5e-256 slice; 8 hours at an assumed 40% MFU, $2,400 at $1.20 per chip-hour.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20. AdamW with weight decay 0.2, 2,000 warm-up
+steps, cosine decay to zero, logit scale capped at 100, only random square crops; 32 epochs of 400M
+pairs are 390,625 steps of 32,768.
+Expected: 63.3% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
+weights); 62.5% with as many samples of LAION-2B (Cherti et al. 2023).
+Notes: The mesh has only a `data` axis. With `--mesh.fsdp 16` the compiler estimates 80 ms per step
+instead of 93.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
 """ViT-bigG/14, 2.54B parameters.
 
-    clip-jax train configs/vit_bigg14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/vit_bigg14.py --topology v5p:8x8x8
+    clip-jax train vit_bigg14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan vit_bigg14 --topology v5p:8x8x8
 
-Hardware: 512 v5p chips, parameters and optimizer split over 16; 13 days at 40% MFU, $692,000 at
-$4.20 a chip-hour.
-Recipe: that of ViT-H/14 (Cherti et al. 2023) at a batch of 65,536; half the rate, a longer warm-up,
-β2 0.95 and clipping at norm 1 are our choices against the loss spikes of large models. 34B samples
-are 520,000 steps.
-Expected: 80.1% zero-shot top-1 on ImageNet after 39B samples of LAION-2B (open_clip's released
+Hardware: 512 v5p chips; 13 days at an assumed 40% MFU, $692,000 at $4.20 per chip-hour.
+Recipe: that of ViT-H/14 (Cherti et al. 2023) with a batch size of 65,536; 34B samples are 520,000
+steps. Half the learning rate, a longer warm-up, β2 0.95 and clipping at norm 1 are our choices
+against the loss spikes of large models.
+Expected: 80.1% ImageNet zero-shot top-1 after 39B samples of LAION-2B (open_clip's released
 weights).
+Notes: Parameters and optimizer state are sharded over 16 chips.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""ViT-H/14, 986M parameters, at the CLIP paper's batch.
+"""ViT-H/14, 986M parameters, at the CLIP paper's batch size.
 
-    clip-jax train configs/vit_h14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/vit_h14.py --topology v5p:4x4x8
+    clip-jax train vit_h14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan vit_h14 --topology v5p:4x4x8
 
-Hardware: 128 v5p chips, parameters and optimizer split over 8; 20 days at 40% MFU, $253,000 at
-$4.20 a chip-hour.
-Recipe: Cherti et al. 2023 for LAION-2B: rate 5e-4, warm-up 2,000 steps, 34.7B samples at a batch of
-79,104 on 824 A100s; here 32,768, so 1,060,000 steps see as many.
-Expected: 78.0% zero-shot top-1 on ImageNet on LAION-2B (theirs).
+Hardware: 128 v5p chips; 20 days at an assumed 40% MFU, $253,000 at $4.20 per chip-hour.
+Recipe: Cherti et al. 2023 for LAION-2B. Learning rate 5e-4, 2,000 warm-up steps; their 34.7B
+samples at a batch size of 79,104 (824 A100s) are 1,060,000 steps of 32,768 here.
+Expected: 78.0% ImageNet zero-shot top-1 with LAION-2B (the paper's).
+Notes: Parameters and optimizer state are sharded over 8 chips.
 """
 
 import dataclasses

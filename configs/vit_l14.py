@@ -1,15 +1,15 @@
 """ViT-L/14 as OpenAI trained it.
 
-    clip-jax train configs/vit_l14.py --data.source.path 'gs://BUCKET/pairs/*.tar'
-    clip-jax plan configs/vit_l14.py --topology v5e:16x16
+    clip-jax train vit_l14 --data.source.path 'gs://BUCKET/pairs/*.tar'
+    clip-jax plan vit_l14 --topology v5e:16x16
 
-Hardware: one v5e-256 slice, two for a batch of 65,536; 93 hours at 40% MFU, $28,500 at $1.20 a
-chip-hour.
-Recipe: CLIP paper, section 2.5 and tables 18 to 20: 32 epochs of 400M pairs are 390,625 steps of
-32,768; AdamW with weight decay 0.2, warm-up of 2,000 steps, cosine to zero, scale capped at 100,
-random square crops alone. The rate is 4e-4.
-Expected: 75% zero-shot top-1 on ImageNet with OpenAI's data (open_clip's evaluation of the released
-weights: 75.5%).
+Hardware: one v5e-256 slice; 93 hours at an assumed 40% MFU, $28,500 at $1.20 per chip-hour.
+Recipe: CLIP paper, section 2.5 and tables 18 to 20. AdamW with weight decay 0.2, 2,000 warm-up
+steps, cosine decay to zero, logit scale capped at 100, only random square crops; 32 epochs of 400M
+pairs are 390,625 steps of 32,768. The learning rate is 4e-4.
+Expected: 75.5% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
+weights).
+Notes: A batch size of 65,536 takes two slices.
 """
 
 import dataclasses

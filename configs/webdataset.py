@@ -1,12 +1,13 @@
 """Image-text pairs in WebDataset tars, as img2dataset writes them.
 
-    clip-jax train configs/webdataset.py --data.source.path 'pairs/{00000..00041}.tar'
+    clip-jax train webdataset --data.source.path 'pairs/{00000..00041}.tar'
 
-The first start indexes the shards (100,000 samples a second and core, where the disk allows) and
-keeps the index beside them; gzip is refused, since it has no random access. A config's source is
-chosen by its type: PathConfig in TarConfig's place reads any format, the other types in
-clip_jax/data/sources/ have more to set, and MixtureConfig joins several of them by weight. Model
-and batch are those of OpenAI's ViT-B/32: 32,768 pairs a step, for a pod.
+Hardware: a pod, as for `vit_b32`: the model is ViT-B/32 with GELU, the batch size 32,768.
+Notes: The first start indexes the shards (100,000 samples/s per core, where the disk allows) and
+stores the index beside them. Gzipped tars are an error, since they have no random access. The type
+of a config's source chooses the format: PathConfig in place of TarConfig reads any format, the
+other types in clip_jax/data/sources/ have more options, and MixtureConfig joins several sources by
+weight.
 """
 
 import dataclasses
