@@ -1,12 +1,13 @@
-"""Rehearse a pod on this machine: n processes with m simulated devices each run one command.
+"""Rehearse a pod on this machine: run one command in n processes with m simulated devices each.
 
-    python launch/local.py --processes 2 --devices 4 train configs/digits.py --workdir runs/two
+    python launch/local.py --processes 2 --devices 4 train digits --workdir runs/two
 
-Everything after the options is a clip-jax command line. Each process's lines are marked with its
-number. When one process ends badly, the others are given `--grace` seconds, then killed; the cause
-is the last line. SIGTERM and Ctrl-C are passed on to all. Exit code: that of the process that
-failed first (128 + the signal's number if a signal killed it). `--restarts N` starts all again, at
-most N times, unless the run is done (0), misused (2) or was told to stop (3, or 130 by Ctrl-C).
+Everything after the options is a clip-jax command line. Each line of output begins with the number
+of its process. When a process fails, the others have `--grace` seconds to end, then they are
+killed; the last line is the cause. SIGTERM and Ctrl-C are forwarded to all processes. The exit code
+is that of the process that failed first (128 + the signal's number if a signal killed it).
+`--restarts N` starts all processes again, at most N times, except after exit code 0 (done), 2
+(wrong use or input), 3 (SIGTERM) or 130 (Ctrl-C).
 """
 
 import argparse
@@ -26,15 +27,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="simulated, of each process")
-    parser.add_argument("--grace", type=float, default=20, help="seconds for the others to end")
-    parser.add_argument("--restarts", type=int, default=0)
-    parser.add_argument("--module", default="clip_jax", help="run by `python -m` in each process")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--devices", type=int, default=4, help="simulated devices per process (4)")
+    parser.add_argument(
+        "--grace", type=float, default=20, help="seconds for the others to end after a failure (20)"
+    )
+    parser.add_argument("--restarts", type=int, default=0, help="number of restarts (0)")
+    parser.add_argument("--module", default="clip_jax", help="Python module of the command")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if not options.command or min(options.processes, options.devices) < 1:
-        parser.error("give at least one process, one device, and a clip-jax command")
+        parser.error("needs at least one process, one device and a clip-jax command")
     for attempt in range(options.restarts + 1):
         code, cause = run(options)
         if code in (DONE, WRONG_USE, PREEMPTED, INTERRUPTED) or attempt == options.restarts:
@@ -46,7 +49,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
-    """Run all processes to their end; return the exit code and, if it isn't 0, the cause."""
+    """Run all processes to their end; return the exit code and, unless it is 0, the cause."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", options.module, *options.command], env=environment,
-                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
+                start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             )
         )  # fmt: skip
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
 
     def copy(index: int) -> None:
         for line in processes[index].stdout:
-            # The last may be half a line; line and end go in one, for the threads write at once.
+            # One write per line, since several threads write. The last line may lack its end.
             print(f"[{index}] {line.rstrip()}\n", end="", flush=True)
             last_words[index] = line.strip() or last_words[index]
 
@@ -89,7 +92,7 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
     while any(process.poll() is None for process in processes):
         bad = [i for i, process in enumerate(processes) if process.poll()]
         if bad and failed is None:
-            # A process that JAX aborted, because another died, is no cause.
+            # A process that JAX aborted because another died is not the cause.
             failed = min(bad, key=lambda i: processes[i].returncode == -signal.SIGABRT)
             deadline = clock.now() + options.grace
         if clock.now() > deadline and processes[failed].returncode != PREEMPTED:
@@ -100,7 +103,7 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
     for thread in copies:
         thread.join()
     codes = [process.returncode for process in processes]
-    if failed is None and any(codes):  # all in the same moment
+    if failed is None and any(codes):  # all ended at once
         failed = min(range(len(codes)), key=lambda i: (not codes[i], codes[i] == -signal.SIGABRT))
     if failed is None:
         return DONE, ""

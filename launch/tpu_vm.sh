@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice: create it, install this checkout on all its workers, run, start again
-# when it is preempted or a worker dies, delete it.
+# Train on a Cloud TPU slice: create the slice, install this checkout on all its workers, run, start
+# again after a preemption or a dead worker, and delete the slice at the end.
 #
-#   NAME=clip ZONE=us-east5-b TYPE=v5litepod-256 launch/tpu_vm.sh up train configs/vit_l14.py \
+#   NAME=clip ZONE=us-east5-b TYPE=v5litepod-256 launch/tpu_vm.sh up train vit_l14 \
 #       --workdir gs://bucket/runs/l14
 #
-#   up COMMAND...   all of the below, until the run is done; deletes the slice then
-#   create          request the slice and wait until it is there
+#   up COMMAND...   create, install, run until the run is done, then delete
+#   create          request the slice and wait until it is active
 #   install         copy and install this checkout on every worker
-#   run COMMAND...  one attempt of a clip-jax command on every worker
-#   delete          give the slice back
+#   run COMMAND...  run a clip-jax command once on every worker
+#   delete          delete the slice
 #
-# Where it runs, and nothing about what is trained, is read from the environment:
-#   NAME      of the slice                         (clip)
-#   ZONE      (required)
-#   TYPE      accelerator type, such as v6e-64     (required)
-#   RUNTIME   image of the TPU VMs                 (v2-alpha-tpuv5-lite for v5e; see README.md)
-#   SPOT      1: preemptible, cheaper              (0)
-#   SLICES    how many slices of that type         (1)
-#   MAX_FAST  attempts in a row that end within two minutes before giving up (3)
+# Environment variables say where to run, with the default in parentheses:
+#   NAME      name of the slice (clip)
+#   ZONE      Google Cloud zone (required)
+#   TYPE      accelerator type, such as v6e-64 (required)
+#   RUNTIME   image of the TPU VMs (v2-alpha-tpuv5-lite, for v5e; others are in README.md)
+#   SPOT      1 for a spot slice, which is cheaper and may be preempted (0)
+#   SLICES    number of slices of that type (1)
+#   MAX_FAST  attempts in a row that end within two minutes before the script gives up (3)
 #
-# The same command again after an interruption of this script itself goes on: the slice is looked up
-# by its name, the run by its work directory, which must be in a bucket.
+# If this script is interrupted, run the same command again: it finds the slice by its name and the
+# run by its run directory, which must be in a bucket.
 set -euo pipefail
 
 NAME=${NAME:-clip}
@@ -87,8 +87,8 @@ install() {
     clip_jax_env/bin/pip install -q "./clip_jax_source[tpu,gs]"'
 }
 
-# Returns the exit code of the command: 0 if it is 0 on all workers, 2 if it is 2 on any. What a
-# worker says itself decides, since gcloud's own exit code mixes the workers'.
+# Returns the exit code of the command: 0 if it is 0 on all workers, 2 if it is 2 on any, else 1. The
+# workers print their codes, since gcloud's own code does not tell which worker failed.
 run() {
   local log codes
   log=$(mktemp)
@@ -110,25 +110,25 @@ up() {
     create
     install || { say "installing failed; trying again"; sleep "$POLL"; continue; }
     began=$(date +%s) code=0
-    # A run that makes no progress says so itself, with exit code 2.
+    # A run without progress ends itself, with exit code 2.
     run "$@" --processes.max-starts 5 || code=$?
     case $code in
       0) delete; say "done"; return 0 ;;
-      2) say "not started again: exit code 2 means that the command or its input is wrong (above)"
-         say "the slice still runs: \`$0 delete\` gives it back"; return 2 ;;
+      2) say "not started again: exit code 2 means wrong use or input (see above)"
+         say "the slice still runs; delete it with \`$0 delete\`"; return 2 ;;
     esac
     if [ $(($(date +%s) - began)) -lt 120 ]; then fast=$((fast + 1)); else fast=0; fi
     if [ "$fast" -ge "$MAX_FAST" ]; then
       say "$fast attempts in a row ended within two minutes; not started again"
-      say "the slice still runs: \`$0 delete\` gives it back"
+      say "the slice still runs; delete it with \`$0 delete\`"
       return 1
     fi
-    say "the run ended early; starting again into the same work directory"
+    say "the run ended early; starting again from the run directory"
     sleep "$POLL"
   done
 }
 
-[ $# -ge 1 ] || die "needs one of up, create, install, run, delete; its first lines say what"
+[ $# -ge 1 ] || die "the first argument must be up, create, install, run or delete (see the top of $0)"
 : "${ZONE:?set ZONE, such as ZONE=us-east5-b}"
 verb=$1
 shift
@@ -139,9 +139,9 @@ case $verb in
     : "${TYPE:?set TYPE, such as TYPE=v5litepod-256}"
     case " $* " in
       *" --workdir gs://"*) ;;
-      *) die "give --workdir gs://...: the workers share no disk" ;;
+      *) die "set --workdir gs://..., since the workers share no disk" ;;
     esac
     "$verb" "$@"
     ;;
-  *) die "no command $verb; there are up, create, install, run, delete" ;;
+  *) die "unknown command $verb; use up, create, install, run or delete" ;;
 esac
