@@ -139,7 +139,8 @@ def run(page: Path, folder: Path, *, quick: bool, **environment: str) -> list[st
     `tests.forks.Forks` and CACHE, a folder for runs that several pages begin with.
     """
     values = os.environ | {
-        "PYTHON": sys.executable, "FORKS": str(ROOT / "tests/forks.py"), "TABLE": str(ROOT / "notebooks/ladder_digits.csv"),
+        "PYTHON": sys.executable, "FORKS": str(ROOT / "tests/forks.py"),
+        "TABLE": str(ROOT / "notebooks/ladder_digits.csv"),
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "QUICK": "1" if quick else "",
         "SHORT": _SHORT, "TINY_DIGITS": _TINY["digits"], "TINY_PAIRS": _TINY["pairs"],
         "PYTHONUNBUFFERED": "1", "COLUMNS": "100", **environment,

@@ -48,7 +48,7 @@ class CheckpointConfig:
     best: str | None = None
     # Whether the highest (max) or the lowest (min) result is best.
     best_mode: Literal["max", "min"] = "max"
-    # Whose results decide: the run's own evaluators, or `clip-jax evaluate RUN --watch` (watcher).
+    # Source of the results: the run's own evaluators, or `clip-jax evaluate RUN --watch` (watcher).
     best_of: Literal["run", "watcher"] = "run"
 
     def __post_init__(self) -> None:

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
+import shutil
 import traceback
 import typing
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -118,6 +120,8 @@ def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default:
 def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
     """Reduce the help that is printed inside to these options, in this order."""
     printed = io.StringIO()
+    # On a wide terminal, tyro sets groups side by side.
+    os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, 100))
     try:
         with contextlib.redirect_stdout(printed):
             yield

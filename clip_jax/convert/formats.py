@@ -10,6 +10,7 @@ import numpy as np
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
+    hub,
     hugging_face,
     model_folder,
     open_clip,
@@ -54,7 +55,8 @@ def read_weights(
 ) -> Weights:
     """Read a run, or a model file or folder of any supported format, recognised by its content.
 
-    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest.
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `ViT-B/32` and
+    hf:OWNER/NAME are downloaded (see `hub.fetch`).
 
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
     records another. Another `image_size` than the model's resizes its position embeddings.
@@ -62,9 +64,7 @@ def read_weights(
     """
     path, which = split_name(path)
     if not path.exists():
-        raise InputError(
-            f"there is no {path}; give a file (.pt, .bin, .safetensors, .npz) or a folder."
-        )
+        path = hub.fetch(os.fspath(path))
     if run.is_run(path):
         weights = run.read(path, which)
     elif which:

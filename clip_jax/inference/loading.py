@@ -126,8 +126,9 @@ def load(
 ) -> Model:
     """Load a model from a run directory, a model folder or weights in another format.
 
-    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `dtype` is that
-    of the computation. Another `image_size` than the model's resizes its position embeddings.
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. OpenAI's names
+    (`ViT-B/32`) and hf:OWNER/NAME are downloaded by the extra `hub`. `dtype` is that of the
+    computation. Another `image_size` than the model's resizes its position embeddings.
     `activation` is needed for plain tensor files, which do not record it. `tokenizer` is the
     vocabulary for weights that have none: a tokenizer.json or a sentencepiece model. Files are read
     as data: nothing in them is executed.

@@ -1,5 +1,7 @@
 """Wrong use, and how the console script starts itself."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -122,7 +124,7 @@ def test_the_console_script_starts_itself_once_with_huge_pages():
 
 
 def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "220")  # on which groups of options stand side by side
     monkeypatch.chdir(ROOT)
     commands = {
         "train": "train configs/pairs.py", "plan": "plan configs/digits.py",
@@ -146,6 +148,39 @@ def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeyp
             assert shown[name, "--help"] == [*few]
     both = {*shown["bench input", "--help"], *shown["bench step", "--help"]}
     assert both == {*arguments._MOST_USED["bench"]}
+
+
+# Notes of its authors, for which the field has words of its own.
+PRIVATE = (
+    "table of words", "never-seen", "what is kept back", "what ships inside", "own cosine", "trunk",
+    "features of unit length", "lies whole", "encoding in chunks", "tides", "dealt", "peers ",
+)  # fmt: skip
+COMMANDS = [
+    *(f"train configs/{path.name}" for path in (ROOT / "configs").glob("[!l_]*.py")),
+    *("plan configs/digits.py", "bench input configs/digits.py", "bench step configs/digits.py"),
+    *(f"scale {verb}" for verb in ("ladder", "collect", "choose", "fit", "report")),
+    *("evaluate", "predict", "embed", "search", "demo", "serve", "convert", "export", "prepare"),
+    "sample-data",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_text_stands_alone(command, monkeypatch):
+    """It is a phrase of its own, and does not go on where the option's name ends."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(ROOT)
+    printed = io.StringIO()  # without a terminal's encoding: boxes are drawn in ASCII
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        main([*command.split(), "--help-all"])
+    blocks = re.findall(r"^  --[a-z].*\n(?: {6}.*\n)*", printed.getvalue(), re.M)
+    assert blocks
+    for block in blocks:
+        option, text = re.split(r" {2,}|\n +", block.strip(), maxsplit=1)
+        text = " ".join(text.split())
+        assert re.match(r"[A-Z0-9\"`\[]", text), (option, text)
+        assert not re.match(r"(Of|Which|Whose)\b", text), (option, text)
+        assert re.search(r"\. \((default|required|repeatable).*\)$", text), (option, text)
+        assert not [word for word in PRIVATE if word in text.lower()]
 
 
 def test_bundled_configs_are_listed_and_printed(capsys, monkeypatch):

@@ -1,0 +1,47 @@
+"""Fetch released weights from the Hugging Face hub."""
+
+from pathlib import Path
+
+from clip_jax.errors import InputError
+
+_OPENAI = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+_FILES = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = (["*.safetensors", "*.npz"], ["*.bin"])  # the second only where the first are missing
+
+
+def fetch(name: str) -> Path:
+    """Download `hf:OWNER/NAME`, or an OpenAI model by its name, and return the folder.
+
+    Files that were downloaded before are not downloaded again. Raises InputError, which says how
+    to get the weights by hand, without `huggingface_hub`, a network or such a repository.
+    """
+    repository = _OPENAI.get(name, name.removeprefix("hf:"))
+    if repository == name:
+        raise InputError(
+            f"there is no {name}; give a file (.pt, .bin, .safetensors, .npz), a folder, "
+            f"hf:OWNER/NAME for weights of the Hugging Face hub, or one of {', '.join(_OPENAI)}."
+        )
+    advice = (
+        f"Or download huggingface.co/{repository} on another machine and give the folder "
+        "(docs/how-to/pretrained.md)."
+    )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name} is downloaded by an extra: pip install 'clip-jax-pods[hub]'. {advice}"
+        ) from error
+    try:
+        for endings in _WEIGHTS:
+            folder = Path(snapshot_download(repository, allow_patterns=[*_FILES, *endings]))
+            if any(file for ending in endings for file in folder.glob(ending)):
+                break
+    except (OSError, ValueError) as error:  # among them all errors of huggingface_hub
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(f"{repository} could not be downloaded: {reason}. {advice}") from error
+    return folder
