@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
+from scipy import special
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.manager import restore_params
@@ -76,6 +77,20 @@ class Model:
         """Embed the output of `tokenize`, in batches; not normalised."""
         encode = compiled(embed_texts, self.clip, self._mesh, normalize=False)
         return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size))
+
+    def probabilities(
+        self, images: Float[Any, "B E"], texts: Float[Any, "T E"]
+    ) -> Float[np.ndarray, "B T"]:
+        """Return the probability of each text for each image, given outputs of `encode_image` and
+        `encode_text`.
+
+        It is the softmax of scaled cosines (CLIP paper, figure 3) or, for a model with a logit
+        bias, the sigmoid for each text by itself (SigLIP paper, 3.2).
+        """
+        logits = unit(images) @ unit(texts).T * float(np.exp(self.params["logit_scale"]))
+        if "logit_bias" in self.params:
+            return special.expit(logits + float(self.params["logit_bias"]))
+        return special.softmax(logits, axis=1)
 
     def caption(
         self,

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
 
 from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
@@ -68,8 +67,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             for row, caption in zip(rows, captions, strict=True):
                 row["caption"] = caption
         if classes is not None:
-            features = unit(model.encode_image(images, batch_size=size))
-            for row, shares in zip(rows, probabilities(model, features, classes), strict=True):
+            features = model.encode_image(images, batch_size=size)
+            for row, shares in zip(rows, model.probabilities(features, classes), strict=True):
                 row["labels"] = ranked(labels, shares)
         results += rows
     if not results:
@@ -97,20 +96,6 @@ def embed_labels(
 def prompts(labels: Sequence[str], template: str) -> list[str]:
     """Return the template with each label."""
     return [template.replace("{}", label) for label in labels]
-
-
-def probabilities(
-    model: Model, images: Float[np.ndarray, "B E"], classes: Float[np.ndarray, "classes E"]
-) -> Float[np.ndarray, "B classes"]:
-    """Return the probability of each class, from normalised embeddings.
-
-    It is the softmax of scaled similarities (CLIP paper, figure 3) or, for a model with a logit
-    bias, the sigmoid for each class by itself (SigLIP paper, 3.2).
-    """
-    logits = images @ classes.T * float(np.exp(model.params["logit_scale"]))
-    if "logit_bias" in model.params:
-        return special.expit(logits + float(model.params["logit_bias"]))
-    return special.softmax(logits, axis=1)
 
 
 def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.inference.loading import load, unit
-from clip_jax.inference.predict import check_labels, embed_labels, probabilities
+from clip_jax.inference.predict import check_labels, embed_labels
 from clip_jax.inference.search import Searcher
 from clip_jax.storage.files import AnyPath
 
@@ -58,7 +58,7 @@ def build(config: DemoConfig) -> Any:
         try:
             labels = check_labels(labels, template)
             features = unit(model.encode_image(model.preprocess([image])))
-            shares = probabilities(model, features, embed_labels(model, labels, template))[0]
+            shares = model.probabilities(features, embed_labels(model, labels, template))[0]
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return {name: float(share) for name, share in zip(labels, shares, strict=True)}

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int32
 from clip_jax.data.images import ImageError, size_of
 from clip_jax.errors import check_ranges
 from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import check_labels, probabilities, prompts, ranked
+from clip_jax.inference.predict import check_labels, prompts, ranked
 from clip_jax.inference.search import Searcher
 from clip_jax.models.images import Images, concatenate, zeros
 from clip_jax.models.layers import DType
@@ -115,7 +115,7 @@ class Service:
         classes, images = await asyncio.gather(
             self._embed_labels(labels, template), self.embed_images(values["images"])
         )
-        shares = probabilities(self.model, images, classes)
+        shares = self.model.probabilities(images, classes)
         return {"images": [{"labels": ranked(labels, row)} for row in shares]}
 
     async def search(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from clip_jax.cli.commands import main
 from clip_jax.inference.loading import Model, load
-from clip_jax.inference.predict import probabilities
 from tests.conftest import COCA, write_tiny_model
 from tests.data.conftest import write_tar
 from tests.evals.conftest import unit
@@ -122,7 +121,7 @@ def test_with_a_bias_every_label_has_a_probability_of_its_own():
     images, classes = np.eye(2, dtype=np.float32), np.float32([[0.6, 0.8]])
     logits = np.e * np.array([[0.6], [0.8]]) - 2
     expected = 1 / (1 + np.exp(-logits))
-    np.testing.assert_allclose(probabilities(model, images, classes), expected, rtol=1e-6)
+    np.testing.assert_allclose(Model.probabilities(model, images, classes), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 from clip_jax.convert.verify import relative_difference
 from clip_jax.export.onnx import write
 from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import embed_labels, probabilities
+from clip_jax.inference.predict import embed_labels
 from tests.export.conftest import families  # noqa: F401 (a fixture)
 
 
@@ -46,7 +46,7 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
         logits = features @ classes.T * np.exp(weights.params["logit_scale"])
         expected = 1 / (1 + np.exp(-logits - weights.params["logit_bias"]))[0]
     else:
-        expected = probabilities(model, features, embed_labels(model, labels, template))[0]
+        expected = model.probabilities(features, embed_labels(model, labels, template))[0]
     scores = {x["label"]: x["score"] for x in theirs["found"]}
     assert theirs["found"][0]["label"] == labels[int(np.argmax(expected))]
     np.testing.assert_allclose([scores[label] for label in labels], expected, rtol=0, atol=0.02)

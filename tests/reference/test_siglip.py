@@ -16,8 +16,7 @@ from clip_jax.convert.hugging_face import towers
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import BOUND, relative_difference
-from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import probabilities
+from clip_jax.inference.loading import Model
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
 from tests.convert.conftest import assert_same
@@ -121,7 +120,7 @@ def test_hugging_faces_own_folder(tmp_path):
     ours = Model(config, weights.params, weights.preprocess)
     pixels = rng.standard_normal((2, 64, 64, 3), np.float32)
     ids = rng.integers(2, 32_000, (3, 64), np.int32)
-    found = probabilities(ours, unit(ours.encode_image(pixels)), unit(ours.encode_text(ids)))
+    found = ours.probabilities(ours.encode_image(pixels), ours.encode_text(ids))
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids), torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
     assert relative_difference(theirs.logits_per_image.sigmoid().numpy(), found) <= BOUND

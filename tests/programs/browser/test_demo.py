@@ -42,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    """The page, served as the README says, by a process of its own until the tests are over."""
+    """The page, served as the documentation says, by a process of its own until the tests are over."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    readme = (ROOT / "README.md").read_text()
-    (shown,) = re.findall(r"^clip-jax (demo \S+ --embeddings) ", readme, re.M)
+    page = (ROOT / "docs/how-to/command-line.md").read_text()
+    (shown,) = re.findall(r"^clip-jax (demo \S+ --embeddings) ", page, re.M)
     command = shown.replace("runs/digits", str(folder / "model")).split()
     command = ["-m", "clip_jax", *command, str(folder / "embeddings"), "--port", str(port)]
     process = subprocess.Popen(
