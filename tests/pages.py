@@ -27,6 +27,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!r]*/*.md")), ROOT /
 _SHIMS = r"""
 set -euo pipefail
 pip() { :; }
+pytest() { :; }
 python() { "$PYTHON" "$@"; }
 clip-jax() {
   local short=""
