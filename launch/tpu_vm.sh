@@ -83,8 +83,14 @@ install() {
     tpu tpu-vm scp "$archive/clip_jax.tar.gz" "$node:" --worker=all
   done
   rm -r "$archive"
-  everywhere 'tar xzf clip_jax.tar.gz && python3 -m venv clip_jax_env &&
-    clip_jax_env/bin/pip install -q "./clip_jax_source[tpu,gs]"'
+  # Images with Ubuntu 22.04 have Python 3.10, which is too old; there, uv installs a newer one.
+  everywhere 'tar xzf clip_jax.tar.gz &&
+    if python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+      python3 -m venv clip_jax_env
+    else
+      python3 -m pip install -q --user uv &&
+        python3 -m uv venv -q --allow-existing --seed --python 3.12 clip_jax_env
+    fi && clip_jax_env/bin/pip install -q "./clip_jax_source[tpu,gs]"'
 }
 
 # Returns the exit code of the command: 0 if it is 0 on all workers, 2 if it is 2 on any, else 1. The
