@@ -9,7 +9,7 @@ import re
 import shutil
 import traceback
 import typing
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
@@ -53,6 +53,10 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+_COMPONENTS = """\
+The options are the fields of the components that CONFIG chooses. To choose others, edit a config
+(clip-jax configs NAME > mine.py); docs/reference/settings lists the fields of each:"""
+
 
 def leading(args: Sequence[str]) -> list[str]:
     """Return the arguments before the first flag."""
@@ -85,24 +89,44 @@ def read_run(
     if path is None and not {"-h", "--help", "--help-all"} & set(rest):
         raise InputError(f"{verb} needs a config file, as in: clip-jax {verb} configs/digits.py")
     default = load_config(path) if path else Config()
-    return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults))
+    about = "\n  ".join((_COMPONENTS, *_choices(Config)))
+    return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults), about)
 
 
-def parse(kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None) -> Any:
-    """Parse flags into a dataclass with tyro, which prints its own errors and exits with 2."""
+def _choices(kind: type, prefix: str = "") -> Iterator[str]:
+    """Yield the fields, nested ones included, that take one of several dataclasses."""
+    for name, hint in typing.get_type_hints(kind).items():
+        while typing.get_origin(hint) is tuple:
+            hint = typing.get_args(hint)[0]
+        kinds = [x for x in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(x)]
+        if len(kinds) > 1:
+            yield f"{prefix}{name}: {' | '.join(x.__name__ for x in kinds)}"
+        elif kinds:
+            yield from _choices(kinds[0], f"{prefix}{name}.")
+
+
+def parse(
+    kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None,
+    about: str = "",
+) -> Any:  # fmt: skip
+    """Parse flags into a dataclass with tyro, which prints its own errors and exits with 2.
+
+    The complete help begins with `about`.
+    """
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_path_rule)
     names = () if "--help-all" in args else _MOST_USED.get(verb.split()[0], ())
     is_help = bool({"-h", "--help"} & set(args))
+    about = f"\n\n{about}" if "--help-all" in args else ""
     try:
         with _shortened(names, verb) if names and is_help else contextlib.nullcontext():
             return tyro.cli(
                 kind,
                 registry=registry,
                 prog=f"clip-jax {verb}",
-                description=(command.__doc__ or "").strip(),
+                description=(command.__doc__ or "").strip() + about,
                 args=["--help" if arg == "--help-all" else arg for arg in args],
                 config=(tyro.conf.AvoidSubcommands,),
                 **({} if default is None else {"default": default}),

@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int, UInt8
 from clip_jax.errors import InputError, check_ranges
 
 _MAX_DIGITS = 6
-_NEVER_SEEN_SHARE = 0.2
+_UNSEEN_SHARE = 0.2
 
 # The scans are 14 pages of about 128, each by one writer (a page begins with 0 to 9 three times).
 # Every fifth page, from the first on, is held out. Writers differ: a support vector machine
@@ -143,7 +143,7 @@ def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
     rng = np.random.default_rng([seed, digits])
     while True:
         order = rng.permutation(count)
-        unseen, seen = np.split(order, [int(_NEVER_SEEN_SHARE * count)])
+        unseen, seen = np.split(order, [int(_UNSEEN_SHARE * count)])
         places = [np.unique(seen // 10**power % 10) for power in range(digits)]
         if all(len(own) == 10 for own in places):
             return sorted(seen.tolist()), sorted(unseen.tolist())
