@@ -1,10 +1,11 @@
-"""Plan every bundled config on its slice: the TPU tables of BENCHMARKS.md. No TPU is needed.
+"""Plan every config on the slice that it is meant for. No TPU is needed.
 
     python benchmarks/plan.py [CONFIG ...]
 
-The TPU compiler (extra `tpu`) compiles each config's training step. The script prints three tables:
-cost and step time, what bounds the step, and memory. Compiled steps are cached, so that configs can
-be compiled one at a time; all of them take about two hours on one or two cores.
+The TPU compiler (extra `tpu`) compiles each config's training step. The script prints four tables:
+cost and step time (in BENCHMARKS.md), what bounds the step, the compiler estimate, and memory (in
+docs/explanation/performance.md). Compiled steps are cached, so that configs can be compiled one at
+a time; all of them take about two hours on one or two cores.
 """
 
 import argparse
@@ -51,12 +52,15 @@ COST = (
     "MFU, % (sequential bound)", "training time, h", "cost, $",
 )  # fmt: skip
 BOUNDS = (
-    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)",
-    "compiler estimate, ms", "MFU, % (compiler estimate)",
+    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)"
+)  # fmt: skip
+ESTIMATE = (
+    "config", "compiler estimate, ms", "MFU, % (compiler estimate)",
+    "model TFLOP per chip and step", "compile time, s",
 )  # fmt: skip
 MEMORY = (
     "config", "mesh, data × fsdp × tensor", "remat", "peak, GB per chip", "parameters, GB",
-    "optimizer, GB", "model TFLOP per chip and step", "compile time, s",
+    "optimizer, GB",
 )  # fmt: skip
 
 
@@ -100,14 +104,14 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
             mfus["sequential_bound"], f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
             f"{x.price or 0:,.0f}",
         ),
+        (label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"]),
         (
-            label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"], steps["compiler_estimate"],
-            mfus["compiler_estimate"],
+            label, steps["compiler_estimate"], mfus["compiler_estimate"],
+            f"{x.model_flops_per_step / x.devices / 1e12:.1f}", f"{x.compile_seconds:.0f}",
         ),
         (
             label, "×".join(map(str, x.mesh.values())), x.remat, memory, f"{parameters:.2f}",
-            f"{optimizer:.2f}", f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
-            f"{x.compile_seconds:.0f}",
+            f"{optimizer:.2f}",
         ),
     )  # fmt: skip
 
@@ -123,7 +127,8 @@ def main() -> None:
         if not names or name in names:
             print(f"{name} on {topology} {changes or ''}", file=sys.stderr, flush=True)
             every.append(rows(*make(name, topology, changes)))
-    for header, table in zip((COST, BOUNDS, MEMORY), zip(*every, strict=True), strict=True):
+    headers = (COST, BOUNDS, ESTIMATE, MEMORY)
+    for header, table in zip(headers, zip(*every, strict=True), strict=True):
         print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
         print(*(f"| {' | '.join(row)} |" for row in table), sep="\n")
 
