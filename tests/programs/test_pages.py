@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -119,6 +120,13 @@ def test_the_readme_is_short_and_its_two_commands_are_there_word_for_word():
 )
 def test_outputs_are_compared_in_form(shown, printed, same):
     assert pages.matches(shown, printed) == same
+
+
+def test_sentences_are_short():
+    script = ROOT / "benchmarks/reading_level.py"
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(re.findall(r"words .*docs/how-to/", done.stdout)) >= 12
 
 
 def lines_of_sh(page: Path) -> list[str]:
