@@ -17,7 +17,7 @@ from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.errors import InputError
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
 from clip_jax.scaling.run_table import Row, RunTable, gather, number, of_run, short, text
-from clip_jax.scaling.uncertainty import Form, Through
+from clip_jax.scaling.uncertainty import Form, Through, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, as_path
@@ -95,9 +95,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 def page(data: Mapping[str, Any]) -> str:
     """Insert data into the page, escaped so that no text ends its script; NaN becomes null."""
-    text = to_json(data).replace("<", "\\u003c")
     template = Path(__file__).with_name("html_report.html").read_text(encoding="utf-8")
-    return template.replace("{{data}}", text)
+    return template.replace("{{data}}", to_json(data).replace("<", "\\u003c"))
 
 
 # ------------------------------------------------------------------ runs
@@ -118,7 +117,7 @@ def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
     try:
-        row = finished or of_run(config, step)
+        row = finished or of_run(config, step) | result
     except (LookupError, TypeError, ValueError):
         row = {"arch": "unknown", "samples_seen": 0}
     words = _last_line(folder / "log.txt")
@@ -140,25 +139,20 @@ def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
         "first": first,
         "parent": Path(branch).name,
         "words": words,
-        "hours": result.get("seconds/total", 0.0) / 3600,
-        "goodput": result.get("goodput"),
         "curves": _curves(folder, (*CURVES, metric)),
     }
 
 
 def _shown(row: Row) -> dict[str, Any]:
     """Return the data that the page shows of a row of a table."""
-    names = ("arch", "family", "schedule", "data", "seed", "lr", "warmup", "global_batch")
-    numbers = ("samples_seen", "gmacs_per_sample", "training_flops", "flops_spent")
+    numbers = "samples_seen gmacs_per_sample training_flops flops_spent seconds/total goodput"
     return {
         "name": row.get("name") or f"{row['arch']}@{short(number(row, 'samples_seen'))}",
         "folder": str(row.get("source", "")),
         "status": "done",
         "words": "",
-        "hours": 0.0,
         "curves": {},
-        **{name: row.get(name) for name in names},
-        **{name: number(row, name) if text(row, name) else 0.0 for name in numbers},
+        **{name: number(row, name) for name in numbers.split() if text(row, name)},
         "row": {name: str(value) for name, value in row.items() if value is not None},
     }
 
@@ -218,7 +212,19 @@ def _laws(
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
-        laws.append({"name": name, "curve": curve})
+        laws.append({"name": name, "curve": curve, "models": _models(families[name], config)})
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off
     return laws, describe(result).splitlines()
+
+
+def _models(family: RunTable, config: FitConfig) -> dict[str, list[list[float]]]:
+    """Fit a power law of the samples seen to each model that has three or more numbers of them."""
+    curves = {}
+    for model, rows in family.groups(lambda row: row["arch"]).items():
+        runs = config.runs(rows)
+        if len({*runs.samples}) > 2:
+            samples = np.geomspace(runs.samples.min(), runs.samples.max(), 60)
+            law = fit_law("power", runs, "all").curve(np.full_like(samples, runs.size[0]), samples)
+            curves[model] = np.stack([samples, *law]).T.tolist()
+    return curves

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
@@ -41,9 +42,20 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
     assert branch["flops_spent"] == branch["training_flops"] / 5
     assert branch["curves"]["loss"][0][0] == 81 * 16
     assert len(runs["w16-parent-seed0"]["curves"]["loss"]) == 240  # of 320 steps
-    assert (branch["hours"], abs(branch["off"]) < 0.2) == (0.01, True)
+    assert (branch["seconds/total"], branch["goodput"]) == (36, 0.5)
+    assert abs(branch["off"]) < 0.2
+    assert failed["seconds/total"] == 36
     assert "off" not in runs["w16-parent-seed0"]  # it evaluates nothing
-    assert [law["name"] for law in data["laws"]] == [summary["metric"]] == ["info_nce"]
+    (law,) = data["laws"]
+    assert law["name"] == summary["metric"] == "info_nce"
+    (model,) = law["models"]  # the other has runs of two lengths
+    assert model == branch["row"]["arch"]
+    samples, error, low, high = np.transpose(law["models"][model])
+    assert (samples[0], samples[-1]) == (1_600, 6_400)
+    slope = np.log(error[-1] / error[0]) / np.log(4)
+    assert slope == pytest.approx(-0.3, abs=0.02)  # as `write_ladder` makes them
+    assert (low < error).all()
+    assert (error < high).all()
     assert data["left_out"] == []
 
 
@@ -56,7 +68,11 @@ def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     data = read(config.output)
     assert len(data["runs"]) == 32
     assert data["metric"] == "1 − imagenet1k_acc1"
-    assert {law["name"] for law in data["laws"]} == {"LAION-2B", "LAION-400M", "LAION-80M"}
+    models = {law["name"]: {*law["models"]} for law in data["laws"]}
+    three = {"ViT-B-32", "ViT-B-16", "ViT-L-14"}  # of the others there is one run
+    assert models == dict.fromkeys(("LAION-2B", "LAION-400M", "LAION-80M"), three)
+    assert len({str(law["models"]["ViT-B-32"]) for law in data["laws"]}) == 3
+    assert not {"training_flops", "seconds/total"} & data["runs"][0].keys()
     assert sum("off" in run for run in data["runs"]) == 29
     ours = ReportConfig(paths=(ladder / "runs",), output=ladder / "ours.html")
     for changes, why in (
@@ -76,7 +92,7 @@ def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: P
     (tmp_path / "result.json").write_text("{")
     report(ReportConfig(paths=(tmp_path,), output=tmp_path / "page.html"))
     (run,) = read(tmp_path / "page.html")["runs"]
-    assert (run["status"], run["arch"]) == ("not begun", "unknown")
+    assert (run["status"], run["row"]["arch"]) == ("not begun", "unknown")
 
 
 @pytest.mark.parametrize("column", ["samples_seen", "gmacs_per_sample", "acc"])

@@ -5,7 +5,8 @@ import re
 from playwright.sync_api import expect
 
 from clip_jax.cli.commands import main
-from tests.scaling.conftest import write_ladder
+from tests.conftest import ROOT
+from tests.scaling.conftest import POINTS, write_ladder
 
 
 def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, tmp_path):
@@ -39,7 +40,7 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
 
     run = page.locator("#runs tbody tr", has_text="w32@3.2K-seed1")
     run.click()
-    assert page.locator("svg .on").count() == 4  # point, residual, curve and its end
+    assert page.locator("svg .on").count() == 5  # two points, residual, curve and its end
     other = page.locator("#points .mark:not(.on)").first
     assert other.evaluate("mark => getComputedStyle(mark).opacity") == "0.1"
     run.click()
@@ -57,3 +58,40 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     assert page.locator("#curves path.curve").count() == 0
     assert [url for url in requests if not url.startswith("data:")] == [f"file://{file}"]
     assert messages == []
+
+
+def test_the_report_of_a_table_shows_its_costs_and_a_law_of_each_model(browser, tmp_path):
+    """Without times there is no column for them; without curves and failures, no section."""
+    shown = {}
+    for table, *options in (
+        (ROOT / "notebooks/ladder_digits.csv",),
+        (POINTS, "--compare", "upstream_dataset", "--where", "upstream_dataset=LAION*"),
+    ):
+        file = tmp_path / f"{table.stem}.html"
+        assert main(["scale", "report", str(table), "--output", str(file), *options]) == 0
+        page = browser.new_page()
+        page.goto(f"file://{file}")
+        shown[table.stem] = page
+    ours, published = shown.values()
+    heads = [page.locator("#costs th").all_inner_texts() for page in shown.values()]
+    assert heads[0][3:] == ["training FLOPs spent", "time", "share of time in steps"]
+    assert heads[1] == heads[0][:4]
+    expect(ours.locator("#costs tbody tr").last).to_contain_text("2.9e13")
+    expect(ours.locator("#costs tbody tr").last).to_contain_text("37.4 min")
+    expect(published.locator("#costs tbody tr").last).to_contain_text("1.7e23")
+    expect(published.locator("#saved")).to_contain_text("three times those of the forward pass")
+    assert ours.locator("#models path.law").count() == 3
+    assert ours.locator("#models .mark").count() == 36
+    assert published.locator("#models path.law").count() == 9
+    assert published.locator("#models svg > text", has_text="ViT-L-14").count() == 3
+    for page in shown.values():
+        headings = page.locator("h2").filter(visible=True).all_inner_texts()
+        assert headings == [
+            "Points and laws",
+            "Laws of each model",
+            "Summary of the fit",
+            "Costs",
+            "Runs",
+        ]
+    ours.get_by_role("button", name="w24").click()
+    assert ours.locator("#models path.law").count() == 2
