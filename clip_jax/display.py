@@ -1,6 +1,7 @@
 """Output for people: warnings, progress bars, and the style of all plots."""
 
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +28,29 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the paper's own font
     "svg.hashsalt": "clip_jax",  # the same picture is the same file
 }
+REPORTED = {  # metrics in a report's line
+    "loss": "loss {:.4g}", "image_to_text_accuracy": "in-batch accuracy {:.1%}",
+    "images_per_second": "{:,.0f} images/s", "mfu": "MFU {:.1%}",
+}  # fmt: skip
 
 
 def plain(text: str) -> str:
     """Escape dollar signs, between which matplotlib would read a formula."""
     return text.replace("$", r"\$")
+
+
+def duration(seconds: float) -> str:
+    """Format a time, such as 12 s, 1 min 20 s, 3 h 5 min or 2 d 4 h."""
+    s = round(seconds)
+    parts = {"d": s // 86_400, "h": s // 3_600 % 24, "min": s // 60 % 60, "s": s % 60}
+    return " ".join([f"{count} {unit}" for unit, count in parts.items() if count][:2]) or "0 s"
+
+
+def results(step: int, values: Mapping[str, float]) -> str:
+    """Format the results of an evaluation, in lines that fit on a terminal."""
+    text = "  ".join(f"{name}\xa0{value:.4g}" for name, value in values.items())
+    lines = textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(f"step {step}  {line}".replace("\xa0", " ") for line in lines)
 
 
 def warn(line: str) -> None:
@@ -61,11 +80,10 @@ class Display:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
                 console=self._console,
                 transient=fleeting,
             )
-            self._task = self._progress.add_task(work, total=total, completed=start, status="")
+            self._task = self._progress.add_task(work, total=total, completed=start)
             self._progress.start()
 
     def __enter__(self) -> "Display":
@@ -84,14 +102,12 @@ class Display:
         if self._progress:
             self._progress.advance(self._task, count)
 
-    def report(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the main metrics of a report."""
-        names = ("loss", "image_to_text_accuracy", "logit_scale", "images_per_second", "mfu")
-        shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
-        if self._progress:
-            self._progress.update(self._task, status="  ".join(shown))
-        else:
-            self.line(f"step {step}/{self._total}  " + "  ".join(shown))
+    def report(self, step: int, values: Mapping[str, Any], seconds_left: float = 0) -> None:
+        """Print the main metrics of a report and the estimated time to completion."""
+        shown = [text.format(values[name]) for name, text in REPORTED.items() if name in values]
+        if seconds_left:
+            shown.append(f"ETA {duration(seconds_left)}")
+        self.line(f"step {step}/{self._total}  " + "  ".join(shown))
 
     def line(self, text: str) -> None:
         """Print one line above the bar."""

@@ -22,7 +22,7 @@ from clip_jax.config import Config, complete, with_order
 from clip_jax.convert.weights import default_preprocess
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
-from clip_jax.display import warn
+from clip_jax.display import duration, warn
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.inference.loading import starting_params
@@ -144,20 +144,16 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         begun = Restored(0, begin(config, program).saved(), {})
     start, state = begun.step, program.resume(begun.state, frozen_params(config.objective))
 
-    reports = Reports(
-        workdir, timers,
-        start=start, steps=config.steps, devices=mesh.size, samples_after=config.samples_after,
-        flops_after=config.flops_after, compiling_after={start, *config.double_batch_at},
-        steps_kept=begun.position.get("seconds/steps", math.inf),
-    )  # fmt: skip
+    steps_kept = begun.position.get("seconds/steps", math.inf)
+    reports = Reports(workdir, timers, config, start, mesh.size, steps_kept)
     reports.result["unique_samples"] = pipeline.num_samples
     for line in begun.messages:
         reports.line(line)
-    from_where = f"resuming from step {start}" if start else "from the beginning"
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
     reports.line(
-        f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples} samples an "
-        f"epoch, mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind} on "
-        f"{jax.process_count()} processes, {from_where} to step {config.end}, in {workdir}"
+        f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples:,} samples per epoch, "
+        f"mesh {axes} ({jax.devices()[0].device_kind}), {jax.process_count()} process(es)\n"
+        f"{'resuming' if start else 'training'} from step {start} to step {config.end} in {workdir}"
     )
     if (warmup := config.optim.warmup_steps) >= config.steps:
         reports.line(
@@ -327,7 +323,7 @@ def loop(run: Run) -> None:
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading))
             new = step - 1 in compiling
-            with timers.measure("compile") if new else contextlib.nullcontext():
+            with reports.compiling() if new else contextlib.nullcontext():
                 run.state, metrics = program.step(run.state, arrays)
                 if new:
                     jax.block_until_ready(metrics)
@@ -432,8 +428,8 @@ def end(run: Run) -> dict[str, Any]:
     workdir = run.workdir
     run.reports.line(run.reports.goodput.describe())
     run.reports.line(
-        f"done in {run.timers.elapsed() / 60:.1f} min: {workdir} (metrics.jsonl, result.json, "
-        f"evals/, checkpoints/). Next: clip-jax evaluate {workdir}, or tensorboard --logdir "
-        f"{workdir}/tensorboard"
+        f"done in {duration(run.timers.elapsed())}: metrics.jsonl, result.json, evals/ and "
+        f"checkpoints/ are in {workdir}\n"
+        f"next: clip-jax evaluate {workdir}, or tensorboard --logdir {workdir}/tensorboard"
     )
     return run.reports.result

@@ -16,6 +16,7 @@ from clip_jax.checkpoints.claim import Claim
 from clip_jax.checkpoints.retention import WATCH, WATCHED, Unusable, split_name, steps_in
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
+from clip_jax.display import results
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import say
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, config_of_run, open_encoder
@@ -100,5 +101,5 @@ def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step:
         return {"skipped": why}
     output = config.output / str(step) if config.output else None
     values = evaluators.run(encoder, output)
-    say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    say(results(step, values))
     return values

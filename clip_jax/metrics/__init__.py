@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from etils import epath
 
 from clip_jax import processes
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.display import Display
+from clip_jax.display import Display, results, warn
 from clip_jax.errors import InputError
 from clip_jax.metrics.chips import peak_flops
 from clip_jax.storage import files
@@ -101,7 +101,8 @@ class Goodput:
     def describe(self) -> str:
         """Return a summary in one line."""
         values = self.values()
-        parts = [f"{name} {values[f'seconds/{name}']:.1f}" for name in self.NAMES]
+        seconds = ((name, values[f"seconds/{name}"]) for name in self.NAMES)
+        parts = [f"{name} {spent:.1f}" for name, spent in seconds if spent > 0.05]
         return f"goodput {values['goodput']:.1%}; seconds: {', '.join(parts)}"
 
 
@@ -177,27 +178,23 @@ class Reports:
     """
 
     def __init__(
-        self, workdir: epath.Path, timers: Timers, *, start: int, steps: int, devices: int,
-        samples_after: Callable[[int], int], flops_after: Callable[[int], int],
-        compiling_after: Collection[int], steps_kept: float,
+        self, workdir: epath.Path, timers: Timers, config: Any, start: int, devices: int,
+        steps_kept: float,
     ) -> None:  # fmt: skip
-        """`steps_kept` are the seconds spent on steps until the checkpoint of `start`.
-
-        `samples_after` and `flops_after` return sums over the first steps. The step after each of
-        `compiling_after` is compiled, and left out of all speeds.
-        """
+        """`config` is the run's Config, `steps_kept` the seconds spent on steps until `start`."""
         lead = processes.is_lead()
-        self._workdir, self._timers, self._devices, self._reported = workdir, timers, devices, start
-        self._samples, self._flops = samples_after, flops_after
-        self._compiling = compiling_after
+        self._workdir, self._timers, self._devices = workdir, timers, devices
+        self._start, self._end, self._reported = start, config.end, start
+        self._samples, self._flops = config.samples_after, config.flops_after
+        self._compiling = {start, *config.double_batch_at}  # steps before one left out of speeds
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._display = Display("train", steps, start, quiet=not lead)
-        self.line, self.advance = self._display.line, self._display.advance
         self._writer = self._skipped = None
         if lead:
-            board = workdir / "tensorboard"
-            self._writer = Writer(workdir / "metrics.jsonl", board, start, self.line)
-            self._skipped = Lines(workdir / "skipped.jsonl", start, self.line)
+            rows, board = workdir / "metrics.jsonl", workdir / "tensorboard"
+            self._writer = Writer(rows, board, start, warn)
+            self._skipped = Lines(workdir / "skipped.jsonl", start, warn)
+        self._display = Display("train", config.end, start, quiet=not lead)
+        self.line, self.advance = self._display.line, self._display.advance
         self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
         self._read: Counter[str] = Counter()  # from buckets, since the last report
         self.result = recover_json(workdir / "result.json", self.line) if lead else {}
@@ -207,6 +204,15 @@ class Reports:
         """Mark the end of set-up: from now on, time counts as time of steps."""
         self._timers.total["init"] = self._timers.elapsed() - self._timers.total["restore"]
         self._timers.lap()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Generator[None]:
+        """Show that a step is compiled, and measure how long."""
+        earlier = self._timers.total["compile"]
+        self.line("compiling the training step …")
+        with self._timers.measure("compile"):
+            yield
+        self.line(f"compiled in {self._timers.total['compile'] - earlier:.1f} s")
 
     def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Record samples of a step that this process could not read, each with the reason."""
@@ -245,7 +251,9 @@ class Reports:
             values["mfu"] = work / training / (self._peak * self._devices)
         if (bytes_ := peak_memory()) is not None:
             values["peak_memory_bytes"] = bytes_
-        self._display.report(step, values)
+        unseen = self._timers.total["evaluation"] + self._timers.total["save"]
+        per_step = training / steps + unseen / (step - self._start) if steps else 0.0
+        self._display.report(step, values, per_step * (self._end - step))
         self.result.update(step=step, samples_seen=values["samples_seen"], loss=metrics["loss"])
         if self._writer:
             self._writer.write(step, values)
@@ -253,7 +261,7 @@ class Reports:
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Write the results of an evaluator."""
         self.result.update(values)
-        self.line(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self.line(results(step, values))
         if self._writer:
             self._writer.write(step, dict(values))
 

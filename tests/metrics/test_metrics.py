@@ -12,8 +12,17 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from clip_jax import metrics
 from clip_jax.errors import InputError
-from clip_jax.metrics import Goodput, Profiler, Timers, Writer, bucket_rates, profile_range
+from clip_jax.metrics import (
+    Goodput,
+    Profiler,
+    Reports,
+    Timers,
+    Writer,
+    bucket_rates,
+    profile_range,
+)
 from tests.clock import HandClock
+from tests.conftest import tiny_digits
 
 
 def events_in(folder):
@@ -55,6 +64,27 @@ def test_who_looks_at_tensorboard_sees_what_was_reported_half_a_minute_ago(tmp_p
     writer.close()
 
 
+def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, capsys):
+    clock, config = HandClock(), tiny_digits(steps=1_000, stop_after=100)
+    timers = Timers(clock)
+    reports = Reports(epath.Path(tmp_path), timers, config, 0, 1, math.inf)
+    reports.begin()
+    with reports.compiling():
+        clock.advance(12.3)
+    clock.advance(9)  # nine steps
+    with timers.measure("evaluation"):
+        clock.advance(5)
+    metrics = {"loss": 4.5, "image_to_text_accuracy": 0.25}
+    reports.report(10, metrics)
+    reports.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "compiling the training step …",
+        "compiled in 12.3 s",
+        # 90 steps of a second, and an evaluation of 5 s every 10 steps
+        "step 10/100  loss 4.5  in-batch accuracy 25.0%  16 images/s  ETA 2 min 15 s",
+    ]
+
+
 def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
     full, board = open("/dev/full", "wb"), tmp_path / "tensorboard"  # noqa: SIM115
     with mock.patch.object(record_writer, "open_file", autospec=True, return_value=full):
@@ -94,7 +124,9 @@ def test_goodput_adds_up_over_starts_and_knows_what_was_lost():
     assert values["seconds/steps"] == 90 + 6.5
     assert values["seconds/total"] == 6 + 2 + 0.5 + 11 + 96.5
     assert values["goodput"] == pytest.approx(96.5 / 116)
-    assert "goodput 83.2%" in goodput.describe()
+    assert goodput.describe() == (
+        "goodput 83.2%; seconds: init 6.0, compile 2.0, save 0.5, steps 96.5, lost 11.0"
+    )
     untouched = Goodput(timers, earlier, steps_kept=math.inf).values()
     assert untouched["seconds/lost"] == 1.0
 
