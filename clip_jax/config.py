@@ -66,6 +66,8 @@ class Config:
     # Evaluators that run during training.
     evals: tuple[DigitsEvalConfig | PairsEvalConfig | SuiteEvalConfig, ...] = ()
     report_every: int = 100  # Steps between reports in metrics.jsonl, TensorBoard and the terminal.
+    # Weights & Biases project to log the run to. None: no logging. Needs the extra `wandb`.
+    wandb_project: str | None = None
     profile_steps: str | None = None  # Steps to trace for xprof, as FIRST:LAST (10:15); None: none.
     # Folder for compiled programs; None: in the run directory, on CPUs no cache.
     compilation_cache: str | None = None

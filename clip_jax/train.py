@@ -309,7 +309,7 @@ def loop(run: Run) -> None:
     first, compiling = run.start + 1, {run.start, *config.double_batch_at}
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(processes.sigterm())
-        stack.callback(reports.close)
+        stack.push(reports.close)
         stack.push(functools.partial(_close, run.checkpoints))
         stack.callback(batches.close)
         stack.callback(run.profiler.close)

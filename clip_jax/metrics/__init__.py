@@ -1,7 +1,9 @@
-"""Metrics of a run: timing, and reports to `metrics.jsonl`, TensorBoard and the terminal."""
+"""Metrics of a run: timing, and reports to files, TensorBoard, wandb and the terminal."""
 
 import contextlib
+import io
 import json
+import secrets
 import socket
 import statistics
 import sys
@@ -12,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from PIL import Image
 
 from clip_jax import processes
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import Display, results, warn
 from clip_jax.errors import InputError
 from clip_jax.metrics.chips import peak_flops
+from clip_jax.serialize import to_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import Lines, recover_json
+from clip_jax.storage.json_files import Lines, read_json, recover_json
 
 # tensorboardX imports these if they are installed, for features that are not used here, and
 # importing PyTorch alone takes seconds.
@@ -107,7 +112,7 @@ class Goodput:
 
 
 class Writer:
-    """Write a JSONL file and TensorBoard; a resumed run first drops rows that it will repeat.
+    """Write a JSONL file, TensorBoard and wandb; a resumed run drops rows that it will repeat.
 
     TensorBoard shows values at most half a minute after they were written, or after `flush`. No
     thread writes them, unlike in tensorboardX's `SummaryWriter`: on a full disk that thread dies,
@@ -118,9 +123,11 @@ class Writer:
 
     def __init__(
         self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None],
-        clock: Clock = CLOCK,
+        clock: Clock = CLOCK, config: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """`resume_step` is the step that a run resumes from; None keeps all rows (see `Lines`)."""
+        """`resume_step` is the step that a run resumes from; None keeps all rows (see `Lines`). The
+        run's `config` is shown as text, and wandb is used if its `wandb_project` is set."""
+        self._wandb: Any = config and config["wandb_project"] and open_wandb(config, lines.parent)
         self._lines = Lines(lines, resume_step, say)
         self._target, self._clock, self._flushed = board, clock, clock.now()
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(board) else None
@@ -132,18 +139,32 @@ class Writer:
         self._add(0, file_version="brain.Event:2")
         if resume_step:  # hides later steps that an earlier start wrote
             self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        if config:
+            block = summary.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
+            self._add(resume_step or 0, summary=block)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._lines.write({"step": step, **values})
         self.draw(step, values)
 
     def draw(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write only to TensorBoard."""
+        """Write only to TensorBoard and wandb."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._add(step, summary=summary.scalar(name, value))
+        if self._wandb:
+            self._wandb.log({"step": step, **values})
         if self._clock.now() > self._flushed + self.SECONDS:
             self._flush_board()
+
+    def show(self, step: int, folder: AnyPath) -> None:
+        """Add the pictures in a folder to TensorBoard and wandb."""
+        for path in (path for path in files.walk(folder) if path.endswith(".png")):
+            name = path.removeprefix(f"{folder}/").removesuffix(".png")
+            picture = Image.open(io.BytesIO(files.read(path))).convert("RGB")
+            self._add(step, summary=summary.image(name, np.asarray(picture), dataformats="HWC"))
+            if self._wandb:
+                self._wandb.log({"step": step, name: sys.modules["wandb"].Image(picture)})
 
     def _add(self, step: int, **content: Any) -> None:
         with files.writing(self._folder):
@@ -162,7 +183,9 @@ class Writer:
         if self._scratch:
             files.copy_tree(Path(self._scratch.name), self._target)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
         self.flush()
         with files.writing(self._folder):
             self._records.close()
@@ -170,8 +193,28 @@ class Writer:
             self._scratch.cleanup()
 
 
+def open_wandb(config: Mapping[str, Any], workdir: AnyPath) -> Any:
+    """Open a run at Weights & Biases: the same one at each start, with the id in `wandb.json`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("wandb_project needs wandb: pip install 'clip-jax-pods[wandb]'") from error
+    path = workdir / "wandb.json"
+    run_id = read_json(path, advice="Delete it.").get("id") or secrets.token_hex(4)
+    files.write_whole(path, json.dumps({"id": run_id}))
+    try:
+        run = wandb.init(
+            project=config["wandb_project"], id=run_id, resume="allow", name=workdir.name,
+            config=dict(config), dir=None if files.is_remote(workdir) else str(workdir),
+        )  # fmt: skip
+    except wandb.Error as error:
+        raise InputError(f"wandb: {error} WANDB_MODE=offline logs without a network.") from error
+    run.define_metric("*", step_metric="step")  # a resumed run repeats steps
+    return run
+
+
 class Reports:
-    """Reports of a run: in its run directory, to TensorBoard, on the terminal.
+    """Reports of a run: in its run directory, to TensorBoard and wandb, on the terminal.
 
     The first of several processes writes what it gathers from all; all processes must call
     `report` and `write_down`.
@@ -191,7 +234,7 @@ class Reports:
         self._writer = self._skipped = None
         if lead:
             rows, board = workdir / "metrics.jsonl", workdir / "tensorboard"
-            self._writer = Writer(rows, board, start, warn)
+            self._writer = Writer(rows, board, start, warn, config=to_dict(config))
             self._skipped = Lines(workdir / "skipped.jsonl", start, warn)
         self._display = Display("train", config.end, start, quiet=not lead)
         self.line, self.advance = self._display.line, self._display.advance
@@ -285,11 +328,13 @@ class Reports:
         for file in filter(None, (self._writer, self._skipped)):
             file.flush()
 
-    def close(self) -> None:
+    def close(self, kind: type[BaseException] | None, *_: object) -> None:
         self._display.close()
         if self._writer and self._skipped:
             self._skipped.flush()
-            self._writer.close()
+            if kind is None:
+                self._writer.show(self._end, self._workdir / "evals")
+            self._writer.close(failed=kind is not None)
 
 
 def _hosts(training: float, steps: int, seconds: Mapping[str, float]) -> dict[str, Any]:

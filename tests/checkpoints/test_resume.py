@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has
         with pytest.raises(InputError, match=message):
             resume(tmp_path, now)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(endless)))
-    resume(tmp_path, replace(endless, steps=10_001))
+    resume(tmp_path, replace(endless, steps=10_001, report_every=7, wandb_project="clip"))
     assert differences({"a": 1}, {"a": 1, "b": 2}) == [("b", None, 2)]
 
 

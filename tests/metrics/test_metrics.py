@@ -3,10 +3,13 @@
 import json
 import math
 import struct
+import sys
+from types import ModuleType
 from unittest import mock
 
 import pytest
 from etils import epath
+from PIL import Image
 from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -64,6 +67,77 @@ def test_who_looks_at_tensorboard_sees_what_was_reported_half_a_minute_ago(tmp_p
     writer.close()
 
 
+def test_tensorboard_gets_the_config_as_text_and_pictures(tmp_path):
+    pictures = tmp_path / "evals"
+    (pictures / "cars").mkdir(parents=True)
+    Image.new("RGBA", (6, 4), "red").save(pictures / "cars/errors.png")
+    (pictures / "results.csv").write_text("a table")
+    config = {"seed": 3, "wandb_project": None}
+    writer = Writer(tmp_path / "rows", tmp_path / "tensorboard", 0, print, config=config)
+    writer.show(7, pictures)
+    writer.close()
+    _, text, picture = events_in(tmp_path / "tensorboard")
+    assert text.summary.value[0].metadata.plugin_data.plugin_name == "text"
+    assert b'"seed": 3' in text.summary.value[0].tensor.string_val[0]
+    (value,) = picture.summary.value
+    assert (picture.step, value.tag) == (7, "cars/errors")
+    assert (value.image.width, value.image.height, value.image.colorspace) == (6, 4, 3)
+
+
+class Wandb(ModuleType):
+    """What a run uses of wandb, with its signatures; lists what was logged and how runs ended."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs, self.logged, self.ended = [], [], []
+        self.Image = type
+
+    def init(self, *, project: str, id: str, name: str, config: dict, dir: str, resume: str):
+        if project == "no key":
+            raise self.Error("No API key configured.")
+        self.runs.append((project, id, name, config["seed"], resume))
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.ended.append(exit_code)
+
+
+def test_wandb_gets_metrics_config_and_pictures_of_one_run_over_all_starts(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    pictures = tmp_path / "evals"
+    pictures.mkdir()
+    Image.new("RGB", (6, 4)).save(pictures / "predictions.png")
+
+    def opened(project: str) -> Writer:
+        config = {"seed": 3, "wandb_project": project}
+        return Writer(tmp_path / "rows", tmp_path / "board", 0, print, config=config)
+
+    for failed in (True, False):
+        writer = opened("clip")
+        writer.write(1, {"loss": 2.0})
+        writer.show(1, pictures)
+        writer.close(failed=failed)
+    first, again = wandb.runs
+    assert first == again == ("clip", first[1], tmp_path.name, 3, "allow")
+    assert wandb.logged[:2] == [{"step": 1, "loss": 2.0}, {"step": 1, "predictions": Image.Image}]
+    assert wandb.ended == [1, 0]
+    with pytest.raises(InputError, match=r"No API key configured\. WANDB_MODE=offline"):
+        opened("no key")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'clip-jax-pods\[wandb\]'"):
+        opened("clip")
+
+
 def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, capsys):
     clock, config = HandClock(), tiny_digits(steps=1_000, stop_after=100)
     timers = Timers(clock)
@@ -76,7 +150,7 @@ def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, cap
         clock.advance(5)
     metrics = {"loss": 4.5, "image_to_text_accuracy": 0.25}
     reports.report(10, metrics)
-    reports.close()
+    reports.close(None)
     assert capsys.readouterr().err.splitlines() == [
         "compiling the training step …",
         "compiled in 12.3 s",
