@@ -32,6 +32,7 @@ WEIGHTS_NAMES = (
     WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
 )  # fmt: skip
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
 _PROJECTION: Rules = (
     (r"text_projection$", "text_projection/weight"),
     (r"text_projection_bias$", "text_projection/bias"),
@@ -76,12 +77,12 @@ def find_weights(folder: Path) -> Path:
         for path in (folder / name, folder / f"{name}.index.json"):
             if path.exists():
                 return path
-    others = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    others = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES)
     if len(others) != 1:
         names = ", ".join(path.name for path in others[:5])
         raise InputError(
             f"{folder} has {len(others)} files of weights ({names or 'none'}); a model folder "
-            f"needs exactly one (.safetensors, .bin or .pt), or one called {WEIGHTS_NAME}."
+            f"needs exactly one ({', '.join(_SUFFIXES)}), or one called {WEIGHTS_NAME}."
         )
     return others[0]
 

@@ -90,7 +90,7 @@ class FolderSource(StoredSource):
         if (name := self._classes.get(self._names[index].split("/")[0])) is not None:
             captions = [template.replace("{}", name) for template in self._templates]
             return StoredRecord(self.key(index), 0, image, lambda: captions)
-        what = ".txt (class folders need templates instead)"
+        what = "caption file (class folders need --data.source.templates instead)"
         text = functools.partial(read_file, path.with_suffix(".txt"), what)
         return StoredRecord(self.key(index), 0, image, text)
 

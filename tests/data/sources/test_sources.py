@@ -138,7 +138,7 @@ def test_images_without_a_text_and_pipes_are_samples_with_a_reason(tmp_path):
     source = FolderSource(FolderConfig(path=str(tmp_path)))
     assert [source.key(i) for i in range(len(source))] == ["a.jpg", "b/1.PNG", "c.jpg"]
     assert source.load(0, RNG) == (b"y", "text")
-    with pytest.raises(SampleError, match=r"\.txt .*: No such file"):
+    with pytest.raises(SampleError, match=r"caption file .*: No such file"):
         source.load(1, RNG)
     with pytest.raises(SampleError, match=r"\.jpg: a pipe or a device"):
         source.image(2)
@@ -166,7 +166,7 @@ def test_class_folders_are_captioned_by_templates_and_their_names(tmp_path):
     with pytest.raises(InputError, match=r"'a cat' has no \{\}"):
         FolderConfig(path=str(tmp_path), templates=("a cat",))
     without = FolderSource(FolderConfig(path=str(tmp_path)))
-    with pytest.raises(SampleError, match="class folders need templates"):
+    with pytest.raises(SampleError, match="class folders need --data.source.templates"):
         without.load(0, RNG)
     with pytest.raises(InputError, match="does not take templates"):
         open_single(dataclasses.replace(config, path="pairs.csv"), 16)
