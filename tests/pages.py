@@ -33,13 +33,13 @@ clip-jax() {
   local short=""
   if [ "$1" = train ] && [[ " $* " != *" --steps "* ]]; then short=1; fi
   if [ -z "$QUICK" ]; then "$PYTHON" -m clip_jax "$@"; return; fi
-  case "$short $1 ${2-} $#" in
-    "1 train digits 2") cached "$@" ;;
-    "1 train class_folders 2") cached "$@" ;;
+  case "$short $1 ${2-} ${3-}:$#" in
+    "1 train digits :2") cached "$@" ;;
+    "1 train class_folders :2") cached "$@" ;;
     *" serve "*) "$PYTHON" -m clip_jax "$@" ;;
     *" demo "*) ;;
     "1 train "*) run "$@" $SHORT $(tiny "$2") ;;
-    *" scale ladder "*"ladder_digits"*) run "${@:1:3}" --dry-run ;;
+    *" scale ladder "*ladder_digits*) run "${@:1:3}" --dry-run ;;
     *" scale collect "*) if [ -e "$3" ]; then run "$@"; else cp "$TABLE" "${@: -1}"; fi ;;
     *" scale report "*) if [ -e "$3" ]; then run "$@"; else run "${@:1:2}" "$TABLE" "${@:4}"; fi ;;
     *) run "$@" ;;
