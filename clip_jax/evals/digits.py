@@ -85,12 +85,11 @@ class DigitsEvaluator:
                 right.append(bool(logits[row].argmax() == labels[row]))
                 names = [digits.number_words(number, k) for number in range(10**k)]
                 best = with_probabilities(encoder.logit_scale * logits[row], names)
-                lines.append([*best, "(trained on)" if name == "seen" else "(never trained on)"])
+                lines.append([*best, f"({name} number)"])
         if output and processes.is_lead():
-            title = f"Handwriting of held-out writers: the three nearest of {10**k} numbers"
-            contact_sheet(
-                output / "predictions.png", tiles, lines, right=right, title=title + " (red: wrong)"
-            )
+            title = f"Held-out writers: the three most probable of {10**k} labels"
+            title += " (green: correct, red: wrong)"
+            contact_sheet(output / "predictions.png", tiles, lines, right=right, title=title)
 
 
 def _exact(encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int) -> float:

@@ -11,7 +11,7 @@ from clip_jax.display import plain
 from clip_jax.storage.files import AnyPath, write_whole
 
 TILE = 1.42  # width of an image on a sheet in inches; 1.5 with the gap
-LINE = 22  # bold letters that fit below an image
+LINE = 19  # bold letters that fit below an image
 
 
 def save(figure: Any, path: AnyPath, **options: Any) -> None:
@@ -31,7 +31,7 @@ def contact_sheet(
 ) -> None:
     """Draw images in a grid, each above its lines of text; long lines are shortened in the middle.
 
-    With `right` the first line is the answer: bold, and red where it is wrong.
+    With `right` the first line is the answer: bold, green where it is right, red where it is wrong.
     """
     from matplotlib.figure import Figure
 
@@ -54,11 +54,12 @@ def contact_sheet(
         for j, line in enumerate(text):
             if len(line) > LINE:
                 line = f"{line[: LINE // 2 - 1]}…{line[-LINE // 2 :]}"
-            wrong = j == 0 and right is not None and not right[i]
+            color = "black"
+            if j == 0 and right is not None:
+                color = "#1a7f37" if right[i] else "tab:red"
             axis.text(
                 0.5, -0.04 - 0.14 * j, plain(line), transform=axis.transAxes, ha="center", va="top",
-                fontsize=7, color="tab:red" if wrong else "black",
-                fontweight="bold" if j == 0 and right is not None else "normal",
+                fontsize=8, color=color, fontweight="normal" if color == "black" else "bold",
             )  # fmt: skip
     save(figure, path, bbox_inches="tight")  # texts are outside the axes
 
@@ -82,22 +83,21 @@ def similarity_matrix(
     figure = Figure(size, dpi=100, layout="constrained")
     axis = figure.subplots()
     axis.set_title(plain(title), fontsize=10)
-    cells = axis.imshow(similarity, cmap="viridis")
+    axis.imshow(similarity, cmap="viridis")
     middle = similarity.min() + 0.6 * np.ptp(similarity)
     for (row, column), value in np.ndenumerate(similarity):
         color = "white" if value < middle else "black"  # viridis is dark at low values
-        text = f"{value:.2f}".replace("0.", ".")
-        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        text = f"{value:z.2f}".replace("0.", ".")
+        axis.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     for column, image in enumerate(images):
         corners = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
         axis.imshow(image, extent=corners, interpolation="nearest")
     axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -1.52), xticks=[])
     labels = [plain("\n".join(textwrap.wrap(text, 40)[:3])) for text in texts]
-    axis.set_yticks(range(rows), labels, fontsize=8)
+    axis.set_yticks(range(rows), labels, fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(cells, ax=axis, shrink=0.6, label="cosine similarity")
-    bar.outline.set_visible(False)
+    axis.set_xlabel("cosine similarity")
     save(figure, path, bbox_inches="tight")  # long texts reach beyond the layout
 
 

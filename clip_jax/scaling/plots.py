@@ -49,7 +49,7 @@ def figure(
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
         lower.set_xlabel(COMPUTE_LABEL)
-        lower.set_ylabel("deviation from the law, %")
+        lower.set_ylabel("deviation, %")
         lower.margins(y=0.15)
         top = upper.secondary_xaxis(
             "top", functions=(lambda c: c * TRAINING_FLOPS, lambda f: f / TRAINING_FLOPS)

@@ -39,7 +39,7 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     wanted += [
         "held-out loss",
         r"a \$^ladder\$",
-        "deviation from the law, %",
+        "deviation, %",
         "training FLOPs (3 × forward)",
     ]
     wanted += ["fit, 95% band", "lowest error of each bin"] if form == "power" else []
