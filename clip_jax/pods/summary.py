@@ -88,7 +88,7 @@ def compare(plans: Sequence[Plan]) -> str:
             f"{x.hours:,.1f}",
             "" if x.price is None else f"{x.price:,.0f}",
         ))  # fmt: skip
-    mfu = "MFU: overlapped ≤ / sequential ≤ / compiler ≈"
+    mfu = "MFU: overlapped bound / sequential bound / compiler estimate"
     names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", mfu, "limit", "hours", "price")
     return _table(names, rows, left=3)
 

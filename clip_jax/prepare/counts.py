@@ -122,10 +122,10 @@ def describe(report: dict[str, Any]) -> str:
     for name, one in report["found"].items():
         share = f" ({one['images'] / one['of']:.2%})" if one.get("of") else ""
         lines.append(
-            f"{one['images']:,} of {one.get('of', '?'):,} images of {name}{share} are there, in "
+            f"{one['images']:,} of {one['of']:,} images of {name}{share} have near-duplicates: "
             f"{one['pairs']:,} pairs, which are dropped"
         )
-    for name, quantiles in report["quantiles"].items():
-        shares = ", ".join(f"{share} {value:.3g}" for share, value in quantiles.items())
-        lines.append(f"{name}: about {shares}")
+    for name, at in report["quantiles"].items():
+        low, median, high = (f"{value:.3g}" for value in at.values())
+        lines.append(f"{name}: median {median}, 5th to 95th percentile {low} to {high}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def test_test_images_are_taken_out_and_counted_by_set(tmp_path):
     }
     assert report["counts"]["kept"] == 13
     assert sum(report["counts"].values()) == 19
-    assert "3 of 7 images of flowers (42.86%) are there, in 4 pairs" in describe(report)
+    assert "3 of 7 images of flowers (42.86%) have near-duplicates: 4 pairs" in describe(report)
     assert "near duplicate of its image 0, " in report["examples"]["in flowers"]
     assert captions(tmp_path / "out") == [[f"text {i}"] for i in range(12)] + [["text 15"]]
     assert {"prepare.json", "_SUCCESS"} < {path.name for path in (tmp_path / "out").iterdir()}
