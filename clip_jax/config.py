@@ -24,7 +24,7 @@ from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.data import growth
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
@@ -143,10 +143,8 @@ def load_config(path: str | Path) -> Config:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}. Correct it, or restore a copy.") from error
-    try:
+    with naming(path):  # the check of a value's range does not know the file
         return of_run(content, f"{path}: config")
-    except InputError as error:  # the check of a value's range does not know the file
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
 
 
 def of_run(content: Any, where: str = "config") -> Config:

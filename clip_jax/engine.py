@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 
 from clip_jax.display import Display
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, needing
 from clip_jax.storage.errors import Unreachable
 
 On = Literal["here", "ray"]
@@ -175,10 +175,8 @@ def runner(on: On, threads: int = 0) -> Generator[Runner]:
     if on == "here":
         yield Here(threads)
         return
-    try:
+    with needing("--on ray needs Ray: pip install 'clip-jax-pods[ray]'"):
         import ray
-    except ImportError as error:
-        raise InputError("--on ray needs Ray: pip install 'clip-jax-pods[ray]'") from error
     with contextlib.ExitStack() as stack:
         # Ray reports failures on standard output, which is reserved for the result.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))

@@ -1,8 +1,10 @@
 """The error for invalid input, and checks of values that users set."""
 
+import contextlib
 import math
 import numbers
 import operator
+from collections.abc import Generator
 from typing import Any
 
 _INT64 = 1 << 63
@@ -15,6 +17,26 @@ class InputError(ValueError):
     The message says what is wrong, what is expected and what to change. Any other exception that
     leaves a command is a bug, and shows its traceback.
     """
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Generator[None]:
+    """Prefix messages of InputError with the file's name if they lack it."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def needing(message: str) -> Generator[None]:
+    """Raise InputError with this message if an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(message) from error
 
 
 def check_ranges(config: Any, where: str = "", **ranges: str) -> None:

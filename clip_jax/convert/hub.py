@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, needing
 
 _OPENAI = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -30,12 +30,8 @@ def fetch(name: str) -> Path:
         f"Or download huggingface.co/{repository} on another machine and give the folder "
         "(docs/how-to/pretrained.md)."
     )
-    try:
+    with needing(f"{name} is downloaded by an extra: pip install 'clip-jax-pods[hub]'. {advice}"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise InputError(
-            f"{name} is downloaded by an extra: pip install 'clip-jax-pods[hub]'. {advice}"
-        ) from error
     try:
         for endings in _WEIGHTS:
             folder = Path(snapshot_download(repository, allow_patterns=[*_FILES, *endings]))

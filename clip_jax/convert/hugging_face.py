@@ -13,15 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files, verify
-from clip_jax.convert.settings import (
-    Settings,
-    Table,
-    by_table,
-    count_of,
-    naming,
-    read_json,
-    write_json,
-)
+from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json, write_json
 from clip_jax.convert.state_dict import (
     TORCH_AXES,
     TORCH_NAMES,
@@ -34,7 +26,7 @@ from clip_jax.convert.state_dict import (
 from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.text import TextConfig, TokenizerConfig

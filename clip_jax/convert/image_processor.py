@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.settings import naming, number_of, read_json, write_json
+from clip_jax.convert.settings import number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, naming
 from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "preprocessor_config.json"

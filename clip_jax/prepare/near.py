@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 from PIL import Image
 
-from clip_jax.errors import InputError
+from clip_jax.errors import needing
 from clip_jax.prepare import buckets
 
 BITS = 256
@@ -30,13 +30,11 @@ ROW: np.dtype = np.dtype([("index", "<u8"), ("hash", "<u8", 4)])  # as stored in
 
 def check() -> None:
     """Raise InputError if imagehash is not installed."""
-    try:
+    with needing(
+        "drop_near_duplicates and decontaminate need imagehash: pip install "
+        "'clip-jax-pods[prepare]'"
+    ):
         import imagehash  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "drop_near_duplicates and decontaminate need imagehash: pip install "
-            "'clip-jax-pods[prepare]'"
-        ) from error
 
 
 def perceptual_hash(picture: Image.Image) -> Hash | None:
