@@ -23,6 +23,7 @@ from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, shape_of, 
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -81,7 +82,6 @@ def read(tensors: Tensors, source: str) -> Weights:
         {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, source
     )
     config = infer(arrays, source)
-    size, half = config.vision.image_size, (0.5, 0.5, 0.5)
     siglip2 = config.text.vocab_size == _SIGLIP2_WORDS
     tokenizer = tokenizer_files.missing(config.text, "lower" if siglip2 else "canonicalize")
     config = replace(config, text=replace(config.text, tokenizer=tokenizer))
@@ -89,8 +89,8 @@ def read(tensors: Tensors, source: str) -> Weights:
         config=config,
         params=to_params(rows(config), arrays, config, source),
         preprocess=Preprocess(
-            image_size=size, mean=half, std=half, resize_mode="squash",
-            interpolation="bilinear" if siglip2 else "bicubic",
+            image_size=config.vision.image_size, mean=INCEPTION_MEAN, std=INCEPTION_STD,
+            resize_mode="squash", interpolation="bilinear" if siglip2 else "bicubic",
         ),
     )  # fmt: skip
 
@@ -140,10 +140,9 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
         projection=projection,
         projection_bias=projection,
     )
-    half = (0.5, 0.5, 0.5)
     return CLIPConfig(
         embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0,
-        image_mean=half, image_std=half,
+        image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD,
     )  # fmt: skip
 
 

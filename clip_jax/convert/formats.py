@@ -127,12 +127,8 @@ def _read(path: Path, activation: Activation | None) -> Weights:
         return big_vision.read(tensors, str(path))
     if any(name.startswith("text_model.") for name in tensors):
         return hugging_face.read(path.parent)
-    return open_clip.read(
-        tensors,
-        str(path),
-        config_path if config_path.exists() else None,
-        activation=activation,
-    )
+    config = config_path if config_path.exists() else None
+    return open_clip.read(tensors, str(path), config, activation=activation)
 
 
 def _is_hugging_face(path: Path) -> bool:

@@ -4,7 +4,6 @@ A format has two lists of rules that generate the table of any architecture: for
 the axes.
 """
 
-import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
+from flax import traverse_util
 
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
@@ -121,22 +121,14 @@ def param_shapes(config: CLIPConfig) -> dict[str, Shape]:
     return {path: box.value.shape for path, box in parameters(config).items()}
 
 
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+def flatten(params: Params) -> dict[str, Any]:
     """Write nested dicts as `visual/conv1/kernel` → array."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        path = f"{prefix}/{name}" if prefix else name
-        flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
-    return flat
+    return traverse_util.flatten_dict(params, sep="/")
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
     """Return nested dicts: the inverse of `flatten`."""
-    params: Params = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)[name] = value
-    return params
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:

@@ -202,9 +202,7 @@ class _Instructions(dict[int, Callable[..., None]]):
         raise InputError(f"its pickle uses {name}, which files of tensors do not need.")
 
 
-_Unpickler: Any = (
-    pickle._Unpickler
-)  # pickle.Unpickler, in C, allocates a memo of any size the file demands
+_Unpickler: Any = pickle._Unpickler  # that in C allocates a memo of any size the file demands
 _ALLOWED = (
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
     "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",

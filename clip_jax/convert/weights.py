@@ -99,16 +99,9 @@ def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
     )
 
 
-def _sizes(config: CLIPConfig) -> dict[str, object]:
-    names = ("width", "layers", "depth", "mlp_width")
-    towers = {"vision": config.vision, "text": config.text}
-    sizes = {
-        f"{tower}.{name}": getattr(values, name)
-        for tower, values in towers.items()
-        for name in names
-        if hasattr(values, name)
-    }
-    return sizes if config.decoder is None else {**sizes, "decoder": config.decoder}
+def _sizes(config: CLIPConfig) -> list[object]:
+    names, towers = ("width", "layers", "depth", "mlp_width"), (config.vision, config.text)
+    return [*(getattr(tower, name, None) for tower in towers for name in names), config.decoder]
 
 
 def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:

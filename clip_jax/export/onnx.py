@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files
-from clip_jax.convert.open_clip_config import is_open_clips_own, text_cfg
+from clip_jax.convert.open_clip_config import is_open_clips_own, preprocess_cfg, text_cfg
 from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.weights import DType, Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
@@ -146,9 +146,7 @@ def _write_beside(
     own_padding = config.text.sees_padding
     if layout == "immich":
         words, own = text_cfg(config.text), is_open_clips_own(config.text)
-        if (
-            not own
-        ):  # tokenizer.json cleans texts: immich does not lower case, and joins at underscores
+        if not own:  # tokenizer.json cleans: immich does not lower case, and joins at underscores
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
         write_json(
             folder / "config.json",
@@ -158,15 +156,8 @@ def _write_beside(
                 "text_cfg": words,
             },
         )
-        content = {
-            "size": [preprocess.image_size] * 2,
-            "mode": "RGB",
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-            "interpolation": preprocess.interpolation,
-            "resize_mode": preprocess.resize_mode,
-            "fill_color": preprocess.fill,
-        }
+        size, fill = [preprocess.image_size] * 2, preprocess.fill
+        content = preprocess_cfg(preprocess) | {"size": size, "mode": "RGB", "fill_color": fill}
         write_json(folder / "visual/preprocess_cfg.json", content)
         tokenizer_files.write(
             folder / "textual", config.text, own, as_json=True, own_padding=own_padding

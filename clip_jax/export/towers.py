@@ -18,9 +18,7 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
-_MASKED = np.float32(
-    np.finfo(np.float32).min / 2
-)  # a masked score; some runtimes do not support −∞
+_MASKED = np.float32(np.finfo(np.float32).min / 2)  # a score; some runtimes do not support −∞
 
 
 def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
@@ -328,16 +326,10 @@ def _conv(graph: Graph, x: str, conv: str, norm: str, stride: int = 1) -> str:
     scale, bias = (graph.weight(f"{norm}/{name}").astype(np.float64) for name in ("scale", "bias"))
     mean, var = (graph.weight(f"batch_stats/{norm}/{name}") for name in ("mean", "var"))
     scale = scale / np.sqrt(var.astype(np.float64) + 1e-5)
-    size = kernel.shape[0]
-    return graph.op(
-        "Conv",
-        x,
-        graph.number(rearrange(kernel * scale, "P Q C D -> D C P Q"), f"{conv}/kernel"),
-        graph.number(bias - mean * scale, f"{norm}/bias"),
-        kernel_shape=[size, size],
-        strides=[stride, stride],
-        pads=[size // 2] * 4,
-    )
+    folded = graph.number(rearrange(kernel * scale, "P Q C D -> D C P Q"), f"{conv}/kernel")
+    shift, size = graph.number(bias - mean * scale, f"{norm}/bias"), kernel.shape[0]
+    options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [size // 2] * 4}
+    return graph.op("Conv", x, folded, shift, **options)
 
 
 def _avg_pool(graph: Graph, x: str, size: int) -> str:

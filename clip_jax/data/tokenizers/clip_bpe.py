@@ -43,25 +43,13 @@ _PIECES = regex.compile(
 )
 
 
-def _byte_letters() -> dict[int, str]:
-    """Map each byte to the letter that represents it, in the vocabulary's order: printable Latin-1
-    to itself, the others to U+0100 and up (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-_LETTERS = _byte_letters()
+# The letter that represents each byte, in the vocabulary's order: printable Latin-1 itself, the
+# others U+0100 and up (GPT-2's table).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
+_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
 _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
-
-
-def _read_merges(count: int) -> list[tuple[str, str]]:
-    """Read the first `count` merges of CLIP's file; its first line is a header."""
-    path = resources.files("clip_jax.data.tokenizers") / "bpe_simple_vocab_16e6.txt.gz"
-    with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
-        pairs = (line.split() for line in itertools.islice(lines, 1, count + 1))
-        return [(left, right) for left, right in pairs]
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,11 @@ class ClipTokenizer:
     @functools.cached_property
     def merges(self) -> list[tuple[str, str]]:
         """Pairs to merge, highest priority first; `tokenizer.json` has these and `vocab`."""
-        return _read_merges(self.vocab_size - _SMALLEST_VOCAB_SIZE)
+        path = resources.files("clip_jax.data.tokenizers") / "bpe_simple_vocab_16e6.txt.gz"
+        count = self.vocab_size - _SMALLEST_VOCAB_SIZE
+        with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+            pairs = (line.split() for line in itertools.islice(lines, 1, count + 1))  # 0: a header
+            return [(left, right) for left, right in pairs]
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
