@@ -83,11 +83,9 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
     data, spec = config.data, config.model.vision.image_spec
     length = config.model.text.context_length
     source = open_source(data.source, spec.side)
-    read = (
-        _read_blocks(source)
-        if isinstance(source, BlockSource) and order == "blocks"
-        else _read_any(source)
-    )
+    read = _read_any(source)
+    if isinstance(source, BlockSource) and order == "blocks":
+        read = _read_blocks(source)
     wall: dict[str, float] = defaultdict(float)
     cpu: dict[str, float] = defaultdict(float)
 

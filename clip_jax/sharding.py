@@ -122,14 +122,12 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def put_rows(
-    rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding, fill: float = 0
+    rows: Shaped[np.ndarray, "B ..."], length: int, on: NamedSharding
 ) -> Shaped[Array, "length ..."]:
-    """Pad rows to `length` and put them on the mesh; every process must have all of them."""
-    filled = rows
+    """Pad rows by zeros to `length`; put them on the mesh. Every process must have all of them."""
     if len(rows) < length:
-        filled = np.full((length, *rows.shape[1:]), fill, rows.dtype)
-        filled[: len(rows)] = rows
-    return jax.make_array_from_callback(filled.shape, on, filled.__getitem__)
+        rows = np.pad(rows, [(0, length - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
+    return jax.make_array_from_callback(rows.shape, on, rows.__getitem__)
 
 
 def compute_batches(

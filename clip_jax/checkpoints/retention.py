@@ -172,8 +172,6 @@ class Retention(policies.PreservationPolicy):
         Both come from one read, so that a step without a row is always among the former.
         """
         rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
-        unwatched = [step for step in sorted(steps) if step not in rows][
-            : self._config.keep_unwatched
-        ]
+        unwatched = [x for x in sorted(steps) if x not in rows][: self._config.keep_unwatched]
         is_watched = (self._workdir / WATCH).exists()
         return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]

@@ -93,13 +93,10 @@ def build(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} "
             "processes; change --batch-size"
         )
-    return Pipeline(
-        config,
-        _Loader(config, image_spec, (process_index, process_count)),
-        functools.partial(_tokenized, tokenizer, context_length),
-        batch_size=batch_size,
-        process=(process_index, process_count),
-    )
+    process = (process_index, process_count)
+    loader = _Loader(config, image_spec, process)
+    tokenize = functools.partial(_tokenized, tokenizer, context_length)
+    return Pipeline(config, loader, tokenize, batch_size=batch_size, process=process)
 
 
 def _tokenized(
@@ -302,14 +299,9 @@ class _Loader:
         config = self._config
         if isinstance(image, np.ndarray):
             return self._spec.pack(image[None]), caption
+        at_random, scale = rng if config.crop == "random" else None, config.crop_scale
         try:
-            pixels = read_crop(
-                image,
-                self._spec,
-                rng if config.crop == "random" else None,
-                config.crop_scale,
-                scaled=config.scaled_decode,
-            )
+            pixels = read_crop(image, self._spec, at_random, scale, scaled=config.scaled_decode)
         except ImageError as error:
             raise SampleError(str(error)) from error
         return self._spec.pack(augment(pixels, rng, config.augment)[None]), caption

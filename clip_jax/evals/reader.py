@@ -117,9 +117,8 @@ class Outcome:
     logits: Float[np.ndarray, "B classes"] | None = None  # cosine × logit scale
     labels: Int[np.ndarray, " B"] | None = None
     indices: Int[np.ndarray, " B"] | None = None
-    of_template: dict[str, float] = field(
-        default_factory=dict
-    )  # top-1 accuracy of each template alone
+    # Top-1 accuracy of each template alone.
+    of_template: dict[str, float] = field(default_factory=dict)
     by_language: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

@@ -34,15 +34,11 @@ class Contrastive(Pairwise):
 
     def loss(self, x: Context) -> Result:
         """Compute the loss of the global batch."""
+        image, text = x.outputs["image"], x.outputs["text"]
+        scale, bias = jnp.exp(x.params["logit_scale"]), x.params.get("logit_bias")
+        ids = number_captions(x.inputs["text"]) if self.mask_same_caption else None
         return contrastive_loss(
-            self,
-            x.outputs["image"],
-            x.outputs["text"],
-            jnp.exp(x.params["logit_scale"]),
-            x.params.get("logit_bias"),
-            caption_ids=number_captions(x.inputs["text"]) if self.mask_same_caption else None,
-            mesh=x.mesh,
-            axes=x.axes.rows,
+            self, image, text, scale, bias, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows
         )
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:

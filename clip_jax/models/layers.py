@@ -109,13 +109,9 @@ class BlockInit(NamedTuple):
     @classmethod
     def text(cls, width: int, depth: int) -> "BlockInit":
         """Return normals scaled by width and depth, as in OpenAI's `initialize_parameters`."""
-        residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
-        return cls(
-            nn.initializers.normal(width**-0.5),
-            residual,
-            nn.initializers.normal((2 * width) ** -0.5),
-            residual,
-        )
+        normal = nn.initializers.normal
+        residual = normal(width**-0.5 * (2 * depth) ** -0.5)
+        return cls(normal(width**-0.5), residual, normal((2 * width) ** -0.5), residual)
 
 
 class BlockConfig(NamedTuple):

@@ -168,9 +168,8 @@ class BatchNorm(nn.Module):
         x32 = rearrange(x32 - center, "(G B) H W C -> G B H W C", B=group)
         mean = checkpoint_name(x32.mean((1, 2, 3), keepdims=True), "moments")
         var = jnp.square(x32).mean((1, 2, 3), keepdims=True) - jnp.square(mean)
-        var = checkpoint_name(
-            jnp.maximum(var, 0), "moments"
-        )  # may round below 0 where all values are equal
+        # The difference may round below 0 where all values are equal.
+        var = checkpoint_name(jnp.maximum(var, 0), "moments")
         x32 = x32 - mean
         running_mean.value = center + 0.1 * mean.mean((0, 1, 2, 3))
         unbiased = var.mean((0, 1, 2, 3)) * (count / (count - 1))
@@ -289,18 +288,11 @@ class AttentionPool2d(nn.Module):
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
         positions = self.param("positional_embedding", named("L -", normal), (c.num_tokens, width))
         x = x + positions.astype(x.dtype)
-        q, k, v = (
-            Einsum(
-                "BLD,DNK->BLNK",
-                (width, *heads),
-                heads,
-                normal,
-                linear_bias,
-                self.layout.einsum,
-                name=name,
-            )(tokens)
-            for name, tokens in (("q_proj", x[:, :1]), ("k_proj", x), ("v_proj", x))
+        linear = functools.partial(
+            Einsum, "BLD,DNK->BLNK", (width, *heads), heads, normal, linear_bias, self.layout.einsum
         )
+        inputs = {"q_proj": x[:, :1], "k_proj": x, "v_proj": x}
+        q, k, v = (linear(name=name)(tokens) for name, tokens in inputs.items())
         x = jax.nn.dot_product_attention(q, k, v)[:, 0]
         return Einsum(
             "BNK,NKE->BE", (*heads, self.embed_dim), (self.embed_dim,), normal, linear_bias,

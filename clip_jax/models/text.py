@@ -178,26 +178,23 @@ class TextTransformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal
-        self.token_embedding = self.param(
-            "token_embedding", named("- W", normal(0.02)), (c.vocab_size, c.width)
-        )
-        self.positional_embedding = self.param(
-            "positional_embedding", named("L -", normal(0.01)), (c.num_positions, c.width)
-        )
+
+        def normal(name: str, names: str, std: float, *shape: int) -> Array:
+            return self.param(name, named(names, nn.initializers.normal(std)), shape)
+
+        self.token_embedding = normal("token_embedding", "- W", 0.02, c.vocab_size, c.width)
+        positions = (c.num_positions, c.width)
+        self.positional_embedding = normal("positional_embedding", "L -", 0.01, *positions)
         if c.has_class_token:
-            self.class_embedding = self.param(
-                "class_embedding", named("-", normal(0.01)), (c.width,)
-            )
+            self.class_embedding = normal("class_embedding", "-", 0.01, c.width)
         self.transformer = Transformer(
             c.block(self.layout), c.depth // self.blocks, self.remat, self.unroll, self.block,
             self.fields,
         )  # fmt: skip
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
-            self.text_projection = self.param(
-                "text_projection", named("D E", normal(c.width**-0.5)), (c.width, self.embed_dim)
-            )
+            sizes = (c.width, self.embed_dim)
+            self.text_projection = normal("text_projection", "D E", c.width**-0.5, *sizes)
         if c.projection_bias:
             self.text_projection_bias = self.param(
                 "text_projection_bias", named("-", uniform(c.width**-0.5)), (self.embed_dim,)
@@ -246,17 +243,13 @@ class TextTransformer(nn.Module):
         """Pool the states, apply `ln_final`, and project."""
         c = self.config
         match c.pool:
-            case "argmax":  # OpenAI's rule for the end of text
-                end = tokens.argmax(axis=-1)
-            case "eos":
-                end = (tokens == c.eos_token_id).argmax(axis=-1)
+            case "mean":
+                x = self.ln_final(x).mean(axis=1)
+            case "argmax" | "eos":  # argmax: OpenAI's rule for the end of text
+                end = (tokens if c.pool == "argmax" else tokens == c.eos_token_id).argmax(axis=-1)
+                x = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
             case _:
-                end = jnp.full(tokens.shape[:1], x.shape[1] - 1)
-        if c.pool == "mean":
-            x = self.ln_final(x).mean(axis=1)
-        else:
-            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-            x = self.ln_final(x)
+                x = self.ln_final(x[:, -1])
         if c.projection:
             x = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
         if c.projection_bias:

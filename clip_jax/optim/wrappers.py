@@ -90,7 +90,6 @@ def lock(
     inner: optax.GradientTransformationExtraArgs, towers: tuple[Tower, ...]
 ) -> optax.GradientTransformationExtraArgs:
     """Freeze towers: no updates, and no moments in memory."""
-
     names = [TOWERS[tower] for tower in towers]
 
     def locked(tree: Params) -> Any:
@@ -161,13 +160,8 @@ def guard(
         usual = jnp.where(state.updates < USUAL_UPDATES, jnp.inf, usual)
         good = jnp.isfinite(norm) & (norm <= ratio * usual)
         updates, after = inner.update(updates, state.inner, params, **extra)
-        done = GuardState(
-            after,
-            USUAL_DECAY * state.usual_norm + (1 - USUAL_DECAY) * norm,
-            state.updates + 1,
-            state.skipped,
-            jnp.zeros((), jnp.int32),
-        )
+        mean, none = USUAL_DECAY * state.usual_norm + (1 - USUAL_DECAY) * norm, jnp.int32(0)
+        done = GuardState(after, mean, state.updates + 1, state.skipped, none)
         not_done = state._replace(
             skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1
         )

@@ -61,16 +61,12 @@ class FilterConfig:
             raise InputError("score_column and score_with are both set; set only one of them")
         bounds = (self.min_score, self.max_score, self.top_share)
         by_filter = not _FILTERS[self.filter].keys().isdisjoint(("min_score", "top_share"))
-        if not self.has_score and (bounds != (-math.inf, math.inf, 1) or by_filter):
+        has_score = self.score_column or self.score_with
+        if not has_score and (bounds != (-math.inf, math.inf, 1) or by_filter):
             names = "min_score, max_score and top_share"
             names = f"the scores of filter={self.filter}" if by_filter else names
             raise InputError(f"{names} need score_column or score_with; set one of them")
         named(self.decontaminate)
-
-    @property
-    def has_score(self) -> bool:
-        """Whether pairs get a score."""
-        return bool(self.score_column or self.score_with)
 
     def with_filter(self) -> Any:
         """Return the config with the named filter's bounds as fields, where they are stricter."""

@@ -182,14 +182,9 @@ class StreamPieces:
 
     def _open(self, streams: Sequence[int]) -> ReadAhead:
         source: Any = self.load.source
-        return ReadAhead(
-            source,
-            self.make_order(source),
-            streams,
-            width=self.streams.width,
-            start=self.start,
-            budget=self.budget // self.workers,
-        )
+        order, budget = self.make_order(source), self.budget // self.workers
+        width = self.streams.width
+        return ReadAhead(source, order, streams, width=width, start=self.start, budget=budget)
 
     def close(self) -> None:
         """Stop reading ahead in this process."""

@@ -127,7 +127,8 @@ class ParquetSource(StoredSource):
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:
         """Return a numeric column of all files."""
-        return np.concatenate([scores.of_parquet(path, column) for path in self._paths])
+        tables = ((path, scores.read_parquet(path, [column])) for path in self._paths)
+        return np.concatenate([scores.numbers(path, table, column) for path, table in tables])
 
     def _table(self, group: int) -> pa.Table:
         # Without the lock every thread that wants this group would decode it.

@@ -24,23 +24,19 @@ def numbers(path: str, table: pa.Table, column: str) -> Float64[np.ndarray, " N"
         ) from error
 
 
-def of_parquet(path: str, column: str) -> Float64[np.ndarray, " N"]:
-    """Read one column of a file. Raises InputError if the file or the column is not usable."""
-    return numbers(path, _read(path, [column]), column)
-
-
 def beside_tar(shard: str, keys: Sequence[str], column: str) -> Float64[np.ndarray, " N"]:
     """Read a column of img2dataset's Parquet file beside a tar, for the members with these keys.
 
     Members that are not in it get NaN. Raises InputError if the file or the column is not usable.
     """
     path = f"{shard.removesuffix('.tar')}.parquet"
-    table = _read(path, ["key", column])
+    table = read_parquet(path, ["key", column])
     known = dict(zip(table["key"].to_pylist(), numbers(path, table, column), strict=True))
     return np.array([known.get(key, np.nan) for key in keys], np.float64)
 
 
-def _read(path: str, columns: list[str]) -> pa.Table:
+def read_parquet(path: str, columns: list[str]) -> pa.Table:
+    """Read columns of a file. Raises InputError if the file or a column is not usable."""
     try:
         with files.open_file(path) as source:
             file = pq.ParquetFile(source)

@@ -39,9 +39,8 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def settle(pattern: str, shards: Iterable[str], what: str, bad_shards: BadShards) -> None:
+def settle(pattern: str, shards: list[str], what: str, bad_shards: BadShards) -> None:
     """Raise InputError, or warn, that shards (with the reason, if any) cannot be read."""
-    shards = list(shards)
     if not shards:
         return
     message = f"{len(shards)} shards of {pattern} are {what}: {listed(shards)}"
