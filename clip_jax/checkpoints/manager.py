@@ -213,11 +213,8 @@ def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None)
         if average:  # of the trained parameters, without BatchNorm's statistics
             target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
             target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
-        args = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
         restored, _ = _read(folder, args)
     averaged = functools.reduce(operator.getitem, average, restored) if average else {}
     return restored.get("params", {}) | averaged

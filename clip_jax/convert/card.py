@@ -61,11 +61,7 @@ To be filled in by the publisher of the weights.
 def training(source: AnyPath) -> dict[str, Any] | None:
     """Return `config` and `result` of a model's run; None if they are unknown."""
     if run.is_run(source):
-        result = source / "result.json"
-        return {
-            "config": read_run_config(source),
-            "result": read_json(result) if result.is_file() else {},
-        }
+        return {"config": read_run_config(source), "result": read_json(source / "result.json")}
     if source.is_dir() and (source / FACTS_NAME).is_file():
         return read_json(source / FACTS_NAME)
     return None

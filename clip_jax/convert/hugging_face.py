@@ -282,11 +282,8 @@ def read(folder: Path) -> Weights:
         default = tokenizer_files.missing(config.text, "punctuation" if siglip else "none")
     text = replace(config.text, tokenizer=tokenizer_files.read(folder, config.text, default))
     config = replace(config, text=text, image_mean=preprocess.mean, image_std=preprocess.std)
-    return Weights(
-        config=config,
-        params=to_params(rows(config), tensors, config, str(file)),
-        preprocess=preprocess,
-    )
+    params = to_params(rows(config), tensors, config, str(file))
+    return Weights(config=config, params=params, preprocess=preprocess)
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:

@@ -24,10 +24,8 @@ def read(workdir: AnyPath, which: str = "") -> Weights:
     """Read the weights, not the optimizer state, of the newest checkpoint or of `which`."""
     config = read_config(workdir)
     params = restore_params(workdir, named_step(workdir, which), CLIP(config))
-    return Weights(
-        config=config, params=jax.tree.map(np.asarray, params),
-        preprocess=default_preprocess(config),
-    )  # fmt: skip
+    params = jax.tree.map(np.asarray, params)
+    return Weights(config=config, params=params, preprocess=default_preprocess(config))
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:

@@ -148,14 +148,9 @@ def _write_beside(
         words, own = text_cfg(config.text), is_open_clips_own(config.text)
         if not own:  # tokenizer.json cleans: immich does not lower case, and joins at underscores
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
-        write_json(
-            folder / "config.json",
-            {
-                "embed_dim": config.embed_dim,
-                "vision_cfg": {"image_size": config.vision.image_size},
-                "text_cfg": words,
-            },
-        )
+        vision = {"image_size": config.vision.image_size}
+        content = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": words}
+        write_json(folder / "config.json", content)
         size, fill = [preprocess.image_size] * 2, preprocess.fill
         content = preprocess_cfg(preprocess) | {"size": size, "mode": "RGB", "fill_color": fill}
         write_json(folder / "visual/preprocess_cfg.json", content)

@@ -191,11 +191,8 @@ def inspect(config: PrepareConfig) -> dict[str, Any]:
     for index in range(min(len(source), _SHOWN)):
         try:
             pair = passes.read(index)
-            values = {
-                "size": list(pair.picture.size),
-                "bytes": len(pair.image),
-                "captions": pair.captions,
-            }
+            size = list(pair.picture.size)
+            values = {"size": size, "bytes": len(pair.image), "captions": pair.captions}
         except SampleError as error:
             values = {"dropped": str(error)}
         first.append({"key": source.key(index), **values})
@@ -248,10 +245,8 @@ def _missing(layout: Layout) -> list[str]:
 def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
     """Raise InputError if the folder was created with other settings or samples."""
     kept = dataclasses.asdict(config)
-    kept |= {
-        "samples": len(source),
-        "digest": digest(source, blocks=isinstance(source, BlockSource)),
-    }
+    kept["samples"] = len(source)
+    kept["digest"] = digest(source, blocks=isinstance(source, BlockSource))
     for name in ("destination", "on", "inspect", "index", "worker", "threads"):
         del kept[name]
     kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}

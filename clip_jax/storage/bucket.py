@@ -288,13 +288,8 @@ def _bucket(scheme: str, bucket: str, process: int) -> Any:
     from obstore import store
 
     options: dict[str, Any] = {"timeout": timedelta(seconds=REQUEST_SECONDS)}
-    how: dict[str, Any] = {
-        "client_options": options,
-        "retry_config": {
-            "max_retries": _RETRIES,
-            "retry_timeout": timedelta(seconds=RETRY_SECONDS),
-        },
-    }
+    retry = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    how: dict[str, Any] = {"client_options": options, "retry_config": retry}
     if scheme == "s3":
         options["allow_http"] = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
         return store.S3Store(bucket, **_aws(), **how)

@@ -118,7 +118,9 @@ def open_index(
     Raises InputError for bad shards.
     """
     shards = files.expand(path)
-    name = index_name(shards, folder)
+    digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12]
+    folder = os.path.expanduser(folder or shards[0].rpartition("/")[0] or ".")
+    name = f"{folder}/clip_jax_index_{digest}"
     stats = files.stats(shards)
     missing = [shard for shard, stat in zip(shards, stats, strict=True) if stat is None]
     settle(path, missing, "missing", bad_shards)
@@ -142,13 +144,6 @@ def open_index(
     settle(path, bad, "unusable", bad_shards)
     _say_ignored(known)
     return TarIndex([(one, _rows_file(name, i)) for i, one in enumerate(known) if not one.failure])
-
-
-def index_name(shards: list[str], folder: str = "") -> str:
-    """Return the path of these shards' index without an ending; it depends on their names."""
-    digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12]
-    folder = os.path.expanduser(folder or str(shards[0]).rpartition("/")[0] or ".")
-    return f"{folder}/clip_jax_index_{digest}"
 
 
 def _rows_file(name: str, number: int) -> str:
