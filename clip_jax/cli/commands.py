@@ -126,11 +126,11 @@ def predict(args: Sequence[str]) -> int:
 
     config, as_json = arguments.read(PredictConfig, args, ("model",), predict)
     results = run_prediction(config)
-    lines = []
+    lines, width = [], max(len(result["image"]) for result in results)
     for result in results:
         best = [f"{x['label']} {x['probability']:.1%}" for x in result.get("labels", [])[:5]]
         captions = [result["caption"]] if "caption" in result else []
-        lines.append(f"{result['image']:<32} " + "  ".join(captions + best))
+        lines.append("  ".join([f"{result['image']:<{width}}", *captions, *best]))
     return _print(results, as_json, "\n".join(lines))
 
 
@@ -372,7 +372,8 @@ def _print_proof(values: dict[str, Any], proof: Any, as_json: bool) -> int:
     if proof:
         most = proof.max_relative_difference
         values |= dataclasses.asdict(proof) | {"max_relative_difference": most}
-    text = "\n".join(f"{name:<24} {x}" for name, x in values.items() if x is not None)
+    shown = {n: f"{x:.2g}" if isinstance(x, float) else x for n, x in values.items()}
+    text = "\n".join(f"{name:<24} {x}" for name, x in shown.items() if x is not None)
     _print(values, as_json, text)
     return 0 if proof is None or proof.passed else 1
 

@@ -58,7 +58,7 @@ class Verification:
     image_features: float
     text_features: float
     logits: float | None  # None: the export has none
-    caption_logits: float | None = None  # of a decoder, for all token ids; None: there are none
+    caption_logits: float | None = None  # of a decoder, for all token ids; None: it has none
     texts_with_other_ids: int | None = None  # with the folder's tokenizer.json; None: it has none
 
     @property

@@ -64,7 +64,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
         begin_and_end(weights.config.text)
     model_folder.write(weights, folder, dtype=dtype)
     if weights.config.text.tokenizer.file == "clip":
-        write_clip_tokenizer(folder, weights.config.text)
+        write_clip_tokenizer(folder, weights.config.text, weights.config.text.sees_padding)
     config = weights.config
     params = {
         path: jax.ShapeDtypeStruct(x.shape, cast(np.empty(0, x.dtype), dtype).dtype)

@@ -52,7 +52,10 @@ FAMILIES = {
 
 def programs():
     """Return the page's programs: StableHLO's towers and captions, ONNX's captions."""
-    return re.findall(r"```py\n(.*?)```", (ROOT / "docs/how-to/export.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/how-to/export.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    marks = ("text_features = ", "caption_next", "caption_model")
+    return [next(block for block in blocks if mark in block) for mark in marks]
 
 
 @dataclass(frozen=True)

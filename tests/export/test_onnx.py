@@ -49,13 +49,13 @@ def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name)
 @pytest.mark.parametrize("name", ["coca", "mammut"])
 def test_captions_are_the_models_greedy_ones(tmp_path, families, name, monkeypatch):
     family = families(name)
-    write(family.weights, tmp_path / "onnx")
-    np.save(tmp_path / "images.npy", family.images)
+    write(family.weights, tmp_path / "captioner-onnx")
+    np.save(tmp_path / "digits.npy", family.images)
     monkeypatch.chdir(tmp_path)
     names = {}
     config, params = family.weights.config, family.weights.params
     length, begin = config.text.context_length, config.text.begin_id
-    program = programs()[2].replace("49406", str(begin)).replace("30", str(length))
+    program = programs()[2].replace("4094", str(begin)).replace("16", str(length))
     exec(program, names)
     ids = names["captions"].astype(np.int32)
     assert ids.shape == (3, config.text.context_length)

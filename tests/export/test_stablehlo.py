@@ -70,14 +70,16 @@ def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch
     """Captions of all tokens but the begin, each the most probable after those before it."""
     family = families("coca")
     config, params = family.weights.config, family.weights.params
-    write(family.weights, tmp_path / "program")
-    np.save(tmp_path / "images.npy", family.images)
+    for folder in ("program", "captioner"):
+        write(family.weights, tmp_path / folder)
+    for name in ("images.npy", "digits.npy"):
+        np.save(tmp_path / name, family.images)
     np.save(tmp_path / "tokens.npy", family.tokens)
     monkeypatch.chdir(tmp_path)
     names = {}
     towers, captions, _ = programs()
     exec(towers, names)
-    exec(captions.replace("29", str(config.text.context_length - 1)), names)
+    exec(captions.replace("15", str(config.text.context_length - 1)), names)
     for name in ("image_features", "text_features"):
         assert relative_difference(names[name], family.ours[name]) <= 1e-5
     begin = np.full((3, 1), config.text.begin_id, np.int32)
