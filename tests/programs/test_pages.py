@@ -87,7 +87,10 @@ def test_scripts_and_data_in_pages_are_well_formed(tmp_path):
             elif block.language == "json":
                 json.loads(block.text)
             else:
-                assert block.language in ("text", "python", "console", "bibtex"), (page, block.line)
+                assert block.language in ("text", "python", "console", "bibtex", "js"), (
+                    page,
+                    block.line,
+                )
     # A page's blocks share one shell, and its readers have no variables to quote.
     done = subprocess.run(
         ["shellcheck", "--shell", "bash", "--exclude", "SC2034,SC2154,SC2086", *scripts],
