@@ -179,10 +179,10 @@ def test_every_command_of_the_guide_to_imagenet_runs(tmp_path, monkeypatch, caps
     few = functools.partial(linear_probe.search, lambdas=[0.01, 1.0, 100.0])
     monkeypatch.setattr(linear_probe, "search", few)
     lines = lines_of_sh(ROOT / "docs/tutorials/imagenet.md")
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         tool, *words = shlex.split(line.replace("01242", "00001").replace("1/4", "1/1"))
-        assert tool in ("img2dataset", "clip-jax")
+        assert tool in ("img2dataset", "hf", "clip-jax")
         if tool == "clip-jax":
             assert commands.main(words + SMALL * (words[0] == "train")) == 0, (
                 capsys.readouterr().err
