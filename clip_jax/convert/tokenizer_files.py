@@ -53,7 +53,10 @@ def read(folder: Path, text: TextConfig, default: TokenizerConfig) -> TokenizerC
         return default
     if kind == "Siglip2Tokenizer":
         side = settings.get("padding_side", "left")  # the class's default
-    return _read_json(folder, settings, "lower" if kind == "Siglip2Tokenizer" else "none", side)
+    # Released SigLIP 2 folders name Gemma's class, which ignores this setting; training did not.
+    lowers = kind == "GemmaTokenizer" and settings.get("do_lower_case") is True
+    clean = "lower" if lowers or kind == "Siglip2Tokenizer" else "none"
+    return _read_json(folder, settings, clean, side)
 
 
 def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> TokenizerConfig:

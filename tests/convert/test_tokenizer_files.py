@@ -1,5 +1,6 @@
 """A sentencepiece model's `tokenizer.json` makes the ids that sentencepiece makes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,16 @@ def test_the_same_ids(tmp_path, clean):
         ids = theirs.encode(words).ids
         assert ids == list(row[: len(ids)]), words
         assert set(row[len(ids) :]) <= {1}, words
+
+
+@pytest.mark.parametrize("lowers", [True, False])
+def test_released_siglip2_folders_lower_their_texts(tmp_path, lowers):
+    """As in training, although transformers' class for these folders does not."""
+    vocabularies.byte_fallback(tmp_path / "tokenizer.json")
+    config = {"tokenizer_class": "GemmaTokenizer", "padding_side": "right", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": lowers}))
+    rules = tokenizer_files.read(tmp_path, TEXT, TokenizerConfig(file=""))
+    assert rules.clean == ("lower" if lowers else "none")
 
 
 def test_another_kind_is_refused(tmp_path):
