@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!r]*/*.md")), ROOT / "docs/install.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!nr]*/*.md")), ROOT / "docs/install.md")
 _SHIMS = r"""
 set -euo pipefail
 pip() { :; }
