@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!nr]*/*.md")), ROOT / "docs/install.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs/install.md",
+    *sorted((ROOT / "docs/tutorials").glob("*.md")),
+    *sorted((ROOT / "docs/how-to").glob("*.md")),
+)
 _SHIMS = r"""
 set -euo pipefail
 pip() { :; }

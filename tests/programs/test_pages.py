@@ -30,8 +30,12 @@ SMALL = shlex.split(
     "--model.vision.num-heads 4 --model.vision.image-size 32 --model.text.width 16 "
     "--model.text.depth 1 --model.text.num-heads 2 --data.threads 2"
 )
-GLOSSARY = ROOT / "docs/reference/glossary.md"
-ALL = sorted({*pages.PAGES, *(ROOT / "docs").glob("*.md"), GLOSSARY})
+ALL = (
+    *pages.PAGES,
+    ROOT / "docs/index.md",
+    ROOT / "docs/reference/glossary.md",
+    *sorted((ROOT / "docs/explanation").glob("*.md")),
+)
 
 
 @pytest.fixture(scope="module")
