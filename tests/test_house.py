@@ -46,6 +46,13 @@ def test_ci_runs_every_folder_that_the_readmes_command_leaves_out():
     assert not ini.get("markers")
 
 
+def test_the_install_page_lists_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    _, _, table = (ROOT / "docs/install.md").read_text().partition("## Extras")
+    listed = re.findall(r"^\| `([\w-]+)` \|", table, re.M)
+    assert sorted(listed) == sorted(project["optional-dependencies"])
+
+
 def test_the_wheel_has_every_package():
     """Where one is missing here, an installed command fails to import it."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
