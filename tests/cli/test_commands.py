@@ -195,7 +195,7 @@ def test_bundled_configs_are_listed_and_printed(capsys, monkeypatch):
     notes = json.loads(capsys.readouterr().out)
     assert notes.keys() == {path.stem for path in (ROOT / "configs").glob("[!_]*.py")}
     assert all(note["Hardware"].endswith(".") for note in notes.values())
-    assert notes["vit_b16"]["Expected"].endswith("(open_clip's evaluation of the released weights).")
+    assert notes["vit_b16"]["Expected"].endswith("evaluation of the released weights).")
     assert main(["configs", "digit"]) == 2
     assert "no config 'digit'; choose from" in capsys.readouterr().err
 
