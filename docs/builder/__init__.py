@@ -1,0 +1,1 @@
+"""What the site shows of the code: reference pages, drawings, notebooks, search terms."""
