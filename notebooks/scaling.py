@@ -12,29 +12,40 @@
 # ---
 
 # %% [markdown]
-# # Scaling laws of CLIP, and how far to trust them
+# # Scaling laws of CLIP, with uncertainty
 #
-# Cherti et al. (2023) trained 29 CLIPs on LAION and fitted power laws: error falls as
-# $E = \beta\,C^{\alpha}$ with compute $C$. Here are their points (and OpenAI's three), their fits,
-# and what the points can and cannot say. Every number comes from `clip_jax.scaling.fit.fit`,
-# which is also the command `clip-jax scale fit`; a table of your own runs comes from
-# `clip-jax scale collect`.
+# Cherti et al. (2023, [arXiv:2212.07143](https://arxiv.org/abs/2212.07143)) trained 29 CLIP models
+# on LAION and fitted power laws: the error falls as $E = \beta\,C^{\alpha}$ with the compute $C$.
+# This notebook reproduces their fits from the published results. It then asks what the results can
+# predict and what they leave open. The last section fits a law to runs on the digits data set.
+#
+# | | |
+# |---|---|
+# | Hardware | two CPU cores |
+# | Time | about a minute |
+# | Also needs | a clone of the repository, for the tables of results |
+#
+# All numbers come from `clip_jax.scaling.fit.fit`, which `clip-jax scale fit` calls too. To make
+# such a table from your own runs, use `clip-jax scale collect`.
 
 # %%
 # %matplotlib inline
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from clip_jax import flops
+from clip_jax.display import STYLE
 from clip_jax.models import zoo
 from clip_jax.scaling import plots
 from clip_jax.scaling.fit import FitConfig, describe, fit, published
 from clip_jax.scaling.run_table import read
 from clip_jax.scaling.uncertainty import fit_law
 
+matplotlib.rcParams.update(STYLE)
 points = next(
     path
     for folder in (Path.cwd(), *Path.cwd().parents)
@@ -47,75 +58,84 @@ OPENAI = replace(LAION, where=("upstream_dataset=CLIP-WIT",), through="all")
 # %% [markdown]
 # ## Compute
 #
-# The axis is the forward pass of one image-text pair, in GMACs as fvcore counts them, times the
-# pairs seen in training. The count is by formula, per tower; the other two public conventions are a
-# word away.
+# The paper measures compute as the GMACs of one forward pass of an image-text pair, times the
+# number of pairs seen in training. `clip_jax.flops` computes them from the architecture, in the
+# convention of the tool fvcore. Training costs about 6 × 10⁹ FLOPs per GMAC: two FLOPs for a
+# multiply-add, times three for the forward and backward pass.
 
 # %%
+print("model      GMACs per pair  image encoder  PFLOPs per step of 32,768 pairs")
 for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14"):
     config = zoo.get(name)
     gmacs = flops.forward(config, "fvcore")
     step = flops.training(config, batch_size=32_768)
     print(
-        f"{name}: {gmacs.total / 1e9:7.2f} GMACs a pair (image {gmacs.image / gmacs.total:.0%}); "
-        f"one training step of 32,768 pairs {step.total / 1e15:6.2f} PFLOPs"
+        f"{name:9} {gmacs.total / 1e9:15.2f} {gmacs.image / gmacs.total:14.0%}"
+        f" {step.total / 1e15:32.2f}"
     )
 
 # %% [markdown]
 # ## The eight published fits
 #
-# For LAION: five bins of equal width in $\log C$, the least error in each, a straight line through
-# the five. For OpenAI: a line through three points. The published numbers are recovered to four
-# digits.
+# For LAION the paper divides the range of $\log C$ into five bins of equal width. It takes the
+# lowest error in each bin and fits a line to these five points. For OpenAI's models it fits a line
+# to three points.
 
 # %%
 metrics = {
-    "imagenet1k_acc1": "ImageNet",
-    "imagenet_robustness_acc1": "mean of V2, A, R, Sketch, ObjectNet",
+    "imagenet1k_acc1": "ImageNet top-1",
+    "imagenet_robustness_acc1": "ImageNet robustness top-1",
     "mscoco_captions_img_r5": "COCO image recall@5",
     "flickr30k_img_r5": "Flickr30k image recall@5",
 }
-results = {}
+print("                            LAION: alpha    beta  OpenAI: alpha    beta")
 for metric, name in metrics.items():
     laion, openai = (fit(table, replace(config, metric=metric)) for config in (LAION, OPENAI))
-    results[metric] = laion
     print(
-        f"{name:36}  LAION {laion['alpha']:8.4f} {laion['beta']:7.4g}"
-        f"   OpenAI {openai['alpha']:8.4f} {openai['beta']:7.4g}"
+        f"{name:28} {laion['alpha']:11.4f} {laion['beta']:7.4g}"
+        f" {openai['alpha']:14.4f} {openai['beta']:7.4g}"
     )
 
+# %% [markdown]
+# All eight fits agree with the paper to four digits. "Robustness" is the mean accuracy on ImageNet
+# V2, A, R, Sketch and ObjectNet.
+
 # %%
-page = Figure(figsize=(9, 6.6), layout="constrained")
-for axes, (metric, name) in zip(page.subplots(2, 2).flat, metrics.items(), strict=True):
+figure = Figure(figsize=(9, 6.8), dpi=80, layout="constrained")
+for axes, (metric, name) in zip(figure.subplots(2, 2).flat, metrics.items(), strict=True):
     laion, openai = (
         table.select(metric, config.where).runs(metric, is_score=True) for config in (LAION, OPENAI)
     )
     law = published(metric)["OpenAI (Cherti et al.)"]
-    plots.panel(axes, fit_law("power", laion), others={"OpenAI's models": law})
-    axes.plot(openai.compute, openai.error, "x", color=plots.OTHERS[0])
+    plots.panel(axes, fit_law("power", laion), others={"fit to OpenAI's models": law})
+    axes.plot(openai.compute, openai.error, "x", color=plots.OTHERS[0], label="OpenAI's models")
     axes.set(title=name, xlabel="forward GMACs of a pair × pairs seen", ylabel="error")
-page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-display(page)
+figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+display(figure)
 
 # %% [markdown]
-# Faint points are beaten by a run that cost no more. LAION's models scale more steeply on
-# retrieval, OpenAI's on classification: the data set sets the exponent.
+# Each point is one model. Faint points lie above the Pareto frontier: another run reached a lower
+# error with no more compute. Compare the slopes: error falls faster for LAION on retrieval (lower
+# row) and for OpenAI's data on classification (upper row). The exponent depends on the data set.
 #
-# ## What the law predicts, and how wide
+# ## Predictions and their intervals
 #
-# The paper's three predictions, with the interval in which a single new run should fall. g/14 at
-# 34B was later measured at 78.5%.
+# These are the three predictions of the paper. The interval is the range for a single new run.
 
 # %%
 predictions = ("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B")
 print(describe(fit(table, replace(LAION, predict=predictions))))
+
+# %% [markdown]
+# The intervals are wide: about nine points of accuracy. A g/14 trained on 34B pairs was later
+# measured at 78.5%, close to its prediction.
 
 # %%
 laion = table.select(LAION.metric, LAION.where).runs(LAION.metric, is_score=True)
 frontier = fit_law("power", laion)
 plots.figure(
     frontier,
-    others={"OpenAI's models": published(LAION.metric)["OpenAI (Cherti et al.)"]},
+    others={"fit to OpenAI's models": published(LAION.metric)["OpenAI (Cherti et al.)"]},
     predictions={
         "H/14, 68B": (190.97 * 68e9, frontier.predict(np.array(190.97), np.array(68e9))),
         "G/14, 68B": (532.92 * 68e9, frontier.predict(np.array(532.92), np.array(68e9))),
@@ -125,21 +145,26 @@ plots.figure(
 )
 
 # %% [markdown]
-# ## The binning matters
+# Stars are predictions with their intervals. The lower panel shows the deviation of each run from
+# the law.
 #
-# A line through all 29 points has another slope: it mixes runs that had the data and the model for
-# their compute with runs that did not (LAION-80M seen 400 times over).
+# ## The choice of points matters
+#
+# Fit a line through all 29 points instead of the lowest of each bin. It includes runs that had too
+# little data for their compute, such as LAION-80M seen 400 times.
 
 # %%
-for through in ("frontier", "all"):
+for through, name in {"frontier": "lowest of each bin", "all": "all points"}.items():
     result = fit(table, replace(LAION, through=through))
     low, high = result["parameters"]["alpha"]["interval"]
-    print(f"{through:9} alpha {result['alpha']:.4f}  (95%: {low:.4f} to {high:.4f})")
+    print(f"{name:19} alpha {result['alpha']:.4f}  (95%: {low:.4f} to {high:.4f})")
 
 # %% [markdown]
-# ## Is the past any guide?
+# The exponents differ, although the intervals overlap.
 #
-# Fit everything below $10^{12}$ and predict what lies above, for which the answer is known.
+# ## Checking extrapolation
+#
+# Fit only the runs below $10^{12}$ and predict the runs above, whose results are known.
 
 # %%
 for config in (
@@ -147,78 +172,99 @@ for config in (
     replace(LAION, where=("upstream_dataset=LAION-2B",)),
     replace(LAION, where=("upstream_dataset=LAION-2B",), form="additive"),
 ):
-    result = fit(table, replace(config, hold_out=1e12))
-    held = result["hold_out"]
+    held_out = fit(table, replace(config, hold_out=1e12))["hold_out"]
+    data = config.where[0].removeprefix("upstream_dataset=")
     print(
-        f"{config.form:9} {config.where[0]:28} {len(held['runs'])} held out, off by "
-        f"{held['mean_relative_error']:.1%} on average, {held['inside_interval']} inside the 95% "
+        f"{config.form:8} law on {data:8}: {len(held_out['runs'])} runs predicted, mean error "
+        f"{held_out['mean_relative_error']:.1%}, {held_out['inside_interval']} inside the 95% "
         "interval"
     )
 
 # %% [markdown]
+# Averaged over the runs, the power law is off by less than 1.5%. The additive law has more
+# parameters and is off by 3.8%. All predictions lie inside their intervals.
+#
 # ## The irreducible error is not known
 #
-# Does the curve level off at some error that no compute removes? A law with that term fits as well
-# as one without, with any value from zero to most of today's error. So none is printed.
+# Does the curve level off at an error that no compute removes? A law with such a term fits the data
+# as well as one without.
 
 # %%
 saturating = replace(LAION, form="saturating", where=("upstream_dataset=LAION-2B",))
 print(describe(fit(table, saturating)))
 
 # %% [markdown]
-# ## A budget
+# Look at the last line. The interval reaches from zero to 0.22, the lowest error of all runs. So
+# `fit` prints no value.
 #
-# A law in compute alone cannot choose a model. One that adds a term of model size and a term of
-# samples can: a line for each model, and below all of them the envelope.
+# ## Choosing a model for a budget
+#
+# A law in compute alone cannot choose the size of a model. An additive law can: it has one term for
+# the model size $N$ and one for the number of samples $D$.
 
 # %%
 additive = replace(LAION, form="additive", where=("upstream_dataset=LAION-2B",))
 print(describe(fit(table, replace(additive, budget=1e21))))
+
+# %% [markdown]
+# The last six lines compare models at $10^{21}$ training FLOPs. The best is not clear-cut: B/16 on
+# more pairs and L/14 on fewer are within the uncertainty.
 
 # %%
 laion2b = table.select(LAION.metric, additive.where).runs(LAION.metric, is_score=True)
 plots.figure(
     fit_law("additive", laion2b, "all"),
     error_label="ImageNet zero-shot error",
-    title="LAION-2B: error = E∞ + A·N$^{-a}$ + B·D$^{-b}$",
+    title="LAION-2B: error = E∞ + A·N⁻ᵃ + B·D⁻ᵇ",
 )
 
 # %% [markdown]
-# ## A ladder that two CPU cores can climb
+# Each model has its own curve. With more compute, a larger model takes over.
 #
-# `clip-jax scale ladder configs/ladder_digits.py --jobs 2` trained three widths on four numbers of
-# samples with three seeds, every run over its own whole schedule, and `clip-jax scale collect`
-# gathered them into the table beside this notebook. The error is the InfoNCE loss among 1,024
-# held-out pairs: log 1,024 = 6.93 for a model that knows nothing.
+# ## A scaling study on two CPU cores
+#
+# `clip-jax scale ladder ladder_digits --jobs 2` trains three model widths with four numbers of
+# samples and three seeds. Each of the 36 runs has its own learning-rate schedule. `clip-jax scale
+# collect` wrote the table `notebooks/ladder_digits.csv`.
+#
+# The error is the contrastive loss (InfoNCE) among 1,024 held-out pairs. A random guess has a loss
+# of log 1,024 = 6.93.
 
 # %%
 DIGITS = FitConfig(metric="info_nce", metric_is="error", form="additive")
 ladder = read(points.parents[2] / "notebooks" / "ladder_digits.csv")
-for arch, group in ladder.groups(lambda row: row["arch"]).items():
-    mine = group.rows
-    print(f"{arch} ({float(mine[0]['mparams']):.2f}M parameters)")
-    for samples in sorted({int(row["samples_seen"]) for row in mine}):
-        here = [row for row in mine if int(row["samples_seen"]) == samples]
+print("mean ± standard deviation over three seeds\n")
+print("parameters    pairs  validation loss  top-1 on unseen numbers (10,000 classes)")
+for group in ladder.groups(lambda row: row["arch"]).values():
+    for samples in sorted({int(row["samples_seen"]) for row in group.rows}):
+        seeds = [row for row in group.rows if int(row["samples_seen"]) == samples]
         loss, unseen = (
-            np.array([float(row[name]) for row in here])
+            np.array([float(row[name]) for row in seeds])
             for name in ("info_nce", "zero_shot/unseen/top1")
         )
         print(
-            f"  {samples:7,} pairs: loss {loss.mean():.3f} ± {loss.std(ddof=1):.3f} over "
-            f"{len(loss)} seeds; never-seen numbers {unseen.mean():.1%} of 10,000 classes"
+            f"{float(seeds[0]['mparams']):9.2f}M {samples:8,}    {loss.mean():.3f} ± "
+            f"{loss.std(ddof=1):.3f} {unseen.mean():18.1%} ± {unseen.std(ddof=1):.1%}"
         )
 
 # %% [markdown]
-# The smaller three counts predict the largest, which took no part in the fit; the interval is for
-# one new run.
+# The loss falls with the model size and with the number of pairs. The next cell fits the law to the
+# three smaller numbers of pairs and predicts the runs with the largest.
 
 # %%
 result = fit(ladder, replace(DIGITS, hold_out_samples="98304"))
 print(describe(result))
 
+# %% [markdown]
+# Look at the last line: the law predicts runs with twice the samples to within a few percent.
+
 # %%
 plots.figure(
     fit_law("additive", ladder.runs(DIGITS.metric, is_score=False), "all"),
-    error_label="held-out InfoNCE, nats",
-    title="Digits: loss = E∞ + A·N$^{-a}$ + B·D$^{-b}$",
+    error_label="validation loss (InfoNCE), nats",
+    title="Digits: loss = E∞ + A·N⁻ᵃ + B·D⁻ᵇ",
 )
+
+# %% [markdown]
+# At the same compute, the smallest model is best on the left and a larger one on the right. The
+# scatter of equal symbols is the variation between seeds.
