@@ -105,7 +105,7 @@ result = train(config, workdir)
 
 # %% [markdown]
 # Look at the loss: it starts at about log(128) = 4.9, the value of a random guess among 128 pairs,
-# and falls. The `zero_shot` lines show the accuracy on the held-out writers. The run shown here took
+# and falls. The `zero_shot` lines show the accuracy on the held-out writers. This run took
 # longer than 5 minutes because it shared the two cores with other jobs.
 #
 # ## Learning curves
