@@ -209,7 +209,7 @@ def test_a_run_whose_data_go_away_ends_with_75_and_its_checkpoint_is_whole(gs, t
         bucket_client._bucket.cache_clear()
         assert commands.main(["train", PAIRS, *run, *FEW, "--steps", "1000000"]) == 75
     line = capfd.readouterr().err.splitlines()[-1]
-    assert re.match(rf"clip-jax: {gs.url}/.* cannot be read: no good answer.*is intact\.$", line)
+    assert re.match(rf"clip-jax: {gs.url}/.* cannot be read: no good answer.*are intact\.$", line)
     gs.server.behave()
     params = loading.load(tmp_path / "run").params
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
