@@ -48,7 +48,7 @@ def address(folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     page = (ROOT / "docs/how-to/command-line.md").read_text()
     (shown,) = re.findall(r"^clip-jax (demo \S+ --embeddings) ", page, re.M)
-    command = shown.replace("runs/digits", str(folder / "model")).split()
+    command = shown.replace("runs/class_folders", str(folder / "model")).split()
     command = ["-m", "clip_jax", *command, str(folder / "embeddings"), "--port", str(port)]
     process = subprocess.Popen(
         [sys.executable, "-u", *command],
