@@ -179,7 +179,7 @@ class TextTransformer(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def normal(name: str, names: str, std: float, *shape: int) -> Array:
+        def normal(name: str, names: str, std: float, *shape: int) -> Any:
             return self.param(name, named(names, nn.initializers.normal(std)), shape)
 
         self.token_embedding = normal("token_embedding", "- W", 0.02, c.vocab_size, c.width)
