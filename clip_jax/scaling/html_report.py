@@ -16,7 +16,7 @@ from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.errors import InputError
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
-from clip_jax.scaling.run_table import Row, RunTable, gather, number, of_run, short, text
+from clip_jax.scaling.run_table import Row, RunTable, gather, is_score, number, of_run, short, text
 from clip_jax.scaling.uncertainty import Form, Through, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
@@ -26,7 +26,6 @@ from clip_jax.storage.json_files import parse, read_rows
 POINTS = 240  # maximum number of points per curve, evenly spaced
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
 RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluation metrics
-ERROR = re.compile(r"loss|info_nce")  # names of those that are better when lower
 # Last log line of a failed run; others were killed or are running elsewhere.
 FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
 
@@ -38,7 +37,7 @@ class ReportConfig:
     paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
     output: AnyPath = Path("report.html")  # HTML file to write.
     metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
-    # What the metric is. None: error if its name contains loss or info_nce, else score.
+    # What the metric is. None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
     # Conditions COLUMN=PATTERN that a row must match to be fitted, such as arch=ViT-B*.
     where: tuple[str, ...] = ()
@@ -55,7 +54,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     finished = {str(row["source"]): row for row in table.rows}
     # The first evaluation metric that any run has, or the loss.
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
-    metric_is = config.metric_is or ("error" if ERROR.search(metric) else "score")
+    is_a_score = is_score(metric, config.metric_is)
     folders = {str(folder): folder for folder in _folders(config.paths)}
     rows = [finished.get(name) for name in folders]
     runs = [_run(x, row, metric) for x, row in zip(folders.values(), rows, strict=True)]
@@ -68,15 +67,15 @@ def report(config: ReportConfig) -> dict[str, Any]:
     for row in table.rows:
         if text(row, metric):
             value = number(row, metric)
-            by_row[id(row)]["error"] = value if metric_is == "error" else 1 - value
+            by_row[id(row)]["error"] = 1 - value if is_a_score else value
     options = FitConfig(
-        metric=metric, metric_is=metric_is, where=config.where, form=config.form,
-        through=config.through, compare=config.compare,
+        metric=metric, metric_is="score" if is_a_score else "error", where=config.where,
+        form=config.form, through=config.through, compare=config.compare,
     )  # fmt: skip
     laws, summary = _laws(table, options, by_row)
     data = {
         "title": ", ".join(map(str, config.paths)),
-        "metric": metric if metric_is == "error" else f"1 − {metric}",
+        "metric": f"1 − {metric}" if is_a_score else metric,
         "compare": config.compare or "arch",
         "runs": runs,
         "laws": laws,

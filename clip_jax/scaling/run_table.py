@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from clip_jax.storage.json_files import read_rows
 Row = dict[str, Any]
 
 FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
+ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
 
 
 # ------------------------------------------------------------------ the table
@@ -98,6 +99,11 @@ class RunTable:
             raise InputError(
                 f"{', '.join(map(repr, columns))} must be finite in every row; correct the table, "
                 "or exclude rows with --where."
+            )
+        if is_score and not ((values >= 0) & (values <= 1)).all():
+            raise InputError(
+                f"{metric} reaches from {values.min():g} to {values.max():g}; a score must be "
+                "between 0 and 1. Set --metric-is error for a loss, or choose another metric."
             )
         labels = [
             text(row, "samples_seen_scale") or short(count)
@@ -172,6 +178,14 @@ def collect(config: CollectConfig) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ numbers and names
+
+
+def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) -> bool:
+    """Return whether a metric is a score, such as an accuracy, or else a loss or an error.
+
+    Without `metric_is`, the name decides: one with loss, info_nce or perplexity is an error.
+    """
+    return not ERROR.search(metric) if metric_is is None else metric_is == "score"
 
 
 def parse_count(text: str) -> float:

@@ -95,6 +95,17 @@ def test_counts_are_read_and_written_as_people_do():
     assert {number: run_table.short(number) for number in shorts} == shorts
 
 
+def test_a_loss_is_known_by_its_name_and_a_score_is_between_0_and_1():
+    names = ("imagenet1k_acc1", "val/info_nce", "loss", "perplexity")
+    assert [run_table.is_score(name) for name in names] == [True, False, False, False]
+    assert run_table.is_score("loss", "score")
+    assert not run_table.is_score("imagenet1k_acc1", "error")
+    row = {"arch": "a", "samples_seen": 1e6, "gmacs_per_sample": 1.0, "top1": "52.5"}
+    assert run_table.RunTable([row]).runs("top1", is_score=False).error.tolist() == [52.5]
+    with pytest.raises(InputError, match=r"from 52\.5 to 52\.5; a score must be between"):
+        run_table.RunTable([row]).runs("top1", is_score=True)
+
+
 def test_an_architecture_is_named_by_the_zoo_or_by_its_measures():
     config = zoo.get("ViT-L-14")
     assert run_table.arch_of(replace(config, dtype="float32", remat="full")) == "ViT-L-14"
