@@ -23,7 +23,7 @@ from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
 from clip_jax.checkpoints.run_config import upgrade
-from clip_jax.data import growth
+from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
@@ -301,28 +301,22 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 
     Raises LookupError, TypeError or ValueError for an invalid config.
     """
-    model = from_dict(CLIPConfig, run["model"], "model")
-    optim, batch_size = run["optim"], run["batch_size"]
-    doubled, locked = run.get("double_batch_at", ()), tuple(optim.get("locked", ()))
-    first = branch_point(run["branch_from"])[1] if run.get("branch_from") else 0
-
-    def work(steps: int) -> int:
-        phases = growth.phases(batch_size, doubled, steps)
-        return sum(flops.training(model, n, locked=locked).total * count for n, count in phases)
-
+    config = from_dict(Config, run)
+    model, optim, work = config.model, config.optim, config.flops_after
+    first = branch_point(config.branch_from)[1] if config.branch_from else 0
     return {
         "arch": arch_of(model),
-        "samples_seen": growth.samples_after(batch_size, doubled, step),
+        "samples_seen": config.samples_after(step),
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
         "training_flops": work(step),
         "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
         **_kinds(run),
-        "seed": run["seed"],
-        "global_batch": batch_size,
-        "lr": optim["learning_rate"],
-        "warmup": optim["warmup_steps"],
-        "weight_decay": optim["weight_decay"],
+        "seed": config.seed,
+        "global_batch": config.batch_size,
+        "lr": optim.learning_rate,
+        "warmup": optim.warmup_steps,
+        "weight_decay": optim.weight_decay,
         "width": model.vision.width,
     }
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from clip_jax.config import Config
 from clip_jax.errors import InputError
+from clip_jax.losses import CaptionConfig
 from clip_jax.models import zoo
 from clip_jax.scaling import run_table
 from clip_jax.scaling.fit import FitConfig, fit
+from clip_jax.scaling.ladder import Point
 from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
+from tests.conftest import COCA
 from tests.scaling.conftest import POINTS
 
 HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
@@ -75,6 +79,15 @@ def test_runs_of_every_kind_become_one_table(tmp_path: Path):
         "imagenet1k_acc1", ("upstream_dataset=LAION*",)
     )
     assert len(rows.rows) == 29
+
+
+def test_the_flops_of_a_run_are_those_of_its_ladder():
+    """A captioner that learns from captions alone has no similarity matrix."""
+    base = Config(model=COCA, objective=(CaptionConfig(),), steps=30, batch_size=8)
+    doubled = replace(base, double_batch_at=(10,))
+    point = Point("", "", 0, base, Path())
+    assert run_table.of_run(to_dict(base), 30)["training_flops"] == point.training_flops
+    assert run_table.of_run(to_dict(doubled), 30)["training_flops"] == doubled.flops_after(30)
 
 
 def test_nothing_is_collected_of_nothing_or_of_damaged_runs(tmp_path: Path):
