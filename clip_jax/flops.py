@@ -1,10 +1,14 @@
-"""FLOPs of CLIP by formula, per tower, in the two conventions that published numbers use.
+"""FLOPs of CLIP by formula, per tower, in the three conventions that published numbers use.
 
 Each tower counts its own operations (`operations` of its config); this adds them up. A convention
 changes a number by up to a factor of two, so each has a name:
 
 - `matmul`: 2 × multiply-adds of all matmuls and convolutions, attention's included, over the full
   sequence whatever the mask. Used by open_clip's profile, and here for all figures and MFU.
+- `laion`: as `matmul`, without attention's scores and weighted sums, which the profiler of
+  arXiv:2506.04598 does not see; of captioners, the profiled step of training. Its caption pass has
+  one token less. MaMMUT also applies the vocabulary head in the contrastive pass; CoCa encodes
+  each text twice.
 - `fvcore`: multiply-adds, not doubled, plus 5 per element of a LayerNorm and 2 per element of a
   BatchNorm, as fvcore counts them ("GMACs"). The compute axis of Cherti et al. 2023.
 
@@ -20,10 +24,11 @@ only what is needed, and computed here.
 from typing import Any, Literal, NamedTuple
 
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
 from clip_jax.models.vit import ViTConfig
 
-Convention = Literal["matmul", "fvcore"]
+Convention = Literal["matmul", "laion", "fvcore"]
 Tower = Literal["image", "text"]
 
 BACKWARD = 2  # a gradient for the input and one for the weights, each as large as the forward
@@ -54,7 +59,13 @@ def of_step(run: Any) -> Flops:
 
 def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:
     """Count the forward pass of one image-text pair, with all patches."""
-    return Flops(*(_weigh(counts, convention) for counts in _count(config)))
+    if convention != "laion" or config.decoder is None:
+        return Flops(*(_weigh(counts, convention) for counts in _count(config)))
+    image, text, written = _count(config, training=True, locked=("image",))  # with all patches
+    words = config.text
+    head = Operations(macs=words.context_length * words.width * words.vocab_size)
+    text += text if isinstance(config.decoder, CoCaConfig) else head
+    return Flops(*(_weigh(counts, convention) for counts in (image, text, written)))
 
 
 def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()) -> Flops:
@@ -77,8 +88,8 @@ def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()
 
 
 def _weigh(counts: Operations, convention: Convention = "matmul") -> int:
-    if convention == "matmul":
-        return 2 * counts.macs
+    if convention != "fvcore":
+        return 2 * (counts.macs - (convention == "laion") * counts.attention)
     return counts.macs + 5 * counts.layer_norm + 2 * counts.batch_norm
 
 

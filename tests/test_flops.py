@@ -29,30 +29,36 @@ def config_of(name: str) -> CLIPConfig | None:
     return zoo.ARCHITECTURES.get(name.replace("ViT-G", "ViT-bigG"))
 
 
+# Towers that the zoo does not have: an architecture that is added must be removed from this list.
+MISSING = """
+    EVA01-g-14 EVA01-g-14-plus EVA02-B-16 EVA02-E-14 EVA02-E-14-plus EVA02-L-14 EVA02-L-14-336
+    coca_roberta-ViT-B-32 convnext_base convnext_base_w convnext_base_w_320 convnext_large
+    convnext_large_d convnext_large_d_320 convnext_small convnext_tiny convnext_xlarge
+    convnext_xxlarge convnext_xxlarge_320 mt5-base-ViT-B-32 mt5-xl-ViT-H-14 nllb-clip-base
+    nllb-clip-base-siglip nllb-clip-large nllb-clip-large-siglip roberta-ViT-B-32
+    swin_base_patch4_window7_224 vit_medium_patch16_gap_256 vit_relpos_medium_patch16_cls_224
+    xlm-roberta-base-ViT-B-32 xlm-roberta-large-ViT-H-14
+"""
+
+
 @pytest.mark.parametrize(
-    ("file", "kind", "convention", "tolerance", "count"),
+    ("file", "unit", "convention", "missing"),
     [
-        ("model_profile.csv", "ViT", "matmul", 1e-3, 47),  # open_clip's; three CoCa among them
-        ("arch_info_gmacs.csv", "ViT", "fvcore", 2e-3, 24),  # the scaling paper's
-        ("model_profile.csv", "RN", "matmul", 2e-3, 7),
-        ("arch_info_gmacs.csv", "RN", "fvcore", 2e-3, 4),
+        ("model_profile.csv", "gflops", "matmul", MISSING),  # open_clip's
+        ("laion_profile.csv", "gflops", "laion", ""),  # of arXiv:2506.04598
+        ("arch_info_gmacs.csv", "gmacs", "fvcore", ""),  # of Cherti et al.
     ],
 )
-def test_every_row_of_the_published_tables(file, kind, convention, tolerance, count):
-    unit, checked = {"matmul": "gflops", "fvcore": "gmacs"}[convention], 0
-    for row in csv.DictReader((GOLDEN / file).read_text().splitlines()):
-        config = config_of(row["model"])
-        is_vit = config is not None and isinstance(config.vision, ViTConfig)
-        if config is None or is_vit != (kind == "ViT"):
-            continue
-        ours = flops.forward(config, convention)
-        # Within the tolerance, or nothing but the table's rounding to two decimals.
+def test_every_row_of_the_published_tables(file, unit, convention, missing):
+    """Equal to the two decimals that are printed: at most 0.1% where the number is above 5."""
+    rows = {row["model"]: row for row in csv.DictReader((GOLDEN / file).read_text().splitlines())}
+    assert {name for name in rows if config_of(name) is None} == set(missing.split())
+    for name in rows.keys() - set(missing.split()):
+        ours = flops.forward(config_of(name), convention)
         for got, part in ((ours.total, ""), (ours.image, "image_"), (ours.text, "text_")):
-            published = float(row[part + unit])
-            is_rounding = part and abs(got / 1e9 - published) < 0.0051
-            assert is_rounding or got / 1e9 == pytest.approx(published, rel=tolerance), row
-        checked += 1
-    assert checked == count
+            if part + unit in rows[name]:
+                published = float(rows[name][part + unit])
+                assert got / 1e9 == pytest.approx(published, abs=0.0051), (name, part)
 
 
 def wide(config: CLIPConfig) -> CLIPConfig:

@@ -148,6 +148,7 @@ def _cross_operations(
     """Count the operations of a block with cross-attention to `seen` image tokens."""
     return Operations(
         macs=2 * tokens * width * (width + seen + mlp_width) + 2 * seen * image_width * width,
+        attention=2 * tokens * width * seen,
         layer_norm=2 * tokens * width + seen * image_width,
     )
 

@@ -55,7 +55,8 @@ class Layout(NamedTuple):
 class Operations:
     """Operations of a forward pass, which the conventions of `flops` turn into FLOPs."""
 
-    macs: int = 0  # multiply-adds of convolutions and matmuls
+    macs: int = 0  # multiply-adds of convolutions and matmuls, attention's included
+    attention: int = 0  # those of attention without its projections
     layer_norm: int = 0  # elements normalised
     batch_norm: int = 0  # elements normalised
 
@@ -296,6 +297,7 @@ def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) 
     """Count a block's operations: 4·width² + 2·tokens·width + 2·width·mlp_width per token."""
     return Operations(
         macs=2 * tokens * width * (2 * width + tokens + mlp * mlp_width),
+        attention=2 * tokens * width * tokens,
         layer_norm=(1 + mlp) * tokens * width,
     )
 

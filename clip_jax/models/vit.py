@@ -180,6 +180,7 @@ class AttentionPool(nn.Module):
         # The query's projections and MLP are of one token, ln_post of all tokens.
         return Operations(
             macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.mlp_width),
+            attention=2 * c.width * tokens,
             layer_norm=tokens * c.width,
         )
 
@@ -212,6 +213,7 @@ class QueryPool(nn.Module):
         projected = c.pool_queries * embed_dim * (1 if training else 2)
         return Operations(
             macs=(2 * tokens * (c.width + c.pool_queries) + projected) * embed_dim,
+            attention=2 * tokens * c.pool_queries * embed_dim,
             layer_norm=(tokens - 1) * c.width + c.pool_queries * embed_dim,
         )
 

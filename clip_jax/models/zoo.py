@@ -3,8 +3,10 @@
 OpenAI's names (`ViT-B/32`) are OpenAI's released models, with QuickGELU; open_clip's names
 (`ViT-B-32`) are open_clip's architectures, with GELU unless the name says `quickgelu`. Both call
 their ResNets `RN50`: here that is OpenAI's, `RN50-quickgelu` the same, and `RN50-gelu` open_clip's.
-MetaCLIP 2's (`worldwide`) have its own names, SigLIP's and CoCa's open_clip's, MaMMUT's LAION's.
-Sources: CLIP paper, tables 19 and 20; open_clip's and MetaCLIP's model configurations; big_vision.
+MetaCLIP 2's (`worldwide`) have its own names, SigLIP's open_clip's, MaMMUT's and CoCa's LAION's.
+`ViT-{S-32,S-16,M-32,B-32,B-16-text-plus,L-14}-SigLIP` are LAION's, with the towers of CLIP.
+Sources: CLIP paper, tables 19 and 20; big_vision; model configurations of open_clip, MetaCLIP and
+LAION-AI/open_clip_mammut.
 """
 
 import difflib
@@ -115,21 +117,13 @@ def _worldwide(
 
 
 def _coca(
-    embed_dim: int,
-    vision: ViTConfig,
-    width: int,
-    heads: int,
-    *,
-    queries: bool = True,
-    vocab: int = 49_408,
+    embed_dim: int, vision: ViTConfig, text: TextConfig, *, queries: bool = True
 ) -> CLIPConfig:
-    """CoCa as released by open_clip, with its error in the class token's mask."""
+    """CoCa as trained with open_clip, with its error in the class token's mask."""
     vision = replace(vision, pool="queries" if queries else "class_token")
-    text = TextConfig(
-        context_length=76, vocab_size=vocab, width=width, num_heads=heads, pool="class_token",
-        correct_class_mask=False,
-    )  # fmt: skip
-    return replace(_clip(embed_dim, vision, text), decoder=CoCaConfig(num_heads=heads))
+    text = replace(text, context_length=76, pool="class_token", correct_class_mask=False)
+    decoder = CoCaConfig(depth=text.depth, num_heads=text.num_heads)
+    return replace(_clip(embed_dim, vision, text), decoder=decoder)
 
 
 def _mammut(vision: ViTConfig, text: TextConfig, first_mlp: bool) -> CLIPConfig:
@@ -167,6 +161,7 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-B-32-plus-256": _clip(640, _vit(32, 896, size=256), _T640),
     "ViT-B-16": _clip(512, _B16, _T512),
     "ViT-B-16-quickgelu": _clip(512, _B16, _T512, "quick_gelu"),
+    "ViT-B-16-text-plus": _clip(768, _B16, _T768),
     **_sizes("ViT-B-16-plus{}", _clip(640, _vit(16, 896), _T640), None, 240),
     **_sizes("ViT-B-16-SigLIP{}", _siglip(_BASE, 16), None, 256, 384, 512),
     **_sizes("ViT-B-16-SigLIP-i18n{}", _siglip(_BASE, 16, vocab=250_000), 256),
@@ -207,11 +202,12 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-H-14-quickgelu-worldwide": _worldwide(1024, _H14, _T1024, "quick_gelu"),
     **_sizes("ViT-H-14{}-worldwide", _worldwide(1024, _H14, _T1024), 378),
     **_sizes("ViT-bigG-14{}-worldwide", _worldwide(1280, _bigG14, _T1280), None, 378),
-    "coca_ViT-B-32": _coca(512, _B32, 512, 8),
-    "coca_ViT-L-14": _coca(768, _L14, 768, 12),
-    "coca_base": _coca(512, _vit(18, 768, size=288), 768, 12, queries=False, vocab=64_000),
+    "coca_base": _coca(
+        512, _vit(18, 768, size=288), replace(_T768, vocab_size=64_000), queries=False
+    ),
 }  # fmt: skip
 
+# The grid of arXiv:2506.04598; its CLIP of B/16 with the wider text tower is ViT-B-16-text-plus.
 for _patch in (14, 16, 32):
     for _size, _width, _depth, _heads, _words, _first_mlp in (
         ("S", 384, 12, 6, _text(384), False),
@@ -221,7 +217,14 @@ for _patch in (14, 16, 32):
         ("H", 1280, 32, 16, _T1024, True),
     ):
         _tower = _vit(_patch, _width, _depth, heads=_heads)
-        ARCHITECTURES[f"mammut_ViT-{_size}-{_patch}"] = _mammut(_tower, _words, _first_mlp)
+        _name = f"ViT-{_size}-{_patch}"
+        ARCHITECTURES.setdefault(_name, _clip(_words.width, _tower, _words))
+        ARCHITECTURES[f"mammut_{_name}"] = _mammut(_tower, _words, _first_mlp)
+        ARCHITECTURES[f"coca_{_name}"] = _coca(_words.width, _tower, _words)
+for _name in ("S-32", "S-16", "M-32", "B-32", "B-16-text-plus", "L-14"):  # CLIP, sigmoid loss
+    ARCHITECTURES[f"ViT-{_name}-SigLIP"] = replace(
+        ARCHITECTURES[f"ViT-{_name}"], init_logit_scale=10.0, init_logit_bias=-10.0
+    )
 
 _RESNETS = {
     "RN50": (1024, _resnet((3, 4, 6, 3), 64, 224), _T512),
