@@ -38,7 +38,11 @@ class ChooseConfig:
     choose_by: str  # Column by which trials are compared, such as info_nce.
     report: str  # Column to report for the best trials; not choose_by, to avoid selection bias.
     best: Literal["min", "max"] = "min"  # Whether the best choose_by is the lowest or the highest.
-    where: tuple[str, ...] = ()  # Conditions COLUMN=PATTERN that a row must match.
+    # Conditions that a row must meet: COLUMN=PATTERN, or a comparison such as samples_seen<=3e9.
+    where: tuple[str, ...] = ()
+    # Columns of another program's table, as OURS=THEIRS or OURS=THEIRS:UNIT, or a preset:
+    # open_clip, clip_benchmark, cherti or laion.
+    columns: tuple[str, ...] = ()
     output: AnyPath | None = None  # Table of the best trials to write for `scale fit`. None: none.
 
     def __post_init__(self) -> None:
@@ -94,7 +98,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     Raises InputError for a table without the columns of a sweep.
     """
     files.check_destination(config.output, "--output", folder=False)
-    table = run_table.read(config.table).select(config.choose_by, config.where)
+    table = run_table.read(config.table, config.columns).select(config.choose_by, config.where)
     table.check(*SWEPT, "width", "seed", config.report)
     points = table.groups(lambda row: (row["arch"], short(number(row, "samples_seen"))))
     choices = [_best(point, config) for point in points.values()]

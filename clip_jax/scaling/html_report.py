@@ -39,8 +39,12 @@ class ReportConfig:
     metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
     # What the metric is. None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
-    # Conditions COLUMN=PATTERN that a row must match to be fitted, such as arch=ViT-B*.
+    # Conditions that a row must meet to be fitted: COLUMN=PATTERN, such as arch=ViT-B*, or a
+    # comparison, such as samples_seen<=3e9.
     where: tuple[str, ...] = ()
+    # Columns of other programs' tables, as OURS=THEIRS or OURS=THEIRS:UNIT, or a preset:
+    # open_clip, clip_benchmark, cherti or laion.
+    columns: tuple[str, ...] = ()
     form: Form = "power"  # Form of the law, as in `scale fit`.
     # Points to fit: the frontier or all. None: frontier for the form power, all for the others.
     through: Through | None = None
@@ -50,7 +54,7 @@ class ReportConfig:
 def report(config: ReportConfig) -> dict[str, Any]:
     """Write the report; return its path, the number of runs by status, and the summary."""
     files.check_destination(config.output, "--output", folder=False)
-    table, skipped = gather(config.paths)
+    table, skipped = gather(config.paths, config.columns)
     finished = {str(row["source"]): row for row in table.rows}
     # The first evaluation metric that any run has, or the loss.
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")

@@ -7,9 +7,12 @@ learning rate, source, ...) are columns, too.
 
 import csv
 import functools
+import gzip
 import io
 import json
+import operator
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -28,13 +31,12 @@ from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.models.vit import ViTConfig
+from clip_jax.scaling.columns import Row, mapped, numeric
 from clip_jax.scaling.laws import Runs
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, write_whole
 from clip_jax.storage.files import read as read_file
 from clip_jax.storage.json_files import read_rows
-
-Row = dict[str, Any]
 
 FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
 ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
@@ -63,18 +65,22 @@ class RunTable:
                 )
 
     def select(self, metric: str, where: Sequence[str] = ()) -> "RunTable":
-        """Keep the rows that have the metric and match every COLUMN=PATTERN.
+        """Keep the rows that have the metric and match every condition, such as arch=ViT-B*.
 
         Raises InputError for a missing column, or if no row is left.
         """
         self.check("arch", "samples_seen", "gmacs_per_sample", metric)
         rows = [row for row in self.rows if text(row, metric)]
         for condition in where:
-            column, equals, pattern = condition.partition("=")
-            if not equals:
-                raise InputError(f"where={condition!r} must be COLUMN=PATTERN, like arch=ViT-B*.")
-            self.check(column)
-            rows = [row for row in rows if fnmatch(text(row, column), pattern)]
+            match = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
+            if not match:
+                raise InputError(
+                    f"where={condition!r} must be COLUMN=PATTERN, like arch=ViT-B*, or a "
+                    "comparison, like samples_seen<=3e9."
+                )
+            column, sign, value = match.groups()
+            self.check(column, *re.findall(r"^\{(.*)\}$", value))
+            rows = [row for row in rows if _fulfils(row, column, sign, value)]
         if not rows:
             raise InputError(f"no row of the table has {metric!r} and matches where={list(where)}.")
         return RunTable(rows)
@@ -127,23 +133,60 @@ def text(row: Row, column: str) -> str:
 def number(row: Row, column: str) -> float:
     """Return a cell as a number. Raises InputError if it is empty or not a number."""
     try:
-        return float(text(row, column))
+        return numeric(text(row, column))
     except ValueError as error:
         what = f"{column} of {row['arch']} is {text(row, column)!r}, not a number"
-        raise InputError(f"{what}: correct the table, or exclude the row with --where.") from error
+        hint = f"exclude the row with --where, such as --where '{column}>0'"
+        raise InputError(f"{what}: correct the table, or {hint}.") from error
 
 
-def read(path: AnyPath) -> RunTable:
-    """Read a table; nothing else does. Raises InputError for a file that is not CSV."""
+COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+
+
+def _fulfils(row: Row, column: str, sign: str, value: str) -> bool:
+    """Return whether a cell matches a pattern or compares to a number; an empty one never does.
+
+    A value in braces is that of another column, as in epoch={total_epochs}.
+    """
+    cell = text(row, column)
+    if value.startswith("{") and value.endswith("}"):
+        value = text(row, value[1:-1])
+    try:
+        numbers = numeric(cell), numeric(value)
+    except ValueError as error:
+        if sign in COMPARISONS and cell:
+            raise InputError(
+                f"where={column}{sign}{value}: {cell!r} and {value!r} must be numbers, like 3e9 or "
+                "12.8B; = and != compare text."
+            ) from error
+        numbers = None
+    if sign in COMPARISONS:
+        return numbers is not None and COMPARISONS[sign](*numbers)
+    same = fnmatch(cell, value) or (numbers is not None and numbers[0] == numbers[1])
+    return same == (sign == "=")
+
+
+def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
+    """Read a table; nothing else does. Raises InputError for a file that is not CSV.
+
+    `columns` maps columns of other programs, as in the module `columns`. Sizes that the table lacks
+    are those of the architectures in the zoo.
+    """
     if not path.is_file():
         raise InputError(f"there is no table {path}; `clip-jax scale collect` writes one.")
     try:
-        text = io.StringIO(read_file(path).decode("utf-8"), newline="")
-        lines = list(csv.DictReader(text, restkey="", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        content = read_file(path)
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        lines = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), restkey=""))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}.") from error
     # Drop cells beyond the header.
-    return RunTable([{name: cell for name, cell in line.items() if name} for line in lines])
+    rows = mapped([{name: x or "" for name, x in line.items() if name} for line in lines], columns)
+    for row in rows:
+        arch = text(row, "arch")
+        if not text(row, "gmacs_per_sample") and arch in zoo.ARCHITECTURES:
+            row["gmacs_per_sample"] = gmacs(zoo.ARCHITECTURES[arch])
+    return RunTable(rows)
 
 
 def write(table: RunTable, path: AnyPath) -> None:
@@ -162,12 +205,15 @@ class CollectConfig:
 
     paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
     output: AnyPath = Path("scaling.csv")  # Table to write (CSV).
+    # Columns of other programs' tables, as OURS=THEIRS or OURS=THEIRS:UNIT, such as
+    # gmacs_per_sample=flops:GFLOPs, or a preset: open_clip, clip_benchmark, cherti or laion.
+    columns: tuple[str, ...] = ()
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Write the table; return its path, the number of rows, and the reasons of skipped runs."""
     check_destination(config.output, "--output", folder=False)
-    table, skipped = gather(config.paths)
+    table, skipped = gather(config.paths, config.columns)
     if not table.rows:
         raise InputError(
             f"no finished run under {', '.join(map(str, config.paths))}"
@@ -190,10 +236,9 @@ def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) ->
 
 def parse_count(text: str) -> float:
     """Read "12.8B", "400M", "64K" or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMB]?)", text.strip(), re.IGNORECASE)
-    if not match:
+    if not re.fullmatch(r"\d+(\.\d+)?(e\d+|[KMB])?", text.strip(), re.IGNORECASE):
         raise InputError(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
-    return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
+    return numeric(text)
 
 
 def short(number: float) -> str:
@@ -239,10 +284,11 @@ def arch_of(config: CLIPConfig) -> str:
 # ------------------------------------------------------------------ collecting
 
 
-def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
+def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTable, list[str]]:
     """Read every finished run directory and every CSV of runs below the paths.
 
-    Returns the table, and one line for each run or file that was skipped, with the reason.
+    `columns` maps those of the tables. Returns the table, and one line for each run or file that
+    was skipped, with the reason.
     """
     rows: list[Row] = []
     skipped: list[str] = []
@@ -255,7 +301,7 @@ def gather(paths: Sequence[AnyPath]) -> tuple[RunTable, list[str]]:
             files = [x for x in named if x.name == "result.json" or x.suffix == ".csv"]
         for file in sorted(files):
             try:
-                rows += [_ours(file)] if file.name == "result.json" else _table(file)
+                rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)
             except Unfinished as reason:
                 skipped.append(f"{file}: {reason}")
     return RunTable(rows), skipped
@@ -265,9 +311,9 @@ class Unfinished(Exception):
     """Raised with the reason for a run or file that is skipped."""
 
 
-def _table(file: AnyPath) -> list[Row]:
+def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
     """Read the rows of a CSV of runs from any program."""
-    rows = [{"source": str(file), **line} for line in read(file).rows]
+    rows = [{"source": str(file), **line} for line in read(file, columns).rows]
     if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
         raise Unfinished("not a table with the columns arch and samples_seen")
     return rows
