@@ -1,0 +1,55 @@
+"""The files for a paper hold a fit's numbers, and LaTeX can read them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from clip_jax.scaling import papers, run_table
+from clip_jax.scaling.fit import FitConfig, family_of, fit
+from tests.scaling.conftest import POINTS
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def test_the_files_hold_runs_points_band_and_parameters(tmp_path: Path):
+    config = FitConfig(where=("upstream_dataset=LAION*",), draws=100)
+    table = run_table.read(POINTS).select(config.metric, config.where)
+    result = fit(table, config)
+    runs, points, curve, tex = papers.write(result, {"": table}, tmp_path / "law")
+    assert [Path(x).name for x in (runs, points, curve, tex)] == [
+        "law_runs.csv", "law_points.csv", "law_curve.csv", "law.tex",
+    ]  # fmt: skip
+    error = np.array([1 - float(row["imagenet1k_acc1"]) for row in rows(runs)])
+    compute, off = (
+        np.array([float(row[x]) for row in rows(runs)]) for x in ("compute", "residual")
+    )
+    law = result["beta"] * compute ** result["alpha"]
+    np.testing.assert_allclose(error / law - 1, off, atol=1e-9)
+    assert len(error) == 29
+    assert float(rows(points)[0]["error"]) == result["points"][0]["error"]
+    last = rows(curve)[-1]
+    assert float(last["low"]) < float(last["error"]) < float(last["high"])
+    text = Path(tex).read_text()
+    assert text.startswith("\\begin{tabular}{lcc}\n\\toprule\nRuns & $\\alpha$ & $\\beta$ \\\\\n")
+    assert "\nall runs & $-0.1114$ $[" in text
+
+
+def test_each_family_has_its_lines_and_its_name_is_escaped(tmp_path: Path):
+    config = FitConfig(
+        where=("upstream_dataset=LAION*",), compare="upstream_dataset", through="all", draws=100
+    )
+    table = run_table.read(POINTS).select(config.metric, config.where)
+    families = table.groups(lambda row: family_of(row, "upstream_dataset"))
+    files = papers.write(fit(table, config), families, tmp_path / "law")
+    assert {row["family"] for row in rows(files[0])} == {*families}
+    assert {row["family"] for row in rows(files[2])} == {*families}
+    law = {"parameters": {"critical_x": {"value": 2.5e7, "interval": [1e6, 3.25e-9]}}}
+    unknown = {"parameters": {"critical_x": {"value": None, "interval": None}}}
+    lines = papers.latex({"50% of A_1 & B": law, "C": unknown}).splitlines()
+    assert lines[2] == r"Runs & critical\_x \\"
+    value = r"$2.5 \times 10^{7}$ $[1 \times 10^{6}, 3.25 \times 10^{-9}]$"
+    assert lines[4] == rf"50\% of A\_1 \& B & {value} \\"
+    assert lines[5] == r"C & -- \\"
