@@ -45,6 +45,7 @@ Scaling experiments: train a ladder of runs, collect the results, fit scaling la
   collect RUN ...    Collect finished runs into one table
   choose TABLE       Choose the best trial at each point of a sweep; check the learning-rate rule
   fit TABLE          Fit a law with intervals; predict runs, allocate compute, compare families
+  relate TABLE       Fit one metric against another: accuracy against loss, robustness of families
   report RUN ...     Write an HTML report: points, laws, loss curves, costs, failures
 
 `clip-jax scale VERB --help` lists the options of a verb.
@@ -203,14 +204,14 @@ def export(args: Sequence[str]) -> int:
 
 
 def scale(args: Sequence[str]) -> int:
-    """Run scaling experiments: clip-jax scale ladder | collect | choose | fit | report"""
+    """Run scaling experiments: clip-jax scale ladder | collect | choose | fit | relate | report"""
     verb, rest = (args[0], args[1:]) if args else ("", [])
     if verb in ("-h", "--help"):
         print(SCALE_USAGE)
         return 0
     if verb == "ladder":
         return _ladder(rest)
-    from clip_jax.scaling import choose, fit, html_report, run_table
+    from clip_jax.scaling import choose, downstream, fit, html_report, run_table
 
     if verb == "fit":
         config, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
@@ -221,6 +222,11 @@ def scale(args: Sequence[str]) -> int:
         config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
         result = choose.choose(config)
         return _print(result, as_json, choose.describe(result))
+    if verb == "relate":
+        kind = downstream.RelateConfig
+        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale relate")
+        result = downstream.relate(config)
+        return _print(result, as_json, downstream.describe(result))
     paths = arguments.leading(rest)
     rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
     if verb == "collect":
@@ -235,7 +241,9 @@ def scale(args: Sequence[str]) -> int:
         shown = (f"{number} {status}" for status, number in result["runs"].items())
         _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
     else:
-        raise InputError(f"scale needs ladder, collect, choose, fit or report, not {verb!r}.")
+        raise InputError(
+            f"scale needs ladder, collect, choose, fit, relate or report, not {verb!r}."
+        )
     return 0
 
 

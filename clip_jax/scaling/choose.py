@@ -18,7 +18,7 @@ from scipy import special
 
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
-from clip_jax.scaling.run_table import Row, RunTable, number, short
+from clip_jax.scaling.run_table import Row, RunTable, Selection, number, short
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -31,18 +31,13 @@ SWEPT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChooseConfig:
+class ChooseConfig(Selection):
     """Choose the best trial of every point of a sweep, and fit the rule for learning rates."""
 
     table: AnyPath  # Table of all trials (CSV), as written by `scale collect`.
     choose_by: str  # Column by which trials are compared, such as info_nce.
     report: str  # Column to report for the best trials; not choose_by, to avoid selection bias.
     best: Literal["min", "max"] = "min"  # Whether the best choose_by is the lowest or the highest.
-    # Conditions that a row must meet: COLUMN=PATTERN, or a comparison such as samples_seen<=3e9.
-    where: tuple[str, ...] = ()
-    # Columns of another program's table, as OURS=THEIRS or OURS=THEIRS:UNIT, or a preset:
-    # open_clip, clip_benchmark, cherti or laion.
-    columns: tuple[str, ...] = ()
     output: AnyPath | None = None  # Table of the best trials to write for `scale fit`. None: none.
 
     def __post_init__(self) -> None:

@@ -16,7 +16,17 @@ from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.errors import InputError
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
-from clip_jax.scaling.run_table import Row, RunTable, gather, is_score, number, of_run, short, text
+from clip_jax.scaling.run_table import (
+    Row,
+    RunTable,
+    Selection,
+    gather,
+    is_score,
+    number,
+    of_run,
+    short,
+    text,
+)
 from clip_jax.scaling.uncertainty import Form, Through, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
@@ -31,7 +41,7 @@ FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Selection):
     """Write an HTML report of runs, which opens without a server."""
 
     paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
@@ -39,12 +49,6 @@ class ReportConfig:
     metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
     # What the metric is. None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
-    # Conditions that a row must meet to be fitted: COLUMN=PATTERN, such as arch=ViT-B*, or a
-    # comparison, such as samples_seen<=3e9.
-    where: tuple[str, ...] = ()
-    # Columns of other programs' tables, as OURS=THEIRS or OURS=THEIRS:UNIT, or a preset:
-    # open_clip, clip_benchmark, cherti or laion.
-    columns: tuple[str, ...] = ()
     form: Form = "power"  # Form of the law, as in `scale fit`.
     # Points to fit: the frontier or all. None: frontier for the form power, all for the others.
     through: Through | None = None

@@ -200,14 +200,24 @@ def write(table: RunTable, path: AnyPath) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rows of a table that a command uses, and whose columns the table has."""
+
+    # Conditions that a row must meet: COLUMN=PATTERN, such as arch=ViT-B*, or a comparison, such as
+    # samples_seen<=3e9.
+    where: tuple[str, ...] = ()
+    # Columns of another program's table, as OURS=THEIRS or OURS=THEIRS:UNIT, such as
+    # gmacs_per_sample=flops:GFLOPs, or a preset: open_clip, clip_benchmark, cherti or laion.
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """Collect finished runs in one table."""
 
     paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
     output: AnyPath = Path("scaling.csv")  # Table to write (CSV).
-    # Columns of other programs' tables, as OURS=THEIRS or OURS=THEIRS:UNIT, such as
-    # gmacs_per_sample=flops:GFLOPs, or a preset: open_clip, clip_benchmark, cherti or laion.
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # Columns of other programs' tables, as for `scale fit`.
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:

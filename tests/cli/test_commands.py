@@ -37,7 +37,7 @@ from tests.conftest import ROOT
         ("train configs/digits.py --output-dir x", "use --workdir"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
-        ("scale nonsense", "scale needs ladder, collect, choose, fit or report"),
+        ("scale nonsense", "scale needs ladder, collect, choose, fit, relate or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),
         ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),

@@ -1,0 +1,154 @@
+"""Relate two metrics of runs, such as accuracy to loss, or robustness to ImageNet accuracy.
+
+Scores are taken as logits and losses as logarithms, in which such relations are close to straight
+lines (Taori et al. 2020, arXiv:2007.00644; Miller et al. 2021, arXiv:2107.04649). So the odds of an
+error are a power of the loss: a law of the loss predicts an accuracy in two steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from clip_jax.errors import InputError
+from clip_jax.scaling import run_table
+from clip_jax.scaling.columns import numeric
+from clip_jax.scaling.run_table import Selection, is_score, text
+from clip_jax.storage.files import AnyPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelateConfig(Selection):
+    """Fit a metric of runs against another one."""
+
+    table: AnyPath  # Table of runs (CSV), as written by `scale collect`.
+    metric: str  # Column to predict, such as imagenet1k_acc1 or imagenetv2_acc1.
+    against: str  # Column to predict it from, such as info_nce or imagenet1k_acc1.
+    # Values of `against` to predict the metric at, as VALUE, or as VALUE:LOW:HIGH with the 95%
+    # interval of a loss that `scale fit` predicts.
+    at: tuple[str, ...] = ()
+    # Column that divides runs into families. States how far each lies above or below the line.
+    compare: str | None = None
+    baseline: str | None = None  # Family of the line. None: all runs, for a family all others.
+
+
+class Line(NamedTuple):
+    """v = coefficients · (1, u), fitted by least squares."""
+
+    coefficients: Float[np.ndarray, " 2"]
+    covariance: Float[np.ndarray, "2 2"]
+    variance: float  # of a run around the line
+    t: float  # quantile of Student's t for 95% intervals
+    is_curved: bool  # whether a parabola fits better, at a level of 1%
+    low: float  # smallest u
+    high: float  # largest u
+
+    def predict(self, u: float, n: int = 1) -> tuple[float, float]:
+        """Return the mean v of `n` new runs at u, and half of its 95% interval."""
+        x = np.array([1.0, u])
+        half = self.t * np.sqrt(x @ self.covariance @ x + self.variance / n)
+        return float(x @ self.coefficients), float(half)
+
+    def covers(self, u: Float[np.ndarray, " n"]) -> bool:
+        return bool(self.low <= u.min() and u.max() <= self.high)
+
+
+def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Line:
+    """Fit a line. Raises InputError for fewer than three runs, or if all have the same u."""
+    if len(u) < 3 or np.ptp(u) == 0:
+        raise InputError(
+            f"{len(u)} runs do not determine a line; it needs three or more, with different values "
+            "of --against. Add runs, or change --where, --compare or --baseline."
+        )
+    x = np.stack([np.ones_like(u), u], axis=1)
+    inverse = np.linalg.pinv(x)
+    coefficients, freedom, is_curved = inverse @ v, len(u) - 2, False
+    squares = np.sum((v - x @ coefficients) ** 2)
+    if freedom > 2 and len({*u.tolist()}) > 2:
+        parabola = np.polynomial.Polynomial.fit(u, v, 2)
+        left = np.sum((v - parabola(u)) ** 2)
+        is_curved = bool(
+            (squares - left) * (freedom - 1) > left * special.fdtri(1, freedom - 1, 0.99)
+        )
+    variance, t = float(squares / freedom), float(special.stdtrit(freedom, 0.975))
+    covariance = variance * inverse @ inverse.T
+    return Line(coefficients, covariance, variance, t, is_curved, float(u.min()), float(u.max()))
+
+
+def relate(config: RelateConfig) -> dict[str, Any]:
+    """Return the line, its predictions and the families' distances from it, as JSON values.
+
+    Raises InputError for values that have no logit or logarithm, and for too few runs.
+    """
+    table = run_table.read(config.table, config.columns).select(config.against, config.where)
+    table = table.select(config.metric)
+    table.check(*([config.compare] if config.compare else []))
+    u, v = (straight(name, table.numbers(name)) for name in (config.against, config.metric))
+    names = np.array([text(row, config.compare or "") for row in table.rows])
+    base = np.ones(len(u), bool) if config.baseline is None else names == config.baseline
+    line = fit_line(u[base], v[base])
+    slope, reach = float(line.coefficients[1]), line.t * float(line.covariance[1, 1]) ** 0.5
+    predictions, families, outside = {}, {}, []
+    for value in config.at:
+        at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
+        middle, half = line.predict(at[0])
+        half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
+        predictions[value] = _back(config.metric, middle, half)
+        outside += [] if line.covers(at) else [f"{config.against} {value}"]
+    for name in sorted({*names.tolist()} - {"", config.baseline}):
+        own = names == name
+        others = fit_line(u[~own], v[~own]) if config.baseline is None else line
+        expected, half = others.predict(u[own].mean(), int(own.sum()))
+        level = _back(config.metric, expected, 0.0)["value"]
+        moved = _back(config.metric, float(v[own].mean()), half)
+        families[name] = {"runs": int(own.sum()), "difference": moved["value"] - level,
+                          "interval": [x - level for x in moved["interval"]]}  # fmt: skip
+        outside += [] if others.covers(u[own]) else [name]
+    curved = ["the runs curve away from the line, so its predictions are biased"]
+    return {
+        "metric": config.metric, "against": config.against, "runs": int(base.sum()),
+        "slope": {"value": slope, "interval": [slope - reach, slope + reach]},
+        "intercept": float(line.coefficients[0]), "spread": line.variance**0.5,
+        "predictions": predictions, "families": families,
+        "warnings": (curved if line.is_curved else [])
+        + [f"{what} lies outside the range of the line's runs: extrapolated" for what in outside],
+    }  # fmt: skip
+
+
+def straight(metric: str, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Return logits of a score, or logarithms of a loss. Raises InputError where there are none."""
+    most = 1.0 if is_score(metric) else np.inf
+    if not ((values > 0) & (values < most)).all():
+        raise InputError(
+            f"{metric} reaches from {values.min():g} to {values.max():g}; it must be above 0 and "
+            f"below {most:g}. Exclude runs with --where, or convert a percentage with --columns."
+        )
+    return special.logit(values) if is_score(metric) else np.log(values)
+
+
+def _back(metric: str, middle: float, half: float) -> dict[str, Any]:
+    """Return a value of the metric and its interval from those in which the line is straight."""
+    back = special.expit if is_score(metric) else np.exp
+    low, value, high = (float(back(x)) for x in (middle - half, middle, middle + half))
+    return {"value": value, "interval": [low, high]}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Format the result of `relate` as text."""
+    names = result["metric"], result["against"]
+    of, by = (f"logit({name})" if is_score(name) else f"ln({name})" for name in names)
+    slope, (low, high) = result["slope"]["value"], result["slope"]["interval"]
+    form = ".1%" if is_score(names[0]) else ".4g"
+    lines = [f"{of} = {result['intercept']:.4g} {slope:+.4g} · {by} through {result['runs']} runs"]
+    lines.append(f"  slope {slope:.4g} (95%: {low:.4g} to {high:.4g})")
+    for value, at in result["predictions"].items():
+        low, high = (format(x, form) for x in at["interval"])
+        middle = format(at["value"], form)
+        lines.append(f"{names[1]} {value}: {names[0]} {middle} (95%: {low} to {high})")
+    for name, at in result["families"].items():
+        factor, unit = (100, " points") if is_score(names[0]) else (1, "")
+        off, low, high = (f"{factor * x:+.3g}" for x in (at["difference"], *at["interval"]))
+        lines.append(f"{name}, {at['runs']} runs: {off}{unit} from the line (95%: {low} to {high})")
+    return "\n".join(lines + [f"warning: {line}" for line in result["warnings"]])
