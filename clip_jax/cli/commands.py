@@ -45,6 +45,7 @@ Scaling experiments: train a ladder of runs, collect the results, fit scaling la
   collect RUN ...    Collect finished runs into one table
   choose TABLE       Choose the best trial at each point of a sweep; check the learning-rate rule
   fit TABLE          Fit a law with intervals; predict runs, allocate compute, compare families
+  plan TABLE         Plan a run for a budget: model, pairs, batch, learning rate, hours, price
   relate TABLE       Fit one metric against another: accuracy against loss, robustness of families
   report RUN ...     Write an HTML report: points, laws, loss curves, costs, failures
 
@@ -204,15 +205,20 @@ def export(args: Sequence[str]) -> int:
 
 
 def scale(args: Sequence[str]) -> int:
-    """Run scaling experiments: clip-jax scale ladder | collect | choose | fit | relate | report"""
+    """Run scaling experiments: clip-jax scale ladder | collect | fit | plan | report ..."""
     verb, rest = (args[0], args[1:]) if args else ("", [])
     if verb in ("-h", "--help"):
         print(SCALE_USAGE)
         return 0
     if verb == "ladder":
         return _ladder(rest)
-    from clip_jax.scaling import choose, downstream, fit, html_report, run_table
+    from clip_jax.scaling import choose, downstream, fit, html_report, planning, run_table
 
+    if verb == "plan":
+        kind = planning.ScalePlanConfig
+        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale plan")
+        result = planning.plan(config)
+        return _print(result, as_json, planning.describe(result))
     if verb == "fit":
         config, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
         result = fit.fit_file(config)
@@ -241,9 +247,8 @@ def scale(args: Sequence[str]) -> int:
         shown = (f"{number} {status}" for status, number in result["runs"].items())
         _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
     else:
-        raise InputError(
-            f"scale needs ladder, collect, choose, fit, relate or report, not {verb!r}."
-        )
+        verbs = "ladder, collect, choose, fit, plan, relate or report"
+        raise InputError(f"scale needs {verbs}, not {verb!r}.")
     return 0
 
 

@@ -37,7 +37,7 @@ from tests.conftest import ROOT
         ("train configs/digits.py --output-dir x", "use --workdir"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
-        ("scale nonsense", "scale needs ladder, collect, choose, fit, relate or report"),
+        ("scale nonsense", "scale needs ladder, collect, choose, fit, plan, relate or report"),
         ("bench nonsense", "bench needs one of input"),
         ("bench input", "bench input needs a config file"),
         ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),
@@ -159,7 +159,10 @@ PRIVATE = (
 COMMANDS = [
     *(f"train configs/{path.name}" for path in (ROOT / "configs").glob("[!l_]*.py")),
     *("plan configs/digits.py", "bench input configs/digits.py", "bench step configs/digits.py"),
-    *(f"scale {verb}" for verb in ("ladder", "collect", "choose", "fit", "report")),
+    *(
+        f"scale {verb}"
+        for verb in ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
+    ),
     *("evaluate", "predict", "embed", "search", "demo", "serve", "convert", "export", "prepare"),
     "sample-data",
 ]

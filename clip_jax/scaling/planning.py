@@ -1,0 +1,298 @@
+"""Plan a run for a budget: a scaling law divides it between the model's size and pairs seen.
+
+The batch size comes from the table's runs, the learning rate from a sweep. Hours and cost follow
+from an assumed MFU or, with `compile`, from its bound, as in `clip-jax plan`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.losses import CaptionConfig, SoftmaxConfig
+from clip_jax.models import zoo
+from clip_jax.pods import plan as pods
+from clip_jax.pods.topology import Topology
+from clip_jax.scaling import run_table
+from clip_jax.scaling.choose import ChooseConfig, choose, fit_rule
+from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Numbers, Runs
+from clip_jax.scaling.run_table import RunTable, gmacs, is_score, number, parse_count, short, text
+from clip_jax.scaling.uncertainty import Fit, Form, fit_law, sizes_of
+from clip_jax.storage.files import AnyPath, read
+
+EPOCHS = 4  # up to which repeated pairs are worth almost as much as new ones (arXiv:2305.16264)
+THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms need
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalePlanConfig:
+    """Plan a run for a budget, by a law that is fitted to a table of runs."""
+
+    table: AnyPath = Path("scaling.csv")  # Table of runs (CSV), as written by `scale collect`.
+    # Training FLOPs (1e21), chip-hours (300chip-hours), or money (5000usd, with chip_hour_price).
+    budget: str = "1e21"
+    # Pod to train on: TPUs such as v5e:16x16 or v5e:16x16/slices=2, or GPUs such as H100:64.
+    topology: Annotated[Topology, pods.AsText] = pods.V5E
+    chip_hour_price: float | None = None  # Price of one chip-hour, in any currency. None: no price.
+    mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price, unless its bound is lower.
+    # Compile the training step to bound its MFU and to find the remat that fits into memory.
+    compile: bool = False
+    metric: str = "imagenet1k_acc1"  # Column with the result of each run.
+    # What the metric is: the error is 1 − score. None: the name decides, as in `scale fit`.
+    metric_is: Literal["score", "error"] | None = None
+    where: tuple[str, ...] = ()  # Conditions that a row must match, such as data=LAION*.
+    columns: tuple[str, ...] = ()  # Columns of another program's table, as in `scale collect`.
+    form: Form = "additive"  # Form of the law in size and pairs: additive, repeated or batched.
+    draws: int = 1_000  # Number of bootstrap draws for the 95% intervals.
+    candidates: tuple[str, ...] = ()  # Models to choose from. Empty: the table's.
+    unique: str | None = None  # Number of distinct pairs, such as 400M. None: no pair is repeated.
+    batch_size: int | None = None  # None: that of the run with the nearest number of pairs seen.
+    # Source of the learning rate: output of `scale choose --json` (.json), or a table of all trials
+    # of a sweep with the metric. None: no learning rate.
+    sweep: AnyPath | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, chip_hour_price="(0, inf)", mfu="(0, 1]", draws="[100, 1000000]",
+            batch_size="[2, inf)",
+        )  # fmt: skip
+        if self.form == "repeated" and self.unique is None:
+            raise InputError("form=repeated needs the number of distinct pairs; set --unique.")
+        self.training_flops(self.mfu)  # raises for a budget that cannot be read
+
+    def chip_hours(self, training_flops: float, mfu: float) -> float:
+        return training_flops / (self.topology.chip.peak_flops * mfu) / 3600
+
+    def training_flops(self, mfu: float) -> float:
+        """Return the training FLOPs that the budget pays for at an MFU."""
+        number = r"(?=.*[1-9])(\d[\d.]*(?:e\d+|[KMB])?)"
+        match = re.fullmatch(number + "(|chip-hours|usd|eur)", self.budget.replace("e+", "e"))
+        if not match:
+            raise InputError(
+                f"budget={self.budget!r} must be training FLOPs such as 1e21, 300chip-hours or "
+                "5000usd; change --budget."
+            )
+        amount, unit = parse_count(match[1]), match[2]
+        if unit in ("usd", "eur"):
+            if self.chip_hour_price is None:
+                chip = self.topology.chip.name
+                raise InputError(
+                    f"budget={self.budget!r} needs --chip-hour-price, the price of one {chip} hour."
+                )
+            amount /= self.chip_hour_price
+        return amount / self.chip_hours(1.0, mfu) if unit else amount
+
+
+# ------------------------------------------------------------------ the choice of a model
+
+
+def choices(
+    fitted: Fit, sizes: Mapping[str, float], budget: float, third: Numbers | None = None
+) -> list[dict[str, Any]]:
+    """Return every model at the pairs that a budget of training FLOPs pays for, the best first.
+
+    `sizes` are forward GMACs of a pair by model; `third` is the law's third quantity, one for all
+    models or one each. Each option has the `share` of the law's draws in which it is the best, and
+    says how it lies `outside` the runs. Raises InputError for a law of compute alone.
+    """
+    if not isinstance(fitted.law, Additive):
+        raise InputError(
+            "a law of compute alone cannot divide a budget between size and pairs; set --form to "
+            "additive, repeated or batched."
+        )
+    size = np.array([*sizes.values()])
+    samples = budget / TRAINING_FLOPS / size
+    third = None if third is None else np.broadcast_to(third, size.shape)
+    predicted = np.stack(fitted.predict(size, samples, third)).T.tolist()
+    best = fitted.draws(size, samples, third).argmin(axis=1)
+    options = [
+        {
+            "model": name, "size": size[i].item(), "samples": samples[i].item(),
+            "error": predicted[i][0], "interval": predicted[i][1:],
+            "share": (best == i).mean().item(),
+            "outside": _outside(fitted.runs, size[i], samples[i]),
+        }
+        for i, name in enumerate(sizes)
+    ]  # fmt: skip
+    return sorted(options, key=lambda option: option["error"])
+
+
+def _outside(runs: Runs, size: Numbers, samples: Numbers) -> list[str]:
+    """Say which quantities lie outside those of the runs, and by what factor."""
+    values = (size * samples, runs.compute), (size, runs.size), (samples, runs.samples)
+    marks = []
+    for name, (value, measured) in zip(("compute", "size", "pairs"), values, strict=True):
+        if value > 1.005 * measured.max():  # runs see complete batches
+            marks.append(f"{name} {value / measured.max():.2g} × the largest")
+        elif 1.005 * value < measured.min():
+            marks.append(f"{name} {value / measured.min():.2g} × the smallest")
+    return marks
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[str, Any]:
+    """Return the best model with its settings, time and price, and all options, as JSON values.
+
+    `compile_` is that of `pods.plan.plan`. Raises InputError for a table, a budget or a sweep that
+    gives no answer.
+    """
+    score, column = is_score(config.metric, config.metric_is), THIRD.get(config.form, "")
+    table = run_table.read(config.table, config.columns).select(config.metric, config.where)
+    runs = table.runs(config.metric, score, column)
+    fitted = fit_law(config.form, runs, "all", draws=config.draws)
+    own = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
+    sizes = {x: own[x] if x in own else gmacs(zoo.get(x)) for x in config.candidates or own}
+    unique = parse_count(config.unique) if config.unique else None
+
+    def ranked(mfu: float) -> list[dict[str, Any]]:
+        budget, third = config.training_flops(mfu), None
+        if config.form == "repeated":
+            third = unique
+        elif config.form == "batched":
+            samples = (budget / TRAINING_FLOPS / size for size in sizes.values())
+            third = np.array([_batch_size(config, table, x) for x in samples])
+        return choices(fitted, sizes, budget, third)
+
+    options, mfu, pod = ranked(config.mfu), config.mfu, None
+    best = options[0]
+    if config.compile:
+        pod = _compiled(config, best, _batch_size(config, table, best["samples"]), compile_)
+        options, mfu = ranked(pod.mfu), pod.mfu
+        best = next(option for option in options if option["model"] == best["model"])
+    batch_size = _batch_size(config, table, best["samples"])
+    compute = best["size"] * best["samples"]
+    optimum = fitted.best(np.array([compute]), sizes_of([fitted]))["size"]
+    chip_hours = config.chip_hours(compute * TRAINING_FLOPS, mfu)
+    result = best | {
+        "metric": config.metric, "is_score": score, "form": config.form, "runs": len(runs.error),
+        "training_flops": compute * TRAINING_FLOPS, "best_size": np.concatenate(optimum).tolist(),
+        "unique": unique, "epochs": unique and best["samples"] / unique, "batch_size": batch_size,
+        "steps": batch_size and max(round(best["samples"] / batch_size), 1),
+        "learning_rate": _learning_rate(config, table, best["model"], batch_size),
+        "topology": str(config.topology), "mfu": mfu, "remat": pod and pod.remat,
+        "fits": pod and pod.fits, "chip_hours": chip_hours,
+        "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
+        "price": config.chip_hour_price and chip_hours * config.chip_hour_price,
+        "options": options,
+    }  # fmt: skip
+    return result | {"warnings": _warnings(result)}
+
+
+def _batch_size(config: ScalePlanConfig, table: RunTable, samples: float) -> int | None:
+    """Return the config's batch size, or else that of the run with the nearest number of pairs."""
+    rows = [row for row in table.rows if text(row, "global_batch")]
+    if config.batch_size or not rows:
+        return config.batch_size
+    nearest = min(rows, key=lambda row: abs(np.log(number(row, "samples_seen") / samples)))
+    return int(number(nearest, "global_batch"))
+
+
+def _compiled(
+    config: ScalePlanConfig, best: Mapping[str, Any], batch: int | None, compile_: Any
+) -> pods.Plan:
+    """Plan the training step with the cheapest remat that fits, or the last one."""
+    if batch is None:
+        raise InputError("compile needs a batch size, which the table lacks; set --batch-size.")
+    model = zoo.get(best["model"])
+    terms = (SoftmaxConfig(), CaptionConfig()) if model.decoder else (SoftmaxConfig(),)
+    run = pods.PlanConfig(
+        batch_size=batch, mfu=config.mfu, objective=terms, topology=config.topology
+    )
+    for remat in pods.REMAT:
+        (planned,) = pods.plan(replace(run, model=replace(model, remat=remat)), compile_)
+        if planned.fits:
+            break
+    return planned
+
+
+def _learning_rate(
+    config: ScalePlanConfig, table: RunTable, model: str, batch: int | None
+) -> dict[str, Any] | None:
+    """Predict the learning rate by the rule of the sweep's optima, those of all widths."""
+    if config.sweep is None or batch is None:
+        return None
+    if config.sweep.suffix == ".json":
+        points = json.loads(read(config.sweep))["points"]
+    else:
+        best = "max" if is_score(config.metric, config.metric_is) else "min"
+        trials = ChooseConfig(table=config.sweep, choose_by=config.metric, report="lr", best=best)
+        points = choose(trials)["points"]
+    optima = [(x["width"], x["global_batch"], rate) for x in points for rate in x["optima"]]
+    if (rule := fit_rule(*zip(*optima, strict=True)) if optima else None) is None:
+        raise InputError(
+            f"{config.sweep} has too few optima for a rule: it needs three or more, of two or more "
+            "widths; extend the sweep, or leave out --sweep."
+        )
+    widths = {row["arch"]: text(row, "width") for row in table.rows}
+    run = float(widths.get(model) or zoo.get(model).vision.width), batch
+    value, *interval = rule.predict(*run)
+    swept = zip(("width", "batch"), run, zip(*optima, strict=True), strict=False)
+    outside = [f"{name} {x:g}" for name, x, xs in swept if not min(xs) <= x <= max(xs)]
+    return {"value": value, "interval": interval, "outside": outside}
+
+
+def _warnings(plan: Mapping[str, Any]) -> list[str]:
+    rate, epochs = plan["learning_rate"] or {"outside": ()}, plan["epochs"] or 0
+    warnings = {
+        f"the plan extrapolates ({', '.join(plan['outside'])}), and its interval assumes that the "
+        "law holds there.": plan["outside"],
+        f"the learning rate extrapolates: {', '.join(rate['outside'])}.": rate["outside"],
+        f"each pair is seen {epochs:.1f} times. Beyond {EPOCHS} epochs, repeated pairs are worth "
+        "less than new ones (arXiv:2305.16264), which only the form repeated counts.":
+            epochs > EPOCHS and plan["form"] != "repeated",
+        f"the step does not fit into the memory of {plan['topology']}.": plan["fits"] is False,
+    }  # fmt: skip
+    return [line for line, applies in warnings.items() if applies]
+
+
+# ------------------------------------------------------------------ for a terminal
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """Format a plan as text."""
+
+    def predicted(option: Mapping[str, Any]) -> str:
+        values, form = (option["error"], *option["interval"]), ".4g"
+        if plan["is_score"]:
+            error, low, high = values
+            values, form = (1 - error, 1 - high, 1 - low), ".1%"
+        value, low, high = (f"{x:{form}}" for x in values)
+        return f"{value} (95%: {low} to {high})"
+
+    size, low, high = plan["best_size"]
+    lines = [
+        f"{plan['training_flops']:.3g} training FLOPs by the {plan['form']} law of "
+        f"{plan['metric']} through {plan['runs']} runs; best size for new pairs "
+        f"{size:.3g} GMACs (95%: {low:.3g} to {high:.3g})"
+    ]
+    for x in plan["options"]:
+        mark = f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else ""
+        lines.append(
+            f"  {x['model']:16} {short(x['samples']):>6} pairs  {predicted(x)}, best in "
+            f"{x['share']:.0%} of draws{mark}"
+        )
+    words = [f"plan: {plan['model']} on {short(plan['samples'])} pairs"]
+    if plan["unique"]:
+        words.append(f"{plan['epochs']:.2g} epochs of {short(plan['unique'])}")
+    batch = f"{plan['steps']:,} steps of {plan['batch_size']:,}" if plan["batch_size"] else ""
+    rate = "none is known (--sweep)"
+    if at := plan["learning_rate"]:
+        low, high = at["interval"]
+        rate = f"{at['value']:.3g} (95%: {low:.3g} to {high:.3g})"
+    by = f"by compilation, remat {plan['remat']}" if plan["remat"] else "assumed"
+    price = "" if plan["price"] is None else f", price {plan['price']:,.0f}"
+    return "\n".join([
+        *lines,
+        ", ".join([*words, batch or "no batch size is known (--batch-size)"]),
+        f"learning rate: {rate}",
+        f"{plan['topology']} at {plan['mfu']:.0%} MFU ({by}): {plan['hours']:,.3g} h, "
+        f"{plan['chip_hours']:,.4g} chip-hours{price}",
+        *(f"warning: {line}" for line in plan["warnings"]),
+    ])  # fmt: skip

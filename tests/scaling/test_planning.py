@@ -1,0 +1,256 @@
+"""A run for a budget: the choice of a law whose truth is known, settings, time and price."""
+
+import csv
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_jax.cli.commands import main
+from clip_jax.errors import InputError
+from clip_jax.models import zoo
+from clip_jax.pods.compile import Facts, Request
+from clip_jax.pods.topology import Topology
+from clip_jax.pods.work import Work
+from clip_jax.scaling import choose
+from clip_jax.scaling.laws import Additive, Law, Repeated, Runs
+from clip_jax.scaling.planning import ScalePlanConfig, choices, describe, plan
+from clip_jax.scaling.run_table import gmacs
+from clip_jax.scaling.uncertainty import Fit, fit_law
+
+LAW = Additive(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1)))
+REPEATED = Repeated(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1, 15.0)))
+MODELS = ("ViT-S-32", "ViT-M-32", "ViT-B-32", "ViT-B-16", "ViT-L-16")
+SIZES = {name: gmacs(zoo.get(name)) for name in MODELS}
+SEEN = (1e7, 1e8, 1e9, 1e10)
+BATCHES = (1_024, 4_096, 16_384, 65_536)
+
+
+def fitted(law: Law = LAW, form: str = "additive") -> Fit:
+    size, samples = map(np.ravel, np.meshgrid([*SIZES.values()], SEEN))
+    return fit_law(form, Runs(size, samples, law(size, samples)), "all", draws=100)
+
+
+def write(path: Path, law: Law = LAW) -> Path:
+    """A table of noiseless runs, each of three numbers of distinct pairs."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        names = "arch samples_seen unique_samples gmacs_per_sample global_batch loss top1"
+        table.writerow(names.split())
+        for name, (seen, batch), share in itertools.product(
+            MODELS, zip(SEEN, BATCHES, strict=True), (1, 8, 64)
+        ):
+            error = law(SIZES[name], seen, seen / share)
+            table.writerow((name, seen, seen / share, SIZES[name], batch, error, 1 - error / 2))
+    return path
+
+
+def write_sweep(path: Path) -> Path:
+    """Trials whose loss is a parabola in the learning rate's logarithm."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        names = "arch width samples_seen gmacs_per_sample seed lr global_batch warmup weight_decay"
+        table.writerow((*names.split(), "loss"))
+        rates = [2.0**-n for n in range(5, 15)]
+        for width, batch, lr, seed in itertools.product((384, 512), (1_024, 4_096), rates, (0, 1)):
+            loss = 1 + math.log(lr / learning_rate(width, batch)) ** 2
+            row = (f"w{width}b{batch}", width, 1e6, 1, seed, lr, batch, 10, 0.1, loss)
+            table.writerow(row)
+    return path
+
+
+def learning_rate(width: float, batch: float) -> float:
+    return 2e-3 * (width / 384) ** -0.7 * (batch / 1_024) ** 0.5
+
+
+# ------------------------------------------------------------------ the choice
+
+
+@pytest.mark.parametrize("compute", [1e9, 1e10, 1e11])
+def test_the_model_is_the_laws_best_for_the_budget(compute):
+    options = choices(fitted(), SIZES, 6e9 * compute)
+    truth = {name: LAW(size, compute / size) for name, size in SIZES.items()}
+    assert [x["model"] for x in options] == sorted(truth, key=truth.__getitem__)
+    for option in options:
+        assert option["size"] * option["samples"] == pytest.approx(compute)
+        assert option["error"] == pytest.approx(truth[option["model"]], rel=1e-3)
+        assert option["interval"][0] <= option["error"] <= option["interval"][1]
+    assert sum(option["share"] for option in options) == pytest.approx(1)
+    assert options[0]["share"] > 0.9
+
+
+def test_every_quantity_outside_the_runs_is_marked():
+    sizes = SIZES | {"small": SIZES["ViT-S-32"] / 2, "large": SIZES["ViT-L-16"] * 2}
+    marks = {x["model"]: x["outside"] for x in choices(fitted(), sizes, 6e9 * 2e10)}
+    assert marks["ViT-B-32"] == marks["ViT-B-16"] == []
+    assert marks["large"] == ["size 2 × the largest"]
+    assert marks["small"] == ["size 0.5 × the smallest", "pairs 1.4 × the largest"]
+    far = {x["model"]: x["outside"] for x in choices(fitted(), SIZES, 6e9 * 1e13)}
+    assert far["ViT-L-16"] == ["compute 15 × the largest", "pairs 15 × the largest"]
+    near = {x["model"]: x["outside"] for x in choices(fitted(), SIZES, 6e9 * 1e7)}
+    assert near["ViT-S-32"] == ["compute 0.35 × the smallest", "pairs 0.35 × the smallest"]
+
+
+def test_a_law_of_compute_alone_divides_nothing():
+    with pytest.raises(InputError, match="a law of compute alone cannot divide a budget"):
+        choices(fitted(form="power"), SIZES, 1e20)
+
+
+# ------------------------------------------------------------------ budgets
+
+
+def test_budgets_of_all_units_are_the_same_at_the_assumed_mfu():
+    """A v5e has 197 TFLOP/s, a v3 two JAX devices on each chip of 123."""
+    flops = 100 * 3600 * 0.5 * 197e12
+    for budget in (f"{flops:g}", "100chip-hours", "120usd", "120eur"):
+        config = ScalePlanConfig(budget=budget, chip_hour_price=1.2)
+        assert config.training_flops(0.5) == pytest.approx(flops, rel=1e-5)
+    v3 = ScalePlanConfig(budget="1chip-hours", topology=Topology.parse("v3:4x4"))
+    assert v3.training_flops(1.0) == pytest.approx(3600 * 123e12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": ""}, "budget='' must be training FLOPs such as 1e21"),
+        ({"budget": "300chips"}, "must be training FLOPs such as 1e21, 300chip-hours or 5000usd"),
+        ({"budget": "0usd", "chip_hour_price": 1.0}, "must be training FLOPs"),
+        ({"budget": "5000usd"}, "needs --chip-hour-price, the price of one TPU v5e hour"),
+        ({"form": "power"}, "cannot divide a budget"),
+        ({"form": "repeated"}, "form=repeated needs the number of distinct pairs; set --unique"),
+        ({"candidates": ("ViT-B-33",)}, "no architecture 'ViT-B-33'"),
+        ({"mfu": 0.0}, "mfu=0.0 must be"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        plan(ScalePlanConfig(table=write(tmp_path / "runs.csv"), metric="loss", **changes))
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def planned(tmp_path: Path, **changes):
+    table = write(tmp_path / "runs.csv", changes.pop("law", LAW))
+    config = {"table": table, "metric": "loss", "draws": 100, "budget": "6e20"}
+    return plan(ScalePlanConfig(**(config | changes)))
+
+
+def test_a_plan_has_every_setting_of_the_run(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep.csv")
+    result = planned(tmp_path, sweep=sweep, candidates=("ViT-M-32",), chip_hour_price=2.0)
+    samples = 1e11 / SIZES["ViT-M-32"]
+    assert result["model"] == "ViT-M-32"  # of the sweep's widths
+    assert result["samples"] == pytest.approx(samples)
+    assert result["batch_size"] == 65_536  # of the runs of 10B pairs
+    assert result["steps"] == round(samples / 65_536)
+    chip_hours = 6e20 / (0.4 * 197e12) / 3600
+    assert result["chip_hours"] == pytest.approx(chip_hours)
+    assert result["hours"] == pytest.approx(chip_hours / 256)
+    assert result["price"] == pytest.approx(2 * chip_hours)
+    rate = result["learning_rate"]
+    assert rate["value"] == pytest.approx(learning_rate(512, 65_536), rel=1e-3)
+    assert rate["interval"][0] <= rate["value"] <= rate["interval"][1]
+    assert rate["outside"] == ["batch 65536"]
+    assert result["warnings"] == [
+        "the plan extrapolates (pairs 2 × the largest), and its interval assumes that the law "
+        "holds there.",
+        "the learning rate extrapolates: batch 65536.",
+    ]
+    inside = planned(tmp_path, sweep=sweep, candidates=("ViT-M-32",), batch_size=2_048)
+    assert inside["learning_rate"]["outside"] == []
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_output_of_choose_gives_the_same_learning_rate(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep.csv")
+    trials = choose.ChooseConfig(table=sweep, choose_by="loss", report="lr")
+    (tmp_path / "best.json").write_text(json.dumps(choose.choose(trials)))
+    changes = {"candidates": ("ViT-S-32",), "batch_size": 2_048}
+    rates = [
+        planned(tmp_path, sweep=tmp_path / name, **changes)["learning_rate"]
+        for name in ("sweep.csv", "best.json")
+    ]
+    assert rates[0] == rates[1]
+    one = json.loads((tmp_path / "best.json").read_text())
+    one["points"] = one["points"][:1]
+    (tmp_path / "best.json").write_text(json.dumps(one))
+    with pytest.raises(InputError, match="too few optima for a rule"):
+        planned(tmp_path, sweep=tmp_path / "best.json", **changes)
+
+
+def test_repetition_is_counted_by_its_law_or_named(tmp_path):
+    """With few distinct pairs, a larger model that sees fewer pairs is better."""
+    few = {"unique": "1M", "budget": "3e18"}
+    plain = planned(tmp_path, **few)
+    assert plain["epochs"] == pytest.approx(plain["samples"] / 1e6)
+    (warning,) = plain["warnings"]
+    assert warning.startswith(f"each pair is seen {plain['epochs']:.1f} times. Beyond 4 epochs")
+    known = planned(tmp_path, **few, form="repeated", law=REPEATED)
+    assert not any("each pair" in line for line in known["warnings"])
+    truth = {name: REPEATED(size, 5e8 / size, 1e6) for name, size in SIZES.items()}
+    assert known["model"] == min(truth, key=truth.__getitem__) == "ViT-L-16"
+    assert known["size"] > plain["size"]
+    assert known["error"] == pytest.approx(truth["ViT-L-16"], rel=5e-3)
+    assert planned(tmp_path, unique="10B", budget="3e18")["warnings"] == []
+
+
+def facts(request: Request, fits: bool = True) -> Facts:
+    """A compiled step whose memory traffic takes one second, if it fits at `full`."""
+    if request.recipe.model.remat != "full":
+        fits = False
+    work = Work(name="x", part="MLP", times=1, flops=1.0, bytes=819_000_000_000, cycles=None)
+    return Facts(
+        mesh=(256, 1, 1), form="dense", versions="none", compile_seconds=1.0, fits=fits,
+        peak_bytes=2**30, parameters=1, optimizer=1, batch=1, loss=1, token_embedding=1,
+        token_embedding_optimizer=1, works=(work,) if fits else (),
+    )  # fmt: skip
+
+
+def test_compilation_bounds_the_mfu_and_so_what_the_money_buys(tmp_path):
+    config = ScalePlanConfig(
+        table=write(tmp_path / "runs.csv"), metric="loss", draws=100, budget="100chip-hours",
+        compile=True, batch_size=4_096,
+    )  # fmt: skip
+    free = plan(replace(config, compile=False))
+    bound = plan(config, facts)
+    assert (bound["remat"], bound["fits"], bound["model"]) == ("full", True, free["model"])
+    assert bound["mfu"] < free["mfu"] == 0.4
+    assert bound["samples"] == pytest.approx(free["samples"] * bound["mfu"] / 0.4)
+    assert bound["chip_hours"] == pytest.approx(100)
+    none = plan(config, lambda request: facts(request, fits=False))
+    assert none["warnings"][-1] == "the step does not fit into the memory of v5e:16x16."
+    rows = (tmp_path / "runs.csv").read_text().replace("global_batch", "other")
+    (tmp_path / "runs.csv").write_text(rows)
+    with pytest.raises(InputError, match="compile needs a batch size"):
+        plan(replace(config, batch_size=None), facts)
+
+
+def test_the_command_prints_a_plan(tmp_path, capsys):
+    table = str(write(tmp_path / "runs.csv"))
+    args = ["scale", "plan", table, "--metric", "loss", "--draws", "100", "--unique", "400M"]
+    assert main([*args, "--budget", "5Kusd", "--chip-hour-price", "1.2"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "training FLOPs by the additive law of loss through 60 runs; best size for new pairs "
+        in text
+    )
+    assert "plan: ViT-L-16 on 2.9B pairs, 7.2 epochs of 400M, " in text
+    assert "learning rate: none is known (--sweep)" in text
+    assert "v5e:16x16 at 40% MFU (assumed): 16.3 h, 4,167 chip-hours, price 5,000" in text
+    assert main([*args, "--budget", "1e20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training_flops"] == pytest.approx(1e20)
+
+
+def test_a_score_and_missing_settings_in_words(tmp_path):
+    table = write(tmp_path / "runs.csv")
+    table.write_text(table.read_text().replace("global_batch", "other"))
+    result = plan(ScalePlanConfig(table=table, metric="top1", draws=100, budget="6e20"))
+    assert result["error"] == pytest.approx(LAW(result["size"], result["samples"]) / 2, rel=1e-3)
+    assert f" {1 - result['error']:.1%} (95%: " in describe(result).splitlines()[1]
+    assert "no batch size is known (--batch-size)" in describe(result)
+    assert result["steps"] is None
