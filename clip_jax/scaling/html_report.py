@@ -3,6 +3,7 @@
 The report is one file with data, style and script: it needs no server and loads nothing.
 """
 
+import contextlib
 import fcntl
 import re
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,12 @@ from clip_jax.storage.json_files import parse, read_rows
 POINTS = 240  # maximum number of points per curve, evenly spaced
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
 RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluation metrics
+MEANING = {  # of the law that the page draws over compute
+    "divided": "The line is the law at the best division of compute between size and samples. Runs "
+    "divided otherwise lie above it; their deviation is from the law at their own size.",
+    "frontier": "The law describes the best runs for their compute; others lie above it.",
+    "all": "The law describes all runs. A band is a 95% interval.",
+}
 # Last log line of a failed run; others were killed or are running elsewhere.
 FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
 
@@ -219,7 +226,10 @@ def _laws(
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
-        laws.append({"name": name, "curve": curve, "models": _models(families[name], config)})
+        fewer = len(family["points"]) < len(family["residuals"])
+        kind = "divided" if "optimal" in family else "frontier" if fewer else "all"
+        models = _models(families[name], config)
+        laws.append({"name": name, "curve": curve, "models": models, "meaning": MEANING[kind]})
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off
     return laws, describe(result).splitlines()
@@ -232,6 +242,8 @@ def _models(family: RunTable, config: FitConfig) -> dict[str, list[list[float]]]
         runs = config.runs(rows)
         if len({*runs.samples}) > 2:
             samples = np.geomspace(runs.samples.min(), runs.samples.max(), 60)
-            law = fit_law("power", runs, "all").curve(np.full_like(samples, runs.size[0]), samples)
-            curves[model] = np.stack([samples, *law]).T.tolist()
+            with contextlib.suppress(InputError):  # the page shows the model's points only
+                law = fit_law("power", runs, "all")
+                curve = law.curve(np.full_like(samples, runs.size[0]), samples)
+                curves[model] = np.stack([samples, *curve]).T.tolist()
     return curves

@@ -106,6 +106,11 @@ class RunTable:
                 f"{', '.join(map(repr, columns))} must be finite in every row; correct the table, "
                 "or exclude rows with --where."
             )
+        if not ((sizes > 0) & (samples > 0)).all():
+            raise InputError(
+                "gmacs_per_sample and samples_seen must be above 0 in every row; correct the "
+                "table, or add --where 'gmacs_per_sample>0' 'samples_seen>0'."
+            )
         if is_score and not ((values >= 0) & (values <= 1)).all():
             raise InputError(
                 f"{metric} reaches from {values.min():g} to {values.max():g}; a score must be "

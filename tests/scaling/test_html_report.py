@@ -1,7 +1,9 @@
 """The page of a ladder: what is in it. How it looks is tested in tests/programs/browser."""
 
 import fcntl
+import itertools
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,15 @@ import pytest
 
 from clip_jax.errors import InputError
 from clip_jax.scaling.html_report import ReportConfig, page, report
+from clip_jax.serialize import to_json
 from tests.scaling.conftest import POINTS, write_ladder
 
 
 def read(path: Path) -> dict:
     """The data of a page."""
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
-    return json.loads(text[1])
+    assert text is not None
+    return json.loads(text[1], parse_constant=pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,56 @@ def test_nothing_to_show_is_refused_and_bad_files_are_not_in_the_way(tmp_path: P
     report(ReportConfig(paths=(tmp_path,), output=tmp_path / "page.html"))
     (run,) = read(tmp_path / "page.html")["runs"]
     assert (run["status"], run["row"]["arch"]) == ("not begun", "unknown")
+
+
+SIZES, SEEN = (1, 10, 100), (1e6, 1e7, 1e8)
+TABLES = {  # results by size and pairs seen
+    "flat": lambda size, seen: 0.5,
+    "no score": lambda size, seen: 0,
+    "perfect": lambda size, seen: 1,
+    "partly perfect": lambda size, seen: float(size == 100),
+    "falling": lambda size, seen: 0.9 - 0.1 * math.log10(size * seen / 1e6),
+    "empty": lambda size, seen: "" if size > 1 else 0.5,
+    "too high": lambda size, seen: size,
+    "infinite": lambda size, seen: math.inf,
+    "not a number": lambda size, seen: math.nan,
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of laws at the bounds of their parameters
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *itertools.product(TABLES, ({}, {"compare": "family"})),
+        *itertools.product(("flat", "partly perfect"), ({"form": "additive"},)),  # slower
+    ],
+)
+def test_every_table_has_a_page_that_is_json(name, options, tmp_path: Path):
+    lines = ["arch,gmacs_per_sample,samples_seen,family,top1"]
+    for size, seen in itertools.product(SIZES, SEEN):
+        lines.append(f"m{size},{size},{seen},{size > 1},{TABLES[name](size, seen)}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    output = tmp_path / "page.html"
+    result = report(ReportConfig(paths=(tmp_path / "t.csv",), output=output, **options))
+    assert result["runs"] == {"done": 9}
+    data = read(output)
+    assert len(data["runs"]) == 9
+    assert data["summary"]
+    json.loads(to_json(result), parse_constant=pytest.fail)  # NaN is not JSON
+
+
+def test_the_page_says_what_its_law_describes(tmp_path: Path):
+    for changes, words in (
+        ({"through": "frontier"}, "describes the best runs"),
+        ({"through": "all"}, "describes all runs"),
+        ({"form": "additive"}, "best division of compute"),
+    ):
+        config = ReportConfig(
+            paths=(POINTS,), output=tmp_path / "page.html", metric="imagenet1k_acc1"
+        )
+        report(replace(config, **changes))
+        (law,) = read(config.output)["laws"]
+        assert words in law["meaning"]
 
 
 @pytest.mark.parametrize("column", ["samples_seen", "gmacs_per_sample", "acc"])

@@ -34,6 +34,7 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     expect(page.locator("#failed")).to_contain_text("clip-jax: step 391: loss nan")
     expect(page.locator("#saved")).to_contain_text("12 runs branch from 4 parent runs")
     expect(page.locator("#summary")).to_contain_text("info_nce: power law")
+    expect(page.locator("#meaning")).to_contain_text("The law describes")
     expect(page.locator("#cards")).to_contain_text("13 of 16")
     text = page.locator("body").inner_text()
     assert [words for words in ("NaN", "undefined", "Infinity", "[object") if words in text] == []
@@ -95,3 +96,13 @@ def test_the_report_of_a_table_shows_its_costs_and_a_law_of_each_model(browser, 
         ]
     ours.get_by_role("button", name="w24").click()
     assert ours.locator("#models path.law").count() == 2
+
+
+def test_a_page_without_a_law_says_why_above_its_points(browser, tmp_path):
+    table, file = tmp_path / "two.csv", tmp_path / "page.html"
+    table.write_text("arch,samples_seen,gmacs_per_sample,top1\na,1e6,1,0.5\nb,1e7,2,0.6\n")
+    assert main(["scale", "report", str(table), "--output", str(file)]) == 0
+    page = browser.new_page()
+    page.goto(f"file://{file}")
+    assert page.locator("#points .mark").count() == 2
+    expect(page.locator("#warnings .warning")).to_contain_text("no law: 2 points")
