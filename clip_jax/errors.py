@@ -87,10 +87,10 @@ def check_picture(path: Any, name: str) -> None:
         raise InputError(f"{name}={str(path)!r} must end in one of {', '.join(_PICTURES)}.")
 
 
-def read_worker(text: str) -> tuple[int, int]:
+def read_worker(text: str, name: str = "worker") -> tuple[int, int]:
     """Parse `1/4` to `4/4` into a worker's index, from 0, and the number of workers."""
     number, _, count = text.partition("/")
     digits = all(x.isascii() and x.isdecimal() and len(x) < 10 for x in (number, count))
     if not (digits and 1 <= int(number) <= int(count)):
-        raise InputError(f"worker={text!r} must be i/n with i from 1 to n, such as 1/4.")
+        raise InputError(f"{name}={text!r} must be i/n with i from 1 to n, such as 1/4.")
     return int(number) - 1, int(count)

@@ -10,8 +10,8 @@ Recipe: batch sizes of DataComp (4,096 for its small and medium scale, 8,192 for
 Cherti et al. (88,064). One rule sets all learning rates. They are within a factor of the papers':
 DataComp 5e-4 and 1e-3 (xlarge), Cherti et al. 1e-3 from B/32 to L/14 and 5e-4 for H/14.
 Notes: Copy this file with `clip-jax configs ladder_datacomp > mine.py` and set the paths of its two
-data sources to your shards. On a pod, run the third command on every host, or `--worker i/n` of the
-ladder on each slice; the same command resumes. The MFU is an assumption; set your own.
+data sources to your shards. On pods, run `scale ladder` on every host of every slice: they share a
+queue, and the same command resumes. The MFU is an assumption; set your own.
 """
 
 import dataclasses

@@ -15,8 +15,10 @@ import numpy as np
 
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
+from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
+from clip_jax.scaling.queue import workers
 from clip_jax.scaling.run_table import (
     Row,
     RunTable,
@@ -72,7 +74,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
     is_a_score = is_score(metric, config.metric_is)
     folders = {str(folder): folder for folder in _folders(config.paths)}
     rows = [finished.get(name) for name in folders]
-    runs = [_run(x, row, metric) for x, row in zip(folders.values(), rows, strict=True)]
+    claims = {x.parent: workers(x.parent, CLOCK.unix()) for x in folders.values()}
+    runs = [
+        _run(x, row, metric, claims[x.parent].get(x.name, ""))
+        for x, row in zip(folders.values(), rows, strict=True)
+    ]
     others = [row for row in table.rows if str(row["source"]) not in folders]
     rows, runs = rows + others, runs + [_shown(row) for row in others]
     if not runs:
@@ -125,8 +131,8 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
     return sorted({x.parent for x in configs if x.name == "config.json"}, key=str)
 
 
-def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
-    """Return the data that the page shows of a run directory."""
+def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dict[str, Any]:
+    """Return the data that the page shows of a run directory, which `worker` may be training."""
     config, result = (_read(folder / name) for name in ("config.json", "result.json"))
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
@@ -138,8 +144,8 @@ def _run(folder: AnyPath, finished: Row | None, metric: str) -> dict[str, Any]:
     branch, first = branch_point(config["branch_from"]) if config.get("branch_from") else ("", 0)
     if finished:
         status, words = "done", ""
-    elif _is_held(folder / "lock"):
-        status = "running"
+    elif worker or _is_held(folder / "lock"):
+        status, words = "running", worker or words
     elif FAILURE.match(words):
         status = "failed"
     else:

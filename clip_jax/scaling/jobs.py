@@ -1,14 +1,17 @@
 """Run processes, a limited number at a time."""
 
 import contextlib
+import errno
 import fcntl
 import signal
 import subprocess
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from clip_jax.clock import CLOCK, Clock
+from clip_jax.storage import files
+from clip_jax.storage.files import AnyPath
 
 Say = Callable[[str], None]
 
@@ -20,14 +23,69 @@ class Stopped(Exception):
 
 
 class Job(NamedTuple):
-    """One process, and the directory that it locks while it runs."""
+    """One process, and the directories that it uses."""
 
     name: str
     command: list[str]
-    directory: Path  # has `log.txt`, the process's output, and `job.lock`, which it holds
+    workdir: AnyPath  # gets the result, and a copy of the log
+    directory: Path  # on disk: has the log, and the lock that the process holds while it runs
     is_done: Callable[[], bool]  # whether its result exists
     after: str = ""  # name of the job that produces its input, if there is one
     is_ready: Callable[[], bool] = lambda: True  # whether its input exists
+    process: int = 0  # number of this process, if several hosts do the job together
+    held: IO[bytes] | None = None  # the lock, if this process has it
+
+    @property
+    def log(self) -> Path:
+        return self.directory / (f"log-{self.process}.txt" if self.process else "log.txt")
+
+    def lock(self) -> "Job | None":
+        """Lock the job on this machine; None if another process has the lock.
+
+        The job's process inherits the lock and holds it while it lives, even if this one is killed:
+        so the next command does not start the job beside an orphan. Without a lock, if the file
+        system has none.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        name = f"job-{self.process}.lock" if self.process else "job.lock"
+        file = (self.directory / name).open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            return self if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK) else None
+        return self._replace(held=file)
+
+    def unlock(self) -> None:
+        if self.held:
+            self.held.close()
+
+
+class Source(contextlib.AbstractContextManager):
+    """Where a runner's jobs come from."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}  # reasons, by name of the job
+        self.left_out: list[str] = []  # names of jobs that would exceed the limit
+
+    def take(self) -> Job | None:
+        """Lock and claim a job that can start now; None if there is none at this time."""
+        raise NotImplementedError
+
+    def release(self, job: Job, outcome: str, reason: str = "") -> str:
+        """End a claim, as `done`, `failed` or `stopped`; return what is left, for a message."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Return whether no job will come any more."""
+        raise NotImplementedError
+
+    def lost(self) -> Collection[str]:
+        """Return the names of jobs that others have taken over. Called at every poll."""
+        return ()
+
+    def __exit__(self, *_: object) -> None:
+        """Tell others that this source has ended."""
 
 
 class _Running(NamedTuple):
@@ -37,42 +95,41 @@ class _Running(NamedTuple):
 
 
 def run(
-    jobs: Sequence[Job],
-    at_a_time: int,
-    environment: Mapping[str, str],
-    say: Say,
-    clock: Clock = CLOCK,
-) -> dict[str, str]:
-    """Run all jobs, in order; the failure of one does not affect the others.
+    source: Source, at_a_time: int, environment: Mapping[str, str], say: Say, clock: Clock = CLOCK
+) -> None:
+    """Run all jobs of a source; the failure of one does not affect the others.
 
-    Returns the reasons of failures, by name. After SIGTERM or SIGINT, sends SIGTERM to the running
-    processes and raises Stopped when they have ended. Call it from the main thread, since only
-    that one handles signals.
+    After SIGTERM or SIGINT, sends SIGTERM to the running processes and raises Stopped when they
+    have ended. Call it from the main thread, since only that one handles signals.
     """
-    waiting, running, failures = list(jobs), list[_Running](), dict[str, str]()
+    running = list[_Running]()
     terminated = False
-    with _listening() as came:
-        while running or (waiting and not came):
-            for job in [job for job in waiting if job.after in failures and not job.is_ready()]:
-                waiting.remove(job)
-                failures[job.name] = f"not started, because {job.after} failed"
-            while len(running) < at_a_time and not came:
-                unfinished = {job.name for job in (*waiting, *(one.job for one in running))}
-                if not (started := _start_next(waiting, unfinished, environment, say, clock)):
-                    break
-                running.append(started)
+    with _listening() as came, contextlib.ExitStack() as locks:
+        while running or not (came or source.is_over()):
+            while len(running) < at_a_time and not came and (job := source.take()):
+                locks.callback(job.unlock)
+                running.append(_start(job, environment, clock))
+                say(f"{job.name}: started as process {running[-1].process.pid}")
+            lost = source.lost()
             for one in [*running]:
+                job = one.job
                 if one.process.poll() is None:
-                    if came and not terminated:
+                    if job.name in lost:
+                        one.process.kill()
+                    elif came and not terminated:
                         one.process.terminate()
                     continue
                 running.remove(one)
-                job, minutes = one.job, f"{(clock.now() - one.began) / 60:.1f} min"
-                if failure := _failure(job, one.process.returncode):
-                    say(f"{job.name}: {'stopped' if came else 'FAILED'} after {minutes}: {failure}")
-                    failures |= {} if came else {job.name: failure}
-                else:
-                    say(f"{job.name}: done after {minutes}; {len(waiting) + len(running)} left")
+                failure = _failure(job, one.process.returncode)
+                if files.is_remote(job.workdir):
+                    files.write_whole(job.workdir / job.log.name, job.log.read_bytes())
+                ends = "stopped" if came or job.name in lost else "failed"
+                outcome = ends if failure else "done"
+                rest = source.release(job, outcome, failure or "")
+                job.unlock()
+                what = f"{outcome if outcome != 'failed' else 'FAILED'} after "
+                what += f"{(clock.now() - one.began) / 60:.1f} min"
+                say(f"{job.name}: {what}{f': {failure}' if failure else rest}")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)
     if came:
@@ -80,48 +137,25 @@ def run(
             f"stopped by {signal.Signals(came[0]).name}; running jobs were saved. Run the same "
             "command again to continue."
         )
-    return failures
 
 
-def _start_next(
-    waiting: list[Job],
-    unfinished: set[str],
-    environment: Mapping[str, str],
-    say: Say,
-    clock: Clock,
-) -> _Running | None:
-    """Start the first waiting job whose directory is free, and take it off the list."""
-    for job in list(waiting):
-        if job.after in unfinished and not job.is_ready():
-            continue
-        with (job.directory / "job.lock").open("a") as lock:
-            try:
-                # The process inherits the lock and holds it while it lives, even if this one is
-                # killed: so the next command does not train in parallel to an orphan.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            waiting.remove(job)
-            if job.is_done():
-                say(f"{job.name}: already done by another process")
-                continue
-            with (job.directory / "log.txt").open("ab") as log:
-                # A terminal's Ctrl-C does not reach a process group of its own: the process gets
-                # SIGTERM instead, on which it saves.
-                process = subprocess.Popen(
-                    job.command, env=environment, pass_fds=[lock.fileno()], process_group=0,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-        return _Running(job, process, clock.now())
-    return None
+def _start(job: Job, environment: Mapping[str, str], clock: Clock) -> _Running:
+    with job.log.open("ab") as log:
+        # A terminal's Ctrl-C does not reach a process group of its own: the process gets SIGTERM
+        # instead, on which it saves.
+        process = subprocess.Popen(
+            job.command, env=environment, pass_fds=[job.held.fileno()] if job.held else [],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+        )  # fmt: skip
+    return _Running(job, process, clock.now())
 
 
 def _failure(job: Job, code: int) -> str | None:
     if code == 0 and job.is_done():
         return None
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    text = (job.directory / "log.txt").read_text(errors="replace").strip()
-    return f"{how}; {job.directory / 'log.txt'} ends: {text.splitlines()[-1] if text else ''}"
+    text = job.log.read_text(errors="replace").strip()
+    return f"{how}; {job.log} ends: {text.splitlines()[-1] if text else ''}"
 
 
 @contextlib.contextmanager

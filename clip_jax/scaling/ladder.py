@@ -10,7 +10,9 @@ MFU.
 import itertools
 import json
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -23,15 +25,23 @@ from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, run_file, with_order
-from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import fitting
 from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
+from clip_jax.scaling.queue import Budget, Follower, Group, Log, Queue, group_of
 from clip_jax.scaling.run_table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.storage.files import check_destination, write_whole
+from clip_jax.storage.files import (
+    AnyPath,
+    as_path,
+    beside,
+    check_destination,
+    is_remote,
+    write_whole,
+)
 from clip_jax.storage.json_files import read_json
 
 # ------------------------------------------------------------------ the spec
@@ -229,7 +239,7 @@ class Point(NamedTuple):
     model: str
     samples: int  # as in the spec; the run sees complete batches
     config: Config
-    workdir: Path
+    workdir: AnyPath
     parent: str = ""  # name of the run that it branches from
 
     @property
@@ -251,10 +261,10 @@ class Point(NamedTuple):
         if not self.config.branch_from:
             return True
         parent, step = branch_point(self.config.branch_from)
-        return step in steps_in(Path(parent) / "checkpoints")
+        return step in steps_in(as_path(parent) / "checkpoints")
 
 
-def grid(ladder: LadderConfig, root: Path) -> list[Point]:
+def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
     """Return every run of the ladder, with run directories under `root`."""
     points = []
     sweep = ladder.sweep or SweepConfig()
@@ -346,40 +356,52 @@ class LadderCommand:
     """Train the unfinished runs of a ladder; run the command again to resume."""
 
     spec: Path  # Python file with get_ladder(), such as configs/ladder_digits.py.
-    root: Path | None = None  # Parent of the run directories. None: runs/ and the spec's name.
+    # Folder of the run directories and of the queue. None: runs/ and the spec's name.
+    root: AnyPath | None = None
     only: str = "*"  # Pattern of the names of points to train, such as 'w32@*' or '*-seed0'.
-    worker: str = "1/1"  # Shard of the points for this worker: 1/4 to 4/4 for four workers.
     jobs: int = 1  # Number of points to train at once on this machine. 0: only write configs.
+    # Limit of the study's estimated cost, such as 1e21flops or 500chip-hours (of the spec's first
+    # hardware). No point starts that would exceed it. None: no limit.
+    limit: str | None = None
+    # Number of this host among those that train each point together, such as 1/4. Empty: as in the
+    # environment that JAX reads, if it names the processes of a run.
+    host: str = ""
+    group: str = ""  # Name of the group of hosts that train each point together, for --host.
     dry_run: bool = False  # Only print the table of points.
 
     def __post_init__(self) -> None:
-        read_worker(self.worker)
         check_ranges(self, jobs="[0, inf)")
 
 
 def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     """Print the table of points, write their configs, and train the unfinished ones.
 
-    Returns JSON values: `points`, each with its estimates, whether it is `done` and the `failure`
-    if it failed; and `totals` of the unfinished points. Raises jobs.Stopped after SIGTERM or
-    Ctrl-C.
+    Returns JSON values: `points`, in the order of the queue, each with its estimates, whether it is
+    `done`, the `failure` if it failed, and whether the limit has `left_out` the point; and `totals`
+    of the unfinished points. Raises jobs.Stopped after SIGTERM or Ctrl-C.
     """
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
-    points = _chosen(grid(ladder, root), command)
+    group = group_of(command.group, command.host)
+    if group.count > 1 and command.jobs > 1:
+        raise InputError(f"jobs={command.jobs} must be 1 where {group.count} hosts train a point.")
+    complete_grid = grid(ladder, root)
+    points = _chosen(complete_grid, command.only)
     done = {point.name for point in points if is_done(point)}
     missing = [point for point in points if point.name not in done]
+    budget = _budget(ladder, complete_grid, command.limit)
     say(describe(points, done, ladder))
+    left_out = _beyond(missing, budget, Log(root)) if command.limit else []
+    if left_out:
+        say(f"  the limit of {command.limit} leaves out {', '.join(left_out)}")
 
     failures: dict[str, str] = {}
     if not command.dry_run:
         check_destination(root, "--root")
-        for point in missing:
-            config = with_order(point.config, point.workdir)  # an earlier start's order
-            write_whole(point.workdir / "config.json", json.dumps(to_dict(config), indent=1))
+        _write_configs(missing, group)
         if command.jobs:
-            failures = _train(missing, root, command.jobs, say)
-            done |= {point.name for point in missing} - failures.keys()
+            failures, left_out = _train(missing, root, group, budget, command.jobs, say)
+            done |= {x.name for x in missing if x.name not in failures and is_done(x)}
 
     def numbers(some: Sequence[Point]) -> dict[str, Any]:
         return {
@@ -398,6 +420,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
                 **numbers([point]),
                 "done": point.name in done,
                 "failure": failures.get(point.name),
+                "left_out": point.name in left_out,
             }
             for point in points
         ],
@@ -405,31 +428,75 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     }
 
 
-def _chosen(points: Sequence[Point], command: LadderCommand) -> list[Point]:
-    """Return this worker's shard of the points, the longest first; branches stay with parents."""
-    wanted = {point.name for point in points if fnmatch(point.name, command.only)}
+def _chosen(points: Sequence[Point], only: str) -> list[Point]:
+    """Return the points whose names match and their parents, in the order of the queue.
+
+    The most expensive is first. A parent run counts with its branches, since these wait for it.
+    """
+    wanted = {point.name for point in points if fnmatch(point.name, only)}
     if not wanted:
-        raise InputError(f"only={command.only!r} matches no point; the first is {points[0].name}.")
+        raise InputError(f"only={only!r} matches no point; the first is {points[0].name}.")
     wanted |= {point.parent for point in points if point.name in wanted}
-    together: dict[str, list[Point]] = {}
+    chosen, work = [point for point in points if point.name in wanted], Counter[str]()
+    for point in chosen:
+        for name in {point.name, point.parent}:
+            work[name] += point.training_flops
+    return sorted(chosen, key=lambda point: -work[point.name])
+
+
+def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) -> Budget:
+    """Return the limit with the estimated cost of every point, in the unit of the limit."""
+    if limit is None:
+        return Budget()
+    parts = re.fullmatch(r"([\d.]+(?:e\+?\d+)?) ?(flops|chip-hours)", limit.lower())
+    if not parts:
+        raise InputError(f"limit={limit!r} must be like 1e21flops or 500chip-hours.")
+    if parts[2] != "flops" and not ladder.hardware:
+        raise InputError(f"limit={limit!r} needs hardware=(HardwareConfig(...),) in the spec.")
+    costs = {point.name: float(point.training_flops) for point in points}
+    if parts[2] != "flops":
+        first = ladder.hardware[0]
+        costs = {name: first.chips * first.hours(work) for name, work in costs.items()}
+    return Budget(costs, [point.name for point in points if is_done(point)], float(parts[1]))
+
+
+def _beyond(points: Sequence[Point], budget: Budget, log: Log) -> list[str]:
+    """Name the points that the limit leaves out, if they start in this order."""
+    begun, left_out = {*log.newest}, list[str]()
     for point in points:
-        if point.name in wanted:
-            together.setdefault(point.parent or point.name, []).append(point)
-
-    def work(some: Sequence[Point]) -> int:
-        return sum(point.training_flops for point in some)
-
-    # Long runs start first, and workers get similar amounts of work.
-    number, parts = read_worker(command.worker)
-    mine = sorted(together.values(), key=work, reverse=True)[number::parts]
-    return sorted((p for some in mine for p in some), key=lambda point: -point.training_flops)
+        if point.parent not in left_out and budget.allows(begun, point.name):
+            begun.add(point.name)
+        else:
+            left_out.append(point.name)
+    return left_out
 
 
-def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -> dict[str, str]:
-    """Train points in processes; return the reasons of failures, by name."""
+def _directory(point: Point) -> Path:
+    """Return the folder on disk for a point's lock and log."""
+    return beside(point.workdir, "ladder") if is_remote(point.workdir) else Path(point.workdir)
+
+
+def _write_configs(points: Sequence[Point], group: Group) -> None:
+    """Write the config of each point, unless it has it: another worker may be training it."""
+    for point in points:
+        path = point.workdir / "config.json"
+        config = with_order(point.config, point.workdir)  # an earlier start's order
+        content = json.dumps(to_dict(config), indent=1)
+        if group.index == 0 and not (path.exists() and path.read_text() == content):
+            write_whole(path, content)
+        if is_remote(path):
+            write_whole(_directory(point) / "config.json", content)
+
+
+def _train(
+    points: Sequence[Point], root: AnyPath, group: Group, budget: Budget, at_a_time: int,
+    say: jobs.Say,
+) -> tuple[dict[str, str], list[str]]:  # fmt: skip
+    """Train points in processes; return the reasons of failures, and what the limit left out."""
+    folder = root if is_remote(root) else Path(root).absolute()
     environment = {
         # Points that differ only in their seed share the compiled step.
-        "JAX_COMPILATION_CACHE_DIR": str((root / "compilation_cache").absolute()),
+        "JAX_COMPILATION_CACHE_DIR": f"{folder}/compilation_cache",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **os.environ,
     }
@@ -437,29 +504,35 @@ def _train(points: Sequence[Point], root: Path, at_a_time: int, say: jobs.Say) -
     runs = [
         jobs.Job(
             name=point.name,
-            command=[*command, f"{point.workdir}/config.json", "--workdir", str(point.workdir)],
-            directory=point.workdir,
-            is_done=partial(is_done, point),
+            command=[*command, f"{_directory(point)}/config.json", "--workdir", str(point.workdir)],
+            workdir=point.workdir,
+            directory=_directory(point),
+            is_done=(lambda: True) if group.index else partial(is_done, point),
             after=point.parent,
             is_ready=point.is_ready,
+            process=group.index,
         )
         for point in points
     ]
-    return jobs.run(runs, at_a_time, environment, say)
+    make = Follower(root, runs, group) if group.index else Queue(root, runs, budget, group, say)
+    with make as source:
+        jobs.run(source, at_a_time, environment, say)
+    return source.failures, source.left_out
 
 
 # ------------------------------------------------------------------ for a terminal
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
-    """Format the grid as a table with a line per model and number of samples."""
+    """Format points, in the order of the queue, with a line per model and number of samples."""
     groups: dict[tuple[str, int], list[Point]] = {}
-    for point in sorted(points, key=lambda point: (gmacs(point.config.model), point.samples)):
+    for point in points:
         label = f"{point.model} parent" if ladder.branches and not point.parent else point.model
         groups.setdefault((label, point.samples), []).append(point)
-    rows = []
+    rows, total = list[dict[str, str]](), 0
     for (label, _), group in groups.items():
         point, config = group[0], group[0].config
+        total += sum(other.training_flops for other in group)
         row = {
             "model": label,
             "pairs": short(point.samples_seen),
@@ -469,6 +542,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             "learning rate": f"{config.optim.learning_rate:g}",
             "warm-up": f"{config.optim.warmup_steps:,}",
             "FLOPs per run": f"{point.training_flops:.2e}",
+            "cumulative": f"{total:.2e}",
             "runs": str(len(group)),
             "done": str(sum(other.name in done for other in group)),
         }
@@ -479,8 +553,8 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
     missing = [point for point in points if point.name not in done]
-    total = sum(point.training_flops for point in missing)
-    lines.append(f"{len(missing)} of {len(points)} runs are missing: {total:.2e} training FLOPs")
+    work = sum(point.training_flops for point in missing)
+    lines.append(f"{len(missing)} of {len(points)} runs are missing: {work:.2e} training FLOPs")
     lines += [
         f"  {kind.chips} {kind.chip} at an assumed {kind.mfu:.0%} of the peak: "
         f"{kind.estimate(missing)['hours']:,.2f} h in sequence"

@@ -210,13 +210,17 @@ def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, 
     assert not (tmp_path / "42.wrong").exists()
 
 
-def test_a_slurm_array_takes_its_part(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [(("embed", "m", "photos", "out"), " --worker 3/8"), (("scale", "ladder", "spec.py"), "")],
+)
+def test_a_slurm_array_takes_its_part(command, flags, tmp_path):
     done, calls = run_script(
-        "slurm_array.sbatch", tmp_path, {"clip-jax": ""}, "embed", "m", "photos", "out",
+        "slurm_array.sbatch", tmp_path, {"clip-jax": ""}, *command,
         SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="8",
     )  # fmt: skip
     assert done.returncode == 0
-    assert calls == ["clip-jax embed m photos out --worker 3/8"]
+    assert calls == [f"clip-jax {' '.join(command)}{flags}"]
 
 
 def test_the_local_launcher_keeps_simulated_devices_on_the_cpu(tmp_path):

@@ -71,26 +71,30 @@ def write_ladder(root: Path) -> list[str]:
     return [point.name for point in points]
 
 
-def train_all(jobs, at_a_time, environment, say) -> dict[str, str]:
+def train_all(source, at_a_time, environment, say, *, most: int = 1_000) -> list[str]:
     """In place of `scaling.jobs.run`: leave what training leaves at the end of each config.
 
-    The lower a learning rate, the lower the loss.
+    The lower a learning rate, the lower the loss. Returns the names in the order of training.
     """
-    for job in jobs:
+    names = []
+    while len(names) < most and (job := source.take()):
         assert job.is_ready()
         assert not job.is_done()
         assert job.command[1:4] == ["-m", "clip_jax", "train"]
-        assert job.command[5:] == ["--workdir", str(job.directory)]
+        assert job.command[5:] == ["--workdir", str(job.workdir)]
         config = load_config(Path(job.command[4]))
         row = {"step": config.end} | dict.fromkeys(("loss", "info_nce"), config.optim.learning_rate)
-        with (job.directory / "metrics.jsonl").open("a") as file:
+        with (job.workdir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         result = row | {"samples_seen": config.end * config.batch_size}
-        (job.directory / "result.json").write_text(json.dumps(result))
+        (job.workdir / "result.json").write_text(json.dumps(result))
         for step in (*config.checkpoint.also, config.end):
-            (job.directory / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+            (job.workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
         assert job.is_done()
-    return {}
+        names.append(job.name)
+        source.release(job, "done")
+        job.unlock()
+    return names
 
 
 def collected(root: Path) -> list[dict[str, str]]:

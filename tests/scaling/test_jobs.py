@@ -13,7 +13,8 @@ from unittest import mock
 import pytest
 
 from clip_jax.scaling import jobs
-from clip_jax.scaling.jobs import Job, Stopped, run
+from clip_jax.scaling.jobs import Job, Source, Stopped, run
+from clip_jax.scaling.queue import Budget, Group, Queue
 from tests.clock import HandClock
 
 
@@ -26,6 +27,7 @@ class Process:
     seconds: float = 1.0
     acts: dict[float, Callable[[], object]] = field(default_factory=dict)
     returncode: int | None = None
+    pid: int = 7
     terminated: int = 0
 
     def begin(self, now: float, lock: int, log: IO[bytes]) -> None:
@@ -63,7 +65,7 @@ class Machine(HandClock):
         process = self._programs[name] = Process(**program)
         if done_after is not None:
             process.acts |= {done_after: (directory / "done").touch}
-        return Job(name, [name], directory, (directory / "done").exists)
+        return Job(name, [name], directory, directory, (directory / "done").exists)
 
     def start(self, args: list[str], *, pass_fds, stdout, **how) -> Process:
         assert how == {
@@ -80,7 +82,13 @@ class Machine(HandClock):
             self._programs[name].go_on(self.now())
 
     def run(self, some: list[Job], at_a_time: int = 1) -> dict[str, str]:
-        return run(some, at_a_time, {"A": "b"}, self.said.append, self)
+        queue = Queue(self._folder, some, Budget(), Group(), self.said.append, self)
+        return self.run_source(queue, at_a_time).failures
+
+    def run_source(self, source: Source, at_a_time: int = 1) -> Source:
+        with source:
+            run(source, at_a_time, {"A": "b"}, self.said.append, self)
+        return source
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
     assert failures["c"].startswith("killed by SIGKILL")
     assert failures["d"].endswith("ends: early")
     assert (some[0].directory / "log.txt").read_text() == "fine\n"
-    assert len(machine.said) == 5
+    assert len(machine.said) == 2 * 5
     assert machine.run(some[:1]) == {}
     assert machine.said[-1] == "a: already done by another process"
     assert machine.started == list("abcde")
@@ -113,7 +121,10 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
 
 def test_how_long_each_took_and_how_many_are_left_is_said(machine: Machine):
     machine.run([machine.job(name, seconds=60) for name in "ab"])
-    assert machine.said == ["a: done after 1.0 min; 1 left", "b: done after 1.0 min; 0 left"]
+    assert machine.said == [
+        "a: started as process 7", "a: done after 1.0 min; 1 left",
+        "b: started as process 7", "b: done after 1.0 min; 0 left",
+    ]  # fmt: skip
     assert set(machine.slept) == {jobs.POLL_SECONDS}
 
 
@@ -141,7 +152,7 @@ def test_no_second_process_starts_beside_an_orphan(machine: Machine):
     ):
         machine.run([one])
     assert machine.run([one]) == {}
-    assert machine.said == ["a: already done by another process"]
+    assert machine.said[1:] == ["a: already done by another process"]
     assert machine.started == ["a"]
 
 
@@ -154,4 +165,4 @@ def test_a_signal_terminates_what_runs_and_starts_no_others(machine: Machine):
     assert [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))] == before
     assert machine.started == ["a"]
     assert machine._programs["a"].terminated == 1
-    assert machine.said[0].startswith("a: stopped after 0.0 min: exit code 1; ")
+    assert machine.said[1].startswith("a: stopped after 0.0 min: exit code 1; ")

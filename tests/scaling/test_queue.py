@@ -1,0 +1,314 @@
+"""The queue: every job once and the dearest first, whoever is killed, stands still or is slow."""
+
+import json
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
+from clip_jax.errors import InputError
+from clip_jax.scaling.jobs import Job
+from clip_jax.scaling.queue import (
+    SCAN_SECONDS,
+    Budget,
+    Follower,
+    Group,
+    Log,
+    Queue,
+    group_of,
+    workers,
+)
+from clip_jax.storage import files
+from tests.clock import HandClock
+
+
+@dataclass
+class Study:
+    """A folder of three jobs, and the machines that see it."""
+
+    root: Path
+    clock: HandClock = field(default_factory=HandClock)
+    said: list[str] = field(default_factory=list)
+    taken: list[Job] = field(default_factory=list)
+
+    def job(self, name: str, host: str) -> Job:
+        """A job whose lock is on a disk of that host."""
+        done = self.root / name / "done"
+        return Job(name, [name], self.root / name, self.root / host / name, done.exists)
+
+    def worker(
+        self, host: str = "here", names: str = "abc", budget: Budget | None = None,
+        group: Group | None = None, change: Callable[[Job], Job] = lambda job: job,
+    ) -> Queue:  # fmt: skip
+        jobs = [change(self.job(name, host)) for name in names]
+        with mock.patch.object(socket, "gethostname", autospec=True, return_value=host):
+            return Queue(
+                self.root, jobs, budget or Budget(), group or Group(), self.said.append, self.clock
+            )
+
+    def end(self, worker: Queue, job: Job, outcome: str = "done", reason: str = "") -> str:
+        if outcome == "done":
+            (self.root / job.name).mkdir(exist_ok=True)
+            (self.root / job.name / "done").touch()
+        left = worker.release(job, outcome, reason)
+        job.unlock()
+        return left
+
+    def take(self, worker: Queue | Follower) -> str:
+        """The name of the job that a worker takes after a pause, which it then runs."""
+        self.clock.advance(SCAN_SECONDS)
+        job = worker.take()
+        self.taken += [job] if job else []
+        return job.name if job else ""
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        return {job.name: job for job in self.taken}
+
+    def log(self) -> list[tuple[str, str]]:
+        paths = sorted((self.root / "queue/events").iterdir())
+        events = [json.loads(path.read_text()) for path in paths]
+        return [(event["kind"], event["job"]) for event in events]
+
+    def kill(self) -> None:
+        """As if the worker and the process of every job that was taken were killed."""
+        for job in self.taken:
+            job.unlock()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Generator[Study]:
+    made = Study(tmp_path)
+    yield made
+    made.kill()
+
+
+def test_workers_take_the_first_that_is_free_and_none_takes_another_s(study: Study):
+    one, two = study.worker("one"), study.worker("two")
+    assert [study.take(worker) for worker in (one, two, one, two)] == ["a", "b", "c", ""]
+    assert not one.is_over()  # it may have to take over
+    assert study.end(one, study.jobs["a"]) == "; 2 left"
+    assert study.end(one, study.jobs["c"]) == "; 1 left"
+    assert [study.take(one), study.take(two)] == ["", ""]
+    assert study.said == [f"{name}: already done by another process" for name in "ac"]
+    study.end(two, study.jobs["b"])
+    assert study.take(one) == ""
+    assert one.is_over()
+    assert two.is_over()
+    with one, two:
+        pass
+    assert study.log() == [
+        ("claim", "a"), ("claim", "b"), ("claim", "c"),
+        ("done", "a"), ("done", "c"), ("done", "b"),
+    ]  # fmt: skip
+    assert list((study.root / "queue/workers").iterdir()) == []
+
+
+def test_of_two_who_claim_at_once_one_goes_on_to_the_next(study: Study):
+    one, two = study.worker("one"), study.worker("two")
+    plain, first = files.create, [True]
+
+    def another_is_faster(path, content):
+        if first.pop() if first else False:
+            assert study.take(two) == "a"
+        return plain(path, content)
+
+    with mock.patch.object(files, "create", autospec=True, side_effect=another_is_faster):
+        assert study.take(one) == "b"
+    assert study.log() == [("claim", "a"), ("claim", "b")]
+
+
+def test_a_claim_whose_answer_was_lost_counts(study: Study):
+    log, plain = Log(study.root), files.create
+    with mock.patch.object(files, "create", autospec=True) as create:
+        create.side_effect = lambda *how: plain(*how) and plain(*how)
+        assert log.append({"kind": "claim", "job": "a"})
+    assert log.length == 1
+    other = Log(study.root)
+    assert log.append({"kind": "done", "job": "a"})
+    assert not other.append({"kind": "claim", "job": "a"})
+    assert other.refresh()
+    assert other.newest["a"]["kind"] == "done"
+
+
+def test_a_killed_worker_s_job_is_taken_over_on_its_machine_at_once(study: Study):
+    one, two = study.worker(names="a"), study.worker(names="a")
+    assert [study.take(one), study.take(two)] == ["a", ""]
+    study.clock.advance(10 * LEASE_SECONDS)
+    assert study.take(two) == ""  # its process lives on, though the worker may not
+    study.kill()
+    assert study.take(two) == "a"
+
+
+@pytest.mark.parametrize("sign", ["worker", "run"])
+def test_on_another_machine_once_there_was_no_sign_of_life(study: Study, sign: str):
+    one, two = study.worker("one", names="a"), study.worker("two", names="a")
+    assert [study.take(one), study.take(two)] == ["a", ""]
+    for beat in range(10):
+        study.clock.advance(LEASE_SECONDS - 3 * SCAN_SECONDS)
+        if sign == "worker":
+            assert not one.lost()
+        else:  # of a process in a bucket, whose worker was killed
+            (study.root / "a/lease").mkdir(parents=True, exist_ok=True)
+            (study.root / f"a/lease/{beat:012d}").touch()
+        assert study.take(two) == ""
+    study.clock.advance(LEASE_SECONDS - 2 * SCAN_SECONDS)
+    assert study.take(two) == ""
+    assert study.take(two) == "a"
+    # A worker that stood still loses its job, and writes nothing about it.
+    study.clock.advance(RENEW_SECONDS)
+    assert one.lost() == {"a"}
+    study.end(one, study.jobs["a"], "stopped")
+    assert study.log() == [("claim", "a"), ("claim", "a")]
+    assert not one.is_over()
+
+
+def test_what_failed_is_tried_again_by_later_workers_alone(study: Study):
+    one, two = study.worker("one", names="ab"), study.worker("two", names="ab")
+    assert study.take(one) == "a"
+    study.end(one, study.jobs["a"], "failed", "exit code 1")
+    assert study.take(two) == "b"
+    assert one.failures == {"a": "exit code 1"}
+    assert two.failures == {"a": "exit code 1 (on one)"}
+    study.end(two, study.jobs["b"], "stopped")
+    assert study.take(one) == "b"
+    assert study.take(study.worker("three")) == "a"
+
+
+def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
+    def after_a(job: Job) -> Job:
+        return job if job.name == "a" else job._replace(after="a", is_ready=made.exists)
+
+    made = study.root / "made"
+    one, two = study.worker("one", change=after_a), study.worker("two", change=after_a)
+    assert [study.take(one), study.take(two)] == ["a", ""]
+    made.touch()
+    assert study.take(two) == "b"
+    made.unlink()
+    study.end(one, study.jobs["a"], "failed", "exit code 1")
+    assert [study.take(one), study.take(two)] == ["", ""]
+    assert one.failures["c"] == two.failures["c"] == "not started, because a failed"
+
+
+def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(study: Study):
+    budget = Budget({"a": 5.0, "b": 3.0, "c": 2.0, "z": 2.0}, ["z"], 9.0)
+    one, two = (study.worker(host, budget=budget) for host in ("one", "two"))
+    assert [study.take(one), study.take(two)] == ["a", "c"]
+    assert two.left_out == ["b"]
+    assert study.said == ["b: left out, since it would exceed the limit"]
+    study.end(one, study.jobs["a"], "failed", "exit code 1")  # which has cost all the same
+    assert study.take(one) == ""
+    assert one.left_out == ["b"]
+    assert study.take(study.worker("three", budget=budget)) == "a"  # what was begun may go on
+
+
+def test_a_bucket_that_is_out_of_reach_is_asked_again(study: Study):
+    one = study.worker()
+    with mock.patch.object(files, "create", autospec=True, side_effect=OSError("unreachable")):
+        assert study.take(one) == ""
+    assert study.take(one) == "a"
+    with mock.patch.object(files, "write_whole", autospec=True, side_effect=OSError("lost")):
+        study.end(one, study.jobs["a"])
+    assert study.log() == [("claim", "a")]
+    study.clock.advance(RENEW_SECONDS)
+    one.lost()
+    assert study.log() == [("claim", "a"), ("done", "a")]
+
+
+def test_who_works_on_what_can_be_read_meanwhile(study: Study):
+    one = study.worker("one")
+    study.take(one)
+    (words,) = workers(study.root, study.clock.unix()).values()
+    assert words.startswith("process ")
+    assert words.endswith(" on one")
+    assert workers(study.root, study.clock.unix() + 600)["a"].endswith("on one, silent for 10 min")
+    study.end(one, study.jobs["a"])
+    assert workers(study.root, study.clock.unix()) == {}
+
+
+# ------------------------------------------------------------------ groups of hosts
+
+
+def followed(study: Study, index: int) -> Follower:
+    jobs = [study.job(name, f"host{index}")._replace(process=index) for name in "abc"]
+    return Follower(study.root, jobs, Group("pod", index, 3), study.clock)
+
+
+def test_hosts_of_a_group_do_the_same_jobs_each_when_all_are_free(study: Study):
+    hosts = [followed(study, index) for index in (1, 2)]
+    lead = study.worker(names="ab", group=Group("pod", 0, 3))
+    assert study.take(lead) == ""
+    assert study.said == ["waiting for host 2, 3 of 3"]
+    assert [study.take(host) for host in hosts] == ["", ""]
+    assert [study.take(host) for host in (lead, *hosts)] == ["a", "a", "a"]
+    job = study.jobs["a"]
+    assert job.log.name == "log-2.txt"
+    study.end(lead, job)
+    hosts[0].release(job, "done")
+    assert study.take(lead) == ""
+    assert study.said[-1] == "waiting for host 3 of 3"
+    hosts[1].release(job, "done")
+    job.unlock()
+    assert [study.take(host) for host in (lead, *hosts)] == ["b", "b", "b"]
+    assert not lead.is_over()
+    study.end(lead, study.jobs["b"])
+    for host in hosts:
+        host.release(study.jobs["b"], "done")
+    assert lead.is_over()
+    with lead:
+        pass
+    assert [study.take(host) for host in hosts] == ["", ""]
+    assert all(host.is_over() for host in hosts)
+
+
+def test_hosts_that_were_restarted_join_at_the_next_job(study: Study):
+    hosts = [followed(study, index) for index in (1, 2)]
+    lead = study.worker(names="abc", group=Group("pod", 0, 3))
+    for host in hosts:
+        study.take(host)
+    assert [study.take(host) for host in (lead, *hosts)] == ["a", "a", "a"]
+    hosts[1] = followed(study, 2)
+    assert study.take(hosts[1]) == ""  # not in the middle of a job
+    hosts[0].release(study.jobs["a"], "failed", "exit code 1")
+    study.end(lead, study.jobs["a"], "failed", "exit code 1")
+    study.kill()
+    assert [study.take(host) for host in (lead, *hosts)] == ["b", "b", "b"]
+    # The first host is restarted: what it announced before does not count.
+    study.kill()
+    lead = study.worker(names="abc", group=Group("pod", 0, 3))
+    for host in hosts:
+        host.release(study.jobs["b"], "failed")
+        assert study.take(lead) == ""
+        assert study.take(host) == ""
+    assert study.take(lead) == "a"
+
+
+@pytest.mark.parametrize(
+    ("environment", "group"),
+    [
+        ({}, Group()),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Group()),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"},
+            Group("7", 3, 4),
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}, Group("t0", 1, 2)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, Group()),
+        (
+            {
+                "CLIP_JAX_COORDINATOR": "h:1", "CLIP_JAX_PROCESS_INDEX": "0",
+                "CLIP_JAX_PROCESS_COUNT": "2",
+            },
+            Group("h:1", 0, 2),
+        ),
+    ],
+)  # fmt: skip
+def test_a_group_is_that_of_the_run_s_processes(environment: dict[str, str], group: Group):
+    assert group_of("", "", environment) == group
+    assert group_of("x", "2/3", environment) == Group("x", 1, 3)
+    with pytest.raises(InputError, match=r"host='1/2' needs the name .* add --group NAME"):
+        group_of("", "1/2", environment)
