@@ -4,7 +4,6 @@ The batch size comes from the table's runs, the learning rate from a sweep. Hour
 from an assumed MFU or, with `compile`, from its bound, as in `clip-jax plan`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import numpy as np
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses import CaptionConfig, SoftmaxConfig
 from clip_jax.models import zoo
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods import plan as pods
 from clip_jax.pods.topology import Topology
 from clip_jax.scaling import run_table
@@ -23,7 +23,8 @@ from clip_jax.scaling.choose import ChooseConfig, choose, fit_rule
 from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Numbers, Runs
 from clip_jax.scaling.run_table import RunTable, gmacs, is_score, number, parse_count, short, text
 from clip_jax.scaling.uncertainty import Fit, Form, fit_law, sizes_of
-from clip_jax.storage.files import AnyPath, read
+from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import read_json
 
 EPOCHS = 4  # up to which repeated pairs are worth almost as much as new ones (arXiv:2305.16264)
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms need
@@ -152,21 +153,25 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
     unique = parse_count(config.unique) if config.unique else None
 
     def ranked(mfu: float) -> list[dict[str, Any]]:
-        budget, third = config.training_flops(mfu), None
-        if config.form == "repeated":
-            third = unique
-        elif config.form == "batched":
+        budget, third = config.training_flops(mfu), unique if config.form == "repeated" else None
+        if config.form == "batched":
             samples = (budget / TRAINING_FLOPS / size for size in sizes.values())
             third = np.array([_batch_size(config, table, x) for x in samples])
         return choices(fitted, sizes, budget, third)
 
     options, mfu, pod = ranked(config.mfu), config.mfu, None
     best = options[0]
-    if config.compile:
-        pod = _compiled(config, best, _batch_size(config, table, best["samples"]), compile_)
+    batch_size = _batch_size(config, table, best["samples"])
+    if batch_size is None and (config.compile or config.sweep):
+        raise InputError(
+            "compile and sweep need a batch size, but the table has no column global_batch; set "
+            "--batch-size."
+        )
+    if config.compile and batch_size:
+        pod = _compiled(config, zoo.get(best["model"]), batch_size, compile_)
         options, mfu = ranked(pod.mfu), pod.mfu
         best = next(option for option in options if option["model"] == best["model"])
-    batch_size = _batch_size(config, table, best["samples"])
+    rate = config.sweep and batch_size and _learning_rate(config, table, best["model"], batch_size)
     compute = best["size"] * best["samples"]
     optimum = fitted.best(np.array([compute]), sizes_of([fitted]))["size"]
     chip_hours = config.chip_hours(compute * TRAINING_FLOPS, mfu)
@@ -175,7 +180,7 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
         "training_flops": compute * TRAINING_FLOPS, "best_size": np.concatenate(optimum).tolist(),
         "unique": unique, "epochs": unique and best["samples"] / unique, "batch_size": batch_size,
         "steps": batch_size and max(round(best["samples"] / batch_size), 1),
-        "learning_rate": _learning_rate(config, table, best["model"], batch_size),
+        "learning_rate": rate,
         "topology": str(config.topology), "mfu": mfu, "remat": pod and pod.remat,
         "fits": pod and pod.fits, "chip_hours": chip_hours,
         "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
@@ -195,15 +200,12 @@ def _batch_size(config: ScalePlanConfig, table: RunTable, samples: float) -> int
 
 
 def _compiled(
-    config: ScalePlanConfig, best: Mapping[str, Any], batch: int | None, compile_: Any
+    config: ScalePlanConfig, model: CLIPConfig, batch_size: int, compile_: pods.Compile | None
 ) -> pods.Plan:
     """Plan the training step with the cheapest remat that fits, or the last one."""
-    if batch is None:
-        raise InputError("compile needs a batch size, which the table lacks; set --batch-size.")
-    model = zoo.get(best["model"])
-    terms = (SoftmaxConfig(), CaptionConfig()) if model.decoder else (SoftmaxConfig(),)
+    objective = (SoftmaxConfig(), CaptionConfig()) if model.decoder else (SoftmaxConfig(),)
     run = pods.PlanConfig(
-        batch_size=batch, mfu=config.mfu, objective=terms, topology=config.topology
+        objective=objective, batch_size=batch_size, mfu=config.mfu, topology=config.topology
     )
     for remat in pods.REMAT:
         (planned,) = pods.plan(replace(run, model=replace(model, remat=remat)), compile_)
@@ -213,13 +215,14 @@ def _compiled(
 
 
 def _learning_rate(
-    config: ScalePlanConfig, table: RunTable, model: str, batch: int | None
-) -> dict[str, Any] | None:
+    config: ScalePlanConfig, table: RunTable, model: str, batch_size: int
+) -> dict[str, Any]:
     """Predict the learning rate by the rule of the sweep's optima, those of all widths."""
-    if config.sweep is None or batch is None:
-        return None
+    assert config.sweep is not None
     if config.sweep.suffix == ".json":
-        points = json.loads(read(config.sweep))["points"]
+        if not config.sweep.is_file():
+            raise InputError(f"there is no {config.sweep}; `scale choose --json` prints one.")
+        points = read_json(config.sweep, "points")["points"]
     else:
         best = "max" if is_score(config.metric, config.metric_is) else "min"
         trials = ChooseConfig(table=config.sweep, choose_by=config.metric, report="lr", best=best)
@@ -231,7 +234,7 @@ def _learning_rate(
             "widths; extend the sweep, or leave out --sweep."
         )
     widths = {row["arch"]: text(row, "width") for row in table.rows}
-    run = float(widths.get(model) or zoo.get(model).vision.width), batch
+    run = float(widths.get(model) or zoo.get(model).vision.width), batch_size
     value, *interval = rule.predict(*run)
     swept = zip(("width", "batch"), run, zip(*optima, strict=True), strict=False)
     outside = [f"{name} {x:g}" for name, x, xs in swept if not min(xs) <= x <= max(xs)]
@@ -258,41 +261,34 @@ def _warnings(plan: Mapping[str, Any]) -> list[str]:
 def describe(plan: Mapping[str, Any]) -> str:
     """Format a plan as text."""
 
-    def predicted(option: Mapping[str, Any]) -> str:
-        values, form = (option["error"], *option["interval"]), ".4g"
-        if plan["is_score"]:
-            error, low, high = values
-            values, form = (1 - error, 1 - high, 1 - low), ".1%"
-        value, low, high = (f"{x:{form}}" for x in values)
-        return f"{value} (95%: {low} to {high})"
+    def between(value: float, low: float, high: float, form: str = ".3g") -> str:
+        return f"{value:{form}} (95%: {low:{form}} to {high:{form}})"
 
-    size, low, high = plan["best_size"]
     lines = [
         f"{plan['training_flops']:.3g} training FLOPs by the {plan['form']} law of "
-        f"{plan['metric']} through {plan['runs']} runs; best size for new pairs "
-        f"{size:.3g} GMACs (95%: {low:.3g} to {high:.3g})"
+        f"{plan['metric']} through {plan['runs']} runs; best size for new pairs, "
+        f"in GMACs: {between(*plan['best_size'])}"
     ]
     for x in plan["options"]:
-        mark = f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else ""
+        error, low, high = x["error"], *x["interval"]
+        score = between(1 - error, 1 - high, 1 - low, ".1%")
         lines.append(
-            f"  {x['model']:16} {short(x['samples']):>6} pairs  {predicted(x)}, best in "
-            f"{x['share']:.0%} of draws{mark}"
+            f"  {x['model']:16} {short(x['samples']):>6} pairs  "
+            f"{score if plan['is_score'] else between(error, low, high, '.4g')}, best in "
+            f"{x['share']:.0%} of draws"
+            + (f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else "")
         )
-    words = [f"plan: {plan['model']} on {short(plan['samples'])} pairs"]
-    if plan["unique"]:
-        words.append(f"{plan['epochs']:.2g} epochs of {short(plan['unique'])}")
-    batch = f"{plan['steps']:,} steps of {plan['batch_size']:,}" if plan["batch_size"] else ""
-    rate = "none is known (--sweep)"
-    if at := plan["learning_rate"]:
-        low, high = at["interval"]
-        rate = f"{at['value']:.3g} (95%: {low:.3g} to {high:.3g})"
-    by = f"by compilation, remat {plan['remat']}" if plan["remat"] else "assumed"
-    price = "" if plan["price"] is None else f", price {plan['price']:,.0f}"
-    return "\n".join([
-        *lines,
-        ", ".join([*words, batch or "no batch size is known (--batch-size)"]),
-        f"learning rate: {rate}",
+    of, rate, price = plan["unique"], plan["learning_rate"], plan["price"]
+    by = f"compiled, remat {plan['remat']}" if plan["remat"] else "assumed"
+    lines += [
+        f"plan: {plan['model']} on {short(plan['samples'])} pairs"
+        + (f", {plan['epochs']:.2g} epochs of {short(of)}" if of else ""),
+        f"batch size {plan['batch_size']:,}, {plan['steps']:,} steps"
+        if plan["batch_size"] else "batch size: none is known (--batch-size)",
+        f"learning rate {between(rate['value'], *rate['interval'])}"
+        if rate else "learning rate: none is known (--sweep)",
         f"{plan['topology']} at {plan['mfu']:.0%} MFU ({by}): {plan['hours']:,.3g} h, "
-        f"{plan['chip_hours']:,.4g} chip-hours{price}",
-        *(f"warning: {line}" for line in plan["warnings"]),
-    ])  # fmt: skip
+        f"{plan['chip_hours']:,.4g} chip-hours"
+        + ("" if price is None else f", price {price:,.0f}"),
+    ]  # fmt: skip
+    return "\n".join([*lines, *(f"warning: {line}" for line in plan["warnings"])])

@@ -176,6 +176,8 @@ def test_the_output_of_choose_gives_the_same_learning_rate(tmp_path):
         for name in ("sweep.csv", "best.json")
     ]
     assert rates[0] == rates[1]
+    with pytest.raises(InputError, match=r"there is no .*nothing\.json; `scale choose --json`"):
+        planned(tmp_path, sweep=tmp_path / "nothing.json", **changes)
     one = json.loads((tmp_path / "best.json").read_text())
     one["points"] = one["points"][:1]
     (tmp_path / "best.json").write_text(json.dumps(one))
@@ -226,7 +228,7 @@ def test_compilation_bounds_the_mfu_and_so_what_the_money_buys(tmp_path):
     assert none["warnings"][-1] == "the step does not fit into the memory of v5e:16x16."
     rows = (tmp_path / "runs.csv").read_text().replace("global_batch", "other")
     (tmp_path / "runs.csv").write_text(rows)
-    with pytest.raises(InputError, match="compile needs a batch size"):
+    with pytest.raises(InputError, match="compile and sweep need a batch size"):
         plan(replace(config, batch_size=None), facts)
 
 
@@ -236,10 +238,10 @@ def test_the_command_prints_a_plan(tmp_path, capsys):
     assert main([*args, "--budget", "5Kusd", "--chip-hour-price", "1.2"]) == 0
     text = capsys.readouterr().out
     assert (
-        "training FLOPs by the additive law of loss through 60 runs; best size for new pairs "
+        "training FLOPs by the additive law of loss through 60 runs; best size for new pairs, "
         in text
     )
-    assert "plan: ViT-L-16 on 2.9B pairs, 7.2 epochs of 400M, " in text
+    assert "plan: ViT-L-16 on 2.9B pairs, 7.2 epochs of 400M\nbatch size 16,384, " in text
     assert "learning rate: none is known (--sweep)" in text
     assert "v5e:16x16 at 40% MFU (assumed): 16.3 h, 4,167 chip-hours, price 5,000" in text
     assert main([*args, "--budget", "1e20", "--json"]) == 0
@@ -252,5 +254,5 @@ def test_a_score_and_missing_settings_in_words(tmp_path):
     result = plan(ScalePlanConfig(table=table, metric="top1", draws=100, budget="6e20"))
     assert result["error"] == pytest.approx(LAW(result["size"], result["samples"]) / 2, rel=1e-3)
     assert f" {1 - result['error']:.1%} (95%: " in describe(result).splitlines()[1]
-    assert "no batch size is known (--batch-size)" in describe(result)
+    assert "batch size: none is known (--batch-size)" in describe(result)
     assert result["steps"] is None
