@@ -74,10 +74,8 @@ class Entry(NamedTuple):
         try:
             return numeric(str(cell)) * UNITS.get(self.ours, PLAIN)[self.unit]
         except ValueError as error:
-            raise InputError(
-                f"{self.theirs} is {cell!r} in a row, not a number of {self.unit}; correct the "
-                "table."
-            ) from error
+            what = f"{self.theirs} is {cell!r} in a row"
+            raise InputError(f"{what}, not a number of {self.unit}; correct the table.") from error
 
 
 def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
@@ -95,29 +93,22 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
             if entry.theirs in names:
                 entries[entry.ours] = entry
             elif column not in PRESETS:
-                raise InputError(
-                    f"columns={text!r}: the table has no column {entry.theirs!r}; it has "
-                    f"{', '.join(sorted(names))}."
-                )
+                has = ", ".join(sorted(names))
+                raise InputError(f"columns={text!r}: no column {entry.theirs!r}; there is {has}.")
     results = [entry for entry in entries.values() if "{" in entry.ours]
     plain = [entry for entry in entries.values() if "{" not in entry.ours]
     used = {entry.theirs for entry in entries.values()}
-    others = [
-        {name: cell for name, cell in row.items() if name not in used}
-        | {entry.ours: entry.cell(row) for entry in plain}
-        for row in rows
-    ]
-    if not results:
-        return others
-    spread = {x for entry in results for x in re.findall(r"\{(.*?)\}", entry.ours)} - used
-    keys = [*IDENTITY, *(entry.ours for entry in plain)]
+    used |= {name for entry in results for name in re.findall(r"\{(.*?)\}", entry.ours)}
+    keys = {*IDENTITY, *(entry.ours for entry in plain)}
     runs: dict[Any, Row] = {}
-    for row, rest in zip(rows, others, strict=True):
-        run = runs.setdefault(tuple(_alike(rest.get(name)) for name in keys), dict(rest))
-        for name in spread | {
-            x for x, cell in rest.items() if x not in keys and run.get(x) != cell
-        }:
-            run.pop(name, None)  # differs between the results of a run
+    for i, row in enumerate(rows):
+        rest = {name: cell for name, cell in row.items() if name not in used}
+        rest |= {entry.ours: entry.cell(row) for entry in plain}
+        key = tuple(_alike(cell) for name, cell in rest.items() if name in keys)
+        run = runs.setdefault(key if results else i, dict(rest))
+        for name, cell in rest.items():
+            if name not in keys and run.get(name) != cell:
+                run.pop(name, None)  # differs between the results of a run
         for entry in results:
             name, cell = entry.ours.format_map(row), entry.cell(row)
             if cell not in ("", None) and run.setdefault(name, cell) != cell:
@@ -132,10 +123,8 @@ def _entry(text: str, names: set[str]) -> Entry:
     """Read OURS=THEIRS or OURS=THEIRS:UNIT."""
     ours, equals, theirs = text.partition("=")
     if not (ours and equals and theirs):
-        raise InputError(
-            f"columns={text!r} must be OURS=THEIRS, OURS=THEIRS:UNIT or one of "
-            f"{', '.join(PRESETS)}."
-        )
+        forms = ", ".join(("OURS=THEIRS", "OURS=THEIRS:UNIT", *PRESETS))
+        raise InputError(f"columns={text!r} must be one of {forms}.")
     before, colon, unit = theirs.rpartition(":")
     if not colon or theirs in names:
         return Entry(ours, theirs, "")

@@ -17,19 +17,10 @@ from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
+from clip_jax.scaling import run_table
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
 from clip_jax.scaling.queue import workers
-from clip_jax.scaling.run_table import (
-    Row,
-    RunTable,
-    Selection,
-    gather,
-    is_score,
-    number,
-    of_run,
-    short,
-    text,
-)
+from clip_jax.scaling.run_table import Row, RunTable, Selection, is_score, number, short, text
 from clip_jax.scaling.uncertainty import Form, Through, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
@@ -67,7 +58,7 @@ class ReportConfig(Selection):
 def report(config: ReportConfig) -> dict[str, Any]:
     """Write the report; return its path, the number of runs by status, and the summary."""
     files.check_destination(config.output, "--output", folder=False)
-    table, skipped = gather(config.paths, config.columns)
+    table, skipped = run_table.gather(config.paths, config.columns)
     finished = {str(row["source"]): row for row in table.rows}
     # The first evaluation metric that any run has, or the loss.
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
@@ -137,7 +128,7 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
     try:
-        row = finished or of_run(config, step) | result
+        row = finished or run_table.of_run(config, step) | result
     except (LookupError, TypeError, ValueError):
         row = {"arch": "unknown", "samples_seen": 0}
     words = _last_line(folder / "log.txt")

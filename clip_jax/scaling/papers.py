@@ -67,13 +67,11 @@ def _parameter(parameter: Mapping[str, Any] | None) -> str:
     """Format a value with its interval; a dash if the runs do not determine it."""
     if not parameter or parameter["value"] is None:
         return "--"
-    low, high = parameter["interval"]
-    return f"${_number(parameter['value'])}$ $[{_number(low)}, {_number(high)}]$"
-
-
-def _number(value: float | None) -> str:
-    digits, e, power = ("" if value is None else f"{value:.4g}").partition("e")
-    return digits + (rf" \times 10^{{{int(power)}}}" if e else "")
+    value, low, high = (
+        re.sub(r"e([+-]\d+)", lambda x: rf" \times 10^{{{int(x[1])}}}", f"{number:.4g}")
+        for number in (parameter["value"], *parameter["interval"])
+    )
+    return f"${value}$ $[{low}, {high}]$"
 
 
 def _escaped(name: str) -> str:

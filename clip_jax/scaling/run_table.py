@@ -61,7 +61,8 @@ class RunTable:
         for column in columns:
             if column not in names:
                 raise InputError(
-                    f"the table has no column {column!r}; it has {', '.join(names) or 'no rows'}."
+                    f"the table has no column {column!r}; it has {', '.join(names) or 'no rows'}. "
+                    "Map the names of another program's table with --columns."
                 )
 
     def select(self, metric: str, where: Sequence[str] = ()) -> "RunTable":
@@ -101,15 +102,11 @@ class RunTable:
         columns = ["gmacs_per_sample", "samples_seen", metric, *([third] if third else [])]
         self.check(*columns)
         sizes, samples, values, *others = map(self.numbers, columns)
-        if not all(np.isfinite(x).all() for x in (values, samples, sizes, *others)):
+        is_finite = all(np.isfinite(x).all() for x in (values, samples, sizes, *others))
+        if not is_finite or min(sizes.min(), samples.min()) <= 0:
             raise InputError(
-                f"{', '.join(map(repr, columns))} must be finite in every row; correct the table, "
-                "or exclude rows with --where."
-            )
-        if not ((sizes > 0) & (samples > 0)).all():
-            raise InputError(
-                "gmacs_per_sample and samples_seen must be above 0 in every row; correct the "
-                "table, or add --where 'gmacs_per_sample>0' 'samples_seen>0'."
+                f"{', '.join(map(repr, columns))} must be finite in every row, the first two above "
+                "0; correct the table, or exclude rows with --where, such as 'samples_seen>0'."
             )
         if is_score and not ((values >= 0) & (values <= 1)).all():
             raise InputError(

@@ -126,8 +126,8 @@ def test_a_result_is_named_by_several_columns():
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("open-clip", "must be OURS=THEIRS, OURS=THEIRS:UNIT or one of open_clip, clip_benchmark"),
-        ("arch=model", "the table has no column 'model'; it has a:b, flops"),
+        ("open-clip", "must be one of OURS=THEIRS, OURS=THEIRS:UNIT, open_clip, clip_benchmark"),
+        ("arch=model", "no column 'model'; there is a:b, flops"),
         ("gmacs_per_sample=flops:G", "unit of gmacs_per_sample must be one of MACs, GMACs"),
         ("top1=flops:tag", "unit of top1 must be one of percent, K, M, B"),
         ("mparams=flops:M", "flops is 'many' in a row, not a number of M"),

@@ -28,8 +28,8 @@ HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
         (b"\xf4\x00", "cannot be read as CSV"),
         (b"", "has no column 'arch'"),
         (HEADER + b"a,b,1,0.5,and more\n", "samples_seen of a is 'b', not a number"),
-        (HEADER + b"a,0,1,0.5\n", "gmacs_per_sample and samples_seen must be above 0"),
-        (HEADER + b"a,1,-1,0.5\n", "gmacs_per_sample and samples_seen must be above 0"),
+        (HEADER + b"a,0,1,0.5\n", "must be finite in every row, the first two above 0"),
+        (HEADER + b"a,1,-1,0.5\n", "must be finite in every row, the first two above 0"),
         (HEADER + b"a,1,,0.5\n", "gmacs_per_sample of a is '', not a number"),
     ],
 )
