@@ -360,8 +360,8 @@ class LadderCommand:
     root: AnyPath | None = None
     only: str = "*"  # Pattern of the names of points to train, such as 'w32@*' or '*-seed0'.
     jobs: int = 1  # Number of points to train at once on this machine. 0: only write configs.
-    # Limit of the study's estimated cost, such as 1e21flops or 500chip-hours (of the spec's first
-    # hardware). No point starts that would exceed it. None: no limit.
+    # Limit of the study's estimated cost: training FLOPs (1e21), or chip-hours of the spec's first
+    # hardware (500chip-hours). No point starts that would exceed it. None: no limit.
     limit: str | None = None
     # Number of this host among those that train each point together, such as 1/4. Empty: as in the
     # environment that JAX reads, if it names the processes of a run.
@@ -448,16 +448,16 @@ def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) ->
     """Return the limit with the estimated cost of every point, in the unit of the limit."""
     if limit is None:
         return Budget()
-    parts = re.fullmatch(r"([\d.]+(?:e\+?\d+)?) ?(flops|chip-hours)", limit.lower())
-    if not parts:
-        raise InputError(f"limit={limit!r} must be like 1e21flops or 500chip-hours.")
-    if parts[2] != "flops" and not ladder.hardware:
+    match = re.fullmatch(r"(\d[\d.]*(?:e\+?\d+)?)(|chip-hours)", limit)
+    if not match:
+        raise InputError(f"limit={limit!r} must be training FLOPs such as 1e21, or 500chip-hours.")
+    if match[2] and not ladder.hardware:
         raise InputError(f"limit={limit!r} needs hardware=(HardwareConfig(...),) in the spec.")
     costs = {point.name: float(point.training_flops) for point in points}
-    if parts[2] != "flops":
+    if match[2]:
         first = ladder.hardware[0]
         costs = {name: first.chips * first.hours(work) for name, work in costs.items()}
-    return Budget(costs, [point.name for point in points if is_done(point)], float(parts[1]))
+    return Budget(costs, [point.name for point in points if is_done(point)], float(match[1]))
 
 
 def _beyond(points: Sequence[Point], budget: Budget, log: Log) -> list[str]:
