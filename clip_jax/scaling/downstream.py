@@ -35,24 +35,23 @@ class RelateConfig(Selection):
 
 
 class Line(NamedTuple):
-    """v = coefficients · (1, u), fitted by least squares."""
+    """A line fitted by least squares: v = slope · u + intercept."""
 
     coefficients: Float[np.ndarray, " 2"]
     covariance: Float[np.ndarray, "2 2"]
     variance: float  # of a run around the line
     t: float  # quantile of Student's t for 95% intervals
     is_curved: bool  # whether a parabola fits better, at a level of 1%
-    low: float  # smallest u
-    high: float  # largest u
+    range: tuple[float, float]  # of u
 
     def predict(self, u: float, n: int = 1) -> tuple[float, float]:
         """Return the mean v of `n` new runs at u, and half of its 95% interval."""
-        x = np.array([1.0, u])
+        x = np.array([u, 1.0])
         half = self.t * np.sqrt(x @ self.covariance @ x + self.variance / n)
         return float(x @ self.coefficients), float(half)
 
     def covers(self, u: Float[np.ndarray, " n"]) -> bool:
-        return bool(self.low <= u.min() and u.max() <= self.high)
+        return bool(self.range[0] <= u.min() and u.max() <= self.range[1])
 
 
 def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Line:
@@ -62,19 +61,15 @@ def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Line:
             f"{len(u)} runs do not determine a line; it needs three or more, with different values "
             "of --against. Add runs, or change --where, --compare or --baseline."
         )
-    x = np.stack([np.ones_like(u), u], axis=1)
-    inverse = np.linalg.pinv(x)
-    coefficients, freedom, is_curved = inverse @ v, len(u) - 2, False
-    squares = np.sum((v - x @ coefficients) ** 2)
+    coefficients, covariance = np.polyfit(u, v, 1, cov=True)
+    freedom, squares = len(u) - 2, np.sum((v - np.polyval(coefficients, u)) ** 2)
+    is_curved = False
     if freedom > 2 and len({*u.tolist()}) > 2:
-        parabola = np.polynomial.Polynomial.fit(u, v, 2)
-        left = np.sum((v - parabola(u)) ** 2)
-        is_curved = bool(
-            (squares - left) * (freedom - 1) > left * special.fdtri(1, freedom - 1, 0.99)
-        )
-    variance, t = float(squares / freedom), float(special.stdtrit(freedom, 0.975))
-    covariance = variance * inverse @ inverse.T
-    return Line(coefficients, covariance, variance, t, is_curved, float(u.min()), float(u.max()))
+        left = np.sum((v - np.polynomial.Polynomial.fit(u, v, 2)(u)) ** 2)
+        level = special.fdtri(1, freedom - 1, 0.99)
+        is_curved = bool((squares - left) * (freedom - 1) > left * level)
+    t, ends = float(special.stdtrit(freedom, 0.975)), (float(u.min()), float(u.max()))
+    return Line(coefficients, covariance, float(squares / freedom), t, is_curved, ends)
 
 
 def relate(config: RelateConfig) -> dict[str, Any]:
@@ -88,9 +83,9 @@ def relate(config: RelateConfig) -> dict[str, Any]:
     u, v = (straight(name, table.numbers(name)) for name in (config.against, config.metric))
     names = np.array([text(row, config.compare or "") for row in table.rows])
     base = np.ones(len(u), bool) if config.baseline is None else names == config.baseline
-    line = fit_line(u[base], v[base])
-    slope, reach = float(line.coefficients[1]), line.t * float(line.covariance[1, 1]) ** 0.5
-    predictions, families, outside = {}, {}, []
+    line, predictions, families, outside = fit_line(u[base], v[base]), {}, {}, []
+    slope, intercept = map(float, line.coefficients)
+    reach = line.t * float(line.covariance[0, 0]) ** 0.5
     for value in config.at:
         at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
         middle, half = line.predict(at[0])
@@ -101,19 +96,21 @@ def relate(config: RelateConfig) -> dict[str, Any]:
         own = names == name
         others = fit_line(u[~own], v[~own]) if config.baseline is None else line
         expected, half = others.predict(u[own].mean(), int(own.sum()))
-        level = _back(config.metric, expected, 0.0)["value"]
-        moved = _back(config.metric, float(v[own].mean()), half)
-        families[name] = {"runs": int(own.sum()), "difference": moved["value"] - level,
-                          "interval": [x - level for x in moved["interval"]]}  # fmt: skip
+        level, _, _ = _back(config.metric, expected, 0.0)
+        families[name] = [x - level for x in _back(config.metric, float(v[own].mean()), half)]
         outside += [] if others.covers(u[own]) else [name]
-    curved = ["the runs curve away from the line, so its predictions are biased"]
+    warnings = [f"{x} lies outside the range of the line's runs: extrapolated" for x in outside]
+    if line.is_curved:
+        warnings.append("the runs curve away from the line, so its predictions are biased")
     return {
         "metric": config.metric, "against": config.against, "runs": int(base.sum()),
         "slope": {"value": slope, "interval": [slope - reach, slope + reach]},
-        "intercept": float(line.coefficients[0]), "spread": line.variance**0.5,
-        "predictions": predictions, "families": families,
-        "warnings": (curved if line.is_curved else [])
-        + [f"{what} lies outside the range of the line's runs: extrapolated" for what in outside],
+        "intercept": intercept, "spread": line.variance**0.5, "warnings": warnings,
+        "predictions": {x: {"value": at[0], "interval": at[1:]} for x, at in predictions.items()},
+        "families": {
+            name: {"runs": int((names == name).sum()), "difference": at[0], "interval": at[1:]}
+            for name, at in families.items()
+        },
     }  # fmt: skip
 
 
@@ -128,27 +125,26 @@ def straight(metric: str, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, 
     return special.logit(values) if is_score(metric) else np.log(values)
 
 
-def _back(metric: str, middle: float, half: float) -> dict[str, Any]:
-    """Return a value of the metric and its interval from those in which the line is straight."""
+def _back(metric: str, middle: float, half: float) -> list[float]:
+    """Return a value of the metric, and its interval, from where the line is straight."""
     back = special.expit if is_score(metric) else np.exp
-    low, value, high = (float(back(x)) for x in (middle - half, middle, middle + half))
-    return {"value": value, "interval": [low, high]}
+    return [float(back(middle + x)) for x in (0.0, -half, half)]
 
 
 def describe(result: dict[str, Any]) -> str:
     """Format the result of `relate` as text."""
-    names = result["metric"], result["against"]
-    of, by = (f"logit({name})" if is_score(name) else f"ln({name})" for name in names)
+    metric, against = result["metric"], result["against"]
+    of, by = (f"logit({x})" if is_score(x) else f"ln({x})" for x in (metric, against))
     slope, (low, high) = result["slope"]["value"], result["slope"]["interval"]
-    form = ".1%" if is_score(names[0]) else ".4g"
-    lines = [f"{of} = {result['intercept']:.4g} {slope:+.4g} · {by} through {result['runs']} runs"]
-    lines.append(f"  slope {slope:.4g} (95%: {low:.4g} to {high:.4g})")
+    lines = [
+        f"{of} = {result['intercept']:.4g} {slope:+.4g} · {by} through {result['runs']} runs",
+        f"  slope {slope:.4g} (95%: {low:.4g} to {high:.4g})",
+    ]
+    form, factor, unit = (".1%", 100, " points") if is_score(metric) else (".4g", 1, "")
     for value, at in result["predictions"].items():
-        low, high = (format(x, form) for x in at["interval"])
-        middle = format(at["value"], form)
-        lines.append(f"{names[1]} {value}: {names[0]} {middle} (95%: {low} to {high})")
+        middle, low, high = (format(x, form) for x in (at["value"], *at["interval"]))
+        lines.append(f"{against} {value}: {metric} {middle} (95%: {low} to {high})")
     for name, at in result["families"].items():
-        factor, unit = (100, " points") if is_score(names[0]) else (1, "")
         off, low, high = (f"{factor * x:+.3g}" for x in (at["difference"], *at["interval"]))
         lines.append(f"{name}, {at['runs']} runs: {off}{unit} from the line (95%: {low} to {high})")
     return "\n".join(lines + [f"warning: {line}" for line in result["warnings"]])
