@@ -21,6 +21,7 @@ UNITS = {  # factors by unit, for the columns that have a unit
 }  # fmt: skip
 PLAIN = {"percent": 0.01, "K": 1e3, "M": 1e6, "B": 1e9}  # for all other columns
 TAG = "tag"  # unit of samples_seen=pretrained:tag, for the names of open_clip's weights
+BRACES = re.compile(r"\{(.*?)\}")  # columns in the name of a result
 IDENTITY = ("arch", "samples_seen", "seed", "name", "source")  # tell the runs of a long table apart
 
 # Columns of published tables. An entry whose column a table lacks does not count; of several
@@ -90,15 +91,16 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     for column in columns:
         for text in PRESETS.get(column, (column,)):
             entry = _entry(text, names)
-            if entry.theirs in names:
+            needed = {entry.theirs, *BRACES.findall(entry.ours)}
+            if needed <= names:
                 entries[entry.ours] = entry
             elif column not in PRESETS:
-                has = ", ".join(sorted(names))
-                raise InputError(f"columns={text!r}: no column {entry.theirs!r}; there is {has}.")
+                lacks, has = (", ".join(sorted(x)) for x in (needed - names, names))
+                raise InputError(f"columns={text!r}: the table has no {lacks}; it has {has}.")
     results = [entry for entry in entries.values() if "{" in entry.ours]
     plain = [entry for entry in entries.values() if "{" not in entry.ours]
     used = {entry.theirs for entry in entries.values()}
-    used |= {name for entry in results for name in re.findall(r"\{(.*?)\}", entry.ours)}
+    used |= {name for entry in results for name in BRACES.findall(entry.ours)}
     keys = {*IDENTITY, *(entry.ours for entry in plain)}
     runs: dict[Any, Row] = {}
     for i, row in enumerate(rows):
@@ -110,7 +112,8 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
             if name not in keys and run.get(name) != cell:
                 run.pop(name, None)  # differs between the results of a run
         for entry in results:
-            name, cell = entry.ours.format_map(row), entry.cell(row)
+            name = BRACES.sub(lambda x, row=row: str(row.get(x[1])), entry.ours)
+            cell = entry.cell(row)
             if cell not in ("", None) and run.setdefault(name, cell) != cell:
                 raise InputError(
                     f"{run.get('arch')} has two values of {name}, {run[name]} and {cell}; map the "

@@ -33,6 +33,10 @@ class RelateConfig(Selection):
     compare: str | None = None
     baseline: str | None = None  # Family of the line. None: all runs, for a family all others.
 
+    def __post_init__(self) -> None:
+        if self.baseline is not None and self.compare is None:
+            raise InputError("baseline names a family; set --compare to the column of families.")
+
 
 class Line(NamedTuple):
     """A line fitted by least squares: v = slope · u + intercept."""
@@ -87,7 +91,10 @@ def relate(config: RelateConfig) -> dict[str, Any]:
     slope, intercept = map(float, line.coefficients)
     reach = line.t * float(line.covariance[0, 0]) ** 0.5
     for value in config.at:
-        at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
+        try:
+            at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
+        except ValueError as error:
+            raise InputError(f"at={value!r}: write VALUE or VALUE:LOW:HIGH. {error}") from error
         middle, half = line.predict(at[0])
         half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
         predictions[value] = _back(config.metric, middle, half)

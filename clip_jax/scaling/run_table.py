@@ -314,7 +314,9 @@ def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTa
         for file in sorted(files):
             try:
                 rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)
-            except Unfinished as reason:
+            except (Unfinished, InputError) as reason:
+                if isinstance(reason, InputError) and file == path:
+                    raise  # a table by name; those in folders may be of other kinds
                 skipped.append(f"{file}: {reason}")
     return RunTable(rows), skipped
 

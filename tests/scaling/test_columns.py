@@ -108,6 +108,14 @@ def test_other_names_and_units_give_the_published_law(tmp_path: Path):
         CollectConfig(paths=(tmp_path / "t.csv.gz",), output=tmp_path / "all.csv", columns=columns)
     )
     assert result["rows"] == 32
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")  # in the folder, not of this kind
+    folder = CollectConfig(paths=(tmp_path,), output=tmp_path / "out" / "all.csv", columns=columns)
+    with pytest.raises(InputError, match="no model"):
+        collect(CollectConfig(**vars(folder) | {"paths": (tmp_path / "other.csv",)}))
+    (tmp_path / "all.csv").unlink()
+    (tmp_path / "t.csv").write_text(text)
+    result = collect(folder)
+    assert (result["rows"], len(result["skipped"])) == (32, 1)
 
 
 def test_a_result_is_named_by_several_columns():
@@ -127,8 +135,9 @@ def test_a_result_is_named_by_several_columns():
     ("column", "message"),
     [
         ("open-clip", "must be one of OURS=THEIRS, OURS=THEIRS:UNIT, open_clip, clip_benchmark"),
-        ("arch=model", "no column 'model'; there is a:b, flops"),
+        ("arch=model", "the table has no model; it has a:b, flops"),
         ("gmacs_per_sample=flops:G", "unit of gmacs_per_sample must be one of MACs, GMACs"),
+        ("{set}_{split}=flops", "the table has no set, split; it has a:b, flops"),
         ("top1=flops:tag", "unit of top1 must be one of percent, K, M, B"),
         ("mparams=flops:M", "flops is 'many' in a row, not a number of M"),
     ],

@@ -111,6 +111,10 @@ def test_published_robustness_is_above_the_line_for_openai_s_models():
         ({"compare": "family"}, "no column 'family'"),
         ({"where": ("info_nce<0.6",)}, "2 runs do not determine a line"),
         ({"compare": "arch"}, "0 runs do not determine a line"),
+        ({"compare": "arch", "baseline": "b"}, "0 runs do not determine a line"),
+        ({"baseline": "a"}, "set --compare to the column of families"),
+        ({"at": ("lots",)}, "at='lots': write VALUE or VALUE:LOW:HIGH"),
+        ({"at": ("0",)}, "info_nce reaches from 0 to 0; it must be above 0"),
     ],
 )
 def test_what_has_no_line_is_explained(changes: dict[str, Any], message: str, tmp_path: Path):
