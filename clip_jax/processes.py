@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,24 @@ def _surrounded() -> bool:
         return True  # GKE
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(chips) and "TPU_SKIP_MDS_QUERY" not in environment  # a Cloud TPU VM
+
+
+def position(environment: Mapping[str, str] = os.environ) -> tuple[str, int, int]:
+    """Return a name of this process's run, its index and the number of processes, before `start`.
+
+    Without a cluster in the environment, and on Cloud TPU VMs, which have none: ("", 0, 1).
+    """
+    tpus = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    for name, index, count in (
+        ("CLIP_JAX_COORDINATOR", "CLIP_JAX_PROCESS_INDEX", "CLIP_JAX_PROCESS_COUNT"),
+        ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", ""),
+    ):
+        number = int(environment.get(count) or 1) if count else len(tpus)
+        if {name, index} <= environment.keys() and number > 1:
+            label = environment[name].partition(",")[0].replace("/", "-")
+            return label, int(environment[index]), number
+    return "", 0, 1
 
 
 def is_alone() -> bool:

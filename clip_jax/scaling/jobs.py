@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
 
 class Source(contextlib.AbstractContextManager):
-    """Where a runner's jobs come from."""
+    """Where a runner's jobs come from. The exit of its context tells others that it has ended."""
 
     def __init__(self) -> None:
         self.failures: dict[str, str] = {}  # reasons, by name of the job
@@ -85,7 +85,7 @@ class Source(contextlib.AbstractContextManager):
         return ()
 
     def __exit__(self, *_: object) -> None:
-        """Tell others that this source has ended."""
+        return None
 
 
 class _Running(NamedTuple):

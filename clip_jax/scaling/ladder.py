@@ -13,25 +13,25 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from clip_jax import flops
+from clip_jax import flops, processes
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, run_file, with_order
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.losses.objective import fitting
 from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
-from clip_jax.scaling.queue import Budget, Follower, Group, Log, Queue, group_of
+from clip_jax.scaling.queue import Budget, Follower, Group, Queue, log_of
 from clip_jax.scaling.run_table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import (
@@ -382,7 +382,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     """
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
-    group = group_of(command.group, command.host)
+    group = _group(command, root)
     if group.count > 1 and command.jobs > 1:
         raise InputError(f"jobs={command.jobs} must be 1 where {group.count} hosts train a point.")
     complete_grid = grid(ladder, root)
@@ -391,7 +391,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
     missing = [point for point in points if point.name not in done]
     budget = _budget(ladder, complete_grid, command.limit)
     say(describe(points, done, ladder))
-    left_out = _beyond(missing, budget, Log(root)) if command.limit else []
+    left_out = _beyond(missing, budget, log_of(root).newest) if command.limit else []
     if left_out:
         say(f"  the limit of {command.limit} leaves out {', '.join(left_out)}")
 
@@ -448,7 +448,7 @@ def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) ->
     """Return the limit with the estimated cost of every point, in the unit of the limit."""
     if limit is None:
         return Budget()
-    match = re.fullmatch(r"(\d[\d.]*(?:e\+?\d+)?)(|chip-hours)", limit)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)(|chip-hours)", limit)
     if not match:
         raise InputError(f"limit={limit!r} must be training FLOPs such as 1e21, or 500chip-hours.")
     if match[2] and not ladder.hardware:
@@ -460,15 +460,25 @@ def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) ->
     return Budget(costs, [point.name for point in points if is_done(point)], float(match[1]))
 
 
-def _beyond(points: Sequence[Point], budget: Budget, log: Log) -> list[str]:
+def _beyond(points: Sequence[Point], budget: Budget, begun: Iterable[str]) -> list[str]:
     """Name the points that the limit leaves out, if they start in this order."""
-    begun, left_out = {*log.newest}, list[str]()
+    begun, left_out = {*begun}, list[str]()
     for point in points:
         if point.parent not in left_out and budget.allows(begun, point.name):
             begun.add(point.name)
         else:
             left_out.append(point.name)
     return left_out
+
+
+def _group(command: LadderCommand, root: AnyPath) -> Group:
+    """Return the group of this host, as the command or else the environment names it."""
+    name, index, count = processes.position()
+    if command.host and not command.group:
+        raise InputError(f"host={command.host!r} needs the name of its group: add --group NAME.")
+    if command.host:
+        index, count = read_worker(command.host, "host")
+    return Group(f"{root}/queue/groups/{command.group or name}", index, count)
 
 
 def _directory(point: Point) -> Path:
@@ -514,7 +524,7 @@ def _train(
         )
         for point in points
     ]
-    make = Follower(root, runs, group) if group.index else Queue(root, runs, budget, group, say)
+    make = Follower(runs, group) if group.index else Queue(root, runs, budget, group, say)
     with make as source:
         jobs.run(source, at_a_time, environment, say)
     return source.failures, source.left_out

@@ -18,63 +18,26 @@ from typing import Any, NamedTuple
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.errors import InputError, read_worker
 from clip_jax.scaling.jobs import Job, Say, Source
 from clip_jax.storage import files
 from clip_jax.storage.errors import Unreachable
+from clip_jax.storage.events import Event, Events, read
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import parse
 
 SCAN_SECONDS = 1.0  # between looks for a job that can start
-Event = dict[str, Any]  # number, kind (claim, done, failed, stopped), job, worker, host, pid, unix
 
 
-def _read(path: str) -> dict[str, Any] | None:
-    try:
-        return parse(files.read(path)) or {}  # {} if it is damaged
-    except FileNotFoundError:
-        return None
-
-
-class Log:
-    """The events of a study's jobs, in the order that all workers see."""
-
-    def __init__(self, root: AnyPath) -> None:
-        self._folder, self.length = f"{root}/queue/events", 0
-        self.newest: dict[str, Event] = {}  # the last event of each job that was ever claimed
-        self.refresh()
-
-    def refresh(self) -> bool:
-        """Read the new events; return whether there were any."""
-        before = self.length
-        while (event := _read(self._path())) is not None:
-            self._add(event)
-        return self.length > before
-
-    def append(self, event: Event) -> bool:
-        """Add an event; False if another process has added one since `refresh`."""
-        event = {**event, "number": self.length + 1, "id": secrets.token_hex(8)}
-        made = files.create(self._path(), json.dumps(event).encode())
-        # A creation whose response was lost was repeated, and met itself.
-        if made := made or (_read(self._path()) or {}).get("id") == event["id"]:
-            self._add(event)
-        return made
-
-    def _add(self, event: Event) -> None:
-        self.length += 1
-        if "job" in event:
-            self.newest[event["job"]] = event
-
-    def _path(self) -> str:
-        return f"{self._folder}/{self.length + 1:08d}"
+def log_of(root: AnyPath) -> Events:
+    """Read the log of a study: which worker claimed, finished, failed or stopped which job."""
+    return Events(f"{root}/queue/events")
 
 
 def workers(root: AnyPath, now: float) -> dict[str, str]:
     """Describe the worker of each claimed job, by name; `now` is the time in Unix seconds."""
     words = {}
-    for name, event in Log(root).newest.items():
+    for name, event in log_of(root).newest.items():
         if event["kind"] == "claim":
-            quiet = now - (_read(f"{root}/queue/workers/{event['worker']}") or event)["unix"]
+            quiet = now - (read(f"{root}/queue/workers/{event['worker']}") or event)["unix"]
             silence = f", silent for {quiet / 60:.0f} min" if quiet > LEASE_SECONDS else ""
             words[name] = f"process {event['pid']} on {event['host']}{silence}"
     return words
@@ -100,71 +63,41 @@ class Budget(NamedTuple):
 class Group:
     """The hosts that do each job together, as this one, number `index` of `count`, sees them."""
 
-    name: str = ""
+    folder: str = ""
     index: int = 0
     count: int = 1
-    current: tuple[str, int] = ("", 0)  # session of the first host, and number of the job
+    token: str = ""  # of the job that the first host has announced last
 
-    def announce(self, root: AnyPath, job: str) -> None:
+    def announce(self, job: str) -> None:
         """Name the next job, as the first host; "" before the first and after the last."""
-        session, number = self.current
-        self.current = (session or secrets.token_hex(6), number + 1)
-        self.write(root, job)
+        before, self.token = self.token, secrets.token_hex(6)
+        self.write(after=before, job=job)
 
-    def write(self, root: AnyPath, job: str = "") -> None:
-        """Write which job this host does, or if it is not the first, that it is free again."""
+    def write(self, **content: str) -> None:
+        """Write what this host has announced, or if it is not the first, that it has done that."""
         if self.count > 1:
-            content = json.dumps({"current": self.current, "job": job})
-            files.write_whole(f"{root}/queue/groups/{self.name}/{self.index + 1}", content)
+            text = json.dumps({"token": self.token, **content})
+            files.write_whole(f"{self.folder}/{self.index + 1}", text)
 
-    def read(self, root: AnyPath, index: int) -> tuple[tuple[str, int], str]:
-        """Read what the host with this index has written: its `current`, and the job."""
-        content = _read(f"{root}/queue/groups/{self.name}/{index + 1}") or {}
-        session, number = content.get("current", ("", 0))
-        return (session, number), content.get("job", "")
+    def read(self, index: int) -> dict[str, str]:
+        """Read what the host with this index has written."""
+        return {"token": "", **(read(f"{self.folder}/{index + 1}") or {})}
 
-    def absent(self, root: AnyPath) -> list[int]:
-        """Return the numbers, from 1, of the hosts that have not yet done the current job."""
-        return [i + 1 for i in range(1, self.count) if self.read(root, i)[0] != self.current]
-
-
-def group_of(name: str, host: str, environment: Mapping[str, str] = os.environ) -> Group:
-    """Return this host's group: from `host` (such as 1/4) and `name`, or from the environment.
-
-    The environment is that from which JAX finds a run's processes: see `processes.start`.
-    """
-    if host:
-        if not name:
-            raise InputError(f"host={host!r} needs the name of its group: add --group NAME.")
-        return Group(name, *read_worker(host, "host"))
-    tpus = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    for kind, index, count in (
-        (
-            "CLIP_JAX_COORDINATOR",
-            "CLIP_JAX_PROCESS_INDEX",
-            environment.get("CLIP_JAX_PROCESS_COUNT"),
-        ),
-        ("SLURM_JOB_ID", "SLURM_PROCID", tasks),
-        ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", len(tpus)),
-    ):
-        if {kind, index} <= environment.keys() and int(count or 1) > 1:
-            name = name or environment[kind].partition(",")[0].replace("/", "-")
-            return Group(name, int(environment[index]), int(count or 1))
-    return Group()
+    def absent(self) -> str:
+        """List the numbers, from 1, of the hosts that have not yet done the announced job."""
+        others = (i for i in range(1, self.count) if self.read(i)["token"] != self.token)
+        return ", ".join(str(i + 1) for i in others)
 
 
 class Follower(Source):
     """Another host than the first of a group: it starts the jobs that the first announces.
 
-    A host that was restarted joins at the next job, as the first host's session and number show.
+    A host that was restarted joins at the next job: it has not done what was announced before.
     """
 
-    def __init__(
-        self, root: AnyPath, jobs: Sequence[Job], group: Group, clock: Clock = CLOCK
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], group: Group, clock: Clock = CLOCK) -> None:
         super().__init__()
-        self._root, self._group, self._clock = root, group, clock
+        self._group, self._clock = group, clock
         self._jobs = {job.name: job for job in jobs}
         self._next_scan, self._over = 0.0, False
 
@@ -172,20 +105,20 @@ class Follower(Source):
         if self._clock.now() < self._next_scan:
             return None
         self._next_scan = self._clock.now() + SCAN_SECONDS
-        (session, number), name = self._group.read(self._root, 0)
-        joined = (session, number - 1) == self._group.current
-        if not session or (session, number) == self._group.current:
+        order = self._group.read(0)
+        if order["token"] == self._group.token:
             return None
-        if joined and name:
-            if job := self._jobs[name].lock():  # else an earlier process, which is ending, has it
-                self._group.current = (session, number)
+        joined = self._group.token != "" and order.get("after") == self._group.token
+        if joined and order["job"]:
+            if job := self._jobs[order["job"]].lock():  # else an earlier process is just ending
+                self._group.token = order["token"]
             return job
-        self._over, self._group.current = joined, (session, number)
-        self._group.write(self._root)
+        self._over, self._group.token = joined, order["token"]
+        self._group.write()
         return None
 
     def release(self, job: Job, outcome: str, reason: str = "") -> str:
-        self._group.write(self._root)
+        self._group.write()
         return ""
 
     def is_over(self) -> bool:
@@ -206,37 +139,35 @@ class Queue(Source):
         self._root, self._say, self._clock = root, say, clock
         self._budget, self._group = budget, group
         self._waiting, self._held = list(jobs), dict[str, Job]()
-        self._log, self._ended = Log(root), list[Event]()  # events that are not yet written
+        self._log, self._ended = log_of(root), list[Event]()  # events that are not yet written
         self._first = self._log.length  # jobs that failed before are tried again
         self._pulses: dict[str, tuple[Any, float]] = {}  # of others' claims, and since when
-        self._me = {
-            "worker": secrets.token_hex(6),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
-        self._sign = f"{root}/queue/workers/{self._me['worker']}"
+        self._worker = secrets.token_hex(6)
+        self._me = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
         self._next_scan = self._next_beat = 0.0
         self._reported = ""
-        self._group.announce(root, "")
         self._beat()
+        group.announce("")
+        self._absent = group.absent()  # hosts that are not yet free
 
     def take(self) -> Job | None:
-        if self._clock.now() < self._next_scan or self._is_waiting_for_hosts():
+        if self._clock.now() < self._next_scan:
             return None
-        with contextlib.suppress(OSError, Unreachable):  # tried again
-            for job in list(self._waiting):
-                if self._can_start(job) and (locked := job.lock()):
-                    with contextlib.ExitStack() as stack:
-                        stack.callback(locked.unlock)
-                        if self._claim(locked):
-                            self._group.announce(self._root, job.name)
-                            stack.pop_all()
-                            self._drop(job)
-                            self._held[job.name] = locked
-                            return locked
         # Requests to a bucket cost money.
         pause = SCAN_SECONDS * (5 if files.is_remote(self._root) else 1)
         self._next_scan = self._clock.now() + pause
+        try:
+            if self._absent and (absent := self._group.absent()):
+                return self._report(f"waiting for host {absent} of {self._group.count}")
+            self._absent = ""
+            for job in list(self._waiting):
+                if self._can_start(job) and (locked := self._claim(job)):
+                    self._next_scan, self._absent = 0.0, self._group.absent()
+                    return locked
+            if self._waiting and not self._held:
+                self._report("waiting, since other workers have the runs that are left")
+        except (OSError, Unreachable) as error:
+            self._report(f"{self._root} is out of reach and tried again: {error}")
         return None
 
     def release(self, job: Job, outcome: str, reason: str = "") -> str:
@@ -254,24 +185,26 @@ class Queue(Source):
         if self._clock.now() >= self._next_beat:
             with contextlib.suppress(OSError, Unreachable):  # tried again at the next one
                 self._beat()
-        mine = self._me["worker"]
-        return {name for name in self._held if self._log.newest[name]["worker"] != mine}
+        newest = self._log.newest
+        return {name for name in self._held if newest[name]["worker"] != self._worker}
 
     def is_over(self) -> bool:
-        return not self._waiting and not self._is_waiting_for_hosts()
+        return not self._waiting and not self._absent
 
     def __exit__(self, *_: object) -> None:
         """Write the last events, remove this worker's sign of life, and dismiss other hosts."""
         self._beat()
-        files.remove(self._sign)
-        self._group.announce(self._root, "")
+        files.remove(self._sign(self._worker))
+        self._group.announce("")
 
-    def _is_waiting_for_hosts(self) -> bool:
-        absent = ", ".join(map(str, self._group.absent(self._root)))
-        if absent and absent != self._reported:
-            self._say(f"waiting for host {absent} of {self._group.count}")
-        self._reported = absent
-        return bool(absent)
+    def _report(self, line: str) -> None:
+        """Print a line, unless it was the last one."""
+        if line != self._reported:
+            self._say(line)
+        self._reported = line
+
+    def _sign(self, worker: str) -> str:
+        return f"{self._root}/queue/workers/{worker}"
 
     def _can_start(self, job: Job) -> bool:
         """Return whether a job's input exists; drop the job if that will never come."""
@@ -284,25 +217,39 @@ class Queue(Source):
             return job.after not in unfinished or job.is_ready()
         return False
 
-    def _claim(self, job: Job) -> bool:
-        """Claim a job that this process has locked; False if another has it, or it is over."""
-        while True:
-            self._log.refresh()
-            event = self._log.newest.get(job.name, {"kind": "", "number": 0})
-            if event["kind"] == "failed" and event["number"] > self._first:
-                self._drop(job, f"{event['reason']} (on {event['host']})")
-            elif event["kind"] == "claim" and self._is_alive(event, job):
-                return False
-            elif job.is_done():
-                self._drop(job)
-                self._say(f"{job.name}: already done by another process")
-            elif not self._budget.allows(self._log.newest, job.name):
-                self._leave_out(job)
-            elif self._log.append(self._event("claim", job.name)):
-                return True
-            elif self._log.refresh():
-                continue
+    def _claim(self, job: Job) -> Job | None:
+        """Lock and claim a job; None if another process has it, or it is over."""
+        if not (locked := job.lock()):
+            return None
+        with contextlib.ExitStack() as stack:
+            stack.callback(locked.unlock)
+            while not self._is_over(locked):
+                if self._log.append(self._event("claim", job.name)):
+                    self._group.announce(job.name)
+                    stack.pop_all()
+                    self._drop(job)
+                    self._held[job.name] = locked
+                    return locked
+                if not self._log.refresh():
+                    break
+        return None
+
+    def _is_over(self, job: Job) -> bool:
+        """Return whether a job has failed, is done, claimed or too expensive, as of now."""
+        self._log.refresh()
+        event = self._log.newest.get(job.name, {"kind": "", "number": 0})
+        if event["kind"] == "failed" and event["number"] > self._first:
+            self._drop(job, f"{event['reason']} (on {event['host']})")
+        elif event["kind"] == "claim" and self._is_alive(event, job):
+            return True
+        elif job.is_done():
+            self._drop(job)
+            self._say(f"{job.name}: already done by another process")
+        elif not self._budget.allows(self._log.newest, job.name):
+            self._leave_out(job)
+        else:
             return False
+        return True
 
     def _is_alive(self, claim: Event, job: Job) -> bool:
         """Return whether another worker's claim holds, though this process has the job's lock."""
@@ -310,7 +257,7 @@ class Queue(Source):
             return False  # the lock was free, so both the worker and its job have ended
         # A run in a bucket renews a lease, also if its worker was killed and it was not.
         lease = max(files.walk(f"{job.workdir}/lease"), default="")
-        pulse = (_read(f"{self._root}/queue/workers/{claim['worker']}"), lease)
+        pulse = (read(self._sign(claim["worker"])), lease)
         before, since = self._pulses.get(claim["id"], (None, 0.0))
         if pulse != before:
             since = self._clock.now()
@@ -328,17 +275,17 @@ class Queue(Source):
         self._say(f"{job.name}: left out, since it would exceed the limit")
 
     def _event(self, kind: str, name: str) -> Event:
-        return {"kind": kind, "job": name, **self._me, "unix": self._clock.unix()}
+        return {"kind": kind, "subject": name, **self._me, "unix": self._clock.unix()}
 
     def _beat(self) -> None:
         """Show that this worker lives, and write the events that are due."""
         self._next_beat = self._clock.now() + RENEW_SECONDS
         sign = self._me | {"unix": self._clock.unix(), "beat": self._clock.now()}
-        files.write_whole(self._sign, json.dumps(sign))
+        files.write_whole(self._sign(self._worker), json.dumps(sign))
         self._log.refresh()
         while self._ended:
-            newest = self._log.newest[self._ended[0]["job"]]
-            if newest["worker"] != self._me["worker"] or self._log.append(self._ended[0]):
+            newest = self._log.newest[self._ended[0]["subject"]]
+            if newest["worker"] != self._worker or self._log.append(self._ended[0]):
                 self._ended.pop(0)
             elif not self._log.refresh():
                 break

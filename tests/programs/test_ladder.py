@@ -67,6 +67,6 @@ def test_every_run_is_trained_once_though_a_worker_is_killed_and_the_limit_holds
         assert list(losses(tmp_path / "study" / name)) == list(range(1, steps + 1))
     files = sorted((tmp_path / "study/queue/events").iterdir())
     events = [json.loads(file.read_text()) for file in files]
-    assert [x["job"] for x in events if x["kind"] == "claim"] == [LONG, SHORT, LONG]
-    assert Counter(x["job"] for x in events if x["kind"] == "done") == {LONG: 1, SHORT: 1}
-    assert len({x["worker"] for x in events if x["job"] == LONG}) == 2
+    assert [x["subject"] for x in events if x["kind"] == "claim"] == [LONG, SHORT, LONG]
+    assert Counter(x["subject"] for x in events if x["kind"] == "done") == {LONG: 1, SHORT: 1}
+    assert len({x["worker"] for x in events if x["subject"] == LONG}) == 2
