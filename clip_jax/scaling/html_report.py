@@ -157,8 +157,9 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
 def _shown(row: Row) -> dict[str, Any]:
     """Return the data that the page shows of a row of a table."""
     numbers = "samples_seen gmacs_per_sample training_flops flops_spent seconds/total goodput"
+    samples = f"@{short(number(row, 'samples_seen'))}" if text(row, "samples_seen") else ""
     return {
-        "name": row.get("name") or f"{row['arch']}@{short(number(row, 'samples_seen'))}",
+        "name": row.get("name") or row["arch"] + samples,
         "folder": str(row.get("source", "")),
         "status": "done",
         "words": "",

@@ -135,6 +135,23 @@ def test_every_table_has_a_page_that_is_json(name, options, tmp_path: Path):
     json.loads(to_json(result), parse_constant=pytest.fail)  # NaN is not JSON
 
 
+def test_runs_of_unknown_length_are_on_the_page_without_a_point(tmp_path: Path):
+    lines = ["name,pretrained,FLOPs (B),ImageNet 1k", "ViT-L-16-SigLIP-256,webli,201.62,0.8045"]
+    lines += [f"ViT-B-32,laion2b_s{3**i}b_b79k,14.78,{0.5 + 0.05 * i}" for i in range(1, 5)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    config = ReportConfig(
+        paths=(tmp_path / "t.csv",), output=tmp_path / "page.html", columns=("open_clip",),
+        metric="imagenet1k_acc1", where=("samples_seen>0",), through="all",
+    )  # fmt: skip
+    assert report(config)["runs"] == {"done": 5}
+    data = read(config.output)
+    assert len(data["laws"]) == 1
+    first, second, *_ = data["runs"]
+    assert first["name"] == "ViT-L-16-SigLIP-256"
+    assert "samples_seen" not in first
+    assert second["name"] == "ViT-B-32@3B"
+
+
 def test_the_page_says_what_its_law_describes(tmp_path: Path):
     for changes, words in (
         ({"through": "frontier"}, "describes the best runs"),
