@@ -54,11 +54,12 @@ def write_sweep(path: Path) -> Path:
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         names = "arch width samples_seen gmacs_per_sample seed lr global_batch warmup weight_decay"
-        table.writerow((*names.split(), "loss"))
+        table.writerow((*names.split(), "loss", "top1"))
         rates = [2.0**-n for n in range(5, 15)]
         for width, batch, lr, seed in itertools.product((384, 512), (1_024, 4_096), rates, (0, 1)):
             loss = 1 + math.log(lr / learning_rate(width, batch)) ** 2
-            row = (f"w{width}b{batch}", width, 1e6, 1, seed, lr, batch, 10, 0.1, loss)
+            settings = (f"w{width}b{batch}", width, 1e6, 1, seed, lr, batch, 10, 0.1)
+            row = (*settings, loss, 1 - loss / 100)
             table.writerow(row)
     return path
 
@@ -253,6 +254,12 @@ def test_a_score_and_missing_settings_in_words(tmp_path):
     table.write_text(table.read_text().replace("global_batch", "other"))
     result = plan(ScalePlanConfig(table=table, metric="top1", draws=100, budget="6e20"))
     assert result["error"] == pytest.approx(LAW(result["size"], result["samples"]) / 2, rel=1e-3)
-    assert f" {1 - result['error']:.1%} (95%: " in describe(result).splitlines()[1]
+    option = result | {"error": 0.3, "interval": [0.2, 0.4]}
+    assert " 70.0% (95%: 60.0% to 80.0%), best in" in describe(result | {"options": [option]})
     assert "batch size: none is known (--batch-size)" in describe(result)
     assert result["steps"] is None
+    sweep = write_sweep(tmp_path / "sweep.csv")
+    config = ScalePlanConfig(table=table, metric="top1", draws=100, sweep=sweep, batch_size=2_048)
+    result = plan(replace(config, candidates=("ViT-S-32",), topology=Topology.parse("v3:4x4")))
+    assert result["learning_rate"]["value"] == pytest.approx(learning_rate(384, 2_048), rel=1e-3)
+    assert result["hours"] == pytest.approx(result["chip_hours"] / 16)
