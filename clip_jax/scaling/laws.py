@@ -5,13 +5,14 @@ between models with equal numbers of parameters, such as ViT-B/32 and B/16. D is
 units are the caller's, and β's unit follows from them. Two laws use a third quantity of a run: the
 number of distinct samples, or the batch size.
 
-A new form is a subclass of `Law`: its terms, coefficients and the grid on which a search begins.
+A new form is a subclass of `Law`: its terms, coefficients, the grid on which a search begins, and
+`NEEDS`, the quantities of which runs must have three values for each parameter to be determined.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -21,14 +22,18 @@ TRAINING_FLOPS = 6e9  # per forward GMAC: 2 FLOPs per multiply-add × 3 for both
 
 # Grid search for the parameters in which a law is not linear.
 EXPONENTS = np.geomspace(0.01, 3.0, 24)  # first grid for an exponent
+STEEP = np.array([3.0])  # the exponent of a quantity with one or two values
 FADES = np.geomspace(0.1, 1_000, 12)  # first grid for Repeated.fade, in epochs
 SAME = 1e-3  # smallest offset, as a share of the smallest compute
 CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
-ROUNDS = 9  # each halves the step, to 2⁻⁹ of the first grid's
+ROUNDS = 11  # each halves the step, to 2⁻¹¹ of the first grid's
 RIDGE = 1e-13  # keeps a matrix invertible if two terms coincide
 AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 
 Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
+
+
+Quantity = Literal["size", "samples", "compute", "third"]
 
 
 class Runs(NamedTuple):
@@ -40,6 +45,9 @@ class Runs(NamedTuple):
     third: Float[np.ndarray, " n"] | None = None  # third quantity, for Repeated and Batched
     model: np.ndarray | None = None  # names, for the colours of a plot
     length: np.ndarray | None = None  # samples as text, for the markers of a plot
+    # Other quantities that a law without them may miss, such as batch sizes.
+    others: Float[np.ndarray, "n k"] | None = None
+    setting: np.ndarray | None = None  # equal for runs that differ in nothing but their seeds
 
     @property
     def compute(self) -> Float[np.ndarray, " n"]:
@@ -52,6 +60,11 @@ class Runs(NamedTuple):
     def under(self, law: "Law") -> Numbers:
         """Evaluate a law for each run."""
         return law(self.size, self.samples, self.third)
+
+    def values(self, quantity: "Quantity") -> int:
+        """Count the distinct values of a quantity; those within 2% of each other are one."""
+        numbers = np.sort(np.log(getattr(self, quantity)))
+        return 1 + int((np.diff(numbers) > 0.02).sum())
 
 
 class Optimum(NamedTuple):
@@ -73,6 +86,8 @@ class Law:
     """
 
     COEFFICIENTS: ClassVar[tuple[str, ...]] = ()  # parameters that multiply the terms
+    # For each parameter, the quantities of which runs must have three values.
+    NEEDS: ClassVar[Mapping[str, tuple[Quantity, ...]]] = {}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -103,23 +118,37 @@ class Law:
     def fitted(
         cls, runs: Runs, error: Float[np.ndarray, "#R n"], weights: Float[np.ndarray, "R n"]
     ) -> Self:
-        """Fit R tables of errors by squared relative residuals; every parameter is `[R]`.
+        """Fit R tables of errors by squared residuals of log E; every parameter is `[R]`.
 
         The tables share the sizes, samples and third quantity of `runs`.
         """
-        inside = [name for name in cls.names() if name not in cls.COEFFICIENTS]
+        values, coefficients = search(cls.factors(runs), cls.grid(runs), error, weights)
+        named = zip((*cls.inside(), *cls.COEFFICIENTS), (*values.T, *coefficients.T), strict=True)
+        return cls(**dict(named))
+
+    @classmethod
+    def inside(cls) -> tuple[str, ...]:
+        """Return the names of the parameters inside the terms, in which a law is not linear."""
+        return tuple(name for name in cls.names() if name not in cls.COEFFICIENTS)
+
+    @classmethod
+    def factors(cls, runs: Runs) -> Callable[..., np.ndarray]:
+        """Return the function from parameters inside the terms, `[...]`, to terms `[..., n, K]`."""
 
         def terms(*values: np.ndarray) -> np.ndarray:
             law = cls(
-                **{name: x[..., None] for name, x in zip(inside, values, strict=True)},
+                **{name: x[..., None] for name, x in zip(cls.inside(), values, strict=True)},
                 **dict.fromkeys(cls.COEFFICIENTS, 1.0),
             )
             each = law.terms(runs.size, runs.samples, runs.third)
-            return np.stack(np.broadcast_arrays(*each), axis=-1)
+            return np.stack(np.broadcast_arrays(*each, runs.size)[:-1], axis=-1)
 
-        values, coefficients = search(terms, cls.grid(runs), error, weights)
-        named = zip((*inside, *cls.COEFFICIENTS), (*values.T, *coefficients.T), strict=True)
-        return cls(**dict(named))
+        return terms
+
+    @classmethod
+    def free(cls, runs: Runs) -> int:
+        """Count the parameters that these runs determine, for degrees of freedom."""
+        return len(cls.names())
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest, with new samples in small batches.
@@ -135,6 +164,7 @@ class Law:
 class PowerLaw(Law):
     """E = beta · C^alpha, with negative alpha as in Cherti et al."""
 
+    NEEDS: ClassVar = {"alpha": ("compute",), "beta": ("compute",)}
     alpha: Numbers
     beta: Numbers
 
@@ -161,6 +191,7 @@ class Saturating(Law):
     """E = irreducible + scale · (C + offset)^−alpha."""
 
     COEFFICIENTS = ("scale", "irreducible")
+    NEEDS: ClassVar = dict.fromkeys(("alpha", "offset", "scale", "irreducible"), ("compute",))
     alpha: Numbers
     offset: Numbers
     scale: Numbers
@@ -182,6 +213,13 @@ class Additive(Law):
     """
 
     COEFFICIENTS = ("size_scale", "samples_scale", "irreducible")
+    NEEDS: ClassVar = {
+        "size_alpha": ("size",),
+        "size_scale": ("size",),
+        "samples_alpha": ("samples",),
+        "samples_scale": ("samples",),
+        "irreducible": ("size", "samples"),
+    }
     size_alpha: Numbers
     samples_alpha: Numbers
     size_scale: Numbers
@@ -197,8 +235,24 @@ class Additive(Law):
         return size**-self.size_alpha, worth**-self.samples_alpha, 1.0
 
     @classmethod
+    def exponents(cls, runs: Runs, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first grid of both exponents.
+
+        Two sizes are two constants, whatever the exponent: a steep one can express any difference.
+        """
+        free = (runs.values("size") > 2, runs.values("samples") > 2)
+        sizes, samples = (EXPONENTS[::every] if x else STEEP for x in free)
+        return sizes, samples
+
+    @classmethod
     def grid(cls, runs: Runs) -> tuple[np.ndarray, ...]:
-        return EXPONENTS, EXPONENTS
+        return cls.exponents(runs)
+
+    @classmethod
+    def free(cls, runs: Runs) -> int:
+        # Of size and of samples: nothing from one value, a difference from two.
+        missing = (max(3 - runs.values(name), 0) for name in ("size", "samples"))
+        return len(cls.names()) - sum(missing)
 
     @property
     def size_exponent(self) -> Numbers:
@@ -223,6 +277,7 @@ class Repeated(Additive):
     third quantity is the number of distinct samples; None: all.
     """
 
+    NEEDS: ClassVar = Additive.NEEDS | {"fade": ("samples", "third")}
     fade: Numbers  # R* of the paper: epochs after which one more is worth 1/e of a new one
 
     def worth(self, samples: Numbers, third: Numbers) -> Numbers:
@@ -231,28 +286,50 @@ class Repeated(Additive):
 
     @classmethod
     def grid(cls, runs: Runs) -> tuple[np.ndarray, ...]:
-        return EXPONENTS[::3], EXPONENTS[::3], FADES
+        return *cls.exponents(runs, every=3), FADES
 
 
 @dataclass(frozen=True)
 class Batched(Additive):
-    """The additive law with D / (1 + batch / critical) samples (McCandlish et al. 2018).
+    """The additive law + negatives·batch^−½ + steps·(batch / D)^½, which has a best batch size.
 
-    With batches of `critical` samples, an error takes twice the samples of very small batches, and
-    twice the steps of very large ones (arXiv:1812.06162, equation 2.12). The third quantity is the
-    batch size; None: very small.
+    A contrastive loss gains from the negatives of a larger batch: optimization errs by
+    O(batch^−½) for too few of them (Yuan et al. 2022, arXiv:2202.12387, theorem 1). It loses from
+    fewer steps, D / batch, as stochastic gradients do: O(steps^−½). The best batch size is
+    negatives / steps · √D. The third quantity is the batch size; None: the best one.
     """
 
-    critical: Numbers
+    COEFFICIENTS = (*Additive.COEFFICIENTS, "negatives", "steps")
+    NEEDS: ClassVar = Additive.NEEDS | {"negatives": ("third",), "steps": ("third",)}
+    negatives: Numbers
+    steps: Numbers
 
-    def worth(self, samples: Numbers, third: Numbers) -> Numbers:
-        return samples / (1 + third / self.critical)
+    def best_batch(self, samples: Numbers) -> Numbers:
+        """Return the batch size with the lowest error, inf or 0 if only one term counts."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            best = np.asarray(self.negatives) / self.steps * np.sqrt(samples)
+        return np.nan_to_num(best, nan=1.0, posinf=np.inf)
+
+    def batch_to_use(self, samples: Numbers) -> Numbers:
+        """Return the best batch size, of at least one and at most all samples."""
+        return np.clip(self.best_batch(samples), 1.0, samples)
+
+    def terms(self, size: Numbers, samples: Numbers, third: Numbers | None) -> tuple[Numbers, ...]:
+        rest = size**-self.size_alpha, samples**-self.samples_alpha, 1.0
+        if third is None:
+            third = self.batch_to_use(samples)
+        return *rest, third**-0.5, (third / samples) ** 0.5
 
     @classmethod
     def grid(cls, runs: Runs) -> tuple[np.ndarray, ...]:
-        batch = np.asarray(runs.third)
-        critical = np.geomspace(batch.min() / 100, batch.max() * 100, 12)
-        return EXPONENTS[::3], EXPONENTS[::3], critical
+        return cls.exponents(runs, every=2)
+
+    def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
+        """Divide compute such that the error is lowest, each at its best batch size."""
+        size = np.geomspace(*sizes, 400).reshape(-1, *(1,) * np.ndim(compute * self.irreducible))
+        error = self(size, compute / size)
+        size = np.take_along_axis(size + 0 * error, error.argmin(0)[None], 0)[0]
+        return Optimum(size, compute / size, error.min(0))
 
 
 LAWS: dict[str, type[Law]] = {
@@ -270,11 +347,12 @@ def search(
     error: Float[np.ndarray, "#R n"],
     weights: Float[np.ndarray, "R n"],
 ) -> tuple[Float[np.ndarray, "R E"], Float[np.ndarray, "R K"]]:
-    """Minimise Σ weights·(1 − prediction / error)² by variable projection.
+    """Minimise Σ weights·(log error − log prediction)² by variable projection.
 
-    For fixed exponents, the best nonnegative coefficients have a closed form; a grid, refined
-    around its best cell, finds the exponents. Unlike gradient methods, this does not depend on a
-    start, and it solves thousands of tables at once.
+    For fixed exponents, the best nonnegative coefficients have a closed form once the logarithm
+    is linearised around the previous round's prediction; a grid, refined around its best cell,
+    finds the exponents. Unlike gradient methods, this does not depend on a start, and it solves
+    thousands of tables at once.
 
     `terms` maps arrays `[...]`, one per exponent, to `[..., n, K]`. `grid` is the first grid:
     increasing positive values of each exponent, evenly spaced in log. Returns the exponents and
@@ -298,20 +376,30 @@ def search(
     at = np.log(first)[loss.argmin(axis=1)]  # [R, E]
 
     low, high = np.log([[x[0] for x in grid], [x[-1] for x in grid]])
-    step = np.log([x[1] / x[0] for x in grid])
-    cells = np.stack(np.meshgrid(*[CELLS] * len(grid), indexing="ij"), axis=-1)
-    cells = cells.reshape(-1, len(grid))
+    step = np.log([x[1] / x[0] if len(x) > 1 else 1.0 for x in grid])
+    cells = np.stack(
+        np.meshgrid(*[CELLS if len(x) > 1 else [0.0] for x in grid], indexing="ij"), axis=-1
+    ).reshape(-1, len(grid))
     every, root = np.arange(len(weights)), np.sqrt(weights)
+    coefficients = coefficients[every, loss.argmin(axis=1)]
     for _ in range(ROUNDS):
+        own = terms(*np.exp(at).T) @ coefficients[..., None]
+        around = np.clip(own[..., 0], error / 3, error * 3)
         tried = np.clip(at[:, None] + cells * step, low, high)  # [R, cells, E]
-        scaled = terms(*np.moveaxis(np.exp(tried), -1, 0)) * (root / error)[:, None, :, None]
+        scaled = terms(*np.moveaxis(np.exp(tried), -1, 0)) * (root / around)[:, None, :, None]
         transposed = scaled.swapaxes(-1, -2)
-        aimed = (transposed @ root[:, None, :, None])[..., 0]
+        target = root * linearised(error, around)
+        aimed = (transposed @ target[:, None, :, None])[..., 0]
         solution, loss = _nonnegative(transposed @ scaled, aimed)
         best = loss.argmin(axis=1)
         at, coefficients = tried[every, best], solution[every, best]
         step = step / 2
     return np.exp(at), coefficients
+
+
+def linearised(error: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """Return targets for prediction / `around`, with the residuals of log E to first order."""
+    return 1 + np.log(error / around)
 
 
 def _nonnegative(

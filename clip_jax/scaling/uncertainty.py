@@ -1,21 +1,26 @@
 """Fit laws with uncertainty: intervals of parameters, of predictions, and of crossings of laws.
 
-All fits minimise squared relative residuals: the noise of a run is proportional to its error.
-- A power law through all runs is a line in log-log, with Student's t intervals, exact for Gaussian
-  noise.
-- Other laws through all runs use a parametric bootstrap: they are fitted again to errors drawn
-  around the fit. The noise level is drawn, too, from its distribution given the residuals; for a
-  line, this gives Student's t.
-- Laws through a frontier are fitted again to resampled runs.
+All fits minimise squared residuals of log E: the noise of a run is proportional to its error. Runs
+that differ only in their seeds are one point, the geometric mean of their errors.
 
-benchmarks/scaling_coverage.py measures the coverage of these intervals.
+- A power law is a line in log-log, with Student's t intervals, exact for Gaussian noise.
+- Other laws have profile likelihood intervals with Student's t quantile, exact for linear models
+  (`profile.py`). Their draws, for comparisons, are a parametric bootstrap: they are fitted again to
+  errors drawn around the fit, whose noise level is drawn, too.
+- The published procedures `cherti` and `laion` are fitted again to resampled runs.
+
+A law that fits badly is reported: residuals are tested for curvature, for runs of equal signs and
+for outliers. benchmarks/coverage.py measures how often intervals contain the truth.
 """
 
+import functools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from clip_jax.errors import InputError
 from clip_jax.scaling.laws import (
@@ -27,20 +32,30 @@ from clip_jax.scaling.laws import (
     Numbers,
     Optimum,
     PowerLaw,
+    Quantity,
     Repeated,
     Runs,
     bin_edges,
     frontier,
+    pareto,
 )
+from clip_jax.scaling.profile import Interval, Region, region, slopes
 
 Form = Literal["power", "saturating", "additive", "repeated", "batched"]
-Through = Literal["frontier", "all"]
+Procedure = Literal["all", "frontier", "cherti", "laion"]
 Sizes = tuple[float, float]  # smallest and largest size for a division of compute
 
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
-BEYOND = 100.0  # factor beyond the runs' compute, on both sides, of the search for crossings
-GRID = 400  # points, evenly spaced in log C, between which crossings are interpolated
+FEW = 8  # points of which one may be left out as an outlier
+LIMIT = 15.0  # of squared residuals, in medians, for the trend of their variance
+TREND = 0.2  # standard deviation of that trend's exponents among studies
+MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, for a warning
+REJECT = 0.01  # probability of a false warning, of each test
+NEEDED: dict[Quantity, str] = {
+    "size": "model sizes", "samples": "numbers of samples", "compute": "amounts of compute",
+    "third": "batch sizes or numbers of distinct samples",
+}  # fmt: skip
 
 
 class Prediction(NamedTuple):
@@ -57,55 +72,156 @@ def middle(draws: np.ndarray) -> tuple[Numbers, Numbers]:
     return low, high
 
 
-class Fit(NamedTuple):
-    """A law fitted to runs or their frontier, with bootstrap draws of it."""
+def student(freedom: float, share: float = 1 - TAIL) -> float:
+    """Return a quantile of Student's t."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, share))
+
+
+class Trend(NamedTuple):
+    """The variance of log E as a power of compute: an estimate, shrunk towards a constant."""
+
+    exponent: float
+    variance: float  # of the exponent
+    centre: float  # mean of log C of the runs
+    share: float  # of the exponent that the runs determine, 0 to 1
+    scale: float = 1.0  # such that the weights of the points are 1 on average
+
+    def weight(self, compute: Numbers) -> Numbers:
+        """Return 1 / variance."""
+        return np.exp(-self.exponent * (np.log(compute) - self.centre)) / self.scale
+
+    def deviation(self, compute: Numbers) -> Numbers:
+        """Return the standard deviation, increased for what is not known of the exponent."""
+        away = (np.log(compute) - self.centre) / 2
+        return np.exp(away**2 * self.variance) / np.sqrt(self.weight(compute))
+
+
+class Points(NamedTuple):
+    """Runs averaged over their seeds."""
+
+    runs: Runs  # the geometric mean of each point's errors
+    seeds: Float[np.ndarray, " n"]
+    squares: Float[np.ndarray, " n"]  # of the seeds' log errors around the point's
+
+    def within(self, weights: Float[np.ndarray, " n"]) -> float:
+        """Return the variance of log error between the seeds of a point; 0 without seeds."""
+        return float((weights * self.squares).sum() / max((self.seeds - 1).sum(), 1))
+
+    def where(self, keep: Bool[np.ndarray, " n"]) -> "Points":
+        return Points(self.runs.where(keep), self.seeds[keep], self.squares[keep])
+
+
+def averaged(runs: Runs) -> Points:
+    """Average the runs of each setting; without `Runs.setting`, those of equal model and length."""
+    columns = (runs.size, runs.samples, runs.third, runs.others, runs.setting)
+    lists = [np.asarray(x).tolist() for x in columns if x is not None]
+    keys = list(map(str, zip(*lists, strict=True)))
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    point = np.array([number[key] for key in keys])
+    seeds, log = np.bincount(point).astype(float), np.log(runs.error)
+    mean = np.bincount(point, log) / seeds
+    first = np.unique(point, return_index=True)[1]
+    squares = np.bincount(point, np.square(log - mean[point]))
+    return Points(runs.where(first)._replace(error=np.exp(mean)), seeds, squares)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law fitted to runs, with its uncertainty."""
 
     law: Law
     runs: Runs  # all of them
-    fitted: Runs  # points of the fit: the runs, or the bins of their frontier
-    drawn: Law  # draws of the law: each parameter is `[draws]`
-    noise: float  # relative scatter around the law, as a standard deviation
-    freedom: int  # degrees of freedom: fitted points − parameters
-    is_line: bool = False  # a power law through all runs, with exact intervals
+    fitted: Runs  # points of the fit: runs averaged over seeds, or bins of their frontier
+    weights: Float[np.ndarray, " n"]  # of the points, 1 on average
+    seeds: Float[np.ndarray, " n"]  # of the points
+    within: float  # variance of log error between the seeds of a point; 0 without seeds
+    noise: float  # standard deviation of log error of a point of weight 1
+    freedom: float  # degrees of freedom: points − parameters − what the trend takes
+    spread: float  # standard deviation of log error of one run
+    bootstrap: tuple[int, int]  # number of draws, and seed
+    resampled: Law | None = None  # draws of a published procedure
+    left_out: tuple[str, ...] = ()  # warnings about points that are not noise
+    trend: "Trend | None" = None  # of the variance of log E
 
-    def interval(self, parameter: str) -> tuple[float, float]:
-        """Return the 95% interval of a parameter of the law."""
-        if not self.is_line:
-            low, high = middle(getattr(self.drawn, parameter))
-        elif parameter == "alpha":
-            alpha, (_, spread) = self.law.parameters["alpha"], _mean_and_spread(self.runs)
-            half = self._reach / np.sqrt(spread)
-            low, high = alpha - half, alpha + half
-        else:  # beta is the law at one unit of compute
-            _, low, high = self.curve(1.0, 1.0)
-        return float(low), float(high)
+    @functools.cached_property
+    def region(self) -> Region:
+        """The laws that the points allow with 95%: a profile likelihood."""
+        least = float((self.weights * self.residuals**2).sum())
+        limit = least + (student(self.freedom) * self.noise) ** 2
+        return region(self.law, self.fitted, self.weights, limit)
+
+    @functools.cached_property
+    def residuals(self) -> Float[np.ndarray, " n"]:
+        """Residuals of log E of the points."""
+        return np.asarray(np.log(self.fitted.error / self.fitted.under(self.law)))
+
+    @functools.cached_property
+    def drawn(self) -> Law:
+        """Draws of the law: each parameter is `[draws]`."""
+        if self.resampled is not None:
+            return self.resampled
+        draws, seed = self.bootstrap
+        rng, points = np.random.default_rng(seed), self.fitted
+        # Draws of the standard deviation, given that of the residuals.
+        scatter = self.noise * np.sqrt(self.freedom / rng.chisquare(self.freedom, draws))
+        normal = rng.standard_normal((draws, len(points.error))) / np.sqrt(self.weights)
+        error = points.under(self.law) * np.exp(scatter[:, None] * normal)
+        weights = np.broadcast_to(self.weights, error.shape)
+        drawn = type(self.law).fitted(points, error, weights)
+        # With three points, one line in thousands is too steep for a float.
+        held = np.isfinite([*drawn.parameters.values()]).all(axis=0)
+        return drawn.map(lambda x: x[held])
+
+    def interval(self, parameter: str) -> Interval:
+        """Return the 95% interval of a parameter of the law, and whether the search bounds it."""
+        if self.resampled is not None:
+            low, high = middle(getattr(self.resampled, parameter))
+            return Interval(float(low), float(high), False)
+        if not isinstance(self.law, PowerLaw):
+            return self.region.parameter(parameter)
+        if parameter == "alpha":
+            half = student(self.freedom) * self.noise / math.sqrt(self._line[1])
+            alpha = float(self.law.alpha)
+            return Interval(alpha - half, alpha + half, False)
+        _, low, high = self.curve(1.0, 1.0)  # beta is the law at one unit of compute
+        return Interval(float(low), float(high), False)
+
+    @property
+    def _line(self) -> tuple[float, float]:
+        """The mean of log C, and the sum of squares around it."""
+        x = np.log(self.fitted.compute)
+        mean = float((self.weights * x).sum() / self.weights.sum())
+        return mean, float((self.weights * np.square(x - mean)).sum())
 
     def curve(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
         """Evaluate the law with its own interval, the band of a plot."""
-        return self.predict(size, samples, third, new=False)
-
-    def predict(
-        self, size: Numbers, samples: Numbers, third: Numbers | None = None, *, new: bool = True
-    ) -> Prediction:
-        """Evaluate the law with the interval of one `new` run, which includes its scatter."""
         error = self.law(size, samples, third)
-        if self.is_line:  # with `new`, of one more run; otherwise, of the line
-            mean, spread = _mean_and_spread(self.runs)
-            away = (np.log(size * samples) - mean) ** 2 / spread
-            factor = np.exp(self._reach * np.sqrt(1 / len(self.runs.error) + away + new))
-            return Prediction(error, error / factor, error * factor)
-        curves = self.draws(size, samples, third)
-        if new:  # one fixed seed: the same table gives the same interval
-            t = np.random.default_rng(0).standard_t(self.freedom, len(curves))
-            curves = curves * np.exp(self.noise * t).reshape(-1, *(1,) * (curves.ndim - 1))
-        return Prediction(error, *middle(curves))
+        if self.resampled is not None:
+            return Prediction(error, *middle(self.draws(size, samples, third)))
+        if isinstance(self.law, PowerLaw):
+            mean, sum_of_squares = self._line
+            away = (np.log(size * samples) - mean) ** 2 / sum_of_squares
+            half = student(self.freedom) * self.noise * np.sqrt(1 / self.weights.sum() + away)
+            return Prediction(error, error * np.exp(-half), error * np.exp(half))
+        if third is None and isinstance(self.law, Batched):
+            third = self.law.batch_to_use(samples)
+        columns = (
+            None if x is None else np.broadcast_to(x, np.shape(error)).ravel()
+            for x in (size, samples, error, third)
+        )
+        low, high = (np.reshape(x, np.shape(error)) for x in self.region.law(Runs(*columns)))
+        return Prediction(error, np.minimum(low, error), np.maximum(high, error))
 
-    @property
-    def _reach(self) -> float:
-        """The quantile of Student's t times the noise."""
-        from scipy import special
-
-        return self.noise * float(special.stdtrit(self.freedom, 1 - TAIL))
+    def predict(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
+        """Evaluate the law with the interval of one new run, which includes its scatter."""
+        error, low, high = self.curve(size, samples, third)
+        scatter = student(self.freedom) * self.spread
+        if self.trend is not None:
+            scatter = scatter * self.trend.deviation(np.asarray(size * samples))
+        down, up = (np.hypot(np.log(error / x), scatter) for x in (np.maximum(low, 1e-300), high))
+        return Prediction(error, error * np.exp(-down), error * np.exp(up))
 
     def draws(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> np.ndarray:
         """Evaluate every draw of the law: `[draws, ...]`."""
@@ -126,111 +242,317 @@ class Fit(NamedTuple):
             for name, value, draws in zip(Optimum._fields, law, drawn, strict=True)
         }
 
+    # -------------------------------------------------------------- what the data say
+
+    def lacking(self, parameter: str) -> str:
+        """Return which runs would determine a parameter; empty if these do.
+
+        They do if they have three values of every quantity that it depends on, and if its interval
+        ends before the bounds of the search, such as an irreducible error of zero.
+        """
+        needs = self.law.NEEDS[parameter]
+        if few := [name for name in needs if self.fitted.values(name) < 3]:
+            return "runs of at least three " + " and ".join(NEEDED[name] for name in few)
+        if self.interval(parameter).open:
+            return f"a wider range of {' and '.join(NEEDED[name] for name in needs)}, or less noise"
+        return ""
+
+    def unknown(self, size: float, samples: float, third: float | None = None) -> str:
+        """Return which runs a prediction would need; empty if these runs determine it.
+
+        One or two sizes say nothing about another size, and so for samples.
+        """
+        if not isinstance(self.law, Additive):
+            return ""
+        few = []
+        for name, value in (("size", size), ("samples", samples), ("third", third)):
+            held = getattr(self.fitted, name)
+            if held is None or value is None or type(self.law) is Additive and name == "third":
+                continue
+            known = np.abs(np.log(held / value)).min() < 0.02
+            if not known and self.fitted.values(name) < 3:
+                few.append(NEEDED[name])
+        return "runs of at least three " + " and ".join(few) if few else ""
+
     @property
     def irreducible(self) -> float | None:
-        """The irreducible error, or None if the runs do not determine it.
-
-        They do if its interval is above zero and narrower than half the estimate. Runs that have
-        not begun to level off are compatible with almost any value.
-        """
-        if "irreducible" not in self.law.names():
+        """The irreducible error, or None if the runs do not determine it."""
+        if "irreducible" not in self.law.names() or self.lacking("irreducible"):
             return None
-        low, high = self.interval("irreducible")
-        value = float(self.law.parameters["irreducible"])
-        return value if low > 0 and high - low < 0.5 * value else None
+        return float(self.law.parameters["irreducible"])
+
+    def misfit(self) -> list[str]:
+        """Return warnings about residuals that do not look like noise."""
+        return [*self.left_out, *(_misfit(self) if self.resampled is None else [])]
 
 
 def fit_law(
     form: Form,
     runs: Runs,
-    through: Through = "frontier",
+    procedure: Procedure = "all",
     *,
     bins: int = BINS,
     draws: int = 1_000,
     seed: int = 0,
 ) -> Fit:
-    """Fit one law to all runs, or to the lowest error of each bin of compute.
+    """Fit one law to runs, averaged over their seeds.
 
+    `procedure`: `all` points; `frontier`, the points that no other beats with at most their
+    compute; `cherti`, the lowest error of each of some `bins` of compute, at the bin's centre (Cherti
+    et al. 2023); `laion`, the best runs along compute by the robust loss of arXiv:2506.04598.
     `draws` and `seed` are those of the bootstrap. Raises InputError for too few points, errors that
-    are not positive, or an additive law through a frontier, whose bins have no size and no samples.
+    are not positive, or a law in size and samples through a frontier.
     """
     kind = LAWS[form]
-    parameters = len(kind.names())
     if not (runs.error > 0).all():
         raise InputError(
             f"errors must be positive, but the lowest is {runs.error.min()}; a score must be a "
             "fraction, since its error is 1 − metric, and an error needs metric_is=error."
         )
-    if issubclass(kind, Additive) and through == "frontier":
-        raise InputError(f"the {form} law needs sizes and samples; set through=all.")
+    if issubclass(kind, Additive) and procedure != "all":
+        raise InputError(f"the {form} law needs sizes and samples; set procedure=all.")
     if kind in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
         what = "distinct samples" if kind is Repeated else "batch"
         raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
-    fitted, edges = runs, bin_edges(runs.compute, bins)
-    if through == "frontier":
-        compute, error = frontier(runs.compute, runs.error, edges)
-        full = np.isfinite(error)
-        fitted = Runs(compute[full], np.ones(full.sum()), error[full])
-    points = len(fitted.error)
+    if procedure in ("cherti", "laion"):
+        return _published(kind, form, runs, bins if procedure == "cherti" else None, (draws, seed))
+    points = averaged(runs)
+    if procedure == "frontier":
+        points = points.where(pareto(points.runs))
+    fit, left_out = _fitted(kind, form, runs, points, (draws, seed)), []
+    while len(left_out) < max(len(points.seeds) // FEW, fit.freedom > 2) and (
+        worst := _outlier(fit)
+    ):
+        points = points.where(np.arange(len(points.seeds)) != worst[0])
+        fit = _fitted(kind, form, runs, points, (draws, seed))
+        left_out.append(worst[1])
+    return replace(fit, left_out=tuple(left_out))
+
+
+def _fitted(
+    kind: type[Law], form: str, runs: Runs, points: Points, bootstrap: tuple[int, int]
+) -> Fit:
+    """Fit by weighted least squares; the weights follow from the residuals, in three rounds.
+
+    The variance of a point is (that of a law's misfit + that of a run / seeds) · C^trend.
+    """
+    at, seeds = points.runs, points.seeds
+    count, parameters = len(at.error), kind.free(at)
+    freedom: float = count - parameters
+    _check_points(count, parameters, form)
+    inverse, trend = np.ones(count), Trend(0.0, 0.0, 0.0, 0.0)
+    for _ in range(3):
+        trend = trend._replace(scale=float(np.mean(trend.weight(at.compute))))
+        steady = np.asarray(trend.weight(at.compute))
+        within = points.within(steady)
+        weights = steady * inverse
+        law = kind.fitted(at, at.error[None], weights[None]).map(lambda x: x[0])
+        residual = np.asarray(np.log(at.error / at.under(law)))
+        freedom = count - parameters - min(trend.share, (count - parameters) / 2)
+        noise = float(np.sqrt((weights * residual**2).sum() / freedom))
+        if len(set(seeds)) > 1:
+            scatter = float((steady * residual**2).sum() / freedom)
+            variance = max(scatter - within * float((1 / seeds).mean()), 0.0) + within / seeds
+            inverse = (1 / variance) / (1 / variance).mean()
+        used, trend = trend, _trend(law, points, residual)
+    spread = math.sqrt(noise**2 + within * float((1 - 1 / seeds).mean()))
+    return Fit(
+        law, runs, at, weights, seeds, within, noise, freedom, spread, bootstrap, trend=used,
+    )  # fmt: skip
+
+
+def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend:
+    """Estimate the exponent of compute with which the variance of log E grows.
+
+    The maximum of the likelihood of residuals and of seeds, shrunk towards zero: a few points say
+    little about it. The largest residuals are limited, as they may be outliers.
+    """
+    # What another law could explain is not noise.
+    basis = _basis(np.concatenate([slopes(law, points.runs).T, _curves(law, points.runs)], axis=1))
+    if len(residual) - basis.shape[1] < 2:
+        basis = _basis(slopes(law, points.runs).T)
+    residual = residual - basis @ (basis.T @ residual)
+    square = np.square(residual) / np.clip(1 - np.square(basis).sum(1), 0.05, 1)
+    square = np.minimum(square, LIMIT * np.median(square)) + 1e-30
+    log = np.log(points.runs.compute)
+    trends, likelihood, information = np.linspace(-1, 1, 81), np.zeros(81), 0.0
+    for sums, counts in ((square, np.ones_like(log)), (points.squares, points.seeds - 1)):
+        if not sums.any():
+            continue
+        x = log - (counts * log).sum() / counts.sum()
+        scaled = (sums * np.exp(-trends[:, None] * x)).sum(1) / counts.sum()
+        likelihood -= 0.5 * counts.sum() * np.log(scaled)
+        information += 0.5 * float((counts * x**2).sum())
+    best = float(trends[likelihood.argmax()])
+    known = information + TREND**-2
+    return Trend(best * information / known, 1 / known, float(log.mean()), information / known)
+
+
+# ------------------------------------------------------------------ published procedures
+
+# Of arXiv:2506.04598, in GFLOPs × pairs, which are two of our GMACs × pairs.
+LAION_LEAST, LAION_LARGE, LAION_WORST = 0.5e6, 0.5e11, 0.7
+HUBER = 1e-3  # residual of log E above which the loss is linear
+REWEIGHTED = 20  # times
+
+
+def _published(
+    kind: type[Law], form: str, runs: Runs, bins: int | None, bootstrap: tuple[int, int]
+) -> Fit:
+    """Fit the frontier of runs, and those of runs drawn with replacement: bins, or `laion`."""
+    draws, seed = bootstrap
+    if bins is None:
+        worst = (runs.compute > LAION_LARGE) & (runs.error > LAION_WORST)
+        kept = runs.where((runs.compute >= LAION_LEAST) & ~worst)
+        kept = kept.where(np.argsort(kept.compute, kind="stable"))
+    else:
+        kept = runs
+    n = len(kept.error)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), draws) if n else np.zeros((draws, 0))
+    error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, kept.error, np.inf)
+    if bins is None:
+        compute = kept.compute
+        before = np.minimum.accumulate(error, axis=1)[:, :-1]
+        error[:, 1:] = np.where(error[:, 1:] < before, error[:, 1:], np.inf)
+    else:
+        compute, error = frontier(kept.compute, error, bin_edges(kept.compute, bins))
+    full = np.isfinite(error)
+    points = int(full[0].sum()) if n else 0
+    freedom = points - len(kind.names())
+    _check_points(points, len(kind.names()), form)
+    axis = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
+    weights, error = full.astype(float), np.where(full, error, 1.0)
+    laws = kind.fitted(axis, error, weights)
+    for _ in range(REWEIGHTED if bins is None else 0):  # Huber's loss, by reweighting
+        off = np.abs(np.log(error / laws.map(lambda x: x[:, None])(axis.size, axis.samples)))
+        laws = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
+    law = laws.map(lambda x: x[0])
+    held = np.isfinite([*laws.parameters.values()]).all(axis=0)  # a draw may have one bin
+    held[0] = False
+    fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
+    noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
+    return Fit(
+        law, runs, fitted, np.ones(points), np.ones(points), 0.0, noise, freedom, noise, bootstrap,
+        laws.map(lambda x: x[held]),
+    )  # fmt: skip
+
+
+def _check_points(points: int, parameters: int, form: str) -> None:
     if points <= parameters:
         raise InputError(
-            f"{points} points ({through}) cannot determine the {parameters} parameters of the "
-            f"{form} law and its scatter; it needs at least {parameters + 1}."
+            f"{points} points cannot determine the {parameters} parameters of the {form} law and "
+            f"its scatter; it needs at least {parameters + 1}."
         )
-    law = kind.fitted(fitted, fitted.error[None], np.ones((1, points))).map(lambda x: x[0])
-    freedom, rng = points - parameters, np.random.default_rng(seed)
-    is_line = through == "all" and isinstance(law, PowerLaw)
-    residual = np.log(fitted.error / fitted.under(law))
-    noise = float(np.sqrt(np.square(residual).sum() / freedom))
-    if through == "frontier":
-        drawn = _resampled(kind, runs, edges, rng, draws)
-    else:
-        # Draws of the standard deviation, given that of the residuals.
-        scatter = noise * np.sqrt(freedom / rng.chisquare(freedom, draws))
-        if isinstance(law, PowerLaw):
-            drawn = _lines(law, runs, scatter, rng)
-        else:
-            normal = rng.standard_normal((draws, points))
-            error = runs.under(law) * np.exp(scatter[:, None] * normal)
-            drawn = kind.fitted(runs, error, np.ones_like(error))
-    return Fit(law, runs, fitted, drawn, noise, freedom, is_line)
 
 
-def _mean_and_spread(runs: Runs) -> tuple[float, float]:
-    """Return the mean of log C, and the sum of squares around it."""
-    x = np.log(runs.compute)
-    return float(x.mean()), float(np.square(x - x.mean()).sum())
+# ------------------------------------------------------------------ does the law fit?
 
 
-def _lines(
-    law: PowerLaw, runs: Runs, scatter: Float[np.ndarray, " draws"], rng: np.random.Generator
-) -> PowerLaw:
-    """Draw lines that are compatible with the runs.
+def _misfit(fit: Fit) -> list[str]:
+    """Test the residuals for curvature (an F test) and for runs of equal signs."""
+    from scipy import special
 
-    With three runs, one in thousands is too steep for a float; these are left out.
+    points, root = fit.fitted, np.sqrt(fit.weights)
+    basis, residual = _residuals(fit)
+    warnings = []
+    extra = _curves(fit.law, points) * root[:, None]
+    added = _basis(extra - basis @ (basis.T @ extra), np.linalg.norm(extra, axis=0).max(initial=1))
+    k = added.shape[1]
+    rest = len(residual) - basis.shape[1] - k
+    share = float(np.square(added.T @ residual).sum() / np.square(residual).sum())
+    if k and rest > 0:
+        # P(F > f) by the incomplete beta function.
+        p = float(special.betainc(rest / 2, k / 2, 1 - share))
+        if p < REJECT:
+            warnings.append(
+                f"the law misfits: residuals of up to {np.abs(np.expm1(fit.residuals)).max():.1%} "
+                f"curve with the size or samples of the runs (p = {p:.1g}); try another --form, or "
+                "exclude the runs that it need not describe with --where."
+            )
+    seeds = fit.seeds
+    excess = fit.noise**2 - fit.within * float((1 / seeds).mean())
+    if not warnings and fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
+        warnings.append(
+            f"the law misfits: points lie {math.sqrt(excess):.1%} from it, and the seeds of a point "
+            f"only {math.sqrt(fit.within):.1%} from each other; try another --form."
+        )
+    signs = residual[np.argsort(points.compute, kind="stable")] > 0
+    if not warnings and len(signs) >= 10 and (p := _few_runs(signs)) < REJECT / 2:
+        warnings.append(
+            f"the law misfits: residuals keep their sign along compute (p = {p:.1g}); try another "
+            "--form."
+        )
+    return warnings
+
+
+def _residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Return an orthonormal basis of what the law can express, and the residuals outside of it.
+
+    The squares of the residuals sum to the degrees of freedom.
     """
-    mean, spread = _mean_and_spread(runs)
-    slope = law.alpha + scatter / np.sqrt(spread) * rng.standard_normal(len(scatter))
-    height = np.log(law.beta) + law.alpha * mean
-    height = height + scatter / np.sqrt(len(runs.error)) * rng.standard_normal(len(scatter))
-    with np.errstate(over="ignore"):
-        beta = np.exp(height - slope * mean)
-    held = np.isfinite(beta) & (beta > 0)
-    return PowerLaw(slope[held], beta[held])
+    root = np.sqrt(fit.weights)
+    basis = _basis(slopes(fit.law, fit.fitted).T * root[:, None])
+    residual = fit.residuals * root / max(fit.noise, 1e-12)
+    return basis, residual - basis @ (basis.T @ residual)
 
 
-def _resampled(
-    kind: type[Law], runs: Runs, edges: np.ndarray, rng: np.random.Generator, draws: int
-) -> Law:
-    """Fit the frontiers of runs drawn with replacement; every parameter is `[draws]`."""
-    n = len(runs.error)
-    counts = rng.multinomial(n, np.full(n, 1 / n), draws)
-    compute, error = frontier(runs.compute, np.where(counts > 0, runs.error, np.inf), edges)
-    full = np.isfinite(error)
-    bins = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
-    drawn = kind.fitted(bins, np.where(full, error, 1.0), full.astype(float))
-    held = np.isfinite([*drawn.parameters.values()]).all(axis=0)  # a draw may have a single bin
-    return drawn.map(lambda x: x[held])
+def _outlier(fit: Fit) -> tuple[int, str] | None:
+    """Return the point that lies too far from the law to be noise, and a warning: a t test."""
+    from scipy import special
+
+    basis, residual = _residuals(fit)
+    lever = np.clip(1 - np.square(basis).sum(1), 1e-9, 1)
+    off = np.square(residual) / lever / fit.freedom
+    worst = int(np.argmax(off))
+    t = math.sqrt(off[worst] * (fit.freedom - 1) / max(1 - off[worst], 1e-9))
+    p = 2 * float(special.stdtr(fit.freedom - 1, -t)) * len(residual)
+    if p >= REJECT:
+        return None
+    points = fit.fitted
+    at = f"{points.size[worst]:.4g} GMACs, {points.samples[worst]:.3g} pairs"
+    model = "" if points.model is None else f"{points.model[worst]}: "
+    return worst, (
+        f"one point is left out of the fit, as it lies {np.expm1(fit.residuals[worst]):+.1%} from "
+        f"the law of all points ({model}{at}; p = {p:.1g}); check that run."
+    )
+
+
+def _basis(matrix: np.ndarray, scale: float | None = None) -> np.ndarray:
+    """Return an orthonormal basis of the columns, without those that almost depend on others."""
+    unit = np.linalg.norm(matrix, axis=0) if scale is None else scale
+    vectors, values, _ = np.linalg.svd(matrix / np.maximum(unit, 1e-300), full_matrices=False)
+    return vectors[:, values > 1e-3 if scale else values > 1e-6]
+
+
+def _curves(law: Law, runs: Runs) -> np.ndarray:
+    """Return directions in which a law that misfits leaves residuals, `[n, k]`."""
+
+    def standard(x: np.ndarray) -> np.ndarray:
+        x = np.log(x) - np.log(x).mean()
+        return x / max(x.std(), 1e-9) if x.std() > 1e-6 else 0 * x
+
+    if not isinstance(law, Additive):
+        compute = standard(runs.compute)
+        curves = [standard(runs.size), compute**2]
+    else:
+        size, samples = standard(runs.size), standard(runs.samples)
+        curves = [size**2, samples**2, size * samples]
+    others = [] if runs.others is None else map(standard, runs.others.T)
+    return np.stack([*curves, *others], axis=-1)
+
+
+def _few_runs(signs: Bool[np.ndarray, " n"]) -> float:
+    """Return the probability of so few runs of equal signs (Wald and Wolfowitz 1940)."""
+    from scipy import special
+
+    plus, minus = int(signs.sum()), int((~signs).sum())
+    n, runs = plus + minus, 1 + int((signs[1:] != signs[:-1]).sum())
+    if not plus or not minus:
+        return 1.0
+    mean = 1 + 2 * plus * minus / n
+    spread = math.sqrt(max((mean - 1) * (mean - 2) / (n - 1), 1e-12))
+    return float(special.ndtr((runs + 0.5 - mean) / spread))
 
 
 # ------------------------------------------------------------------ two fits

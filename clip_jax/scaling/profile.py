@@ -1,0 +1,220 @@
+"""Profile likelihood: what values of parameters and predictions a table of runs allows.
+
+The region of all laws whose squared residuals are at most `limit` is searched on a grid of the
+parameters inside the terms, along the principal axes of their uncertainty. For each cell of the
+grid, the squares are quadratic in the coefficients, so the extremes of anything that is linear in
+these (a coefficient, or the law at some runs) have a closed form. An interval is the range over
+the region (Venzon and Moolgavkar 1988).
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from clip_jax.scaling.laws import Law, Runs, linearised
+
+CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
+MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
+DOUBLINGS = 12  # of one side of the grid, while the region reaches it
+EDGE = 0.05  # tolerance of interpolated edges, as a share of the squares up to the limit
+SINGULAR = (
+    1e-12  # relative eigenvalue of normal equations below which a direction is not determined
+)
+
+
+class Interval(NamedTuple):
+    """A range of values, and whether it ends at a bound of the search on either side."""
+
+    low: float
+    high: float
+    open: bool
+
+
+class Region(NamedTuple):
+    """The laws that a table allows: G cells of the E parameters inside the terms."""
+
+    kind: type[Law]
+    runs: Runs
+    inside: Float[np.ndarray, "G E"]
+    normal: Float[np.ndarray, "G K K"]  # normal equations of the K coefficients
+    target: Float[np.ndarray, "G K"]
+    total: float  # squares of the targets
+    limit: float
+    tolerance: float  # of the limit, for cells on the edge of the region
+    ranges: dict[str, Interval]  # of the parameters inside the terms
+
+    def extremes(self, directions: Float[np.ndarray, "G P K"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least and the greatest `direction · coefficients` in the region, `[P]` each.
+
+        On each face of the nonnegative coefficients, the extremes of an ellipsoid.
+        """
+        count = self.normal.shape[-1]
+        low = np.full(directions.shape[1], np.inf)
+        high = np.full(directions.shape[1], -np.inf)
+        for face in faces(count):
+            inverse = inverses(self.normal[..., face, :][..., face])  # [G, k, k]
+            aimed, along = self.target[..., face], directions[..., face]
+            centre = np.einsum("gij,gj->gi", inverse, aimed)
+            slack = self.limit - self.total + (centre * aimed).sum(-1)
+            held = slack > -self.tolerance
+            slack = np.maximum(slack, 0)
+            if not held.any():
+                continue
+            inverse, centre, along, slack = (x[held] for x in (inverse, centre, along, slack))
+            step = np.einsum("gij,gpj->gpi", inverse, along)
+            length = (step * along).sum(-1)
+            step = step * np.sqrt(slack[:, None] / np.maximum(length, 1e-300))[..., None]
+            for sign in (-1, 1):
+                solution = centre[:, None] + sign * step
+                value = (solution * along).sum(-1)
+                ok = (solution >= 0).all(-1)
+                low = np.minimum(low, np.where(ok, value, np.inf).min(0))
+                high = np.maximum(high, np.where(ok, value, -np.inf).max(0))
+        return low, high
+
+    def parameter(self, name: str) -> Interval:
+        """Return the interval of a parameter of the law."""
+        if name in self.ranges:
+            return self.ranges[name]
+        one = np.array(self.kind.COEFFICIENTS) == name
+        low, high = self.extremes(
+            np.broadcast_to(one, (len(self.inside), 1, len(one))).astype(float)
+        )
+        # Where the search bounds the exponent of a term, it bounds the coefficient, too.
+        exponent = self.ranges.get(name.replace("scale", "alpha"))
+        is_open = bool(low[0] <= 0) or (exponent is not None and exponent.open)
+        return Interval(max(float(low[0]), 0.0), float(high[0]), is_open)
+
+    def law(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least and the greatest error that laws of the region have for each run."""
+        return self.extremes(self.kind.factors(runs)(*self.inside.T))
+
+
+def faces(count: int) -> list[list[int]]:
+    """Return the nonempty subsets of coefficients."""
+    some = (itertools.combinations(range(count), n + 1) for n in range(count))
+    return [list(face) for face in itertools.chain(*some)]
+
+
+def inverses(normal: Float[np.ndarray, "*B k k"]) -> Float[np.ndarray, "*B k k"]:
+    """Invert matrices of very different magnitudes, some of them singular."""
+    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))
+    scaled = normal / (unit[..., None] * unit[..., None, :])
+    scaled = scaled + SINGULAR * np.eye(normal.shape[-1])
+    return np.linalg.inv(scaled) / (unit[..., None] * unit[..., None, :])
+
+
+def squares(
+    normal: Float[np.ndarray, "*B K K"], target: Float[np.ndarray, "*B K"], total: float
+) -> Float[np.ndarray, "*B"]:
+    """Return the least sum of squares with nonnegative coefficients."""
+    least = np.full(target.shape[:-1], total)
+    for face in faces(target.shape[-1]):
+        inverse = inverses(normal[..., face, :][..., face])
+        solution = np.einsum("...ij,...j->...i", inverse, target[..., face])
+        loss = total - (solution * target[..., face]).sum(-1)
+        least = np.where((solution >= 0).all(-1), np.minimum(least, loss), least)
+    return least
+
+
+def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float) -> Region:
+    """Search the laws of one kind whose weighted squared residuals of log E are below `limit`.
+
+    `law` has the least squares; `runs` are the points of its fit.
+    """
+    kind, around = type(law), np.asarray(runs.under(law))
+    aimed, root = linearised(runs.error, around), np.sqrt(weights)
+    total = float((weights * aimed**2).sum())
+    terms, names = kind.factors(runs), kind.inside()
+    bounds = np.log([[x[0], x[-1]] for x in kind.grid(runs)])  # [E, 2]
+    free = bounds[:, 1] > bounds[:, 0]
+    centre = np.log([float(law.parameters[name]) for name in names])
+
+    def equations(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scaled = terms(*np.exp(inside).T) * (root / around)[:, None]
+        return scaled.swapaxes(-1, -2) @ scaled, scaled.swapaxes(-1, -2) @ (root * aimed)
+
+    axes = _axes(law, runs, weights, free)  # [F, E]
+    count = CELLS[max(len(axes), 1)]
+    radius = np.sqrt(max(limit - (weights * np.log(runs.error / around) ** 2).sum(), 0.0))
+    side = np.full((len(axes), 2), MARGIN * radius)
+    for _ in range(DOUBLINGS):
+        steps = [np.linspace(-low, high, count) for low, high in side]
+        grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)  # [count, ..., F]
+        inside = centre + grid @ axes
+        beyond = (inside < bounds[:, 0] - 1e-9) | (inside > bounds[:, 1] + 1e-9)
+        normal, target = equations(inside.reshape(-1, len(names)))
+        loss = squares(normal, target, total).reshape(inside.shape[:-1])
+        loss = np.where(beyond.any(-1), np.inf, loss)
+        reached = np.array([
+            [(loss.take(end, axis=axis) <= limit).any() for end in (0, -1)]
+            for axis in range(len(axes))
+        ]).reshape(len(axes), 2)  # fmt: skip
+        if not reached.any():
+            break
+        side = np.where(reached, 2 * side, side)
+    held = loss.ravel() <= limit
+    held[np.argmin(loss)] = True
+    edge, touched = _edges(inside, loss, beyond, bounds, limit)
+    edge = np.concatenate([edge, centre[None]])
+    least = float(loss.min())
+    ranges = {
+        name: Interval(*np.exp([edge[:, i].min(), edge[:, i].max()]).tolist(), bool(touched[i]))
+        for i, name in enumerate(names)
+    }
+    cells = np.concatenate([inside.reshape(-1, len(names))[held], edge])
+    return Region(
+        kind, runs, np.exp(cells), *equations(cells), total, limit, EDGE * (limit - least), ranges
+    )
+
+
+def slopes(law: Law, runs: Runs) -> Float[np.ndarray, "P n"]:
+    """Differentiate log E of runs by the log of each parameter, those inside the terms first."""
+    kind, rows = type(law), []
+    values = {name: float(x) for name, x in law.parameters.items()}
+    for name in (*kind.inside(), *kind.COEFFICIENTS):
+        near = (kind(**(values | {name: values[name] * x})) for x in (1.001, 0.999))
+        above, below = (np.log(runs.under(law)) for law in near)
+        rows.append((above - below) / 0.002)
+    return np.stack(rows)
+
+
+def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"]) -> np.ndarray:
+    """Return the principal axes of the uncertainty of the free parameters inside the terms.
+
+    Along each, one unit raises the squares by one, as far as these are quadratic.
+    """
+    steep = slopes(law, runs) * np.sqrt(weights)
+    count = len(free)
+    own, others = steep[:count][free], steep[count:]
+    rest = own - own @ np.linalg.pinv(others, rcond=1e-9) @ others
+    values, vectors = np.linalg.eigh(rest @ rest.T)
+    least = max(values.max(initial=0) * 1e-6, 1e-12)
+    axes = np.zeros((len(own), count))
+    axes[:, free] = vectors.T / np.sqrt(np.maximum(values, least))[:, None]
+    return axes
+
+
+def _edges(
+    inside: np.ndarray, loss: np.ndarray, beyond: np.ndarray, bounds: np.ndarray, limit: float
+) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:
+    """Return points on the edge of the region, and which parameters it bounds by the search."""
+    points, touched = [inside[loss <= limit][:0]], np.zeros(len(bounds), bool)
+    least = loss.min()
+    height = np.sqrt(np.maximum(loss - least, 0))
+    wanted = np.sqrt(max(limit - least, 0.0))
+    for axis in range(loss.ndim):
+        for forward in (1, -1):
+            at, rise, outside = (
+                np.moveaxis(x, axis, 0)[::forward] for x in (inside, height, beyond)
+            )
+            crosses = (rise[:-1] <= wanted) & (rise[1:] > wanted)
+            with np.errstate(invalid="ignore"):
+                share = (wanted - rise[:-1]) / (rise[1:] - rise[:-1])
+            share = np.where(np.isfinite(rise[1:]), share, 1.0)[..., None]
+            points.append((at[:-1] + share * (at[1:] - at[:-1]))[crosses])
+            touched |= outside[1:][crosses].any(0)
+    points = [np.clip(x, bounds[:, 0], bounds[:, 1]) for x in points]
+    return np.concatenate([x.reshape(-1, inside.shape[-1]) for x in points]), touched
