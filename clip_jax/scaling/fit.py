@@ -5,8 +5,8 @@ are in training FLOPs, 6e9 times that.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -15,24 +15,41 @@ import numpy as np
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import zoo
-from clip_jax.scaling import plots, run_table
-from clip_jax.scaling.laws import BINS, TRAINING_FLOPS, Additive, Law, PowerLaw, Runs, pareto
-from clip_jax.scaling.run_table import Row, RunTable, gmacs, parse_count, short, text
-from clip_jax.scaling.uncertainty import (
-    Fit,
-    Form,
-    Prediction,
-    Through,
-    crossing,
-    fit_law,
-    middle,
-    paired,
-    ratios,
-    sizes_of,
+from clip_jax.scaling import compare, papers, plots, run_table
+from clip_jax.scaling.laws import (
+    BINS,
+    TRAINING_FLOPS,
+    Additive,
+    Batched,
+    Law,
+    PowerLaw,
+    Runs,
+    pareto,
 )
+from clip_jax.scaling.run_table import (
+    Row,
+    RunTable,
+    Selection,
+    gmacs,
+    is_score,
+    number,
+    parse_count,
+    short,
+    text,
+)
+from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.storage.files import AnyPath, check_destination
 
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # third columns that forms need
+ENOUGH = 7  # points of different size or samples, for the form additive by default
+THROUGH = {
+    "all": "the seeds' means of", "frontier": "those that no cheaper run beats, of",
+    "cherti": "the least errors of the bins of", "laion": "the best along compute of",
+}  # fmt: skip
+UNITS = {
+    "compute": "forward GMACs of a pair x pairs seen", "samples": "pairs seen", "hours": "hours",
+    "training_flops": "training FLOPs",
+}  # fmt: skip
 EXTRAPOLATION = 10.0  # multiple of the largest compute above which predictions get a warning
 
 # Cherti et al. 2023, figures 1 and 2: alpha and beta, drawn in plots of the same metric.
@@ -44,27 +61,47 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+# Columns that tell runs apart that are more than seeds of each other, and those of which a law
+# without them may misfit.
+SETTINGS = (
+    "arch", "lr", "global_batch", "warmup", "weight_decay", "data", "upstream_dataset", "schedule",
+    "family",
+)  # fmt: skip
+OTHERS = ("global_batch", "unique_samples")
+
+
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Selection):
     """Fit a scaling law to a table of runs."""
 
     metric: str = "imagenet1k_acc1"  # Column with the result of each run.
     # What the metric is. score: the law describes the error 1 − metric. error: the metric itself.
-    metric_is: Literal["score", "error"] = "score"
-    # Conditions COLUMN=PATTERN that a row must match, such as upstream_dataset=LAION*.
-    where: tuple[str, ...] = ()
+    # None: error if its name contains loss, info_nce or perplexity, else score.
+    metric_is: Literal["score", "error"] | None = None
     # Form of the law, for compute C, model size N and samples D. power: β·C^α. saturating:
     # E∞ + A(C+B)^−α. additive: E∞ + A·N^−a + B·D^−b. repeated: additive, for several epochs over
-    # the samples in column unique_samples. batched: additive, for batch sizes in global_batch.
-    form: Form = "power"
+    # the samples in column unique_samples. batched: additive, with a best batch size, for batch
+    # sizes in global_batch. None: additive if the runs have three sizes and three numbers of
+    # samples each, else power.
+    form: Form | None = None
+    # Quantity that C is, for the forms power and saturating. hours is the column seconds/total,
+    # training_flops the column of that name.
+    against: Literal["compute", "samples", "hours", "training_flops"] = "compute"
     # Column that divides runs into families, such as family, schedule or data. Fits a law to each
     # family and compares them. None: one law for all runs.
     compare: str | None = None
-    # Points to fit. frontier: the best run of each bin of compute. all: every run. None: frontier
-    # for the form power, all for the others.
-    through: Through | None = None
-    bins: int = BINS  # Number of bins of the frontier, equally wide in log C.
-    draws: int = 1_000  # Number of bootstrap draws for the 95% intervals.
+    # Points to fit. all: every run. frontier: the runs that no other beats with at most their
+    # compute. cherti: the lowest error of each of 5 bins of compute, at its centre (Cherti et al.
+    # 2023). laion: the best runs along compute, with a robust loss (arXiv:2506.04598).
+    procedure: Procedure = "all"
+    bins: int = BINS  # Number of bins of the procedure cherti, equally wide in log C.
+    draws: int = 1_000  # Number of bootstrap draws, for comparisons and published procedures.
+    # Column that names runs: several rows of a run are its checkpoints, whose errors are
+    # correlated. None: every row is a run.
+    run: str | None = None
+    # Number of images or pairs that each score was measured on, for its binomial noise. None: the
+    # noise is estimated from the scatter of the runs alone.
+    evaluated: int | None = None
     # Compute, as forward GMACs × pairs seen, from which on runs are predicted. None: fit all.
     hold_out: float | None = None
     # Pairs seen, such as 12.8B, from which on runs are predicted. None: fit all.
@@ -72,34 +109,77 @@ class FitConfig:
     # Runs to predict, as MODEL@SAMPLES, such as ViT-L-14@12.8B; append /UNIQUE for the form
     # repeated, or /BATCH for batched.
     predict: tuple[str, ...] = ()
-    # Training FLOPs for which to find the best model and number of samples. None: no search.
-    budget: float | None = None
-    candidates: tuple[str, ...] = ()  # Models to choose from for the budget. Empty: the table's.
+    # Also print the answer for other forms, procedures and bins, and without the smallest runs or
+    # one of the sizes: the first run to predict, or else ten times the largest compute.
+    sensitivity: bool = False
     plot: AnyPath | None = None  # Path without suffix of the .svg and .png plot. None: no plot.
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, bins="[3, 10000]", draws="[100, 1000000]", hold_out="(0, inf)", budget="(0, inf)"
+            self, bins="[3, 10000]", draws="[100, 1000000]", hold_out="(0, inf)",
+            evaluated="[2, inf)",
         )  # fmt: skip
         if self.hold_out is not None and self.hold_out_samples is not None:
             raise InputError("hold_out and hold_out_samples are both set; remove one.")
-        questions = self.hold_out, self.hold_out_samples, self.budget, self.plot
-        if self.compare and (self.predict or any(x is not None for x in questions)):
+        questions = self.hold_out, self.hold_out_samples, self.plot
+        if self.compare and (
+            self.predict or self.sensitivity or any(x is not None for x in questions)
+        ):
             raise InputError(
-                "compare fits several laws; remove it, or hold_out, predict, budget and plot."
+                "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
             )
 
+    @property
+    def is_score(self) -> bool:
+        return is_score(self.metric, self.metric_is)
+
     def runs(self, table: RunTable) -> Runs:
-        return table.runs(self.metric, self.metric_is == "score", THIRD.get(self.form, ""))
+        """Convert rows to runs, with what tells them apart."""
+        third = THIRD.get(self.form or "", "")
+        runs = table.runs(self.metric, self.is_score, third)
+        if self.against != "compute":
+            table.check(
+                column := {"hours": "seconds/total", "samples": "samples_seen"}.get(
+                    self.against, self.against
+                )
+            )
+            axis = table.numbers(column) / (3600 if self.against == "hours" else 1)
+            runs = runs._replace(size=np.ones_like(axis), samples=axis)
+        setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
+        known = (x for x in OTHERS if x != third and all(text(row, x) for row in table.rows))
+        others = [values for x in known if (values := table.numbers(x)).min() > 0]
+        if self.run:
+            table.check(self.run)
+        return runs._replace(
+            setting=np.array(setting),
+            others=np.stack(others, axis=-1) if others else None,
+            run=np.array([text(row, self.run) for row in table.rows]) if self.run else None,
+            known=(1 - runs.error) / (runs.error * self.evaluated) if self.evaluated else None,
+        )
+
+    def resolved(self, families: Sequence[RunTable]) -> "FitConfig":
+        """Return the config with a form: `additive` if all families determine it, else `power`."""
+        if self.form is not None:
+            return self
+        form: Form = (
+            "additive" if self.procedure == "all" and self.against == "compute" else "power"
+        )
+        for runs in map(self.runs, families):
+            points = len({*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)})
+            if min(runs.values("size"), runs.values("samples")) < 3 or points < ENOUGH:
+                form = "power"
+        return replace(self, form=form)
 
     def fit(self, runs: Runs, family: int = 0) -> Fit:
         """Fit runs; each family has its own bootstrap seed, so that they are independent."""
-        through, bins, draws = self.passes_through, self.bins, self.draws
-        return fit_law(self.form, runs, through, bins=bins, draws=draws, seed=family)
-
-    @property
-    def passes_through(self) -> Through:
-        return self.through or ("frontier" if self.form == "power" else "all")
+        return fit_law(
+            self.form or "power",
+            runs,
+            self.procedure,
+            bins=self.bins,
+            draws=self.draws,
+            seed=family,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,37 +187,62 @@ class FitCommand(FitConfig):
     """Fit a scaling law to a table of runs."""
 
     table: AnyPath = Path("scaling.csv")  # Table of runs (CSV), as written by `scale collect`.
+    also: tuple[str, ...] = ()  # More metrics to fit in the same way, each with its own law.
+    # Path without ending of files for papers: runs, points and curve as CSV, the law as a LaTeX
+    # table. None: none.
+    output: AnyPath | None = None
 
 
 def fit_file(command: FitCommand) -> dict[str, Any]:
-    """Run `fit` on the table in a file."""
+    """Run `fit` on the table in a file, and write what the command asks for."""
     for path in plots.both(command.plot) if command.plot else ():
         check_destination(path, "--plot", folder=False)
-    return fit(run_table.read(command.table), command)
+    for path in papers.paths(command.output) if command.output else ():
+        check_destination(path, "--output", folder=False)
+    table = run_table.read(command.table, command.columns)
+    result = fit(table, command)
+    if command.output:
+        rows = table.select(command.metric, command.where)
+        column = command.compare
+        tables = rows.groups(lambda row: family_of(row, column)) if column else {"": rows}
+        result["files"] = papers.write(result, tables, command.output)
+    result["also"] = [
+        fit(table, replace(command, metric=metric, metric_is=None, plot=None))
+        for metric in command.also
+    ]
+    return result
 
 
 def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     """Fit laws and predict with them; returns JSON values (`describe` formats them as text).
 
-    Keys: `alpha`, `beta` (power law), `parameters` with intervals, `irreducible_error` (None if the
-    runs do not determine it), the fitted `points`, the law's `curve` at the best division of
-    compute, `residuals` in the order of the table, `optimal` (best divisions of compute, for laws
-    in N and D), `hold_out`, `predictions` by run, `budget`, `warnings`. With `compare`: `families`
-    by name, each with the keys of a law, and `pairs` of families.
+    Keys: `alpha`, `beta` (power law), `parameters` with intervals (a value of None is not
+    determined, and `lacking` says which runs would determine it), `irreducible_error`, the fitted
+    `points`, the law's `curve` at the best division of compute, `residuals` in the order of the
+    table, `optimal` (best divisions of compute, for laws in N and D), `hold_out`, `predictions` by
+    run, `sensitivity`, `warnings`. With `compare`: `families` by name, each with the keys of a law,
+    and `pairs` of families.
     """
     table = table.select(config.metric, config.where)
+    if config.compare:
+        table.check(column := config.compare)
+        families = dict(sorted(table.groups(lambda row: family_of(row, column)).items()))
+        config = config.resolved([*families.values()])
+    else:
+        config = config.resolved([table])
     result: dict[str, Any] = {
         "metric": config.metric,
         "form": config.form,
-        "through": config.passes_through,
-        "compute_unit": "forward GMACs of a pair x pairs seen",
+        "procedure": config.procedure,
+        "compute_unit": UNITS[config.against],
         "warnings": [],
     }
     if config.compare:
-        return result | _compare(table, config.compare, config)
+        return result | _compare(families, config)
     runs = config.runs(table)
     fitted = config.fit(runs)
     result |= _law(fitted)
+    result["warnings"] = fitted.misfit()
     if config.hold_out is not None:
         result["hold_out"] = _hold_out(runs, runs.compute >= config.hold_out, config)
     elif config.hold_out_samples is not None:
@@ -145,29 +250,32 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
         held = runs.samples >= 0.99 * parse_count(config.hold_out_samples)
         result["hold_out"] = _hold_out(runs, held, config)
 
-    sizes = {row["arch"]: float(row["gmacs_per_sample"]) for row in table.rows}
+    sizes = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
     largest = runs.compute.max()
     predicted: dict[str, tuple[float, Prediction]] = {}
     result["predictions"] = {}
     for wanted in config.predict:
-        size, samples, third = _run_of(wanted, sizes)
-        compute, prediction = size * samples, fitted.predict(size, samples, third)
-        predicted[wanted] = compute, prediction
-        result["predictions"][wanted] = {"compute": compute, **_prediction(prediction, config)}
+        size, samples, third = _run_of(wanted, sizes, config)
+        compute = size * samples
+        result["predictions"][wanted] = {
+            "compute": compute,
+            **_answer(fitted, size, samples, third, config),
+        }
+        if not fitted.unknown(size, samples, third):
+            predicted[wanted] = compute, fitted.predict(size, samples, third)
         if compute > EXTRAPOLATION * largest:
             result["warnings"].append(
                 f"{wanted} has {compute / largest:.0f} times the compute of the largest run; the "
                 "interval assumes that the law still holds there."
             )
-    if config.budget is not None:
-        names = config.candidates or tuple(sizes)
-        result["budget"] = _budget(config.budget, names, sizes, fitted, config)
+    if config.sensitivity:
+        result["sensitivity"] = _sensitivity(table, runs, sizes, config)
     if config.plot:
-        is_score = config.metric_is == "score"
         page = plots.figure(
             fitted, others=published(config.metric), predictions=predicted,
-            error_label=f"1 − {config.metric}" if is_score else config.metric,
+            error_label=f"1 − {config.metric}" if config.is_score else config.metric,
             reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
+            title="\n".join(line.partition("(")[0] for line in fitted.misfit()),
         )  # fmt: skip
         result["plots"] = [str(path) for path in plots.save(page, config.plot)]
     return result
@@ -187,7 +295,11 @@ def _law(fitted: Fit) -> dict[str, Any]:
     span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
     curve = np.stack([span, *fitted.best(span, sizes)["error"]])
     parameters = {
-        name: {"value": float(value), "interval": list(fitted.interval(name))}
+        name: {
+            "value": None if (lacking := fitted.lacking(name)) else float(value),
+            "interval": list(fitted.interval(name)[:2]),
+            "lacking": lacking or None,
+        }
         for name, value in law.parameters.items()
     }
     result: dict[str, Any] = {
@@ -205,8 +317,17 @@ def _law(fitted: Fit) -> dict[str, Any]:
         "residuals": (runs.error / runs.under(law) - 1).tolist(),
     }
     if isinstance(law, PowerLaw):
-        result |= {name: parameter["value"] for name, parameter in parameters.items()}
-    if isinstance(law, Additive) and isinstance(fitted.drawn, Additive):
+        result |= {name: float(value) for name, value in law.parameters.items()}
+    if isinstance(law, Batched):
+        samples = float(np.median(runs.samples))
+        drawn = Batched(*fitted.drawn.parameters.values()).best_batch(samples)
+        lacking = fitted.lacking("negatives") or fitted.lacking("steps")
+        result["best_batch"] = {
+            "samples": samples, "interval": list(map(float, middle(np.asarray(drawn)))),
+            "value": None if lacking else float(law.best_batch(samples)), "lacking": lacking,
+        }  # fmt: skip
+    three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
+    if isinstance(law, Additive) and isinstance(fitted.drawn, Additive) and three:
         # From the smallest compute of the runs to ten times the largest.
         low, high = np.log10([runs.compute.min(), EXTRAPOLATION * runs.compute.max()])
         compute = 10.0 ** np.arange(np.ceil(low), high)
@@ -231,7 +352,7 @@ def _hold_out(runs: Runs, held: np.ndarray, config: FitConfig) -> dict[str, Any]
     A fit through the frontier describes only the best runs, so it predicts only held-out runs that
     no other run beats with at most their compute. Raises InputError if there are none.
     """
-    tested = held & pareto(runs) if config.passes_through == "frontier" else held
+    tested = held & pareto(runs) if config.procedure != "all" else held
     if not tested.any():
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
@@ -253,55 +374,82 @@ def _hold_out(runs: Runs, held: np.ndarray, config: FitConfig) -> dict[str, Any]
     }
 
 
-def _run_of(wanted: str, sizes: Mapping[str, float]) -> tuple[float, float, float | None]:
+def _run_of(
+    wanted: str, sizes: Mapping[str, float], config: FitConfig
+) -> tuple[float, float, float | None]:
     """Read MODEL@SAMPLES or MODEL@SAMPLES/THIRD."""
     model, at, samples = wanted.rpartition("@")
     if not at:
         raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
+    if config.against in ("hours", "training_flops"):
+        raise InputError(
+            f"predict needs a law of compute or samples, not against={config.against}."
+        )
     samples, slash, third = samples.partition("/")
-    count = parse_count(samples)
-    return _size(model, sizes), count, parse_count(third) if slash else None
+    count, size = parse_count(samples), sizes[model] if model in sizes else gmacs(zoo.get(model))
+    size = 1.0 if config.against == "samples" else size
+    return size, count, parse_count(third) if slash else None
 
 
-def _size(model: str, sizes: Mapping[str, float]) -> float:
-    """Return the forward GMACs of a model, from the table or the zoo."""
-    return sizes[model] if model in sizes else gmacs(zoo.get(model))
+def _answer(
+    fitted: Fit, size: float, samples: float, third: float | None, config: FitConfig
+) -> dict[str, Any]:
+    """Return an error with its interval and, if the metric is a score, the score with its own.
 
-
-def _prediction(prediction: Prediction, config: FitConfig) -> dict[str, Any]:
-    """Return an error with its interval and, if the metric is a score, the score with its own."""
-    is_score = config.metric_is == "score"
-    most = 1.0 if is_score else math.inf  # an error of 1 − score is at most 1
+    Both are None where the runs do not determine them.
+    """
+    if lacking := fitted.unknown(size, samples, third):
+        return {"error": None, "lacking": lacking} | ({"score": None} if config.is_score else {})
+    most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
+    third = None if third is None else np.float64(third)
+    prediction = fitted.predict(np.float64(size), np.float64(samples), third)
     error, low, high = (min(float(value), most) for value in prediction)
     both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
-    return both | ({"score": 1 - error, "score_interval": [1 - high, 1 - low]} if is_score else {})
+    return both | (
+        {"score": 1 - error, "score_interval": [1 - high, 1 - low]} if config.is_score else {}
+    )
 
 
-def _budget(
-    budget: float, names: Sequence[str], sizes: Mapping[str, float], fitted: Fit, config: FitConfig
-) -> dict[str, Any]:
-    """Choose the best model for a budget, by a law that is additive in size and samples."""
-    if not isinstance(fitted.law, Additive):
-        fitted = fit_law("additive", fitted.runs, "all", draws=config.draws)
-    size = np.array([_size(name, sizes) for name in names])
-    samples = budget / TRAINING_FLOPS / size
-    predicted = fitted.predict(size, samples)
-    best = int(np.argmin(predicted.error))
-    choices = fitted.draws(size, samples).argmin(axis=1)
-    return {
-        "training_flops": budget,
-        "model": names[best],
-        "samples": float(samples[best]),
-        "options": [
-            {
-                "model": name,
-                "samples": float(samples[i]),
-                **_prediction(Prediction(*np.stack(predicted)[:, i]), config),
-                "share_of_draws": float((choices == i).mean()),
-            }
-            for i, name in enumerate(names)
-        ],
-    }
+def _sensitivity(
+    table: RunTable, runs: Runs, sizes: Mapping[str, float], config: FitConfig
+) -> list[dict[str, Any]]:
+    """Return the answer of each variant of a fit: its name, the prediction, and its warnings."""
+    answers = []
+    for name, variant, keep in _variants(runs, config):
+        try:
+            rows = RunTable([row for row, kept in zip(table.rows, keep, strict=True) if kept])
+            fitted = variant.fit(variant.runs(rows))
+            if config.predict:
+                at = _run_of(config.predict[0], sizes, variant)
+            else:
+                compute = EXTRAPOLATION * runs.compute.max()
+                best = fitted.law.optimum(compute, sizes_of([fitted]))
+                at = float(best.size), float(best.samples), None
+            answer = _answer(fitted, *at, variant) | {"warnings": fitted.misfit()}
+        except InputError as error:
+            answer = {"error": None, "lacking": str(error), "warnings": []}
+        answers.append({"variant": name, **answer})
+    return answers
+
+
+def _variants(runs: Runs, config: FitConfig) -> Iterator[tuple[str, FitConfig, np.ndarray]]:
+    """Yield a name, a config and which runs to keep, for each variant of a fit."""
+    every = np.ones(len(runs.error), bool)
+    yield "as asked", config, every
+    forms: tuple[Form, ...] = ("power", "saturating", "additive")
+    for form in forms:
+        if form != config.form and not (form == "additive" and config.against != "compute"):
+            yield f"form {form}", replace(config, form=form, procedure="all"), every
+    line = replace(config, form="power")
+    yield "frontier", replace(line, procedure="frontier"), every
+    for bins in (3, 5, 10, 30):
+        yield f"cherti, {bins} bins", replace(line, procedure="cherti", bins=bins), every
+    yield "laion", replace(line, procedure="laion"), every
+    for share in (0.1, 0.25):
+        least = np.quantile(runs.compute, share)
+        yield f"without the smallest {share:.0%}", config, runs.compute >= least
+    for model in dict.fromkeys(np.asarray(runs.model).tolist()):
+        yield f"without {model}", config, np.asarray(runs.model) != model
 
 
 # ------------------------------------------------------------------ comparison of families
@@ -312,61 +460,31 @@ def family_of(row: Row, column: str) -> str:
     return text(row, column) or f"no {column}"
 
 
-def _compare(table: RunTable, column: str, config: FitConfig) -> dict[str, Any]:
+def _compare(groups: Mapping[str, RunTable], config: FitConfig) -> dict[str, Any]:
     """Fit every family of runs separately, and compare every pair."""
-    table.check(column)
     families: dict[str, Fit] = {}
-    alike, warnings = {}, []
-    groups = sorted(table.groups(lambda row: family_of(row, column)).items())
-    for number, (name, members) in enumerate(groups):
-        runs = config.runs(members)
+    warnings = []
+    for seed, (name, members) in enumerate(groups.items()):
         try:
-            families[name] = config.fit(runs, number)
+            families[name] = config.fit(config.runs(members), seed)
+            warnings += [f"{name}: {line}" for line in families[name].misfit()]
         except InputError as error:
             warnings.append(f"{name} is left out: {error}")
-        else:
-            alike[name] = _by_the_rest(members, runs)
     if len(families) < 2:
         raise InputError(
-            f"compare={column!r} needs two or more families that can be fitted, not "
+            f"compare={config.compare!r} needs two or more families that can be fitted, not "
             + "; ".join([*families, *warnings]) + "."
         )  # fmt: skip
+    pairs = []
+    for names in combinations(families, 2):
+        first, second = (families[name] for name in names)
+        alike = compare.paired(*(groups[x] for x in names), (first.runs.error, second.runs.error))
+        pairs.append(compare.as_json(names, compare.compare(first, second), alike))
     return {
-        "compare": column,
+        "compare": config.compare,
         "families": {name: _law(fitted) for name, fitted in families.items()},
-        "pairs": [_pair(pair, families, alike) for pair in combinations(families, 2)],
+        "pairs": pairs,
         "warnings": warnings,
-    }
-
-
-def _by_the_rest(table: RunTable, runs: Runs) -> dict[tuple[str, ...], float]:
-    """Map (size, samples, seed) to the error, without runs that share these."""
-    lengths = np.asarray(runs.length).tolist()
-    keys = [(row["arch"], x, text(row, "seed")) for row, x in zip(table.rows, lengths, strict=True)]
-    errors = zip(keys, runs.error.tolist(), strict=True)
-    return {key: error for key, error in errors if keys.count(key) == 1}
-
-
-def _pair(
-    names: tuple[str, str], families: Mapping[str, Fit], alike: Mapping[str, Mapping[Any, float]]
-) -> dict[str, Any]:
-    """Compare two families: the crossing and the ratios of their laws, and matching runs.
-
-    `alike` has the errors of each family by (size, samples, seed).
-    """
-    first, second = (families[name] for name in names)
-    one, other = (alike[name] for name in names)
-    least = max(fitted.runs.compute.min() for fitted in (first, second))  # in both families
-    most = min(fitted.runs.compute.max() for fitted in (first, second))
-    cross = crossing(first, second)
-    pairs = np.array([(one[key], other[key]) for key in one if key in other]).reshape(-1, 2)
-    measured = paired(pairs)
-    high = cross.high if math.isfinite(cross.high) else None  # JSON has no infinity
-    return {
-        "families": list(names),
-        "crossing": {**cross._asdict(), "high": high},
-        "ratios": [x._asdict() for x in ratios(first, second, np.array([least, most]))],
-        "paired": measured and measured._asdict(),
     }
 
 
@@ -378,12 +496,12 @@ def describe(result: Mapping[str, Any]) -> str:
     law = f"{result['metric']}: {result['form']} law"
     unit = f"; C in {result['compute_unit']}"
     lines = [law + unit] if "families" in result else []
-    through = "the least errors of the bins of" if result["through"] == "frontier" else "all of"
+    through = THROUGH[result["procedure"]]
     for name, family in result.get("families", {"": result}).items():
         count = f"{len(family['points'])} points, {through} {family['runs']} runs"
         lines += [f"{name or law} through {count}{'' if name else unit}", *_lines_of_law(family)]
     for pair in result.get("pairs", ()):
-        lines += _lines_of_pair(pair)
+        lines += compare.describe(pair)
     if "hold_out" in result:
         held = result["hold_out"]
         lines.append(
@@ -393,28 +511,33 @@ def describe(result: Mapping[str, Any]) -> str:
         )
     for wanted, prediction in result.get("predictions", {}).items():
         lines.append(f"{wanted}: {_in_words(prediction)}")
-    if "budget" in result:
-        budget = result["budget"]
-        lines.append(
-            f"{budget['training_flops']:.3g} training FLOPs: {budget['model']} on "
-            f"{short(budget['samples'])} pairs"
-        )
-        lines += [
-            f"  {option['model']:16} {short(option['samples']):>6} pairs  {_in_words(option)}, "
-            f"best in {option['share_of_draws']:.0%} of draws"
-            for option in budget["options"]
-        ]
-    lines += [f"written: {path}" for path in result.get("plots", [])]
-    return "\n".join(lines + [f"warning: {line}" for line in result["warnings"]])
+    if "sensitivity" in result:
+        lines.append("the same answer by other ways to fit:")
+    for x in result.get("sensitivity", ()):
+        mark = "; MISFITS or leaves out points" if x["warnings"] else ""
+        lines.append(f"  {x['variant']:25} {_in_words(x)}{mark}")
+    written = (*result.get("plots", ()), *result.get("files", ()))
+    lines += [f"written: {path}" for path in written]
+    lines += [f"warning: {line}" for line in result["warnings"]]
+    return "\n".join([*lines, *map(describe, result.get("also", ()))])
 
 
 def _lines_of_law(family: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, parameter in family["parameters"].items():
-        value = f"{parameter['value']:<10.4g}"
-        if name == "irreducible" and family["irreducible_error"] is None:
-            value = "not determined by these runs"
-        lines.append(f"  {name:13} {value} {_interval(parameter['interval'], '.4g')}")
+        line = f"  {name:13} "
+        if (lacking := parameter["lacking"]) is None:
+            line += f"{parameter['value']:<10.4g} {_interval(parameter['interval'], '.4g')}"
+        elif lacking.startswith("runs"):
+            line += f"not determined; it takes {lacking}"
+        else:
+            line += f"not determined {_interval(parameter['interval'], '.4g')}; it takes {lacking}"
+        lines.append(line)
+    if best := family.get("best_batch"):
+        interval = _interval(best["interval"], ".3g")
+        lines.append(
+            f"  best batch size for {short(best['samples'])} pairs: {best['value']:.3g} {interval}"
+        )
     if "optimal" in family:
         exponent = family["optimal"]["size_exponent"]
         lines.append(
@@ -436,30 +559,7 @@ def _interval(interval: Sequence[float], form: str) -> str:
 
 
 def _in_words(prediction: Mapping[str, Any]) -> str:
+    if prediction["error"] is None:
+        return f"not determined: {prediction['lacking']}"
     name, form = ("score", ".1%") if "score" in prediction else ("error", ".4g")
     return f"{prediction[name]:{form}} {_interval(prediction[f'{name}_interval'], form)}"
-
-
-def _lines_of_pair(pair: Mapping[str, Any]) -> list[str]:
-    one, other = pair["families"]
-    lines = [f"{other} compared with {one}:"]
-    for at, which in zip(pair["ratios"], ("smallest", "largest"), strict=True):
-        lines.append(
-            f"  at the {which} shared compute, {at['compute']:.3g}: {_ratio(at, '+.1%')}, lower "
-            f"in {at['share']:.0%} of draws"
-        )
-    cross = pair["crossing"]
-    high = math.inf if cross["high"] is None else cross["high"]
-    interval = _interval((cross["low"], high), ".3g")
-    name, start = pair["families"][cross["better"]], cross["compute"] or 0
-    better = f"{name} is better from {start:.3g} on {interval}"
-    if not cross["low"] and cross["high"] is None:
-        better = "these runs do not determine which is better at what compute"
-    lines.append(f"  {better}; the laws cross in {cross['share']:.0%} of draws")
-    if alike := pair["paired"]:
-        lines.append(f"  in {alike['pairs']} pairs of matching runs: {_ratio(alike, '+.2%')}")
-    return lines
-
-
-def _ratio(at: Mapping[str, float], form: str) -> str:
-    return f"{at['ratio'] - 1:{form}} error {_interval((at['low'] - 1, at['high'] - 1), form)}"

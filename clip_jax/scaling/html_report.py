@@ -21,7 +21,7 @@ from clip_jax.scaling import run_table
 from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
 from clip_jax.scaling.queue import workers
 from clip_jax.scaling.run_table import Row, RunTable, Selection, is_score, number, short, text
-from clip_jax.scaling.uncertainty import Form, Through, fit_law
+from clip_jax.scaling.uncertainty import Form, Procedure, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, as_path
@@ -49,9 +49,8 @@ class ReportConfig(Selection):
     metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
     # What the metric is. None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
-    form: Form = "power"  # Form of the law, as in `scale fit`.
-    # Points to fit: the frontier or all. None: frontier for the form power, all for the others.
-    through: Through | None = None
+    form: Form | None = None  # Form of the law, as in `scale fit`. None: the runs decide.
+    procedure: Procedure = "all"  # Points to fit, as in `scale fit`.
     compare: str | None = None  # Column that divides runs into families, each with its own law.
 
 
@@ -82,7 +81,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
             by_row[id(row)]["error"] = 1 - value if is_a_score else value
     options = FitConfig(
         metric=metric, metric_is="score" if is_a_score else "error", where=config.where,
-        form=config.form, through=config.through, compare=config.compare,
+        form=config.form, procedure=config.procedure, compare=config.compare,
     )  # fmt: skip
     laws, summary = _laws(table, options, by_row)
     data = {

@@ -48,6 +48,8 @@ class Runs(NamedTuple):
     # Other quantities that a law without them may miss, such as batch sizes.
     others: Float[np.ndarray, "n k"] | None = None
     setting: np.ndarray | None = None  # equal for runs that differ in nothing but their seeds
+    run: np.ndarray | None = None  # names of runs, of which several points are checkpoints
+    known: Float[np.ndarray, " n"] | None = None  # variance of log error by few test samples
 
     @property
     def compute(self) -> Float[np.ndarray, " n"]:

@@ -242,8 +242,6 @@ class Fit:
             for name, value, draws in zip(Optimum._fields, law, drawn, strict=True)
         }
 
-    # -------------------------------------------------------------- what the data say
-
     def lacking(self, parameter: str) -> str:
         """Return which runs would determine a parameter; empty if these do.
 
@@ -264,10 +262,11 @@ class Fit:
         """
         if not isinstance(self.law, Additive):
             return ""
-        few = []
-        for name, value in (("size", size), ("samples", samples), ("third", third)):
+        needs, few = {x for names in self.law.NEEDS.values() for x in names}, []
+        quantities: dict[Quantity, float | None] = {"size": size, "samples": samples}
+        for name, value in (quantities | ({"third": third} if "third" in needs else {})).items():
             held = getattr(self.fitted, name)
-            if held is None or value is None or type(self.law) is Additive and name == "third":
+            if held is None or value is None:
                 continue
             known = np.abs(np.log(held / value)).min() < 0.02
             if not known and self.fitted.values(name) < 3:
@@ -286,6 +285,12 @@ class Fit:
         return [*self.left_out, *(_misfit(self) if self.resampled is None else [])]
 
 
+def sizes_of(fits: Sequence[Fit]) -> Sizes:
+    """Return the sizes allowed for the best division of compute: up to 10 times beyond the runs."""
+    sizes = np.concatenate([fit.runs.size for fit in fits])
+    return float(sizes.min() / 10), float(sizes.max() * 10)
+
+
 def fit_law(
     form: Form,
     runs: Runs,
@@ -298,10 +303,10 @@ def fit_law(
     """Fit one law to runs, averaged over their seeds.
 
     `procedure`: `all` points; `frontier`, the points that no other beats with at most their
-    compute; `cherti`, the lowest error of each of some `bins` of compute, at the bin's centre (Cherti
-    et al. 2023); `laion`, the best runs along compute by the robust loss of arXiv:2506.04598.
-    `draws` and `seed` are those of the bootstrap. Raises InputError for too few points, errors that
-    are not positive, or a law in size and samples through a frontier.
+    compute; `cherti`, the lowest error of each of some `bins` of compute, at the bin's centre
+    (Cherti et al. 2023); `laion`, the best runs along compute by the robust loss of
+    arXiv:2506.04598. `draws` and `seed` are those of the bootstrap. Raises InputError for too few
+    points, errors that are not positive, or a law in size and samples through a frontier.
     """
     kind = LAWS[form]
     if not (runs.error > 0).all():
@@ -337,7 +342,7 @@ def _fitted(
     The variance of a point is (that of a law's misfit + that of a run / seeds) · C^trend.
     """
     at, seeds = points.runs, points.seeds
-    count, parameters = len(at.error), kind.free(at)
+    count, parameters, crowd = len(at.error), kind.free(at), 1.0
     freedom: float = count - parameters
     _check_points(count, parameters, form)
     inverse, trend = np.ones(count), Trend(0.0, 0.0, 0.0, 0.0)
@@ -345,20 +350,38 @@ def _fitted(
         trend = trend._replace(scale=float(np.mean(trend.weight(at.compute))))
         steady = np.asarray(trend.weight(at.compute))
         within = points.within(steady)
-        weights = steady * inverse
+        weights = steady * inverse / crowd
         law = kind.fitted(at, at.error[None], weights[None]).map(lambda x: x[0])
         residual = np.asarray(np.log(at.error / at.under(law)))
-        freedom = count - parameters - min(trend.share, (count - parameters) / 2)
+        freedom = max(count / crowd - parameters, 1)
+        freedom -= min(trend.share, freedom / 2)
         noise = float(np.sqrt((weights * residual**2).sum() / freedom))
+        if at.known is not None:  # a scatter below the binomial noise is luck
+            noise = max(noise, float(np.sqrt((steady * at.known / seeds).mean())))
         if len(set(seeds)) > 1:
             scatter = float((steady * residual**2).sum() / freedom)
             variance = max(scatter - within * float((1 / seeds).mean()), 0.0) + within / seeds
             inverse = (1 / variance) / (1 / variance).mean()
         used, trend = trend, _trend(law, points, residual)
+        if at.run is not None:
+            crowd = _crowd(at.run, np.sqrt(steady) * residual)
     spread = math.sqrt(noise**2 + within * float((1 - 1 / seeds).mean()))
     return Fit(
         law, runs, at, weights, seeds, within, noise, freedom, spread, bootstrap, trend=used,
     )  # fmt: skip
+
+
+def _crowd(run: np.ndarray, residual: Float[np.ndarray, " n"]) -> float:
+    """Return how many checkpoints of a run count as one, by the correlation of their residuals.
+
+    The design effect of cluster samples (Kish 1965, section 5.4).
+    """
+    _, of, count = np.unique(run, return_inverse=True, return_counts=True)
+    together = np.square(np.bincount(of, residual)).sum() - np.square(residual).sum()
+    pairs = (count * (count - 1)).sum()
+    scale = max(float(np.square(residual).mean()), 1e-300)
+    correlation = float(np.clip(together / max(pairs, 1) / scale, 0, 1))
+    return 1 + ((count**2).sum() / count.sum() - 1) * correlation
 
 
 def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend:
@@ -474,8 +497,8 @@ def _misfit(fit: Fit) -> list[str]:
     excess = fit.noise**2 - fit.within * float((1 / seeds).mean())
     if not warnings and fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
         warnings.append(
-            f"the law misfits: points lie {math.sqrt(excess):.1%} from it, and the seeds of a point "
-            f"only {math.sqrt(fit.within):.1%} from each other; try another --form."
+            f"the law misfits: points lie {math.sqrt(excess):.1%} from it, seeds of a point only "
+            f"{math.sqrt(fit.within):.1%} from each other; try another --form."
         )
     signs = residual[np.argsort(points.compute, kind="stable")] > 0
     if not warnings and len(signs) >= 10 and (p := _few_runs(signs)) < REJECT / 2:
@@ -553,108 +576,3 @@ def _few_runs(signs: Bool[np.ndarray, " n"]) -> float:
     mean = 1 + 2 * plus * minus / n
     spread = math.sqrt(max((mean - 1) * (mean - 2) / (n - 1), 1e-12))
     return float(special.ndtr((runs + 0.5 - mean) / spread))
-
-
-# ------------------------------------------------------------------ two fits
-
-
-def sizes_of(fits: Sequence[Fit]) -> Sizes:
-    """Return the sizes allowed for the best division of compute: up to 10 times beyond the runs."""
-    sizes = np.concatenate([fit.runs.size for fit in fits])
-    return float(sizes.min() / 10), float(sizes.max() * 10)
-
-
-def _errors(
-    first: Fit, second: Fit, compute: Float[np.ndarray, " C"]
-) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C"]]:
-    """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
-    sizes = sizes_of([first, second])
-    both = [
-        np.concatenate([np.atleast_2d(x.error) for x in fit.divided(compute, sizes)])
-        for fit in (first, second)
-    ]
-    n = min(map(len, both))
-    return both[0][:n], both[1][:n]
-
-
-class Crossing(NamedTuple):
-    """The compute from which the family that is better at large compute is better."""
-
-    better: int  # index of that family, 0 or 1
-    compute: float | None  # None: it is better in the complete range searched
-    low: float  # lower end of the 95% interval; 0: below the range searched
-    high: float  # upper end; inf: above the range searched
-    share: float  # share of draws that cross this way in the range searched
-
-
-def crossing(first: Fit, second: Fit) -> Crossing:
-    """Find the compute from which one family's error stays below the other's.
-
-    The range searched is 1/100 of the runs' smallest compute to 100 times their largest. Draws in
-    which the error is below throughout count as crossing before the range, those in which it is
-    above as crossing after it, and those that cross the other way as both.
-    """
-    computes = np.concatenate([first.runs.compute, second.runs.compute])
-    log = np.linspace(np.log(computes.min() / BEYOND), np.log(computes.max() * BEYOND), GRID)
-    one, other = _errors(first, second, np.exp(log))
-    gap = np.log(one / other)  # [draws, C], above 0 where the second is better
-    better = int(gap[0, -1] > 0)
-    gap = gap if better else -gap
-    begins, ends = gap[:, 0] > 0, gap[:, -1] > 0
-    crosses = ~begins & ends
-    # The first point from which all are above 0.
-    after = np.where(crosses, GRID - np.argmin(gap[:, ::-1] > 0, axis=1), 1)
-    every = np.arange(len(gap))
-    below, above = gap[every, after - 1], gap[every, after]
-    share = np.where(crosses, below / np.where(crosses, below - above, 1), 0)
-    at = np.exp(log[after - 1] + share * (log[1] - log[0]))
-    low = np.where(crosses, at, np.where(begins, 0.0, np.inf))
-    high = np.where(crosses, at, np.where(ends, 0.0, np.inf))
-    return Crossing(
-        better=better,
-        compute=float(at[0]) if crosses[0] else None,
-        low=float(np.quantile(low[1:], TAIL, method="lower")),
-        high=float(np.quantile(high[1:], 1 - TAIL, method="higher")),
-        share=float(crosses[1:].mean()),
-    )
-
-
-class Ratio(NamedTuple):
-    """The second family's error as a multiple of the first's, at equal compute."""
-
-    compute: float
-    ratio: float
-    low: float
-    high: float
-    share: float  # share of draws in which the second's error is lower
-
-
-def ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ratio]:
-    """Compare two laws at some amounts of compute, each at its own best division."""
-    one, other = _errors(first, second, compute)
-    ratio = other / one
-    rows = np.stack([compute, ratio[0], *middle(ratio[1:]), (ratio[1:] < 1).mean(0)])
-    return [Ratio(*row) for row in rows.T.tolist()]
-
-
-class Paired(NamedTuple):
-    """The second family's errors as multiples of the first's, in otherwise equal runs.
-
-    The mean is geometric, with Student's t interval.
-    """
-
-    pairs: int
-    ratio: float
-    low: float
-    high: float
-
-
-def paired(pairs: Float[np.ndarray, "n 2"]) -> Paired | None:
-    """Compare errors pair by pair; None for fewer than two pairs."""
-    from scipy import stats
-
-    if len(pairs) < 2:
-        return None
-    log = np.log(pairs[:, 1] / pairs[:, 0])
-    interval = stats.ttest_1samp(log, 0).confidence_interval(LEVEL)
-    return Paired(len(pairs), *map(float, np.exp([log.mean(), *interval])))

@@ -1,0 +1,244 @@
+"""Compare the laws of two families of runs: where they cross, and which is better in between."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.scaling.run_table import Row, RunTable, number, text
+from clip_jax.scaling.uncertainty import LEVEL, Fit, middle, sizes_of
+
+BEYOND = 10.0  # factor beyond the common range, on both sides, of the search for crossings
+GRID = 401  # points, evenly spaced in log C, between which crossings are interpolated
+SURE = 0.02  # relative difference in compute of runs that are alike
+
+
+class Crossing(NamedTuple):
+    """Compute at which two laws are equal, with its 95% interval."""
+
+    compute: float
+    low: float  # 0: not determined within the range searched
+    high: float  # inf: not determined within the range searched
+    better: int  # the family that is better at larger compute, 0 or 1
+    inside: bool  # whether both families have runs on both sides of it
+
+
+class Segment(NamedTuple):
+    """A part of the common range in which one family is better, or which is not determined."""
+
+    low: float
+    high: float
+    better: int | None
+
+
+class Ratio(NamedTuple):
+    """The second family's error as a multiple of the first's, at equal compute."""
+
+    compute: float
+    ratio: float
+    low: float
+    high: float
+    share: float  # share of draws in which the second's error is lower
+
+
+class Comparison(NamedTuple):
+    """Two laws, each at its best division of compute."""
+
+    segments: list[Segment]  # of the common range of compute; empty if there is none
+    crossings: list[Crossing]  # of the estimates, by compute
+    ratios: list[Ratio]  # at the least and the most compute of the common range
+    share: float  # share of draws that cross inside the common range
+
+
+def compare(first: Fit, second: Fit) -> Comparison:
+    """Compare two laws over the compute that both families have runs at, and 10 times beyond.
+
+    Where the 95% interval of the ratio of errors excludes one, the better family is determined. The
+    interval of a crossing is the range around it where the interval of the ratio includes one: the
+    computes at which the laws may be equal. Without a common range, that in between is searched.
+    """
+    least = max(fit.runs.compute.min() for fit in (first, second))
+    most = min(fit.runs.compute.max() for fit in (first, second))
+    ends = sorted((least, most))
+    log = np.linspace(np.log(ends[0] / BEYOND), np.log(ends[1] * BEYOND), GRID)
+    one, other = _errors(first, second, np.exp(log))
+    gap = np.log(one / other)  # [draws, C], above 0 where the second is better
+    low, high = (np.asarray(x) for x in middle(gap[1:]))
+    sign = np.where(low > 0, 1, np.where(high < 0, -1, 0))  # of the gap, 0: not determined
+    crossings = []
+    for i in np.flatnonzero(np.diff(np.sign(gap[0])) != 0):
+        at = log[i] - gap[0, i] * (log[i + 1] - log[i]) / (gap[0, i + 1] - gap[0, i])
+        down, up = i, i + 1
+        while down >= 0 and sign[down] == 0:
+            down -= 1
+        while up < GRID and sign[up] == 0:
+            up += 1
+        compute = float(np.exp(at))
+        crossings.append(
+            Crossing(
+                compute,
+                float(np.exp(log[down])) if down >= 0 else 0.0,
+                float(np.exp(log[up])) if up < GRID else math.inf,
+                int(gap[0, i + 1] > 0),
+                bool(least <= compute <= most),
+            )
+        )
+    if least >= most:
+        return Comparison([], crossings, [], 0.0)
+    inside = (np.log(least) <= log) & (log <= np.log(most))
+    return Comparison(
+        _segments(np.exp(log[inside]), sign[inside], least, most),
+        crossings,
+        _ratios(first, second, np.array([least, most])),
+        float((np.diff(np.sign(gap[1:, inside]), axis=1) != 0).any(1).mean()),
+    )
+
+
+def _segments(
+    compute: Float[np.ndarray, " C"], sign: np.ndarray, least: float, most: float
+) -> list[Segment]:
+    """Divide the common range where the better family changes, or ceases to be determined."""
+    edges = np.flatnonzero(np.diff(sign)) + 1
+    ends = [least, *compute[edges].tolist(), most]
+    better = [{1: 1, -1: 0, 0: None}[int(sign[i])] for i in (0, *edges)]
+    return [Segment(*span, x) for span, x in zip(pairwise(ends), better, strict=True)]
+
+
+def _errors(
+    first: Fit, second: Fit, compute: Float[np.ndarray, " C"]
+) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C"]]:
+    """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
+    sizes = sizes_of([first, second])
+    both = [
+        np.concatenate([np.atleast_2d(x.error) for x in fit.divided(compute, sizes)])
+        for fit in (first, second)
+    ]
+    n = min(map(len, both))
+    return both[0][:n], both[1][:n]
+
+
+def _ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ratio]:
+    one, other = _errors(first, second, compute)
+    ratio = other / one
+    rows = np.stack([compute, ratio[0], *middle(ratio[1:]), (ratio[1:] < 1).mean(0)])
+    return [Ratio(*row) for row in rows.T.tolist()]
+
+
+# ------------------------------------------------------------------ matching runs
+
+
+class Paired(NamedTuple):
+    """The second family's errors as multiples of the first's, in otherwise equal runs.
+
+    The mean is geometric, with Student's t interval.
+    """
+
+    pairs: int
+    ratio: float
+    low: float
+    high: float
+    compute: float  # the second family's compute as a multiple of the first's, mean
+    unequal: int  # number of pairs whose computes differ by more than 2%
+
+
+def paired(
+    first: RunTable, second: RunTable, error: tuple[np.ndarray, np.ndarray]
+) -> Paired | None:
+    """Compare runs that share model, samples and seed; None for fewer than two pairs.
+
+    `error` has the errors of both tables.
+    """
+    from scipy import stats
+
+    both = [_by_the_rest(table, x) for table, x in zip((first, second), error, strict=True)]
+    rows = np.array([(*both[0][key], *both[1][key]) for key in both[0] if key in both[1]])
+    if len(rows) < 2:
+        return None
+    log, compute = np.log(rows[:, 2] / rows[:, 0]), np.log(rows[:, 3] / rows[:, 1])
+    interval = stats.ttest_1samp(log, 0).confidence_interval(LEVEL)
+    unequal = int((np.abs(compute) > SURE).sum())
+    ends = (float(x) for x in np.exp([log.mean(), *interval, compute.mean()]))
+    return Paired(len(rows), *ends, unequal)
+
+
+def _by_the_rest(table: RunTable, error: np.ndarray) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Map (model, samples, seed) to error and compute, without runs that share these."""
+    keys = [_key(row) for row in table.rows]
+    values = zip(keys, error.tolist(), map(_work, table.rows), strict=True)
+    return {key: (one, work) for key, one, work in values if keys.count(key) == 1}
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    samples = text(row, "samples_seen_scale") or f"{number(row, 'samples_seen'):.2g}"
+    return row["arch"], samples, text(row, "seed")
+
+
+def _work(row: Row) -> float:
+    if text(row, "training_flops"):
+        return number(row, "training_flops")
+    return number(row, "gmacs_per_sample") * number(row, "samples_seen")
+
+
+# ------------------------------------------------------------------ for a terminal
+
+
+def as_json(names: Sequence[str], compared: Comparison, alike: Paired | None) -> dict[str, Any]:
+    """Return a comparison of two named families as JSON values; null for an open interval."""
+    crossings = [
+        x._asdict() | {"low": x.low or None, "high": x.high if math.isfinite(x.high) else None}
+        for x in compared.crossings
+    ]
+    return {
+        "families": list(names),
+        "crossings": crossings,
+        "segments": [x._asdict() for x in compared.segments],
+        "ratios": [x._asdict() for x in compared.ratios],
+        "share_of_draws_that_cross": compared.share,
+        "paired": alike and alike._asdict(),
+    }
+
+
+def describe(pair: Mapping[str, Any]) -> list[str]:
+    """Format what `as_json` returned as lines of text."""
+    names, segments = pair["families"], pair["segments"]
+    lines = [f"{names[1]} compared with {names[0]}:"]
+    if not segments:
+        lines.append("  no compute at which both have runs; what follows is extrapolated")
+    for x in segments:
+        span = f"from {x['low']:.3g} to {x['high']:.3g}"
+        if x["better"] is None:
+            lines.append(f"  {span}: not determined which is better")
+        else:
+            lines.append(f"  {span}: {names[x['better']]} is better")
+    lines += [
+        f"  at {at['compute']:.3g}: {ratio(at, '+.1%')}, lower in {at['share']:.0%} of draws"
+        for at in pair["ratios"]
+    ]
+    for x in pair["crossings"]:
+        low, high = (f"{x[end]:.3g}" if x[end] else "not determined" for end in ("low", "high"))
+        mark = "" if x["inside"] else "; EXTRAPOLATED, not all have runs around it"
+        lines.append(
+            f"  the laws cross at {x['compute']:.3g} (95%: {low} to {high}), above it "
+            f"{names[x['better']]} is better{mark}"
+        )
+    if segments and not any(x["inside"] for x in pair["crossings"]):
+        share = pair["share_of_draws_that_cross"]
+        lines.append(f"  the laws do not cross in this range; in {share:.0%} of draws they do")
+    if alike := pair["paired"]:
+        line = f"  in {alike['pairs']} pairs of matching runs: {ratio(alike, '+.2%')}"
+        if alike["unequal"]:
+            line += (
+                f"; {alike['unequal']} of these differ in compute, {names[1]} has "
+                f"{alike['compute']:.2f} times as much on average"
+            )
+        lines.append(line)
+    return lines
+
+
+def ratio(at: Mapping[str, float], form: str) -> str:
+    """Format a ratio of errors with its interval."""
+    low, high = at["low"] - 1, at["high"] - 1
+    return f"{at['ratio'] - 1:{form}} error (95%: {low:{form}} to {high:{form}})"
