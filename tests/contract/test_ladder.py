@@ -1,6 +1,7 @@
 """A ladder's queue, on disk and in buckets."""
 
 import json
+import os
 import socket
 from pathlib import Path
 from unittest import mock
@@ -76,3 +77,12 @@ def test_a_study_in_a_bucket(s3, tmp_path: Path, monkeypatch):
     assert seen == ["w32@160-seed0", "w16@320-seed0"]
     config = json.loads(files.read(f"{root}/w32@160-seed0/config.json"))
     assert config["steps"] == 10
+
+
+def test_a_log_is_copied_to_the_bucket(s3, tmp_path: Path):
+    root, clock = files.as_path(f"{s3.url}/study"), HandClock(skips=True)
+    job = Job("a", ["echo", "hello"], root / "a", tmp_path, lambda: False)
+    with Queue(root, [job], Budget(), Group(), print, clock) as queue:
+        jobs.run(queue, 1, {"PATH": os.environ["PATH"]}, print, clock)
+    assert queue.failures["a"].endswith("log.txt ends: hello")
+    assert files.read(f"{root}/a/log.txt") == b"hello\n"

@@ -17,7 +17,9 @@ from tests.conftest import ROOT, tiny_digits
 
 POINTS = ROOT / "tests/golden/scaling_points.csv"
 SPEC = """\
-from clip_jax.scaling.ladder import BranchesConfig, RulesConfig, SweepConfig
+from clip_jax.scaling.ladder import (
+    BranchesConfig, HardwareConfig, RulesConfig, SweepConfig,
+)
 from tests.scaling.conftest import tiny_ladder
 
 def get_ladder():

@@ -15,6 +15,7 @@ import pytest
 from clip_jax.scaling import jobs
 from clip_jax.scaling.jobs import Job, Source, Stopped, run
 from clip_jax.scaling.queue import Budget, Group, Queue
+from clip_jax.storage.events import Events
 from tests.clock import HandClock
 
 
@@ -31,18 +32,24 @@ class Process:
     terminated: int = 0
 
     def begin(self, now: float, lock: int, log: IO[bytes]) -> None:
-        self._began, self._lock = now, os.dup(lock)
+        self._began, self._lock, self.returncode = now, os.dup(lock), None
         log.write(self.output.encode())
 
     def go_on(self, now: float) -> None:
+        if self.returncode is not None:
+            return
         for after in [x for x in self.acts if self._began + x <= now]:
             self.acts.pop(after)()
-        if self.returncode is None and self._began + self.seconds <= now:
+        if self._began + self.seconds <= now:
             self.returncode = self.code
             os.close(self._lock)
 
     def poll(self) -> int | None:
         return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL
+        os.close(self._lock)
 
     def terminate(self) -> None:
         self.terminated += 1
@@ -155,6 +162,20 @@ def test_no_second_process_starts_beside_an_orphan(machine: Machine):
     waiting = "waiting, since other workers have the runs that are left"
     assert machine.said[1:] == [waiting, "a: already done by another process"]
     assert machine.started == ["a"]
+
+
+def test_what_another_worker_has_taken_over_is_killed(machine: Machine, tmp_path):
+    """This one stood still so long that its claim was no longer believed; it may get it back."""
+
+    def take_over():
+        claim = {"kind": "claim", "subject": "a", "worker": "other", "host": "far"}
+        assert Events(f"{tmp_path}/queue/events").append(claim)
+
+    job = machine.job("a", seconds=30, done_after=30, acts={0.5: take_over})
+    assert machine.run([job]) == {}
+    assert machine.started == ["a", "a"]
+    assert machine.said[1].startswith("a: stopped after 0.2 min: killed by SIGKILL")
+    assert machine.said[-1].startswith("a: done after 0.5 min")
 
 
 def test_a_signal_terminates_what_runs_and_starts_no_others(machine: Machine):

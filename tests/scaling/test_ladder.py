@@ -105,6 +105,33 @@ def test_a_parent_goes_with_its_branches(tmp_path):
     assert names(only="w16@160-*") == runs
 
 
+def test_the_most_expensive_goes_first_and_a_parent_before_its_branches(tmp_path):
+    hardware = "HardwareConfig(chip='CPU core', chips=2, peak_flops=1e6)"
+    spec = write_spec(
+        tmp_path,
+        f"samples=(160, 320), branches=BranchesConfig(share=0.7), hardware=({hardware},)",
+    )
+    said = []
+
+    def plan(limit):
+        command = LadderCommand(spec=spec, root=tmp_path / "root", dry_run=True, limit=limit)
+        return climb(command, said.append)["points"]
+
+    points = plan(None)
+    names = [point["name"] for point in points]
+    order = ("w32-parent", "w32@320", "w16-parent", "w32@160", "w16@320", "w16@160")
+    assert names == [f"{name}-seed0" for name in order]
+    hours = [point["estimates"][0]["hours"] for point in points]
+    assert hours[0] < hours[1]
+    assert not any(point["left_out"] for point in points)
+    # A limit below the first parent run leaves out its branches, too.
+    limit = 2 * hours[0] - 1e-3
+    left_out = [point["name"] for point in plan(f"{limit:.6f}chip-hours") if point["left_out"]]
+    assert left_out[:2] == names[:2]
+    assert names[3] in left_out
+    assert said[-1].startswith(f"  the limit of {limit:.6f}chip-hours leaves out {names[0]}, ")
+
+
 def test_hours_follow_from_the_peak():
     v5e = HardwareConfig(chip="TPU v5e", chips=256, mfu=0.5, start_seconds=360)
     hours = v5e.hours(256 * 197e12 * 0.5 * 3600)  # one hour of work
@@ -220,7 +247,11 @@ def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
     assert not point["done"]
     assert [path.name for path in root.iterdir()] == [point["name"]]
     expected = {point.name: point.config for point in grid(load_ladder(spec), root)}
-    assert load_config(Path(point["workdir"]) / "config.json") == expected[point["name"]]
+    path = Path(point["workdir"]) / "config.json"
+    assert load_config(path) == expected[point["name"]]
+    before = path.stat()
+    climb(command, print)
+    assert path.stat() == before  # another worker may be training it
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,16 @@ def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(stu
     assert study.take(study.worker("three", budget=budget)) == "a"  # what was begun may go on
 
 
+def test_jobs_whose_input_is_too_expensive_are_left_out(study: Study):
+    def after_a(job: Job) -> Job:
+        return job._replace(after="a", is_ready=lambda: False) if job.name == "b" else job
+
+    one = study.worker(budget=Budget({"a": 5.0, "b": 1.0, "c": 1.0}, (), 3.0), change=after_a)
+    assert study.take(one) == "c"
+    assert study.take(one) == ""
+    assert one.left_out == ["a", "b"]
+
+
 def test_a_bucket_that_is_out_of_reach_is_asked_again(study: Study):
     one = study.worker()
     with mock.patch.object(files, "create", autospec=True, side_effect=OSError("unreachable")):
@@ -233,6 +243,7 @@ def test_hosts_of_a_group_do_the_same_jobs_each_when_all_are_free(study: Study):
     assert study.take(lead) == ""
     assert study.said == ["waiting for host 2, 3 of 3"]
     assert [study.take(host) for host in hosts] == ["", ""]
+    assert not any(host.is_over() for host in hosts)
     assert [study.take(host) for host in (lead, *hosts)] == ["a", "a", "a"]
     job = study.jobs["a"]
     assert job.log.name == "log-2.txt"
@@ -274,4 +285,5 @@ def test_hosts_that_were_restarted_join_at_the_next_job(study: Study):
         host.release(study.jobs["b"], "failed")
         assert study.take(lead) == ""
         assert study.take(host) == ""
+        assert not host.is_over()
     assert study.take(lead) == "a"
