@@ -71,22 +71,16 @@ class ScalePlanConfig:
 
     def training_flops(self, mfu: float) -> float:
         """Return the training FLOPs that the budget pays for at an MFU."""
-        number = r"(?=.*[1-9])(\d[\d.]*(?:e\d+|[KMB])?)"
-        match = re.fullmatch(number + "(|chip-hours|usd|eur)", self.budget.replace("e+", "e"))
-        if not match:
+        text = self.budget.replace("e+", "e")
+        match = re.fullmatch(r"(?=.*[1-9])(\d[\d.]*(?:e\d+|[KMB])?)(|chip-hours|usd|eur)", text)
+        amount, unit = (parse_count(match[1]), match[2]) if match else (0.0, "")
+        price = self.chip_hour_price if unit in ("usd", "eur") else 1.0
+        if not amount or price is None:
             raise InputError(
-                f"budget={self.budget!r} must be training FLOPs such as 1e21, 300chip-hours or "
-                "5000usd; change --budget."
+                f"budget={self.budget!r} must be training FLOPs such as 1e21, 300chip-hours, or "
+                f"5000usd with --chip-hour-price, the price of one {self.topology.chip.name} hour."
             )
-        amount, unit = parse_count(match[1]), match[2]
-        if unit in ("usd", "eur"):
-            if self.chip_hour_price is None:
-                chip = self.topology.chip.name
-                raise InputError(
-                    f"budget={self.budget!r} needs --chip-hour-price, the price of one {chip} hour."
-                )
-            amount /= self.chip_hour_price
-        return amount / self.chip_hours(1.0, mfu) if unit else amount
+        return amount / price / self.chip_hours(1.0, mfu) if unit else amount
 
 
 # ------------------------------------------------------------------ the choice of a model
@@ -98,8 +92,8 @@ def choices(
     """Return every model at the pairs that a budget of training FLOPs pays for, the best first.
 
     `sizes` are forward GMACs of a pair by model; `third` is the law's third quantity, one for all
-    models or one each. Each option has the `share` of the law's draws in which it is the best, and
-    says how it lies `outside` the runs. Raises InputError for a law of compute alone.
+    models or one each. `share` is that of the draws in which an option is the best; `outside` says
+    how it lies outside the runs. Raises InputError for a law of compute alone.
     """
     if not isinstance(fitted.law, Additive):
         raise InputError(
@@ -242,17 +236,15 @@ def _learning_rate(
 
 
 def _warnings(plan: Mapping[str, Any]) -> list[str]:
-    rate, epochs = plan["learning_rate"] or {"outside": ()}, plan["epochs"] or 0
-    warnings = {
-        f"the plan extrapolates ({', '.join(plan['outside'])}), and its interval assumes that the "
-        "law holds there.": plan["outside"],
-        f"the learning rate extrapolates: {', '.join(rate['outside'])}.": rate["outside"],
-        f"each pair is seen {epochs:.1f} times. Beyond {EPOCHS} epochs, repeated pairs are worth "
-        "less than new ones (arXiv:2305.16264), which only the form repeated counts.":
-            epochs > EPOCHS and plan["form"] != "repeated",
-        f"the step does not fit into the memory of {plan['topology']}.": plan["fits"] is False,
-    }  # fmt: skip
-    return [line for line, applies in warnings.items() if applies]
+    epochs, rate, lines = plan["epochs"] or 0, plan["learning_rate"] or {}, []
+    if outside := [*plan["outside"], *(f"sweep: {x}" for x in rate.get("outside", ()))]:
+        lines.append(f"the plan extrapolates, as if its laws held there: {', '.join(outside)}.")
+    if epochs > EPOCHS and plan["form"] != "repeated":
+        lines.append(
+            f"each pair is seen {epochs:.1f} times. Beyond {EPOCHS} epochs, repeated pairs are "
+            "worth less than new ones (arXiv:2305.16264), which only the form repeated counts."
+        )
+    return lines + ["the step does not fit into memory."] * (plan["fits"] is False)
 
 
 # ------------------------------------------------------------------ for a terminal
@@ -272,23 +264,22 @@ def describe(plan: Mapping[str, Any]) -> str:
     for x in plan["options"]:
         error, low, high = x["error"], *x["interval"]
         score = between(1 - error, 1 - high, 1 - low, ".1%")
-        lines.append(
-            f"  {x['model']:16} {short(x['samples']):>6} pairs  "
-            f"{score if plan['is_score'] else between(error, low, high, '.4g')}, best in "
-            f"{x['share']:.0%} of draws"
-            + (f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else "")
-        )
-    of, rate, price = plan["unique"], plan["learning_rate"], plan["price"]
+        text = score if plan["is_score"] else between(error, low, high, ".4g")
+        mark = f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else ""
+        seen, share = short(x["samples"]), f"best in {x['share']:.0%} of draws"
+        lines.append(f"  {x['model']:16} {seen:>6} pairs  {text}, {share}{mark}")
+    epochs, rate, batch = plan["epochs"], plan["learning_rate"], "none is known (--batch-size)"
+    if plan["batch_size"]:
+        batch = f"{plan['batch_size']:,}, {plan['steps']:,} steps"
     by = f"compiled, remat {plan['remat']}" if plan["remat"] else "assumed"
     lines += [
         f"plan: {plan['model']} on {short(plan['samples'])} pairs"
-        + (f", {plan['epochs']:.2g} epochs of {short(of)}" if of else ""),
-        f"batch size {plan['batch_size']:,}, {plan['steps']:,} steps"
-        if plan["batch_size"] else "batch size: none is known (--batch-size)",
-        f"learning rate {between(rate['value'], *rate['interval'])}"
-        if rate else "learning rate: none is known (--sweep)",
+        + (f", {epochs:.2g} epochs of {short(plan['unique'])}" if epochs else ""),
+        f"batch size: {batch}",
+        "learning rate: "
+        + (between(rate["value"], *rate["interval"]) if rate else "none is known (--sweep)"),
         f"{plan['topology']} at {plan['mfu']:.0%} MFU ({by}): {plan['hours']:,.3g} h, "
         f"{plan['chip_hours']:,.4g} chip-hours"
-        + ("" if price is None else f", price {price:,.0f}"),
-    ]  # fmt: skip
+        + ("" if plan["price"] is None else f", price {plan['price']:,.0f}"),
+    ]
     return "\n".join([*lines, *(f"warning: {line}" for line in plan["warnings"])])
