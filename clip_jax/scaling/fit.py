@@ -18,7 +18,6 @@ from clip_jax.models import zoo
 from clip_jax.scaling import compare, papers, plots, run_table
 from clip_jax.scaling.laws import (
     BINS,
-    TRAINING_FLOPS,
     Additive,
     Batched,
     Law,
@@ -102,10 +101,9 @@ class FitConfig(Selection):
     # Number of images or pairs that each score was measured on, for its binomial noise. None: the
     # noise is estimated from the scatter of the runs alone.
     evaluated: int | None = None
-    # Compute, as forward GMACs × pairs seen, from which on runs are predicted. None: fit all.
-    hold_out: float | None = None
-    # Pairs seen, such as 12.8B, from which on runs are predicted. None: fit all.
-    hold_out_samples: str | None = None
+    # Conditions, as those of where, of runs to predict from all others, such as arch=ViT-H-14 or
+    # samples_seen>=30B. Empty: fit all.
+    hold_out: tuple[str, ...] = ()
     # Runs to predict, as MODEL@SAMPLES, such as ViT-L-14@12.8B; append /UNIQUE for the form
     # repeated, or /BATCH for batched.
     predict: tuple[str, ...] = ()
@@ -116,15 +114,9 @@ class FitConfig(Selection):
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, bins="[3, 10000]", draws="[100, 1000000]", hold_out="(0, inf)",
-            evaluated="[2, inf)",
+            self, bins="[3, 10000]", draws="[100, 1000000]", evaluated="[2, inf)"
         )  # fmt: skip
-        if self.hold_out is not None and self.hold_out_samples is not None:
-            raise InputError("hold_out and hold_out_samples are both set; remove one.")
-        questions = self.hold_out, self.hold_out_samples, self.plot
-        if self.compare and (
-            self.predict or self.sensitivity or any(x is not None for x in questions)
-        ):
+        if self.compare and (self.predict or self.sensitivity or self.hold_out or self.plot):
             raise InputError(
                 "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
             )
@@ -243,13 +235,8 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     fitted = config.fit(runs)
     result |= _law(fitted)
     result["warnings"] = fitted.misfit()
-    if config.hold_out is not None:
-        result["hold_out"] = _hold_out(runs, runs.compute >= config.hold_out, config)
-    elif config.hold_out_samples is not None:
-        # Runs see complete batches, so their samples match the option up to rounding.
-        held = runs.samples >= 0.99 * parse_count(config.hold_out_samples)
-        result["hold_out"] = _hold_out(runs, held, config)
-
+    if config.hold_out:
+        result["hold_out"] = _hold_out(table, config)
     sizes = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
     largest = runs.compute.max()
     predicted: dict[str, tuple[float, Prediction]] = {}
@@ -328,35 +315,27 @@ def _law(fitted: Fit) -> dict[str, Any]:
         }  # fmt: skip
     three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
     if isinstance(law, Additive) and isinstance(fitted.drawn, Additive) and three:
-        # From the smallest compute of the runs to ten times the largest.
-        low, high = np.log10([runs.compute.min(), EXTRAPOLATION * runs.compute.max()])
-        compute = 10.0 ** np.arange(np.ceil(low), high)
-        tables = {name: np.stack(x).T.tolist() for name, x in fitted.best(compute, sizes).items()}
         result["optimal"] = {
             "size_exponent": {
                 "value": float(law.size_exponent),
                 "interval": list(map(float, middle(np.asarray(fitted.drawn.size_exponent)))),
-            },
-            "divisions": [
-                {"compute": c, "training_flops": c * TRAINING_FLOPS}
-                | {name: {"value": x[i][0], "interval": x[i][1:]} for name, x in tables.items()}
-                for i, c in enumerate(compute.tolist())
-            ],
+            }
         }
     return result
 
 
-def _hold_out(runs: Runs, held: np.ndarray, config: FitConfig) -> dict[str, Any]:
-    """Fit the runs that are not `held` and predict those that are: usually the largest.
+def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
+    """Fit the runs that are not held out and predict those that are.
 
     A fit through the frontier describes only the best runs, so it predicts only held-out runs that
     no other run beats with at most their compute. Raises InputError if there are none.
     """
+    runs, held = config.runs(table), np.array(table.meets(config.hold_out))
     tested = held & pareto(runs) if config.procedure != "all" else held
     if not tested.any():
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
-            f"these can be tested; lower hold_out: compute reaches {runs.compute.max():g}."
+            f"these can be tested; change hold_out={list(config.hold_out)}."
         )
     test, fitted = runs.where(tested), config.fit(runs.where(~held))
     predicted = fitted.predict(test.size, test.samples, test.third)
@@ -544,12 +523,6 @@ def _lines_of_law(family: Mapping[str, Any]) -> list[str]:
             f"  best division of compute: N grows as C^{exponent['value']:.2f} "
             + _interval(exponent["interval"], ".2f")
         )
-        for at in family["optimal"]["divisions"]:
-            size, samples, error = (at[name]["value"] for name in ("size", "samples", "error"))
-            lines.append(
-                f"    {at['training_flops']:.1e} training FLOPs: {size:.3g} GMACs a pair, "
-                f"{short(samples)} pairs, error {error:.4g}"
-            )
     return lines
 
 

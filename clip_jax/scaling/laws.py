@@ -27,7 +27,7 @@ FADES = np.geomspace(0.1, 1_000, 12)  # first grid for Repeated.fade, in epochs
 SAME = 1e-3  # smallest offset, as a share of the smallest compute
 CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
 ROUNDS = 11  # each halves the step, to 2⁻¹¹ of the first grid's
-RIDGE = 1e-13  # keeps a matrix invertible if two terms coincide
+RIDGE = 1e-12  # keeps a matrix invertible if two terms coincide
 AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 
 Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
@@ -374,7 +374,7 @@ def search(
     products = np.einsum("gni,gnj->ngij", shared, shared)
     normal = np.tensordot(weights / error**2, products, 1)
     target = np.tensordot(weights / error, shared.transpose(1, 0, 2), 1)
-    coefficients, loss = _nonnegative(normal, target)
+    coefficients, loss = nonnegative(normal, target)
     at = np.log(first)[loss.argmin(axis=1)]  # [R, E]
 
     low, high = np.log([[x[0] for x in grid], [x[-1] for x in grid]])
@@ -392,11 +392,17 @@ def search(
         transposed = scaled.swapaxes(-1, -2)
         target = root * linearised(error, around)
         aimed = (transposed @ target[:, None, :, None])[..., 0]
-        solution, loss = _nonnegative(transposed @ scaled, aimed)
+        solution, loss = nonnegative(transposed @ scaled, aimed)
         best = loss.argmin(axis=1)
         at, coefficients = tried[every, best], solution[every, best]
         step = step / 2
     return np.exp(at), coefficients
+
+
+def faces(count: int) -> list[list[int]]:
+    """Return the nonempty subsets of coefficients."""
+    some = (itertools.combinations(range(count), n + 1) for n in range(count))
+    return [list(face) for face in itertools.chain(*some)]
 
 
 def linearised(error: np.ndarray, around: np.ndarray) -> np.ndarray:
@@ -404,7 +410,7 @@ def linearised(error: np.ndarray, around: np.ndarray) -> np.ndarray:
     return 1 + np.log(error / around)
 
 
-def _nonnegative(
+def nonnegative(
     normal: Float[np.ndarray, "*B K K"], target: Float[np.ndarray, "*B K"]
 ) -> tuple[Float[np.ndarray, "*B K"], Float[np.ndarray, "*B"]]:
     """Solve nonnegative least squares from the normal equations.
@@ -416,9 +422,7 @@ def _nonnegative(
     unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))  # terms have very different magnitudes
     normal, target = normal / (unit[..., None] * unit[..., None, :]), target / unit
     best, least = np.zeros_like(target), np.zeros(target.shape[:-1])
-    k = target.shape[-1]
-    for chosen in itertools.chain(*(itertools.combinations(range(k), n + 1) for n in range(k))):
-        rows = list(chosen)
+    for rows in faces(target.shape[-1]):
         matrix = normal[..., rows, :][..., rows] * (1 + RIDGE * np.eye(len(rows)))
         solution = np.linalg.solve(matrix, target[..., rows, None])[..., 0]
         loss = -(solution * target[..., rows]).sum(-1)

@@ -7,21 +7,17 @@ these (a coefficient, or the law at some runs) have a closed form. An interval i
 the region (Venzon and Moolgavkar 1988).
 """
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clip_jax.scaling.laws import Law, Runs, linearised
+from clip_jax.scaling.laws import RIDGE, Law, Runs, faces, linearised, nonnegative
 
 CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
 MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
 DOUBLINGS = 12  # of one side of the grid, while the region reaches it
 EDGE = 0.05  # tolerance of interpolated edges, as a share of the squares up to the limit
-SINGULAR = (
-    1e-12  # relative eigenvalue of normal equations below which a direction is not determined
-)
 
 
 class Interval(NamedTuple):
@@ -92,31 +88,12 @@ class Region(NamedTuple):
         return self.extremes(self.kind.factors(runs)(*self.inside.T))
 
 
-def faces(count: int) -> list[list[int]]:
-    """Return the nonempty subsets of coefficients."""
-    some = (itertools.combinations(range(count), n + 1) for n in range(count))
-    return [list(face) for face in itertools.chain(*some)]
-
-
 def inverses(normal: Float[np.ndarray, "*B k k"]) -> Float[np.ndarray, "*B k k"]:
     """Invert matrices of very different magnitudes, some of them singular."""
     unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))
     scaled = normal / (unit[..., None] * unit[..., None, :])
-    scaled = scaled + SINGULAR * np.eye(normal.shape[-1])
-    return np.linalg.inv(scaled) / (unit[..., None] * unit[..., None, :])
-
-
-def squares(
-    normal: Float[np.ndarray, "*B K K"], target: Float[np.ndarray, "*B K"], total: float
-) -> Float[np.ndarray, "*B"]:
-    """Return the least sum of squares with nonnegative coefficients."""
-    least = np.full(target.shape[:-1], total)
-    for face in faces(target.shape[-1]):
-        inverse = inverses(normal[..., face, :][..., face])
-        solution = np.einsum("...ij,...j->...i", inverse, target[..., face])
-        loss = total - (solution * target[..., face]).sum(-1)
-        least = np.where((solution >= 0).all(-1), np.minimum(least, loss), least)
-    return least
+    ridge = RIDGE * np.eye(normal.shape[-1])
+    return np.linalg.inv(scaled + ridge) / (unit[..., None] * unit[..., None, :])
 
 
 def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float) -> Region:
@@ -146,7 +123,7 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
         inside = centre + grid @ axes
         beyond = (inside < bounds[:, 0] - 1e-9) | (inside > bounds[:, 1] + 1e-9)
         normal, target = equations(inside.reshape(-1, len(names)))
-        loss = squares(normal, target, total).reshape(inside.shape[:-1])
+        loss = (total + nonnegative(normal, target)[1]).reshape(inside.shape[:-1])
         loss = np.where(beyond.any(-1), np.inf, loss)
         reached = np.array([
             [(loss.take(end, axis=axis) <= limit).any() for end in (0, -1)]
@@ -206,10 +183,8 @@ def _edges(
     height = np.sqrt(np.maximum(loss - least, 0))
     wanted = np.sqrt(max(limit - least, 0.0))
     for axis in range(loss.ndim):
-        for forward in (1, -1):
-            at, rise, outside = (
-                np.moveaxis(x, axis, 0)[::forward] for x in (inside, height, beyond)
-            )
+        for way in (1, -1):
+            at, rise, outside = (np.moveaxis(x, axis, 0)[::way] for x in (inside, height, beyond))
             crosses = (rise[:-1] <= wanted) & (rise[1:] > wanted)
             with np.errstate(invalid="ignore"):
                 share = (wanted - rise[:-1]) / (rise[1:] - rise[:-1])

@@ -71,20 +71,29 @@ class RunTable:
         Raises InputError for a missing column, or if no row is left.
         """
         self.check("arch", "samples_seen", "gmacs_per_sample", metric)
-        rows = [row for row in self.rows if text(row, metric)]
-        for condition in where:
-            match = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
-            if not match:
-                raise InputError(
-                    f"where={condition!r} must be COLUMN=PATTERN, like arch=ViT-B*, or a "
-                    "comparison, like samples_seen<=3e9."
-                )
-            column, sign, value = match.groups()
-            self.check(column, *re.findall(r"^\{(.*)\}$", value))
-            rows = [row for row in rows if _fulfils(row, column, sign, value)]
+        meets = zip(self.rows, self.meets(where), strict=True)
+        rows = [row for row, is_met in meets if is_met and text(row, metric)]
         if not rows:
             raise InputError(f"no row of the table has {metric!r} and matches where={list(where)}.")
         return RunTable(rows)
+
+    def meets(self, conditions: Sequence[str]) -> list[bool]:
+        """Return for each row whether it meets all conditions, such as samples_seen<=3e9."""
+        met = [True] * len(self.rows)
+        for condition in conditions:
+            match = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
+            if not match:
+                raise InputError(
+                    f"{condition!r} must be COLUMN=PATTERN, like arch=ViT-B*, or a comparison, like "
+                    "samples_seen<=3e9."
+                )
+            column, sign, value = match.groups()
+            self.check(column, *re.findall(r"^\{(.*)\}$", value))
+            met = [
+                is_met and _fulfils(row, column, sign, value)
+                for row, is_met in zip(self.rows, met, strict=True)
+            ]
+        return met
 
     def groups(self, key: Callable[[Row], Any]) -> dict[Any, "RunTable"]:
         """Group rows by key, in the order in which keys appear."""

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import special
 
 from clip_jax.errors import InputError
 from clip_jax.scaling.laws import (
@@ -51,6 +52,7 @@ FEW = 8  # points of which one may be left out as an outlier
 LIMIT = 15.0  # of squared residuals, in medians, for the trend of their variance
 TREND = 0.2  # standard deviation of that trend's exponents among studies
 MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, for a warning
+EXACT = 1e-3  # residuals of log E below which no law is worth a warning
 REJECT = 0.01  # probability of a false warning, of each test
 NEEDED: dict[Quantity, str] = {
     "size": "model sizes", "samples": "numbers of samples", "compute": "amounts of compute",
@@ -72,11 +74,9 @@ def middle(draws: np.ndarray) -> tuple[Numbers, Numbers]:
     return low, high
 
 
-def student(freedom: float, share: float = 1 - TAIL) -> float:
-    """Return a quantile of Student's t."""
-    from scipy import special
-
-    return float(special.stdtrit(freedom, share))
+def student(freedom: float) -> float:
+    """Return the quantile of Student's t for intervals."""
+    return float(special.stdtrit(freedom, 1 - TAIL))
 
 
 class Trend(NamedTuple):
@@ -143,7 +143,7 @@ class Fit:
     bootstrap: tuple[int, int]  # number of draws, and seed
     resampled: Law | None = None  # draws of a published procedure
     left_out: tuple[str, ...] = ()  # warnings about points that are not noise
-    trend: "Trend | None" = None  # of the variance of log E
+    trend: Trend | None = None  # of the variance of log E
 
     @functools.cached_property
     def region(self) -> Region:
@@ -282,7 +282,8 @@ class Fit:
 
     def misfit(self) -> list[str]:
         """Return warnings about residuals that do not look like noise."""
-        return [*self.left_out, *(_misfit(self) if self.resampled is None else [])]
+        exact = self.resampled is not None or np.abs(self.residuals).max() < EXACT
+        return [*self.left_out, *([] if exact else _misfit(self))]
 
 
 def sizes_of(fits: Sequence[Fit]) -> Sizes:
@@ -325,9 +326,7 @@ def fit_law(
     if procedure == "frontier":
         points = points.where(pareto(points.runs))
     fit, left_out = _fitted(kind, form, runs, points, (draws, seed)), []
-    while len(left_out) < max(len(points.seeds) // FEW, fit.freedom > 2) and (
-        worst := _outlier(fit)
-    ):
+    while len(left_out) < max(len(points.seeds) // FEW, 1) and (worst := _outlier(fit)):
         points = points.where(np.arange(len(points.seeds)) != worst[0])
         fit = _fitted(kind, form, runs, points, (draws, seed))
         left_out.append(worst[1])
@@ -474,8 +473,6 @@ def _check_points(points: int, parameters: int, form: str) -> None:
 
 def _misfit(fit: Fit) -> list[str]:
     """Test the residuals for curvature (an F test) and for runs of equal signs."""
-    from scipy import special
-
     points, root = fit.fitted, np.sqrt(fit.weights)
     basis, residual = _residuals(fit)
     warnings = []
@@ -493,8 +490,7 @@ def _misfit(fit: Fit) -> list[str]:
                 f"curve with the size or samples of the runs (p = {p:.1g}); try another --form, or "
                 "exclude the runs that it need not describe with --where."
             )
-    seeds = fit.seeds
-    excess = fit.noise**2 - fit.within * float((1 / seeds).mean())
+    excess = fit.noise**2 - fit.within * float((1 / fit.seeds).mean())
     if not warnings and fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
         warnings.append(
             f"the law misfits: points lie {math.sqrt(excess):.1%} from it, seeds of a point only "
@@ -522,8 +518,8 @@ def _residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 def _outlier(fit: Fit) -> tuple[int, str] | None:
     """Return the point that lies too far from the law to be noise, and a warning: a t test."""
-    from scipy import special
-
+    if fit.freedom <= 2 or np.abs(fit.residuals).max() < EXACT:
+        return None
     basis, residual = _residuals(fit)
     lever = np.clip(1 - np.square(basis).sum(1), 1e-9, 1)
     off = np.square(residual) / lever / fit.freedom
@@ -567,8 +563,6 @@ def _curves(law: Law, runs: Runs) -> np.ndarray:
 
 def _few_runs(signs: Bool[np.ndarray, " n"]) -> float:
     """Return the probability of so few runs of equal signs (Wald and Wolfowitz 1940)."""
-    from scipy import special
-
     plus, minus = int(signs.sum()), int((~signs).sum())
     n, runs = plus + minus, 1 + int((signs[1:] != signs[:-1]).sum())
     if not plus or not minus:
