@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.storage import files
@@ -61,31 +61,14 @@ class Job(NamedTuple):
             self.held.close()
 
 
-class Source(contextlib.AbstractContextManager):
-    """Where a runner's jobs come from. The exit of its context tells others that it has ended."""
+@runtime_checkable
+class Source(Protocol):
+    """Where a runner's jobs come from."""
 
-    def __init__(self) -> None:
-        self.failures: dict[str, str] = {}  # reasons, by name of the job
-        self.left_out: list[str] = []  # names of jobs that would exceed the limit
-
-    def take(self) -> Job | None:
-        """Lock and claim a job that can start now; None if there is none at this time."""
-        raise NotImplementedError
-
-    def release(self, job: Job, outcome: str, reason: str = "") -> str:
-        """End a claim, as `done`, `failed` or `stopped`; return what is left, for a message."""
-        raise NotImplementedError
-
-    def is_over(self) -> bool:
-        """Return whether no job will come any more."""
-        raise NotImplementedError
-
-    def lost(self) -> Collection[str]:
-        """Return the names of jobs that others have taken over. Called at every poll."""
-        return ()
-
-    def __exit__(self, *_: object) -> None:
-        return None
+    def take(self) -> Job | None: ...  # locks and claims a job that can start now, if there is one
+    def release(self, job: Job, outcome: str, reason: str = "") -> str: ...  # returns what is left
+    def lost(self) -> Collection[str]: ...  # names of own jobs that others have taken over
+    def is_over(self) -> bool: ...  # whether no job will come any more
 
 
 class _Running(NamedTuple):
@@ -123,13 +106,13 @@ def run(
                 failure = _failure(job, one.process.returncode)
                 if files.is_remote(job.workdir):
                     files.write_whole(job.workdir / job.log.name, job.log.read_bytes())
-                ends = "stopped" if came or job.name in lost else "failed"
-                outcome = ends if failure else "done"
+                ended = "stopped" if came or job.name in lost else "failed"
+                outcome = ended if failure else "done"
                 rest = source.release(job, outcome, failure or "")
                 job.unlock()
-                what = f"{outcome if outcome != 'failed' else 'FAILED'} after "
-                what += f"{(clock.now() - one.began) / 60:.1f} min"
-                say(f"{job.name}: {what}{f': {failure}' if failure else rest}")
+                how = outcome.replace("failed", "FAILED")
+                minutes = f"{(clock.now() - one.began) / 60:.1f} min"
+                say(f"{job.name}: {how} after {minutes}{f': {failure}' if failure else rest}")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)
     if came:

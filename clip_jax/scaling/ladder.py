@@ -524,10 +524,12 @@ def _train(
         )
         for point in points
     ]
-    make = Follower(runs, group) if group.index else Queue(root, runs, budget, group, say)
-    with make as source:
-        jobs.run(source, at_a_time, environment, say)
-    return source.failures, source.left_out
+    if group.index:
+        jobs.run(Follower(runs, group), at_a_time, environment, say)
+        return {}, []
+    with Queue(root, runs, budget, group, say) as queue:
+        jobs.run(queue, at_a_time, environment, say)
+    return queue.failures, queue.left_out
 
 
 # ------------------------------------------------------------------ for a terminal

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.scaling.jobs import Job, Say, Source
+from clip_jax.scaling.jobs import Job, Say
 from clip_jax.storage import files
 from clip_jax.storage.errors import Unreachable
 from clip_jax.storage.events import Event, Events, read
@@ -89,16 +89,14 @@ class Group:
         return ", ".join(str(i + 1) for i in others)
 
 
-class Follower(Source):
+class Follower:
     """Another host than the first of a group: it starts the jobs that the first announces.
 
     A host that was restarted joins at the next job: it has not done what was announced before.
     """
 
     def __init__(self, jobs: Sequence[Job], group: Group, clock: Clock = CLOCK) -> None:
-        super().__init__()
-        self._group, self._clock = group, clock
-        self._jobs = {job.name: job for job in jobs}
+        self._jobs, self._group, self._clock = {job.name: job for job in jobs}, group, clock
         self._next_scan, self._over = 0.0, False
 
     def take(self) -> Job | None:
@@ -121,6 +119,9 @@ class Follower(Source):
         self._group.write()
         return ""
 
+    def lost(self) -> Collection[str]:
+        return ()
+
     def is_over(self) -> bool:
         return self._over
 
@@ -128,16 +129,17 @@ class Follower(Source):
 # ------------------------------------------------------------------ the queue
 
 
-class Queue(Source):
+class Queue(contextlib.AbstractContextManager):
     """A worker's view of the queue: it claims the first of its jobs that is free and ready."""
 
     def __init__(
         self, root: AnyPath, jobs: Sequence[Job], budget: Budget, group: Group, say: Say,
         clock: Clock = CLOCK,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self._root, self._say, self._clock = root, say, clock
-        self._budget, self._group = budget, group
+        self._root, self._budget, self._group = root, budget, group
+        self._say, self._clock, self._reported = say, clock, ""
+        self.failures: dict[str, str] = {}  # reasons, by name
+        self.left_out: list[str] = []  # names of jobs that would exceed the limit
         self._waiting, self._held = list(jobs), dict[str, Job]()
         self._log, self._ended = log_of(root), list[Event]()  # events that are not yet written
         self._first = self._log.length  # jobs that failed before are tried again
@@ -145,7 +147,6 @@ class Queue(Source):
         self._worker = secrets.token_hex(6)
         self._me = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
         self._next_scan = self._next_beat = 0.0
-        self._reported = ""
         self._beat()
         group.announce("")
         self._absent = group.absent()  # hosts that are not yet free
@@ -208,13 +209,13 @@ class Queue(Source):
 
     def _can_start(self, job: Job) -> bool:
         """Return whether a job's input exists; drop the job if that will never come."""
-        if job.after in self.failures and not job.is_ready():
+        others = {other.name for other in self._waiting} | self._held.keys()
+        if job.after not in {*others, *self.failures, *self.left_out} or job.is_ready():
+            return True
+        if job.after in self.failures:
             self._drop(job, f"not started, because {job.after} failed")
-        elif job.after in self.left_out and not job.is_ready():
+        elif job.after in self.left_out:
             self._leave_out(job)
-        else:
-            unfinished = {other.name for other in self._waiting} | self._held.keys()
-            return job.after not in unfinished or job.is_ready()
         return False
 
     def _claim(self, job: Job) -> Job | None:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from clip_jax.scaling import jobs
-from clip_jax.scaling.jobs import Job, Source, Stopped, run
+from clip_jax.scaling.jobs import Job, Stopped, run
 from clip_jax.scaling.queue import Budget, Group, Queue
 from clip_jax.storage.events import Events
 from tests.clock import HandClock
@@ -89,13 +89,9 @@ class Machine(HandClock):
             self._programs[name].go_on(self.now())
 
     def run(self, some: list[Job], at_a_time: int = 1) -> dict[str, str]:
-        queue = Queue(self._folder, some, Budget(), Group(), self.said.append, self)
-        return self.run_source(queue, at_a_time).failures
-
-    def run_source(self, source: Source, at_a_time: int = 1) -> Source:
-        with source:
-            run(source, at_a_time, {"A": "b"}, self.said.append, self)
-        return source
+        with Queue(self._folder, some, Budget(), Group(), self.said.append, self) as queue:
+            run(queue, at_a_time, {"A": "b"}, self.said.append, self)
+        return queue.failures
 
 
 @pytest.fixture
