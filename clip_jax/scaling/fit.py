@@ -345,12 +345,13 @@ def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
         "mean_relative_error": float(np.abs(predicted.error / test.error - 1).mean()),
         "inside_interval": int(inside.sum()),
         "runs": [
-            {"compute": compute, "error": error, "predicted": prediction, "interval": interval}
-            for compute, error, prediction, *interval in np.stack(
-                [test.compute, test.error, *predicted]
-            ).T.tolist()
+            {"model": str(model), "samples": samples, "measured": error, **_bounded(one, config)}
+            for model, samples, error, *one in zip(
+                np.asarray(test.model), test.samples.tolist(), test.error.tolist(), *predicted,
+                strict=True,
+            )
         ],
-    }
+    }  # fmt: skip
 
 
 def _run_of(
@@ -379,9 +380,13 @@ def _answer(
     """
     if lacking := fitted.unknown(size, samples, third):
         return {"error": None, "lacking": lacking} | ({"score": None} if config.is_score else {})
-    most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
     third = None if third is None else np.float64(third)
-    prediction = fitted.predict(np.float64(size), np.float64(samples), third)
+    return _bounded(fitted.predict(np.float64(size), np.float64(samples), third), config)
+
+
+def _bounded(prediction: Sequence[Any], config: FitConfig) -> dict[str, Any]:
+    """Return a predicted error with its interval, as JSON values; see `_answer`."""
+    most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
     error, low, high = (min(float(value), most) for value in prediction)
     both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
     return both | (
@@ -488,6 +493,12 @@ def describe(result: Mapping[str, Any]) -> str:
             f"by {held['mean_relative_error']:.1%} on average, {held['inside_interval']} of them "
             "inside the 95% interval"
         )
+        for x in held["runs"][:10]:
+            score, form = ("score" in x, ".1%" if "score" in x else ".4g")
+            measured = format(1 - x["measured"] if score else x["measured"], form)
+            lines.append(
+                f"  {x['model']}@{short(x['samples'])}: {_in_words(x)}, measured {measured}"
+            )
     for wanted, prediction in result.get("predictions", {}).items():
         lines.append(f"{wanted}: {_in_words(prediction)}")
     if "sensitivity" in result:
