@@ -12,7 +12,7 @@ A new form is a subclass of `Law`: its terms, coefficients, the grid on which a 
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -33,7 +33,7 @@ AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
 
 
-Quantity = Literal["size", "samples", "compute", "third"]
+Quantity = str  # size, samples, compute or third: names of what Runs have
 
 
 class Runs(NamedTuple):
@@ -63,7 +63,7 @@ class Runs(NamedTuple):
         """Evaluate a law for each run."""
         return law(self.size, self.samples, self.third)
 
-    def values(self, quantity: "Quantity") -> int:
+    def values(self, quantity: Quantity) -> int:
         """Count the distinct values of a quantity; those within 2% of each other are one."""
         numbers = np.sort(np.log(getattr(self, quantity)))
         return 1 + int((np.diff(numbers) > 0.02).sum())
@@ -329,7 +329,7 @@ class Batched(Additive):
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest, each at its best batch size."""
         size = np.geomspace(*sizes, 400).reshape(-1, *(1,) * np.ndim(compute * self.irreducible))
-        error = self(size, compute / size)
+        error = np.asarray(self(size, compute / size))
         size = np.take_along_axis(size + 0 * error, error.argmin(0)[None], 0)[0]
         return Optimum(size, compute / size, error.min(0))
 

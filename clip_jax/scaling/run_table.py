@@ -84,8 +84,8 @@ class RunTable:
             match = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
             if not match:
                 raise InputError(
-                    f"{condition!r} must be COLUMN=PATTERN, like arch=ViT-B*, or a comparison, like "
-                    "samples_seen<=3e9."
+                    f"{condition!r} must be COLUMN=PATTERN, like arch=ViT-B*, or a comparison, "
+                    "like samples_seen<=3e9."
                 )
             column, sign, value = match.groups()
             self.check(column, *re.findall(r"^\{(.*)\}$", value))

@@ -207,11 +207,10 @@ class Fit:
             return Prediction(error, error * np.exp(-half), error * np.exp(half))
         if third is None and isinstance(self.law, Batched):
             third = self.law.batch_to_use(samples)
-        columns = (
-            None if x is None else np.broadcast_to(x, np.shape(error)).ravel()
-            for x in (size, samples, error, third)
-        )
-        low, high = (np.reshape(x, np.shape(error)) for x in self.region.law(Runs(*columns)))
+        shape = np.shape(error)
+        a, b, c = (np.broadcast_to(x, shape).ravel() for x in (size, samples, error))
+        d = None if third is None else np.broadcast_to(third, shape).ravel()
+        low, high = (np.reshape(x, shape) for x in self.region.law(Runs(a, b, c, d)))
         return Prediction(error, np.minimum(low, error), np.maximum(high, error))
 
     def predict(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
@@ -450,8 +449,8 @@ def _published(
         off = np.abs(np.log(error / laws.map(lambda x: x[:, None])(axis.size, axis.samples)))
         laws = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
     law = laws.map(lambda x: x[0])
-    held = np.isfinite([*laws.parameters.values()]).all(axis=0)  # a draw may have one bin
-    held[0] = False
+    held = np.isfinite(np.stack([*laws.parameters.values()])).all(axis=0)  # of several bins
+    held = held & (np.arange(len(held)) > 0)
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
