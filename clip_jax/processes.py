@@ -134,19 +134,23 @@ def _surrounded() -> bool:
 def position(environment: Mapping[str, str] = os.environ) -> tuple[str, int, int]:
     """Return a name of this process's run, its index and the number of processes, before `start`.
 
-    Without a cluster in the environment, and on Cloud TPU VMs, which have none: ("", 0, 1).
+    ("", 0, 1) without a cluster in the environment, as on Cloud TPU VMs, where JAX asks a server.
     """
-    tpus = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    for name, index, count in (
-        ("CLIP_JAX_COORDINATOR", "CLIP_JAX_PROCESS_INDEX", "CLIP_JAX_PROCESS_COUNT"),
-        ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-        ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", ""),
-    ):
-        number = int(environment.get(count) or 1) if count else len(tpus)
-        if {name, index} <= environment.keys() and number > 1:
-            label = environment[name].partition(",")[0].replace("/", "-")
-            return label, int(environment[index]), number
-    return "", 0, 1
+
+    def number(name: str, default: int) -> int:
+        return int(environment.get(name) or default)
+
+    if environment.get("CLIP_JAX_COORDINATOR"):
+        name, index = environment["CLIP_JAX_COORDINATOR"], number("CLIP_JAX_PROCESS_INDEX", 0)
+        count = number("CLIP_JAX_PROCESS_COUNT", 1)
+    elif (count := number("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        name, index = environment.get("SLURM_JOB_ID", ""), number("SLURM_PROCID", 0)
+    else:  # GKE, with one or several slices
+        hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        name = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+        count = number("MEGASCALE_NUM_SLICES", 1) * len(hosts)
+        index = number("MEGASCALE_SLICE_ID", 0) * len(hosts) + number("TPU_WORKER_ID", 0)
+    return (name.replace("/", "-"), index, count) if count > 1 else ("", 0, 1)
 
 
 def is_alone() -> bool:
