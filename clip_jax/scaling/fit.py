@@ -347,7 +347,8 @@ def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
         "runs": [
             {"model": str(model), "samples": samples, "measured": error, **_bounded(one, config)}
             for model, samples, error, *one in zip(
-                np.asarray(test.model), test.samples.tolist(), test.error.tolist(), *predicted,
+                np.asarray(test.model), test.samples.tolist(), test.error.tolist(),
+                *map(np.asarray, predicted),
                 strict=True,
             )
         ],

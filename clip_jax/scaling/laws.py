@@ -279,7 +279,7 @@ class Repeated(Additive):
     third quantity is the number of distinct samples; None: all.
     """
 
-    NEEDS: ClassVar = Additive.NEEDS | {"fade": ("samples", "third")}
+    NEEDS: ClassVar = {**Additive.NEEDS, "fade": ("samples", "third")}
     fade: Numbers  # R* of the paper: epochs after which one more is worth 1/e of a new one
 
     def worth(self, samples: Numbers, third: Numbers) -> Numbers:
@@ -302,7 +302,7 @@ class Batched(Additive):
     """
 
     COEFFICIENTS = (*Additive.COEFFICIENTS, "negatives", "steps")
-    NEEDS: ClassVar = Additive.NEEDS | {"negatives": ("third",), "steps": ("third",)}
+    NEEDS: ClassVar = {**Additive.NEEDS, "negatives": ("third",), "steps": ("third",)}
     negatives: Numbers
     steps: Numbers
 

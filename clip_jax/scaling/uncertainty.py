@@ -450,7 +450,7 @@ def _published(
         laws = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
     law = laws.map(lambda x: x[0])
     held = np.isfinite(np.stack([*laws.parameters.values()])).all(axis=0)  # of several bins
-    held = held & (np.arange(len(held)) > 0)
+    held = held & (np.arange(draws + 1) > 0)
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
