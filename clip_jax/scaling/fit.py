@@ -545,6 +545,6 @@ def _interval(interval: Sequence[float], form: str) -> str:
 
 def _in_words(prediction: Mapping[str, Any]) -> str:
     if prediction["error"] is None:
-        return f"not determined: {prediction['lacking']}"
+        return f"not determined; it takes {prediction['lacking']}"
     name, form = ("score", ".1%") if "score" in prediction else ("error", ".4g")
     return f"{prediction[name]:{form}} {_interval(prediction[f'{name}_interval'], form)}"

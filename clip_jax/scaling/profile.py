@@ -119,7 +119,8 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
     side = np.full((len(axes), 2), MARGIN * radius)
     for _ in range(DOUBLINGS):
         steps = [np.linspace(-low, high, count) for low, high in side]
-        grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)  # [count, ..., F]
+        mesh = np.meshgrid(*steps, indexing="ij") if steps else [np.zeros((1, 0))]
+        grid = np.stack(mesh, axis=-1) if steps else mesh[0]  # [count, ..., F]
         inside = centre + grid @ axes
         beyond = (inside < bounds[:, 0] - 1e-9) | (inside > bounds[:, 1] + 1e-9)
         normal, target = equations(inside.reshape(-1, len(names)))

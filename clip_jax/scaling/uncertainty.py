@@ -33,7 +33,6 @@ from clip_jax.scaling.laws import (
     Numbers,
     Optimum,
     PowerLaw,
-    Quantity,
     Repeated,
     Runs,
     bin_edges,
@@ -54,7 +53,7 @@ TREND = 0.2  # standard deviation of that trend's exponents among studies
 MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, for a warning
 EXACT = 1e-3  # residuals of log E below which no law is worth a warning
 REJECT = 0.01  # probability of a false warning, of each test
-NEEDED: dict[Quantity, str] = {
+NEEDED: dict[str, str] = {
     "size": "model sizes", "samples": "numbers of samples", "compute": "amounts of compute",
     "third": "batch sizes or numbers of distinct samples",
 }  # fmt: skip
@@ -178,7 +177,8 @@ class Fit:
         """Return the 95% interval of a parameter of the law, and whether the search bounds it."""
         if self.resampled is not None:
             low, high = middle(getattr(self.resampled, parameter))
-            return Interval(float(low), float(high), False)
+            is_open = parameter in self.law.COEFFICIENTS and low <= 0
+            return Interval(float(low), float(high), bool(is_open))
         if not isinstance(self.law, PowerLaw):
             return self.region.parameter(parameter)
         if parameter == "alpha":
@@ -259,11 +259,10 @@ class Fit:
 
         One or two sizes say nothing about another size, and so for samples.
         """
-        if not isinstance(self.law, Additive):
-            return ""
-        needs, few = {x for names in self.law.NEEDS.values() for x in names}, []
-        quantities: dict[Quantity, float | None] = {"size": size, "samples": samples}
-        for name, value in (quantities | ({"third": third} if "third" in needs else {})).items():
+        few = []
+        values = {"size": size, "samples": samples, "compute": size * samples, "third": third}
+        for name in sorted({x for names in self.law.NEEDS.values() for x in names}):
+            value = values[name]
             held = getattr(self.fitted, name)
             if held is None or value is None:
                 continue
@@ -319,6 +318,11 @@ def fit_law(
     if kind in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
         what = "distinct samples" if kind is Repeated else "batch"
         raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
+    if not issubclass(kind, Additive) and runs.values("compute") < 2:
+        raise InputError(
+            f"all runs have about the same compute, {runs.compute[0]:.3g}; the {form} law needs "
+            "runs of several."
+        )
     if procedure in ("cherti", "laion"):
         return _published(kind, form, runs, bins if procedure == "cherti" else None, (draws, seed))
     points = averaged(runs)
