@@ -20,14 +20,14 @@ from clip_jax.pods import plan as pods
 from clip_jax.pods.topology import Topology
 from clip_jax.scaling import run_table
 from clip_jax.scaling.choose import ChooseConfig, choose, fit_rule
-from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Numbers, Runs
+from clip_jax.scaling.fit import FitConfig
+from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Batched, Numbers, Runs
 from clip_jax.scaling.run_table import RunTable, gmacs, is_score, number, parse_count, short, text
-from clip_jax.scaling.uncertainty import Fit, Form, fit_law, sizes_of
+from clip_jax.scaling.uncertainty import Fit, Form, sizes_of
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
 EPOCHS = 4  # up to which repeated pairs are worth almost as much as new ones (arXiv:2305.16264)
-THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # columns that forms need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class ScalePlanConfig:
     draws: int = 1_000  # Number of bootstrap draws for the 95% intervals.
     candidates: tuple[str, ...] = ()  # Models to choose from. Empty: the table's.
     unique: str | None = None  # Number of distinct pairs, such as 400M. None: no pair is repeated.
-    batch_size: int | None = None  # None: that of the run with the nearest number of pairs seen.
+    # None: the best of the form batched, else that of the run with the nearest number of pairs.
+    batch_size: int | None = None
     # Source of the learning rate: output of `scale choose --json` (.json), or a table of all trials
     # of a sweep with the metric. None: no learning rate.
     sweep: AnyPath | None = None
@@ -104,6 +105,11 @@ def choices(
     samples = budget / TRAINING_FLOPS / size
     third = None if third is None else np.broadcast_to(third, size.shape)
     predicted = np.stack(fitted.predict(size, samples, third)).T.tolist()
+    for name, *run in zip(sizes, size.tolist(), samples.tolist(), strict=True):
+        if lacking := fitted.unknown(*run):
+            raise InputError(
+                f"these runs predict no {name} of {short(run[1])} pairs; add {lacking}."
+            )
     best = fitted.draws(size, samples, third).argmin(axis=1)
     options = [
         {
@@ -138,10 +144,11 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
     `compile_` is that of `pods.plan.plan`. Raises InputError for a table, a budget or a sweep that
     gives no answer.
     """
-    score, column = is_score(config.metric, config.metric_is), THIRD.get(config.form, "")
+    law = FitConfig(
+        metric=config.metric, metric_is=config.metric_is, form=config.form, draws=config.draws
+    )
     table = run_table.read(config.table, config.columns).select(config.metric, config.where)
-    runs = table.runs(config.metric, score, column)
-    fitted = fit_law(config.form, runs, "all", draws=config.draws)
+    fitted = law.fit(law.runs(table))
     own = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
     sizes = {x: own[x] if x in own else gmacs(zoo.get(x)) for x in config.candidates or own}
     unique = parse_count(config.unique) if config.unique else None
@@ -150,12 +157,12 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
         budget, third = config.training_flops(mfu), unique if config.form == "repeated" else None
         if config.form == "batched":
             samples = (budget / TRAINING_FLOPS / size for size in sizes.values())
-            third = np.array([_batch_size(config, table, x) for x in samples])
+            third = np.array([_batch_size(config, table, fitted, x) for x in samples])
         return choices(fitted, sizes, budget, third)
 
     options, mfu, pod = ranked(config.mfu), config.mfu, None
     best = options[0]
-    batch_size = _batch_size(config, table, best["samples"])
+    batch_size = _batch_size(config, table, fitted, best["samples"])
     if batch_size is None and (config.compile or config.sweep):
         raise InputError(
             "compile and sweep need a batch size, but the table has no column global_batch; set "
@@ -170,8 +177,9 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
     optimum = fitted.best(np.array([compute]), sizes_of([fitted]))["size"]
     chip_hours = config.chip_hours(compute * TRAINING_FLOPS, mfu)
     result = best | {
-        "metric": config.metric, "is_score": score, "form": config.form, "runs": len(runs.error),
-        "training_flops": compute * TRAINING_FLOPS, "best_size": np.concatenate(optimum).tolist(),
+        "metric": config.metric, "is_score": law.is_score, "form": config.form,
+        "runs": len(fitted.runs.error), "training_flops": compute * TRAINING_FLOPS,
+        "best_size": np.concatenate(optimum).tolist(),
         "unique": unique, "epochs": unique and best["samples"] / unique, "batch_size": batch_size,
         "steps": batch_size and max(round(best["samples"] / batch_size), 1),
         "learning_rate": rate,
@@ -181,14 +189,19 @@ def plan(config: ScalePlanConfig, compile_: pods.Compile | None = None) -> dict[
         "price": config.chip_hour_price and chip_hours * config.chip_hour_price,
         "options": options,
     }  # fmt: skip
-    return result | {"warnings": _warnings(result)}
+    return result | {"warnings": [*fitted.misfit(), *_warnings(result)]}
 
 
-def _batch_size(config: ScalePlanConfig, table: RunTable, samples: float) -> int | None:
-    """Return the config's batch size, or else that of the run with the nearest number of pairs."""
+def _batch_size(
+    config: ScalePlanConfig, table: RunTable, fitted: Fit, samples: float
+) -> int | None:
+    """Return the config's batch size, the law's best, or that of the run of the nearest length."""
     rows = [row for row in table.rows if text(row, "global_batch")]
     if config.batch_size or not rows:
         return config.batch_size
+    law, devices = fitted.law, config.topology.devices
+    if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
+        return max(round(float(law.batch_to_use(samples)) / devices), 1) * devices
     nearest = min(rows, key=lambda row: abs(np.log(number(row, "samples_seen") / samples)))
     return int(number(nearest, "global_batch"))
 

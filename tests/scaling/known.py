@@ -23,7 +23,6 @@ KNOWN: dict[Form, Law] = {
     "additive": law("additive", 0.5, 0.3, 1.0, 40.0, 0.1),
     "repeated": law("repeated", 0.5, 0.3, 1.0, 40.0, 0.1, 15.0),
     "batched": law("batched", 0.5, 0.3, 1.0, 40.0, 0.1, 2.0, 100.0),
-
 }
 # Laws that cross those above once, at an amount of compute that the runs contain. With equal
 # irreducible errors it would not be certain that the additive ones cross at all.

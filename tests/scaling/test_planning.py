@@ -16,8 +16,8 @@ from clip_jax.models import zoo
 from clip_jax.pods.compile import Facts, Request
 from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import Work
-from clip_jax.scaling import choose
-from clip_jax.scaling.laws import Additive, Law, Repeated, Runs
+from clip_jax.scaling import choose, run_table
+from clip_jax.scaling.laws import Additive, Batched, Law, Repeated, Runs
 from clip_jax.scaling.planning import ScalePlanConfig, choices, describe, plan
 from clip_jax.scaling.run_table import gmacs
 from clip_jax.scaling.uncertainty import Fit, fit_law
@@ -101,6 +101,17 @@ def test_a_law_of_compute_alone_divides_nothing():
         choices(fitted(form="power"), SIZES, 1e20)
 
 
+def test_a_prediction_that_the_runs_do_not_determine_is_refused():
+    few = fitted()
+    few = fit_law("additive", few.runs.where(few.runs.size < 8), "all", draws=100)
+    assert few.fitted.values("size") == 3
+    two = fit_law("additive", few.runs.where(few.runs.size < 5), "all", draws=100)
+    own = {name: SIZES[name] for name in MODELS[:2]}
+    assert len(choices(two, own, 6e9 * 1e9)) == 2
+    with pytest.raises(InputError, match=r"predict no ViT-B-32 of .* at least three model sizes"):
+        choices(two, SIZES, 6e9 * 1e9)
+
+
 # ------------------------------------------------------------------ budgets
 
 
@@ -157,10 +168,10 @@ def test_a_plan_has_every_setting_of_the_run(tmp_path):
     assert rate["value"] == pytest.approx(learning_rate(512, 65_536), rel=1e-3)
     assert rate["interval"][0] <= rate["value"] <= rate["interval"][1]
     assert rate["outside"] == ["batch 65536"]
-    assert result["warnings"] == [
+    assert result["warnings"][-1] == (
         "the plan extrapolates, as if its laws held there: pairs 2 × the largest, sweep: batch "
         "65536."
-    ]
+    )
     inside = planned(tmp_path, sweep=sweep, candidates=("ViT-M-32",), batch_size=2_048)
     assert inside["learning_rate"]["outside"] == []
     assert json.loads(json.dumps(result)) == result
@@ -190,15 +201,39 @@ def test_repetition_is_counted_by_its_law_or_named(tmp_path):
     few = {"unique": "1M", "budget": "3e18"}
     plain = planned(tmp_path, **few)
     assert plain["epochs"] == pytest.approx(plain["samples"] / 1e6)
-    (warning,) = plain["warnings"]
-    assert warning.startswith(f"each pair is seen {plain['epochs']:.1f} times. Beyond 4 epochs")
+    seen = f"each pair is seen {plain['epochs']:.1f} times. Beyond 4 epochs"
+    assert plain["warnings"][-1].startswith(seen)
     known = planned(tmp_path, **few, form="repeated", law=REPEATED)
     assert not any("each pair" in line for line in known["warnings"])
     truth = {name: REPEATED(size, 5e8 / size, 1e6) for name, size in SIZES.items()}
     assert known["model"] == min(truth, key=truth.__getitem__) == "ViT-L-16"
     assert known["size"] > plain["size"]
     assert known["error"] == pytest.approx(truth["ViT-L-16"], rel=5e-3)
-    assert planned(tmp_path, unique="10B", budget="3e18")["warnings"] == []
+    enough = planned(tmp_path, unique="10B", budget="3e18")["warnings"]
+    assert not any("each pair" in line for line in enough)
+
+
+def test_a_law_of_the_batch_size_gives_the_batch(tmp_path):
+    law = Batched(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1, 8.0, 5.0)))
+    size, samples, batch = map(np.ravel, np.meshgrid([*SIZES.values()], SEEN, BATCHES))
+    runs = Runs(size, samples, law(size, samples, batch), batch)
+    names = {size: name for name, size in SIZES.items()}
+    columns = size.tolist(), samples.tolist(), batch.tolist(), runs.error.tolist()
+    keys = ("gmacs_per_sample", "samples_seen", "global_batch", "loss")
+    each = zip(*columns, strict=True)
+    rows = [{"arch": names[x[0]], **dict(zip(keys, x, strict=True))} for x in each]
+    run_table.write(run_table.RunTable(rows), tmp_path / "batches.csv")
+    config = ScalePlanConfig(
+        table=tmp_path / "batches.csv", metric="loss", form="batched", draws=100, budget="3e19"
+    )
+    result = plan(config)
+    best = float(law.best_batch(result["samples"]))
+    assert result["batch_size"] % 256 == 0
+    assert result["batch_size"] == pytest.approx(best, rel=0.05)
+    assert result["error"] == pytest.approx(law(result["size"], result["samples"]), rel=1e-2)
+    assert plan(replace(config, batch_size=1_024))["error"] > result["error"]
+    config = replace(config, where=("global_batch<16384",))
+    assert plan(config)["batch_size"] == 1_024  # as the runs of two batch sizes say nothing
 
 
 def facts(request: Request, fits: bool = True) -> Facts:
