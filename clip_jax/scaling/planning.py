@@ -129,9 +129,9 @@ def _outside(runs: Runs, size: Numbers, samples: Numbers) -> list[str]:
     marks = []
     for name, (value, measured) in zip(("compute", "size", "pairs"), values, strict=True):
         if value > 1.005 * measured.max():  # runs see complete batches
-            marks.append(f"{name} {value / measured.max():.2g} × the largest")
+            marks.append(f"{name} {value / measured.max():.3g} × the largest")
         elif 1.005 * value < measured.min():
-            marks.append(f"{name} {value / measured.min():.2g} × the smallest")
+            marks.append(f"{name} {value / measured.min():.3g} × the smallest")
     return marks
 
 

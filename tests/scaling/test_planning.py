@@ -89,11 +89,11 @@ def test_every_quantity_outside_the_runs_is_marked():
     marks = {x["model"]: x["outside"] for x in choices(fitted(), sizes, 6e9 * 2e10)}
     assert marks["ViT-B-32"] == marks["ViT-B-16"] == []
     assert marks["large"] == ["size 2 × the largest"]
-    assert marks["small"] == ["size 0.5 × the smallest", "pairs 1.4 × the largest"]
+    assert marks["small"] == ["size 0.5 × the smallest", "pairs 1.41 × the largest"]
     far = {x["model"]: x["outside"] for x in choices(fitted(), SIZES, 6e9 * 1e13)}
-    assert far["ViT-L-16"] == ["compute 15 × the largest", "pairs 15 × the largest"]
+    assert far["ViT-L-16"] == ["compute 14.6 × the largest", "pairs 14.6 × the largest"]
     near = {x["model"]: x["outside"] for x in choices(fitted(), SIZES, 6e9 * 1e7)}
-    assert near["ViT-S-32"] == ["compute 0.35 × the smallest", "pairs 0.35 × the smallest"]
+    assert near["ViT-S-32"] == ["compute 0.352 × the smallest", "pairs 0.352 × the smallest"]
 
 
 def test_a_law_of_compute_alone_divides_nothing():
@@ -169,7 +169,7 @@ def test_a_plan_has_every_setting_of_the_run(tmp_path):
     assert rate["interval"][0] <= rate["value"] <= rate["interval"][1]
     assert rate["outside"] == ["batch 65536"]
     assert result["warnings"][-1] == (
-        "the plan extrapolates, as if its laws held there: pairs 2 × the largest, sweep: batch "
+        "the plan extrapolates, as if its laws held there: pairs 2.01 × the largest, sweep: batch "
         "65536."
     )
     inside = planned(tmp_path, sweep=sweep, candidates=("ViT-M-32",), batch_size=2_048)
