@@ -183,9 +183,10 @@ class PowerLaw(Law):
         x, y, total = np.log(runs.compute), np.log(error), weights.sum(-1)
         x_mean, y_mean = (weights * x).sum(-1) / total, (weights * y).sum(-1) / total
         dx, dy = x - x_mean[:, None], y - y_mean[:, None]
-        with np.errstate(invalid="ignore"):  # a single bin has no slope: NaN
+        # A single bin has no slope: NaN. That of two may be too steep for a float.
+        with np.errstate(invalid="ignore", over="ignore"):
             slope = (weights * dx * dy).sum(-1) / (weights * dx * dx).sum(-1)
-        return cls(slope, np.exp(y_mean - slope * x_mean))
+            return cls(slope, np.exp(y_mean - slope * x_mean))
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,10 @@ class Additive(Law):
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest: Hoffmann et al. 2022, equation 4."""
         a, b = self.size_alpha, self.samples_alpha
-        with np.errstate(divide="ignore", over="ignore"):  # if size or samples do not matter
-            ratio = a * self.size_scale / (b * self.samples_scale)
+        # Size or samples may not matter: then the other has all compute; or neither.
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            ratio = np.asarray(a * self.size_scale) / (b * self.samples_scale)
+            ratio = np.nan_to_num(ratio, nan=1.0, posinf=np.inf)
             size = np.clip((ratio * compute**b) ** (1 / (a + b)), *sizes)
         return Optimum(size, compute / size, self(size, compute / size))
 

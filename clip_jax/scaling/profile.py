@@ -123,7 +123,8 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
         grid = np.stack(mesh, axis=-1) if steps else mesh[0]  # [count, ..., F]
         inside = centre + grid @ axes
         beyond = (inside < bounds[:, 0] - 1e-9) | (inside > bounds[:, 1] + 1e-9)
-        normal, target = equations(inside.reshape(-1, len(names)))
+        within = np.clip(inside, *bounds.T).reshape(-1, len(names))  # terms beyond may vanish
+        normal, target = equations(within)
         loss = (total + nonnegative(normal, target)[1]).reshape(inside.shape[:-1])
         loss = np.where(beyond.any(-1), np.inf, loss)
         reached = np.array([
@@ -133,16 +134,15 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
         if not reached.any():
             break
         side = np.where(reached, 2 * side, side)
-    held = loss.ravel() <= limit
-    held[np.argmin(loss)] = True
-    edge, touched = _edges(inside, loss, beyond, bounds, limit)
+    # The grid may miss a narrow region, but not its centre.
+    least = min(float(loss.min()), total + float(nonnegative(*equations(centre))[1]))
+    edge, touched = _edges(inside, loss, beyond, bounds, (least, limit))
     edge = np.concatenate([edge, centre[None]])
-    least = float(loss.min())
     ranges = {
         name: Interval(*np.exp([edge[:, i].min(), edge[:, i].max()]).tolist(), bool(touched[i]))
         for i, name in enumerate(names)
     }
-    cells = np.concatenate([inside.reshape(-1, len(names))[held], edge])
+    cells = np.concatenate([inside[loss <= limit], edge])
     return Region(
         kind, runs, np.exp(cells), *equations(cells), total, limit, EDGE * (limit - least), ranges
     )
@@ -164,6 +164,8 @@ def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"
 
     Along each, one unit raises the squares by one, as far as these are quadratic.
     """
+    if not free.any():
+        return np.zeros((1, len(free)))  # a grid of equal cells
     steep = slopes(law, runs) * np.sqrt(weights)
     count = len(free)
     own, others = steep[:count][free], steep[count:]
@@ -176,21 +178,23 @@ def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"
 
 
 def _edges(
-    inside: np.ndarray, loss: np.ndarray, beyond: np.ndarray, bounds: np.ndarray, limit: float
+    inside: np.ndarray,
+    loss: np.ndarray,
+    beyond: np.ndarray,
+    bounds: np.ndarray,
+    levels: tuple[float, float],  # the least squares, and the limit
 ) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:
     """Return points on the edge of the region, and which parameters it bounds by the search."""
-    points, touched = [inside[loss <= limit][:0]], np.zeros(len(bounds), bool)
-    least = loss.min()
-    height = np.sqrt(np.maximum(loss - least, 0))
-    wanted = np.sqrt(max(limit - least, 0.0))
+    points, touched = [np.zeros((0, len(bounds)))], np.zeros(len(bounds), bool)
+    least, limit = levels
+    height, wanted = np.sqrt(np.maximum(loss - least, 0)), np.sqrt(max(limit - least, 0.0))
     for axis in range(loss.ndim):
         for way in (1, -1):
             at, rise, outside = (np.moveaxis(x, axis, 0)[::way] for x in (inside, height, beyond))
             crosses = (rise[:-1] <= wanted) & (rise[1:] > wanted)
-            with np.errstate(invalid="ignore"):
-                share = (wanted - rise[:-1]) / (rise[1:] - rise[:-1])
-            share = np.where(np.isfinite(rise[1:]), share, 1.0)[..., None]
-            points.append((at[:-1] + share * (at[1:] - at[:-1]))[crosses])
+            inner, outer = rise[:-1][crosses], rise[1:][crosses]
+            share = np.where(np.isfinite(outer), (wanted - inner) / (outer - inner), 1.0)[:, None]
+            points.append(at[:-1][crosses] * (1 - share) + at[1:][crosses] * share)
             touched |= outside[1:][crosses].any(0)
     points = [np.clip(x, bounds[:, 0], bounds[:, 1]) for x in points]
     return np.concatenate([x.reshape(-1, inside.shape[-1]) for x in points]), touched

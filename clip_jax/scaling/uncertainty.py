@@ -166,7 +166,7 @@ class Fit:
         # Draws of the standard deviation, given that of the residuals.
         scatter = self.noise * np.sqrt(self.freedom / rng.chisquare(self.freedom, draws))
         normal = rng.standard_normal((draws, len(points.error))) / np.sqrt(self.weights)
-        error = points.under(self.law) * np.exp(scatter[:, None] * normal)
+        error = points.under(self.law) * np.exp(np.clip(scatter[:, None] * normal, -100, 100))
         weights = np.broadcast_to(self.weights, error.shape)
         drawn = type(self.law).fitted(points, error, weights)
         # With three points, one line in thousands is too steep for a float.
@@ -483,7 +483,7 @@ def _misfit(fit: Fit) -> list[str]:
     added = _basis(extra - basis @ (basis.T @ extra), np.linalg.norm(extra, axis=0).max(initial=1))
     k = added.shape[1]
     rest = len(residual) - basis.shape[1] - k
-    share = float(np.square(added.T @ residual).sum() / np.square(residual).sum())
+    share = float(np.square(added.T @ residual).sum() / max(np.square(residual).sum(), 1e-300))
     if k and rest > 0:
         # P(F > f) by the incomplete beta function.
         p = float(special.betainc(rest / 2, k / 2, 1 - share))
