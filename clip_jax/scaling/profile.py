@@ -119,8 +119,7 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
     side = np.full((len(axes), 2), MARGIN * radius)
     for _ in range(DOUBLINGS):
         steps = [np.linspace(-low, high, count) for low, high in side]
-        mesh = np.meshgrid(*steps, indexing="ij") if steps else [np.zeros((1, 0))]
-        grid = np.stack(mesh, axis=-1) if steps else mesh[0]  # [count, ..., F]
+        grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)  # [count, ..., F]
         inside = centre + grid @ axes
         beyond = (inside < bounds[:, 0] - 1e-9) | (inside > bounds[:, 1] + 1e-9)
         within = np.clip(inside, *bounds.T).reshape(-1, len(names))  # terms beyond may vanish
