@@ -5,7 +5,7 @@ are in training FLOPs, 6e9 times that.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -16,26 +16,8 @@ import numpy as np
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import zoo
 from clip_jax.scaling import compare, papers, plots, run_table
-from clip_jax.scaling.laws import (
-    BINS,
-    Additive,
-    Batched,
-    Law,
-    PowerLaw,
-    Runs,
-    pareto,
-)
-from clip_jax.scaling.run_table import (
-    Row,
-    RunTable,
-    Selection,
-    gmacs,
-    is_score,
-    number,
-    parse_count,
-    short,
-    text,
-)
+from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, pareto
+from clip_jax.scaling.run_table import RunTable, Selection, gmacs, is_score, number, short, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.storage.files import AnyPath, check_destination
 
@@ -278,9 +260,10 @@ def published(metric: str) -> dict[str, Law]:
 
 def _law(fitted: Fit) -> dict[str, Any]:
     """Return the keys of `fit` that describe one law."""
-    law, runs, sizes = fitted.law, fitted.runs, sizes_of([fitted])
+    law, runs = fitted.law, fitted.runs
     span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
-    curve = np.stack([span, *fitted.best(span, sizes)["error"]])
+    best = law.optimum(span, sizes_of([fitted]))
+    curve = np.stack([span, *fitted.curve(best.size, best.samples)])
     parameters = {
         name: {
             "value": None if (lacking := fitted.lacking(name)) else float(value),
@@ -305,22 +288,16 @@ def _law(fitted: Fit) -> dict[str, Any]:
     }
     if isinstance(law, PowerLaw):
         result |= {name: float(value) for name, value in law.parameters.items()}
-    if isinstance(law, Batched):
+
+    def drawn(get: Callable[[Any], Any]) -> dict[str, Any]:
+        return {"value": float(get(law)), "interval": list(map(float, middle(get(fitted.drawn))))}
+
+    if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
         samples = float(np.median(runs.samples))
-        drawn = Batched(*fitted.drawn.parameters.values()).best_batch(samples)
-        lacking = fitted.lacking("negatives") or fitted.lacking("steps")
-        result["best_batch"] = {
-            "samples": samples, "interval": list(map(float, middle(np.asarray(drawn)))),
-            "value": None if lacking else float(law.best_batch(samples)), "lacking": lacking,
-        }  # fmt: skip
+        result["best_batch"] = {"samples": samples, **drawn(lambda law: law.best_batch(samples))}
     three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
-    if isinstance(law, Additive) and isinstance(fitted.drawn, Additive) and three:
-        result["optimal"] = {
-            "size_exponent": {
-                "value": float(law.size_exponent),
-                "interval": list(map(float, middle(np.asarray(fitted.drawn.size_exponent)))),
-            }
-        }
+    if isinstance(law, Additive) and three:
+        result["optimal"] = {"size_exponent": drawn(lambda law: law.size_exponent)}
     return result
 
 
@@ -367,9 +344,12 @@ def _run_of(
             f"predict needs a law of compute or samples, not against={config.against}."
         )
     samples, slash, third = samples.partition("/")
-    count, size = parse_count(samples), sizes[model] if model in sizes else gmacs(zoo.get(model))
+    count, size = (
+        run_table.parse_count(samples),
+        sizes[model] if model in sizes else gmacs(zoo.get(model)),
+    )
     size = 1.0 if config.against == "samples" else size
-    return size, count, parse_count(third) if slash else None
+    return size, count, run_table.parse_count(third) if slash else None
 
 
 def _answer(
@@ -440,7 +420,7 @@ def _variants(runs: Runs, config: FitConfig) -> Iterator[tuple[str, FitConfig, n
 # ------------------------------------------------------------------ comparison of families
 
 
-def family_of(row: Row, column: str) -> str:
+def family_of(row: run_table.Row, column: str) -> str:
     """Return the name of a row's family: its text in a column."""
     return text(row, column) or f"no {column}"
 

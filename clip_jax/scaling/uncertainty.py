@@ -24,21 +24,8 @@ from jaxtyping import Bool, Float
 from scipy import special
 
 from clip_jax.errors import InputError
-from clip_jax.scaling.laws import (
-    BINS,
-    LAWS,
-    Additive,
-    Batched,
-    Law,
-    Numbers,
-    Optimum,
-    PowerLaw,
-    Repeated,
-    Runs,
-    bin_edges,
-    frontier,
-    pareto,
-)
+from clip_jax.scaling import laws
+from clip_jax.scaling.laws import Additive, Batched, Law, Numbers, Optimum, PowerLaw, Runs
 from clip_jax.scaling.profile import Interval, Region, region, slopes
 
 Form = Literal["power", "saturating", "additive", "repeated", "batched"]
@@ -225,8 +212,8 @@ class Fit:
     def draws(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> np.ndarray:
         """Evaluate every draw of the law: `[draws, ...]`."""
         axes = np.broadcast(size, samples, *(() if third is None else (third,))).ndim
-        laws = self.drawn.map(lambda x: x.reshape(-1, *(1,) * axes))
-        return np.asarray(laws(size, samples, third))
+        drawn = self.drawn.map(lambda x: x.reshape(-1, *(1,) * axes))
+        return np.asarray(drawn(size, samples, third))
 
     def divided(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> tuple[Optimum, Optimum]:
         """Return the best division of compute by the law, `[C]`, and by each draw, `[draws, C]`."""
@@ -295,7 +282,7 @@ def fit_law(
     runs: Runs,
     procedure: Procedure = "all",
     *,
-    bins: int = BINS,
+    bins: int = laws.BINS,
     draws: int = 1_000,
     seed: int = 0,
 ) -> Fit:
@@ -307,7 +294,7 @@ def fit_law(
     arXiv:2506.04598. `draws` and `seed` are those of the bootstrap. Raises InputError for too few
     points, errors that are not positive, or a law in size and samples through a frontier.
     """
-    kind = LAWS[form]
+    kind = laws.LAWS[form]
     if not (runs.error > 0).all():
         raise InputError(
             f"errors must be positive, but the lowest is {runs.error.min()}; a score must be a "
@@ -315,8 +302,8 @@ def fit_law(
         )
     if issubclass(kind, Additive) and procedure != "all":
         raise InputError(f"the {form} law needs sizes and samples; set procedure=all.")
-    if kind in (Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
-        what = "distinct samples" if kind is Repeated else "batch"
+    if kind in (laws.Repeated, Batched) and (runs.third is None or not (runs.third > 0).all()):
+        what = "distinct samples" if kind is laws.Repeated else "batch"
         raise InputError(f"the {form} law needs the {what} of each run, more than 0.")
     if not issubclass(kind, Additive) and runs.values("compute") < 2:
         raise InputError(
@@ -327,7 +314,7 @@ def fit_law(
         return _published(kind, form, runs, bins if procedure == "cherti" else None, (draws, seed))
     points = averaged(runs)
     if procedure == "frontier":
-        points = points.where(pareto(points.runs))
+        points = points.where(laws.pareto(points.runs))
     fit, left_out = _fitted(kind, form, runs, points, (draws, seed)), []
     while len(left_out) < max(len(points.seeds) // FEW, 1) and (worst := _outlier(fit)):
         points = points.where(np.arange(len(points.seeds)) != worst[0])
@@ -441,25 +428,25 @@ def _published(
         before = np.minimum.accumulate(error, axis=1)[:, :-1]
         error[:, 1:] = np.where(error[:, 1:] < before, error[:, 1:], np.inf)
     else:
-        compute, error = frontier(kept.compute, error, bin_edges(kept.compute, bins))
+        compute, error = laws.frontier(kept.compute, error, laws.bin_edges(kept.compute, bins))
     full = np.isfinite(error)
     points = int(full[0].sum()) if n else 0
     freedom = points - len(kind.names())
     _check_points(points, len(kind.names()), form)
     axis = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
     weights, error = full.astype(float), np.where(full, error, 1.0)
-    laws = kind.fitted(axis, error, weights)
+    fits = kind.fitted(axis, error, weights)
     for _ in range(REWEIGHTED if bins is None else 0):  # Huber's loss, by reweighting
-        off = np.abs(np.log(error / laws.map(lambda x: x[:, None])(axis.size, axis.samples)))
-        laws = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
-    law = laws.map(lambda x: x[0])
-    held = np.isfinite(np.stack([*laws.parameters.values()])).all(axis=0)  # of several bins
+        off = np.abs(np.log(error / fits.map(lambda x: x[:, None])(axis.size, axis.samples)))
+        fits = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
+    law = fits.map(lambda x: x[0])
+    held = np.isfinite(np.stack([*fits.parameters.values()])).all(axis=0)  # of several bins
     held = held & (np.arange(draws + 1) > 0)
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
         law, runs, fitted, np.ones(points), np.ones(points), 0.0, noise, freedom, noise, bootstrap,
-        laws.map(lambda x: x[held]),
+        fits.map(lambda x: x[held]),
     )  # fmt: skip
 
 
