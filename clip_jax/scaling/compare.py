@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from clip_jax.scaling.run_table import Row, RunTable, number, text
+from clip_jax.scaling.run_table import RunTable, number, text
 from clip_jax.scaling.uncertainty import LEVEL, Fit, middle, sizes_of
 
 BEYOND = 10.0  # factor beyond the common range, on both sides, of the search for crossings
@@ -70,22 +70,15 @@ def compare(first: Fit, second: Fit) -> Comparison:
     sign = np.where(low > 0, 1, np.where(high < 0, -1, 0))  # of the gap, 0: not determined
     crossings = []
     for i in np.flatnonzero(np.diff(np.sign(gap[0])) != 0):
-        at = log[i] - gap[0, i] * (log[i + 1] - log[i]) / (gap[0, i + 1] - gap[0, i])
-        down, up = i, i + 1
-        while down >= 0 and sign[down] == 0:
-            down -= 1
-        while up < GRID and sign[up] == 0:
-            up += 1
-        compute = float(np.exp(at))
-        crossings.append(
-            Crossing(
-                compute,
-                float(np.exp(log[down])) if down >= 0 else 0.0,
-                float(np.exp(log[up])) if up < GRID else math.inf,
-                int(gap[0, i + 1] > 0),
-                bool(least <= compute <= most),
-            )
+        at = np.exp(log[i] - gap[0, i] * (log[i + 1] - log[i]) / (gap[0, i + 1] - gap[0, i]))
+        determined = np.flatnonzero(sign)
+        below, above = determined[determined <= i], determined[determined > i]
+        ends = (
+            float(np.exp(log[below[-1]])) if len(below) else 0.0,
+            float(np.exp(log[above[0]])) if len(above) else math.inf,
         )
+        inside = bool(least <= at <= most)
+        crossings.append(Crossing(float(at), *ends, int(gap[0, i + 1] > 0), inside))
     if least >= most:
         return Comparison([], crossings, [], 0.0)
     inside = (np.log(least) <= log) & (log <= np.log(most))
@@ -154,7 +147,7 @@ def paired(
     from scipy import stats
 
     both = [_by_the_rest(table, x) for table, x in zip((first, second), error, strict=True)]
-    rows = np.array([(*both[0][key], *both[1][key]) for key in both[0] if key in both[1]])
+    rows = np.array([(*both[0][key], *both[1][key]) for key in both[0].keys() & both[1].keys()])
     if len(rows) < 2:
         return None
     log, compute = np.log(rows[:, 2] / rows[:, 0]), np.log(rows[:, 3] / rows[:, 1])
@@ -166,20 +159,14 @@ def paired(
 
 def _by_the_rest(table: RunTable, error: np.ndarray) -> dict[tuple[str, ...], tuple[float, float]]:
     """Map (model, samples, seed) to error and compute, without runs that share these."""
-    keys = [_key(row) for row in table.rows]
-    values = zip(keys, error.tolist(), map(_work, table.rows), strict=True)
-    return {key: (one, work) for key, one, work in values if keys.count(key) == 1}
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    samples = text(row, "samples_seen_scale") or f"{number(row, 'samples_seen'):.2g}"
-    return row["arch"], samples, text(row, "seed")
-
-
-def _work(row: Row) -> float:
-    if text(row, "training_flops"):
-        return number(row, "training_flops")
-    return number(row, "gmacs_per_sample") * number(row, "samples_seen")
+    values: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for row, one in zip(table.rows, error.tolist(), strict=True):
+        samples, size = number(row, "samples_seen"), number(row, "gmacs_per_sample")
+        length = text(row, "samples_seen_scale") or f"{samples:.2g}"
+        flops = number(row, "training_flops") if text(row, "training_flops") else size * samples
+        key = row["arch"], length, text(row, "seed")
+        values.setdefault(key, []).append((one, flops))
+    return {key: runs[0] for key, runs in values.items() if len(runs) == 1}
 
 
 # ------------------------------------------------------------------ for a terminal
@@ -187,13 +174,12 @@ def _work(row: Row) -> float:
 
 def as_json(names: Sequence[str], compared: Comparison, alike: Paired | None) -> dict[str, Any]:
     """Return a comparison of two named families as JSON values; null for an open interval."""
-    crossings = [
-        x._asdict() | {"low": x.low or None, "high": x.high if math.isfinite(x.high) else None}
-        for x in compared.crossings
-    ]
     return {
         "families": list(names),
-        "crossings": crossings,
+        "crossings": [
+            x._asdict() | {"low": x.low or None, "high": x.high if x.high < math.inf else None}
+            for x in compared.crossings
+        ],
         "segments": [x._asdict() for x in compared.segments],
         "ratios": [x._asdict() for x in compared.ratios],
         "share_of_draws_that_cross": compared.share,
@@ -208,11 +194,8 @@ def describe(pair: Mapping[str, Any]) -> list[str]:
     if not segments:
         lines.append("  no compute at which both have runs; what follows is extrapolated")
     for x in segments:
-        span = f"from {x['low']:.3g} to {x['high']:.3g}"
-        if x["better"] is None:
-            lines.append(f"  {span}: not determined which is better")
-        else:
-            lines.append(f"  {span}: {names[x['better']]} is better")
+        which = "not determined which" if x["better"] is None else names[x["better"]]
+        lines.append(f"  from {x['low']:.3g} to {x['high']:.3g}: {which} is better")
     lines += [
         f"  at {at['compute']:.3g}: {ratio(at, '+.1%')}, lower in {at['share']:.0%} of draws"
         for at in pair["ratios"]
