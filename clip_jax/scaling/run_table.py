@@ -38,11 +38,12 @@ from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, wr
 from clip_jax.storage.files import read as read_file
 from clip_jax.storage.json_files import read_rows
 
-FIRST = ("arch", "samples_seen", "gmacs_per_sample", "mparams", "source")
 ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
 
-
-# ------------------------------------------------------------------ the table
+COMPARISONS = {
+    "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt,
+    ">": operator.gt,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,13 @@ class RunTable:
                 f"{metric} reaches from {values.min():g} to {values.max():g}; a score must be "
                 "between 0 and 1. Set --metric-is error for a loss, or choose another metric."
             )
-        labels = [
-            text(row, "samples_seen_scale") or short(count)
-            for row, count in zip(self.rows, samples.tolist(), strict=True)
-        ]
+        counts = zip(self.rows, samples.tolist(), strict=True)
+        lengths = [text(row, "samples_seen_scale") or short(count) for row, count in counts]
         return Runs(
-            size=sizes,
-            samples=samples,
-            error=1 - values if is_score else values,
-            third=others[0] if others else None,
+            sizes, samples, error=1 - values if is_score else values,
+            third=others[0] if others else None, length=np.array(lengths),
             model=np.array([row["arch"] for row in self.rows]),
-            length=np.array(labels),
-        )
+        )  # fmt: skip
 
 
 def text(row: Row, column: str) -> str:
@@ -151,30 +147,22 @@ def number(row: Row, column: str) -> float:
         raise InputError(f"{what}: correct the table, or {hint}.") from error
 
 
-COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-
-
 def _fulfils(row: Row, column: str, sign: str, value: str) -> bool:
-    """Return whether a cell matches a pattern or compares to a number; an empty one never does.
-
-    A value in braces is that of another column, as in epoch={total_epochs}.
-    """
+    """Return whether a cell fulfils a condition; {COLUMN} as a value is that of another column."""
     cell = text(row, column)
     if value.startswith("{") and value.endswith("}"):
         value = text(row, value[1:-1])
     try:
-        numbers = numeric(cell), numeric(value)
+        return COMPARISONS[sign](numeric(cell), numeric(value))
     except ValueError as error:
-        if sign in COMPARISONS and cell:
+        if sign in ("=", "!="):
+            return fnmatch(cell, value) == (sign == "=")
+        if cell:
             raise InputError(
                 f"where={column}{sign}{value}: {cell!r} and {value!r} must be numbers, like 3e9 or "
                 "12.8B; = and != compare text."
             ) from error
-        numbers = None
-    if sign in COMPARISONS:
-        return numbers is not None and COMPARISONS[sign](*numbers)
-    same = fnmatch(cell, value) or (numbers is not None and numbers[0] == numbers[1])
-    return same == (sign == "=")
+        return False  # a row without a number
 
 
 def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
@@ -203,8 +191,7 @@ def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
 def write(table: RunTable, path: AnyPath) -> None:
     """Write a table as CSV, with every column that any row has."""
     file = io.StringIO()
-    columns = list(dict.fromkeys([*FIRST, *table.columns]))
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer = csv.DictWriter(file, table.columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table.rows)
     write_whole(path, file.getvalue())
@@ -280,9 +267,7 @@ def gmacs(config: CLIPConfig) -> float:
 @functools.cache
 def mparams(config: CLIPConfig) -> float:
     """Return the number of parameters in millions."""
-    shapes = dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))
-    shapes.pop("batch_stats", None)  # BatchNorm's running statistics are not trained
-    return count(shapes) / 1e6
+    return count(dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))) / 1e6
 
 
 def arch_of(config: CLIPConfig) -> str:
@@ -295,11 +280,9 @@ def arch_of(config: CLIPConfig) -> str:
     for name, known in zoo.ARCHITECTURES.items():
         if shape(known) == shape(config):
             return name
-    v = config.vision
-    kind = (
-        f"ViT-w{v.width}d{v.depth}p{v.patch_size}" if isinstance(v, ViTConfig) else f"RN-w{v.width}"
-    )
-    return f"{kind}-text-w{config.text.width}d{config.text.depth}"
+    v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
+    is_vit = isinstance(v, ViTConfig)
+    return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}" if is_vit else f"RN-w{v.width}-{text}"
 
 
 # ------------------------------------------------------------------ collecting
@@ -336,7 +319,7 @@ class Unfinished(Exception):
 
 def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
     """Read the rows of a CSV of runs from any program."""
-    rows = [{"source": str(file), **line} for line in read(file, columns).rows]
+    rows = [{**row, "source": row.get("source", str(file))} for row in read(file, columns).rows]
     if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
         raise Unfinished("not a table with the columns arch and samples_seen")
     return rows
@@ -373,6 +356,10 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     config = from_dict(Config, run)
     model, optim, work = config.model, config.optim, config.flops_after
     first = branch_point(config.branch_from)[1] if config.branch_from else 0
+    source = run.get("data", {}).get("source", {})
+    losses = [term["type"] for term in run.get("objective", [])]
+    decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
+    schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
     return {
         "arch": arch_of(model),
         "samples_seen": config.samples_after(step),
@@ -380,24 +367,13 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "mparams": round(mparams(model), 6),
         "training_flops": work(step),
         "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
-        **_kinds(run),
+        "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
+        "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
+        "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
         "seed": config.seed,
         "global_batch": config.batch_size,
         "lr": optim.learning_rate,
         "warmup": optim.warmup_steps,
         "weight_decay": optim.weight_decay,
         "width": model.vision.width,
-    }
-
-
-def _kinds(run: dict[str, Any]) -> Row:
-    """Return the columns that distinguish families of runs, from a run's config."""
-    source = run.get("data", {}).get("source", {})
-    losses = [term["type"] for term in run.get("objective", [])]
-    decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
-    schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
-    return {
-        "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
-        "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
-        "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
     }

@@ -66,7 +66,7 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
 def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     config = ReportConfig(
         paths=(POINTS,), output=ladder / "points.html", metric="imagenet1k_acc1",
-        compare="upstream_dataset", where=("upstream_dataset=LAION*",), through="all",
+        compare="upstream_dataset", where=("upstream_dataset=LAION*",), form="power",
     )  # fmt: skip
     report(config)
     data = read(config.output)
@@ -141,7 +141,7 @@ def test_runs_of_unknown_length_are_on_the_page_without_a_point(tmp_path: Path):
     (tmp_path / "t.csv").write_text("\n".join(lines))
     config = ReportConfig(
         paths=(tmp_path / "t.csv",), output=tmp_path / "page.html", columns=("open_clip",),
-        metric="imagenet1k_acc1", where=("samples_seen>0",), through="all",
+        metric="imagenet1k_acc1", where=("samples_seen>0",),
     )  # fmt: skip
     assert report(config)["runs"] == {"done": 5}
     data = read(config.output)
@@ -154,8 +154,9 @@ def test_runs_of_unknown_length_are_on_the_page_without_a_point(tmp_path: Path):
 
 def test_the_page_says_what_its_law_describes(tmp_path: Path):
     for changes, words in (
-        ({"through": "frontier"}, "describes the best runs"),
-        ({"through": "all"}, "describes all runs"),
+        ({"procedure": "frontier"}, "describes the best runs"),
+        ({"procedure": "cherti"}, "describes the best runs"),
+        ({"form": "power"}, "describes all runs"),
         ({"form": "additive"}, "best division of compute"),
     ):
         config = ReportConfig(

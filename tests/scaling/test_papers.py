@@ -15,7 +15,7 @@ def rows(path: str) -> list[dict[str, str]]:
 
 
 def test_the_files_hold_runs_points_band_and_parameters(tmp_path: Path):
-    config = FitConfig(where=("upstream_dataset=LAION*",), draws=100)
+    config = FitConfig(where=("upstream_dataset=LAION*",), procedure="cherti", draws=100)
     table = run_table.read(POINTS).select(config.metric, config.where)
     result = fit(table, config)
     runs, points, curve, tex = papers.write(result, {"": table}, tmp_path / "law")
@@ -38,9 +38,7 @@ def test_the_files_hold_runs_points_band_and_parameters(tmp_path: Path):
 
 
 def test_each_family_has_its_lines_and_its_name_is_escaped(tmp_path: Path):
-    config = FitConfig(
-        where=("upstream_dataset=LAION*",), compare="upstream_dataset", through="all", draws=100
-    )
+    config = FitConfig(where=("upstream_dataset=LAION*",), compare="upstream_dataset", draws=100)
     table = run_table.read(POINTS).select(config.metric, config.where)
     families = table.groups(lambda row: family_of(row, "upstream_dataset"))
     files = papers.write(fit(table, config), families, tmp_path / "law")
