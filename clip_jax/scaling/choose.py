@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from scipy import special
 
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
+from clip_jax.scaling.regression import Linear, least_squares
 from clip_jax.scaling.run_table import Row, RunTable, Selection, number, short
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 SWEPT = {
-    "lr": "learning rate",
-    "global_batch": "batch",
-    "warmup": "warm-up",
+    "lr": "learning rate", "global_batch": "batch", "warmup": "warm-up",
     "weight_decay": "weight decay",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +59,15 @@ class Choice(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """learning rate = exp(coefficients · (1, ln width, ln batch)).
+    """learning rate = exp(line of 1, ln width and ln batch); 0 · ln batch if the batch is fixed."""
 
-    The coefficient of a column that does not vary is 0.
-    """
-
-    coefficients: Float[np.ndarray, " 3"]
-    covariance: Float[np.ndarray, "3 3"]
-    variance: float  # of the logarithm of the learning rate around the rule
-    t: float  # quantile of Student's t for 95% intervals
+    line: Linear
     observations: int
 
     def predict(self, width: float, batch: float) -> tuple[float, float, float]:
         """Return the learning rate and the 95% interval of one more run's optimum."""
-        x = np.array([1.0, math.log(width), math.log(batch)])
-        middle = float(x @ self.coefficients)
-        half = self.t * math.sqrt(float(x @ self.covariance @ x) + self.variance)
+        middle, half = self.line.predict(np.log([math.e, width, batch]))
         return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
-
-    def exponent(self, column: int) -> tuple[float, float, float]:
-        """Return the exponent of width (1) or batch (2) and its 95% interval."""
-        value = float(self.coefficients[column])
-        half = self.t * math.sqrt(float(self.covariance[column, column]))
-        return value, value - half, value + half
 
 
 def choose(config: ChooseConfig) -> dict[str, Any]:
@@ -114,11 +97,11 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
     losses = {
-        trial: float(np.mean([config.loss(row) for row in rows]))
+        trial: loss
         for trial, rows in trials.items()
         if len(rows) == seeds  # others have diverged with some seed
+        and math.isfinite(loss := float(np.mean([config.loss(row) for row in rows])))
     }
-    losses = {trial: loss for trial, loss in losses.items() if math.isfinite(loss)}
     if not losses:
         row = point.rows[0]
         raise InputError(
@@ -138,14 +121,11 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
     learning_rates = sorted(trial[0] for trial in losses if trial[1:] == best[1:])
     optima = []
     for seed in sorted({row["seed"] for row in trials[best]}):
-        of_seed = [
-            config.loss(row)
-            for learning_rate in learning_rates
-            for row in trials[(learning_rate, *best[1:])]
-            if row["seed"] == seed
+        rows = [
+            row for x in learning_rates for row in trials[(x, *best[1:])] if row["seed"] == seed
         ]
-        if len(of_seed) == len(learning_rates):
-            optima.append(vertex(learning_rates, of_seed))
+        if len(rows) == len(learning_rates):
+            optima.append(vertex(learning_rates, list(map(config.loss, rows))))
     factor = max((b / a for a, b in itertools.pairwise(learning_rates)), default=math.nan)
     metrics, row = {}, point.rows[0]
     for name in (config.choose_by, config.report):
@@ -179,30 +159,21 @@ def fit_rule(
     widths: Sequence[float], batches: Sequence[float], learning_rates: Sequence[float]
 ) -> Rule | None:
     """Fit the rule to optima, one observation each; None if there are too few."""
-    n = len(learning_rates)
-    x = np.stack([np.ones(n), np.log(widths), np.log(batches)], axis=1)
-    used = [0, *(i for i in (1, 2) if np.ptp(x[:, i]) > 0)]
-    freedom = n - len(used)
-    if freedom < 1 or 1 not in used:
+    varies = np.array([True, np.ptp(widths) > 0, np.ptp(batches) > 0])
+    if not varies[1] or len(learning_rates) <= varies.sum():
         return None
-    y = np.log(learning_rates)
-    inverse = np.linalg.pinv(x[:, used])
-    coefficients, covariance = np.zeros(3), np.zeros((3, 3))
-    coefficients[used] = inverse @ y
-    variance = float(np.sum((y - x @ coefficients) ** 2) / freedom)
-    covariance[np.ix_(used, used)] = variance * inverse @ inverse.T
-    return Rule(coefficients, covariance, variance, float(special.stdtrit(freedom, 0.975)), n)
+    x = np.stack([np.ones(len(widths)), np.log(widths), np.log(batches)], axis=1)
+    return Rule(least_squares(x * varies, np.log(learning_rates)), len(learning_rates))
 
 
 def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
     """Fit the rule to all but the largest width, and check it on that one."""
-    largest = max(choice.point["width"] for choice in choices)
+    points = [choice.point for choice in choices]
+    largest = max(point["width"] for point in points)
     known = [
-        (point["width"], point["global_batch"], optimum)
-        for point, _, _ in choices
-        if point["width"] < largest
-        for optimum in point["optima"]
-    ]
+        (x["width"], x["global_batch"], optimum)
+        for x in points if x["width"] < largest for optimum in x["optima"]
+    ]  # fmt: skip
     rule = fit_rule(*zip(*known, strict=True)) if known else None
     if rule is None:
         return None
@@ -217,24 +188,19 @@ def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
             "predicted": predicted, "interval": interval, "measured": measured,
             "grid_steps": abs(math.log(predicted / measured)) / math.log(factor),
         })  # fmt: skip
-    first = min((choice.point for choice in choices), key=lambda point: point["width"])
-    exponents = {
-        name: rule.exponent(column)
-        for name, column in (("width_exponent", 1), ("batch_exponent", 2))
-        if rule.covariance[column, column] > 0  # else it does not vary
-    }
+    first = min(points, key=lambda point: point["width"])
+    exponents = {"width_exponent": rule.line.coefficient(1)}
+    if len({batch for _, batch, _ in known}) > 1:
+        exponents["batch_exponent"] = rule.line.coefficient(2)
     return {
-        **{name: value for name, (value, _, _) in exponents.items()},
-        "intervals": {name: interval for name, (_, *interval) in exponents.items()},
+        **{name: value for name, (value, _) in exponents.items()},
+        "intervals": {name: [x - half, x + half] for name, (x, half) in exponents.items()},
         "learning_rate": rule.predict(first["width"], first["global_batch"])[0],
         "reference_width": first["width"],
         "reference_batch": first["global_batch"],
         "observations": rule.observations,
         "checks": checks,
     }
-
-
-# ------------------------------------------------------------------ for a terminal
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -253,8 +219,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{point['trials']} trials, {point['seeds']} seeds): {', '.join(values)}"
         )
         lines += [
-            f"  AT THE EDGE of the grid, {edge}: the optimum may be outside"
-            for edge in point["edges"]
+            f"  AT THE EDGE of the grid, {x}: the optimum may be outside" for x in point["edges"]
         ]
     if (rule := result["rule"]) is None:
         lines.append("no rule for learning rates: fewer than two widths below the largest")

@@ -6,7 +6,7 @@ error are a power of the loss: a law of the loss predicts an accuracy in two ste
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from scipy import special
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
 from clip_jax.scaling.columns import numeric
+from clip_jax.scaling.regression import Linear, least_squares
 from clip_jax.scaling.run_table import Selection, is_score, text
 from clip_jax.storage.files import AnyPath
 
@@ -38,42 +39,22 @@ class RelateConfig(Selection):
             raise InputError("baseline names a family; set --compare to the column of families.")
 
 
-class Line(NamedTuple):
-    """A line fitted by least squares: v = slope · u + intercept."""
-
-    coefficients: Float[np.ndarray, " 2"]
-    covariance: Float[np.ndarray, "2 2"]
-    variance: float  # of a run around the line
-    t: float  # quantile of Student's t for 95% intervals
-    is_curved: bool  # whether a parabola fits better, at a level of 1%
-    range: tuple[float, float]  # of u
-
-    def predict(self, u: float, n: int = 1) -> tuple[float, float]:
-        """Return the mean v of `n` new runs at u, and half of its 95% interval."""
-        x = np.array([u, 1.0])
-        half = self.t * np.sqrt(x @ self.covariance @ x + self.variance / n)
-        return float(x @ self.coefficients), float(half)
-
-    def covers(self, u: Float[np.ndarray, " n"]) -> bool:
-        return bool(self.range[0] <= u.min() and u.max() <= self.range[1])
-
-
-def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Line:
-    """Fit a line. Raises InputError for fewer than three runs, or if all have the same u."""
+def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Linear:
+    """Fit v = slope · u + intercept. Raises InputError for two runs, or if all have the same u."""
     if len(u) < 3 or np.ptp(u) == 0:
         raise InputError(
             f"{len(u)} runs do not determine a line; it needs three or more, with different values "
             "of --against. Add runs, or change --where, --compare or --baseline."
         )
-    coefficients, covariance = np.polyfit(u, v, 1, cov=True)
-    freedom, squares = len(u) - 2, np.sum((v - np.polyval(coefficients, u)) ** 2)
-    is_curved = False
-    if freedom > 2 and len({*u.tolist()}) > 2:
-        left = np.sum((v - np.polynomial.Polynomial.fit(u, v, 2)(u)) ** 2)
-        level = special.fdtri(1, freedom - 1, 0.99)
-        is_curved = bool((squares - left) * (freedom - 1) > left * level)
-    t, ends = float(special.stdtrit(freedom, 0.975)), (float(u.min()), float(u.max()))
-    return Line(coefficients, covariance, float(squares / freedom), t, is_curved, ends)
+    return least_squares(np.vander(u, 2), v)
+
+
+def is_curved(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> bool:
+    """Return whether a parabola fits five or more runs better than a line, at a level of 1%."""
+    if len(u) < 5 or len({*u.tolist()}) < 3:
+        return False
+    bend, covariance = np.polyfit(u - u.mean(), v, 2, cov=True)
+    return bool(abs(bend[0]) > special.stdtrit(len(u) - 3, 0.995) * covariance[0, 0] ** 0.5)
 
 
 def relate(config: RelateConfig) -> dict[str, Any]:
@@ -88,26 +69,26 @@ def relate(config: RelateConfig) -> dict[str, Any]:
     names = np.array([text(row, config.compare or "") for row in table.rows])
     base = np.ones(len(u), bool) if config.baseline is None else names == config.baseline
     line, predictions, families, outside = fit_line(u[base], v[base]), {}, {}, []
-    slope, intercept = map(float, line.coefficients)
-    reach = line.t * float(line.covariance[0, 0]) ** 0.5
+    (slope, reach), (intercept, _) = map(line.coefficient, (0, 1))
     for value in config.at:
         try:
             at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
         except ValueError as error:
             raise InputError(f"at={value!r}: write VALUE or VALUE:LOW:HIGH. {error}") from error
-        middle, half = line.predict(at[0])
+        middle, half = line.predict(np.array([at[0], 1.0]))
         half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
         predictions[value] = _back(config.metric, middle, half)
-        outside += [] if line.covers(at) else [f"{config.against} {value}"]
+        outside += [f"{config.against} {value}"] if _is_outside(at, u[base]) else []
     for name in sorted({*names.tolist()} - {"", config.baseline}):
         own = names == name
-        others = fit_line(u[~own], v[~own]) if config.baseline is None else line
-        expected, half = others.predict(u[own].mean(), int(own.sum()))
+        others = ~own if config.baseline is None else base
+        at = np.array([u[own].mean(), 1.0])
+        expected, half = fit_line(u[others], v[others]).predict(at, int(own.sum()))
         level, _, _ = _back(config.metric, expected, 0.0)
         families[name] = [x - level for x in _back(config.metric, float(v[own].mean()), half)]
-        outside += [] if others.covers(u[own]) else [name]
+        outside += [name] if _is_outside(u[own], u[others]) else []
     warnings = [f"{x} lies outside the range of the line's runs: extrapolated" for x in outside]
-    if line.is_curved:
+    if is_curved(u[base], v[base]):
         warnings.append("the runs curve away from the line, so its predictions are biased")
     return {
         "metric": config.metric, "against": config.against, "runs": int(base.sum()),
@@ -130,6 +111,10 @@ def straight(metric: str, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, 
             f"below {most:g}. Exclude runs with --where, or convert a percentage with --columns."
         )
     return special.logit(values) if is_score(metric) else np.log(values)
+
+
+def _is_outside(u: Float[np.ndarray, " n"], runs: Float[np.ndarray, " m"]) -> bool:
+    return bool(u.min() < runs.min() or u.max() > runs.max())
 
 
 def _back(metric: str, middle: float, half: float) -> list[float]:

@@ -1,17 +1,17 @@
 """Write a fit for a paper: CSV files of its runs, points and band, and a LaTeX table of its law."""
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from clip_jax.scaling import run_table
 from clip_jax.scaling.run_table import RunTable, number, text
 from clip_jax.storage.files import AnyPath, write_whole
 
 SYMBOLS = {  # of the parameters, as in the documentation's table of laws
     "alpha": r"\alpha", "beta": r"\beta", "scale": "A", "offset": "B", "irreducible": r"E_\infty",
     "size_alpha": "a", "samples_alpha": "b", "size_scale": "A", "samples_scale": "B", "fade": "R",
+    "negatives": "G", "steps": "S",
 }  # fmt: skip
 ENDINGS = ("_runs.csv", "_points.csv", "_curve.csv", ".tex")
 
@@ -29,56 +29,43 @@ def write(result: Mapping[str, Any], tables: Mapping[str, RunTable], stem: AnyPa
     `STEM_curve.csv` (the law with its 95% band over compute) and `STEM.tex` (the parameters).
     """
     laws = result.get("families") or {"": result}
-    metric, runs, points, curve = result["metric"], [], [], []
+    runs, points, curve = [], [], []
     for name, law in laws.items():
         for row, residual in zip(tables[name].rows, law["residuals"], strict=True):
-            samples, size = number(row, "samples_seen"), number(row, "gmacs_per_sample")
-            what = (row["arch"], f"{samples:.12g}", text(row, "seed"))
-            runs.append((name, *what, size * samples, text(row, metric), residual))
-        points += [(name, point["compute"], point["error"]) for point in law["points"]]
-        curve += [(name, at["compute"], at["error"], *at["interval"]) for at in law["curve"]]
-    contents = (
-        _csv(("family", "arch", "samples_seen", "seed", "compute", metric, "residual"), runs),
-        _csv(("family", "compute", "error"), points),
-        _csv(("family", "compute", "error", "low", "high"), curve),
-        latex(laws),
-    )
-    for path, content in zip(paths(stem), contents, strict=True):
-        write_whole(path, content)
+            kept = {x: text(row, x) for x in ("arch", "samples_seen", "seed", result["metric"])}
+            compute = number(row, "gmacs_per_sample") * number(row, "samples_seen")
+            runs.append({"family": name, **kept, "compute": compute, "residual": residual})
+        points += [{"family": name, **point} for point in law["points"]]
+        for at in law["curve"]:
+            band = dict(zip(("low", "high"), at["interval"], strict=True))
+            curve.append({"family": name, "compute": at["compute"], "error": at["error"], **band})
+    *files, tex = paths(stem)
+    for path, rows in zip(files, (runs, points, curve), strict=True):
+        run_table.write(RunTable(rows), path)
+    write_whole(tex, latex(laws))
     return [str(path) for path in paths(stem)]
 
 
 def latex(laws: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a booktabs table: a line per law, its parameters with their 95% intervals."""
-    names = list(dict.fromkeys(name for law in laws.values() for name in law["parameters"]))
-    heads = [f"${SYMBOLS[name]}$" if name in SYMBOLS else _escaped(name) for name in names]
-    lines = [
-        [_escaped(family or "all runs"), *(_parameter(law["parameters"].get(x)) for x in names)]
-        for family, law in laws.items()
-    ]
-    body = [" & ".join(line) + r" \\" for line in (["Runs", *heads], *lines)]
+    names = list(next(iter(laws.values()))["parameters"])  # all laws have the same form
+    lines = [["Runs", *(f"${SYMBOLS[name]}$" for name in names)]]
+    for family, law in laws.items():
+        title = re.sub(r"([&%$#_{}])", r"\\\1", family or "all runs")
+        lines.append([title, *(_parameter(law["parameters"][name]) for name in names)])
+    head, *body = (" & ".join(line) + r" \\" for line in lines)
     return "\n".join([
-        r"\begin{tabular}{l" + "c" * len(names) + "}", r"\toprule", body[0], r"\midrule", *body[1:],
+        r"\begin{tabular}{l" + "c" * len(names) + "}", r"\toprule", head, r"\midrule", *body,
         r"\bottomrule", r"\end{tabular}", "",
     ])  # fmt: skip
 
 
-def _parameter(parameter: Mapping[str, Any] | None) -> str:
+def _parameter(parameter: Mapping[str, Any]) -> str:
     """Format a value with its interval; a dash if the runs do not determine it."""
-    if not parameter or parameter["value"] is None:
+    if parameter["value"] is None:
         return "--"
     value, low, high = (
         re.sub(r"e([+-]\d+)", lambda x: rf" \times 10^{{{int(x[1])}}}", f"{number:.4g}")
         for number in (parameter["value"], *parameter["interval"])
     )
     return f"${value}$ $[{low}, {high}]$"
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", name)
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-    return file.getvalue()

@@ -44,10 +44,10 @@ def test_each_family_has_its_lines_and_its_name_is_escaped(tmp_path: Path):
     files = papers.write(fit(table, config), families, tmp_path / "law")
     assert {row["family"] for row in rows(files[0])} == {*families}
     assert {row["family"] for row in rows(files[2])} == {*families}
-    law = {"parameters": {"critical_x": {"value": 2.5e7, "interval": [1e6, 3.25e-9]}}}
-    unknown = {"parameters": {"critical_x": {"value": None, "interval": None}}}
+    law = {"parameters": {"fade": {"value": 2.5e7, "interval": [1e6, 3.25e-9]}}}
+    unknown = {"parameters": {"fade": {"value": None, "interval": [0.1, 1e9]}}}
     lines = papers.latex({"50% of A_1 & B": law, "C": unknown}).splitlines()
-    assert lines[2] == r"Runs & critical\_x \\"
+    assert lines[2] == r"Runs & $R$ \\"
     value = r"$2.5 \times 10^{7}$ $[1 \times 10^{6}, 3.25 \times 10^{-9}]$"
     assert lines[4] == rf"50\% of A\_1 \& B & {value} \\"
     assert lines[5] == r"C & -- \\"
