@@ -64,6 +64,7 @@ def compare(first: Fit, second: Fit) -> Comparison:
     most = min(fit.runs.compute.max() for fit in (first, second))
     ends = sorted((least, most))
     log = np.linspace(np.log(ends[0] / BEYOND), np.log(ends[1] * BEYOND), GRID)
+    log = np.union1d(log, np.log(ends))
     one, other = _errors(first, second, np.exp(log))
     gap = np.log(one / other)  # [draws, C], above 0 where the second is better
     low, high = (np.asarray(x) for x in middle(gap[1:]))
@@ -201,7 +202,7 @@ def describe(pair: Mapping[str, Any]) -> list[str]:
         for at in pair["ratios"]
     ]
     for x in pair["crossings"]:
-        low, high = (f"{x[end]:.3g}" if x[end] else "not determined" for end in ("low", "high"))
+        low, high = (f"{x[end]:.3g}" if x[end] else "unknown" for end in ("low", "high"))
         mark = "" if x["inside"] else "; EXTRAPOLATED, not all have runs around it"
         lines.append(
             f"  the laws cross at {x['compute']:.3g} (95%: {low} to {high}), above it "
