@@ -186,7 +186,8 @@ class PowerLaw(Law):
         # A single bin has no slope: NaN. That of two may be too steep for a float.
         with np.errstate(invalid="ignore", over="ignore"):
             slope = (weights * dx * dy).sum(-1) / (weights * dx * dx).sum(-1)
-            return cls(slope, np.exp(y_mean - slope * x_mean))
+            beta = np.exp(y_mean - slope * x_mean)
+        return cls(slope, np.where(beta > 0, beta, np.nan))
 
 
 @dataclass(frozen=True)

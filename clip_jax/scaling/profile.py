@@ -17,6 +17,7 @@ from clip_jax.scaling.laws import RIDGE, Law, Runs, faces, linearised, nonnegati
 CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
 MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
 DOUBLINGS = 12  # of one side of the grid, while the region reaches it
+ROUNDING = 1e-11  # of squares, as a share of their total
 EDGE = 0.05  # tolerance of interpolated edges, as a share of the squares up to the limit
 
 
@@ -117,6 +118,9 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
     count = CELLS[max(len(axes), 1)]
     radius = np.sqrt(max(limit - (weights * np.log(runs.error / around) ** 2).sum(), 0.0))
     side = np.full((len(axes), 2), MARGIN * radius)
+    # Where nothing is determined, the first grid spans the bounds.
+    reach = np.abs(axes) * MARGIN * radius / np.where(free, bounds[:, 1] - bounds[:, 0], 1.0)
+    axes = axes / np.maximum(reach.max(1, keepdims=True), 1.0)
     for _ in range(DOUBLINGS):
         steps = [np.linspace(-low, high, count) for low, high in side]
         grid = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)  # [count, ..., F]
@@ -142,9 +146,8 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
         for i, name in enumerate(names)
     }
     cells = np.concatenate([inside[loss <= limit], edge])
-    return Region(
-        kind, runs, np.exp(cells), *equations(cells), total, limit, EDGE * (limit - least), ranges
-    )
+    tolerance = EDGE * (limit - least) + ROUNDING * total
+    return Region(kind, runs, np.exp(cells), *equations(cells), total, limit, tolerance, ranges)
 
 
 def slopes(law: Law, runs: Runs) -> Float[np.ndarray, "P n"]:
