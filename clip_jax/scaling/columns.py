@@ -19,6 +19,7 @@ UNITS = {  # factors by unit, for the columns that have a unit
     },
     "mparams": {"parameters": 1e-6, "K": 1e-3, "M": 1.0, "B": 1e3},
 }  # fmt: skip
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}  # of numbers
 PLAIN = {"percent": 0.01, "K": 1e3, "M": 1e6, "B": 1e9}  # for all other columns
 TAG = "tag"  # unit of samples_seen=pretrained:tag, for the names of open_clip's weights
 BRACES = re.compile(r"\{(.*?)\}")  # columns in the name of a result
@@ -88,24 +89,23 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """
     names = {name for row in rows for name in row}
     entries: dict[str, Entry] = {}
+    used: set[str] = set()
     for column in columns:
         for text in PRESETS.get(column, (column,)):
             entry = _entry(text, names)
             needed = {entry.theirs, *BRACES.findall(entry.ours)}
             if needed <= names:
                 entries[entry.ours] = entry
+                used |= needed
             elif column not in PRESETS:
                 lacks, has = (", ".join(sorted(x)) for x in (needed - names, names))
                 raise InputError(f"columns={text!r}: the table has no {lacks}; it has {has}.")
-    results = [entry for entry in entries.values() if "{" in entry.ours]
-    plain = [entry for entry in entries.values() if "{" not in entry.ours]
-    used = {entry.theirs for entry in entries.values()}
-    used |= {name for entry in results for name in BRACES.findall(entry.ours)}
-    keys = {*IDENTITY, *(entry.ours for entry in plain)}
+    results = [entries.pop(name) for name in list(entries) if "{" in name]
+    keys = {*IDENTITY, *entries}
     runs: dict[Any, Row] = {}
     for i, row in enumerate(rows):
         rest = {name: cell for name, cell in row.items() if name not in used}
-        rest |= {entry.ours: entry.cell(row) for entry in plain}
+        rest |= {name: entry.cell(row) for name, entry in entries.items()}
         key = tuple(_alike(cell) for name, cell in rest.items() if name in keys)
         run = runs.setdefault(key if results else i, dict(rest))
         for name, cell in rest.items():
@@ -124,8 +124,8 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
 
 def _entry(text: str, names: set[str]) -> Entry:
     """Read OURS=THEIRS or OURS=THEIRS:UNIT."""
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
+    ours, _, theirs = text.partition("=")
+    if not (ours and theirs):
         forms = ", ".join(("OURS=THEIRS", "OURS=THEIRS:UNIT", *PRESETS))
         raise InputError(f"columns={text!r} must be one of {forms}.")
     before, colon, unit = theirs.rpartition(":")
@@ -147,9 +147,9 @@ def _alike(cell: Any) -> Any:
 
 def numeric(text: str) -> float:
     """Read a number, also one like 12.8B, 400M or 63.3%. Raises ValueError for other text."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMB%])", text.strip(), re.IGNORECASE)
-    factors = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}
-    return float(match[1]) * factors[match[2].upper()] if match else float(text)
+    text = text.strip()
+    factor = SUFFIXES.get(text[-1:].upper())
+    return float(text[:-1]) * factor if factor else float(text)
 
 
 def samples_of_tag(tag: str) -> float | None:

@@ -6,6 +6,7 @@ The report is one file with data, style and script: it needs no server and loads
 import contextlib
 import fcntl
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,13 @@ from clip_jax.storage.json_files import parse, read_rows
 POINTS = 240  # maximum number of points per curve, evenly spaced
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
 RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluation metrics
+ALL = "The law describes all runs. A band is a 95% interval."
 MEANING = {  # of the law that the page draws over compute
-    "divided": "The line is the law at the best division of compute between size and samples. Runs "
-    "divided otherwise lie above it; their deviation is from the law at their own size.",
-    "frontier": "The law describes the best runs for their compute; others lie above it.",
-    "all": "The law describes all runs. A band is a 95% interval.",
-}
+    "best": "The law describes the best runs for their compute; others lie above it.",
+    "power": ALL, "saturating": ALL,
+}  # fmt: skip
+DIVIDED = """The line is the law at the best division of compute between size and samples. Runs
+divided otherwise lie above it; their deviation is from the law at their own size."""
 # Last log line of a failed run; others were killed or are running elsewhere.
 FAILURE = re.compile(r"clip-jax: (?!stopped by SIG)|\w+(Error|Exception|Diverged)\b")
 
@@ -85,31 +87,20 @@ def report(config: ReportConfig) -> dict[str, Any]:
     )  # fmt: skip
     laws, summary = _laws(table, options, by_row)
     data = {
-        "title": ", ".join(map(str, config.paths)),
+        "title": ", ".join(map(str, config.paths)), "compare": config.compare or "arch",
         "metric": f"1 − {metric}" if is_a_score else metric,
-        "compare": config.compare or "arch",
-        "runs": runs,
-        "laws": laws,
-        "summary": summary,
+        "runs": runs, "laws": laws, "summary": summary,
         "left_out": [line for line in skipped if not line.startswith(tuple(folders))],
-    }
+    }  # fmt: skip
     files.write_whole(config.output, page(data))
-    status = [run["status"] for run in runs]
-    return {
-        "page": str(config.output),
-        "runs": {name: status.count(name) for name in dict.fromkeys(status)},
-        "metric": metric,
-        "summary": summary,
-    }
+    status = Counter(run["status"] for run in runs)
+    return {"page": str(config.output), "runs": status, "metric": metric, "summary": summary}
 
 
 def page(data: Mapping[str, Any]) -> str:
     """Insert data into the page, escaped so that no text ends its script; NaN becomes null."""
     template = Path(__file__).with_name("html_report.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", to_json(data).replace("<", "\\u003c"))
-
-
-# ------------------------------------------------------------------ runs
 
 
 def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
@@ -123,7 +114,8 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
 
 def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dict[str, Any]:
     """Return the data that the page shows of a run directory, which `worker` may be training."""
-    config, result = (_read(folder / name) for name in ("config.json", "result.json"))
+    written = (folder / name for name in ("config.json", "result.json"))
+    config, result = ((x.exists() and parse(x.read_bytes())) or {} for x in written)
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
     try:
@@ -141,16 +133,10 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     else:
         status = "stopped" if step or (folder / "checkpoints").exists() else "not begun"
     return _shown(row) | {
-        "name": folder.name,
-        "folder": str(folder),
-        "status": status,
-        "step": step,
-        "steps": steps,
-        "first": first,
-        "parent": Path(branch).name,
-        "words": words,
+        "name": folder.name, "folder": str(folder), "status": status, "words": words,
+        "step": step, "steps": steps, "first": first, "parent": Path(branch).name,
         "curves": _curves(folder, (*CURVES, metric)),
-    }
+    }  # fmt: skip
 
 
 def _shown(row: Row) -> dict[str, Any]:
@@ -158,18 +144,11 @@ def _shown(row: Row) -> dict[str, Any]:
     numbers = "samples_seen gmacs_per_sample training_flops flops_spent seconds/total goodput"
     samples = f"@{short(number(row, 'samples_seen'))}" if text(row, "samples_seen") else ""
     return {
-        "name": row.get("name") or row["arch"] + samples,
-        "folder": str(row.get("source", "")),
-        "status": "done",
-        "words": "",
-        "curves": {},
+        "name": row.get("name") or row["arch"] + samples, "folder": str(row.get("source", "")),
+        "status": "done", "words": "", "curves": {},
         **{name: number(row, name) for name in numbers.split() if text(row, name)},
         "row": {name: str(value) for name, value in row.items() if value is not None},
-    }
-
-
-def _read(path: AnyPath) -> dict[str, Any]:
-    return (parse(path.read_bytes()) if path.exists() else None) or {}
+    }  # fmt: skip
 
 
 def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]]]:
@@ -204,9 +183,6 @@ def _is_held(lock: AnyPath) -> bool:
     return False
 
 
-# ------------------------------------------------------------------ laws
-
-
 def _laws(
     table: RunTable, config: FitConfig, by_row: Mapping[int, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -223,10 +199,12 @@ def _laws(
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
-        fewer = len(family["points"]) < len(family["residuals"])
-        kind = "divided" if "optimal" in family else "frontier" if fewer else "all"
-        models = _models(families[name], config)
-        laws.append({"name": name, "curve": curve, "models": models, "meaning": MEANING[kind]})
+        kind = "best" if result["procedure"] != "all" else result["form"]
+        lacking = {x: at["lacking"] for x, at in family["parameters"].items() if at["lacking"]}
+        laws.append({
+            "name": name, "curve": curve, "models": _models(families[name], config),
+            "meaning": MEANING.get(kind, DIVIDED), "lacking": lacking,
+        })  # fmt: skip
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off
     return laws, describe(result).splitlines()

@@ -165,6 +165,10 @@ def test_the_page_says_what_its_law_describes(tmp_path: Path):
         report(replace(config, **changes))
         (law,) = read(config.output)["laws"]
         assert words in law["meaning"]
+    report(replace(config, form="additive", where=("arch=ViT-B-32",)))
+    (law,) = read(config.output)["laws"]
+    assert words in law["meaning"]
+    assert "sizes" in law["lacking"]["irreducible"]  # the runs have one size
 
 
 @pytest.mark.parametrize("column", ["samples_seen", "gmacs_per_sample", "acc"])

@@ -7,6 +7,7 @@ import numpy as np
 
 from clip_jax.scaling import papers, run_table
 from clip_jax.scaling.fit import FitConfig, family_of, fit
+from clip_jax.scaling.laws import LAWS
 from tests.scaling.conftest import POINTS
 
 
@@ -44,6 +45,7 @@ def test_each_family_has_its_lines_and_its_name_is_escaped(tmp_path: Path):
     files = papers.write(fit(table, config), families, tmp_path / "law")
     assert {row["family"] for row in rows(files[0])} == {*families}
     assert {row["family"] for row in rows(files[2])} == {*families}
+    assert {name for kind in LAWS.values() for name in kind.names()} <= {*papers.SYMBOLS}
     law = {"parameters": {"fade": {"value": 2.5e7, "interval": [1e6, 3.25e-9]}}}
     unknown = {"parameters": {"fade": {"value": None, "interval": [0.1, 1e9]}}}
     lines = papers.latex({"50% of A_1 & B": law, "C": unknown}).splitlines()
