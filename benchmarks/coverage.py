@@ -273,7 +273,7 @@ def crossings(task: tuple[tuple[str, int, int], int, str]) -> dict[str, float]:
             for x in stated
         )
         rows.append({
-            "crossings whose interval is given and holds the truth": np.mean(right) if right else 1.0,
+            "intervals of crossings hold the truth": np.mean(right) if right else 1.0,
             "intervals hold their estimate": all(
                 x.low <= x.compute <= x.high for x in compared.crossings
             ),
