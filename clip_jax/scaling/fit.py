@@ -244,7 +244,7 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
             fitted, others=published(config.metric), predictions=predicted,
             error_label=f"1 − {config.metric}" if config.is_score else config.metric,
             reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
-            title="\n".join(line.partition("(")[0] for line in fitted.misfit()),
+            title="The law misfits these runs: see the warnings." if fitted.misfit() else "",
         )  # fmt: skip
         result["plots"] = [str(path) for path in plots.save(page, config.plot)]
     return result

@@ -57,7 +57,7 @@ def figure(
         top.set_xlabel("training FLOPs (3 × forward)")
         upper.set_ylabel(plain(error_label))
         upper.tick_params(labelbottom=False)
-        page.suptitle(plain(title))
+        page.suptitle(plain(title), fontsize="medium")
         page.legend(
             *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
         )
