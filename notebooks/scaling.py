@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from clip_jax import flops
 from clip_jax.display import STYLE
 from clip_jax.models import zoo
-from clip_jax.scaling import plots
+from clip_jax.scaling import planning, plots
 from clip_jax.scaling.fit import FitConfig, describe, fit, published
 from clip_jax.scaling.run_table import read
 from clip_jax.scaling.uncertainty import fit_law
@@ -53,7 +53,8 @@ points = next(
 )
 table = read(points)
 LAION = FitConfig(where=("upstream_dataset=LAION*",))
-OPENAI = replace(LAION, where=("upstream_dataset=CLIP-WIT",), through="all")
+CHERTI = replace(LAION, procedure="cherti")
+OPENAI = replace(LAION, where=("upstream_dataset=CLIP-WIT",))
 
 # %% [markdown]
 # ## Compute
@@ -64,8 +65,9 @@ OPENAI = replace(LAION, where=("upstream_dataset=CLIP-WIT",), through="all")
 # multiply-add, times three for the forward and backward pass.
 
 # %%
+MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14")
 print("model      GMACs per pair  image encoder  PFLOPs per step of 32,768 pairs")
-for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14"):
+for name in MODELS:
     config = zoo.get(name)
     gmacs = flops.forward(config, "fvcore")
     step = flops.training(config, batch_size=32_768)
@@ -78,8 +80,8 @@ for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14"):
 # ## The eight published fits
 #
 # For LAION the paper divides the range of $\log C$ into five bins of equal width. It takes the
-# lowest error in each bin and fits a line to these five points. For OpenAI's models it fits a line
-# to three points.
+# lowest error in each bin and fits a line to these five points (`procedure="cherti"`). For OpenAI's
+# models it fits a line to three points, as `fit` does by default.
 
 # %%
 metrics = {
@@ -90,7 +92,7 @@ metrics = {
 }
 print("                            LAION: alpha    beta  OpenAI: alpha    beta")
 for metric, name in metrics.items():
-    laion, openai = (fit(table, replace(config, metric=metric)) for config in (LAION, OPENAI))
+    laion, openai = (fit(table, replace(config, metric=metric)) for config in (CHERTI, OPENAI))
     print(
         f"{name:28} {laion['alpha']:11.4f} {laion['beta']:7.4g}"
         f" {openai['alpha']:14.4f} {openai['beta']:7.4g}"
@@ -104,10 +106,11 @@ for metric, name in metrics.items():
 figure = Figure(figsize=(9, 6.8), dpi=80, layout="constrained")
 for axes, (metric, name) in zip(figure.subplots(2, 2).flat, metrics.items(), strict=True):
     laion, openai = (
-        table.select(metric, config.where).runs(metric, is_score=True) for config in (LAION, OPENAI)
+        table.select(metric, config.where).runs(metric, is_score=True)
+        for config in (CHERTI, OPENAI)
     )
     law = published(metric)["OpenAI (Cherti et al.)"]
-    plots.panel(axes, fit_law("power", laion), others={"fit to OpenAI's models": law})
+    plots.panel(axes, fit_law("power", laion, "cherti"), others={"fit to OpenAI's models": law})
     axes.plot(openai.compute, openai.error, "x", color=plots.OTHERS[0], label="OpenAI's models")
     axes.set(title=name, xlabel="forward GMACs of a pair × pairs seen", ylabel="error")
 figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -124,7 +127,7 @@ display(figure)
 
 # %%
 predictions = ("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B")
-print(describe(fit(table, replace(LAION, predict=predictions))))
+print(describe(fit(table, replace(CHERTI, predict=predictions))))
 
 # %% [markdown]
 # The intervals are wide: about nine points of accuracy. A g/14 trained on 34B pairs was later
@@ -132,7 +135,7 @@ print(describe(fit(table, replace(LAION, predict=predictions))))
 
 # %%
 laion = table.select(LAION.metric, LAION.where).runs(LAION.metric, is_score=True)
-frontier = fit_law("power", laion)
+frontier = fit_law("power", laion, "cherti")
 plots.figure(
     frontier,
     others={"fit to OpenAI's models": published(LAION.metric)["OpenAI (Cherti et al.)"]},
@@ -150,70 +153,56 @@ plots.figure(
 #
 # ## The choice of points matters
 #
-# Fit a line through all 29 points instead of the lowest of each bin. It includes runs that had too
-# little data for their compute, such as LAION-80M seen 400 times.
+# The procedure leaves out 24 of the 29 points. By default, `fit` takes all of them and a law in the
+# model size $N$ and the samples $D$. With `sensitivity`, it answers the same question in other
+# ways, too. The H/14 of the question was measured at 78.0%.
 
 # %%
-for through, name in {"frontier": "lowest of each bin", "all": "all points"}.items():
-    result = fit(table, replace(LAION, through=through))
-    low, high = result["parameters"]["alpha"]["interval"]
-    print(f"{name:19} alpha {result['alpha']:.4f}  (95%: {low:.4f} to {high:.4f})")
+every = fit(table, replace(LAION, predict=("ViT-H-14@34B",), sensitivity=True))
+print(describe(every))
 
 # %% [markdown]
-# The exponents differ, although the intervals overlap.
+# The answers differ by up to five points. The line through the frontier misfits. Laws through all
+# points have wide intervals: the points include LAION-80M, seen up to 400 times, and lie far from
+# any law in $N$ and $D$.
 #
-# ## Checking extrapolation
+# ## One data set, tested by extrapolation
 #
-# Fit only the runs below $10^{12}$ and predict the runs above, whose results are known.
+# The runs on LAION-2B differ in size and samples alone. Fit those below $10^{12}$ GMACs and predict
+# the runs above, whose results are known.
 
 # %%
-for config in (
-    LAION,
-    replace(LAION, where=("upstream_dataset=LAION-2B",)),
-    replace(LAION, where=("upstream_dataset=LAION-2B",), form="additive"),
-):
-    held_out = fit(table, replace(config, hold_out=1e12))["hold_out"]
-    data = config.where[0].removeprefix("upstream_dataset=")
-    print(
-        f"{config.form:8} law on {data:8}: {len(held_out['runs'])} runs predicted, mean error "
-        f"{held_out['mean_relative_error']:.1%}, {held_out['inside_interval']} inside the 95% "
-        "interval"
-    )
+LAION2B = replace(LAION, where=("upstream_dataset=LAION-2B",))
+result = fit(table, replace(LAION2B, hold_out=("gmacs_total>=1e12",)))
+print(describe(result))
 
 # %% [markdown]
-# Averaged over the runs, the power law is off by less than 1.5%. The additive law has more
-# parameters and is off by 3.8%. All predictions lie inside their intervals.
-#
-# ## The irreducible error is not known
-#
-# Does the curve level off at an error that no compute removes? A law with such a term fits the data
-# as well as one without.
-
-# %%
-saturating = replace(LAION, form="saturating", where=("upstream_dataset=LAION-2B",))
-print(describe(fit(table, saturating)))
-
-# %% [markdown]
-# Look at the last line. The interval reaches from zero to 0.22, the lowest error of all runs. So
-# `fit` prints no value.
+# `irreducible` is the error that would remain with unlimited compute. Its interval reaches from
+# zero, so `fit` prints no value. The held-out runs lie inside their intervals.
 #
 # ## Choosing a model for a budget
 #
-# A law in compute alone cannot choose the size of a model. An additive law can: it has one term for
-# the model size $N$ and one for the number of samples $D$.
+# A law in compute alone cannot choose the size of a model. This one can. `clip-jax scale plan` adds
+# batch size, hours and price.
 
 # %%
-additive = replace(LAION, form="additive", where=("upstream_dataset=LAION-2B",))
-print(describe(fit(table, replace(additive, budget=1e21))))
+fitted = fit_law("additive", LAION2B.runs(table.select(LAION.metric, LAION2B.where)))
+models = {name: flops.forward(zoo.get(name), "fvcore").total / 1e9 for name in MODELS}
+for option in planning.choices(fitted, models, budget=1e21):
+    low, high = option["interval"]
+    print(
+        f"{option['model']:9} {option['samples'] / 1e9:6.1f}B pairs {1 - option['error']:7.1%} "
+        f"(95%: {1 - high:.1%} to {1 - low:.1%})  best in {option['share']:4.0%} of draws  "
+        + ("EXTRAPOLATES" if option["outside"] else "")
+    )
 
 # %% [markdown]
-# The last six lines compare models at $10^{21}$ training FLOPs. The best is not clear-cut: B/16 on
-# more pairs and L/14 on fewer are within the uncertainty.
+# These are models at $10^{21}$ training FLOPs. The best is not clear-cut: B/16 on more pairs and
+# L/14 on fewer are within the uncertainty.
 
 # %%
-laion2b = table.select(LAION.metric, additive.where).runs(LAION.metric, is_score=True)
 plots.figure(
-    fit_law("additive", laion2b, "all"),
+    fitted,
     error_label="ImageNet zero-shot error",
     title="LAION-2B: error = E∞ + A·N⁻ᵃ + B·D⁻ᵇ",
 )
@@ -231,7 +220,7 @@ plots.figure(
 # of log 1,024 = 6.93.
 
 # %%
-DIGITS = FitConfig(metric="info_nce", metric_is="error", form="additive")
+DIGITS = FitConfig(metric="info_nce")
 ladder = read(points.parents[2] / "notebooks" / "ladder_digits.csv")
 print("mean ± standard deviation over three seeds\n")
 print("parameters    pairs  validation loss  top-1 on unseen numbers (10,000 classes)")
@@ -252,15 +241,16 @@ for group in ladder.groups(lambda row: row["arch"]).values():
 # three smaller numbers of pairs and predicts the runs with the largest.
 
 # %%
-result = fit(ladder, replace(DIGITS, hold_out_samples="98304"))
+result = fit(ladder, replace(DIGITS, hold_out=("samples_seen>=98304",)))
 print(describe(result))
 
 # %% [markdown]
-# Look at the last line: the law predicts runs with twice the samples to within a few percent.
+# The three seeds of each setting are one point. The law predicts runs with twice the samples to
+# within a few percent.
 
 # %%
 plots.figure(
-    fit_law("additive", ladder.runs(DIGITS.metric, is_score=False), "all"),
+    fit_law("additive", DIGITS.runs(ladder)),
     error_label="validation loss (InfoNCE), nats",
     title="Digits: loss = E∞ + A·N⁻ᵃ + B·D⁻ᵇ",
 )
