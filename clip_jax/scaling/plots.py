@@ -45,7 +45,7 @@ def figure(
         for label, (compute, prediction) in (predictions or {}).items():
             _predicted(upper, label, compute, prediction)
         off = 100 * (fit.runs.error / fit.runs.under(fit.law) - 1)
-        _points(lower, fit.runs, np.asarray(off), _in_fit(fit), 4.5)
+        _points(lower, fit.runs, np.asarray(off), _in_fit(fit))
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
         lower.set_xlabel(COMPUTE_LABEL)
@@ -66,16 +66,12 @@ def figure(
 
 
 def panel(
-    axes: Axes,
-    fit: Fit,
-    *,
-    others: Mapping[str, Law] | None = None,
-    reach: float | None = None,
+    axes: Axes, fit: Fit, *, others: Mapping[str, Law] | None = None, reach: float | None = None
 ) -> None:
     """Draw runs, frontier, the law with its band, and other laws on log-log axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    runs, solid = fit.runs, _in_fit(fit)
+    runs = fit.runs
     for model, color in _colors(runs).items():
         axes.plot([], [], linestyle="", marker="o", color=color, markersize=5, label=plain(model))
     for length, marker in _markers(runs).items():
@@ -83,7 +79,7 @@ def panel(
             [], [], linestyle="none", marker=marker, markersize=5, markerfacecolor="none",
             markeredgecolor="#777777", label=f"{plain(length)} pairs",
         )  # fmt: skip
-    _points(axes, runs, runs.error, solid, 5.5)
+    _points(axes, runs, runs.error, _in_fit(fit))
     span = np.geomspace(runs.compute.min() / 1.6, reach or runs.compute.max() * 1.6, 200)
     one = np.ones_like(span)
     if isinstance(fit.law, Additive):  # a line per model, over the range of samples
@@ -97,7 +93,7 @@ def panel(
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
                 fit.fitted.compute, fit.fitted.error, linestyle="none", marker="o", markersize=9,
-                markerfacecolor="none", markeredgecolor=INK, label="lowest error of each bin",
+                markerfacecolor="none", markeredgecolor=INK, label="points of the fit",
             )  # fmt: skip
     for (label, law), color in zip((others or {}).items(), OTHERS, strict=False):
         axes.plot(span, law(span, one), color=color, linewidth=1.2, dashes=(5, 2), label=label)
@@ -128,20 +124,15 @@ def save(figure: Figure, stem: AnyPath) -> list[AnyPath]:
 
 
 def _points(
-    axes: Axes,
-    runs: Runs,
-    height: Float[np.ndarray, " n"],
-    solid: Bool[np.ndarray, " n"],
-    size: float,
+    axes: Axes, runs: Runs, height: Float[np.ndarray, " n"], solid: Bool[np.ndarray, " n"]
 ) -> None:
     """Draw one point per run: colour by model, marker by samples, faint if not `solid`."""
     colors, markers = _colors(runs), _markers(runs)
-    for i, (model, length) in enumerate(
-        zip(*map(np.asarray, (runs.model, runs.length)), strict=True)
-    ):
+    names = zip(*map(np.asarray, (runs.model, runs.length)), strict=True)
+    for x, y, is_solid, (model, length) in zip(runs.compute, height, solid, names, strict=True):
         axes.plot(
-            runs.compute[i], height[i], marker=markers[length], markersize=size,
-            color=colors[model], alpha=0.95 if solid[i] else 0.3, markeredgewidth=0, zorder=3,
+            x, y, marker=markers[length], markersize=5, color=colors[model],
+            alpha=0.95 if is_solid else 0.3, markeredgewidth=0, zorder=3,
         )  # fmt: skip
 
 
@@ -167,7 +158,8 @@ def _predicted(axes: Axes, label: str, compute: float, prediction: Prediction) -
 def _in_fit(fit: Fit) -> Bool[np.ndarray, " n"]:
     """Return which runs the law describes: all, or those on the Pareto frontier."""
     n = len(fit.runs.error)
-    return np.ones(n, bool) if len(fit.fitted.error) == n else pareto(fit.runs)
+    is_all = fit.seeds.sum() == n or fit.left_out  # points are means over seeds, but for outliers
+    return np.ones(n, bool) if is_all else pareto(fit.runs)
 
 
 def _ordered(names: np.ndarray | None, by: Float[np.ndarray, " n"]) -> list[str]:

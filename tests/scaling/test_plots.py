@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from clip_jax.scaling import plots
+from clip_jax.scaling import laws, plots
 from clip_jax.scaling.laws import PowerLaw, Runs
 from clip_jax.scaling.uncertainty import Form, fit_law
 from tests.scaling.known import KNOWN, measured
@@ -42,7 +43,7 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
         "deviation, %",
         "training FLOPs (3 × forward)",
     ]
-    wanted += ["fit, 95% band", "lowest error of each bin"] if form == "power" else []
+    wanted += ["fit, 95% band", "points of the fit"] if form == "power" else []
     assert {*wanted} <= {*words(page)}
     upper, lower = page.axes[:2]
     assert upper.get_xscale() == upper.get_yscale() == lower.get_xscale() == "log"
@@ -53,3 +54,13 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     assert png.read_bytes().startswith(b"\x89PNG")
     assert again.read_bytes() == svg.read_bytes()
     assert "small" in svg.read_text()
+
+
+def test_runs_that_the_law_does_not_describe_are_faint():
+    once = named()
+    runs = Runs(*(None if x is None else np.concatenate([x, x]) for x in once))  # two seeds
+    runs = runs._replace(error=runs.error * np.repeat([0.99, 1.01], len(once.error)))
+    for procedure, faint in (("all", 0), ("frontier", 2 * (laws.pareto(runs) == 0).sum())):
+        page = plots.figure(fit_law("power", runs, procedure, draws=20))
+        lines = [line for line in page.findobj(Line2D) if line.get_alpha() == 0.3]
+        assert len(lines) == faint  # each in the plot of errors, and in that of deviations
