@@ -51,6 +51,19 @@ class Claim(contextlib.ExitStack):
             self.callback(take(self._workdir, self._work, self._clock))
 
 
+def is_locked(workdir: AnyPath) -> bool:
+    """Return whether a process on this machine holds the file lock of a run directory."""
+    path = workdir / "lock"
+    if files.is_remote(path) or not path.exists():
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def _me() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "id": secrets.token_hex(8)}
 

@@ -247,3 +247,18 @@ def get(name: str) -> CLIPConfig:
             f"no architecture {name!r}; did you mean one of {close or [*ARCHITECTURES]}?"
         )
     return ARCHITECTURES[name]
+
+
+def name_of(config: CLIPConfig) -> str:
+    """Return the name of an architecture here, or else a description of its size."""
+
+    def shape(c: CLIPConfig) -> CLIPConfig:
+        plain = {name: getattr(CLIPConfig, name) for name in ("remat", "unroll", "attention")}
+        return replace(c, dtype="bfloat16", init_logit_scale=1.0, **plain)
+
+    for name, known in ARCHITECTURES.items():
+        if shape(known) == shape(config):
+            return name
+    v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
+    is_vit = isinstance(v, ViTConfig)
+    return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}" if is_vit else f"RN-w{v.width}-{text}"

@@ -4,7 +4,6 @@ The report is one file with data, style and script: it needs no server and loads
 """
 
 import contextlib
-import fcntl
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clip_jax.checkpoints.claim import is_locked
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.clock import CLOCK
@@ -65,17 +65,15 @@ def report(config: ReportConfig) -> dict[str, Any]:
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     is_a_score = is_score(metric, config.metric_is)
     folders = {str(folder): folder for folder in _folders(config.paths)}
-    rows = [finished.get(name) for name in folders]
     claims = {x.parent: workers(x.parent, CLOCK.unix()) for x in folders.values()}
-    runs = [
-        _run(x, row, metric, claims[x.parent].get(x.name, ""))
-        for x, row in zip(folders.values(), rows, strict=True)
-    ]
-    others = [row for row in table.rows if str(row["source"]) not in folders]
-    rows, runs = rows + others, runs + [_shown(row) for row in others]
+    by_row: dict[int | str, dict[str, Any]] = {}  # unfinished runs by their folders
+    for name, folder in folders.items():
+        row, worker = finished.get(name), claims[folder.parent].get(folder.name, "")
+        by_row[id(row) if row else name] = _run(folder, row, metric, worker)
+    by_row |= {id(row): _shown(row) for row in table.rows if str(row["source"]) not in folders}
+    runs = list(by_row.values())
     if not runs:
         raise InputError(f"no run under {', '.join(map(str, config.paths))}; name runs or tables.")
-    by_row = {id(row): run for row, run in zip(rows, runs, strict=True)}
     table = RunTable([row for row in table.rows if id(row) in by_row])  # without duplicates
     for row in table.rows:
         if text(row, metric):
@@ -126,7 +124,7 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     branch, first = branch_point(config["branch_from"]) if config.get("branch_from") else ("", 0)
     if finished:
         status, words = "done", ""
-    elif worker or _is_held(folder / "lock"):
+    elif worker or is_locked(folder):
         status, words = "running", worker or words
     elif FAILURE.match(words):
         status = "failed"
@@ -171,20 +169,8 @@ def _last_line(path: AnyPath) -> str:
     return text.splitlines()[-1][:500] if text else ""
 
 
-def _is_held(lock: AnyPath) -> bool:
-    """Return whether a process on this machine holds a run's lock."""
-    if files.is_remote(lock) or not lock.exists():
-        return False
-    with open(lock, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
 def _laws(
-    table: RunTable, config: FitConfig, by_row: Mapping[int, dict[str, Any]]
+    table: RunTable, config: FitConfig, by_row: Mapping[Any, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Fit the finished runs and store their residuals; return the laws and a text summary.
 

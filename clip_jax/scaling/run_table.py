@@ -14,7 +14,7 @@ import operator
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,6 @@ from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, count
-from clip_jax.models.vit import ViTConfig
 from clip_jax.scaling.columns import Row, mapped, numeric
 from clip_jax.scaling.laws import Runs
 from clip_jax.serialize import from_dict
@@ -231,9 +230,6 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     return {"table": str(config.output), "rows": len(table.rows), "skipped": skipped}
 
 
-# ------------------------------------------------------------------ numbers and names
-
-
 def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) -> bool:
     """Return whether a metric is a score, such as an accuracy, or else a loss or an error.
 
@@ -268,24 +264,6 @@ def gmacs(config: CLIPConfig) -> float:
 def mparams(config: CLIPConfig) -> float:
     """Return the number of parameters in millions."""
     return count(dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))) / 1e6
-
-
-def arch_of(config: CLIPConfig) -> str:
-    """Return the zoo's name of an architecture, or else a description of its size."""
-
-    def shape(c: CLIPConfig) -> CLIPConfig:
-        plain = {name: getattr(CLIPConfig, name) for name in ("remat", "unroll", "attention")}
-        return replace(c, dtype="bfloat16", init_logit_scale=1.0, **plain)
-
-    for name, known in zoo.ARCHITECTURES.items():
-        if shape(known) == shape(config):
-            return name
-    v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
-    is_vit = isinstance(v, ViTConfig)
-    return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}" if is_vit else f"RN-w{v.width}-{text}"
-
-
-# ------------------------------------------------------------------ collecting
 
 
 def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTable, list[str]]:
@@ -361,7 +339,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
     schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
     return {
-        "arch": arch_of(model),
+        "arch": zoo.name_of(model),
         "samples_seen": config.samples_after(step),
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),

@@ -3,6 +3,7 @@
 import csv
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -119,3 +120,10 @@ def test_parameters_of_captioners_and_resnets(name, millions):
 def test_an_unknown_architecture_names_its_neighbours():
     with pytest.raises(InputError, match="ViT-B-32"):
         zoo.get("ViT-B32")
+
+
+def test_an_architecture_is_named_by_the_zoo_or_by_its_measures():
+    config = zoo.get("ViT-L-14")
+    assert zoo.name_of(replace(config, dtype="float32", remat="full")) == "ViT-L-14"
+    odd = replace(config, vision=replace(config.vision, depth=3))
+    assert zoo.name_of(odd) == "ViT-w1024d3p14-text-w768d12"

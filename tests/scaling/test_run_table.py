@@ -119,10 +119,3 @@ def test_a_loss_is_known_by_its_name_and_a_score_is_between_0_and_1():
     assert run_table.RunTable([row]).runs("top1", is_score=False).error.tolist() == [52.5]
     with pytest.raises(InputError, match=r"from 52\.5 to 52\.5; a score must be between"):
         run_table.RunTable([row]).runs("top1", is_score=True)
-
-
-def test_an_architecture_is_named_by_the_zoo_or_by_its_measures():
-    config = zoo.get("ViT-L-14")
-    assert run_table.arch_of(replace(config, dtype="float32", remat="full")) == "ViT-L-14"
-    odd = replace(config, vision=replace(config.vision, depth=3))
-    assert run_table.arch_of(odd) == "ViT-w1024d3p14-text-w768d12"
