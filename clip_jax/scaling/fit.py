@@ -309,12 +309,17 @@ def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
     """
     runs, held = config.runs(table), np.array(table.meets(config.hold_out))
     tested = held & pareto(runs) if config.procedure != "all" else held
-    if not tested.any():
+    fitted = None if held.all() else config.fit(runs.where(~held))
+    if fitted is not None:  # test what these runs determine
+        third = np.full(len(held), None) if runs.third is None else runs.third
+        each = zip(runs.size, runs.samples, third, strict=True)
+        tested = tested & np.array([not fitted.unknown(*run) for run in each])
+    if fitted is None or not tested.any():
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
             f"these can be tested; change hold_out={list(config.hold_out)}."
         )
-    test, fitted = runs.where(tested), config.fit(runs.where(~held))
+    test = runs.where(tested)
     predicted = fitted.predict(test.size, test.samples, test.third)
     inside = (predicted.low <= test.error) & (test.error <= predicted.high)
     return {

@@ -1,48 +1,63 @@
 """What a fit of a table answers, as JSON values and in words."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
-from clip_jax.models import zoo
-from clip_jax.scaling.fit import PUBLISHED, FitConfig, describe, fit
-from clip_jax.scaling.run_table import gmacs, read
+from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, describe, fit, fit_file
+from clip_jax.scaling.run_table import RunTable, read
+from clip_jax.serialize import to_json
 from tests.scaling.conftest import POINTS
 from tests.scaling.known import KNOWN, measured, table_of
 
 TABLE = read(POINTS)
-LAION = FitConfig(where=("upstream_dataset=LAION*",), draws=100)
+LAION = FitConfig(where=("upstream_dataset=LAION*",), procedure="cherti", draws=100)
+OURS = FitConfig(metric="error", metric_is="error", draws=100)
 
 
-def test_the_eight_published_fits_to_four_digits():
-    """From the published points, by the paper's own procedure."""
-    for metric, laws in PUBLISHED.items():
-        for models, (alpha, beta) in laws.items():
-            data, through = ("LAION*", "frontier") if models == "LAION" else ("CLIP-WIT", "all")
-            where = (f"upstream_dataset={data}",)
-            law = fit(TABLE, FitConfig(metric=metric, where=where, through=through, draws=100))
-            assert round(law["alpha"], 4) == alpha
-            assert float(f"{law['beta']:.4g}") == beta
+def strict(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as JSON without NaN and infinities."""
+    return json.loads(json.dumps(result, allow_nan=False))
 
 
-def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
-    config = replace(
-        LAION,
-        predict=(
-            "ViT-H-14@68B",
-            "ViT-g-14@34B",
-            "ViT-bigG-14@68B",
-            "ViT-B-32@100K",
-            "ViT-H-14@1000B",
-        ),
-        hold_out=1e12,
-        plot=tmp_path / "plots" / "imagenet",
-    )
-    result = json.loads(json.dumps(fit(TABLE, config)))  # JSON values throughout
+def test_the_eight_published_fits_to_four_digits(tmp_path: Path):
+    """From the published points, and from a table with other columns and units."""
+    with (tmp_path / "theirs.csv").open("w") as file:
+        table = csv.writer(file)
+        table.writerow(["model", "seen", "gflops", "data", *PUBLISHED])
+        for row in TABLE.rows:
+            seen, gflops = float(row["samples_seen"]) / 1e9, 2 * float(row["gmacs_per_sample"])
+            percent = [100 * float(row[metric]) for metric in PUBLISHED]
+            name = row["upstream_dataset"]
+            table.writerow([row["arch"], f"{seen}B", f"{gflops:.12g}", name, *percent])
+    columns = (
+        "arch=model", "samples_seen=seen", "gmacs_per_sample=gflops:GFLOPs",
+        *(f"{metric}={metric}:percent" for metric in PUBLISHED),
+    )  # fmt: skip
+    theirs = read(tmp_path / "theirs.csv", columns)
+    for table, column in ((TABLE, "upstream_dataset"), (theirs, "data")):
+        for metric, laws in PUBLISHED.items():
+            for models, (alpha, beta) in laws.items():
+                data, procedure = ("LAION*", "cherti") if models == "LAION" else ("CLIP-WIT", "all")
+                config: Any = {"metric": metric, "procedure": procedure, "draws": 100}
+                law = fit(table, FitConfig(where=(f"{column}={data}",), form="power", **config))
+                assert round(law["alpha"], 4) == alpha
+                assert float(f"{law['beta']:.4g}") == beta
+
+
+def test_the_published_procedures_predictions_and_files(tmp_path: Path):
+    predict = (
+        "ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B", "ViT-B-32@100K", "ViT-H-14@1000B",
+    )  # fmt: skip
+    hold_out = ("gmacs_per_sample>=150",)
+    config = replace(LAION, predict=predict, hold_out=hold_out, plot=tmp_path / "plots" / "all")
+    result = strict(fit(TABLE, config))
     assert (round(result["alpha"], 4), round(result["beta"], 3)) == (-0.1114, 5.858)
     assert (len(result["points"]), result["irreducible_error"]) == (5, None)
     scores = [round(100 * p["score"], 1) for p in result["predictions"].values()][:3]
@@ -50,83 +65,223 @@ def test_fit_answers_with_what_scripts_rely_on(tmp_path: Path):
     for prediction in result["predictions"].values():
         low, high = prediction["score_interval"]
         assert 0 <= low <= prediction["score"] <= high <= 1
-    assert result["hold_out"]["mean_relative_error"] < 0.03
-    assert result["hold_out"]["inside_interval"] == len(result["hold_out"]["runs"]) == 4
-    assert [Path(p).name for p in result["plots"]] == ["imagenet.svg", "imagenet.png"]
+    # g/14 at 34B was later measured at 78.5%: inside the interval.
+    low, high = result["predictions"]["ViT-g-14@34B"]["score_interval"]
+    assert low < 0.785 < high
+    assert [Path(p).name for p in result["plots"]] == ["all.svg", "all.png"]
     assert all(Path(p).stat().st_size > 10_000 for p in result["plots"])
     (far,) = result["warnings"]
-    assert far.startswith("ViT-H-14@1000B has ")
-    assert "times the compute of the largest run" in far
+    assert far.startswith("ViT-H-14@1000B has 29 times the compute of the largest run")
     text = describe(result)
-    assert "ViT-H-14@68B: 79.7%" in text
-    assert "4 of them inside the 95% interval" in text
+    assert "power law through 5 points, the least errors of the bins of 29 runs" in text
+    assert "ViT-H-14@68B: 79.7% (95%: " in text
+
+
+def test_the_largest_models_are_predicted_from_the_others():
+    """By the default form, from the runs on LAION-2B."""
+    config = FitConfig(where=("upstream_dataset=LAION-2B",), evaluated=50_000, draws=100)
+    for held, model in (("arch=ViT-H-14", "ViT-H-14"), ("arch=ViT-g-14", "ViT-g-14")):
+        result = strict(fit(TABLE, replace(config, hold_out=(held,))))
+        assert result["form"] == "additive"
+        (run,) = result["hold_out"]["runs"]
+        low, high = run["error_interval"]
+        assert low < run["measured"] < high
+        assert high - low < 0.06
+        assert run["error"] == pytest.approx(run["measured"], rel=0.01)
+        assert (run["model"], result["hold_out"]["inside_interval"]) == (model, 1)
+        assert f"  {model}@" in describe(result)
+    # Two sizes say nothing about a third, so there is nothing to test.
+    table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 6))
+    with pytest.raises(InputError, match="nothing to predict: of 18 runs, 6 are held out"):
+        fit(table, replace(OURS, hold_out=("arch=m300",)))
 
 
 def test_families_are_compared_from_one_table():
-    config = replace(LAION, compare="upstream_dataset", through="all")
-    result = json.loads(json.dumps(fit(TABLE, config)))
+    config = FitConfig(where=LAION.where, compare="upstream_dataset", draws=100)
+    result = strict(fit(TABLE, config))
     assert set(result["families"]) == {"LAION-2B", "LAION-400M", "LAION-80M"}
+    assert result["form"] == "additive"
     for family in result["families"].values():
         assert len(family["residuals"]) == family["runs"]
         for at in family["curve"]:
-            assert at["interval"][0] < at["error"] < at["interval"][1]
+            assert at["interval"][0] <= at["error"] <= at["interval"][1]
     assert len(result["pairs"]) == 3
     small = next(x for x in result["pairs"] if x["families"] == ["LAION-2B", "LAION-80M"])
-    # Of more data the law is steeper: with the largest compute it is better, surely.
-    assert small["ratios"][1]["low"] > 1
-    assert small["crossing"]["better"] == 0
+    # With the largest compute more data are better, surely.
+    assert small["segments"][-1]["better"] == 0
+    assert small["ratios"][1]["low"] > 1.2
     assert small["paired"]["pairs"] == 9  # B/32, B/16 and L/14 at 3B, 13B and 34B
     text = describe(result)
     assert "LAION-80M compared with LAION-2B:" in text
-    assert "in 9 pairs of matching runs" in text
+    assert "3e+12: LAION-2B is better" in text
+    assert "in 9 pairs of matching runs: +24.7" in text
     few = fit(TABLE, replace(config, where=(), form="saturating"))
-    assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points (all) cannot determine")
-    assert "irreducible   not determined by these runs" in describe(few)
-    parameters = [family["parameters"]["irreducible"] for family in few["families"].values()]
-    assert min(x["interval"][0] for x in parameters) == 0  # and no error is negative
+    assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points cannot determine")
+    assert "irreducible   not determined (95%: 0 to" in describe(few)
+
+
+def test_one_or_two_sizes_state_nothing_about_size():
+    law = KNOWN["additive"]
+    predict = ("m30@100B", "ViT-B-32@1B")
+    table = table_of(measured(law, 0, 0.01, 1, 6))
+    result = strict(fit(table, replace(OURS, form="additive", predict=predict)))
+    for name in ("size_alpha", "size_scale", "irreducible"):
+        parameter = result["parameters"][name]
+        assert (parameter["value"], parameter["lacking"]) == (
+            None, "runs of at least three model sizes",
+        )  # fmt: skip
+    assert "optimal" not in result
+    same, other = result["predictions"].values()
+    assert same["error"] == pytest.approx(law(30.0, 1e11), rel=0.05)
+    assert (other["error"], other["lacking"]) == (None, "runs of at least three model sizes")
+    text = describe(result)
+    assert "size_alpha    not determined; it takes runs of at least three model sizes" in text
+    assert "ViT-B-32@1B: not determined; it takes runs of at least three model sizes" in text
+    # By default a table of two sizes gets a law of compute.
+    assert fit(table_of(measured(law, 0, 0.01, 2, 6)), OURS)["form"] == "power"
+    assert fit(table_of(measured(law, 0, 0.01, 3, 6)), OURS)["form"] == "additive"
 
 
 def test_what_a_law_takes_besides_is_a_column():
     law = KNOWN["repeated"]
-    table = table_of(measured(law, noise=0))
-    config = FitConfig(
-        metric="error", metric_is="error", form="repeated", draws=100,
-        predict=("m300@100M", "m300@100M/1M"),
-    )  # fmt: skip
-    result = fit(table, config)
+    table = table_of(measured(law, noise=0.001))
+    config = replace(OURS, form="repeated", predict=("m300@100M", "m300@100M/1M"))
+    result = strict(fit(table, config))
     assert result["parameters"]["fade"]["value"] == pytest.approx(15, rel=0.05)
     new, again = (x["error"] for x in result["predictions"].values())
     assert new == pytest.approx(law(300.0, 1e8), rel=0.01)
     assert again == pytest.approx(law(300.0, 1e8, 1e6), rel=0.01)
-    optimal = result["optimal"]
-    assert optimal["size_exponent"]["value"] == pytest.approx(0.3 / 0.8, rel=0.03)
-    for at in optimal["divisions"]:
-        assert at["size"]["value"] * at["samples"]["value"] == pytest.approx(at["compute"])
+    assert result["optimal"]["size_exponent"]["value"] == pytest.approx(0.3 / 0.8, rel=0.03)
     assert "best division of compute: N grows as C^0.3" in describe(result)
     with pytest.raises(InputError, match="no column 'global_batch'"):
         fit(table, replace(config, form="batched"))
+    rows = table_of(measured(KNOWN["batched"], noise=0.001)).rows
+    batches = RunTable([row | {"global_batch": row["unique_samples"]} for row in rows])
+    result = strict(fit(batches, replace(OURS, form="batched")))
+    best = result["best_batch"]
+    assert best["value"] == pytest.approx(0.02 * best["samples"] ** 0.5, rel=0.05)
+    assert best["interval"][0] < best["value"] < best["interval"][1]
+    assert "best batch size for" in describe(result)
+    # The same batch everywhere: nothing about batches is stated.
+    alike = RunTable([row for row in batches.rows if row["global_batch"] == 1e4])
+    result = strict(fit(alike, replace(OURS, form="batched")))
+    assert "best_batch" not in result
+    assert result["parameters"]["steps"]["value"] is None
 
 
-def test_a_budget_names_a_model_and_its_samples():
-    law = KNOWN["additive"]
-    table = table_of(measured(law, 0, 0.005, 12, 6))
-    config = FitConfig(metric="error", metric_is="error", form="additive", draws=100)
-    small, large = (fit(table, replace(config, budget=6e9 * c))["budget"] for c in (1e9, 1e11))
-    sizes = np.geomspace(3, 300, 12)
-    assert small["model"] == f"m{sizes[np.argmin(law(sizes, 1e9 / sizes))]:g}"
-    shares = {option["model"]: option["share_of_draws"] for option in small["options"]}
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares[small["model"]] > 0.5
-    # A larger budget buys a larger model.
-    assert float(large["model"][1:]) > float(small["model"][1:])
-    config = replace(LAION, where=("upstream_dataset=LAION-2B",), form="additive")
-    small, large = (fit(TABLE, replace(config, budget=budget))["budget"] for budget in (1e20, 1e23))
-    for budget in (small, large):
-        assert len(budget["options"]) == 5  # the models in the table
-        spent = budget["samples"] * gmacs(zoo.get(budget["model"])) * 6e9
-        assert spent == pytest.approx(budget["training_flops"], rel=2e-3)
-    chosen = fit(TABLE, replace(config, budget=1e23, candidates=("ViT-bigG-14", "ViT-B-32")))
-    assert "1e+23 training FLOPs: ViT-bigG-14 on" in describe(chosen)
+def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
+    runs = measured(KNOWN["power"], 0, 0.01, 1, 8)
+    table = RunTable([
+        row | {"seconds/total": 3.6e-3 * count, "training_flops": count}
+        for row, count in zip(table_of(runs).rows, runs.samples.tolist(), strict=True)
+    ])  # fmt: skip
+    laws = {
+        name: fit(table, replace(OURS, against=name, form="power"))
+        for name in ("compute", "samples", "hours", "training_flops")
+    }
+    for name, law in laws.items():
+        assert law["alpha"] == pytest.approx(laws["compute"]["alpha"])
+        assert describe(law).splitlines()[0].endswith({
+            "compute": "pairs seen", "samples": "C in pairs seen", "hours": "C in hours",
+            "training_flops": "C in training FLOPs",
+        }[name])  # fmt: skip
+    assert laws["hours"]["points"][0]["compute"] == pytest.approx(1)
+    assert laws["samples"]["points"][0]["compute"] == pytest.approx(1e6)
+    predicted = fit(table, replace(OURS, against="samples", form="power", predict=("m30@1B",)))
+    error = predicted["predictions"]["m30@1B"]["error"]
+    assert error == pytest.approx(KNOWN["power"](30.0, 1e9), rel=0.02)
+    with pytest.raises(InputError, match="a law of compute or samples, not against=hours"):
+        fit(table, replace(OURS, against="hours", predict=("m30@1B",)))
+
+
+def test_seeds_checkpoints_and_evaluated_images_count():
+    runs = measured(KNOWN["power"], 0, 0.03, 1, 10, seeds=4)
+    rows = [
+        row | {"seed": i % 4, "name": f"r{i // 8}"} for i, row in enumerate(table_of(runs).rows)
+    ]
+    plain = fit(RunTable(rows), replace(OURS, form="power"))
+    assert (len(plain["points"]), plain["runs"], len(plain["residuals"])) == (10, 40, 40)
+    assert "through 10 points, the seeds' means of 40 runs" in describe(plain)
+    apart = RunTable([row | {"lr": 1e-3 * (1 + i % 2)} for i, row in enumerate(rows)])
+    assert len(fit(apart, replace(OURS, form="power"))["points"]) == 20
+    many = RunTable([row | {"lr": i} for row in rows for i in range(10)])
+    widths = []
+    for table, run in ((RunTable(rows), None), (many, "name"), (many, None)):
+        law = fit(table, replace(OURS, form="power", run=run))
+        low, high = law["parameters"]["alpha"]["interval"]
+        widths.append(high - low)
+    assert widths[2] < 0.6 * widths[0]
+    assert widths[1] > 1.2 * widths[2]
+    scores = RunTable([row | {"acc": 1 - x} for row in rows if (x := float(row["error"])) < 1])
+    wide, narrow = (
+        fit(scores, FitConfig(metric="acc", form="power", evaluated=x, predict=("m30@1B",)))
+        for x in (20, None)
+    )
+    ends = [x["predictions"]["m30@1B"]["score_interval"] for x in (wide, narrow)]
+    assert ends[0][1] - ends[0][0] > 1.5 * (ends[1][1] - ends[1][0])
+
+
+def test_sensitivity_is_the_answer_by_other_ways_to_fit():
+    config = FitConfig(
+        where=("upstream_dataset=LAION-2B",), predict=("ViT-L-14@12.8B",), sensitivity=True, draws=100
+    )  # fmt: skip
+    result = strict(fit(TABLE, config))
+    by = {x["variant"]: x for x in result["sensitivity"]}
+    assert by["as asked"]["score"] == result["predictions"]["ViT-L-14@12.8B"]["score"]
+    for bins in (3, 5, 10, 30):
+        assert by[f"cherti, {bins} bins"]["score"] == pytest.approx(0.735, abs=0.015)
+    assert by["without ViT-B-32"]["score"] != by["as asked"]["score"]
+    assert {"form power", "form saturating", "frontier", "laion"} < set(by)
+    text = describe(result)
+    assert "the same answer by other ways to fit:" in text
+    misfits = [name for name, x in by.items() if x["warnings"]]
+    assert text.count("MISFITS or leaves out points") == len(misfits)
+    # Without a run to predict: the best division of ten times the largest compute.
+    table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 4))
+    result = strict(fit(table, replace(OURS, sensitivity=True)))
+    by = {x["variant"]: x for x in result["sensitivity"]}
+    assert by["as asked"]["error"] < min(x["error"] for x in result["points"])
+    assert by["without m3"]["error"] is None  # two sizes say nothing about a third
+    assert "without m3                not determined" in describe(result)
+
+
+def test_more_metrics_and_files_by_one_command(tmp_path: Path):
+    command = FitCommand(
+        table=POINTS, where=("upstream_dataset=LAION-2B",), draws=100, form="power",
+        also=("imagenetv2_acc1", "vtab_acc1"), output=tmp_path / "paper",
+    )  # fmt: skip
+    result = strict(fit_file(command))
+    assert [x["metric"] for x in result["also"]] == ["imagenetv2_acc1", "vtab_acc1"]
+    assert result["also"][0] == strict(fit(TABLE, replace(command, metric="imagenetv2_acc1")))
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted(
+        Path(x).name for x in result["files"]
+    )
+    text = describe(result)
+    for metric in ("imagenet1k_acc1", "imagenetv2_acc1", "vtab_acc1"):
+        assert f"{metric}: power law through" in text
+
+
+@pytest.mark.parametrize("form", [None, "power", "saturating", "additive"])
+def test_degenerate_tables_have_valid_json_or_an_error(form: Any):
+    """One run, few points, equal sizes, equal samples, flat and rising errors."""
+    answers = 0
+    for sizes, counts, error in (
+        (1, 1, "known"), (1, 2, "known"), (1, 6, "known"), (4, 1, "known"), (2, 2, "known"),
+        (2, 2, "flat"), (1, 6, "flat"), (3, 3, "flat"), (3, 3, "rising"),
+    ):  # fmt: skip
+        runs = measured(KNOWN["additive"], 0, 0.0, sizes, counts)
+        if error != "known":
+            rising = 0.01 * runs.samples**0.1 if error == "rising" else 0.5 + 0 * runs.size
+            runs = runs._replace(error=rising)
+        config = replace(OURS, form=form, predict=("m30@10B", "ViT-B-32@1B"), sensitivity=True)
+        try:
+            result = strict(fit(table_of(runs), config))
+        except InputError:
+            continue
+        answers += 1
+        assert to_json(result) == json.dumps(result)
+        assert describe(result)
+    assert answers >= 3
 
 
 @pytest.mark.parametrize(
@@ -139,12 +294,24 @@ def test_a_budget_names_a_model_and_its_samples():
         ({"predict": ("ViT-L-14",)}, "MODEL@SAMPLES"),
         ({"predict": ("ViT-L-14@many",)}, "not a number of samples"),
         ({"predict": ("ViT-X-14@1B",)}, "no architecture 'ViT-X-14'; did you mean"),
-        ({"hold_out": 1e30}, "nothing to predict"),
+        ({"hold_out": ("samples_seen>1e30",)}, "nothing to predict"),
+        ({"hold_out": ("samples_seen>1",)}, "nothing to predict"),
         ({"compare": "arch", "where": ("arch=ViT-H-14",)}, "needs two or more families"),
         ({"compare": "family"}, "no column 'family'; it has arch, "),
-        ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "hold_out, predict, budget and plot"),
+        ({"compare": "arch", "predict": ("ViT-H-14@34B",)}, "hold_out, predict, sensitivity and"),
+        ({"run": "name"}, "no column 'name'"),
+        ({"form": "additive"}, "needs sizes and samples; set procedure=all"),
+        ({"metric": "mparams"}, "a score must be between 0 and 1"),
     ],
 )
 def test_wrong_use_is_told(changes: dict, message: str):
     with pytest.raises(InputError, match=message):
         fit(TABLE, replace(LAION, **changes))
+
+
+def test_losses_are_errors_by_their_names():
+    rows = table_of(measured(KNOWN["power"], 0, 0.01, 1, 8)).rows
+    table = RunTable([row | {"info_nce": row["error"]} for row in rows])
+    assert fit(table, FitConfig(metric="info_nce"))["alpha"] == pytest.approx(-0.11, abs=0.01)
+    values = np.array([row["error"] for row in rows])
+    assert values.min() < 1  # such that it could be taken for an accuracy
