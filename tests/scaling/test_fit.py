@@ -223,7 +223,8 @@ def test_seeds_checkpoints_and_evaluated_images_count():
 
 def test_sensitivity_is_the_answer_by_other_ways_to_fit():
     config = FitConfig(
-        where=("upstream_dataset=LAION-2B",), predict=("ViT-L-14@12.8B",), sensitivity=True, draws=100
+        where=("upstream_dataset=LAION-2B",), predict=("ViT-L-14@12.8B",), sensitivity=True,
+        draws=100,
     )  # fmt: skip
     result = strict(fit(TABLE, config))
     by = {x["variant"]: x for x in result["sensitivity"]}

@@ -135,6 +135,7 @@ def test_few_values_of_other_quantities_are_named():
         few.lacking("negatives") == few.lacking("steps") == few.unknown(30.0, 1e9, 3e3) == lacking
     )
     assert few.unknown(30.0, 1e9, 1e4) == ""
+    assert few.unknown(30.0, 1e9) == lacking  # at the best batch size
     line = fit_law("power", measured(KNOWN["power"], 0, 0.01, 1, 6))
     assert (line.lacking("alpha"), line.unknown(87.0, 1e11)) == ("", "")
 
