@@ -224,14 +224,12 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     predicted: dict[str, tuple[float, Prediction]] = {}
     result["predictions"] = {}
     for wanted in config.predict:
-        size, samples, third = _run_of(wanted, sizes, config)
-        compute = size * samples
-        result["predictions"][wanted] = {
-            "compute": compute,
-            **_answer(fitted, size, samples, third, config),
-        }
-        if not fitted.unknown(size, samples, third):
-            predicted[wanted] = compute, fitted.predict(size, samples, third)
+        run = _run_of(wanted, sizes, config)
+        compute, answer = run[0] * run[1], _answer(fitted, *run, config)
+        result["predictions"][wanted] = {"compute": compute, **answer}
+        if answer["error"] is not None:
+            interval = answer["error_interval"]
+            predicted[wanted] = compute, Prediction(answer["error"], *interval)
         if compute > EXTRAPOLATION * largest:
             result["warnings"].append(
                 f"{wanted} has {compute / largest:.0f} times the compute of the largest run; the "
@@ -308,33 +306,28 @@ def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
     no other run beats with at most their compute. Raises InputError if there are none.
     """
     runs, held = config.runs(table), np.array(table.meets(config.hold_out))
-    tested = held & pareto(runs) if config.procedure != "all" else held
-    fitted = None if held.all() else config.fit(runs.where(~held))
-    if fitted is not None:  # test what these runs determine
-        third = np.full(len(held), None) if runs.third is None else runs.third
-        each = zip(runs.size, runs.samples, third, strict=True)
-        tested = tested & np.array([not fitted.unknown(*run) for run in each])
-    if fitted is None or not tested.any():
+    test = runs.where(held & pareto(runs) if config.procedure != "all" else held)
+    answers, fitted = [], None if held.all() else config.fit(runs.where(~held))
+    third = [None] * len(test.error) if test.third is None else test.third
+    columns = np.asarray(test.model), test.error, test.size, test.samples, third
+    for model, error, *run in zip(*columns, strict=True):
+        if fitted and (answer := _answer(fitted, *run, config))["error"] is not None:
+            of = {"model": str(model), "samples": float(run[1]), "measured": float(error)}
+            answers.append(of | answer)
+    if not answers:
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
             f"these can be tested; change hold_out={list(config.hold_out)}."
         )
-    test = runs.where(tested)
-    predicted = fitted.predict(test.size, test.samples, test.third)
-    inside = (predicted.low <= test.error) & (test.error <= predicted.high)
+    error, measured, low, high = np.array(
+        [(x["error"], x["measured"], *x["error_interval"]) for x in answers]
+    ).T
     return {
         "fitted": int((~held).sum()),
-        "mean_relative_error": float(np.abs(predicted.error / test.error - 1).mean()),
-        "inside_interval": int(inside.sum()),
-        "runs": [
-            {"model": str(model), "samples": samples, "measured": error, **_bounded(one, config)}
-            for model, samples, error, *one in zip(
-                np.asarray(test.model), test.samples.tolist(), test.error.tolist(),
-                *map(np.asarray, predicted),
-                strict=True,
-            )
-        ],
-    }  # fmt: skip
+        "mean_relative_error": float(np.abs(error / measured - 1).mean()),
+        "inside_interval": int(((low <= measured) & (measured <= high)).sum()),
+        "runs": answers,
+    }
 
 
 def _run_of(
@@ -349,12 +342,10 @@ def _run_of(
             f"predict needs a law of compute or samples, not against={config.against}."
         )
     samples, slash, third = samples.partition("/")
-    count, size = (
-        run_table.parse_count(samples),
-        sizes[model] if model in sizes else gmacs(zoo.get(model)),
-    )
+    size = sizes[model] if model in sizes else gmacs(zoo.get(model))
     size = 1.0 if config.against == "samples" else size
-    return size, count, run_table.parse_count(third) if slash else None
+    more = run_table.parse_count(third) if slash else None
+    return size, run_table.parse_count(samples), more
 
 
 def _answer(
@@ -366,18 +357,12 @@ def _answer(
     """
     if lacking := fitted.unknown(size, samples, third):
         return {"error": None, "lacking": lacking} | ({"score": None} if config.is_score else {})
-    third = None if third is None else np.float64(third)
-    return _bounded(fitted.predict(np.float64(size), np.float64(samples), third), config)
-
-
-def _bounded(prediction: Sequence[Any], config: FitConfig) -> dict[str, Any]:
-    """Return a predicted error with its interval, as JSON values; see `_answer`."""
+    prediction = fitted.predict(size, samples, third)
     most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
     error, low, high = (min(float(value), most) for value in prediction)
     both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
-    return both | (
-        {"score": 1 - error, "score_interval": [1 - high, 1 - low]} if config.is_score else {}
-    )
+    score = {"score": 1 - error, "score_interval": [1 - high, 1 - low]}
+    return both | (score if config.is_score else {})
 
 
 def _sensitivity(
