@@ -80,6 +80,7 @@ def test_the_report_of_a_table_shows_its_costs_and_a_law_of_each_model(browser, 
     expect(ours.locator("#costs tbody tr").last).to_contain_text("2.9e13")
     expect(ours.locator("#costs tbody tr").last).to_contain_text("37.4 min")
     expect(published.locator("#costs tbody tr").last).to_contain_text("1.7e23")
+    expect(published.locator("#warnings .note").first).to_contain_text("not determined: ")
     expect(published.locator("#saved")).to_contain_text("three times those of the forward pass")
     assert ours.locator("#models path.law").count() == 3
     assert ours.locator("#models .mark").count() == 36
