@@ -355,6 +355,8 @@ def _answer(
 
     Both are None where the runs do not determine them.
     """
+    if third is None and isinstance(fitted.law, Batched):
+        third = float(fitted.law.batch_to_use(samples))
     if lacking := fitted.unknown(size, samples, third):
         return {"error": None, "lacking": lacking} | ({"score": None} if config.is_score else {})
     prediction = fitted.predict(size, samples, third)

@@ -247,8 +247,6 @@ class Fit:
         One or two sizes say nothing about another size, and so for samples.
         """
         few = []
-        if third is None and isinstance(self.law, Batched):
-            third = float(self.law.batch_to_use(samples))
         values = {"size": size, "samples": samples, "compute": size * samples, "third": third}
         for name in sorted({x for names in self.law.NEEDS.values() for x in names}):
             value = values[name]

@@ -105,6 +105,10 @@ def test_families_are_compared_from_one_table():
         assert len(family["residuals"]) == family["runs"]
         for at in family["curve"]:
             assert at["interval"][0] <= at["error"] <= at["interval"][1]
+    # Its exponent may be as large as the search allows, and so may the coefficient.
+    samples_scale = result["families"]["LAION-400M"]["parameters"]["samples_scale"]
+    assert samples_scale["value"] is None
+    assert samples_scale["interval"][0] > 1
     assert len(result["pairs"]) == 3
     small = next(x for x in result["pairs"] if x["families"] == ["LAION-2B", "LAION-80M"])
     # With the largest compute more data are better, surely.
@@ -164,7 +168,9 @@ def test_what_a_law_takes_besides_is_a_column():
     assert "best batch size for" in describe(result)
     # The same batch everywhere: nothing about batches is stated.
     alike = RunTable([row for row in batches.rows if row["global_batch"] == 1e4])
-    result = strict(fit(alike, replace(OURS, form="batched")))
+    result = strict(fit(alike, replace(OURS, form="batched", predict=("m300@1B", "m300@1B/10K"))))
+    best, same = (x["error"] for x in result["predictions"].values())
+    assert (best, same) == (None, pytest.approx(KNOWN["batched"](300.0, 1e9, 1e4), rel=0.01))
     assert "best_batch" not in result
     assert result["parameters"]["steps"]["value"] is None
 
