@@ -49,6 +49,7 @@ SETTINGS = (
     "family",
 )  # fmt: skip
 OTHERS = ("global_batch", "unique_samples")
+KINDS = ("data", "upstream_dataset", "schedule", "family")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,8 @@ class FitConfig(Selection):
         setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
         known = (x for x in OTHERS if x != third and all(text(row, x) for row in table.rows))
         others = [values for x in known if (values := table.numbers(x)).min() > 0]
+        for names in (np.array([text(row, kind) for row in table.rows]) for kind in KINDS):
+            others += [np.where(names == name, math.e, 1.0) for name in np.unique(names)[1:]]
         if self.run:
             table.check(self.run)
         return runs._replace(
@@ -260,7 +263,10 @@ def _law(fitted: Fit) -> dict[str, Any]:
     """Return the keys of `fit` that describe one law."""
     law, runs = fitted.law, fitted.runs
     span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
-    best = law.optimum(span, sizes_of([fitted]))
+    largest = float(runs.size.max())
+    three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
+    known = sizes_of([fitted]) if three or not isinstance(law, Additive) else (largest, largest)
+    best = law.optimum(span, known)
     curve = np.stack([span, *fitted.curve(best.size, best.samples)])
     parameters = {
         name: {
@@ -293,7 +299,6 @@ def _law(fitted: Fit) -> dict[str, Any]:
     if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
         samples = float(np.median(runs.samples))
         result["best_batch"] = {"samples": samples, **drawn(lambda law: law.best_batch(samples))}
-    three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
     if isinstance(law, Additive) and three:
         result["optimal"] = {"size_exponent": drawn(lambda law: law.size_exponent)}
     return result

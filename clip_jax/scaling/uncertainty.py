@@ -477,8 +477,8 @@ def _misfit(fit: Fit) -> list[str]:
         if p < REJECT:
             warnings.append(
                 f"the law misfits: residuals of up to {np.abs(np.expm1(fit.residuals)).max():.1%} "
-                f"curve with the size or samples of the runs (p = {p:.1g}); try another --form, or "
-                "exclude the runs that it need not describe with --where."
+                f"depend on the size, the samples or other settings of the runs (p = {p:.1g}); try "
+                "another --form, divide the runs with --compare, or exclude some with --where."
             )
     excess = fit.noise**2 - fit.within * float((1 / fit.seeds).mean())
     if not warnings and fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
