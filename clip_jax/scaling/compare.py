@@ -148,7 +148,7 @@ def paired(
     from scipy import stats
 
     both = [_by_the_rest(table, x) for table, x in zip((first, second), error, strict=True)]
-    rows = np.array([(*both[0][key], *both[1][key]) for key in both[0].keys() & both[1].keys()])
+    rows = np.array([(*both[0][key], *both[1][key]) for key in both[0] if key in both[1]])
     if len(rows) < 2:
         return None
     log, compute = np.log(rows[:, 2] / rows[:, 0]), np.log(rows[:, 3] / rows[:, 1])

@@ -92,7 +92,7 @@ def test_an_irreducible_error_that_runs_determine_is_stated():
 
 def test_seeds_are_one_point_and_the_luckiest_does_not_win():
     runs = measured(KNOWN["additive"], 0, 0.05, 4, 4, seeds=10)
-    fitted = fit_law("additive", runs)
+    fitted: Any = fit_law("additive", runs)
     assert len(fitted.fitted.error) == 16
     means = np.exp(np.log(runs.error).reshape(16, 10).mean(1))
     np.testing.assert_allclose(np.sort(fitted.fitted.error), np.sort(means))
@@ -102,6 +102,8 @@ def test_seeds_are_one_point_and_the_luckiest_does_not_win():
     assert fitted.within == pytest.approx(0.05**2, rel=0.2)
     assert fitted.spread == pytest.approx(0.05, rel=0.15)
     assert fitted.noise == pytest.approx(0.05 / 10**0.5, rel=0.4)
+    _, low, high = fitted.predict(30.0, 1e8)
+    assert np.log(high / low) / 2 > 1.9 * fitted.spread / fitted.trend.weight(3e9) ** 0.5
     # Runs that differ in a setting, such as their learning rate, are not seeds of each other.
     differ = runs._replace(setting=np.tile(["1e-3", "5e-4"], 80))
     assert len(averaged(differ).seeds) == 32
