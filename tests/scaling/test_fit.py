@@ -252,6 +252,14 @@ def test_sensitivity_is_the_answer_by_other_ways_to_fit():
     assert "without m3                not determined" in describe(result)
 
 
+def test_a_data_set_that_the_law_ignores_is_a_misfit():
+    """Runs on 80M, 400M and 2B pairs differ by 25%; those on one set do not."""
+    config = FitConfig(where=LAION.where, draws=100)
+    (warning,) = fit(TABLE, config)["warnings"]
+    assert "depend on the size, the samples or other settings of the runs" in warning
+    assert fit(TABLE, replace(config, where=("upstream_dataset=LAION-2B",)))["warnings"] == []
+
+
 def test_more_metrics_and_files_by_one_command(tmp_path: Path):
     command = FitCommand(
         table=POINTS, where=("upstream_dataset=LAION-2B",), draws=100, form="power",
