@@ -240,7 +240,7 @@ def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) ->
 
 def parse_count(text: str) -> float:
     """Read "12.8B", "400M", "64K" or a plain number."""
-    if not re.fullmatch(r"\d+(\.\d+)?(e\d+|[KMB])?", text.strip(), re.IGNORECASE):
+    if not re.fullmatch(r"\d+(\.\d+)?(e\+?\d+|[KMB])?", text.strip(), re.IGNORECASE):
         raise InputError(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
     return numeric(text)
 

@@ -13,9 +13,7 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.pods.compile import Facts, Request
 from clip_jax.pods.topology import Topology
-from clip_jax.pods.work import Work
 from clip_jax.scaling import choose, run_table
 from clip_jax.scaling.laws import Additive, Batched, Law, Repeated, Runs
 from clip_jax.scaling.planning import ScalePlanConfig, choices, describe, plan
@@ -50,8 +48,9 @@ def write(path: Path, law: Law = LAW) -> Path:
 
 
 def write_sweep(path: Path) -> Path:
-    """Trials whose loss is a parabola in the learning rate's logarithm."""
-    with path.open("w", newline="") as file:
+    """Write what `choose` says of trials whose loss is a parabola in log learning rate."""
+    trials = path.with_suffix(".csv")
+    with trials.open("w", newline="") as file:
         table = csv.writer(file)
         names = "arch width samples_seen gmacs_per_sample seed lr global_batch warmup weight_decay"
         table.writerow((*names.split(), "loss", "top1"))
@@ -59,8 +58,9 @@ def write_sweep(path: Path) -> Path:
         for width, batch, lr, seed in itertools.product((384, 512), (1_024, 4_096), rates, (0, 1)):
             loss = 1 + math.log(lr / learning_rate(width, batch)) ** 2
             settings = (f"w{width}b{batch}", width, 1e6, 1, seed, lr, batch, 10, 0.1)
-            row = (*settings, loss, 1 - loss / 100)
-            table.writerow(row)
+            table.writerow((*settings, loss, 1 - loss / 100))
+    config = choose.ChooseConfig(table=trials, choose_by="loss", report="top1")
+    path.write_text(json.dumps(choose.choose(config)))
     return path
 
 
@@ -96,11 +96,6 @@ def test_every_quantity_outside_the_runs_is_marked():
     assert near["ViT-S-32"] == ["compute 0.352 × the smallest", "pairs 0.352 × the smallest"]
 
 
-def test_a_law_of_compute_alone_divides_nothing():
-    with pytest.raises(InputError, match="a law of compute alone cannot divide a budget"):
-        choices(fitted(form="power"), SIZES, 1e20)
-
-
 def test_a_prediction_that_the_runs_do_not_determine_is_refused():
     few = fitted()
     few = fit_law("additive", few.runs.where(few.runs.size < 8), "all", draws=100)
@@ -118,11 +113,11 @@ def test_a_prediction_that_the_runs_do_not_determine_is_refused():
 def test_budgets_of_all_units_are_the_same_at_the_assumed_mfu():
     """A v5e has 197 TFLOP/s, a v3 two JAX devices on each chip of 123."""
     flops = 100 * 3600 * 0.5 * 197e12
-    for budget in (f"{flops:g}", "100chip-hours", "120usd", "120eur"):
-        config = ScalePlanConfig(budget=budget, chip_hour_price=1.2)
-        assert config.training_flops(0.5) == pytest.approx(flops, rel=1e-5)
-    v3 = ScalePlanConfig(budget="1chip-hours", topology=Topology.parse("v3:4x4"))
-    assert v3.training_flops(1.0) == pytest.approx(3600 * 123e12)
+    for budget in (f"{flops:g}", "100chip-hours", "120usd"):
+        config = ScalePlanConfig(budget=budget, chip_hour_price=1.2, mfu=0.5)
+        assert config.training_flops() == pytest.approx(flops, rel=1e-5)
+    v3 = ScalePlanConfig(budget="1chip-hours", topology=Topology.parse("v3:4x4"), mfu=1.0)
+    assert v3.training_flops() == pytest.approx(3600 * 123e12)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +127,6 @@ def test_budgets_of_all_units_are_the_same_at_the_assumed_mfu():
         ({"budget": "300chips"}, "must be training FLOPs such as 1e21, 300chip-hours, or"),
         ({"budget": "0usd", "chip_hour_price": 1.0}, "must be training FLOPs"),
         ({"budget": "5000usd"}, "5000usd with --chip-hour-price, the price of one TPU v5e"),
-        ({"form": "power"}, "cannot divide a budget"),
         ({"form": "repeated"}, "form=repeated needs the number of distinct pairs; set --unique"),
         ({"candidates": ("ViT-B-33",)}, "no architecture 'ViT-B-33'"),
         ({"mfu": 0.0}, "mfu=0.0 must be"),
@@ -148,12 +142,12 @@ def test_a_plan_that_cannot_be_made_is_refused(changes, message, tmp_path):
 
 def planned(tmp_path: Path, **changes):
     table = write(tmp_path / "runs.csv", changes.pop("law", LAW))
-    config = {"table": table, "metric": "loss", "draws": 100, "budget": "6e20"}
+    config = {"table": table, "metric": "loss", "budget": "6e20"}
     return plan(ScalePlanConfig(**(config | changes)))
 
 
 def test_a_plan_has_every_setting_of_the_run(tmp_path):
-    sweep = write_sweep(tmp_path / "sweep.csv")
+    sweep = write_sweep(tmp_path / "sweep.json")
     result = planned(tmp_path, sweep=sweep, candidates=("ViT-M-32",), chip_hour_price=2.0)
     samples = 1e11 / SIZES["ViT-M-32"]
     assert result["model"] == "ViT-M-32"  # of the sweep's widths
@@ -167,7 +161,7 @@ def test_a_plan_has_every_setting_of_the_run(tmp_path):
     rate = result["learning_rate"]
     assert rate["value"] == pytest.approx(learning_rate(512, 65_536), rel=1e-3)
     assert rate["interval"][0] <= rate["value"] <= rate["interval"][1]
-    assert rate["outside"] == ["batch 65536"]
+    assert rate["outside"] == ["sweep: batch 65536"]
     assert result["warnings"][-1] == (
         "the plan extrapolates, as if its laws held there: pairs 2.01 × the largest, sweep: batch "
         "65536."
@@ -177,23 +171,16 @@ def test_a_plan_has_every_setting_of_the_run(tmp_path):
     assert json.loads(json.dumps(result)) == result
 
 
-def test_the_output_of_choose_gives_the_same_learning_rate(tmp_path):
-    sweep = write_sweep(tmp_path / "sweep.csv")
-    trials = choose.ChooseConfig(table=sweep, choose_by="loss", report="lr")
-    (tmp_path / "best.json").write_text(json.dumps(choose.choose(trials)))
-    changes = {"candidates": ("ViT-S-32",), "batch_size": 2_048}
-    rates = [
-        planned(tmp_path, sweep=tmp_path / name, **changes)["learning_rate"]
-        for name in ("sweep.csv", "best.json")
-    ]
-    assert rates[0] == rates[1]
-    with pytest.raises(InputError, match=r"there is no .*nothing\.json; `scale choose --json`"):
-        planned(tmp_path, sweep=tmp_path / "nothing.json", **changes)
-    one = json.loads((tmp_path / "best.json").read_text())
+def test_a_sweep_without_a_rule_is_refused(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep.json")
+    one = json.loads(sweep.read_text())
     one["points"] = one["points"][:1]
-    (tmp_path / "best.json").write_text(json.dumps(one))
-    with pytest.raises(InputError, match="too few optima for a rule"):
-        planned(tmp_path, sweep=tmp_path / "best.json", **changes)
+    sweep.write_text(json.dumps(one))
+    for path, count in ((sweep, 2), (tmp_path / "nothing.json", 0)):
+        with pytest.raises(InputError, match=rf"{path.name} has {count} optima; a rule needs"):
+            planned(tmp_path, sweep=path)
+    with pytest.raises(InputError, match=r"sweep\.csv is damaged: .* Run `scale choose --json`"):
+        planned(tmp_path, sweep=tmp_path / "sweep.csv")
 
 
 def test_repetition_is_counted_by_its_law_or_named(tmp_path):
@@ -213,63 +200,45 @@ def test_repetition_is_counted_by_its_law_or_named(tmp_path):
     assert not any("each pair" in line for line in enough)
 
 
+def write_batches(path: Path, law: Batched) -> Path:
+    """A table of noiseless runs, each with four batch sizes."""
+    names = "arch samples_seen gmacs_per_sample global_batch loss"
+    rows = [
+        dict(zip(names.split(), (x, seen, size, batch, law(size, seen, batch)), strict=True))
+        for (x, size), seen, batch in itertools.product(SIZES.items(), SEEN, BATCHES)
+    ]
+    run_table.write(run_table.RunTable(rows), path)
+    return path
+
+
 def test_a_law_of_the_batch_size_gives_the_batch(tmp_path):
     law = Batched(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1, 8.0, 5.0)))
-    size, samples, batch = map(np.ravel, np.meshgrid([*SIZES.values()], SEEN, BATCHES))
-    runs = Runs(size, samples, law(size, samples, batch), batch)
-    names = {size: name for name, size in SIZES.items()}
-    columns = size.tolist(), samples.tolist(), batch.tolist(), runs.error.tolist()
-    keys = ("gmacs_per_sample", "samples_seen", "global_batch", "loss")
-    each = zip(*columns, strict=True)
-    rows = [{"arch": names[x[0]], **dict(zip(keys, x, strict=True))} for x in each]
-    run_table.write(run_table.RunTable(rows), tmp_path / "batches.csv")
-    config = ScalePlanConfig(
-        table=tmp_path / "batches.csv", metric="loss", form="batched", draws=100, budget="3e19"
-    )
+    table = write_batches(tmp_path / "batches.csv", law)
+    config = ScalePlanConfig(table=table, metric="loss", form="batched", budget="3e19")
     result = plan(config)
     best = float(law.best_batch(result["samples"]))
     assert result["batch_size"] % 256 == 0
     assert result["batch_size"] == pytest.approx(best, rel=0.05)
     assert result["error"] == pytest.approx(law(result["size"], result["samples"]), rel=1e-2)
     assert plan(replace(config, batch_size=1_024))["error"] > result["error"]
+
+
+def test_a_batch_that_the_runs_do_not_determine_is_refused(tmp_path):
+    """Two batch sizes determine no other; runs that a larger batch always helps no best one."""
+    law = Batched(*map(np.array, (0.5, 0.3, 1.0, 40.0, 0.1, 8.0, 0.0)))
+    table = write_batches(tmp_path / "batches.csv", law)
+    config = ScalePlanConfig(table=table, metric="loss", form="batched", budget="3e19")
+    with pytest.raises(InputError, match="no best batch size: set --batch-size, or add a wider"):
+        plan(config)
     config = replace(config, where=("global_batch<16384",))
-    assert plan(config)["batch_size"] == 1_024  # as the runs of two batch sizes say nothing
-
-
-def facts(request: Request, fits: bool = True) -> Facts:
-    """A compiled step whose memory traffic takes one second, if it fits at `full`."""
-    if request.recipe.model.remat != "full":
-        fits = False
-    work = Work(name="x", part="MLP", times=1, flops=1.0, bytes=819_000_000_000, cycles=None)
-    return Facts(
-        mesh=(256, 1, 1), form="dense", versions="none", compile_seconds=1.0, fits=fits,
-        peak_bytes=2**30, parameters=1, optimizer=1, batch=1, loss=1, token_embedding=1,
-        token_embedding_optimizer=1, works=(work,) if fits else (),
-    )  # fmt: skip
-
-
-def test_compilation_bounds_the_mfu_and_so_what_the_money_buys(tmp_path):
-    config = ScalePlanConfig(
-        table=write(tmp_path / "runs.csv"), metric="loss", draws=100, budget="100chip-hours",
-        compile=True, batch_size=4_096,
-    )  # fmt: skip
-    free = plan(replace(config, compile=False))
-    bound = plan(config, facts)
-    assert (bound["remat"], bound["fits"], bound["model"]) == ("full", True, free["model"])
-    assert bound["mfu"] < free["mfu"] == 0.4
-    assert bound["samples"] == pytest.approx(free["samples"] * bound["mfu"] / 0.4)
-    assert bound["chip_hours"] == pytest.approx(100)
-    none = plan(config, lambda request: facts(request, fits=False))
-    assert none["warnings"][-1] == "the step does not fit into memory."
-    rows = (tmp_path / "runs.csv").read_text().replace("global_batch", "other")
-    (tmp_path / "runs.csv").write_text(rows)
-    with pytest.raises(InputError, match="compile and sweep need a batch size"):
-        plan(replace(config, batch_size=None), facts)
+    with pytest.raises(InputError, match="add runs of at least three batch sizes or"):
+        plan(config)
+    assert plan(replace(config, batch_size=1_024))["batch_size"] == 1_024
 
 
 def test_the_command_prints_a_plan(tmp_path, capsys):
     table = str(write(tmp_path / "runs.csv"))
-    args = ["scale", "plan", table, "--metric", "loss", "--draws", "100", "--unique", "400M"]
+    args = ["scale", "plan", table, "--metric", "loss", "--unique", "400M"]
     assert main([*args, "--budget", "5Kusd", "--chip-hour-price", "1.2"]) == 0
     text = capsys.readouterr().out
     assert (
@@ -278,22 +247,22 @@ def test_the_command_prints_a_plan(tmp_path, capsys):
     )
     assert "plan: ViT-L-16 on 2.9B pairs, 7.2 epochs of 400M\nbatch size: 16,384, " in text
     assert "learning rate: none is known (--sweep)" in text
-    assert "v5e:16x16 at 40% MFU (assumed): 16.3 h, 4,167 chip-hours, price 5,000" in text
+    assert "v5e:16x16 at 40% MFU (--mfu): 16.3 h, 4,167 chip-hours, price 5,000" in text
     assert main([*args, "--budget", "1e20", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["training_flops"] == pytest.approx(1e20)
 
 
-def test_a_score_and_missing_settings_in_words(tmp_path):
+def test_a_score_a_foreign_table_and_a_chip_of_two_devices(tmp_path):
     table = write(tmp_path / "runs.csv")
     table.write_text(table.read_text().replace("global_batch", "other"))
-    result = plan(ScalePlanConfig(table=table, metric="top1", draws=100, budget="6e20"))
+    config = ScalePlanConfig(table=table, metric="top1", budget="6e20")
+    with pytest.raises(InputError, match="no column global_batch; set --batch-size"):
+        plan(config)
+    sweep = write_sweep(tmp_path / "sweep.json")
+    config = replace(config, sweep=sweep, batch_size=2_048, topology=Topology.parse("v3:4x4"))
+    result = plan(replace(config, candidates=("ViT-S-32",)))
     assert result["error"] == pytest.approx(LAW(result["size"], result["samples"]) / 2, rel=1e-3)
-    option = result | {"error": 0.3, "interval": [0.2, 0.4]}
-    assert " 70.0% (95%: 60.0% to 80.0%), best in" in describe(result | {"options": [option]})
-    assert "batch size: none is known (--batch-size)" in describe(result)
-    assert result["steps"] is None
-    sweep = write_sweep(tmp_path / "sweep.csv")
-    config = ScalePlanConfig(table=table, metric="top1", draws=100, sweep=sweep, batch_size=2_048)
-    result = plan(replace(config, candidates=("ViT-S-32",), topology=Topology.parse("v3:4x4")))
     assert result["learning_rate"]["value"] == pytest.approx(learning_rate(384, 2_048), rel=1e-3)
     assert result["hours"] == pytest.approx(result["chip_hours"] / 16)
+    option = result | {"error": 0.3, "interval": [0.2, 0.4]}
+    assert " 70.0% (95%: 60.0% to 80.0%), best in" in describe(result | {"options": [option]})
