@@ -162,9 +162,9 @@ every = fit(table, replace(LAION, predict=("ViT-H-14@34B",), sensitivity=True))
 print(describe(every))
 
 # %% [markdown]
-# The answers differ by up to five points. The line through the frontier misfits. Laws through all
-# points have wide intervals: the points include LAION-80M, seen up to 400 times, and lie far from
-# any law in $N$ and $D$.
+# The answers differ by up to five points, and the last line warns: the points depend on more than
+# $N$ and $D$. They include three data sets, one of them LAION-80M, seen up to 400 times. The
+# published procedures have no such test.
 #
 # ## One data set, tested by extrapolation
 #
