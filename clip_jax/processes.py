@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -131,10 +131,18 @@ def _surrounded() -> bool:
     return bool(chips) and "TPU_SKIP_MDS_QUERY" not in environment  # a Cloud TPU VM
 
 
-def position(environment: Mapping[str, str] = os.environ) -> tuple[str, int, int]:
+class Position(NamedTuple):
+    """Which of the processes that work together this one is."""
+
+    name: str = ""  # of all of them together
+    index: int = 0
+    count: int = 1
+
+
+def position(environment: Mapping[str, str] = os.environ) -> Position:
     """Return a name of this process's run, its index and the number of processes, before `start`.
 
-    ("", 0, 1) without a cluster in the environment, as on Cloud TPU VMs, where JAX asks a server.
+    Position() without a cluster in the environment, as on Cloud TPU VMs, where JAX asks a server.
     """
 
     def number(name: str, default: int) -> int:
@@ -150,7 +158,7 @@ def position(environment: Mapping[str, str] = os.environ) -> tuple[str, int, int
         name = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
         count = number("MEGASCALE_NUM_SLICES", 1) * len(hosts)
         index = number("MEGASCALE_SLICE_ID", 0) * len(hosts) + number("TPU_WORKER_ID", 0)
-    return (name.replace("/", "-"), index, count) if count > 1 else ("", 0, 1)
+    return Position(name.replace("/", "-"), index, count) if count > 1 else Position()
 
 
 def is_alone() -> bool:

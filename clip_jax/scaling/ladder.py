@@ -1,10 +1,8 @@
 """Train a ladder of runs: models × samples seen × seeds (× trials of a sweep).
 
-Each point has its own schedule, or is a cool-down branch from a run of its model at a constant
-learning rate, the parent run (arXiv:2506.04598). A spec is a Python file with
-`get_ladder() -> LadderConfig`. Every point becomes an ordinary run, with a `config.json` in its run
-directory, trained by a `clip-jax train` process. FLOPs are counted; hours follow from an assumed
-MFU.
+Each point has its own schedule, or is a cool-down branch from a parent run at a constant learning
+rate (arXiv:2506.04598). A spec is a Python file with `get_ladder() -> LadderConfig`. A process of
+`clip-jax train` trains each. FLOPs are counted; hours follow from an assumed MFU.
 """
 
 import itertools
@@ -13,7 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -31,20 +29,13 @@ from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
-from clip_jax.scaling.queue import Budget, Follower, Group, Queue, log_of
+from clip_jax.scaling.queue import EVENTS, Afford, Job, Queue, Say
 from clip_jax.scaling.run_table import gmacs, short
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.storage.files import (
-    AnyPath,
-    as_path,
-    beside,
-    check_destination,
-    is_remote,
-    write_whole,
-)
+from clip_jax.storage import files
+from clip_jax.storage.events import Events
+from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
-
-# ------------------------------------------------------------------ the spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +75,8 @@ class HardwareConfig:
 class RulesConfig:
     """Rules for a point's learning rate and warm-up, by its batch size, width and steps.
 
-    The base config's peak learning rate is for its batch size and `reference_width`. That of a
-    point is base × (batch / base's batch)^batch_exponent × (width / reference)^width_exponent, and
-    the final learning rate is scaled by the same factor.
+    The base config's learning rates are for its batch size and `reference_width`. A point's are
+    base × (batch / base's batch)^batch_exponent × (width / reference_width)^width_exponent.
     """
 
     # Exponent of the batch size; 0.5 suits Adam (Malladi et al. 2022, arXiv:2205.10287).
@@ -118,9 +108,8 @@ class RulesConfig:
 class BranchesConfig:
     """Points as cool-down branches from one parent run for each model and seed.
 
-    The parent run keeps its learning rate at the peak and evaluates nothing; a point continues from
-    it to the base's final learning rate. It equals, bit for bit, an uninterrupted run with that
-    warmup-stable-decay (WSD) schedule.
+    A parent run keeps the peak learning rate and evaluates nothing. A point equals, bit for bit, an
+    uninterrupted run with that warmup-stable-decay (WSD) schedule.
     """
 
     share: float = 0.2  # Share of a point's steps in the cool-down.
@@ -129,10 +118,6 @@ class BranchesConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "branches.", share="(0, 1)", power="(0, inf)")
-
-    def cool_down(self, steps: int) -> CoolDown:
-        """Return the schedule of a point with `steps` steps, including those of the parent run."""
-        return CoolDown(steps=max(round(self.share * steps), 1), shape=self.shape, power=self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +136,10 @@ class SweepConfig:
             learning_rates="(0, inf)", batch_sizes="[2, inf)", warmups="[0, inf)",
             weight_decays="[0, inf)",
         )  # fmt: skip
-        for name in ("learning_rates", "batch_sizes", "warmups", "weight_decays"):
-            values = getattr(self, name)
-            needed = name in ("learning_rates", "warmups")
-            if len(set(values)) < len(values) or (needed and not values):
-                raise InputError(
-                    f"sweep.{name}={values} must have no value twice, and at least one."
-                )
+        _check_distinct("sweep.learning_rates", self.learning_rates)
+        _check_distinct("sweep.batch_sizes", self.batch_sizes, least=0)
+        _check_distinct("sweep.warmups", self.warmups)
+        _check_distinct("sweep.weight_decays", self.weight_decays, least=0)
 
     def trials(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Yield a name suffix and a config for every combination at one batch size."""
@@ -200,16 +182,11 @@ class LadderConfig:
     hardware: tuple[HardwareConfig, ...] = ()  # Hardware to estimate hours for, each on its own.
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]"
-        )  # fmt: skip
+        check_ranges(self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]")
         if self.base.double_batch_at:
             raise InputError("base.double_batch_at must be empty: points have one batch size each.")
         for name in ("models", "samples", "seeds"):
-            if not (values := getattr(self, name)):
-                raise InputError(f"{name} is empty; a ladder needs at least one.")
-            if len(set(values)) < len(values):
-                raise InputError(f"{name}={values} names one twice; remove it.")
+            _check_distinct(name, tuple(getattr(self, name)))
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):
             raise InputError(
                 f"batch_sizes={self.batch_sizes} must have one for each of samples={self.samples}."
@@ -218,18 +195,18 @@ class LadderConfig:
             raise InputError("branches and sweep cannot be combined; remove one of them.")
         if self.branches and len(set(self.batch_sizes)) > 1:
             raise InputError(
-                f"batch_sizes={self.batch_sizes} differ, but branches of one parent run all have "
-                "its batch size; use the same for all, or remove branches."
+                f"batch_sizes={self.batch_sizes} must be equal, or remove branches: they share one."
             )
+
+
+def _check_distinct(name: str, values: tuple[Any, ...], least: int = 1) -> None:
+    if len(set(values)) < max(least, len(values)):
+        raise InputError(f"{name}={values} must have no value twice, and at least one.")
 
 
 def load_ladder(path: str | Path) -> LadderConfig:
     """Run a spec's `get_ladder()`. Raises InputError if the file has none."""
-    ladder: LadderConfig = run_file(Path(path), "get_ladder", LadderConfig)
-    return ladder
-
-
-# ------------------------------------------------------------------ the grid
+    return run_file(Path(path), "get_ladder", LadderConfig)
 
 
 class Point(NamedTuple):
@@ -261,42 +238,37 @@ class Point(NamedTuple):
         if not self.config.branch_from:
             return True
         parent, step = branch_point(self.config.branch_from)
-        return step in steps_in(as_path(parent) / "checkpoints")
+        return step in steps_in(files.as_path(parent) / "checkpoints")
 
 
 def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
     """Return every run of the ladder, with run directories under `root`."""
     points = []
-    sweep = ladder.sweep or SweepConfig()
-    own = ladder.batch_sizes or (ladder.base.batch_size,) * len(ladder.samples)
+    base, sweep = ladder.base, ladder.sweep or SweepConfig()
+    own = ladder.batch_sizes or (base.batch_size,) * len(ladder.samples)
     sizes = [
-        (samples, size)
+        (samples, size, max(round(samples / size), 1))
         for samples, batch_size in zip(ladder.samples, own, strict=True)
         for size in sweep.batch_sizes or (batch_size,)
     ]
-    lengths = [max(round(samples / size), 1) for samples, size in sizes]
+    shortest = min(steps for _, _, steps in sizes)
     for model, architecture in ladder.models.items():
         of_model: list[Point] = []
-        for (samples, batch_size), steps in zip(sizes, lengths, strict=True):
-            width = architecture.vision.width
-            length = min(lengths) if ladder.branches else steps  # branches share their warm-up
-            optim = ladder.rules.apply(ladder.base, batch_size, width, length)
+        for samples, batch_size, steps in sizes:
+            length = shortest if ladder.branches else steps  # branches share their warm-up
             one = replace(
-                ladder.base,
-                model=architecture,
-                steps=steps,
-                batch_size=batch_size,
-                optim=optim,
-                objective=fitting(ladder.base.objective, architecture),
-            )
+                base, model=architecture, steps=steps, batch_size=batch_size,
+                optim=ladder.rules.apply(base, batch_size, architecture.vision.width, length),
+                objective=fitting(base.objective, architecture),
+            )  # fmt: skip
             for (trial, config), seed in itertools.product(sweep.trials(one), ladder.seeds):
                 name = f"{model.replace('/', '-')}@{short(samples)}{trial}-seed{seed}"
                 config = replace(config, seed=seed, data=replace(config.data, seed=seed))
                 of_model.append(Point(name, model, samples, config, root / name))
         points += _with_parents(of_model, ladder.branches) if ladder.branches else of_model
-    names = [point.name for point in points]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"points would share the names {sorted(twice)}; samples are too close.")
+    names = Counter(point.name for point in points)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"points would share the names {twice}; samples are too close.")
     return points
 
 
@@ -306,13 +278,11 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
     for seed in dict.fromkeys(point.config.seed for point in points):
         of_seed = [point for point in points if point.config.seed == seed]
         one, optim = of_seed[0], of_seed[0].config.optim
-        # Earlier versions called parent runs trunks; continue ladders of that time.
-        names = (f"{one.model.replace('/', '-')}-{kind}-seed{seed}" for kind in ("parent", "trunk"))
-        workdir, before = (one.workdir.with_name(name) for name in names)
-        workdir = before if before.exists() else workdir
+        workdir = one.workdir.with_name(f"{one.model.replace('/', '-')}-parent-seed{seed}")
         cooled, begin = [], []
         for point in of_seed:
-            schedule = branches.cool_down(point.config.steps)
+            length = max(round(branches.share * point.config.steps), 1)
+            schedule = CoolDown(steps=length, shape=branches.shape, power=branches.power)
             begin.append(point.config.steps - schedule.steps)
             if begin[-1] < max(optim.warmup_steps, 1):
                 raise InputError(
@@ -335,8 +305,7 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
 
 
 def is_done(point: Point) -> bool:
-    """Return whether a point is completely trained. Raises InputError if its directory has another
-    run."""
+    """Return whether a point is completely trained. InputError if its directory has another run."""
     workdir = point.workdir
     advice = f"Restore a copy, or delete {workdir} to train the point again."
     result = read_json(workdir / "result.json", advice=advice)
@@ -346,9 +315,6 @@ def is_done(point: Point) -> bool:
     check_resumable(workdir, before, to_dict(point.config), point.config.samples_after)
     step = from_dict(int, result.get("step", 0), f"step in {workdir / 'result.json'}")
     return step >= point.config.end
-
-
-# ------------------------------------------------------------------ the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,38 +335,43 @@ class LadderCommand:
     group: str = ""  # Name of the group of hosts that train each point together, for --host.
     dry_run: bool = False  # Only print the table of points.
 
-    def __post_init__(self) -> None:
-        check_ranges(self, jobs="[0, inf)")
 
-
-def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
+def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     """Print the table of points, write their configs, and train the unfinished ones.
 
-    Returns JSON values: `points`, in the order of the queue, each with its estimates, whether it is
-    `done`, the `failure` if it failed, and whether the limit has `left_out` the point; and `totals`
-    of the unfinished points. Raises jobs.Stopped after SIGTERM or Ctrl-C.
+    Returns JSON values: `points` in the order of the queue, and `totals` of the unfinished ones.
+    Raises jobs.Stopped after SIGTERM or Ctrl-C.
     """
+    check_ranges(command, jobs="[0, inf)")
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
-    group = _group(command, root)
-    if group.count > 1 and command.jobs > 1:
-        raise InputError(f"jobs={command.jobs} must be 1 where {group.count} hosts train a point.")
+    group = _group(command)
     complete_grid = grid(ladder, root)
     points = _chosen(complete_grid, command.only)
     done = {point.name for point in points if is_done(point)}
     missing = [point for point in points if point.name not in done]
-    budget = _budget(ladder, complete_grid, command.limit)
+    afford = _afford(ladder, complete_grid, command.limit)
     say(describe(points, done, ladder))
-    left_out = _beyond(missing, budget, log_of(root).newest) if command.limit else []
+    failures, left_out, begun = dict[str, str](), list[str](), [*Events(f"{root}/{EVENTS}").newest]
+    for point in missing:
+        fits = point.parent not in left_out and afford([*begun, point.name])
+        (begun if fits else left_out).append(point.name)
     if left_out:
         say(f"  the limit of {command.limit} leaves out {', '.join(left_out)}")
-
-    failures: dict[str, str] = {}
     if not command.dry_run:
-        check_destination(root, "--root")
-        _write_configs(missing, group)
+        files.check_destination(root, "--root")
+        runs = [_job(point, group) for point in missing]
+        folder = root if files.is_remote(root) else Path(root).absolute()
+        environment = {
+            # Points that differ only in their seed share the compiled step.
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compilation_cache",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **os.environ,
+        }
         if command.jobs:
-            failures, left_out = _train(missing, root, group, budget, command.jobs, say)
+            with Queue(root, runs, afford, group, say) as queue:
+                jobs.run(queue, command.jobs, environment, say)
+            failures, left_out = queue.failures, queue.left_out
             done |= {x.name for x in missing if x.name not in failures and is_done(x)}
 
     def numbers(some: Sequence[Point]) -> dict[str, Any]:
@@ -429,10 +400,7 @@ def climb(command: LadderCommand, say: jobs.Say) -> dict[str, Any]:
 
 
 def _chosen(points: Sequence[Point], only: str) -> list[Point]:
-    """Return the points whose names match and their parents, in the order of the queue.
-
-    The most expensive is first. A parent run counts with its branches, since these wait for it.
-    """
+    """Return matching points and their parents, by cost: that of a parent is with its branches."""
     wanted = {point.name for point in points if fnmatch(point.name, only)}
     if not wanted:
         raise InputError(f"only={only!r} matches no point; the first is {points[0].name}.")
@@ -444,10 +412,10 @@ def _chosen(points: Sequence[Point], only: str) -> list[Point]:
     return sorted(chosen, key=lambda point: -work[point.name])
 
 
-def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) -> Budget:
-    """Return the limit with the estimated cost of every point, in the unit of the limit."""
+def _afford(ladder: LadderConfig, points: Sequence[Point], limit: str | None) -> Afford:
+    """Return the check that points with all that are done stay within the limit."""
     if limit is None:
-        return Budget()
+        return lambda _: True
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)(|chip-hours)", limit)
     if not match:
         raise InputError(f"limit={limit!r} must be training FLOPs such as 1e21, or 500chip-hours.")
@@ -457,82 +425,43 @@ def _budget(ladder: LadderConfig, points: Sequence[Point], limit: str | None) ->
     if match[2]:
         first = ladder.hardware[0]
         costs = {name: first.chips * first.hours(work) for name, work in costs.items()}
-    return Budget(costs, [point.name for point in points if is_done(point)], float(match[1]))
+    done = [point.name for point in points if is_done(point)]
+    most = float(match[1]) * (1 + 1e-9)  # sums have rounding errors
+    return lambda names: sum(costs.get(name, 0.0) for name in {*done, *names}) <= most
 
 
-def _beyond(points: Sequence[Point], budget: Budget, begun: Iterable[str]) -> list[str]:
-    """Name the points that the limit leaves out, if they start in this order."""
-    begun, left_out = {*begun}, list[str]()
-    for point in points:
-        if point.parent not in left_out and budget.allows(begun, point.name):
-            begun.add(point.name)
-        else:
-            left_out.append(point.name)
-    return left_out
-
-
-def _group(command: LadderCommand, root: AnyPath) -> Group:
+def _group(command: LadderCommand) -> processes.Position:
     """Return the group of this host, as the command or else the environment names it."""
-    name, index, count = processes.position()
+    group = processes.position()
     if command.host and not command.group:
         raise InputError(f"host={command.host!r} needs the name of its group: add --group NAME.")
     if command.host:
-        index, count = read_worker(command.host, "host")
-    return Group(f"{root}/queue/groups/{command.group or name}", index, count)
+        group = processes.Position(command.group, *read_worker(command.host, "host"))
+    if group.count > 1 and command.jobs > 1:
+        raise InputError(f"jobs={command.jobs} must be 1 where {group.count} hosts train a point.")
+    return group
 
 
-def _directory(point: Point) -> Path:
-    """Return the folder on disk for a point's lock and log."""
-    return beside(point.workdir, "ladder") if is_remote(point.workdir) else Path(point.workdir)
-
-
-def _write_configs(points: Sequence[Point], group: Group) -> None:
-    """Write the config of each point, unless it has it: another worker may be training it."""
-    for point in points:
-        path = point.workdir / "config.json"
-        config = with_order(point.config, point.workdir)  # an earlier start's order
-        content = json.dumps(to_dict(config), indent=1)
-        if group.index == 0 and not (path.exists() and path.read_text() == content):
-            write_whole(path, content)
-        if is_remote(path):
-            write_whole(_directory(point) / "config.json", content)
-
-
-def _train(
-    points: Sequence[Point], root: AnyPath, group: Group, budget: Budget, at_a_time: int,
-    say: jobs.Say,
-) -> tuple[dict[str, str], list[str]]:  # fmt: skip
-    """Train points in processes; return the reasons of failures, and what the limit left out."""
-    folder = root if is_remote(root) else Path(root).absolute()
-    environment = {
-        # Points that differ only in their seed share the compiled step.
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/compilation_cache",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **os.environ,
-    }
-    command = [sys.executable, "-m", "clip_jax", "train"]
-    runs = [
-        jobs.Job(
-            name=point.name,
-            command=[*command, f"{_directory(point)}/config.json", "--workdir", str(point.workdir)],
-            workdir=point.workdir,
-            directory=_directory(point),
-            is_done=(lambda: True) if group.index else partial(is_done, point),
-            after=point.parent,
-            is_ready=point.is_ready,
-            process=group.index,
-        )
-        for point in points
-    ]
-    if group.index:
-        jobs.run(Follower(runs, group), at_a_time, environment, say)
-        return {}, []
-    with Queue(root, runs, budget, group, say) as queue:
-        jobs.run(queue, at_a_time, environment, say)
-    return queue.failures, queue.left_out
-
-
-# ------------------------------------------------------------------ for a terminal
+def _job(point: Point, group: processes.Position) -> Job:
+    """Write the config of a point, unless it has it, and return the job that trains it."""
+    workdir = point.workdir
+    remote = files.is_remote(workdir)
+    directory = files.beside(workdir, "ladder") if remote else Path(workdir)
+    config = with_order(point.config, workdir)  # an earlier start's order
+    content = json.dumps(to_dict(config), indent=1)
+    for path in {workdir / "config.json", directory / "config.json"}:  # only one on a disk
+        if not (path.exists() and path.read_text() == content):  # others may be training it
+            files.write_whole(path, content)
+    train = [sys.executable, "-m", "clip_jax", "train"]
+    return Job(
+        name=point.name,
+        command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],
+        workdir=workdir,
+        log=directory / (f"log-{group.index}.txt" if group.index else "log.txt"),
+        is_done=(lambda: True) if group.index else partial(is_done, point),
+        after=point.parent,
+        is_ready=point.is_ready,
+    )
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
@@ -543,7 +472,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         groups.setdefault((label, point.samples), []).append(point)
     rows, total = list[dict[str, str]](), 0
     for (label, _), group in groups.items():
-        point, config = group[0], group[0].config
+        point, config, work = group[0], group[0].config, group[0].training_flops
         total += sum(other.training_flops for other in group)
         row = {
             "model": label,
@@ -553,14 +482,14 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             **({"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}),
             "learning rate": f"{config.optim.learning_rate:g}",
             "warm-up": f"{config.optim.warmup_steps:,}",
-            "FLOPs per run": f"{point.training_flops:.2e}",
+            "FLOPs per run": f"{work:.2e}",
             "cumulative": f"{total:.2e}",
             "runs": str(len(group)),
             "done": str(sum(other.name in done for other in group)),
         }
-        for kind in ladder.hardware:
-            row[f"{kind.chips} {kind.chip}"] = f"{kind.hours(point.training_flops):,.2f} h"
-        rows.append(row)
+        rows.append(
+            row | {f"{x.chips} {x.chip}": f"{x.hours(work):,.2f} h" for x in ladder.hardware}
+        )
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
@@ -573,18 +502,12 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         for kind in ladder.hardware
     ]
     if ladder.branches:
-        parents = {point.parent for point in points}
-        alone = sum(
-            flops.of_step(point.config).total * point.config.steps
-            for point in points
-            if point.name not in parents
-        )
+        branches = [point.config for point in points if point.parent]
+        alone = sum(flops.of_step(config).total * config.steps for config in branches)
         together = sum(point.training_flops for point in points)
-        kept = sum(len(point.config.checkpoint.also) for point in points)
         lines.append(
             f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with separate "
-            f"runs: {1 - together / alone:.0%} saved. The parent runs keep the checkpoints of "
-            f"{kept} steps, where branches start."
+            f"runs: {1 - together / alone:.0%} saved."
         )
     return "\n".join(lines)
 

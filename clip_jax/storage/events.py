@@ -7,7 +7,7 @@ from typing import Any
 from clip_jax.storage import files
 from clip_jax.storage.json_files import parse
 
-Event = dict[str, Any]  # has a `subject`; the log adds `number` and `id`
+Event = dict[str, Any]  # has a `subject`, a `group` or both; the log adds `number` and `id`
 
 
 def read(path: str) -> dict[str, Any] | None:
@@ -26,7 +26,7 @@ class Events:
 
     def __init__(self, folder: str) -> None:
         self._folder, self.length = folder, 0
-        self.newest: dict[str, Event] = {}  # the last event of each subject
+        self.newest: dict[str, Event] = {}  # the last event of each subject and group
         self.refresh()
 
     def refresh(self) -> bool:
@@ -47,8 +47,9 @@ class Events:
 
     def _add(self, event: Event) -> None:
         self.length += 1
-        if "subject" in event:
-            self.newest[event["subject"]] = event
+        for key in ("subject", "group"):
+            if event.get(key):
+                self.newest[event[key]] = event
 
     def _path(self) -> str:
         return f"{self._folder}/{self.length + 1:08d}"

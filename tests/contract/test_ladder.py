@@ -7,11 +7,11 @@ from pathlib import Path
 from unittest import mock
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS
+from clip_jax.processes import Position
 from clip_jax.scaling import jobs
 from clip_jax.scaling.html_report import ReportConfig, report
-from clip_jax.scaling.jobs import Job
 from clip_jax.scaling.ladder import LadderCommand, climb
-from clip_jax.scaling.queue import Budget, Group, Queue, workers
+from clip_jax.scaling.queue import Job, Queue, workers
 from clip_jax.storage import files
 from tests.clock import HandClock
 from tests.scaling.conftest import train_all, write_spec
@@ -22,11 +22,11 @@ def test_workers_on_two_machines_share_a_queue(folder: str, tmp_path: Path):
 
     def worker(host: str) -> Queue:
         some = [
-            Job(name, [name], root / name, tmp_path / host / name, (root / name / "done").exists)
+            Job(name, [], root / name, tmp_path / host / name, (root / name / "done").exists)
             for name in ("a", "b", "c")
         ]
         with mock.patch.object(socket, "gethostname", autospec=True, return_value=host):
-            return Queue(root, some, Budget({"c": 3.0}, (), 2.0), Group(), print, clock)
+            return Queue(root, some, lambda names: "c" not in names, Position(), print, clock)
 
     def take(queue: Queue) -> Job | None:
         clock.advance(10)
@@ -81,8 +81,8 @@ def test_a_study_in_a_bucket(s3, tmp_path: Path, monkeypatch):
 
 def test_a_log_is_copied_to_the_bucket(s3, tmp_path: Path):
     root, clock = files.as_path(f"{s3.url}/study"), HandClock(skips=True)
-    job = Job("a", ["echo", "hello"], root / "a", tmp_path, lambda: False)
-    with Queue(root, [job], Budget(), Group(), print, clock) as queue:
+    job = Job("a", ["echo", "hello"], root / "a", tmp_path / "log.txt", lambda: False)
+    with Queue(root, [job], bool, Position(), print, clock) as queue:
         jobs.run(queue, 1, {"PATH": os.environ["PATH"]}, print, clock)
     assert queue.failures["a"].endswith("log.txt ends: hello")
     assert files.read(f"{root}/a/log.txt") == b"hello\n"

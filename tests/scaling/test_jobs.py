@@ -12,9 +12,10 @@ from unittest import mock
 
 import pytest
 
+from clip_jax.processes import Position
 from clip_jax.scaling import jobs
-from clip_jax.scaling.jobs import Job, Stopped, run
-from clip_jax.scaling.queue import Budget, Group, Queue
+from clip_jax.scaling.jobs import Stopped, run
+from clip_jax.scaling.queue import Job, Queue
 from clip_jax.storage.events import Events
 from tests.clock import HandClock
 
@@ -72,7 +73,7 @@ class Machine(HandClock):
         process = self._programs[name] = Process(**program)
         if done_after is not None:
             process.acts |= {done_after: (directory / "done").touch}
-        return Job(name, [name], directory, directory, (directory / "done").exists)
+        return Job(name, [name], directory, directory / "log.txt", (directory / "done").exists)
 
     def start(self, args: list[str], *, pass_fds, stdout, **how) -> Process:
         assert how == {
@@ -89,7 +90,7 @@ class Machine(HandClock):
             self._programs[name].go_on(self.now())
 
     def run(self, some: list[Job], at_a_time: int = 1) -> dict[str, str]:
-        with Queue(self._folder, some, Budget(), Group(), self.said.append, self) as queue:
+        with Queue(self._folder, some, bool, Position(), self.said.append, self) as queue:
             run(queue, at_a_time, {"A": "b"}, self.said.append, self)
         return queue.failures
 
@@ -115,7 +116,7 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
     assert re.fullmatch("exit code 1; .*log.txt ends: no such file", failures["b"])
     assert failures["c"].startswith("killed by SIGKILL")
     assert failures["d"].endswith("ends: early")
-    assert (some[0].directory / "log.txt").read_text() == "fine\n"
+    assert some[0].log.read_text() == "fine\n"
     assert len(machine.said) == 2 * 5
     assert machine.run(some[:1]) == {}
     assert machine.said[-1] == "a: already done by another process"

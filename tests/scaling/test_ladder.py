@@ -51,13 +51,13 @@ def test_every_point_follows_the_rules():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": {}}, "models is empty"),
-        ({"seeds": (0, 0)}, "names one twice"),
+        ({"models": {}}, r"models=\(\) must have no value twice, and at least one"),
+        ({"seeds": (0, 0)}, r"seeds=\(0, 0\) must have no value twice"),
         ({"batch_sizes": (16,)}, "one for each of samples"),
         ({"samples": (128_000, 128_100)}, "samples are too close"),
         (
             {"batch_sizes": (16, 64), "branches": BranchesConfig()},
-            "all have its batch size",
+            r"batch_sizes=\(16, 64\) must be equal",
         ),
         (
             {"samples": (16, 512), "branches": BranchesConfig()},
@@ -90,7 +90,7 @@ def test_points_branch_from_one_parent_a_model_and_seed(tmp_path):
     assert [point.training_flops / step for point in points[:3]] == [32, 2, 8]
     # 42 steps instead of 50.
     text = ladders.describe(points, set(), cooled)
-    assert "16% saved. The parent runs keep the checkpoints of 8 steps" in text
+    assert "16% saved" in text
     assert (parent.is_ready(), short.is_ready()) == (True, False)
 
 

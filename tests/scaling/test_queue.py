@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -10,15 +10,8 @@ from unittest import mock
 import pytest
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
-from clip_jax.scaling.jobs import Job
-from clip_jax.scaling.queue import (
-    SCAN_SECONDS,
-    Budget,
-    Follower,
-    Group,
-    Queue,
-    workers,
-)
+from clip_jax.processes import Position
+from clip_jax.scaling.queue import SCAN_SECONDS, Afford, Job, Queue, workers
 from clip_jax.storage import files
 from tests.clock import HandClock
 
@@ -37,17 +30,15 @@ class Study:
     def job(self, name: str, host: str) -> Job:
         """A job whose lock is on a disk of that host."""
         done = self.root / name / "done"
-        return Job(name, [name], self.root / name, self.root / host / name, done.exists)
+        return Job(name, [name], self.root / name, self.root / host / name / "log.txt", done.exists)
 
     def worker(
-        self, host: str = "here", names: str = "abc", budget: Budget | None = None,
-        group: Group | None = None, change: Callable[[Job], Job] = lambda job: job,
+        self, host: str = "here", names: str = "abc", afford: Afford = bool,
+        group: Position | None = None, change: Callable[[Job], Job] = lambda job: job,
     ) -> Queue:  # fmt: skip
         jobs = [change(self.job(name, host)) for name in names]
         with mock.patch.object(socket, "gethostname", autospec=True, return_value=host):
-            return Queue(
-                self.root, jobs, budget or Budget(), group or Group(), self.said.append, self.clock
-            )
+            return Queue(self.root, jobs, afford, group or Position(), self.said.append, self.clock)
 
     def end(self, worker: Queue, job: Job, outcome: str = "done", reason: str = "") -> str:
         if outcome == "done":
@@ -57,7 +48,7 @@ class Study:
         job.unlock()
         return left
 
-    def take(self, worker: Queue | Follower) -> str:
+    def take(self, worker: Queue) -> str:
         """The name of the job that a worker takes after a pause, which it then runs."""
         self.clock.advance(SCAN_SECONDS)
         job = worker.take()
@@ -183,22 +174,24 @@ def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
 
 
 def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(study: Study):
-    budget = Budget({"a": 5.0, "b": 3.0, "c": 2.0, "z": 2.0}, ["z"], 9.0)
-    one, two = (study.worker(host, budget=budget) for host in ("one", "two"))
+    def afford(names: Collection[str]) -> bool:
+        return sum({"a": 5, "b": 3, "c": 2}[name] for name in set(names)) <= 7
+
+    one, two = (study.worker(host, afford=afford) for host in ("one", "two"))
     assert [study.take(one), study.take(two)] == ["a", "c"]
     assert two.left_out == ["b"]
     assert study.said == ["b: left out, since it would exceed the limit"]
     study.end(one, study.jobs["a"], "failed", "exit code 1")  # which has cost all the same
     assert study.take(one) == ""
     assert one.left_out == ["b"]
-    assert study.take(study.worker("three", budget=budget)) == "a"  # what was begun may go on
+    assert study.take(study.worker("three", afford=afford)) == "a"  # what was begun may go on
 
 
 def test_jobs_whose_input_is_too_expensive_are_left_out(study: Study):
     def after_a(job: Job) -> Job:
         return job._replace(after="a", is_ready=lambda: False) if job.name == "b" else job
 
-    one = study.worker(budget=Budget({"a": 5.0, "b": 1.0, "c": 1.0}, (), 3.0), change=after_a)
+    one = study.worker(afford=lambda names: "a" not in names, change=after_a)
     assert study.take(one) == "c"
     assert study.take(one) == ""
     assert one.left_out == ["a", "b"]
@@ -232,58 +225,71 @@ def test_who_works_on_what_can_be_read_meanwhile(study: Study):
 # ------------------------------------------------------------------ groups of hosts
 
 
-def followed(study: Study, index: int) -> Follower:
-    jobs = [study.job(name, f"host{index}")._replace(process=index) for name in "abc"]
-    return Follower(jobs, Group(f"{study.root}/queue/groups/pod", index, 3), study.clock)
+def pod(study: Study) -> list[Queue]:
+    return [study.worker(f"host{i}", "ab", group=Position("pod", i, 3)) for i in range(3)]
 
 
 def test_hosts_of_a_group_do_the_same_jobs_each_when_all_are_free(study: Study):
-    hosts = [followed(study, index) for index in (1, 2)]
-    lead = study.worker(names="ab", group=Group(f"{study.root}/queue/groups/pod", 0, 3))
+    lead, *others = hosts = pod(study)
     assert study.take(lead) == ""
     assert study.said == ["waiting for host 2, 3 of 3"]
-    assert [study.take(host) for host in hosts] == ["", ""]
+    assert [study.take(host) for host in others] == ["", ""]
     assert not any(host.is_over() for host in hosts)
-    assert [study.take(host) for host in (lead, *hosts)] == ["a", "a", "a"]
+    assert [study.take(host) for host in hosts] == ["a", "a", "a"]
+    assert not any(host.lost() for host in hosts)
     job = study.jobs["a"]
-    assert job.log.name == "log-2.txt"
     study.end(lead, job)
-    hosts[0].release(job, "done")
+    assert workers(study.root, study.clock.unix()) == {}
+    others[0].release(job, "done")
     assert study.take(lead) == ""
     assert study.said[-1] == "waiting for host 3 of 3"
-    hosts[1].release(job, "done")
-    job.unlock()
-    assert [study.take(host) for host in (lead, *hosts)] == ["b", "b", "b"]
-    assert not lead.is_over()
+    others[1].release(job, "done")
+    assert [study.take(host) for host in hosts] == ["b", "b", "b"]
     study.end(lead, study.jobs["b"])
-    for host in hosts:
+    assert study.take(lead) == ""
+    assert not any(host.is_over() for host in hosts)
+    for host in others:
         host.release(study.jobs["b"], "done")
     assert study.take(lead) == ""
     assert lead.is_over()
     with lead:
         pass
-    assert [study.take(host) for host in hosts] == ["", ""]
-    assert all(host.is_over() for host in hosts)
+    assert [study.take(host) for host in others] == ["", ""]
+    assert all(host.is_over() for host in others)
+    assert not any(host.is_over() for host in pod(study)[1:])  # the end of another time
+    again = study.worker("host1", "ab", group=Position("pod", 1, 3))
+    assert study.take(again) == ""
+    assert not again.is_over()  # that was the end of an earlier command
 
 
 def test_hosts_that_were_restarted_join_at_the_next_job(study: Study):
-    hosts = [followed(study, index) for index in (1, 2)]
-    lead = study.worker(names="abc", group=Group(f"{study.root}/queue/groups/pod", 0, 3))
-    for host in hosts:
-        study.take(host)
-    assert [study.take(host) for host in (lead, *hosts)] == ["a", "a", "a"]
-    hosts[1] = followed(study, 2)
-    assert study.take(hosts[1]) == ""  # not in the middle of a job
-    hosts[0].release(study.jobs["a"], "failed", "exit code 1")
+    lead, *others = pod(study)
+    assert [study.take(host) for host in (lead, *others)] == ["", "", ""]
+    assert [study.take(host) for host in (lead, *others)] == ["a", "a", "a"]
+    others[1] = study.worker("host2", "ab", group=Position("pod", 2, 3))
+    assert study.take(others[1]) == ""  # not in the middle of a job
+    others[0].release(study.jobs["a"], "failed", "exit code 1")
     study.end(lead, study.jobs["a"], "failed", "exit code 1")
     study.kill()
-    assert [study.take(host) for host in (lead, *hosts)] == ["b", "b", "b"]
-    # The first host is restarted: what it announced before does not count.
+    assert [study.take(host) for host in (lead, *others)] == ["b", "b", "b"]
+    # The first host is restarted: what the others wrote before does not count.
     study.kill()
-    lead = study.worker(names="abc", group=Group(f"{study.root}/queue/groups/pod", 0, 3))
-    for host in hosts:
+    lead = study.worker("host0", "ab", group=Position("pod", 0, 3))
+    for host in others:
         host.release(study.jobs["b"], "failed")
         assert study.take(lead) == ""
         assert study.take(host) == ""
         assert not host.is_over()
     assert study.take(lead) == "a"
+
+
+def test_a_group_that_another_worker_replaces_gives_up_its_job(study: Study):
+    hosts = pod(study)
+    for _ in range(2):
+        for host in hosts:
+            study.take(host)
+    study.kill()
+    single = study.worker("host0", "a")
+    assert study.take(single) == "a"
+    study.clock.advance(RENEW_SECONDS)
+    assert [host.lost() for host in hosts] == [{"a"}] * 3
