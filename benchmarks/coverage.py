@@ -223,7 +223,7 @@ def measure(task: tuple[Cell, int, int, str]) -> dict[str, Any]:
 def _lacking(fitted: Any, name: str) -> Any:
     if hasattr(fitted, "lacking"):
         return fitted.lacking(name)
-    return name == "irreducible" and fitted.irreducible is None
+    return name == "irreducible" and getattr(fitted, "irreducible", 0.0) is None
 
 
 # ------------------------------------------------------------------ crossings and procedures

@@ -107,7 +107,7 @@ def _errors(
     """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
     sizes = sizes_of([first, second])
     both = [
-        np.concatenate([np.atleast_2d(x.error) for x in fit.divided(compute, sizes)])
+        np.concatenate([np.atleast_2d(x.error) for x in fit.best(compute, sizes)])
         for fit in (first, second)
     ]
     n = min(map(len, both))

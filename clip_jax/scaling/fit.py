@@ -45,8 +45,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 # Columns that tell runs apart that are more than seeds of each other, and those of which a law
 # without them may misfit.
 SETTINGS = (
-    "arch", "lr", "global_batch", "warmup", "weight_decay", "data", "upstream_dataset", "schedule",
-    "family",
+    "arch", "samples_seen", "gmacs_per_sample", "unique_samples", "lr", "global_batch", "warmup",
+    "weight_decay", "data", "upstream_dataset", "schedule", "family",
 )  # fmt: skip
 OTHERS = ("global_batch", "unique_samples")
 KINDS = ("data", "upstream_dataset", "schedule", "family")
@@ -283,7 +283,7 @@ def _law(fitted: Fit) -> dict[str, Any]:
             for compute, error in np.stack([fitted.fitted.compute, fitted.fitted.error]).T.tolist()
         ],
         "parameters": parameters,
-        "irreducible_error": fitted.irreducible,
+        "irreducible_error": parameters.get("irreducible", {}).get("value"),
         "curve": [
             {"compute": compute, "error": error, "interval": interval}
             for compute, error, *interval in curve.T.tolist()
@@ -389,7 +389,7 @@ def _sensitivity(
                 at = float(best.size), float(best.samples), None
             answer = _answer(fitted, *at, variant) | {"warnings": fitted.misfit()}
         except InputError as error:
-            answer = {"error": None, "lacking": str(error), "warnings": []}
+            answer = {"error": None, "lacking": "other runs", "reason": str(error), "warnings": []}
         answers.append({"variant": name, **answer})
     return answers
 

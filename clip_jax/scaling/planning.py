@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from clip_jax.scaling.choose import fit_rule
 from clip_jax.scaling.fit import FitConfig
 from clip_jax.scaling.laws import TRAINING_FLOPS, Batched
 from clip_jax.scaling.run_table import RunTable, Selection, gmacs, number, parse_count, short, text
-from clip_jax.scaling.uncertainty import Fit, sizes_of
+from clip_jax.scaling.uncertainty import Fit, middle, sizes_of
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
@@ -32,7 +32,8 @@ class ScalePlanConfig(Selection):
     budget: str = "1e21"  # Training FLOPs, chip-hours (300chip-hours) or dollars (5000usd).
     topology: Annotated[Topology, pods.AsText] = pods.V5E  # Pod, such as v5e:16x16 or H100:64.
     chip_hour_price: float | None = None  # Price of one chip-hour, in dollars. None: no price.
-    mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price. `clip-jax plan` bounds it.
+    mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price.
+    bound: AnyPath | None = None  # Output of `clip-jax plan --json`. Its MFU bound limits the MFU.
     metric: str = "imagenet1k_acc1"  # Column with the result of each run.
     metric_is: Literal["score", "error"] | None = None  # Kind of metric. None: by its name.
     form: Literal["additive", "repeated", "batched"] = "additive"  # Form of the law.
@@ -100,6 +101,11 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
 
     Raises InputError for a table or a sweep that gives no answer.
     """
+    if config.bound:
+        if not config.bound.is_file():
+            raise InputError(f"there is no {config.bound}; `clip-jax plan --json` prints one.")
+        planned = read_json(config.bound, "mfu_bound", advice="Run `clip-jax plan --json`.")
+        config = replace(config, mfu=min(config.mfu, planned["mfu_bound"]), bound=None)
     law = FitConfig(metric=config.metric, metric_is=config.metric_is, form=config.form, draws=300)
     table = run_table.read(config.table, config.columns).select(config.metric, config.where)
     fitted = law.fit(law.runs(table))
@@ -111,7 +117,8 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     batch_size = config.batch_size or _batch_size(config, table, fitted, best["samples"])
     rate = _learning_rate(config.sweep, table, best["model"], batch_size) if config.sweep else None
     compute, epochs = best["size"] * best["samples"], unique and best["samples"] / unique
-    optimum = fitted.best(np.array([compute]), sizes_of([fitted]))["size"]
+    law_best, drawn_best = fitted.best(np.array([compute]), sizes_of([fitted]))
+    best_size = [float(x) for x in np.ravel([law_best.size, *middle(np.asarray(drawn_best.size))])]
     chip_hours = compute * TRAINING_FLOPS / config.flops_of_chip_hour
     price = config.chip_hour_price
     warnings = fitted.misfit()
@@ -125,7 +132,7 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     return best | {
         "metric": config.metric, "is_score": law.is_score, "form": config.form,
         "runs": len(fitted.runs.error), "training_flops": compute * TRAINING_FLOPS,
-        "best_size": np.concatenate(optimum).tolist(), "unique": unique, "epochs": epochs,
+        "best_size": best_size, "unique": unique, "epochs": epochs,
         "batch_size": batch_size, "steps": max(round(best["samples"] / batch_size), 1),
         "learning_rate": rate, "topology": str(config.topology), "mfu": config.mfu,
         "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
@@ -189,7 +196,7 @@ def describe(plan: Mapping[str, Any]) -> str:
         f"batch size: {plan['batch_size']:,}, {plan['steps']:,} steps",
         "learning rate: "
         + (between(rate["value"], *rate["interval"]) if rate else "none is known (--sweep)"),
-        f"{plan['topology']} at {plan['mfu']:.0%} MFU (--mfu): {plan['hours']:,.3g} h, "
+        f"{plan['topology']} at {plan['mfu']:.0%} MFU (--mfu, --bound): {plan['hours']:,.3g} h, "
         f"{plan['chip_hours']:,.4g} chip-hours" + (f", price {price:,.0f}" if price else ""),
     ]
     return "\n".join([*lines, *(f"warning: {line}" for line in plan["warnings"])])

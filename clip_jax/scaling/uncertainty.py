@@ -101,9 +101,9 @@ class Points(NamedTuple):
 
 def averaged(runs: Runs) -> Points:
     """Average the runs of each setting; without `Runs.setting`, those of equal model and length."""
-    columns = (runs.size, runs.samples, runs.third, runs.others, runs.setting)
-    lists = [np.asarray(x).tolist() for x in columns if x is not None]
-    keys = list(map(str, zip(*lists, strict=True)))
+    columns = (runs.size, runs.samples, runs.third, runs.others)
+    columns = columns if runs.setting is None else (runs.setting,)
+    keys = [str(key) for key in zip(*(x for x in columns if x is not None), strict=True)]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     point = np.array([number[key] for key in keys])
     seeds, log = np.bincount(point).astype(float), np.log(runs.error)
@@ -215,18 +215,10 @@ class Fit:
         drawn = self.drawn.map(lambda x: x.reshape(-1, *(1,) * axes))
         return np.asarray(drawn(size, samples, third))
 
-    def divided(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> tuple[Optimum, Optimum]:
+    def best(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> tuple[Optimum, Optimum]:
         """Return the best division of compute by the law, `[C]`, and by each draw, `[draws, C]`."""
         drawn = self.drawn.map(lambda x: x[:, None])
         return self.law.optimum(compute, sizes), drawn.optimum(compute, sizes)
-
-    def best(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> dict[str, Prediction]:
-        """Return `size`, `samples` and `error` of the best division, each with its interval."""
-        law, drawn = self.divided(compute, sizes)
-        return {
-            name: Prediction(value, *middle(np.asarray(draws)))
-            for name, value, draws in zip(Optimum._fields, law, drawn, strict=True)
-        }
 
     def lacking(self, parameter: str) -> str:
         """Return which runs would determine a parameter; empty if these do.
@@ -257,13 +249,6 @@ class Fit:
             if not known and self.fitted.values(name) < 3:
                 few.append(NEEDED[name])
         return "runs of at least three " + " and ".join(few) if few else ""
-
-    @property
-    def irreducible(self) -> float | None:
-        """The irreducible error, or None if the runs do not determine it."""
-        if "irreducible" not in self.law.names() or self.lacking("irreducible"):
-            return None
-        return float(self.law.parameters["irreducible"])
 
     def misfit(self) -> list[str]:
         """Return warnings about residuals that do not look like noise."""

@@ -247,7 +247,15 @@ def test_the_command_prints_a_plan(tmp_path, capsys):
     )
     assert "plan: ViT-L-16 on 2.9B pairs, 7.2 epochs of 400M\nbatch size: 16,384, " in text
     assert "learning rate: none is known (--sweep)" in text
-    assert "v5e:16x16 at 40% MFU (--mfu): 16.3 h, 4,167 chip-hours, price 5,000" in text
+    assert "v5e:16x16 at 40% MFU (--mfu, --bound): 16.3 h, 4,167 chip-hours, price 5,000" in text
+    bound = tmp_path / "bound.json"
+    with pytest.raises(InputError, match="clip-jax plan --json"):
+        plan(ScalePlanConfig(table=Path(table), metric="loss", bound=bound))
+    bound.write_text('{"mfu_bound": 0.2}')
+    assert main([*args, "--budget", "300chip-hours", "--bound", str(bound)]) == 0
+    assert (
+        "v5e:16x16 at 20% MFU (--mfu, --bound): 1.17 h, 300 chip-hours" in capsys.readouterr().out
+    )
     assert main([*args, "--budget", "1e20", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["training_flops"] == pytest.approx(1e20)
 

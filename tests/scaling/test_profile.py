@@ -88,7 +88,7 @@ def test_intervals_that_reach_a_bound_are_open():
     fitted = fit_law("additive", measured(law("additive", 0.3, 0.2, 0.5, 5.0, 0.0), 0, 0.03))
     interval = fitted.interval("irreducible")
     assert (interval.low, interval.open) == (0.0, True)
-    assert fitted.irreducible is None
+    assert fitted.lacking("irreducible")
     wider = "a wider range of model sizes and numbers of samples, or less noise"
     assert fitted.lacking("irreducible") == wider
     _, low, high = map(float, fitted.curve(1e9, 1e18))  # no error is negative, however far
@@ -114,7 +114,7 @@ def test_one_or_two_sizes_say_nothing_about_size(form: Form, sizes: int):
     fitted: Any = fit_law(form, measured(KNOWN[form], 0, 0.01, sizes, 6))
     for name in ("size_alpha", "size_scale", "irreducible"):
         assert fitted.lacking(name) == "runs of at least three model sizes"
-    assert fitted.irreducible is None
+    assert fitted.lacking("irreducible")
     assert fitted.lacking("samples_alpha") == ""
     third = {"additive": None, "repeated": 1e7, "batched": 1e4}[form]
     lacking = "runs of at least three model sizes"
