@@ -107,7 +107,8 @@ def test_seeds_are_one_point_and_the_luckiest_does_not_win():
     _, low, high = fitted.predict(30.0, 1e8)
     assert np.log(high / low) / 2 > 1.9 * fitted.spread / fitted.trend.weight(3e9) ** 0.5
     # Runs that differ in a setting, such as their learning rate, are not seeds of each other.
-    differ = runs._replace(setting=np.tile(["1e-3", "5e-4"], 80))
+    rates = zip(runs.size, runs.samples, np.tile(["1e-3", "5e-4"], 80), strict=True)
+    differ = runs._replace(setting=np.array([str(x) for x in rates]))
     assert len(averaged(differ).seeds) == 32
 
 
