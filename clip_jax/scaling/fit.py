@@ -23,10 +23,6 @@ from clip_jax.storage.files import AnyPath, check_destination
 
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # third columns that forms need
 ENOUGH = 7  # points of different size or samples, for the form additive by default
-THROUGH = {
-    "all": "the seeds' means of", "frontier": "those that no cheaper run beats, of",
-    "cherti": "the least errors of the bins of", "laion": "the best along compute of",
-}  # fmt: skip
 UNITS = {
     "compute": "forward GMACs of a pair x pairs seen", "samples": "pairs seen", "hours": "hours",
     "training_flops": "training FLOPs",
@@ -458,9 +454,8 @@ def describe(result: Mapping[str, Any]) -> str:
     law = f"{result['metric']}: {result['form']} law"
     unit = f"; C in {result['compute_unit']}"
     lines = [law + unit] if "families" in result else []
-    through = THROUGH[result["procedure"]]
     for name, family in result.get("families", {"": result}).items():
-        count = f"{len(family['points'])} points, {through} {family['runs']} runs"
+        count = f"{len(family['points'])} points of {family['runs']} runs"
         lines += [f"{name or law} through {count}{'' if name else unit}", *_lines_of_law(family)]
     for pair in result.get("pairs", ()):
         lines += compare.describe(pair)

@@ -73,7 +73,7 @@ def test_the_published_procedures_predictions_and_files(tmp_path: Path):
     (far,) = result["warnings"]
     assert far.startswith("ViT-H-14@1000B has 29 times the compute of the largest run")
     text = describe(result)
-    assert "power law through 5 points, the least errors of the bins of 29 runs" in text
+    assert "power law through 5 points of 29 runs" in text
     assert "ViT-H-14@68B: 79.7% (95%: " in text
 
 
@@ -207,7 +207,7 @@ def test_seeds_checkpoints_and_evaluated_images_count():
     ]
     plain = fit(RunTable(rows), replace(OURS, form="power"))
     assert (len(plain["points"]), plain["runs"], len(plain["residuals"])) == (10, 40, 40)
-    assert "through 10 points, the seeds' means of 40 runs" in describe(plain)
+    assert "through 10 points of 40 runs" in describe(plain)
     apart = RunTable([row | {"lr": 1e-3 * (1 + i % 2)} for i, row in enumerate(rows)])
     assert len(fit(apart, replace(OURS, form="power"))["points"]) == 20
     many = RunTable([row | {"lr": i} for row in rows for i in range(10)])
