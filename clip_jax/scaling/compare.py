@@ -74,12 +74,10 @@ def compare(first: Fit, second: Fit) -> Comparison:
         at = np.exp(log[i] - gap[0, i] * (log[i + 1] - log[i]) / (gap[0, i + 1] - gap[0, i]))
         determined = np.flatnonzero(sign)
         below, above = determined[determined <= i], determined[determined > i]
-        ends = (
-            float(np.exp(log[below[-1]])) if len(below) else 0.0,
-            float(np.exp(log[above[0]])) if len(above) else math.inf,
-        )
-        inside = bool(least <= at <= most)
-        crossings.append(Crossing(float(at), *ends, int(gap[0, i + 1] > 0), inside))
+        low = float(np.exp(log[below[-1]])) if len(below) else 0.0
+        high = float(np.exp(log[above[0]])) if len(above) else math.inf
+        better, inside = int(gap[0, i + 1] > 0), bool(least <= at <= most)
+        crossings.append(Crossing(float(at), low, high, better, inside))
     if least >= most:
         return Comparison([], crossings, [], 0.0)
     inside = (np.log(least) <= log) & (log <= np.log(most))
@@ -106,12 +104,10 @@ def _errors(
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C"]]:
     """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
     sizes = sizes_of([first, second])
-    both = [
-        np.concatenate([np.atleast_2d(x.error) for x in fit.best(compute, sizes)])
-        for fit in (first, second)
-    ]
-    n = min(map(len, both))
-    return both[0][:n], both[1][:n]
+    bests = (fit.best(compute, sizes) for fit in (first, second))
+    one, other = (np.concatenate([np.atleast_2d(x.error) for x in best]) for best in bests)
+    n = min(len(one), len(other))
+    return one[:n], other[:n]
 
 
 def _ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ratio]:

@@ -106,9 +106,9 @@ def averaged(runs: Runs) -> Points:
     keys = [str(key) for key in zip(*(x for x in columns if x is not None), strict=True)]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     point = np.array([number[key] for key in keys])
+    first = np.unique(point, return_index=True)[1]
     seeds, log = np.bincount(point).astype(float), np.log(runs.error)
     mean = np.bincount(point, log) / seeds
-    first = np.unique(point, return_index=True)[1]
     squares = np.bincount(point, np.square(log - mean[point]))
     return Points(runs.where(first)._replace(error=np.exp(mean)), seeds, squares)
 
@@ -405,8 +405,8 @@ def _published(
     else:
         kept = runs
     n = len(kept.error)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n, np.full(n, 1 / n), draws) if n else np.zeros((draws, 0))
+    _check_points(n, len(kind.names()), form)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
     error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, kept.error, np.inf)
     if bins is None:
         compute = kept.compute
@@ -415,7 +415,7 @@ def _published(
     else:
         compute, error = laws.frontier(kept.compute, error, laws.bin_edges(kept.compute, bins))
     full = np.isfinite(error)
-    points = int(full[0].sum()) if n else 0
+    points = int(full[0].sum())
     freedom = points - len(kind.names())
     _check_points(points, len(kind.names()), form)
     axis = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
@@ -450,34 +450,29 @@ def _misfit(fit: Fit) -> list[str]:
     """Test the residuals for curvature (an F test) and for runs of equal signs."""
     points, root = fit.fitted, np.sqrt(fit.weights)
     basis, residual = _residuals(fit)
-    warnings = []
     extra = _curves(fit.law, points) * root[:, None]
     added = _basis(extra - basis @ (basis.T @ extra), np.linalg.norm(extra, axis=0).max(initial=1))
-    k = added.shape[1]
-    rest = len(residual) - basis.shape[1] - k
+    k, rest = added.shape[1], len(residual) - basis.shape[1] - added.shape[1]
     share = float(np.square(added.T @ residual).sum() / max(np.square(residual).sum(), 1e-300))
-    if k and rest > 0:
-        # P(F > f) by the incomplete beta function.
-        p = float(special.betainc(rest / 2, k / 2, 1 - share))
-        if p < REJECT:
-            warnings.append(
-                f"the law misfits: residuals of up to {np.abs(np.expm1(fit.residuals)).max():.1%} "
-                f"depend on the size, the samples or other settings of the runs (p = {p:.1g}); try "
-                "another --form, divide the runs with --compare, or exclude some with --where."
-            )
+    # P(F > f) by the incomplete beta function.
+    p = special.betainc(rest / 2, k / 2, 1 - share) if k and rest > 0 else 1.0
+    if p < REJECT:
+        return [
+            f"the law misfits: residuals of up to {np.abs(np.expm1(fit.residuals)).max():.1%} "
+            f"depend on the size, the samples or other settings of the runs (p = {p:.1g}); try "
+            "another --form, divide the runs with --compare, or exclude some with --where."
+        ]
     excess = fit.noise**2 - fit.within * float((1 / fit.seeds).mean())
-    if not warnings and fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
-        warnings.append(
+    if fit.freedom > 1 and 0 < MISFIT**2 * fit.within < excess:
+        return [
             f"the law misfits: points lie {math.sqrt(excess):.1%} from it, seeds of a point only "
             f"{math.sqrt(fit.within):.1%} from each other; try another --form."
-        )
+        ]
     signs = residual[np.argsort(points.compute, kind="stable")] > 0
-    if not warnings and len(signs) >= 10 and (p := _few_runs(signs)) < REJECT / 2:
-        warnings.append(
-            f"the law misfits: residuals keep their sign along compute (p = {p:.1g}); try another "
-            "--form."
-        )
-    return warnings
+    if len(signs) >= 10 and (p := _few_runs(signs)) < REJECT / 2:
+        what = "residuals keep their sign along compute"
+        return [f"the law misfits: {what} (p = {p:.1g}); try another --form."]
+    return []
 
 
 def _residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
@@ -538,10 +533,10 @@ def _curves(law: Law, runs: Runs) -> np.ndarray:
 
 def _few_runs(signs: Bool[np.ndarray, " n"]) -> float:
     """Return the probability of so few runs of equal signs (Wald and Wolfowitz 1940)."""
-    plus, minus = int(signs.sum()), int((~signs).sum())
-    n, runs = plus + minus, 1 + int((signs[1:] != signs[:-1]).sum())
+    plus, minus, n = int(signs.sum()), int((~signs).sum()), len(signs)
     if not plus or not minus:
         return 1.0
     mean = 1 + 2 * plus * minus / n
     spread = math.sqrt(max((mean - 1) * (mean - 2) / (n - 1), 1e-12))
+    runs = 1 + int((signs[1:] != signs[:-1]).sum())
     return float(special.ndtr((runs + 0.5 - mean) / spread))
