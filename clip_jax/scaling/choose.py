@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,26 +50,6 @@ class ChooseConfig(Selection):
         return value if self.best == "min" else -value
 
 
-class Choice(NamedTuple):
-    """The best trial of a point."""
-
-    point: dict[str, Any]  # its description, as JSON values
-    rows: Sequence[Row]  # runs of the trial, one per seed
-    factor: float  # ratio of neighbouring learning rates; NaN if there is only one
-
-
-class Rule(NamedTuple):
-    """learning rate = exp(line of 1, ln width and ln batch); 0 · ln batch if the batch is fixed."""
-
-    line: Linear
-    observations: int
-
-    def predict(self, width: float, batch: float) -> tuple[float, float, float]:
-        """Return the learning rate and the 95% interval of one more run's optimum."""
-        middle, half = self.line.predict(np.log([math.e, width, batch]))
-        return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
-
-
 def choose(config: ChooseConfig) -> dict[str, Any]:
     """Return the best trial of every point, and the rule with its check, as JSON values.
 
@@ -81,18 +61,14 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     points = table.groups(lambda row: (row["arch"], short(number(row, "samples_seen"))))
     choices = [_best(point, config) for point in points.values()]
     if config.output:
-        chosen = RunTable([row for choice in choices for row in choice.rows])
-        run_table.write(chosen, config.output)
-    return {
-        "choose_by": config.choose_by,
-        "report": config.report,
-        "points": [choice.point for choice in choices],
-        "rule": _rule(choices),
-    }
+        run_table.write(RunTable([row for _, rows in choices for row in rows]), config.output)
+    result = [point for point, _ in choices]
+    names = {"choose_by": config.choose_by, "report": config.report}
+    return {**names, "points": result, "rule": _rule(result)}
 
 
-def _best(point: RunTable, config: ChooseConfig) -> Choice:
-    """Choose the trial of a point with the best mean over seeds, and describe it."""
+def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequence[Row]]:
+    """Choose the trial of a point by its mean over seeds; return JSON values, and its runs."""
     groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
@@ -137,9 +113,9 @@ def _best(point: RunTable, config: ChooseConfig) -> Choice:
         "arch": row["arch"], "width": number(row, "width"),
         "samples_seen": number(row, "samples_seen"), **dict(zip(SWEPT, best, strict=True)),
         "trials": len(trials), "seeds": seeds, "optima": optima, "edges": edges,
-        "metrics": metrics,
+        "metrics": metrics, "grid_factor": factor,  # ratio of neighbouring learning rates
     }  # fmt: skip
-    return Choice(described, trials[best], factor)
+    return described, trials[best]
 
 
 def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
@@ -155,72 +131,65 @@ def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:
     return float(np.exp(x[1] - b / (2 * a))) if a > 0 else learning_rates[best]
 
 
-def fit_rule(
-    widths: Sequence[float], batches: Sequence[float], learning_rates: Sequence[float]
-) -> Rule | None:
-    """Fit the rule to optima, one observation each; None if there are too few."""
-    varies = np.array([True, np.ptp(widths) > 0, np.ptp(batches) > 0])
-    if not varies[1] or len(learning_rates) <= varies.sum():
+def fit_rule(optima: Sequence[tuple[float, float, float]]) -> Linear | None:
+    """Fit the rule to widths, batches and learning rates of optima; None if there are too few."""
+    logs = np.log(np.reshape(optima, (-1, 3)))
+    varies = (logs != logs[:1]).any(axis=0)[:2]
+    if not varies[0] or len(logs) <= 1 + varies.sum():
         return None
-    x = np.stack([np.ones(len(widths)), np.log(widths), np.log(batches)], axis=1)
-    return Rule(least_squares(x * varies, np.log(learning_rates)), len(learning_rates))
+    return least_squares(np.insert(logs[:, :2] * varies, 0, 1.0, axis=1), logs[:, 2])
 
 
-def _rule(choices: Sequence[Choice]) -> dict[str, Any] | None:
+def learning_rate(rule: Linear, width: float, batch: float) -> list[float]:
+    """Return the rule's learning rate, and the ends of the 95% interval of one run's optimum."""
+    middle, half = rule.predict(np.log([math.e, width, batch]))
+    return np.exp([middle, middle - half, middle + half]).tolist()
+
+
+def _rule(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Fit the rule to all but the largest width, and check it on that one."""
-    points = [choice.point for choice in choices]
-    largest = max(point["width"] for point in points)
-    known = [
-        (x["width"], x["global_batch"], optimum)
-        for x in points if x["width"] < largest for optimum in x["optima"]
-    ]  # fmt: skip
-    rule = fit_rule(*zip(*known, strict=True)) if known else None
-    if rule is None:
+    *_, largest = widths = sorted({point["width"] for point in points})
+    smaller = [point for point in points if point["width"] < largest]
+    known = [(x["width"], x["global_batch"], rate) for x in smaller for rate in x["optima"]]
+    if (rule := fit_rule(known)) is None:
         return None
     checks = []
-    for point, _, factor in choices:
-        if point["width"] < largest:
-            continue
-        predicted, *interval = rule.predict(point["width"], point["global_batch"])
-        measured = float(np.exp(np.mean(np.log(point["optima"]))))
+    for x in (point for point in points if point["width"] == largest):
+        predicted, *interval = learning_rate(rule, x["width"], x["global_batch"])
+        measured = float(np.exp(np.mean(np.log(x["optima"]))))
         checks.append({
-            "arch": point["arch"], "width": point["width"], "batch": point["global_batch"],
+            "arch": x["arch"], "width": x["width"], "batch": x["global_batch"],
             "predicted": predicted, "interval": interval, "measured": measured,
-            "grid_steps": abs(math.log(predicted / measured)) / math.log(factor),
+            "grid_steps": abs(math.log(predicted / measured)) / math.log(x["grid_factor"]),
         })  # fmt: skip
-    first = min(points, key=lambda point: point["width"])
-    exponents = {"width_exponent": rule.line.coefficient(1)}
+    batch = next(x["global_batch"] for x in smaller if x["width"] == widths[0])
+    exponents = {"width_exponent": rule.coefficient(1)}
     if len({batch for _, batch, _ in known}) > 1:
-        exponents["batch_exponent"] = rule.line.coefficient(2)
+        exponents["batch_exponent"] = rule.coefficient(2)
     return {
         **{name: value for name, (value, _) in exponents.items()},
         "intervals": {name: [x - half, x + half] for name, (x, half) in exponents.items()},
-        "learning_rate": rule.predict(first["width"], first["global_batch"])[0],
-        "reference_width": first["width"],
-        "reference_batch": first["global_batch"],
-        "observations": rule.observations,
-        "checks": checks,
-    }
+        "learning_rate": learning_rate(rule, widths[0], batch)[0],
+        "reference_width": widths[0], "reference_batch": batch,
+        "observations": len(known), "checks": checks,
+    }  # fmt: skip
 
 
 def describe(result: dict[str, Any]) -> str:
     """Format the best trials, then the rule and its check, as text."""
-    by, of = result["choose_by"], result["report"]
-    lines = [f"chosen by {by} (mean over seeds), reporting {of}"]
+    lines = [f"chosen by {result['choose_by']} (mean over seeds), reporting {result['report']}"]
     for point in result["points"]:
         swept = ", ".join(f"{what} {point[name]:g}" for name, what in SWEPT.items())
-        values = (
-            f"{name} {point['metrics'][name]['mean']:.4g}"
-            + ("" if (std := point["metrics"][name]["sd"]) is None else f" ± {std:.2g}")
-            for name in (by, of)
-        )
+        values = [
+            f"{name} {x['mean']:.4g}" + ("" if x["sd"] is None else f" ± {x['sd']:.2g}")
+            for name, x in point["metrics"].items()
+        ]
         lines.append(
             f"{point['arch']} @ {short(point['samples_seen'])}: {swept} (of "
             f"{point['trials']} trials, {point['seeds']} seeds): {', '.join(values)}"
         )
-        lines += [
-            f"  AT THE EDGE of the grid, {x}: the optimum may be outside" for x in point["edges"]
-        ]
+        edges = point["edges"]
+        lines += [f"  AT THE EDGE of the grid, {x}: the optimum may be outside" for x in edges]
     if (rule := result["rule"]) is None:
         lines.append("no rule for learning rates: fewer than two widths below the largest")
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from clip_jax.models import zoo
 from clip_jax.pods import plan as pods
 from clip_jax.pods.topology import Topology
 from clip_jax.scaling import run_table
-from clip_jax.scaling.choose import fit_rule
+from clip_jax.scaling.choose import fit_rule, learning_rate
 from clip_jax.scaling.fit import FitConfig
 from clip_jax.scaling.laws import TRAINING_FLOPS, Batched
 from clip_jax.scaling.run_table import RunTable, Selection, gmacs, number, parse_count, short, text
@@ -158,14 +158,14 @@ def _learning_rate(sweep: AnyPath, table: RunTable, model: str, batch: int) -> d
     """Predict the learning rate by the rule of the sweep's optima, those of all widths."""
     points = read_json(sweep, "points", advice="Run `scale choose --json`.").get("points", ())
     optima = [(x["width"], x["global_batch"], rate) for x in points for rate in x["optima"]]
-    if (rule := fit_rule(*zip(*optima, strict=True)) if optima else None) is None:
+    if (rule := fit_rule(optima)) is None:
         raise InputError(
             f"{sweep} has {len(optima)} optima; a rule needs three or more, of two or more widths. "
             "Extend the sweep of `scale choose --json`."
         )
     widths = {row["arch"]: text(row, "width") for row in table.rows}
     run = float(widths.get(model) or zoo.get(model).vision.width), batch
-    value, *interval = rule.predict(*run)
+    value, *interval = learning_rate(rule, *run)
     swept = zip(("width", "batch"), run, zip(*optima, strict=True), strict=False)
     outside = [f"sweep: {name} {x:g}" for name, x, xs in swept if not min(xs) <= x <= max(xs)]
     return {"value": value, "interval": interval, "outside": outside}

@@ -12,7 +12,7 @@ from scipy import stats
 from clip_jax.cli.commands import main
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
-from clip_jax.scaling.choose import ChooseConfig, choose, describe, fit_rule, vertex
+from clip_jax.scaling.choose import ChooseConfig, choose, describe, fit_rule, learning_rate, vertex
 
 WIDTHS = (16, 32, 64, 128)
 RATES = [2.0**-n for n in range(5, 13)]
@@ -126,7 +126,7 @@ def test_the_rule_and_its_intervals_are_those_of_linear_regression():
     widths, batches = (np.repeat(x, 3) for x in ([16, 32, 64, 16, 32], [64, 64, 64, 128, 128]))
     noise = 0.3 * np.random.default_rng(1).standard_normal(15)
     rates = best_rate(widths, batches) * np.exp(noise)
-    rule = fit_rule(widths.tolist(), batches.tolist(), rates.tolist())
+    rule = fit_rule([*zip(widths, batches, rates, strict=True)])
     assert rule
     x, y = np.stack([np.ones(15), np.log(widths), np.log(batches)], axis=1), np.log(rates)
     inverse = np.linalg.inv(x.T @ x)
@@ -134,9 +134,9 @@ def test_the_rule_and_its_intervals_are_those_of_linear_regression():
     variance = np.square(y - x @ solution).sum() / 12
     reach = stats.t.ppf([0.5, 0.025, 0.975], 12) * np.sqrt(variance)
     for i in (1, 2):
-        value, half = rule.line.coefficient(i)
+        value, half = rule.coefficient(i)
         wanted = solution[i] + reach * np.sqrt(inverse[i, i])
         np.testing.assert_allclose([value, value - half, value + half], wanted, rtol=1e-9)
     new = np.array([1, np.log(128), np.log(128)])
     wanted = np.exp(new @ solution + reach * np.sqrt(1 + new @ inverse @ new))
-    np.testing.assert_allclose(rule.predict(128, 128), wanted, rtol=1e-9)
+    np.testing.assert_allclose(learning_rate(rule, 128, 128), wanted, rtol=1e-9)
