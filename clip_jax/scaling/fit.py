@@ -23,10 +23,12 @@ from clip_jax.storage.files import AnyPath, check_destination
 
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # third columns that forms need
 ENOUGH = 7  # points of different size or samples, for the form additive by default
-UNITS = {
-    "compute": "forward GMACs of a pair x pairs seen", "samples": "pairs seen", "hours": "hours",
-    "training_flops": "training FLOPs",
-}  # fmt: skip
+AXES = {  # of laws of compute alone: the column, and its meaning
+    "compute": ("", "forward GMACs of a pair x pairs seen"),
+    "samples": ("samples_seen", "pairs seen"),
+    "hours": ("seconds/total", "hours"),
+    "training_flops": ("training_flops", "training FLOPs"),
+}
 EXTRAPOLATION = 10.0  # multiple of the largest compute above which predictions get a warning
 
 # Cherti et al. 2023, figures 1 and 2: alpha and beta, drawn in plots of the same metric.
@@ -38,14 +40,14 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+KINDS = ("data", "upstream_dataset", "schedule", "family")
 # Columns that tell runs apart that are more than seeds of each other, and those of which a law
 # without them may misfit.
 SETTINGS = (
     "arch", "samples_seen", "gmacs_per_sample", "unique_samples", "lr", "global_batch", "warmup",
-    "weight_decay", "data", "upstream_dataset", "schedule", "family",
+    "weight_decay", *KINDS,
 )  # fmt: skip
 OTHERS = ("global_batch", "unique_samples")
-KINDS = ("data", "upstream_dataset", "schedule", "family")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +110,8 @@ class FitConfig(Selection):
         """Convert rows to runs, with what tells them apart."""
         third = THIRD.get(self.form or "", "")
         runs = table.runs(self.metric, self.is_score, third)
-        if self.against != "compute":
-            table.check(
-                column := {"hours": "seconds/total", "samples": "samples_seen"}.get(
-                    self.against, self.against
-                )
-            )
+        if column := AXES[self.against][0]:
+            table.check(column)
             axis = table.numbers(column) / (3600 if self.against == "hours" else 1)
             runs = runs._replace(size=np.ones_like(axis), samples=axis)
         setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
@@ -134,25 +132,17 @@ class FitConfig(Selection):
         """Return the config with a form: `additive` if all families determine it, else `power`."""
         if self.form is not None:
             return self
-        form: Form = (
-            "additive" if self.procedure == "all" and self.against == "compute" else "power"
-        )
+        divides = self.procedure == "all" and self.against == "compute"
         for runs in map(self.runs, families):
-            points = len({*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)})
-            if min(runs.values("size"), runs.values("samples")) < 3 or points < ENOUGH:
-                form = "power"
-        return replace(self, form=form)
+            points = {*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)}
+            three = min(runs.values("size"), runs.values("samples")) >= 3
+            divides = divides and three and len(points) >= ENOUGH
+        return replace(self, form="additive" if divides else "power")
 
     def fit(self, runs: Runs, family: int = 0) -> Fit:
         """Fit runs; each family has its own bootstrap seed, so that they are independent."""
-        return fit_law(
-            self.form or "power",
-            runs,
-            self.procedure,
-            bins=self.bins,
-            draws=self.draws,
-            seed=family,
-        )
+        form, procedure = self.form or "power", self.procedure
+        return fit_law(form, runs, procedure, bins=self.bins, draws=self.draws, seed=family)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +194,9 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     else:
         config = config.resolved([table])
     result: dict[str, Any] = {
-        "metric": config.metric,
-        "form": config.form,
-        "procedure": config.procedure,
-        "compute_unit": UNITS[config.against],
-        "warnings": [],
-    }
+        "metric": config.metric, "form": config.form, "procedure": config.procedure,
+        "compute_unit": AXES[config.against][1], "warnings": [],
+    }  # fmt: skip
     if config.compare:
         return result | _compare(families, config)
     runs = config.runs(table)

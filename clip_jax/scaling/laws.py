@@ -31,8 +31,6 @@ RIDGE = 1e-12  # keeps a matrix invertible if two terms coincide
 AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 
 Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
-
-
 Quantity = str  # size, samples, compute or third: names of what Runs have
 
 
@@ -218,12 +216,9 @@ class Additive(Law):
 
     COEFFICIENTS = ("size_scale", "samples_scale", "irreducible")
     NEEDS: ClassVar = {
-        "size_alpha": ("size",),
-        "size_scale": ("size",),
-        "samples_alpha": ("samples",),
-        "samples_scale": ("samples",),
-        "irreducible": ("size", "samples"),
-    }
+        "size_alpha": ("size",), "size_scale": ("size",), "samples_alpha": ("samples",),
+        "samples_scale": ("samples",), "irreducible": ("size", "samples"),
+    }  # fmt: skip
     size_alpha: Numbers
     samples_alpha: Numbers
     size_scale: Numbers
