@@ -9,7 +9,6 @@ import csv
 import functools
 import gzip
 import io
-import json
 import operator
 import re
 import zlib
@@ -25,7 +24,7 @@ import numpy as np
 from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
-from clip_jax.checkpoints.run_config import upgrade
+from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
@@ -35,7 +34,7 @@ from clip_jax.scaling.laws import Runs
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, write_whole
 from clip_jax.storage.files import read as read_file
-from clip_jax.storage.json_files import read_rows
+from clip_jax.storage.json_files import read_json, read_rows
 
 ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
 
@@ -284,45 +283,36 @@ def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTa
         for file in sorted(files):
             try:
                 rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)
-            except (Unfinished, InputError) as reason:
-                if isinstance(reason, InputError) and file == path:
+            except InputError as reason:
+                if file == path:
                     raise  # a table by name; those in folders may be of other kinds
                 skipped.append(f"{file}: {reason}")
     return RunTable(rows), skipped
 
 
-class Unfinished(Exception):
-    """Raised with the reason for a run or file that is skipped."""
-
-
 def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
     """Read the rows of a CSV of runs from any program."""
-    rows = [{**row, "source": row.get("source", str(file))} for row in read(file, columns).rows]
-    if not rows or not {"arch", "samples_seen"} <= set(rows[0]):
-        raise Unfinished("not a table with the columns arch and samples_seen")
-    return rows
+    table = read(file, columns)
+    table.check("arch", "samples_seen")
+    return [{**row, "source": row.get("source", str(file))} for row in table.rows]
 
 
 def _ours(file: AnyPath) -> Row:
-    """Read the row of a run directory of `clip-jax train`."""
-    config = file.with_name("config.json")
-    if not config.exists():
-        raise Unfinished("no config.json beside it")
+    """Read the row of a run of `clip-jax train`. Raises InputError if it is unfinished."""
+    result = read_json(file, "step", "samples_seen")
     try:
-        result, run = (json.loads(path.read_text()) for path in (file, config))
-        run = upgrade(run)
-        end = run["steps"]  # runs that --stop-after has stopped are unfinished
-        if result.get("step") != end:
-            raise Unfinished(f"stopped at step {result.get('step')} of {end}")
-        watched = {row["step"]: row for row in read_rows(file.parent / WATCHED)}
-        if watched and end not in watched:
-            raise Unfinished(f"its watcher has evaluated up to step {max(watched)} of {end}")
-        if reason := watched.get(end, {}).get("skipped"):
-            raise Unfinished(f"its watcher skipped step {end}: {reason}")
-        row = of_run(run, end)
-        row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
+        run = read_run_config(file.parent)
+        row = of_run(run, end := run["steps"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise Unfinished(f"not a run's result.json and config.json ({error!r})") from error
+        raise InputError(f"no config.json of a run beside it ({error!r})") from error
+    if result["step"] != end:  # --stop-after has stopped it
+        raise InputError(f"stopped at step {result['step']} of {end}")
+    watched = {line["step"]: line for line in read_rows(file.parent / WATCHED)}
+    if watched and end not in watched:
+        raise InputError(f"its watcher has evaluated up to step {max(watched)} of {end}")
+    if reason := watched.get(end, {}).get("skipped"):
+        raise InputError(f"its watcher skipped step {end}: {reason}")
+    row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
     return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
 
 

@@ -119,7 +119,7 @@ def test_a_row_that_a_kill_has_torn_is_measured_again(run):
     curve = run.watch()
     whole = (run.workdir / WATCHED).read_text().splitlines(keepends=True)
     (run.workdir / WATCHED).write_text("".join(whole[:2]) + whole[2][:9])
-    with pytest.raises(run_table.Unfinished, match="has evaluated up to step 4 of 6"):
+    with pytest.raises(InputError, match="has evaluated up to step 4 of 6"):
         run_table._ours(run.workdir / "result.json")
     run.opened.remove(6)
     assert run.watch() == curve
@@ -136,7 +136,7 @@ def test_what_cannot_be_used_gets_a_row_that_says_why(run, capsys):
     assert "step 2 is skipped: it is damaged" in capsys.readouterr().err
     assert run.last == {}
     assert "skipped" not in json.loads((run.workdir / "result.json").read_text())
-    with pytest.raises(run_table.Unfinished, match="skipped step 6: it is damaged"):
+    with pytest.raises(InputError, match="skipped step 6: it is damaged"):
         run_table._ours(run.workdir / "result.json")
     del run.unusable[2], run.unusable[6]  # tried again, with the next start
     assert run.watch() == {2: {"acc": 0.2}, 4: gone, 6: {"acc": 0.6}}
