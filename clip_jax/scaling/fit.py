@@ -326,9 +326,7 @@ def _run_of(
     if not at:
         raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
     if config.against in ("hours", "training_flops"):
-        raise InputError(
-            f"predict needs a law of compute or samples, not against={config.against}."
-        )
+        raise InputError(f"predict needs a law of compute or samples, not of {config.against}.")
     samples, slash, third = samples.partition("/")
     size = sizes[model] if model in sizes else gmacs(zoo.get(model))
     size = 1.0 if config.against == "samples" else size
@@ -456,9 +454,8 @@ def describe(result: Mapping[str, Any]) -> str:
         for x in held["runs"][:10]:
             score, form = ("score" in x, ".1%" if "score" in x else ".4g")
             measured = format(1 - x["measured"] if score else x["measured"], form)
-            lines.append(
-                f"  {x['model']}@{short(x['samples'])}: {_in_words(x)}, measured {measured}"
-            )
+            of = f"{x['model']}@{short(x['samples'])}"
+            lines.append(f"  {of}: {_in_words(x)}, measured {measured}")
     for wanted, prediction in result.get("predictions", {}).items():
         lines.append(f"{wanted}: {_in_words(prediction)}")
     if "sensitivity" in result:
@@ -484,16 +481,12 @@ def _lines_of_law(family: Mapping[str, Any]) -> list[str]:
             line += f"not determined {_interval(parameter['interval'], '.4g')}; it takes {lacking}"
         lines.append(line)
     if best := family.get("best_batch"):
-        interval = _interval(best["interval"], ".3g")
-        lines.append(
-            f"  best batch size for {short(best['samples'])} pairs: {best['value']:.3g} {interval}"
-        )
+        value = f"{best['value']:.3g} {_interval(best['interval'], '.3g')}"
+        lines.append(f"  best batch size for {short(best['samples'])} pairs: {value}")
     if "optimal" in family:
         exponent = family["optimal"]["size_exponent"]
-        lines.append(
-            f"  best division of compute: N grows as C^{exponent['value']:.2f} "
-            + _interval(exponent["interval"], ".2f")
-        )
+        value = f"{exponent['value']:.2f} {_interval(exponent['interval'], '.2f')}"
+        lines.append(f"  best division of compute: N grows as C^{value}")
     return lines
 
 

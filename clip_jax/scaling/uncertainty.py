@@ -4,13 +4,12 @@ All fits minimise squared residuals of log E: the noise of a run is proportional
 that differ only in their seeds are one point, the geometric mean of their errors.
 
 - A power law is a line in log-log, with Student's t intervals, exact for Gaussian noise.
-- Other laws have profile likelihood intervals with Student's t quantile, exact for linear models
-  (`profile.py`). Their draws, for comparisons, are a parametric bootstrap: they are fitted again to
-  errors drawn around the fit, whose noise level is drawn, too.
+- Other laws have profile likelihood intervals with Student's t quantile (`profile.py`). Draws, for
+  comparisons, are a parametric bootstrap: fits to errors and noise levels drawn around the fit.
 - The published procedures `cherti` and `laion` are fitted again to resampled runs.
 
-A law that fits badly is reported: residuals are tested for curvature, for runs of equal signs and
-for outliers. benchmarks/coverage.py measures how often intervals contain the truth.
+Residuals are tested for curvature, for runs of equal signs and for outliers.
+benchmarks/coverage.py measures how often intervals contain the truth.
 """
 
 import functools
@@ -263,14 +262,9 @@ def sizes_of(fits: Sequence[Fit]) -> Sizes:
 
 
 def fit_law(
-    form: Form,
-    runs: Runs,
-    procedure: Procedure = "all",
-    *,
-    bins: int = laws.BINS,
-    draws: int = 1_000,
-    seed: int = 0,
-) -> Fit:
+    form: Form, runs: Runs, procedure: Procedure = "all", *, bins: int = laws.BINS,
+    draws: int = 1_000, seed: int = 0,
+) -> Fit:  # fmt: skip
     """Fit one law to runs, averaged over their seeds.
 
     `procedure`: `all` points; `frontier`, the points that no other beats with at most their
@@ -397,13 +391,11 @@ def _published(
     kind: type[Law], form: str, runs: Runs, bins: int | None, bootstrap: tuple[int, int]
 ) -> Fit:
     """Fit the frontier of runs, and those of runs drawn with replacement: bins, or `laion`."""
-    draws, seed = bootstrap
+    kept, draws, seed = runs, *bootstrap
     if bins is None:
         worst = (runs.compute > LAION_LARGE) & (runs.error > LAION_WORST)
         kept = runs.where((runs.compute >= LAION_LEAST) & ~worst)
         kept = kept.where(np.argsort(kept.compute, kind="stable"))
-    else:
-        kept = runs
     n = len(kept.error)
     _check_points(n, len(kind.names()), form)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)

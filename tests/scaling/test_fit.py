@@ -196,7 +196,7 @@ def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
     predicted = fit(table, replace(OURS, against="samples", form="power", predict=("m30@1B",)))
     error = predicted["predictions"]["m30@1B"]["error"]
     assert error == pytest.approx(KNOWN["power"](30.0, 1e9), rel=0.02)
-    with pytest.raises(InputError, match="a law of compute or samples, not against=hours"):
+    with pytest.raises(InputError, match="a law of compute or samples, not of hours"):
         fit(table, replace(OURS, against="hours", predict=("m30@1B",)))
 
 
