@@ -80,13 +80,11 @@ def compare(first: Fit, second: Fit) -> Comparison:
         crossings.append(Crossing(float(at), low, high, better, inside))
     if least >= most:
         return Comparison([], crossings, [], 0.0)
-    inside = (np.log(least) <= log) & (log <= np.log(most))
-    return Comparison(
-        _segments(np.exp(log[inside]), sign[inside], least, most),
-        crossings,
-        _ratios(first, second, np.array([least, most])),
-        float((np.diff(np.sign(gap[1:, inside]), axis=1) != 0).any(1).mean()),
-    )
+    common = (np.log(least) <= log) & (log <= np.log(most))
+    segments = _segments(np.exp(log[common]), sign[common], least, most)
+    crosses = (np.diff(np.sign(gap[1:, common]), axis=1) != 0).any(1)
+    ratios = _ratios(first, second, np.array([least, most]))
+    return Comparison(segments, crossings, ratios, float(crosses.mean()))
 
 
 def _segments(
@@ -208,13 +206,10 @@ def describe(pair: Mapping[str, Any]) -> list[str]:
         share = pair["share_of_draws_that_cross"]
         lines.append(f"  the laws do not cross in this range; in {share:.0%} of draws they do")
     if alike := pair["paired"]:
-        line = f"  in {alike['pairs']} pairs of matching runs: {ratio(alike, '+.2%')}"
+        lines.append(f"  in {alike['pairs']} pairs of matching runs: {ratio(alike, '+.2%')}")
         if alike["unequal"]:
-            line += (
-                f"; {alike['unequal']} of these differ in compute, {names[1]} has "
-                f"{alike['compute']:.2f} times as much on average"
-            )
-        lines.append(line)
+            times = f"{alike['compute']:.2f} times as much on average"
+            lines[-1] += f"; {alike['unequal']} differ in compute, {names[1]} has {times}"
     return lines
 
 

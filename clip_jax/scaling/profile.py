@@ -130,21 +130,17 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
         normal, target = equations(within)
         loss = (total + nonnegative(normal, target)[1]).reshape(inside.shape[:-1])
         loss = np.where(beyond.any(-1), np.inf, loss)
-        reached = np.array([
-            [(loss.take(end, axis=axis) <= limit).any() for end in (0, -1)]
-            for axis in range(len(axes))
-        ]).reshape(len(axes), 2)  # fmt: skip
+        ends = ([loss.take(end, axis) for end in (0, -1)] for axis in range(len(axes)))
+        reached = np.array([[(x <= limit).any() for x in both] for both in ends])
         if not reached.any():
             break
         side = np.where(reached, 2 * side, side)
     # The grid may miss a narrow region, but not its centre.
     least = min(float(loss.min()), total + float(nonnegative(*equations(centre))[1]))
-    edge, touched = _edges(inside, loss, beyond, bounds, (least, limit))
+    edge, touched = _edges(inside, loss, beyond, bounds, least, limit)
     edge = np.concatenate([edge, centre[None]])
-    ranges = {
-        name: Interval(*np.exp([edge[:, i].min(), edge[:, i].max()]).tolist(), bool(touched[i]))
-        for i, name in enumerate(names)
-    }
+    spans = np.exp([edge.min(0), edge.max(0)]).T.tolist()
+    ranges = {x: Interval(*spans[i], bool(touched[i])) for i, x in enumerate(names)}
     cells = np.concatenate([inside[loss <= limit], edge])
     tolerance = EDGE * (limit - least) + ROUNDING * total
     return Region(kind, runs, np.exp(cells), *equations(cells), total, limit, tolerance, ranges)
@@ -180,15 +176,11 @@ def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"
 
 
 def _edges(
-    inside: np.ndarray,
-    loss: np.ndarray,
-    beyond: np.ndarray,
-    bounds: np.ndarray,
-    levels: tuple[float, float],  # the least squares, and the limit
-) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:
+    inside: np.ndarray, loss: np.ndarray, beyond: np.ndarray, bounds: np.ndarray, least: float,
+    limit: float,
+) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:  # fmt: skip
     """Return points on the edge of the region, and which parameters it bounds by the search."""
     points, touched = [np.zeros((0, len(bounds)))], np.zeros(len(bounds), bool)
-    least, limit = levels
     height, wanted = np.sqrt(np.maximum(loss - least, 0)), np.sqrt(max(limit - least, 0.0))
     for axis in range(loss.ndim):
         for way in (1, -1):

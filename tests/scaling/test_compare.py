@@ -197,7 +197,7 @@ def test_matching_runs_of_unequal_compute_are_said_to_be():
     result = Comparison([], [], [], 0.0)
     text = "\n".join(describe(as_json(("A", "B"), result, unequal)))
     assert "in 12 pairs of matching runs: +5.65% error" in text
-    assert "3 of these differ in compute, B has 1.19 times as much on average" in text
+    assert "3 differ in compute, B has 1.19 times as much on average" in text
     # Without a count of FLOPs, compute is size times samples.
     plain = RunTable([{k: v for k, v in row.items() if k != "training_flops"} for row in rows])
     halved = RunTable([row | {"gmacs_per_sample": 1.5} for row in plain.rows])
