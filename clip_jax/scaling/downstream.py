@@ -77,7 +77,8 @@ def relate(config: RelateConfig) -> dict[str, Any]:
             raise InputError(f"at={value!r}: write VALUE or VALUE:LOW:HIGH. {error}") from error
         middle, half = line.predict(np.array([at[0], 1.0]))
         half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
-        predictions[value] = _back(config.metric, middle, half)
+        predicted, *interval = _back(config.metric, middle, half)
+        predictions[value] = {"value": predicted, "interval": interval}
         outside += [f"{config.against} {value}"] if _is_outside(at, u[base]) else []
     for name in sorted({*names.tolist()} - {"", config.baseline}):
         own = names == name
@@ -85,7 +86,8 @@ def relate(config: RelateConfig) -> dict[str, Any]:
         at = np.array([u[own].mean(), 1.0])
         expected, half = fit_line(u[others], v[others]).predict(at, int(own.sum()))
         level, _, _ = _back(config.metric, expected, 0.0)
-        families[name] = [x - level for x in _back(config.metric, float(v[own].mean()), half)]
+        off, *interval = (x - level for x in _back(config.metric, float(v[own].mean()), half))
+        families[name] = {"runs": int(own.sum()), "difference": off, "interval": interval}
         outside += [name] if _is_outside(u[own], u[others]) else []
     warnings = [f"{x} lies outside the range of the line's runs: extrapolated" for x in outside]
     if is_curved(u[base], v[base]):
@@ -94,11 +96,7 @@ def relate(config: RelateConfig) -> dict[str, Any]:
         "metric": config.metric, "against": config.against, "runs": int(base.sum()),
         "slope": {"value": slope, "interval": [slope - reach, slope + reach]},
         "intercept": intercept, "spread": line.variance**0.5, "warnings": warnings,
-        "predictions": {x: {"value": at[0], "interval": at[1:]} for x, at in predictions.items()},
-        "families": {
-            name: {"runs": int((names == name).sum()), "difference": at[0], "interval": at[1:]}
-            for name, at in families.items()
-        },
+        "predictions": predictions, "families": families,
     }  # fmt: skip
 
 

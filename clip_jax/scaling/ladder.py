@@ -96,12 +96,14 @@ class RulesConfig:
         """Return the optimizer config of one point."""
         factor = (batch_size / base.batch_size) ** self.batch_exponent
         factor *= (width / self.reference_width) ** self.width_exponent
-        return replace(
-            base.optim,
-            learning_rate=_digits(base.optim.learning_rate * factor),
-            final_learning_rate=_digits(base.optim.final_learning_rate * factor),
-            warmup_steps=min(base.optim.warmup_steps, int(self.max_warmup_share * steps)),
-        )
+        warmup_steps = min(base.optim.warmup_steps, int(self.max_warmup_share * steps))
+        return replace(_scaled(base.optim, factor), warmup_steps=warmup_steps)
+
+
+def _scaled(optim: OptimConfig, factor: float) -> OptimConfig:
+    """Multiply the learning rates, and round them to three digits."""
+    names = ("learning_rate", "final_learning_rate")
+    return replace(optim, **{x: float(f"{getattr(optim, x) * factor:.3g}") for x in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +153,8 @@ class SweepConfig:
                     f"sweep.warmups={warmup:g} gives {warmup_steps} steps of warm-up in a run of "
                     f"{config.steps}; lower it or rules.max_warmup_share."
                 )
-            optim = replace(
-                config.optim,
-                learning_rate=_digits(factor * config.optim.learning_rate),
-                final_learning_rate=_digits(factor * config.optim.final_learning_rate),
-                warmup_steps=warmup_steps,
-                weight_decay=decay,
-            )
+            optim = _scaled(config.optim, factor)
+            optim = replace(optim, warmup_steps=warmup_steps, weight_decay=decay)
             labels = [
                 (self.learning_rates, f"rate{factor:g}"),
                 (self.batch_sizes, f"batch{config.batch_size}"),
@@ -474,22 +471,16 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
     for (label, _), group in groups.items():
         point, config, work = group[0], group[0].config, group[0].training_flops
         total += sum(other.training_flops for other in group)
-        row = {
-            "model": label,
-            "pairs": short(point.samples_seen),
-            "batch": f"{config.batch_size:,}",
-            "steps": f"{config.steps:,}",
-            **({"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}),
+        new = {"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}
+        rows.append({
+            "model": label, "pairs": short(point.samples_seen), "batch": f"{config.batch_size:,}",
+            "steps": f"{config.steps:,}", **new,
             "learning rate": f"{config.optim.learning_rate:g}",
-            "warm-up": f"{config.optim.warmup_steps:,}",
-            "FLOPs per run": f"{work:.2e}",
-            "cumulative": f"{total:.2e}",
-            "runs": str(len(group)),
+            "warm-up": f"{config.optim.warmup_steps:,}", "FLOPs per run": f"{work:.2e}",
+            "cumulative": f"{total:.2e}", "runs": str(len(group)),
             "done": str(sum(other.name in done for other in group)),
-        }
-        rows.append(
-            row | {f"{x.chips} {x.chip}": f"{x.hours(work):,.2f} h" for x in ladder.hardware}
-        )
+            **{f"{x.chips} {x.chip}": f"{x.hours(work):,.2f} h" for x in ladder.hardware},
+        })  # fmt: skip
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
@@ -510,8 +501,3 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
             f"runs: {1 - together / alone:.0%} saved."
         )
     return "\n".join(lines)
-
-
-def _digits(number: float) -> float:
-    """Round a learning rate to three digits."""
-    return float(f"{number:.3g}")
