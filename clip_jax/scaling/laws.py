@@ -378,9 +378,8 @@ def search(
 
     low, high = np.log([[x[0] for x in grid], [x[-1] for x in grid]])
     step = np.log([x[1] / x[0] if len(x) > 1 else 1.0 for x in grid])
-    cells = np.stack(
-        np.meshgrid(*[CELLS if len(x) > 1 else [0.0] for x in grid], indexing="ij"), axis=-1
-    ).reshape(-1, len(grid))
+    steps = np.meshgrid(*[CELLS if len(x) > 1 else [0.0] for x in grid], indexing="ij")
+    cells = np.stack(steps, axis=-1).reshape(-1, len(grid))
     every, root = np.arange(len(weights)), np.sqrt(weights)
     coefficients = coefficients[every, loss.argmin(axis=1)]
     for _ in range(ROUNDS):
@@ -404,6 +403,14 @@ def faces(count: int) -> list[list[int]]:
     return [list(face) for face in itertools.chain(*some)]
 
 
+def inverses(normal: Float[np.ndarray, "*B k k"]) -> Float[np.ndarray, "*B k k"]:
+    """Invert matrices of very different magnitudes, some of them singular."""
+    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))
+    scaled = normal / (unit[..., None] * unit[..., None, :])
+    ridge = RIDGE * np.eye(normal.shape[-1])
+    return np.linalg.inv(scaled + ridge) / (unit[..., None] * unit[..., None, :])
+
+
 def linearised(error: np.ndarray, around: np.ndarray) -> np.ndarray:
     """Return targets for prediction / `around`, with the residuals of log E to first order."""
     return 1 + np.log(error / around)
@@ -418,19 +425,16 @@ def nonnegative(
     which scipy.optimize.nnls would solve one by one. Returns the coefficients, and the loss up to a
     constant.
     """
-    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))  # terms have very different magnitudes
-    normal, target = normal / (unit[..., None] * unit[..., None, :]), target / unit
     best, least = np.zeros_like(target), np.zeros(target.shape[:-1])
     for rows in faces(target.shape[-1]):
-        matrix = normal[..., rows, :][..., rows] * (1 + RIDGE * np.eye(len(rows)))
-        solution = np.linalg.solve(matrix, target[..., rows, None])[..., 0]
+        solution = (inverses(normal[..., rows, :][..., rows]) @ target[..., rows, None])[..., 0]
         loss = -(solution * target[..., rows]).sum(-1)
         better = (solution >= 0).all(-1) & (loss < least)
         least = np.where(better, loss, least)
         full = np.zeros_like(target)
         full[..., rows] = solution
         best = np.where(better[..., None], full, best)
-    return best / unit, least
+    return best, least
 
 
 # ------------------------------------------------------------------ the frontier

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clip_jax.scaling.laws import RIDGE, Law, Runs, faces, linearised, nonnegative
+from clip_jax.scaling.laws import Law, Runs, faces, inverses, linearised, nonnegative
 
 CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
 MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
@@ -87,14 +87,6 @@ class Region(NamedTuple):
     def law(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         """Return the least and the greatest error that laws of the region have for each run."""
         return self.extremes(self.kind.factors(runs)(*self.inside.T))
-
-
-def inverses(normal: Float[np.ndarray, "*B k k"]) -> Float[np.ndarray, "*B k k"]:
-    """Invert matrices of very different magnitudes, some of them singular."""
-    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))
-    scaled = normal / (unit[..., None] * unit[..., None, :])
-    ridge = RIDGE * np.eye(normal.shape[-1])
-    return np.linalg.inv(scaled + ridge) / (unit[..., None] * unit[..., None, :])
 
 
 def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float) -> Region:
