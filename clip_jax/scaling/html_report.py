@@ -31,11 +31,9 @@ from clip_jax.storage.json_files import parse, read_rows
 POINTS = 240  # maximum number of points per curve, evenly spaced
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
 RESULT = re.compile(r"acc|top\d|recall|_r\d|info_nce|cider|bleu")  # names of evaluation metrics
+# What the law that the page draws over compute describes.
+BEST = "The law describes the best runs for their compute; others lie above it."
 ALL = "The law describes all runs. A band is a 95% interval."
-MEANING = {  # of the law that the page draws over compute
-    "best": "The law describes the best runs for their compute; others lie above it.",
-    "power": ALL, "saturating": ALL,
-}  # fmt: skip
 DIVIDED = """The line is the law at the best division of compute between size and samples. Runs
 divided otherwise lie above it; their deviation is from the law at their own size."""
 # Last log line of a failed run; others were killed or are running elsewhere.
@@ -103,11 +101,8 @@ def page(data: Mapping[str, Any]) -> str:
 
 def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
     """Find the run directories, also those of unfinished runs."""
-    configs = [
-        as_path(file) for path in paths if path.is_dir() for file in files.walk(path)
-        if file.endswith("config.json")
-    ]  # fmt: skip
-    return sorted({x.parent for x in configs if x.name == "config.json"}, key=str)
+    walked = (as_path(x) for path in paths if path.is_dir() for x in files.walk(path))
+    return sorted({x.parent for x in walked if x.name == "config.json"}, key=str)
 
 
 def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dict[str, Any]:
@@ -185,11 +180,11 @@ def _laws(
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for name, family in result.get("families", {config.metric: result}).items():
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
-        kind = "best" if result["procedure"] != "all" else result["form"]
+        meaning = ALL if result["form"] in ("power", "saturating") else DIVIDED
         lacking = {x: at["lacking"] for x, at in family["parameters"].items() if at["lacking"]}
         laws.append({
             "name": name, "curve": curve, "models": _models(families[name], config),
-            "meaning": MEANING.get(kind, DIVIDED), "lacking": lacking,
+            "meaning": meaning if result["procedure"] == "all" else BEST, "lacking": lacking,
         })  # fmt: skip
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off

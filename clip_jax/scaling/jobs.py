@@ -4,7 +4,6 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Generator, Mapping
-from typing import NamedTuple
 
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.scaling.queue import Job, Queue, Say
@@ -17,12 +16,6 @@ class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived, and the running processes have been terminated."""
 
 
-class _Running(NamedTuple):
-    job: Job
-    process: subprocess.Popen
-    began: float
-
-
 def run(
     queue: Queue, at_a_time: int, environment: Mapping[str, str], say: Say, clock: Clock = CLOCK
 ) -> None:
@@ -31,7 +24,7 @@ def run(
     After SIGTERM or SIGINT, sends SIGTERM to the running processes and raises Stopped when they
     have ended. Call it from the main thread, since only that one handles signals.
     """
-    running = list[_Running]()
+    running = list[tuple[Job, subprocess.Popen, float]]()
     terminated = False
     with _listening() as came, contextlib.ExitStack() as locks:
         while running or not (came or queue.is_over()):
@@ -45,19 +38,19 @@ def run(
                         stderr=subprocess.STDOUT, process_group=0,
                         pass_fds=[job.held.fileno()] if job.held else [],
                     )  # fmt: skip
-                running.append(_Running(job, process, clock.now()))
+                running.append((job, process, clock.now()))
                 say(f"{job.name}: started as process {process.pid}")
             lost = queue.lost()
             for one in [*running]:
-                job = one.job
-                if one.process.poll() is None:
+                job, process, began = one
+                if process.poll() is None:
                     if job.name in lost:
-                        one.process.kill()
+                        process.kill()
                     elif came and not terminated:
-                        one.process.terminate()
+                        process.terminate()
                     continue
                 running.remove(one)
-                failure = _failure(job, one.process.returncode)
+                failure = _failure(job, process.returncode)
                 if files.is_remote(job.workdir):
                     files.write_whole(job.workdir / job.log.name, job.log.read_bytes())
                 ended = "stopped" if came or job.name in lost else "failed"
@@ -65,7 +58,7 @@ def run(
                 rest = queue.release(job, outcome, failure or "")
                 job.unlock()
                 how = outcome.replace("failed", "FAILED")
-                minutes = f"{(clock.now() - one.began) / 60:.1f} min"
+                minutes = f"{(clock.now() - began) / 60:.1f} min"
                 say(f"{job.name}: {how} after {minutes}{f': {failure}' if failure else rest}")
             terminated = bool(came)
             clock.sleep(POLL_SECONDS)

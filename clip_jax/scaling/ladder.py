@@ -377,23 +377,17 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
             "estimates": [kind.estimate(some) for kind in ladder.hardware],
         }
 
-    return {
-        "root": str(root),
-        "points": [
-            {
-                "name": point.name,
-                "workdir": str(point.workdir),
-                "samples_seen": point.samples_seen,
-                "gmacs_per_sample": gmacs(point.config.model),
-                **numbers([point]),
-                "done": point.name in done,
-                "failure": failures.get(point.name),
-                "left_out": point.name in left_out,
-            }
-            for point in points
-        ],
-        "totals": {"points": len(missing), **numbers(missing)},
-    }
+    listed = [
+        {
+            "name": point.name, "workdir": str(point.workdir), **numbers([point]),
+            "samples_seen": point.samples_seen, "gmacs_per_sample": gmacs(point.config.model),
+            "done": point.name in done, "failure": failures.get(point.name),
+            "left_out": point.name in left_out,
+        }
+        for point in points
+    ]  # fmt: skip
+    totals = {"points": len(missing), **numbers(missing)}
+    return {"root": str(root), "points": listed, "totals": totals}
 
 
 def _chosen(points: Sequence[Point], only: str) -> list[Point]:

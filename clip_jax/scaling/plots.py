@@ -43,7 +43,15 @@ def figure(
         upper, lower = page.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
         panel(upper, fit, others=others, reach=reach)
         for label, (compute, prediction) in (predictions or {}).items():
-            _predicted(upper, label, compute, prediction)
+            y, low, high = map(float, prediction)
+            upper.errorbar(
+                compute, y, yerr=[[y - low], [high - y]], marker="*", markersize=9, color=INK,
+                markerfacecolor="white", capsize=2, linewidth=1, zorder=4,
+            )  # fmt: skip
+            upper.annotate(
+                plain(label), (compute, high), xytext=(0, 3), textcoords="offset points",
+                ha="center", va="bottom", rotation=90, fontsize=7,
+            )  # fmt: skip
         off = 100 * (fit.runs.error / fit.runs.under(fit.law) - 1)
         _points(lower, fit.runs, np.asarray(off), _in_fit(fit))
         lower.axhline(0, color=INK, linewidth=1)
@@ -58,9 +66,8 @@ def figure(
         upper.set_ylabel(plain(error_label))
         upper.tick_params(labelbottom=False)
         page.suptitle(plain(title), fontsize="medium")
-        page.legend(
-            *upper.get_legend_handles_labels(), loc="outside right upper", handletextpad=0.6
-        )
+        entries = upper.get_legend_handles_labels()
+        page.legend(*entries, loc="outside right upper", handletextpad=0.6)
         page.canvas  # noqa: B018 - creates the canvas of a figure without pyplot
     return page
 
@@ -140,19 +147,6 @@ def _band(axes: Axes, x: np.ndarray, curve: Prediction, color: Any, **how: Any) 
     """Draw a line with its 95% band."""
     axes.plot(x, curve.error, color=color, linewidth=1.3, **how)
     axes.fill_between(x, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
-
-
-def _predicted(axes: Axes, label: str, compute: float, prediction: Prediction) -> None:
-    """Draw a prediction with its interval."""
-    y, low, high = map(float, prediction)
-    axes.errorbar(
-        compute, y, yerr=[[y - low], [high - y]], marker="*", markersize=9, color=INK,
-        markerfacecolor="white", capsize=2, linewidth=1, zorder=4,
-    )  # fmt: skip
-    axes.annotate(
-        plain(label), (compute, high), xytext=(0, 3), textcoords="offset points",
-        ha="center", va="bottom", rotation=90, fontsize=7,
-    )  # fmt: skip
 
 
 def _in_fit(fit: Fit) -> Bool[np.ndarray, " n"]:
