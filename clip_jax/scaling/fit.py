@@ -447,9 +447,9 @@ def describe(result: Mapping[str, Any]) -> str:
     if "hold_out" in result:
         held = result["hold_out"]
         lines.append(
-            f"held out: {len(held['runs'])} runs predicted from the {held['fitted']} others, off "
-            f"by {held['mean_relative_error']:.1%} on average, {held['inside_interval']} of them "
-            "inside the 95% interval"
+            f"held-out runs: {len(held['runs'])}, predicted from {held['fitted']} others, off by "
+            f"{held['mean_relative_error']:.1%} on average, {held['inside_interval']} inside the "
+            "95% interval"
         )
         for x in held["runs"][:10]:
             score, form = ("score" in x, ".1%" if "score" in x else ".4g")

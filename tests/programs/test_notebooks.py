@@ -76,8 +76,8 @@ def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     assert fits["ImageNet robustness top-1"].split() == ["-0.1255", "11.61", "-0.2378", "211.7"]
     assert "ViT-bigG-14@68B: 81.9%" in printed
     assert re.search(r"irreducible +not determined \(95%: 0 to", printed)
-    assert "held out: 4 runs predicted from the 7 others" in printed  # of LAION-2B
-    assert "held out: 9 runs predicted from the 27 others" in printed  # of the digits' ladder
+    assert "held-out runs: 4, predicted from 7 others" in printed  # of LAION-2B
+    assert "held-out runs: 9, predicted from 27 others" in printed  # of the digits' ladder
 
 
 def test_convert_gives_pytorchs_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
