@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
-from clip_jax.scaling.regression import Linear, least_squares
+from clip_jax.scaling.downstream import Linear, least_squares
 from clip_jax.scaling.run_table import Row, RunTable, Selection, number, short
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath

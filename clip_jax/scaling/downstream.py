@@ -6,7 +6,7 @@ error are a power of the loss: a law of the loss predicts an accuracy in two ste
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,6 @@ from scipy import special
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
 from clip_jax.scaling.columns import numeric
-from clip_jax.scaling.regression import Linear, least_squares
 from clip_jax.scaling.run_table import Selection, is_score, text
 from clip_jax.storage.files import AnyPath
 
@@ -37,6 +36,33 @@ class RelateConfig(Selection):
     def __post_init__(self) -> None:
         if self.baseline is not None and self.compare is None:
             raise InputError("baseline names a family; set --compare to the column of families.")
+
+
+class Linear(NamedTuple):
+    """y = x · coefficients; the coefficient of a column of zeros is 0."""
+
+    coefficients: Float[np.ndarray, " k"]
+    covariance: Float[np.ndarray, "k k"]
+    variance: float  # of an observation
+    t: float  # quantile of Student's t for 95% intervals
+
+    def predict(self, x: Float[np.ndarray, " k"], n: int = 1) -> tuple[float, float]:
+        """Return the mean of `n` new observations at x, and half of its 95% interval."""
+        half = self.t * np.sqrt(x @ self.covariance @ x + self.variance / n)
+        return float(x @ self.coefficients), float(half)
+
+    def coefficient(self, i: int) -> tuple[float, float]:
+        """Return a coefficient, and half of its 95% interval."""
+        return float(self.coefficients[i]), self.t * float(self.covariance[i, i]) ** 0.5
+
+
+def least_squares(x: Float[np.ndarray, "n k"], y: Float[np.ndarray, " n"]) -> Linear:
+    """Fit y by ordinary least squares. Needs more observations than independent columns."""
+    freedom, inverse = len(y) - int(np.linalg.matrix_rank(x)), np.linalg.pinv(x)
+    coefficients = inverse @ y
+    variance = float(np.sum((y - x @ coefficients) ** 2) / freedom)
+    t = float(special.stdtrit(freedom, 0.975))
+    return Linear(coefficients, variance * inverse @ inverse.T, variance, t)
 
 
 def fit_line(u: Float[np.ndarray, " n"], v: Float[np.ndarray, " n"]) -> Linear:

@@ -46,7 +46,7 @@ class ReportConfig(Selection):
 
     paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
     output: AnyPath = Path("report.html")  # HTML file to write.
-    metric: str | None = None  # Metric of the plots and laws. None: the first evaluation metric.
+    metric: str | None = None  # Metric of the plots and laws. None: the first evaluated, or loss.
     # What the metric is. None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
     form: Form | None = None  # Form of the law, as in `scale fit`. None: the runs decide.
@@ -59,7 +59,6 @@ def report(config: ReportConfig) -> dict[str, Any]:
     files.check_destination(config.output, "--output", folder=False)
     table, skipped = run_table.gather(config.paths, config.columns)
     finished = {str(row["source"]): row for row in table.rows}
-    # The first evaluation metric that any run has, or the loss.
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     is_a_score = is_score(metric, config.metric_is)
     folders = {str(folder): folder for folder in _folders(config.paths)}

@@ -17,7 +17,6 @@ Figure = Any
 
 MARKERS = "osD^vPX*<>"
 INK, OTHERS = "#222222", ("#c1440e", "#00798c", "#6b4c9a", "#7a7a00")
-COMPUTE_LABEL = "compute: forward GMACs of a pair × pairs seen"
 
 
 def figure(
@@ -56,7 +55,7 @@ def figure(
         _points(lower, fit.runs, np.asarray(off), _in_fit(fit))
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
-        lower.set_xlabel(COMPUTE_LABEL)
+        lower.set_xlabel("compute: forward GMACs of a pair × pairs seen")
         lower.set_ylabel("deviation, %")
         lower.margins(y=0.15)
         top = upper.secondary_xaxis(
