@@ -332,6 +332,9 @@ class LadderCommand:
     group: str = ""  # Name of the group of hosts that train each point together, for --host.
     dry_run: bool = False  # Only print the table of points.
 
+    def __post_init__(self) -> None:
+        check_ranges(self, jobs="[0, inf)")
+
 
 def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     """Print the table of points, write their configs, and train the unfinished ones.
@@ -339,9 +342,10 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     Returns JSON values: `points` in the order of the queue, and `totals` of the unfinished ones.
     Raises jobs.Stopped after SIGTERM or Ctrl-C.
     """
-    check_ranges(command, jobs="[0, inf)")
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
+    if not command.dry_run:
+        files.check_destination(root, "--root")
     group = _group(command)
     complete_grid = grid(ladder, root)
     points = _chosen(complete_grid, command.only)
@@ -356,7 +360,6 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     if left_out:
         say(f"  the limit of {command.limit} leaves out {', '.join(left_out)}")
     if not command.dry_run:
-        files.check_destination(root, "--root")
         runs = [_job(point, group) for point in missing]
         folder = root if files.is_remote(root) else Path(root).absolute()
         environment = {
