@@ -25,6 +25,7 @@ SWEPT = {
     "lr": "learning rate", "global_batch": "batch", "warmup": "warm-up",
     "weight_decay": "weight decay",
 }  # fmt: skip
+BETWEEN = "{:.3g} [{:.3g}, {:.3g}]"  # a value and its interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,18 +197,13 @@ def describe(result: dict[str, Any]) -> str:
     law = f"rule: learning rate = {rule['learning_rate']:.3g}"
     for name in ("width", "batch"):
         if interval := rule["intervals"].get(f"{name}_exponent"):
-            exponent = _between(rule[f"{name}_exponent"], interval)
+            exponent = BETWEEN.format(rule[f"{name}_exponent"], *interval)
             law += f" · ({name} / {rule[f'reference_{name}']:g})^{exponent}"
     lines.append(f"{law}, from {rule['observations']} optima of all but the largest width")
     lines += [
         f"at width {check['width']:g}, batch {check['batch']:g} it predicts "
-        f"{_between(check['predicted'], check['interval'])}; measured {check['measured']:.3g}, "
-        f"{check['grid_steps']:.2f} grid steps away"
+        f"{BETWEEN.format(check['predicted'], *check['interval'])}; measured "
+        f"{check['measured']:.3g}, {check['grid_steps']:.2f} grid steps away"
         for check in rule["checks"]
     ]
     return "\n".join(lines)
-
-
-def _between(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"

@@ -114,7 +114,9 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
         row = finished or run_table.of_run(config, step) | result
     except (LookupError, TypeError, ValueError):
         row = {"arch": "unknown", "samples_seen": 0}
-    words = _last_line(folder / "log.txt")
+    log = folder / "log.txt"
+    output = log.read_bytes().decode(errors="replace").strip() if log.exists() else ""
+    words = ["", *output.splitlines()][-1][:500]
     branch, first = branch_point(config["branch_from"]) if config.get("branch_from") else ("", 0)
     if finished:
         status, words = "done", ""
@@ -156,11 +158,6 @@ def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]
         kept = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
         curves[name] = [curve[i] for i in kept]
     return {name: curve for name, curve in curves.items() if curve}
-
-
-def _last_line(path: AnyPath) -> str:
-    text = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
-    return text.splitlines()[-1][:500] if text else ""
 
 
 def _laws(
