@@ -14,7 +14,7 @@ def read(path: str) -> dict[str, Any] | None:
     """Read a JSON object that others write: None if there is no file, {} if it is damaged."""
     try:
         return parse(files.read(path)) or {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
