@@ -344,8 +344,6 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     """
     ladder = load_ladder(command.spec)
     root = command.root or Path("runs") / command.spec.stem
-    if not command.dry_run:
-        files.check_destination(root, "--root")
     group = _group(command)
     complete_grid = grid(ladder, root)
     points = _chosen(complete_grid, command.only)
@@ -353,6 +351,8 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     missing = [point for point in points if point.name not in done]
     afford = _afford(ladder, complete_grid, command.limit)
     say(describe(points, done, ladder))
+    if not command.dry_run:
+        files.check_destination(root, "--root")
     failures, left_out, begun = dict[str, str](), list[str](), [*Events(f"{root}/{EVENTS}").newest]
     for point in missing:
         fits = point.parent not in left_out and afford([*begun, point.name])
