@@ -351,8 +351,6 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     missing = [point for point in points if point.name not in done]
     afford = _afford(ladder, complete_grid, command.limit)
     say(describe(points, done, ladder))
-    if not command.dry_run:
-        files.check_destination(root, "--root")
     failures, left_out, begun = dict[str, str](), list[str](), [*Events(f"{root}/{EVENTS}").newest]
     for point in missing:
         fits = point.parent not in left_out and afford([*begun, point.name])
@@ -360,6 +358,7 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     if left_out:
         say(f"  the limit of {command.limit} leaves out {', '.join(left_out)}")
     if not command.dry_run:
+        files.check_destination(root, "--root")
         runs = [_job(point, group) for point in missing]
         folder = root if files.is_remote(root) else Path(root).absolute()
         environment = {
