@@ -139,6 +139,9 @@ def sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
+PAGE_OF: dict[type, type] = {}  # the command with the anchor of a base of several commands
+
+
 def options(command: Command, links: Mapping[type, str]) -> str:
     """Write the table of a command's own options, and where the others are."""
     from clip_jax.config import Config
@@ -150,7 +153,8 @@ def options(command: Command, links: Mapping[type, str]) -> str:
         f"[](){{#{base.__name__}}}"
         for base in kind.__mro__
         if dataclasses.is_dataclass(base) and base not in links
-    ]
+        and PAGE_OF.setdefault(base, kind) is kind
+    ]  # fmt: skip
     lines = ["".join(bases) + "\n", "## Options\n"]
     without = settings.hints(Config) if is_run else ()
     use = settings.Use(command.name)
