@@ -263,7 +263,8 @@ def anchor(name: str) -> str:
 def escape(text: str) -> str:
     """Escape what Markdown would read in a plain text, apart from code in backticks."""
     halves = text.split("`")
-    halves[::2] = (re.sub(r"([*_\[\]<>])", r"\\\1", part) for part in halves[::2])
+    plain = (re.sub(r"([*_\[\]>])", r"\\\1", part) for part in halves[::2])
+    halves[::2] = (part.replace("<", "&lt;") for part in plain)  # has no escape by a backslash
     return "`".join(halves)
 
 
