@@ -16,6 +16,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.vit import ViTConfig
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
@@ -30,10 +31,17 @@ class Weights:
 
 
 def default_preprocess(config: CLIPConfig) -> Preprocess:
-    """Return OpenAI's preprocessing with a model's image size, mean and std."""
-    return Preprocess(
-        image_size=config.vision.image_size, mean=config.image_mean, std=config.image_std
+    """Return OpenAI's preprocessing, or NaFlex's, with a model's sizes, mean and std."""
+    vision = config.vision
+    preprocess = Preprocess(
+        image_size=vision.image_size, mean=config.image_mean, std=config.image_std
     )
+    if not isinstance(vision, ViTConfig) or vision.max_patches is None:
+        return preprocess
+    return replace(
+        preprocess, resize_mode="naflex", max_patches=vision.max_patches,
+        patch_size=vision.patch_size,
+    )  # fmt: skip
 
 
 def with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
@@ -123,8 +131,7 @@ def resize_positions(weights: Weights, image_size: int) -> Weights:
     preprocess = replace(weights.preprocess, image_size=image_size)
     flat = flatten(weights.params)
     before = np.asarray(flat[vision.positions_path])
-    extra = vision.extra_tokens
-    side = math.isqrt(vision.num_tokens - extra)
+    extra, side = vision.extra_tokens, vision.grid
     old_side = math.isqrt(len(before) - extra)
     if side != old_side:
         grid = rearrange(before[extra:].astype(np.float32), "(h w) D -> h w D", h=old_side)

@@ -29,6 +29,7 @@ from clip_jax.models.images import (
     OPENAI_STD,
     Images,
     ImageSpec,
+    NaFlex,
     Square,
     normalize,
     pixels_of,
@@ -37,8 +38,8 @@ from clip_jax.storage import files
 
 Channels = tuple[float, float, float]
 Interpolation = Literal["bicubic", "bilinear"]
-ResizeMode = Literal["shortest", "squash", "longest"]
-Rules = Literal["openai", "transformers"]
+ResizeMode = Literal["shortest", "squash", "longest", "naflex"]
+Rules = Literal["openai", "transformers", "torchvision", "tensorflow"]
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -88,29 +89,42 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"  # Resampling filter for resizing.
     # "shortest": shorter side to image_size, then a centre crop (OpenAI). "squash": both sides to
     # image_size. "longest": longer side to image_size, padded to a square (both from open_clip).
+    # "naflex": the aspect ratio is kept, with at most max_patches patches of patch_size.
     resize_mode: ResizeMode = "shortest"
+    max_patches: int | None = None  # Maximum number of patches with resize_mode=naflex.
+    patch_size: int | None = None  # Height and width of a patch with resize_mode=naflex, in pixels.
     fill: int = 0  # Value of the padding in every channel, from 0 (black) to 255 (white).
     # "openai": resize and crop in the image's own mode, then convert to RGB and drop alpha; halves
     # of odd margins are rounded to even. "transformers": RGB first, alpha over white; rounded down.
+    # "torchvision", "tensorflow": the same, as these libraries round when they resize.
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]"
-        )
+            self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]",
+            max_patches="[1, inf)", patch_size="[1, inf)",
+        )  # fmt: skip
         choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in get_args(known):
                 raise InputError(f"{name}={value!r} must be one of {', '.join(get_args(known))}")
+        if (self.resize_mode == "naflex") != bool(self.max_patches and self.patch_size):
+            raise InputError(
+                f"resize_mode={self.resize_mode!r} with max_patches={self.max_patches} and "
+                f"patch_size={self.patch_size}: set both with 'naflex', and none without."
+            )
 
     def __call__(self, image: ImageLike) -> Float32[np.ndarray, "H W 3"]:
         """Return the normalised pixels of a PIL image, an array ([H, W], [H, W, 1 | 3 | 4],
-        integers), or an encoded image's bytes or path. Raises ImageError."""
+        integers), or an encoded image's bytes or path; see `batch` for patches. Raises
+        ImageError."""
         return pixels_of(self.normalize(self.pixels(image)[None]))[0]
 
     @property
     def image_spec(self) -> ImageSpec:
         """The shape of the images that `batch` returns."""
+        if self.max_patches and self.patch_size:
+            return NaFlex(self.max_patches, self.patch_size)
         return Square(self.image_size)
 
     def batch(self, image: ImageLike) -> Images:
@@ -124,13 +138,15 @@ class Preprocess:
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         """Return the pixels before normalisation, in a quarter of the bytes. Raises ImageError."""
         with _opened(image) as opened:
-            if self.rules == "transformers":
+            if self.rules != "openai":
                 opened = _over_white(opened)
+            elif self.resize_mode == "naflex":
+                opened = opened.convert("RGB")
             return np.asarray(self._resize(opened).convert("RGB"))
 
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
-        if self.resize_mode == "squash":
+        if self.resize_mode in ("squash", "naflex"):
             return image.resize(self.image_spec.fit(*image.size), resample)
         if self.resize_mode == "shortest":
             return _crop_of_resized(image, size, resample, down=self.rules == "transformers")

@@ -16,7 +16,7 @@ from clip_jax.evals.zero_shot import classification
 from clip_jax.losses import Axes, CaptionConfig, caption_loss
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.generation import GenerationConfig, generate
-from clip_jax.models.images import Images
+from clip_jax.models.images import Images, ImageTokens
 
 _AXES = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
 
@@ -87,17 +87,17 @@ def log_likelihood(
     mesh: Mesh,
 ) -> Float[Array, "B T"]:  # fmt: skip
     """Return log p(text | image) for every image and every text."""
-    _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
+    features, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
 
     def one(text: Int[Array, " L"]) -> Float[Array, " B"]:
-        rows = model.layout.constrain(jnp.broadcast_to(text, (len(image_tokens), len(text))))
+        rows = model.layout.constrain(jnp.broadcast_to(text, (len(features), len(text))))
         return -_loss(model, mesh, params, image_tokens, rows)
 
     return jax.lax.map(one, tokens).T
 
 
 def _loss(
-    model: CLIP, mesh: Mesh, params: Params, image_tokens: Array, tokens: Int[Array, "B L"]
+    model: CLIP, mesh: Mesh, params: Params, image_tokens: ImageTokens, tokens: Int[Array, "B L"]
 ) -> Float[Array, " B"]:
     _, states = model.encode_text_and_write(params, tokens, image_tokens)
     return caption_loss(

@@ -17,6 +17,7 @@ QKV = Float[Array, "B L *SNK"]
 # KV cache: keys and values of T tokens.
 KV = tuple[Float[Array, "B N T K"], Float[Array, "B N T K"]]
 Lengths = Int[Array, " B"] | None  # real tokens of each row, padding follows; None: all
+Keys = Bool[Array, "B L"] | Lengths  # tokens that are attended to
 
 # VMEM of one core by JAX's name of the chip; earlier chips have 16 MiB.
 VMEM_MIB = {
@@ -90,9 +91,10 @@ def cached(
 
 
 def kept(
-    q: Float[Array, "B L N K"], kv: KV, seen: Bool[Array, " T"] | None = None
+    q: Float[Array, "B L N K"], kv: KV, seen: Bool[Array, "... T"] | None = None
 ) -> Float[Array, "B L N K"]:
     """Compute attention to keys and values in the layout of the cache: one matrix per head.
+    `seen` masks keys, [T] or [B, 1, 1, T].
 
     `dot_product_attention` would transpose the whole cache for every new token.
     """

@@ -19,9 +19,11 @@ from clip_jax.models.images import (
     OPENAI_MEAN,
     OPENAI_STD,
     Images,
+    ImageTokens,
     as_dtype,
     is_normalized,
     normalize,
+    split_tokens,
     zeros,
 )
 from clip_jax.models.layers import DType, Layout, Remat, named
@@ -159,11 +161,11 @@ class CLIP:
 
     def encode_image_and_tokens(
         self, params: Params, images: Images
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B M D"]]:
+    ) -> tuple[Float[Array, "B E"], ImageTokens]:
         """Embed normalised images; return also the tokens that the caption decoder attends to."""
         inputs = as_dtype(images, self.config.dtype)
 
-        def pooled(towers: Towers) -> tuple[Array, Array]:
+        def pooled(towers: Towers) -> tuple[Array, ImageTokens]:
             visual = _vit(towers)
             return visual.pool_and_tokens(visual.tokens(inputs)[0])
 
@@ -171,7 +173,7 @@ class CLIP:
         return features.astype(jnp.float32), tokens
 
     def encode_text_and_write(
-        self, params: Params, tokens: Int[Array, "B L"], image_tokens: Float[Array, "B M C"]
+        self, params: Params, tokens: Int[Array, "B L"], image_tokens: ImageTokens
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts; return also the decoder's states of all tokens but the last.
 
@@ -210,7 +212,7 @@ class CLIP:
         self,
         params: Params,
         tokens: Int[Array, " R"],
-        image_tokens: Float[Array, "B M C"] | None,
+        image_tokens: ImageTokens | None,
         cache: Caption,
         position: Int[Array, ""],
     ) -> tuple[Float[Array, "R V"], Caption]:
@@ -247,12 +249,14 @@ class CLIP:
         """Return the states after one block of a vision transformer, any class token's first.
 
         `layer` counts from 0 or, negative, from the end (LLaVA takes −2); `norm` applies `ln_post`.
+        Patches past an image's length have undefined states.
         """
         inputs = as_dtype(images, self.config.dtype)
 
         def states(towers: Towers) -> Array:
             visual = _vit(towers)
-            x = _states_after(layer, visual.config.depth, functools.partial(visual.tokens, inputs))
+            compute = functools.partial(visual.tokens, inputs)
+            x, _ = split_tokens(_states_after(layer, visual.config.depth, compute))
             return visual.ln_post(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
@@ -340,7 +344,7 @@ def _outputs(
     return out | {f"text:{name}": towers.text(x) for name, x in texts.items() if name != "text"}
 
 
-def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Array:
+def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Any:
     """Return the states after a block; the last one's output needs no collecting."""
     if not -depth <= layer < depth:
         raise InputError(

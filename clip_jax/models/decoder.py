@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.attention import KV
+from clip_jax.models.images import ImageTokens, join_tokens, split_tokens
 from clip_jax.models.layers import (
     MLP,
     STACKS,
@@ -36,12 +37,15 @@ from clip_jax.models.layers import (
 )  # fmt: skip
 from clip_jax.models.text import TextConfig, TextTransformer
 
+# Keys and values of image tokens, and the numbers of valid ones if images differ in these.
+ImageKV = KV | tuple[*KV, Int[Array, " B"]]
+
 
 class Cache(NamedTuple):
     """KV cache of a layer: keys and values of the tokens before, and of the image."""
 
     own: tuple[KV, ...]  # one per block
-    image: KV | None = None  # None: not yet computed
+    image: ImageKV | None = None  # None: not yet computed
 
 
 class CrossAttention(nn.Module):
@@ -54,8 +58,8 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R L D"], other: Float[Array, "B M C"] | None, kv: KV | None = None
-    ) -> tuple[Float[Array, "r L D"], KV]:
+        self, x: Float[Array, "R L D"], other: ImageTokens | None, kv: ImageKV | None = None
+    ) -> tuple[Float[Array, "r L D"], ImageKV]:
         """Attend to `other`, or to its keys and values `kv`; return these, too.
 
         x may have several adjacent rows for each row of `other` (beams of one image), or one row
@@ -67,9 +71,12 @@ class CrossAttention(nn.Module):
             x
         )
         if kv is not None:
-            y = attention.kept(q.reshape(kv[0].shape[0], -1, *heads), kv)
+            keys, values, *length = kv
+            seen = jnp.arange(keys.shape[2]) < length[0][:, None, None, None] if length else None
+            y = attention.kept(q.reshape(len(keys), -1, *heads), (keys, values), seen)
         else:
             assert other is not None
+            other, length = split_tokens(other)
             both = Einsum(
                 "BLD,DSNK->BLSNK", (other.shape[-1], 2, *heads), (2, *heads), self.in_proj,
                 self.bias_init, name="kv",
@@ -77,9 +84,11 @@ class CrossAttention(nn.Module):
             if q.shape[0] == 1:
                 q = jnp.broadcast_to(q, (other.shape[0], *q.shape[1:]))
             y = jax.nn.dot_product_attention(
-                q.reshape(other.shape[0], -1, *heads), both[:, :, 0], both[:, :, 1]
-            )
+                q.reshape(other.shape[0], -1, *heads), both[:, :, 0], both[:, :, 1],
+                key_value_seq_lengths=length,
+            )  # fmt: skip
             kv = (both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2))
+            kv = kv if length is None else (*kv, length)
         return Einsum("BLNK,NKD->BLD", (*heads, width), (width,), self.out_init, name="out_proj")(
             checkpoint_name(y.reshape(q.shape), "attended")
         ), kv
@@ -92,12 +101,13 @@ class CrossBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "R L D"], image: Float[Array, "B M C"] | None, kv: KV | None
-    ) -> tuple[Float[Array, "R L D"], KV]:
+        self, x: Float[Array, "R L D"], image: ImageTokens | None, kv: ImageKV | None
+    ) -> tuple[Float[Array, "R L D"], ImageKV]:
         c = self.config
         attn = CrossAttention(c.num_heads, c.init_fns.in_proj, c.init_fns.out_proj, name="attn")
         if kv is None and image is not None:
-            image = LayerNorm(c.epsilon, name="ln_1_kv")(image)
+            states, length = split_tokens(image)
+            image = join_tokens(LayerNorm(c.epsilon, name="ln_1_kv")(states), length)
         y, kv = attn(LayerNorm(c.epsilon, name="ln_1")(x), image, kv)
         x = checkpoint_name(c.layout.constrain(x + y), "residual")
         mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
@@ -122,7 +132,7 @@ class Layer(nn.Module):
         self,
         x: Float[Array, "R L D"],
         cache: Cache | None,
-        image: Float[Array, "B M C"] | None,
+        image: ImageTokens | None,
         position: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "R L D"], Cache | None]:
         if self.collect:
@@ -244,7 +254,7 @@ class CoCaDecoder(nn.Module):
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
 
     def embed_and_write(
-        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
+        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: ImageTokens
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
         states, _ = tower.states(tokens)
@@ -253,7 +263,7 @@ class CoCaDecoder(nn.Module):
 
     def step(
         self, tower: TextTransformer, tokens: Int[Array, "R 1"],
-        image: Float[Array, "B M C"] | None, cache: Caption, position: Int[Array, ""],
+        image: ImageTokens | None, cache: Caption, position: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
         """Return the state of one more token, and the cache with it."""
         x = tower.embed(tokens, position)
@@ -333,25 +343,26 @@ class MaMMUTDecoder(nn.Module):
         self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
 
     def embed_and_write(
-        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: Float[Array, "B M C"]
+        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: ImageTokens
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
         return tower(tokens), self._run(tower, tokens[:, :-1], image)[0]
 
     def step(
         self, tower: TextTransformer, tokens: Int[Array, "R 1"],
-        image: Float[Array, "B M C"] | None, cache: Caption, position: Int[Array, ""],
+        image: ImageTokens | None, cache: Caption, position: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
         """Return the state of one more token, and the cache with it."""
         x, own = self._run(tower, tokens, image, cache.decoder, position)
         return x, Caption(None, own)
 
     def _run(
-        self, tower: TextTransformer, tokens: Array, image: Array | None,
+        self, tower: TextTransformer, tokens: Array, image: ImageTokens | None,
         caches: list[Cache] | None = None, position: Array | None = None,
     ) -> tuple[Array, Any]:  # fmt: skip
         if image is not None:
-            image = image @ self.image_projection.astype(image.dtype)
+            states, length = split_tokens(image)
+            image = join_tokens(states @ self.image_projection.astype(states.dtype), length)
         x = tower.embed(tokens, position)
         x, caches = tower.transformer(x, image, caches=caches, position=position, causal=True)
         return tower.ln_final(x), caches

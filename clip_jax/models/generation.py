@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.decoder import Caption
+from clip_jax.models.images import ImageTokens, split_tokens
 from clip_jax.models.layers import apart
 from clip_jax.models.text import TextConfig
 
@@ -68,7 +69,7 @@ class GenerationConfig:
 def generate(
     clip: CLIP,
     params: Params,
-    image_tokens: Float[Array, "B M C"],
+    image_tokens: ImageTokens,
     config: GenerationConfig = GenerationConfig(),
     seed: Integer[Array, ""] | None = None,
 ) -> Int[Array, "B L"]:
@@ -117,12 +118,12 @@ def _choose(
 
 
 def _write(
-    clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig, choose: Any
+    clip: CLIP, params: Params, image_tokens: ImageTokens, config: GenerationConfig, choose: Any
 ) -> Int[Array, "B L"]:
     text, length = clip.config.text, cast(int, config.max_length)
     params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
-    rows = len(image_tokens)
+    rows = len(split_tokens(image_tokens)[0])
 
     def extend(ids: Array, logits: Array, position: Array, done: Array) -> tuple[Array, Array]:
         """Write the token that follows the one at `position` into its row."""
@@ -150,13 +151,13 @@ def _write(
 
 
 def _search(
-    clip: CLIP, params: Params, image_tokens: Array, config: GenerationConfig
+    clip: CLIP, params: Params, image_tokens: ImageTokens, config: GenerationConfig
 ) -> Int[Array, "B L"]:
     """Run a beam search, which stops when no open beam can beat the best finished caption."""
     text, length, count = clip.config.text, cast(int, config.max_length), config.beams
     params = apart(params)
     (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
-    images = len(image_tokens)
+    images = len(split_tokens(image_tokens)[0])
 
     def extend(state: Any, logits: Array, cache: Caption) -> Any:
         ids, position, scores, best_ids, best, _ = state

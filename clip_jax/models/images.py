@@ -1,17 +1,20 @@
-"""Inputs of an image tower: pixels of one size, or packed patches of images of any shape.
+"""Inputs of an image tower: pixels of one size, or patches of images of any aspect ratio.
 
 Both are trees of NumPy or JAX arrays whose first dimension is the batch, so batches of both are
 split, joined, padded and sharded by the same code. A single image is a batch of one.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from clip_jax.errors import InputError
 
@@ -73,13 +76,108 @@ class Square:
         """Return the shape of one array of RGB pixels."""
         return jax.ShapeDtypeStruct((batch_size, self.side, self.side, 3), jnp.uint8)
 
-    def check(self, images: Shaped[Any, "B H W C"]) -> None:
+    def check(self, images: Images) -> None:
         """Raise InputError unless images have this size."""
+        if isinstance(images, Patches):
+            raise InputError(
+                f"images are patches; this model needs pixels [batch, {self.side}, {self.side}, 3] "
+                "(vision.max_patches=None). Use the model's own preprocessing."
+            )
         if images.shape[1:] != (self.side, self.side, 3):
             raise InputError(
                 f"images have shape {images.shape}; this model needs [batch, {self.side}, "
                 f"{self.side}, 3] (vision.image_size={self.side}). Resize them."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class NaFlex:
+    """Images at their own aspect ratio, resized to at most `max_patches` patches."""
+
+    max_patches: int
+    patch_size: int
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the largest square."""
+        return math.isqrt(self.max_patches) * self.patch_size
+
+    def fit(self, width: int, height: int) -> tuple[int, int]:
+        """Return the largest size that has at most `max_patches` patches (see `fit_patches`)."""
+        return fit_patches(width, height, self.patch_size, self.max_patches)
+
+    def pack(self, pixels: UInt8[np.ndarray, "B H W C"]) -> Patches:
+        """Cut images of one size into patches, in rows from the top left; pad with zeros."""
+        batch, height, width = pixels.shape[:3]
+        patch, grid = self.patch_size, (height // self.patch_size, width // self.patch_size)
+        length = grid[0] * grid[1]
+        if height % patch or width % patch or length > self.max_patches:
+            raise InputError(
+                f"images of {width} x {height} pixels must have sides that are multiples of the "
+                f"patch size {patch}, and at most {self.max_patches} patches. Resize them."
+            )
+        pixels = rearrange(pixels, "B (h P) (w Q) C -> B (h w) (P Q C)", P=patch, Q=patch)
+        padding = ((0, 0), (0, self.max_patches - length), (0, 0))
+        grids = np.tile(np.array(grid, np.int32), (batch, 1))
+        return Patches(np.pad(pixels, padding), grids, np.full(batch, length, np.int32))
+
+    def shapes(self, batch_size: int) -> Patches:
+        """Return the shapes of RGB patches with their grids and lengths."""
+        pixels = (batch_size, self.max_patches, 3 * self.patch_size**2)
+        return Patches(
+            jax.ShapeDtypeStruct(pixels, jnp.uint8),
+            jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        )
+
+    def check(self, images: Images) -> None:
+        """Raise InputError unless images are patches of this size; their number may differ."""
+        width = 3 * self.patch_size**2
+        if not isinstance(images, Patches) or images.pixels.shape[2:] != (width,):
+            raise InputError(
+                f"images have shape {pixels_of(images).shape}; this NaFlex model needs patches "
+                f"[batch, length, {width}] (vision.patch_size={self.patch_size}). Use the model's "
+                "own preprocessing."
+            )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def fit_patches(width: int, height: int, patch: int, most: int) -> tuple[int, int]:
+    """Return the width and height of an image scaled to at most `most` patches, also upwards.
+
+    Each side is rounded up to a multiple of `patch`, so the aspect ratio changes slightly. It is
+    the rule of the released SigLIP 2 models, step by step: a binary search of the scale.
+    """
+
+    def scaled(side: int, scale: float) -> int:
+        return max(patch, math.ceil(side * scale / patch) * patch)
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        patches = (scaled(height, middle) / patch) * (scaled(width, middle) / patch)
+        low, high = (middle, high) if patches <= most else (low, middle)
+    return scaled(width, low), scaled(height, low)
+
+
+class Tokens(NamedTuple):
+    """Token states of images, of which the first `length` of each image are valid."""
+
+    states: Float[Array, "B L D"]
+    length: Int[Array, " B"]
+
+
+ImageTokens = Float[Array, "B L D"] | Tokens
+
+
+def split_tokens(tokens: ImageTokens) -> tuple[Float[Array, "B L D"], Int[Array, " B"] | None]:
+    """Return the states, an array or `Tokens`, and the numbers of valid ones; None: all are."""
+    return tokens if isinstance(tokens, Tokens) else (tokens, None)
+
+
+def join_tokens(states: Float[Array, "B L D"], length: Int[Array, " B"] | None) -> ImageTokens:
+    """Undo `split_tokens`."""
+    return states if length is None else Tokens(states, length)
 
 
 def concatenate(batches: Sequence[Images]) -> Images:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from clip_jax.models import attention
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 
     constrain: Callable[[Array], Array] = lambda x: x  # called on activations [B, ...]
     lookup: Callable[[Array, Array], Array] = operator.getitem  # table [V, D], ids [B, L]
-    attend: Callable[[Array, int, bool], Array] = attention.xla  # of qkv, heads, causal
+    attend: Callable[..., Array] = attention.xla  # of qkv, heads, causal, lengths
     einsum: Callable[[str, Array, Array], Array] = jnp.einsum  # of x [B, ...] and a kernel
     conv: Callable[..., Array] = jax.lax.conv_general_dilated  # of a kernel sharded along D
     whole_heads: bool = True  # whether every device has all heads
@@ -231,11 +231,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        keys: Bool[Array, "B L"] | None = None,
+        keys: attention.Keys = None,
         cache: attention.KV | None = None,
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
-        """Attend to all tokens, to those in the mask `keys`, or to those in a KV cache.
+        """Attend to all tokens, to `keys` (a mask, or the first n), or to those in a KV cache.
 
         With `cache`, x is one token at `position`, which attends to the tokens up to itself; the
         updated cache is returned.
@@ -249,10 +249,10 @@ class Attention(nn.Module):
         qkv = checkpoint_name(qkv, "qkv")
         if cache is not None and position is not None:
             x, cache = attention.cached(qkv, self.num_heads, cache, position)
-        elif keys is not None:  # no kernel supports such a mask
+        elif keys is not None and keys.ndim > 1:  # no kernel supports such a mask
             x = attention.xla(qkv, self.num_heads, self.causal, keys=keys)
         else:
-            x = self.layout.attend(qkv, self.num_heads, self.causal)
+            x = self.layout.attend(qkv, self.num_heads, self.causal, keys)
         x = Einsum(
             "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj,
             flat=self.layout.whole_heads, name="out_proj",
@@ -317,7 +317,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B L D"],
         cache: attention.KV | None = None,
-        keys: Bool[Array, "B L"] | None = None,
+        keys: attention.Keys = None,
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | attention.KV | None]:
         c = self.config
@@ -356,8 +356,8 @@ class Transformer(nn.Module):
 
     Returns the last block's output and, with `collect`, every block's as `[depth, B, L, D]`. With
     `caches`, one per block, it returns the updated caches instead, and blocks have separate
-    parameters (see `apart`). All blocks get the same `other`, such as a mask of keys; `fields` and
-    `options` are further fields of `block`. A loop iteration runs `unroll` blocks.
+    parameters (see `apart`). All blocks get the same `other`, the keys to attend to or an image;
+    `fields` and `options` are further fields of `block`. An iteration runs `unroll` blocks.
     """
 
     config: BlockConfig
@@ -371,7 +371,7 @@ class Transformer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        other: Array | None = None,
+        other: Any = None,
         *,
         caches: list[Any] | None = None,
         position: Int[Array, ""] | None = None,

@@ -78,9 +78,14 @@ class ResNetConfig:
         return self.output_width // self.num_heads
 
     @property
+    def grid(self) -> int:
+        """Rows and columns of the last map, and of position embeddings."""
+        return self.image_size // 32
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the attention pooling: the mean and every position of the last map."""
-        return (self.image_size // 32) ** 2 + self.extra_tokens
+        return self.grid**2 + self.extra_tokens
 
     @property
     def summary(self) -> str:

@@ -1,5 +1,6 @@
-"""Image tower: a vision transformer (CLIP paper, 2.4)."""
+"""Image tower: a vision transformer (CLIP paper, 2.4), also of any aspect ratio (NaFlex)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,11 +8,19 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.decoder import CrossAttention
-from clip_jax.models.images import Square
+from clip_jax.models.images import (
+    Images,
+    ImageTokens,
+    NaFlex,
+    Patches,
+    Square,
+    join_tokens,
+    split_tokens,
+)
 from clip_jax.models.layers import (
     MLP,
     Activation,
@@ -28,6 +37,8 @@ from clip_jax.models.layers import (
     uniform,
 )  # fmt: skip
 
+Lengths = Int[Array, " B"] | None  # valid tokens of each image; None: all
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
@@ -35,6 +46,9 @@ class ViTConfig:
 
     image_size: int = 224  # Height and width of input images, in pixels.
     patch_size: int = 32  # Height and width of a patch, in pixels.
+    # Maximum number of patches of an image at its own aspect ratio (NaFlex); image_size is then
+    # that of the position embeddings. None: square images of image_size.
+    max_patches: int | None = None
     width: int = 768  # Channels of the residual stream.
     depth: int = 12  # Number of transformer blocks.
     num_heads: int = 12  # Number of attention heads.
@@ -58,8 +72,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self, "vision.",
-            image_size="[1, inf)", patch_size="[1, inf)", width="[1, inf)", depth="[1, inf)",
-            num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
+            image_size="[1, inf)", patch_size="[1, inf)", max_patches="[1, inf)", width="[1, inf)",
+            depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
             pool_queries="[2, inf)", pool_heads="[1, inf)",
             norm_epsilon="(0, inf)", layer_scale="(-inf, inf)", patch_dropout="[0, 1)",
         )  # fmt: skip
@@ -82,8 +96,10 @@ class ViTConfig:
         return int(self.width * self.mlp_ratio)
 
     @property
-    def image_spec(self) -> Square:
-        return Square(self.image_size)
+    def image_spec(self) -> Square | NaFlex:
+        if self.max_patches is None:
+            return Square(self.image_size)
+        return NaFlex(self.max_patches, self.patch_size)
 
     @property
     def head_width(self) -> int:
@@ -91,17 +107,19 @@ class ViTConfig:
         return self.width // self.num_heads
 
     @property
+    def grid(self) -> int:
+        """Rows and columns of position embeddings."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        """Patches of an image, with padding."""
+        return self.max_patches or self.grid**2
 
     @property
     def kept_patches(self) -> int:
         """Patches left by patch dropout in training, at least one."""
         return max(round(self.num_patches * (1 - self.patch_dropout)), 1)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_patches + self.class_token
 
     @property
     def extra_tokens(self) -> int:
@@ -150,8 +168,11 @@ class ViTConfig:
         """Count the tower's operations for one image, in training without dropped patches."""
         tokens = (self.kept_patches if training else self.num_patches) + self.class_token
         patch, projected = self.patch_size**2 * 3, self.projection * self.pooled_width(embed_dim)
+        # NaFlex resizes the position embeddings for each image by a matmul.
+        resized = self.num_patches * self.grid**2 if self.max_patches else 0
+        macs = (self.num_patches * patch + resized) * self.width + projected * embed_dim
         ends = Operations(
-            macs=self.num_patches * patch * self.width + projected * embed_dim,
+            macs=macs,
             layer_norm=(self.pre_norm * tokens + 1) * self.width,
         )
         blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
@@ -161,12 +182,53 @@ class ViTConfig:
 
 
 def drop_patches(
-    x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int
-) -> Float[Array, "B l D"]:
-    """Keep a random choice of each image's patches, which depends on its key only."""
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (x.shape[1],)))(keys)
+    x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int, length: Lengths = None
+) -> tuple[Float[Array, "B l D"], Lengths]:
+    """Keep a random choice of each image's patches, which depends on its key only.
+
+    With `length`, the valid patches of each image, the same share of these is kept, first.
+    """
+    patches = x.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
+    if length is not None:
+        noise = jnp.where(jnp.arange(patches) < length[:, None], noise, jnp.inf)
+        length = jnp.clip(jnp.round(length * (kept / patches)).astype(jnp.int32), 1, kept)
     indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would gather from all devices
-    return jnp.take_along_axis(x, indices[:, :, None], axis=1)
+    return jnp.take_along_axis(x, indices[:, :, None], axis=1), length
+
+
+def resize_positions(
+    table: Float[Array, "N D"], grid: Int[Array, "B 2"], patches: int
+) -> Float[Array, "B L D"]:
+    """Resize a square table of position embeddings to each image's grid (rows, columns).
+
+    Bilinear and antialiased, as `jax.image.scale_and_translate`, in float32. The filter is
+    separable, so all grids take one product of static shape; the rest of `patches` is padding.
+    """
+    side, grid = math.isqrt(len(table)), jnp.maximum(grid, 1)[:, :, None]
+
+    def weights(index: Int[Array, "B L"], count: Int[Array, "B 1"]) -> Float[Array, "B L S"]:
+        scale = side / count[:, :, None].astype(jnp.float32)
+        centers = (index[:, :, None] + 0.5) * scale
+        distance = jnp.abs(jnp.arange(side) + 0.5 - centers) / jnp.maximum(scale, 1)
+        near = jnp.maximum(1 - distance, 0)
+        return near / near.sum(-1, keepdims=True)
+
+    row, column = jnp.divmod(jnp.arange(patches), grid[:, 1])
+    row = jnp.minimum(row, grid[:, 0] - 1)  # also of padding, for finite weights
+    down, across = weights(row, grid[:, 0]), weights(column, grid[:, 1])
+    both = (down[:, :, :, None] * across[:, :, None]).reshape(*down.shape[:2], -1)
+    return jnp.einsum(
+        "BLN,ND->BLD", both, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _mean(x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B D"]:
+    """Return the mean of the valid tokens."""
+    if length is None:
+        return x.mean(axis=1)
+    valid = jnp.arange(x.shape[1]) < length[:, None]
+    return jnp.where(valid[:, :, None], x, 0).sum(1) / length[:, None].astype(x.dtype)
 
 
 class AttentionPool(nn.Module):
@@ -185,7 +247,7 @@ class AttentionPool(nn.Module):
         )
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+    def __call__(self, x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B D"]:
         c = self.config
         heads = (c.num_heads, c.width // c.num_heads)
         init = uniform(c.width**-0.5)
@@ -195,7 +257,7 @@ class AttentionPool(nn.Module):
             jnp.broadcast_to(latent.astype(x.dtype), (x.shape[0], 1, c.width))
         )
         kv = Einsum("BLD,DSNK->BLSNK", (c.width, 2, *heads), (2, *heads), init, init, name="kv")(x)
-        x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])
+        x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1], key_value_seq_lengths=length)
         x = Einsum("BLNK,NKD->BLD", (*heads, c.width), (c.width,), init, init, name="proj")(x)
         mlp = MLP(c.mlp_width, c.activation, BlockInit.image(c.width, c.mlp_width), name="mlp")
         return (x + mlp(LayerNorm(c.norm_epsilon, name="norm")(x)))[:, 0]
@@ -218,14 +280,15 @@ class QueryPool(nn.Module):
         )
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B Q E"]:
+    def __call__(self, x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B Q E"]:
         c = self.config
         normal = named("- -", nn.initializers.normal(1.0))
         query = self.param("query", normal, (c.pool_queries, self.embed_dim))
         query = LayerNorm(c.norm_epsilon, name="ln_q")(query.astype(x.dtype))
         init = uniform(self.embed_dim**-0.5)
         attn = CrossAttention(c.pool_heads, init, init, name="attn")
-        return attn(query[None], LayerNorm(c.norm_epsilon, name="ln_k")(x))[0]
+        x = LayerNorm(c.norm_epsilon, name="ln_k")(x)
+        return attn(query[None], join_tokens(x, length))[0]
 
 
 HEADS = {"map": AttentionPool, "queries": QueryPool}  # pools with parameters of their own
@@ -251,7 +314,7 @@ class ViT(nn.Module):
         if c.class_token:
             self.class_embedding = self.param("class_embedding", named("-", normal), (c.width,))
         self.positional_embedding = self.param(
-            "positional_embedding", named("L -", normal), (c.num_tokens, c.width)
+            "positional_embedding", named("L -", normal), (c.grid**2 + c.extra_tokens, c.width)
         )
         if c.pre_norm:
             self.ln_pre = LayerNorm(c.norm_epsilon)
@@ -269,7 +332,7 @@ class ViT(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "B H W C"],
+        images: Images,
         keys: Key[Array, " B"] | None = None,
         *,
         train: bool = False,
@@ -279,54 +342,65 @@ class ViT(nn.Module):
 
     def tokens(
         self,
-        images: Float[Array, "B H W C"],
+        images: Images,
         collect: bool = False,
         keys: Key[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "depth B L D"] | None]:
+    ) -> tuple[ImageTokens, Float[Array, "depth B L D"] | None]:
         """Return the last block's states, the class token's first; with `collect` every block's.
 
         With `keys`, one for each image, patch dropout applies.
         """
         c = self.config
         c.image_spec.check(images)
-        patch = c.patch_size
-
-        # Pixels beyond the last full patch are cut, as by a strided convolution (SO400M@384).
-        side = c.image_size // patch * patch
-        x = rearrange(images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch)
+        patch, table, extra = c.patch_size, self.positional_embedding, c.extra_tokens
+        length = None
+        if isinstance(images, Patches):
+            x = rearrange(images.pixels, "B L (P Q C) -> B L P Q C", P=patch, Q=patch)
+            length = jnp.maximum(images.length, 1)  # of padding of the batch, too
+            resized = resize_positions(table[extra:], images.grid, x.shape[1])
+            first = jnp.broadcast_to(table[:extra], (len(x), extra, c.width))
+            table = jnp.concatenate([first, resized], axis=1)
+        else:
+            # Pixels beyond the last full patch are cut, as by a strided convolution (SO400M@384).
+            side = c.grid * patch
+            x = rearrange(
+                images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch
+            )
         x = self.conv1(x)
         if c.class_token:
             token = self.class_embedding.astype(x.dtype)
             token = jnp.broadcast_to(token, (x.shape[0], 1, c.width))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.positional_embedding.astype(x.dtype)
+        x = x + table.astype(x.dtype)
         if keys is not None and c.patch_dropout:
-            patches = drop_patches(x[:, int(c.class_token) :], keys, c.kept_patches)
-            x = jnp.concatenate([x[:, : int(c.class_token)], patches], axis=1)
+            kept = max(round((x.shape[1] - extra) * (1 - c.patch_dropout)), 1)
+            patches, length = drop_patches(x[:, extra:], keys, kept, length)
+            x = jnp.concatenate([x[:, :extra], patches], axis=1)
         if c.pre_norm:
             x = self.ln_pre(x)
-        return self.transformer(x, collect=collect)
+        length = None if length is None else length + extra
+        x, every = self.transformer(x, length, collect=collect)
+        return join_tokens(x, length), every
 
-    def pool_and_tokens(
-        self, x: Float[Array, "B L D"]
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B M C"]]:
+    def pool_and_tokens(self, tokens: ImageTokens) -> tuple[Float[Array, "B E"], ImageTokens]:
         """Norm, pool and project; return also the tokens that a caption decoder attends to."""
         c = self.config
-        tokens = x[:, int(c.class_token) :]
+        x, length = split_tokens(tokens)
+        others, own = x[:, c.extra_tokens :], None if length is None else length - c.extra_tokens
         # OpenAI normalises after pooling, SigLIP before; for a class token it makes no difference.
         match c.pool:
             case "class_token":
-                x, tokens = self.ln_post(x[:, 0]), self.ln_post(tokens)
+                x, seen = self.ln_post(x[:, 0]), join_tokens(self.ln_post(others), own)
             case "mean":
-                x = self.ln_post(tokens.mean(axis=1))
+                x, seen = self.ln_post(_mean(others, own)), join_tokens(others, own)
             case "mean_all":
-                x, tokens = self.ln_post(x.mean(axis=1)), x
+                x, seen = self.ln_post(_mean(x, length)), tokens
             case "map":
-                tokens = self.ln_post(x)
-                x = self.attn_pool(tokens)
+                x = self.ln_post(x)
+                x, seen = self.attn_pool(x, length), join_tokens(x, length)
             case "queries":
-                x = self.ln_post(self.attn_pool(x))
-                x, tokens = x[:, 0], x[:, 1:]
+                x = self.ln_post(self.attn_pool(x, length))
+                x, seen = x[:, 0], x[:, 1:]
         if c.projection:
             x = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
-        return x, tokens
+        return x, seen

@@ -11,7 +11,7 @@ LAION-AI/open_clip_mammut.
 
 import difflib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
@@ -133,6 +133,12 @@ def _mammut(vision: ViTConfig, text: TextConfig, first_mlp: bool) -> CLIPConfig:
     return replace(_clip(text.width, vision, text), decoder=MaMMUTConfig(first_mlp=first_mlp))
 
 
+def _naflex(model: CLIPConfig) -> CLIPConfig:
+    """SigLIP 2 of native aspect ratios: 16 x 16 position embeddings, 256 patches by default."""
+    vision = replace(cast(ViTConfig, model.vision), image_size=256, max_patches=256)
+    return replace(model, vision=vision)
+
+
 _GEMMA = 256_000  # vocabulary size of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
 _L14, _L16 = _vit(14, 1024, 24), _vit(16, 1024, 24)
@@ -180,6 +186,8 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     ),
     **_sizes("ViT-SO400M-14-SigLIP2{}", _siglip(_SO400M, 14, vocab=_GEMMA), None, 378, 384),
     **_sizes("ViT-SO400M-16-SigLIP2{}", _siglip(_SO400M, 16, vocab=_GEMMA), 256, 384, 512),
+    "ViT-B-16-SigLIP2-naflex": _naflex(_siglip(_BASE, 16, vocab=_GEMMA)),
+    "ViT-SO400M-16-SigLIP2-naflex": _naflex(_siglip(_SO400M, 16, vocab=_GEMMA)),
     **_sizes(
         "ViT-gopt-16-SigLIP2{}", _siglip(_GIANT, 16, text=_SO400M, vocab=_GEMMA), 256, 384
     ),
