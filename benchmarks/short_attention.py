@@ -52,7 +52,7 @@ def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
     shapes = {(text.context_length, text.num_heads, text.width // text.num_heads, text.causal)}
     if not isinstance(vision, ResNetConfig):
         size = vision.width // vision.num_heads
-        shapes.add((vision.num_tokens, vision.num_heads, size, False))
+        shapes.add((vision.num_patches + vision.extra_tokens, vision.num_heads, size, False))
     return {shape for shape in shapes if shape[0] <= attention.MAX_LENGTH}
 
 
