@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from clip_jax.convert import card
 from clip_jax.convert.formats import TARGETS, Format, read_weights, verify, write_weights
 from clip_jax.convert.verify import Unverifiable, Verification, features_difference
-from clip_jax.convert.weights import DType
+from clip_jax.convert.weights import DType, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.storage import files
@@ -22,7 +22,12 @@ class ConvertConfig:
     # Compare with the reference implementation (extra `peers`): exit code 1 if above 1e-5.
     verify: bool = False
     dtype: DType | None = None  # Data type of the written tensors. None: unchanged.
-    image_size: int | None = None  # New image size in pixels; positions are resized. None: keep.
+    # Image size in pixels, to which positions are resized; of a NaFlex model it makes one of fixed
+    # resolution. None: unchanged.
+    image_size: int | None = None
+    # Patches per image of a NaFlex model (sequence length); of a model of fixed resolution it makes
+    # one. None: unchanged.
+    tokens: int | None = None
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
     # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.
     tokenizer: str | None = None
@@ -32,7 +37,7 @@ class ConvertConfig:
     overwrite: bool = False  # Replace an existing destination.
 
     def __post_init__(self) -> None:
-        check_ranges(self, image_size="[1, inf)")
+        check_ranges(self, image_size="[1, inf)", tokens="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,8 @@ def convert(config: ConvertConfig) -> Conversion:
             f"--accept-activation needs --to open-clip; --to {config.to} keeps the model's "
             "activation."
         )
-    weights = read_weights(
-        source,
-        activation=config.activation,
-        image_size=config.image_size,
-        tokenizer=config.tokenizer,
-    )
+    weights = read_weights(source, activation=config.activation, tokenizer=config.tokenizer)
+    weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)
     difference = None
     if config.accept_activation and target.as_computed is not None:
         changed = target.as_computed(weights)

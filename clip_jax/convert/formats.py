@@ -24,7 +24,7 @@ from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weights import DType, Weights, resize_positions, with_vocabulary
+from clip_jax.convert.weights import DType, Weights, with_input, with_vocabulary
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation
@@ -51,6 +51,7 @@ def read_weights(
     *,
     activation: Activation | None = None,
     image_size: int | None = None,
+    tokens: int | None = None,
     tokenizer: str | None = None,
 ) -> Weights:
     """Read a run, or a model file or folder of any supported format, recognised by its content.
@@ -59,7 +60,8 @@ def read_weights(
     hf:OWNER/NAME are downloaded (see `hub.fetch`).
 
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
-    records another. Another `image_size` than the model's resizes its position embeddings.
+    records another. Another `image_size` than the model's resizes its position embeddings;
+    `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
     `tokenizer` is the vocabulary for weights that have none.
     """
     path, which = split_name(path)
@@ -85,9 +87,14 @@ def read_weights(
             raise InputError(f"{path} has its own tokenizer, {file}; omit --tokenizer.")
         weights = replace(weights, config=with_vocabulary(weights.config, tokenizer))
         make_tokenizer(weights.config.text)  # raises InputError if it is damaged
-    if image_size in (None, weights.config.vision.image_size):
-        return weights
-    return resize_positions(weights, image_size)
+    is_naflex = weights.preprocess.max_patches is not None
+    if tokens is not None and not is_naflex:
+        raise InputError(
+            f"tokens={tokens} is for NaFlex models, and {path} has a fixed resolution of "
+            f"{weights.config.vision.image_size} pixels. Omit it, or make a NaFlex model: "
+            f"clip-jax convert {path} NEW --to clip-jax --tokens {tokens}."
+        )
+    return with_input(weights, image_size=image_size, tokens=tokens)
 
 
 def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:

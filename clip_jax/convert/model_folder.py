@@ -13,7 +13,7 @@ from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import flatten, table, to_params
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
-from clip_jax.convert.weights import DType, Weights, cast, with_vocabulary
+from clip_jax.convert.weights import DType, Weights, cast, default_preprocess, with_vocabulary
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.errors import InputError
@@ -29,7 +29,7 @@ VERSION = 2
 _PREPROCESS = {
     "image_size": "image_size", "mean": "image_mean", "std": "image_std",
     "interpolation": "interpolation", "resize_mode": "resize_mode", "fill": "fill",
-    "rules": "pixel_rules",
+    "rules": "pixel_rules", "max_patches": "max_patches", "patch_size": "patch_size",
 }  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def manifest(weights: Weights) -> dict[str, Any]:
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     tokenizer = text.tokenizer
     own = tokenizer.file == "clip"
-    values, newer = to_dict(weights.preprocess), {"fill": 0, "rules": "openai"}
+    values = to_dict(weights.preprocess)
+    newer = {"fill": 0, "rules": "openai", "max_patches": None, "patch_size": None}
     # At their defaults, entries that older folders lack are left out.
     pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
     return {
@@ -104,11 +105,14 @@ def read(folder: Path) -> Weights:
                 f"{path} says {name}={content.get(name)!r}, but {CONFIG_NAME} implies {value!r}; "
                 "undo the change by hand of one of them."
             )
-    if weights.preprocess.image_size != config.vision.image_size:
-        raise InputError(
-            f"{path} says image_size={weights.preprocess.image_size}, but the model has "
-            f"{config.vision.image_size}; undo the change by hand of one of them."
-        )
+    needed = default_preprocess(config)
+    for name in ("image_size", "max_patches", "patch_size"):
+        value, other = (getattr(x, name) for x in (weights.preprocess, needed))
+        if value != other:
+            raise InputError(
+                f"{path} says {name}={value}, but the model has {other}; undo the change by hand "
+                "of one of them."
+            )
     if file in vocabulary.NAMES:
         config = with_vocabulary(config, str(folder / file))
     return replace(weights, config=config)

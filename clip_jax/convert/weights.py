@@ -16,7 +16,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.vit import ViTConfig, resize_positions
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
@@ -119,23 +119,71 @@ def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:
     return np.asarray(array).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-def resize_positions(weights: Weights, image_size: int) -> Weights:
-    """Return the model for images of `image_size` pixels.
+def with_input(
+    weights: Weights, *, image_size: int | None = None, tokens: int | None = None
+) -> Weights:
+    """Return the model for square images of `image_size` pixels, or for NaFlex images of at most
+    `tokens` patches; both None: the same model.
 
-    Position embeddings are resized by antialiased bicubic interpolation, as in open_clip; that of
-    the class token (of a ResNet, the mean token) is kept. Raises ValueError for sizes that the
-    architecture cannot have.
+    Position embeddings are resized to the image size, except the class token's (of a ResNet, the
+    mean token's): by antialiased bicubic interpolation, as in open_clip, or of a NaFlex model by
+    its own bilinear one, so that the new model computes what it does on such a grid. Raises
+    InputError for sizes that the architecture cannot have.
     """
-    vision = replace(weights.config.vision, image_size=image_size)
-    config = replace(weights.config, vision=vision)
+    vision = weights.config.vision
+    before = vision.max_patches if isinstance(vision, ViTConfig) else None
+    if image_size is not None and tokens is not None:
+        raise InputError(
+            f"image_size={image_size} and tokens={tokens} exclude each other: image_size makes a "
+            "model of fixed resolution, tokens one of any aspect ratio (NaFlex); omit one."
+        )
+    if tokens is not None:
+        return _with_tokens(weights, tokens)
+    if image_size is None or (image_size == vision.image_size and before is None):
+        return weights
     preprocess = replace(weights.preprocess, image_size=image_size)
+    sizes: dict[str, int | None] = {"image_size": image_size}
+    if isinstance(vision, ViTConfig) and before is not None:
+        if image_size % vision.patch_size:
+            raise InputError(
+                f"image_size={image_size} is not a multiple of vision.patch_size="
+                f"{vision.patch_size}; a NaFlex model needs full patches. Choose another size."
+            )
+        sizes["max_patches"] = None
+        preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
+    vision = replace(vision, **sizes)
     flat = flatten(weights.params)
-    before = np.asarray(flat[vision.positions_path])
+    table = np.asarray(flat[vision.positions_path])
     extra, side = vision.extra_tokens, vision.grid
-    old_side = math.isqrt(len(before) - extra)
+    old_side = math.isqrt(len(table) - extra)
     if side != old_side:
-        grid = rearrange(before[extra:].astype(np.float32), "(h w) D -> h w D", h=old_side)
-        grid = jax.image.resize(jnp.asarray(grid), (side, side, grid.shape[-1]), "cubic")
-        grid = rearrange(np.asarray(grid), "h w D -> (h w) D").astype(before.dtype)
-        flat[vision.positions_path] = np.concatenate([before[:extra], grid])
+        patches = jnp.asarray(table[extra:].astype(np.float32))
+        if before is None:
+            patches = rearrange(patches, "(h w) D -> h w D", h=old_side)
+            patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "cubic")
+            patches = rearrange(patches, "h w D -> (h w) D")
+        else:
+            patches = resize_positions(patches, jnp.array([[side, side]]), side * side)[0]
+        resized = np.asarray(patches).astype(table.dtype)
+        flat[vision.positions_path] = np.concatenate([table[:extra], resized])
+    config = replace(weights.config, vision=vision)
     return replace(weights, config=config, preprocess=preprocess, params=unflatten(flat))
+
+
+def _with_tokens(weights: Weights, tokens: int) -> Weights:
+    """Return the NaFlex model, with the same weights."""
+    vision = weights.config.vision
+    if tokens < 1:
+        raise InputError(f"tokens={tokens} must be at least 1.")
+    if not isinstance(vision, ViTConfig):
+        raise InputError(
+            f"tokens={tokens} needs a ViT as image tower (NaFlex); this model has a ResNet, of "
+            f"{vision.image_size} pixels. Omit it."
+        )
+    size = vision.grid * vision.patch_size
+    preprocess = replace(
+        weights.preprocess, image_size=size, resize_mode="naflex", max_patches=tokens,
+        patch_size=vision.patch_size, fill=0,
+    )  # fmt: skip
+    vision = replace(vision, image_size=size, max_patches=tokens)
+    return replace(weights, config=replace(weights.config, vision=vision), preprocess=preprocess)

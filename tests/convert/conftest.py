@@ -66,6 +66,8 @@ CONFIGS = {
         text=replace(SIGLIP.text, context_length=6, vocab_size=40, tokenizer=_NO_WORDS, **_SMALL),
     ),
 }  # fmt: skip
+_SIGLIP = CONFIGS["siglip"]
+CONFIGS["naflex"] = replace(_SIGLIP, vision=replace(_SIGLIP.vision, max_patches=20))
 
 
 @functools.cache
@@ -74,8 +76,9 @@ def make_weights(name: str) -> Weights:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    mode = "squash" if name == "siglip" else "shortest"
-    preprocess = replace(default_preprocess(config), resize_mode=mode)
+    preprocess = default_preprocess(config)
+    if name == "siglip":
+        preprocess = replace(preprocess, resize_mode="squash")
     return Weights(config=config, params=params, preprocess=preprocess)
 
 

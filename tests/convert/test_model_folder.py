@@ -5,7 +5,8 @@ import json
 import pytest
 
 from clip_jax.convert.formats import read_weights, write_weights
-from tests.convert.conftest import make_weights
+from clip_jax.errors import InputError
+from tests.convert.conftest import assert_same, make_weights
 
 
 def test_the_manifest_is_checked(tmp_path):
@@ -24,3 +25,17 @@ def test_the_manifest_is_checked(tmp_path):
         path.write_text(json.dumps({**content, name: value}))
         with pytest.raises(ValueError, match=match):
             read_weights(tmp_path)
+
+
+def test_the_manifest_of_naflex(tmp_path):
+    weights = make_weights("naflex")
+    write_weights(weights, tmp_path, "clip-jax")
+    assert_same(read_weights(tmp_path), weights)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    assert (content["resize_mode"], content["max_patches"], content["patch_size"]) == (
+        "naflex", 20, 8,
+    )  # fmt: skip
+    path.write_text(json.dumps({**content, "max_patches": 21}))
+    with pytest.raises(InputError, match="says max_patches=21, but the model has 20"):
+        read_weights(tmp_path)

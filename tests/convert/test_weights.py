@@ -1,11 +1,16 @@
-"""Position embeddings at another size of image."""
+"""Models for images of another size, or of any aspect ratio."""
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
-from clip_jax.convert.weights import resize_positions
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.weights import Weights, with_input
+from clip_jax.errors import InputError
+from clip_jax.models.clip import CLIP, l2_normalize
+from clip_jax.models.images import Images, NaFlex, Square
 from tests.convert.conftest import make_weights
 
 
@@ -16,9 +21,66 @@ def test_positions_are_resized_bicubically(name):
     positions = weights.params["visual"]["positional_embedding"].copy()
     positions[-16:] = np.repeat(np.arange(4.0) ** 2, 4)[:, None]
     visual = weights.params["visual"] | {"positional_embedding": positions}
-    after = resize_positions(replace(weights, params=weights.params | {"visual": visual}), 64)
+    after = with_input(replace(weights, params=weights.params | {"visual": visual}), image_size=64)
     assert after.config.vision.image_size == after.preprocess.image_size == 64
     resized = after.params["visual"]["positional_embedding"]
     np.testing.assert_array_equal(resized[:-64], positions[:-16])
     middle = resized[-64:].reshape(8, 8, -1)[3:5, 3:5, 0]
     np.testing.assert_allclose(middle, [[1.25**2] * 2, [1.75**2] * 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])  # with a class token, and without
+def test_a_model_of_fixed_resolution_becomes_naflex(name):
+    """With the same weights, and the same embeddings of images of its grid."""
+    weights = make_weights(name)
+    naflex = with_input(weights, tokens=20)
+    assert naflex.config.vision.image_spec == naflex.preprocess.image_spec == NaFlex(20, 8)
+    assert naflex.params is weights.params
+    flexible = {"resize_mode": "naflex", "max_patches": 20, "patch_size": 8}
+    assert naflex.preprocess == replace(weights.preprocess, **flexible)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(
+        embed(naflex, NaFlex(20, 8).pack(pixels)), embed(weights, pixels), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+@pytest.mark.parametrize("size", [16, 32, 56])  # 2 x 2, the table's own 4 x 4, 7 x 7 patches
+def test_a_naflex_model_becomes_one_of_fixed_resolution(name, size):
+    """Its embeddings are those of the NaFlex model for images of that grid."""
+    naflex = with_input(make_weights(name), tokens=50)
+    square = with_input(naflex, image_size=size)
+    assert square.config.vision.image_spec == square.preprocess.image_spec == Square(size)
+    assert square.preprocess.resize_mode == "squash"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    np.testing.assert_allclose(
+        embed(square, pixels), embed(naflex, NaFlex(50, 8).pack(pixels)), rtol=0, atol=1e-5
+    )
+
+
+def embed(weights: Weights, images: Images) -> np.ndarray:
+    """Unit embeddings in float32."""
+    clip = CLIP(replace(weights.config, dtype="float32"))
+    return np.asarray(l2_normalize(jax.jit(clip.encode_image)(weights.params, images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("resnet", {"tokens": 9}, "tokens=9 needs a ViT"),
+        ("vit", {"tokens": 0}, "tokens=0 must be at least 1"),
+        ("vit", {"tokens": 9, "image_size": 16}, "exclude each other"),
+        ("naflex", {"image_size": 30}, "image_size=30 is not a multiple of vision.patch_size=8"),
+    ],
+)
+def test_impossible_inputs_are_errors(name, sizes, message):
+    with pytest.raises(InputError, match=message):
+        with_input(make_weights(name), **sizes)
+
+
+def test_tokens_are_read_for_naflex_models_alone(tmp_path):
+    write_weights(make_weights("naflex"), tmp_path / "naflex", "clip-jax")
+    assert read_weights(tmp_path / "naflex", tokens=7).config.vision.image_spec == NaFlex(7, 8)
+    write_weights(make_weights("siglip"), tmp_path / "fixed", "clip-jax")
+    with pytest.raises(InputError, match="fixed resolution of 32 pixels"):
+        read_weights(tmp_path / "fixed", tokens=7)

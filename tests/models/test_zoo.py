@@ -34,7 +34,9 @@ def parameters(config: CLIPConfig) -> tuple[int, int]:
     v, t, e = config.vision, config.text, config.embed_dim
     assert isinstance(v, ViTConfig)
     d = v.width
-    image = (3 * v.patch_size**2 + v.patch_bias + v.class_token + v.grid**2 + v.extra_tokens) * d + blocks(v)
+    image = (
+        3 * v.patch_size**2 + v.patch_bias + v.class_token + v.grid**2 + v.extra_tokens
+    ) * d + blocks(v)
     image += (2 + 2 * v.pre_norm) * d + v.projection * d * e
     if v.layer_scale is not None:
         image += 2 * v.depth * d

@@ -16,7 +16,7 @@ from clip_jax.convert import openai
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import random_inputs, relative_difference
-from clip_jax.convert.weights import resize_positions
+from clip_jax.convert.weights import with_input
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
@@ -290,6 +290,6 @@ def test_positions_resize_as_open_clips(open_clip, tmp_path, size):
     larger = open_clip_model(open_clip, tmp_path / "x", {}, {"image_size": size}, {})
     state = dict(model.state_dict())
     resize_pos_embed(state, larger)
-    visual = resize_positions(read_weights(tmp_path), size).params["visual"]
+    visual = with_input(read_weights(tmp_path), image_size=size).params["visual"]
     theirs = state["visual.positional_embedding"].numpy()
     assert relative_difference(visual["positional_embedding"], theirs) < 1e-6
