@@ -1,8 +1,8 @@
 """Hugging Face's format: a folder for a model and a processor of transformers.
 
 `CLIPModel` and `MetaClip2Model` differ in the end of text: MetaCLIP 2 uses the configured id; in
-CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolution SigLIP 2; SigLIP 2
-of native aspect ratios (NaFlex) is another model.
+CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolution SigLIP 2,
+`Siglip2Model` for SigLIP 2 of native aspect ratios (NaFlex).
 """
 
 import typing
@@ -25,11 +25,12 @@ from clip_jax.convert.state_dict import (
 )
 from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
-from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio
+from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, square_side
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.images import NaFlex, Patches
 from clip_jax.models.layers import Activation
-from clip_jax.models.text import TextConfig, TokenizerConfig
+from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,6 +44,7 @@ _ACTIVATIONS: dict[str, Activation] = {  # of several names for ours, the last i
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_CLEANING: dict[str, Cleaning] = {"siglip": "punctuation", "siglip2": "lower"}  # of texts
 _LEGACY_EOS = 2  # a wrong id in old configurations; Hugging Face reads it as "argmax"
 
 # ------------------------------------------------------------------ names of tensors
@@ -71,12 +73,18 @@ _NAMES: Rules = (
     (r"^visual/", "vision_model/"),
 )
 _AXES: Rules = ((r"^visual/proj$|^text/text_projection$", "E D -> D E"), *TORCH_AXES)
+_NAFLEX_AXES: Rules = ((r"^visual/conv1/kernel$", "D (P Q C) -> P Q C D"),)  # a linear layer
+
+
+def _is_naflex(config: CLIPConfig) -> bool:
+    return isinstance(config.vision.image_spec, NaFlex)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
     if config.vision.has_map_head:
-        projection, axes = "text/head/", [(r"^logit_", "1 -> "), *_AXES]
+        flattened = _NAFLEX_AXES if _is_naflex(config) else ()
+        projection, axes = "text/head/", [(r"^logit_", "1 -> "), *flattened, *_AXES]
     else:
         projection, axes = "text_projection/", _AXES
     names = [
@@ -106,6 +114,7 @@ _TEXT: Table = {
 _SIGLIP_IMAGE: Table = {
     **_IMAGE, "patch_size": ("patch_size", 16), "layer_norm_eps": ("norm_epsilon", 1e-6),
 }  # fmt: skip
+_NAFLEX_IMAGE = {name: row for name, row in _SIGLIP_IMAGE.items() if name != "image_size"}
 _SIGLIP_TEXT: Table = {
     **_TEXT,
     "vocab_size": ("vocab_size", 32_000), "max_position_embeddings": ("context_length", 64),
@@ -115,6 +124,7 @@ _SIGLIP_TEXT: Table = {
 
 CLIP_ASSUMPTIONS: Assumptions = {
     "vision": ViTConfig,
+    "vision.max_patches": None,
     "decoder": None,
     "has_logit_bias": False,
     "vision.pool": "class_token",
@@ -149,6 +159,8 @@ def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
     assumptions = {
         **SIGLIP_ASSUMPTIONS, "text.projection_bias": weights.config.text.projection, **more,
     }  # fmt: skip
+    if _is_naflex(weights.config):
+        assumptions["preprocess.resize_mode"] = "naflex"
     check_assumptions(weights, name, assumptions, "choose --to open-clip or clip-jax.")
 
 
@@ -195,7 +207,13 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
 
 def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
     sections = _sections(content, source)
-    vision = _tower(sections[0], _SIGLIP_IMAGE, "gelu_pytorch_tanh")
+    naflex = content["model_type"] == "siglip2"
+    table = _NAFLEX_IMAGE if naflex else _SIGLIP_IMAGE
+    vision = _tower(sections[0], table, "gelu_pytorch_tanh")
+    if naflex:
+        patches = sections[0].count("num_patches", 256)
+        side = square_side(patches, "num_patches", sections[0].where)
+        vision |= {"image_size": side * vision["patch_size"], "max_patches": patches}
     text = _tower(sections[1], _SIGLIP_TEXT, "gelu_pytorch_tanh")
     projected = sections[1].count("projection_size", text["width"])
     has_head = sections[0].get("vision_use_head", True, object)
@@ -230,6 +248,10 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     top: dict[str, Any] = {}
     if config.vision.has_map_head:
         kind, model_type = "Siglip", "siglip"
+        if _is_naflex(config):
+            kind, model_type = "Siglip2", "siglip2"
+            del vision_config["image_size"]
+            vision_config["num_patches"] = config.vision.grid**2
         text_config["projection_size"] = config.embed_dim
     else:
         is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
@@ -259,29 +281,32 @@ def read(folder: Path) -> Weights:
     path = folder / "config.json"
     content = read_json(path)
     kind = content.get("model_type")
-    if kind == "siglip2":
-        raise InputError(
-            f"{path} has model_type='siglip2', SigLIP 2 of native aspect ratios (NaFlex), which is "
-            "not supported; use a fixed-resolution model ('siglip')."
-        )
-    if kind not in ("clip", "metaclip_2", "siglip"):
+    if kind not in ("clip", "metaclip_2", "siglip", "siglip2"):
         raise InputError(
             f"{path} has model_type={kind!r:.99}; supported are Hugging Face's CLIPModel ('clip'), "
-            "MetaClip2Model ('metaclip_2') and SiglipModel ('siglip')."
+            "MetaClip2Model ('metaclip_2'), SiglipModel ('siglip') and Siglip2Model ('siglip2')."
         )
     file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
-    siglip = kind == "siglip"
+    siglip = kind in ("siglip", "siglip2")
     with naming(path):
         config = (_read_siglip if siglip else _read_clip)(content, str(path))
-    preprocess = image_processor.read(folder, config.vision.image_size, siglip)
+    vision = typing.cast(ViTConfig, config.vision)
+    patch_size = vision.patch_size if vision.max_patches else None
+    preprocess = image_processor.read(folder, vision.image_size, siglip, patch_size)
     default = TokenizerConfig()
     if kind != "clip":
-        default = tokenizer_files.missing(config.text, "punctuation" if siglip else "none")
-    text = replace(config.text, tokenizer=tokenizer_files.read(folder, config.text, default))
-    config = replace(config, text=text, image_mean=preprocess.mean, image_std=preprocess.std)
+        cleaning: Cleaning = _CLEANING.get(kind, "none")
+        default = tokenizer_files.missing(config.text, cleaning)
+    config = replace(
+        config,
+        vision=replace(vision, max_patches=preprocess.max_patches),
+        text=replace(config.text, tokenizer=tokenizer_files.read(folder, config.text, default)),
+        image_mean=preprocess.mean,
+        image_std=preprocess.std,
+    )
     params = to_params(rows(config), tensors, config, str(file))
     return Weights(config=config, params=params, preprocess=preprocess)
 
@@ -293,7 +318,8 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     """
     config = weights.config
     if config.vision.has_map_head:
-        check_siglip(weights, "Hugging Face's SiglipModel", {})
+        name = "Siglip2Model" if _is_naflex(config) else "SiglipModel"
+        check_siglip(weights, f"Hugging Face's {name}", {})
     else:
         advice = "choose --to open-clip or clip-jax."
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
@@ -313,12 +339,19 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("transformers", "transformers"):
+        import torch
         from transformers import AutoModel
 
         model = AutoModel.from_pretrained(path, local_files_only=True).eval().float()
 
-        def encode_image(pixels: Any) -> Any:
-            return model.get_image_features(pixel_values=pixels).pooler_output
+        def encode_image(images: Any) -> Any:
+            if not isinstance(images, Patches):
+                return model.get_image_features(pixel_values=images).pooler_output
+            valid = torch.arange(images.pixels.shape[1]) < images.length[:, None]
+            return model.get_image_features(
+                pixel_values=images.pixels, pixel_attention_mask=valid.int(),
+                spatial_shapes=images.grid.long(),
+            ).pooler_output  # fmt: skip
 
         def encode_text(ids: Any) -> Any:
             return model.get_text_features(input_ids=ids).pooler_output

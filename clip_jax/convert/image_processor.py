@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.settings import number_of, read_json, write_json
+from clip_jax.convert.settings import count_of, number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.errors import InputError, naming
 from clip_jax.serialize import from_dict, to_dict
@@ -23,42 +23,40 @@ _CLASSES = {
     "CLIP": Preprocess(rules="transformers"),
     "Siglip": _SIGLIP,
     "ViT": replace(_SIGLIP, interpolation="bilinear"),
-}
+    # transformers 5 loads the torchvision class by any of its names, if torchvision is installed.
+    "Siglip2": replace(
+        _SIGLIP, interpolation="bilinear", resize_mode="naflex", max_patches=256, patch_size=16,
+        rules="torchvision",
+    ),
+}  # fmt: skip
 
 
-def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
+def read(
+    folder: Path, size: int, siglip: bool = False, patch_size: int | None = None
+) -> Preprocess:
     """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
-    Missing and null settings have the defaults of the file's class, or if it has none, of CLIP's or
-    with `siglip` SigLIP's. Raises InputError, which names an unsupported setting.
+    With `patch_size` it is that of a NaFlex model. Missing and null settings have the defaults of
+    the file's class, or if it has none, of CLIP's, with `siglip` SigLIP's, or NaFlex's. Raises
+    InputError, which names an unsupported setting.
     """
     content, where = _find(folder)
     content = {name: value for name, value in content.items() if value is not None}
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
-    own = "Siglip" if siglip else "CLIP"
+    own = "Siglip2" if patch_size else "Siglip" if siglip else "CLIP"
     name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    if (name == "Siglip2") != (own == "Siglip2"):
+        raise InputError(
+            f"{where}: image_processor_type={kind!r:.99} does not fit the model in config.json; "
+            "Siglip2ImageProcessor and model_type='siglip2' (NaFlex) need each other."
+        )
     if name not in _CLASSES and "resample" not in content:
         raise InputError(
             f"{where}: image_processor_type={kind!r:.99} without resample is not supported; add "
             "that class's resample to it: 2 for bilinear or 3 for bicubic."
         )
     default = replace(_CLASSES.get(name, _CLASSES[own]), image_size=size)
-    square = {"height": size, "width": size}
-    resize = content.get("size", square if default.resize_mode == "squash" else size)
-    crop = content.get("crop_size", size)
-    resize = {"shortest_edge": resize} if isinstance(resize, int) else resize
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    cropped = content.get("do_center_crop", default.resize_mode == "shortest")
-    if resize == square and (not cropped or crop == square):
-        mode = "squash"
-    elif resize == {"shortest_edge": size} and cropped and crop == square:
-        mode = "shortest"
-    else:
-        raise InputError(
-            f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
-            f"is not supported for a model with image size {size}."
-        )
     kinds = {number: name for name, number in _RESAMPLE.items()}
     resample = content.get("resample", _RESAMPLE[default.interpolation])
     scale = number_of(content.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
@@ -77,10 +75,44 @@ def read(folder: Path, size: int, siglip: bool = False) -> Preprocess:
         "mean": content.get("image_mean", default.mean),
         "std": content.get("image_std", default.std),
         "interpolation": kinds[resample],
-        "resize_mode": mode,
     }
+    if patch_size:
+        values |= _patches(content, default, patch_size, where)
+        values["rules"] = "transformers" if str(kind).endswith("Pil") else default.rules
+    else:
+        values["resize_mode"] = _resize_mode(content, default, where)
     with naming(where):
         return from_dict(Preprocess, to_dict(default) | values, where)
+
+
+def _patches(
+    content: dict[str, Any], default: Preprocess, patch_size: int, where: str
+) -> dict[str, int]:
+    own = content.get("patch_size", default.patch_size)
+    if own != patch_size:
+        raise InputError(
+            f"{where}: patch_size={own!r:.99} differs from the model's, {patch_size}; correct it."
+        )
+    most = content.get("max_num_patches", default.max_patches)
+    return {"max_patches": count_of(most, f"{where}: max_num_patches"), "patch_size": patch_size}
+
+
+def _resize_mode(content: dict[str, Any], default: Preprocess, where: str) -> str:
+    size = default.image_size
+    square = {"height": size, "width": size}
+    resize = content.get("size", square if default.resize_mode == "squash" else size)
+    crop = content.get("crop_size", size)
+    resize = {"shortest_edge": resize} if isinstance(resize, int) else resize
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    cropped = content.get("do_center_crop", default.resize_mode == "shortest")
+    if resize == square and (not cropped or crop == square):
+        return "squash"
+    if resize == {"shortest_edge": size} and cropped and crop == square:
+        return "shortest"
+    raise InputError(
+        f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
+        f"is not supported for a model with image size {size}."
+    )
 
 
 def _find(folder: Path) -> tuple[dict[str, Any], str]:
@@ -103,14 +135,21 @@ def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
     size = preprocess.image_size
     square = {"height": size, "width": size}
     shortest = preprocess.resize_mode == "shortest"
+    if preprocess.resize_mode == "naflex":
+        name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
+        sizes = {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
+    else:
+        name = f"{'Siglip' if siglip and not shortest else 'CLIP'}ImageProcessor"
+        sizes = {
+            "size": {"shortest_edge": size} if shortest else square,
+            "do_center_crop": shortest, "crop_size": square,
+        }  # fmt: skip
     settings = {
-        "image_processor_type": f"{'Siglip' if siglip and not shortest else 'CLIP'}ImageProcessor",
+        "image_processor_type": name,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size} if shortest else square,
+        **sizes,
         "resample": _RESAMPLE[preprocess.interpolation],
-        "do_center_crop": shortest,
-        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -16,11 +16,14 @@ from jaxtyping import Array
 from clip_jax.convert.weights import Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
+from clip_jax.models.images import Patches, concatenate, pixels_of, with_pixels
 
 BOUND = 1e-5  # relative difference that float32 rounding can cause
-_BATCH = 4
+# Sizes of random images in pixels, as different as can be: of NaFlex, one row and one column, too.
+_SIZES = ((640, 480), (480, 640), (10_000, 1), (1, 10_000))
+_BATCH = len(_SIZES)
 
-Inputs = tuple[np.ndarray, np.ndarray]  # normalised pixels [B, H, W, C], token ids [B, L]
+Inputs = tuple[Any, np.ndarray]  # Images, normalised; token ids [B, L]
 Outputs = dict[str, np.ndarray]  # image_features, text_features, logits, caption_logits
 
 
@@ -50,10 +53,16 @@ class Unverifiable(InputError):
 
 
 def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
-    """Draw normalised pixels, and token ids as of a tokenizer: end of text, then zeros."""
+    """Draw normalised pixels, and token ids as of a tokenizer: end of text, then zeros.
+
+    Of a NaFlex model, also the padding of the patches is random: it must not change anything.
+    """
     rng = np.random.default_rng(seed)
-    size, text = config.vision.image_size, config.text
-    images = rng.normal(size=(_BATCH, size, size, 3)).astype(np.float32)
+    spec, text = config.vision.image_spec, config.text
+    sizes = [spec.fit(*size)[::-1] for size in _SIZES]
+    images = concatenate([spec.pack(np.zeros((1, *size, 3), np.uint8)) for size in sizes])
+    pixels = rng.normal(size=pixels_of(images).shape).astype(np.float32)
+    images = with_pixels(images, pixels)
     end_of_text = text.end_of_text_id
     tokens = rng.integers(1, text.vocab_size - 1, (_BATCH, text.context_length), dtype=np.int32)
     tokens += tokens >= end_of_text  # so that it occurs only once
@@ -110,11 +119,13 @@ def library(module: str, package: str) -> Generator[None]:
 
 
 def torch_inputs(inputs: Inputs) -> tuple[Any, Any]:
-    """Return pixels `[B, C, H, W]` and ids as tensors."""
+    """Return pixels `[B, C, H, W]`, or `Patches` whose arrays are tensors, and ids as tensors."""
     import torch
 
-    images, tokens = map(torch.from_numpy, inputs)
-    return images.permute(0, 3, 1, 2).contiguous(), tokens.long()
+    images, tokens = jax.tree.map(torch.from_numpy, inputs)
+    if not isinstance(images, Patches):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images, tokens.long()
 
 
 def torch_outputs(encode_image: Any, encode_text: Any, model: Any, inputs: Inputs) -> Outputs:

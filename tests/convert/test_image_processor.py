@@ -7,6 +7,7 @@ import pytest
 
 from clip_jax.convert import image_processor
 from clip_jax.data.images import OPENAI_MEAN, Preprocess
+from clip_jax.errors import InputError
 
 SETTINGS = {
     "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
@@ -45,6 +46,55 @@ def test_what_we_do_not_have_is_named(tmp_path, content, says):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError) as error:  # noqa: PT011
         image_processor.read(tmp_path, 32)
+    assert says in str(error.value)
+    assert str(path) in str(error.value)
+
+
+NAFLEX = Preprocess(
+    image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear",
+    resize_mode="naflex", max_patches=40, patch_size=16, rules="torchvision",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", ["torchvision", "transformers", "openai", "tensorflow"])
+def test_naflex_there_and_back(tmp_path, rules):
+    """Its two classes are two rules; those that transformers lacks become torchvision's."""
+    image_processor.write(tmp_path, replace(NAFLEX, rules=rules, interpolation="bicubic"), True)
+    kept = rules if rules == "transformers" else "torchvision"
+    expected = replace(NAFLEX, rules=kept, interpolation="bicubic")
+    assert image_processor.read(tmp_path, 64, True, 16) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, {}),
+        ({"image_processor_type": "Siglip2ImageProcessorFast"}, {}),
+        ({"image_processor_type": "Siglip2ImageProcessorPil"}, {"rules": "transformers"}),
+        ({"max_num_patches": 576, "image_mean": [0, 0, 0]}, {"max_patches": 576, "mean": (0,) * 3}),
+    ],
+)
+def test_what_a_naflex_file_leaves_out(tmp_path, content, expected):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    default = replace(NAFLEX, max_patches=256)
+    assert image_processor.read(tmp_path, 64, True, 16) == replace(default, **expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "patch_size", "says"),
+    [
+        ({"patch_size": 14}, 16, "patch_size=14 differs from the model's, 16"),
+        ({"max_num_patches": 0}, 16, "max_num_patches is 0"),
+        ({"do_resize": False}, 16, "do_resize"),
+        ({"image_processor_type": "SiglipImageProcessor"}, 16, "need each other"),
+        ({"image_processor_type": "Siglip2ImageProcessor"}, None, "need each other"),
+    ],
+)
+def test_a_naflex_processor_fits_its_model(tmp_path, content, patch_size, says):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        image_processor.read(tmp_path, 64, True, patch_size)
     assert says in str(error.value)
     assert str(path) in str(error.value)
 

@@ -89,7 +89,6 @@ def test_types_that_numpy_does_not_have(tmp_path, dtype, size):
         (b" " * (17 << 20), "no configuration is that long"),
         (b'{"model_type": "bert"}', "model_type='bert'"),
         (b'{"model_type": "clip"}', "none of model.safetensors"),
-        (b'{"model_type": "siglip2"}', "NaFlex"),  # native aspect ratios
     ],
 )
 def test_damaged_configurations(tmp_path, content, match):
