@@ -13,7 +13,7 @@ from clip_jax import sharding
 from clip_jax.models import attention
 from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES
-from tests.models.exact_attention import errors, interpreted, xla_of_tpu
+from tests.models.exact_attention import both, errors, interpreted, xla_of_tpu
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,53 @@ def test_cudnn_gets_even_lengths(causal, lengths):
     np.testing.assert_allclose(got, expected, rtol=0.1)
     with pytest.raises(ValueError, match=r"set --model\.dtype bfloat16"):
         attention.cudnn(jnp.zeros((1, 4, 48), jnp.float32), 2)
+
+
+def cudnn_by_xla(qkv, heads, causal, lengths):
+    """The backend `cudnn`, with XLA's attention in place of the kernel, which needs a GPU."""
+    plain = jax.nn.dot_product_attention
+
+    def called(*parts, implementation, **options):
+        return plain(*parts, **options)
+
+    with mock.patch.object(jax.nn, "dot_product_attention", autospec=True, side_effect=called):
+        return attention.cudnn(qkv, heads, causal, lengths)
+
+
+@pytest.mark.parametrize(
+    ("attend", "shape", "lengths", "bound", "dtype"),
+    [
+        (attention.xla, (19, 2, 64), (19, 1, 7), 3e-6, jnp.float32),
+        (interpreted, (19, 2, 64), (19, 1, 7), 3e-6, jnp.float32),
+        (interpreted, (21, 2, 72), (20, 21, 1), 3e-6, jnp.float32),  # So400m's heads, row by row
+        # The last block of keys, and all but the first key, are padding.
+        (functools.partial(attention.splash, interpret=True), (1030, 1, 64), (513, 1), 2e-5,
+         jnp.float32),
+        (cudnn_by_xla, (7, 2, 8), (7, 1, 4), 2e-2, jnp.bfloat16),
+    ],
+    ids=["xla", "short", "short, any heads", "splash", "cudnn"],
+)  # fmt: skip
+def test_padding_is_not_attended_to(attend, shape, lengths, bound, dtype):
+    """Valid tokens agree with float64; what padding contains changes no bit of their output and
+    gradient, and padding has a gradient of exactly zero."""
+    length, heads, dim = shape
+    most, _ = errors(attend, *shape, False, lengths, dtype, len(lengths))
+    assert max(most) <= bound
+    rng, lengths = np.random.default_rng(1), jnp.asarray(lengths, jnp.int32)
+    is_valid = np.arange(length) < np.asarray(lengths)[:, None]
+    qkv = rng.standard_normal((len(lengths), length, 3, heads, dim))
+    weight = np.where(is_valid[:, :, None, None], rng.standard_normal(qkv[:, :, 0].shape), 0)
+    other = np.where(is_valid[:, :, None, None, None], qkv, 100 * rng.standard_normal(qkv.shape))
+    results = [
+        [np.asarray(x) for x in both(attend, *(jnp.asarray(x, dtype) for x in (values, weight)),
+                                     False, lengths)]
+        for values in (qkv, other)
+    ]  # fmt: skip
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a[is_valid], b[is_valid])
+    for _, gradient in results:
+        assert gradient[is_valid].any()
+        assert not gradient[~is_valid].any()
 
 
 TPU = functools.partial(SimpleNamespace, platform="tpu")
