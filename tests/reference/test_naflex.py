@@ -1,0 +1,163 @@
+"""NaFlex: sizes, patches and embeddings of transformers' `Siglip2Model`, of images of any shape."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Siglip2Config, Siglip2Model
+from transformers.models.siglip2 import image_processing_pil_siglip2 as processing
+
+from clip_jax.convert import hugging_face
+from clip_jax.convert.formats import read_weights, verify, write_weights
+from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.verify import our_outputs, random_inputs
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.models import zoo
+from clip_jax.models.images import NaFlex, Patches, fit_patches
+from clip_jax.models.text import TokenizerConfig
+from tests.convert.conftest import assert_same
+from tests.reference.parity import random_weights, read_back
+
+# One row, one column, full squares, and shapes between, of up to 300 patches: more than 16 x 16.
+GRIDS = [
+    *((1, 1), (1, 2), (2, 1), (1, 7), (7, 1), (1, 33), (33, 1), (1, 256), (256, 1), (1, 300)),
+    *((300, 1), (2, 150), (150, 2), (3, 100), (16, 16), (17, 17), (15, 15), (8, 8), (4, 4)),
+    *((16, 1), (1, 16), (16, 8), (8, 16), (15, 17), (17, 15), (32, 9), (9, 32), (14, 18)),
+]
+GRIDS += [
+    (int(rows), int(np.random.default_rng(rows).integers(1, 300 // rows + 1)))
+    for rows in range(2, 2 + 50 - len(GRIDS))
+]
+
+
+def patches_of(grids, config, length=300):
+    """Random normalised patches of images with these grids; the padding is random, too."""
+    rng = np.random.default_rng(0)
+    width = 3 * config.vision.patch_size**2
+    return Patches(
+        rng.standard_normal((len(grids), length, width), np.float32),
+        np.array(grids, np.int32),
+        np.prod(grids, axis=1, dtype=np.int32),
+    )
+
+
+def unit(features):
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def assert_same_embeddings(weights, path):
+    """Each image in one batch of all shapes, and some in small batches of other lengths."""
+    assert len(set(GRIDS)) == len(GRIDS) == 50
+    _, tokens = random_inputs(weights.config)
+    turned = [grid[::-1] for grid in GRIDS]
+    batches = [(GRIDS, 300), (turned, 300), (GRIDS[9:20:3], 320), (GRIDS[3:5], 7)]
+    found = []
+    for grids, length in batches:
+        inputs = patches_of(grids, weights.config, length), tokens
+        ours = our_outputs(weights.config, weights.params, *inputs)
+        theirs = hugging_face.TARGET.outputs(weights, path, inputs)
+        for name in ("image_features", "text_features"):
+            difference = unit(ours[name]) - unit(theirs[name])
+            assert np.linalg.norm(difference, axis=1).max() <= 1e-5
+        found.append(unit(ours["image_features"]))
+    # The same pixels in other positions are another image.
+    moved = np.linalg.norm(found[0] - found[1], axis=1)
+    assert all((x > 1e-3) == (grid[0] != grid[1]) for x, grid in zip(moved, GRIDS, strict=True))
+
+
+@pytest.fixture
+def naflex() -> Weights:
+    """A NaFlex of two layers whose table of positions has std 1, so that errors show."""
+    config = zoo.get("ViT-B-16-SigLIP2-naflex")
+    sizes = {"width": 64, "depth": 2, "num_heads": 4}
+    rules = TokenizerConfig(file="", clean="lower")
+    config = replace(
+        config,
+        embed_dim=64,
+        vision=replace(config.vision, image_size=64, patch_size=4, max_patches=300, **sizes),
+        text=replace(
+            config.text, context_length=12, vocab_size=300, tokenizer=rules, **sizes
+        ),
+    )  # fmt: skip
+    weights = random_weights(config, np.float32)
+    table = weights.params["visual"]["positional_embedding"]
+    table[:] = np.random.default_rng(2).standard_normal(table.shape, np.float32)
+    preprocess = replace(default_preprocess(config), rules="torchvision", interpolation="bilinear")
+    return replace(weights, preprocess=preprocess)
+
+
+def test_our_models_embeddings_in_transformers(naflex, tmp_path):
+    write_weights(naflex, tmp_path, "hugging-face")
+    assert_same_embeddings(naflex, tmp_path)
+    assert verify(naflex, tmp_path, "hugging-face").passed
+    assert_same(read_weights(tmp_path), naflex)
+
+
+def test_transformers_own_folder(tmp_path):
+    """Written by transformers, in its defaults where it has some."""
+    torch.manual_seed(0)
+    towers = {
+        "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }  # fmt: skip
+    vision = {**towers, "patch_size": 4}
+    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=towers)).eval()
+    with torch.no_grad():
+        model.vision_model.embeddings.position_embedding.weight.normal_()
+        model.vision_model.embeddings.patch_embedding.bias.normal_()
+        model.vision_model.head.attention.in_proj_bias.normal_()
+        model.logit_scale.fill_(1.3)
+        model.logit_bias.fill_(-2.1)
+    model.save_pretrained(tmp_path)
+    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    weights = read_weights(tmp_path)
+    assert weights.config.vision.grid == 16
+    assert weights.config.vision.image_spec == weights.preprocess.image_spec == NaFlex(256, 4)
+    assert_same_embeddings(weights, tmp_path)
+    assert verify(weights, tmp_path, "hugging-face").passed
+    original = read_tensors(tmp_path / "model.safetensors")
+    read_back(weights, tmp_path / "out", "hugging-face", original)
+
+
+def test_a_table_that_is_not_square_is_refused(naflex, tmp_path):
+    write_weights(naflex, tmp_path, "hugging-face")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    assert "image_size" not in content["vision_config"]
+    content["vision_config"]["num_patches"] = 255
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="num_patches has 255 positions, which is not the square"):
+        read_weights(tmp_path)
+
+
+def test_sizes_are_those_of_transformers_for_100_000_random_images():
+    rng = np.random.default_rng(0)
+    count = 100_000
+    sides = np.exp(rng.uniform(0, np.log(10_000), (count, 2))).astype(int).tolist()
+    patches = rng.choice([14, 16, 32], count).tolist()
+    most = rng.choice([1, 49, 128, 256, 576, 784, 1024], count).tolist()
+    theirs = processing.get_image_size_for_max_num_patches
+    ours = fit_patches.__wrapped__  # all sizes differ: the cache would only cost time
+    wrong = [
+        (width, height)
+        for (width, height), patch, number in zip(sides, patches, most, strict=True)
+        if ours(width, height, patch, number) != theirs(height, width, patch, number)[::-1]
+    ]
+    assert not wrong
+    assert fit_patches(1, 1, 16, 1024) == (7 * 16, 7 * 16)  # enlarged a hundred times, no more
+
+
+def test_patches_are_those_of_transformers_bit_for_bit():
+    rng = np.random.default_rng(0)
+    for rows, columns in ((3, 5), (1, 12), (12, 1), (4, 4)):
+        image = rng.integers(0, 256, (4 * rows, 4 * columns, 3), np.uint8)
+        theirs = processing.convert_image_to_patches(image.transpose(2, 0, 1), 4)
+        theirs, mask = processing.pad_along_first_dim(theirs, 16)
+        ours = NaFlex(16, 4).pack(image[None])
+        np.testing.assert_array_equal(ours.pixels[0], theirs)
+        assert ours.pixels.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.arange(16) < ours.length, mask)
+        np.testing.assert_array_equal(ours.grid, [(rows, columns)])
