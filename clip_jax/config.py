@@ -7,6 +7,7 @@ A renamed field needs a row in `RENAMED` of `checkpoints/run_config.py`, so that
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -22,7 +23,7 @@ from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
-from clip_jax.data import growth
+from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
@@ -31,7 +32,9 @@ from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.images import ImageSpec
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
@@ -50,6 +53,8 @@ class Config:
     batch_size: int = 1_024  # Number of image-text pairs per step over all devices.
     # Steps after which the batch size doubles: 1000 3000 ends with four times batch_size.
     double_batch_at: tuple[int, ...] = ()
+    # Sequence lengths of a NaFlex model in training. None: model.vision.max_patches throughout.
+    lengths: Lengths | None = None
     accumulation: int = 1  # Chunks per batch (GradCache); the activations of one are in memory.
     model: CLIPConfig = field(default_factory=CLIPConfig)
     # Parent run and step, as RUN@STEP: continues from that state and data position, under another
@@ -95,6 +100,15 @@ class Config:
                 f"batch_size={self.batch_size} must be a multiple of accumulation="
                 f"{self.accumulation} × {group or 1} (model.vision.batch_norm_group)."
             )
+        if self.lengths is not None:
+            is_naflex = isinstance(vision, ViTConfig) and vision.max_patches is not None
+            if not is_naflex or self.double_batch_at:
+                raise InputError(
+                    "lengths needs a NaFlex model and no double_batch_at: set "
+                    "--model.vision.max-patches to the default number of patches, or remove "
+                    "--lengths."
+                )
+            self.lengths.check(self.batch_size, vision.max_patches, self.accumulation)
         if self.branch_from is not None:
             _, step = branch_point(self.branch_from)
             if step >= self.steps:
@@ -112,19 +126,50 @@ class Config:
         """The step at which the run stops."""
         return min(self.steps, self.stop_after or self.steps)
 
+    @functools.cached_property
+    def batches(self) -> BatchPlan:
+        """The size and image shape of every batch of the run."""
+        vision = self.model.vision
+        if self.lengths is None or not isinstance(vision, ViTConfig):
+            return doubling(self.batch_size, vision.image_spec, self.double_batch_at)
+
+        def spec_of(patches: int | None) -> ImageSpec:
+            return replace(vision, max_patches=patches).image_spec
+
+        patches, seed = vision.num_patches, self.data.seed
+        return self.lengths.plan(self.batch_size, patches, spec_of, self.steps, seed)
+
     def samples_after(self, steps: int) -> int:
         """Return the number of image-text pairs in the first `steps` updates."""
-        return growth.samples_after(self.batch_size, self.double_batch_at, steps)
+        return self.batches.samples_after(steps)
 
     def flops_after(self, steps: int) -> int:
         """Return the model FLOPs of the first `steps` updates."""
-        phases = growth.phases(self.batch_size, self.double_batch_at, steps)
-        return sum(flops.of_step(replace(self.recipe, batch_size=n)).total * k for n, k in phases)
+        counts = self.batches.counts(0, steps)
+        return sum(flops.of_step(self.recipe_of(kind)).total * n for kind, n in counts.items())
+
+    def schedule_step(self, step: float) -> float:
+        """Return the step of the learning-rate schedule after `step` updates (see `lengths`)."""
+        return self.lengths.schedule_step(step, self.steps) if self.lengths else step
 
     @property
     def recipe(self) -> Recipe:
         """The settings that determine an update, apart from the data and the mesh."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return replace(Recipe(**own), steps=round(self.schedule_step(self.steps)))
+
+    def recipe_of(self, kind: BatchKind) -> Recipe:
+        """Return the recipe of the updates that take one kind of batches."""
+        model = self.model
+        if isinstance(model.vision, ViTConfig):
+            vision = replace(model.vision, max_patches=kind.max_patches)
+            model = replace(model, vision=vision)
+        return replace(self.recipe, batch_size=kind.pairs, model=model)
+
+    def variants(self) -> list[tuple[int, Recipe]]:
+        """Return the number of steps and the recipe of each kind of batch in the run."""
+        counts = self.batches.counts(0, self.steps)
+        return [(steps, self.recipe_of(kind)) for kind, steps in counts.items()]
 
 
 def load_config(path: str | Path) -> Config:

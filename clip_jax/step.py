@@ -68,7 +68,7 @@ class Recipe:
     model: CLIPConfig
     objective: tuple[TermConfig | Term, ...] = (SoftmaxConfig(),)
     optim: OptimConfig
-    steps: int  # Number of updates in the whole run, at which the schedule ends.
+    steps: int  # Step at which the learning-rate schedule ends.
     batch_size: int  # Number of image-text pairs per step over all devices.
     accumulation: int = 1  # Chunks per batch (GradCache).
     seed: int = 0  # Random seed of the initial parameters and of patch dropout.
@@ -125,11 +125,15 @@ class Program:
         shardings = jax.tree.map(lambda x: x.sharding, self.state.frozen)
         return replace(state, frozen=jax.device_put(frozen or {}, shardings))
 
-    def put(self, batch: Inputs, step: int = 0) -> Inputs:
+    def compile(self) -> None:
+        """Compile the step now; it then takes only states and batches that are on the mesh."""
+        self.step = self.step.lower(self.state, self.batch).compile()
+
+    def put(self, batch: Inputs, step: float = 0) -> Inputs:
         """Put this process's shard of a batch, NumPy arrays by name, on the mesh.
 
-        The learning rate after `step` updates is added as an input: runs that differ only in
-        their schedule share one compiled program.
+        The learning rate after `step` steps of the schedule is added as an input: runs that differ
+        only in their schedule share one compiled program.
         """
         values = {**batch, "learning_rate": np.float32(self._learning_rate(step))}
         return jax.tree.map(

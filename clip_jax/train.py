@@ -20,6 +20,7 @@ from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, with_order
 from clip_jax.convert.weights import default_preprocess
+from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import duration, warn
@@ -29,6 +30,7 @@ from clip_jax.inference.loading import starting_params
 from clip_jax.losses import Objective
 from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import count
+from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import FrozenParams, Program, State
@@ -72,7 +74,8 @@ class Run:
 
     config: Config
     workdir: epath.Path
-    program: Program
+    program: Program  # of the config's batch size and image shape
+    programs: dict[BatchKind, Program]  # of every kind of batch still to come
     pipeline: Pipeline
     evaluations: Evaluations
     checkpoints: Checkpoints
@@ -102,6 +105,11 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
+    recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
+    programs = {
+        kind: program if recipe == config.recipe else Program(recipe, mesh)
+        for kind, recipe in recipes.items()
+    }
     parent, branched = None, 0
     if config.branch_from:
         run, branched = branch_point(config.branch_from)
@@ -162,8 +170,8 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
-        config, workdir, program, pipeline, evaluations, checkpoints, reports, profiler, watchdog,
-        timers, start, state,
+        config, workdir, program, programs, pipeline, evaluations, checkpoints, reports, profiler,
+        watchdog, timers, start, state,
     )  # fmt: skip
 
 
@@ -188,6 +196,7 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
         batch_size=config.batch_size,
         process_index=part,
         process_count=parts,
+        plan=config.batches,
     )
 
 
@@ -303,10 +312,10 @@ def restore(config: Config, begun: Restored) -> Restored:
 
 def loop(run: Run) -> None:
     """Run the remaining steps; report, evaluate and save when it is due."""
-    config, program, timers, reports = run.config, run.program, run.timers, run.reports
-    batches = run.pipeline.batches(run.start, config.double_batch_at)
+    config, timers, reports = run.config, run.timers, run.reports
+    batches = run.pipeline.batches(run.start)
     health = Health(run)
-    first, compiling = run.start + 1, {run.start, *config.double_batch_at}
+    kinds = config.batches.counts(run.start, config.end)
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(processes.sigterm())
         stack.push(reports.close)
@@ -315,18 +324,21 @@ def loop(run: Run) -> None:
         stack.callback(run.profiler.close)
         stack.enter_context(run.watchdog)
         reports.begin()
-        for step in range(first, config.end + 1):
+        described = [f"{kind.describe()}: {n:,} steps" for kind, n in kinds.items()]
+        with reports.compiling(described if len(kinds) > 1 else ()):
+            for kind in kinds:  # before the first step: one that does not fit fails now
+                run.programs[kind].compile()
+                run.watchdog.beat()
+        for step in range(run.start + 1, config.end + 1):
             run.profiler.before(step)
+            kind = config.batches.at(step - 1)
+            program = run.programs[kind]
             with timers.measure("input"):
                 batch = next(batches)
-                arrays = program.put(vars(batch), step - 1)
+                arrays = program.put(vars(batch), config.schedule_step(step - 1))
             reports.skip(step, batch.skipped)
-            reports.read(vars(batch.reading))
-            new = step - 1 in compiling
-            with reports.compiling() if new else contextlib.nullcontext():
-                run.state, metrics = program.step(run.state, arrays)
-                if new:
-                    jax.block_until_ready(metrics)
+            reports.read(vars(batch.reading) | valid_patches(batch.image))
+            run.state, metrics = program.step(run.state, arrays)
             health.follow(step, metrics, batch)
             if run.profiler.after(step, metrics):
                 reports.line(f"profile of steps {config.profile_steps} in {run.workdir}/profile")

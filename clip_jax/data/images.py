@@ -228,6 +228,14 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
 
 
+def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndarray, "h w C"]:
+    """Resize an image that was drawn for another input, unless it fits (bicubic)."""
+    height, width = pixels.shape[:2]
+    if (size := spec.fit(width, height)) == (width, height):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
 def _resized_box(
     image: Image.Image, spec: ImageSpec, box: tuple[int, int, int, int], factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:

@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 import numpy as np
 from jaxtyping import Int32
 
-from clip_jax.data import growth
 from clip_jax.data.augment import AugmentConfig, augment
+from clip_jax.data.batch_plan import BatchPlan, constant
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.images import ImageError, read_crop
+from clip_jax.data.images import ImageError, fitted, read_crop
 from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, join
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
 from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
@@ -85,18 +85,24 @@ def build(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    plan: BatchPlan | None = None,
 ) -> "Pipeline":
-    """Open the source and build its pipeline. `batch_size` is global. Raises InputError if the
-    source cannot be read, or the batch not be divided among the processes."""
-    if batch_size < 1 or batch_size % process_count:
+    """Open the source and build its pipeline. `batch_size` is global.
+
+    With a `plan`, batch sizes and image shapes are the plan's. Raises InputError if the source
+    cannot be read, or a batch not be divided among the processes.
+    """
+    plan = plan or constant(batch_size, image_spec)
+    if plan.unit < 1 or plan.unit % process_count:
         raise InputError(
-            f"batch_size={batch_size} must be a positive multiple of the {process_count} "
+            f"batch_size={plan.unit} must be a positive multiple of the {process_count} "
             "processes; change --batch-size"
         )
     process = (process_index, process_count)
-    loader = _Loader(config, image_spec, process)
+    side = max(kind.images.side for kind in plan.kinds)
+    loader = _Loader(config, side, process)
     tokenize = functools.partial(_tokenized, tokenizer, context_length)
-    return Pipeline(config, loader, tokenize, batch_size=batch_size, process=process)
+    return Pipeline(config, loader, tokenize, plan=plan, process=process)
 
 
 def _tokenized(
@@ -128,15 +134,15 @@ class Pipeline:
         loader: "_Loader",
         tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]],
         *,
-        batch_size: int,
+        plan: BatchPlan,
         process: tuple[int, int],
     ) -> None:
         self._config, self._loader, self._tokenize = config, loader, tokenize
-        self._batch_size, self._process = batch_size, process
+        self._plan, self._process = plan, process
         self.num_samples = len(loader.source)  # in one epoch
         self.order = _settled_order(config, loader.source)
         if self.order == "blocks":
-            Streams(batch_size, process)
+            Streams(plan.unit, process)
             _check_budget(config, cast(BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
@@ -145,21 +151,20 @@ class Pipeline:
         members = source.members if isinstance(source, MixtureSource) else [source]
         return [digest(one, blocks=self.order == "blocks") for one in members]
 
-    def batches(self, start_step: int = 0, doubled_at: Sequence[int] = ()) -> Generator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch]:
         """Yield batch `start_step` and all that follow. Close the generator to stop its threads.
 
-        At each of the steps `doubled_at`, a batch begins to join twice as many of the original
-        batches: the order stays the same, and each process keeps its rows of all of them. Raises
-        InputError once clearly more than `max_bad_share` of the samples were bad.
+        A batch joins one or more units of the plan, in the order of the data. Raises InputError
+        once clearly more than `max_bad_share` of the samples were bad.
         """
         import grain
 
-        config = self._config
-        first = growth.samples_after(1, doubled_at, start_step)
+        config, plan = self._config, self._plan
+        first = plan.units_before(start_step)
         make = self._in_streams(first) if self.order == "blocks" else self._globally()
         number = make.number
         # A thread makes a piece of a batch: the first batch is ready sooner, and few are in memory.
-        ahead = config.prefetch * number << len(doubled_at)
+        ahead = config.prefetch * number * max(kind.pairs for kind in plan.kinds) // plan.unit
         dataset = (
             grain.MapDataset.range(ENDLESS)
             .map(make)[first * number :]
@@ -183,7 +188,7 @@ class Pipeline:
         bad = _BadShare(config.max_bad_share)
         with contextlib.closing(iter(dataset)) as pieces, contextlib.closing(make):
             for step in itertools.count(start_step):
-                times = growth.batch_after(1, doubled_at, step)
+                times = plan.at(step).pairs // plan.unit
                 batch = join(list(itertools.islice(pieces, number * times)))
                 bad.judge(batch)
                 yield batch
@@ -197,17 +202,18 @@ class Pipeline:
         else:
             # Shuffled before `repeat`, so that each epoch has every sample exactly once.
             order = grain.MapDataset.range(self.num_samples).seed(seed).shuffle().repeat()
-        return GlobalPieces(self._loader, self._tokenize, order, self._batch_size, self._process)
+        return GlobalPieces(self._loader, self._tokenize, order, self._plan, self._process)
 
-    def _in_streams(self, start_step: int) -> StreamPieces:
-        config, streams = self._config, Streams(self._batch_size, self._process)
+    def _in_streams(self, start: int) -> StreamPieces:
+        config, streams = self._config, Streams(self._plan.unit, self._process)
         return StreamPieces(
             self._loader,
             self._tokenize,
             functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks),
             streams,
+            self._plan,
             workers=max(1, config.workers),
-            start=start_step,
+            start=start,
             budget=config.read_ahead_mib << 20,
         )
 
@@ -253,19 +259,18 @@ def _check_budget(config: DataConfig, source: BlockSource, processes: int) -> No
 class _Loader:
     """Loads the sample of a position: its record in the order, or the next good one."""
 
-    def __init__(
-        self, config: DataConfig, image_spec: ImageSpec, process: tuple[int, int] = (0, 1)
-    ) -> None:
-        self.source = open_source(config.source, image_spec.side, process)
-        self._config, self._spec = config, image_spec
+    def __init__(self, config: DataConfig, side: int, process: tuple[int, int] = (0, 1)) -> None:
+        self.source = open_source(config.source, side, process)
+        self._config, self._side = config, side
 
     def __reduce__(self) -> Any:
         # Workers reopen the source: open files and mapped memory cannot be pickled.
-        return _Loader, (self._config, self._spec)
+        return _Loader, (self._config, self._side)
 
     def __call__(
-        self, position: int, record: int, fetched: AnyRecord | SampleError | None = None
-    ) -> Sample:
+        self, position: int, record: int, spec: ImageSpec,
+        fetched: AnyRecord | SampleError | None = None,
+    ) -> Sample:  # fmt: skip
         """Load the record, unless it was `fetched` already; if it is bad, the next good one."""
         skipped = []
         count = len(self.source)
@@ -276,7 +281,7 @@ class _Loader:
             here = None if offset else fetched
             key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
             try:
-                return Sample(*self._load(candidate, here, rng), position, key, skipped)
+                return Sample(*self._load(candidate, spec, here, rng), position, key, skipped)
             except SampleError as error:
                 skipped.append({"position": position, "key": key, "reason": str(error)})
         raise InputError(
@@ -285,8 +290,9 @@ class _Loader:
         )
 
     def _load(
-        self, record: int, fetched: AnyRecord | SampleError | None, rng: np.random.Generator
-    ) -> tuple[Images, str]:
+        self, record: int, spec: ImageSpec, fetched: AnyRecord | SampleError | None,
+        rng: np.random.Generator,
+    ) -> tuple[Images, str]:  # fmt: skip
         if isinstance(fetched, SampleError):
             raise fetched
         image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
@@ -298,13 +304,13 @@ class _Loader:
             raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
         config = self._config
         if isinstance(image, np.ndarray):
-            return self._spec.pack(image[None]), caption
+            return spec.pack(fitted(image, spec)[None]), caption
         at_random, scale = rng if config.crop == "random" else None, config.crop_scale
         try:
-            pixels = read_crop(image, self._spec, at_random, scale, scaled=config.scaled_decode)
+            pixels = read_crop(image, spec, at_random, scale, scaled=config.scaled_decode)
         except ImageError as error:
             raise SampleError(str(error)) from error
-        return self._spec.pack(augment(pixels, rng, config.augment)[None]), caption
+        return spec.pack(augment(pixels, rng, config.augment)[None]), caption
 
 
 def _leave_interrupts(*_: int) -> None:

@@ -76,7 +76,7 @@ class Timers:
 class Goodput:
     """Seconds of a run by activity, over all its starts; goodput is the share spent on steps.
 
-    `compile` includes the first step. `lost` is the time of steps that were repeated, since a run
+    `lost` is the time of steps that were repeated, since a run
     that died resumes from its last checkpoint. Time between two starts is not counted.
     """
 
@@ -229,7 +229,7 @@ class Reports:
         self._workdir, self._timers, self._devices = workdir, timers, devices
         self._start, self._end, self._reported = start, config.end, start
         self._samples, self._flops = config.samples_after, config.flops_after
-        self._compiling = {start, *config.double_batch_at}  # steps before one left out of speeds
+        self._kind_at = config.batches.at
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._writer = self._skipped = None
         if lead:
@@ -249,20 +249,22 @@ class Reports:
         self._timers.lap()
 
     @contextlib.contextmanager
-    def compiling(self) -> Generator[None]:
-        """Show that a step is compiled, and measure how long."""
-        earlier = self._timers.total["compile"]
+    def compiling(self, kinds: Sequence[str] = ()) -> Generator[None]:
+        """Show that the step is compiled, for several `kinds` of batches, and measure how long."""
         self.line("compiling the training step …")
+        for kind in kinds:
+            self.line(f"  for {kind}")
         with self._timers.measure("compile"):
             yield
-        self.line(f"compiled in {self._timers.total['compile'] - earlier:.1f} s")
+        self.line(f"compiled in {self._timers.total['compile']:.1f} s")
 
     def skip(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Record samples of a step that this process could not read, each with the reason."""
         self._skipped_here += [{"step": step, **sample} for sample in samples]
 
     def read(self, counts: Mapping[str, float]) -> None:
-        """Add up a batch's reads from buckets: requests, bytes, and seconds that threads waited."""
+        """Add up a batch's reads from buckets (requests, bytes, seconds that threads waited), and
+        its patches with and without padding."""
         self._read.update(counts)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -270,11 +272,9 @@ class Reports:
         wall, seconds = self._timers.lap()
         elsewhere = sum(seconds.get(name, 0) for name in ("evaluation", "save", "compile"))
         training = max(wall - elsewhere, 1e-9)
-        compiled = [n for n in self._compiling if self._reported <= n < step]
-        steps = step - self._reported - len(compiled)
+        steps = step - self._reported
         images, work = (
-            after(step) - after(self._reported) - sum(after(n + 1) - after(n) for n in compiled)
-            for after in (self._samples, self._flops)
+            after(step) - after(self._reported) for after in (self._samples, self._flops)
         )
         self._reported = step
         read = sum(map(Counter, processes.gather(dict(self._read))), Counter())
@@ -290,8 +290,14 @@ class Reports:
             **_hosts(training, steps, seconds),
             **bucket_rates(read, training),
         }
+        if patches := self._kind_at(step - 1).max_patches:
+            values["max_patches"] = patches
+        if read["patches"]:
+            values["valid_patches"] = read["valid_patches"] / read["patches"]
         if self._peak:
             values["mfu"] = work / training / (self._peak * self._devices)
+            if read["patches"]:
+                values["mfu_valid"] = values["mfu"] * values["valid_patches"]
         if (bytes_ := peak_memory()) is not None:
             values["peak_memory_bytes"] = bytes_
         unseen = self._timers.total["evaluation"] + self._timers.total["save"]

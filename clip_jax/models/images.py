@@ -200,6 +200,16 @@ def num_bytes(images: Images) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(images))
 
 
+def valid_patches(images: Images) -> dict[str, int]:
+    """Count the patches of a batch in host memory, and those that are valid; {} without any."""
+    if not isinstance(images, Patches):
+        return {}
+    return {
+        "patches": math.prod(images.pixels.shape[:2]),
+        "valid_patches": int(images.length.sum()),
+    }
+
+
 def is_normalized(images: Images) -> bool:
     """Return whether pixels are normalised values, not bytes."""
     return pixels_of(images).dtype != np.uint8

@@ -121,7 +121,7 @@ class OptimConfig:
             )
 
 
-def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
+def schedule(config: OptimConfig, steps: int) -> Callable[[float], float]:
     """Return the learning rate as a function of the step, from 0: warm-up, then the schedule.
 
     The warm-up is linear and begins with peak / warm-up, and a run that is shorter than its warm-up
@@ -136,7 +136,7 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
             f"more than steps={steps}; lower one of them, or raise --steps."
         )
 
-    def rate(step: int) -> float:
+    def rate(step: float) -> float:
         if step < warmup:
             return peak * (step + 1) / warmup
         match kind:

@@ -17,7 +17,6 @@ import tyro
 
 from clip_jax import flops, processes, sharding
 from clip_jax.config import Config
-from clip_jax.data import growth
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Remat
@@ -118,7 +117,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
     InputError for an impossible topology or mesh, and without the compiler.
     """
     if config.double_batch_at:  # plan the largest batch, for the same number of pairs
-        largest = growth.batch_after(config.batch_size, config.double_batch_at, config.steps)
+        largest = config.batches.at(config.steps).pairs
         steps = -(-config.samples_after(config.steps) // largest)
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
     compile_ = compile_ or compiling(config)

@@ -180,8 +180,8 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]")
-        if self.base.double_batch_at:
-            raise InputError("base.double_batch_at must be empty: points have one batch size each.")
+        if self.base.double_batch_at or self.base.lengths:
+            raise InputError("base.double_batch_at, lengths: points have one batch; remove both.")
         for name in ("models", "samples", "seeds"):
             _check_distinct(name, tuple(getattr(self, name)))
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from clip_jax.data.batch_plan import doubling
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, Pipeline, build
 from clip_jax.data.sources import SampleError
@@ -216,17 +217,19 @@ def outcome(load: Callable[[], Any]) -> Any:
         return str(error)
 
 
-def open_pipeline(config: DataConfig, batch_size: int = 12, **how: int) -> Pipeline:
+def open_pipeline(config: DataConfig, batch_size: int = 12, **how: Any) -> Pipeline:
     """A pipeline of pictures of 8 x 8 pixels."""
     shape = {"image_spec": Square(8), "context_length": 16, "batch_size": batch_size}
     return build(config, tokenizer=TOKENIZER, **shape, **how)
 
 
 def take(
-    config: DataConfig, count: int, start: int = 0, doubled_at: Sequence[int] = (), **how: int
+    config: DataConfig, count: int, start: int = 0, doubled_at: Sequence[int] = (), **how: Any
 ) -> list[Batch]:
     """So many batches from a step on."""
-    with contextlib.closing(open_pipeline(config, **how).batches(start, doubled_at)) as batches:
+    if doubled_at:
+        how["plan"] = doubling(how.get("batch_size", 12), Square(8), doubled_at)
+    with contextlib.closing(open_pipeline(config, **how).batches(start)) as batches:
         return list(itertools.islice(batches, count))
 
 

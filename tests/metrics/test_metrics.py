@@ -145,7 +145,7 @@ def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, cap
     reports.begin()
     with reports.compiling():
         clock.advance(12.3)
-    clock.advance(9)  # nine steps
+    clock.advance(10)  # ten steps
     with timers.measure("evaluation"):
         clock.advance(5)
     metrics = {"loss": 4.5, "image_to_text_accuracy": 0.25}

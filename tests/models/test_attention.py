@@ -55,7 +55,7 @@ def test_a_kernel_on_a_mesh(backend, mesh, causal, bound):
 
     def attend(flat, heads, causal, lengths):  # the model keeps the axes where heads are split
         qkv = flat if layout.whole_heads else flat.reshape(8, 9, 3, heads, 16)
-        return layout.attend(qkv, heads, causal, lengths)  # ty: ignore[too-many-positional-arguments]
+        return layout.attend(qkv, heads, causal, lengths)
 
     most, _ = errors(attend, 9, 2, 16, causal, tuple(range(1, 9)), batch=8)
     assert max(most) <= bound

@@ -4,6 +4,7 @@ In the global order a piece is a few dozen samples. In the block order it is one
 the batch; a worker process has entire streams, so it alone reads their blocks.
 """
 
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from clip_jax.clock import CLOCK
+from clip_jax.data.batch_plan import BatchPlan
 from clip_jax.data.order.blocks import StreamOrder, Streams
 from clip_jax.data.order.read_ahead import ReadAhead
 from clip_jax.data.sources import AnyRecord, SampleError, Source
-from clip_jax.models.images import Images, concatenate
+from clip_jax.models.images import Images, ImageSpec, concatenate
 from clip_jax.storage import bucket
 
 _PIECE = (8, 64)  # smallest and largest number of samples in a piece of a batch
@@ -66,8 +68,9 @@ class Load(Protocol):
     source: Source
 
     def __call__(
-        self, position: int, record: int, fetched: AnyRecord | SampleError | None = None
-    ) -> Sample: ...
+        self, position: int, record: int, spec: ImageSpec,
+        fetched: AnyRecord | SampleError | None = None,
+    ) -> Sample: ...  # fmt: skip
 
 
 Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
@@ -113,27 +116,31 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
 
 @dataclass(frozen=True)
 class GlobalPieces:
-    """Makes this process's rows in the global order, in `number` pieces for each batch."""
+    """Makes this process's rows in the global order, `number` pieces for each unit of a batch."""
 
     load: Load
     tokenize: Tokenize
     order: Any  # record of a position
-    batch_size: int
+    plan: BatchPlan
     process: tuple[int, int]
 
-    @property
+    @functools.cached_property
     def number(self) -> int:
-        """Equal pieces of a few dozen samples in a batch; 1 if it cannot be divided so."""
-        size = self.batch_size // self.process[1]
+        """Equal pieces of a few dozen samples in a unit; 1 if it cannot be divided so."""
+        size = self.plan.unit // self.process[1]
         number = next(n for n in range(-(-size // _PIECE[1]), size + 1) if size % n == 0)
         return number if size // number >= _PIECE[0] else 1
 
     def __call__(self, i: int) -> Piece:
-        step, piece = divmod(i, self.number)
-        own = self.batch_size // self.process[1]
-        size = own // self.number
-        first = step * self.batch_size + self.process[0] * own + piece * size
-        samples = [self.load(at, int(self.order[at])) for at in range(first, first + size)]
+        unit, piece = divmod(i, self.number)
+        step, index, kind = self.plan.locate(unit)
+        size = self.plan.unit // self.process[1] // self.number
+        # A process has consecutive rows of the batch, so rows do not depend on their number.
+        first = self.plan.samples_after(step) + self.process[0] * (kind.pairs // self.process[1])
+        first += (index * self.number + piece) * size
+        samples = [
+            self.load(at, int(self.order[at]), kind.images) for at in range(first, first + size)
+        ]
         return _piece(samples, self.tokenize, Reading(*bucket.requested()))
 
     def close(self) -> None:
@@ -142,42 +149,43 @@ class GlobalPieces:
 
 @dataclass(frozen=True)
 class StreamPieces:
-    """Makes this process's rows in the block order, a piece for each stream. Empty pieces pad a
-    batch, so that workers, which take pieces in turn, get the same streams in every batch."""
+    """Makes this process's rows in the block order, a piece for each stream of a unit. Empty pieces
+    pad a unit, so that workers, which take pieces in turn, get the same streams in every unit."""
 
     load: Load
     tokenize: Tokenize
     make_order: Callable[[Source], StreamOrder]
-    streams: Streams
+    streams: Streams  # of a unit
+    plan: BatchPlan
     workers: int
-    start: int  # step
+    start: int  # unit
     budget: int  # bytes read ahead
     _ahead: "_Opened" = field(default_factory=lambda: _Opened())
 
     @property
     def number(self) -> int:
-        """Pieces in a batch, the empty ones included."""
+        """Pieces in a unit, the empty ones included."""
         return -(-len(self.streams.own) // self.workers) * self.workers
 
     def __call__(self, i: int) -> Piece | NoPiece:
-        step, slot = divmod(i, self.number)
+        unit, slot = divmod(i, self.number)
         own = self.streams.own
         if slot >= len(own):
             return ()
         ahead = self._ahead.get(lambda: self._open(own[i % self.workers :: self.workers]))
         stream, width = own[slot], self.streams.width
-        first = step * self.streams.batch_size + stream * width
-        run = ahead.run(step, stream)
+        first = unit * self.streams.batch_size + stream * width
+        run, (_, _, kind) = ahead.run(unit, stream), self.plan.locate(unit)
         samples, used, waited = [], 0, 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
             start = CLOCK.now()
             try:
-                fetched = ahead.take(step, int(record), (int(epoch), int(piece)))
+                fetched = ahead.take(unit, int(record), (int(epoch), int(piece)))
                 used += fetched.size
             except SampleError as error:
                 fetched = error
             waited += CLOCK.now() - start
-            samples.append(self.load(at, int(record), fetched))
+            samples.append(self.load(at, int(record), kind.images, fetched))
         return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
 
     def _open(self, streams: Sequence[int]) -> ReadAhead:

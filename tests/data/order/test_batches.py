@@ -10,6 +10,7 @@ import pytest
 
 from clip_jax.data import digits as digits_module
 from clip_jax.data import pipeline
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.order import batches
 from clip_jax.data.order.blocks import Streams
@@ -17,6 +18,7 @@ from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import Record
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.models.images import Square
 from tests.data.conftest import assert_same, digits, of_processes, open_pipeline, take
 
 
@@ -74,14 +76,15 @@ def test_a_batch_is_made_in_equal_pieces_of_a_few_dozen_samples():
     load = mock.create_autospec(batches.Load, instance=True)
     numbers = {12: 1, 64: 1, 67: 1, 70: 2, 256: 4, 1024: 16}
     for samples, number in numbers.items():
-        made = batches.GlobalPieces(load, len, range(9), 2 * samples, (1, 2))
+        plan = constant(2 * samples, Square(8))
+        made = batches.GlobalPieces(load, len, range(9), plan, (1, 2))
         assert made.number == number, samples
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_in_blocks_workers_have_whole_streams(workers):
     streams, load = Streams(256), mock.create_autospec(batches.Load, instance=True)
-    made = batches.StreamPieces(load, len, len, streams, workers, 0, 0)
+    made = batches.StreamPieces(load, len, len, streams, constant(256, Square(8)), workers, 0, 0)
     of_worker = [
         {i % made.number for i in range(3 * made.number) if i % workers == worker}
         for worker in range(workers)

@@ -227,8 +227,8 @@ def test_mutated_files(case, tmp_path):
         path = list(files)[number % len(files)]
         path.write_bytes(mutate(files[path], rng))
         try:
-            load = _Loader(DataConfig(source=config), Square(16))
-            samples = [load(i, i % len(load.source)) for i in range(len(pairs))]
+            load = _Loader(DataConfig(source=config), 16)
+            samples = [load(i, i % len(load.source), Square(16)) for i in range(len(pairs))]
         except InputError as error:
             messages.append(str(error))
         else:
