@@ -131,9 +131,14 @@ class Graph:
         x = self.op("Transpose", self.op("MatMul", shares, v), perm=[0, 2, 1, 3])
         return self.dense(self.op("Reshape", x, self.integers(0, 0, heads * dim)), out, layer)
 
-    def mean(self, x: str) -> str:
-        """Add the mean over the tokens of [B, L, D]."""
-        return self.op("ReduceMean", x, self.integers(1), keepdims=0)
+    def mean(self, x: str, valid: str | None = None) -> str:
+        """Add the mean over the tokens of [B, L, D]; over those that are 1 in `valid` [B, L]."""
+        if valid is None:
+            return self.op("ReduceMean", x, self.integers(1), keepdims=0)
+        count = self.op("ReduceSum", valid, self.integers(1), keepdims=1)
+        shares = self.op("Div", valid, self.op("Max", count, np.float32(1)))
+        shares = self.computed(self.op("Unsqueeze", shares, self.integers(1)))
+        return self.op("Squeeze", self.op("MatMul", shares, x), self.integers(1))
 
     def unit(self, x: str) -> str:
         """Add the scaling of rows to unit length."""

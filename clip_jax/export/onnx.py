@@ -15,9 +15,11 @@ from clip_jax.convert.weights import DType, Weights
 from clip_jax.data.tokenizers import json_file, make_tokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME
 from clip_jax.errors import InputError
+from clip_jax.export import patches
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import caption_logits, image_tower, text_tower
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.images import Images, NaFlex, Patches
 from clip_jax.models.text import TextConfig
 
 # Texts that --verify tokenizes: cases, signs, and more words than any context has.
@@ -50,7 +52,7 @@ def names(layout: Layout, config: CLIPConfig, dtype: DType) -> Names:
     suffix = "_fp16" if dtype == "float16" else ""
     image, text, clip, captions = (f"onnx/{kind}{suffix}.onnx" for kind in kinds)
     files = (image, text, clip, None if config.decoder is None else captions)
-    siglip = config.has_logit_bias
+    siglip = config.has_logit_bias or isinstance(config.vision.image_spec, NaFlex)
     image, text = ("pooler_output",) * 2 if siglip else ("image_embeds", "text_embeds")
     return Names(*files, "pixel_values", "input_ids", np.int64, image, text)
 
@@ -81,31 +83,33 @@ def write(
         if graph.save(folder / path, inputs, outputs, inline_bytes):
             external[Path(path).name] = True
 
-    def pixels(batch: str) -> tuple[str, Any, tuple]:
-        return called.pixels, np.float32, (batch, 3, size, size)
+    def images(batch: str) -> list[tuple[str, Any, tuple]]:
+        if not isinstance(spec := config.vision.image_spec, NaFlex):
+            return [(called.pixels, np.float32, (batch, 3, size, size))]
+        shapes, kinds = patches.shapes(spec, batch, "patches"), {called.pixels: np.float32}
+        return [(name, kinds.get(name, np.int64), shape) for name, shape in shapes.items()]
 
-    def ids(batch: str) -> tuple[str, Any, tuple]:
-        return called.ids, called.ids_type, (batch, "sequence_length")
+    def ids(batch: str) -> list[tuple[str, Any, tuple]]:
+        return [(called.ids, called.ids_type, (batch, "sequence_length"))]
 
     unit = normalize or layout == "immich"
-    for path, tower, value, output in (
-        (called.image, image_tower, pixels("batch"), called.image_output),
+    for path, tower, inputs, output in (
+        (called.image, image_tower, images("batch"), called.image_output),
         (called.text, text_tower, ids("batch"), called.text_output),
     ):
         graph = Graph(weights.params, dtype == "float16")
-        features = tower(graph, config, value[0])
+        features = tower(graph, config, inputs[0][0])
         features = graph.unit(features) if unit else features
-        save(path, graph, [value], [(output, features, ("batch", config.embed_dim))])
+        save(path, graph, inputs, [(output, features, ("batch", config.embed_dim))])
     if called.clip:
         graph = Graph(weights.params, dtype == "float16")
-        inputs = [ids("text_batch"), pixels("image_batch")]
+        inputs = ids("text_batch") + images("image_batch")
         save(called.clip, graph, inputs, _logits(graph, config, called))
     if called.captions:
         graph = Graph(weights.params, dtype == "float16")
         logits = caption_logits(graph, config, called.pixels, called.ids)
         shape = ("batch", "sequence_length", config.text.vocab_size)
-        inputs = [pixels("batch"), ids("batch")]
-        save(called.captions, graph, inputs, [("logits", logits, shape)])
+        save(called.captions, graph, images("batch") + ids("batch"), [("logits", logits, shape)])
     _write_beside(weights, folder, layout, external)
 
 
@@ -114,6 +118,11 @@ def check(weights: Weights, layout: Layout) -> None:
     if weights.preprocess.resize_mode == "longest":
         raise InputError(
             f"{layout} does not support preprocess.resize_mode='longest'; use --format stablehlo."
+        )
+    if layout == "immich" and isinstance(weights.config.vision.image_spec, NaFlex):
+        raise InputError(
+            "immich supports square images only, and this model takes patches "
+            f"(vision.max_patches={weights.preprocess.max_patches}, NaFlex); use another --layout."
         )
     if layout == "immich" and weights.config.text.tokenizer.pad_side == "left":
         raise InputError(
@@ -158,15 +167,16 @@ def _write_beside(
             folder / "textual", config.text, own, as_json=True, own_padding=own_padding
         )
         return
-    siglip = config.has_logit_bias
-    kind = "siglip" if siglip else "clip"
+    siglip, spec = config.has_logit_bias, config.vision.image_spec
+    kind, size = "siglip" if siglip else "clip", {"image_size": config.vision.image_size}
+    if isinstance(spec, NaFlex):
+        kind = "siglip2"
+        size = {"num_patches": config.vision.grid**2, "patch_size": spec.patch_size}
     content = {
-        "architectures": ["SiglipModel" if siglip else "CLIPModel"],
+        "architectures": ["CLIPModel" if kind == "clip" else f"{kind.title()}Model"],
         "model_type": kind,
         "projection_dim": config.embed_dim,
-        "vision_config": {
-            "model_type": f"{kind}_vision_model", "image_size": config.vision.image_size,
-        },
+        "vision_config": {"model_type": f"{kind}_vision_model"} | size,
         "text_config": {
             "model_type": f"{kind}_text_model",
             "max_position_embeddings": config.text.context_length,
@@ -188,10 +198,10 @@ def outputs(
     layout: Layout,
     config: CLIPConfig,
     dtype: DType,
-    images: np.ndarray,
+    images: Images,
     tokens: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Run the files by onnxruntime on normalised pixels [B, H, W, 3] and token ids [B, L].
+    """Run the files by onnxruntime on normalised images and token ids [B, L].
 
     Returns `image_features`, `text_features` and, if the layout has them, `logits` and
     `caption_logits` (of all tokens but the last). Raises InputError, which names a file that is
@@ -199,7 +209,10 @@ def outputs(
     """
     _need("onnxruntime", "--verify")
     called = names(layout, config, dtype)
-    pixels = {called.pixels: np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+    if isinstance(images, Patches):
+        pixels = patches.to_arrays(images)
+    else:
+        pixels = {called.pixels: np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
     ids = {called.ids: tokens.astype(called.ids_type)}
     (image,) = _run(folder / called.image, [called.image_output], pixels)
     (text,) = _run(folder / called.text, [called.text_output], ids)

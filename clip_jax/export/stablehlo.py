@@ -22,9 +22,10 @@ from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tokenizer_files import write_clip_tokenizer
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError, needing
+from clip_jax.export import patches
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.generation import begin_and_end
-from clip_jax.models.images import pixels_of, with_pixels
+from clip_jax.models.images import Images, NaFlex, Patches
 from clip_jax.models.layers import apart
 
 IMAGE_NAME, TEXT_NAME = "image.stablehlo", "text.stablehlo"
@@ -32,7 +33,8 @@ FIRST_NAME, NEXT_NAME = "caption_first.stablehlo", "caption_next.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 _STEPS = 9  # tokens for which a decoder is compared
 
-# Code for the model card: images.npy [B, H, W, 3], normalised pixels; tokens.npy [B, L], token ids.
+# Code for the model card: images.npy [B, H, W, 3], normalised pixels, of NaFlex images.npz, the
+# arrays of `patches`; tokens.npy [B, L], token ids.
 READER = """\
 import jax, jax.export, numpy as np
 from safetensors.flax import load_file
@@ -47,14 +49,23 @@ text_features = np.asarray(text.call(weights, np.load("tokens.npy")))
 """
 
 
+def reader(folder: str, config: CLIPConfig) -> str:
+    """Return READER for a folder and a model."""
+    code = READER.replace("{folder}", folder)
+    if isinstance(config.vision.image_spec, NaFlex):
+        return code.replace('np.load("images.npy")', 'dict(np.load("images.npz"))')
+    return code
+
+
 def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     """Write a model folder, which `load` reads, too, with both towers as StableHLO.
 
     For a decoder, it also writes `caption_first(weights, pixels)`, which returns logits [b, V] of
     the token after the begin token and a state, a list of arrays, and `caption_next(weights, state,
     ids, position)`, which returns the next logits and state. `dtype` is that of the weights, and of
-    the computation if it is bfloat16; features and logits are float32. The batch size is symbolic.
-    Raises InputError if the package `flatbuffers`, or begin and end ids for captions, are missing.
+    the computation if it is bfloat16; features and logits are float32. The batch size is symbolic,
+    and of NaFlex models the number of patches. Raises InputError if the package `flatbuffers`, or
+    begin and end ids for captions, are missing.
     """
     with needing(
         "--format stablehlo needs the package flatbuffers: pip install 'clip-jax-pods[export]'."
@@ -70,17 +81,18 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
         path: jax.ShapeDtypeStruct(x.shape, cast(np.empty(0, x.dtype), dtype).dtype)
         for path, x in flatten(weights.params).items()
     }
-    (size,) = jax.export.symbolic_shape("b")
-    images = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype),
-        config.vision.image_spec.shapes(1),
-    )
-    images = with_pixels(images, jax.ShapeDtypeStruct(pixels_of(images).shape, jnp.float32))
+    size, length = jax.export.symbolic_shape("b, n")
+    images: Any = jax.ShapeDtypeStruct((size, *[config.vision.image_size] * 2, 3), jnp.float32)
+    if isinstance(spec := config.vision.image_spec, NaFlex):
+        images = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == patches.PIXELS else jnp.int32)
+            for name, shape in patches.shapes(spec, size, length).items()
+        }
     tokens = jax.ShapeDtypeStruct((size, config.text.context_length), jnp.int32)
     computed = "bfloat16" if dtype == "bfloat16" else "float32"  # CPUs have no float16 products
     model = CLIP(replace(config, dtype=computed))
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        IMAGE_NAME: (model.encode_image, (images,)),
+        IMAGE_NAME: (lambda tree, x: model.encode_image(tree, patches.from_arrays(x)), (images,)),
         TEXT_NAME: (model.encode_text, (tokens,)),
     }
     if config.decoder is not None:
@@ -110,13 +122,17 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
     begin, _ = begin_and_end(model.config.text)
     length = model.config.text.context_length
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
+    # Keys and values, and how many of them are valid where images differ in it.
+    vision = model.config.vision
+    padded = isinstance(vision.image_spec, NaFlex) and vision.pool != "queries"
+    image = (0,) * (3 if padded else 2)
     kept = jax.tree.structure(
-        empty._replace(decoder=[layer._replace(image=(0, 0)) for layer in empty.decoder])
+        empty._replace(decoder=[layer._replace(image=image) for layer in empty.decoder])
     )
 
-    def first(params: Params, images: Array) -> tuple[Array, list[Array]]:
-        _, image_tokens = model.encode_image_and_tokens(params, images)
-        rows = images.shape[0]  # symbolic
+    def first(params: Params, images: Any) -> tuple[Array, list[Array]]:
+        features, image_tokens = model.encode_image_and_tokens(params, patches.from_arrays(images))
+        rows = features.shape[0]  # symbolic
         cache = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])),
             model.empty_cache(1, length),
@@ -145,7 +161,7 @@ def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
 
 
 def outputs(
-    folder: Path, config: CLIPConfig, images: np.ndarray, tokens: np.ndarray
+    folder: Path, config: CLIPConfig, images: Images, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Run a folder's programs as `onnx.outputs` does; `caption_logits` are those of `spoken` ids.
 
@@ -156,15 +172,16 @@ def outputs(
         exported = jax.export.deserialize(bytearray((folder / name).read_bytes()))
         return functools.partial(exported.call, weights)
 
+    inputs = patches.to_arrays(images) if isinstance(images, Patches) else images
     try:
         weights = load_file(folder / "model.safetensors")
         results = {
-            "image_features": read(IMAGE_NAME)(images),
+            "image_features": read(IMAGE_NAME)(inputs),
             "text_features": read(TEXT_NAME)(tokens),
         }
         if config.decoder is not None:
             words, following = spoken(config, tokens), read(NEXT_NAME)
-            logits, state = read(FIRST_NAME)(images)
+            logits, state = read(FIRST_NAME)(inputs)
             steps = [logits]
             for position in range(1, words.shape[1] - 1):
                 logits, state = following(state, words[:, position], np.int32(position))

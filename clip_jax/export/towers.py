@@ -1,8 +1,8 @@
 """The towers in ONNX operators: the same functions as in `models/`, of the same parameters.
 
-Images are [batch, 3, height, width], normalised. Layers are unrolled; BatchNorm's running
-statistics are folded into the convolutions before it. Caption logits have no KV cache: all tokens
-are computed again for each new one.
+Images are [batch, 3, height, width], normalised, or patches (see `patches`). Layers are
+unrolled; BatchNorm's running statistics are folded into the convolutions before it. Caption logits
+have no KV cache: all tokens are computed again for each new one.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from einops import rearrange
 
 from clip_jax.errors import InputError
 from clip_jax.export.graph import Graph
+from clip_jax.export.patches import GRID, MASK
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -22,11 +23,14 @@ _MASKED = np.float32(np.finfo(np.float32).min / 2)  # a score; some runtimes do 
 
 
 def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
-    """Embed normalised pixels [B, 3, H, W]; returns features [B, E] in float32, not normalised."""
+    """Embed normalised pixels [B, 3, H, W] or, of a NaFlex model, [B, L, P·P·3].
+
+    Returns features [B, E] in float32, not normalised.
+    """
     x, vision = graph.computed(pixels), config.vision
     if isinstance(vision, ResNetConfig):
         return graph.exact(_resnet(graph, vision, x))
-    x = _vit(graph, vision, x)
+    x, _ = _vit(graph, vision, x)
     return graph.exact(graph.linear(x, graph.weight("visual/proj")) if vision.projection else x)
 
 
@@ -39,10 +43,8 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
     x, mask = _embedded(graph, text, ids, length), None
     if text.has_class_token:
         token = graph.weight("text/class_embedding") + graph.weight("text/positional_embedding")[-1]
-        shape = graph.op("Shape", ids, start=0, end=1)
-        shape = graph.op("Concat", shape, graph.integers(1, 1), axis=0)
-        token = graph.op("Expand", graph.number(token[None, None]), shape)
-        x, mask = graph.op("Concat", x, token, axis=1), _key_mask(graph, text, ids)
+        x = graph.op("Concat", x, _to_each(graph, token, x), axis=1)
+        mask = _key_mask(graph, text, ids)
         if text.causal:
             mask = graph.op("Min", mask, _triangle(text.num_positions))
     elif text.causal:
@@ -70,12 +72,12 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
 def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> str:
     """Return the logits [B, L, V] of each next token, in float32.
 
-    Inputs are normalised pixels [B, 3, H, W] and ids [B, L], the begin token first.
+    Inputs are normalised pixels as for `image_tower`, and ids [B, L], the begin token first.
     """
     text, vision = config.text, config.vision
     if config.decoder is None or not isinstance(vision, ViTConfig):
         raise ValueError("the model has no decoder that attends to a vision transformer's tokens")
-    image = _vit(graph, vision, graph.computed(pixels), tokens=True)
+    image, seen = _vit(graph, vision, graph.computed(pixels), tokens=True)
     length = graph.op("Shape", ids, start=1, end=2)
     mask = causal = _causal_mask(graph, text, length)
     x = _embedded(graph, text, ids, length)
@@ -89,7 +91,7 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
             keys = graph.op("Slice", keys, graph.integers(0), length, graph.integers(3))
             mask = graph.op("Min", causal, keys)
         x = _stack(graph, text, "text", x, mask)
-    x = _ln_final(graph, text, tower, _stack(graph, text, tower, x, causal, image))
+    x = _ln_final(graph, text, tower, _stack(graph, text, tower, x, causal, image, seen))
     return graph.exact(graph.linear(x, graph.weight("decoder/vocab_projection")))
 
 
@@ -160,8 +162,12 @@ def _stack(
     x: str,
     mask: str | None = None,
     image: str | None = None,
+    seen: str | None = None,
 ) -> str:
-    """Add a tower's blocks; with `image` also the cross-attention blocks between them."""
+    """Add a tower's blocks; with `image` also the cross-attention blocks between them.
+
+    `mask` and `seen` are additive masks of scores: of the tokens, and of the image's.
+    """
     layers = f"{tower}/transformer/layers"
     own = (f"{layers}/self_{i}" for i in itertools.count())
     paths = [*itertools.takewhile(lambda path: graph.has(f"{path}/ln_1/scale"), own)]
@@ -170,7 +176,7 @@ def _stack(
         for path in paths:
             x = _block(graph, config, x, path, layer, mask)
             if path == paths[0] and image is not None:
-                x = _cross_block(graph, config, x, image, f"{layers}/cross", layer)
+                x = _cross_block(graph, config, x, image, seen, f"{layers}/cross", layer)
     return x
 
 
@@ -188,13 +194,15 @@ def _block(
 
 
 def _cross_block(
-    graph: Graph, config: ViTConfig | TextConfig, x: str, image: str, path: str, layer: int
-) -> str:
+    graph: Graph, config: ViTConfig | TextConfig, x: str, image: str, seen: str | None, path: str,
+    layer: int,
+) -> str:  # fmt: skip
     image = graph.layer_norm(image, f"{path}/ln_1_kv", config.norm_epsilon, layer)
     y = graph.layer_norm(x, f"{path}/ln_1", config.norm_epsilon, layer)
     (q,) = graph.heads(y, f"{path}/attn/q", layer)
     kv = graph.heads(image, f"{path}/attn/kv", layer)
-    x = graph.op("Add", x, graph.attention(f"{path}/attn/out_proj", q, *kv, layer=layer))
+    y = graph.attention(f"{path}/attn/out_proj", q, *kv, layer=layer, mask=seen)
+    x = graph.op("Add", x, y)
     return graph.op("Add", x, _mlp(graph, config, x, path, "ln_2", layer))
 
 
@@ -217,9 +225,12 @@ def _mlp(
 # ------------------------------------------------------------------ vision transformers
 
 
-def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> str:
-    """Add the pooled state, or the decoder's image tokens, as in `ViT.pool_and_tokens`."""
-    x = _vit_states(graph, config, x)
+def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple[str, str | None]:
+    """Add the pooled state, or the decoder's image tokens, as in `ViT.pool_and_tokens`.
+
+    Returns also the additive mask of scores that hides padding of these tokens, if there is any.
+    """
+    x, valid = _vit_states(graph, config, x)
 
     def normed(x: str) -> str:
         return graph.layer_norm(x, "visual/ln_post", config.norm_epsilon)
@@ -231,38 +242,96 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> str:
         start, end, axis = graph.integers(extra), graph.integers(2**31), graph.integers(1)
         return graph.op("Slice", x, start, end, axis) if extra else x
 
+    own = None if valid is None else others(valid, config.extra_tokens)  # without a class token
+    mask = _padding_mask(graph, valid)
     match config.pool:
         case "class_token":
-            return normed(others(x) if tokens else first(x))
+            return normed(others(x) if tokens else first(x)), _padding_mask(graph, own)
         case "mean":
             x = others(x, config.extra_tokens)
-            return x if tokens else normed(graph.mean(x))
+            return x if tokens else normed(graph.mean(x, own)), _padding_mask(graph, own)
         case "mean_all":
-            return x if tokens else normed(graph.mean(x))
+            return x if tokens else normed(graph.mean(x, valid)), mask
         case "map":
-            return normed(x) if tokens else first(_attention_pool(graph, config, normed(x)))
+            x = normed(x)
+            return x if tokens else first(_attention_pool(graph, config, x, mask)), mask
         case "queries":
-            x = _query_pool(graph, config, x)
-            return normed(others(x) if tokens else first(x))
+            x = _query_pool(graph, config, x, mask)
+            return normed(others(x) if tokens else first(x)), None
     raise InputError(f"vision.pool={config.pool!r} has no form in ONNX; use --format stablehlo.")
 
 
-def _vit_states(graph: Graph, config: ViTConfig, x: str) -> str:
-    patch = config.patch_size
-    kernel = rearrange(graph.weight("visual/conv1/kernel"), "P Q C D -> D C P Q")
-    inputs = [graph.number(kernel)]
-    if config.patch_bias:
-        inputs.append(graph.number(graph.weight("visual/conv1/bias")))
-    x = graph.op("Conv", x, *inputs, kernel_shape=[patch, patch], strides=[patch, patch])
-    x = _by_position(graph, x, config.width)
+def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | None]:
+    """Add the tower up to its last block; return also which tokens are valid [B, L] (None: all)."""
+    patch, extra = config.patch_size, config.extra_tokens
+    kernel, valid = graph.weight("visual/conv1/kernel"), None
+    bias = graph.weight("visual/conv1/bias") if config.patch_bias else None
     positions = graph.weight("visual/positional_embedding").copy()
-    if config.class_token:  # an empty position, to which it is added
+    if config.class_token:
         positions[0] += graph.weight("visual/class_embedding")
-        x = graph.op("Pad", x, graph.integers(0, 1, 0, 0, 0, 0))
-    x = graph.op("Add", x, graph.number(positions))
+    if config.max_patches is None:
+        inputs = [graph.number(rearrange(kernel, "P Q C D -> D C P Q"))]
+        inputs += [] if bias is None else [graph.number(bias)]
+        x = graph.op("Conv", x, *inputs, kernel_shape=[patch, patch], strides=[patch, patch])
+        x = _by_position(graph, x, config.width)
+        if extra:  # an empty position, to which the class token is added
+            x = graph.op("Pad", x, graph.integers(0, extra, 0, 0, 0, 0))
+        x = graph.op("Add", x, graph.number(positions))
+    else:
+        x = graph.linear(x, kernel.reshape(-1, config.width), bias)
+        resized = _resized_positions(graph, config, positions[extra:], x)
+        x, valid = graph.op("Add", x, graph.computed(resized)), graph.cast(MASK, np.float32)
+        if extra:
+            x = graph.op("Concat", _to_each(graph, positions[0], x), x, axis=1)
+            valid = graph.op("Pad", valid, graph.integers(0, extra, 0, 0), np.float32(1))
     if config.pre_norm:
         x = graph.layer_norm(x, "visual/ln_pre", config.norm_epsilon)
-    return _stack(graph, config, "visual", x)
+    return _stack(graph, config, "visual", x, _padding_mask(graph, valid)), valid
+
+
+def _resized_positions(graph: Graph, config: ViTConfig, table: np.ndarray, x: str) -> str:
+    """Resize position embeddings [N, D] for x [B, L, D], as `vit.resize_positions`, in float32."""
+    side, last = config.grid, graph.integers(-1)
+    counts = graph.op("Max", graph.cast(GRID, np.int64), graph.integers(1))
+    rows, columns = (
+        graph.op("Slice", counts, graph.integers(i), graph.integers(i + 1), graph.integers(1))
+        for i in range(2)
+    )
+    length = graph.op("Gather", graph.op("Shape", x), np.int64(1), axis=0)
+    index = graph.op("Range", np.int64(0), length, np.int64(1))
+    # Padding is in the last row at most, for finite weights.
+    row = graph.op("Min", graph.op("Div", index, columns), graph.op("Sub", rows, graph.integers(1)))
+
+    def weights(index: str, count: str) -> str:
+        scale = graph.op("Div", np.float32(side), graph.cast(count, np.float32))
+        scale = graph.op("Unsqueeze", scale, last)
+        centers = graph.op("Add", graph.cast(index, np.float32), np.float32(0.5))
+        centers = graph.op("Mul", graph.op("Unsqueeze", centers, last), scale)
+        distance = graph.op("Sub", np.arange(side, dtype=np.float32) + np.float32(0.5), centers)
+        distance = graph.op("Div", graph.op("Abs", distance), graph.op("Max", scale, np.float32(1)))
+        near = graph.op("Relu", graph.op("Sub", np.float32(1), distance))
+        return graph.op("Div", near, graph.op("ReduceSum", near, last, keepdims=1))
+
+    down = graph.op("Unsqueeze", weights(row, rows), last)
+    across = weights(graph.op("Mod", index, columns), columns)
+    both = graph.op("Mul", down, graph.op("Unsqueeze", across, graph.integers(2)))
+    both = graph.op("Reshape", both, graph.integers(0, 0, side * side))
+    return graph.op("MatMul", both, table)
+
+
+def _padding_mask(graph: Graph, valid: str | None) -> str | None:
+    """Return the additive mask of scores [B, 1, 1, L] of tokens that are 0 in `valid` [B, L]."""
+    if valid is None:
+        return None
+    hidden = graph.op("Mul", graph.op("Sub", np.float32(1), valid), _MASKED)
+    return graph.op("Unsqueeze", hidden, graph.integers(1, 2))
+
+
+def _to_each(graph: Graph, token: np.ndarray, x: str) -> str:
+    """Repeat a token [D] for each row of x: [B, 1, D]."""
+    shape = graph.op("Shape", x, start=0, end=1)
+    shape = graph.op("Concat", shape, graph.integers(1, 1), axis=0)
+    return graph.op("Expand", graph.number(token[None, None]), shape)
 
 
 def _by_position(graph: Graph, x: str, channels: int) -> str:
@@ -278,15 +347,15 @@ def _constant_queries(graph: Graph, query: np.ndarray, path: str) -> str:
     return graph.constant(graph.number(q))
 
 
-def _attention_pool(graph: Graph, config: ViTConfig, x: str) -> str:
+def _attention_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> str:
     """Add SigLIP's attention pooling: one query, and an MLP."""
     path = "visual/attn_pool"
     q = _constant_queries(graph, graph.weight(f"{path}/latent")[0], f"{path}/q")
-    x = graph.attention(f"{path}/proj", q, *graph.heads(x, f"{path}/kv"))
+    x = graph.attention(f"{path}/proj", q, *graph.heads(x, f"{path}/kv"), mask=mask)
     return graph.op("Add", x, _mlp(graph, config, x, path, "norm"))
 
 
-def _query_pool(graph: Graph, config: ViTConfig, x: str) -> str:
+def _query_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> str:
     """Add CoCa's attention pooling: many queries; a norm for them and one for the tokens."""
     path = "visual/attn_pool"
     query = graph.weight(f"{path}/query").astype(np.float64)
@@ -295,7 +364,8 @@ def _query_pool(graph: Graph, config: ViTConfig, x: str) -> str:
     query = query * graph.weight(f"{path}/ln_q/scale") + graph.weight(f"{path}/ln_q/bias")
     q = _constant_queries(graph, query, f"{path}/attn/q")
     x = graph.layer_norm(x, f"{path}/ln_k", config.norm_epsilon)
-    return graph.attention(f"{path}/attn/out_proj", q, *graph.heads(x, f"{path}/attn/kv"))
+    kv = graph.heads(x, f"{path}/attn/kv")
+    return graph.attention(f"{path}/attn/out_proj", q, *kv, mask=mask)
 
 
 # ------------------------------------------------------------------ ResNets

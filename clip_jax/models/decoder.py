@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
         if kv is not None:
             keys, values, *length = kv
             seen = jnp.arange(keys.shape[2]) < length[0][:, None, None, None] if length else None
-            y = attention.kept(q.reshape(len(keys), -1, *heads), (keys, values), seen)
+            y = attention.kept(q.reshape(keys.shape[0], -1, *heads), (keys, values), seen)
         else:
             assert other is not None
             other, length = split_tokens(other)
