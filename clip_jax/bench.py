@@ -27,6 +27,7 @@ from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.metrics.chips import peak_flops
+from clip_jax.models.images import NaFlex, Patches
 from clip_jax.pods import compile as pod
 from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket
@@ -164,15 +165,19 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
         while CLOCK.now() - start < first + config.warmup:
             next(batches)
         done, start = 0, CLOCK.now()
-        end, read = start, Counter()
+        end, read, padding = start, Counter(), []
         while end - start < config.seconds:
-            read.update(vars(next(batches).reading))
+            batch = next(batches)
+            read.update(vars(batch.reading))
+            if isinstance(batch.image, Patches):
+                padding.append(1 - batch.image.length.mean() / batch.image.pixels.shape[1])
             done += 1
             end = CLOCK.now()
     return {
         "samples_per_second": done * config.batch_size / (end - start),
         "seconds_to_first_batch": first,
         "order": pipeline.order,
+        **({"padding": float(np.mean(padding))} if padding else {}),
         **bucket_rates(read, end - start),
     }
 
@@ -182,6 +187,8 @@ def describe_input(result: dict[str, Any]) -> str:
     lines = [f"{'stage':<18}{'samples/s':>10}  computing"]
     for name, stage in result["stages"].items():
         lines.append(f"{name:<18}{stage['samples_per_second']:>10,.0f}  {stage['computing']:.0%}")
+    if "padding" in result:
+        lines.append(f"padding: {result['padding']:.1%} of all patches")
     if "bucket_requests_per_second" in result:
         lines.append(_of_bucket(result))
     lines += [
@@ -254,6 +261,7 @@ def measure_step(config: StepBench) -> dict[str, Any]:
         times.append((CLOCK.now() - start) / config.calls)
     seconds, device = statistics.median(times), jax.devices()[0].device_kind
     work, peak = flops.of_step(config).total, peak_flops(device)
+    spec = config.model.vision.image_spec
     return {
         "samples_per_second": config.batch_size / seconds,
         "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
@@ -263,6 +271,7 @@ def measure_step(config: StepBench) -> dict[str, Any]:
         "peak_bytes": peak_memory() or pod.peak(compiled),
         "model_flops": work,
         "batch_size": config.batch_size,
+        **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}),
         "devices": mesh.size,
         "device_kind": device,
         "mesh": dict(mesh.shape),
@@ -275,8 +284,11 @@ def _made_up(config: Config) -> Inputs:
     spec, text = config.model.vision.image_spec, config.model.text
     tokens = rng.integers(1, text.vocab_size - 1, (config.batch_size, text.context_length))
     tokens[:, -1] = text.vocab_size - 1  # the end of text
-    pixels = rng.integers(0, 256, (config.batch_size, spec.side, spec.side, 3), np.uint8)
-    return {"image": spec.pack(pixels), "text": tokens.astype(np.int32)}
+    size = (spec.side, spec.side)
+    if isinstance(spec, NaFlex):  # no padding: a row of patches
+        size = (spec.patch_size, spec.patch_size * spec.max_patches)
+    images = spec.pack(rng.integers(0, 256, (config.batch_size, *size, 3), np.uint8))
+    return {"image": images, "text": tokens.astype(np.int32)}
 
 
 def describe_step(result: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def duration(seconds: float) -> str:
     return " ".join([f"{count} {unit}" for unit, count in parts.items() if count][:2]) or "0 s"
 
 
-def results(step: int, values: Mapping[str, float]) -> str:
+def results(step: int, values: Mapping[str, float | int]) -> str:
     """Format the results of an evaluation, in lines that fit on a terminal."""
     text = "  ".join(f"{name}\xa0{value:.4g}" for name, value in values.items())
     lines = textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)

@@ -124,6 +124,10 @@ COCA = dataclasses.replace(
     text=dataclasses.replace(TINY.text, pool="class_token"),
     decoder=CoCaConfig(depth=2, num_heads=4),
 )
+# Images of any aspect ratio, of up to 12 patches; the table of positions is 4 x 4.
+NAFLEX = dataclasses.replace(
+    TINY, vision=dataclasses.replace(TINY.vision, image_size=32, max_patches=12, pool="map")
+)
 # How eight devices are arranged where a test tries several.
 MESHES = {
     "8": MeshConfig(),

@@ -87,14 +87,23 @@ def read_weights(
             raise InputError(f"{path} has its own tokenizer, {file}; omit --tokenizer.")
         weights = replace(weights, config=with_vocabulary(weights.config, tokenizer))
         make_tokenizer(weights.config.text)  # raises InputError if it is damaged
-    is_naflex = weights.preprocess.max_patches is not None
-    if tokens is not None and not is_naflex:
+    if image_size is not None:
+        return with_input(weights, image_size=image_size, tokens=tokens)
+    return at_length(weights, tokens, path)
+
+
+def at_length(weights: Weights, tokens: int | None, path: str | AnyPath) -> Weights:
+    """Return a NaFlex model for images of at most `tokens` patches; None: its own number.
+
+    Raises InputError, which names `path`, for a model of fixed resolution.
+    """
+    if tokens is not None and weights.preprocess.max_patches is None:
         raise InputError(
             f"tokens={tokens} is for NaFlex models, and {path} has a fixed resolution of "
             f"{weights.config.vision.image_size} pixels. Omit it, or make a NaFlex model: "
             f"clip-jax convert {path} NEW --to clip-jax --tokens {tokens}."
         )
-    return with_input(weights, image_size=image_size, tokens=tokens)
+    return with_input(weights, tokens=tokens)
 
 
 def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:

@@ -70,6 +70,14 @@ class Encoder:
         return features.reshape(len(templates), len(names), -1)
 
 
+def length_of(preprocess: Preprocess) -> dict[str, int]:
+    """Return `tokens`, the sequence length at which a NaFlex model is measured, for its results.
+
+    A model of fixed resolution has none.
+    """
+    return {} if preprocess.max_patches is None else {"tokens": preprocess.max_patches}
+
+
 @functools.lru_cache(maxsize=16)
 def compiled(
     function: Callable[..., Array], model: CLIP, mesh: Mesh, /, **options: Any

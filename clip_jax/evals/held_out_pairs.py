@@ -14,6 +14,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.captioning import loss_per_token
 from clip_jax.evals.evaluator import Encoder, embed_texts
 from clip_jax.evals.retrieval import retrieval
+from clip_jax.models.images import ImageSpec
 from clip_jax.storage.files import AnyPath
 
 
@@ -52,7 +53,7 @@ class PairsEvaluator:
                 f"evals.pairs={config.pairs}, but their source has {count}; set evals.pairs and "
                 f"evals.pool to at most {count}."
             )
-        self._read: Batch | None = None
+        self._read: tuple[ImageSpec, Batch] | None = None
 
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Embed all pairs and measure them."""
@@ -64,9 +65,9 @@ class PairsEvaluator:
             yield "caption_loss", loss_per_token(encoder, batch.image, batch.text)
 
     def _batch(self, encoder: Encoder) -> Batch:
-        """Return the pairs, read at the first evaluation and then kept."""
-        if self._read is None:
-            config = encoder.model.config
+        """Return the pairs, read at the first evaluation and then kept, at its sequence length."""
+        config = encoder.model.config
+        if self._read is None or self._read[0] != config.vision.image_spec:
             pipeline = build(
                 self.config.data,
                 tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
@@ -75,8 +76,8 @@ class PairsEvaluator:
                 batch_size=self.config.pairs,
             )
             with contextlib.closing(pipeline.batches()) as batches:
-                self._read = next(batches)
-        return self._read
+                self._read = config.vision.image_spec, next(batches)
+        return self._read[1]
 
 
 def info_nce(

@@ -167,7 +167,7 @@ class Splits:
         skipped: dict[int, str] = {}
 
         def batches() -> Iterator[tuple[Any, ...]]:
-            for batch in self._cache.read((self.name, split), local):
+            for batch in self._cache.read((self.name, split, encoder.preprocess), local):
                 answers.update(batch.answers)
                 skipped.update(batch.skipped)
                 yield encoder.params, jax.tree.map(put, batch.images), *more

@@ -33,13 +33,14 @@ def main_metric(name: str, outcome: Outcome) -> str:
     return next(metric for metric in names if metric in outcome.values)
 
 
-def to_csv(outcomes: Outcomes, model: str) -> str:
+def to_csv(outcomes: Outcomes, model: str, tokens: int | None = None) -> str:
     """Write a row for each data set, task and language in CLIP_benchmark's columns, and more."""
     rows = [
         {
             "dataset": name, "model": model, "pretrained": model, "task": outcome.task,
             "language": language, "model_fullname": f"{model} {model}",
             **{key.replace("linear_probe/", "lp_"): x for key, x in values.items()},
+            **({} if tokens is None else {"tokens": tokens}),
         }
         for name, outcome in outcomes
         for language, values in (outcome.by_language or {"en": outcome.values}).items()
@@ -68,17 +69,22 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def to_table(values: Mapping[str, float]) -> str:
+def to_table(values: Mapping[str, float | int]) -> str:
     """Format names and numbers for a terminal."""
     width = max(map(len, values), default=0)
-    return "\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items())
+    return "\n".join(
+        f"{name:<{width}}  {value:{'10' if isinstance(value, int) else '10.4f'}}"
+        for name, value in values.items()
+    )
 
 
-def write(directory: AnyPath, outcomes: Outcomes, model: str) -> None:
+def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None = None) -> None:
     """Write `results.csv`, `results.md` and, for data sets with several templates, the accuracy of
-    each template alone, the best first, as `NAME/templates.csv`."""
-    write_whole(directory / "results.csv", to_csv(outcomes, model))
-    write_whole(directory / "results.md", to_markdown(outcomes, model))
+    each template alone, the best first, as `NAME/templates.csv`. `tokens` is the sequence length of
+    a NaFlex model."""
+    write_whole(directory / "results.csv", to_csv(outcomes, model, tokens))
+    title = model if tokens is None else f"{model}, {tokens} tokens"
+    write_whole(directory / "results.md", to_markdown(outcomes, title))
     for name, outcome in outcomes:
         if outcome.of_template:
             rows = sorted(outcome.of_template.items(), key=lambda row: -row[1])

@@ -118,7 +118,8 @@ class SuiteEvaluator:
                 continue
             outcomes += [(name, outcome) for outcome in new]
             if output and new and processes.is_lead():
-                results.write(output, outcomes, encoder.name)
+                tokens = encoder.preprocess.max_patches
+                results.write(output, outcomes, encoder.name, tokens)
                 for outcome in new:
                     results.draw(output / name, splits.open("test"), outcome)
             for outcome in new:

@@ -42,10 +42,12 @@ class EmbedConfig:
     rows_per_file: int = 1024  # Images per file; a killed worker loses at most so many.
     batch_size: int = 64  # Images computed at once.
     dtype: DType = "float32"  # Data type of the computation.
+    # Patches per image of a NaFlex model (sequence length). None: the model's own.
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         read_worker(self.worker)
-        check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)")
+        check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)", tokens="[1, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Manifest:
     image_column: str
     weights: list[float]  # see `sample`
     digest: str = ""  # of the image names; empty in older folders
+    tokens: int | None = None  # sequence length of a NaFlex model
 
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def _is_missing(path: AnyPath) -> bool:
 @functools.lru_cache(maxsize=1)
 def _opened(config: EmbedConfig) -> tuple[Model, StoredSource]:
     """Return model and source, cached for all files of a process; check the folder's manifest."""
-    model = load(config.model, dtype=config.dtype)
+    model = load(config.model, dtype=config.dtype, tokens=config.tokens)
     source = open_images(config.source, config.image_column)
     _check_manifest(config, model, source)
     return model, source
@@ -149,7 +152,7 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
         model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
         dtype=config.dtype, parts=read_worker(config.worker)[1], rows_per_file=config.rows_per_file,
         batch_size=config.batch_size, image_column=config.image_column, weights=sample(model),
-        digest=digest(source, keys=KEYS),
+        digest=digest(source, keys=KEYS), tokens=model.tokens,
     )  # fmt: skip
     before = read_manifest(config.output)
     if before == manifest:

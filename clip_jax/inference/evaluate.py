@@ -9,11 +9,11 @@ from typing import Any, Literal
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config, of_run
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.evaluator import Encoder, Evaluator, say
+from clip_jax.evals.evaluator import Encoder, Evaluator, length_of, say
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
@@ -36,18 +36,25 @@ class EvaluateConfig(SuiteConfig):
     suite: Literal["run", "digits", "clip"] | None = None
     digits: DigitsEvalConfig = _DIGITS  # Settings of --suite digits.
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
+    # Patches per image of a NaFlex model (sequence length). None: the model's own.
+    tokens: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, tokens="[1, inf)")
 
-def evaluate(config: EvaluateConfig) -> dict[str, float]:
+
+def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
     """Return metrics by name, as in a run's `result.json`; data sets have `DATASET/METRIC`.
 
-    Data sets of the suite that are missing or unreadable, and tasks for which a data set lacks a
-    split, are skipped with a message on standard error. Raises InputError if nothing is left, or
-    if files have another layout. `output` is written after each data set. In a multi-process run,
-    all processes call this.
+    Results of a NaFlex model also have `tokens`, its sequence length. Data sets of the suite that
+    are missing or unreadable, and tasks for which a data set lacks a split, are skipped with a
+    message on standard error. Raises InputError if nothing is left, or if files have another
+    layout. `output` is written after each data set. In a multi-process run, all processes call
+    this.
     """
     files.check_destination(config.output, "--output")
     run = config_of_run(config.model)
@@ -78,7 +85,7 @@ class Evaluators:
                 task for task in config.tasks if task != "zero-shot" or with_zero_shot
             )
 
-    def run(self, encoder: Encoder, output: AnyPath | None) -> dict[str, float]:
+    def run(self, encoder: Encoder, output: AnyPath | None) -> dict[str, float | int]:
         """Evaluate one model; write tables and pictures to `output`."""
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
@@ -91,7 +98,7 @@ class Evaluators:
         for evaluator in evaluators:
             rows = evaluator.run(encoder, output)
             for _, of_data_set in itertools.groupby(rows, lambda row: row[0].partition("/")[0]):
-                values |= dict(of_data_set)
+                values |= length_of(encoder.preprocess) | dict(of_data_set)
                 if output and processes.is_lead():
                     files.write_whole(output / "result.json", json.dumps(values, indent=1))
         if not values:
@@ -114,7 +121,7 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     """Load the model to the mesh, sharded as in training."""
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
-    model = load_on_mesh(config.model, mesh, dtype=dtype)
+    model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens)
     return Encoder(
         model.clip, model.params, mesh, model.image_preprocess,
         lambda texts: model.tokenize(texts, True), config.model.name,

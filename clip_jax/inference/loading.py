@@ -17,9 +17,9 @@ from clip_jax import processes, sharding
 from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
-from clip_jax.convert.formats import read_weights
+from clip_jax.convert.formats import at_length, read_weights
 from clip_jax.convert.state_dict import flatten, param_shapes
-from clip_jax.convert.weights import cast, default_preprocess
+from clip_jax.convert.weights import Weights, cast, default_preprocess
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.data.tokenizers.vocabulary import check_same
@@ -51,6 +51,20 @@ class Model:
         """The model's functions; they normalise bytes as the model's preprocessing does."""
         how = self.image_preprocess
         return CLIP(replace(self.config, image_mean=how.mean, image_std=how.std))
+
+    @property
+    def tokens(self) -> int | None:
+        """Maximum number of patches per image of a NaFlex model; None: fixed resolution."""
+        return self.image_preprocess.max_patches
+
+    def with_tokens(self, tokens: int) -> "Model":
+        """Return this NaFlex model for images of at most `tokens` patches, with the same weights.
+
+        Raises InputError for a model of fixed resolution.
+        """
+        own = Weights(config=self.config, params=self.params, preprocess=self.image_preprocess)
+        other = at_length(own, tokens, "this model")
+        return replace(self, config=other.config, image_preprocess=other.preprocess)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -136,6 +150,7 @@ def load(
     *,
     dtype: DType = "float32",
     image_size: int | None = None,
+    tokens: int | None = None,
     activation: Activation | None = None,
     tokenizer: str | None = None,
 ) -> Model:
@@ -143,20 +158,23 @@ def load(
 
     RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. OpenAI's names
     (`ViT-B/32`) and hf:OWNER/NAME are downloaded by the extra `hub`. `dtype` is that of the
-    computation. Another `image_size` than the model's resizes its position embeddings.
-    `activation` is needed for plain tensor files, which do not record it. `tokenizer` is the
-    vocabulary for weights that have none: a tokenizer.json or a sentencepiece model. Files are read
-    as data: nothing in them is executed.
+    computation. Another `image_size` than the model's resizes its position embeddings. `tokens` is
+    the maximum number of patches per image of a NaFlex model. `activation` is needed for plain
+    tensor files, which do not record it. `tokenizer` is the vocabulary for weights that have none:
+    a tokenizer.json or a sentencepiece model. Files are read as data: nothing in them is executed.
     """
     weights = read_weights(
-        files.as_path(path), activation=activation, image_size=image_size, tokenizer=tokenizer
-    )
+        files.as_path(path), activation=activation, image_size=image_size, tokens=tokens,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
     config = replace(weights.config, dtype=dtype)
     return Model(config, params, weights.preprocess)
 
 
-def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -> Model:
+def load_on_mesh(
+    path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32", tokens: int | None = None
+) -> Model:
     """Load a model as `load` does, with parameters sharded as in training.
 
     From a run, each device reads only its shards of the checkpoint, so no process holds more. In a
@@ -165,6 +183,8 @@ def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -
     workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
         config = replace(run.read_config(workdir), dtype=dtype)
+        weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
+        weights = at_length(weights, tokens, path)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)
         step = processes.together(lambda: named_step(workdir, which), Unusable)
@@ -178,8 +198,8 @@ def load_on_mesh(path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32") -
                     f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
                     "predictions would be NaN; take an earlier checkpoint."
                 )
-        return Model(config, params, default_preprocess(config))
-    weights = read_weights(files.as_path(path))
+        return Model(weights.config, params, weights.preprocess)
+    weights = read_weights(files.as_path(path), tokens=tokens)
 
     def put(x: np.ndarray, on: jax.sharding.Sharding) -> Array:
         return jax.make_array_from_callback(x.shape, on, cast(np.asarray(x), "float32").__getitem__)

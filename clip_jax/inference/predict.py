@@ -12,6 +12,7 @@ from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.evals.evaluator import length_of
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
@@ -31,9 +32,11 @@ class PredictConfig:
     generation: GenerationConfig = GenerationConfig()
     batch_size: int = 64  # Images computed at once.
     dtype: DType = "float32"  # Data type of the computation.
+    # Patches per image of a NaFlex model (sequence length). None: the model's own.
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, batch_size="[1, inf)")
+        check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)")
         if self.labels or not self.caption:
             check_labels(self.labels, self.template)
 
@@ -41,14 +44,14 @@ class PredictConfig:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Return for each readable image its path and all labels with probabilities, best first.
 
-    With `caption`, also a caption. Unreadable images are reported on standard error. Raises
-    InputError if no image can be read.
+    With `caption`, also a caption; of a NaFlex model, also its sequence length `tokens`. Unreadable
+    images are reported on standard error. Raises InputError if no image can be read.
     """
     paths = image_files(config.images)
     if not paths:
         names = ", ".join(map(str, config.images)) or "nothing"
         raise InputError(f"no images in {names}; set --images to image files or folders of them.")
-    model = load(config.model, dtype=config.dtype)
+    model = load(config.model, dtype=config.dtype, tokens=config.tokens)
     if config.caption:
         model.clip.needs_decoder()
     labels = check_labels(config.labels, config.template) if config.labels else []
@@ -70,7 +73,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             features = model.encode_image(images, batch_size=size)
             for row, shares in zip(rows, model.probabilities(features, classes), strict=True):
                 row["labels"] = ranked(labels, shares)
-        results += rows
+        results += [row | length_of(model.image_preprocess) for row in rows]
     if not results:
         raise InputError(f"none of the {len(paths)} images could be read; see the reasons above.")
     return results

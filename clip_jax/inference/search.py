@@ -21,6 +21,7 @@ from clip_jax.errors import InputError, check_picture, check_ranges, needing
 from clip_jax.evals.pictures import contact_sheet
 from clip_jax.inference.embed import KEYS, path_of, read_manifest, rows_of_files, sample
 from clip_jax.inference.loading import Model, load, unit
+from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -147,18 +148,20 @@ class SearchConfig:
     top: int = 10  # Number of results.
     index: Method = "exact"  # Search method. exact: all embeddings; usearch: approximate.
     sheet: AnyPath | None = None  # Picture to write, of up to 240 results. None: no picture.
+    # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
             raise InputError("search needs a non-empty --text or --image, and not both.")
-        check_ranges(self, top="[1, inf)")
+        check_ranges(self, top="[1, inf)", tokens="[1, inf)")
         check_picture(self.sheet, "sheet")
 
 
 def search(config: SearchConfig) -> list[dict[str, Any]]:
     """Return `key`, cosine `similarity` and `index` in the source of the results, best first."""
     files.check_destination(config.sheet, "--sheet", folder=False)
-    searcher = Searcher(load(config.model), config.embeddings)
+    searcher = Searcher(load_for(config.embeddings, config.model, config.tokens), config.embeddings)
     results = searcher.search(config.image or config.text, config.top, config.index)
     if config.sheet:
         tiles = [center_crop(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
@@ -166,6 +169,15 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
         title = config.text or str(config.image)
         contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
     return results
+
+
+def load_for(
+    embeddings: AnyPath | None, model: AnyPath, tokens: int | None, dtype: DType = "float32"
+) -> Model:
+    """Load a model, of NaFlex by default at the sequence length of the embeddings to search."""
+    loaded = load(model, tokens=tokens, dtype=dtype)
+    manifest = read_manifest(embeddings) if embeddings and loaded.tokens and not tokens else None
+    return loaded.with_tokens(manifest.tokens) if manifest and manifest.tokens else loaded
 
 
 class Searcher:
@@ -188,6 +200,12 @@ class Searcher:
             raise InputError(
                 f"the embeddings in {folder} are another model's: {manifest.model} made them. "
                 "Search with that model, or embed the images again."
+            )
+        if model.tokens != manifest.tokens:
+            raise InputError(
+                f"the embeddings in {folder} have tokens={manifest.tokens}, this model has tokens="
+                f"{model.tokens} (None: fixed resolution). Leave out --tokens or set it to the "
+                "embeddings', or embed the images again."
             )
         self._embeddings = Embeddings(folder)
 

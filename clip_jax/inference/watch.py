@@ -30,7 +30,7 @@ POLL_SECONDS = 2.0  # interval of looking for new checkpoints
 Row = dict[str, Any]  # metrics of a step by name, or why it was `skipped`
 
 
-def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float]:
+def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int]:
     """Evaluate a run's checkpoints, oldest first, up to its last step or `stop_after`.
 
     Returns the last metrics. Every step gets a row in `evals/watch.jsonl` and is not evaluated

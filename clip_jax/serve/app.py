@@ -16,6 +16,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
+from clip_jax.evals.evaluator import length_of
 from clip_jax.serve.batcher import Full
 from clip_jax.serve.service import Answer, Service
 
@@ -130,9 +131,12 @@ class _Paths:
 
     async def health(self, _: Request) -> Response:
         """Return that the server is up, and the model."""
-        config = self._service.model.config
-        about = {"image_size": config.vision.image_spec.side, "embed_dim": config.embed_dim}
-        return JSONResponse({"status": "ok", "model": str(self._service.config.model), **about})
+        model = self._service.model
+        image = length_of(model.image_preprocess) or {
+            "image_size": model.config.vision.image_spec.side
+        }
+        about = {"status": "ok", "model": str(self._service.config.model)}
+        return JSONResponse({**about, **image, "embed_dim": model.config.embed_dim})
 
     async def numbers(self, request: Request) -> Response:
         """Return the metrics for Prometheus."""

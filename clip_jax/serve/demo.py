@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.inference.loading import load, unit
+from clip_jax.inference.loading import unit
 from clip_jax.inference.predict import check_labels, embed_labels
-from clip_jax.inference.search import Searcher
+from clip_jax.inference.search import Searcher, load_for
 from clip_jax.storage.files import AnyPath
 
 SHOWN = 640  # longer side of a search result, in pixels
@@ -21,9 +21,11 @@ class DemoConfig:
     embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds the search. None: none.
     host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
     port: int = 7860  # Port to serve at.
+    # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, port="[1, 65535]")
+        check_ranges(self, port="[1, 65535]", tokens="[1, inf)")
 
 
 def demo(config: DemoConfig) -> None:
@@ -48,7 +50,7 @@ def demo(config: DemoConfig) -> None:
 def build(config: DemoConfig) -> Any:
     """Return the web demo of a model, a `gradio.Blocks`."""
     gr = _gradio()
-    model = load(config.model)
+    model = load_for(config.embeddings, config.model, config.tokens)
     searcher = Searcher(model, config.embeddings) if config.embeddings else None
 
     def label(image: str | None, lines: str, template: str) -> dict[str, float]:
@@ -81,10 +83,11 @@ def build(config: DemoConfig) -> Any:
             pictures.append((picture, f"{hit['similarity']:.3f}  {hit['key']}"))
         return pictures
 
+    length = f", at {model.tokens} tokens" if model.tokens else ""
     # Gradio's temporary folder keeps uploads and results for a day.
     day = 24 * 3600
     with gr.Blocks(title="clip_jax", analytics_enabled=False, delete_cache=(3600, day)) as page:
-        gr.Markdown(f"# clip_jax\n{config.model}")
+        gr.Markdown(f"# clip_jax\n{config.model}{length}")
         with gr.Tab("Label an image"), gr.Row():
             with gr.Column():
                 # A path, so that the pixels are those of `clip-jax predict`.

@@ -5,7 +5,7 @@ import socket
 import sys
 
 from clip_jax.errors import InputError
-from clip_jax.inference.loading import load
+from clip_jax.inference.search import load_for
 from clip_jax.serve.service import ServeConfig, Service
 from clip_jax.storage.files import AnyPath
 
@@ -30,7 +30,8 @@ def serve(config: ServeConfig) -> None:
             "this machine's; set other ones by --port and --host."
         ) from error
     with taken:
-        service = Service(config, load(config.model, dtype=config.dtype))
+        model = load_for(config.embeddings, config.model, config.tokens, config.dtype)
+        service = Service(config, model)
         service.warm_up()
         settings = uvicorn.Config(
             build(service, token), http=Protocol, log_level="warning", access_log=False,

@@ -43,9 +43,13 @@ class ServeConfig:
     batch_size: int = 64  # Maximum number of rows computed at once; powers of two are compiled.
     queue: int = 512  # Pending images, and 8 × as many texts; status 413 or 429 above.
     dtype: DType = "float32"  # Data type of the computation.
+    # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)")
+        check_ranges(
+            self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)", tokens="[1, inf)"
+        )
 
 
 class Answer(Exception):
