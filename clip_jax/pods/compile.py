@@ -27,7 +27,9 @@ from clip_jax import sharding
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
-from clip_jax.models.clip import path_name
+from clip_jax.models import attention
+from clip_jax.models.clip import CLIPConfig, path_name
+from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import schedule
 from clip_jax.pods.collectives import Collective, collectives
 from clip_jax.pods.topology import Topology
@@ -67,6 +69,7 @@ class Facts:
     loss: int  # peak of the loss, compiled alone
     token_embedding: int = 0  # its part of the parameters
     token_embedding_optimizer: int = 0  # its part of the optimizer's state
+    attention: str = ""  # backend of the image tower's attention, if it is a ViT
     fits: bool  # the compiler accepts it; else there are no works and collectives
     peak_bytes: int
     works: tuple[Work, ...] = ()
@@ -132,6 +135,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     result = Facts(
         mesh=tuple(mesh.shape.values()), form=", ".join(filter(None, forms)),
         versions=", ".join(installed("jax", *compiler)), compile_seconds=0.0,
+        attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
         loss=peak(compile_loss(program)), fits=False, peak_bytes=0, **held,
     )  # fmt: skip
     try:
@@ -150,6 +154,15 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         works=tuple(read(text, lambda name: schedule.cycles(folder, name) if folder else None)),
         collectives=tuple(collectives(text, mesh.shape, request.topology.islands)),
     )  # fmt: skip
+
+
+def attention_of(model: CLIPConfig, device: Any, tensor: int) -> str:
+    """Return the backend of the image tower's attention in training; "" without a ViT."""
+    vision = model.vision
+    if not isinstance(vision, ViTConfig) or model.attention != "auto":
+        return model.attention if isinstance(vision, ViTConfig) else ""
+    tokens, heads = vision.kept_patches + vision.extra_tokens, vision.num_heads // tensor
+    return attention.choose(device, tokens, heads, vision.head_width, model.dtype)
 
 
 def needed_bytes(message: str, held: int) -> int | None:

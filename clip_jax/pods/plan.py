@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from clip_jax import flops, processes, sharding
 from clip_jax.config import Config
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.images import NaFlex
 from clip_jax.models.layers import Remat
+from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
+from clip_jax.step import Recipe
 from clip_jax.storage import files
 
 COMPILES = 8  # maximum number of compilations of --fit
@@ -56,13 +60,16 @@ class PlanConfig(Config):
     chip_hour_price: float | None = None  # Price of one chip-hour, in any currency. None: no price.
     mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price, unless its bound is lower.
     fit: bool = False  # Find the cheapest remat and the largest batch that fit into memory.
+    # Share of a NaFlex model's patches that are not padding (0 to 1), for the MFU of valid tokens.
+    # None: of images whose aspect ratios are log-uniform from 1:2 to 2:1.
+    valid_share: float | None = None
     # Other pods or meshes to compare with, such as v5p:4x4x8 or v5e:16x16/fsdp=8,slices=2.
     compare: tuple[str, ...] = ()
     cache: Path | None = None  # Cache folder. None: clip_jax/plan in $XDG_CACHE_HOME or ~/.cache.
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)")
+        check_ranges(self, mfu="(0, 1]", chip_hour_price="[0, inf)", valid_share="(0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +104,22 @@ class Plan:
     versions: str
     compile_seconds: float
     fit_compiles: int = 0  # compilations that --fit needed
+    tokens: int | None = None  # patches of an image, padding included; None: no ViT
+    attention: str = ""  # backend of the image tower's attention
+    valid_share: float = 1.0  # share of patches that are not padding
+    lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
+
+    @property
+    def valid_mfus(self) -> dict[str, float | None]:
+        """The MFU at each bound, counting valid patches only."""
+        return {name: x and x * self.valid_share for name, x in self.mfus.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, with bounds of the step flattened, and FLOPs per device."""
-        values = dataclasses.asdict(self)
-        for prefix, field in (("step_seconds", "step_seconds"), ("mfu", "mfus")):
+        values = dataclasses.asdict(dataclasses.replace(self, lengths=()))
+        values |= {"valid_mfus": self.valid_mfus, "lengths": [x.to_json() for x in self.lengths]}
+        fields = ("step_seconds", "step_seconds"), ("mfu", "mfus"), ("valid_mfu", "valid_mfus")
+        for prefix, field in fields:
             values |= {f"{prefix}_{name}": value for name, value in values.pop(field).items()}
         for collective in values["collectives"]:
             del collective["source"], collective["arrays"]
@@ -120,22 +138,51 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
         largest = config.batches.at(config.steps).pairs
         steps = -(-config.samples_after(config.steps) // largest)
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
+    if config.fit and config.lengths:  # find the batch at which the longest sequences fit
+        longest = config.recipe_of(max(config.batches.kinds, key=lambda x: x.max_patches or 0))
+        own = {"model": longest.model, "batch_size": longest.batch_size}
+        config = dataclasses.replace(config, lengths=None, **own)
     compile_ = compile_ or compiling(config)
-    first = fit(config, compile_) if config.fit else assess(config, compile_(request(config)))
-    others = [_variant(config, text) for text in config.compare]
-    return [first, *(assess(other, compile_(request(other))) for other in others)]
+    first = fit(config, compile_) if config.fit else run(config, compile_)
+    return [first, *(run(_variant(config, text), compile_) for text in config.compare)]
 
 
-def request(config: PlanConfig) -> Request:
-    """Return what the compiled step depends on. Raises InputError if the mesh cannot shard it."""
-    devices = config.topology.devices
+def run(config: PlanConfig, compile_: Compile) -> Plan:
+    """Plan a run at each of its batch sizes and sequence lengths.
+
+    The result is the plan of the variant that takes the most memory, with the steps, hours and
+    price of the whole run; `lengths` has all of them if there are several.
+    """
+    plans = [
+        assess(config, compile_(request(config, recipe)), recipe, steps)
+        for steps, recipe in config.variants()
+    ]
+    if len(plans) == 1:
+        return plans[0]
+    worst = max(plans, key=lambda x: (not x.fits, x.bytes_per_device["total"]))
+    hours = sum(x.hours for x in plans)
+    return dataclasses.replace(
+        worst,
+        steps=sum(x.steps for x in plans),
+        hours=hours,
+        price=worst.price and worst.price * hours / worst.hours,
+        images_per_second_per_host=max(x.images_per_second_per_host for x in plans),
+        compile_seconds=sum(x.compile_seconds for x in plans),
+        lengths=tuple(plans),
+    )
+
+
+def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:
+    """Return what the compiled step depends on, by default of the config's own recipe. Raises
+    InputError if the mesh cannot shard it."""
+    devices, recipe = config.topology.devices, recipe or config.recipe
     data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
-    if config.batch_size % (data * fsdp):
+    if recipe.batch_size % (data * fsdp):
         raise InputError(
-            f"batch_size={config.batch_size} cannot be split over {data * fsdp} batch shards of "
+            f"batch_size={recipe.batch_size} cannot be split over {data * fsdp} batch shards of "
             f"{config.topology} (mesh data={data} × fsdp={fsdp}); change --batch-size or --mesh."
         )
-    return Request(recipe=config.recipe, mesh=config.mesh, topology=config.topology)
+    return Request(recipe=recipe, mesh=config.mesh, topology=config.topology)
 
 
 def _variant(config: PlanConfig, text: str) -> PlanConfig:
@@ -165,24 +212,31 @@ def usable_bytes(topology: Topology) -> float:
     return GPU_SHARE * pod.memory_of_card(topology)
 
 
-def assess(config: PlanConfig, facts: Facts) -> Plan:
-    """Compute memory, step times, MFU bounds, hours and price from the compiler's facts."""
+def assess(
+    config: PlanConfig, facts: Facts, recipe: Recipe | None = None, steps: int | None = None
+) -> Plan:
+    """Compute memory, step times, MFU bounds, hours and price from the compiler's facts, by default
+    of all steps at the config's own recipe."""
     topology, chip = config.topology, config.topology.chip
-    model_flops = flops.of_step(config).total
+    recipe, steps = recipe or config.recipe, steps or config.steps
+    vision, share = recipe.model.vision, 1.0
+    if isinstance(vision, ViTConfig) and isinstance(vision.image_spec, NaFlex):
+        share = config.valid_share or valid_share(vision.image_spec)
+    model_flops = flops.of_step(recipe).total
     peak_flops = topology.devices * chip.peak_flops / chip.devices
     entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
     known = {name: getattr(facts, name) for name in entries}
     rest = facts.peak_bytes - sum(known.values())
-    seconds, parts, steps = {}, {}, dict.fromkeys(BOUNDS)
+    seconds, parts, times = {}, {}, dict.fromkeys(BOUNDS)
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
         received = sum(x.received for x in facts.collectives)
         from_slices = sum(x.received_from_slices for x in facts.collectives)
         seconds = bounds(chip, facts.works, received, from_slices)
         parts = by_part(chip, facts.works)
-        steps = step_seconds(seconds)
-    mfus = {name: x and model_flops / (peak_flops * x) for name, x in steps.items()}
+        times = step_seconds(seconds)
+    mfus = {name: x and model_flops / (peak_flops * x) for name, x in times.items()}
     mfu = min(config.mfu, *(mfus[name] or 1.0 for name in ("bound", "sequential_bound")))
-    hours = config.steps * model_flops / (peak_flops * mfu) / 3600
+    hours = steps * model_flops / (peak_flops * mfu) / 3600
     devices_of_host = 4 * chip.devices if topology.is_tpu else NODE
     hosts = max(1, topology.devices / devices_of_host)
     return Plan(
@@ -190,8 +244,8 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         fits=is_fitting,
         devices=topology.devices,
         mesh=dict(zip(("data", "fsdp", "tensor"), facts.mesh, strict=True)),
-        batch_size=config.batch_size,
-        remat=config.model.remat,
+        batch_size=recipe.batch_size,
+        remat=recipe.model.remat,
         form=facts.form,
         optimizer=type(config.optim.optimizer).__name__,
         hbm_bytes=usable_bytes(topology),
@@ -206,17 +260,29 @@ def assess(config: PlanConfig, facts: Facts) -> Plan:
         seconds=seconds,
         seconds_by_part=parts,
         gigabytes=sum(x.times * x.bytes for x in facts.works) / 1e9,
-        step_seconds=steps,
+        step_seconds=times,
         mfus=mfus,
-        steps=config.steps,
+        steps=steps,
         mfu=mfu,
         hours=hours,
-        images_per_second_per_host=config.steps * config.batch_size / (hours * 3600) / hosts,
+        images_per_second_per_host=steps * recipe.batch_size / (hours * 3600) / hosts,
         price=config.chip_hour_price
         and hours * config.chip_hour_price * topology.devices / chip.devices,
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
+        tokens=getattr(vision, "num_patches", None),
+        attention=facts.attention,
+        valid_share=share,
     )  # fmt: skip
+
+
+def valid_share(spec: NaFlex) -> float:
+    """Return the mean share of patches that are not padding, over images whose aspect ratios are
+    log-uniform from 1:2 to 2:1."""
+    ratios = 2 ** ((np.arange(200) + 0.5) / 100 - 1)
+    sizes = (spec.fit(round(1_000 * x**0.5), round(1_000 / x**0.5)) for x in ratios)
+    counts = [width * height // spec.patch_size**2 for width, height in sizes]
+    return float(np.mean(counts)) / spec.max_patches
 
 
 def fit(config: PlanConfig, compile_: Compile) -> Plan:

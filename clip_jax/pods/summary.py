@@ -15,6 +15,7 @@ from clip_jax.pods.plan import BOUNDS, Plan
 SECONDS = {name: name for name in (*LIMITS, "operations", "compiler")}
 SECONDS |= {"memory": "HBM with padding", "operations": "sequential"}
 SHARE = ", the part of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+MFU = "MFU: overlapped bound / sequential bound / compiler estimate"
 IMAGE_BYTES = 70e3  # typical JPEG of 640 x 480 pixels
 BLOCK_BYTES = 4 << 20  # bytes per request with shuffle blocks
 
@@ -43,7 +44,9 @@ def describe(plan: Plan) -> str:
             f"--batch-size {plan.batch_size}"
         )
     calls = _table(("kernel or library", "calls per step"), plan.calls.items())
-    lines += [_memory(plan), _collectives(plan), calls, _seconds(plan)]
+    if plan.attention:
+        lines.append(f"attention of the image tower, {plan.tokens:,} patches: {plan.attention}")
+    lines += [_memory(plan), _collectives(plan), calls, _seconds(plan), _lengths(plan)]
     lines.append(
         f"model FLOPs: {plan.model_flops_per_step:.4g} per step, "
         f"{plan.model_flops_per_step / plan.devices:.4g} per device"
@@ -55,6 +58,9 @@ def describe(plan: Plan) -> str:
     for bound, (label, sign) in BOUNDS.items() if plan.seconds else ():
         seconds, mfu = plan.step_seconds[bound], plan.mfus[bound]
         value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
+        if mfu and plan.valid_share < 1:
+            value += f", on the {plan.valid_share:.1%} of patches that are valid {sign} "
+            value += f"{mfu * plan.valid_share:.1%}"
         lines.append(f"{label}: {value}")
     cost = "" if plan.price is None else f", price {plan.price:,.0f}"
     lines.append(
@@ -83,14 +89,36 @@ def compare(plans: Sequence[Plan]) -> str:
             x.remat,
             f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
             "" if seconds is None else f"{seconds:.4f}",
-            " / ".join("–" if mfu is None else f"{mfu:.1%}" for mfu in x.mfus.values() if x.fits),
+            _percent(x.mfus) if x.fits else "",
             max(known, key=lambda name: known[name], default=""),
             f"{x.hours:,.1f}",
             "" if x.price is None else f"{x.price:,.0f}",
         ))  # fmt: skip
-    mfu = "MFU: overlapped bound / sequential bound / compiler estimate"
-    names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", mfu, "limit", "hours", "price")
+    names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", MFU, "limit", "hours", "price")
     return _table(names, rows, left=3)
+
+
+def _lengths(plan: Plan) -> str:
+    """Format the plans of a run's batch sizes and sequence lengths, one row each."""
+    rows = []
+    for x in plan.lengths:
+        seconds = x.step_seconds["bound"]
+        fits = "yes" if x.fits else "no"
+        rows.append((
+            f"{x.tokens:,}", f"{x.batch_size:,}", f"{x.steps:,}", x.attention,
+            f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
+            "" if seconds is None else f"{seconds:.4f}",
+            _percent(x.mfus), _percent(x.valid_mfus), f"{x.compile_seconds:.0f}",
+        ))  # fmt: skip
+    names = (
+        "patches", "batch", "steps", "attention", "fits: GB", "s/step ≥", MFU, "valid patches",
+        "compiled, s",
+    )  # fmt: skip
+    return _table(names, rows, left=0)
+
+
+def _percent(mfus: dict[str, float | None]) -> str:
+    return " / ".join("–" if x is None else f"{x:.1%}" for x in mfus.values())
 
 
 def _memory(plan: Plan) -> str:

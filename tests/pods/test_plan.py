@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,10 @@ import pytest
 
 from clip_jax import flops, processes, sharding
 from clip_jax.cli.commands import main
+from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.models.images import NaFlex, fit_patches
+from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Adafactor, AdamW, OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods import plan as planning
@@ -130,6 +134,72 @@ def test_fit_finds_the_cheapest_remat_and_the_largest_batch(batch, pair, remat, 
 def test_a_batch_that_doubles_is_planned_at_its_largest_with_as_many_pairs():
     (largest,) = plan(dataclasses.replace(CONFIG, double_batch_at=(500,)), facts)
     assert (largest.batch_size, largest.steps) == (4_096, 750)
+
+
+def by_length(request: Request) -> Facts:
+    """What a compiler would say of a model whose memory grows by 1 MiB per patch of a pair."""
+    vision = request.recipe.model.vision
+    return dataclasses.replace(
+        facts(request, pair=vision.num_patches << 20),
+        attention=pod.attention_of(request.recipe.model, V5E_CHIP, 1),
+    )
+
+
+V5E_CHIP = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+WIDE = ViTConfig(image_size=128, patch_size=8, width=768, depth=1, num_heads=12, max_patches=256)
+NAFLEX = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(TINY, vision=WIDE), lengths=SigLIP2Lengths()
+)
+
+
+def test_a_run_of_several_lengths_is_planned_at_each():
+    [planned] = plan(NAFLEX, by_length)
+    rows = {(x.tokens, x.batch_size): x for x in planned.lengths}
+    assert set(rows) == {(n, 2_048) for n in (128, 256, 576, 784)} | {(1_024, 1_024)}
+    assert len(planned.lengths) == 6  # also with a fixed resolution of 256 patches
+    assert sum(x.steps for x in planned.lengths) == planned.steps == 1_000
+    assert planned.tokens == 784  # eight pairs per device; the longest come by four
+    assert planned.hours == pytest.approx(sum(x.hours for x in planned.lengths))
+    assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
+    assert {x.attention for x in planned.lengths if x.tokens != 1_024} == {"short"}
+    assert rows[1_024, 1_024].attention == "splash"
+    for x in planned.lengths:
+        is_fixed = x.valid_share == 1
+        tower = dataclasses.replace(WIDE, max_patches=None if is_fixed else x.tokens)
+        model = dataclasses.replace(NAFLEX.model, vision=tower)
+        assert x.model_flops_per_step == flops.training(model, x.batch_size).total
+    printed: Any = planned.to_json()
+    assert [x["tokens"] for x in printed["lengths"]] == [x.tokens for x in planned.lengths]
+    share = printed["valid_share"]
+    assert printed["valid_mfu_bound"] == pytest.approx(share * printed["mfu_bound"])
+    [own] = plan(dataclasses.replace(NAFLEX, valid_share=0.5), by_length)
+    assert {x.valid_share for x in own.lengths} == {0.5, 1.0}  # no padding at a fixed resolution
+    text = describe(planned)
+    for words in ("valid patches", "784", "attention of the image tower, 784 patches: short"):
+        assert words in text
+    [larger] = plan(dataclasses.replace(NAFLEX, batch_size=8_192), by_length)
+    assert not larger.fits  # since one length does not
+    assert {x.fits for x in larger.lengths} == {True, False}
+
+
+def test_fit_finds_the_batch_of_the_longest_sequences():
+    [fitted] = plan(dataclasses.replace(NAFLEX, fit=True), by_length)
+    assert (fitted.fits, fitted.tokens, fitted.remat) == (True, 1_024, "none")
+    # Memory of 15.75 GiB, 1 GiB of it in use, holds 14 pairs of 1 GiB; the run has 4 per device.
+    assert 8 <= fitted.batch_size // 256 <= 14
+
+
+@pytest.mark.parametrize(
+    ("spec", "share"), [(NaFlex(1, 16), 1.0), (NaFlex(256, 16), 0.978), (NaFlex(1_024, 16), 0.985)]
+)
+def test_the_share_of_valid_patches(spec, share):
+    """Against images of random sizes, which the published rule fits into the patches."""
+    rng = np.random.default_rng(0)
+    sides = [(1_000 * 2 ** (x / 2), 1_000 * 2 ** (-x / 2)) for x in rng.uniform(-1, 1, 2_000)]
+    sizes = [fit_patches(round(w), round(h), 16, spec.max_patches) for w, h in sides]
+    used = np.mean([w * h for w, h in sizes]) / (256 * spec.max_patches)
+    assert planning.valid_share(spec) == pytest.approx(used, abs=2e-3)
+    assert used == pytest.approx(share, abs=2e-3)
 
 
 def test_topologies_and_meshes_are_compared():
