@@ -95,8 +95,9 @@ class Preprocess:
     patch_size: int | None = None  # Height and width of a patch with resize_mode=naflex, in pixels.
     fill: int = 0  # Value of the padding in every channel, from 0 (black) to 255 (white).
     # "openai": resize and crop in the image's own mode, then convert to RGB and drop alpha; halves
-    # of odd margins are rounded to even. "transformers": RGB first, alpha over white; rounded down.
-    # "torchvision", "tensorflow": the same, as these libraries round when they resize.
+    # of odd margins are rounded to even. The others convert to RGB first, and round them down.
+    # "transformers", "torchvision": alpha over white; torchvision's own pixels differ by up to 2.
+    # "tensorflow": alpha is dropped; pixels are rounded once, after both directions of resizing.
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
@@ -138,18 +139,21 @@ class Preprocess:
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         """Return the pixels before normalisation, in a quarter of the bytes. Raises ImageError."""
         with _opened(image) as opened:
-            if self.rules != "openai":
+            if self.rules in ("transformers", "torchvision"):
                 opened = _over_white(opened)
-            elif self.resize_mode == "naflex":
+            elif self.rules == "tensorflow" or self.resize_mode == "naflex":
                 opened = opened.convert("RGB")
-            return np.asarray(self._resize(opened).convert("RGB"))
+            if self.rules != "tensorflow":
+                return np.asarray(self._resize(opened).convert("RGB"))
+            bands = [np.asarray(self._resize(band.convert("F"))) for band in opened.split()]
+            return np.rint(np.stack(bands, -1).clip(0, 255)).astype(np.uint8)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
         if self.resize_mode in ("squash", "naflex"):
             return image.resize(self.image_spec.fit(*image.size), resample)
         if self.resize_mode == "shortest":
-            return _crop_of_resized(image, size, resample, down=self.rules == "transformers")
+            return _crop_of_resized(image, size, resample, down=self.rules != "openai")
         longer = max(image.size)
         width, height = (max(1, round(side * size / longer)) for side in image.size)
         resized = image.resize((width, height), resample)
@@ -206,10 +210,11 @@ def read_crop(
     """
     with _opened(data, load=False) as image:
         full = image.size
-        smallest, size = min(full), max(spec.fit(*full))
-        if rng is not None and scale is not None:
-            smallest = min(smallest, math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST))
-        factor = next((f for f in (8, 4, 2) if smallest >= f * size), 1)
+        spare = min(side / fit for side, fit in zip(full, spec.fit(*full), strict=True))
+        if rng is not None and scale is not None:  # of the smallest box
+            smallest = math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST)
+            spare = min(*full, smallest) / spec.side
+        factor = next((f for f in (8, 4, 2) if spare >= f), 1)
         if scaled and factor > 1:
             image.draft(None, (full[0] // factor, full[1] // factor))  # only JPEG's does anything
         # Sizes are rounded up: the last column of an odd image is half empty.
@@ -219,7 +224,8 @@ def read_crop(
     if rng is not None and scale is not None:
         return _resized_box(rgb, spec, _random_box(*full, rng, scale), factor)
     if isinstance(spec, Square):
-        return np.array(_crop_of_resized(rgb, size, Image.Resampling.BICUBIC, rng, full, factor))
+        side, bicubic = spec.side, Image.Resampling.BICUBIC
+        return np.array(_crop_of_resized(rgb, side, bicubic, rng, full, factor))
     return _resized_box(rgb, spec, (0, 0, *full), factor)
 
 

@@ -22,7 +22,7 @@ from clip_jax.data.images import (
     read_ahead,
     read_crop,
 )
-from clip_jax.models.images import Square
+from clip_jax.models.images import NaFlex, Square
 
 
 def save(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -155,6 +155,123 @@ def test_scaled_decoding_is_not_visible(size):
         assert -10 * np.log10(squared + 1e-9) > 36  # PSNR
     exact = read_crop(data, Square(224), scaled=False)
     assert (read_crop(data, Square(224)) != exact).any()  # it did something
+
+
+# ------------------------------------------------------------------- any aspect ratio (NaFlex)
+
+NAFLEX = NaFlex(64, 16)
+SHAPES = {"photo": (451, 300), "row": (1000, 1), "column": (1, 1000), "pixel": (1, 1)}
+
+
+def triangles(count: int, size: int) -> np.ndarray:
+    """The weights [size, count] by which TensorFlow resizes `count` pixels to `size`, in float64:
+    a triangle, stretched if there are fewer, around each new pixel's middle."""
+    scale = count / size
+    middle = (np.arange(size) + 0.5) * scale
+    distance = np.abs(np.arange(count) + 0.5 - middle[:, None]) / max(scale, 1)
+    weights = np.maximum(1 - distance, 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensorflows_rule_is_a_triangle_filter_in_floats(photo, shape):
+    """Rounded once, to the nearest; Pillow rounds between rows and columns, too."""
+    image = photo.resize(SHAPES[shape], Image.Resampling.LANCZOS)
+    image.putalpha(image.convert("L"))  # dropped, as TensorFlow's decoder does
+    options = {"resize_mode": "naflex", "max_patches": 64, "patch_size": 16}
+    preprocess = Preprocess(rules="tensorflow", interpolation="bilinear", **options)
+    pixels = preprocess.pixels(image)
+    assert pixels.shape[1::-1] == NAFLEX.fit(*image.size)
+    down, across = map(triangles, image.size[::-1], pixels.shape)
+    original = np.asarray(image.convert("RGB"), np.float64)
+    exact = np.einsum("hy,wx,yxc->hwc", down, across, original, optimize=True)
+    assert np.abs(pixels - exact).max() <= 0.5 + 1e-3
+    if shape == "photo":
+        pillow = Preprocess(interpolation="bilinear", **options).pixels(image)
+        assert 0.5 + 1e-3 < np.abs(pillow - exact).max() < 1.5
+
+
+def test_tensorflows_rule_has_every_resize_mode(photo):
+    for mode in ("shortest", "squash", "longest"):
+        ours, theirs = (
+            Preprocess(image_size=50, resize_mode=mode, rules=rules, fill=9).pixels(photo)
+            for rules in ("tensorflow", "transformers")
+        )
+        difference = np.abs(ours.astype(int) - theirs)
+        assert 0 < difference.max() <= 2  # bicubic overshoots; Pillow cuts that off between passes
+
+
+@pytest.mark.parametrize("rules", ["openai", "transformers"])
+def test_naflex_preprocessing_takes_any_mode_and_size(photo, rules):
+    preprocess = Preprocess(
+        resize_mode="naflex", max_patches=64, patch_size=16, rules=rules, interpolation="bilinear"
+    )
+    transparent = photo.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(photo.size))
+    white = Image.new("RGBA", photo.size, "white")
+    over = Image.alpha_composite(white, transparent).convert("RGB")
+    kinds = {
+        "gray": (photo.convert("L"), photo.convert("L").convert("RGB")),
+        "palette": (photo.quantize(37), photo.quantize(37).convert("RGB")),
+        "alpha": (transparent, photo if rules == "openai" else over),
+        "row": (photo.resize((1000, 1)), photo.resize((1000, 1))),
+        "column": (photo.resize((1, 1000)), photo.resize((1, 1000))),
+        "pixel": (photo.resize((1, 1)), photo.resize((1, 1))),
+        "sliver": (photo.resize((100_000, 3)), photo.resize((100_000, 3))),
+    }
+    for name, (image, plain) in kinds.items():
+        size = NAFLEX.fit(*image.size)
+        expected = np.asarray(plain.resize(size, Image.Resampling.BILINEAR))
+        batch = preprocess.batch(save(image))
+        wanted = NAFLEX.pack(expected[None])
+        np.testing.assert_array_equal(batch.pixels, wanted.pixels, err_msg=name)
+        assert batch.pixels.shape == (1, 64, 16 * 16 * 3)
+        assert batch.length == batch.grid.prod() <= 64
+        assert preprocess(image).shape == (*size[::-1], 3)
+
+
+@pytest.mark.parametrize("scale", [None, (0.3, 1.0)])
+@pytest.mark.parametrize("shape", [(640, 480), (480, 640), (2000, 200), (1, 900), (1, 1), (2, 1)])
+def test_training_takes_the_full_image_or_a_box_at_its_own_aspect_ratio(photo, shape, scale):
+    image = photo.resize(shape)
+    for kind in (image, image.convert("L"), image.quantize(20)):
+        found = read_crop(save(kind), NAFLEX, np.random.default_rng(5), scale)
+        box = (0, 0, *shape)
+        if scale is not None:
+            box = images._random_box(*shape, np.random.default_rng(5), scale)
+        size = NAFLEX.fit(box[2] - box[0], box[3] - box[1])
+        expected = kind.convert("RGB").crop(box).resize(size, Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found, expected)
+        middle = kind.convert("RGB").resize(NAFLEX.fit(*shape), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(read_crop(save(kind), NAFLEX, None, scale), middle)
+
+
+@pytest.mark.parametrize("scale", [None, (0.1, 0.9)])
+@pytest.mark.parametrize("size", [(1600, 1200), (3600, 360), (360, 3600)])
+def test_scaled_decoding_leaves_naflex_at_least_the_pixels_it_needs(size, scale):
+    """Also of a small box, and of a long image, whose longer side counts."""
+    import skimage.data
+
+    photo = Image.fromarray(skimage.data.astronaut())
+    data = save(photo.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=92)
+    sides, whole = [], Image.Image.resize
+
+    def resize(image, size, resample, box=None):
+        left, top, right, bottom = box or (0, 0, *image.size)
+        sides.extend([(right - left) / size[0], (bottom - top) / size[1]])
+        return whole(image, size, resample, box)
+
+    changed = 0
+    for seed in range(8):
+        exact = read_crop(data, NAFLEX, np.random.default_rng(seed), scale, scaled=False)
+        with mock.patch.object(Image.Image, "resize", autospec=True, side_effect=resize):
+            found = read_crop(data, NAFLEX, np.random.default_rng(seed), scale)
+        squared = np.mean((found / 255.0 - exact / 255.0) ** 2)
+        assert -10 * np.log10(squared + 1e-9) > 36  # PSNR
+        changed += (found != exact).any()
+    assert changed >= 6  # it did something
+    assert min(sides) >= 1
+    assert scale or min(sides) < 2  # a smaller image would have been too small
 
 
 # ------------------------------------------------------------------- images that cannot be used

@@ -143,3 +143,31 @@ def test_open_clips_resize_modes(resize_mode, interpolation, fill, open_clip):
     images += [Image.open(io.BytesIO(ODD[k])) for k in ("palette", "alpha", "gray", "cmyk jpeg")]
     for image in images:
         assert_same_pixels(ours(image), reference(transform, image))
+
+
+@pytest.mark.parametrize("name", ["Siglip2ImageProcessor", "Siglip2ImageProcessorPil"])
+def test_transformers_naflex_processors(name, tmp_path):
+    """From a file with one setting, and from the file that we write."""
+    settings = {"image_processor_type": name, "max_num_patches": 100, "do_convert_rgb": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    ours = image_processor.read(tmp_path, 256, True, 16)
+    again = tmp_path / "again"
+    again.mkdir()
+    image_processor.write(again, ours, True)
+    assert image_processor.read(again, 256, True, 16) == ours
+    bound = 0 if name.endswith("Pil") else 2  # of 255
+    shapes = [(640, 427), (427, 640), (333, 331), (33, 60), (1500, 1), (1, 700), (160, 160)]
+    images = [PHOTO.resize(shape) for shape in shapes]
+    images += [Image.open(io.BytesIO(data)) for data in ODD.values()]
+    for folder in (tmp_path, again):
+        theirs = getattr(transformers, name).from_pretrained(folder)
+        for image in images:
+            out = theirs(image, do_rescale=False, do_normalize=False)
+            patches = ours.batch(image)
+            np.testing.assert_array_equal(out["spatial_shapes"], patches.grid)
+            valid = np.arange(100) < patches.length[0]
+            np.testing.assert_array_equal(out["pixel_attention_mask"][0], valid)
+            difference = np.abs(np.array(out["pixel_values"][0]) - patches.pixels[0].astype(float))
+            assert difference.max() <= bound
+        difference = ours.normalize(patches).pixels[0] - np.array(theirs(image)["pixel_values"][0])
+        assert np.abs(difference[valid]).max() <= bound / 127.5 + 1e-6
