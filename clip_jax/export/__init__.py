@@ -13,13 +13,27 @@ from clip_jax.convert.formats import read_weights
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
 from clip_jax.errors import InputError
-from clip_jax.export import onnx, stablehlo
+from clip_jax.export import onnx, patches, stablehlo
 from clip_jax.models.clip import CLIPConfig, l2_normalize
+from clip_jax.models.images import NaFlex
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 # Bounds of relative differences that rounding causes over the depth of a model.
 BOUNDS: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
+
+_JS = """\
+import { pipeline } from '@huggingface/transformers';
+const classify = await pipeline('zero-shot-image-classification', 'FOLDER', { dtype: 'DTYPE' });
+const results = await classify('photo.png', ['cat', 'dog']);
+"""
+# transformers.js 4 has no class for Siglip2; inputs come from another processor.
+_NAFLEX_JS = """\
+import { PreTrainedModel } from '@huggingface/transformers';
+const options = { dtype: 'DTYPE', model_file_name: 'vision_model' };
+const vision = await PreTrainedModel.from_pretrained('FOLDER', options);
+const { pooler_output } = await vision({ pixel_values, pixel_attention_mask, spatial_shapes });
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +153,16 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
             f"It writes captions, which end with token id {model.text.end_id}: "
             "`docs/how-to/export.md` of clip_jax has the loop.\n\n"
         )
+    naflex = isinstance(model.vision.image_spec, NaFlex)
     if config.format == "stablehlo":
         reader = stablehlo.READER.replace("{folder}", name)
+        images = "`images.npy` [batch, height, width, 3] are normalised pixels"
+        if naflex:
+            reader = reader.replace('np.load("images.npy")', 'dict(np.load("images.npz"))')
+            images = f"`images.npz` has {patches.DESCRIPTION}"
         return (
-            "It needs only JAX, on CPU, CUDA or TPU; `images.npy` [batch, height, width, 3] are "
-            "normalised pixels,\n`tokens.npy` [batch, tokens] token ids, see `manifest.json`:\n\n"
+            f"It needs only JAX, on CPU, CUDA or TPU; {images},\n"
+            "`tokens.npy` [batch, tokens] token ids, see `manifest.json`:\n\n"
             f"```python\n{reader}```\n\n"
             f"{captions}`clip_jax.load` reads the folder, too."
         )
@@ -152,11 +171,10 @@ def _use(config: ExportConfig, model: CLIPConfig) -> str:
             "A folder for immich's machine learning: `visual/`, `textual/`, normalised embeddings."
         )
     dtype = "fp16" if config.dtype == "float16" else "fp32"
+    code = _NAFLEX_JS if naflex else _JS
+    code = code.replace("FOLDER", name).replace("DTYPE", dtype)
     return (
-        "For transformers.js:\n\n```js\n"
-        "import { pipeline } from '@huggingface/transformers';\n"
-        f"const classify = await pipeline('zero-shot-image-classification', '{name}',"
-        f" {{ dtype: '{dtype}' }});\nconst results = await classify('photo.png', ['cat', 'dog']);\n"
-        "```\n\n`onnx/model*.onnx` is the full model, `vision_model` and `text_model` its towers; "
+        f"For transformers.js:\n\n```js\n{code}```\n\n"
+        "`onnx/model*.onnx` is the full model, `vision_model` and `text_model` its towers; "
         f"any ONNX runtime loads them.\n\n{captions}"
     ).rstrip()

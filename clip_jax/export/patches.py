@@ -8,6 +8,9 @@ import numpy as np
 from clip_jax.models.images import Images, NaFlex, Patches
 
 PIXELS, MASK, GRID = "pixel_values", "pixel_attention_mask", "spatial_shapes"
+DESCRIPTION = """`pixel_values` [batch, patches, values], normalised,
+`pixel_attention_mask` [batch, patches], 1 for valid patches, which come first, and
+`spatial_shapes` [batch, 2], rows and columns of patches"""
 
 
 def shapes(spec: NaFlex, batch: Any, patches: Any) -> dict[str, tuple[Any, ...]]:
@@ -30,5 +33,4 @@ def from_arrays(inputs: Any) -> Images:
     """Undo `to_arrays`, where the valid patches of an image are its first; keep square images."""
     if not isinstance(inputs, dict):
         return inputs
-    length = jnp.sum(inputs[MASK], axis=1, dtype=jnp.int32)
-    return Patches(inputs[PIXELS], inputs[GRID], length)
+    return Patches(inputs[PIXELS], inputs[GRID], jnp.sum(inputs[MASK], axis=1, dtype=jnp.int32))

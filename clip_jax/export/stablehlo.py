@@ -33,8 +33,7 @@ FIRST_NAME, NEXT_NAME = "caption_first.stablehlo", "caption_next.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 _STEPS = 9  # tokens for which a decoder is compared
 
-# Code for the model card: images.npy [B, H, W, 3], normalised pixels, of NaFlex images.npz, the
-# arrays of `patches`; tokens.npy [B, L], token ids.
+# Code for the model card: images.npy [B, H, W, 3], normalised pixels; tokens.npy [B, L], token ids.
 READER = """\
 import jax, jax.export, numpy as np
 from safetensors.flax import load_file
@@ -47,14 +46,6 @@ image, text = (
 image_features = np.asarray(image.call(weights, np.load("images.npy")))
 text_features = np.asarray(text.call(weights, np.load("tokens.npy")))
 """
-
-
-def reader(folder: str, config: CLIPConfig) -> str:
-    """Return READER for a folder and a model."""
-    code = READER.replace("{folder}", folder)
-    if isinstance(config.vision.image_spec, NaFlex):
-        return code.replace('np.load("images.npy")', 'dict(np.load("images.npz"))')
-    return code
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:

@@ -292,15 +292,13 @@ def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | Non
 def _resized_positions(graph: Graph, config: ViTConfig, table: np.ndarray, x: str) -> str:
     """Resize position embeddings [N, D] for x [B, L, D], as `vit.resize_positions`, in float32."""
     side, last = config.grid, graph.integers(-1)
-    counts = graph.op("Max", graph.cast(GRID, np.int64), graph.integers(1))
+    counts = graph.op("Max", GRID, graph.integers(1))
     rows, columns = (
         graph.op("Slice", counts, graph.integers(i), graph.integers(i + 1), graph.integers(1))
         for i in range(2)
     )
     length = graph.op("Gather", graph.op("Shape", x), np.int64(1), axis=0)
     index = graph.op("Range", np.int64(0), length, np.int64(1))
-    # Padding is in the last row at most, for finite weights.
-    row = graph.op("Min", graph.op("Div", index, columns), graph.op("Sub", rows, graph.integers(1)))
 
     def weights(index: str, count: str) -> str:
         scale = graph.op("Div", np.float32(side), graph.cast(count, np.float32))
@@ -310,9 +308,10 @@ def _resized_positions(graph: Graph, config: ViTConfig, table: np.ndarray, x: st
         distance = graph.op("Sub", np.arange(side, dtype=np.float32) + np.float32(0.5), centers)
         distance = graph.op("Div", graph.op("Abs", distance), graph.op("Max", scale, np.float32(1)))
         near = graph.op("Relu", graph.op("Sub", np.float32(1), distance))
-        return graph.op("Div", near, graph.op("ReduceSum", near, last, keepdims=1))
+        total = graph.op("ReduceSum", near, last, keepdims=1)  # of padding 0
+        return graph.op("Div", near, graph.op("Max", total, np.float32(1e-6)))
 
-    down = graph.op("Unsqueeze", weights(row, rows), last)
+    down = graph.op("Unsqueeze", weights(graph.op("Div", index, columns), rows), last)
     across = weights(graph.op("Mod", index, columns), columns)
     both = graph.op("Mul", down, graph.op("Unsqueeze", across, graph.integers(2)))
     both = graph.op("Reshape", both, graph.integers(0, 0, side * side))

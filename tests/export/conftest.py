@@ -4,14 +4,17 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from clip_jax.convert.verify import our_outputs
+from clip_jax.convert.verify import our_outputs, random_inputs
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.models import zoo
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.images import Images
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 from tests import vocabularies
@@ -21,6 +24,16 @@ RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
 
 
 SIGLIP, SMALL = zoo.get("ViT-B-16-SigLIP"), {"width": 32, "depth": 2, "num_heads": 2}
+
+
+def naflex(config: CLIPConfig) -> CLIPConfig:
+    """The same model for at most 20 patches, with position embeddings of 3 x 3 patches."""
+    return replace(config, vision=replace(config.vision, image_size=24, max_patches=20))
+
+
+def with_pool(config: CLIPConfig, pool: str, **changes: Any) -> CLIPConfig:
+    return replace(config, vision=replace(config.vision, pool=pool, **changes))
+
 
 FAMILIES = {
     "clip": TINY,
@@ -48,6 +61,33 @@ FAMILIES = {
         text=replace(SIGLIP.text, context_length=16, vocab_size=520, tokenizer=RULES, **SMALL),
     ),
 }  # fmt: skip
+FAMILIES["naflex"] = naflex(FAMILIES["siglip"])
+# Each pool, with and without a class token, whose tokens a decoder attends to.
+WRITERS = {
+    "class_token": FAMILIES["coca_wrong_mask"],
+    "mean": with_pool(FAMILIES["coca_wrong_mask"], "mean"),
+    "mean_all": MAMMUT,
+    "map": with_pool(FAMILIES["coca_wrong_mask"], "map", class_token=False),
+    "queries": COCA,
+}
+FAMILIES |= {f"naflex_{pool}": naflex(config) for pool, config in WRITERS.items()}
+SQUARE = [name for name in FAMILIES if "naflex" not in name]
+NAFLEX = [name for name in FAMILIES if "naflex" in name]
+
+
+def at_length(family: "Family", max_patches: int) -> "Family":
+    """The family with images of other shapes, as a NaFlex model takes them at another length."""
+    config = family.weights.config
+    vision = replace(config.vision, max_patches=max_patches)
+    images, _ = random_inputs(replace(config, vision=vision), seed=max_patches)
+    images = rows(images, 3)
+    ours = our_outputs(config, family.weights.params, images, family.tokens)
+    return replace(family, images=images, ours=ours)
+
+
+def rows(images: Images, size: int) -> Images:
+    """The first few images."""
+    return jax.tree.map(lambda x: x[:size], images)
 
 
 def programs():
@@ -63,7 +103,7 @@ class Family:
     """A model, normalised pixels and token ids of three rows, and what it computes of them."""
 
     weights: Weights
-    images: np.ndarray
+    images: Images
     tokens: np.ndarray
     ours: dict[str, np.ndarray]
 
@@ -75,7 +115,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
     @functools.cache
     def make_family(name: str) -> Family:
         config = FAMILIES[name]
-        if name == "siglip":
+        if name in ("siglip", "naflex"):
             words = tmp_path_factory.mktemp("words") / "spiece.model"
             vocabularies.sentencepiece_model(words)
             rules = replace(RULES, file=str(words))
@@ -84,6 +124,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
         weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
         images, tokens = (made["image"][:3] / 127.5 - 1).astype(np.float32), made["text"][:3]
         tokens[1, -4:] = [519, 0, 0, 0]  # which some models see, and some may not
+        if name in NAFLEX:
+            positions = params["visual"]["positional_embedding"]
+            positions *= np.float32(5)  # of unit variance, so that a wrong resizing is seen
+            images = rows(random_inputs(config)[0], 3)
         ours = our_outputs(config, params, images, tokens)
         return Family(weights, images, tokens, ours)
 

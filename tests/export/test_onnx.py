@@ -8,16 +8,17 @@ import numpy as np
 import onnx
 import pytest
 
+from clip_jax.convert import image_processor
 from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export.onnx import other_ids, outputs, write
 from clip_jax.models.text import TokenizerConfig
-from tests.export.conftest import FAMILIES, Family, programs
+from tests.export.conftest import NAFLEX, SQUARE, Family, at_length, programs, rows
 
 
 def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
     """How far each of the exported numbers is from the model's, for the first few rows."""
-    given = family.images[:size], family.tokens[:size]
+    given = rows(family.images, size), family.tokens[:size]
     theirs = outputs(folder, "transformers-js", family.weights.config, dtype, *given)
     assert theirs.keys() == family.ours.keys()
     ours = {name: x[:size] for name, x in family.ours.items()}
@@ -25,7 +26,7 @@ def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> di
     return {name: relative_difference(x, ours[name]) for name, x in theirs.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SQUARE)
 def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name):
     """Texts may be padded to the longest of them alone, and not be longer than the model takes."""
     family = families(name)
@@ -46,6 +47,39 @@ def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name)
         outputs(tmp_path, "transformers-js", config, "float32", images, np.tile(full, 2))
 
 
+@pytest.mark.parametrize("name", NAFLEX)
+def test_naflex_at_two_lengths_and_batch_sizes_from_one_file(tmp_path, families, name):
+    """Images of several shapes, off the grid of positions, and random values in the padding."""
+    family = families(name)
+    write(family.weights, tmp_path)
+    other = at_length(family, 12)
+    assert {x.images.pixels.shape[1] for x in (family, other)} == {20, 12}
+    assert not {(3, 3)} & {tuple(grid) for grid in family.images.grid.tolist()}
+    for sample, size in ((family, 3), (other, 1), (other, 3)):
+        assert max(compared(tmp_path, sample, size=size).values()) <= 1e-5
+    for path in (tmp_path / "onnx").iterdir():
+        onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(tmp_path / "onnx/vision_model.onnx").graph
+    inputs = {x.name: x.type.tensor_type for x in graph.input}
+    sizes = {name: [x.dim_param or x.dim_value for x in inputs[name].shape.dim] for name in inputs}
+    assert sizes["pixel_values"] == ["batch", "patches", 3 * 8 * 8]
+    assert sizes["pixel_attention_mask"] == ["batch", "patches"]
+    assert sizes["spatial_shapes"] == ["batch", 2]
+
+
+def test_naflex_folders_are_siglip2s_and_not_immichs(tmp_path, families):
+    weights = families("naflex").weights
+    write(weights, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["architectures"], content["model_type"]) == (["Siglip2Model"], "siglip2")
+    sizes = {"model_type": "siglip2_vision_model", "num_patches": 9, "patch_size": 8}
+    assert content["vision_config"] == sizes
+    how = image_processor.read(tmp_path, 24, siglip=True, patch_size=8)
+    assert replace(how, rules="openai") == weights.preprocess
+    with pytest.raises(InputError, match=r"immich supports square images only"):
+        write(weights, tmp_path, "immich")
+
+
 @pytest.mark.parametrize("name", ["coca", "mammut"])
 def test_captions_are_the_models_greedy_ones(tmp_path, families, name, monkeypatch):
     family = families(name)
@@ -64,7 +98,7 @@ def test_captions_are_the_models_greedy_ones(tmp_path, families, name, monkeypat
     np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
 
 
-@pytest.mark.parametrize("name", ["resnet", "siglip", "coca"])
+@pytest.mark.parametrize("name", ["resnet", "siglip", "coca", "naflex", "naflex_mean"])
 def test_float16_files_have_their_own_names_and_half_the_size(tmp_path, families, name):
     family = families(name)
     write(family.weights, tmp_path)

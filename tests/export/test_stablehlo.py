@@ -1,7 +1,9 @@
 """StableHLO artifacts against the model; and those that an older jax wrote."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +15,12 @@ from clip_jax.cli.commands import main
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
-from clip_jax.export.stablehlo import PLATFORMS, READER, write
+from clip_jax.export.patches import to_arrays
+from clip_jax.export.stablehlo import PLATFORMS, READER, outputs, spoken, write
 from clip_jax.inference.loading import load
 from clip_jax.models.text import TokenizerConfig
 from tests.conftest import ROOT
-from tests.export.conftest import programs
+from tests.export.conftest import at_length, programs
 
 
 def call(folder, name, weights, inputs):
@@ -47,7 +50,7 @@ def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["coca", "mammut", "resnet", "siglip"])
+@pytest.mark.parametrize("name", ["coca", "mammut", "resnet", "siglip", "naflex"])
 def test_stablehlo_is_verified(tmp_path, capsys, families, name):
     weights, output = families(name).weights, tmp_path / "out"
     write_weights(weights, tmp_path / "model", "clip-jax")
@@ -64,6 +67,40 @@ def test_stablehlo_is_verified(tmp_path, capsys, families, name):
         (output / "text.stablehlo").write_bytes(b"")
         assert main([*args, "--existing"]) == 2
         assert "truncated or another model's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["naflex", "naflex_mean_all", "naflex_queries"])
+def test_naflex_at_two_lengths_from_one_artifact(tmp_path, families, name):
+    """Of captions, too: their cache holds the image tokens that are valid."""
+    family = families(name)
+    config, params = family.weights.config, family.weights.params
+    write(family.weights, tmp_path)
+    for sample in (family, at_length(family, 12)):
+        theirs = outputs(tmp_path, config, sample.images, sample.tokens)
+        ours = sample.ours
+        if config.decoder is not None:
+            words = spoken(config, sample.tokens)
+            written = our_outputs(config, params, sample.images, words)["caption_logits"]
+            ours = ours | {"caption_logits": written}
+        for key, x in theirs.items():
+            assert relative_difference(x, ours[key]) <= 1e-5
+
+
+def test_the_card_of_naflex_reads_the_arrays_of_the_page(tmp_path, families, monkeypatch):
+    family = families("naflex")
+    write_weights(family.weights, tmp_path / "model", "clip-jax")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "model", "program", "--format", "stablehlo"]) == 0
+    np.savez("images.npz", **to_arrays(family.images))
+    np.save("tokens.npy", family.tokens)
+    card = Path("program/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert relative_difference(names["image_features"], family.ours["image_features"]) <= 1e-5
+    assert "`images.npz` has `pixel_values` [batch, patches, values], normalised" in card
+    assert main(["export", "model", "onnx", "--format", "onnx"]) == 0
+    assert "model_file_name: 'vision_model'" in Path("onnx/README.md").read_text()
 
 
 def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch):
