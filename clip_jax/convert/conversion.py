@@ -75,7 +75,8 @@ def convert(config: ConvertConfig) -> Conversion:
         weights = changed
     write_weights(weights, destination, config.to, dtype=config.dtype)
     if target.use:
-        card.write(destination, source, weights, target.use)
+        more = target.use_naflex if weights.preprocess.max_patches else ""
+        card.write(destination, source, weights, f"{target.use}{more}")
     if not config.verify:
         return Conversion(None, difference)
     try:

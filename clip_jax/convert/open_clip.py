@@ -23,6 +23,7 @@ from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
+from clip_jax.models.images import Patches
 from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
 
@@ -41,7 +42,9 @@ _PROJECTION: Rules = (
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    names, axes = ([*timm.NAMES], [*timm.AXES]) if config.vision.has_map_head else ([], [])
+    vision, names, axes = config.vision, [], []
+    if isinstance(vision, ViTConfig) and vision.has_map_head:
+        names, axes = map(list, timm.rules(vision))
     if config.text.projection_bias:
         names += _PROJECTION
         axes.append((r"text_projection$", "E D -> D E"))
@@ -143,6 +146,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     if not config.vision.has_map_head:
         assumptions |= {
             "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
+            "vision.max_patches": None,
         }  # fmt: skip
     if config.decoder is not None:
         assumptions |= _decoder_assumptions(config.decoder)
@@ -174,6 +178,7 @@ def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
 _REASONS = {
     "vision.activation": "both towers have QuickGELU or neither",
     "text.correct_class_mask": "open_clip has only the other mask",
+    "vision.max_patches": "its NaFlex towers are SigLIP's",
     # Other sizes are written as Hugging Face's tokenizer, which can only pad with end of text.
     "text.clip_vocab_size": "a smaller vocabulary's padding with id 0, which matters with "
     "text.causal=False and text.pool='last', cannot be written",
@@ -234,7 +239,14 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
         import torch
 
         model = open_clip.create_model(f"local-dir:{path}").eval()
-        encode = [model.encode_image, model.encode_text]
+
+        def encode_image(images: Any, **options: Any) -> Any:
+            is_naflex = isinstance(images, Patches)
+            return model.encode_image(
+                timm.as_dictionary(images) if is_naflex else images, **options
+            )
+
+        encode = [encode_image, model.encode_text]
         if not hasattr(model, "text_decoder"):
             return verify.torch_outputs(*encode, model, inputs)
         encode = [functools.partial(f, normalize=False) for f in encode]  # CoCa's default is True
@@ -248,4 +260,11 @@ TARGET = Target(
     write=write, reference="open_clip", outputs=_outputs, as_computed=as_computed,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
+    use_naflex="""
+
+The image tower takes images of any aspect ratio (NaFlex), which open_clip 3.3 cannot prepare: its
+own transform squashes images to squares, whose embeddings are right for square images only. For
+others pass `encode_image` a dictionary of `patches` [batch, length, values], `patch_coord` [batch,
+length, 2] (row, column) and `patch_valid` [batch, length], as timm's `ResizeToSequence`, `Patchify`
+and `NaFlexCollator` make them. `clip_jax.load(FOLDER)` does all of this.""",
 )  # fmt: skip

@@ -84,11 +84,14 @@ def _timm_tower(section: Settings, name: str) -> ViTConfig:
     pool = section.get("timm_pool", "avg", str)
     projection = section.get("timm_proj", "linear", str)
     size = section.count("image_size", 224)
-    if (pool, projection, size) != ("map", "none", tower.image_size):
+    needed = tower.image_size
+    if tower.max_patches is not None:  # of any size, from which 3.3 has no number of patches apart
+        needed, side = size, max(size // tower.patch_size, 1)
+        tower = replace(tower, max_patches=section.count("image_seq_len", side**2))
+    if (pool, projection, size) != ("map", "none", needed):
         raise InputError(
             f"{section.where}: timm_pool={pool!r:.99}, timm_proj={projection!r:.99}, "
-            f"image_size={size} of a {name} is not supported: SigLIP needs 'map', 'none', "
-            f"{tower.image_size}."
+            f"image_size={size} of a {name} is not supported: SigLIP needs 'map', 'none', {needed}."
         )
     return tower
 
@@ -274,6 +277,10 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         )
     values = {ours: pixels.get(name, None, object) for name, ours in _PIXELS.items()}
     values = {name: value for name, value in values.items() if value is not None}
+    if isinstance(image, ViTConfig) and image.max_patches is not None:
+        image = replace(image, max_patches=pixels.count("image_seq_len", image.max_patches))
+        values |= {"resize_mode": "naflex", "max_patches": image.max_patches}
+        values["patch_size"] = image.patch_size
     if values.get("interpolation") == "random":  # for training; open_clip evaluates with bicubic
         values["interpolation"] = "bicubic"
     preprocess = from_dict(Preprocess, {**values, "image_size": image.image_size}, pixels.where)
@@ -295,11 +302,14 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
 
 
 def preprocess_cfg(preprocess: Preprocess) -> dict[str, Any]:
-    """Return the settings of preprocessing in open_clip's configuration."""
-    values = to_dict(preprocess)
-    return {"size": preprocess.image_size} | {
-        name: values[ours] for name, ours in _PIXELS.items() if values[ours] != 0
-    }
+    """Return the settings of preprocessing in open_clip's configuration.
+
+    open_clip 3.3 has only squares for NaFlex, and ignores the number of patches.
+    """
+    values, content = to_dict(preprocess), {"size": preprocess.image_spec.side}
+    if preprocess.max_patches is not None:
+        content["image_seq_len"], values["resize_mode"] = preprocess.max_patches, "squash"
+    return content | {name: values[ours] for name, ours in _PIXELS.items() if values[ours] != 0}
 
 
 def is_open_clips_own(text: TextConfig) -> bool:
@@ -348,7 +358,7 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
 
 
 def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
-    content: dict[str, Any] = {"image_size": vision.image_size}
+    content: dict[str, Any] = {"image_size": vision.image_spec.side}
     if isinstance(vision, ResNetConfig):
         content |= {"layers": list(vision.layers), "patch_size": None}
         return content | by_table(_RESNET, vision)

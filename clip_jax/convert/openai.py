@@ -169,6 +169,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
         "vision.patch_bias": False,
         "vision.projection": True,
         "vision.layer_scale": None,
+        "vision.max_patches": None,
         "vision.norm_epsilon": 1e-5,
         "vision.image_size": size,
         **assumed("preprocess", Preprocess(image_size=vision.image_size), "rules"),

@@ -40,6 +40,7 @@ TORCH_AXES: Rules = (
     (r"/mlp/\w+/kernel$", "F D -> D F"),
 )
 _BLOCK = re.compile(r"\{(\d*):?(\d*)\}")
+_AXIS = re.compile(r"\(([^)]*)\)|(\S+)")  # a group of axes, or one
 _SEVERAL = re.compile(r"\[(.*)\]")
 
 
@@ -50,7 +51,7 @@ class Row(NamedTuple):
 
     `{}` in a name is the number of a block, our leading axis; `{1:2}` is the blocks 1, 3, 5, ….
     Several names are stacked on a first axis before `axes` applies. `axes` is "theirs -> ours", 1
-    for an axis that only they have; empty: the same order.
+    for an axis that only they have, "(H W)" for a square grid; empty: the same order.
     """
 
     ours: str
@@ -75,14 +76,19 @@ class Row(NamedTuple):
 
     def sizes(self, shape: Shape) -> dict[str, int]:
         """Return the size of every axis, given the shape of one of our blocks."""
-        return dict(zip(self.sides[1].split(), shape, strict=True)) if self.axes else {}
+        sizes: dict[str, int] = {}
+        if not self.axes:
+            return sizes
+        for (grid, axis), size in zip(_AXIS.findall(self.sides[1]), shape, strict=True):
+            sizes |= dict.fromkeys(grid.split(), math.isqrt(size)) if grid else {axis: size}
+        return sizes
 
     def their_shape(self, shape: Shape) -> Shape:
         """Return the shape of each of their tensors, given that of one of our blocks."""
         if not self.axes:
             return shape
         sizes = {"1": 1, **self.sizes(shape)}
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.sides[0])
+        groups = _AXIS.findall(self.sides[0])
         theirs = tuple(math.prod(sizes[a] for a in (g or one).split()) for g, one in groups)
         return theirs[1:] if len(self.names) > 1 else theirs
 

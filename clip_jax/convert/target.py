@@ -96,3 +96,4 @@ class Target:
     # Files by which a folder of the format is recognised; none: the format is a single file.
     names: tuple[str, ...] = ()
     use: str = ""  # how to load a folder, for its model card
+    use_naflex: str = ""  # what to know of a NaFlex model beside that
