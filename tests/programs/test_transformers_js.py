@@ -2,17 +2,31 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.convert.verify import relative_difference
+from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.export.onnx import write
+from clip_jax.export.patches import to_arrays
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import embed_labels
+from clip_jax.models.images import concatenate
 from tests.export.conftest import families  # noqa: F401 (a fixture)
+
+
+def run(folder: Path, kind: str, inputs: dict) -> Any:
+    """Run the script on inputs; return what it prints."""
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+    program = Path(__file__).with_name("transformers.cjs")
+    command = ["node", program, folder / "exported", folder / "inputs.json", kind]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["clip", "resnet", "siglip", "coca_wrong_mask", "mammut"])
@@ -30,13 +44,7 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
         "ids": tokens.ravel().tolist(), "ids_shape": list(tokens.shape),
         "image": str(tmp_path / "picture.png"), "labels": labels, "template": template,
     }  # fmt: skip
-    (tmp_path / "inputs.json").write_text(json.dumps(given))
-    kind = "siglip" if name == "siglip" else "clip"
-    program = Path(__file__).with_name("transformers.cjs")
-    command = ["node", program, tmp_path / "exported", tmp_path / "inputs.json", kind]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = run(tmp_path, "siglip" if name == "siglip" else "clip", given)
     for key in ("image_features", "text_features", "logits"):
         assert relative_difference(np.array(theirs[key]), family.ours[key].ravel()) <= 1e-4
     model = Model(weights.config, weights.params, weights.preprocess)
@@ -50,3 +58,29 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
     scores = {x["label"]: x["score"] for x in theirs["found"]}
     assert theirs["found"][0]["label"] == labels[int(np.argmax(expected))]
     np.testing.assert_allclose([scores[label] for label in labels], expected, rtol=0, atol=0.02)
+
+
+def test_transformers_js_runs_naflex_models_at_two_lengths_in_turn(tmp_path, families):  # noqa: F811
+    """Batches of pictures of mixed shapes, from our preprocessing at each length."""
+    family = families("naflex")
+    config, params = family.weights.config, family.weights.params
+    write(family.weights, tmp_path / "exported")
+    rng = np.random.default_rng(0)
+    batches, expected = [], []
+    for max_patches, shapes in ((20, [(90, 30), (16, 200)]), (12, [(40, 50), (7, 7), (1, 60)])):
+        how = replace(family.weights.preprocess, max_patches=max_patches)
+        pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+        images = how.normalize(concatenate([how.batch(picture) for picture in pictures]))
+        arrays = to_arrays(images)
+        batches.append({
+            "pixels": arrays["pixel_values"].ravel().tolist(),
+            "shape": arrays["pixel_values"].shape,
+            "mask": arrays["pixel_attention_mask"].ravel().tolist(),
+            "grid": arrays["spatial_shapes"].ravel().tolist(),
+        })  # fmt: skip
+        expected.append(our_outputs(config, params, images, family.tokens))
+    ids = {"ids": family.tokens.ravel().tolist(), "ids_shape": family.tokens.shape}
+    theirs = run(tmp_path, "siglip2", {"batches": batches[::-1] + batches, **ids})
+    for outputs, ours in zip(theirs, expected[::-1] + expected, strict=True):
+        for key, values in outputs.items():
+            assert relative_difference(np.array(values), ours[key].ravel()) <= 1e-5
