@@ -2,9 +2,11 @@
 
 The file has no configuration: sizes are inferred from the arrays, the rest is that of big_vision's
 `two_towers` for SigLIP. Blocks are stacked (`encoderblock/`), as ours are, or separate
-(`encoderblock_0/`); they are written stacked.
+(`encoderblock_0/`); they are written stacked. NaFlex has a linear patch layer and a grid of
+positions.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +21,18 @@ from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import Row, Rules, from_params, table, to_params
 from clip_jax.convert.target import Target, fixed
 from clip_jax.convert.tensor_files import Tensors
-from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, shape_of, square_side
-from clip_jax.data.images import Preprocess
+from clip_jax.convert.weights import (
+    DType,
+    Weights,
+    cast,
+    default_preprocess,
+    mlp_ratio,
+    shape_of,
+    square_side,
+)
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
+from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD, NaFlex
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -68,11 +77,16 @@ _AXES: Rules = (
     (r"/kv/bias$", "S N K -> S N K"),
     (r"^logit_", "1 -> "),
 )
+_NAFLEX_AXES: Rules = (
+    (r"^visual/conv1/kernel$", "(P Q C) D -> P Q C D"),
+    (r"^visual/positional_embedding$", "H W D -> (H W) D"),
+)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    return table(config, _NAMES, _AXES)
+    is_naflex = isinstance(config.vision.image_spec, NaFlex)
+    return table(config, _NAMES, [*(_NAFLEX_AXES if is_naflex else ()), *_AXES])
 
 
 def read(tensors: Tensors, source: str) -> Weights:
@@ -85,14 +99,14 @@ def read(tensors: Tensors, source: str) -> Weights:
     siglip2 = config.text.vocab_size == _SIGLIP2_WORDS
     tokenizer = tokenizer_files.missing(config.text, "lower" if siglip2 else "canonicalize")
     config = replace(config, text=replace(config.text, tokenizer=tokenizer))
-    return Weights(
-        config=config,
-        params=to_params(rows(config), arrays, config, source),
-        preprocess=Preprocess(
-            image_size=config.vision.image_size, mean=INCEPTION_MEAN, std=INCEPTION_STD,
-            resize_mode="squash", interpolation="bilinear" if siglip2 else "bicubic",
-        ),
-    )  # fmt: skip
+    preprocess = default_preprocess(config)
+    if preprocess.max_patches is None:
+        filter_ = "bilinear" if siglip2 else "bicubic"
+        preprocess = replace(preprocess, resize_mode="squash", interpolation=filter_)
+    else:
+        preprocess = replace(preprocess, rules="tensorflow", interpolation="bilinear")
+    params = to_params(rows(config), arrays, config, source)
+    return Weights(config=config, params=params, preprocess=preprocess)
 
 
 def _stacked(arrays: Tensors, source: str) -> Tensors:
@@ -114,21 +128,28 @@ def _stacked(arrays: Tensors, source: str) -> Tensors:
 
 def infer(arrays: Tensors, source: str) -> CLIPConfig:
     """Infer the architecture from the arrays. Raises InputError, which names a missing one."""
-    kernel = arrays.get("img/embedding/kernel")
-    if kernel is not None and kernel.ndim == 2:
-        raise InputError(
-            f"{source} is a SigLIP 2 of native aspect ratios (NaFlex), which is not supported; use "
-            "a fixed-resolution model."
-        )
-    patch, _, _, width = shape_of(arrays, "img/embedding/kernel", 4, source)
-    positions = shape_of(arrays, "img/pos_embedding", 3, source)[1]
-    side = square_side(positions, "img/pos_embedding", source)
+    kernel, positions = "img/embedding/kernel", "img/pos_embedding"
+    naflex = kernel in arrays and arrays[kernel].ndim == 2
+    if naflex:
+        values, width = shape_of(arrays, kernel, 2, source)
+        patch = math.isqrt(values // 3)
+        rows, side, _ = shape_of(arrays, positions, 3, source)
+        if rows != side or 3 * patch**2 != values:
+            raise InputError(
+                f"{source}: {kernel} for {values} values and {positions} of {rows} x {side} are "
+                "not supported: patches of RGB and the grid of positions must be square."
+            )
+    else:
+        patch, _, _, width = shape_of(arrays, kernel, 4, source)
+        count = shape_of(arrays, positions, 3, source)[1]
+        side = square_side(count, positions, source)
     vocab, text_width = shape_of(arrays, "txt/Embed_0/embedding", 2, source)
     projection = "txt/head/kernel" in arrays
     vision = ViTConfig(
         # The released So400m/14 for 384 pixels uses 378 of them.
-        image_size=384 if (side, patch) == (27, 14) else side * patch,
+        image_size=384 if (side, patch, naflex) == (27, 14, False) else side * patch,
         patch_size=patch,
+        max_patches=side**2 if naflex else None,
         **_tower(arrays, "img/Transformer/encoderblock", width, source),
         **fixed(SIGLIP_ASSUMPTIONS | _ACTIVATIONS, "vision"),
     )
@@ -172,6 +193,9 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
     Its GELU has to be changed to big_vision's.
     """
+    if weights.preprocess.max_patches is not None:
+        message = "no released library reads big_vision's NaFlex files"
+        raise verify.Unverifiable(message)
     with verify.library("open_clip", "open_clip_torch"):
         try:
             settings = model_cfg(open_clip.as_computed(weights))

@@ -116,7 +116,7 @@ def test_fifty_shapes_of_our_folder_in_open_clip(open_clip, toy, tmp_path):
 def test_fifty_shapes_of_open_clips_folder(open_clip, toy, tmp_path):
     """With the settings of open_clip's own NaFlex models, and random weights of PyTorch's."""
     words = {"context_length": 12, "vocab_size": 300, "width": 64, "heads": 4, "layers": 1}
-    words |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    words = {**words, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
     image = {"timm_model_name": "naflexvit_toy_siglip", "timm_pool": "map", "timm_proj": "none"}
     image["image_size"] = 384
     settings = {"embed_dim": 64, "init_logit_bias": -10, "vision_cfg": image, "text_cfg": words}
