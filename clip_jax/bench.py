@@ -27,7 +27,7 @@ from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.metrics.chips import peak_flops
-from clip_jax.models.images import NaFlex, Patches
+from clip_jax.models.images import NaFlex, valid_patches
 from clip_jax.pods import compile as pod
 from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket
@@ -165,19 +165,17 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
         while CLOCK.now() - start < first + config.warmup:
             next(batches)
         done, start = 0, CLOCK.now()
-        end, read, padding = start, Counter(), []
+        end, read = start, Counter()
         while end - start < config.seconds:
             batch = next(batches)
-            read.update(vars(batch.reading))
-            if isinstance(batch.image, Patches):
-                padding.append(1 - batch.image.length.mean() / batch.image.pixels.shape[1])
+            read.update(vars(batch.reading) | valid_patches(batch.image))
             done += 1
             end = CLOCK.now()
     return {
         "samples_per_second": done * config.batch_size / (end - start),
         "seconds_to_first_batch": first,
         "order": pipeline.order,
-        **({"padding": float(np.mean(padding))} if padding else {}),
+        **({"padding": 1 - read["valid_patches"] / n} if (n := read["patches"]) else {}),
         **bucket_rates(read, end - start),
     }
 
@@ -294,9 +292,10 @@ def _made_up(config: Config) -> Inputs:
 def describe_step(result: dict[str, Any]) -> str:
     """Return lines about the device, speed and memory."""
     share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
+    tokens = f" at {result['tokens']:,} tokens" if "tokens" in result else ""
     return (
         f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
-        f"batch {result['batch_size']:,}\n"
+        f"batch {result['batch_size']:,}{tokens}\n"
         f"{result['seconds']:.4f} s/step (median; fastest {result['seconds_fastest']:.4f})\n"
         f"{result['samples_per_second']:,.1f} pairs/s, "
         f"{result['samples_per_second_per_device']:,.1f} per device{share}\n"

@@ -153,14 +153,14 @@ class Evaluations:
         return step == self._steps or any(step % e.every_steps == 0 for e in self._evaluators)
 
     def run(self, step: int, encoder: Encoder, output: AnyPath) -> Iterator[dict[str, float]]:
-        """Yield the metrics of each evaluator that is due; at the last step, evaluators also write
-        tables and pictures to `output`."""
+        """Yield the metrics of each evaluator that is due, with a NaFlex model's `tokens`; at the
+        last step, evaluators also write tables and pictures to `output`."""
         last = step == self._steps
         for index, evaluator in enumerate(self._evaluators):
             if last or step % evaluator.every_steps == 0:
                 values = dict(evaluator.run(encoder, output if last else None))
                 self._results[index] = {*values}
-                yield values
+                yield length_of(encoder.preprocess) | values
 
     def check_gives(self, wanted: str) -> None:
         """Raise InputError if no evaluator yields a metric of this name, as far as is known.
