@@ -133,9 +133,12 @@ class Program:
         """Put this process's shard of a batch, NumPy arrays by name, on the mesh.
 
         The learning rate after `step` steps of the schedule is added as an input: runs that differ
-        only in their schedule share one compiled program.
+        only in their schedule share one compiled program. `row`, by default the pairs' order here,
+        is the place of each pair in the global batch, on which patch dropout depends.
         """
-        values = {**batch, "learning_rate": np.float32(self._learning_rate(step))}
+        rows = np.asarray(batch.get("row", np.arange(len(batch["text"]))), np.int32)
+        rate = np.float32(self._learning_rate(step))
+        values = {**batch, "row": rows, "learning_rate": rate}
         return jax.tree.map(
             lambda x, rows: jax.make_array_from_process_local_data(x.sharding, rows),
             self.batch, {name: values[name] for name in self.batch},
@@ -180,6 +183,8 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         "image": recipe.model.vision.image_spec.shapes(recipe.batch_size),
         "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32),
     }
+    if _drops_patches(recipe.model):
+        batch["row"] = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
     for term in recipe.objective:
         batch |= term.inputs(recipe.model, recipe.batch_size)
     batch = jax.tree.map(lambda x: _placed(x, rows), batch)
@@ -187,6 +192,10 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh)
     )
     return replace(jax.tree.map(_placed, state, shardings), frozen=frozen), batch
+
+
+def _drops_patches(model: CLIPConfig) -> bool:
+    return isinstance(model.vision, ViTConfig) and model.vision.patch_dropout > 0
 
 
 def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -253,10 +262,9 @@ def train_step(
     scalars = {name: x for name, x in trainable.items() if name not in towers}
     inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     vision, key = model.config.vision, None
-    if isinstance(vision, ViTConfig) and vision.patch_dropout:
+    if _drops_patches(model.config):
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
-        inputs = inputs | {"row": jnp.arange(len(inputs["text"]))}
     context_of = functools.partial(context, model, mesh, state)
 
     def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:

@@ -335,7 +335,8 @@ def loop(run: Run) -> None:
             program = run.programs[kind]
             with timers.measure("input"):
                 batch = next(batches)
-                arrays = program.put(vars(batch), config.schedule_step(step - 1))
+                row = batch.index - config.samples_after(step - 1)
+                arrays = program.put(vars(batch) | {"row": row}, config.schedule_step(step - 1))
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading) | valid_patches(batch.image))
             run.state, metrics = program.step(run.state, arrays)

@@ -4,6 +4,7 @@ tests build: tiny models, a tiny run, what a run wrote."""
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.images import NaFlex, concatenate
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
@@ -128,6 +130,24 @@ COCA = dataclasses.replace(
 NAFLEX = dataclasses.replace(
     TINY, vision=dataclasses.replace(TINY.vision, image_size=32, max_patches=12, pool="map")
 )
+# SigLIP 2 of native aspect ratios, and of them a CoCa with a class token.
+NAFLEX_SIGLIP = dataclasses.replace(
+    TINY,
+    embed_dim=32,
+    vision=dataclasses.replace(
+        TINY.vision, image_size=32, max_patches=24, pool="map", class_token=False, pre_norm=False,
+        patch_bias=True, projection=False,
+    ),
+    text=dataclasses.replace(
+        TINY.text, causal=False, pool="last", projection_bias=True, activation="gelu_tanh"
+    ),
+    init_logit_bias=-10.0,
+)  # fmt: skip
+NAFLEX_COCA = dataclasses.replace(
+    COCA, vision=dataclasses.replace(COCA.vision, image_size=32, max_patches=24)
+)
+# Rows and columns of patches of images: full, elongated and small ones.
+GRIDS = ((4, 6), (1, 24), (24, 1), (3, 5), (1, 1), (2, 7))
 # How eight devices are arranged where a test tries several.
 MESHES = {
     "8": MeshConfig(),
@@ -152,14 +172,20 @@ def larger(config: CLIPConfig) -> CLIPConfig:
     )
 
 
-def batch(config: CLIPConfig, size: int = 16) -> dict[str, np.ndarray]:
+def batch(config: CLIPConfig, size: int = 16) -> dict[str, Any]:
     """Pixels and tokens that `config` takes; one caption stands twice."""
     rng = np.random.default_rng(0)
-    pixels = config.vision.image_size
+    spec, pixels = config.vision.image_spec, config.vision.image_size
     tokens = rng.integers(1, 517, (size, config.text.context_length), np.int32)
     tokens[:, -2] = 519  # end of text
     tokens[3] = tokens[7]
-    return {"image": rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8), "text": tokens}
+    if isinstance(spec, NaFlex):
+        grids = itertools.islice(itertools.cycle(GRIDS), size)
+        shapes = [(1, spec.patch_size * a, spec.patch_size * b, 3) for a, b in grids]
+        image = concatenate([spec.pack(rng.integers(0, 256, x, np.uint8)) for x in shapes])
+    else:
+        image = rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8)
+    return {"image": image, "text": tokens}
 
 
 def parameters(config: CLIPConfig) -> Params:

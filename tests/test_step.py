@@ -23,6 +23,8 @@ from tests.conftest import (
     COCA,
     GOLDEN_LOSS,
     MESHES,
+    NAFLEX_COCA,
+    NAFLEX_SIGLIP,
     OPTIM,
     RESNET,
     TINY,
@@ -48,8 +50,8 @@ SMALLER_MESHES = {"1": (MeshConfig(), 1), "1x2x2": (MeshConfig(data=1, fsdp=2, t
 
 
 def recipe(config, **options):
-    options = {"objective": (GOLDEN_LOSS,), "optim": OPTIM} | options
-    return Recipe(model=config, steps=10, batch_size=16, **options)
+    options = {"objective": (GOLDEN_LOSS,), "optim": OPTIM, "batch_size": 16} | options
+    return Recipe(model=config, steps=10, **options)
 
 
 class Step:
@@ -69,7 +71,7 @@ class Step:
 
     def __call__(self, state=None):
         """State and metrics after one more step, on the host."""
-        inputs = self.program.put(batch(self.config))
+        inputs = self.program.put(batch(self.config, self.program.recipe.batch_size))
         return jax.device_get(self.compiled(state or self.start(), inputs))
 
 
@@ -145,6 +147,25 @@ def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch
     assert {x.kind for x in found} == {"all-reduce", "collective-permute"}
     passed = [dims for x in found if x.kind != "all-reduce" for _, dims in x.arrays]
     assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's rows, never patches
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form", "accumulation"),
+    [("8", "ring", 4), ("4x2", "blocked", 1), ("2x2x2", "dense", 4)],
+)
+def test_images_of_mixed_shapes_take_the_same_step(mesh, form, accumulation):
+    objective = (SigmoidConfig(form=form, block_size=6),)
+    step = functools.partial(Step, NAFLEX_SIGLIP, batch_size=32)
+    expected = step(objective=(SigmoidConfig(form="dense"),))()
+    check_equal(expected, step(mesh, objective=objective, accumulation=accumulation)())
+
+
+def test_captions_and_patch_dropout_of_mixed_shapes_take_the_same_step():
+    """Of a softmax, with averaged weights."""
+    optim = dataclasses.replace(OPTIM, ema_decay=0.9)
+    step = functools.partial(Step, objective=(GOLDEN_LOSS, CaptionConfig()), optim=optim)
+    dropped = changed(NAFLEX_COCA, patch_dropout=0.5)
+    check_equal(step(dropped)(), step(dropped, "2x2x2", accumulation=2)())
 
 
 def test_a_resnet_in_groups_accumulated_and_on_a_mesh_and_a_skipped_step():
