@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from clip_jax.cli.commands import main
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.weights import Weights, with_input
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.models.images import Images, NaFlex, Square
-from tests.convert.conftest import make_weights
+from tests.conftest import TINY, write_run
+from tests.convert.conftest import assert_same, make_weights
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])  # with a class token, and without
@@ -84,3 +86,24 @@ def test_tokens_are_read_for_naflex_models_alone(tmp_path):
     write_weights(make_weights("siglip"), tmp_path / "fixed", "clip-jax")
     with pytest.raises(InputError, match="fixed resolution of 32 pixels"):
         read_weights(tmp_path / "fixed", tokens=7)
+
+
+def test_convert_makes_naflex_models_and_back(tmp_path, capsys):
+    workdir, *_ = write_run(TINY, tmp_path / "run")
+    run, naflex, longer, back = (str(tmp_path / name) for name in ("run", "naflex", "64", "back"))
+    to = ["--to", "clip-jax"]
+    assert main(["convert", run, naflex, *to, "--tokens", "20"]) == 0
+    assert main(["convert", naflex, longer, *to, "--tokens", "64"]) == 0
+    assert read_weights(tmp_path / "64").preprocess.max_patches == 64
+    card = (tmp_path / "64/README.md").read_text()
+    assert "| max_patches | 64 |" in card
+    size = str(TINY.vision.image_size)
+    assert main(["convert", longer, back, *to, "--image-size", size]) == 0
+    before, after = read_weights(workdir), read_weights(tmp_path / "back")
+    squashed = replace(before.preprocess, resize_mode="squash")
+    assert_same(after, replace(before, preprocess=squashed))
+    capsys.readouterr()
+    both = ["--tokens", "20", "--image-size", size]
+    assert main(["convert", run, str(tmp_path / "x"), *to, *both]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
