@@ -18,6 +18,7 @@ MAX_LENGTH = 1024  # tokens
 
 _LANES = 128  # lanes of a vector register
 _ROWS = 8  # rows per program: the sublanes of a register
+_ROOM = 64 << 20  # most bytes of VMEM for eight rows; with more, single rows are faster
 _HIDDEN = -1e30  # score of a masked key
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
@@ -28,14 +29,25 @@ Split = Callable[
 
 def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
     """Estimate the VMEM in bytes of the backward pass, which needs more than the forward pass."""
-    width = _up(heads * dim, _LANES)
-    scores = _up(length, 16) * _up(length, _LANES) * 4
-    if _fills_registers(heads, dim):
-        tokens = length * _ROWS
-        blocks, spread = tokens * (4 * _LANES + 3 * width) * itemsize, 7 * tokens * _LANES * 4
-    else:
-        blocks, spread = _up(length, 16) * 7 * width * itemsize, 0
-    return 2 * blocks + spread + 8 * scores + (4 << 20)  # double buffering
+    if _is_by_token(length, heads, dim, itemsize):
+        return _of_eight_rows(length, heads * dim, itemsize)
+    # Twice seven blocks for double buffering.
+    return 14 * _up(length, 16) * _up(heads * dim, _LANES) * itemsize + _of_scores(length)
+
+
+def _of_scores(length: int) -> int:
+    return 8 * _up(length, 16) * _up(length, _LANES) * 4 + (4 << 20)
+
+
+def _of_eight_rows(length: int, width: int, itemsize: int) -> int:
+    blocks, spread = (4 * _LANES + 3 * width) * itemsize, 7 * _LANES * 4
+    return _ROWS * length * (2 * blocks + spread) + _of_scores(length)
+
+
+def _is_by_token(length: int, heads: int, dim: int, itemsize: int) -> bool:
+    """Return whether programs compute eight rows: heads fill registers, and VMEM is sufficient."""
+    is_small = _of_eight_rows(length, heads * dim, itemsize) <= _ROOM
+    return _fills_registers(heads, dim) and is_small
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -85,7 +97,7 @@ def _call(
     wide = [x.reshape(batch, length, -1) for x in (qkv, *rest) if x.ndim > 1]
     width = wide[0].shape[2] // 3
     dim, backward = width // heads, len(wide) > 1
-    run = _by_token if _fills_registers(heads, dim) else _by_row
+    run = _by_token if _is_by_token(length, heads, dim, qkv.dtype.itemsize) else _by_row
     products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
     result = run(
@@ -170,23 +182,38 @@ def _by_row(
     kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
     causal: bool, **options: Any,
 ) -> Array:  # fmt: skip
-    """Run over [B, L, W], all heads of one row at a time; heads may have any size."""
+    """Run over [B, L, W], all heads of one row at a time; heads may have any size.
+
+    Heads that fill registers are computed in a loop, which compiles in a fraction of the time.
+    """
     batch, length, width3 = wide[0].shape
-    dim = width3 // 3 // heads
+    width = width3 // 3
+    dim = width // heads
 
     def body(*refs: Any) -> None:
         *known, out_ref = refs
         qkv_ref, *rest = known[len(lengths) :]
         row = pl.program_id(0)
         seen = _seen(length, causal, *(ref[row] for ref in known[: len(lengths)]))
-        for head in range(heads):
-            at = [pl.ds((third * heads + head) * dim, dim) for third in range(3)]
+
+        def compute(first: Any, size: int) -> None:
+            at = [pl.ds(third * width + first, size) for third in range(3)]
             values = [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in rest]
             for lanes, x in zip(at, kernel(*values, seen=seen), strict=False):
                 out_ref[0, :, lanes] = x.astype(out_ref.dtype)
 
-    def block(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, length, width), lambda i, _: (i, 0, 0))
+        def register(i: Any, _: Any) -> Any:
+            compute(pl.multiple_of(i * _LANES, _LANES), _LANES)
+            return 0
+
+        if _fills_registers(heads, dim):
+            jax.lax.fori_loop(0, width // _LANES, register, 0)
+        else:
+            for head in range(heads):
+                compute(head * dim, dim)
+
+    def block(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, length, size), lambda i, _: (i, 0, 0))
 
     return pl.pallas_call(
         body,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clip_jax import sharding
-from clip_jax.models import attention
+from clip_jax.models import attention, short_attention
 from clip_jax.sharding import make_mesh
 from tests.conftest import MESHES
 from tests.models.exact_attention import both, errors, interpreted, xla_of_tpu
@@ -42,6 +42,19 @@ def test_the_short_kernel_is_as_exact_as_xla(dtype, xla, factor):
 )
 def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal, lengths):
     most, _ = errors(interpreted, length, heads, dim, causal, lengths, batch=batch)
+    assert max(most) <= 3e-6
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "dim", "causal", "lengths"),
+    [(3, 19, 4, 64, False, (19, 1, 7)), (2, 33, 8, 16, True, None), (1, 17, 2, 128, True, (9,))],
+)
+def test_the_short_kernel_without_vmem_for_eight_rows(
+    batch, length, heads, dim, causal, lengths, monkeypatch
+):
+    monkeypatch.setattr(short_attention, "_ROOM", 0)
+    with mock.patch.object(short_attention, "_by_token", autospec=True, side_effect=AssertionError):
+        most, _ = errors(interpreted, length, heads, dim, causal, lengths, batch=batch)
     assert max(most) <= 3e-6
 
 
@@ -146,6 +159,8 @@ GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
         (TPU(device_kind="TPU v4"), 577, 16, 64, "bfloat16", "splash"),  # 16 MiB of VMEM
         (TPU(device_kind="TPU v5"), 730, 16, 72, "bfloat16", "short"),
         (TPU(device_kind="TPU v5"), 1024, 16, 72, "bfloat16", "splash"),  # 64 MiB
+        (TPU(device_kind="TPU v5"), 576, 12, 64, "bfloat16", "short"),
+        (TPU(device_kind="TPU v5 lite"), 1024, 12, 64, "bfloat16", "short"),
         (GPU(compute_capability="9.0"), 197, 12, 64, "bfloat16", "cudnn"),
         (GPU(compute_capability="9.0"), 197, 12, 64, "float32", "xla"),
         (GPU(compute_capability="7.5"), 197, 12, 64, "bfloat16", "xla"),

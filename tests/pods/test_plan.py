@@ -162,7 +162,7 @@ def test_a_run_of_several_lengths_is_planned_at_each():
     assert planned.hours == pytest.approx(sum(x.hours for x in planned.lengths))
     assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
     assert {x.attention for x in planned.lengths if x.tokens != 1_024} == {"short"}
-    assert rows[1_024, 1_024].attention == "splash"
+    assert rows[1_024, 1_024].attention == "splash"  # with the class token 1,025 tokens
     for x in planned.lengths:
         is_fixed = x.valid_share == 1
         tower = dataclasses.replace(WIDE, max_patches=None if is_fixed else x.tokens)
