@@ -88,7 +88,7 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
     if isinstance(data, dict) and any(dataclasses.is_dataclass(k) for k in kinds):
         by_name = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
         name = data.get("type")
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise InputError(f"{where}.type is {name!r}; it must be one of {sorted(by_name)}.")
         return from_dict(by_name[name], data, where)
     errors = []

@@ -127,4 +127,5 @@ TARGET = Target(
     write=write, reference="clip_jax", outputs=_outputs,
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
     use="`clip_jax.load(FOLDER)`; `manifest.json` describes preprocessing and tokenization.",
+    use_naflex=" Images keep their aspect ratio (NaFlex); `tokens=N` sets the patches per image.",
 )  # fmt: skip

@@ -97,6 +97,7 @@ def test_convert_makes_naflex_models_and_back(tmp_path, capsys):
     assert read_weights(tmp_path / "64").preprocess.max_patches == 64
     card = (tmp_path / "64/README.md").read_text()
     assert "| max_patches | 64 |" in card
+    assert "(NaFlex); `tokens=N` sets the patches per image." in card
     size = str(TINY.vision.image_size)
     assert main(["convert", longer, back, *to, "--image-size", size]) == 0
     before, after = read_weights(workdir), read_weights(tmp_path / "back")
