@@ -68,13 +68,13 @@ def main() -> None:
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for row in args.rows:
         x, (name, patches) = make(row, args.attention), row.split(":")[:2]
-        valid = x.valid_mfus["bound"]
+        mfu = x.mfus["bound"]
         cells = (
             f"{name}, {patches}", f"{x.batch_size:,}",
             f"{x.bytes_per_device['total'] / 1e9:.1f} of {x.hbm_bytes / 1e9:.0f}"
             + (" (too much)" * (not x.fits)),
             x.attention, bound(x, "bound"), bound(x, "sequential_bound"),
-            f"{100 * valid:.1f}" if valid else "", f"{x.compile_seconds:.0f}",
+            f"{100 * mfu * x.valid_share:.1f}" if mfu else "", f"{x.compile_seconds:.0f}",
         )  # fmt: skip
         print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -29,25 +29,22 @@ Split = Callable[
 
 def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
     """Estimate the VMEM in bytes of the backward pass, which needs more than the forward pass."""
-    if _is_by_token(length, heads, dim, itemsize):
-        return _of_eight_rows(length, heads * dim, itemsize)
-    # Twice seven blocks for double buffering.
-    return 14 * _up(length, 16) * _up(heads * dim, _LANES) * itemsize + _of_scores(length)
+    return _vmem(length, heads * dim, itemsize, _is_by_token(length, heads, dim, itemsize))
 
 
-def _of_scores(length: int) -> int:
-    return 8 * _up(length, 16) * _up(length, _LANES) * 4 + (4 << 20)
-
-
-def _of_eight_rows(length: int, width: int, itemsize: int) -> int:
-    blocks, spread = (4 * _LANES + 3 * width) * itemsize, 7 * _LANES * 4
-    return _ROWS * length * (2 * blocks + spread) + _of_scores(length)
+def _vmem(length: int, width: int, itemsize: int, is_by_token: bool) -> int:
+    width, scores = _up(width, _LANES), _up(length, 16) * _up(length, _LANES) * 4
+    if is_by_token:
+        tokens = length * _ROWS
+        blocks, spread = tokens * (4 * _LANES + 3 * width) * itemsize, 7 * tokens * _LANES * 4
+    else:
+        blocks, spread = _up(length, 16) * 7 * width * itemsize, 0
+    return 2 * blocks + spread + 8 * scores + (4 << 20)  # double buffering
 
 
 def _is_by_token(length: int, heads: int, dim: int, itemsize: int) -> bool:
-    """Return whether programs compute eight rows: heads fill registers, and VMEM is sufficient."""
-    is_small = _of_eight_rows(length, heads * dim, itemsize) <= _ROOM
-    return _fills_registers(heads, dim) and is_small
+    """Return whether heads fill registers, and VMEM is sufficient for eight rows at a time."""
+    return _fills_registers(heads, dim) and _vmem(length, heads * dim, itemsize, True) <= _ROOM
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

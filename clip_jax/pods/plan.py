@@ -109,17 +109,12 @@ class Plan:
     valid_share: float = 1.0  # share of patches that are not padding
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
 
-    @property
-    def valid_mfus(self) -> dict[str, float | None]:
-        """The MFU at each bound, counting valid patches only."""
-        return {name: x and x * self.valid_share for name, x in self.mfus.items()}
-
     def to_json(self) -> dict[str, Any]:
         """Return all fields, with bounds of the step flattened, and FLOPs per device."""
         values = dataclasses.asdict(dataclasses.replace(self, lengths=()))
-        values |= {"valid_mfus": self.valid_mfus, "lengths": [x.to_json() for x in self.lengths]}
-        fields = ("step_seconds", "step_seconds"), ("mfu", "mfus"), ("valid_mfu", "valid_mfus")
-        for prefix, field in fields:
+        values["lengths"] = [x.to_json() for x in self.lengths]
+        values |= {f"valid_mfu_{k}": x and x * self.valid_share for k, x in self.mfus.items()}
+        for prefix, field in (("step_seconds", "step_seconds"), ("mfu", "mfus")):
             values |= {f"{prefix}_{name}": value for name, value in values.pop(field).items()}
         for collective in values["collectives"]:
             del collective["source"], collective["arrays"]

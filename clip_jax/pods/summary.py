@@ -58,10 +58,10 @@ def describe(plan: Plan) -> str:
     for bound, (label, sign) in BOUNDS.items() if plan.seconds else ():
         seconds, mfu = plan.step_seconds[bound], plan.mfus[bound]
         value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
-        if mfu and plan.valid_share < 1:
-            value += f", on the {plan.valid_share:.1%} of patches that are valid {sign} "
-            value += f"{mfu * plan.valid_share:.1%}"
         lines.append(f"{label}: {value}")
+    if plan.seconds and plan.valid_share < 1:
+        valid = _percent(plan.mfus, plan.valid_share)
+        lines.append(f"MFU of valid patches ({plan.valid_share:.1%} of all): {valid}")
     cost = "" if plan.price is None else f", price {plan.price:,.0f}"
     lines.append(
         f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
@@ -103,22 +103,21 @@ def _lengths(plan: Plan) -> str:
     rows = []
     for x in plan.lengths:
         seconds = x.step_seconds["bound"]
-        fits = "yes" if x.fits else "no"
         rows.append((
-            f"{x.tokens:,}", f"{x.batch_size:,}", f"{x.steps:,}", x.attention,
-            f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
+            x.tokens, f"{x.batch_size:,}", f"{x.steps:,}", x.attention, "yes" if x.fits else "no",
+            f"{x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
             "" if seconds is None else f"{seconds:.4f}",
-            _percent(x.mfus), _percent(x.valid_mfus), f"{x.compile_seconds:.0f}",
+            _percent(x.mfus), _percent(x.mfus, x.valid_share), f"{x.compile_seconds:.0f}",
         ))  # fmt: skip
     names = (
-        "patches", "batch", "steps", "attention", "fits: GB", "s/step ≥", MFU, "valid patches",
-        "compiled, s",
+        "patches", "batch", "steps", "attention", "fits", "memory, GB", "s/step ≥", MFU,
+        "valid patches", "compiled, s",
     )  # fmt: skip
     return _table(names, rows, left=0)
 
 
-def _percent(mfus: dict[str, float | None]) -> str:
-    return " / ".join("–" if x is None else f"{x:.1%}" for x in mfus.values())
+def _percent(mfus: dict[str, float | None], share: float = 1.0) -> str:
+    return " / ".join("–" if x is None else f"{x * share:.1%}" for x in mfus.values())
 
 
 def _memory(plan: Plan) -> str:

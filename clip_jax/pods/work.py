@@ -149,6 +149,10 @@ def _custom_flops(x: Instruction, operands: list[Shape]) -> float | None:
     target = _target(x)
     if target == KERNEL:
         flops = search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', x.attributes)
+        splash = search(r"splash_mha_(fwd|dq|dkv)", x.source)  # JAX's kernels have no estimate
+        if not flops and splash:
+            batch, heads, length, dim = next(s.dims for s in operands if len(s.dims) == 4)
+            return {"fwd": 4.0, "dq": 6.0, "dkv": 8.0}[splash] * batch * heads * length**2 * dim
         return float(flops) if flops else None
     if target.startswith("__cublas$"):
         contracted = search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)

@@ -55,6 +55,19 @@ def parameters(**shapes: str) -> list[str]:
     return [f"  %{name} = {x} parameter({i})" for i, (name, x) in enumerate(shapes.items())]
 
 
+@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_flops_of_splash_attention(kernel, products):
+    """Which has no estimate: by its products of [L, L] matrices, of padded heads."""
+    heads = "bf16[8,2,256,128]{3,2,1,0:T(8,128)(2,1)}"
+    lines = [
+        *parameters(i="s32[1,4]{1,0}", q=heads, k=heads),
+        f'  ROOT %s = {heads} custom-call(%i, %q, %k), custom_call_target="tpu_custom_call", '
+        f'metadata={{op_name="jit(s)/attn/vmap(splash_mha_{kernel}_segmented)/pallas_call"}}',
+    ]
+    [x] = work.read(module(*lines))
+    assert x.flops == products * 2 * 8 * 2 * 256 * 256 * 128
+
+
 def test_nested_loops_and_kernels():
     works = {x.name: x for x in work.read(NESTED, {"k": 90}.get)}
     assert set(works) == {"m", "k", "u"}
