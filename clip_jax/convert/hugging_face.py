@@ -362,5 +362,7 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 TARGET = Target(
     write=write, reference="transformers", outputs=_outputs,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
-    use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`.",
+    use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
+    "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "
+    "pixels (transformers 5.24).",
 )  # fmt: skip

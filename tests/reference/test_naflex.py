@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import Siglip2Config, Siglip2Model
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Siglip2Config, Siglip2Model
 from transformers.models.siglip2 import image_processing_pil_siglip2 as processing
 
 from clip_jax.convert import hugging_face
@@ -14,9 +15,11 @@ from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import our_outputs, random_inputs
 from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.inference.loading import load
 from clip_jax.models import zoo
 from clip_jax.models.images import NaFlex, Patches, fit_patches
 from clip_jax.models.text import TokenizerConfig
+from tests import vocabularies
 from tests.convert.conftest import assert_same
 from tests.reference.parity import random_weights, read_back
 
@@ -120,6 +123,39 @@ def test_transformers_own_folder(tmp_path):
     assert verify(weights, tmp_path, "hugging-face").passed
     original = read_tensors(tmp_path / "model.safetensors")
     read_back(weights, tmp_path / "out", "hugging-face", original)
+
+
+def test_a_written_folder_is_used_through_auto_classes(naflex, tmp_path):
+    """Our probabilities of pictures and texts, as the model card says; `AutoProcessor` of
+    transformers 5.24 has a patch size and a number of patches of its own.
+
+    The pictures need no resizing, which by torchvision differs in a few bits.
+    """
+    vocabulary = vocabularies.byte_fallback(tmp_path / "tokenizer.json")
+    text = naflex.config.text
+    tokenizer = TokenizerConfig(file=str(vocabulary), clean="lower", end_id=1, pad_id=0)
+    config = replace(naflex.config, text=replace(text, vocab_size=400, tokenizer=tokenizer))
+    weights = replace(random_weights(config, np.float32), preprocess=naflex.preprocess)
+    write_weights(weights, tmp_path / "folder", "hugging-face")
+    rng = np.random.default_rng(0)
+    sizes = [weights.preprocess.image_spec.fit(*size) for size in ((3, 4), (500, 90), (1, 900))]
+    pictures = [rng.integers(0, 256, (*size[::-1], 3), np.uint8) for size in sizes]
+    texts = ["A photo of a CAT", "a red bicycle, in the rain!"]
+    folder = {"pretrained_model_name_or_path": tmp_path / "folder", "local_files_only": True}
+    images = AutoImageProcessor.from_pretrained(**folder)(
+        [Image.fromarray(x) for x in pictures], return_tensors="pt"
+    )
+    ids = AutoTokenizer.from_pretrained(**folder)(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    )["input_ids"]
+    model = AutoModel.from_pretrained(**folder).eval()
+    with torch.no_grad():
+        theirs = model(input_ids=ids, **images)
+    ours = load(tmp_path / "folder", dtype="float32")
+    features = ours.encode_image(ours.preprocess(pictures))
+    found = ours.probabilities(features, ours.encode_text(ours.tokenize(texts)))
+    np.testing.assert_allclose(found, theirs.logits_per_image.sigmoid(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(unit(features), theirs.image_embeds, rtol=0, atol=1e-5)
 
 
 def test_a_table_that_is_not_square_is_refused(naflex, tmp_path):
