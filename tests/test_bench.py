@@ -79,3 +79,33 @@ def test_a_step_is_timed(capsys):
     assert result["seconds_fastest"] <= result["seconds"]
     assert "MFU" in describe_step(result)
     assert "MFU" not in describe_step(result | {"mfu": None})  # no peak of a CPU is known
+    assert "tokens" not in result
+
+
+def test_a_step_of_naflex_has_no_padding_and_its_input_says_how_much(tmp_path, capsys):
+    """A step takes full sequences, also of 7 patches; the input's padding is that of its images."""
+    naflex = ["--model.vision.max-patches", "7", "--model.vision.patch-size", "8"]
+    naflex += ["--model.vision.image-size", "32"]
+    command = ["bench", "step", str(DIGITS), *FLAGS, *naflex, "--warmup", "0", "--rounds", "1"]
+    drawn = []
+
+    def made_up(config: Any) -> Any:
+        drawn.append(made(config)["image"])
+        return made(config)
+
+    made = bench._made_up
+    with mock.patch.object(bench, "_made_up", autospec=True, side_effect=made_up):
+        assert main([*command, "--calls", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 7
+    assert " at 7 tokens" in describe_step(result)
+    assert drawn[0].pixels.shape == (16, 7, 3 * 8**2)
+    np.testing.assert_array_equal(drawn[0].length, 7)
+
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "a.jpg,a photo\n" * 9)
+    flags = ["--data.source.path", str(tmp_path / "pairs.csv"), *naflex, "--json"]
+    assert main(["bench", "input", str(ROOT / "configs/pairs.py"), *QUICK, *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["padding"] == pytest.approx(1 / 7)  # 3 x 2 patches
+    assert "padding: 14.3% of all patches" in describe_input(result)

@@ -45,7 +45,7 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": (
         "dataset", "suite", "data-dir", "tasks", "templates", "languages", "output", "watch",
-        "mesh.fsdp",
+        "tokens", "mesh.fsdp",
     ),
     "prepare": (
         "inspect", "min-side", "max-caption", "resize", "drop-duplicates", "drop-near-duplicates",

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -11,13 +12,15 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from clip_jax.evals import prompts
-from clip_jax.inference.loading import Model, unit
+from clip_jax.evals.evaluator import compiled, embed_images
+from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import PredictConfig, predict
 from clip_jax.inference.search import Searcher
 from clip_jax.serve import app, service
 from clip_jax.serve.app import HEADER_SECONDS, Protocol, build
 from clip_jax.serve.batcher import Batcher
-from tests.serve.conftest import encoded, png
+from tests.conftest import NAFLEX, write_tiny_model
+from tests.serve.conftest import Client, encoded, png
 
 
 @pytest.fixture
@@ -187,3 +190,33 @@ def test_metrics_count_requests_and_batches(client):
         r'clip_jax_request_seconds_count\{path="/embed"\} 2\.0',
     ):
         assert re.search(line, text), line
+
+
+def test_images_of_mixed_shapes_are_batched_at_one_length(tmp_path):
+    """Of a NaFlex model, alone and together; nothing is compiled after the warm-up."""
+    write_tiny_model(tmp_path, config=NAFLEX)
+    model = load(tmp_path, tokens=30)
+    served = service.Service(service.ServeConfig(model=tmp_path, batch_size=4), model)
+    client = Client(served)
+    served.warm_up()
+    shapes = [(20, 60), (60, 20), (90, 30), (7, 7), (1, 40), (64, 48)]
+    pictures = [png(i, *shape) for i, shape in enumerate(shapes)]
+    encode: Any = compiled(embed_images, model.clip, model._mesh, normalize=False)
+    assert (before := encode._cache_size())
+    status, found, _ = client.ask("/embed", {"images": [encoded(x) for x in pictures]})
+    assert status == 200
+    alone = [client.ask("/embed", {"images": [encoded(x)]})[1]["images"][0] for x in pictures]
+    assert encode._cache_size() == before
+    expected = unit(model.encode_image(model.preprocess(pictures)))
+    assert np.abs(expected - expected[0]).max(axis=1)[1:].min() > 1e-3
+    np.testing.assert_allclose(found["images"], expected, atol=1e-6)
+    np.testing.assert_allclose(alone, expected, atol=1e-6)
+    health = {"status": "ok", "model": str(tmp_path), "tokens": 30, "embed_dim": 16}
+    assert client.ask("/health")[1] == health
+    served.close()
+
+
+def test_health_names_the_image_size_of_a_fixed_resolution(client, model):
+    known = client.ask("/health")[1]
+    assert known["image_size"] == model.config.vision.image_size
+    assert "tokens" not in known
