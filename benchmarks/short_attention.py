@@ -4,6 +4,7 @@
     python benchmarks/short_attention.py exact
     python benchmarks/short_attention.py short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
     python benchmarks/short_attention.py step [ARCHITECTURE ...]
+    python benchmarks/short_attention.py layers TOPOLOGY BACKEND,LENGTH,HEADS,DIM ...
 
 - exact: Run the kernel in interpret mode for all shapes of published models up to 1,024 tokens.
   Print the errors of output and gradient against float64 (largest, root mean square), and their
@@ -12,14 +13,18 @@
   Print for each the number of kernels, and the precision of each product of an [L, L] matrix in
   float32.
 - step: Compile a training step with one layer in each tower. Print the cycles of the kernels.
+- layers: Compile value and gradient of two layers (projections and attention, recomputed) for 32
+  rows with lengths. Print HBM traffic in GB, the sequential bound and the compiler estimate in ms.
 
 No TPU is needed. All but `exact` need the extra `tpu`.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import jax
@@ -34,14 +39,17 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.short_attention import short, vmem_bytes
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
+from clip_jax.pods import schedule
+from clip_jax.pods.bounds import bounds, step_seconds
 from clip_jax.pods.topology import Topology
-from clip_jax.pods.work import KERNEL
+from clip_jax.pods.work import KERNEL, read
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
 from tests.models.exact_attention import errors, interpreted, xla_of_tpu
 
 ROOT = Path(__file__).parent.parent
 ROWS = 16
+DUMPED = tempfile.TemporaryDirectory()  # schedules of kernels
 # These have heads of 72, 80, 88 and 104 channels.
 IN_A_STEP = ("ViT-SO400M-14-SigLIP", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
 
@@ -134,14 +142,58 @@ def step(*names: str) -> None:
         print(name, *(x.cycles for x in works if x.target == KERNEL), flush=True)
 
 
+def layers(topology: str, *shapes: str) -> None:
+    where, rows = Topology.parse(topology), 2 * ROWS
+    single = SingleDeviceSharding(pod._devices(where)[0])
+    for shape in shapes:
+        backend, *sizes = shape.split(",")
+        length, heads, dim = map(int, sizes)
+        attend = {"xla": attention.xla, "splash": attention.splash}.get(
+            backend, lambda qkv, heads, causal, lengths: short(
+                qkv, lengths, heads, causal, lambda kernel, _: kernel, False
+            ),
+        )  # fmt: skip
+
+        @jax.checkpoint
+        def layer(x, kernels, lengths, attend=attend, heads=heads):
+            y = attend(jnp.einsum("BLD,DE->BLE", x, kernels[0]), heads, False, lengths)
+            return x + jnp.einsum("BLD,DE->BLE", y, kernels[1])
+
+        def total(x, kernels, weight, lengths, layer=layer):
+            y, _ = jax.lax.scan(lambda x, own: (layer(x, own, lengths), None), x, kernels)
+            return (y.astype(jnp.float32) * weight).sum()
+
+        def array(*dims, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=single)
+
+        x, width = array(rows, length, heads * dim), heads * dim
+        kernels = array(2, width, 3 * width), array(2, width, width)
+        folder = Path(DUMPED.name)
+        function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+        text = function.lower(x, kernels, x, array(rows, dtype=jnp.int32)).compile().as_text()
+        works = read(text, functools.partial(schedule.cycles, folder))
+        seconds = step_seconds(bounds(where.chip, works, 0, 0))
+        times = (seconds[name] for name in ("sequential_bound", "compiler_estimate"))
+        gigabytes = sum(x.times * x.bytes for x in works) / 1e9
+        print(shape, f"{gigabytes:.1f}", *(x and f"{1e3 * x:.1f}" for x in times), flush=True)
+        for path in folder.iterdir():
+            path.unlink()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("exact", "short", "xla", "step"), help="see above")
+    parser.add_argument(
+        "what", choices=("exact", "short", "xla", "step", "layers"), help="see above"
+    )
     parser.add_argument("rest", nargs="*", help="topology and shapes, or architectures")
     args = parser.parse_args()
     what, rest = args.what, args.rest
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if what == "layers":
+        os.environ["LIBTPU_INIT_ARGS"] = schedule.dump(DUMPED.name)
     jax.config.update("jax_platforms", "cpu")
-    {"exact": exact, "step": step}.get(what, lambda *args: compiled(what, *args))(*rest)
+    {"exact": exact, "step": step, "layers": layers}.get(what, lambda *args: compiled(what, *args))(
+        *rest
+    )
