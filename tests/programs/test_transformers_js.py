@@ -67,7 +67,7 @@ def test_transformers_js_runs_naflex_models_at_two_lengths_in_turn(tmp_path, fam
     write(family.weights, tmp_path / "exported")
     rng = np.random.default_rng(0)
     batches, expected = [], []
-    for max_patches, shapes in ((20, [(90, 30), (16, 200)]), (12, [(40, 50), (7, 7), (1, 60)])):
+    for max_patches, shapes in ((24, [(90, 30), (16, 200)]), (12, [(40, 50), (7, 7), (1, 60)])):
         how = replace(family.weights.preprocess, max_patches=max_patches)
         pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
         images = how.normalize(concatenate([how.batch(picture) for picture in pictures]))
