@@ -16,7 +16,7 @@ from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, default_preprocess, with_vocabulary
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.serialize import from_dict, to_dict
 
@@ -85,11 +85,13 @@ def read(folder: Path) -> Weights:
             f"{path} has format {content.get('format')!r}, version {version!r}; {FORMAT!r}, "
             f"version {VERSION} is supported."
         )
-    config = from_dict(CLIPConfig, read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
+    config_path = folder / CONFIG_NAME
+    with naming(config_path):
+        config = from_dict(CLIPConfig, read_json(config_path), str(config_path))
     file = config.text.tokenizer.file
     if file not in ("", "clip", *vocabulary.NAMES):
         raise InputError(
-            f"{folder / CONFIG_NAME}: text.tokenizer.file={file!r:.99} must be one of "
+            f"{config_path}: text.tokenizer.file={file!r:.99} must be one of "
             f"{', '.join(vocabulary.NAMES)} in the folder."
         )
     tensors = read_tensors(folder / WEIGHTS_NAME)

@@ -27,6 +27,15 @@ def test_the_manifest_is_checked(tmp_path):
             read_weights(tmp_path)
 
 
+def test_a_value_out_of_range_names_its_file(tmp_path):
+    write_weights(make_weights("naflex"), tmp_path, "clip-jax")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "vision": content["vision"] | {"max_patches": 0}}))
+    with pytest.raises(InputError, match=r"config.json: vision.max_patches=0 must be at least 1"):
+        read_weights(tmp_path)
+
+
 def test_the_manifest_of_naflex(tmp_path):
     weights = make_weights("naflex")
     write_weights(weights, tmp_path, "clip-jax")
