@@ -22,11 +22,9 @@ class ConvertConfig:
     # Compare with the reference implementation (extra `peers`): exit code 1 if above 1e-5.
     verify: bool = False
     dtype: DType | None = None  # Data type of the written tensors. None: unchanged.
-    # Image size in pixels, to which positions are resized; of a NaFlex model it makes one of fixed
-    # resolution. None: unchanged.
+    # New image size in pixels; positions are resized, and NaFlex becomes fixed. None: keep.
     image_size: int | None = None
-    # Patches per image of a NaFlex model (sequence length); of a model of fixed resolution it makes
-    # one. None: unchanged.
+    # Patches per image of a NaFlex model (sequence length), also to make one. None: keep.
     tokens: int | None = None
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
     # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.

@@ -23,7 +23,7 @@ from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
-from clip_jax.models.images import Patches
+from clip_jax.models.images import NaFlex, Patches
 from clip_jax.models.layers import Activation
 from clip_jax.models.vit import ViTConfig
 
@@ -42,9 +42,9 @@ _PROJECTION: Rules = (
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    vision, names, axes = config.vision, [], []
-    if isinstance(vision, ViTConfig) and vision.has_map_head:
-        names, axes = map(list, timm.rules(vision))
+    names, axes = ([*timm.NAMES], [*timm.AXES]) if config.vision.has_map_head else ([], [])
+    if names and isinstance(config.vision.image_spec, NaFlex):
+        names, axes = [*timm.NAFLEX_NAMES], [*timm.NAFLEX_AXES]
     if config.text.projection_bias:
         names += _PROJECTION
         axes.append((r"text_projection$", "E D -> D E"))

@@ -44,20 +44,21 @@ def name_of(vision: ViTConfig) -> str:
     Raises InputError if timm has no such tower.
     """
     for name, tower in TOWERS.items():
-        patches = tower.max_patches or vision.max_patches if vision.max_patches else None
-        same = replace(vision, activation=tower.activation, patch_dropout=0.0, max_patches=patches)
-        if same == tower:
+        free = {"activation": tower.activation, "max_patches": tower.max_patches}
+        is_same = replace(vision, patch_dropout=0.0, **free) == tower
+        if is_same and type(vision.image_spec) is type(tower.image_spec):
             return name
-    size = f"{vision.image_size} pixels"
-    if vision.max_patches:
-        size = f"NaFlex with {vision.grid} x {vision.grid} positions"
+    is_naflex, grid = vision.max_patches is not None, f"{vision.grid} x {vision.grid}"
+    size = f"NaFlex with {grid} positions" if is_naflex else f"{vision.image_size} pixels"
     raise InputError(
         "open_clip builds attention-pooling towers only by timm's names, and none is a "
         f"{vision.summary}, {size}; use --to hugging-face or clip-jax."
     )
 
 
-_NAMES: Rules = (
+NAMES: Rules = (
+    (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
+    (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
     (r"^visual/ln_post/", "visual/trunk/norm/"),
     (r"^visual/attn_pool/", "visual/trunk/attn_pool/"),
     (r"^visual/transformer/resblocks/", "visual/trunk/blocks/{}/"),
@@ -67,16 +68,11 @@ _NAMES: Rules = (
     (r"(trunk/.*)/c_fc/", r"\1/fc1/"),
     (r"(trunk/.*)/c_proj/", r"\1/fc2/"),
 )
-_PATCHES: Rules = (
-    (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
-    (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
-)
-_PATCH_AXES: Rules = ((r"^visual/positional_embedding", "1 L D -> L D"),)
-_NAFLEX: Rules = (
-    (r"^visual/conv1/", "visual/trunk/embeds/proj/"),
-    (r"^visual/positional_embedding", "visual/trunk/embeds/pos_embed"),
-)
-_NAFLEX_AXES: Rules = (
+AXES: Rules = ((r"^visual/positional_embedding", "1 L D -> L D"),)
+NAFLEX_NAMES: Rules = (
+    *NAMES, (r"trunk/patch_embed/", "trunk/embeds/"), (r"trunk/pos_", "trunk/embeds/pos_"),
+)  # fmt: skip
+NAFLEX_AXES: Rules = (
     (r"^visual/conv1/kernel", "D (P Q C) -> P Q C D"),
     (r"^visual/positional_embedding", "1 H W D -> (H W) D"),
 )
@@ -88,13 +84,5 @@ def as_dictionary(images: Patches) -> dict[str, Any]:
 
     index = torch.arange(images.pixels.shape[1])
     valid, columns = index < images.length[:, None], images.grid[:, 1:].long()
-    coordinates = torch.stack([index // columns, index % columns], dim=-1)
-    coordinates = torch.where(valid[..., None], coordinates, 0)
+    coordinates = torch.stack([index // columns, index % columns], -1) * valid[..., None]
     return {"patches": images.pixels, "patch_coord": coordinates, "patch_valid": valid}
-
-
-def rules(vision: ViTConfig) -> tuple[Rules, Rules]:
-    """Return the rules of a tower's names and axes."""
-    if vision.max_patches is None:
-        return (*_PATCHES, *_NAMES), _PATCH_AXES
-    return (*_NAFLEX, *_NAMES), _NAFLEX_AXES

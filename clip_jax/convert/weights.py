@@ -130,8 +130,8 @@ def with_input(
     its own bilinear one, so that the new model computes what it does on such a grid. Raises
     InputError for sizes that the architecture cannot have.
     """
-    vision = weights.config.vision
-    before = vision.max_patches if isinstance(vision, ViTConfig) else None
+    vision, preprocess = weights.config.vision, weights.preprocess
+    is_naflex = preprocess.max_patches is not None
     if image_size is not None and tokens is not None:
         raise InputError(
             f"image_size={image_size} and tokens={tokens} exclude each other: image_size makes a "
@@ -139,51 +139,47 @@ def with_input(
         )
     if tokens is not None:
         return _with_tokens(weights, tokens)
-    if image_size is None or (image_size == vision.image_size and before is None):
+    if image_size is None or (image_size == vision.image_size and not is_naflex):
         return weights
-    preprocess = replace(weights.preprocess, image_size=image_size)
-    sizes: dict[str, int | None] = {"image_size": image_size}
-    if isinstance(vision, ViTConfig) and before is not None:
+    vision = replace(vision, image_size=image_size)
+    preprocess = replace(preprocess, image_size=image_size)
+    if isinstance(vision, ViTConfig) and is_naflex:
         if image_size % vision.patch_size:
             raise InputError(
                 f"image_size={image_size} is not a multiple of vision.patch_size="
                 f"{vision.patch_size}; a NaFlex model needs full patches. Choose another size."
             )
-        sizes["max_patches"] = None
+        vision = replace(vision, max_patches=None)
         preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
-    vision = replace(vision, **sizes)
     flat = flatten(weights.params)
-    table = np.asarray(flat[vision.positions_path])
+    before = np.asarray(flat[vision.positions_path])
     extra, side = vision.extra_tokens, vision.grid
-    old_side = math.isqrt(len(table) - extra)
+    old_side = math.isqrt(len(before) - extra)
     if side != old_side:
-        patches = jnp.asarray(table[extra:].astype(np.float32))
-        if before is None:
-            patches = rearrange(patches, "(h w) D -> h w D", h=old_side)
-            patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "cubic")
-            patches = rearrange(patches, "h w D -> (h w) D")
+        grid = jnp.asarray(before[extra:].astype(np.float32))
+        if is_naflex:
+            grid = resize_positions(grid, jnp.array([[side, side]]), side * side)[0]
         else:
-            patches = resize_positions(patches, jnp.array([[side, side]]), side * side)[0]
-        resized = np.asarray(patches).astype(table.dtype)
-        flat[vision.positions_path] = np.concatenate([table[:extra], resized])
+            grid = rearrange(grid, "(h w) D -> h w D", h=old_side)
+            grid = jax.image.resize(grid, (side, side, grid.shape[-1]), "cubic")
+            grid = rearrange(grid, "h w D -> (h w) D")
+        grid = np.asarray(grid).astype(before.dtype)
+        flat[vision.positions_path] = np.concatenate([before[:extra], grid])
     config = replace(weights.config, vision=vision)
     return replace(weights, config=config, preprocess=preprocess, params=unflatten(flat))
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:
-    """Return the NaFlex model, with the same weights."""
     vision = weights.config.vision
-    if tokens < 1:
-        raise InputError(f"tokens={tokens} must be at least 1.")
     if not isinstance(vision, ViTConfig):
         raise InputError(
-            f"tokens={tokens} needs a ViT as image tower (NaFlex); this model has a ResNet, of "
-            f"{vision.image_size} pixels. Omit it."
+            f"tokens={tokens} needs a ViT as image tower (NaFlex), and this model has a ResNet, "
+            f"for {vision.image_size} pixels; omit it."
         )
-    size = vision.grid * vision.patch_size
+    # Pixels beyond the last full patch, which a fixed resolution may have, are in no size.
+    vision = replace(vision, image_size=vision.grid * vision.patch_size, max_patches=tokens)
     preprocess = replace(
-        weights.preprocess, image_size=size, resize_mode="naflex", max_patches=tokens,
-        patch_size=vision.patch_size, fill=0,
+        weights.preprocess, image_size=vision.image_size, resize_mode="naflex",
+        max_patches=tokens, patch_size=vision.patch_size,
     )  # fmt: skip
-    vision = replace(vision, image_size=size, max_patches=tokens)
     return replace(weights, config=replace(weights.config, vision=vision), preprocess=preprocess)

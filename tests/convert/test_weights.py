@@ -70,7 +70,7 @@ def embed(weights: Weights, images: Images) -> np.ndarray:
     ("name", "sizes", "message"),
     [
         ("resnet", {"tokens": 9}, "tokens=9 needs a ViT"),
-        ("vit", {"tokens": 0}, "tokens=0 must be at least 1"),
+        ("vit", {"tokens": 0}, "vision.max_patches=0 must be at least 1"),
         ("vit", {"tokens": 9, "image_size": 16}, "exclude each other"),
         ("naflex", {"image_size": 30}, "image_size=30 is not a multiple of vision.patch_size=8"),
     ],
