@@ -102,16 +102,16 @@ def _lengths(plan: Plan) -> str:
     """Format the plans of a run's batch sizes and sequence lengths, one row each."""
     rows = []
     for x in plan.lengths:
-        seconds = x.step_seconds["bound"]
+        seconds, bound = x.step_seconds["bound"], {"bound": x.mfus["bound"]}
         rows.append((
-            x.tokens, f"{x.batch_size:,}", f"{x.steps:,}", x.attention, "yes" if x.fits else "no",
-            f"{x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
+            x.tokens, f"{1 - x.valid_share:.1%}", f"{x.batch_size:,}", f"{x.steps:,}", x.attention,
+            f"{'yes' if x.fits else 'no'}: {x.bytes_per_device['total'] / 1e9:.2f}",
             "" if seconds is None else f"{seconds:.4f}",
-            _percent(x.mfus), _percent(x.mfus, x.valid_share), f"{x.compile_seconds:.0f}",
+            _percent(x.mfus), _percent(bound, x.valid_share), f"{x.compile_seconds:.0f}",
         ))  # fmt: skip
     names = (
-        "patches", "batch", "steps", "attention", "fits", "memory, GB", "s/step ≥", MFU,
-        "valid patches", "compiled, s",
+        "tokens", "padded", "batch", "steps", "attention", "fits: GB", "s/step ≥", "MFU",
+        "valid", "compile, s",
     )  # fmt: skip
     return _table(names, rows, left=0)
 

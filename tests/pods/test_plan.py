@@ -175,7 +175,7 @@ def test_a_run_of_several_lengths_is_planned_at_each():
     [own] = plan(dataclasses.replace(NAFLEX, valid_share=0.5), by_length)
     assert {x.valid_share for x in own.lengths} == {0.5, 1.0}  # no padding at a fixed resolution
     text = describe(planned)
-    for words in ("valid patches", "784", "attention of the image tower, 784 patches: short"):
+    for words in ("padded", "784", "attention of the image tower, 784 patches: short"):
         assert words in text
     [larger] = plan(dataclasses.replace(NAFLEX, batch_size=8_192), by_length)
     assert not larger.fits  # since one length does not
