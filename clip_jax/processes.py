@@ -211,6 +211,16 @@ def together(function: Callable[[], Any], kind: type[Exception]) -> Any:
     return value
 
 
+def wait_for_all(what: str, minutes: float) -> None:
+    """Wait until all processes call this, before a collective that would give up sooner.
+
+    `what` names the event; on CPUs, the first collective waits for 30 seconds only.
+    """
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=round(minutes * 60_000))
+
+
 def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
     """Cache compiled programs in `folder`, by default in the run directory, for later starts.
 

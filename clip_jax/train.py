@@ -301,8 +301,9 @@ def restore(config: Config, begun: Restored) -> Restored:
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(
             f"the checkpoint of step {begun.step} has seen {begun.position['samples']} samples, "
-            f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}) does "
-            "not give; use the batch sizes it was trained with, or another --workdir."
+            f"which batch_size={config.batch_size} (double_batch_at={config.double_batch_at}, "
+            f"lengths={config.lengths}) does not give; use the batch sizes it was trained with, or "
+            "another --workdir."
         )
     return begun
 
@@ -329,6 +330,7 @@ def loop(run: Run) -> None:
             for kind in kinds:  # before the first step: one that does not fit fails now
                 run.programs[kind].compile()
                 run.watchdog.beat()
+            processes.wait_for_all("compiled", config.processes.watchdog_minutes)
         for step in range(run.start + 1, config.end + 1):
             run.profiler.before(step)
             kind = config.batches.at(step - 1)

@@ -5,10 +5,12 @@ import shutil
 import signal
 import socket
 
+import jax
 import numpy as np
 import pytest
 
-from tests.conftest import DIGITS, ROOT, losses, rows
+from clip_jax.inference.loading import load
+from tests.conftest import DIGITS, losses, rows
 from tests.contract.conftest import FEW
 from tests.data.conftest import FORMATS, make_pairs
 from tests.workflow.conftest import SMALL, STEPS, samples, training
@@ -17,6 +19,18 @@ PAIRS = (
     *FEW, "--steps", str(STEPS), "--batch-size", "16", "--checkpoint.every-steps", "3",
     "--data.order", "blocks", "--data.shuffle-blocks", "1",
 )  # fmt: skip
+
+LENGTHS = """
+from dataclasses import replace
+from clip_jax.config import load_config
+from clip_jax.data.batch_plan import TokenBudget
+
+def get_config():
+    run = load_config("pairs")
+    vision = replace(run.model.vision, max_patches=6, patch_dropout=0.25)
+    model = replace(run.model, vision=vision)
+    return replace(run, model=model, lengths=TokenBudget(patches=(4, 6, 12), multiple=8))
+"""
 
 
 def assert_same_run(workdir, other):
@@ -57,24 +71,46 @@ def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path
     assert scores(tmp_path) == pytest.approx(scores(one), abs=1e-6)
 
 
-def test_a_killed_process_ends_all_and_the_order_of_blocks_is_read_on_by_one(tmp_path, start):
-    """The same samples in the same places as of one process that was never killed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blocks(
+    tmp_path, start
+):
+    """A NaFlex model in the block order: batches of three lengths and sizes, with patch dropout.
+    Two processes go on to the same bits, one with the same samples."""
+    whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
     whole.mkdir()
     killed.mkdir()
-    how = {"config": ROOT / "configs/pairs.py", "small": PAIRS}
+    (config := tmp_path / "lengths.py").write_text(LENGTHS)
+    how = {"config": config, "small": PAIRS}
     flags = ("--data.source.path", FORMATS["tar"](tmp_path, make_pairs(80)).path)
-    start(*training(whole, *flags, processes=1, devices=8, **how)).end()
+    start(*training(whole, *flags, **how)).end()
     two = start(*training(killed, *flags, **how), TROUBLE="1:8:kill")
     two.until("trouble: kill")
     os.kill(two.pid(0), signal.SIGKILL)
     assert two.end(code=137)[-1] == "launch: process 0 was killed by SIGKILL"
-    again = start(*training(killed, *flags, processes=1, devices=8, **how))
+    shutil.copytree(killed, alone)
+    again = start(*training(killed, *flags, **how))
     assert "resuming from step 6" in "".join(again.end())
-    assert_same_run(killed, whole)
-    keys = samples(whole, "keys")
-    assert samples(killed, "keys") == keys
-    epochs = [key for step in range(1, 11) for key in keys[step]]
+    assert losses(killed) == losses(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(load(run).params for run in (killed, whole)))
+
+    start(*training(alone, *flags, processes=1, devices=8, **how)).end()
+    assert_same_run(alone, whole)
+    lengths = [row["max_patches"] for row in rows(whole) if "loss" in row]
+    assert lengths == [row["max_patches"] for row in rows(alone) if "loss" in row]
+    assert len({*lengths[:6]}) > 1  # before the kill, and
+    assert len({*lengths[5:]}) == 3  # after it
+    read = [
+        {
+            step: sorted(zip(index, keys, strict=True))
+            for (step, index), keys in zip(
+                samples(run).items(), samples(run, "keys").values(), strict=True
+            )
+        }
+        for run in (whole, killed, alone)
+    ]
+    assert read[0] == read[1] == read[2]
+    assert {len(batch) for batch in read[0].values()} == {24, 16, 8}
+    epochs = [key for batch in read[0].values() for _, key in batch]
     assert {epochs[i : i + 80].count(key) for i in (0, 80) for key in epochs} == {1}
 
 
