@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,21 @@ from transformers.models.siglip2 import image_processing_pil_siglip2 as processi
 
 from clip_jax.convert import hugging_face
 from clip_jax.convert.formats import read_weights, verify, write_weights
+from clip_jax.convert.state_dict import to_params
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import our_outputs, random_inputs
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.inference.loading import load
+from clip_jax.losses import SigmoidConfig
+from clip_jax.losses.objective import total
 from clip_jax.models import zoo
+from clip_jax.models.clip import CLIP
 from clip_jax.models.images import NaFlex, Patches, fit_patches
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import State, context, encode
 from tests import vocabularies
+from tests.conftest import assert_close
 from tests.convert.conftest import assert_same
 from tests.reference.parity import random_weights, read_back
 
@@ -197,3 +206,43 @@ def test_patches_are_those_of_transformers_bit_for_bit():
         assert ours.pixels.dtype == theirs.dtype
         np.testing.assert_array_equal(np.arange(16) < ours.length, mask)
         np.testing.assert_array_equal(ours.grid, [(rows, columns)])
+
+
+def test_loss_and_gradients_of_a_padded_batch_are_those_of_each_image_alone(naflex, tmp_path):
+    """The sigmoid loss; the reference computes in float64, one image at a time, without padding."""
+    grids = [(1, 40), (40, 1), (6, 6), (1, 1), (3, 9), (5, 8), (2, 7), (13, 3)]
+    images = patches_of(grids, naflex.config, 44)
+    _, tokens = random_inputs(naflex.config)
+    tokens = np.concatenate([tokens, tokens[::-1, ::-1]])[: len(grids)]
+    write_weights(naflex, tmp_path, "hugging-face")
+    theirs = Siglip2Model.from_pretrained(tmp_path).double()
+    alone = [
+        theirs.get_image_features(
+            pixel_values=torch.tensor(images.pixels[i : i + 1, : a * b]).double(),
+            pixel_attention_mask=torch.ones(1, a * b), spatial_shapes=torch.tensor([[a, b]]),
+        ).pooler_output
+        for i, (a, b) in enumerate(grids)
+    ]  # fmt: skip
+    texts = theirs.get_text_features(input_ids=torch.tensor(tokens).long()).pooler_output
+    image, text = (torch.nn.functional.normalize(x) for x in (torch.cat(alone), texts))
+    logits = image @ text.T * theirs.logit_scale.exp() + theirs.logit_bias
+    expected = -torch.nn.functional.logsigmoid((2 * torch.eye(len(grids)) - 1) * logits).sum(1)
+    expected.mean().backward()
+
+    model = CLIP(replace(naflex.config, dtype="float32"))
+    objective = (SigmoidConfig(),)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    inputs = {"image": images, "text": jnp.asarray(tokens)}
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        state = State(0, params, None)
+        outputs, _ = encode(context(model, mesh, state, params, inputs, {}), objective)
+        return total(objective, context(model, mesh, state, params, inputs, outputs))[0]
+
+    value, gradients = loss(naflex.params)
+    assert value == pytest.approx(expected.mean().item(), rel=1e-5)
+    named = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+    table = hugging_face.rows(naflex.config)
+    assert_close(to_params(table, named, naflex.config, "gradients"), gradients)
