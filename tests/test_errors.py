@@ -69,6 +69,7 @@ ZERO = names(
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
     "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",
     InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
+    SigLIP2Lengths="fixed_share",
     GenerationConfig="seed length_penalty", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
     SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",

@@ -291,13 +291,13 @@ class Reports:
             **bucket_rates(read, training),
         }
         if patches := self._kind_at(step - 1).max_patches:
-            values["max_patches"] = patches
+            values["tokens"] = patches
         if read["patches"]:
-            values["valid_patches"] = read["valid_patches"] / read["patches"]
+            values["valid_share"] = read["valid_patches"] / read["patches"]
         if self._peak:
             values["mfu"] = work / training / (self._peak * self._devices)
             if read["patches"]:
-                values["mfu_valid"] = values["mfu"] * values["valid_patches"]
+                values["mfu_valid"] = values["mfu"] * values["valid_share"]
         if (bytes_ := peak_memory()) is not None:
             values["peak_memory_bytes"] = bytes_
         unseen = self._timers.total["evaluation"] + self._timers.total["save"]

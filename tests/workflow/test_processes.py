@@ -95,8 +95,8 @@ def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blo
 
     start(*training(alone, *flags, processes=1, devices=8, **how)).end()
     assert_same_run(alone, whole)
-    lengths = [row["max_patches"] for row in rows(whole) if "loss" in row]
-    assert lengths == [row["max_patches"] for row in rows(alone) if "loss" in row]
+    lengths = [row["tokens"] for row in rows(whole) if "loss" in row]
+    assert lengths == [row["tokens"] for row in rows(alone) if "loss" in row]
     assert len({*lengths[:6]}) > 1  # before the kill, and
     assert len({*lengths[5:]}) == 3  # after it
     read = [
