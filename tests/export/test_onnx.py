@@ -13,7 +13,7 @@ from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export.onnx import other_ids, outputs, write
 from clip_jax.models.text import TokenizerConfig
-from tests.export.conftest import NAFLEX, SQUARE, Family, at_length, programs, rows
+from tests.export.conftest import NAFLEX, SQUARE, Family, programs, rows, shorter
 
 
 def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
@@ -52,10 +52,9 @@ def test_naflex_at_two_lengths_and_batch_sizes_from_one_file(tmp_path, families,
     """Images of several shapes, off the grid of positions, and random values in the padding."""
     family = families(name)
     write(family.weights, tmp_path)
-    other = at_length(family, 12)
-    assert {x.images.pixels.shape[1] for x in (family, other)} == {24, 12}
-    assert not {(3, 3)} & {tuple(grid) for grid in family.images.grid.tolist()}
-    for sample, size in ((family, 3), (other, 1), (other, 3)):
+    other = shorter(family)
+    assert (family.images.pixels.shape[1], other.images.pixels.shape[1]) == (24, 12)
+    for sample, size in ((family, 3), (other, 2), (other, 3)):
         assert max(compared(tmp_path, sample, size=size).values()) <= 1e-5
     for path in (tmp_path / "onnx").iterdir():
         onnx.checker.check_model(str(path), full_check=True)

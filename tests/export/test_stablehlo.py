@@ -20,7 +20,7 @@ from clip_jax.export.stablehlo import PLATFORMS, READER, outputs, spoken, write
 from clip_jax.inference.loading import load
 from clip_jax.models.text import TokenizerConfig
 from tests.conftest import ROOT
-from tests.export.conftest import at_length, programs
+from tests.export.conftest import programs, shorter
 
 
 def call(folder, name, weights, inputs):
@@ -75,7 +75,7 @@ def test_naflex_at_two_lengths_from_one_artifact(tmp_path, families, name):
     family = families(name)
     config, params = family.weights.config, family.weights.params
     write(family.weights, tmp_path)
-    for sample in (family, at_length(family, 12)):
+    for sample in (family, shorter(family)):
         theirs = outputs(tmp_path, config, sample.images, sample.tokens)
         ours = sample.ours
         if config.decoder is not None:
