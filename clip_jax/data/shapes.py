@@ -33,10 +33,14 @@ class SampleDataConfig:
     train: int = 40  # Number of training images per class.
     test: int = 10  # Number of test images per class.
     size: int = 64  # Width and height of the images, in pixels.
+    aspect: float = 1.0  # Largest aspect ratio of the canvases, at the area of size; 1: squares.
     seed: int = 0  # Random seed of the drawings.
 
     def __post_init__(self) -> None:
-        check_ranges(self, train="[1, inf)", test="[1, inf)", size="[8, inf)", seed="[0, inf)")
+        check_ranges(
+            self, train="[1, inf)", test="[1, inf)", size="[8, inf)", aspect="[1, 16]",
+            seed="[0, inf)",
+        )  # fmt: skip
 
 
 def write(config: SampleDataConfig) -> dict[str, int | str]:
@@ -59,7 +63,7 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
                 folder = partial / "folders" / split / f"{color}_{shape}"
                 folder.mkdir(parents=True)
                 for number in range(count):
-                    image, caption = draw(color, shape, config.size, rng)
+                    image, caption = draw(color, shape, config.size, rng, config.aspect)
                     image.save(path := folder / f"{number:03d}.png")
                     if split == "train":
                         pairs.append((path, caption))
@@ -71,26 +75,32 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
     return {"output": str(output), **counts, "unseen_classes": len(_UNSEEN)}
 
 
-def draw(color: str, shape: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
-    """Draw one shape of random size, place and background, `size` pixels high and wide, and say
-    what it is: "a small red circle on the left"."""
-    radius = rng.uniform(0.2, 0.45)
-    x, y = rng.uniform(radius, 1 - radius, 2)
+def draw(
+    color: str, shape: str, size: int, rng: np.random.Generator, aspect: float = 1.0
+) -> tuple[Image.Image, str]:
+    """Draw one shape of random size, place and background on a canvas of `size`² pixels, and say
+    what it is: "a small red circle on the left". `aspect` bounds the random aspect ratio, which is
+    log-uniform."""
+    stretch = aspect ** rng.uniform(-0.5, 0.5) if aspect > 1 else 1.0
+    canvas = np.array([round(size * stretch), round(size / stretch)])
+    radius = rng.uniform(0.2, 0.45)  # as a share of the shorter side
+    reach = radius * (canvas.min() / canvas)  # as a share of each side
+    x, y = rng.uniform(reach, 1 - reach)
     distances = _SHAPES[shape]
     turn = rng.uniform(-0.3, 0.3) + (math.pi / 4 if shape == "square" else -math.pi / 2)
     corners = [
-        (x + radius * r * math.cos(angle), y + radius * r * math.sin(angle))
+        (x + reach[0] * r * math.cos(angle), y + reach[1] * r * math.sin(angle))
         for i, r in enumerate(distances)
         for angle in [turn + 2 * math.pi * i / len(distances)]
     ]
     shade, light = rng.integers(-25, 26, 3), rng.integers(190, 256, 3)
     fill = np.clip(np.array(_COLORS[color]) + shade, 0, 255)
-    large = Image.new("RGB", (4 * size, 4 * size), tuple(light.tolist()))
-    scaled = [(4 * size * x, 4 * size * y) for x, y in corners]
+    large = Image.new("RGB", tuple(4 * canvas), tuple(light.tolist()))
+    scaled = [tuple(4 * canvas * corner) for corner in corners]
     ImageDraw.Draw(large).polygon(scaled, fill=tuple(fill.tolist()))
     where = "on the left" if x < 0.42 else "on the right" if x > 0.58 else "in the middle"
     caption = f"a {'small' if radius < 0.32 else 'large'} {color} {shape} {where}"
-    return large.resize((size, size), Image.Resampling.BOX), caption
+    return large.resize(tuple(canvas), Image.Resampling.BOX), caption
 
 
 def _write_table(folder: Path, pairs: list[tuple[Path, str]]) -> None:

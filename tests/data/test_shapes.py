@@ -51,6 +51,21 @@ def test_a_drawing_is_what_its_caption_says():
         assert pixels[inside].mean(0).argmax() == 2
 
 
+def test_shapes_on_long_canvases_are_not_distorted():
+    ratios = []
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        image, caption = draw("blue", "circle", 64, rng, aspect=3.0)
+        ratios.append(image.width / image.height)
+        assert image.width * image.height == pytest.approx(64 * 64, rel=0.02)
+        rows, columns = np.nonzero(np.asarray(image)[..., 0] < 120)
+        assert abs(np.ptp(rows) - np.ptp(columns)) <= 2
+        radius = np.sqrt(len(rows) / np.pi) / min(image.size)
+        assert ("small" in caption) == (radius < 0.32)
+    assert 1 / 3.1 < min(ratios) < 1 / 2.5
+    assert 2.5 < max(ratios) < 3.1
+
+
 def test_an_output_that_exists_is_kept(tmp_path, capsys):
     config = SampleDataConfig(output=str(tmp_path / "shapes"), train=1, test=1, size=8)
     write(config)
