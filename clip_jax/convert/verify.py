@@ -16,7 +16,7 @@ from jaxtyping import Array
 from clip_jax.convert.weights import Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
-from clip_jax.models.images import Patches, concatenate, pixels_of, with_pixels
+from clip_jax.models.images import Images, Patches, concatenate, pixels_of, with_pixels
 
 BOUND = 1e-5  # relative difference that float32 rounding can cause
 # Sizes of random images in pixels, as different as can be: of NaFlex, one row and one column, too.
@@ -81,7 +81,7 @@ def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(model: CLIP, params: Params, images: Array, tokens: Array) -> dict[str, Array]:
+def _run(model: CLIP, params: Params, images: Images, tokens: Array) -> dict[str, Array]:
     needs = () if model.config.decoder is None else ("caption_states",)
     out, _ = model.outputs(params, {"image": images}, {"text": tokens}, needs)
     logits = l2_normalize(out["image"]) @ l2_normalize(out["text"]).T

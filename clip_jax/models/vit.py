@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -198,12 +198,13 @@ def drop_patches(
 
 
 def resize_positions(
-    table: Float[Array, "N D"], grid: Int[Array, "B 2"], patches: int
+    table: Float[Array, "N D"], grid: Int[Any, "B 2"], patches: Any
 ) -> Float[Array, "B L D"]:
     """Resize a square table of position embeddings to each image's grid (rows, columns).
 
     Bilinear and antialiased, as `jax.image.scale_and_translate`, in float32. The filter is
-    separable, so all grids take one product of static shape; the rest of `patches` is padding.
+    separable, so all grids take one product of static shape; the rest of `patches` (an integer, or
+    symbolic at export) is padding.
     """
     side, grid = math.isqrt(len(table)), jnp.maximum(grid, 1)[:, :, None]
 
