@@ -167,7 +167,7 @@ class Tokens(NamedTuple):
     length: Int[Array, " B"]
 
 
-ImageTokens = Float[Array, "B L D"] | Tokens
+ImageTokens = Float[Array, "_B _L _D"] | Tokens
 
 
 def split_tokens(tokens: ImageTokens) -> tuple[Float[Array, "B L D"], Int[Array, " B"] | None]:

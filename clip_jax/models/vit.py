@@ -358,7 +358,7 @@ class ViT(nn.Module):
         if isinstance(images, Patches):
             x = rearrange(images.pixels, "B L (P Q C) -> B L P Q C", P=patch, Q=patch)
             length = jnp.maximum(images.length, 1)  # of padding of the batch, too
-            resized = resize_positions(table[extra:], images.grid, x.shape[1])
+            resized = resize_positions(table[extra:], jnp.asarray(images.grid), x.shape[1])
             first = jnp.broadcast_to(table[:extra], (x.shape[0], extra, c.width))
             table = jnp.concatenate([first, resized], axis=1)
         else:

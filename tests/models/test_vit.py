@@ -50,13 +50,13 @@ def test_positions_are_resized_as_by_jax(side):
 
 def test_positions_are_resized_in_float32():
     """Also of a table in bfloat16; a row that pads the batch has finite ones."""
-    table = np.random.default_rng(0).standard_normal((16, 5), np.float32).astype(jnp.bfloat16)
-    grid = np.array([(3, 5), (0, 0)], np.int32)
+    table = np.random.default_rng(0).standard_normal((16, 5), np.float32)
+    table, grid = jnp.asarray(table, jnp.bfloat16), jnp.array([(3, 5), (0, 0)], jnp.int32)
     resized = resize_positions(table, grid, 20)
     assert resized.dtype == jnp.float32
-    exact = resize_positions(table.astype(np.float32), grid, 20)
+    exact = resize_positions(table.astype(jnp.float32), grid, 20)
     np.testing.assert_array_equal(resized, exact)
-    assert np.abs(exact - exact.astype(jnp.bfloat16).astype(np.float32)).max() > 1e-4
+    assert jnp.abs(exact - exact.astype(jnp.bfloat16)).max() > 1e-4
     assert np.isfinite(exact).all()
 
 
@@ -121,7 +121,7 @@ def setting(config):
 
 def _tokens(config):
     square = replace(config, vision=replace(config.vision, max_patches=None))
-    return batch(square)["text"][: len(GRIDS)]
+    return jnp.asarray(batch(square)["text"][: len(GRIDS)])
 
 
 @pytest.mark.parametrize(
@@ -211,17 +211,19 @@ def test_token_by_token_gives_the_same_logits(name):
 def test_patch_dropout_keeps_each_images_own_share():
     """Of its valid patches, each once and equally often; an image keeps at least one."""
     lengths, draws, kept = np.array([24, 9, 7, 1], np.int32), 400, 12
-    numbers = jnp.broadcast_to(jnp.arange(LENGTH)[:, None], (len(lengths), LENGTH, 1))
+    numbers = jnp.broadcast_to(jnp.arange(1.0 * LENGTH)[:, None], (len(lengths), LENGTH, 1))
 
     @jax.jit
     def draw(key):
-        return drop_patches(numbers, jax.random.split(key, len(lengths)), kept, lengths)
+        return drop_patches(
+            numbers, jax.random.split(key, len(lengths)), kept, jnp.asarray(lengths)
+        )
 
     chosen, counts = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
     assert chosen.shape == (draws, len(lengths), kept, 1)
     for i, (length, count) in enumerate(zip(lengths, (12, 4, 4, 1), strict=True)):
         np.testing.assert_array_equal(counts[:, i], count)  # halves go to the even number
-        valid = np.sort(chosen[:, i, :count, 0], axis=1)
+        valid = np.sort(chosen[:, i, :count, 0], axis=1).astype(int)
         assert valid.max() < length
         assert (np.diff(valid, axis=1) > 0).all()
         often = np.bincount(valid.ravel(), minlength=length) / draws
