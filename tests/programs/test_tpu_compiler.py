@@ -18,8 +18,8 @@ def printed(*arguments: str) -> list[str]:
 
 
 def test_the_short_kernel_compiles():
-    """Forward and backward, with heads that share registers and that fill none."""
-    shapes = "77,8,64,1", "257,16,80,0"
+    """Forward and backward: eight rows at a time, heads that fill no register, a long sequence."""
+    shapes = "77,8,64,1", "257,16,80,0", "400,16,64,0"
     assert printed("short", "v5e:2x2", *shapes) == [f"{x} 2" for x in shapes]
 
 
