@@ -16,7 +16,7 @@ from jaxtyping import Array
 from clip_jax.convert.weights import Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
-from clip_jax.models.images import Images, Patches, concatenate, pixels_of, with_pixels
+from clip_jax.models.images import Images, NaFlex, Patches, concatenate, pixels_of, with_pixels
 
 BOUND = 1e-5  # relative difference that float32 rounding can cause
 # Sizes of random images in pixels, as different as can be: of NaFlex, one row and one column, too.
@@ -59,7 +59,10 @@ def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
     """
     rng = np.random.default_rng(seed)
     spec, text = config.vision.image_spec, config.text
-    sizes = [spec.fit(*size)[::-1] for size in _SIZES]
+    half = spec  # of a NaFlex model, every second image has padding
+    if isinstance(spec, NaFlex):
+        half = replace(spec, max_patches=-(-spec.max_patches // 2))
+    sizes = [(half if i % 2 else spec).fit(*size)[::-1] for i, size in enumerate(_SIZES)]
     images = concatenate([spec.pack(np.zeros((1, *size, 3), np.uint8)) for size in sizes])
     pixels = rng.normal(size=pixels_of(images).shape).astype(np.float32)
     images = with_pixels(images, pixels)
