@@ -284,7 +284,7 @@ def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
         raise InputError(
             f"batch_size={batch_size} cannot be split over {shards} batch shards "
             f"(mesh data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}); choose a multiple of "
-            f"{shards} with --batch-size, or another mesh."
+            f"{shards} with --batch-size or --lengths.multiple, or another mesh."
         )
 
 

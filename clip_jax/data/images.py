@@ -203,7 +203,8 @@ def read_crop(
     position. Any other input takes the full image. With `scale`, as in open_clip, whose default is
     (0.9, 1.0): a rectangle with that share of the area and an aspect ratio between 3:4 and 4:3 is
     squeezed to the input's size. (At (0.9, 1.0) no such rectangle fits into a 3:2 photograph;
-    open_clip then always takes the middle 4:3.)
+    open_clip then always takes the middle 4:3.) For NaFlex, its aspect ratio is between 3:4 and 4:3
+    times the image's.
 
     With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 size where the crop still has at least as
     many pixels a side as the input; the choice of the crop does not depend on it.
@@ -222,7 +223,8 @@ def read_crop(
         factor = 2 ** list(reduced).index(True)
         rgb = image.convert("RGB")
     if rng is not None and scale is not None:
-        return _resized_box(rgb, spec, _random_box(*full, rng, scale), factor)
+        aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
+        return _resized_box(rgb, spec, _random_box(*full, rng, scale, aspect), factor)
     if isinstance(spec, Square):
         side, bicubic = spec.side, Image.Resampling.BICUBIC
         return np.array(_crop_of_resized(rgb, side, bicubic, rng, full, factor))
@@ -290,18 +292,21 @@ def _crop_of_resized(
 
 
 def _random_box(
-    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
+    aspect: float = 1.0,
+) -> tuple[int, int, int, int]:  # fmt: skip
     """Draw a box as torchvision's RandomResizedCrop does: ten attempts to fit a rectangle into the
-    image, else the largest one in the middle with an aspect ratio of at most 4:3."""
+    image, else the largest one in the middle with an aspect ratio of at most 4:3, both relative to
+    `aspect`."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))
+        ratio = aspect * math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return (int(left), int(top), int(left) + w, int(top) + h)
-    w, h = min(width, round(height * _FLATTEST)), min(height, round(width * _FLATTEST))
+    w = min(width, round(height * _FLATTEST * aspect))
+    h = min(height, round(width * _FLATTEST / aspect))
     left, top = (width - w) // 2, (height - h) // 2
     return (left, top, left + w, top + h)
 
