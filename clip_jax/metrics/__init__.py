@@ -251,7 +251,8 @@ class Reports:
     @contextlib.contextmanager
     def compiling(self, kinds: Sequence[str] = ()) -> Generator[None]:
         """Show that the step is compiled, for several `kinds` of batches, and measure how long."""
-        self.line("compiling the training step …")
+        steps = f"{len(kinds)} training steps" if kinds else "the training step"
+        self.line(f"compiling {steps} …")
         for kind in kinds:
             self.line(f"  for {kind}")
         with self._timers.measure("compile"):
