@@ -28,9 +28,12 @@ PAGES = {
     ),
     "data": (
         "Data",
-        "The input pipeline and the sources of image-text pairs. "
+        "The input pipeline, sequence lengths, and the sources of image-text pairs. "
         "[Read pairs](../../how-to/data.md) says which source suits which files.",
-        ("data.pipeline", "data.augment", "data.sources", "data.digits", "data.order"),
+        (
+            *("data.pipeline", "data.batch_plan", "data.augment", "data.sources", "data.digits"),
+            "data.order",
+        ),
     ),
     "objective": (
         "Objective and optimizer",
