@@ -5,8 +5,7 @@
 
 Hardware: two CPU cores, 2 to 6 minutes.
 Notes: Each batch has sequences of 36 or 64 patches, at about the same number of patches in total.
-There are no random crops: their aspect ratio is between 3:4 and 4:3, which would cut off long
-canvases.
+Without random crops, no shape is cut off.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig
