@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
@@ -157,6 +158,26 @@ def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(branch, **changes), tmp_path / name)
+
+
+def test_siglip2s_lengths_stretch_the_rest_of_the_learning_rate_schedule(tmp_path):
+    """Two steps of squares, then four of drawn lengths in the last two steps of the schedule."""
+    model = tiny().model
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, max_patches=9))
+    lengths = SigLIP2Lengths(patches=(4, 9), fixed_share=0.5, stretch=2)
+    data = dataclasses.replace(tiny().data, seed=2)  # which draws both lengths
+    config = tiny(model=model, lengths=lengths, optim=optim(warmup_steps=0), evals=(), data=data)
+    train(config, tmp_path)
+    reports = [row for row in rows(tmp_path) if "loss" in row]
+    steps = np.array([0, 1, 2, 2.5, 3, 3.5])
+    expected = 2e-3 * (1 + np.cos(np.pi * steps / 4)) / 2
+    np.testing.assert_allclose([row["learning_rate"] for row in reports], expected, rtol=1e-6)
+    tokens = [row.get("tokens") for row in reports]
+    assert tokens[:2] == [None, None]
+    assert {*tokens[2:]} == {4, 9}
+    pairs = np.diff([0, *(row["samples_seen"] for row in reports)])
+    assert pairs.tolist() == [8 if length == 9 else 16 for length in tokens]
+    assert all((row.get("valid_share", 0) > 0.5) == ("tokens" in row) for row in reports)
 
 
 def test_starts_without_progress_are_counted_and_refused(tmp_path):
