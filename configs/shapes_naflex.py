@@ -3,7 +3,10 @@
     clip-jax sample-data canvases --aspect 3 --train 200
     clip-jax train shapes_naflex
 
-Hardware: two CPU cores, 2 to 6 minutes.
+Hardware: two CPU cores, at most 9 minutes.
+Expected: 92% zero-shot top-1 on the test images of 24 classes at 64 patches, and 90% at 36. At 64
+that is 99% on the 20 classes of the training set, and about 58% on four unseen combinations of
+known colours and shapes.
 Notes: Each batch has sequences of 36 or 64 patches, at about the same number of patches in total.
 Without random crops, no shape is cut off.
 """
