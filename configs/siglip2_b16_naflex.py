@@ -13,7 +13,9 @@ samples are 1,220,703 steps of the schedule, so the run has 1.275 times as many,
 Expected: below the paper's 78.5% ImageNet zero-shot top-1 at 256 patches, which it reaches with all
 its losses; this config has the sigmoid loss only.
 Notes: Parameters and optimizer state are sharded over 16 chips. Batches of 784 patches take the
-most memory, so activations are recomputed from the residual stream. `plan` compiles six steps.
+most memory: estimated from the compiled steps in BENCHMARKS.md, 23 GB per chip if activations are
+recomputed as in `siglip2_b16`, and 13 of 16 GB with `remat="attention"`. `plan`, which compiles all
+six steps, has not been run on this config.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ def get_config() -> Config:
         steps=1_556_397,  # 1,220,703 of the schedule × (0.9 + 3.75 × 0.1)
         batch_size=32_768,
         lengths=SigLIP2Lengths(),
-        model=dataclasses.replace(model, remat="residual"),
+        model=dataclasses.replace(model, remat="attention"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SigmoidConfig(),),
         optim=OptimConfig(
