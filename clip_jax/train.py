@@ -75,7 +75,7 @@ class Run:
     config: Config
     workdir: epath.Path
     program: Program  # of the config's batch size and image shape
-    programs: dict[BatchKind, Program]  # of every kind of batch still to come
+    programs: dict[BatchKind, Program]  # of every kind of batch
     pipeline: Pipeline
     evaluations: Evaluations
     checkpoints: Checkpoints

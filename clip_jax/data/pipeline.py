@@ -94,9 +94,10 @@ def build(
     """
     plan = plan or constant(batch_size, image_spec)
     if plan.unit < 1 or plan.unit % process_count:
+        several = f"{plan.unit}, the greatest common divisor of all batch sizes,"
         raise InputError(
-            f"batch_size={plan.unit} must be a positive multiple of the {process_count} "
-            "processes; change --batch-size"
+            f"{several if len(plan.kinds) > 1 else f'batch_size={batch_size}'} must be a positive "
+            f"multiple of the {process_count} processes; change --batch-size"
         )
     process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)

@@ -76,8 +76,8 @@ class Timers:
 class Goodput:
     """Seconds of a run by activity, over all its starts; goodput is the share spent on steps.
 
-    `lost` is the time of steps that were repeated, since a run
-    that died resumes from its last checkpoint. Time between two starts is not counted.
+    `lost` is the time of steps that were repeated, since a run that died resumes from its last
+    checkpoint. Time between two starts is not counted.
     """
 
     PARTS = ("init", "restore", "compile", "input", "save", "evaluation")
