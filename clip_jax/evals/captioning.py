@@ -65,10 +65,11 @@ def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B 
 
 
 def write(
-    model: CLIP, params: Params, images: Images, seed: UInt32[Array, ""] | None = None, *,
+    model: CLIP, params: Params, images: Images, seed: UInt32[Array, "*B"] | None = None, *,
     generation: GenerationConfig,
 ) -> Int[Array, "B L"]:  # fmt: skip
-    """Generate a caption for each image, as token ids; a `seed` here avoids recompilation."""
+    """Generate a caption for each image, as token ids; a `seed` here, or one for each image,
+    avoids recompilation."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
     return generate(model, params, image_tokens, generation, seed)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 from scipy import special
 
 from clip_jax import processes, sharding
@@ -83,14 +83,14 @@ class Model:
     def encode_image(self, images: Images, *, batch_size: int = 64) -> Float[Array, "B E"]:
         """Embed images, bytes or the output of `preprocess`, in batches; not normalised."""
         encode = compiled(embed_images, self.clip, self._mesh, normalize=False)
-        return jnp.asarray(self._in_batches("encode_image", encode, images, batch_size))
+        return jnp.asarray(self._in_batches("encode_image", encode, images, batch_size=batch_size))
 
     def encode_text(
         self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
     ) -> Float[Array, "B E"]:
         """Embed the output of `tokenize`, in batches; not normalised."""
         encode = compiled(embed_texts, self.clip, self._mesh, normalize=False)
-        return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size))
+        return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size=batch_size))
 
     def probabilities(
         self, images: Float[Any, "B E"], texts: Float[Any, "T E"]
@@ -112,16 +112,20 @@ class Model:
         generation: GenerationConfig = GenerationConfig(),
         *,
         batch_size: int = 64,
+        seeds: UInt32[np.ndarray, " B"] | None = None,
     ) -> list[str]:
         """Return a caption for each image, given bytes or the output of `preprocess`, in batches.
 
-        Raises InputError if the model has no decoder; CoCa and MaMMUT have one.
+        `seeds` replace `generation.seed`: an image's caption is the one of its own seed. Raises
+        InputError if the model has no decoder; CoCa and MaMMUT have one.
         """
         self.clip.needs_decoder()
         # The seed is an argument, so that another needs no compilation.
         run = compiled(write, self.clip, self._mesh, generation=replace(generation, seed=0))
-        run = functools.partial(run, seed=jnp.uint32(generation.seed))
-        ids = self._in_batches("caption", run, images, batch_size)
+        if seeds is None:
+            run = functools.partial(run, seed=jnp.uint32(generation.seed))
+        rows = (images,) if seeds is None else (images, seeds)
+        ids = self._in_batches("caption", run, *rows, batch_size=batch_size)
         return read_captions(ids, self.config.text)
 
     @functools.cached_property
@@ -134,9 +138,9 @@ class Model:
         """The parameters, replicated on all devices."""
         return jax.device_put(self.params, sharding.replicated(self._mesh))
 
-    def _in_batches(self, name: str, function: Any, rows: Any, batch_size: int) -> np.ndarray:
+    def _in_batches(self, name: str, function: Any, *rows: Any, batch_size: int) -> np.ndarray:
         return sharding.in_batches(
-            function, self._mesh, self._replicated, rows, batch_size=batch_size, name=name
+            function, self._mesh, self._replicated, *rows, batch_size=batch_size, name=name
         )
 
 

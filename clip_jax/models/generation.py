@@ -71,13 +71,14 @@ def generate(
     params: Params,
     image_tokens: ImageTokens,
     config: GenerationConfig = GenerationConfig(),
-    seed: Integer[Array, ""] | None = None,
+    seed: Integer[Array, "*B"] | None = None,
 ) -> Int[Array, "B L"]:
     """Generate a caption for each image: ids from begin to end of text, then padding.
 
     As in open_clip's `generate`, a generated padding id also ends a row. `seed` replaces the
-    config's, so that another seed needs no compilation. Raises InputError if the model has no
-    decoder or too short a context.
+    config's, so that another seed needs no compilation; an array [B] is a seed for each image,
+    whose caption is the same as with that seed alone. Raises InputError if the model has no decoder
+    or too short a context.
     """
     clip.needs_decoder()
     config = config.within(clip.config.text)
@@ -110,11 +111,15 @@ def _choose(
         before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)
         kept = jnp.where(before < config.top_p, order, jnp.inf)  # always keeps the first
         logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
-    # All rows share the noise, so an image's caption does not depend on the others. Threefry,
-    # whatever JAX's default is, for the same captions everywhere.
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-    noise = jax.random.gumbel(key, logits.shape[-1:])
-    return (logits / config.temperature + noise).argmax(-1)
+
+    # Rows of one seed share the noise, so an image's caption does not depend on the others.
+    # Threefry, whatever JAX's default is, for the same captions everywhere.
+    def noise(seed: Any) -> Float[Array, " V"]:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, logits.shape[-1:])
+
+    drawn = jax.vmap(noise)(seed) if jnp.ndim(seed) else noise(seed)
+    return (logits / config.temperature + drawn).argmax(-1)
 
 
 def _write(

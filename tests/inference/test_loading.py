@@ -205,6 +205,9 @@ def test_drawn_captions_depend_on_the_seed():
         writer.caption(images, GenerationConfig(method="sample", seed=seed)) for seed in (0, 1)
     )
     assert first != second
+    seeds = np.array([0, 1] * 4, np.uint32)
+    mixed = writer.caption(images, GenerationConfig(method="sample"), seeds=seeds)
+    assert mixed == [(first, second)[seed][row] for row, seed in enumerate(seeds)]
 
 
 def test_a_terminal_sees_progress_of_long_lists_alone(model, monkeypatch, capsys):

@@ -98,6 +98,11 @@ def test_draws_depend_on_the_seed_alone():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     split = jax.device_put(image_tokens, rows)
     np.testing.assert_array_equal(run(params, split, jnp.uint32(0)), got)
+    # With a seed of its own, each row is the one of that seed.
+    seeds = jnp.array([0, 1, 1, 7, 0, 2**32 - 1, 1, 3], jnp.uint32)
+    single = np.stack([run(params, image_tokens, seed)[row] for row, seed in enumerate(seeds)])
+    np.testing.assert_array_equal(run(params, image_tokens, seeds), single)
+    np.testing.assert_array_equal(run(params, split, jax.device_put(seeds, rows)), single)
 
 
 @pytest.mark.parametrize(
