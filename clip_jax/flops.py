@@ -44,6 +44,7 @@ class Flops(NamedTuple):
     text: int
     decoder: int = 0  # with its vocabulary projection; 0 without a decoder
     loss: int = 0  # the similarity matrix of a step
+    teacher: int = 0  # forward passes of the objective's frozen models
 
     @property
     def total(self) -> int:
@@ -54,7 +55,11 @@ def of_step(run: Any) -> Flops:
     """Count one training step of a Config or Recipe, with dropped patches and locked towers."""
     locked = run.optim.locked
     macs = sum(term.macs(run.model, run.batch_size, locked) for term in run.objective)
-    return training(run.model, run.batch_size, locked=locked)._replace(loss=2 * macs)
+    teachers = [model for term in run.objective for model in term.frozen().values()]
+    each = [(forward(x.config), x.texts) for x in teachers]
+    teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
+    own = training(run.model, run.batch_size, locked=locked)
+    return own._replace(loss=2 * macs, teacher=teacher)
 
 
 def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:

@@ -8,7 +8,7 @@ model does not have, and missing ones, are errors that name them.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,9 +288,14 @@ def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
         )
 
 
-def param_shardings(config: CLIPConfig, params: Params, mesh: AnyMesh) -> Params:
-    """Return the NamedSharding of every parameter, from arrays or shapes."""
-    rows = config.dimensions()
+def param_shardings(
+    config: CLIPConfig, params: Params, mesh: AnyMesh, rows: Mapping[str, str] | None = None
+) -> Params:
+    """Return the NamedSharding of every parameter, from arrays or shapes.
+
+    `rows` are the names of their dimensions, by default those of the model alone.
+    """
+    rows = rows or config.dimensions()
     used = set()
 
     def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:

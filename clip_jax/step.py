@@ -90,7 +90,8 @@ class Program:
         self.state, self.batch = shapes(recipe, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self._learning_rate = schedule(recipe.optim, recipe.steps)
-        optimizer = make_optimizer(recipe.optim, recipe.model.dimensions())
+        rows = terms.dimensions(recipe.objective, recipe.model)
+        optimizer = make_optimizer(recipe.optim, rows)
         self._init = jax.jit(
             functools.partial(
                 init_state, model=self.model, optimizer=optimizer, objective=recipe.objective
@@ -122,8 +123,11 @@ class Program:
 
     def with_frozen(self, state: State, frozen: FrozenParams | None) -> State:
         """Put the terms' frozen parameters on the mesh. They must have the shapes of `state`."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.state.frozen)
-        return replace(state, frozen=jax.device_put(frozen or {}, shardings))
+
+        def put(want: jax.ShapeDtypeStruct, x: Any) -> Array:
+            return jax.device_put(x.astype(want.dtype), want.sharding)
+
+        return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen or {}))
 
     def compile(self) -> None:
         """Compile the step now; it then takes only states and batches that are on the mesh."""
@@ -150,7 +154,7 @@ def init_state(
     objective: Objective = (), params: Params | None = None,
 ) -> State:  # fmt: skip
     """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
-    params = model.init(key) | (params or {})
+    params = model.init(key) | terms.draw(objective, model.config, key) | (params or {})
     trainable, _ = split_batch_stats(params)
     carried = terms.init(objective, trainable)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried)
@@ -162,10 +166,11 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     Raises InputError if the mesh cannot split the batch or a parameter evenly.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
-    model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, recipe.model.dimensions())
+    names = terms.dimensions(recipe.objective, recipe.model)
+    model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, names)
     begin = functools.partial(init_state, jax.random.key(0), model, optimizer, recipe.objective)
     state = jax.eval_shape(begin)
-    params = sharding.param_shardings(recipe.model, state.params, mesh)
+    params = sharding.param_shardings(recipe.model, state.params, mesh, names)
     shardings = State(
         sharding.replicated(mesh),
         params,
@@ -204,7 +209,13 @@ def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def _frozen(config: CLIPConfig, mesh: AnyMesh) -> Params:
     params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    return jax.tree.map(_placed, params, sharding.param_shardings(config, params, mesh))
+    towers = {  # scalars and BatchNorm's statistics stay float32
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), tree)
+        for name, tree in params.items()
+        if isinstance(tree, dict) and name != "batch_stats"
+    }
+    places = sharding.param_shardings(config, params, mesh)
+    return jax.tree.map(_placed, params | towers, places)
 
 
 def context(
@@ -279,7 +290,7 @@ def train_step(
         encode_chunk, compare, towers, scalars, inputs, accumulation, group_size=group or 1
     )
     grads, metrics = result.params | result.others, result.aux
-    optimizer = make_optimizer(optim, model.config.dimensions())
+    optimizer = make_optimizer(optim, terms.dimensions(objective, model.config))
     updates, opt_state = optimizer.update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )

@@ -25,13 +25,17 @@ class CaptionConfig(Term):
     """Caption loss (CoCa, MaMMUT): cross-entropy of the tokens that the decoder predicts."""
 
     name: ClassVar[str] = "caption"
-    needs: ClassVar[tuple[str, ...]] = ("caption_states",)
 
     weight: float = 2.0  # Factor on this loss in the objective (CoCa: 2, MaMMUT: 1).
     chunk_size: int = 2_048  # Token positions per device whose logits are in memory at once.
 
     def __post_init__(self) -> None:
         check_ranges(self, "CaptionConfig.", weight="[0, inf)", chunk_size="[1, inf)")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The decoder's states."""
+        return ("caption_states",)
 
     def encode(self, x: Context) -> Outputs:
         """Return the loss of each row, summed over its tokens."""

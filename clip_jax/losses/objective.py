@@ -11,16 +11,18 @@ Embeddings and the results of `encode` are kept for the global batch; all other 
 towers exist only while their chunk is encoded. So any term works with gradient accumulation.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from jax import ShapeDtypeStruct
+import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.inputs import Input
 
 Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
 Outputs = dict[str, Float[Array, "B ..."]]
@@ -39,8 +41,9 @@ class Axes(NamedTuple):
 class Frozen(NamedTuple):
     """A model that a term uses and nothing trains, such as a teacher."""
 
-    config: CLIPConfig
+    config: CLIPConfig  # its dtype is also that of the parameters in memory
     weights: str  # path of a run, a model folder or a weight file
+    texts: int = 1  # number of texts that it encodes with each image, for FLOPs
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,30 @@ class Term:
     """
 
     name: ClassVar[str] = "term"  # for its metrics and state; unique within an objective
-    needs: ClassVar[tuple[str, ...]] = ()
 
     weight: float = 1.0  # Factor on this term in the objective.
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Outputs of the towers that the term needs, see above."""
+        return ()
 
     def check(self, model: CLIPConfig) -> None:
         """Raise InputError unless the model has what the term needs."""
 
-    def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, ShapeDtypeStruct]:
+    def reads(self, model: CLIPConfig) -> dict[str, Input]:
+        """Return what the input pipeline makes of each sample for this term, by name."""
+        return {}
+
+    def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, Any]:
         """Return the shapes of further inputs that the term reads from the batch, by name."""
+        return {name: x.shapes(batch_size) for name, x in self.reads(model).items()}
+
+    def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return the shape of each trainable array of the term and the names of its dimensions.
+
+        They are drawn from N(0, 1 / first dimension), and are `params[NAME]` in `encode`.
+        """
         return {}
 
     def frozen(self) -> dict[str, Frozen]:
@@ -179,6 +197,36 @@ def total(objective: Objective, x: Context) -> Result:
         metrics |= own | ({f"{term.name}_loss": value} if len(objective) > 1 else {})
         parts.append(value if term.weight == 1 else term.weight * value)
     return sum(parts[1:], start=parts[0]), metrics
+
+
+def reads(objective: Objective, model: CLIPConfig) -> dict[str, Input]:
+    """Return what the input pipeline makes of each sample for the terms, by name."""
+    return {name: x for term in objective for name, x in term.reads(model).items()}
+
+
+def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:
+    """Draw the terms' own parameters, by the terms' names."""
+    own = {term.name: term.parameters(model) for term in objective}
+
+    def normal(path: str, shape: tuple[int, ...]) -> Array:
+        seed = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return jax.random.normal(seed, shape) * shape[0] ** -0.5
+
+    return {
+        term: {name: normal(f"{term}/{name}", shape) for name, (shape, _) in arrays.items()}
+        for term, arrays in own.items()
+        if arrays
+    }
+
+
+def dimensions(objective: Objective, model: CLIPConfig) -> dict[str, str]:
+    """Return path → dimension names of all parameters, the model's and the terms'."""
+    own = {
+        f"{term.name}/{name}": names
+        for term in objective
+        for name, (_, names) in term.parameters(model).items()
+    }
+    return model.dimensions() | own
 
 
 def init(objective: Objective, params: Params) -> dict[str, Any]:
