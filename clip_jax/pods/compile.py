@@ -65,6 +65,7 @@ class Facts:
     parameters: int
     optimizer: int
     terms: int = 0  # the objective's own arrays: teachers, averages
+    frozen: int = 0  # its part of the terms: parameters of frozen models
     batch: int
     loss: int  # peak of the loss, compiled alone
     token_embedding: int = 0  # its part of the parameters
@@ -191,7 +192,8 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
     rest = (state.step, state.opt_state)
     return {
         "parameters": size(state.params), "optimizer": size(rest),
-        "terms": size([state.carried, state.frozen]), "batch": size(batch),
+        "terms": size([state.carried, state.frozen]), "frozen": size(state.frozen),
+        "batch": size(batch),
         "token_embedding": size(state.params, "token_embedding"),
         "token_embedding_optimizer": size(rest, "token_embedding"),
     }  # fmt: skip

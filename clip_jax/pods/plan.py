@@ -88,7 +88,7 @@ class Plan:
     is_gpu: bool
     bytes_per_device: dict[str, int]  # by part, and the total
     token_embedding_bytes: dict[str, int]  # its part of parameters and optimizer
-    model_flops_per_step: int  # of all devices, without recomputation
+    model_flops_per_step: int  # of all devices, without recomputation, with the teachers'
     collectives: tuple[Collective, ...]
     calls: dict[str, int]  # calls of kernels and libraries per step, by name
     seconds: Seconds  # of a step at the chips' peaks; empty if it does not fit
@@ -108,6 +108,19 @@ class Plan:
     attention: str = ""  # backend of the image tower's attention
     valid_share: float = 1.0  # share of patches that are not padding
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
+    teacher_flops_per_step: int = 0  # forward passes of frozen models
+    teacher_hours: float = 0.0  # their share of the hours
+    frozen_bytes: int = 0  # parameters of frozen models on one device, a part of the terms
+
+    def per_billion_pairs(self) -> dict[str, float | None]:
+        """Return hours and price of 1B pairs, with and without the teachers' FLOPs at this MFU."""
+        billions = sum(x.steps * x.batch_size for x in self.lengths or (self,)) / 1e9
+        hours, price = self.hours / billions, self.price and self.price / billions
+        own = 1 - self.teacher_hours / self.hours
+        return {
+            "hours": hours, "price": price,
+            "hours_without_teacher": own * hours, "price_without_teacher": price and own * price,
+        }  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, with bounds of the step flattened, and FLOPs per device."""
@@ -119,7 +132,9 @@ class Plan:
         for collective in values["collectives"]:
             del collective["source"], collective["arrays"]
         return values | {
-            "model_flops_per_step_per_device": self.model_flops_per_step / self.devices
+            "model_flops_per_step_per_device": self.model_flops_per_step / self.devices,
+            "teacher_share_of_flops": self.teacher_flops_per_step / self.model_flops_per_step,
+            "per_billion_pairs": self.per_billion_pairs(),
         }
 
 
@@ -160,6 +175,7 @@ def run(config: PlanConfig, compile_: Compile) -> Plan:
         worst,
         steps=sum(x.steps for x in plans),
         hours=hours,
+        teacher_hours=sum(x.teacher_hours for x in plans),
         price=worst.price and worst.price * hours / worst.hours,
         images_per_second_per_host=max(x.images_per_second_per_host for x in plans),
         compile_seconds=sum(x.compile_seconds for x in plans),
@@ -217,7 +233,8 @@ def assess(
     vision, share = recipe.model.vision, 1.0
     if isinstance(vision, ViTConfig) and isinstance(vision.image_spec, NaFlex):
         share = config.valid_share or valid_share(vision.image_spec)
-    model_flops = flops.of_step(recipe).total
+    counts = flops.of_step(recipe)
+    model_flops = counts.total
     peak_flops = topology.devices * chip.peak_flops / chip.devices
     entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
     known = {name: getattr(facts, name) for name in entries}
@@ -268,6 +285,9 @@ def assess(
         tokens=getattr(vision, "num_patches", None),
         attention=facts.attention,
         valid_share=share,
+        teacher_flops_per_step=counts.teacher,
+        teacher_hours=hours * counts.teacher / model_flops,
+        frozen_bytes=facts.frozen,
     )  # fmt: skip
 
 

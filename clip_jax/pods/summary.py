@@ -51,6 +51,9 @@ def describe(plan: Plan) -> str:
         f"model FLOPs: {plan.model_flops_per_step:.4g} per step, "
         f"{plan.model_flops_per_step / plan.devices:.4g} per device"
     )
+    if plan.teacher_flops_per_step:
+        share = plan.teacher_flops_per_step / plan.model_flops_per_step
+        lines.append(f"of these, teacher: {plan.teacher_flops_per_step:.4g} per step, {share:.1%}")
     if plan.is_gpu and plan.seconds:
         lines.append(
             "HBM traffic counts every operand; those that are still in a card's cache cost less."
@@ -67,6 +70,10 @@ def describe(plan: Plan) -> str:
         f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
         f"at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}"
     )
+    each = plan.per_billion_pairs()
+    for name in ("", "_without_teacher") if plan.teacher_flops_per_step else ("",):
+        cost = "" if each["price"] is None else f", price {each[f'price{name}']:,.0f}"
+        lines.append(f"1B pairs{name.replace('_', ' ')}: {each[f'hours{name}']:,.1f} hours{cost}")
     images = plan.images_per_second_per_host
     size, requests = images * IMAGE_BYTES / 1e6, images * IMAGE_BYTES / BLOCK_BYTES
     lines.append(
@@ -127,6 +134,8 @@ def _memory(plan: Plan) -> str:
         rows.append((label, HOW[name], _mib(size)))
         if table := plan.token_embedding_bytes.get(name):
             rows.append(("  of it, the token embedding", HOW[name], _mib(table)))
+        if name == "terms" and plan.frozen_bytes:
+            rows.append(("  of it, frozen models", HOW[name], _mib(plan.frozen_bytes)))
     return _table(("memory per device", "source", "MiB"), rows, left=2)
 
 

@@ -15,7 +15,7 @@ import pytest
 from clip_jax import flops, processes, sharding
 from clip_jax.cli.commands import main
 from clip_jax.data.batch_plan import SigLIP2Lengths
-from clip_jax.losses import SoftmaxConfig
+from clip_jax.losses import Frozen, SoftmaxConfig, Term
 from clip_jax.models.images import NaFlex, fit_patches
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Adafactor, AdamW, OptimConfig
@@ -82,6 +82,7 @@ def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, table)
         "parameters": on_one_device(state.params),
         "optimizer": on_one_device([getattr(state, x) for x in vars(state) if x != "params"]),
         "terms": 0,
+        "frozen": 0,
         "batch": on_one_device(program.batch),
         "token_embedding": 520 * 32 * 4 // 4,
         "token_embedding_optimizer": table,
@@ -110,6 +111,39 @@ def test_times_bound_the_step_and_price_the_run():
         assert words in text
     text = describe(dataclasses.replace(planned, images_per_second_per_host=7_000))
     assert "490 MB/s in 116.8 requests/s" in text
+
+
+class Teacher(Term):
+    def frozen(self):
+        return {
+            "model": Frozen(dataclasses.replace(TINY, dtype="bfloat16"), "runs/teacher", texts=2)
+        }
+
+
+def test_a_frozen_teachers_memory_flops_and_price():
+    recipe = dataclasses.replace(CONFIG.recipe, objective=(SoftmaxConfig(), Teacher()))
+    state = Program(recipe, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).state
+    held = pod.held_bytes(state, {})
+    assert held["terms"] == held["frozen"] == pytest.approx(held["parameters"] / 2, rel=1e-3)
+    known = dataclasses.replace(facts(planning.request(CONFIG)), terms=5 << 20, frozen=4 << 20)
+    planned, alone = assess(CONFIG, known, recipe), assess(CONFIG, known)
+    forward = flops.forward(TINY)
+    assert planned.teacher_flops_per_step == 2_048 * (forward.image + 2 * forward.text)
+    assert (
+        planned.model_flops_per_step - planned.teacher_flops_per_step == alone.model_flops_per_step
+    )
+    printed: Any = planned.to_json()
+    share = printed["teacher_share_of_flops"]
+    assert share == planned.teacher_flops_per_step / planned.model_flops_per_step
+    each = printed["per_billion_pairs"]
+    assert each["price"] == pytest.approx(planned.price / (1_000 * 2_048 / 1e9))
+    assert each["hours_without_teacher"] == pytest.approx((1 - share) * each["hours"])
+    assert each["price_without_teacher"] == pytest.approx((1 - share) * each["price"])
+    text = describe(planned)
+    assert re.findall(r"frozen models .* ([\d.]+)", text) == ["4.0"]
+    assert "of these, teacher:" in text
+    assert re.search(r"1B pairs without teacher: [\d.]+ hours, price \d+", text)
+    assert "teacher" not in describe(alone)
 
 
 @pytest.mark.parametrize(
