@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import open_clip, tokenizer_files, verify
-from clip_jax.convert.archives import write_npz
 from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
 from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import Row, Rules, from_params, table, to_params
@@ -35,6 +34,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD, NaFlex
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.storage.archives import write_npz
 
 _ROOT = "params/"
 _BLOCK = re.compile(r"(.*/encoderblock)_(\d+)/(.*)")

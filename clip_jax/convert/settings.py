@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert.archives import map_file
 from clip_jax.errors import InputError
+from clip_jax.storage.archives import map_file
 
 MAX_JSON = 16 << 20  # bytes
 _LARGEST = 1 << 22  # largest size

@@ -9,10 +9,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from clip_jax.convert.archives import is_npz, map_file, read_npz
 from clip_jax.convert.settings import read_json
-from clip_jax.convert.torch_pickle import read_torch
 from clip_jax.errors import InputError
+from clip_jax.storage.archives import is_npz, map_file, read_npz
+from clip_jax.storage.torch_pickle import read_torch
 
 Tensors = dict[str, np.ndarray]
 

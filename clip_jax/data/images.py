@@ -43,6 +43,7 @@ Rules = Literal["openai", "transformers", "torchvision", "tensorflow"]
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
 # Warnings about metadata, palettes and sizes, which nobody can act on during a run.
@@ -197,6 +198,18 @@ def read_crop(
     *,
     scaled: bool = True,
 ) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode an image and crop it for one input; see `read_crops`."""
+    return read_crops(data, (spec,), rng, scale, scaled=scaled)[0]
+
+
+def read_crops(
+    data: bytes,
+    specs: Sequence[ImageSpec],
+    rng: np.random.Generator | None = None,
+    scale: tuple[float, float] | None = None,
+    *,
+    scaled: bool = True,
+) -> list[UInt8[np.ndarray, "_H _W 3"]]:
     """Decode an image and crop it, at random with `rng`, else in the middle. Raises ImageError.
 
     Square inputs as in the paper: the shorter side is resized, then a square is cropped at a random
@@ -204,31 +217,52 @@ def read_crop(
     (0.9, 1.0): a rectangle with that share of the area and an aspect ratio between 3:4 and 4:3 is
     squeezed to the input's size. (At (0.9, 1.0) no such rectangle fits into a 3:2 photograph;
     open_clip then always takes the middle 4:3.) For NaFlex, its aspect ratio is between 3:4 and 4:3
-    times the image's.
+    times the image's. The first input decides; the others get the same box, resized from the image.
 
     With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 size where the crop still has at least as
     many pixels a side as the input; the choice of the crop does not depend on it.
     """
-    with _opened(data, load=False) as image:
-        full = image.size
-        spare = min(side / fit for side, fit in zip(full, spec.fit(*full), strict=True))
-        if rng is not None and scale is not None:  # of the smallest box
-            smallest = math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST)
-            spare = min(*full, smallest) / spec.side
-        factor = next((f for f in (8, 4, 2) if spare >= f), 1)
-        if scaled and factor > 1:
-            image.draft(None, (full[0] // factor, full[1] // factor))  # only JPEG's does anything
-        # Sizes are rounded up: the last column of an odd image is half empty.
-        reduced = (tuple(-(-side // f) for side in full) == image.size for f in (1, 2, 4, 8))
-        factor = 2 ** list(reduced).index(True)
-        rgb = image.convert("RGB")
-    if rng is not None and scale is not None:
-        aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
-        return _resized_box(rgb, spec, _random_box(*full, rng, scale, aspect), factor)
-    if isinstance(spec, Square):
-        side, bicubic = spec.side, Image.Resampling.BICUBIC
-        return np.array(_crop_of_resized(rgb, side, bicubic, rng, full, factor))
-    return _resized_box(rgb, spec, (0, 0, *full), factor)
+    box: Box | None = None
+    decoded: dict[int, Image.Image] = {}
+    crops: dict[tuple[int, int], UInt8[np.ndarray, "_H _W 3"]] = {}
+    sizes = []
+    for spec in specs:
+        with _opened(data, load=False) as image:
+            full = image.size
+            factor = _reduce(image, spec, None if rng is None else scale) if scaled else 1
+            if factor not in decoded:
+                decoded[factor] = image.convert("RGB")
+        square = None
+        if box is None and rng is not None and scale is not None:
+            aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
+            box = random_box(*full, rng, scale, aspect)
+        elif box is None and isinstance(spec, Square):
+            square = _, box = _square(full, spec.side, rng)
+        elif box is None:
+            box = (0, 0, full[0], full[1])
+        left, top, right, bottom = box
+        sizes.append(spec.fit(round(right - left), round(bottom - top)))
+        if square:
+            args = spec.side, Image.Resampling.BICUBIC, full, factor, square
+            crops[sizes[0]] = np.array(_crop_of_resized(decoded[factor], *args))
+        elif sizes[-1] not in crops:
+            crops[sizes[-1]] = _resized_box(decoded[factor], sizes[-1], box, factor)
+    return [crops[size] for size in sizes]
+
+
+def _reduce(image: Image.Image, spec: ImageSpec, scale: tuple[float, float] | None) -> int:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 size if crops of it suffice; return the factor."""
+    full = image.size
+    spare = min(side / fit for side, fit in zip(full, spec.fit(*full), strict=True))
+    if scale is not None:  # of the smallest box
+        smallest = math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST)
+        spare = min(*full, smallest) / spec.side
+    factor = next((f for f in (8, 4, 2) if spare >= f), 1)
+    if factor > 1:
+        image.draft(None, (full[0] // factor, full[1] // factor))  # only JPEG's does anything
+    # Sizes are rounded up: the last column of an odd image is half empty.
+    reduced = (tuple(-(-side // f) for side in full) == image.size for f in (1, 2, 4, 8))
+    return 2 ** list(reduced).index(True)
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -245,13 +279,12 @@ def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndar
 
 
 def _resized_box(
-    image: Image.Image, spec: ImageSpec, box: tuple[int, int, int, int], factor: int
+    image: Image.Image, size: tuple[int, int], box: Box, factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Resize a box of the full image, of which `image` is 1 / `factor`, to the input's size."""
-    left, top, right, bottom = box
-    size = spec.fit(right - left, bottom - top)
-    if factor == 1:
+    """Resize a box of the full image, of which `image` is 1 / `factor`."""
+    if factor == 1 and all(isinstance(edge, int) for edge in box):
         return np.array(image.crop(box).resize(size, Image.Resampling.BICUBIC))
+    left, top, right, bottom = box
     reduced = (left / factor, top / factor, right / factor, bottom / factor)
     return np.array(image.resize(size, Image.Resampling.BICUBIC, box=reduced))
 
@@ -260,44 +293,55 @@ def _crop_of_resized(
     image: Image.Image,
     size: int,
     resample: Image.Resampling,
-    rng: np.random.Generator | None = None,
     full: tuple[int, int] | None = None,
     factor: int = 1,
+    square: tuple[int, Box] | None = None,
     down: bool = False,
 ) -> Image.Image:
-    """Resize the shorter side to `size`; crop a square, at random with `rng`, else the middle.
+    """Resize the shorter side to `size`; crop a square, as `_square` chose it, else the middle.
 
-    `full` is the size of the image before it was reduced by `factor`, if it was. `down` rounds the
-    middle's offset down.
+    `full` is the size of the image before it was reduced by `factor`, if it was.
     """
     full = full or image.size
+    offset, (left, top, right, bottom) = square or _square(full, size, down=down)
+    resized_long = size * max(full) // min(full)
+    if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
+        # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
+        # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
+        # rounding of its border to float32.
+        box = (left / factor, top / factor, right / factor, bottom / factor)
+        return image.resize((size, size), resample, box=box)
+    wide = full[0] > full[1]
+    left, top = (offset, 0) if wide else (0, offset)
+    resized = image.resize((resized_long, size) if wide else (size, resized_long), resample)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _square(
+    full: tuple[int, int], size: int, rng: np.random.Generator | None = None, down: bool = False
+) -> tuple[int, Box]:
+    """Choose a square of an image whose shorter side is resized to `size`, at random with `rng`.
+
+    Return its offset along the longer side, and its box in the full image. `down` rounds the
+    middle's offset down.
+    """
     short, long = sorted(full)
     resized_long = size * long // short
     spare = resized_long - size
     # round: halves go to the even number, as in torchvision's CenterCrop
     middle = spare // 2 if down else round(spare / 2)
     offset = middle if rng is None else int(rng.integers(spare + 1))
-    wide = full[0] > full[1]
-    left, top = (offset, 0) if wide else (0, offset)
-    if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
-        # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
-        # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
-        # rounding of its border to float32.
-        short, long = short / factor, long / factor
-        start, end = (edge * long / resized_long for edge in (offset, offset + size))
-        box = (start, 0, end, short) if wide else (0, start, short, end)
-        return image.resize((size, size), resample, box=box)
-    resized = image.resize((resized_long, size) if wide else (size, resized_long), resample)
-    return resized.crop((left, top, left + size, top + size))
+    start, end = (edge * long / resized_long for edge in (offset, offset + size))
+    return offset, (start, 0, end, short) if full[0] > full[1] else (0, start, short, end)
 
 
-def _random_box(
+def random_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
     aspect: float = 1.0,
 ) -> tuple[int, int, int, int]:  # fmt: skip
-    """Draw a box as torchvision's RandomResizedCrop does: ten attempts to fit a rectangle into the
-    image, else the largest one in the middle with an aspect ratio of at most 4:3, both relative to
-    `aspect`."""
+    """Draw a box (left, top, right, bottom) as torchvision's RandomResizedCrop does: ten attempts
+    to fit a rectangle into the image, else the largest one in the middle with an aspect ratio of
+    at most 4:3, both relative to `aspect`."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = aspect * math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))

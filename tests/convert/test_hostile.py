@@ -12,9 +12,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from clip_jax.convert import torch_pickle
 from clip_jax.convert.tensor_files import read_tensors
-from clip_jax.convert.torch_pickle import read_torch
+from clip_jax.storage import torch_pickle
+from clip_jax.storage.torch_pickle import read_torch
 from tests.convert.conftest import refuse
 
 # ------------------------------------------------------------------ writing PyTorch's files by hand

@@ -111,7 +111,7 @@ def test_random_crop_is_any_square_of_the_resized_image(photo):
 
 def test_random_rectangle_has_its_share_of_the_area():
     rng = np.random.default_rng(0)
-    boxes = np.array([images._random_box(1000, 800, rng, (0.5, 0.9)) for _ in range(500)])
+    boxes = np.array([images.random_box(1000, 800, rng, (0.5, 0.9)) for _ in range(500)])
     left, top, right, bottom = boxes.T
     assert (boxes >= 0).all() & (right <= 1000).all() & (bottom <= 800).all()
     width, height = right - left, bottom - top
@@ -122,10 +122,10 @@ def test_random_rectangle_has_its_share_of_the_area():
     assert 1.28 < ratio.max() < 1.34
     assert len(set(left)) > 50
     # Of a long image, the middle.
-    assert images._random_box(900, 90, rng, (0.9, 1.0)) == (390, 0, 510, 90)
-    assert images._random_box(90, 900, rng, (0.9, 1.0)) == (0, 390, 90, 510)
+    assert images.random_box(900, 90, rng, (0.9, 1.0)) == (390, 0, 510, 90)
+    assert images.random_box(90, 900, rng, (0.9, 1.0)) == (0, 390, 90, 510)
     # Relative to its own aspect ratio, a box of a long image has other places and shapes.
-    boxes = np.array([images._random_box(900, 90, rng, (0.7, 1.0), 10.0) for _ in range(500)])
+    boxes = np.array([images.random_box(900, 90, rng, (0.7, 1.0), 10.0) for _ in range(500)])
     ratio = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
     assert 7.4 < ratio.min() < 8.5
     assert 11.5 < ratio.max() < 13.6
@@ -244,7 +244,7 @@ def test_training_takes_the_full_image_or_a_box_at_its_own_aspect_ratio(photo, s
         found = read_crop(save(kind), NAFLEX, np.random.default_rng(5), scale)
         box = (0, 0, *shape)
         if scale is not None:
-            box = images._random_box(*shape, np.random.default_rng(5), scale, shape[0] / shape[1])
+            box = images.random_box(*shape, np.random.default_rng(5), scale, shape[0] / shape[1])
         size = NAFLEX.fit(box[2] - box[0], box[3] - box[1])
         expected = kind.convert("RGB").crop(box).resize(size, Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(found, expected)

@@ -55,6 +55,7 @@ class StoredRecord(NamedTuple):
     size: int  # bytes; 0 where nothing was read
     image: Callable[[], bytes]  # raises SampleError if there is none
     text: Callable[[], Any]  # argument of `captions_of`; raises SampleError
+    more: Callable[[], Any] = lambda: None  # a Reinforcement, or None; raises SampleError
 
     def load(self, rng: np.random.Generator) -> tuple[bytes, str]:
         """Load the encoded image and a caption."""

@@ -1,8 +1,9 @@
 """ArrayRecord shards, as `clip-jax prepare` writes them.
 
 A record is a tf.train.Example with the features `image` (encoded), `caption` (one or several texts)
-and `key`, so that other programs can read it too. Each record is a group of its own, so a random
-one costs one read. On a disk the library array_record reads them; it does not open URLs.
+and `key`, so that other programs can read it too; reinforced.py has more of them. Each record is a
+group of its own, so a random one costs one read. On a disk the library array_record reads them; it
+does not open URLs.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int64
 
+from clip_jax.data import reinforced
 from clip_jax.data.sources import SampleError, StoredRecord, StoredSource
 from clip_jax.data.sources.array_record_file import ArrayRecordFile
 from clip_jax.data.sources.shards import BadShards, Places, settle
@@ -97,6 +99,7 @@ class ArrayRecordSource(StoredSource):
             len(record),
             lambda: self._image(features()),
             lambda: features().get(self._config.caption_column),
+            lambda: reinforced.from_features(features()),
         )
 
     def _features(self, record: bytes) -> dict[str, Any]:

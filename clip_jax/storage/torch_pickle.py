@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.archives import read_archive
 from clip_jax.errors import InputError
+from clip_jax.storage.archives import read_archive
 
 _MAX_PICKLE = 8 << 20  # bytes; that of a large checkpoint has one or two MB
 _MAX_OBJECTS = 100_000  # a checkpoint has a few thousand tensors
