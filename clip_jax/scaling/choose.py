@@ -21,10 +21,8 @@ from clip_jax.scaling.run_table import Row, RunTable, Selection, number, short
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-SWEPT = {
-    "lr": "learning rate", "global_batch": "batch", "warmup": "warm-up",
-    "weight_decay": "weight decay",
-}  # fmt: skip
+SWEPT = {"lr": "learning rate", "global_batch": "batch", "warmup": "warm-up"}
+SWEPT |= {"weight_decay": "weight decay"}
 BETWEEN = "{:.3g} [{:.3g}, {:.3g}]"  # a value and its interval
 
 

@@ -28,6 +28,7 @@ AXES = {  # of laws of compute alone: the column, and its meaning
     "samples": ("samples_seen", "pairs seen"),
     "hours": ("seconds/total", "hours"),
     "training_flops": ("training_flops", "training FLOPs"),
+    "student_flops": ("student_flops", "training FLOPs without the teacher's"),
 }
 EXTRAPOLATION = 10.0  # multiple of the largest compute above which predictions get a warning
 
@@ -40,7 +41,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
-KINDS = ("data", "upstream_dataset", "schedule", "family")
+KINDS = ("data", "upstream_dataset", "schedule", "family", "teacher")
 # Columns that tell runs apart that are more than seeds of each other, and those of which a law
 # without them may misfit.
 SETTINGS = (
@@ -64,9 +65,9 @@ class FitConfig(Selection):
     # sizes in global_batch. None: additive if the runs have three sizes and three numbers of
     # samples each, else power.
     form: Form | None = None
-    # Quantity that C is, for the forms power and saturating. hours is the column seconds/total,
-    # training_flops the column of that name.
-    against: Literal["compute", "samples", "hours", "training_flops"] = "compute"
+    # Quantity that C is, for the forms power and saturating. hours is the column seconds/total. The
+    # others are columns: training_flops includes a teacher's, student_flops does not.
+    against: Literal["compute", "samples", "hours", "training_flops", "student_flops"] = "compute"
     # Column that divides runs into families, such as family, schedule or data. Fits a law to each
     # family and compares them. None: one law for all runs.
     compare: str | None = None
@@ -94,9 +95,7 @@ class FitConfig(Selection):
     plot: AnyPath | None = None  # Path without suffix of the .svg and .png plot. None: no plot.
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, bins="[3, 10000]", draws="[100, 1000000]", evaluated="[2, inf)"
-        )  # fmt: skip
+        check_ranges(self, bins="[3, 10000]", draws="[100, 1000000]", evaluated="[2, inf)")
         if self.compare and (self.predict or self.sensitivity or self.hold_out or self.plot):
             raise InputError(
                 "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
@@ -325,13 +324,12 @@ def _run_of(
     model, at, samples = wanted.rpartition("@")
     if not at:
         raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
-    if config.against in ("hours", "training_flops"):
+    if config.against not in ("compute", "samples"):
         raise InputError(f"predict needs a law of compute or samples, not of {config.against}.")
     samples, slash, third = samples.partition("/")
     size = sizes[model] if model in sizes else gmacs(zoo.get(model))
     size = 1.0 if config.against == "samples" else size
-    more = run_table.parse_count(third) if slash else None
-    return size, run_table.parse_count(samples), more
+    return size, run_table.parse_count(samples), run_table.parse_count(third) if slash else None
 
 
 def _answer(

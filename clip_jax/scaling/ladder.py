@@ -1,4 +1,4 @@
-"""Train a ladder of runs: models × samples seen × seeds (× trials of a sweep).
+"""Train a ladder of runs: models × teachers × samples seen × seeds (× trials of a sweep).
 
 Each point has its own schedule, or is a cool-down branch from a parent run at a constant learning
 rate (arXiv:2506.04598). A spec is a Python file with `get_ladder() -> LadderConfig`. A process of
@@ -24,6 +24,7 @@ from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.losses import TermConfig
 from clip_jax.losses.objective import fitting
 from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
@@ -87,8 +88,7 @@ class RulesConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "rules.",
-            batch_exponent="(-inf, inf)", reference_width="[1, inf)",
+            self, "rules.", batch_exponent="(-inf, inf)", reference_width="[1, inf)",
             width_exponent="(-inf, inf)", max_warmup_share="[0, 1)",
         )  # fmt: skip
 
@@ -134,14 +134,12 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "sweep.",
-            learning_rates="(0, inf)", batch_sizes="[2, inf)", warmups="[0, inf)",
-            weight_decays="[0, inf)",
+            self, "sweep.", learning_rates="(0, inf)", batch_sizes="[2, inf)",
+            warmups="[0, inf)", weight_decays="[0, inf)",
         )  # fmt: skip
-        _check_distinct("sweep.learning_rates", self.learning_rates)
-        _check_distinct("sweep.batch_sizes", self.batch_sizes, least=0)
-        _check_distinct("sweep.warmups", self.warmups)
-        _check_distinct("sweep.weight_decays", self.weight_decays, least=0)
+        for name in ("learning_rates", "warmups", "batch_sizes", "weight_decays"):
+            least = name in ("learning_rates", "warmups")
+            _check_distinct(f"sweep.{name}", getattr(self, name), least)
 
     def trials(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Yield a name suffix and a config for every combination at one batch size."""
@@ -166,11 +164,14 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig:
-    """A grid of runs, models × samples × seeds, that share a base config."""
+    """A grid of runs, models × teachers × samples × seeds, that share a base config."""
 
     base: Config  # Shared config; points replace its model, steps, seeds and learning rates.
     models: Mapping[str, CLIPConfig]  # Models, by the name that their points get.
     samples: tuple[int, ...]  # Numbers of pairs seen, each in one point's complete schedule.
+    # Objectives with teachers, by the name that is added to the model's; "" adds none. Empty: the
+    # base's objective. A live teacher needs its `model`, to count its FLOPs.
+    teachers: Mapping[str, tuple[TermConfig, ...]] = field(default_factory=dict)
     batch_sizes: tuple[int, ...] = ()  # Batch size for each of `samples`. Empty: the base's.
     seeds: tuple[int, ...] = (0,)  # Random seeds for parameters and data order.
     rules: RulesConfig = field(default_factory=RulesConfig)
@@ -210,7 +211,7 @@ class Point(NamedTuple):
     """One run of the ladder: a point, or the parent run of branches."""
 
     name: str  # w32@16K-seed0, w32-parent-seed0 or, in a sweep, w32@16K-rate0.5-seed0
-    model: str
+    model: str  # and its teacher, as in w32+L
     samples: int  # as in the spec; the run sees complete batches
     config: Config
     workdir: AnyPath
@@ -249,14 +250,15 @@ def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
         for size in sweep.batch_sizes or (batch_size,)
     ]
     shortest = min(steps for _, _, steps in sizes)
-    for model, architecture in ladder.models.items():
-        of_model: list[Point] = []
+    objectives = ladder.teachers or {"": base.objective}
+    for (model, architecture), teacher in itertools.product(ladder.models.items(), objectives):
+        of_model, model = list[Point](), "+".join(filter(None, (model, teacher)))
         for samples, batch_size, steps in sizes:
             length = shortest if ladder.branches else steps  # branches share their warm-up
             one = replace(
                 base, model=architecture, steps=steps, batch_size=batch_size,
                 optim=ladder.rules.apply(base, batch_size, architecture.vision.width, length),
-                objective=fitting(base.objective, architecture),
+                objective=fitting(objectives[teacher], architecture),
             )  # fmt: skip
             for (trial, config), seed in itertools.product(sweep.trials(one), ladder.seeds):
                 name = f"{model.replace('/', '-')}@{short(samples)}{trial}-seed{seed}"

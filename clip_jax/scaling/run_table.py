@@ -326,6 +326,8 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     first = branch_point(config.branch_from)[1] if config.branch_from else 0
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]
+    teachers = [x for term in config.objective for x in getattr(term, "teachers", ())]
+    taught = flops.of_step(config).teacher
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
     schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
     return {
@@ -334,9 +336,11 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
         "training_flops": work(step),
+        "student_flops": work(step) - taught * config.samples_after(step) // config.batch_size,
         "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
         "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
         "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
+        "teacher": "+".join(getattr(x, "weights", "stored") for x in teachers) or "none",
         "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
         "seed": config.seed,
         "global_batch": config.batch_size,

@@ -175,21 +175,25 @@ def test_what_a_law_takes_besides_is_a_column():
     assert result["parameters"]["steps"]["value"] is None
 
 
+FLOPS = ("training_flops", "student_flops")
+
+
 def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
     runs = measured(KNOWN["power"], 0, 0.01, 1, 8)
     table = RunTable([
-        row | {"seconds/total": 3.6e-3 * count, "training_flops": count}
+        row | {"seconds/total": 3.6e-3 * count} | dict.fromkeys(FLOPS, count)
         for row, count in zip(table_of(runs).rows, runs.samples.tolist(), strict=True)
     ])  # fmt: skip
     laws = {
         name: fit(table, replace(OURS, against=name, form="power"))
-        for name in ("compute", "samples", "hours", "training_flops")
+        for name in ("compute", "samples", "hours", *FLOPS)
     }
     for name, law in laws.items():
         assert law["alpha"] == pytest.approx(laws["compute"]["alpha"])
         assert describe(law).splitlines()[0].endswith({
             "compute": "pairs seen", "samples": "C in pairs seen", "hours": "C in hours",
             "training_flops": "C in training FLOPs",
+            "student_flops": "C in training FLOPs without the teacher's",
         }[name])  # fmt: skip
     assert laws["hours"]["points"][0]["compute"] == pytest.approx(1)
     assert laws["samples"]["points"][0]["compute"] == pytest.approx(1e6)
