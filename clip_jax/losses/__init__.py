@@ -3,6 +3,7 @@
 from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.caption import CaptionConfig, caption_loss, count_labels
 from clip_jax.losses.contrastive import choose_form, contrastive_loss, devices_per_slice
+from clip_jax.losses.distillation import DistillationConfig, LiveTeacher, StoredTeacher
 from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Term
 from clip_jax.losses.same_caption import caption_ids
 from clip_jax.losses.sigmoid import SigmoidConfig
@@ -15,10 +16,13 @@ __all__ = [
     "Axes",
     "CaptionConfig",
     "Context",
+    "DistillationConfig",
     "Frozen",
+    "LiveTeacher",
     "Objective",
     "SigmoidConfig",
     "SoftmaxConfig",
+    "StoredTeacher",
     "Term",
     "TermConfig",
     "cached_value_and_grad",

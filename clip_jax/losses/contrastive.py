@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -20,7 +21,7 @@ from clip_jax.models.clip import CLIPConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Pairwise):
-    """A loss that compares all images with all texts; every other pair is a negative."""
+    """A loss that compares all images with all texts."""
 
     name: ClassVar[str] = "contrastive"
 
@@ -29,25 +30,35 @@ class Contrastive(Pairwise):
         if self.needs_bias and model.init_logit_bias is None:
             raise InputError(
                 f"{type(self).__name__} needs a logit_bias, but the model has none: "
-                "set model.init_logit_bias (SigLIP: -10) or choose SoftmaxConfig."
+                "set model.init_logit_bias (SigLIP: -10) or choose a softmax loss."
             )
 
     def loss(self, x: Context) -> Result:
         """Compute the loss of the global batch."""
-        image, text = x.outputs["image"], x.outputs["text"]
-        scale, bias = jnp.exp(x.params["logit_scale"]), x.params.get("logit_bias")
-        ids = number_captions(x.inputs["text"]) if self.mask_same_caption else None
-        return contrastive_loss(
-            self, image, text, scale, bias, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows
-        )
+        scale, results = jnp.exp(x.params["logit_scale"]), []
+        for name, output in self.texts.items():
+            teachers = [
+                (x.outputs[f"teacher{i}_image"], x.outputs[f"teacher{i}_{name}"])
+                for i in range(len(self.teachers))
+            ]
+            ids = number_captions(x.inputs[name]) if self.mask_same_caption else None
+            own = contrastive_loss(
+                self, x.outputs["image"], x.outputs[output], scale, x.params.get("logit_bias"),
+                teachers=teachers, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows,
+            )  # fmt: skip
+            results.append(own)
+        (loss, metrics), *others = results
+        return sum((value for value, _ in others), start=loss), metrics
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
-        """Count the similarity matrix and its two gradients; a locked tower saves one of them."""
-        return batch_size * batch_size * model.embed_dim * (3 - len(set(locked)))
+        """Count similarities and their two gradients, less one per locked tower, and teachers'."""
+        width = model.embed_dim * (3 - len(set(locked))) + sum(x.embed_dim for x in self.teachers)
+        return batch_size * batch_size * width * len(self.texts)
 
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> Form:
         """Return the form that is used, with `auto` resolved."""
-        return choose_form(self, batch_size, model.embed_dim, shards)
+        widths = [x.embed_dim + self.needs_bias for x in self.teachers]
+        return choose_form(self, batch_size, model.embed_dim, shards, widths)
 
 
 def contrastive_loss(
@@ -57,6 +68,7 @@ def contrastive_loss(
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None = None,
     *,
+    teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "B _"]]] = (),
     caption_ids: Int[Array, " B"] | None = None,
     mesh: Mesh | None = None,
     axes: tuple[str, ...] = (),
@@ -65,9 +77,11 @@ def contrastive_loss(
 
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one
     device). `logit_scale` is the factor itself, not its logarithm. The softmax ignores
-    `logit_bias`, which cancels in it; the sigmoid needs it. `caption_ids` (see `same_caption`)
-    is required with `mask_same_caption` and ignored without. Metrics: `image_to_text_accuracy`
-    and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties count 1/k.
+    `logit_bias`, which cancels in it; the sigmoid needs it. `teachers` has the embeddings of
+    images and texts by each teacher, as in `Side`; they get no gradient. `caption_ids` (see
+    `same_caption`) is required with `mask_same_caption` and ignored without. Metrics:
+    `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties
+    count 1/k.
 
     Raises InputError if B is not a multiple of the number of shards.
     """
@@ -86,9 +100,14 @@ def contrastive_loss(
         )
     index = jnp.arange(batch)
     ids = caption_ids if config.mask_same_caption else None
-    image, text = Side(image_features, index, ids), Side(text_features, index, ids)
+    of_images, of_texts = (
+        tuple(jax.lax.stop_gradient(pair[i]) for pair in teachers) for i in (0, 1)
+    )
+    image = Side(image_features, index, ids, of_images)
+    text = Side(text_features, index, ids, of_texts)
     mesh = mesh if shards > 1 else None
-    form = choose_form(config, batch, image_features.shape[1], shards)
+    widths = [x.shape[1] for x in of_texts]
+    form = choose_form(config, batch, image_features.shape[1], shards, widths)
     if form == "dense":
         return dense(config, image, text, logit_scale, logit_bias, mesh, axes)
     ring = 1 if form == "blocked" or mesh is None else devices_per_slice(mesh, axes)
@@ -96,14 +115,18 @@ def contrastive_loss(
     return streamed(config, image, text, logit_scale, logit_bias, mesh, route)
 
 
-def choose_form(config: Contrastive, batch: int, embed_dim: int, shards: int) -> Form:
-    """Resolve `auto`: dense if a device's logits fit the budget, blocked if embeddings do."""
+def choose_form(
+    config: Contrastive, batch: int, embed_dim: int, shards: int, teachers: Sequence[int] = ()
+) -> Form:
+    """Resolve `auto`: dense if a device's logits fit the budget, blocked if embeddings do, with
+    those of teachers of the given widths."""
     budget = config.budget_mib * 2**20 / 4  # float32s
     if config.form != "auto":
         return config.form
-    if batch**2 // shards <= budget:
+    if batch**2 // shards * (1 + len(teachers)) <= budget:
         return "dense"
-    return "blocked" if batch * embed_dim <= budget or shards == 1 else "ring"
+    width = embed_dim + sum(teachers)
+    return "blocked" if batch * width <= budget or shards == 1 else "ring"
 
 
 def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:

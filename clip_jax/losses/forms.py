@@ -23,14 +23,9 @@ def conclude(
 
 
 def dense(
-    config: Pairwise,
-    image: Side,
-    text: Side,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    mesh: Mesh | None,
-    axes: tuple[str, ...],
-) -> Result:
+    config: Pairwise, image: Side, text: Side, scale: Float[Array, ""], bias: Float[Array, ""],
+    mesh: Mesh | None, axes: tuple[str, ...],
+) -> Result:  # fmt: skip
     """Compute each device's rows of the logits, [B / devices, B], at once; JAX differentiates."""
     if mesh is not None:
 

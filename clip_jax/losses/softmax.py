@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,16 +40,12 @@ class SoftmaxConfig(Contrastive):
         return loss
 
     def gradient(
-        self,
-        pairs: Pairs,
-        image: Statistics,
-        text: Statistics,
-        scale: Float[Array, ""],
-        bias: Float[Array, ""],
-    ) -> Float[Array, "R C"]:
+        self, pairs: Pairs, image: Statistics, text: Statistics,
+        scale: Float[Array, ""], bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:  # fmt: skip
         """Return d Σ losses / d logits on a block: predicted minus target probabilities."""
-        image = Statistics(*(field[:, None] for field in image))
-        text = Statistics(*(field[None, :] for field in text))
+        image = jax.tree.map(lambda field: field[:, None], image)
+        text = jax.tree.map(lambda field: field[None, :], text)
         predicted = jnp.exp(scale * (pairs.cosine - image.top)) / image.exp_sum
         predicted += jnp.exp(scale * (pairs.cosine - text.top)) / text.exp_sum
         target = 2 * (1 - self.label_smoothing) * pairs.positive

@@ -73,8 +73,9 @@ class Route:
             return lax.all_to_all(a, self.axes, 0, 0, axis_index_groups=self.groups, tiled=True)
 
         x = jax.tree.map(exchange, x)
-        top = x.top.max(0)
-        return Statistics(top, *(field.sum(0) for field in rebase(x, top, scale)[1:]))
+        tops = jax.tree.map(lambda a: a.max(0), x[:2])
+        sums = jax.tree.map(lambda a: a.sum(0), rebase(x, tops, scale)[2:])
+        return Statistics(*tops, *sums)
 
     def mean(self, x: Any) -> Any:
         """Average over all devices."""
@@ -122,14 +123,9 @@ def by_blocks(visit: Visit, size: int) -> Visit:
 
 
 def streamed(
-    config: Pairwise,
-    image: Side,
-    text: Side,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    mesh: Mesh | None,
-    route: Route,
-) -> Result:
+    config: Pairwise, image: Side, text: Side, scale: Float[Array, ""], bias: Float[Array, ""],
+    mesh: Mesh | None, route: Route,
+) -> Result:  # fmt: skip
     """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""
     batch = len(image.index)
 
@@ -141,7 +137,7 @@ def streamed(
             return rows, merge(columns, summarise(pairs, summands, scale, 0), scale)
 
         texts = route.gather(text)
-        rows, columns = (nothing(len(x.index), x.features.dtype) for x in (image, texts))
+        rows, columns = nothing(image), nothing(texts)
         rows, columns = route.around(by_blocks(visit, config.block_size), rows, texts, columns)
         columns = route.merge_home(columns, scale)
         return route.mean(conclude(config, rows, columns, scale)), (rows, columns)
@@ -194,8 +190,8 @@ def streamed(
     def loss_bwd(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
         d_loss, _ = cotangent  # the metrics have no gradient
         d_image, d_text, d_scale, d_bias = (d_loss * d for d in backward(*residuals))
-        none: Any = None  # integers have no gradient
-        return Side(d_image, none, none), Side(d_text, none, none), d_scale, d_bias
+        none: Any = None  # integers and teachers have no gradient
+        return Side(d_image, *[none] * 3), Side(d_text, *[none] * 3), d_scale, d_bias
 
     loss.defvjp(loss_fwd, loss_bwd)
     return loss(image, text, scale, bias)
