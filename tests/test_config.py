@@ -57,7 +57,9 @@ def test_a_config_that_ships_is_read_by_its_name(tmp_path, monkeypatch):
     assert load_config("digits") == load_config(ROOT / "configs/digits.py")
     assert sorted(bundled_configs()) == sorted(x.stem for x in CONFIGS.glob("[!_]*.py"))
     for name in ("vit_b61", "digits.py"):
-        with pytest.raises(InputError, match=rf"no config file at {name}; .* vit_b16, vit_b32"):
+        with pytest.raises(
+            InputError, match=rf"no config file at {name}; .* vit_b16, vit_b16_distilled, vit_b32"
+        ):
             load_config(name)
     (tmp_path / "digits").write_text("")  # somebody's own file
     with pytest.raises(InputError, match="digits is not a Python file"):

@@ -10,7 +10,7 @@ from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
 
 # The terms that a config file, config.json and the command line can name.
-TermConfig = SoftmaxConfig | SigmoidConfig | CaptionConfig
+TermConfig = SoftmaxConfig | SigmoidConfig | CaptionConfig | DistillationConfig
 
 __all__ = [
     "Axes",

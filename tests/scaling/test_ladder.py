@@ -14,6 +14,7 @@ from clip_jax import flops
 from clip_jax.cli.commands import main
 from clip_jax.config import load_config
 from clip_jax.errors import InputError
+from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, StoredTeacher
 from clip_jax.optim import Constant, CoolDown
 from clip_jax.scaling import jobs, run_table
 from clip_jax.scaling import ladder as ladders
@@ -27,6 +28,7 @@ from clip_jax.scaling.ladder import (
     grid,
     load_ladder,
 )
+from clip_jax.serialize import to_dict
 from tests.conftest import DIGITS, ROOT
 from tests.scaling.conftest import POINTS, collected, stamps, tiny_ladder, train_all, write_spec
 
@@ -92,6 +94,27 @@ def test_points_branch_from_one_parent_a_model_and_seed(tmp_path):
     text = ladders.describe(points, set(), cooled)
     assert "16% saved" in text
     assert (parent.is_ready(), short.is_ready()) == (True, False)
+
+
+def test_a_teacher_is_a_column_whose_flops_count_or_not(tmp_path):
+    wide = tiny_ladder().models["w32"]
+    teachers = (LiveTeacher(weights="runs/wide", model=wide), StoredTeacher(embed_dim=8))
+    taught = DistillationConfig(teachers=teachers)
+    ladder = tiny_ladder(samples=(160, 320), teachers={"": (SoftmaxConfig(),), "wide": (taught,)})
+    points = grid(ladder, tmp_path)
+    names = itertools.product(("w16", "w16+wide", "w32", "w32+wide"), ("160", "320"))
+    assert [point.name for point in points] == ["{}@{}-seed0".format(*x) for x in names]
+    assert [point.config.objective == (taught,) for point in points[:4]] == [False] * 2 + [True] * 2
+    alone, distilled = points[0], points[2]
+    rows = [run_table.of_run(to_dict(x.config), 10) for x in (alone, distilled)]
+    assert [row["teacher"] for row in rows] == ["none", "runs/wide+stored"]
+    assert rows[0]["student_flops"] == rows[0]["training_flops"] == alone.training_flops
+    assert rows[1]["training_flops"] == distilled.training_flops
+    extra = rows[1]["training_flops"] - rows[1]["student_flops"]
+    assert extra == 160 * flops.forward(wide).total
+    branches = grid(replace(ladder, branches=BranchesConfig(share=0.4)), tmp_path)
+    parents = [point.name for point in branches if not point.parent]
+    assert parents == [f"{x}-parent-seed0" for x in ("w16", "w16+wide", "w32", "w32+wide")]
 
 
 def test_a_parent_goes_with_its_branches(tmp_path):
