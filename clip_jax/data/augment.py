@@ -1,11 +1,10 @@
-"""Augmentations of images: optional ones in training, and stored ones that are replayed.
+"""Augmentations of images: optional ones in training (SimCLR, appendix A), and stored ones.
 
-In training all are off by default, as in CLIP; the colours are those of SimCLR, appendix A. The
-operations are RandAugment's (1909.13719), with the magnitudes, the order and the pixels of
-torchvision. A stored augmentation is replayed as in MobileCLIP (2311.17049): crop, resize, flip,
-operations.
+In training all are off by default, as in CLIP. The operations are RandAugment's (1909.13719), with
+torchvision's ids, magnitudes and pixels. Stored augmentations are replayed as in MobileCLIP.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from clip_jax.data.images import ImageLike, decode, random_box
 from clip_jax.data.sources import SampleError
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import check_ranges
 from clip_jax.models.images import ImageSpec
 
 
@@ -41,22 +40,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationsConfig:
-    """Augmentations that are drawn once for each image, stored and replayed in training."""
+    """How stored augmentations are drawn; the defaults are MobileCLIP's."""
 
-    # Smallest and largest share of the area that a crop has.
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    smallest_crop: float = 0.08  # Smallest share of an image's area that a crop has.
     flip: float = 0.0  # Probability of mirroring; avoid it if captions say left or right.
     operations: int = 2  # Number of RandAugment's operations for each augmentation.
-    size: int = 224  # Side of the images to which magnitudes in pixels refer: the student's.
+    size: int = 224  # Side of images to which magnitudes in pixels refer: that of the student's.
 
     def __post_init__(self) -> None:
-        where = "augmentations."
-        check_ranges(self, where, flip="[0, 1]", operations="[0, inf)", size="[1, inf)")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(
-                f"{where}crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller "
-                "one first."
-            )
+        ranges = {"smallest_crop": "(0, 1]", "flip": "[0, 1]", "operations": "[0, inf)"}
+        check_ranges(self, "augmentations.", size="[1, inf)", **ranges)
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ class Augmentation:
     """One augmentation of one image, as it is stored."""
 
     box: tuple[int, int, int, int] | None = None  # top, left, height, width; None: the full image
-    flip: bool | None = None  # None: the set has no flips, and stores none
-    operations: tuple[tuple[int, float] | None, ...] = ()  # index in `_OPERATIONS`, magnitude
+    flip: bool | None = None  # None: none of the set's images is flipped
+    operations: tuple[tuple[int, float] | None, ...] | None = ()  # index in the table; magnitude
 
 
 def augment(
@@ -110,109 +103,94 @@ def _jitter(image: Image.Image, rng: np.random.Generator, config: AugmentConfig)
     return image
 
 
-# ------------------------------------------------------------------------ stored augmentations
+# ------------------------------------------------------------------------- stored augmentations
 
 
 def draw(
     width: int, height: int, rng: np.random.Generator, config: AugmentationsConfig
 ) -> Augmentation:
     """Draw an augmentation for an image of this size."""
-    left, top, right, bottom = random_box(width, height, rng, config.crop_scale)
+    left, top, right, bottom = random_box(width, height, rng, (config.smallest_crop, 1.0))
     flip = bool(rng.random() < config.flip) if config.flip else None
     operations = _draw_operations(rng, config.operations, config.size)
     return Augmentation((top, left, bottom - top, right - left), flip, operations)
 
 
 def replay(
-    data: ImageLike, one: Augmentation, specs: Sequence[ImageSpec], size: int | None = None
+    image: ImageLike, one: Augmentation, specs: Sequence[ImageSpec], size: int | None = None
 ) -> list[UInt8[np.ndarray, "_H _W 3"]]:
-    """Decode an image and apply a stored augmentation, once for each resolution.
+    """Decode an image and apply an augmentation for each input, whose crops are the same.
 
-    Magnitudes in pixels refer to images of `size` pixels; without it, of the first of `specs`.
-    Raises ImageError, and SampleError if the augmentation does not fit the image.
+    Magnitudes in pixels refer to images of `size` pixels; without it, to the first input's. Raises
+    ImageError, and SampleError if the image has no such box.
     """
-    image = decode(data)
-    top, left, height, width = one.box or (0, 0, image.height, image.width)
-    inside = 0 <= top < top + height <= image.height and 0 <= left < left + width <= image.width
-    if not inside:
+    decoded = decode(image)
+    top, left, height, width = one.box or (0, 0, decoded.height, decoded.width)
+    bottom, right = top + height, left + width
+    if not (0 <= top < bottom <= decoded.height and 0 <= left < right <= decoded.width):
         raise SampleError(
-            f"augmentation: the box at row {top}, column {left} of {height} x {width} pixels is "
-            f"not inside the image of {image.height} x {image.width}: it belongs to another image"
+            f"augmentation: the box of {width} x {height} pixels at column {left}, row {top} is "
+            f"not inside the image of {decoded.width} x {decoded.height}, so it is of another"
         )
-    image = image.crop((left, top, left + width, top + height))
-    sides = [spec.fit(width, height) for spec in specs]
-    size = size or specs[0].side
-    views = {}
-    for side in set(sides):
-        view = image.resize(side, Image.Resampling.BICUBIC)
-        if one.flip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        views[side] = np.array(_apply(view, one.operations, size))
-    return [views[side] for side in sides]
+    crop = decoded.crop((left, top, right, bottom))
+
+    @functools.cache
+    def view(side: tuple[int, int]) -> UInt8[np.ndarray, "_H _W 3"]:
+        resized = crop.resize(side, Image.Resampling.BICUBIC)
+        flipped = ImageOps.mirror(resized) if one.flip else resized
+        return np.array(_apply(flipped, one.operations or (), size or specs[0].side))
+
+    return [view(spec.fit(width, height)) for spec in specs]
+
+
+# ---------------------------------------------------------------------------------- RandAugment
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)  # nearest, black outside
 
 
-# With the rounding of torchvision, which takes the tangent of an angle in degrees.
-def _shear_x(image: Image.Image, magnitude: float) -> Image.Image:
-    angle = math.radians(math.degrees(math.atan(magnitude)))
-    return _affine(image, 1, math.tan(angle), 0, 0, 1, 0)
-
-
-def _shear_y(image: Image.Image, magnitude: float) -> Image.Image:
-    angle = math.radians(math.degrees(math.atan(magnitude)))
-    return _affine(image, 1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0)
-
-
-_Operation = Callable[[Image.Image, float], Image.Image]
-# By the ids of stored augmentations: the operation, its largest magnitude of `_LEVELS`, and whether
-# its sign is drawn. That of a translation is a share of the image's side.
-_OPERATIONS: tuple[tuple[_Operation, float, bool], ...] = (
-    (lambda image, _: image, 0.0, False),
-    (_shear_x, 0.3, True),
-    (_shear_y, 0.3, True),
-    (lambda image, by: _affine(image, 1, 0, -int(by), 0, 1, 0), 150 / 331, True),
-    (lambda image, by: _affine(image, 1, 0, 0, 0, 1, -int(by)), 150 / 331, True),
-    (lambda image, by: image.rotate(by), 30.0, True),
-    (lambda image, by: ImageEnhance.Brightness(image).enhance(1 + by), 0.9, True),
-    (lambda image, by: ImageEnhance.Color(image).enhance(1 + by), 0.9, True),
-    (lambda image, by: ImageEnhance.Contrast(image).enhance(1 + by), 0.9, True),
-    (lambda image, by: ImageEnhance.Sharpness(image).enhance(1 + by), 0.9, True),
-    (lambda image, by: ImageOps.posterize(image, int(by)), 4.0, False),
-    (lambda image, by: ImageOps.solarize(image, math.ceil(by)), 255.0, False),
-    (lambda image, _: ImageOps.autocontrast(image), 0.0, False),
-    (lambda image, _: ImageOps.equalize(image), 0.0, False),
+# Operation, magnitudes of the first and the last level, and whether a sign is drawn. The magnitude
+# of a translation is a share of the side; that of Posterize is the number of bits.
+_OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, float, bool], ...] = (
+    (lambda image, _: image, 0, 0, False),
+    (lambda image, x: _affine(image, 1, x, 0, 0, 1, 0), 0, 0.3, True),
+    (lambda image, x: _affine(image, 1, 0, 0, x, 1, 0), 0, 0.3, True),
+    (lambda image, x: _affine(image, 1, 0, -int(x), 0, 1, 0), 0, 150 / 331, True),
+    (lambda image, x: _affine(image, 1, 0, 0, 0, 1, -int(x)), 0, 150 / 331, True),
+    (lambda image, x: image.rotate(x), 0, 30, True),
+    (lambda image, x: ImageEnhance.Brightness(image).enhance(1 + x), 0, 0.9, True),
+    (lambda image, x: ImageEnhance.Color(image).enhance(1 + x), 0, 0.9, True),
+    (lambda image, x: ImageEnhance.Contrast(image).enhance(1 + x), 0, 0.9, True),
+    (lambda image, x: ImageEnhance.Sharpness(image).enhance(1 + x), 0, 0.9, True),
+    (lambda image, x: ImageOps.posterize(image, int(x)), 8, 4, False),
+    (lambda image, x: ImageOps.solarize(image, math.ceil(x)), 255, 0, False),
+    (lambda image, _: ImageOps.autocontrast(image), 0, 0, False),
+    (lambda image, _: ImageOps.equalize(image), 0, 0, False),
 )
-OPERATIONS = len(_OPERATIONS)
-_TRANSLATE_X, _TRANSLATE_Y, POSTERIZE, _SOLARIZE = 3, 4, 10, 11
-_LEVELS = 31  # of magnitude, as in torchvision
+OPERATIONS, POSTERIZE, _TRANSLATE_X, _TRANSLATE_Y = len(_OPERATIONS), 10, 3, 4
+_LEVELS = 31
 
 
 def _draw_operations(
     rng: np.random.Generator, count: int, size: int
 ) -> tuple[tuple[int, float], ...]:
-    """Draw operations and magnitudes uniformly from RandAugment's space, as torchvision has it."""
+    """Draw operations, levels and signs uniformly, for images of `size` pixels."""
     operations = []
-    for _ in range(count):
-        which, level, negative = rng.integers((OPERATIONS, _LEVELS, 2)).tolist()
-        _, largest, signed = _OPERATIONS[which]
-        magnitude = largest * level / (_LEVELS - 1)
+    for which, level, sign in rng.integers((OPERATIONS, _LEVELS, 2), size=(count, 3)).tolist():
+        _, first, last, signed = _OPERATIONS[which]
+        magnitude = float(first + (last - first) * level / (_LEVELS - 1))
         if which in (_TRANSLATE_X, _TRANSLATE_Y):
             magnitude *= size
-        elif which == POSTERIZE:  # bits that remain
-            magnitude = 8.0 - round(magnitude)
-        elif which == _SOLARIZE:  # threshold
-            magnitude = largest - magnitude
-        operations.append((which, -magnitude if signed and negative else magnitude))
+        elif which == POSTERIZE:
+            magnitude = float(round(magnitude))
+        operations.append((which, -magnitude if signed and sign else magnitude))
     return tuple(operations)
 
 
 def _apply(
     image: Image.Image, operations: Sequence[tuple[int, float] | None], size: int
 ) -> Image.Image:
-    """Apply operations whose translations refer to an image of `size` pixels."""
     for which, magnitude in filter(None, operations):
         if which in (_TRANSLATE_X, _TRANSLATE_Y):
             magnitude *= image.size[which - _TRANSLATE_X] / size

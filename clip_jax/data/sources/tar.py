@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64
 
+from clip_jax.data import reinforced
 from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, captions_of, scores
 from clip_jax.data.sources.shards import BadShards, listed
 from clip_jax.data.sources.tar_index import TarIndex, open_index
-from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
+from clip_jax.data.sources.tar_members import IMAGES, MORE, TEXTS, members, samples
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
@@ -89,19 +90,23 @@ class TarSource(StoredSource):
         shard, begin, end, *block = self._index.block(first)
         if [first, last] != block:
             return self._read_rows(first, last)
-        path = self._index.paths[shard]
+        return self._split(self._index.paths[shard], begin, end, last - first)
+
+    def _split(self, path: str, begin: int, end: int, count: int) -> list[StoredRecord]:
         read = _reader(path, begin, end)
         try:
             inside = list(samples(members(read, begin, end, end + 1, end - begin)))
         except InputError as error:
             raise SampleError(f"shard changed: {error}") from error
-        if len(inside) != last - first:
+        if len(inside) != count:
             raise SampleError(f"shard changed: other members at byte {begin}")
         return [self._record(path, one.key, one.spans, read) for one in inside]
 
     def _read_rows(self, first: int, last: int) -> list[StoredRecord]:
         path, rows, row = self._find(first)
         columns = rows.slice(row, last - first).to_pydict()
+        if "start" in columns:  # reinforced
+            return self._split(path, columns["start"][0], columns["end"][-1], last - first)
         spans = [
             {name: (columns[f"{name}_offset"][i], columns[f"{name}_size"][i])
              for name in ("image", self._caption) if columns[f"{name}_offset"][i] is not None}
@@ -116,7 +121,7 @@ class TarSource(StoredSource):
     def _record(
         self, path: str, key: bytes, spans: dict[str, tuple[int, int]], read: Read
     ) -> StoredRecord:
-        wanted = ("image", self._caption)
+        wanted = ("image", self._caption, *MORE)
         content = {name: read(*spans[name]) for name in wanted if name in spans}
 
         def member(name: str) -> bytes:
@@ -125,11 +130,15 @@ class TarSource(StoredSource):
                 raise SampleError(f"no .{endings} member")
             return content[name]
 
+        def text() -> Any:
+            return self._value(member(self._caption))
+
         return StoredRecord(
             f"{path}:{key.decode(errors='replace')}",
             sum(map(len, content.values())),
             lambda: member("image"),
-            lambda: self._value(member(self._caption)),
+            text,
+            lambda: reinforced.from_members(content, len(captions_of(text()))),
         )
 
     def scores(self, column: str) -> Float64[np.ndarray, " N"]:

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from clip_jax.clock import CLOCK
 from clip_jax.data.sources.shards import BadShards, Places, settle, warn_once
-from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members, samples
+from clip_jax.data.sources.tar_members import IMAGES, MORE, TEXTS, members, samples
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
@@ -41,7 +41,11 @@ _SCHEMA = pa.schema(
     [("key", pa.binary())]
     + [(f"{name}_{what}", pa.int64()) for name in ("image", *TEXTS) for what in ("offset", "size")]
 )
-_ENDINGS = {b"endings": " ".join((*IMAGES, *TEXTS)).encode()}  # with others, the index is rebuilt
+# A reinforced shard's samples are read whole, and split by their headers.
+_REINFORCED = pa.schema([*_SCHEMA, ("start", pa.int64()), ("end", pa.int64())])
+_ENDINGS = {
+    b"endings": " ".join((*IMAGES, *TEXTS, *MORE)).encode()
+}  # with others, the index is rebuilt
 _SHARDS = pa.schema(
     {
         "shard": pa.string(),
@@ -233,7 +237,7 @@ def read_shard(file: str) -> Shard | None:
         reader = _reader(file)
         metadata = reader.schema.metadata
         content = json.loads(metadata[b"shard"])
-        if not (reader.schema.equals(_SCHEMA) and _ENDINGS.items() <= metadata.items()):
+        if not (reader.schema in (_SCHEMA, _REINFORCED) and _ENDINGS.items() <= metadata.items()):
             return None
     except (OSError, pa.ArrowInvalid, TypeError, KeyError):
         return None
@@ -287,7 +291,8 @@ def _say_ignored(shards: Sequence[Shard]) -> None:
         warn_once(
             f"{sum(count for count, _ in notes):,} members of {len(notes):,} shards, such as "
             f"{notes[0][1]}, are ignored: after the first dot, a name must have one of "
-            f"{', '.join((*IMAGES, *TEXTS))}. Of a sample's images, the first in this list is used"
+            f"{', '.join((*IMAGES, *TEXTS, *MORE))}. Of a sample's images, the first in this list "
+            "is used"
         )
 
 
@@ -299,8 +304,8 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
 
     Raises InputError, with the reason and the offset, if it cannot be used.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    edges, ignored = [], []
+    columns: dict[str, list[Any]] = {name: [] for name in _REINFORCED.names}
+    ignored, schema = [], _SCHEMA
 
     def read(at: int, count: int) -> bytes:
         return files.read_ranges(shard, [(at, min(count, size - at))])[0] if at < size else b""
@@ -317,15 +322,16 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
             offset, length = sample.spans.get(kind, (None, None))
             columns[f"{kind}_offset"].append(offset)
             columns[f"{kind}_size"].append(length)
-        edges.append(sample.start)
-        end = sample.end
+        columns["start"].append(sample.start)
+        columns["end"].append(sample.end)
+        schema = _REINFORCED if sample.spans.keys() & MORE[:2] else schema
     expected = _expected(shard)
-    if expected is not None and len(edges) != expected:
-        raise InputError(f"has {len(edges)} samples, but img2dataset counted {expected}")
-    facts: dict[str, Any] = _blocks([*edges, end] if edges else [0])
+    if expected is not None and (count := len(columns["start"])) != expected:
+        raise InputError(f"has {count} samples, but img2dataset counted {expected}")
+    facts: dict[str, Any] = _blocks([*columns["start"], *columns["end"][-1:]] or [0])
     if ignored:
         facts["ignored"] = json.dumps([len(ignored), ignored[0].decode(errors="replace")])
-    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA), facts
+    return pa.RecordBatch.from_pydict(columns, schema=schema), facts
 
 
 def _blocks(edges: list[int]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from clip_jax.errors import InputError
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "json", "cls")
+MORE = ("paug.json", "syn.json", "npz", "pth.gz")  # of reinforced sets: they belong to a pair
 
 _BLOCK = 512
 _MAX_HEADER = 1 << 20  # maximum bytes of a long name; more means damage
@@ -31,7 +32,7 @@ class Sample(NamedTuple):
     key: bytes
     start: int
     end: int
-    spans: dict[str, tuple[int, int]]  # offset and size by kind: image, txt, json, cls
+    spans: dict[str, tuple[int, int]]  # offset and size by kind: image, or an extension
 
 
 def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> Iterator[Sample]:
@@ -40,7 +41,7 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
     Of images of several kinds in a sample, such as a mask beside the photo, the first in `IMAGES`
     is used.
     """
-    last_key, start, end, spans, rank = None, 0, 0, {}, -1
+    last_key, start, end, spans, rank = b"", 0, 0, {}, -1
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
@@ -52,7 +53,7 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
         key = folder + b"/" + stem if folder else stem
         beside = key == last_key and kind == "image" and kind in spans and own != rank
         if key != last_key or (kind in spans and not beside):
-            if last_key is not None:
+            if spans.keys() - MORE:
                 yield Sample(last_key, start, end, spans)
             last_key, start, spans = key, begin, {}
         end = after
@@ -61,7 +62,7 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
         if not (beside and own > rank):
             spans[kind] = (offset, size)
             rank = own if kind == "image" else rank
-    if last_key is not None:
+    if spans.keys() - MORE:
         yield Sample(last_key, start, end, spans)
 
 
@@ -71,7 +72,7 @@ def _kind(extension: bytes) -> tuple[str | None, int]:
     name = extension.lower().decode("ascii", "replace")
     if name in IMAGES:
         return "image", IMAGES.index(name)
-    return (name if name in TEXTS else None), -1
+    return (name if name in TEXTS + MORE else None), -1
 
 
 def members(
