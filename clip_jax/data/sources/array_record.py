@@ -94,12 +94,13 @@ class ArrayRecordSource(StoredSource):
 
     def _record(self, key: str, record: bytes) -> StoredRecord:
         features = functools.cache(lambda: self._features(record))
+        texts = self._config.caption_column
         return StoredRecord(
             key,
             len(record),
             lambda: self._image(features()),
-            lambda: features().get(self._config.caption_column),
-            lambda: reinforced.from_features(features()),
+            lambda: features().get(texts),
+            lambda: reinforced.from_features(features(), len(features().get(texts, ()))),
         )
 
     def _features(self, record: bytes) -> dict[str, Any]:
