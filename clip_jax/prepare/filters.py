@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from clip_jax.data.images import ImageError, decode
+from clip_jax.data.reinforced import Reinforcement
 from clip_jax.data.sources import SampleError, ScoredSource, StoredRecord, StoredSource
 from clip_jax.errors import InputError, check_ranges, needing
 from clip_jax.prepare import near
@@ -111,6 +112,7 @@ class Pair(NamedTuple):
     score: float  # from the column; NaN without one
     image_hash: Hash | None  # None if hashes are not compared, or the image is plain
     key: str  # identifies the pair for people
+    more: Reinforcement | None  # what a reinforced source stores with it
 
 
 class Filter:
@@ -142,7 +144,11 @@ class Filter:
         """Return a pair that passes; `record` is its record, if already fetched."""
         score = self._score(index)
         record = record or self._source.record(index)
-        captions, image = self._captions(record.captions()), record.image()
+        stored, image, more = record.captions(), record.image(), record.more()
+        captions = self._captions(stored)
+        if more and more.text.size:
+            kept = [caption in captions for caption in stored]
+            more = dataclasses.replace(more, text=more.text[kept])
         try:
             picture = decode(image)
         except ImageError as error:
@@ -160,7 +166,7 @@ class Filter:
             and (matches := self._evaluation().matches(image_hash))
         ):
             raise Contaminated(matches)
-        return Pair(image, picture, captions, score, image_hash, record.key)
+        return Pair(image, picture, captions, score, image_hash, record.key, more)
 
     def _score(self, index: int) -> float:
         config = self._config

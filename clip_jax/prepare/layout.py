@@ -3,15 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from clip_jax.data.augment import AugmentationsConfig
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
-from clip_jax.errors import check_ranges, read_worker
+from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.models.generation import GenerationConfig
+from clip_jax.models.layers import DType
 from clip_jax.prepare import buckets
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import AnyPath
 
 _PAIR_BUCKETS = 16  # for each task's samples; neighbouring groups of shards share one
 _MOST_BUCKETS = 1 << 16
+_NEEDS = {  # options that only have a meaning with another one
+    "captions": ("captions_per_image", "generation"),
+    "reinforce": ("augmentations_per_image", "augmentations", "embedding_type", "teacher_dtype"),
+}
 _JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, or 40 for perceptual hashes
 
 
@@ -31,25 +38,63 @@ class PrepareConfig(FilterConfig):
     bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
     worker: str = "1/1"  # This worker's number and the number of all workers: 1/4 to 4/4.
     shuffle: bool = False  # Shuffle all pairs, by a hash of key and seed; else keep their order.
-    seed: int = 0  # Random seed of the shuffle.
+    seed: int = 0  # Random seed of the shuffle, of synthetic captions and of augmentations.
+    # Format of the shards. "tar": WebDataset in the layout of Apple's reinforced data sets, with
+    # float16 embeddings; of several captions, only the first is written.
+    shards: Literal["array_record", "tar"] = "array_record"
     # Number of pairs in a shard. If no option compares pairs (duplicates, score_with, top_share,
     # shuffle): number of samples that are read for a shard, before filters.
     samples_per_shard: int = 10_000
     samples_per_task: int = 0  # Samples that a task holds in memory; 0: samples_per_shard.
     threads: int = 0  # Threads that read, filter and write; 0: one for each CPU core.
-    batch_size: int = 64  # Number of pairs that the scoring model computes at once.
+    batch_size: int = 64  # Pairs scored at once; else images or captions at once on each device.
     resize: int = 0  # Shorter side to which larger images are resized, in pixels; 0: no resizing.
     # Format of stored images. "keep": the original bytes, or JPEG for resized images.
     encode: Literal["keep", "jpeg", "webp"] = "keep"
     quality: int = 95  # JPEG or WebP quality of re-encoded images, from 1 to 100.
+    # Captioner (CoCa or MaMMUT) that writes synthetic captions, instead of the source's.
+    captions: AnyPath | None = None
+    captions_per_image: int = 1  # Number of synthetic captions of each image.
+    generation: GenerationConfig = GenerationConfig(method="sample")
+    # Teachers, whose embeddings of augmented images and of captions are stored for distillation.
+    reinforce: tuple[AnyPath, ...] = ()
+    augmentations_per_image: int = 2  # Number of augmentations of each image.
+    augmentations: AugmentationsConfig = AugmentationsConfig()
+    # Data type of stored embeddings. int8: with one scale per row and teacher.
+    embedding_type: Literal["float16", "int8"] = "float16"
+    teacher_dtype: DType = "float32"  # Data type of the teachers' computation.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(
             self, samples_per_shard="[1, inf)", samples_per_task="[0, inf)", seed="[0, inf)",
             threads="[0, 1024]", batch_size="[1, inf)", resize="[0, inf)", quality="[1, 100]",
+            captions_per_image="[1, 1000]", augmentations_per_image="[1, 1000]",
         )  # fmt: skip
         read_worker(self.worker)
+        for option, names in _NEEDS.items():
+            changed = [x for x in names if getattr(self, x) != getattr(PrepareConfig, x)]
+            if changed and not getattr(self, option):
+                raise InputError(f"{changed[0]} has no meaning without {option}; set both")
+        if self.generation.seed:
+            raise InputError(
+                f"generation.seed={self.generation.seed}: each caption has a seed of its own, "
+                "which follows from seed; set that"
+            )
+        if self.captions_per_image > 1 and self.generation.method != "sample":
+            raise InputError(
+                f"captions_per_image={self.captions_per_image} with generation.method="
+                f"{self.generation.method} repeats one caption; set the method to sample"
+            )
+        if self.shards == "tar" and self.embedding_type == "int8":
+            raise InputError(
+                "shards=tar has no embedding_type=int8; use float16, or shards=array_record"
+            )
+
+    @property
+    def has_models(self) -> bool:
+        """Whether writing a shard takes a captioner or teachers."""
+        return bool(self.captions or self.reinforce)
 
     @property
     def joins(self) -> bool:
@@ -67,6 +112,7 @@ class Layout:
     folder: AnyPath
     samples: int
     per_task: int
+    suffix: str = "array_record"  # of the shards
 
     @property
     def work(self) -> AnyPath:
@@ -116,7 +162,7 @@ class Layout:
 
     def shard(self, number: int, count: int) -> AnyPath:
         """Return the path of a shard of the result."""
-        return self.folder / f"pairs-{number:05d}-of-{count:05d}.array_record"
+        return self.folder / f"pairs-{number:05d}-of-{count:05d}.{self.suffix}"
 
 
 def statistics_of(shard: AnyPath) -> AnyPath:

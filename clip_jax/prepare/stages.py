@@ -1,8 +1,10 @@
 """The stages of `clip-jax prepare`: functions of options and one task, with and without Ray."""
 
+import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 from collections import deque
@@ -14,13 +16,15 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.data.images import read_ahead, size_of
+from clip_jax.data.reinforced import Reinforcement, to_features
 from clip_jax.data.sources import BlockSource, SampleError, StoredRecord, StoredSource
 from clip_jax.data.sources.any import PathConfig, open_images, open_single
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.engine import Counted
-from clip_jax.inference.loading import Model, load, unit
+from clip_jax.errors import InputError
+from clip_jax.inference.loading import Model, unit
 from clip_jax.models.images import Images, concatenate
-from clip_jax.prepare import buckets, contamination, near
+from clip_jax.prepare import buckets, contamination, near, reinforce
 from clip_jax.prepare.contamination import EvaluationImages
 from clip_jax.prepare.counts import Statistics
 from clip_jax.prepare.filters import Contaminated, Filter, Pair
@@ -113,20 +117,33 @@ def copy(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
         for _, pair in _passing(config, layout, number, counted, statistics):
             yield _kept(_record(pair, config), statistics)
 
-    return _write_shard(shard, records(), statistics, len(layout.indices(number)))
+    return _write_shard(config, shard, records(), statistics, len(layout.indices(number)))
 
 
 def _passing(
     config: PrepareConfig, layout: Layout, number: int, counted: Counted, statistics: Statistics
 ) -> Iterator[tuple[int, Pair]]:
     source, passes = opened(config, layout)
-    for index, record in _fetched(source, counted(layout.indices(number))):
+
+    def read(item: tuple[int, StoredRecord | None]) -> tuple[int, str, Pair | SampleError]:
+        index, record = item
         try:
-            yield index, passes.read(index, record)
+            return index, "", passes.read(index, record)
         except SampleError as error:
-            statistics.drop(record.key if record else source.key(index), error)
-            if isinstance(error, Contaminated):
-                statistics.match(error.matches)
+            return index, record.key if record else source.key(index), error
+
+    fetched = _fetched(source, counted(layout.indices(number)))
+    if config.has_models and not config.joins:  # else other tasks read in other threads
+        results = read_ahead(reinforce.batches(fetched, config.batch_size), read)
+    else:
+        results = ([read(item)] for item in fetched)
+    for index, key, pair in itertools.chain.from_iterable(results):
+        if not isinstance(pair, SampleError):
+            yield index, pair
+            continue
+        statistics.drop(key, pair)
+        if isinstance(pair, Contaminated):
+            statistics.match(pair.matches)
 
 
 def _fetched(
@@ -159,16 +176,29 @@ def _order(config: PrepareConfig, layout: Layout, index: int, key: str) -> int:
 
 def _record(pair: Pair, config: PrepareConfig) -> bytes:
     texts = [caption.encode() for caption in pair.captions]
-    image = _encoded(pair.image, pair.picture, config)
-    key = pair.key.encode(errors="replace")
-    return encode_example({"image": [image], "caption": texts, "key": [key]})
+    image, more = _encoded(pair.image, pair.picture, config), pair.more
+    if config.shards == "tar":
+        texts = texts[:1]
+    features = {"image": [image], "caption": texts, "key": [pair.key.encode(errors="replace")]}
+    if more and config.has_models:  # which replace everything but the captions
+        more = Reinforcement(synthetic=more.synthetic)
+    if more and more.augmentations and size_of(image) != pair.picture.size:
+        raise InputError(
+            f"{pair.key} has augmentations for an image of {pair.picture.size} pixels; leave out "
+            "resize, or set reinforce to write other ones"
+        )
+    if more:
+        more = dataclasses.replace(more, text=more.text[: len(texts)])
+        features |= to_features(more, config.embedding_type, (more.image.shape[1],))
+    return encode_example(features)
 
 
 def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes:
     """Encode the image as it is to be stored."""
     short = min(picture.size)
     smaller = 0 < config.resize < short
-    if config.encode == "keep" and not smaller:
+    as_is = config.shards != "tar" or reinforce.suffix_of(image)
+    if config.encode == "keep" and not smaller and as_is:
         return image
     if smaller:
         width, height = (max(1, round(side * config.resize / short)) for side in picture.size)
@@ -216,13 +246,10 @@ def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:
 # --------------------------------------------------------------------------------------- scores
 
 
-_model = functools.lru_cache(maxsize=1)(load)
-
-
 def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
     """Compute the cosine of image and caption (or the mean over captions) of candidates."""
     assert config.score_with is not None
-    model = _model(config.score_with)
+    model = reinforce.model(config.score_with)
     rows = np.frombuffer(files.read(layout.file(number, "rows")), ROWS)
     indices = layout.indices(number)
     (data,) = files.read_ranges(str(layout.candidates), [(indices.start, len(indices))])
@@ -269,7 +296,7 @@ def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
 
 def forget() -> None:
     """Clear the caches of this process: source, model and verdicts may have changed."""
-    for cached in (opened, _model, _verdicts):
+    for cached in (opened, reinforce.model, _verdicts):
         cached.cache_clear()
 
 
@@ -293,7 +320,7 @@ def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted)
         start = (number - group.first) * size
         inside = pairs[start : start + size]
         records = (_kept(inside[i][2], statistics) for i in counted(range(len(inside))))
-        lines.append(_write_shard(shard, records, statistics, len(inside)))
+        lines.append(_write_shard(config, shard, records, statistics, len(inside)))
     return "\n".join(lines)
 
 
@@ -315,16 +342,25 @@ def _kept(record: bytes, statistics: Statistics) -> bytes:
 
 
 def _write_shard(
-    shard: AnyPath, records: Iterator[bytes], statistics: Statistics, samples: int
-) -> str:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+    config: PrepareConfig, shard: AnyPath, records: Iterator[bytes], statistics: Statistics,
+    samples: int,
+) -> str:  # fmt: skip
+    records = reinforce.extended(config, records)
     with files.written_whole(shard) as partial:
-        writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
-        try:
-            for record in records:
-                writer.write(record)
-        finally:
-            writer.close()
+        if config.shards == "tar":
+            reinforce.write_tar(partial, shard.name.split("-")[1], records)
+        else:
+            _write_array_record(partial, records)
     files.write_whole(statistics_of(shard), json.dumps(statistics.to_dict()))
     return f"{shard}: {statistics.kept:,} of {samples:,} pairs"
+
+
+def _write_array_record(path: AnyPath, records: Iterator[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer: Any = ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()

@@ -23,9 +23,10 @@ from clip_jax.data.sources import BlockSource, SampleError, StoredSource, digest
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.data.sources.tar_index import open_index
+from clip_jax.display import warn
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_worker
-from clip_jax.prepare import contamination, counts, near, settle, stages
+from clip_jax.prepare import contamination, counts, near, reinforce, settle, stages
 from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
@@ -53,17 +54,20 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     if config.drop_near_duplicates or config.decontaminate:
         near.check()
     stages.forget()
+    models = reinforce.describe_models(config)
     source = stages.open_source(config)
     per_task = config.samples_per_task if config.joins else 0
-    layout = Layout(folder, len(source), per_task or config.samples_per_shard)
+    layout = Layout(folder, len(source), per_task or config.samples_per_shard, config.shards)
     stages.opened(config, layout)
-    _check_settings(folder, config, source)
+    _check_settings(folder, config, source, models)
     if (folder / _WHOLE).exists():
         if not (missing := _missing(layout)):
             epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
         print(f"{folder} lacks {listed(missing)}; writing them again", file=sys.stderr)
         files.remove(folder / _WHOLE)
+    if config.reinforce:
+        warn(reinforce.sizes(config, source, [x["embed_dim"] for x in models["teachers"]]))
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
     with runner(config.on, config.threads) as does:
         work = _Work(does, config, layout)
@@ -73,7 +77,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             dropped, shards = work.join()
         else:
             dropped, shards = settle.Dropped(), work.copy()
-    return _report(config, layout, dropped, shards)
+    return _report(config, layout, dropped, shards, models)
 
 
 class _Work:
@@ -90,7 +94,7 @@ class _Work:
         shards = [layout.shard(number, count) for number in range(count)]
         tasks = [x for x in range(count) if not self._is_whole(shards[x])]
         own = [(x, len(layout.indices(x))) for x in tasks if x % self._workers == self._worker]
-        self._does.run("prepare", work, own)
+        self._does.run("prepare", work, own, model=self._config.has_models)
         return shards
 
     def join(self) -> tuple[settle.Dropped, list[AnyPath]]:
@@ -114,7 +118,8 @@ class _Work:
         groups = settle.groups(layout, config, verdicts)
         own = groups[self._worker :: self._workers]
         write = functools.partial(stages.write, config, layout)
-        self._does.run("write", write, [(x, x.pairs) for x in own if not self._is_written(x)])
+        tasks = [(x, x.pairs) for x in own if not self._is_written(x)]
+        self._does.run("write", write, tasks, model=config.has_models)
         shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
         return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
 
@@ -225,6 +230,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"{result['samples']:,} samples"]
     lines += [json.dumps(pair, ensure_ascii=False) for pair in result.get("first", ())]
     lines.append(counts.describe(result))
+    for teacher in result.get("teachers", ()):
+        lines.append(f"teacher {teacher['model']}, in a config: {teacher['config']}")
     if "shards" in result:
         lines.append("{written} of {of} shards are written".format(**result["shards"]))
     return "\n".join(lines)
@@ -242,29 +249,46 @@ def _missing(layout: Layout) -> list[str]:
     return [name for name in names if name not in written]
 
 
-def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
-    """Raise InputError if the folder was created with other settings or samples."""
-    kept = dataclasses.asdict(config)
-    kept["samples"] = len(source)
+def _check_settings(
+    folder: AnyPath, config: PrepareConfig, source: StoredSource, models: dict[str, Any]
+) -> None:
+    """Raise InputError if the folder was created with other settings, samples or models."""
+    kept = _settings(config) | {"samples": len(source)}
     kept["digest"] = digest(source, blocks=isinstance(source, BlockSource))
-    for name in ("destination", "on", "inspect", "index", "worker", "threads"):
-        del kept[name]
-    kept |= {"score_with": str(config.score_with or ""), "languages": list(config.languages)}
-    kept["decontaminate"] = list(config.decontaminate)
+    kept["models"] = [
+        x["digest"] for x in (models.get("captioner"), *models.get("teachers", ())) if x
+    ]
     path = folder / "prepare.json"
     before = {name: value for name, value in read_json(path).items() if name in kept}
-    if before and {"digest": kept["digest"]} | before != kept:  # older files have no digest
-        differ = ", ".join(name for name in kept if before.get(name) != kept[name])
+    # Older files lack the digest and the latest options.
+    earlier = _settings(PrepareConfig(source="")) | {"digest": kept["digest"], "models": []}
+    if before and earlier | before != kept:
+        differ = ", ".join(name for name in kept if (earlier | before).get(name) != kept[name])
         raise InputError(
             f"{folder} was created with other settings: {differ} (digest: the names or order of "
-            f"samples). Use those in {path} to continue, or choose another destination"
+            f"samples; models: the weights). Use those in {path} to continue, or choose another "
+            "destination"
         )
     if before != kept:
         files.write_whole(path, json.dumps(kept, indent=1))
 
 
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """Return the options that change the result, as JSON holds them."""
+    fields = dataclasses.asdict(config)
+    for name in ("destination", "on", "inspect", "index", "worker", "threads"):
+        del fields[name]
+    return json.loads(json.dumps(fields, default=str)) | {
+        "score_with": str(config.score_with or "")
+    }
+
+
 def _report(
-    config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[AnyPath]
+    config: PrepareConfig,
+    layout: Layout,
+    dropped: settle.Dropped,
+    shards: Sequence[AnyPath],
+    models: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the report over all processes; if no shard is missing, mark it as complete."""
     folder = layout.folder
@@ -282,6 +306,7 @@ def _report(
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},
         **total,
+        **models,
     }
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
     if len(done) == len(shards):

@@ -1,14 +1,20 @@
 """One image after another, and scenes with what people do to copies of them."""
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
+from clip_jax.convert.formats import write_weights
+from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, decode_example
+from clip_jax.models.clip import CLIPConfig
+from tests.conftest import COCA, TINY, larger, parameters
 
 _SIDE = 160
 
@@ -84,3 +90,24 @@ def records(folder: Path) -> list[dict[str, list[bytes]]]:
 
 def captions(folder: Path) -> list[list[str]]:
     return [[text.decode() for text in record["caption"]] for record in records(folder)]
+
+
+def tiny_pairs(count: int) -> list[tuple[str, bytes, str]]:
+    """Pairs of noise of 16 pixels, as PNG."""
+    noise = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    pairs = []
+    for number, pixels in enumerate(noise):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        pairs.append((f"{number:05d}.png", file.getvalue(), f"text {number}"))
+    return pairs
+
+
+def write_reinforcers(folder: Path, small: CLIPConfig = TINY) -> Path:
+    """Write two teachers, of which one has twice the resolution, and a captioner."""
+    large = dataclasses.replace(larger(TINY), embed_dim=24, init_logit_bias=-3.0)
+    for name, config in (("small", small), ("large", large), ("captioner", COCA)):
+        params = jax.tree.map(np.asarray, parameters(config))
+        weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
+        write_weights(weights, folder / name, "clip-jax")
+    return folder
