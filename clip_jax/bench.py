@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax import flops, sharding
 from clip_jax.clock import CLOCK
-from clip_jax.config import Config
+from clip_jax.config import Config, with_teachers
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crop
 from clip_jax.data.pipeline import Pipeline, build, open_source
@@ -25,6 +25,7 @@ from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.losses.objective import reads
 from clip_jax.metrics import bucket_rates, peak_memory
 from clip_jax.metrics.chips import peak_flops
 from clip_jax.models.images import NaFlex, valid_patches
@@ -56,6 +57,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     For each stage, `stages` has samples/s and the share of time spent computing (the rest is
     waiting for a disk or a bucket).
     """
+    config = with_teachers(config)
     data = config.data
     tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
@@ -64,6 +66,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
         batch_size=config.batch_size,
+        inputs=reads(config.objective, config.model),
     )
     warn(f"stages, one thread, {config.seconds:g} s ...")
     stages = _stages(config, pipeline.order, tokenizer)
@@ -239,10 +242,12 @@ def measure_step(config: StepBench) -> dict[str, Any]:
 
     `peak_bytes` is the peak that the device reports, if it does, else the compiler's estimate.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh, config = sharding.make_mesh(config.mesh), with_teachers(config)
     program = Program(config.recipe, mesh)
-    state = program.init()
-    batch = program.put(_made_up(config))
+    rest = {name: x for name, x in program.batch.items() if name not in ("row", "learning_rate")}
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (program.state.frozen, rest))
+    state = program.init(frozen=blank[0])
+    batch = program.put(blank[1] | _made_up(config))
     warn(f"compiling the step for {mesh.size} devices ...")
     start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()

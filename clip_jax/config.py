@@ -17,19 +17,20 @@ import traceback
 from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
+from clip_jax.convert.formats import read_weights
 from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
-from clip_jax.losses import SoftmaxConfig, TermConfig
+from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
@@ -40,6 +41,7 @@ from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
+from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 
@@ -172,6 +174,9 @@ class Config:
         return [(steps, self.recipe_of(kind)) for kind, steps in counts.items()]
 
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
 def load_config(path: str | Path) -> Config:
     """Load a config from a Python file's `get_config()` or from a run's `config.json`.
 
@@ -214,6 +219,28 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
         with contextlib.suppress(InputError):  # damaged: a resuming run says so
             order = read_run_config(workdir).get("data", {}).get("order") or order
     return replace(config, data=replace(config.data, order=order))
+
+
+def with_teachers(config: AnyConfig) -> AnyConfig:
+    """Return the config with the architectures of teachers that it leaves to their weights."""
+
+    def known(teacher: Any) -> Any:
+        if not isinstance(teacher, LiveTeacher) or teacher.model is not None:
+            return teacher
+        weights = read_weights(files.as_path(teacher.weights))
+        how = weights.preprocess
+        model = replace(weights.config, image_mean=how.mean, image_std=how.std)
+        return replace(teacher, model=model)
+
+    return replace(
+        config,
+        objective=tuple(
+            replace(term, teachers=tuple(map(known, term.teachers)))
+            if isinstance(term, DistillationConfig)
+            else term
+            for term in config.objective
+        ),
+    )
 
 
 def bundled_configs() -> dict[str, Path]:

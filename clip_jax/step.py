@@ -127,7 +127,9 @@ class Program:
         def put(want: jax.ShapeDtypeStruct, x: Any) -> Array:
             return jax.device_put(x.astype(want.dtype), want.sharding)
 
-        return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen or {}))
+        if frozen is None:  # the objective has none, or they follow
+            return state
+        return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen))
 
     def compile(self) -> None:
         """Compile the step now; it then takes only states and batches that are on the mesh."""

@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
-from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
+from clip_jax.checkpoints.manager import Checkpoints, Restored, digest_of, restore_step
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config, complete, with_order
+from clip_jax.config import Config, complete, with_order, with_teachers
 from clip_jax.convert.weights import default_preprocess
 from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
@@ -26,10 +27,11 @@ from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import duration, warn
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.inference.loading import starting_params
-from clip_jax.losses import Objective
+from clip_jax.inference.loading import load_on_mesh, starting_params
+from clip_jax.losses import Frozen, Objective
+from clip_jax.losses.objective import reads
 from clip_jax.metrics import Profiler, Reports, Timers
-from clip_jax.models.clip import count
+from clip_jax.models.clip import Params, count, parameters
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
@@ -85,6 +87,7 @@ class Run:
     timers: Timers
     start: int  # step from which it resumes, 0 for a new run
     state: State
+    teachers: dict[str, str]  # hash of each frozen model
 
     @property
     def encoder(self) -> Encoder:
@@ -92,10 +95,17 @@ class Run:
         config, program = self.config.model, self.program
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
-            program.model, averaged(self.state.opt_state, self.state.params), program.mesh,
+            program.model, self._model_params, program.mesh,
             default_preprocess(config), lambda texts: tokenizer(texts, length, True),
             self.workdir.name,
         )  # fmt: skip
+
+    @property
+    def _model_params(self) -> Params:
+        """The parameters, averaged if the optimizer does, without those of the objective."""
+        params = averaged(self.state.opt_state, self.state.params)
+        own = {term.name for term in self.config.objective}
+        return {name: x for name, x in params.items() if name not in own}
 
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
@@ -104,6 +114,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh)
+    config = with_teachers(config)
     program = Program(config.recipe, mesh)
     recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
     programs = {
@@ -139,6 +150,8 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         config.processes.watchdog_minutes,
         f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
+    frozen = frozen_params(config.objective, mesh)
+    teachers = fingerprint(frozen)
     if start:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
@@ -149,8 +162,14 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
             else:
                 begun = restore(config, checkpoints.restore(program.state.saved()))
     else:
-        begun = Restored(0, begin(config, program).saved(), {})
-    start, state = begun.step, program.resume(begun.state, frozen_params(config.objective))
+        begun = Restored(0, begin(config, program).saved(), {"teachers": teachers})
+    if begun.position.get("teachers", {}) != teachers:
+        raise InputError(
+            f"the checkpoint of step {begun.step} was trained with other teachers: "
+            f"{begun.position.get('teachers')}, now {teachers} (hashes of their weights). Restore "
+            "the weights that teachers.weights names, or start a new run in another --workdir."
+        )
+    start, state = begun.step, program.resume(begun.state, frozen)
 
     steps_kept = begun.position.get("seconds/steps", math.inf)
     reports = Reports(workdir, timers, config, start, mesh.size, steps_kept)
@@ -171,7 +190,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
         config, workdir, program, programs, pipeline, evaluations, checkpoints, reports, profiler,
-        watchdog, timers, start, state,
+        watchdog, timers, start, state, teachers,
     )  # fmt: skip
 
 
@@ -188,6 +207,7 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
 
 def open_data(config: Config, part: int, parts: int) -> Pipeline:
     """Open this process's shard of the training data, `part` of `parts`."""
+    models = [config.recipe_of(kind).model for kind in config.batches.kinds]
     return build(
         config.data,
         tokenizer=make_tokenizer(config.model.text),
@@ -197,6 +217,7 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
         process_index=part,
         process_count=parts,
         plan=config.batches,
+        inputs={k: x for model in models for k, x in reads(config.objective, model).items()},
     )
 
 
@@ -278,22 +299,47 @@ def begin(config: Config, program: Program) -> State:
     return program.init(starting_params(config.init_from, config.model, config.init_towers))
 
 
-def frozen_params(objective: Objective) -> FrozenParams:
-    """Load the weights of the objective's frozen models (see `losses.Term.frozen`)."""
+def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
+    """Load the weights of the objective's frozen models, sharded (see `losses.Term.frozen`).
+
+    Raises InputError if a model has another architecture than its term says.
+    """
+
+    def load_one(frozen: Frozen) -> Params:
+        model = load_on_mesh(frozen.weights, mesh)
+        has, needs = (
+            {name: x.value.shape for name, x in parameters(config).items()}
+            for config in (model.config, frozen.config)
+        )
+        for name in sorted(has.keys() | needs.keys()):
+            if has.get(name) != needs.get(name):
+                raise InputError(
+                    f"the teacher {frozen.weights} has {name} {has.get(name)}, but its model in "
+                    f"the config {needs.get(name)}; correct the model, or set it to None to read "
+                    "it from the weights."
+                )
+        return model.params
+
     return {
-        term.name: {
-            name: starting_params(model.weights, model.config)
-            for name, model in term.frozen().items()
-        }
+        term.name: {name: load_one(model) for name, model in term.frozen().items()}
         for term in objective
         if term.frozen()
+    }
+
+
+def fingerprint(frozen: FrozenParams) -> dict[str, str]:
+    """Return a hash of each frozen model, the same on every mesh."""
+    return {
+        f"{term}/{name}": digest_of(params)
+        for term, models in frozen.items()
+        for name, params in models.items()
     }
 
 
 def branch(config: Config, program: Program, parent: epath.Path, start: int) -> Restored:
     """Restore the parent run's state at a step; the parent's training time is not counted."""
     begun = restore(config, restore_step(parent, start, program.state.saved()))
-    return replace(begun, position={"seconds/steps": 0.0})
+    return replace(begun, position=begun.position | {"seconds/steps": 0.0})
 
 
 def restore(config: Config, begun: Restored) -> Restored:
@@ -338,7 +384,8 @@ def loop(run: Run) -> None:
             with timers.measure("input"):
                 batch = next(batches)
                 row = batch.index - config.samples_after(step - 1)
-                arrays = program.put(vars(batch) | {"row": row}, config.schedule_step(step - 1))
+                values = batch.arrays() | {"row": row}
+                arrays = program.put(values, config.schedule_step(step - 1))
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading) | valid_patches(batch.image))
             run.state, metrics = program.step(run.state, arrays)
@@ -382,7 +429,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
     """Save state and data position and write all metrics; with `wait`, until the save is done."""
-    position = {"samples": run.config.samples_after(step), **run.reports.position()}
+    position: dict[str, Any] = {"samples": run.config.samples_after(step), **run.reports.position()}
+    position |= {"teachers": run.teachers} if run.teachers else {}
     with run.timers.measure("save"):
         run.checkpoints.save(step, run.state.saved(), position, results)
         if wait:

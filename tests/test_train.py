@@ -20,6 +20,7 @@ from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations
 from clip_jax.inference.loading import load, starting_params
+from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.metrics import Reports
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
@@ -300,3 +301,29 @@ def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
     params, drawn = begin(config, program).params, program.init().params
     assert_identical(params["visual"], starting_params(tmp_path, config.model)["visual"])
     assert_identical(params["text"], drawn["text"])
+
+
+def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_path):
+    def distilled(weights, **changes):
+        teachers = (LiveTeacher(weights=str(weights)),)
+        term = DistillationConfig(teachers=teachers, features_weight=1.0)
+        return tiny(objective=(SoftmaxConfig(), term), evals=(), **changes)
+
+    train(distilled(finished, stop_after=4), tmp_path / "run")
+    objective = json.loads((tmp_path / "run/config.json").read_text())["objective"]
+    assert objective[1]["teachers"][0]["model"]["embed_dim"] == tiny().model.embed_dim
+    with pytest.raises(InputError, match=r"trained with other teachers: .* or start a new run"):
+        train(distilled(f"{finished}@4"), tmp_path / "run")
+    train(distilled(f"{finished}@{STEPS}"), tmp_path / "run")  # the same weights by another name
+    state = final_state(tmp_path / "run")
+    assert state.keys() == {"step", "params", "opt_state"}
+    assert state["params"].keys() == {"visual", "text", "logit_scale", "distillation"}
+    model = load(tmp_path / "run")  # without the linear maps of the term
+    assert model.params.keys() == {"visual", "text", "logit_scale"}
+    assert {row["step"] for row in rows(tmp_path / "run") if "distillation_loss" in row} == {
+        *range(1, STEPS + 1)
+    }
+    smaller = dataclasses.replace(tiny().model, embed_dim=8)
+    wrong = LiveTeacher(weights=str(finished), model=smaller)
+    with pytest.raises(InputError, match="correct the model, or set it to None"):
+        train(tiny(objective=(DistillationConfig(teachers=(wrong,)),)), tmp_path / "other")

@@ -21,6 +21,7 @@ RESUMABLE = (
     *("profile_steps", "compilation_cache", "wandb_project"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
+    "objective.*.teachers.*.weights",  # a checkpoint has the hash of the weights themselves
 )
 # Settings that a branch may change, too: no earlier update depends on them.
 BRANCHABLE = (

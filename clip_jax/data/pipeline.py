@@ -7,28 +7,49 @@ the step number.
 """
 
 import contextlib
+import copy
 import functools
+import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int32
 
-from clip_jax.data.augment import AugmentConfig, augment
+from clip_jax.data.augment import AugmentConfig, augment, replay
 from clip_jax.data.batch_plan import BatchPlan, constant
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.images import ImageError, fitted, read_crop
-from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, join
+from clip_jax.data.images import ImageError, fitted, read_crops
+from clip_jax.data.order.batches import (
+    Batch,
+    GlobalPieces,
+    Sample,
+    StreamPieces,
+    Tokenizers,
+    join,
+)
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
 from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
-from clip_jax.data.sources import AnyRecord, BlockSource, SampleError, Source, blocks_of, digest
+from clip_jax.data.reinforced import Reinforcement
+from clip_jax.data.sources import (
+    AnyRecord,
+    BlockSource,
+    SampleError,
+    Source,
+    StoredRecord,
+    StoredSource,
+    blocks_of,
+    digest,
+)
 from clip_jax.data.sources.any import SingleConfig, open_single
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.images import Images, ImageSpec
+from clip_jax.models.images import ImageSpec
+from clip_jax.models.inputs import ImageInput, Input, StoredInput, TextInput
 from clip_jax.storage import files
 
 _MAX_REPLACEMENTS = 1000  # attempts for one position; beyond that the source is broken
@@ -47,10 +68,13 @@ class DataConfig:
 
     source: SourceConfig = field(default_factory=DigitsConfig)
     seed: int = 0  # Random seed for the order of samples, the crops and the choice of captions.
-    crop: Literal["random", "center"] = "random"  # Position of the crop in the image.
+    # Position of the crop in the image. "stored": an augmentation that `clip-jax prepare
+    # --reinforce` stored with the image, with its embeddings.
+    crop: Literal["random", "center", "stored"] = "random"
     # Smallest and largest share of the image's area in a random crop, such as 0.9 1.0 (open_clip).
     # None: resize the shorter side, then crop a random square (CLIP paper).
     crop_scale: tuple[float, float] | None = None
+    synthetic_ratio: float = 0.0  # Probability that a synthetic caption replaces the true one.
     scaled_decode: bool = True  # Decode JPEGs at 1/2, 1/4 or 1/8 if the crop stays large enough.
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 0  # Processes that read and decode, each with `threads` threads; 0: none.
@@ -68,7 +92,7 @@ class DataConfig:
             self, "data.",
             seed="[0, 4294967295]", threads="[0, inf)", workers="[0, inf)", crop_scale="(0, 1]",
             prefetch="[1, inf)", max_bad_share="[0, 1]", shuffle_blocks="[1, inf)",
-            read_ahead_mib="[1, inf)",
+            read_ahead_mib="[1, inf)", synthetic_ratio="[0, 1]",
         )  # fmt: skip
         if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
             raise InputError(
@@ -86,11 +110,13 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
     plan: BatchPlan | None = None,
+    inputs: Mapping[str, Input] | None = None,
 ) -> "Pipeline":
     """Open the source and build its pipeline. `batch_size` is global.
 
-    With a `plan`, batch sizes and image shapes are the plan's. Raises InputError if the source
-    cannot be read, or a batch not be divided among the processes.
+    With a `plan`, batch sizes and image shapes are the plan's. `inputs` are made of each sample
+    besides its image and text. Raises InputError if the source cannot be read or lacks an input, or
+    a batch not be divided among the processes.
     """
     plan = plan or constant(batch_size, image_spec)
     if plan.unit < 1 or plan.unit % process_count:
@@ -101,9 +127,14 @@ def build(
         )
     process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)
-    loader = _Loader(config, side, process)
-    tokenize = functools.partial(_tokenized, tokenizer, context_length)
-    return Pipeline(config, loader, tokenize, plan=plan, process=process)
+    inputs = inputs or {}
+    loader = _Loader(config, side, process, inputs)
+    tokenizers = {"text": functools.partial(_tokenized, tokenizer, context_length)} | {
+        name: functools.partial(_tokenized, make_tokenizer(x.text), x.text.context_length)
+        for name, x in inputs.items()
+        if isinstance(x, TextInput)
+    }
+    return Pipeline(config, loader, tokenizers, plan=plan, process=process)
 
 
 def _tokenized(
@@ -133,12 +164,12 @@ class Pipeline:
         self,
         config: DataConfig,
         loader: "_Loader",
-        tokenize: Callable[[Sequence[str]], Int32[np.ndarray, "B L"]],
+        tokenizers: Tokenizers,
         *,
         plan: BatchPlan,
         process: tuple[int, int],
     ) -> None:
-        self._config, self._loader, self._tokenize = config, loader, tokenize
+        self._config, self._loader, self._tokenizers = config, loader, tokenizers
         self._plan, self._process = plan, process
         self.num_samples = len(loader.source)  # in one epoch
         self.order = _settled_order(config, loader.source)
@@ -147,10 +178,15 @@ class Pipeline:
             _check_budget(config, cast(BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
-        """Hash the source, or each member of a mixture."""
+        """Hash the source, or each member of a mixture, with the first stored embeddings."""
         source = self._loader.source
         members = source.members if isinstance(source, MixtureSource) else [source]
-        return [digest(one, blocks=self.order == "blocks") for one in members]
+        hashes = [digest(one, blocks=self.order == "blocks") for one in members]
+        if not self._loader.reads_stored:
+            return hashes
+        first = [cast(StoredSource, one).record(0).more() or Reinforcement() for one in members]
+        stored = [hashlib.sha256(one.image.tobytes()).hexdigest()[:12] for one in first]
+        return [f"{one}-{own}" for one, own in zip(hashes, stored, strict=True)]
 
     def batches(self, start_step: int = 0) -> Generator[Batch]:
         """Yield batch `start_step` and all that follow. Close the generator to stop its threads.
@@ -203,13 +239,13 @@ class Pipeline:
         else:
             # Shuffled before `repeat`, so that each epoch has every sample exactly once.
             order = grain.MapDataset.range(self.num_samples).seed(seed).shuffle().repeat()
-        return GlobalPieces(self._loader, self._tokenize, order, self._plan, self._process)
+        return GlobalPieces(self._loader, self._tokenizers, order, self._plan, self._process)
 
     def _in_streams(self, start: int) -> StreamPieces:
         config, streams = self._config, Streams(self._plan.unit, self._process)
         return StreamPieces(
             self._loader,
-            self._tokenize,
+            self._tokenizers,
             functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks),
             streams,
             self._plan,
@@ -260,13 +296,37 @@ def _check_budget(config: DataConfig, source: BlockSource, processes: int) -> No
 class _Loader:
     """Loads the sample of a position: its record in the order, or the next good one."""
 
-    def __init__(self, config: DataConfig, side: int, process: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, config: DataConfig, side: int, process: tuple[int, int] = (0, 1),
+        inputs: Mapping[str, Input] | None = None,
+    ) -> None:  # fmt: skip
         self.source = open_source(config.source, side, process)
-        self._config, self._side = config, side
+        self._config, self._side, self._inputs = config, side, inputs or {}
+        inputs = self._inputs
+        self._specs = {n: x.spec for n, x in inputs.items() if isinstance(x, ImageInput)}
+        self._stored = {n: x for n, x in inputs.items() if isinstance(x, StoredInput)}
+        stored = self._stored.values()
+        texts = {n: x for n, x in inputs.items() if isinstance(x, TextInput)}
+        self._synthetic = {name: x.synthetic for name, x in texts.items()}
+        self.reads_stored = config.crop == "stored"
+        is_synthetic = (*self._synthetic.values(), *(x.of == "synthetic" for x in stored))
+        self._reads_synthetic = bool(config.synthetic_ratio or any(is_synthetic))
+        self._reads_more = self.reads_stored or self._reads_synthetic
+        if self._stored and not self.reads_stored:
+            raise InputError(
+                "a StoredTeacher needs the augmentations that its embeddings belong to: set "
+                "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
+            )
+        members = self.source.members if isinstance(self.source, MixtureSource) else [self.source]
+        if self._reads_more and not all(isinstance(one, StoredSource) for one in members):
+            raise InputError(
+                "synthetic captions and stored augmentations need data that clip-jax prepare "
+                "wrote; set --data.source to such a path"
+            )
 
     def __reduce__(self) -> Any:
         # Workers reopen the source: open files and mapped memory cannot be pickled.
-        return _Loader, (self._config, self._side)
+        return _Loader, (self._config, self._side, (0, 1), self._inputs)
 
     def __call__(
         self, position: int, record: int, spec: ImageSpec,
@@ -293,25 +353,92 @@ class _Loader:
     def _load(
         self, record: int, spec: ImageSpec, fetched: AnyRecord | SampleError | None,
         rng: np.random.Generator,
-    ) -> tuple[Images, str]:  # fmt: skip
+    ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
         if isinstance(fetched, SampleError):
             raise fetched
-        image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
-        if not caption.strip():
-            raise SampleError("caption is empty")
+        more, arrays = None, {}
+        if self._reads_more:
+            is_stored = isinstance(fetched, StoredRecord)
+            item = fetched if is_stored else cast(StoredSource, self.source).record(record)
+            image, more = item.image(), item.more() or Reinforcement()
+            caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
+        else:
+            image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
+            synthetic = caption
+        for text in {caption, synthetic}:
+            _check_caption(text)
+        captions = {"text": caption}
+        captions |= {name: synthetic if x else caption for name, x in self._synthetic.items()}
+
+        specs = {"image": spec} | self._specs
+        distinct = list(dict.fromkeys(specs.values()))
         try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
-        config = self._config
-        if isinstance(image, np.ndarray):
-            return spec.pack(fitted(image, spec)[None]), caption
-        at_random, scale = rng if config.crop == "random" else None, config.crop_scale
-        try:
-            pixels = read_crop(image, spec, at_random, scale, scaled=config.scaled_decode)
+            views = self._views(image, distinct, more, arrays.pop("number", 0), rng)
         except ImageError as error:
             raise SampleError(str(error)) from error
-        return spec.pack(augment(pixels, rng, config.augment)[None]), caption
+        packed = {one: one.pack(x[None]) for one, x in zip(distinct, views, strict=True)}
+        return {name: packed[one] for name, one in specs.items()} | arrays, captions
+
+    def _views(
+        self, image: Any, specs: Sequence[ImageSpec], more: Reinforcement | None, number: int,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Return the image at each resolution, cropped and augmented alike."""
+        config = self._config
+        if isinstance(image, np.ndarray):
+            return [fitted(image, spec) for spec in specs]
+        if more is not None and self.reads_stored:
+            return replay(image, more.augmentations[number], specs, more.size)
+        at_random, scale = rng if config.crop == "random" else None, config.crop_scale
+        views = read_crops(image, specs, at_random, scale, scaled=config.scaled_decode)
+        side = specs[0].side
+        return [augment(x, copy.deepcopy(rng), config.augment, side) for x in views]
+
+    def _drawn(
+        self, captions: list[str], more: Reinforcement, rng: np.random.Generator
+    ) -> tuple[str, str, dict[str, Any]]:
+        """Draw a caption, a synthetic one and an augmentation; return the captions, and the stored
+        embeddings of all three by the names of the inputs."""
+        texts, i = (captions, more.text), _one_of(captions, rng)
+        synthetic, j = (more.synthetic, more.synthetic_text), 0
+        if self._reads_synthetic:
+            if not more.synthetic:
+                raise SampleError("synthetic caption is missing")
+            j = _one_of(more.synthetic, rng)
+            if rng.random() < self._config.synthetic_ratio:
+                texts, i = synthetic, j
+        chosen = {"text": (texts[1], i), "synthetic": (synthetic[1], j)}
+        arrays: dict[str, Any] = {}
+        if self.reads_stored:
+            if not more.augmentations:
+                raise SampleError("stored augmentations are missing")
+            arrays["number"] = _one_of(more.augmentations, rng)
+            chosen["image"] = (more.image, arrays["number"])
+        for name, x in self._stored.items():
+            rows, row = chosen[x.of]
+            if rows.shape[1:] != (x.width,) or row >= len(rows):
+                raise InputError(
+                    f"the stored embeddings of {x.of} have the shape {rows.shape}, but the "
+                    f"objective's StoredTeachers need {x.width} values for each of its captions or "
+                    "augmentations: set their embed_dim to that of the teachers in report.json"
+                )
+            arrays[name] = rows[row][None]
+        synthetic_caption = more.synthetic[j] if self._reads_synthetic else captions[0]
+        return texts[0][i], synthetic_caption, arrays
+
+
+def _one_of(values: Sequence[Any], rng: np.random.Generator) -> int:
+    """Draw an index; a single value draws nothing, as in `caption_of`."""
+    return 0 if len(values) == 1 else int(rng.integers(len(values)))
+
+
+def _check_caption(caption: str) -> None:
+    if not caption.strip():
+        raise SampleError("caption is empty")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
 
 
 def _leave_interrupts(*_: int) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Patches:
     length: Any  # int32 [B], number of valid patches; padding follows
 
 
+Tree = TypeVar("Tree")
 Images = Shaped[Any, "_B _H _W _C"] | Patches  # uint8, or normalised
 
 
@@ -180,8 +181,9 @@ def join_tokens(states: Float[Array, "B L D"], length: Int[Array, " B"] | None) 
     return states if length is None else Tokens(states, length)
 
 
-def concatenate(batches: Sequence[Images]) -> Images:
-    """Concatenate batches in host memory; also a single batch is copied."""
+def concatenate(batches: Sequence[Tree]) -> Tree:
+    """Concatenate batches, trees of arrays such as images, in host memory; a single one is copied,
+    too."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 

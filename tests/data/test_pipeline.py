@@ -9,10 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data import digits as digits_module
+from clip_jax.data.augment import Augmentation, AugmentConfig, replay
 from clip_jax.data.digits import DigitsSource
 from clip_jax.data.order import batches
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.reinforced import Reinforcement, to_features
 from clip_jax.data.sources import SampleError
+from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from clip_jax.errors import InputError
+from clip_jax.models.images import NaFlex, Square
+from clip_jax.models.inputs import ImageInput, StoredInput, TextInput
+from clip_jax.models.text import TextConfig
 from tests.data import conftest as made
 from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
 
@@ -196,3 +204,132 @@ def test_a_crop_scale_that_falls_and_a_batch_that_processes_cannot_split():
         DataConfig(crop_scale=(1.0, 0.9))
     with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of the 5 proc"):
         open_pipeline(digits(), process_count=5)
+
+
+# ------------------------------------------------------------------ further inputs
+
+TEACHERS = {
+    "same": ImageInput(Square(8)),
+    "larger": ImageInput(Square(16)),
+    "patches": ImageInput(NaFlex(16, 4)),
+    "tokens": TextInput(TextConfig(context_length=12)),
+}
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_a_teacher_sees_the_same_crop_flip_and_colours_at_its_own_size(order, tmp_path):
+    augment = AugmentConfig(flip=0.5, color_jitter=0.5)
+    source = made.tar(tmp_path, made.make_pairs(24))
+    config = DataConfig(source=source, crop_scale=(0.3, 1.0), augment=augment, order=order)
+    [alone], [batch] = take(config, 1), take(config, 1, inputs=TEACHERS)
+    assert_same([alone], [dataclasses.replace(batch, inputs={})])
+    assert batch.inputs.keys() == TEACHERS.keys()
+    np.testing.assert_array_equal(batch.inputs["same"], batch.image)
+    assert batch.inputs["larger"].shape == (12, 16, 16, 3)
+    halves = batch.inputs["larger"].reshape(12, 8, 2, 8, 2, 3).mean((2, 4))
+    other = np.roll(np.asarray(batch.image), 1, axis=0)
+    own, other = (abs(halves - images).mean() for images in (batch.image, other))
+    assert own < other / 3  # pictures of noise: any other crop differs as much as another picture
+    assert batch.inputs["patches"].pixels.shape == (12, 16, 48)
+    assert batch.inputs["tokens"].shape == (12, 12)
+    parts = [take(config, 1, process_index=i, process_count=2, inputs=TEACHERS)[0] for i in (0, 1)]
+    larger = np.concatenate([part.inputs["larger"] for part in parts])
+    if order == "global":
+        np.testing.assert_array_equal(larger, batch.inputs["larger"])
+
+
+def reinforced(folder, count=24):
+    """Pairs with two captions, three synthetic ones and four augmentations; the embeddings of the
+    n-th pair are its number, and the number of the caption or augmentation."""
+    records = []
+    for n, (_, image, text) in enumerate(made.make_pairs(count)):
+        rows = [np.stack([np.full(k, n), np.arange(k)], 1).astype(np.float32) for k in (4, 2, 3)]
+        boxes = [(4 * i, i, 40 - 4 * i, 30) for i in range(4)]
+        more = Reinforcement(
+            augmentations=tuple(Augmentation(box, i % 2 == 1, ()) for i, box in enumerate(boxes)),
+            size=8, image=rows[0], text=rows[1],
+            synthetic=tuple(f"synthetic {i} of {n}" for i in range(3)), synthetic_text=rows[2],
+        )  # fmt: skip
+        captions = [f"{text} {i} of {n}".encode() for i in range(2)]
+        example = {"image": [image], "caption": captions, **to_features(more, "float16", [2])}
+        records.append((image, more, encode_example(example)))
+    path = folder / "pairs.array_record"
+    made.write_records(path, "group_size:1", (record for _, _, record in records))
+    return ArrayRecordConfig(path=str(path)), records
+
+
+STORED = {f"stored_{of}": StoredInput(of, 2) for of in ("image", "text", "synthetic")}
+TEXT = TextConfig(context_length=16, vocab_size=1024)
+TOKENS = {"synthetic": TextInput(TEXT, synthetic=True)}
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+@pytest.mark.parametrize("in_mixture", [False, True])
+def test_stored_embeddings_are_of_the_augmentation_and_caption_that_are_drawn(
+    order, in_mixture, tmp_path
+):
+    source, records = reinforced(tmp_path)
+    if in_mixture:
+        source = MixtureConfig(members=(MemberConfig(source=source),))
+    config = DataConfig(source=source, crop="stored", order=order)
+    batches = take(config, 4, inputs={**STORED, **TOKENS, "larger": ImageInput(Square(16))})
+    drawn = set()
+    for batch in batches:
+        of = {name: x.astype(int) for name, x in batch.inputs.items() if name in STORED}
+        for row, (n, number) in enumerate(of["stored_image"]):
+            image, more, _ = records[n]
+            seen = replay(image, more.augmentations[number], [Square(8), Square(16)], 8)
+            np.testing.assert_array_equal(batch.image[row], seen[0])
+            np.testing.assert_array_equal(batch.inputs["larger"][row], seen[1])
+            (m, i), (k, j) = of["stored_text"][row], of["stored_synthetic"][row]
+            assert n == m == k
+            tokens = made.TOKENIZER([f"{made.make_pairs(24)[n][2]} {i} of {n}"], 16, True)
+            np.testing.assert_array_equal(batch.text[row], tokens[0][:16])
+            tokens = made.TOKENIZER([f"synthetic {j} of {n}"], 16, True)
+            np.testing.assert_array_equal(batch.inputs["synthetic"][row], tokens[0])
+            drawn |= {("image", number), ("text", i), ("synthetic", j)}
+    assert len(drawn) == 4 + 2 + 3
+
+
+def test_a_synthetic_caption_replaces_the_true_one_by_a_ratio(tmp_path):
+    source, _ = reinforced(tmp_path)
+    for ratio, least, most in ((0.0, 0, 0), (0.5, 12, 36), (1.0, 48, 48)):
+        config = DataConfig(source=source, crop="stored", synthetic_ratio=ratio)
+        inputs = STORED if ratio else {"stored_text": STORED["stored_text"]}
+        count = 0
+        for batch in take(config, 4, inputs=inputs):
+            is_synthetic = batch.text[:, 1] == made.TOKENIZER(["synthetic"], 16, True)[0, 1]
+            if ratio:
+                text, other = (batch.inputs[f"stored_{x}"] for x in ("text", "synthetic"))
+                assert (text[is_synthetic] == other[is_synthetic]).all()
+            count += is_synthetic.sum()
+        assert least <= count <= most
+
+
+def test_what_a_source_cannot_give_is_refused(tmp_path):
+    source, _ = reinforced(tmp_path)
+    stored = DataConfig(source=source, crop="stored")
+    wide = {"stored_image": StoredInput("image", 3)}
+    for config, inputs, message in (
+        (digits(crop="stored"), {}, "need data that clip-jax prepare wrote"),
+        (digits(synthetic_ratio=0.5), {}, "need data that clip-jax prepare wrote"),
+        (DataConfig(source=source), STORED, "set --data.crop stored"),
+        (stored, wide, r"embeddings of image have the shape \(4, 2\), .* need 3 values"),
+    ):
+        with pytest.raises(InputError, match=message):
+            take(config, 1, inputs=inputs)
+    plain = made.tar(tmp_path, made.make_pairs(24))
+    for config, message in (
+        (DataConfig(source=plain, crop="stored"), "stored augmentations are missing"),
+        (DataConfig(source=plain, synthetic_ratio=0.5), "synthetic caption is missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            take(config, 1)
+
+
+def test_the_fingerprint_of_stored_embeddings_is_theirs(tmp_path):
+    source, _ = reinforced(tmp_path)
+    stored = open_pipeline(DataConfig(source=source, crop="stored"), inputs=STORED)
+    (fingerprint,) = stored.fingerprints()
+    (plain,) = open_pipeline(DataConfig(source=source)).fingerprints()
+    assert fingerprint.startswith(f"{plain}-")

@@ -24,12 +24,20 @@ LENGTHS = """
 from dataclasses import replace
 from clip_jax.config import load_config
 from clip_jax.data.batch_plan import TokenBudget
+from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
+from clip_jax.sharding import MeshConfig
 
 def get_config():
     run = load_config("pairs")
     vision = replace(run.model.vision, max_patches=6, patch_dropout=0.25)
-    model = replace(run.model, vision=vision)
-    return replace(run, model=model, lengths=TokenBudget(patches=(4, 6, 12), multiple=8))
+    teacher = DistillationConfig(teachers=(LiveTeacher(weights={teacher!r}),), features_weight=1.0)
+    return replace(
+        run,
+        model=replace(run.model, vision=vision),
+        lengths=TokenBudget(patches=(4, 6, 12), multiple=8),
+        objective=(SoftmaxConfig(), teacher),
+        mesh=MeshConfig(data=4, fsdp=2),
+    )
 """
 
 
@@ -72,14 +80,15 @@ def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path
 
 
 def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blocks(
-    tmp_path, start
+    one, tmp_path, start
 ):
-    """A NaFlex model in the block order: batches of three lengths and sizes, with patch dropout.
-    Two processes go on to the same bits, one with the same samples."""
+    """A NaFlex model in the block order: batches of three lengths and sizes, with patch dropout and
+    a teacher of another resolution, which is split over `fsdp` and not saved. Two processes go on
+    to the same bits; one, on another mesh, with the same samples."""
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
     whole.mkdir()
     killed.mkdir()
-    (config := tmp_path / "lengths.py").write_text(LENGTHS)
+    (config := tmp_path / "lengths.py").write_text(LENGTHS.format(teacher=str(one)))
     how = {"config": config, "small": PAIRS}
     flags = ("--data.source.path", FORMATS["tar"](tmp_path, make_pairs(80)).path)
     start(*training(whole, *flags, **how)).end()
@@ -93,7 +102,8 @@ def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blo
     assert losses(killed) == losses(whole)
     jax.tree.map(np.testing.assert_array_equal, *(load(run).params for run in (killed, whole)))
 
-    start(*training(alone, *flags, processes=1, devices=8, **how)).end()
+    other = ("--mesh.data", 1, "--mesh.fsdp", 4, "--mesh.tensor", 2)
+    start(*training(alone, *flags, *other, processes=1, devices=8, **how)).end()
     assert_same_run(alone, whole)
     lengths = [row["tokens"] for row in rows(whole) if "loss" in row]
     assert lengths == [row["tokens"] for row in rows(alone) if "loss" in row]

@@ -7,7 +7,7 @@ the batch; a worker process has entire streams, so it alone reads their blocks.
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,15 +47,20 @@ class Batch:
     index: Int64[np.ndarray, " B"]  # global positions
     keys: list[str]  # of the samples used
     skipped: list[dict[str, Any]]  # position, key and reason of each bad sample
+    inputs: dict[str, Any] = field(default_factory=dict)  # further arrays [B, ...], by name
     reading: Reading = field(default_factory=Reading, compare=False)  # since the previous batch
+
+    def arrays(self) -> dict[str, Any]:
+        """Return all inputs of a step, by name."""
+        return {"image": self.image, "text": self.text, **self.inputs}
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample of a batch."""
 
-    image: Images  # a single one
-    caption: str
+    arrays: dict[str, Any]  # the image and further inputs by name, each a batch of one
+    captions: dict[str, str]  # by the name of the input
     position: int
     key: str
     skipped: list[dict[str, Any]]
@@ -73,7 +78,8 @@ class Load(Protocol):
     ) -> Sample: ...  # fmt: skip
 
 
-Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]
+# Texts to token ids, by the name of the input.
+Tokenizers = Mapping[str, Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]]
 
 
 @dataclass(frozen=True)
@@ -86,27 +92,31 @@ class _Notes:
     reading: Reading
 
 
-Piece = tuple[Images, Int32[np.ndarray, "B L"], _Notes]
+Piece = tuple[dict[str, Any], _Notes]
 NoPiece = tuple[()]  # not None, which Grain would drop
 
 
-def _piece(samples: Sequence[Sample], tokenize: Tokenize, reading: Reading) -> Piece:
+def _piece(samples: Sequence[Sample], tokenizers: Tokenizers, reading: Reading) -> Piece:
     notes = _Notes(
         index=np.array([sample.position for sample in samples], np.int64),
         keys=[sample.key for sample in samples],
         skipped=[event for sample in samples for event in sample.skipped],
         reading=reading,
     )
-    texts = tokenize([sample.caption for sample in samples])
-    return concatenate([sample.image for sample in samples]), texts, notes
+    arrays = concatenate([sample.arrays for sample in samples])
+    for name, tokenize in tokenizers.items():
+        arrays[name] = tokenize([sample.captions[name] for sample in samples])
+    return arrays, notes
 
 
 def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
     """Assemble a batch from its pieces."""
-    images, texts, notes = zip(*filter(None, pieces), strict=True)
+    parts, notes = zip(*filter(None, pieces), strict=True)
+    arrays = concatenate(parts)  # copies even a single piece: its shared memory is reused
     return Batch(
-        image=concatenate(images),  # copies even a single piece: its shared memory is reused
-        text=np.concatenate(texts),
+        image=arrays.pop("image"),
+        text=arrays.pop("text"),
+        inputs=arrays,
         index=np.concatenate([one.index for one in notes]),
         keys=[key for one in notes for key in one.keys],
         skipped=[event for one in notes for event in one.skipped],
@@ -119,7 +129,7 @@ class GlobalPieces:
     """Makes this process's rows in the global order, `number` pieces for each unit of a batch."""
 
     load: Load
-    tokenize: Tokenize
+    tokenizers: Tokenizers
     order: Any  # record of a position
     plan: BatchPlan
     process: tuple[int, int]
@@ -141,7 +151,7 @@ class GlobalPieces:
         samples = [
             self.load(at, int(self.order[at]), kind.images) for at in range(first, first + size)
         ]
-        return _piece(samples, self.tokenize, Reading(*bucket.requested()))
+        return _piece(samples, self.tokenizers, Reading(*bucket.requested()))
 
     def close(self) -> None:
         """Do nothing, since nothing is read ahead."""
@@ -153,7 +163,7 @@ class StreamPieces:
     pad a unit, so that workers, which take pieces in turn, get the same streams in every unit."""
 
     load: Load
-    tokenize: Tokenize
+    tokenizers: Tokenizers
     make_order: Callable[[Source], StreamOrder]
     streams: Streams  # of a unit
     plan: BatchPlan
@@ -186,7 +196,7 @@ class StreamPieces:
                 fetched = error
             waited += CLOCK.now() - start
             samples.append(self.load(at, int(record), kind.images, fetched))
-        return _piece(samples, self.tokenize, Reading(*bucket.requested(), used, waited))
+        return _piece(samples, self.tokenizers, Reading(*bucket.requested(), used, waited))
 
     def _open(self, streams: Sequence[int]) -> ReadAhead:
         source: Any = self.load.source

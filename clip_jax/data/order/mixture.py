@@ -3,13 +3,21 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
 from clip_jax.data.order.blocks import BlockOrder, Equal, Run, Streams, joined
-from clip_jax.data.sources import BlockSource, Record, Source, blocks_of
+from clip_jax.data.sources import (
+    AnyRecord,
+    BlockSource,
+    Record,
+    Source,
+    StoredRecord,
+    StoredSource,
+    blocks_of,
+)
 from clip_jax.data.sources.any import SingleConfig
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError, check_ranges
@@ -156,6 +164,11 @@ class MixtureSource:
         member, own = self._places.find(index)
         return self.members[member].load(own, rng)
 
+    def record(self, index: int) -> StoredRecord:
+        """Return the member's sample as it is stored; its members must be `StoredSource`s."""
+        member, own = self._places.find(index)
+        return cast(StoredSource, self.members[member]).record(own)
+
     def order(self, seed: int) -> Any:
         """Return an endless grain.MapDataset of indices; a member is shuffled in each epoch."""
         import grain
@@ -178,14 +191,14 @@ class MixtureSource:
         source = self.members[member]
         return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
 
-    def fetch(self, first: int, last: int) -> list[Record]:
+    def fetch(self, first: int, last: int) -> list[AnyRecord]:
         """Read records of one block of a member."""
         number, own = self._places.find(first)
         member = self.members[number]
         if not isinstance(member, BlockSource):
             return [Record(self.key(first), 0, functools.partial(member.load, own))]
         records = member.fetch(own, own + last - first)
-        return [Record(f"{number}/{one.key}", one.size, one.load) for one in records]
+        return [one._replace(key=f"{number}/{one.key}") for one in records]
 
     def stream_order(self, seed: int, streams: Streams, shuffle_blocks: int) -> "StreamMixture":
         """Return the block order: each stream advances in each member by itself."""

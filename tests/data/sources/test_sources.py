@@ -234,7 +234,7 @@ def test_mutated_files(case, tmp_path):
         else:
             skipped = [event for sample in samples for event in sample.skipped]
             assert all(event["key"] and event["reason"] for event in skipped)
-            assert all(sample.image.shape == (1, 16, 16, 3) for sample in samples)
+            assert all(sample.arrays["image"].shape == (1, 16, 16, 3) for sample in samples)
             skips += bool(skipped)
         path.write_bytes(files[path])
     assert len(messages) + skips > 6
