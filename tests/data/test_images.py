@@ -21,6 +21,7 @@ from clip_jax.data.images import (
     decode,
     read_ahead,
     read_crop,
+    read_crops,
 )
 from clip_jax.models.images import NaFlex, Square
 
@@ -145,6 +146,37 @@ def test_what_is_not_decoded_at_a_fraction_is_decoded_and_cropped(scale, photo):
         np.testing.assert_array_equal(found, wanted)
         middle = read_crop(data, Square(224), scaled=scaled)
         np.testing.assert_array_equal(middle, center_crop(decode(data), 224))
+
+
+@pytest.mark.parametrize("scale", [None, (0.3, 1.0)])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_inputs_of_other_resolutions_get_the_same_box(scale, seed, photo):
+    """Resized from the image, and not from the first input's crop."""
+    data, specs = save(photo), [Square(64), Square(150), Square(64), NAFLEX]
+    rng = None if seed is None else np.random.default_rng(seed)
+    crops = read_crops(data, specs, rng, scale)
+    again = None if seed is None else np.random.default_rng(seed)
+    np.testing.assert_array_equal(crops[0], read_crop(data, Square(64), again, scale))
+    assert crops[2] is crops[0]
+    if seed is not None and scale:
+        box = images.random_box(*photo.size, np.random.default_rng(seed), scale)
+        image, box = photo.crop(box), None
+    else:  # a square whose offset is a number of pixels after resizing, of which it has 96
+        offset = 16 if seed is None else int(np.random.default_rng(seed).integers(96 - 64 + 1))
+        image, box = photo, (offset * 451 / 96, 0, (offset + 64) * 451 / 96, 300)
+    size = NAFLEX.fit(round(box[2] - box[0]), 300) if box else NAFLEX.fit(*image.size)
+    for crop, wanted in ((crops[1], (150, 150)), (crops[3], size)):
+        expected = image.resize(wanted, Image.Resampling.BICUBIC, box=box)
+        np.testing.assert_array_equal(crop, expected)
+
+
+def test_each_resolution_is_decoded_at_the_fraction_that_it_needs(photo):
+    data, scale = save(photo.resize((1200, 900)), "JPEG"), (0.8, 1.0)
+    sides = (112, 448)
+    together = read_crops(data, [*map(Square, sides)], np.random.default_rng(0), scale)
+    for side, crop in zip(sides, together, strict=True):
+        alone = read_crop(data, Square(side), np.random.default_rng(0), scale)
+        np.testing.assert_array_equal(crop, alone)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (1001, 701), (480, 640)])

@@ -11,13 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_jax.data.augment import Augmentation
+from clip_jax.data.reinforced import Reinforcement, to_features, to_members
 from clip_jax.data.sources import SampleError, tar_index
+from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, encode_example
 from clip_jax.data.sources.shards import warn_once
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from tests.clock import HandClock
-from tests.data.conftest import outcome, write_tar
+from tests.data.conftest import outcome, write_records, write_tar
 
 RNG = np.random.default_rng(0)
 
@@ -214,6 +217,67 @@ def test_a_block_holds_what_its_samples_are(format, caption, tmp_path):
             wanted = outcome(lambda: source.load(index, rngs[0]))  # noqa: B023
             assert wanted == outcome(lambda: record.load(rngs[1]))  # noqa: B023
     assert source.size(0, len(source)) == sum(source.size(*span) for span in spans[: len(counts)])
+
+
+def reinforce(number):
+    """What a sample of this number has beside its pair."""
+    augmentations = (Augmentation((0, 0, 1 + number, 1), None, ((1, 0.1),)),)
+    row = np.full((1, 8), number + 1, np.float32)
+    return Reinforcement(augmentations, 8, row, (f"synthetic {number}",), row, row)
+
+
+@pytest.fixture
+def reinforced(tmp_path):
+    """Three shards, of which the second has plain pairs."""
+    for shard in range(3):
+        members = []
+        for number in range(10):
+            key = f"{number}" if number < 5 else "m" * 120 + f"{number}"
+            more = to_members(reinforce(number)) if shard != 1 else {}
+            more = [(f"{key}.{name}", content) for name, content in more.items()]
+            members += [*more[: number % 4], *pair(key), *more[number % 4 :]]
+            members += [(f"alone{number}.npz", b"of nothing")] * (number % 3 == 0)
+        write_tar(tmp_path / f"{shard}.tar", members)
+    return tmp_path
+
+
+def test_members_of_reinforced_samples_are_read_alone_and_in_blocks(reinforced):
+    """The same as from ArrayRecords."""
+    examples = [
+        encode_example({"image": [b"image"], "caption": [b"text"], "key": [b"key"]} | features)
+        for features in (to_features(reinforce(i), "float16", (4, 4)) for i in range(10))
+    ]
+    write_records(reinforced / "x.array_record", "group_size:1", examples)
+    records = ArrayRecordSource(ArrayRecordConfig(path=str(reinforced / "x.array_record")))
+    source = open_tar(reinforced / "{0..2}.tar")
+    assert len(source) == 30
+    for first, last in ((0, 10), (10, 20), (20, 30), (3, 7), (28, 30), (14, 16)):
+        for index, record in zip(range(first, last), source.fetch(first, last), strict=True):
+            assert record.load(RNG) == source.load(index, RNG) == (b"image", "text")
+            expected = reinforce(index % 10)
+            for one in (record.more(), source.record(index).more()):
+                if 10 <= index < 20:
+                    assert one is None
+                    continue
+                for other in (expected, records.record(index % 10).more()):
+                    assert (one.augmentations, one.size) == (other.augmentations, other.size)
+                    assert one.synthetic == other.synthetic
+                    for name in ("image", "text", "synthetic_text"):
+                        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_an_index_without_reinforced_samples_is_built_again(reinforced, indexed):
+    """Where an earlier version ignored their members; that of plain shards stays as small."""
+    older = tar_index._SHARDS.with_metadata({b"endings": b"jpg txt"})
+    with (
+        mock.patch.object(tar_index, "_SHARDS", older),
+        mock.patch.object(tar_index, "_ENDINGS", older.metadata),
+    ):
+        open_tar(reinforced / "{0..2}.tar")
+    assert open_tar(reinforced / "{0..2}.tar").record(3).more() is not None
+    assert len(indexed()) == 6
+    rows = [pa.ipc.open_file(file).schema.names for file in sorted(reinforced.glob("*/*.arrow"))]
+    assert [x[-2:] for x in rows] == [["start", "end"], ["cls_offset", "cls_size"], rows[0][-2:]]
 
 
 def test_a_shard_that_changed_is_bad_samples(tmp_path):
