@@ -2,8 +2,8 @@
 
     python benchmarks/distillation.py WORKDIR [--steps 400] [--seeds 5] [--first-seed 0]
 
-The data and the teacher are those of `configs/digits.py`; the student has towers of half the width.
-It is trained in four ways with each seed:
+The data and models are those of `configs/digits.py`, the student's towers of half the width. The
+pairs of one epoch are rendered once and stored. The student is trained in four ways with each seed:
 
 - alone, for STEPS steps,
 - with the teacher, for as many steps, which is as many samples,
@@ -11,28 +11,36 @@ It is trained in four ways with each seed:
   batch, alternating, and their medians compared,
 - alone for as many FLOPs, the teacher's forward passes included.
 
-The teacher's own training is not counted. Its warm-up and learning rate are the student's. WORKDIR
-keeps the runs; a second start of the script continues. The result is zero-shot top-1 on images by
-held-out writers, as mean ± std over the seeds: of numbers seen in training, and of unseen
-combinations of digits.
+The teacher is trained for 1,200 steps, which are not counted. Learning rate and warm-up are the
+same everywhere. WORKDIR keeps the runs; a second start of the script continues. The result is
+zero-shot top-1 on images by held-out writers, as mean ± std over the seeds: of numbers seen in
+training, and of unseen combinations of digits.
 """
 
 import argparse
 import dataclasses
+import io
 import json
 import statistics
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from clip_jax import flops, sharding
 from clip_jax.config import Config, load_config
+from clip_jax.data.digits import DigitsSource
+from clip_jax.data.sources.any import PathConfig
 from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.step import Program
 from clip_jax.train import frozen_params, open_data, train
 
 ROOT = Path(__file__).parents[1]
+TEACHER_STEPS = 1_200
 KINDS = {
     "samples": "alone", "teacher": "with the teacher", "hours": "alone, equal hours",
     "flops": "alone, equal FLOPs",
@@ -43,19 +51,36 @@ HEADER = (
 )  # fmt: skip
 
 
-def student(steps: int, seed: int) -> Config:
+def draw(path: Path) -> None:
+    """Store the pairs of one epoch as a Parquet table."""
+    source = DigitsSource(load_config(ROOT / "configs/digits.py").data.source, 16)
+    images, captions = [], []
+    for i in range(len(source)):
+        pixels, caption = source.load(i, np.random.default_rng([0, i]))
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        images.append(file.getvalue())
+        captions.append(caption)
+    pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=100)
+
+
+def base(workdir: Path, steps: int, seed: int) -> Config:
     config = load_config(ROOT / "configs/digits.py")
-    model = config.model
-    vision = dataclasses.replace(model.vision, width=model.vision.width // 2)
-    text = dataclasses.replace(model.text, width=model.text.width // 2)
     [evaluator] = config.evals
+    source = PathConfig(path=str(workdir / "pairs.parquet"))
     return dataclasses.replace(
         config, steps=steps, seed=seed, report_every=steps,
-        model=dataclasses.replace(model, vision=vision, text=text),
-        data=dataclasses.replace(config.data, seed=seed),
+        data=dataclasses.replace(config.data, seed=seed, source=source),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps),
         evals=(dataclasses.replace(evaluator, every_steps=steps),),
     )  # fmt: skip
+
+
+def student(workdir: Path, steps: int, seed: int) -> Config:
+    config = base(workdir, steps, seed)
+    model = config.model
+    vision = dataclasses.replace(model.vision, width=model.vision.width // 2)
+    text = dataclasses.replace(model.text, width=model.text.width // 2)
+    return dataclasses.replace(config, model=dataclasses.replace(model, vision=vision, text=text))
 
 
 def with_teacher(config: Config, workdir: Path, weight: float) -> Config:
@@ -74,11 +99,12 @@ def step_seconds(configs: list[Config], rounds: int = 15, steps: int = 5) -> lis
     """Return the median seconds of a step of each config; rounds of each alternate."""
     runs, seconds = [], [[] for _ in configs]
     for config in configs:
-        program = Program(config.recipe, sharding.make_mesh(config.mesh))
+        mesh = sharding.make_mesh(config.mesh)
+        program = Program(config.recipe, mesh)
         batch = next(open_data(config, 0, 1).batches(0))
-        state = program.init(frozen=frozen_params(config.objective))
+        state = program.init(frozen=frozen_params(config.objective, mesh))
         program.compile()
-        runs.append((program, state, program.put(vars(batch))))
+        runs.append((program, state, program.put(batch.arrays())))
     for _ in range(rounds):
         for i, (program, state, batch) in enumerate(runs):
             start = time.perf_counter()
@@ -112,9 +138,12 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=0.75, help="weight of distillation, 0 to 1")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of runs to make")
     args = parser.parse_args()
-    big, folder = load_config(ROOT / "configs/digits.py"), args.workdir / "teacher"
-    taught = run(dataclasses.replace(big, report_every=400), folder)
-    alone = student(args.steps, 0)
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    if not (path := args.workdir / "pairs.parquet").exists():
+        draw(path)
+    folder = args.workdir / "teacher"
+    taught = run(base(args.workdir, TEACHER_STEPS, 1_000), folder)
+    alone = student(args.workdir, args.steps, 0)
     distilled = with_teacher(alone, folder, args.weight)
     path = args.workdir / "seconds.json"
     if not path.exists():
@@ -128,7 +157,7 @@ def main() -> None:
     rows: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in args.kinds}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for kind, row in rows.items():
-            config = student(steps[kind], seed)
+            config = student(args.workdir, steps[kind], seed)
             if kind == "teacher":
                 config = with_teacher(config, folder, args.weight)
             result = run(config, args.workdir / f"{kind}_{seed}")
@@ -137,7 +166,9 @@ def main() -> None:
             print(kind, seed, [round(x, 1) for x in row[-1]], flush=True)
     print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     top1 = [f"{100 * taught[f'zero_shot/{part}/top1']:.1f}" for part in ("seen", "unseen")]
-    print(f"| the teacher | {big.steps:,} | {' | '.join(top1)} | {taught['seconds/steps']:.1f} |")
+    print(
+        f"| the teacher | {TEACHER_STEPS:,} | {' | '.join(top1)} | {taught['seconds/steps']:.1f} |"
+    )
     for kind, row in rows.items():
         cells = [spread(list(values)) for values in zip(*row, strict=True)]
         print(f"| {KINDS[kind]} | {steps[kind]:,} | {' | '.join(cells)} |")

@@ -59,7 +59,10 @@ def of_step(run: Any) -> Flops:
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
     own = training(run.model, run.batch_size, locked=locked)
-    return own._replace(loss=2 * macs, teacher=teacher)
+    needs = {name for term in run.objective for name in term.needs}
+    images, texts = (1 + sum(x.startswith(f"{y}:") for x in needs) for y in ("image", "text"))
+    towers = own._replace(image=own.image * images, text=own.text * texts)
+    return towers._replace(loss=2 * macs, teacher=teacher)
 
 
 def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:

@@ -11,6 +11,7 @@ import pytest
 
 from clip_jax import flops
 from clip_jax.config import Config
+from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
@@ -143,3 +144,14 @@ def test_a_step_is_counted_as_its_config_says():
     assert 0.38 < step(flip).image / step(plain).image < 0.46
     assert step(flip, "image") == step(plain, "image")
     assert step(plain, "image").image == step(plain).image // 3
+
+
+def test_synthetic_captions_and_teachers_are_encoded_too():
+    def step(**fields):
+        term = DistillationConfig(teachers=(LiveTeacher(weights="x", model=TINY),), **fields)
+        return flops.of_step(Config(model=TINY, batch_size=8, objective=(SoftmaxConfig(), term)))
+
+    one, both, pair = step(), step(captions="both"), flops.forward(TINY)
+    assert (both.image, both.text) == (one.image, 2 * one.text)
+    assert one.teacher == 8 * pair.total
+    assert both.teacher == 8 * (pair.image + 2 * pair.text)
