@@ -11,14 +11,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.losses import (
+    Axes,
+    Context,
     SigmoidConfig,
     SoftmaxConfig,
+    caption_ids,
     contrastive,
     contrastive_loss,
     devices_per_slice,
 )
+from clip_jax.models.clip import CLIP
 from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
-from tests.conftest import MESHES
+from tests.conftest import MESHES, TINY
 
 BATCH, WIDTH, EMBED = 48, 24, 16
 CAPTIONS = np.arange(BATCH) % 40  # eight captions occur twice
@@ -150,3 +154,35 @@ def test_equals_the_definition(
         got = compute(NEARLY_SOLVED[loss])
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_captions_are_true_or_synthetic_or_both() -> None:
+    params, inputs = problem()
+    image, text = embeddings(params, inputs)
+    tokens = jnp.asarray(CAPTIONS)[:, None]
+    data = {"text": tokens, "synthetic": tokens // 2}  # some others are equal
+    outputs = {"image": image, "text": text, "text:synthetic": jnp.roll(text, 1, 0)}
+    on = make_mesh(MeshConfig(), jax.devices()[:1])
+    axes = Axes(BATCH_AXES, "fsdp", "tensor")
+    x = Context(CLIP(TINY), {"logit_scale": jnp.log(10.0)}, data, outputs, on, axes)
+    losses = {}
+    for captions in ("true", "synthetic", "both"):
+        term = SoftmaxConfig(captions=captions, mask_same_caption=True)
+        losses[captions], metrics = term.loss(x)
+        needed = () if captions == "true" else ("text:synthetic",)
+        assert term.needs == needed
+        assert list(term.reads(TINY)) == [name.removeprefix("text:") for name in needed]
+        assert (metrics["image_to_text_accuracy"] > 0.5) == (captions != "synthetic")
+    for captions, name in (("true", "text"), ("synthetic", "synthetic")):
+        ids, texts = (
+            caption_ids(data[name]),
+            outputs["text" if name == "text" else "text:synthetic"],
+        )
+        expected, _ = contrastive_loss(
+            SoftmaxConfig(mask_same_caption=True), image, texts, jnp.exp(jnp.log(10.0)),
+            caption_ids=ids,
+        )  # fmt: skip
+        assert losses[captions] == expected
+    assert losses["both"] == losses["true"] + losses["synthetic"]
+    one, both = (SoftmaxConfig(captions=x).macs(TINY, 16, ()) for x in ("true", "both"))
+    assert both == 2 * one

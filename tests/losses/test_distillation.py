@@ -1,0 +1,431 @@
+"""Distillation: every form against the definition in float64, and as a term of a training step."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.errors import InputError
+from clip_jax.losses import (
+    Axes,
+    Context,
+    DistillationConfig,
+    LiveTeacher,
+    SoftmaxConfig,
+    StoredTeacher,
+    contrastive,
+    contrastive_loss,
+    devices_per_slice,
+)
+from clip_jax.models.clip import CLIP
+from clip_jax.models.inputs import ImageInput, StoredInput, TextInput
+from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
+from clip_jax.step import Program, Recipe
+from tests.conftest import MESHES, OPTIM, TINY, assert_close, batch, parameters
+
+BATCH, EMBED = 48, 16
+CAPTIONS = np.arange(BATCH) % 40  # eight captions occur twice
+TEACHERS = ((24, 100.0, -60.0), (8, 60.0, -40.0), (40, 20.0, -10.0))  # width, scale, bias
+MASK = {"mask_same_caption": True}
+
+
+def unit(x: Any) -> Any:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def problem() -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """The student's embeddings and scalars, and three teachers' unit embeddings, in float32."""
+    draw = np.random.default_rng(0).normal
+    image = draw(size=(BATCH, 24))
+    text = (image + 0.5 * draw(size=image.shape))[CAPTIONS]
+    tower = draw(size=(24, EMBED))
+    student = {
+        "image": unit(image @ tower), "text": unit(text @ (tower + 0.1 * draw(size=tower.shape))),
+        "logit_scale": np.log(100), "logit_bias": np.array(-70.0),
+    }  # fmt: skip
+    towers = [draw(size=(24, width)) for width, _, _ in TEACHERS]
+    teachers = [(unit(image @ own), unit(text @ own)) for own in towers]
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), (student, teachers))
+
+
+def definition(student: Any, teachers: Any, similarity: str, is_masked: bool) -> Any:
+    """The loss with whole matrices, as it is written in papers."""
+    keep = np.eye(BATCH, dtype=bool) | (CAPTIONS[:, None] != CAPTIONS) | (not is_masked)
+    z = jnp.exp(student["logit_scale"]) * student["image"] @ student["text"].T
+    logits = [
+        scale * a @ b.T + bias for (a, b), (_, scale, bias) in zip(teachers, TEACHERS, strict=False)
+    ]
+    if similarity == "softmax":
+        total = 0.0
+        for axis in (0, 1):
+            every = [jax.nn.softmax(jnp.where(keep, t, -jnp.inf), axis) for t in logits]
+            log_p = jax.nn.log_softmax(jnp.where(keep, z, -jnp.inf), axis)
+            total -= jnp.where(keep, sum(every) / len(every) * log_p, 0).sum() / BATCH
+        return total / 2
+    p = sum(map(jax.nn.sigmoid, logits)) / len(logits)
+    z += student["logit_bias"]
+    losses = -jax.nn.log_sigmoid((2 * p - 1) * z)
+    if similarity == "soft_label_sigmoid":
+        losses = -p * jax.nn.log_sigmoid(z) - (1 - p) * jax.nn.log_sigmoid(-z)
+    return jnp.where(keep, losses, 0).sum() / BATCH
+
+
+def scaled(teachers: Any, with_bias: bool) -> list[tuple[Any, Any]]:
+    """Teachers' embeddings as `Side` has them: times their scale, a bias as one more channel."""
+
+    def channel(x: Any, value: float) -> Any:
+        return np.pad(x, ((0, 0), (0, int(with_bias))), constant_values=value)
+
+    return [
+        (channel(np.float32(scale) * a, bias), channel(b, 1.0))
+        for (a, b), (_, scale, bias) in zip(teachers, TEACHERS, strict=False)
+    ]
+
+
+def config_of(similarity: Any, **options: Any) -> DistillationConfig:
+    return DistillationConfig(teachers=(), similarity=similarity, **options)
+
+
+# Each form of each loss with one, two and three teachers; each form on each number of devices.
+@pytest.mark.parametrize(
+    ("similarity", "count", "form", "mesh", "options", "block_size"),
+    [
+        ("softmax", 1, "dense", "1", {}, 5),
+        ("softmax", 2, "dense", "2x2x2", MASK, 5),
+        ("softmax", 3, "dense", "8", {}, 5),
+        ("softmax", 1, "blocked", "4x2", MASK, 5),
+        ("softmax", 2, "blocked", "2", {}, 12),
+        ("softmax", 3, "blocked", "1", MASK, 7),
+        ("softmax", 1, "ring", "4", {}, 1000),
+        ("softmax", 2, "ring", "2x2x2", MASK, 5),
+        ("softmax", 3, "ring", "8", {}, 5),
+        ("softmax", 2, "rings of 2", "4x2", MASK, 5),
+        ("sigmoid", 2, "dense", "4", {}, 5),
+        ("sigmoid", 1, "blocked", "8", MASK, 5),
+        ("sigmoid", 3, "ring", "4x2", {}, 1),
+        ("soft_label_sigmoid", 3, "dense", "4x2", MASK, 5),
+        ("soft_label_sigmoid", 2, "blocked", "2x2x2", {}, 7),
+        ("soft_label_sigmoid", 1, "ring", "2", MASK, 5),
+        ("soft_label_sigmoid", 2, "rings of 2", "8", {}, 5),
+    ],
+)
+def test_equals_the_definition(
+    similarity: str, count: int, form: str, mesh: str, options: dict, block_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if form == "rings of 2":  # neighbours of one slice pass texts on; slices gather
+        slices = mock.create_autospec(devices_per_slice, return_value=2)
+        monkeypatch.setattr(contrastive, "devices_per_slice", slices)
+    form = form.split()[0].replace("rings", "ring")
+    config = config_of(similarity, form=form, block_size=block_size, **options)
+    on = make_mesh(
+        MESHES.get(mesh, MeshConfig()), jax.devices()[: int(mesh) if len(mesh) < 2 else 8]
+    )
+    student, teachers = problem()
+
+    def value(student: dict, teachers: list) -> Any:
+        scale, bias = jnp.exp(student["logit_scale"]), student["logit_bias"]
+        loss, _ = contrastive_loss(
+            config, student["image"], student["text"], scale, bias, teachers=teachers,
+            caption_ids=jnp.asarray(CAPTIONS), mesh=on, axes=BATCH_AXES,
+        )  # fmt: skip
+        return loss
+
+    def place(x: Any) -> Any:
+        return jax.device_put(x, batch_sharding(on) if x.ndim else NamedSharding(on, P()))
+
+    inputs = student, scaled(teachers[:count], config.needs_bias)
+    got = jax.jit(jax.value_and_grad(value, (0, 1)))(*jax.tree.map(place, inputs))
+    with jax.enable_x64(True):
+        exact = functools.partial(definition, similarity=similarity, is_masked=bool(options))
+        doubles = jax.tree.map(lambda x: x.astype(np.float64), (student, teachers[:count]))
+        want = jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(exact))(*doubles))
+    loss, (gradients, of_teachers) = got
+    assert want[0] > 0.3
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(of_teachers))
+    assert_close(want, (loss, gradients))
+
+
+@pytest.mark.parametrize("form", ["dense", "blocked", "ring"])
+@pytest.mark.parametrize("similarity", ["softmax", "sigmoid", "soft_label_sigmoid"])
+def test_extreme_values_give_finite_results(similarity: str, form: str) -> None:
+    config = config_of(similarity, form=form, block_size=3)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(student: Any, a: Any, b: Any) -> Any:
+        return contrastive_loss(
+            config, *student, teachers=[(a, b)], mesh=mesh, axes=BATCH_AXES
+        )[0]  # fmt: skip
+
+    one = jnp.eye(16)
+    equal = jnp.broadcast_to(one[0], one.shape)
+    scale, bias = jnp.float32(100), jnp.float32(-100)
+    for image, text in ((one, one), (one, -one), (equal, equal), (equal, -equal)):
+        for a in (1e4 * one, -1e4 * one, 100 * equal):  # sure of one pair, of none, of all alike
+            for x in jax.tree.leaves(gradient((image, text, scale, bias), a, one)):
+                assert np.isfinite(x).all()
+    loss, (of_image, *_) = gradient((equal, equal, scale, bias), 100 * equal, equal)
+    if similarity == "softmax":  # all are alike for teacher and student
+        assert loss == pytest.approx(np.log(16))
+        assert np.abs(of_image).max() < 1e-5
+
+
+# ------------------------------------------------------------------ in a training step
+
+SMALL = replace(
+    TINY, vision=replace(TINY.vision, depth=1), text=replace(TINY.text, depth=1)
+)  # fmt: skip
+# A teacher of other images; it shares the captions' tokens.
+BIG = replace(
+    SMALL, embed_dim=24, image_mean=(0.5, 0.5, 0.5), vision=replace(SMALL.vision, image_size=24)
+)  # fmt: skip
+OTHER = replace(BIG, text=replace(TINY.text, context_length=8))  # and of other tokens
+LIVE = LiveTeacher(weights="runs/big", model=BIG, dtype="float32")
+TERM = DistillationConfig(
+    teachers=(StoredTeacher(embed_dim=8, logit_scale=60.0), LIVE, StoredTeacher(embed_dim=12)),
+    captions="both", weight=2.0, similarity_weight=0.5, features_weight=0.25,
+)  # fmt: skip
+
+
+def inputs() -> dict[str, Any]:
+    rng, pairs = np.random.default_rng(3), batch(SMALL)
+    vectors = {f"stored_{x}": rng.normal(size=(16, 20)) for x in ("image", "text", "synthetic")}
+    stored = {name: x.astype(np.float32) for name, x in vectors.items()}
+    more = {"synthetic": np.roll(pairs["text"], 1, axis=0), "teacher1_image": batch(BIG)["image"]}
+    return pairs | more | stored
+
+
+def step(term: DistillationConfig, mesh: str = "1", accumulation: int = 1) -> tuple[Any, Any]:
+    """Return the gradients, times a constant, and the metrics."""
+    recipe = Recipe(
+        model=SMALL, objective=(SoftmaxConfig(captions="both"), term), optim=OPTIM, steps=10,
+        batch_size=16, accumulation=accumulation,
+    )  # fmt: skip
+    devices = jax.devices()[: 1 if mesh == "1" else 8]
+    own = Program(recipe, make_mesh(MESHES.get(mesh, MeshConfig()), devices))
+    state = own.init(
+        parameters(SMALL) | own_parameters(), {"distillation": {"teacher1": parameters(BIG)}}
+    )
+    state, metrics = own.step(state, own.put(inputs()))
+    return jax.device_get((optax.tree.get(state.opt_state, "mu"), metrics))
+
+
+def own_parameters() -> Any:
+    draw = np.random.default_rng(5).normal
+    shapes = {name: shape for name, (shape, _) in TERM.parameters(SMALL).items()}
+    return {"distillation": {x: draw(size=shape).astype(np.float32) for x, shape in shapes.items()}}
+
+
+@functools.cache
+def on_one_device() -> Any:
+    return step(TERM)
+
+
+def embeddings(config: Any, image: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """Unit embeddings by a model, in float64."""
+    model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
+    outputs = {"image": model.encode_image(params, model.normalize(jnp.asarray(image)))}
+    for name in ("text", "synthetic"):
+        outputs[name] = model.encode_text(params, jnp.asarray(data[name]))
+    return {name: unit(np.asarray(y, np.float64)) for name, y in outputs.items()}
+
+
+def log_softmax(x: Any, axis: int) -> Any:
+    x = x - x.max(axis, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
+    data = inputs()
+    student = embeddings(SMALL, data["image"], data)
+    stored = {x: data[f"stored_{x}"].astype(np.float64) for x in student}
+    teachers = [
+        {x: unit(y[:, :8]) for x, y in stored.items()},
+        embeddings(BIG, data["teacher1_image"], data),
+        {x: unit(y[:, 8:]) for x, y in stored.items()},
+    ]
+    scales = (60.0, 10.0, 100.0)  # a live one has its own
+    maps = own_parameters()["distillation"]
+    own, similarity, distance = 0.0, 0.0, 0.0
+    for kind in ("text", "synthetic"):
+        for axis in (0, 1):
+            logits = [s * x["image"] @ x[kind].T for s, x in zip(scales, teachers, strict=True)]
+            p = sum(np.exp(log_softmax(x, axis)) for x in logits) / 3
+            log_q = log_softmax(10.0 * student["image"] @ student[kind].T, axis)
+            similarity -= (p * log_q).sum() / 16 / 2
+            own -= np.trace(log_q) / 16 / 2
+    for kind, x in student.items():
+        for i, teacher in enumerate(teachers):
+            mapped = x @ maps[f"teacher{i}_{'image' if kind == 'image' else 'text'}"]
+            distance += (1 - (unit(mapped) * teacher[kind]).sum(1)).mean() / 3
+    _, metrics = on_one_device()
+    assert metrics["contrastive_loss"] == pytest.approx(own, rel=1e-5)
+    assert metrics["distillation_loss"] == pytest.approx(
+        0.5 * similarity + 0.25 * distance, rel=1e-5
+    )
+    cosines = student["image"] @ student["text"].T
+    best = np.isclose(cosines, cosines.max(1, keepdims=True), rtol=0, atol=1e-9)
+    credit = (np.diag(best) / best.sum(1)).mean()  # of true captions, two of which are equal
+    assert metrics["image_to_text_accuracy"] == pytest.approx(credit)
+
+
+@pytest.mark.parametrize(("mesh", "form"), [("4x2", "blocked"), ("2x2x2", "ring")])
+def test_a_step_is_the_same_on_every_mesh(mesh: str, form: Any) -> None:
+    assert_close(on_one_device(), step(replace(TERM, form=form), mesh, accumulation=2))
+
+
+def test_accumulation_gives_the_same_gradients_within_1e_6() -> None:
+    expected, got = on_one_device(), step(TERM, accumulation=4)
+    for a, b in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
+        assert np.abs(a - b).max() <= 1e-6 * max(np.abs(a).max(), 1)
+
+
+# ------------------------------------------------------------------ parts of the term
+
+
+def context(outputs: Any, data: Any, params: Any, frozen: Any = None) -> Context:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    outputs, axes = jax.tree.map(jnp.asarray, outputs), Axes(BATCH_AXES, "fsdp", "tensor")
+    return Context(CLIP(TINY), params, data, outputs, mesh, axes, frozen or {})
+
+
+def test_scale_and_bias_of_a_teacher_are_in_its_embeddings() -> None:
+    model = replace(BIG, init_logit_bias=-10.0)
+    params = jax.tree.map(jnp.asarray, parameters(model))  # scale 10, bias −3
+    data = jax.tree.map(jnp.asarray, inputs())
+    live = LiveTeacher(weights="runs/big", model=model, dtype="float32")
+    own = embeddings(model, data["teacher1_image"], data)
+    stored = {x: unit(np.asarray(data[f"stored_{x}"], np.float64)[:, :8]) for x in own}
+    for teacher, unscaled, scale, bias in (
+        (StoredTeacher(embed_dim=8, logit_scale=60.0, logit_bias=-40.0), stored, 60, -40),
+        (live, own, 10, -3),
+        (replace(live, logit_scale=20.0, logit_bias=0.0), own, 20, 0),
+    ):
+        term = DistillationConfig(teachers=(teacher,), similarity="sigmoid")
+        more = {"teacher0_image": data["teacher1_image"]}
+        x = context({}, data | more, {}, {"teacher0": params})
+        a, b = (np.asarray(y, np.float64) for y in term.encode(x).values())
+        expected = scale * unscaled["image"] @ unscaled["text"].T + bias
+        np.testing.assert_allclose(a @ b.T, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", ["cosine", "squared_error"])
+@pytest.mark.parametrize("widths", [(8,), (8, 12), (8, 12, 24)])
+def test_distances_of_embeddings_equal_the_definition(widths: tuple, features: Any) -> None:
+    term = DistillationConfig(
+        teachers=tuple(StoredTeacher(embed_dim=x) for x in widths), features=features,
+        features_weight=3.0, similarity_weight=0.0,
+    )  # fmt: skip
+    draw, towers = np.random.default_rng(0).normal, ("image", "text")
+    stored = {x: draw(size=(16, sum(widths))).astype(np.float32) for x in towers}
+    student = {x: unit(draw(size=(16, EMBED))).astype(np.float32) for x in towers}
+    shapes = term.parameters(TINY)
+    assert shapes["teacher0_text"] == ((16, 8), "E -")
+    maps = {x: draw(size=shape).astype(np.float32) for x, (shape, _) in shapes.items()}
+
+    def value(student: Any, maps: Any) -> Any:
+        data = {f"stored_{x}": jnp.asarray(y) for x, y in stored.items()}
+        x = context(student, {"image": None, "text": None, **data}, {term.name: maps})
+        return term.loss(replace(x, outputs=student | term.encode(x)))[0]
+
+    def exact(student: Any, maps: Any) -> Any:
+        total = 0.0
+        for tower in towers:
+            parts = np.split(stored[tower].astype(np.float64), np.cumsum(widths)[:-1], axis=1)
+            for i, part in enumerate(parts):
+                y, z = unit(part), student[tower] @ maps[f"teacher{i}_{tower}"]
+                if features == "cosine":
+                    total += (1 - (z * y).sum(1) / jnp.linalg.norm(z, axis=1)).mean()
+                else:
+                    total += ((z - y) ** 2).sum(1).mean()
+        return 3.0 * total / len(widths)
+
+    got = jax.value_and_grad(value, (0, 1))(student, maps)
+    with jax.enable_x64(True):
+        doubles = jax.tree.map(lambda x: x.astype(np.float64), (student, maps))
+        want = jax.tree.map(np.asarray, jax.value_and_grad(exact, (0, 1))(*doubles))
+    assert_close(want, got)
+    assert term.macs(TINY, 16, ()) == 3 * 16 * 16 * sum(widths) * 2
+
+
+def test_a_fixed_scale_takes_the_place_of_the_models_own() -> None:
+    student, teachers = problem()
+    pairs = dict(zip(("teacher0_image", "teacher0_text"), teachers[0], strict=True))
+
+    def loss(own: float | None, log_scale: Any) -> Any:
+        term = DistillationConfig(teachers=(StoredTeacher(embed_dim=24),), logit_scale=own)
+        outputs = {x: student[x] for x in ("image", "text")} | pairs
+        return term.loss(context(outputs, {}, {"logit_scale": log_scale}))[0]
+
+    value, gradient = jax.value_and_grad(functools.partial(loss, 30.0))(jnp.log(7.0))
+    assert value == pytest.approx(float(loss(None, jnp.log(30.0))), rel=1e-6)
+    assert gradient == 0
+
+
+def test_teachers_share_inputs_that_are_equal() -> None:
+    other = LiveTeacher(weights="runs/other", model=OTHER)
+    term = replace(TERM, teachers=(LIVE, other, TERM.teachers[0], other))
+    assert term.reads(SMALL) == {
+        "stored_image": StoredInput("image", 8),
+        "stored_text": StoredInput("text", 8),
+        "stored_synthetic": StoredInput("synthetic", 8),
+        "synthetic": TextInput(SMALL.text, synthetic=True),
+        "teacher0_image": ImageInput(BIG.vision.image_spec),
+        "teacher1_text": TextInput(OTHER.text),
+        "teacher1_synthetic": TextInput(OTHER.text, synthetic=True),
+    }
+    assert list(replace(term, teachers=(other, other), captions="true").reads(SMALL)) == [
+        "teacher0_image", "teacher0_text",
+    ]  # fmt: skip
+    assert {x.config.dtype for x in term.frozen().values()} == {"float32", "bfloat16"}
+    assert {name: x.texts for name, x in term.frozen().items()} == {
+        "teacher0": 2, "teacher1": 2, "teacher3": 2,
+    }  # fmt: skip
+
+
+def test_work_and_form_count_the_teachers() -> None:
+    pairs = 16 * 16 * 2 * (3 * 16 + 8 + 24 + 12)
+    assert TERM.macs(TINY, 16, ()) == pairs + 3 * 16 * 16 * 44 * 3
+    assert TERM.macs(TINY, 16, ("image",)) == TERM.macs(TINY, 16, ()) - 16 * 16 * 2 * 16
+    stored = tuple(StoredTeacher(embed_dim=768) for _ in range(2))
+    term = DistillationConfig(teachers=stored, budget_mib=256)  # 64M float32s
+    model = replace(TINY, embed_dim=512)
+    for size, devices, form in (
+        (8192, 1, "blocked"), (32768, 48, "dense"), (32768, 47, "blocked"), (32769, 8, "ring"),
+    ):  # fmt: skip
+        assert term.chosen_form(model, size, devices) == form
+
+
+def test_terms_that_cannot_work_are_refused() -> None:
+    def check(**options: Any) -> None:
+        DistillationConfig(**options).check(TINY)
+
+    biased = replace(TINY, init_logit_bias=-10.0)
+    unknown = LiveTeacher(weights="runs/l14")
+    for options, message in (
+        ({}, "teachers is empty"),
+        ({"teachers": (unknown,)}, "'runs/l14' is unknown: set LiveTeacher.model"),
+        ({"teachers": (StoredTeacher(embed_dim=8),), "similarity": "sigmoid"}, "init_logit_bias"),
+        ({"similarity_weight": -1.0}, "similarity_weight=-1.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check(**options)
+    with pytest.raises(InputError, match="embed_dim=0"):
+        StoredTeacher(embed_dim=0)
+    for teacher, works in ((LIVE, False), (replace(LIVE, logit_bias=-5.0), True)):
+        term = DistillationConfig(teachers=(teacher,), similarity="soft_label_sigmoid")
+        if works:
+            term.check(biased)
+        else:
+            with pytest.raises(InputError, match=r"set LiveTeacher\.logit_bias"):
+                term.check(biased)
