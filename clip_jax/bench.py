@@ -19,7 +19,7 @@ from clip_jax import flops, sharding
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config, with_teachers
 from clip_jax.data.augment import augment
-from clip_jax.data.images import ImageError, read_crop
+from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
@@ -111,9 +111,9 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
             try:
                 image, caption = timed("read", read, rng)
                 if isinstance(image, bytes):
-                    crop = functools.partial(read_crop, scaled=data.scaled_decode)
-                    crop_args = (image, spec, crop_rng, data.crop_scale)
-                    image = timed("decode and crop", crop, *crop_args)
+                    crop = functools.partial(read_crops, scaled=data.scaled_decode)
+                    crop_args = (image, [spec], crop_rng, data.crop_scale)
+                    (image,) = timed("decode and crop", crop, *crop_args)
                     if data.augment != type(data.augment)():
                         timed("augment", augment, image, rng, data.augment)
             except (SampleError, ImageError):

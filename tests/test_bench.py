@@ -13,7 +13,7 @@ from clip_jax import bench
 from clip_jax.bench import InputBench, describe_input, describe_step, measure_input
 from clip_jax.cli.commands import main
 from clip_jax.clock import Clock
-from clip_jax.data.images import read_crop
+from clip_jax.data.images import read_crops
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.text_table import TableConfig
 from tests.conftest import DIGITS, FLAGS, ROOT
@@ -42,10 +42,10 @@ def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         clock.calls += 1
-        return read_crop(*args, **kwargs)
+        return read_crops(*args, **kwargs)
 
     with (
-        mock.patch.object(bench, "read_crop", autospec=True, side_effect=slow),
+        mock.patch.object(bench, "read_crops", autospec=True, side_effect=slow),
         mock.patch.object(bench, "CLOCK", clock),
     ):
         assert main([*command, "--json"]) == 0

@@ -4,7 +4,6 @@ In training all are off by default, as in CLIP. The operations are RandAugment's
 torchvision's ids, magnitudes and pixels. Stored augmentations are replayed as in MobileCLIP.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from clip_jax.data.images import ImageLike, decode, random_box
 from clip_jax.data.sources import SampleError
 from clip_jax.errors import check_ranges
 from clip_jax.models.images import ImageSpec
+
+Operations = tuple[tuple[int, float] | None, ...]  # index in `_OPERATIONS` and magnitude
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +59,13 @@ class Augmentation:
 
     box: tuple[int, int, int, int] | None = None  # top, left, height, width; None: the full image
     flip: bool | None = None  # None: none of the set's images is flipped
-    operations: tuple[tuple[int, float] | None, ...] | None = ()  # index in the table; magnitude
+    operations: Operations | None = ()
 
 
 def augment(
-    pixels: UInt8[np.ndarray, "H W 3"],
-    rng: np.random.Generator,
-    config: AugmentConfig,
+    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, config: AugmentConfig,
     size: int | None = None,
-) -> UInt8[np.ndarray, "H W 3"]:
+) -> UInt8[np.ndarray, "H W 3"]:  # fmt: skip
     """Apply the enabled augmentations; a disabled one draws nothing from `rng`.
 
     Magnitudes in pixels are drawn for images of `size` pixels, and scaled to this one.
@@ -132,18 +131,12 @@ def replay(
             f"augmentation: the box of {width} x {height} pixels at column {left}, row {top} is "
             f"not inside the image of {decoded.width} x {decoded.height}, so it is of another"
         )
-    crop = decoded.crop((left, top, right, bottom))
-
-    @functools.cache
-    def view(side: tuple[int, int]) -> UInt8[np.ndarray, "_H _W 3"]:
-        resized = crop.resize(side, Image.Resampling.BICUBIC)
-        flipped = ImageOps.mirror(resized) if one.flip else resized
-        return np.array(_apply(flipped, one.operations or (), size or specs[0].side))
-
-    return [view(spec.fit(width, height)) for spec in specs]
-
-
-# ---------------------------------------------------------------------------------- RandAugment
+    crop, views = decoded.crop((left, top, right, bottom)), []
+    for spec in specs:
+        view = crop.resize(spec.fit(width, height), Image.Resampling.BICUBIC)
+        view = ImageOps.mirror(view) if one.flip else view
+        views.append(np.array(_apply(view, one.operations or (), size or specs[0].side)))
+    return views
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -172,9 +165,7 @@ OPERATIONS, POSTERIZE, _TRANSLATE_X, _TRANSLATE_Y = len(_OPERATIONS), 10, 3, 4
 _LEVELS = 31
 
 
-def _draw_operations(
-    rng: np.random.Generator, count: int, size: int
-) -> tuple[tuple[int, float], ...]:
+def _draw_operations(rng: np.random.Generator, count: int, size: int) -> Operations:
     """Draw operations, levels and signs uniformly, for images of `size` pixels."""
     operations = []
     for which, level, sign in rng.integers((OPERATIONS, _LEVELS, 2), size=(count, 3)).tolist():
@@ -188,9 +179,7 @@ def _draw_operations(
     return tuple(operations)
 
 
-def _apply(
-    image: Image.Image, operations: Sequence[tuple[int, float] | None], size: int
-) -> Image.Image:
+def _apply(image: Image.Image, operations: Operations, size: int) -> Image.Image:
     for which, magnitude in filter(None, operations):
         if which in (_TRANSLATE_X, _TRANSLATE_Y):
             magnitude *= image.size[which - _TRANSLATE_X] / size

@@ -190,18 +190,6 @@ def size_of(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-def read_crop(
-    data: bytes,
-    spec: ImageSpec,
-    rng: np.random.Generator | None = None,
-    scale: tuple[float, float] | None = None,
-    *,
-    scaled: bool = True,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode an image and crop it for one input; see `read_crops`."""
-    return read_crops(data, (spec,), rng, scale, scaled=scaled)[0]
-
-
 def read_crops(
     data: bytes,
     specs: Sequence[ImageSpec],
@@ -222,32 +210,27 @@ def read_crops(
     With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 size where the crop still has at least as
     many pixels a side as the input; the choice of the crop does not depend on it.
     """
-    box: Box | None = None
-    decoded: dict[int, Image.Image] = {}
-    crops: dict[tuple[int, int], UInt8[np.ndarray, "_H _W 3"]] = {}
-    sizes = []
+    box: Box = (0, 0, 0, 0)
+    crops: list[UInt8[np.ndarray, "_H _W 3"]] = []
+    decoded: dict[int, Image.Image] = {}  # by the factor of its reduction
     for spec in specs:
         with _opened(data, load=False) as image:
             full = image.size
             factor = _reduce(image, spec, None if rng is None else scale) if scaled else 1
             if factor not in decoded:
                 decoded[factor] = image.convert("RGB")
-        square = None
-        if box is None and rng is not None and scale is not None:
+        if not crops and rng is not None and scale is not None:
             aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
             box = random_box(*full, rng, scale, aspect)
-        elif box is None and isinstance(spec, Square):
+        elif not crops and isinstance(spec, Square):
             square = _, box = _square(full, spec.side, rng)
-        elif box is None:
-            box = (0, 0, full[0], full[1])
-        left, top, right, bottom = box
-        sizes.append(spec.fit(round(right - left), round(bottom - top)))
-        if square:
             args = spec.side, Image.Resampling.BICUBIC, full, factor, square
-            crops[sizes[0]] = np.array(_crop_of_resized(decoded[factor], *args))
-        elif sizes[-1] not in crops:
-            crops[sizes[-1]] = _resized_box(decoded[factor], sizes[-1], box, factor)
-    return [crops[size] for size in sizes]
+            crops.append(np.array(_crop_of_resized(decoded[factor], *args)))
+            continue
+        elif not crops:
+            box = (0, 0, *full)
+        crops.append(_resized_box(decoded[factor], spec, box, factor))
+    return crops
 
 
 def _reduce(image: Image.Image, spec: ImageSpec, scale: tuple[float, float] | None) -> int:
@@ -279,12 +262,13 @@ def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndar
 
 
 def _resized_box(
-    image: Image.Image, size: tuple[int, int], box: Box, factor: int
+    image: Image.Image, spec: ImageSpec, box: Box, factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Resize a box of the full image, of which `image` is 1 / `factor`."""
+    """Resize a box of the full image, of which `image` is 1 / `factor`, to the input's size."""
+    left, top, right, bottom = box
+    size = spec.fit(round(right - left), round(bottom - top))
     if factor == 1 and all(isinstance(edge, int) for edge in box):
         return np.array(image.crop(box).resize(size, Image.Resampling.BICUBIC))
-    left, top, right, bottom = box
     reduced = (left / factor, top / factor, right / factor, bottom / factor)
     return np.array(image.resize(size, Image.Resampling.BICUBIC, box=reduced))
 

@@ -92,16 +92,15 @@ def test_what_cannot_be_drawn_is_refused(value):
 def test_each_input_is_the_same_crop_at_its_own_resolution(pixels, png):
     """And magnitudes in pixels are scaled with it."""
     augmentation = Augmentation((4, 8, 32, 48), True, ((3, -8.0), None, (4, 4.0)))
-    views = replay(png, augmentation, [Square(32), Square(64), Square(32), NaFlex(24, 8)], 32)
+    views = replay(png, augmentation, [Square(32), Square(64), NaFlex(24, 8)], 32)
     crop = Image.fromarray(pixels[4:36, 8:56])
     for view, (width, height), right, down in (
-        (views[0], (32, 32), -8, 4), (views[1], (64, 64), -16, 8), (views[3], (48, 32), -12, 4),
+        (views[0], (32, 32), -8, 4), (views[1], (64, 64), -16, 8), (views[2], (48, 32), -12, 4),
     ):  # fmt: skip
         flipped = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))[:, ::-1]
         expected = np.zeros_like(flipped)
         expected[down:, : width + right] = flipped[: height - down, -right:]
         np.testing.assert_array_equal(view, expected)
-    assert views[2] is views[0]
     alone = replay(png, augmentation, [Square(64)])  # magnitudes of the first input
     np.testing.assert_array_equal(alone[0][:4], 0)
     assert alone[0][4:].any(axis=(1, 2)).all()
