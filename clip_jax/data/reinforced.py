@@ -114,12 +114,13 @@ def _join(paug: bytes | None, texts: list[str], rows: dict[str, Any], captions: 
     augmentations = tuple(map(_augmentation, _parse(stored["param_aug"])))
     counts = {"image_emb": len(augmentations), "text_emb": captions, "syn_text_emb": len(texts)}
     for name, x in rows.items():
-        if counts[name] not in (None, len(x)):
-            raise SampleError(f"{name} has {len(x)} rows for {counts[name]} images or captions")
-        if x.shape[1:] != next(iter(rows.values())).shape[1:] or not np.isfinite(x).all():
-            raise SampleError(f"{name} has another width than others, or is not finite")
+        count = len(x) if counts[name] is None else counts[name]
+        wanted = (count, next(iter(rows.values())).shape[-1])
+        if x.shape != wanted or not np.isfinite(x).all():
+            raise SampleError(f"{name} has shape {x.shape}; finite numbers of {wanted} are needed")
+    if (size := stored.get("size")) is not None and (type(size) is not int or size < 1):
+        raise SampleError(f"augmentation: size {size!r:.99} is not a number of pixels")
     embeddings = {_ROWS[name]: x for name, x in rows.items()}
-    size: Any = stored.get("size")
     return Reinforcement(augmentations, size, synthetic=tuple(texts), **embeddings)
 
 
@@ -155,18 +156,13 @@ def _operation(which: Any, magnitude: Any) -> tuple[int, float]:
 
 
 def _to_json(r: Reinforcement) -> bytes:
-    fields = [(one.box, one.flip, one.operations) for one in r.augmentations]
-    absent = (None, None, ())
-    listed = [[x for x, no in zip(one, absent, strict=True) if x != no] for one in fields]
+    fields = [((x.box, None), (x.flip, None), (x.operations, ())) for x in r.augmentations]
+    listed = [[value for value, absent in one if value != absent] for one in fields]
     return json.dumps({"param_aug": listed} | ({"size": r.size} if r.size else {})).encode()
 
 
-# -------------------------------------------------------------------------------------- embeddings
-
-
 def _rows(r: Reinforcement) -> dict[str, Any]:
-    rows = {name: getattr(r, attribute) for name, attribute in _ROWS.items()}
-    return {name: x for name, x in rows.items() if x.size}
+    return {name: x for name, field in _ROWS.items() if (x := getattr(r, field)).size}
 
 
 def _encode(rows: _Rows, dtype: EmbeddingType, widths: Sequence[int]) -> list[bytes]:
