@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.losses import (
+    DistillationConfig,
     SigmoidConfig,
     SoftmaxConfig,
     cached_value_and_grad,
@@ -67,20 +68,29 @@ def test_a_ring_stays_inside_a_slice() -> None:
     assert ring([0] * 12 + [1] * 4) == 1
 
 
-@FORMS
+@pytest.mark.parametrize(
+    ("form", "widths"), [("dense", ()), ("blocked", ()), ("ring", ()), ("ring", (24, 8))]
+)
 def test_only_embeddings_and_vectors_are_gathered_and_memory_is_linear(
-    form: str, mesh: Mesh
+    form: Any, widths: tuple[int, ...], mesh: Mesh
 ) -> None:
     batch = 2048
     rows, replicated = NamedSharding(mesh, P(AXES)), NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((batch, 16), jnp.float32, sharding=rows)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-    loss = functools.partial(
-        contrastive_loss, SoftmaxConfig(form=form, block_size=12), mesh=mesh, axes=AXES
-    )
+    teachers = [
+        (jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows),) * 2 for width in widths
+    ]
+    config = (DistillationConfig if teachers else SoftmaxConfig)(form=form, block_size=12)
+
+    def loss(image: Any, text: Any, scale: Any, teachers: Any) -> Any:
+        return contrastive_loss(
+            config, image, text, scale, teachers=teachers, mesh=mesh, axes=AXES
+        )  # fmt: skip
+
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     places = (replicated, (rows, rows, replicated))
-    compiled = jax.jit(gradient, out_shardings=places).lower(x, x, scale).compile()
+    compiled = jax.jit(gradient, out_shardings=places).lower(x, x, scale, teachers).compile()
     text = compiled.as_text()
     assert text
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))
