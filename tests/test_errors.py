@@ -58,12 +58,13 @@ def names(**fields: str) -> set[str]:
 NEGATIVE = names(
     MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean",
     ViTConfig="layer_scale", PrepareConfig="min_score max_score",
-    RulesConfig="batch_exponent width_exponent",
+    RulesConfig="batch_exponent width_exponent", LiveTeacher="logit_bias",
+    StoredTeacher="logit_bias",
 )  # fmt: skip
 INFINITE = {"PrepareConfig.min_score": -math.inf, "PrepareConfig.max_score": math.inf}
 ZERO = names(
     TokenizerConfig="begin_id end_id pad_id", SuiteEvalConfig="seed memory_mib", Config="seed",
-    DataConfig="seed workers threads max_bad_share", DigitsConfig="split_seed",
+    DataConfig="seed workers threads max_bad_share synthetic_ratio", DigitsConfig="split_seed",
     MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
     LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
@@ -76,7 +77,9 @@ ZERO = names(
     OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 "
     "image_learning_rate_scale text_learning_rate_scale ema_decay",
     SweepConfig="warmups weight_decays",
-    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale",
+    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale "
+    "operations", AugmentationsConfig="flip operations",
+    DistillationConfig="weight budget_mib similarity_weight features_weight",
     Jitter="rotation scale stretch shear shift elastic thickness fade drift shade tint noise",
 )  # fmt: skip
 
