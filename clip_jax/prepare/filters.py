@@ -144,11 +144,7 @@ class Filter:
         """Return a pair that passes; `record` is its record, if already fetched."""
         score = self._score(index)
         record = record or self._source.record(index)
-        stored, image, more = record.captions(), record.image(), record.more()
-        captions = self._captions(stored)
-        if more and more.text.size:
-            kept = [caption in captions for caption in stored]
-            more = dataclasses.replace(more, text=more.text[kept])
+        captions, image = self._captions(record.captions()), record.image()
         try:
             picture = decode(image)
         except ImageError as error:
@@ -166,7 +162,7 @@ class Filter:
             and (matches := self._evaluation().matches(image_hash))
         ):
             raise Contaminated(matches)
-        return Pair(image, picture, captions, score, image_hash, record.key, more)
+        return Pair(image, picture, captions, score, image_hash, record.key, record.more())
 
     def _score(self, index: int) -> float:
         config = self._config

@@ -77,19 +77,11 @@ class PrepareConfig(FilterConfig):
             if changed and not getattr(self, option):
                 raise InputError(f"{changed[0]} has no meaning without {option}; set both")
         if self.generation.seed:
-            raise InputError(
-                f"generation.seed={self.generation.seed}: each caption has a seed of its own, "
-                "which follows from seed; set that"
-            )
+            raise InputError("generation.seed has no effect; set seed, from which all seeds follow")
         if self.captions_per_image > 1 and self.generation.method != "sample":
-            raise InputError(
-                f"captions_per_image={self.captions_per_image} with generation.method="
-                f"{self.generation.method} repeats one caption; set the method to sample"
-            )
+            raise InputError("captions_per_image > 1 needs generation.method=sample; set it")
         if self.shards == "tar" and self.embedding_type == "int8":
-            raise InputError(
-                "shards=tar has no embedding_type=int8; use float16, or shards=array_record"
-            )
+            raise InputError("shards=tar has no embedding_type=int8; change one of them")
 
     @property
     def has_models(self) -> bool:

@@ -1,12 +1,13 @@
 """The stages of `clip-jax prepare`: functions of options and one task, with and without Ray."""
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import tarfile
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, cast
@@ -125,23 +126,22 @@ def _passing(
 ) -> Iterator[tuple[int, Pair]]:
     source, passes = opened(config, layout)
 
-    def read(item: tuple[int, StoredRecord | None]) -> tuple[int, str, Pair | SampleError]:
-        index, record = item
+    def read(item: tuple[int, StoredRecord | None]) -> tuple[Any, Pair | SampleError]:
         try:
-            return index, "", passes.read(index, record)
+            return item, passes.read(*item)
         except SampleError as error:
-            return index, record.key if record else source.key(index), error
+            return item, error
 
     fetched = _fetched(source, counted(layout.indices(number)))
     if config.has_models and not config.joins:  # else other tasks read in other threads
         results = read_ahead(reinforce.batches(fetched, config.batch_size), read)
     else:
         results = ([read(item)] for item in fetched)
-    for index, key, pair in itertools.chain.from_iterable(results):
-        if not isinstance(pair, SampleError):
+    for (index, record), pair in itertools.chain.from_iterable(results):
+        if isinstance(pair, Pair):
             yield index, pair
             continue
-        statistics.drop(key, pair)
+        statistics.drop(record.key if record else source.key(index), pair)
         if isinstance(pair, Contaminated):
             statistics.match(pair.matches)
 
@@ -182,13 +182,12 @@ def _record(pair: Pair, config: PrepareConfig) -> bytes:
     features = {"image": [image], "caption": texts, "key": [pair.key.encode(errors="replace")]}
     if more and config.has_models:  # which replace everything but the captions
         more = Reinforcement(synthetic=more.synthetic)
-    if more and more.augmentations and size_of(image) != pair.picture.size:
+    if more and (image is not pair.image or len(more.text) not in (0, len(texts))):
         raise InputError(
-            f"{pair.key} has augmentations for an image of {pair.picture.size} pixels; leave out "
-            "resize, or set reinforce to write other ones"
+            f"{pair.key} has embeddings of its image and of all its captions as they are stored; "
+            "leave out resize, encode and filters of captions, or reinforce again"
         )
     if more:
-        more = dataclasses.replace(more, text=more.text[: len(texts)])
         features |= to_features(more, config.embedding_type, (more.image.shape[1],))
     return encode_example(features)
 
@@ -274,8 +273,7 @@ def _cosines(
         images = model.image_preprocess.batch(pair["image"][0])
         return images, [text.decode() for text in pair["caption"]]
 
-    batches = (records[start : start + batch_size] for start in range(0, len(records), batch_size))
-    for batch in read_ahead(batches, prepare):
+    for batch in read_ahead(reinforce.batches(records, batch_size), prepare):
         images = concatenate([one for one, _ in batch])
         tokens = model.tokenize([text for _, texts in batch for text in texts], truncate=True)
         image_embeddings = unit(model.encode_image(images, batch_size=batch_size))
@@ -296,7 +294,7 @@ def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
 
 def forget() -> None:
     """Clear the caches of this process: source, model and verdicts may have changed."""
-    for cached in (opened, reinforce.model, _verdicts):
+    for cached in (opened, reinforce.model, reinforce.describe_models, _verdicts):
         cached.cache_clear()
 
 
@@ -345,22 +343,19 @@ def _write_shard(
     config: PrepareConfig, shard: AnyPath, records: Iterator[bytes], statistics: Statistics,
     samples: int,
 ) -> str:  # fmt: skip
-    records = reinforce.extended(config, records)
-    with files.written_whole(shard) as partial:
-        if config.shards == "tar":
-            reinforce.write_tar(partial, shard.name.split("-")[1], records)
-        else:
-            _write_array_record(partial, records)
-    files.write_whole(statistics_of(shard), json.dumps(statistics.to_dict()))
-    return f"{shard}: {statistics.kept:,} of {samples:,} pairs"
-
-
-def _write_array_record(path: AnyPath, records: Iterator[bytes]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer: Any = ArrayRecordWriter(str(path), "group_size:1")
-    try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
+    if config.has_models:
+        records = reinforce.extended(config, records)
+    with files.written_whole(shard) as partial:
+        if config.shards == "tar":
+            with tarfile.open(partial, "w") as tar:
+                for number, record in enumerate(records):
+                    reinforce.add_to_tar(tar, f"{shard.name[6:11]}{number:07d}", record)
+        else:
+            writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
+            with contextlib.closing(writer):
+                for record in records:
+                    writer.write(record)
+    files.write_whole(statistics_of(shard), json.dumps(statistics.to_dict()))
+    return f"{shard}: {statistics.kept:,} of {samples:,} pairs"

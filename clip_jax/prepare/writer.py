@@ -54,12 +54,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     if config.drop_near_duplicates or config.decontaminate:
         near.check()
     stages.forget()
-    models = reinforce.describe_models(config)
+    reinforce.describe_models(config)  # before the source is read
     source = stages.open_source(config)
     per_task = config.samples_per_task if config.joins else 0
     layout = Layout(folder, len(source), per_task or config.samples_per_shard, config.shards)
     stages.opened(config, layout)
-    _check_settings(folder, config, source, models)
+    _check_settings(folder, config, source)
     if (folder / _WHOLE).exists():
         if not (missing := _missing(layout)):
             epath.Path(layout.work).rmtree(missing_ok=True)
@@ -67,7 +67,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         print(f"{folder} lacks {listed(missing)}; writing them again", file=sys.stderr)
         files.remove(folder / _WHOLE)
     if config.reinforce:
-        warn(reinforce.sizes(config, source, [x["embed_dim"] for x in models["teachers"]]))
+        warn(reinforce.sizes(config, source))
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
     with runner(config.on, config.threads) as does:
         work = _Work(does, config, layout)
@@ -77,7 +77,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             dropped, shards = work.join()
         else:
             dropped, shards = settle.Dropped(), work.copy()
-    return _report(config, layout, dropped, shards, models)
+    return _report(config, layout, dropped, shards)
 
 
 class _Work:
@@ -249,21 +249,20 @@ def _missing(layout: Layout) -> list[str]:
     return [name for name in names if name not in written]
 
 
-def _check_settings(
-    folder: AnyPath, config: PrepareConfig, source: StoredSource, models: dict[str, Any]
-) -> None:
+def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
     """Raise InputError if the folder was created with other settings, samples or models."""
-    kept = _settings(config) | {"samples": len(source)}
+    fields = dataclasses.asdict(config) | {"score_with": config.score_with or ""}
+    for name in ("destination", "on", "inspect", "index", "worker", "threads"):
+        del fields[name]
+    kept = json.loads(json.dumps(fields, default=str)) | {"samples": len(source)}
     kept["digest"] = digest(source, blocks=isinstance(source, BlockSource))
-    kept["models"] = [
-        x["digest"] for x in (models.get("captioner"), *models.get("teachers", ())) if x
-    ]
+    kept["models"] = [model["digest"] for model in reinforce.describe_models(config)]
     path = folder / "prepare.json"
     before = {name: value for name, value in read_json(path).items() if name in kept}
-    # Older files lack the digest and the latest options.
-    earlier = _settings(PrepareConfig(source="")) | {"digest": kept["digest"], "models": []}
-    if before and earlier | before != kept:
-        differ = ", ".join(name for name in kept if (earlier | before).get(name) != kept[name])
+    # Older files lack the digest, and the options of models.
+    default = {"digest": kept["digest"]} if config.has_models else kept
+    if before and default | before != kept:
+        differ = ", ".join(name for name in kept if (default | before).get(name) != kept[name])
         raise InputError(
             f"{folder} was created with other settings: {differ} (digest: the names or order of "
             f"samples; models: the weights). Use those in {path} to continue, or choose another "
@@ -273,22 +272,8 @@ def _check_settings(
         files.write_whole(path, json.dumps(kept, indent=1))
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """Return the options that change the result, as JSON holds them."""
-    fields = dataclasses.asdict(config)
-    for name in ("destination", "on", "inspect", "index", "worker", "threads"):
-        del fields[name]
-    return json.loads(json.dumps(fields, default=str)) | {
-        "score_with": str(config.score_with or "")
-    }
-
-
 def _report(
-    config: PrepareConfig,
-    layout: Layout,
-    dropped: settle.Dropped,
-    shards: Sequence[AnyPath],
-    models: dict[str, Any],
+    config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[AnyPath]
 ) -> dict[str, Any]:
     """Write the report over all processes; if no shard is missing, mark it as complete."""
     folder = layout.folder
@@ -306,7 +291,7 @@ def _report(
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},
         **total,
-        **models,
+        "teachers": reinforce.describe_teachers(config),
     }
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
     if len(done) == len(shards):

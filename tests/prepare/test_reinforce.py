@@ -221,8 +221,14 @@ def test_invalid_settings_are_one_message_before_anything_is_read(
     for fields, message in (
         ({"reinforce": (), "augmentations_per_image": 3}, "no meaning without reinforce"),
         ({"captions": None}, "generation has no meaning without captions"),
-        ({"generation": GenerationConfig(method="sample", seed=3)}, "generation.seed=3"),
-        ({"generation": GenerationConfig(), "captions_per_image": 2}, "repeats one caption"),
+        (
+            {"generation": GenerationConfig(method="sample", seed=3)},
+            "generation.seed has no effect",
+        ),
+        (
+            {"generation": GenerationConfig(), "captions_per_image": 2},
+            "method=sample",
+        ),
         ({"shards": "tar", "embedding_type": "int8"}, "no embedding_type=int8"),
     ):
         with pytest.raises(InputError, match=message):
