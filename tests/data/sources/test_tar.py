@@ -17,6 +17,7 @@ from clip_jax.data.sources import SampleError, tar_index
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, encode_example
 from clip_jax.data.sources.shards import warn_once
 from clip_jax.data.sources.tar import TarConfig, TarSource
+from clip_jax.data.sources.tar_members import IMAGES, TEXTS
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from tests.clock import HandClock
@@ -268,7 +269,8 @@ def test_members_of_reinforced_samples_are_read_alone_and_in_blocks(reinforced):
 
 def test_an_index_without_reinforced_samples_is_built_again(reinforced, indexed):
     """Where an earlier version ignored their members; that of plain shards stays as small."""
-    older = tar_index._SHARDS.with_metadata({b"endings": b"jpg txt"})
+    endings = " ".join((*IMAGES, *TEXTS)).encode()
+    older = tar_index._SHARDS.with_metadata({b"endings": endings})
     with (
         mock.patch.object(tar_index, "_SHARDS", older),
         mock.patch.object(tar_index, "_ENDINGS", older.metadata),
