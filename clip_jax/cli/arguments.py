@@ -49,7 +49,8 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
     "prepare": (
         "inspect", "min-side", "max-caption", "resize", "drop-duplicates", "drop-near-duplicates",
-        "languages", "score-column", "min-score", "shuffle", "worker", "on",
+        "languages", "score-column", "min-score", "shuffle", "captions", "reinforce", "worker",
+        "on",
     ),
 }  # fmt: skip
 

@@ -287,7 +287,7 @@ def plan(args: Sequence[str]) -> int:
 
 
 def prepare(args: Sequence[str]) -> int:
-    """Convert image-text data to ArrayRecord shards: clip-jax prepare SRC DST [--inspect]"""
+    """Convert image-text data to ArrayRecord or tar shards: clip-jax prepare SRC DST [--inspect]"""
     from clip_jax.prepare import writer
     from clip_jax.prepare.layout import PrepareConfig
 

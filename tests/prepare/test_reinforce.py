@@ -16,6 +16,7 @@ from clip_jax.cli.commands import main
 from clip_jax.data.augment import AugmentationsConfig, replay
 from clip_jax.data.reinforced import from_features, from_members
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
+from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import load, unit
 from clip_jax.inference.predict import PredictConfig, predict
@@ -168,12 +169,14 @@ def test_a_tar_has_the_released_layout_and_the_same_content(how, tmp_path):
                 key, _, suffix = member.name.partition(".")
                 samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
     ours = ArrayRecordSource(ArrayRecordConfig(path=str(tmp_path / "a/*.array_record")))
-    assert len(samples) == len(ours) == 50
+    tars = TarSource(TarConfig(path=str(tmp_path / "b/*.tar")))
+    assert len(samples) == len(ours) == len(tars) == 50
     for i, members in enumerate(samples.values()):
         assert list(members) == ["png", "txt", "paug.json", "syn.json", "npz"]
         one = ours.record(i)
         assert [members["png"], members["txt"]] == [one.image(), one.captions()[0].encode()]
         same(one.more(), from_members(members, 1))
+        same(one.more(), tars.record(i).more())
         assert len(json.loads(members["syn.json"])["synthetic_seed"]) == 2
 
 
