@@ -30,7 +30,7 @@ from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
-from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, TermConfig
+from clip_jax.losses import DistillationConfig, SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
@@ -225,22 +225,19 @@ def with_teachers(config: AnyConfig) -> AnyConfig:
     """Return the config with the architectures of teachers that it leaves to their weights."""
 
     def known(teacher: Any) -> Any:
-        if not isinstance(teacher, LiveTeacher) or teacher.model is not None:
+        if getattr(teacher, "model", teacher) is not None:
             return teacher
-        weights = read_weights(files.as_path(teacher.weights))
+        with naming(f"teachers.weights={teacher.weights!r}"):
+            weights = read_weights(files.as_path(teacher.weights))
         how = weights.preprocess
         model = replace(weights.config, image_mean=how.mean, image_std=how.std)
         return replace(teacher, model=model)
 
-    return replace(
-        config,
-        objective=tuple(
-            replace(term, teachers=tuple(map(known, term.teachers)))
-            if isinstance(term, DistillationConfig)
-            else term
-            for term in config.objective
-        ),
-    )
+    def complete(term: Any) -> Any:
+        distils = isinstance(term, DistillationConfig)
+        return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
+
+    return replace(config, objective=tuple(map(complete, config.objective)))
 
 
 def bundled_configs() -> dict[str, Path]:

@@ -27,11 +27,11 @@ from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import duration, warn
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.inference.loading import load_on_mesh, starting_params
+from clip_jax.inference.loading import check_shapes, load_on_mesh, starting_params
 from clip_jax.losses import Frozen, Objective
 from clip_jax.losses.objective import reads
 from clip_jax.metrics import Profiler, Reports, Timers
-from clip_jax.models.clip import Params, count, parameters
+from clip_jax.models.clip import Params, count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
@@ -87,7 +87,7 @@ class Run:
     timers: Timers
     start: int  # step from which it resumes, 0 for a new run
     state: State
-    teachers: dict[str, str]  # hash of each frozen model
+    teachers: str  # hash of all frozen models
 
     @property
     def encoder(self) -> Encoder:
@@ -151,7 +151,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
     frozen = frozen_params(config.objective, mesh)
-    teachers = fingerprint(frozen)
+    teachers = digest_of(frozen)
     if start:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
@@ -162,12 +162,12 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
             else:
                 begun = restore(config, checkpoints.restore(program.state.saved()))
     else:
-        begun = Restored(0, begin(config, program).saved(), {"teachers": teachers})
-    if begun.position.get("teachers", {}) != teachers:
+        begun = Restored(0, begin(config, program).saved(), {})
+    if begun.position.get("teachers", teachers) != teachers:
         raise InputError(
-            f"the checkpoint of step {begun.step} was trained with other teachers: "
-            f"{begun.position.get('teachers')}, now {teachers} (hashes of their weights). Restore "
-            "the weights that teachers.weights names, or start a new run in another --workdir."
+            f"the checkpoint of step {begun.step} was trained with other teachers: their weights "
+            "have changed. Restore them at teachers.weights, or start a new run in another "
+            "--workdir."
         )
     start, state = begun.step, program.resume(begun.state, frozen)
 
@@ -306,33 +306,15 @@ def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
     """
 
     def load_one(frozen: Frozen) -> Params:
-        model = load_on_mesh(frozen.weights, mesh)
-        has, needs = (
-            {name: x.value.shape for name, x in parameters(config).items()}
-            for config in (model.config, frozen.config)
-        )
-        for name in sorted(has.keys() | needs.keys()):
-            if has.get(name) != needs.get(name):
-                raise InputError(
-                    f"the teacher {frozen.weights} has {name} {has.get(name)}, but its model in "
-                    f"the config {needs.get(name)}; correct the model, or set it to None to read "
-                    "it from the weights."
-                )
-        return model.params
+        params = load_on_mesh(frozen.weights, mesh).params
+        advice = "correct the teacher's model, or set it to None to read it from the weights"
+        check_shapes(params, frozen.config, f"teachers.weights={frozen.weights!r}", advice)
+        return params
 
     return {
         term.name: {name: load_one(model) for name, model in term.frozen().items()}
         for term in objective
         if term.frozen()
-    }
-
-
-def fingerprint(frozen: FrozenParams) -> dict[str, str]:
-    """Return a hash of each frozen model, the same on every mesh."""
-    return {
-        f"{term}/{name}": digest_of(params)
-        for term, models in frozen.items()
-        for name, params in models.items()
     }
 
 
@@ -429,8 +411,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
     """Save state and data position and write all metrics; with `wait`, until the save is done."""
-    position: dict[str, Any] = {"samples": run.config.samples_after(step), **run.reports.position()}
-    position |= {"teachers": run.teachers} if run.teachers else {}
+    samples = run.config.samples_after(step)
+    position = {"samples": samples, "teachers": run.teachers, **run.reports.position()}
     with run.timers.measure("save"):
         run.checkpoints.save(step, run.state.saved(), position, results)
         if wait:

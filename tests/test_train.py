@@ -325,5 +325,5 @@ def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_p
     }
     smaller = dataclasses.replace(tiny().model, embed_dim=8)
     wrong = LiveTeacher(weights=str(finished), model=smaller)
-    with pytest.raises(InputError, match="correct the model, or set it to None"):
+    with pytest.raises(InputError, match="correct the teacher's model, or set it to None"):
         train(tiny(objective=(DistillationConfig(teachers=(wrong,)),)), tmp_path / "other")

@@ -24,14 +24,7 @@ from clip_jax.data.augment import AugmentConfig, augment, replay
 from clip_jax.data.batch_plan import BatchPlan, constant
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, fitted, read_crops
-from clip_jax.data.order.batches import (
-    Batch,
-    GlobalPieces,
-    Sample,
-    StreamPieces,
-    Tokenizers,
-    join,
-)
+from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, Tokenizers, join
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
 from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
 from clip_jax.data.reinforced import Reinforcement
@@ -127,13 +120,12 @@ def build(
         )
     process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)
-    inputs = inputs or {}
     loader = _Loader(config, side, process, inputs)
-    tokenizers = {"text": functools.partial(_tokenized, tokenizer, context_length)} | {
-        name: functools.partial(_tokenized, make_tokenizer(x.text), x.text.context_length)
-        for name, x in inputs.items()
-        if isinstance(x, TextInput)
-    }
+    how = {"text": (tokenizer, context_length)}
+    for name, x in (inputs or {}).items():
+        if isinstance(x, TextInput):
+            how[name] = make_tokenizer(x.text), x.text.context_length
+    tokenizers = {name: functools.partial(_tokenized, *values) for name, values in how.items()}
     return Pipeline(config, loader, tokenizers, plan=plan, process=process)
 
 
@@ -302,15 +294,13 @@ class _Loader:
     ) -> None:  # fmt: skip
         self.source = open_source(config.source, side, process)
         self._config, self._side, self._inputs = config, side, inputs or {}
-        inputs = self._inputs
-        self._specs = {n: x.spec for n, x in inputs.items() if isinstance(x, ImageInput)}
-        self._stored = {n: x for n, x in inputs.items() if isinstance(x, StoredInput)}
-        stored = self._stored.values()
-        texts = {n: x for n, x in inputs.items() if isinstance(x, TextInput)}
-        self._synthetic = {name: x.synthetic for name, x in texts.items()}
-        self.reads_stored = config.crop == "stored"
-        is_synthetic = (*self._synthetic.values(), *(x.of == "synthetic" for x in stored))
-        self._reads_synthetic = bool(config.synthetic_ratio or any(is_synthetic))
+        each = self._inputs.items()
+        self._specs = {name: x.spec for name, x in each if isinstance(x, ImageInput)}
+        self._stored = {name: x for name, x in each if isinstance(x, StoredInput)}
+        self._synthetic = {name: x.synthetic for name, x in each if isinstance(x, TextInput)}
+        is_synthetic = [x.of == "synthetic" for x in self._stored.values()]
+        is_synthetic += [config.synthetic_ratio > 0, *self._synthetic.values()]
+        self.reads_stored, self._reads_synthetic = config.crop == "stored", any(is_synthetic)
         self._reads_more = self.reads_stored or self._reads_synthetic
         if self._stored and not self.reads_stored:
             raise InputError(
@@ -366,10 +356,15 @@ class _Loader:
             image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
             synthetic = caption
         for text in {caption, synthetic}:
-            _check_caption(text)
-        captions = {"text": caption}
-        captions |= {name: synthetic if x else caption for name, x in self._synthetic.items()}
-
+            if not text.strip():
+                raise SampleError("caption is empty")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise SampleError(
+                    f"caption is not text: {error.reason} at {error.start}"
+                ) from error
+        captions = {name: synthetic if x else caption for name, x in self._synthetic.items()}
         specs = {"image": spec} | self._specs
         distinct = list(dict.fromkeys(specs.values()))
         try:
@@ -377,7 +372,9 @@ class _Loader:
         except ImageError as error:
             raise SampleError(str(error)) from error
         packed = {one: one.pack(x[None]) for one, x in zip(distinct, views, strict=True)}
-        return {name: packed[one] for name, one in specs.items()} | arrays, captions
+        return {name: packed[one] for name, one in specs.items()} | arrays, captions | {
+            "text": caption
+        }
 
     def _views(
         self, image: Any, specs: Sequence[ImageSpec], more: Reinforcement | None, number: int,
@@ -399,21 +396,17 @@ class _Loader:
     ) -> tuple[str, str, dict[str, Any]]:
         """Draw a caption, a synthetic one and an augmentation; return the captions, and the stored
         embeddings of all three by the names of the inputs."""
-        texts, i = (captions, more.text), _one_of(captions, rng)
-        synthetic, j = (more.synthetic, more.synthetic_text), 0
+        i = _one_of(captions, rng, "caption")
+        caption = synthetic = captions[i]
+        chosen, arrays = {"text": (more.text, i)}, {}
         if self._reads_synthetic:
-            if not more.synthetic:
-                raise SampleError("synthetic caption is missing")
-            j = _one_of(more.synthetic, rng)
+            j = _one_of(more.synthetic, rng, "synthetic caption")
+            synthetic, chosen["synthetic"] = more.synthetic[j], (more.synthetic_text, j)
             if rng.random() < self._config.synthetic_ratio:
-                texts, i = synthetic, j
-        chosen = {"text": (texts[1], i), "synthetic": (synthetic[1], j)}
-        arrays: dict[str, Any] = {}
+                caption, chosen["text"] = synthetic, chosen["synthetic"]
         if self.reads_stored:
-            if not more.augmentations:
-                raise SampleError("stored augmentations are missing")
-            arrays["number"] = _one_of(more.augmentations, rng)
-            chosen["image"] = (more.image, arrays["number"])
+            arrays["number"] = _one_of(more.augmentations, rng, "stored augmentation")
+            chosen["image"] = more.image, arrays["number"]
         for name, x in self._stored.items():
             rows, row = chosen[x.of]
             if rows.shape[1:] != (x.width,) or row >= len(rows):
@@ -423,22 +416,14 @@ class _Loader:
                     "augmentations: set their embed_dim to that of the teachers in report.json"
                 )
             arrays[name] = rows[row][None]
-        synthetic_caption = more.synthetic[j] if self._reads_synthetic else captions[0]
-        return texts[0][i], synthetic_caption, arrays
+        return caption, synthetic, arrays
 
 
-def _one_of(values: Sequence[Any], rng: np.random.Generator) -> int:
+def _one_of(values: Sequence[Any], rng: np.random.Generator, what: str) -> int:
     """Draw an index; a single value draws nothing, as in `caption_of`."""
+    if not values:
+        raise SampleError(f"{what} is missing")
     return 0 if len(values) == 1 else int(rng.integers(len(values)))
-
-
-def _check_caption(caption: str) -> None:
-    if not caption.strip():
-        raise SampleError("caption is empty")
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise SampleError(f"caption is not text: {error.reason} at {error.start}") from error
 
 
 def _leave_interrupts(*_: int) -> None:

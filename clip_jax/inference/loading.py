@@ -245,15 +245,18 @@ def starting_params(
     if set(towers) == set(TOWERS):
         names = list(params)
     taken = {name: params[name] for name in names}
-    has = {name: x.shape for name, x in flatten(taken).items()}
-    needs = {
-        name: shape for name, shape in param_shapes(config).items() if name.split("/")[0] in taken
-    }
+    advice = "set --model to the same architecture, or initialise one tower by --init-towers"
+    check_shapes(taken, config, f"init_from={str(path)!r}", advice)
+    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
+
+
+def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) -> None:
+    """Raise InputError unless these subtrees of a model's parameters are those of `config`."""
+    has = {name: x.shape for name, x in flatten(params).items()}
+    needs = {name: x for name, x in param_shapes(config).items() if name.split("/")[0] in params}
     for name in sorted(has.keys() | needs.keys()):
         if has.get(name) != needs.get(name):
             raise InputError(
-                f"init_from={str(path)!r} has {name} {has.get(name, 'not at all')}, and the model "
-                f"needs {needs.get(name, 'none')}; set --model to the same architecture, or "
-                "initialise one tower by --init-towers."
+                f"{where} has {name} {has.get(name, 'not at all')}, and the model needs "
+                f"{needs.get(name, 'none')}; {advice}."
             )
-    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)

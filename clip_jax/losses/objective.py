@@ -11,7 +11,6 @@ Embeddings and the results of `encode` are kept for the global batch; all other 
 towers exist only while their chunk is encoded. So any term works with gradient accumulation.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
-from clip_jax.models.inputs import Input
+from clip_jax.models.inputs import Input, shapes_of
 
 Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
 Outputs = dict[str, Float[Array, "B ..."]]
@@ -92,7 +91,7 @@ class Term:
 
     def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, Any]:
         """Return the shapes of further inputs that the term reads from the batch, by name."""
-        return {name: x.shapes(batch_size) for name, x in self.reads(model).items()}
+        return {name: shapes_of(x, batch_size) for name, x in self.reads(model).items()}
 
     def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return the shape of each trainable array of the term and the names of its dimensions.
@@ -206,26 +205,18 @@ def reads(objective: Objective, model: CLIPConfig) -> dict[str, Input]:
 
 def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:
     """Draw the terms' own parameters, by the terms' names."""
-    own = {term.name: term.parameters(model) for term in objective}
-
-    def normal(path: str, shape: tuple[int, ...]) -> Array:
-        seed = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return jax.random.normal(seed, shape) * shape[0] ** -0.5
-
-    return {
-        term: {name: normal(f"{term}/{name}", shape) for name, (shape, _) in arrays.items()}
-        for term, arrays in own.items()
-        if arrays
-    }
+    drawn: Params = {}
+    for term in objective:
+        for i, (name, (shape, _)) in enumerate(term.parameters(model).items()):
+            normal = jax.random.normal(jax.random.fold_in(key, i), shape)
+            drawn.setdefault(term.name, {})[name] = normal * shape[0] ** -0.5
+    return drawn
 
 
 def dimensions(objective: Objective, model: CLIPConfig) -> dict[str, str]:
     """Return path → dimension names of all parameters, the model's and the terms'."""
-    own = {
-        f"{term.name}/{name}": names
-        for term in objective
-        for name, (_, names) in term.parameters(model).items()
-    }
+    terms = [(term.name, term.parameters(model).items()) for term in objective]
+    own = {f"{term}/{name}": names for term, arrays in terms for name, (_, names) in arrays}
     return model.dimensions() | own
 
 

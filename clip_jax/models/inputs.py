@@ -1,25 +1,19 @@
 """What a training step may read of each sample besides its image and text."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import ShapeDtypeStruct
 
-from clip_jax.models.images import Images, ImageSpec
+from clip_jax.models.images import ImageSpec
 from clip_jax.models.text import TextConfig
 
 
-@dataclass(frozen=True)
-class ImageInput:
+class ImageInput(NamedTuple):
     """The sample's image for another tower, with the same crop and augmentation."""
 
     spec: ImageSpec
-
-    def shapes(self, batch_size: int) -> Images:
-        """Return the shapes of a batch."""
-        return self.spec.shapes(batch_size)
 
 
 @dataclass(frozen=True)
@@ -35,21 +29,21 @@ class TextInput:
         ids = text.clip_vocab_size if text.tokenizer.file == "clip" else None
         object.__setattr__(self, "tokenization", (text.tokenizer, ids, text.context_length))
 
-    def shapes(self, batch_size: int) -> ShapeDtypeStruct:
-        """Return the shape of a batch."""
-        return jax.ShapeDtypeStruct((batch_size, self.text.context_length), jnp.int32)
 
-
-@dataclass(frozen=True)
-class StoredInput:
+class StoredInput(NamedTuple):
     """Embeddings that are stored with the sample, of all teachers side by side, [B, width]."""
 
     of: Literal["image", "text", "synthetic"]
     width: int
 
-    def shapes(self, batch_size: int) -> ShapeDtypeStruct:
-        """Return the shape of a batch."""
-        return jax.ShapeDtypeStruct((batch_size, self.width), jnp.float32)
-
 
 Input = ImageInput | TextInput | StoredInput
+
+
+def shapes_of(x: Input, batch_size: int) -> Any:
+    """Return the shapes of a batch."""
+    if isinstance(x, ImageInput):
+        return x.spec.shapes(batch_size)
+    if isinstance(x, TextInput):
+        return jax.ShapeDtypeStruct((batch_size, x.text.context_length), jnp.int32)
+    return jax.ShapeDtypeStruct((batch_size, x.width), jnp.float32)

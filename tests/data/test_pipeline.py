@@ -320,7 +320,7 @@ def test_what_a_source_cannot_give_is_refused(tmp_path):
             take(config, 1, inputs=inputs)
     plain = made.tar(tmp_path, made.make_pairs(24))
     for config, message in (
-        (DataConfig(source=plain, crop="stored"), "stored augmentations are missing"),
+        (DataConfig(source=plain, crop="stored"), "stored augmentation is missing"),
         (DataConfig(source=plain, synthetic_ratio=0.5), "synthetic caption is missing"),
     ):
         with pytest.raises(InputError, match=message):

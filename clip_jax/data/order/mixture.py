@@ -9,15 +9,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from clip_jax.data.order.blocks import BlockOrder, Equal, Run, Streams, joined
-from clip_jax.data.sources import (
-    AnyRecord,
-    BlockSource,
-    Record,
-    Source,
-    StoredRecord,
-    StoredSource,
-    blocks_of,
-)
+from clip_jax.data.sources import AnyRecord, BlockSource, Record, Source, StoredSource, blocks_of
 from clip_jax.data.sources.any import SingleConfig
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError, check_ranges
@@ -164,7 +156,7 @@ class MixtureSource:
         member, own = self._places.find(index)
         return self.members[member].load(own, rng)
 
-    def record(self, index: int) -> StoredRecord:
+    def record(self, index: int) -> AnyRecord:
         """Return the member's sample as it is stored; its members must be `StoredSource`s."""
         member, own = self._places.find(index)
         return cast(StoredSource, self.members[member]).record(own)
