@@ -113,8 +113,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     check_patches(config, workdir)
     timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    config = with_teachers(config)
+    mesh, config = sharding.make_mesh(config.mesh), with_teachers(config)
     program = Program(config.recipe, mesh)
     recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
     programs = {
@@ -155,20 +154,14 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     if start:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
-                begun = branch(config, program, parent, start)
+                begun = branch(config, program, parent, start, teachers)
                 if processes.is_lead():
                     record = {"from": config.branch_from, "differs": differs}
                     files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
             else:
-                begun = restore(config, checkpoints.restore(program.state.saved()))
+                begun = restore(config, checkpoints.restore(program.state.saved()), teachers)
     else:
         begun = Restored(0, begin(config, program).saved(), {})
-    if begun.position.get("teachers", teachers) != teachers:
-        raise InputError(
-            f"the checkpoint of step {begun.step} was trained with other teachers: their weights "
-            "have changed. Restore them at teachers.weights, or start a new run in another "
-            "--workdir."
-        )
     start, state = begun.step, program.resume(begun.state, frozen)
 
     steps_kept = begun.position.get("seconds/steps", math.inf)
@@ -318,14 +311,23 @@ def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
     }
 
 
-def branch(config: Config, program: Program, parent: epath.Path, start: int) -> Restored:
+def branch(
+    config: Config, program: Program, parent: epath.Path, start: int, teachers: str
+) -> Restored:
     """Restore the parent run's state at a step; the parent's training time is not counted."""
-    begun = restore(config, restore_step(parent, start, program.state.saved()))
-    return replace(begun, position=begun.position | {"seconds/steps": 0.0})
+    begun = restore(config, restore_step(parent, start, program.state.saved()), teachers)
+    return replace(begun, position={"seconds/steps": 0.0})
 
 
-def restore(config: Config, begun: Restored) -> Restored:
-    """Raise InputError unless a checkpoint's samples match the config's batch sizes."""
+def restore(config: Config, begun: Restored, teachers: str) -> Restored:
+    """Raise InputError unless a checkpoint's samples match the config's batch sizes, and its
+    teachers have this hash."""
+    if begun.position.get("teachers", teachers) != teachers:
+        raise InputError(
+            f"the checkpoint of step {begun.step} was trained with other teachers: their weights "
+            "have changed. Restore them at teachers.weights, or start a new run in another "
+            "--workdir."
+        )
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(
             f"the checkpoint of step {begun.step} has seen {begun.position['samples']} samples, "
