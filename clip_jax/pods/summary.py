@@ -73,7 +73,7 @@ def describe(plan: Plan) -> str:
     each = plan.per_billion_pairs()
     for name in ("", "_without_teacher") if plan.teacher_flops_per_step else ("",):
         cost = "" if each["price"] is None else f", price {each[f'price{name}']:,.0f}"
-        lines.append(f"1B pairs{name.replace('_', ' ')}: {each[f'hours{name}']:,.1f} hours{cost}")
+        lines.append(f"1B pairs{name.replace('_', ' ')}: {each[f'hours{name}']:,.2f} hours{cost}")
     images = plan.images_per_second_per_host
     size, requests = images * IMAGE_BYTES / 1e6, images * IMAGE_BYTES / BLOCK_BYTES
     lines.append(

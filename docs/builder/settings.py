@@ -83,6 +83,8 @@ How to read the tables:
 - **config file** in the column *Flag*: the field holds one of several types, which only a config
   file can choose. The fields of the chosen type then have flags.
 - **N** in a flag is a position in a tuple: `--objective.0.weight` is the weight of the first loss.
+- A model's fields have flags in two places: `--model.vision.depth` is the trained model's, and
+  `--objective.N.teachers.N.model.vision.depth` a live teacher's.
 - A field of type `bool` has two flags, `--data.scaled-decode` and `--data.no-scaled-decode`. The
   table shows the one that changes the default.
 - Values of a tuple follow the flag, separated by spaces: `--init-towers image text`.

@@ -188,6 +188,7 @@ def test_the_tables_say_what_the_help_of_training_says(rows, name):
     options = re.findall(pattern, printed("train", name, "--help-all"), re.M)
     for names, text in options:
         flags = [re.sub(r"\.\d+\.", ".N.", flag) for flag in re.findall(r"--[\w.-]+", names)]
+        flags = [flag.replace("--objective.N.teachers.N.model.", "--model.") for flag in flags]
         text = tight(re.sub(r"\((?:default|required)\b.*", "", text, flags=re.S))
         assert any((flag, text) in documented for flag in flags), f"{flags}: {text}"
     assert len(options) > 80
