@@ -61,13 +61,10 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     data = config.data
     tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
-        data,
-        tokenizer=tokenizer,
-        image_spec=config.model.vision.image_spec,
-        context_length=config.model.text.context_length,
-        batch_size=config.batch_size,
+        data, tokenizer=tokenizer, image_spec=config.model.vision.image_spec,
+        context_length=config.model.text.context_length, batch_size=config.batch_size,
         inputs=reads(config.objective, config.model),
-    )
+    )  # fmt: skip
     warn(f"stages, one thread, {config.seconds:g} s ...")
     stages = _stages(config, pipeline.order, tokenizer)
     warn(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")

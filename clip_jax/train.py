@@ -202,16 +202,11 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
     """Open this process's shard of the training data, `part` of `parts`."""
     models = [config.recipe_of(kind).model for kind in config.batches.kinds]
     return build(
-        config.data,
-        tokenizer=make_tokenizer(config.model.text),
-        image_spec=config.model.vision.image_spec,
-        context_length=config.model.text.context_length,
-        batch_size=config.batch_size,
-        process_index=part,
-        process_count=parts,
-        plan=config.batches,
+        config.data, tokenizer=make_tokenizer(config.model.text),
+        image_spec=config.model.vision.image_spec, context_length=config.model.text.context_length,
+        batch_size=config.batch_size, process_index=part, process_count=parts, plan=config.batches,
         inputs={k: x for model in models for k, x in reads(config.objective, model).items()},
-    )
+    )  # fmt: skip
 
 
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:

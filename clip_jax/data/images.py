@@ -191,13 +191,9 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def read_crops(
-    data: bytes,
-    specs: Sequence[ImageSpec],
-    rng: np.random.Generator | None = None,
-    scale: tuple[float, float] | None = None,
-    *,
-    scaled: bool = True,
-) -> list[UInt8[np.ndarray, "_H _W 3"]]:
+    data: bytes, specs: Sequence[ImageSpec], rng: np.random.Generator | None = None,
+    scale: tuple[float, float] | None = None, *, scaled: bool = True,
+) -> list[UInt8[np.ndarray, "_H _W 3"]]:  # fmt: skip
     """Decode an image and crop it, at random with `rng`, else in the middle. Raises ImageError.
 
     Square inputs as in the paper: the shorter side is resized, then a square is cropped at a random
@@ -274,14 +270,9 @@ def _resized_box(
 
 
 def _crop_of_resized(
-    image: Image.Image,
-    size: int,
-    resample: Image.Resampling,
-    full: tuple[int, int] | None = None,
-    factor: int = 1,
-    square: tuple[int, Box] | None = None,
-    down: bool = False,
-) -> Image.Image:
+    image: Image.Image, size: int, resample: Image.Resampling, full: tuple[int, int] | None = None,
+    factor: int = 1, square: tuple[int, Box] | None = None, down: bool = False,
+) -> Image.Image:  # fmt: skip
     """Resize the shorter side to `size`; crop a square, as `_square` chose it, else the middle.
 
     `full` is the size of the image before it was reduced by `factor`, if it was.

@@ -94,17 +94,10 @@ class DataConfig:
 
 
 def build(
-    config: DataConfig,
-    *,
-    tokenizer: Tokenize,
-    image_spec: ImageSpec,
-    context_length: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    plan: BatchPlan | None = None,
+    config: DataConfig, *, tokenizer: Tokenize, image_spec: ImageSpec, context_length: int,
+    batch_size: int, process_index: int = 0, process_count: int = 1, plan: BatchPlan | None = None,
     inputs: Mapping[str, Input] | None = None,
-) -> "Pipeline":
+) -> "Pipeline":  # fmt: skip
     """Open the source and build its pipeline. `batch_size` is global.
 
     With a `plan`, batch sizes and image shapes are the plan's. `inputs` are made of each sample
@@ -153,14 +146,9 @@ class Pipeline:
     """Endless batches from one source, starting at any step."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        loader: "_Loader",
-        tokenizers: Tokenizers,
-        *,
-        plan: BatchPlan,
+        self, config: DataConfig, loader: "_Loader", tokenizers: Tokenizers, *, plan: BatchPlan,
         process: tuple[int, int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._config, self._loader, self._tokenizers = config, loader, tokenizers
         self._plan, self._process = plan, process
         self.num_samples = len(loader.source)  # in one epoch
@@ -236,15 +224,11 @@ class Pipeline:
     def _in_streams(self, start: int) -> StreamPieces:
         config, streams = self._config, Streams(self._plan.unit, self._process)
         return StreamPieces(
-            self._loader,
-            self._tokenizers,
-            functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks),
-            streams,
-            self._plan,
-            workers=max(1, config.workers),
-            start=start,
+            self._loader, self._tokenizers,
+            functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks), streams,
+            self._plan, workers=max(1, config.workers), start=start,
             budget=config.read_ahead_mib << 20,
-        )
+        )  # fmt: skip
 
 
 def _stream_order(seed: int, streams: Streams, shuffle_blocks: int, source: Source) -> StreamOrder:

@@ -107,13 +107,9 @@ class Model:
         return special.softmax(logits, axis=1)
 
     def caption(
-        self,
-        images: Images,
-        generation: GenerationConfig = GenerationConfig(),
-        *,
-        batch_size: int = 64,
-        seeds: UInt32[np.ndarray, " B"] | None = None,
-    ) -> list[str]:
+        self, images: Images, generation: GenerationConfig = GenerationConfig(), *,
+        batch_size: int = 64, seeds: UInt32[np.ndarray, " B"] | None = None,
+    ) -> list[str]:  # fmt: skip
         """Return a caption for each image, given bytes or the output of `preprocess`, in batches.
 
         `seeds` replace `generation.seed`: an image's caption is the one of its own seed. Raises
@@ -150,14 +146,9 @@ def unit(features: Any) -> Float[np.ndarray, "B E"]:
 
 
 def load(
-    path: str | AnyPath,
-    *,
-    dtype: DType = "float32",
-    image_size: int | None = None,
-    tokens: int | None = None,
-    activation: Activation | None = None,
-    tokenizer: str | None = None,
-) -> Model:
+    path: str | AnyPath, *, dtype: DType = "float32", image_size: int | None = None,
+    tokens: int | None = None, activation: Activation | None = None, tokenizer: str | None = None,
+) -> Model:  # fmt: skip
     """Load a model from a run directory, a model folder or weights in another format.
 
     RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. OpenAI's names

@@ -53,15 +53,9 @@ class CaptionConfig(Term):
 
 
 def caption_loss(
-    states: Float[Array, "B L D"],
-    kernel: Float[Array, "D V"],
-    labels: Int[Array, "B L"],
-    *,
-    pad_id: int,
-    chunk_size: int,
-    mesh: Mesh | None = None,
-    axes: Axes | None = None,
-) -> Float[Array, " B"]:
+    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"], *,
+    pad_id: int, chunk_size: int, mesh: Mesh | None = None, axes: Axes | None = None,
+) -> Float[Array, " B"]:  # fmt: skip
     """Return each row's Σ −log p(label) over the positions whose label is no padding.
 
     p is the softmax of `states · kernel`, in float32; matmuls are in the states' dtype. On a mesh

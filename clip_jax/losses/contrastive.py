@@ -62,17 +62,12 @@ class Contrastive(Pairwise):
 
 
 def contrastive_loss(
-    config: Contrastive,
-    image_features: Float[Array, "B E"],
-    text_features: Float[Array, "B E"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None = None,
-    *,
+    config: Contrastive, image_features: Float[Array, "B E"], text_features: Float[Array, "B E"],
+    logit_scale: Float[Array, ""], logit_bias: Float[Array, ""] | None = None, *,
     teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "B _"]]] = (),
-    caption_ids: Int[Array, " B"] | None = None,
-    mesh: Mesh | None = None,
+    caption_ids: Int[Array, " B"] | None = None, mesh: Mesh | None = None,
     axes: tuple[str, ...] = (),
-) -> Result:
+) -> Result:  # fmt: skip
     """Compute loss and metrics of L2-normalised embeddings; pair i is row i of both.
 
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one

@@ -153,15 +153,13 @@ def summarise(
         for logits, top in zip(pairs.teachers, tops, strict=True)
     ]
     return Statistics(
-        top=top,
-        teacher_tops=tops,
-        ties=(below == 0).sum(axis, dtype=dtype),
+        top=top, teacher_tops=tops, ties=(below == 0).sum(axis, dtype=dtype),
         positive=jnp.where(pairs.positive, pairs.cosine, 0).sum(axis),
         exp_sum=jnp.exp(scale * below).sum(axis),
         summand_sum=jnp.where(pairs.valid, summands, 0).sum(axis),
         count=pairs.valid.sum(axis, dtype=dtype),
         teacher_sums=tuple((w.sum(axis), (w * below).sum(axis)) for w in weights),
-    )
+    )  # fmt: skip
 
 
 def nothing(side: Side) -> Statistics:

@@ -67,12 +67,9 @@ class GenerationConfig:
 
 
 def generate(
-    clip: CLIP,
-    params: Params,
-    image_tokens: ImageTokens,
-    config: GenerationConfig = GenerationConfig(),
-    seed: Integer[Array, "*B"] | None = None,
-) -> Int[Array, "B L"]:
+    clip: CLIP, params: Params, image_tokens: ImageTokens,
+    config: GenerationConfig = GenerationConfig(), seed: Integer[Array, "*B"] | None = None,
+) -> Int[Array, "B L"]:  # fmt: skip
     """Generate a caption for each image: ids from begin to end of text, then padding.
 
     As in open_clip's `generate`, a generated padding id also ends a row. `seed` replaces the

@@ -173,15 +173,12 @@ def run(config: PlanConfig, compile_: Compile) -> Plan:
     worst = max(plans, key=lambda x: (not x.fits, x.bytes_per_device["total"]))
     hours = sum(x.hours for x in plans)
     return dataclasses.replace(
-        worst,
-        steps=sum(x.steps for x in plans),
-        hours=hours,
+        worst, steps=sum(x.steps for x in plans), hours=hours,
         teacher_hours=sum(x.teacher_hours for x in plans),
         price=worst.price and worst.price * hours / worst.hours,
         images_per_second_per_host=max(x.images_per_second_per_host for x in plans),
-        compile_seconds=sum(x.compile_seconds for x in plans),
-        lengths=tuple(plans),
-    )
+        compile_seconds=sum(x.compile_seconds for x in plans), lengths=tuple(plans),
+    )  # fmt: skip
 
 
 def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:

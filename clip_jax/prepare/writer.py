@@ -149,14 +149,9 @@ class _Work:
         files.write_whole(layout.evaluation, kept.getvalue())
 
     def _all(
-        self,
-        name: str,
-        work: Callable[..., None],
-        numbers: range,
-        path: Callable[[int], AnyPath],
-        size: int = 0,
-        model: bool = False,
-    ) -> None:
+        self, name: str, work: Callable[..., None], numbers: range, path: Callable[[int], AnyPath],
+        size: int = 0, model: bool = False,
+    ) -> None:  # fmt: skip
         """Run all missing tasks of a stage, this worker's first: the next stage needs them all."""
         existing = self._existing()
         missing = [number for number in numbers if path(number).name not in existing]

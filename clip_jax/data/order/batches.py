@@ -114,14 +114,12 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
     parts, notes = zip(*filter(None, pieces), strict=True)
     arrays = concatenate(parts)  # copies even a single piece: its shared memory is reused
     return Batch(
-        image=arrays.pop("image"),
-        text=arrays.pop("text"),
-        inputs=arrays,
+        image=arrays.pop("image"), text=arrays.pop("text"), inputs=arrays,
         index=np.concatenate([one.index for one in notes]),
         keys=[key for one in notes for key in one.keys],
         skipped=[event for one in notes for event in one.skipped],
         reading=sum((one.reading for one in notes), Reading()),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
