@@ -32,50 +32,46 @@ from clip_jax.models.images import concatenate
 from clip_jax.prepare.layout import PrepareConfig
 
 SEED = "synthetic_seed"  # feature: the seed with which `predict` repeats each synthetic caption
-_SAMPLED = 32  # samples whose captions are counted before the work starts
 
 model = functools.lru_cache(maxsize=None)(load)  # once for all tasks of a process
 
 
 @functools.cache
 def describe_models(config: PrepareConfig) -> list[dict[str, Any]]:
-    """Read the weights of the captioner, if any, and of the teachers; return what describes them.
+    """Read the weights of the captioner, if any, and of the teachers; return what describes them:
+    of a teacher, also its embeddings, and as `teacher` how a config names it.
 
     Raises InputError for a model that cannot be used.
     """
     models = []
     for path in filter(None, (config.captions, *config.reinforce)):
         weights, digest = read_weights(path), hashlib.blake2b(digest_size=8)
-        if config.captions and not models:
-            CLIP(weights.config).needs_decoder()
-            config.generation.within(weights.config.text)
         for leaf in jax.tree.leaves(weights.params):
             digest.update(np.ascontiguousarray(leaf).tobytes())
+        models.append({"model": str(path), "digest": digest.hexdigest()})
+        if config.captions and len(models) == 1:
+            CLIP(weights.config).needs_decoder()
+            config.generation.within(weights.config.text)
+            continue
         scale, bias = (float(weights.params.get(f"logit_{x}", 0)) for x in ("scale", "bias"))
         values: dict[str, Any] = {"embed_dim": weights.config.embed_dim}
         values |= {"logit_scale": math.exp(scale), "logit_bias": bias}
         line = ", ".join(f"{name}={value:.6g}" for name, value in values.items())
-        names = {"model": str(path), "digest": digest.hexdigest()}
-        models.append(names | values | {"config": f"StoredTeacher({line})"})
+        models[-1] |= values | {"teacher": f"StoredTeacher({line})"}
     return models
-
-
-def describe_teachers(config: PrepareConfig) -> list[dict[str, Any]]:
-    """Return those of `describe_models` that are teachers."""
-    return describe_models(config)[bool(config.captions) :]
 
 
 def sizes(config: PrepareConfig, source: StoredSource) -> str:
     """Describe the size of all embeddings; captions are counted in a few samples, evenly spread."""
     counts = []
-    for index in np.linspace(0, len(source) - 1, _SAMPLED).astype(int).tolist():
+    for index in np.linspace(0, len(source) - 1, 32).astype(int).tolist():
         with contextlib.suppress(SampleError):
             record = source.record(index)
             more = None if config.captions else record.more()
             true = 1 if config.shards == "tar" else len(record.captions())
             counts.append(true + (len(more.synthetic) if more else 0))
     captions = float(np.mean(counts or [1])) + config.captions_per_image * bool(config.captions)
-    widths = [teacher["embed_dim"] for teacher in describe_teachers(config)]
+    widths = [model["embed_dim"] for model in describe_models(config) if "teacher" in model]
     row = Reinforcement(text=np.zeros((1, sum(widths)), np.float32))
     (data,) = reinforced.to_features(row, config.embedding_type, widths)["text_emb"]
     each = (config.augmentations_per_image + captions) * len(data)
@@ -96,9 +92,9 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
     def read(record: bytes) -> tuple[dict[str, list[bytes]], Any, list[Augmentation], list[Any]]:
         pair = decode_example(record)
         (image,), (key,) = pair["image"], pair["key"]
-        picture, whole, chosen, views = decode(image), None, [], []
+        picture, uncropped, chosen, views = decode(image), None, [], []
         if captioner:
-            whole = captioner.image_preprocess.batch(image)
+            uncropped = captioner.image_preprocess.batch(image)
             seeds = [_seed(config, key, x, b"caption") for x in range(config.captions_per_image)]
             pair[SEED] = [b"%d" % seed for seed in seeds]
         for number in range(config.augmentations_per_image if teachers else 0):
@@ -106,18 +102,17 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
             chosen.append(draw(*picture.size, rng, config.augmentations))
             pixels = replay(picture, chosen[-1], specs, size)
             views.append([spec.pack(x[None]) for spec, x in zip(specs, pixels, strict=True)])
-        return pair, whole, chosen, views
+        return pair, uncropped, chosen, views
 
     for batch in read_ahead(batches(records, rows), read):
-        pairs, wholes, chosen, views = zip(*batch, strict=True)
+        pairs, uncropped, chosen, views = zip(*batch, strict=True)
         if captioner:
-            each = [x for x in wholes for _ in range(config.captions_per_image)]
+            each = [x for x in uncropped for _ in range(config.captions_per_image)]
             seeds = np.array([int(x) for pair in pairs for x in pair[SEED]], np.uint32)
             images, seeds = _full((concatenate(each), seeds), rows)
-            written = captioner.caption(images, config.generation, batch_size=rows, seeds=seeds)
-            captions = iter(written)
+            new = iter(captioner.caption(images, config.generation, batch_size=rows, seeds=seeds))
             for pair in pairs:
-                pair[SYNTHETIC] = [next(captions).encode() for _ in pair[SEED]]
+                pair[SYNTHETIC] = [next(new).encode() for _ in pair[SEED]]
         if not teachers:
             yield from map(encode_example, pairs)
             continue
@@ -130,12 +125,15 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
         widths = [x.shape[1] for x in of_images]
         images = iter(np.split(np.concatenate(of_images, axis=1), len(pairs)))
         rest = np.concatenate(of_texts, axis=1)
-        for pair, augmentations, words in zip(pairs, chosen, texts, strict=True):
+        for pair, drawn, words in zip(pairs, chosen, texts, strict=True):
             true, (text, rest) = len(pair["caption"]), np.split(rest, [len(words)])
             more = Reinforcement(
-                tuple(augmentations), size, next(images), tuple(words[true:]), text[:true],
-                text[true:],
-            )  # fmt: skip
+                tuple(augmentations),
+                size,
+                next(images),
+                tuple(words[true:]),
+                *np.split(text, [true]),
+            )
             yield encode_example(pair | reinforced.to_features(more, config.embedding_type, widths))
 
 

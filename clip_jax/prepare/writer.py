@@ -225,8 +225,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"{result['samples']:,} samples"]
     lines += [json.dumps(pair, ensure_ascii=False) for pair in result.get("first", ())]
     lines.append(counts.describe(result))
-    for teacher in result.get("teachers", ()):
-        lines.append(f"teacher {teacher['model']}, in a config: {teacher['config']}")
+    for model in result.get("models", ()):
+        lines.append(f"{model['model']}: {model.get('teacher', 'writes the captions')}")
     if "shards" in result:
         lines.append("{written} of {of} shards are written".format(**result["shards"]))
     return "\n".join(lines)
@@ -286,7 +286,7 @@ def _report(
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},
         **total,
-        "teachers": reinforce.describe_teachers(config),
+        "models": reinforce.describe_models(config),
     }
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
     if len(done) == len(shards):

@@ -86,7 +86,7 @@ def test_a_stopped_run_leaves_complete_shards_and_ends_with_the_same_bytes(
     assert "600 samples x (2 images + 2 captions) x 80 bytes" in line
     (stated,) = {float(x) * 1e9 for x in re.findall(r"= ([\d.]+) GB", line)}
     assert stated == pytest.approx(size, rel=0.01)
-    assert [x["embed_dim"] for x in report["teachers"]] == [16, 24]
+    assert [x.get("embed_dim") for x in report["models"]] == [None, 16, 24]
     assert "StoredTeacher(embed_dim=24, logit_scale=10, logit_bias=-3)" in describe(report)
 
 
