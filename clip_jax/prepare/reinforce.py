@@ -127,13 +127,8 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
         rest = np.concatenate(of_texts, axis=1)
         for pair, drawn, words in zip(pairs, chosen, texts, strict=True):
             true, (text, rest) = len(pair["caption"]), np.split(rest, [len(words)])
-            more = Reinforcement(
-                tuple(augmentations),
-                size,
-                next(images),
-                tuple(words[true:]),
-                *np.split(text, [true]),
-            )
+            of_texts = np.split(text, [true])  # true, then synthetic
+            more = Reinforcement(tuple(drawn), size, next(images), tuple(words[true:]), *of_texts)
             yield encode_example(pair | reinforced.to_features(more, config.embedding_type, widths))
 
 
