@@ -69,14 +69,10 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     stages = _stages(config, pipeline.order, tokenizer)
     warn(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
-        **_pipeline(config, pipeline),
-        "batch_size": config.batch_size,
-        "workers": data.workers,
-        "threads": data.threads,
-        "cores": len(os.sched_getaffinity(0)),
-        "stages": stages,
+        **_pipeline(config, pipeline), "batch_size": config.batch_size, "workers": data.workers,
+        "threads": data.threads, "cores": len(os.sched_getaffinity(0)), "stages": stages,
         "limit": min(stages, key=lambda name: stages[name]["samples_per_second"]),
-    }
+    }  # fmt: skip
 
 
 def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, dict[str, float]]:
@@ -173,11 +169,10 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
             end = CLOCK.now()
     return {
         "samples_per_second": done * config.batch_size / (end - start),
-        "seconds_to_first_batch": first,
-        "order": pipeline.order,
+        "seconds_to_first_batch": first, "order": pipeline.order,
         **({"padding": 1 - read["valid_patches"] / n} if (n := read["patches"]) else {}),
         **bucket_rates(read, end - start),
-    }
+    }  # fmt: skip
 
 
 def describe_input(result: dict[str, Any]) -> str:
@@ -265,18 +260,13 @@ def measure_step(config: StepBench) -> dict[str, Any]:
     return {
         "samples_per_second": config.batch_size / seconds,
         "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
-        "seconds": seconds,
-        "seconds_fastest": min(times),
+        "seconds": seconds, "seconds_fastest": min(times),
         "mfu": peak and work / (seconds * mesh.size * peak),
-        "peak_bytes": peak_memory() or pod.peak(compiled),
-        "model_flops": work,
+        "peak_bytes": peak_memory() or pod.peak(compiled), "model_flops": work,
         "batch_size": config.batch_size,
-        **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}),
-        "devices": mesh.size,
-        "device_kind": device,
-        "mesh": dict(mesh.shape),
-        "compile_seconds": compiling,
-    }
+        **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}), "devices": mesh.size,
+        "device_kind": device, "mesh": dict(mesh.shape), "compile_seconds": compiling,
+    }  # fmt: skip
 
 
 def _made_up(config: Config) -> Inputs:

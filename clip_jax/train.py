@@ -93,19 +93,14 @@ class Run:
     def encoder(self) -> Encoder:
         """The model to evaluate, with averaged weights if the optimizer keeps them."""
         config, program = self.config.model, self.program
+        params = averaged(self.state.opt_state, self.state.params)
+        own = {term.name for term in self.config.objective}  # trained by a term for itself
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
-            program.model, self._model_params, program.mesh,
+            program.model, {name: x for name, x in params.items() if name not in own}, program.mesh,
             default_preprocess(config), lambda texts: tokenizer(texts, length, True),
             self.workdir.name,
         )  # fmt: skip
-
-    @property
-    def _model_params(self) -> Params:
-        """The parameters, averaged if the optimizer does, without those of the objective."""
-        params = averaged(self.state.opt_state, self.state.params)
-        own = {term.name for term in self.config.objective}
-        return {name: x for name, x in params.items() if name not in own}
 
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
@@ -239,13 +234,10 @@ def agree(
     or after too many starts from this step."""
     data = pipeline.fingerprints()
     facts = {
-        "config": to_dict(config),
-        "code": f"{processes.code_version()}, jax {jax.__version__}",
-        "data": data,
-        "vocabulary": vocabulary.digest(config.model.text.tokenizer),
-        "data sets of evaluators": evaluations.measured(),
-        "resume step": start,
-    }
+        "config": to_dict(config), "code": f"{processes.code_version()}, jax {jax.__version__}",
+        "data": data, "vocabulary": vocabulary.digest(config.model.text.tokenizer),
+        "data sets of evaluators": evaluations.measured(), "resume step": start,
+    }  # fmt: skip
     check_processes_agree(processes.gather(facts))
     begun = 0
     if processes.is_lead():
@@ -363,7 +355,7 @@ def loop(run: Run) -> None:
             with timers.measure("input"):
                 batch = next(batches)
                 row = batch.index - config.samples_after(step - 1)
-                values = batch.arrays() | {"row": row}
+                values = {"image": batch.image, "text": batch.text, "row": row, **batch.inputs}
                 arrays = program.put(values, config.schedule_step(step - 1))
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading) | valid_patches(batch.image))

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from clip_jax.checkpoints.manager import digest_of
 from clip_jax.convert.formats import read_weights
 from clip_jax.data import reinforced
 from clip_jax.data.augment import Augmentation, draw, replay
@@ -45,10 +46,8 @@ def describe_models(config: PrepareConfig) -> list[dict[str, Any]]:
     """
     models = []
     for path in filter(None, (config.captions, *config.reinforce)):
-        weights, digest = read_weights(path), hashlib.blake2b(digest_size=8)
-        for leaf in jax.tree.leaves(weights.params):
-            digest.update(np.ascontiguousarray(leaf).tobytes())
-        models.append({"model": str(path), "digest": digest.hexdigest()})
+        weights = read_weights(path)
+        models.append({"model": str(path), "digest": digest_of(weights.params)})
         if config.captions and len(models) == 1:
             CLIP(weights.config).needs_decoder()
             config.generation.within(weights.config.text)

@@ -449,14 +449,11 @@ def _job(point: Point, group: processes.Position) -> Job:
             files.write_whole(path, content)
     train = [sys.executable, "-m", "clip_jax", "train"]
     return Job(
-        name=point.name,
-        command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],
-        workdir=workdir,
-        log=directory / (f"log-{group.index}.txt" if group.index else "log.txt"),
-        is_done=(lambda: True) if group.index else partial(is_done, point),
-        after=point.parent,
+        name=point.name, command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],
+        workdir=workdir, log=directory / (f"log-{group.index}.txt" if group.index else "log.txt"),
+        is_done=(lambda: True) if group.index else partial(is_done, point), after=point.parent,
         is_ready=point.is_ready,
-    )
+    )  # fmt: skip
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:

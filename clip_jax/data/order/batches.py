@@ -50,10 +50,6 @@ class Batch:
     inputs: dict[str, Any] = field(default_factory=dict)  # further arrays [B, ...], by name
     reading: Reading = field(default_factory=Reading, compare=False)  # since the previous batch
 
-    def arrays(self) -> dict[str, Any]:
-        """Return all inputs of a step, by name."""
-        return {"image": self.image, "text": self.text, **self.inputs}
-
 
 @dataclass(frozen=True)
 class Sample:
