@@ -4,7 +4,8 @@
     clip-jax plan vit_b16_distilled --topology v5e:16x16
 
 Hardware: one v5e-256 slice; 54 hours at an assumed 40% MFU, $16,600 at $1.20 per chip-hour. The
-teacher's forward passes are 59% of the FLOPs.
+teacher's forward passes are 59% of the FLOPs. `plan` reports 13.1 of 16 GB per chip, and an MFU of
+at most 87% by the sequential bound.
 Recipe: MobileCLIP 2 (Faghri et al. 2025, arXiv:2508.20691), its released training script. The loss
 is distillation alone, batch 65,536 for 200,000 steps (13.1B pairs), learning rate 1e-3, AdamW with
 β₂ 0.95, crops of 8 to 100% of the area, two operations of RandAugment, teacher's scale 70.

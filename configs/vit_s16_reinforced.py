@@ -5,9 +5,9 @@ r"""ViT-S/16 on a reinforced data set: stored teachers, augmentations and synthe
     clip-jax prepare gs://BUCKET/captioned gs://BUCKET/reinforced \
         --reinforce TEACHER_1 TEACHER_2 --augmentations-per-image 30
     clip-jax train vit_s16_reinforced --data.source.path gs://BUCKET/reinforced
-    clip-jax plan vit_s16_reinforced --topology v5e:2x4
+    clip-jax plan vit_s16_reinforced --topology v5e:4x4
 
-Hardware: one v5e-8 slice; 5.2 hours at an assumed 40% MFU, $50 at $1.20 per chip-hour, without
+Hardware: one v5e-16 slice; 2.6 hours at an assumed 40% MFU, $50 at $1.20 per chip-hour, without
 the work of `prepare`.
 Recipe: MobileCLIP (Vasu et al. 2023, arXiv:2311.17049), its released training script for 12.8M
 pairs with 30 augmentations and five synthetic captions each, and two ViT-L/14 as teachers. The loss
@@ -39,7 +39,7 @@ def get_config() -> Config:
     return Config(
         steps=30_000,
         batch_size=8_192,
-        model=dataclasses.replace(zoo.get("ViT-S-16"), remat="hidden"),
+        model=dataclasses.replace(zoo.get("ViT-S-16"), remat="attention"),
         data=DataConfig(source=PathConfig(path="reinforced"), crop="stored", threads=16),
         objective=(DistillationConfig(teachers=teachers, captions="both"),),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1_000, b2=0.95, clip_norm=1.0),
