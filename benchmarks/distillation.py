@@ -106,7 +106,13 @@ def step_seconds(configs: list[Config], rounds: int = 15, steps: int = 5) -> lis
         batch = next(open_data(config, 0, 1).batches(0))
         state = program.init(frozen=frozen_params(config.objective, mesh))
         program.compile()
-        runs.append((program, state, program.put(batch.arrays())))
+        runs.append(
+            (
+                program,
+                state,
+                program.put({"image": batch.image, "text": batch.text, **batch.inputs}),
+            )
+        )
     for _ in range(rounds):
         for i, (program, state, batch) in enumerate(runs):
             start = time.perf_counter()
