@@ -372,8 +372,9 @@ class _Loader:
             return replay(image, more.augmentations[number], specs, more.size)
         at_random, scale = rng if config.crop == "random" else None, config.crop_scale
         views = read_crops(image, specs, at_random, scale, scaled=config.scaled_decode)
-        side = specs[0].side
-        return [augment(x, copy.deepcopy(rng), config.augment, side) for x in views]
+        # Each draws the same numbers.
+        rngs, side = [rng, *(copy.deepcopy(rng) for _ in views[1:])], specs[0].side
+        return [augment(x, y, config.augment, side) for x, y in zip(views, rngs, strict=True)]
 
     def _drawn(
         self, captions: list[str], more: Reinforcement, rng: np.random.Generator
