@@ -124,9 +124,6 @@ class StoredTerm(Term):
         both = x.outputs["mapped"] + x.outputs["text:synthetic"]
         return 1 - (both * vectors).sum(-1).mean(), {}
 
-    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]):
-        return 3 * batch_size * flops.forward(model).text // 2
-
 
 TERMS = (TeacherTerm(weight=0.5), AverageTerm(weight=0.3), StoredTerm(weight=2.0))
 
@@ -221,9 +218,13 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     entry = "batch" if term.name == "stored" else "terms"
     own = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
     more = {entry: known[term.name], "parameters": own, "optimizer": 2 * own}
+    more["frozen"] = known["teacher"] * (term.name == "teacher")
     assert held == without | {name: without[name] + size for name, size in more.items()}
-    encoded = 16 * flops.forward(TEACHER).total * (term.name == "teacher")
-    assert work - least == 2 * term.macs(TINY, 16, ()) + encoded
+    encoded = {
+        "teacher": flops.forward(TEACHER).total,
+        "stored": 3 * flops.forward(TINY).text,  # of the further captions, with two gradients
+    }
+    assert work - least == 2 * term.macs(TINY, 16, ()) + 16 * encoded.get(term.name, 0)
     compiled = pod.compile_loss(program([term]))
     ((_, outputs, _, _), _) = compiled.args_info
     assert pod.peak(compiled) > 0
