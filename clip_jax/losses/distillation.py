@@ -132,23 +132,24 @@ class DistillationConfig(Contrastive):
 
     def encode(self, x: Context) -> Outputs:
         """Return the teachers' embeddings as in `Side`, and the distances of each row."""
-        names = self._names(x.model.config)
+        names, kinds = self._names(x.model.config), {"image": "image", **self.texts}
         kept, distances, start = {}, [], 0
         for i, teacher in enumerate(self.teachers):
-            model, params = x.model, x.frozen.get(f"teacher{i}", {})
-            if isinstance(teacher, LiveTeacher):
-                model = replace(model, config=teacher.architecture)
+            params = x.frozen.get(f"teacher{i}", {})
             scale, bias = teacher.logit_scale, teacher.logit_bias
             scale = jnp.exp(params["logit_scale"]) if scale is None else scale
             bias = params.get("logit_bias", 0.0) if bias is None else bias
-            for kind, output in {"image": "image", **self.texts}.items():
-                is_image, y = kind == "image", x.inputs[names[_input(model.config, kind)]]
-                if isinstance(teacher, StoredTeacher):
-                    y = x.inputs[f"stored_{kind}"][:, start : start + teacher.embed_dim]
-                elif is_image:
-                    y = model.encode_image(params, model.normalize(y))
-                else:
-                    y = model.encode_text(params, y)
+            if isinstance(teacher, LiveTeacher):
+                model = replace(x.model, config=teacher.architecture)
+                image, *texts = (x.inputs[names[_input(model.config, kind)]] for kind in kinds)
+                named = {str(j) if j else "text": text for j, text in enumerate(texts)}
+                out, _ = model.outputs(params, {"image": model.normalize(image)}, named)
+                embeddings = [*out.values()]
+            else:
+                columns = slice(start, start := start + teacher.embed_dim)
+                embeddings = [x.inputs[f"stored_{kind}"][:, columns] for kind in kinds]
+            for (kind, output), y in zip(kinds.items(), embeddings, strict=True):
+                is_image = kind == "image"
                 y = l2_normalize(jax.lax.stop_gradient(y.astype(jnp.float32)))
                 if self.features_weight:
                     kernel = x.params[self.name][f"teacher{i}_{'image' if is_image else 'text'}"]
@@ -160,7 +161,6 @@ class DistillationConfig(Contrastive):
                 if self.needs_bias:
                     y = jnp.concatenate([y, jnp.full_like(y[:, :1], channel)], 1)
                 kept[f"teacher{i}_{kind}"] = y
-            start += teacher.embed_dim * isinstance(teacher, StoredTeacher)
         return kept | ({"rows": sum(distances) / len(self.teachers)} if distances else {})
 
     def loss(self, x: Context) -> Result:

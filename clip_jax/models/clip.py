@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
@@ -318,6 +319,7 @@ def _outputs(
     of_image = {name: int(layer) for name, tower, layer in layers if tower == "image"}
     of_text = {name: int(layer) for name, tower, layer in layers if tower == "text"}
     writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
+    others = {f"text:{name}": x for name, x in texts.items() if name != "text"}
     if writes or of_image:
         visual = _vit(towers)
         last, every = visual.tokens(pixels["image"], keys=keys, collect=bool(of_image))
@@ -331,7 +333,7 @@ def _outputs(
             towers.text, tokens, image_tokens
         )
     elif not of_text:
-        out["text"] = towers.text(tokens)
+        others = {"text": tokens} | others
     if of_text:
         last, every = towers.text.states(tokens, collect=True)
         out.setdefault("text", towers.text.pool(last, tokens))
@@ -341,7 +343,11 @@ def _outputs(
     for name in pixels:
         if name != "image":
             out[f"image:{name}"] = towers.visual(pixels[name], train=train)
-    return out | {f"text:{name}": towers.text(x) for name, x in texts.items() if name != "text"}
+    if others:  # in one pass; the texts of a pair stay on its device
+        rows = rearrange(jnp.stack([*others.values()], 1), "B T L -> (B T) L")
+        parts = rearrange(towers.text(rows), "(B T) E -> T B E", T=len(others))
+        out |= zip(others, parts, strict=True)
+    return out
 
 
 def _states_after(layer: int, depth: int, compute: Callable[..., Any]) -> Any:
