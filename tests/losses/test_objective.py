@@ -167,7 +167,7 @@ def on_one_device() -> Any:
     return jax.device_get(steps(own, begin(own), 2))
 
 
-@pytest.mark.parametrize("mesh", ["1", *MESHES])
+@pytest.mark.parametrize("mesh", ["1", "4x2", "2x2x2"])
 def test_terms_are_the_same_on_every_mesh_and_accumulated(mesh: str) -> None:
     (expected, metrics), own = on_one_device(), program(TERMS, mesh, accumulation=2)
     state, got = steps(own, begin(own), 2)
