@@ -67,5 +67,4 @@ def test_a_stored_teacher_gives_the_losses_of_a_live_one(made, tmp_path):
     assert abs(got - expected).max() < 1e-3
     coarse = run(made, "int8", stored, tmp_path / "int8")
     assert abs(coarse - expected).max() < 1e-2
-    print(abs(got - expected).max(), abs(coarse - expected).max())
     assert expected[-10:].mean() < expected[:10].mean() - 0.05
