@@ -77,14 +77,14 @@ def test_a_batch_is_made_in_equal_pieces_of_a_few_dozen_samples():
     numbers = {12: 1, 64: 1, 67: 1, 70: 2, 256: 4, 1024: 16}
     for samples, number in numbers.items():
         plan = constant(2 * samples, Square(8))
-        made = batches.GlobalPieces(load, len, range(9), plan, (1, 2))
+        made = batches.GlobalPieces(load, {}, range(9), plan, (1, 2))
         assert made.number == number, samples
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_in_blocks_workers_have_whole_streams(workers):
     streams, load = Streams(256), mock.create_autospec(batches.Load, instance=True)
-    made = batches.StreamPieces(load, len, len, streams, constant(256, Square(8)), workers, 0, 0)
+    made = batches.StreamPieces(load, {}, len, streams, constant(256, Square(8)), workers, 0, 0)
     of_worker = [
         {i % made.number for i in range(3 * made.number) if i % workers == worker}
         for worker in range(workers)
