@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import mannwhitneyu
 
 from clip_jax import processes
 from clip_jax.display import Display
@@ -143,6 +142,8 @@ def classification(
     if logits.shape[1] >= 5:
         values["acc5"] = top_k_accuracy(logits, labels, 5)
     if logits.shape[1] == 2 and 0 < labels.sum() < len(labels):
+        from scipy.stats import mannwhitneyu  # takes a second to import
+
         margins = (logits[:, 1] - logits[:, 0]).astype(np.float64)
         above, below = margins[labels == 1], margins[labels == 0]
         wins = mannwhitneyu(above, below, method="asymptotic").statistic  # a tie is half a win
