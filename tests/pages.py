@@ -6,7 +6,8 @@ come in any order, and "..." stands for any lines, or in a line for any words. B
 cloud, a cluster, a hub or large data, and do not run.
 
 `quick` cuts training: a bundled config without `--steps` takes a few steps, the digits' ladder is
-a dry run whose table is the stored one, and `pip`, `pytest` and the web demo do nothing.
+a dry run whose table is the stored one, fits of laws take 100 draws, and `pip`, `pytest` and the
+web demo do nothing.
 """
 
 import contextlib
@@ -39,12 +40,12 @@ clip-jax() {
   if [ "$1" = train ] && [[ " $* " != *" --steps "* ]]; then short=1; fi
   if [ -z "$QUICK" ]; then "$PYTHON" -m clip_jax "$@"; return; fi
   case "$short $1 ${2-} ${3-}:$#" in
-    "1 train digits :2") cached "$@" ;;
-    "1 train class_folders :2") cached "$@" ;;
+    "1 train digits :2" | "1 train digits_coca :2" | "1 train class_folders :2") cached "$@" ;;
     *" serve "*) "$PYTHON" -m clip_jax "$@" ;;
     *" demo "*) ;;
     "1 train "*) run "$@" $SHORT $(tiny "$2") ;;
     *" scale ladder "*ladder_digits*) run "${@:1:3}" --dry-run ;;
+    *" scale fit "*) run "$@" --draws 100 ;;
     *" scale collect "*) if [ -e "$3" ]; then run "$@"; else cp "$TABLE" "${@: -1}"; fi ;;
     *" scale report "*) if [ -e "$3" ]; then run "$@"; else run "${@:1:2}" "$TABLE" "${@:4}"; fi ;;
     *) run "$@" ;;

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from clip_jax.config import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
+from clip_jax.scaling import html_report, planning
+from clip_jax.scaling.fit import FitConfig
 from clip_jax.scaling.ladder import BranchesConfig, LadderConfig, grid
 from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
@@ -25,6 +28,17 @@ from tests.scaling.conftest import tiny_ladder
 def get_ladder():
     return tiny_ladder({})
 """
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans and reports take few of the bootstrap's draws, which take most of their time."""
+
+    def few(**options: Any) -> FitConfig:
+        return FitConfig(**(options | {"draws": 100}))
+
+    for module in (planning, html_report):
+        monkeypatch.setattr(module, "FitConfig", few)
 
 
 def tiny_ladder(**changes: Any) -> LadderConfig:
