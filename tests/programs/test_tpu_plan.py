@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import pytest
-
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.pods.compile import Request, compile_step
@@ -16,10 +14,9 @@ def request(topology: str, model: CLIPConfig = MODEL, **mesh: int) -> Request:
     return Request(recipe=recipe(model), mesh=MeshConfig(**mesh), topology=Topology.parse(topology))
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x4", "tpu7x:2x2x1"])
-def test_the_sums_of_gradients_are_found(topology):
+def test_the_sums_of_gradients_are_found():
     """Two bytes of each parameter at least cross the links, and not much more than four."""
-    facts, kinds = compile_step(request(topology)), ("all-reduce", "reduce-scatter")
+    facts, kinds = compile_step(request("tpu7x:2x2x1")), ("all-reduce", "reduce-scatter")
     summed = sum(x.bytes for x in facts.collectives if x.kind in kinds and "data" in x.axes)
     assert 0.5 <= summed / facts.parameters < 1.5
 

@@ -1,9 +1,7 @@
-"""A run that two processes evaluate; a server of it; and a ladder of two runs."""
+"""A run that two processes evaluate, and a server of it."""
 
 import base64
 import json
-import os
-import shutil
 import signal
 import socket
 
@@ -12,7 +10,7 @@ import pytest
 
 import clip_jax
 from clip_jax.inference.loading import unit
-from tests.conftest import ROOT, losses
+from tests.conftest import ROOT
 from tests.data.conftest import make_pairs
 
 CLIP_JAX = ("-m", "clip_jax")
@@ -62,45 +60,3 @@ def test_a_server_answers_finishes_what_is_pending_at_sigterm_and_exits(one, sta
     model = clip_jax.load(one)
     expected = unit(model.encode_image(model.preprocess([image])))
     np.testing.assert_allclose(json.loads(content)["images"], expected, atol=1e-5)
-
-
-LADDER = """\
-from dataclasses import replace
-from clip_jax.scaling.ladder import LadderConfig
-from clip_jax.evals.held_out_pairs import PairsEvalConfig
-from tests.conftest import tiny_digits
-
-def get_ladder():
-    base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
-    wide = replace(base.model, embed_dim=8)
-    return LadderConfig(base=base, models={"a": base.model, "b": wide}, samples=(640,))
-"""
-
-
-def test_a_ladder_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path, start):
-    spec, root = tmp_path / "tiny.py", tmp_path / "root"
-    spec.write_text(LADDER)
-    second = root / "b@640-seed0"
-    second.mkdir(parents=True)
-    os.mkfifo(second / "log.txt")  # so that its lines come here
-    command = (*CLIP_JAX, "scale", "ladder", spec, "--root", root, "--jobs", 1)
-    quick = {"JAX_DEFAULT_PRNG_IMPL": "rbg"}  # to compile
-    with open(os.open(second / "log.txt", os.O_RDWR)) as log:  # which waits for no writer
-        first = start(*command, **quick)
-        first.until("a@640-seed0: ")
-        while "step 8/40" not in log.readline():
-            pass
-        first.kill()
-    (second / "log.txt").unlink()
-    assert not (second / "checkpoints/40").exists()
-    stamps = {
-        path: path.stat().st_mtime_ns
-        for path in (root / "a@640-seed0").rglob("*") if path.is_file()
-    }  # fmt: skip
-    lines = start(*command, **quick).end()
-    assert not any(line.startswith("a@640-seed0: ") for line in lines)
-    assert "resuming from step" in (second / "log.txt").read_text()
-    for name in ("a", "b"):
-        assert list(losses(root / f"{name}@640-seed0")) == list(range(1, 41))
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    shutil.rmtree(root)
