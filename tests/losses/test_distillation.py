@@ -279,9 +279,8 @@ def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
     assert metrics["image_to_text_accuracy"] == pytest.approx(credit)
 
 
-@pytest.mark.parametrize(("mesh", "form"), [("4x2", "blocked"), ("2x2x2", "ring")])
-def test_a_step_is_the_same_on_every_mesh(mesh: str, form: Any) -> None:
-    assert_close(on_one_device(), step(replace(TERM, form=form), mesh, accumulation=2))
+def test_a_step_is_the_same_on_a_mesh() -> None:
+    assert_close(on_one_device(), step(replace(TERM, form="ring"), "2x2x2", accumulation=2))
 
 
 def test_accumulation_gives_the_same_gradients_within_1e_6() -> None:

@@ -167,9 +167,8 @@ def on_one_device() -> Any:
     return jax.device_get(steps(own, begin(own), 2))
 
 
-@pytest.mark.parametrize("mesh", ["1", "4x2", "2x2x2"])
-def test_terms_are_the_same_on_every_mesh_and_accumulated(mesh: str) -> None:
-    (expected, metrics), own = on_one_device(), program(TERMS, mesh, accumulation=2)
+def test_terms_are_the_same_on_a_mesh_and_accumulated() -> None:
+    (expected, metrics), own = on_one_device(), program(TERMS, "2x2x2", accumulation=2)
     state, got = steps(own, begin(own), 2)
     assert_close(metrics, got)
     assert_close(*(optax.tree.get(x.opt_state, "mu") for x in (expected, state)))
@@ -183,9 +182,8 @@ def test_terms_are_the_same_on_every_mesh_and_accumulated(mesh: str) -> None:
     assert placed.carried["average"]["visual"] == placed.params["visual"]
 
 
-@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
-def test_each_term_is_saved_and_resumed_bit_for_bit_without_its_teacher(term, tmp_path) -> None:
-    own = program([term], "4x2")
+def test_terms_are_saved_and_resumed_bit_for_bit_without_their_teacher(tmp_path) -> None:
+    own = program(TERMS, "4x2")
     state, _ = steps(own, begin(own), 1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     checkpoints.save(1, state.saved(), {"samples": 16})
@@ -195,9 +193,8 @@ def test_each_term_is_saved_and_resumed_bit_for_bit_without_its_teacher(term, tm
     checkpoints.close()
     resumed = own.resume(restored.state, begin(own).frozen)
     jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(steps(own, resumed, 1)))
-    assert restored.state.keys() == {"step", "params", "opt_state"} | (
-        {"carried"} if term.name == "average" else set()
-    )
+    assert restored.state.keys() == {"step", "params", "opt_state", "carried"}
+    assert restored.state["carried"].keys() == {"average"}
 
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)

@@ -126,7 +126,7 @@ def _tokens(config):
 
 @pytest.mark.parametrize(
     ("name", "dropout"),
-    [*((name, 0.0) for name in CONFIGS), ("map", 0.5), ("mean_all", 0.5), ("queries", 0.5)],
+    [*((name, 0.0) for name in CONFIGS), ("mean_all", 0.5)],
 )
 def test_what_stands_in_the_padding_changes_nothing(name, dropout):
     """Outputs and gradients are the same bits, and no gradient reaches the padding."""
@@ -174,7 +174,8 @@ def test_lengths_agree(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, ("greedy", "beams")[i % 2]) for i, name in enumerate(CONFIGS)]
+    ("name", "method"),
+    [("class_token", "greedy"), ("map", "beams"), ("mean_all", "greedy"), ("queries", "beams")],
 )
 def test_captions_are_generated_alike_at_every_length(name, method):
     """By the cache, which keeps each image's number of tokens; rows share an image in beams."""
