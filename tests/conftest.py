@@ -105,6 +105,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def folder_of_all_workers(factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a temporary folder that the workers of this test run share."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 # ------------------------------------------------------------------ tiny models
 
 ROOT = Path(__file__).parent.parent

@@ -54,9 +54,12 @@ clip-jax() {
 run() { "$PYTHON" -IS "$FORKS" "$SOCKET" "$@"; }
 tiny() { case "$1" in *digits*) echo "$TINY_DIGITS" ;; *pairs*) echo "$TINY_PAIRS" ;; esac; }
 cached() {  # a run that several pages begin with
-  if [ ! -e "$CACHE/$2" ]; then
-    run "$@" $SHORT $(tiny "$2") --workdir "$CACHE/$2" >"$CACHE/$2.out" 2>&1
-  fi
+  (
+    flock 9
+    if [ ! -e "$CACHE/$2" ]; then
+      run "$@" $SHORT $(tiny "$2") --workdir "$CACHE/$2" >"$CACHE/$2.out" 2>&1
+    fi
+  ) 9>"$CACHE/$2.lock"
   mkdir -p runs && cp -r "$CACHE/$2" "runs/$2" && sed "s:$CACHE:$PWD/runs:g" "$CACHE/$2.out"
 }
 """
