@@ -2,14 +2,16 @@
 tests build: tiny models, a tiny run, what a run wrote."""
 
 import dataclasses
+import fcntl
 import functools
 import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +107,20 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def folder_of_all_workers(factory: pytest.TempPathFactory, name: str) -> Path:
-    """Return a temporary folder that the workers of this test run share."""
+def made_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object] = lambda _: None
+) -> Path:
+    """Return a temporary folder that one worker of this test run fills, and all of them use."""
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
     return folder
 
 

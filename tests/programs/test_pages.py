@@ -19,7 +19,7 @@ import yaml
 from clip_jax.cli import arguments, commands
 from clip_jax.evals import catalog, linear_probe
 from tests import pages
-from tests.conftest import ROOT, folder_of_all_workers, rows
+from tests.conftest import ROOT, made_once, rows
 from tests.data.conftest import write_tar
 from tests.forks import Forks
 from tests.prepare.conftest import jpeg, scene
@@ -41,7 +41,7 @@ ALL = (
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forks")
-    cache = folder_of_all_workers(tmp_path_factory, "pages")
+    cache = made_once(tmp_path_factory, "pages")
     with Forks(folder, JAX_DEFAULT_PRNG_IMPL="rbg", PYTHONUNBUFFERED="1") as server:
         yield {"SOCKET": server.path, "CACHE": str(cache)}
 

@@ -25,7 +25,7 @@ import clip_jax
 from clip_jax.cli import arguments, commands
 from clip_jax.cli.commands import COMMANDS
 from clip_jax.config import bundled_configs
-from tests.conftest import ROOT
+from tests.conftest import ROOT, made_once
 
 _NAMES = ("cli.arguments", "cli.commands", "display", "errors", "serialize")
 UNLISTED = {f"clip_jax.{name}" for name in _NAMES}
@@ -35,13 +35,15 @@ RUNS = sorted(name for name in bundled_configs() if not name.startswith("ladder_
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site."""
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def build(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "site", build)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """Runs of one or several processes whose output is read line by line: what is waited for is a line,
 a file that is closed, or a process that has ended."""
 
-import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DIGITS, FLAGS, ROOT, folder_of_all_workers
+from tests.conftest import DIGITS, FLAGS, ROOT, made_once
 
 STEPS = 12
 SMALL = (*FLAGS, "--steps", str(STEPS), "--evals.0.every-steps", "4")
@@ -103,16 +101,12 @@ def training(
 @pytest.fixture(scope="session")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process with eight devices has trained, once for all workers."""
-    folder = folder_of_all_workers(tmp_path_factory, "one")
-    workdir, done = folder / "run", folder / "done"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            shutil.rmtree(workdir, ignore_errors=True)
-            workdir.mkdir()
-            Command(*training(workdir, processes=1, devices=8)).end()
-            done.touch()
-    return workdir
+
+    def train(folder: Path) -> None:
+        (folder / "run").mkdir()
+        Command(*training(folder / "run", processes=1, devices=8)).end()
+
+    return made_once(tmp_path_factory, "one", train) / "run"
 
 
 def samples(workdir: Path, what: str = "index") -> dict[int, list[Any]]:
