@@ -142,7 +142,7 @@ def classification(
     if logits.shape[1] >= 5:
         values["acc5"] = top_k_accuracy(logits, labels, 5)
     if logits.shape[1] == 2 and 0 < labels.sum() < len(labels):
-        from scipy.stats import mannwhitneyu  # takes a second to import
+        from scipy.stats import mannwhitneyu  # takes half a second to import
 
         margins = (logits[:, 1] - logits[:, 0]).astype(np.float64)
         above, below = margins[labels == 1], margins[labels == 0]
