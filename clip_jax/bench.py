@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax import flops, sharding
 from clip_jax.clock import CLOCK
-from clip_jax.config import Config, with_teachers
+from clip_jax.config import Config, with_weights
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
@@ -57,7 +57,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     For each stage, `stages` has samples/s and the share of time spent computing (the rest is
     waiting for a disk or a bucket).
     """
-    config = with_teachers(config)
+    config = with_weights(config)
     data = config.data
     tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
@@ -234,7 +234,7 @@ def measure_step(config: StepBench) -> dict[str, Any]:
 
     `peak_bytes` is the peak that the device reports, if it does, else the compiler's estimate.
     """
-    mesh, config = sharding.make_mesh(config.mesh), with_teachers(config)
+    mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
     program = Program(config.recipe, mesh)
     rest = {name: x for name, x in program.batch.items() if name not in ("row", "learning_rate")}
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (program.state.frozen, rest))

@@ -25,15 +25,16 @@ from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.convert.formats import read_weights
 from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
-from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.pipeline import DataConfig, open_source
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
-from clip_jax.losses import DistillationConfig, SoftmaxConfig, TermConfig
+from clip_jax.losses import ClassifierConfig, DistillationConfig, SoftmaxConfig, TermConfig
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, Tower
@@ -64,6 +65,11 @@ class Config:
     branch_from: str | None = None
     init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
+    # Take the model's architecture from init_from; model.dtype, remat, unroll, attention and
+    # vision.patch_dropout are kept.
+    init_architecture: bool = False
+    # Low-rank adapters to train in place of the weights of init_from. None: all weights train.
+    lora: LoRAConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -120,6 +126,13 @@ class Config:
                 )
             if self.init_from:
                 raise InputError("branch_from and init_from both set the weights; set only one.")
+        if self.init_architecture and not self.init_from:
+            raise InputError("init_architecture needs weights to read it from: set --init-from.")
+        if self.lora is not None and (not self.init_from or len(self.init_towers) < 2):
+            raise InputError(
+                "lora adapts trained weights: set --init-from to a run, a model folder or a weight "
+                "file, and leave --init-towers at both towers."
+            )
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
@@ -221,23 +234,36 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
     return replace(config, data=replace(config.data, order=order))
 
 
-def with_teachers(config: AnyConfig) -> AnyConfig:
-    """Return the config with the architectures of teachers that it leaves to their weights."""
+def with_weights(config: AnyConfig) -> AnyConfig:
+    """Return the config with what it leaves to files: the architectures of teachers and, with
+    `init_architecture`, of the model, and the names of a classifier's classes."""
+
+    def architecture(weights: str, setting: str) -> CLIPConfig:
+        with naming(f"{setting}={weights!r}"):
+            read = read_weights(files.as_path(weights))
+        how = read.preprocess
+        return replace(read.config, image_mean=how.mean, image_std=how.std)
 
     def known(teacher: Any) -> Any:
         if getattr(teacher, "model", teacher) is not None:
             return teacher
-        with naming(f"teachers.weights={teacher.weights!r}"):
-            weights = read_weights(files.as_path(teacher.weights))
-        how = weights.preprocess
-        model = replace(weights.config, image_mean=how.mean, image_std=how.std)
-        return replace(teacher, model=model)
+        return replace(teacher, model=architecture(teacher.weights, "teachers.weights"))
 
     def complete(term: Any) -> Any:
+        if isinstance(term, ClassifierConfig) and not term.classes:
+            source = open_source(config.data.source, config.model.vision.image_spec.side)
+            return replace(term, classes=getattr(source, "classes", ()))
         distils = isinstance(term, DistillationConfig)
         return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
 
-    return replace(config, objective=tuple(map(complete, config.objective)))
+    model = config.model
+    if config.init_architecture and config.init_from:
+        own = {name: getattr(model, name) for name in ("dtype", "remat", "unroll", "attention")}
+        model = replace(architecture(config.init_from, "init_from"), **own)
+        if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
+            dropout = config.model.vision.patch_dropout
+            model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
+    return replace(config, model=model, objective=tuple(map(complete, config.objective)))
 
 
 def bundled_configs() -> dict[str, Path]:

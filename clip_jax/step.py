@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from clip_jax import processes, sharding
+from clip_jax.errors import InputError
 from clip_jax.losses import (
     Axes,
     Context,
@@ -27,6 +28,7 @@ from clip_jax.losses import (
 )
 from clip_jax.losses import objective as terms
 from clip_jax.losses.objective import Inputs, Metrics, Outputs
+from clip_jax.models import lora as adapters
 from clip_jax.models.clip import (
     CLIP,
     CLIPConfig,
@@ -35,6 +37,7 @@ from clip_jax.models.clip import (
     l2_normalize,
     split_batch_stats,
 )
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import TOWERS, OptimConfig, Tower, make_optimizer, schedule
@@ -42,6 +45,7 @@ from clip_jax.optim.wrappers import GuardState
 from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
+BASE = "lora", "base"  # the names of the frozen weights that adapters change
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +54,7 @@ class State:
     """All values that training carries from step to step; `step` is also the data position."""
 
     step: Any  # int32 scalar: updates done, and so the number of the next batch
-    params: Any  # nested dict, float32
+    params: Any  # nested dict, float32: all that is trained
     opt_state: Any  # Optax state
     carried: Any = field(default_factory=dict)  # state of the objective's terms, by term name
     frozen: Any = field(default_factory=dict)  # FrozenParams, never saved; see `losses.Term.frozen`
@@ -72,9 +76,34 @@ class Recipe:
     batch_size: int  # Number of image-text pairs per step over all devices.
     accumulation: int = 1  # Chunks per batch (GradCache).
     seed: int = 0  # Random seed of the initial parameters and of patch dropout.
+    lora: LoRAConfig | None = None  # Adapters to train in place of the weights.
 
     def __post_init__(self) -> None:
         terms.check(self.objective, self.model)
+        if len({*self.optim.locked}) > 1 and not any(
+            term.parameters(self.model) for term in self.objective
+        ):
+            raise InputError(
+                "optim.locked names both towers, so that only the logit scale would train; lock "
+                "one tower at most, or add a term with parameters, such as a ClassifierConfig."
+            )
+        if self.lora is not None:
+            adapters.adapted(self.model, self.lora)  # raises InputError
+
+    def dimensions(self) -> dict[str, str]:
+        """Return path → dimension names of everything that is trained."""
+        names = terms.dimensions(self.objective, self.model)
+        if self.lora is None:
+            return names
+        own = {name: dims for name, (_, dims) in adapters.shapes(self.model, self.lora).items()}
+        model = self.model.dimensions()
+        return own | {name: dims for name, dims in names.items() if name not in model}
+
+    def complete(self, state: "State", params: Params) -> Params:
+        """Return the model's parameters, given those that are trained."""
+        if self.lora is None:
+            return params
+        return adapters.join(base_of(state), params, self.model, self.lora)
 
 
 class Program:
@@ -90,19 +119,13 @@ class Program:
         self.state, self.batch = shapes(recipe, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self._learning_rate = schedule(recipe.optim, recipe.steps)
-        rows = terms.dimensions(recipe.objective, recipe.model)
-        optimizer = make_optimizer(recipe.optim, rows)
+        optimizer = make_optimizer(recipe.optim, recipe.dimensions())
         self._init = jax.jit(
-            functools.partial(
-                init_state, model=self.model, optimizer=optimizer, objective=recipe.objective
-            ),
+            functools.partial(init_state, recipe=recipe, optimizer=optimizer),
             out_shardings=replace(shardings, frozen={}),
         )
         self.step: Any = jax.jit(
-            functools.partial(
-                train_step, model=self.model, objective=recipe.objective, optim=recipe.optim,
-                mesh=mesh, accumulation=recipe.accumulation, seed=recipe.seed,
-            ),
+            functools.partial(train_step, recipe=recipe, mesh=mesh),
             in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, self.batch)),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -152,14 +175,21 @@ class Program:
 
 
 def init_state(
-    key: Array, model: CLIP, optimizer: optax.GradientTransformation,
-    objective: Objective = (), params: Params | None = None,
+    key: Array, recipe: Recipe, optimizer: optax.GradientTransformation,
+    params: Params | None = None,
 ) -> State:  # fmt: skip
     """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
-    params = model.init(key) | terms.draw(objective, model.config, key) | (params or {})
+    model, lora = CLIP(recipe.model), recipe.lora
+    own = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
+    params = own | terms.draw(recipe.objective, recipe.model, key) | (params or {})
     trainable, _ = split_batch_stats(params)
-    carried = terms.init(objective, trainable)
+    carried = terms.init(recipe.objective, trainable)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried)
+
+
+def base_of(state: State) -> Params:
+    """Return the frozen weights that adapters change; nothing without adapters."""
+    return state.frozen.get(BASE[0], {}).get(BASE[1], {})
 
 
 def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
@@ -168,10 +198,9 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     Raises InputError if the mesh cannot split the batch or a parameter evenly.
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
-    names = terms.dimensions(recipe.objective, recipe.model)
-    model, optimizer = CLIP(recipe.model), make_optimizer(recipe.optim, names)
-    begin = functools.partial(init_state, jax.random.key(0), model, optimizer, recipe.objective)
-    state = jax.eval_shape(begin)
+    names = recipe.dimensions()
+    optimizer = make_optimizer(recipe.optim, names)
+    state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), recipe, optimizer))
     params = sharding.param_shardings(recipe.model, state.params, mesh, names)
     shardings = State(
         sharding.replicated(mesh),
@@ -184,6 +213,8 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         for term in recipe.objective
         if term.frozen()
     }
+    if recipe.lora is not None:
+        frozen[BASE[0]] = {BASE[1]: _frozen(recipe.model, mesh, kernels_only=True)}
     rows = sharding.batch_sharding(mesh)
     length = recipe.model.text.context_length
     batch: Inputs = {
@@ -209,15 +240,21 @@ def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
 
 
-def _frozen(config: CLIPConfig, mesh: AnyMesh) -> Params:
+def _frozen(config: CLIPConfig, mesh: AnyMesh, kernels_only: bool = False) -> Params:
+    """Return the shapes of frozen parameters, in the type of the model's matmuls.
+
+    Scalars and BatchNorm's statistics stay float32, and with `kernels_only` all but kernels, which
+    are rounded to that type before each matmul anyway.
+    """
     params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    towers = {  # scalars and BatchNorm's statistics stay float32
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), tree)
-        for name, tree in params.items()
-        if isinstance(tree, dict) and name != "batch_stats"
-    }
+
+    def typed(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        keeps = path[0].key == "batch_stats" or not x.shape
+        keeps |= kernels_only and path[-1].key != "kernel"
+        return x if keeps else jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype))
+
     places = sharding.param_shardings(config, params, mesh)
-    return jax.tree.map(_placed, params | towers, places)
+    return jax.tree.map(_placed, jax.tree_util.tree_map_with_path(typed, params), places)
 
 
 def context(
@@ -230,13 +267,14 @@ def context(
 
 
 def encode(
-    x: Context, objective: Objective, locked: tuple[Tower, ...] = (), key: Array | None = None
-) -> tuple[Outputs, Params]:
+    x: Context, objective: Objective, locked: tuple[Tower, ...] = (), key: Array | None = None,
+    train: bool = True,
+) -> tuple[Outputs, Params]:  # fmt: skip
     """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
     and the new BatchNorm statistics.
 
     With `key`, patches are dropped. Which ones depends on a pair's `row` in the global batch, not
-    on the mesh or the number of chunks.
+    on the mesh or the number of chunks. BatchNorm computes with the batch's statistics if `train`.
     """
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
@@ -251,7 +289,7 @@ def encode(
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
     # A locked tower runs as in inference: all patches, BatchNorm's running statistics.
     outputs, batch_stats = x.model.outputs(
-        x.params, images, texts, needs, keys, train="image" not in locked
+        x.params, images, texts, needs, keys, train=train and "image" not in locked
     )
     outputs = {
         name: l2_normalize(y) if terms.is_embedding(name) else constrain(y)
@@ -261,45 +299,46 @@ def encode(
     return {name: constrain(y) for name, y in kept.items()}, batch_stats
 
 
-def train_step(
-    state: State, batch: Inputs, *, model: CLIP, objective: Objective, optim: OptimConfig,
-    mesh: Mesh, accumulation: int = 1, seed: int = 0,
-) -> tuple[State, Metrics]:  # fmt: skip
+def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
     """Take one training step: encode, compute the objective and its gradients, update.
 
-    The towers encode the batch in `accumulation` chunks, which takes the memory of one chunk; the
-    gradients are those of the full batch. `seed` is the seed of patch dropout.
+    The towers encode the batch in chunks (`accumulation`), which takes the memory of one chunk; the
+    gradients are those of the full batch.
     """
+    model, objective, optim = CLIP(recipe.model), recipe.objective, recipe.optim
     trainable, batch_stats = split_batch_stats(state.params)
     towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
     scalars = {name: x for name, x in trainable.items() if name not in towers}
+    fixed = {name: x for name, x in base_of(state).items() if not isinstance(x, dict)}
     inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
-    vision, key = model.config.vision, None
-    if _drops_patches(model.config):
+    vision, key = recipe.model.vision, None
+    if _drops_patches(recipe.model):
         # Threefry, whatever the default: it gives the same keys under vmap.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
+        key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
     context_of = functools.partial(context, model, mesh, state)
 
     def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
-        params = join_batch_stats(scalars | towers, batch_stats)
-        return encode(context_of(params, chunk, {}), objective, optim.locked, key)
+        params = recipe.complete(state, join_batch_stats(scalars | towers, batch_stats))
+        own = context_of(params, chunk, {})
+        return encode(own, objective, optim.locked, key, train=recipe.lora is None)
 
     def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
-        return terms.total(objective, context_of(scalars, inputs, outputs))
+        return terms.total(objective, context_of(fixed | scalars, inputs, outputs))
 
     group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else None
     result = cached_value_and_grad(
-        encode_chunk, compare, towers, scalars, inputs, accumulation, group_size=group or 1
+        encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
     )
     grads, metrics = result.params | result.others, result.aux
-    optimizer = make_optimizer(optim, terms.dimensions(objective, model.config))
+    optimizer = make_optimizer(optim, recipe.dimensions())
     updates, opt_state = optimizer.update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )
     trainable = cast(Params, optax.apply_updates(trainable, updates))
-    cap = math.log(optim.max_logit_scale)  # the paper clips the scale to keep training stable
-    trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
-    batch_stats, carried = result.statistics, {}
+    if "logit_scale" in trainable:  # the paper clips the scale to keep training stable
+        cap = math.log(optim.max_logit_scale)
+        trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
+    batch_stats, carried = result.statistics if batch_stats else {}, {}
     if state.carried:
         carried = terms.update(objective, context_of(trainable, inputs, result.outputs))
     if isinstance(opt_state, GuardState):
@@ -315,7 +354,7 @@ def train_step(
         "loss": result.loss,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(trainable),
-        "logit_scale": jnp.exp(trainable["logit_scale"]),
+        "logit_scale": jnp.exp((fixed | trainable)["logit_scale"]),
         "learning_rate": batch["learning_rate"],
     }
     params = join_batch_stats(trainable, batch_stats)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,27 +20,32 @@ from clip_jax.checkpoints.manager import Checkpoints, Restored, digest_of, resto
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config, complete, with_order, with_teachers
-from clip_jax.convert.weights import default_preprocess
+from clip_jax.config import Config, complete, with_order, with_weights
+from clip_jax.convert.formats import check_shapes, read_weights, starting_params
+from clip_jax.convert.weights import Head, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import duration, warn
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.inference.loading import check_shapes, load_on_mesh, starting_params
-from clip_jax.losses import Frozen, Objective
+from clip_jax.inference.loading import Model, load_on_mesh, prompt_head
+from clip_jax.losses import ClassifierConfig, Frozen, Objective
 from clip_jax.losses.objective import reads
 from clip_jax.metrics import Profiler, Reports, Timers
 from clip_jax.models.clip import Params, count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.step import FrozenParams, Program, State
+from clip_jax.step import BASE, FrozenParams, Program, State
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the run directory: fingerprints of the training data
+# What frozen weights are called, and the setting that says where they are.
+_FROZEN = {
+    "teachers": ("teachers", "teachers.weights"), "base": ("initial weights", "init_from")
+}  # fmt: skip
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
 
@@ -87,19 +93,25 @@ class Run:
     timers: Timers
     start: int  # step from which it resumes, 0 for a new run
     state: State
-    teachers: str  # hash of all frozen models
+    frozen: dict[str, str]  # hashes of teachers, and of the weights that adapters change
 
     @property
     def encoder(self) -> Encoder:
         """The model to evaluate, with averaged weights if the optimizer keeps them."""
         config, program = self.config.model, self.program
         params = averaged(self.state.opt_state, self.state.params)
+        params = program.recipe.complete(self.state, params)
         own = {term.name for term in self.config.objective}  # trained by a term for itself
+        head = None
+        for term in self.config.objective:
+            if isinstance(term, ClassifierConfig):
+                kernel = np.asarray(params[term.name]["kernel"])
+                head = Head(term.classes, term.templates, kernel)
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
             program.model, {name: x for name, x in params.items() if name not in own}, program.mesh,
             default_preprocess(config), lambda texts: tokenizer(texts, length, True),
-            self.workdir.name,
+            self.workdir.name, head,
         )  # fmt: skip
 
 
@@ -108,7 +120,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     check_patches(config, workdir)
     timers = Timers()
     processes.keep_compiled(config.compilation_cache, workdir)
-    mesh, config = sharding.make_mesh(config.mesh), with_teachers(config)
+    mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
     program = Program(config.recipe, mesh)
     recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
     programs = {
@@ -145,16 +157,19 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
     frozen = frozen_params(config.objective, mesh)
-    teachers = digest_of(frozen)
+    hashes = {"teachers": digest_of(frozen)}
+    if config.lora is not None and config.init_from:
+        base = starting_params(config.init_from, config.model)
+        frozen, hashes = frozen | {BASE[0]: {BASE[1]: base}}, hashes | {"base": digest_of(base)}
     if start:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
-                begun = branch(config, program, parent, start, teachers)
+                begun = branch(config, program, parent, start, hashes)
                 if processes.is_lead():
                     record = {"from": config.branch_from, "differs": differs}
                     files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
             else:
-                begun = restore(config, checkpoints.restore(program.state.saved()), teachers)
+                begun = restore(config, checkpoints.restore(program.state.saved()), hashes)
     else:
         begun = Restored(0, begin(config, program).saved(), {})
     start, state = begun.step, program.resume(begun.state, frozen)
@@ -178,7 +193,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
         config, workdir, program, programs, pipeline, evaluations, checkpoints, reports, profiler,
-        watchdog, timers, start, state, teachers,
+        watchdog, timers, start, state, hashes,
     )  # fmt: skip
 
 
@@ -273,10 +288,20 @@ def check_best(config: Config, evaluations: Evaluations) -> None:
 
 
 def begin(config: Config, program: Program) -> State:
-    """Initialise the state at random, or with the weights of `init_from`."""
+    """Initialise the state at random, or with the weights of `init_from`, by whose text tower a
+    classifier begins."""
     if not config.init_from:
         return program.init()
-    return program.init(starting_params(config.init_from, config.model, config.init_towers))
+    params = starting_params(config.init_from, config.model, config.init_towers)
+    own = {} if config.lora is not None else params
+    for term in config.objective:
+        if isinstance(term, ClassifierConfig) and "text" in params:
+            head = read_weights(files.as_path(config.init_from)).head
+            if head is None or head.classes != term.classes:
+                model = Model(config.model, params, default_preprocess(config.model))
+                head = prompt_head(model, term.classes, term.templates)
+            own = own | {term.name: {"kernel": head.kernel}}
+    return program.init(own)
 
 
 def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
@@ -299,22 +324,23 @@ def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
 
 
 def branch(
-    config: Config, program: Program, parent: epath.Path, start: int, teachers: str
+    config: Config, program: Program, parent: epath.Path, start: int, hashes: dict[str, str]
 ) -> Restored:
     """Restore the parent run's state at a step; the parent's training time is not counted."""
-    begun = restore(config, restore_step(parent, start, program.state.saved()), teachers)
+    begun = restore(config, restore_step(parent, start, program.state.saved()), hashes)
     return replace(begun, position={"seconds/steps": 0.0})
 
 
-def restore(config: Config, begun: Restored, teachers: str) -> Restored:
+def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored:
     """Raise InputError unless a checkpoint's samples match the config's batch sizes, and its
-    teachers have this hash."""
-    if begun.position.get("teachers", teachers) != teachers:
-        raise InputError(
-            f"the checkpoint of step {begun.step} was trained with other teachers: their weights "
-            "have changed. Restore them at teachers.weights, or start a new run in another "
-            "--workdir."
-        )
+    frozen weights have these hashes."""
+    for name, found in hashes.items():
+        if begun.position.get(name, found) != found:
+            what, where = _FROZEN[name]
+            raise InputError(
+                f"the checkpoint of step {begun.step} was trained with other {what}: their weights "
+                f"have changed. Restore them at {where}, or start a new run in another --workdir."
+            )
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(
             f"the checkpoint of step {begun.step} has seen {begun.position['samples']} samples, "
@@ -401,7 +427,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 def save(run: Run, step: int, results: dict[str, float], *, wait: bool) -> None:
     """Save state and data position and write all metrics; with `wait`, until the save is done."""
     samples = run.config.samples_after(step)
-    position = {"samples": samples, "teachers": run.teachers, **run.reports.position()}
+    position = {"samples": samples, **run.frozen, **run.reports.position()}
     with run.timers.measure("save"):
         run.checkpoints.save(step, run.state.saved(), position, results)
         if wait:

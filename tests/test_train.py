@@ -14,12 +14,13 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.convert.formats import starting_params
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations
-from clip_jax.inference.loading import load, starting_params
+from clip_jax.inference.loading import load
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.metrics import Reports
 from clip_jax.optim import Constant, CoolDown, OptimConfig

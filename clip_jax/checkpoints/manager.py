@@ -33,9 +33,10 @@ from clip_jax.checkpoints.retention import (
     stored,
 )
 from clip_jax.errors import InputError
-from clip_jax.models.clip import CLIP, Params, path_name, split_batch_stats
+from clip_jax.models.clip import Params, path_name, split_batch_stats
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import read_json
 
 Position = dict[str, Any]  # samples seen and the like, by name
 
@@ -192,14 +193,14 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
         return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
 
 
-def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None) -> Params:
+def restore_params(workdir: AnyPath, step: int, shapes: Params, places: Any = None) -> Params:
     """Restore only the parameters of a checkpoint, whatever mesh they were trained on.
 
     `places` are their shardings: each device reads only its own shard. By default all go to the
-    first device. If the run averages its weights (optim.ema_decay), the average is returned.
+    first device. `shapes` are those of the parameters to restore, of which the checkpoint may have
+    more. If the run averages its weights (optim.ema_decay), the average is returned.
     Raises Unusable if the checkpoint is damaged.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     if places is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda _: one, shapes)
@@ -218,6 +219,12 @@ def restore_params(workdir: AnyPath, step: int, model: CLIP, places: Any = None)
         restored, _ = _read(folder, args)
     averaged = functools.reduce(operator.getitem, average, restored) if average else {}
     return restored.get("params", {}) | averaged
+
+
+def position_of(workdir: AnyPath, step: int) -> Position:
+    """Read what a checkpoint says of its data position, and of the frozen weights in use."""
+    path = orbax_path(workdir) / "checkpoints" / str(step) / "position" / "metadata"
+    return read_json(path, advice="Restore a copy of the checkpoint, or choose another step.")
 
 
 @contextlib.contextmanager

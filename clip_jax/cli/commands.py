@@ -194,6 +194,19 @@ def convert(args: Sequence[str]) -> int:
     return _print_proof(values, done.verification, as_json)
 
 
+def average(args: Sequence[str]) -> int:
+    """Average models, or evaluate a curve between two: clip-jax average A B OUT --weights 1 1"""
+    from clip_jax.inference.average import AverageConfig
+    from clip_jax.inference.average import average as run_average
+
+    paths = arguments.leading(args)
+    named = ["--models", *paths[:-1], "--output", *paths[-1:]] if len(paths) > 1 else []
+    rest = [*named, *args[len(paths) if named else 0 :]]
+    config, as_json = arguments.read(AverageConfig, rest, (), average, "average")
+    result = run_average(config)
+    return _print(result, as_json, "\n".join(f"{name:<12} {x}" for name, x in result.items()))
+
+
 def export(args: Sequence[str]) -> int:
     """Export a model to ONNX or StableHLO: clip-jax export MODEL OUT --format onnx --verify"""
     from clip_jax.export import ExportConfig
@@ -367,6 +380,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "serve": serve,
     "convert": convert,
+    "average": average,
     "export": export,
     "prepare": prepare,
     "plan": plan,

@@ -1,12 +1,17 @@
 """Read and write weights in every format."""
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
+import safetensors
 
+from clip_jax.checkpoints.manager import digest_of
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
@@ -16,31 +21,49 @@ from clip_jax.convert import (
     open_clip,
     open_clip_config,
     openai,
+    peft,
     run,
     tokenizer_files,
 )
 from clip_jax.convert.settings import read_json
-from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.state_dict import flatten, param_shapes
 from clip_jax.convert.target import Target
-from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weights import DType, Weights, with_input, with_vocabulary
+from clip_jax.convert.weights import (
+    Adapters,
+    DType,
+    Head,
+    Weights,
+    cast,
+    with_input,
+    with_vocabulary,
+)
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
+from clip_jax.data.tokenizers.vocabulary import check_same
+from clip_jax.display import warn
 from clip_jax.errors import InputError
+from clip_jax.models import lora
+from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
+from clip_jax.models.lora import LoRAConfig
+from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax"]
+Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax", "peft"]
 TARGETS: dict[Format, Target] = {
     "openai": openai.TARGET,
     "open-clip": open_clip.TARGET,
     "hugging-face": hugging_face.TARGET,
     "big-vision": big_vision.TARGET,
     "clip-jax": model_folder.TARGET,
+    "peft": peft.TARGET,
 }
+HEAD_NAME = "classifier.safetensors"  # beside the model, in a folder of any format
 # Files by which a format and its inputs are recognised; those of another format would mislead.
 _KNOWN = {
+    HEAD_NAME,
     *(name for target in TARGETS.values() for name in target.names),
     *(tokenizer_files.CONFIG_NAME, tokenizer_files.SIGLIP_NAME, *vocabulary.NAMES),
 }
@@ -69,6 +92,8 @@ def read_weights(
         path = hub.fetch(os.fspath(path))
     if run.is_run(path):
         weights = run.read(path, which)
+        if (own := run.lora_of(path)) is not None:
+            weights = merged(weights, path, which, own)
     elif which:
         raise InputError(
             f"{path} is not a run directory, so it has no checkpoint @{which}; leave that out."
@@ -76,6 +101,7 @@ def read_weights(
     else:
         with files.local(path) as here:
             weights = _relocated(path, here, _read(here, activation))
+            weights = replace(weights, head=_read_head(here))
     _check_numbers(weights, path)
     own = weights.config.text.activation
     if activation not in (None, own):
@@ -135,6 +161,8 @@ def _read(path: Path, activation: Activation | None) -> Weights:
     if path.is_dir():
         if (path / model_folder.MANIFEST_NAME).is_file():
             return model_folder.read(path)
+        if (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").exists():
+            return peft.read(path, lambda base: read_weights(files.as_path(base)))
         if _is_hugging_face(path):
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
@@ -145,6 +173,27 @@ def _read(path: Path, activation: Activation | None) -> Weights:
         return hugging_face.read(path.parent)
     config = config_path if config_path.exists() else None
     return open_clip.read(tensors, str(path), config, activation=activation)
+
+
+def _write_head(head: Head, path: Path) -> None:
+    texts = {"classes": json.dumps(head.classes), "templates": json.dumps(head.templates)}
+    write_safetensors(path, {"kernel": head.kernel}, texts)
+
+
+def _read_head(folder: Path) -> Head | None:
+    path = folder / HEAD_NAME
+    if not path.is_file():
+        return None
+    kernel = read_tensors(path).get("kernel")
+    with safetensors.safe_open(path, "numpy") as file:
+        texts = file.metadata() or {}
+    try:
+        classes, templates = (tuple(json.loads(texts[x])) for x in ("classes", "templates"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not name its classes ({error}); write it again.") from error
+    if kernel is None or kernel.ndim != 2 or len(kernel) != len(classes):
+        raise InputError(f"{path} lacks a kernel with {len(classes)} rows; write it again.")
+    return Head(classes, templates, kernel)
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -166,6 +215,8 @@ def write_weights(
     target = TARGETS[to]
     with files.written_whole(path) as partial:
         target.write(weights, partial, dtype=dtype)
+        if weights.head is not None and target.names:
+            _write_head(weights.head, partial / HEAD_NAME)
         written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
     for name in _KNOWN - written:
         files.remove(path / name)
@@ -189,3 +240,86 @@ def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = No
         loss = max(relative_difference(ours[name], exact[name]) for name in exact)
     differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
     return Verification(reference=target.reference, rounding_loss=loss, **differences)
+
+
+# ------------------------------------------------------------------ to begin training with
+
+
+def starting_params(
+    path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
+) -> Params:
+    """Return float32 weights from which a model of architecture `config` can start training.
+
+    Position embeddings are adapted: the image tower's resized to its image size, the text tower's
+    cut to its context length. With one tower, neither the other nor the logit scale is returned.
+    Raises InputError, which names the first parameter of another shape.
+    """
+    weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
+    if "text" in towers:
+        check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
+        _check_length(weights.config, config, path)
+    params = dict(weights.params)
+    text, length = params["text"], config.text.context_length
+    positions = text["positional_embedding"]
+    if (
+        weights.config.text.has_class_token and config.text.has_class_token
+    ):  # the last is the class token's
+        positions = np.concatenate([positions[:length], positions[-1:]])
+    params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
+    names = [TOWERS[tower] for tower in towers]
+    if "image" in towers and "batch_stats" in params:
+        names.append("batch_stats")
+    if set(towers) == set(TOWERS):
+        names = list(params)
+    taken = {name: params[name] for name in names}
+    advice = "set --model to the same architecture, or initialise one tower by --init-towers"
+    if config.init_logit_bias is None and taken.pop("logit_bias", None) is not None:
+        warn(
+            f"init_from={str(path)!r}: its logit bias is left out, since the model has none. A "
+            "softmax loss ignores it; for a sigmoid loss set --model.init-logit-bias."
+        )
+    check_shapes(taken, config, f"init_from={str(path)!r}", advice)
+    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
+
+
+def _check_length(weights: CLIPConfig, config: CLIPConfig, path: str | AnyPath) -> None:
+    """Raise InputError for another context length than that of a text tower that pools the last
+    position or attends to padding, as SigLIP's: it knows no other length."""
+    text, length = weights.text, config.text.context_length
+    if text.pool == "last" and length != text.context_length:
+        raise InputError(
+            f"model.text.context_length={length} does not fit init_from={str(path)!r}, whose text "
+            f"tower pools the last of {text.context_length} positions and knows no other length: "
+            f"set --model.text.context-length {text.context_length}."
+        )
+
+
+def merged(adapters: Weights, workdir: AnyPath, which: str, own: LoRAConfig) -> Weights:
+    """Return the weights that a run's adapters change, with the change. Raises InputError if these
+    weights are not the ones that the run began with."""
+    base, expected = run.base_of(workdir, which)
+    try:
+        params = starting_params(base, adapters.config)
+        found = digest_of(params)
+    except (InputError, OSError) as error:
+        found = str(error)
+    if found != expected:
+        why = f"({found})" if " " in found else "have changed"
+        raise InputError(
+            f"{workdir} has low-rank adapters of the weights in {base}, which {why}. Restore them "
+            f"there, or set init_from in {workdir / 'config.json'} to where they are."
+        )
+    changed = lora.merge(params, adapters.params, adapters.config, own)
+    return replace(adapters, params=changed, adapters=Adapters(own, adapters.params, base))
+
+
+def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) -> None:
+    """Raise InputError unless these subtrees of a model's parameters are those of `config`."""
+    has = {name: x.shape for name, x in flatten(params).items()}
+    needs = {name: x for name, x in param_shapes(config).items() if name.split("/")[0] in params}
+    for name in sorted(has.keys() | needs.keys()):
+        if has.get(name) != needs.get(name):
+            raise InputError(
+                f"{where} has {name} {has.get(name, 'not at all')}, and the model needs "
+                f"{needs.get(name, 'none')}; {advice}."
+            )

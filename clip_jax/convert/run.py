@@ -1,16 +1,20 @@
 """Read a model from a run directory: configuration, and the weights of a checkpoint."""
 
+import functools
 from dataclasses import replace
 
 import jax
 import numpy as np
 
-from clip_jax.checkpoints.manager import restore_params
+from clip_jax.checkpoints.manager import position_of, restore_params
 from clip_jax.checkpoints.retention import named_step
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.convert.weights import Weights, default_preprocess, with_vocabulary
+from clip_jax.convert.weights import Head, Weights, default_preprocess, with_vocabulary
 from clip_jax.data.tokenizers import vocabulary
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.losses import ClassifierConfig
+from clip_jax.models import lora
+from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath
 
@@ -22,10 +26,47 @@ def is_run(path: AnyPath) -> bool:
 
 def read(workdir: AnyPath, which: str = "") -> Weights:
     """Read the weights, not the optimizer state, of the newest checkpoint or of `which`."""
-    config = read_config(workdir)
-    params = restore_params(workdir, named_step(workdir, which), CLIP(config))
-    params = jax.tree.map(np.asarray, params)
-    return Weights(config=config, params=params, preprocess=default_preprocess(config))
+    config, step = read_config(workdir), named_step(workdir, which)
+    own, head = lora_of(workdir), head_of(workdir)
+    if own is None:
+        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    else:
+        shapes = jax.eval_shape(functools.partial(lora.draw, config, own), jax.random.key(0))
+    if head is not None:
+        shapes |= head_shapes(head, config)
+    params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes))
+    weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
+    if head is None:
+        return weights
+    kernel = params.pop(head.name)["kernel"]
+    return replace(weights, head=Head(head.classes, head.templates, kernel))
+
+
+def head_shapes(head: ClassifierConfig, config: CLIPConfig) -> Params:
+    """Return the shapes of a classifier's parameters, as a run stores them."""
+    shape = len(head.classes), config.embed_dim
+    return {head.name: {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}
+
+
+def head_of(workdir: AnyPath) -> ClassifierConfig | None:
+    """Return the settings of the classifier that a run trains, if any."""
+    for term in read_run_config(workdir).get("objective", ()):
+        if term.get("type") == ClassifierConfig.__name__:
+            content = {name: x for name, x in term.items() if name != "type"}
+            return from_dict(ClassifierConfig, content, f"{workdir}: objective")
+    return None
+
+
+def lora_of(workdir: AnyPath) -> LoRAConfig | None:
+    """Return the adapters' settings of a run that trains them instead of the model's weights."""
+    content = read_run_config(workdir).get("lora")
+    return None if content is None else from_dict(LoRAConfig, content, f"{workdir}: lora")
+
+
+def base_of(workdir: AnyPath, which: str = "") -> tuple[str, str]:
+    """Return the path and the hash of the weights that a run's adapters change."""
+    position = position_of(workdir, named_step(workdir, which))
+    return read_run_config(workdir)["init_from"], position["base"]
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,27 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.vit import ViTConfig, resize_positions
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier of image embeddings: logits are logit scale × unit embedding · kernelᵀ."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]  # prompts that it began as the mean of
+    kernel: np.ndarray  # [classes, E], float32
+
+
+class Adapters(NamedTuple):
+    """Low-rank adapters, and the weights that they change."""
+
+    lora: LoRAConfig
+    params: Params
+    base: str  # path of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +46,8 @@ class Weights:
     config: CLIPConfig
     params: Params  # NumPy arrays in the file's dtypes, so no precision is lost
     preprocess: Preprocess = field(default_factory=Preprocess)
+    head: Head | None = None
+    adapters: Adapters | None = None  # those merged into `params`
 
 
 def default_preprocess(config: CLIPConfig) -> Preprocess:

@@ -42,7 +42,7 @@ from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import ImageSpec
-from clip_jax.models.inputs import ImageInput, Input, StoredInput, TextInput
+from clip_jax.models.inputs import ImageInput, Input, LabelInput, StoredInput, TextInput
 from clip_jax.storage import files
 
 _MAX_REPLACEMENTS = 1000  # attempts for one position; beyond that the source is broken
@@ -285,7 +285,13 @@ class _Loader:
         is_synthetic = [x.of == "synthetic" for x in self._stored.values()]
         is_synthetic += [config.synthetic_ratio > 0, *self._synthetic.values()]
         self.reads_stored, self._reads_synthetic = config.crop == "stored", any(is_synthetic)
-        self._reads_more = self.reads_stored or self._reads_synthetic
+        self._labelled = any(isinstance(x, LabelInput) for _, x in each)
+        if self._labelled and not getattr(self.source, "classes", ()):
+            raise InputError(
+                "a classifier, or a mask of pairs of one class, needs a source with classes: a "
+                "folder of class folders, with --data.source.templates"
+            )
+        self._reads_more = self.reads_stored or self._reads_synthetic or self._labelled
         if self._stored and not self.reads_stored:
             raise InputError(
                 "a StoredTeacher needs the augmentations that its embeddings belong to: set "
@@ -336,6 +342,8 @@ class _Loader:
             item = fetched if is_stored else cast(StoredSource, self.source).record(record)
             image, more = item.image(), item.more() or Reinforcement()
             caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
+            if self._labelled:
+                arrays["label"] = np.array([item.label], np.int32)
         else:
             image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
             synthetic = caption

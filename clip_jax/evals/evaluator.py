@@ -32,6 +32,7 @@ class Encoder:
     preprocess: Preprocess
     tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], truncated
     name: str = "model"  # in tables of results
+    head: Any = None  # a trained classifier: `classes`, and `kernel` [classes, E]
     _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -44,6 +44,9 @@ def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     texts = encoder.classes(data.templates, data.names)
     logits = images.features @ prompts.ensemble(texts).T
     values, of_template = classification(logits, labels), {}
+    if encoder.head is not None and list(encoder.head.classes) == list(data.names):
+        trained = classification(images.features @ encoder.head.kernel.T, labels)
+        values |= {f"classifier/{name}": value for name, value in trained.items()}
     if len(data.templates) > 1:
         sensitivity, alone = prompts.sensitivity(images.features, labels, texts)
         values |= sensitivity

@@ -124,7 +124,7 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens)
     return Encoder(
         model.clip, model.params, mesh, model.image_preprocess,
-        lambda texts: model.tokenize(texts, True), config.model.name,
+        lambda texts: model.tokenize(texts, True), config.model.name, model.head,
     )  # fmt: skip
 
 

@@ -18,19 +18,17 @@ from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
 from clip_jax.convert.formats import at_length, read_weights
-from clip_jax.convert.state_dict import flatten, param_shapes
-from clip_jax.convert.weights import Weights, cast, default_preprocess
+from clip_jax.convert.weights import Head, Weights, cast, default_preprocess
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
-from clip_jax.data.tokenizers.vocabulary import check_same
 from clip_jax.errors import InputError
+from clip_jax.evals import prompts
 from clip_jax.evals.captioning import write
 from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import Activation, DType
-from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -45,6 +43,7 @@ class Model:
     config: CLIPConfig
     params: Params
     image_preprocess: Preprocess
+    head: Head | None = None  # a classifier that was trained with the model
 
     @functools.cached_property
     def clip(self) -> CLIP:
@@ -106,6 +105,16 @@ class Model:
             return special.expit(logits + float(self.params["logit_bias"]))
         return special.softmax(logits, axis=1)
 
+    def class_probabilities(self, images: Float[Any, "B E"]) -> Float[np.ndarray, "B classes"]:
+        """Return the probability of each of `head.classes` for outputs of `encode_image`: the
+        softmax of the classifier's logits. Raises InputError if the model has no classifier."""
+        if self.head is None:
+            raise InputError(
+                "this model has no classifier: give labels, or train one (ClassifierConfig)."
+            )
+        logits = unit(images) @ self.head.kernel.T
+        return special.softmax(logits * float(np.exp(self.params["logit_scale"])), axis=1)
+
     def caption(
         self, images: Images, generation: GenerationConfig = GenerationConfig(), *,
         batch_size: int = 64, seeds: UInt32[np.ndarray, " B"] | None = None,
@@ -162,9 +171,23 @@ def load(
         files.as_path(path), activation=activation, image_size=image_size, tokens=tokens,
         tokenizer=tokenizer,
     )  # fmt: skip
+    return model_of(weights, dtype)
+
+
+def model_of(weights: Weights, dtype: DType = "float32") -> Model:
+    """Return a model of these weights, on one device."""
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
     config = replace(weights.config, dtype=dtype)
-    return Model(config, params, weights.preprocess)
+    return Model(config, params, weights.preprocess, weights.head)
+
+
+def prompt_head(model: Model, classes: Sequence[str], templates: Sequence[str]) -> Head:
+    """Return the zero-shot classifier: for each class the mean of its unit prompt embeddings,
+    scaled to unit length (CLIP paper, section 3.1.4)."""
+    rows = [[prompts.fill(template, name) for name in classes] for template in templates]
+    texts = [unit(model.encode_text(model.tokenize(row, truncate=True))) for row in rows]
+    kernel = prompts.ensemble(np.stack(texts)).astype(np.float32)
+    return Head(tuple(classes), tuple(templates), kernel)
 
 
 def load_on_mesh(
@@ -176,7 +199,7 @@ def load_on_mesh(
     multi-process run, all processes call this.
     """
     workdir, which = split_name(files.as_path(path))
-    if run.is_run(workdir):
+    if run.is_run(workdir) and run.lora_of(workdir) is None:
         config = replace(run.read_config(workdir), dtype=dtype)
         weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
         weights = at_length(weights, tokens, path)
@@ -184,70 +207,37 @@ def load_on_mesh(
         places = sharding.param_shardings(config, shapes, mesh)
         step = processes.together(lambda: named_step(workdir, which), Unusable)
         step = processes.gather(step)[0]  # the same everywhere, while the run goes on
-        params = processes.together(
-            lambda: restore_params(workdir, step, CLIP(config), places), Unusable
-        )
+        if (own := run.head_of(workdir)) is not None:
+            shapes |= run.head_shapes(own, config)
+            places |= {own.name: {"kernel": sharding.replicated(mesh)}}
+        params = processes.together(lambda: restore_params(workdir, step, shapes, places), Unusable)
         for name, number in jax.device_get(_not_finite(params)).items():
             if number:
                 raise Unusable(
                     f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
                     "predictions would be NaN; take an earlier checkpoint."
                 )
-        return Model(weights.config, params, weights.preprocess)
-    weights = read_weights(files.as_path(path), tokens=tokens)
+        head = None
+        if own is not None:
+            kernel = np.asarray(params.pop(own.name)["kernel"])
+            head = Head(own.classes, own.templates, kernel)
+        return Model(weights.config, params, weights.preprocess, head)
+    return on_mesh(read_weights(files.as_path(path), tokens=tokens), mesh, dtype)
+
+
+def on_mesh(weights: Weights, mesh: Mesh, dtype: DType = "float32") -> Model:
+    """Return a model of these weights, with parameters sharded as in training."""
 
     def put(x: np.ndarray, on: jax.sharding.Sharding) -> Array:
         return jax.make_array_from_callback(x.shape, on, cast(np.asarray(x), "float32").__getitem__)
 
     places = sharding.param_shardings(weights.config, weights.params, mesh)
     params = jax.tree.map(put, weights.params, places)
-    return Model(replace(weights.config, dtype=dtype), params, weights.preprocess)
+    config = replace(weights.config, dtype=dtype)
+    return Model(config, params, weights.preprocess, weights.head)
 
 
 @jax.jit
 def _not_finite(params: Params) -> dict[str, Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {path_name(path): (~jnp.isfinite(x)).sum() for path, x in leaves}
-
-
-def starting_params(
-    path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
-) -> Params:
-    """Return float32 weights from which a model of architecture `config` can start training.
-
-    Position embeddings are adapted: the image tower's resized to its image size, the text tower's
-    cut to its context length. With one tower, neither the other nor the logit scale is returned.
-    Raises InputError, which names the first parameter of another shape.
-    """
-    weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
-    if "text" in towers:
-        check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
-    params = dict(weights.params)
-    text, length = params["text"], config.text.context_length
-    positions = text["positional_embedding"]
-    if (
-        weights.config.text.has_class_token and config.text.has_class_token
-    ):  # the last is the class token's
-        positions = np.concatenate([positions[:length], positions[-1:]])
-    params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
-    names = [TOWERS[tower] for tower in towers]
-    if "image" in towers and "batch_stats" in params:
-        names.append("batch_stats")
-    if set(towers) == set(TOWERS):
-        names = list(params)
-    taken = {name: params[name] for name in names}
-    advice = "set --model to the same architecture, or initialise one tower by --init-towers"
-    check_shapes(taken, config, f"init_from={str(path)!r}", advice)
-    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
-
-
-def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) -> None:
-    """Raise InputError unless these subtrees of a model's parameters are those of `config`."""
-    has = {name: x.shape for name, x in flatten(params).items()}
-    needs = {name: x for name, x in param_shapes(config).items() if name.split("/")[0] in params}
-    for name in sorted(has.keys() | needs.keys()):
-        if has.get(name) != needs.get(name):
-            raise InputError(
-                f"{where} has {name} {has.get(name, 'not at all')}, and the model needs "
-                f"{needs.get(name, 'none')}; {advice}."
-            )

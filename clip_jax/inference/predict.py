@@ -26,7 +26,8 @@ class PredictConfig:
 
     model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
     images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
-    labels: tuple[str, ...] = ()  # Labels to choose from. Empty: captions only (--caption).
+    # Labels to choose from. Empty: the classes of the model's classifier, or captions (--caption).
+    labels: tuple[str, ...] = ()
     template: str = "a photo of a {}."  # Prompt template; {} is the label.
     caption: bool = False  # Write a caption of each image; needs a CoCa or MaMMUT model.
     generation: GenerationConfig = GenerationConfig()
@@ -37,7 +38,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)")
-        if self.labels or not self.caption:
+        if self.labels:
             check_labels(self.labels, self.template)
 
 
@@ -54,8 +55,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     model = load(config.model, dtype=config.dtype, tokens=config.tokens)
     if config.caption:
         model.clip.needs_decoder()
-    labels = check_labels(config.labels, config.template) if config.labels else []
-    classes = embed_labels(model, labels, config.template) if labels else None
+    if not config.labels and not config.caption and model.head is None:
+        check_labels((), config.template)  # raises InputError
+    labels = list(model.head.classes) if model.head else []
+    labels = check_labels(config.labels, config.template) if config.labels else labels
+    classes = embed_labels(model, labels, config.template) if config.labels else None
 
     results: list[dict[str, Any]] = []
     size = config.batch_size
@@ -69,9 +73,13 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             captions = model.caption(images, config.generation, batch_size=size)
             for row, caption in zip(rows, captions, strict=True):
                 row["caption"] = caption
-        if classes is not None:
+        if classes is not None or model.head is not None:
             features = model.encode_image(images, batch_size=size)
-            for row, shares in zip(rows, model.probabilities(features, classes), strict=True):
+            if classes is not None:
+                found = model.probabilities(features, classes)
+            else:
+                found = model.class_probabilities(features)
+            for row, shares in zip(rows, found, strict=True):
                 row["labels"] = ranked(labels, shares)
         results += [row | length_of(model.image_preprocess) for row in rows]
     if not results:

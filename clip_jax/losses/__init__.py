@@ -2,6 +2,7 @@
 
 from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.caption import CaptionConfig, caption_loss, count_labels
+from clip_jax.losses.classifier import ClassifierConfig
 from clip_jax.losses.contrastive import choose_form, contrastive_loss, devices_per_slice
 from clip_jax.losses.distillation import DistillationConfig, LiveTeacher, StoredTeacher
 from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Term
@@ -10,11 +11,12 @@ from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
 
 # The terms that a config file, config.json and the command line can name.
-TermConfig = SoftmaxConfig | SigmoidConfig | CaptionConfig | DistillationConfig
+TermConfig = SoftmaxConfig | SigmoidConfig | CaptionConfig | DistillationConfig | ClassifierConfig
 
 __all__ = [
     "Axes",
     "CaptionConfig",
+    "ClassifierConfig",
     "Context",
     "DistillationConfig",
     "Frozen",

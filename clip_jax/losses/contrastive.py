@@ -42,6 +42,7 @@ class Contrastive(Pairwise):
                 for i in range(len(self.teachers))
             ]
             ids = number_captions(x.inputs[name]) if self.mask_same_caption else None
+            ids = x.inputs["label"] if self.mask_same_class else ids
             own = contrastive_loss(
                 self, x.outputs["image"], x.outputs[output], scale, x.params.get("logit_bias"),
                 teachers=teachers, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows,
@@ -74,7 +75,7 @@ def contrastive_loss(
     device). `logit_scale` is the factor itself, not its logarithm. The softmax ignores
     `logit_bias`, which cancels in it; the sigmoid needs it. `teachers` has the embeddings of
     images and texts by each teacher, as in `Side`; they get no gradient. `caption_ids` (see
-    `same_caption`) is required with `mask_same_caption` and ignored without. Metrics:
+    `same_caption`) or the classes are required by a mask and ignored without. Metrics:
     `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties
     count 1/k.
 
@@ -94,7 +95,7 @@ def contrastive_loss(
             "change batch_size or the mesh."
         )
     index = jnp.arange(batch)
-    ids = caption_ids if config.mask_same_caption else None
+    ids = caption_ids if config.mask_same_caption or config.mask_same_class else None
     of_images, of_texts = (
         tuple(jax.lax.stop_gradient(pair[i]) for pair in teachers) for i in (0, 1)
     )

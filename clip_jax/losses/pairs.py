@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax.errors import check_ranges
 from clip_jax.losses.objective import Term
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.inputs import Input, TextInput
+from clip_jax.models.inputs import Input, LabelInput, TextInput
 
 Form = Literal["auto", "dense", "blocked", "ring"]
 Precision = Literal["default", "high", "highest"]
@@ -81,6 +81,8 @@ class Pairwise(Term):
     precision: Precision = "highest"  # Matmul precision of similarities; TPUs' default is bfloat16.
     # Exclude pairs with the same caption from the negatives, and from the teachers' targets.
     mask_same_caption: bool = False
+    # Exclude pairs of the same class, whatever their captions. Needs a source with classes.
+    mask_same_class: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -99,10 +101,12 @@ class Pairwise(Term):
         return tuple(name for name in self.texts.values() if name != "text")
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
-        """Return the synthetic captions, if the loss compares them."""
-        return {
+        """Return the synthetic captions, if the loss compares them, and classes, if it masks by
+        them."""
+        inputs: dict[str, Input] = {
             name: TextInput(model.text, synthetic=True) for name in self.texts if name != "text"
         }
+        return inputs | ({"label": LabelInput()} if self.mask_same_class else {})
 
     def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]

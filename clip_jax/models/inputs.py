@@ -37,7 +37,11 @@ class StoredInput(NamedTuple):
     width: int
 
 
-Input = ImageInput | TextInput | StoredInput
+class LabelInput(NamedTuple):
+    """The number of the sample's class, int32 [B]."""
+
+
+Input = ImageInput | TextInput | StoredInput | LabelInput
 
 
 def shapes_of(x: Input, batch_size: int) -> Any:
@@ -46,4 +50,6 @@ def shapes_of(x: Input, batch_size: int) -> Any:
         return x.spec.shapes(batch_size)
     if isinstance(x, TextInput):
         return jax.ShapeDtypeStruct((batch_size, x.text.context_length), jnp.int32)
+    if isinstance(x, LabelInput):
+        return jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return jax.ShapeDtypeStruct((batch_size, x.width), jnp.float32)

@@ -8,6 +8,7 @@ table; and `-`, an axis that is never sharded (gains, biases, positions, the row
 """
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -215,8 +216,29 @@ class Einsum(nn.Module):
             bias = self.param("bias", bias_init, self.bias_shape).astype(x.dtype)
         if not self.flat:
             y = self.einsum(self.equation, x, kernel)
-            return y if bias is None else y + bias
-        return x @ kernel.reshape(x.shape[-1], -1) if bias is None else affine(x, kernel, bias)
+            y = y if bias is None else y + bias
+        else:
+            matrix = kernel.reshape(x.shape[-1], -1)
+            y = x @ matrix if bias is None else affine(x, kernel, bias)
+        return adapt(self, x, y)
+
+
+def adapt(module: nn.Module, x: Float[Array, "..."], y: Float[Array, "..."], name: str = "") -> Any:
+    """Return y = x·W with what the low-rank adapters of W add, if W has any (see `lora`).
+
+    The last axes of `x` are those that W contracts. `name` begins the names of the adapters.
+    """
+    if not module.has_variable("params", f"{name}lora_a"):
+        return y
+    a, b, scale = (
+        module.get_variable("params", f"{name}lora_{part}").astype(x.dtype)
+        for part in ("a", "b", "scale")
+    )
+    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(*b.shape[:2], -1)
+    contracted = next(i for i in range(1, x.ndim) if math.prod(x.shape[-i:]) == len(a))
+    rows = x.reshape(*x.shape[:-contracted], -1)
+    low = jnp.einsum("...D,DSR->...SR", rows, a) * scale[:, None]
+    return y + jnp.einsum("...SR,SRF->...SF", low, b).reshape(y.shape)
 
 
 class Attention(nn.Module):

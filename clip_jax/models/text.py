@@ -20,6 +20,7 @@ from clip_jax.models.layers import (
     Operations,
     Remat,
     Transformer,
+    adapt,
     block_operations,
     named,
     uniform,
@@ -251,7 +252,8 @@ class TextTransformer(nn.Module):
             case _:
                 x = self.ln_final(x[:, -1])
         if c.projection:
-            x = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
+            y = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
+            x = adapt(self, x, y, "text_projection_")
         if c.projection_bias:
             x = x + self.text_projection_bias.astype(x.dtype)
         return x

@@ -32,6 +32,7 @@ from clip_jax.models.layers import (
     Operations,
     Remat,
     Transformer,
+    adapt,
     block_operations,
     named,
     uniform,
@@ -403,5 +404,6 @@ class ViT(nn.Module):
                 x = self.ln_post(self.attn_pool(x, length))
                 x, seen = x[:, 0], x[:, 1:]
         if c.projection:
-            x = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
+            y = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
+            x = adapt(self, x, y, "proj_")
         return x, seen

@@ -18,7 +18,9 @@ from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
 from clip_jax.optim.matrices import Rows
 from clip_jax.optim.muon import Muon, scale_by_muon, split
 from clip_jax.optim.wrappers import (
-    TOWERS,
+    TOWERS as TOWERS,
+)
+from clip_jax.optim.wrappers import (
     Tower,
     average,
     descend,
@@ -114,11 +116,6 @@ class OptimConfig:
             text_learning_rate_scale="[0, inf)", layer_decay="(0, 1]", ema_decay="[0, 1)",
             skip_norm_ratio="(1, inf)",
         )  # fmt: skip
-        if set(self.locked) == set(TOWERS):
-            raise InputError(
-                "optim.locked names both towers, so that only the logit scale would train; lock "
-                "one tower at most."
-            )
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[float], float]:

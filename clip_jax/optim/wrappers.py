@@ -42,6 +42,7 @@ def scale_towers(image: float, text: float) -> optax.GradientTransformation:
         return updates | {
             TOWERS[tower]: jax.tree.map(lambda x, rate=rate: rate * x, updates[TOWERS[tower]])
             for tower, rate in (("image", image), ("text", text))
+            if TOWERS[tower] in updates  # or it has no adapters
         }
 
     return optax.stateless(update)

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from clip_jax import flops, processes, sharding
-from clip_jax.config import Config, with_teachers
+from clip_jax.config import Config, with_weights
 from clip_jax.display import warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import NaFlex
@@ -144,7 +144,7 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
     `compile_` returns the facts of a request; by default from the cache, else the compiler. Raises
     InputError for an impossible topology or mesh, and without the compiler.
     """
-    config = with_teachers(config)
+    config = with_weights(config)
     if config.double_batch_at:  # plan the largest batch, for the same number of pairs
         largest = config.batches.at(config.steps).pairs
         steps = -(-config.samples_after(config.steps) // largest)

@@ -15,11 +15,12 @@ import clip_jax
 from clip_jax.cli.commands import main
 from clip_jax.convert import model_folder
 from clip_jax.convert.conversion import ConvertConfig, convert
+from clip_jax.convert.formats import starting_params
 from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.evals.evaluator import compiled, embed_texts
 from clip_jax.inference import loading
-from clip_jax.inference.loading import Model, load, load_on_mesh, starting_params
+from clip_jax.inference.loading import Model, load, load_on_mesh
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
 from tests.conftest import COCA, RESNET, TINY, larger, parameters, write_run

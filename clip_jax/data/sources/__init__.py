@@ -56,6 +56,7 @@ class StoredRecord(NamedTuple):
     image: Callable[[], bytes]  # raises SampleError if there is none
     text: Callable[[], Any]  # argument of `captions_of`; raises SampleError
     more: Callable[[], Any] = lambda: None  # a Reinforcement, or None; raises SampleError
+    label: int | None = None  # number of its class, among the source's `classes`
 
     def load(self, rng: np.random.Generator) -> tuple[bytes, str]:
         """Load the encoded image and a caption."""

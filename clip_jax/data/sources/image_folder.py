@@ -87,12 +87,19 @@ class FolderSource(StoredSource):
         """Return the image file and the text file, each read on demand."""
         path = self._folder / self._names[index]
         image = functools.partial(read_file, path, path.suffix)
-        if (name := self._classes.get(self._names[index].split("/")[0])) is not None:
+        folder = self._names[index].split("/")[0]
+        if (name := self._classes.get(folder)) is not None:
             captions = [template.replace("{}", name) for template in self._templates]
-            return StoredRecord(self.key(index), 0, image, lambda: captions)
+            label = list(self._classes).index(folder)
+            return StoredRecord(self.key(index), 0, image, lambda: captions, label=label)
         what = "caption file (class folders need --data.source.templates instead)"
         text = functools.partial(read_file, path.with_suffix(".txt"), what)
         return StoredRecord(self.key(index), 0, image, text)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their folders; none without templates."""
+        return tuple(self._classes.values())
 
     def _read_classes(self) -> dict[str, str]:
         """Map class folders to names. Raises InputError unless all images are in such folders."""

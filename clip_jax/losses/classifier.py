@@ -1,0 +1,60 @@
+"""Fine-tuning with labels: cross-entropy of a linear classifier on the image embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.losses.objective import Context, Outputs, Result, Term
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.inputs import Input, LabelInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Term):
+    """Classifier head: a vector for each class, whose cosine with an image is scaled like a text's.
+
+    It begins as the zero-shot classifier of the initial weights, as in WiSE-FT (Wortsman et al.
+    2021, arXiv:2109.01903, section 3), or as the head of `init_from` if that has the same classes.
+    """
+
+    name: ClassVar[str] = "classifier"
+
+    classes: tuple[str, ...] = ()  # Names of the classes. Empty: those of data.source.
+    templates: tuple[str, ...] = ("a photo of a {}.",)  # Prompts whose mean the vectors begin as.
+    label_smoothing: float = 0.0  # Probability that targets spread over all classes.
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ClassifierConfig.", weight="[0, inf)", label_smoothing="[0, 1)")
+        if not self.templates or not all("{}" in template for template in self.templates):
+            raise InputError(
+                f"ClassifierConfig.templates={self.templates}: each needs {{}} for the class name."
+            )
+
+    def reads(self, model: CLIPConfig) -> dict[str, Input]:
+        """Return the label of each image."""
+        return {"label": LabelInput()}
+
+    def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return the vectors of the classes, [classes, E]."""
+        return {"kernel": ((len(self.classes), model.embed_dim), "- -")}
+
+    def encode(self, x: Context) -> Outputs:
+        """Return the cosine of each image with each class, [B, classes]."""
+        kernel = x.params[self.name]["kernel"]
+        return {"cosines": jnp.einsum("BE,CE->BC", x.outputs["image"], kernel, precision="highest")}
+
+    def loss(self, x: Context) -> Result:
+        """Average over the images of the global batch."""
+        logits, labels = jnp.exp(x.params["logit_scale"]) * x.outputs["cosines"], x.inputs["label"]
+        share, classes = self.label_smoothing, logits.shape[1]
+        targets = (1 - share) * jax.nn.one_hot(labels, classes) + share / classes
+        rows = -(targets * jax.nn.log_softmax(logits)).sum(-1)
+        return rows.mean(), {"classifier_accuracy": (logits.argmax(-1) == labels).mean()}
+
+    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
+        """Count the cosines and their gradients, less the images' if that tower is locked."""
+        return batch_size * len(self.classes) * model.embed_dim * (3 - ("image" in locked))

@@ -1,0 +1,161 @@
+"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv:2106.09685), trained in place of frozen weights.
+
+A linear map x·W becomes x·W + scale · (x·A)·B. A and B are stored beside the kernel: `X/kernel` has
+`X/lora_a` and `X/lora_b`, a bare matrix `X` has `X_lora_a` and `X_lora_b`. A map fused of several
+(queries, keys and values) has one adapter for each part, along the axis S; a part that is not a
+target has the scale 0, so that it adds nothing and gets no gradient.
+"""
+
+import fnmatch
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.clip import CLIPConfig, Params, parameters
+from clip_jax.models.resnet import ResNetConfig
+
+PARTS = {1: ("",), 2: ("k", "v"), 3: ("q", "k", "v")}  # of a fused map, by their number
+_BARE = ("visual/proj", "text/text_projection")  # matrices without a module of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank adapters of linear maps; the other weights of init_from are frozen."""
+
+    rank: int = 8  # Rank of the adapters.
+    alpha: float = 16.0  # Scale of the adapters: alpha / rank, or alpha / √rank (rank_stabilized).
+    # Linear maps to adapt, as patterns such as "visual/*/attn/q", "*/mlp/*", "*proj". A fused map
+    # is named by its parts: attn/q, attn/k, attn/v.
+    targets: tuple[str, ...] = ("*/attn/*", "*/mlp/*")
+    rank_stabilized: bool = False  # Divide alpha by √rank (rsLoRA, arXiv:2312.03732).
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora.", rank="[1, inf)", alpha="(0, inf)")
+
+    @property
+    def scale(self) -> float:
+        """The factor of A·B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+class Adapted(NamedTuple):
+    """A kernel with adapters."""
+
+    kernel: str  # its path
+    names: tuple[str, ...]  # of all its parts, such as visual/transformer/resblocks/attn/q
+    chosen: tuple[bool, ...]  # which parts are targets
+    inputs: tuple[int, ...]  # sizes of its contracted dimensions
+    outputs: tuple[int, ...]
+    depth: tuple[int, ...]  # length of the stack of blocks, or nothing
+    dims: tuple[str, str, str]  # names of depth, inputs and outputs, for shardings
+
+    @property
+    def prefix(self) -> str:
+        """What the adapters' paths begin with."""
+        return (
+            self.kernel.removesuffix("kernel")
+            if self.kernel.endswith("/kernel")
+            else f"{self.kernel}_"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
+    """Return every kernel of the model that can have adapters, none of them chosen."""
+    found = []
+    for path, box in parameters(model).items():
+        dims, sizes = list(box.names), list(box.value.shape)
+        is_matrix = path.endswith("/kernel") and {"D", "E", "F"} & {*dims}
+        is_convolution = dims[0] == "P" and isinstance(model.vision, ResNetConfig)
+        if path not in _BARE and (not is_matrix or is_convolution):
+            continue
+        stacked = dims[0] == "depth"
+        depth = (sizes.pop(0),) if stacked else ()
+        dims = dims[stacked:]
+        parts = 1
+        if "S" in dims:
+            at = dims.index("S")
+            parts, dims = sizes.pop(at), dims[:at] + dims[at + 1 :]
+        cut = 1 if dims[0] == "D" else len(dims) - 1
+        name = path.removesuffix("/kernel")
+        folder = name.rpartition("/")[0]
+        found.append(Adapted(
+            kernel=path,
+            names=tuple(f"{folder}/{part}" if part else name for part in PARTS[parts]),
+            chosen=(False,) * parts, inputs=tuple(sizes[:cut]), outputs=tuple(sizes[cut:]),
+            depth=depth,
+            dims=("depth" * stacked, " ".join(dims[:cut]), " ".join(dims[cut:])),
+        ))  # fmt: skip
+    return tuple(found)
+
+
+def adapted(model: CLIPConfig, lora: LoRAConfig) -> list[Adapted]:
+    """Return the kernels with adapters. Raises InputError for a target that matches no map."""
+    maps = linear_maps(model)
+    known = sorted({name for each in maps for name in each.names})
+    for target in lora.targets:
+        if not fnmatch.filter(known, target):
+            raise InputError(
+                f"lora.targets: {target!r} matches no linear map of the model; these are "
+                f"{', '.join(known)}."
+            )
+
+    def is_chosen(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, target) for target in lora.targets)
+
+    chosen = [each._replace(chosen=tuple(map(is_chosen, each.names))) for each in maps]
+    return [each for each in chosen if any(each.chosen)]
+
+
+def shapes(model: CLIPConfig, lora: LoRAConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return path → shape and names of dimensions of every trained array."""
+    found = {}
+    for each in adapted(model, lora):
+        parts, (stack, inputs, outputs) = len(each.chosen), each.dims
+        a = (*each.depth, *each.inputs, parts, lora.rank), f"{stack} {inputs} - -"
+        b = (*each.depth, parts, lora.rank, *each.outputs), f"{stack} - - {outputs}"
+        for name, (shape, dims) in (("a", a), ("b", b)):
+            found[f"{each.prefix}lora_{name}"] = shape, dims.strip()
+    return found
+
+
+def draw(model: CLIPConfig, lora: LoRAConfig, key: Array) -> Params:
+    """Draw adapters that change nothing yet: A from U(±1/√inputs), as in PEFT, and B = 0."""
+    drawn = {}
+    for number, each in enumerate(adapted(model, lora)):
+        limit, own = math.prod(each.inputs) ** -0.5, jax.random.fold_in(key, number)
+        a, b = (shapes(model, lora)[f"{each.prefix}lora_{name}"][0] for name in "ab")
+        drawn[f"{each.prefix}lora_a"] = jax.random.uniform(own, a, jnp.float32, -limit, limit)
+        drawn[f"{each.prefix}lora_b"] = jnp.zeros(b)
+    return unflatten_dict(drawn, sep="/")
+
+
+def join(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) -> Params:
+    """Return the parameters of the adapted model, for the model's own functions."""
+    flat = flatten_dict(base, sep="/") | flatten_dict(adapters, sep="/")
+    for each in adapted(model, lora):
+        scale = jnp.asarray(each.chosen, jnp.float32) * lora.scale
+        flat[f"{each.prefix}lora_scale"] = jnp.broadcast_to(scale, (*each.depth, len(scale)))
+    return unflatten_dict(flat, sep="/")
+
+
+def merge(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) -> Params:
+    """Return the base with W + scale · A·B in place of W, in float32."""
+    flat, own = flatten_dict(base, sep="/"), flatten_dict(adapters, sep="/")
+    for each in adapted(model, lora):
+        a, b = (np.asarray(own[f"{each.prefix}lora_{name}"], np.float32) for name in "ab")
+        a = a.reshape(*each.depth, -1, *a.shape[-2:])
+        b = b.reshape(*each.depth, *b.shape[len(each.depth) :][:2], -1)
+        scale = np.asarray(each.chosen, np.float32)[:, None] * np.float32(lora.scale)
+        kernel = np.asarray(flat[each.kernel], np.float32)
+        change = np.einsum("...DSR,...SRF->...DSF", a, b) * scale
+        flat[each.kernel] = kernel + change.reshape(kernel.shape)
+    return unflatten_dict(flat, sep="/")
