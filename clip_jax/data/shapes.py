@@ -35,6 +35,8 @@ class SampleDataConfig:
     size: int = 64  # Width and height of the images, in pixels.
     aspect: float = 1.0  # Largest aspect ratio of the canvases, at the area of size; 1: squares.
     seed: int = 0  # Random seed of the drawings.
+    # Draw on dark backgrounds, in dim colours, and train on all classes: a data set to fine-tune on.
+    dark: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -58,12 +60,14 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
         pairs = []
         for color, shape in itertools.product(_COLORS, _SHAPES):
             for split, count in (("train", config.train), ("test", config.test)):
-                if split == "train" and f"{color} {shape}" in _UNSEEN:
+                if split == "train" and f"{color} {shape}" in _UNSEEN and not config.dark:
                     continue
                 folder = partial / "folders" / split / f"{color}_{shape}"
                 folder.mkdir(parents=True)
                 for number in range(count):
-                    image, caption = draw(color, shape, config.size, rng, config.aspect)
+                    image, caption = draw(
+                        color, shape, config.size, rng, config.aspect, config.dark
+                    )
                     image.save(path := folder / f"{number:03d}.png")
                     if split == "train":
                         pairs.append((path, caption))
@@ -72,12 +76,13 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
         _write_tars(partial / "tars", [pairs[i] for i in order])
     classes = len(_COLORS) * len(_SHAPES)
     counts = {"train": len(pairs), "test": classes * config.test, "classes": classes}
-    return {"output": str(output), **counts, "unseen_classes": len(_UNSEEN)}
+    return {"output": str(output), **counts, "unseen_classes": 0 if config.dark else len(_UNSEEN)}
 
 
 def draw(
-    color: str, shape: str, size: int, rng: np.random.Generator, aspect: float = 1.0
-) -> tuple[Image.Image, str]:
+    color: str, shape: str, size: int, rng: np.random.Generator, aspect: float = 1.0,
+    dark: bool = False,
+) -> tuple[Image.Image, str]:  # fmt: skip
     """Draw one shape of random size, place and background on a canvas of `size`² pixels, and say
     what it is: "a small red circle on the left". `aspect` bounds the random aspect ratio, which is
     log-uniform."""
@@ -95,6 +100,8 @@ def draw(
     ]
     shade, light = rng.integers(-25, 26, 3), rng.integers(190, 256, 3)
     fill = np.clip(np.array(_COLORS[color]) + shade, 0, 255)
+    if dark:
+        fill, light = fill * 2 // 5, light - 170
     large = Image.new("RGB", tuple(4 * canvas), tuple(light.tolist()))
     scaled = [tuple(4 * canvas * corner) for corner in corners]
     ImageDraw.Draw(large).polygon(scaled, fill=tuple(fill.tolist()))

@@ -74,7 +74,7 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
     for path, box in parameters(model).items():
         dims, sizes = list(box.names), list(box.value.shape)
         is_matrix = path.endswith("/kernel") and {"D", "E", "F"} & {*dims}
-        is_convolution = dims[0] == "P" and isinstance(model.vision, ResNetConfig)
+        is_convolution = "P" in dims and isinstance(model.vision, ResNetConfig)
         if path not in _BARE and (not is_matrix or is_convolution):
             continue
         stacked = dims[0] == "depth"
