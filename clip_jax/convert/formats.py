@@ -101,7 +101,7 @@ def read_weights(
     else:
         with files.local(path) as here:
             weights = _relocated(path, here, _read(here, activation))
-            weights = replace(weights, head=_read_head(here))
+            weights = replace(weights, head=_read_head(here, weights.config.embed_dim))
     _check_numbers(weights, path)
     own = weights.config.text.activation
     if activation not in (None, own):
@@ -162,7 +162,7 @@ def _read(path: Path, activation: Activation | None) -> Weights:
         if (path / model_folder.MANIFEST_NAME).is_file():
             return model_folder.read(path)
         if (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").exists():
-            return peft.read(path, lambda base: read_weights(files.as_path(base)))
+            return peft.read(path, _read_base)
         if _is_hugging_face(path):
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
@@ -175,24 +175,27 @@ def _read(path: Path, activation: Activation | None) -> Weights:
     return open_clip.read(tensors, str(path), config, activation=activation)
 
 
-def _write_head(head: Head, path: Path) -> None:
-    texts = {"classes": json.dumps(head.classes), "templates": json.dumps(head.templates)}
-    write_safetensors(path, {"kernel": head.kernel}, texts)
+def _read_base(path: str) -> Weights:
+    return read_weights(x if (x := files.as_path(path)).exists() else files.as_path(f"hf:{path}"))
 
 
-def _read_head(folder: Path) -> Head | None:
+def _read_head(folder: Path, width: int) -> Head | None:
     path = folder / HEAD_NAME
     if not path.is_file():
         return None
-    kernel = read_tensors(path).get("kernel")
-    with safetensors.safe_open(path, "numpy") as file:
-        texts = file.metadata() or {}
     try:
-        classes, templates = (tuple(json.loads(texts[x])) for x in ("classes", "templates"))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} does not name its classes ({error}); write it again.") from error
-    if kernel is None or kernel.ndim != 2 or len(kernel) != len(classes):
-        raise InputError(f"{path} lacks a kernel with {len(classes)} rows; write it again.")
+        kernel = read_tensors(path)["kernel"]
+        with safetensors.safe_open(path, "numpy") as file:
+            texts = [json.loads(file.metadata()[name]) for name in ("classes", "templates")]
+        classes, templates = (tuple(map(str, names)) for names in texts)
+        fits = kernel.shape == (len(classes), width) and np.isfinite(kernel).all()
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{path} must have a finite kernel [classes, {width}], and the names of classes and "
+            "templates as metadata; write it again, or remove it."
+        )
     return Head(classes, templates, kernel)
 
 
@@ -215,8 +218,9 @@ def write_weights(
     target = TARGETS[to]
     with files.written_whole(path) as partial:
         target.write(weights, partial, dtype=dtype)
-        if weights.head is not None and target.names:
-            _write_head(weights.head, partial / HEAD_NAME)
+        if target.names and (head := weights.head) is not None:
+            texts = {x: json.dumps(getattr(head, x)) for x in ("classes", "templates")}
+            write_safetensors(partial / HEAD_NAME, {"kernel": head.kernel}, texts)
         written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
     for name in _KNOWN - written:
         files.remove(path / name)
@@ -257,7 +261,13 @@ def starting_params(
     weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
     if "text" in towers:
         check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
-        _check_length(weights.config, config, path)
+        own, length = weights.config.text, config.text.context_length
+        if own.pool == "last" and length != own.context_length:
+            raise InputError(
+                f"model.text.context_length={length} does not fit init_from={str(path)!r}, whose "
+                f"text tower pools the last of {own.context_length} positions and knows no other "
+                f"length: set --model.text.context-length {own.context_length}."
+            )
     params = dict(weights.params)
     text, length = params["text"], config.text.context_length
     positions = text["positional_embedding"]
@@ -282,35 +292,23 @@ def starting_params(
     return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
 
 
-def _check_length(weights: CLIPConfig, config: CLIPConfig, path: str | AnyPath) -> None:
-    """Raise InputError for another context length than that of a text tower that pools the last
-    position or attends to padding, as SigLIP's: it knows no other length."""
-    text, length = weights.text, config.text.context_length
-    if text.pool == "last" and length != text.context_length:
-        raise InputError(
-            f"model.text.context_length={length} does not fit init_from={str(path)!r}, whose text "
-            f"tower pools the last of {text.context_length} positions and knows no other length: "
-            f"set --model.text.context-length {text.context_length}."
-        )
-
-
 def merged(adapters: Weights, workdir: AnyPath, which: str, own: LoRAConfig) -> Weights:
     """Return the weights that a run's adapters change, with the change. Raises InputError if these
     weights are not the ones that the run began with."""
     base, expected = run.base_of(workdir, which)
+    problem = "have changed"
     try:
         params = starting_params(base, adapters.config)
-        found = digest_of(params)
+        if digest_of(params) == expected:
+            changed = lora.merge(params, adapters.params, adapters.config, own)
+            kept = Adapters(own, adapters.params, base, params)
+            return replace(adapters, params=changed, adapters=kept)
     except (InputError, OSError) as error:
-        found = str(error)
-    if found != expected:
-        why = f"({found})" if " " in found else "have changed"
-        raise InputError(
-            f"{workdir} has low-rank adapters of the weights in {base}, which {why}. Restore them "
-            f"there, or set init_from in {workdir / 'config.json'} to where they are."
-        )
-    changed = lora.merge(params, adapters.params, adapters.config, own)
-    return replace(adapters, params=changed, adapters=Adapters(own, adapters.params, base))
+        problem = f"cannot be read ({error})"
+    raise InputError(
+        f"{workdir} has low-rank adapters of the weights in {base}, which {problem}. Restore them "
+        f"there, or set init_from in {workdir / 'config.json'} to where they are."
+    )
 
 
 def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) -> None:

@@ -311,18 +311,20 @@ def read(folder: Path) -> Weights:
     return Weights(config=config, params=params, preprocess=preprocess)
 
 
-def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
-    """Write all files that transformers' model and processor need offline.
-
-    Raises InputError if they cannot express the model.
-    """
-    config = weights.config
-    if config.vision.has_map_head:
-        name = "Siglip2Model" if _is_naflex(config) else "SiglipModel"
+def check(weights: Weights) -> None:
+    """Raise InputError if transformers' model and processor cannot express the model."""
+    if weights.config.vision.has_map_head:
+        name = "Siglip2Model" if _is_naflex(weights.config) else "SiglipModel"
         check_siglip(weights, f"Hugging Face's {name}", {})
     else:
         advice = "choose --to open-clip or clip-jax."
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
+
+
+def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
+    """Write all files that transformers' model and processor need offline. See `check`."""
+    check(weights)
+    config = weights.config
     tensors = from_params(rows(config), weights.params)
     if not config.text.projection:  # SiglipModel always has a projection: write the identity
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
@@ -337,12 +339,20 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     tokenizer_files.write(folder, config.text)
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
+def outputs(
+    weights: Weights, path: Path, inputs: verify.Inputs, adapters: Path | None = None
+) -> verify.Outputs:
+    """Return the outputs of the model in a folder, with PEFT's adapters of another if given."""
     with verify.library("transformers", "transformers"):
         import torch
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(path, local_files_only=True).eval().float()
+        model = AutoModel.from_pretrained(path, local_files_only=True)
+        if adapters is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapters).get_base_model()
+        model = model.eval().float()
 
         def encode_image(images: Any) -> Any:
             if not isinstance(images, Patches):
@@ -360,7 +370,7 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="transformers", outputs=_outputs,
+    write=write, reference="transformers", outputs=outputs,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "

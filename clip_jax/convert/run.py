@@ -12,6 +12,7 @@ from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.weights import Head, Weights, default_preprocess, with_vocabulary
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.losses import ClassifierConfig
+from clip_jax.losses import objective as terms
 from clip_jax.models import lora
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.lora import LoRAConfig
@@ -26,35 +27,36 @@ def is_run(path: AnyPath) -> bool:
 
 def read(workdir: AnyPath, which: str = "") -> Weights:
     """Read the weights, not the optimizer state, of the newest checkpoint or of `which`."""
-    config, step = read_config(workdir), named_step(workdir, which)
-    own, head = lora_of(workdir), head_of(workdir)
-    if own is None:
-        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    else:
-        shapes = jax.eval_shape(functools.partial(lora.draw, config, own), jax.random.key(0))
-    if head is not None:
-        shapes |= head_shapes(head, config)
-    params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes))
-    weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
-    if head is None:
-        return weights
-    kernel = params.pop(head.name)["kernel"]
-    return replace(weights, head=Head(head.classes, head.templates, kernel))
+    config = read_config(workdir)
+    params = restore_params(workdir, named_step(workdir, which), shapes(workdir, config))
+    params, head = split_head(workdir, jax.tree.map(np.asarray, params))
+    return Weights(config=config, params=params, preprocess=default_preprocess(config), head=head)
 
 
-def head_shapes(head: ClassifierConfig, config: CLIPConfig) -> Params:
-    """Return the shapes of a classifier's parameters, as a run stores them."""
-    shape = len(head.classes), config.embed_dim
-    return {head.name: {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}
+def shapes(workdir: AnyPath, config: CLIPConfig) -> Params:
+    """Return the shapes of what a run trains: the weights or adapters, and its classifier."""
+    own, heads = lora_of(workdir), heads_of(workdir)
+    model = CLIP(config).init if own is None else functools.partial(lora.draw, config, own)
+    return jax.eval_shape(
+        lambda key: model(key) | terms.draw(heads, config, key), jax.random.key(0)
+    )
 
 
-def head_of(workdir: AnyPath) -> ClassifierConfig | None:
-    """Return the settings of the classifier that a run trains, if any."""
-    for term in read_run_config(workdir).get("objective", ()):
-        if term.get("type") == ClassifierConfig.__name__:
-            content = {name: x for name, x in term.items() if name != "type"}
-            return from_dict(ClassifierConfig, content, f"{workdir}: objective")
-    return None
+def split_head(workdir: AnyPath, params: Params) -> tuple[Params, Head | None]:
+    """Split what a run trains into the model's parameters and the classifier, if any."""
+    for term in heads_of(workdir):
+        model = {name: x for name, x in params.items() if name != term.name}
+        return model, Head(term.classes, term.templates, np.asarray(params[term.name]["kernel"]))
+    return params, None
+
+
+def heads_of(workdir: AnyPath) -> tuple[ClassifierConfig, ...]:
+    """Return the settings of the classifier that a run trains, one at most."""
+    return tuple(
+        from_dict(ClassifierConfig, term, f"{workdir}: objective")
+        for term in read_run_config(workdir).get("objective", ())
+        if term.pop("type", "") == ClassifierConfig.__name__
+    )
 
 
 def lora_of(workdir: AnyPath) -> LoRAConfig | None:

@@ -37,6 +37,7 @@ class Adapters(NamedTuple):
     lora: LoRAConfig
     params: Params
     base: str  # path of the weights
+    weights: Params  # before the change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,8 @@ def with_input(
         grid = np.asarray(grid).astype(before.dtype)
         flat[vision.positions_path] = np.concatenate([before[:extra], grid])
     config = replace(weights.config, vision=vision)
-    return replace(weights, config=config, preprocess=preprocess, params=unflatten(flat))
+    params = unflatten(flat)
+    return replace(weights, config=config, preprocess=preprocess, params=params, adapters=None)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:

@@ -25,6 +25,7 @@ from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.captioning import write
 from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
+from clip_jax.losses.objective import dimensions
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
@@ -199,17 +200,17 @@ def load_on_mesh(
     multi-process run, all processes call this.
     """
     workdir, which = split_name(files.as_path(path))
+    if run.is_run(workdir):
+        step = processes.together(lambda: named_step(workdir, which), Unusable)
+        step = processes.gather(step)[0]  # the same everywhere, while the run goes on
+        path = f"{workdir}@{step}"
     if run.is_run(workdir) and run.lora_of(workdir) is None:
         config = replace(run.read_config(workdir), dtype=dtype)
         weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
         weights = at_length(weights, tokens, path)
-        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-        places = sharding.param_shardings(config, shapes, mesh)
-        step = processes.together(lambda: named_step(workdir, which), Unusable)
-        step = processes.gather(step)[0]  # the same everywhere, while the run goes on
-        if (own := run.head_of(workdir)) is not None:
-            shapes |= run.head_shapes(own, config)
-            places |= {own.name: {"kernel": sharding.replicated(mesh)}}
+        shapes = run.shapes(workdir, config)
+        rows = dimensions(run.heads_of(workdir), config)
+        places = sharding.param_shardings(config, shapes, mesh, rows)
         params = processes.together(lambda: restore_params(workdir, step, shapes, places), Unusable)
         for name, number in jax.device_get(_not_finite(params)).items():
             if number:
@@ -217,10 +218,7 @@ def load_on_mesh(
                     f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
                     "predictions would be NaN; take an earlier checkpoint."
                 )
-        head = None
-        if own is not None:
-            kernel = np.asarray(params.pop(own.name)["kernel"])
-            head = Head(own.classes, own.templates, kernel)
+        params, head = run.split_head(workdir, params)
         return Model(weights.config, params, weights.preprocess, head)
     return on_mesh(read_weights(files.as_path(path), tokens=tokens), mesh, dtype)
 

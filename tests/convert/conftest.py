@@ -1,6 +1,8 @@
 """Small models of every kind with random weights, made without PyTorch; how files are refused."""
 
+import contextlib
 import functools
+import json
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,15 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, digest_of
+from clip_jax.config import Config
+from clip_jax.convert.formats import read_weights, starting_params
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.tensor_files import read_tensors
-from clip_jax.convert.weights import DType, Weights, default_preprocess
+from clip_jax.convert.weights import DType, Head, Weights, default_preprocess
 from clip_jax.errors import InputError
+from clip_jax.losses import ClassifierConfig, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.optim import OptimConfig
+from clip_jax.serialize import to_dict
+from clip_jax.sharding import MeshConfig, make_mesh
+from clip_jax.step import shapes
 from tests.conftest import COCA, MAMMUT
 
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
@@ -101,6 +112,30 @@ def cast(weights: Weights, dtype: DType) -> Weights:
     """Weights whose parameters have another type."""
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), weights.params)
     return replace(weights, params=params)
+
+
+def write_lora_run(workdir: Path, base: Path, own: LoRAConfig, head: Head | None = None) -> Path:
+    """Write a run of adapters of a base, and of a classifier, as `train` leaves it at step 1."""
+    objective = (SoftmaxConfig(),)
+    if head is not None:
+        objective = (ClassifierConfig(classes=head.classes, templates=head.templates),)
+    config = Config(
+        model=replace(read_weights(base).config, dtype="float32"), init_from=str(base), lora=own,
+        objective=objective, steps=1, optim=OptimConfig(warmup_steps=0),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.05, x.shape).astype(x.dtype), state.saved())
+    if head is not None:
+        drawn["params"]["classifier"]["kernel"] = head.kernel
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    digest = digest_of(starting_params(base, config.model))
+    with contextlib.closing(
+        Checkpoints(workdir / "checkpoints", CheckpointConfig())
+    ) as checkpoints:
+        checkpoints.save(1, jax.tree.map(jnp.asarray, drawn), {"samples": 1, "base": digest})
+    return workdir
 
 
 MAX_MEMORY = 64 << 20  # bytes, whatever the file claims
