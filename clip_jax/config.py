@@ -25,12 +25,13 @@ from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.convert.formats import read_weights
 from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
-from clip_jax.data.pipeline import DataConfig, open_source
+from clip_jax.data.pipeline import DataConfig, classes_of, open_source
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import ClassifierConfig, DistillationConfig, SoftmaxConfig, TermConfig
+from clip_jax.losses.pairs import Pairwise
 from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
@@ -65,11 +66,8 @@ class Config:
     branch_from: str | None = None
     init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
-    # Take the model's architecture from init_from; model.dtype, remat, unroll, attention and
-    # vision.patch_dropout are kept.
-    init_architecture: bool = False
-    # Low-rank adapters to train in place of the weights of init_from. None: all weights train.
-    lora: LoRAConfig | None = None
+    init_architecture: bool = False  # Take the architecture of init_from instead of model's.
+    lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
     data: DataConfig = field(default_factory=DataConfig)
     objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -235,8 +233,9 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
 
 
 def with_weights(config: AnyConfig) -> AnyConfig:
-    """Return the config with what it leaves to files: the architectures of teachers and, with
-    `init_architecture`, of the model, and the names of a classifier's classes."""
+    """Return the config with what it leaves to files: a classifier's classes, the architectures of
+    teachers and, with `init_architecture`, of the model, which keeps dtype, remat, unroll,
+    attention and patch dropout; a bias is left to sigmoid losses."""
 
     def architecture(weights: str, setting: str) -> CLIPConfig:
         with naming(f"{setting}={weights!r}"):
@@ -252,7 +251,7 @@ def with_weights(config: AnyConfig) -> AnyConfig:
     def complete(term: Any) -> Any:
         if isinstance(term, ClassifierConfig) and not term.classes:
             source = open_source(config.data.source, config.model.vision.image_spec.side)
-            return replace(term, classes=getattr(source, "classes", ()))
+            return replace(term, classes=classes_of(source))
         distils = isinstance(term, DistillationConfig)
         return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
 
@@ -263,6 +262,9 @@ def with_weights(config: AnyConfig) -> AnyConfig:
         if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
             dropout = config.model.vision.patch_dropout
             model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
+        losses = [x for x in config.objective if isinstance(x, Pairwise)]
+        if losses and not any(x.needs_bias for x in losses):
+            model = replace(model, init_logit_bias=None)  # begins without it, and says so
     return replace(config, model=model, objective=tuple(map(complete, config.objective)))
 
 

@@ -39,6 +39,7 @@ from clip_jax.data.sources import (
     digest,
 )
 from clip_jax.data.sources.any import SingleConfig, open_single
+from clip_jax.data.sources.shards import listed
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import ImageSpec
@@ -285,13 +286,10 @@ class _Loader:
         is_synthetic = [x.of == "synthetic" for x in self._stored.values()]
         is_synthetic += [config.synthetic_ratio > 0, *self._synthetic.values()]
         self.reads_stored, self._reads_synthetic = config.crop == "stored", any(is_synthetic)
-        self._labelled = any(isinstance(x, LabelInput) for _, x in each)
-        if self._labelled and not getattr(self.source, "classes", ()):
-            raise InputError(
-                "a classifier, or a mask of pairs of one class, needs a source with classes: a "
-                "folder of class folders, with --data.source.templates"
-            )
-        self._reads_more = self.reads_stored or self._reads_synthetic or self._labelled
+        self._labels = {name: x for name, x in each if isinstance(x, LabelInput)}
+        for x in self._labels.values():
+            classes_of(self.source, x.classes)  # raises InputError
+        self._reads_more = self.reads_stored or self._reads_synthetic or bool(self._labels)
         if self._stored and not self.reads_stored:
             raise InputError(
                 "a StoredTeacher needs the augmentations that its embeddings belong to: set "
@@ -342,8 +340,7 @@ class _Loader:
             item = fetched if is_stored else cast(StoredSource, self.source).record(record)
             image, more = item.image(), item.more() or Reinforcement()
             caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
-            if self._labelled:
-                arrays["label"] = np.array([item.label], np.int32)
+            arrays |= {name: np.array([item.label], np.int32) for name in self._labels}
         else:
             image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
             synthetic = caption
@@ -410,6 +407,18 @@ class _Loader:
                 )
             arrays[name] = rows[row][None]
         return caption, synthetic, arrays
+
+
+def classes_of(source: Any, expected: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return a source's classes. Raises InputError if it has none, or others than expected."""
+    classes = getattr(source, "classes", ())
+    if not classes or expected not in ((), classes):
+        raise InputError(
+            f"the objective needs labels of {listed(expected) or 'classes'}, but data.source has "
+            f"{listed(classes) or 'no classes'}: set --data.source.path to the folder with these "
+            "class folders, and --data.source.templates"
+        )
+    return classes
 
 
 def _one_of(values: Sequence[Any], rng: np.random.Generator, what: str) -> int:

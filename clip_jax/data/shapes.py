@@ -35,8 +35,7 @@ class SampleDataConfig:
     size: int = 64  # Width and height of the images, in pixels.
     aspect: float = 1.0  # Largest aspect ratio of the canvases, at the area of size; 1: squares.
     seed: int = 0  # Random seed of the drawings.
-    # Draw on dark backgrounds, in dim colours, and train on all classes: a data set to fine-tune on.
-    dark: bool = False
+    dark: bool = False  # Draw in dim light, and train on all classes: a data set to fine-tune on.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -65,9 +64,7 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
                 folder = partial / "folders" / split / f"{color}_{shape}"
                 folder.mkdir(parents=True)
                 for number in range(count):
-                    image, caption = draw(
-                        color, shape, config.size, rng, config.aspect, config.dark
-                    )
+                    image, caption = draw(color, shape, config, rng)
                     image.save(path := folder / f"{number:03d}.png")
                     if split == "train":
                         pairs.append((path, caption))
@@ -80,14 +77,13 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
 
 
 def draw(
-    color: str, shape: str, size: int, rng: np.random.Generator, aspect: float = 1.0,
-    dark: bool = False,
-) -> tuple[Image.Image, str]:  # fmt: skip
+    color: str, shape: str, config: SampleDataConfig, rng: np.random.Generator
+) -> tuple[Image.Image, str]:
     """Draw one shape of random size, place and background on a canvas of `size`² pixels, and say
     what it is: "a small red circle on the left". `aspect` bounds the random aspect ratio, which is
     log-uniform."""
-    stretch = aspect ** rng.uniform(-0.5, 0.5) if aspect > 1 else 1.0
-    canvas = np.array([round(size * stretch), round(size / stretch)])
+    stretch = config.aspect ** rng.uniform(-0.5, 0.5) if config.aspect > 1 else 1.0
+    canvas = np.array([round(config.size * stretch), round(config.size / stretch)])
     radius = rng.uniform(0.2, 0.45)  # as a share of the shorter side
     reach = radius * (canvas.min() / canvas)  # as a share of each side
     x, y = rng.uniform(reach, 1 - reach)
@@ -100,8 +96,8 @@ def draw(
     ]
     shade, light = rng.integers(-25, 26, 3), rng.integers(190, 256, 3)
     fill = np.clip(np.array(_COLORS[color]) + shade, 0, 255)
-    if dark:
-        fill, light = fill * 2 // 5, light - 170
+    if config.dark:
+        fill, light = fill * 3 // 5, light - 100
     large = Image.new("RGB", tuple(4 * canvas), tuple(light.tolist()))
     scaled = [tuple(4 * canvas * corner) for corner in corners]
     ImageDraw.Draw(large).polygon(scaled, fill=tuple(fill.tolist()))

@@ -8,6 +8,7 @@ or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -83,11 +84,13 @@ def data_sets(
     data set is not on disk, or none is, unless `skip` is set.
     """
     opened: dict[str, OpenSplit] = {}
+    own_names = Counter(Path(text.partition(":")[2]).absolute().name for text in names)
     for text in names or ROWS:
         kind, _, path = text.partition(":")
         if path and kind in _KINDS:
             own = files.as_path(path)
-            name = Path(str(own)).absolute().name
+            whole = Path(str(own)).absolute()
+            name = whole.name if own_names[whole.name] == 1 else whole.parent.name
             open_split = functools.partial(_open_own, kind, own, name, codes)
         elif text in _NAMES:
             name = text

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import Context, Outputs, Result, Term
@@ -17,8 +18,8 @@ from clip_jax.models.inputs import Input, LabelInput
 class ClassifierConfig(Term):
     """Classifier head: a vector for each class, whose cosine with an image is scaled like a text's.
 
-    It begins as the zero-shot classifier of the initial weights, as in WiSE-FT (Wortsman et al.
-    2021, arXiv:2109.01903, section 3), or as the head of `init_from` if that has the same classes.
+    It begins as the head of `init_from` if that has the same classes, else as the zero-shot
+    classifier of the initial weights (WiSE-FT, Wortsman et al. 2021, arXiv:2109.01903, section 3).
     """
 
     name: ClassVar[str] = "classifier"
@@ -36,7 +37,7 @@ class ClassifierConfig(Term):
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
         """Return the label of each image."""
-        return {"label": LabelInput()}
+        return {"label": LabelInput(self.classes)}
 
     def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return the vectors of the classes, [classes, E]."""
@@ -50,9 +51,8 @@ class ClassifierConfig(Term):
     def loss(self, x: Context) -> Result:
         """Average over the images of the global batch."""
         logits, labels = jnp.exp(x.params["logit_scale"]) * x.outputs["cosines"], x.inputs["label"]
-        share, classes = self.label_smoothing, logits.shape[1]
-        targets = (1 - share) * jax.nn.one_hot(labels, classes) + share / classes
-        rows = -(targets * jax.nn.log_softmax(logits)).sum(-1)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1]), self.label_smoothing)
+        rows = optax.softmax_cross_entropy(logits, targets)
         return rows.mean(), {"classifier_accuracy": (logits.argmax(-1) == labels).mean()}
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:

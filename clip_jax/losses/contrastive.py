@@ -42,7 +42,7 @@ class Contrastive(Pairwise):
                 for i in range(len(self.teachers))
             ]
             ids = number_captions(x.inputs[name]) if self.mask_same_caption else None
-            ids = x.inputs["label"] if self.mask_same_class else ids
+            ids = x.inputs["class"] if self.mask_same_class else ids
             own = contrastive_loss(
                 self, x.outputs["image"], x.outputs[output], scale, x.params.get("logit_bias"),
                 teachers=teachers, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows,

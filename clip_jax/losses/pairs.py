@@ -101,12 +101,11 @@ class Pairwise(Term):
         return tuple(name for name in self.texts.values() if name != "text")
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
-        """Return the synthetic captions, if the loss compares them, and classes, if it masks by
-        them."""
-        inputs: dict[str, Input] = {
+        """Return the synthetic captions and the classes, if the loss compares them."""
+        inputs: dict[str, Input] = {"class": LabelInput()} if self.mask_same_class else {}
+        return inputs | {
             name: TextInput(model.text, synthetic=True) for name in self.texts if name != "text"
         }
-        return inputs | ({"label": LabelInput()} if self.mask_same_class else {})
 
     def summand(
         self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]

@@ -38,7 +38,9 @@ class StoredInput(NamedTuple):
 
 
 class LabelInput(NamedTuple):
-    """The number of the sample's class, int32 [B]."""
+    """The number of the sample's class, int32 [B], in `classes`. Empty: in any numbering."""
+
+    classes: tuple[str, ...] = ()
 
 
 Input = ImageInput | TextInput | StoredInput | LabelInput

@@ -17,9 +17,10 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.reinforced import Reinforcement, to_features
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
+from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.errors import InputError
 from clip_jax.models.images import NaFlex, Square
-from clip_jax.models.inputs import ImageInput, StoredInput, TextInput
+from clip_jax.models.inputs import ImageInput, LabelInput, StoredInput, TextInput
 from clip_jax.models.text import TextConfig
 from tests.data import conftest as made
 from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
@@ -333,3 +334,44 @@ def test_the_fingerprint_of_stored_embeddings_is_theirs(tmp_path):
     (fingerprint,) = stored.fingerprints()
     (plain,) = open_pipeline(DataConfig(source=source)).fingerprints()
     assert fingerprint.startswith(f"{plain}-")
+
+
+def test_labels_are_those_of_the_folders_after_a_resumption_and_in_workers(tmp_path):
+    for name, image, _ in made.make_pairs(18):
+        folder = tmp_path / ("tabby_cat", "ant", "dog")[int(name[:5]) % 3]
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(image)
+    source = FolderConfig(path=str(tmp_path), templates=("a {}", "a photo of a {}"))
+    classes = ("ant", "dog", "tabby cat")
+    inputs = {"label": LabelInput(classes), "class": LabelInput()}
+    batches = take(DataConfig(source=source, threads=0), 4, batch_size=6, inputs=inputs)
+    for batch in batches:
+        labels = batch.inputs["label"]
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(labels, batch.inputs["class"])
+        for label, key, tokens in zip(labels, batch.keys, batch.text, strict=True):
+            assert key.split("/")[0].replace("_", " ") == classes[label]
+            captions = [template.replace("{}", classes[label]) for template in source.templates]
+            assert tokens.tolist() in made.TOKENIZER(captions, 16, True).tolist()
+    assert np.bincount(np.concatenate([x.inputs["label"] for x in batches[:3]])).tolist() == [6] * 3
+    resumed = take(DataConfig(source=source, threads=2), 2, start=2, batch_size=6, inputs=inputs)
+    for first, second in zip(batches[2:], resumed, strict=True):
+        np.testing.assert_array_equal(first.inputs["label"], second.inputs["label"])
+
+
+def test_labels_need_the_classes_of_the_objective(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(made.make_pairs(2)[1][1])
+        (tmp_path / name / "0.txt").write_text("a caption")
+    source = FolderConfig(path=str(tmp_path), templates=("a {}",))
+    plain = dataclasses.replace(source, templates=())
+    mixed = MixtureConfig(members=(MemberConfig(source=source),))
+    for data, classes, message in (
+        (source, ("ant", "bee", "cow"), "labels of ant, bee, cow, but data.source has ant, bee"),
+        (source, ("bee", "ant"), "labels of bee, ant, but"),
+        (plain, (), "labels of classes, but data.source has no classes"),
+        (mixed, (), "has no classes: set --data.source.path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            take(DataConfig(source=data), 1, batch_size=2, inputs={"label": LabelInput(classes)})

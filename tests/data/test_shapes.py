@@ -1,5 +1,7 @@
 """The sample data: what is written, and that its three forms hold the same pairs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from clip_jax.errors import InputError
 from clip_jax.evals.datasets import open_folder
 
 RNG = np.random.default_rng(0)
+SHAPES = SampleDataConfig(output="shapes")
 
 
 def test_folders_table_and_tars_hold_the_same_pairs(tmp_path):
@@ -40,7 +43,7 @@ def test_folders_table_and_tars_hold_the_same_pairs(tmp_path):
 
 def test_a_drawing_is_what_its_caption_says():
     for number in range(20):
-        image, caption = draw("blue", "circle", 64, np.random.default_rng(number))
+        image, caption = draw("blue", "circle", SHAPES, np.random.default_rng(number))
         pixels = np.asarray(image).astype(int)
         inside = pixels[..., 0] < 120  # the background is light
         radius = np.sqrt(inside.mean() / np.pi)
@@ -55,7 +58,7 @@ def test_shapes_on_long_canvases_are_not_distorted():
     ratios = []
     for number in range(40):
         rng = np.random.default_rng(number)
-        image, caption = draw("blue", "circle", 64, rng, aspect=3.0)
+        image, caption = draw("blue", "circle", replace(SHAPES, aspect=3.0), rng)
         ratios.append(image.width / image.height)
         assert image.width * image.height == pytest.approx(64 * 64, rel=0.02)
         rows, columns = np.nonzero(np.asarray(image)[..., 0] < 120)
@@ -64,6 +67,20 @@ def test_shapes_on_long_canvases_are_not_distorted():
         assert ("small" in caption) == (radius < 0.32)
     assert 1 / 3.1 < min(ratios) < 1 / 2.5
     assert 2.5 < max(ratios) < 3.1
+
+
+def test_dark_drawings_are_the_same_shapes_in_dim_light_of_all_classes(tmp_path):
+    for number in range(8):
+        bright, dark = (
+            draw("blue", "circle", replace(SHAPES, dark=dark), np.random.default_rng(number))
+            for dark in (False, True)
+        )
+        assert bright[1] == dark[1]
+        assert 90 <= np.asarray(dark[0]).max() < 156 < np.asarray(bright[0]).max()
+    config = SampleDataConfig(output=str(tmp_path / "dark"), train=2, test=1, size=8, dark=True)
+    assert write(config) | {"output": ""} == {
+        "output": "", "train": 48, "test": 24, "classes": 24, "unseen_classes": 0
+    }  # fmt: skip
 
 
 def test_an_output_that_exists_is_kept(tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_wrong_use_is_said_before_training(animals, tmp_path):
         SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path)).make()
     with pytest.raises(InputError, match=r"evals\.memory_mib=-1"):
         SuiteEvalConfig(memory_mib=-1)
-    with pytest.raises(InputError, match="two data sets are called animals"):
+    with pytest.raises(InputError, match=f"two data sets are called {animals.parent.name}"):
         data_sets((f"folder:{animals}",) * 2, "data")
     missing = SuiteEvalConfig(dataset=("imagenet1k",), data_dir=str(tmp_path), missing="skip")
     assert missing.make().names == ()

@@ -21,6 +21,7 @@ from clip_jax.losses import (
     devices_per_slice,
 )
 from clip_jax.models.clip import CLIP
+from clip_jax.models.inputs import LabelInput
 from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
 from tests.conftest import MESHES, TINY
 
@@ -186,3 +187,24 @@ def test_captions_are_true_or_synthetic_or_both() -> None:
     assert losses["both"] == losses["true"] + losses["synthetic"]
     one, both = (SoftmaxConfig(captions=x).macs(TINY, 16, ()) for x in ("true", "both"))
     assert both == 2 * one
+
+
+@pytest.mark.parametrize(("kind", "form"), [(SoftmaxConfig, "dense"), (SigmoidConfig, "ring")])
+def test_two_captions_of_a_class_are_no_negatives(kind: Any, form: Any) -> None:
+    """As a mask of captions does if every class has one; captions themselves do not matter."""
+    params, inputs = problem()
+    image, text = embeddings(params, inputs)
+    on = make_mesh(MESHES["4x2"])
+    data = {"text": jnp.arange(BATCH)[:, None], "class": jnp.asarray(CAPTIONS)}  # no two alike
+    scalars = {"logit_scale": jnp.log(10.0), "logit_bias": jnp.float32(-3)}
+    outputs = {"image": image, "text": text}
+    x = Context(CLIP(TINY), scalars, data, outputs, on, Axes(BATCH_AXES, "fsdp", "tensor"))
+    masked, _ = kind(form=form, block_size=5, mask_same_class=True).loss(x)
+    expected, _ = contrastive_loss(
+        kind(mask_same_caption=True), image, text, jnp.exp(scalars["logit_scale"]),
+        scalars["logit_bias"], caption_ids=jnp.asarray(CAPTIONS),
+    )  # fmt: skip
+    assert masked == pytest.approx(float(expected), rel=1e-5)
+    by_captions, _ = kind(form=form, block_size=5, mask_same_caption=True).loss(x)
+    assert by_captions > 1.001 * masked
+    assert kind(mask_same_class=True).reads(TINY) == {"class": LabelInput()}

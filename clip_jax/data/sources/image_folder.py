@@ -74,7 +74,8 @@ class FolderSource(StoredSource):
         if not self._names:
             raise InputError(f"{self._folder} has no images, which end in {', '.join(SUFFIXES)}")
         self._templates = config.templates
-        self._classes = self._read_classes() if config.templates else {}
+        # The names of the classes, and the numbers of their folders; none without templates.
+        self.classes, self._labels = self._read_classes() if config.templates else ((), {})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -87,22 +88,17 @@ class FolderSource(StoredSource):
         """Return the image file and the text file, each read on demand."""
         path = self._folder / self._names[index]
         image = functools.partial(read_file, path, path.suffix)
-        folder = self._names[index].split("/")[0]
-        if (name := self._classes.get(folder)) is not None:
+        if (label := self._labels.get(self._names[index].split("/")[0])) is not None:
+            name = self.classes[label]
             captions = [template.replace("{}", name) for template in self._templates]
-            label = list(self._classes).index(folder)
             return StoredRecord(self.key(index), 0, image, lambda: captions, label=label)
         what = "caption file (class folders need --data.source.templates instead)"
         text = functools.partial(read_file, path.with_suffix(".txt"), what)
         return StoredRecord(self.key(index), 0, image, text)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their folders; none without templates."""
-        return tuple(self._classes.values())
-
-    def _read_classes(self) -> dict[str, str]:
-        """Map class folders to names. Raises InputError unless all images are in such folders."""
+    def _read_classes(self) -> tuple[tuple[str, ...], dict[str, int]]:
+        """Return the classes, and each folder's number among them. Raises InputError unless all
+        images are in such folders."""
         if loose := next((name for name in self._names if "/" not in name), None):
             raise InputError(f"{self._folder}/{loose} is in no class folder; templates need one")
         folders = sorted({name.split("/")[0] for name in self._names})
@@ -115,4 +111,4 @@ class FolderSource(StoredSource):
                 f"{listed} has {len(names)} lines for {len(folders)} class folders; list one name "
                 "per line, in the order of the folders' names"
             )
-        return dict(zip(folders, names, strict=True))
+        return tuple(names), {folder: label for label, folder in enumerate(folders)}

@@ -1,0 +1,54 @@
+"""Fine-tuning of the image tower with a classifier on a labelled folder.
+
+    clip-jax sample-data shapes && clip-jax train class_folders
+    clip-jax sample-data dark --dark --train 8
+    clip-jax train fine_tune_classifier
+    clip-jax train fine_tune_classifier --init-from hf:OWNER/NAME --data.source.path pets/train \\
+        --evals.0.dataset folder:pets
+
+Hardware: two CPU cores, about one minute; an accelerator for models of published sizes.
+Recipe: Wortsman et al. 2021 (WiSE-FT, arXiv:2109.01903). The classifier begins as the zero-shot
+one, from the prompts below; the text tower is locked, since nothing changes it. Layer decay as in
+BEiT (arXiv:2106.08254), label smoothing 0.1.
+Expected: @classifier@
+Notes: `--init-from runs/linear_probe` begins with a trained classifier (LP-FT, Kumar et al. 2022,
+arXiv:2202.10054). `clip-jax average BASE RUN OUT --curve 0 0.5 1` joins both models.
+"""
+
+from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.config import Config
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.image_folder import FolderConfig
+from clip_jax.evals.suite import SuiteEvalConfig
+from clip_jax.losses import ClassifierConfig
+from clip_jax.optim import OptimConfig
+
+
+def get_config() -> Config:
+    templates = ("a photo of a {}", "a drawing of a {}", "a {}")
+    return Config(
+        steps=100,
+        batch_size=64,
+        init_from="runs/class_folders",
+        init_architecture=True,
+        data=DataConfig(
+            source=FolderConfig(path="dark/folders/train", templates=templates),
+            crop_scale=(0.8, 1.0),
+            threads=1,
+        ),
+        objective=(ClassifierConfig(templates=templates, label_smoothing=0.1),),
+        optim=OptimConfig(
+            learning_rate=5e-4,
+            warmup_steps=10,
+            weight_decay=0.1,
+            layer_decay=0.75,
+            locked=("text",),
+        ),
+        checkpoint=CheckpointConfig(every_steps=100),
+        evals=(
+            SuiteEvalConfig(
+                dataset=("folder:dark/folders", "folder:shapes/folders"), every_steps=100
+            ),
+        ),
+        report_every=20,
+    )

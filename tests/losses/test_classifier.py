@@ -1,0 +1,100 @@
+"""The classifier head against NumPy in float64, on meshes and accumulated; its FLOPs; refusals."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import flops
+from clip_jax.errors import InputError
+from clip_jax.losses import Axes, ClassifierConfig, Context, objective
+from clip_jax.models.clip import CLIP
+from clip_jax.optim import OptimConfig
+from clip_jax.sharding import BATCH_AXES, MeshConfig, make_mesh
+from clip_jax.step import Program, Recipe
+from tests.conftest import MESHES, OPTIM, TINY, assert_close, batch, parameters
+
+CLASSES = ("cat", "dog", "newt")
+LABELS = np.arange(16, dtype=np.int32) % 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_value_and_gradient_equal_numpy_in_float64(smoothing: float) -> None:
+    rng = np.random.default_rng(0)
+    image, kernel, log_scale = rng.normal(size=(16, 8)), rng.normal(size=(3, 8)), np.log(7.0)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    term = ClassifierConfig(classes=CLASSES, label_smoothing=smoothing)
+    on = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def value(image: Any, kernel: Any, log_scale: Any) -> Any:
+        params = {"logit_scale": log_scale, "classifier": {"kernel": kernel}}
+        x = Context(
+            CLIP(TINY), params, {"label": jnp.asarray(LABELS)}, {"image": image}, on,
+            Axes(BATCH_AXES, "fsdp", "tensor"), carried={},
+        )  # fmt: skip
+        kept = objective.encode((term,), x)
+        return objective.total((term,), replace(x, outputs=kept))
+
+    arguments = [jnp.asarray(x, jnp.float32) for x in (image, kernel, log_scale)]
+    (loss, metrics), grads = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*arguments)
+
+    cosines = image @ kernel.T
+    logits = 7.0 * cosines
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    targets = (1 - smoothing) * np.eye(3)[LABELS] + smoothing / 3
+    d = (p - targets) / 16  # of the logits
+    expected = 7.0 * d @ kernel, 7.0 * d.T @ image, (d * logits).sum()
+    assert loss == pytest.approx(-(targets * np.log(p)).sum(1).mean(), rel=1e-6)
+    assert metrics["classifier_accuracy"] == pytest.approx((logits.argmax(1) == LABELS).mean())
+    for got, want in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def program(mesh: str = "1", accumulation: int = 1, optim: OptimConfig = OPTIM) -> Program:
+    sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
+    recipe = Recipe(
+        model=TINY, objective=(ClassifierConfig(classes=CLASSES, label_smoothing=0.1),),
+        optim=optim, steps=10, batch_size=16, accumulation=accumulation,
+    )  # fmt: skip
+    return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
+
+
+def step(own: Program) -> Any:
+    kernel = np.random.default_rng(1).normal(size=(3, TINY.embed_dim)).astype(np.float32)
+    state = own.init(parameters(TINY) | {"classifier": {"kernel": kernel}})
+    return jax.device_get(own.step(state, own.put(batch(TINY) | {"label": LABELS})))
+
+
+def test_a_step_is_the_same_on_a_mesh_and_accumulated() -> None:
+    (expected, metrics), (state, got) = step(program()), step(program("2x2x2", accumulation=2))
+    assert_close(metrics, got)
+    assert_close(*(optax.tree.get(x.opt_state, "mu") for x in (expected, state)))
+
+
+def test_a_linear_probe_trains_the_classifier_and_the_scale_alone() -> None:
+    locked = replace(OPTIM, locked=("image", "text"))
+    state, _ = step(program(optim=locked))
+    before = parameters(TINY)
+    jax.tree.map(np.testing.assert_array_equal, state.params["visual"], before["visual"])
+    jax.tree.map(np.testing.assert_array_equal, state.params["text"], before["text"])
+    kernel = np.random.default_rng(1).normal(size=(3, TINY.embed_dim)).astype(np.float32)
+    assert (state.params["classifier"]["kernel"] != kernel).all()
+    own, half = (flops.of_step(program(optim=x).recipe) for x in (OPTIM, locked))
+    assert own.total > half.total
+    term = ClassifierConfig(classes=CLASSES)
+    assert term.macs(TINY, 16, ()) == 3 * 16 * 3 * TINY.embed_dim
+    assert term.macs(TINY, 16, ("image",)) == 2 * 16 * 3 * TINY.embed_dim
+
+
+def test_wrong_settings_are_named() -> None:
+    for fields, message in (
+        ({"templates": ("a photo",)}, r"templates=\('a photo',\): each needs \{\}"),
+        ({"templates": ()}, "each needs"),
+        ({"label_smoothing": 1.0}, r"ClassifierConfig\.label_smoothing=1\.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ClassifierConfig(**fields)
