@@ -30,15 +30,7 @@ from clip_jax.convert.state_dict import flatten, param_shapes
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weights import (
-    Adapters,
-    DType,
-    Head,
-    Weights,
-    cast,
-    with_input,
-    with_vocabulary,
-)
+from clip_jax.convert.weights import Adapters, DType, Head, Weights, with_input, with_vocabulary
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.data.tokenizers.vocabulary import check_same
 from clip_jax.display import warn
@@ -46,7 +38,6 @@ from clip_jax.errors import InputError
 from clip_jax.models import lora
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
-from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -92,8 +83,8 @@ def read_weights(
         path = hub.fetch(os.fspath(path))
     if run.is_run(path):
         weights = run.read(path, which)
-        if (own := run.lora_of(path)) is not None:
-            weights = merged(weights, path, which, own)
+        if weights.adapters is not None:
+            weights = merged(weights, weights.adapters, path)
     elif which:
         raise InputError(
             f"{path} is not a run directory, so it has no checkpoint @{which}; leave that out."
@@ -184,19 +175,17 @@ def _read_head(folder: Path, width: int) -> Head | None:
     if not path.is_file():
         return None
     try:
-        kernel = read_tensors(path)["kernel"]
         with safetensors.safe_open(path, "numpy") as file:
-            texts = [json.loads(file.metadata()[name]) for name in ("classes", "templates")]
-        classes, templates = (tuple(map(str, names)) for names in texts)
-        fits = kernel.shape == (len(classes), width) and np.isfinite(kernel).all()
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        fits = False
-    if not fits:
+            kernel, texts = file.get_tensor("kernel"), file.metadata() or {}
+        classes, templates = (tuple(json.loads(texts[name])) for name in Head._fields[:2])
+        if kernel.shape != (len(classes), width) or not np.isfinite(kernel).all():
+            raise ValueError(kernel.shape)
+        return Head(classes, templates, kernel)
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{path} must have a finite kernel [classes, {width}], and the names of classes and "
-            "templates as metadata; write it again, or remove it."
-        )
-    return Head(classes, templates, kernel)
+            f"{path} needs a finite kernel [classes, {width}], and the names of classes and "
+            f"templates as metadata ({error!r}); write it again, or remove it."
+        ) from error
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -218,9 +207,9 @@ def write_weights(
     target = TARGETS[to]
     with files.written_whole(path) as partial:
         target.write(weights, partial, dtype=dtype)
-        if target.names and (head := weights.head) is not None:
-            texts = {x: json.dumps(getattr(head, x)) for x in ("classes", "templates")}
-            write_safetensors(partial / HEAD_NAME, {"kernel": head.kernel}, texts)
+        if target.names and weights.head is not None:
+            texts = {name: json.dumps(getattr(weights.head, name)) for name in Head._fields[:2]}
+            write_safetensors(partial / HEAD_NAME, {"kernel": weights.head.kernel}, texts)
         written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
     for name in _KNOWN - written:
         files.remove(path / name)
@@ -246,9 +235,6 @@ def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = No
     return Verification(reference=target.reference, rounding_loss=loss, **differences)
 
 
-# ------------------------------------------------------------------ to begin training with
-
-
 def starting_params(
     path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
 ) -> Params:
@@ -259,55 +245,50 @@ def starting_params(
     Raises InputError, which names the first parameter of another shape.
     """
     weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
+    own, where = weights.config.text, f"init_from={str(path)!r}"
+    length = config.text.context_length
     if "text" in towers:
-        check_same(config.text.tokenizer, weights.config.text.tokenizer, f"init_from={str(path)!r}")
-        own, length = weights.config.text, config.text.context_length
+        check_same(config.text.tokenizer, own.tokenizer, where)
         if own.pool == "last" and length != own.context_length:
             raise InputError(
-                f"model.text.context_length={length} does not fit init_from={str(path)!r}, whose "
-                f"text tower pools the last of {own.context_length} positions and knows no other "
-                f"length: set --model.text.context-length {own.context_length}."
+                f"model.text.context_length={length} does not fit {where}, whose text tower pools "
+                f"the last of {own.context_length} positions and knows no other length: set "
+                f"--model.text.context-length {own.context_length}."
             )
-    params = dict(weights.params)
-    text, length = params["text"], config.text.context_length
+    text = weights.params["text"]
     positions = text["positional_embedding"]
-    if (
-        weights.config.text.has_class_token and config.text.has_class_token
-    ):  # the last is the class token's
+    if own.has_class_token and config.text.has_class_token:  # the last is the class token's
         positions = np.concatenate([positions[:length], positions[-1:]])
-    params["text"] = text | {"positional_embedding": positions[: config.text.num_positions]}
-    names = [TOWERS[tower] for tower in towers]
-    if "image" in towers and "batch_stats" in params:
-        names.append("batch_stats")
-    if set(towers) == set(TOWERS):
-        names = list(params)
-    taken = {name: params[name] for name in names}
-    advice = "set --model to the same architecture, or initialise one tower by --init-towers"
-    if config.init_logit_bias is None and taken.pop("logit_bias", None) is not None:
+    text = text | {"positional_embedding": positions[: config.text.num_positions]}
+    params = weights.params | {"text": text}
+    if set(towers) != set(TOWERS):
+        names = [TOWERS[tower] for tower in towers]
+        names += ["batch_stats"] if "image" in towers else []
+        params = {name: x for name, x in params.items() if name in names}
+    if config.init_logit_bias is None and params.pop("logit_bias", None) is not None:
         warn(
-            f"init_from={str(path)!r}: its logit bias is left out, since the model has none. A "
-            "softmax loss ignores it; for a sigmoid loss set --model.init-logit-bias."
+            f"{where}: its logit bias is left out, since the model has none. A softmax loss "
+            "ignores it; for a sigmoid loss set --model.init-logit-bias."
         )
-    check_shapes(taken, config, f"init_from={str(path)!r}", advice)
-    return jax.tree.map(lambda x: cast(np.asarray(x), "float32"), taken)
+    advice = "set --model to the same architecture, or initialise one tower by --init-towers"
+    check_shapes(params, config, where, advice)
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
-def merged(adapters: Weights, workdir: AnyPath, which: str, own: LoRAConfig) -> Weights:
-    """Return the weights that a run's adapters change, with the change. Raises InputError if these
-    weights are not the ones that the run began with."""
-    base, expected = run.base_of(workdir, which)
+def merged(weights: Weights, own: Adapters, workdir: AnyPath) -> Weights:
+    """Return the weights of a run's base with the change by its adapters. Raises InputError if the
+    base is not the one that the run began with."""
     problem = "have changed"
     try:
-        params = starting_params(base, adapters.config)
-        if digest_of(params) == expected:
-            changed = lora.merge(params, adapters.params, adapters.config, own)
-            kept = Adapters(own, adapters.params, base, params)
-            return replace(adapters, params=changed, adapters=kept)
+        base = starting_params(own.base, weights.config)
+        if digest_of(base) == own.digest:
+            params = lora.merge(base, own.params, weights.config, own.lora)
+            return replace(weights, params=params, adapters=own._replace(weights=base))
     except (InputError, OSError) as error:
         problem = f"cannot be read ({error})"
     raise InputError(
-        f"{workdir} has low-rank adapters of the weights in {base}, which {problem}. Restore them "
-        f"there, or set init_from in {workdir / 'config.json'} to where they are."
+        f"{workdir} has low-rank adapters of the weights in {own.base}, which {problem}. Restore "
+        f"them there, or set init_from in {workdir / 'config.json'} to where they are."
     )
 
 

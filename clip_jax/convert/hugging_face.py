@@ -6,6 +6,7 @@ CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolutio
 """
 
 import typing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,19 +341,14 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 
 def outputs(
-    weights: Weights, path: Path, inputs: verify.Inputs, adapters: Path | None = None
+    weights: Weights, path: Path, inputs: verify.Inputs, adapt: Callable[[Any], Any] = lambda x: x
 ) -> verify.Outputs:
-    """Return the outputs of the model in a folder, with PEFT's adapters of another if given."""
+    """Return the outputs of the model in a folder, as `adapt` changes it."""
     with verify.library("transformers", "transformers"):
         import torch
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(path, local_files_only=True)
-        if adapters is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapters).get_base_model()
-        model = model.eval().float()
+        model = adapt(AutoModel.from_pretrained(path, local_files_only=True)).eval().float()
 
         def encode_image(images: Any) -> Any:
             if not isinstance(images, Patches):

@@ -5,6 +5,7 @@ an `nn.MultiheadAttention` there, in which PEFT ignores an adapter of `out_proj`
 adapters of that attention are refused.
 """
 
+import functools
 import math
 import re
 import tempfile
@@ -40,9 +41,7 @@ _VALUES = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 def _adapters(weights: Weights) -> Adapters:
     if weights.adapters is None:
-        raise InputError(
-            "--to peft needs a run that trains `lora`, at its own image size; choose another format."
-        )
+        raise InputError("--to peft needs a run that trains `lora`, and its own image size.")
     return weights.adapters
 
 
@@ -96,10 +95,8 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
         key, pair = f"{module}.weight", [f"{_PREFIX}{module}.lora_{x}.weight" for x in "AB"]
         a, b = (np.asarray(adapters.pop(name, ()), np.float32) for name in pair)
         kernel = np.asarray(tensors.get(key, ()), np.float32)
-        if (*b.shape[:1], *a.shape[1:], *b.shape[1:]) != (
-            *kernel.shape,
-            *a.shape[:1],
-        ) or not a.size:
+        fits = b.shape[1:] == a.shape[:1] and b.shape[:1] + a.shape[1:] == kernel.shape
+        if not fits or not a.size:
             raise InputError(
                 f"{file}: {pair[0]} {a.shape} and lora_B {b.shape} fit no linear map of {base}, "
                 f"whose {key} is {kernel.shape}; {advice}"
@@ -126,7 +123,10 @@ def _rounded(weights: Weights, dtype: DType | None) -> Params:
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("peft", "peft"), tempfile.TemporaryDirectory() as folder:
         hugging_face.write(replace(weights, params=_adapters(weights).weights), Path(folder))
-        return hugging_face.outputs(weights, Path(folder), inputs, path)
+        from peft import PeftModel
+
+        adapt = functools.partial(PeftModel.from_pretrained, model_id=path)
+        return hugging_face.outputs(weights, Path(folder), inputs, adapt)
 
 
 TARGET = Target(

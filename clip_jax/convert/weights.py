@@ -22,8 +22,7 @@ from clip_jax.models.vit import ViTConfig, resize_positions
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A classifier of image embeddings: logits are logit scale × unit embedding · kernelᵀ."""
 
     classes: tuple[str, ...]
@@ -37,7 +36,8 @@ class Adapters(NamedTuple):
     lora: LoRAConfig
     params: Params
     base: str  # path of the weights
-    weights: Params  # before the change
+    digest: str  # of the weights
+    weights: Params  # of the base; nothing before it is read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.captioning import write
 from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
-from clip_jax.losses.objective import dimensions
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
@@ -107,12 +106,9 @@ class Model:
         return special.softmax(logits, axis=1)
 
     def class_probabilities(self, images: Float[Any, "B E"]) -> Float[np.ndarray, "B classes"]:
-        """Return the probability of each of `head.classes` for outputs of `encode_image`: the
-        softmax of the classifier's logits. Raises InputError if the model has no classifier."""
+        """Return the probability of each of `head.classes` for outputs of `encode_image`."""
         if self.head is None:
-            raise InputError(
-                "this model has no classifier: give labels, or train one (ClassifierConfig)."
-            )
+            raise InputError("the model has no classifier; give labels, or train ClassifierConfig.")
         logits = unit(images) @ self.head.kernel.T
         return special.softmax(logits * float(np.exp(self.params["logit_scale"])), axis=1)
 
@@ -196,21 +192,20 @@ def load_on_mesh(
 ) -> Model:
     """Load a model as `load` does, with parameters sharded as in training.
 
-    From a run, each device reads only its shards of the checkpoint, so no process holds more. In a
-    multi-process run, all processes call this.
+    From a run without adapters or a classifier, each device reads only its shards of the
+    checkpoint, so no process holds more. In a multi-process run, all processes call this.
     """
     workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
         step = processes.together(lambda: named_step(workdir, which), Unusable)
         step = processes.gather(step)[0]  # the same everywhere, while the run goes on
         path = f"{workdir}@{step}"
-    if run.is_run(workdir) and run.lora_of(workdir) is None:
+    if run.is_run(workdir) and not run.lora_of(workdir) and not run.heads_of(workdir):
         config = replace(run.read_config(workdir), dtype=dtype)
         weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
         weights = at_length(weights, tokens, path)
-        shapes = run.shapes(workdir, config)
-        rows = dimensions(run.heads_of(workdir), config)
-        places = sharding.param_shardings(config, shapes, mesh, rows)
+        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+        places = sharding.param_shardings(config, shapes, mesh)
         params = processes.together(lambda: restore_params(workdir, step, shapes, places), Unusable)
         for name, number in jax.device_get(_not_finite(params)).items():
             if number:
@@ -218,8 +213,7 @@ def load_on_mesh(
                     f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
                     "predictions would be NaN; take an earlier checkpoint."
                 )
-        params, head = run.split_head(workdir, params)
-        return Model(weights.config, params, weights.preprocess, head)
+        return Model(weights.config, params, weights.preprocess)
     return on_mesh(read_weights(files.as_path(path), tokens=tokens), mesh, dtype)
 
 

@@ -134,5 +134,5 @@ def test_only_a_run_with_adapters_that_transformers_can_have(adapters, tmp_path)
     with pytest.raises(InputError, match="CLIPModel cannot express"):
         write_weights(weights, tmp_path / "out", "peft")
     resized = read_weights(adapters / "run", image_size=16)
-    with pytest.raises(InputError, match="at its own image size"):
+    with pytest.raises(InputError, match="and its own image size"):
         write_weights(resized, tmp_path / "out", "peft")
