@@ -193,13 +193,15 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
         return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
 
 
-def restore_params(workdir: AnyPath, step: int, shapes: Params, places: Any = None) -> Params:
+def restore_params(
+    workdir: AnyPath, step: int, shapes: Params, places: Any = None, ema: bool = True
+) -> Params:
     """Restore only the parameters of a checkpoint, whatever mesh they were trained on.
 
     `places` are their shardings: each device reads only its own shard. By default all go to the
     first device. `shapes` are those of the parameters to restore, of which the checkpoint may have
-    more. If the run averages its weights (optim.ema_decay), the average is returned.
-    Raises Unusable if the checkpoint is damaged.
+    more. If the run averages its weights (optim.ema_decay), the average is returned unless
+    `ema` is off. Raises Unusable if the checkpoint is damaged.
     """
     if places is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -209,7 +211,7 @@ def restore_params(workdir: AnyPath, step: int, shapes: Params, places: Any = No
     )
     trainable, batch_stats = split_batch_stats(shapes)
     with _refusing(workdir, step) as folder:
-        average = _average_in(folder)
+        average = _average_in(folder) if ema else ()
         target: Any = {"params": shapes}
         if average:  # of the trained parameters, without BatchNorm's statistics
             target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)

@@ -196,15 +196,17 @@ def convert(args: Sequence[str]) -> int:
 
 def average(args: Sequence[str]) -> int:
     """Average models, or evaluate a curve between two: clip-jax average A B OUT --weights 1 1"""
+    from clip_jax.evals.results import to_columns
     from clip_jax.inference.average import AverageConfig
     from clip_jax.inference.average import average as run_average
 
     paths = arguments.leading(args)
-    named = ["--models", *paths[:-1], "--output", *paths[-1:]] if len(paths) > 1 else []
-    rest = [*named, *args[len(paths) if named else 0 :]]
-    config, as_json = arguments.read(AverageConfig, rest, (), average, "average")
+    named = ["--models", *paths[:-1], "--output", *paths[-1:]] if paths else []
+    kind, verb = AverageConfig, "average MODEL ... OUTPUT"
+    config, as_json = arguments.read(kind, [*named, *args[len(paths) :]], (), average, verb)
     result = run_average(config)
-    return _print(result, as_json, "\n".join(f"{name:<12} {x}" for name, x in result.items()))
+    lines = [f"{name}: {x}" for name, x in result.items() if name != "rows" and x is not None]
+    return _print(result, as_json, "\n".join([to_columns(result["rows"]), *lines]))
 
 
 def export(args: Sequence[str]) -> int:

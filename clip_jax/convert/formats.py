@@ -67,6 +67,7 @@ def read_weights(
     image_size: int | None = None,
     tokens: int | None = None,
     tokenizer: str | None = None,
+    ema: bool = True,
 ) -> Weights:
     """Read a run, or a model file or folder of any supported format, recognised by its content.
 
@@ -76,13 +77,14 @@ def read_weights(
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
     records another. Another `image_size` than the model's resizes its position embeddings;
     `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
-    `tokenizer` is the vocabulary for weights that have none.
+    `tokenizer` is the vocabulary for weights that have none. `ema` takes the average that a run
+    with optim.ema_decay keeps, instead of its last weights.
     """
     path, which = split_name(path)
     if not path.exists():
         path = hub.fetch(os.fspath(path))
     if run.is_run(path):
-        weights = run.read(path, which)
+        weights = run.read(path, which, ema)
         if weights.adapters is not None:
             weights = merged(weights, weights.adapters, path)
     elif which:

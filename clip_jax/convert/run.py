@@ -25,16 +25,17 @@ def is_run(path: AnyPath) -> bool:
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
-def read(workdir: AnyPath, which: str = "") -> Weights:
+def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     """Read the weights, not the optimizer state, of the newest checkpoint or of `which`.
 
-    Of a run that trains adapters, only these: see `formats.merged`.
+    Without `ema` they are not their average, if the run keeps one. Of a run that trains adapters,
+    only these are read: see `formats.merged`.
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
     own, heads = lora_of(workdir), heads_of(workdir)
     draw = CLIP(config).init if own is None else functools.partial(lora.draw, config, own)
     shapes = jax.eval_shape(lambda: draw(key) | terms.draw(heads, config, key))
-    params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes))
+    params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes, ema=ema))
     head = adapters = None
     for term in heads:
         head = Head(term.classes, term.templates, params.pop(term.name)["kernel"])

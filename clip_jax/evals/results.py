@@ -78,6 +78,15 @@ def to_table(values: Mapping[str, float | int]) -> str:
     )
 
 
+def to_columns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows with the same names, the columns' titles, as a table for a terminal."""
+    cells = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    cells = [list(rows[0]), *cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[f"{x:>{n}}" for x, n in zip(row, widths, strict=True)] for row in cells]
+    return "\n".join("  ".join([f"{row[0].strip():<{widths[0]}}", *row[1:]]) for row in lines)
+
+
 def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None = None) -> None:
     """Write `results.csv`, `results.md` and, for data sets with several templates, the accuracy of
     each template alone, the best first, as `NAME/templates.csv`. `tokens` is the sequence length of

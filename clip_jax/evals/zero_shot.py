@@ -38,14 +38,16 @@ def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
 def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     """Classify every image by class names × templates, averaged in embedding space.
 
-    With several templates, also measure each alone: mean, spread and the ensemble's gain.
+    With several templates, also measure each alone: mean, spread and the ensemble's gain. If the
+    model has a classifier with all of these classes, also measure it on them: `classifier/acc1`.
     """
     labels = images.labels
     texts = encoder.classes(data.templates, data.names)
     logits = images.features @ prompts.ensemble(texts).T
     values, of_template = classification(logits, labels), {}
-    if encoder.head is not None and list(encoder.head.classes) == list(data.names):
-        trained = classification(images.features @ encoder.head.kernel.T, labels)
+    if encoder.head is not None and set(data.names) <= set(encoder.head.classes):
+        rows = [encoder.head.classes.index(name) for name in data.names]
+        trained = classification(images.features @ encoder.head.kernel[rows].T, labels)
         values |= {f"classifier/{name}": value for name, value in trained.items()}
     if len(data.templates) > 1:
         sensitivity, alone = prompts.sensitivity(images.features, labels, texts)

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config, of_run
@@ -15,7 +17,7 @@ from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.evaluator import Encoder, Evaluator, length_of, say
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
-from clip_jax.inference.loading import load_on_mesh
+from clip_jax.inference.loading import Model, load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -40,11 +42,16 @@ class EvaluateConfig(SuiteConfig):
     tokens: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
+    # Another model to evaluate alike, such as the one before fine-tuning. Its results are named
+    # original/NAME, and the difference change/NAME.
+    beside: AnyPath | None = None
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, tokens="[1, inf)")
+        if self.watch and self.beside is not None:
+            raise InputError("watch evaluates the checkpoints of one run; omit --beside.")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
@@ -58,7 +65,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
     """
     files.check_destination(config.output, "--output")
     run = config_of_run(config.model)
-    return Evaluators(config, run).run(open_encoder(config, run), config.output)
+    evaluators, output = Evaluators(config, run), config.output
+    values = evaluators.run(open_encoder(config, run), output)
+    if config.beside is None:
+        return values
+    encoder = open_encoder(replace(config, model=config.beside), run)
+    other = evaluators.run(encoder, output and output / "original")
+    changes = {f"change/{name}": values[name] - x for name, x in other.items() if name in values}
+    values |= {f"original/{name}": x for name, x in other.items()} | changes
+    if output and processes.is_lead():
+        files.write_whole(output / "result.json", json.dumps(values, indent=1))
+    return values
 
 
 class Evaluators:
@@ -122,9 +139,14 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
     model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens)
+    return encoder_of(model, mesh, config.model.name)
+
+
+def encoder_of(model: Model, mesh: Mesh, name: str) -> Encoder:
+    """Return what evaluators measure, for a model on a mesh."""
     return Encoder(
         model.clip, model.params, mesh, model.image_preprocess,
-        lambda texts: model.tokenize(texts, True), config.model.name, model.head,
+        lambda texts: model.tokenize(texts, True), name, model.head,
     )  # fmt: skip
 
 

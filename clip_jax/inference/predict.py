@@ -55,10 +55,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     model = load(config.model, dtype=config.dtype, tokens=config.tokens)
     if config.caption:
         model.clip.needs_decoder()
-    if not config.labels and not config.caption and model.head is None:
-        check_labels((), config.template)  # raises InputError
-    labels = list(model.head.classes) if model.head else []
-    labels = check_labels(config.labels, config.template) if config.labels else labels
+    head = None if config.labels else model.head
+    labels = list(head.classes) if head else []
+    if config.labels or not (head or config.caption):
+        labels = check_labels(config.labels, config.template)
     classes = embed_labels(model, labels, config.template) if config.labels else None
 
     results: list[dict[str, Any]] = []
@@ -73,13 +73,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             captions = model.caption(images, config.generation, batch_size=size)
             for row, caption in zip(rows, captions, strict=True):
                 row["caption"] = caption
-        if classes is not None or model.head is not None:
-            features = model.encode_image(images, batch_size=size)
-            if classes is not None:
-                found = model.probabilities(features, classes)
-            else:
-                found = model.class_probabilities(features)
-            for row, shares in zip(rows, found, strict=True):
+        if labels:
+            x = model.encode_image(images, batch_size=size)
+            by_class = model.class_probabilities(x) if head else model.probabilities(x, classes)
+            for row, shares in zip(rows, by_class, strict=True):
                 row["labels"] = ranked(labels, shares)
         results += [row | length_of(model.image_preprocess) for row in rows]
     if not results:

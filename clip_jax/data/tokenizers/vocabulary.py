@@ -64,7 +64,10 @@ def digest(config: TokenizerConfig) -> str:
     return hashlib.sha256(read_vocabulary(config.file)).hexdigest()[:16]
 
 
-def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> None:
+def check_same(
+    ours: TokenizerConfig, theirs: TokenizerConfig, source: str,
+    advice: str = "Use the same tokenizer, or only its image tower with --init-towers image.",
+) -> None:  # fmt: skip
     """Raise InputError, naming the difference, if weights were trained with other ids than `ours`.
 
     Weights without a vocabulary cannot be checked.
@@ -77,5 +80,5 @@ def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> N
             raise InputError(
                 f"{source} was trained with other token ids: its text.tokenizer.{field.name} is "
                 f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
-                "Use the same tokenizer, or only its image tower with --init-towers image."
+                f"{advice}"
             )
