@@ -45,8 +45,9 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": (
         "dataset", "suite", "data-dir", "tasks", "templates", "languages", "output", "watch",
-        "tokens", "mesh.fsdp",
+        "tokens", "beside", "mesh.fsdp",
     ),
+    "average": ("weights", "base", "greedy", "curve", "dataset", "metric", "ema", "overwrite"),
     "prepare": (
         "inspect", "min-side", "max-caption", "resize", "drop-duplicates", "drop-near-duplicates",
         "languages", "score-column", "min-score", "shuffle", "captions", "reinforce", "worker",

@@ -205,7 +205,7 @@ def average(args: Sequence[str]) -> int:
     kind, verb = AverageConfig, "average MODEL ... OUTPUT"
     config, as_json = arguments.read(kind, [*named, *args[len(paths) :]], (), average, verb)
     result = run_average(config)
-    lines = [f"{name}: {x}" for name, x in result.items() if name != "rows" and x is not None]
+    lines = [f"{name}: {x}" for name, x in result.items() if name != "rows"]
     return _print(result, as_json, "\n".join([to_columns(result["rows"]), *lines]))
 
 

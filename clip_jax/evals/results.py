@@ -70,7 +70,14 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
 
 
 def to_table(values: Mapping[str, float | int]) -> str:
-    """Format names and numbers for a terminal."""
+    """Format names and numbers for a terminal, those of `evaluate --beside` in columns."""
+    beside = ("original/", "change/")
+    if any(name.startswith(beside) for name in values):
+        own = {name: x for name, x in values.items() if not name.startswith(beside)}
+        return to_columns(
+            [{"metric": name, "model": x, **{p[:-1]: values.get(p + name, "") for p in beside}}
+             for name, x in own.items()]
+        )  # fmt: skip
     width = max(map(len, values), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:{'10' if isinstance(value, int) else '10.4f'}}"
@@ -84,7 +91,8 @@ def to_columns(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [list(rows[0]), *cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[f"{x:>{n}}" for x, n in zip(row, widths, strict=True)] for row in cells]
-    return "\n".join("  ".join([f"{row[0].strip():<{widths[0]}}", *row[1:]]) for row in lines)
+    lines = ["  ".join([f"{row[0].strip():<{widths[0]}}", *row[1:]]) for row in lines]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None = None) -> None:

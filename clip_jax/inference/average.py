@@ -22,7 +22,6 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.pictures import save
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
-from clip_jax.inference.evaluate import encoder_of
 from clip_jax.inference.loading import model_of, on_mesh, prompt_head
 from clip_jax.serialize import to_dict
 from clip_jax.storage import files
@@ -33,9 +32,8 @@ _FREE = (
     *("file", "dtype", "remat", "unroll", "attention", "patch_dropout", "layer_scale", "mlp_ratio"),
     *("init_logit_scale", "init_logit_bias", "image_mean", "image_std", "rules"),
 )
-_LOWER_IS_BETTER = ("median_rank", "templates/spread", "lambda")
 
-Measure = Callable[[Weights], dict[str, float]]
+Measure = Callable[[Weights], tuple[str, dict[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +64,20 @@ class AverageConfig(SuiteConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, curve="[0, 1]", weights="[-1e6, 1e6]")
-        count, some = len(self.models), self.weights or (1.0,)
+        count, weights = len(self.models), self.weights or (1.0,)
         if count < 1 + (self.base is None):
             raise InputError(f"an average needs two models, not {count}; name them before OUTPUT.")
         if self.weights and len(self.weights) != count:
-            raise InputError(f"weights={self.weights} are not {count}, one for each model.")
-        if not any(some) or (min(some) < 0 and self.base is None):
-            raise InputError(f"weights={some} are all 0, or negative without a --base.")
+            raise InputError(f"weights={weights} are not {count}, one for each model.")
+        if not any(weights) or (min(weights) < 0 and self.base is None):
+            raise InputError(f"weights={weights} must not be all 0, nor negative without --base.")
+        if self.curve and (count > 2 or self.greedy):
+            raise InputError(f"curve joins two models, not {count}; omit others and --greedy.")
         if (self.curve or self.greedy) and (self.base or self.weights or not self.dataset):
             raise InputError(
-                "greedy and curve set the weights themselves and compare results on data sets: "
-                "omit --weights and --base, and set --dataset, such as folder:PATH."
+                "curve and greedy choose weights by results on data sets: omit --weights and "
+                "--base, and set --dataset, such as folder:PATH."
             )
-        if self.curve and (count > 2 or self.greedy):
-            raise InputError(f"curve joins two models, not {count}; omit the others and --greedy.")
 
 
 def average(config: AverageConfig) -> dict[str, Any]:
@@ -93,20 +91,30 @@ def average(config: AverageConfig) -> dict[str, Any]:
     files.check_destination(config.output, "average")
     opened = data_sets(config.dataset, config.data_dir, config.languages) if config.dataset else {}
     evaluator = SuiteEvaluator(config, opened, memory=SuiteEvalConfig.memory_mib << 20)
-    measure = functools.partial(_results, config, evaluator)
+    measure = functools.partial(_measure, config.metric, evaluator)
     models = fitting([read_weights(path, ema=config.ema) for path in paths], paths)
     if config.curve:
         return _curve(config, models, measure)
     base = models.pop() if config.base else None
     weights = config.weights or (1.0,) * len(models)
+    result: dict[str, Any] = {"output": str(config.output)}
     rows = [{"model": str(x), "weight": w} for x, w in zip(config.models, weights, strict=True)]
     if config.greedy:
-        models, rows = _greedy(config, models, measure)
-        weights = (1.0,) * len(models)
+        alone = [measure(x) for x in models]
+        rows, kept, best = [], [], -math.inf
+        result["metric"] = metric = alone[0][0]
+        for i in sorted(range(len(models)), key=lambda i: -alone[i][1][metric]):
+            soup, own = [*kept, models[i]], alone[i][1][metric]
+            value = measure(combine(soup, [1.0] * len(soup)))[1][metric]
+            row = {"alone": own, "in the soup": value, "kept": value >= best}
+            rows.append({"model": str(config.models[i])} | row)
+            if value >= best:
+                kept, best = soup, value
+        models, weights = kept, (1.0,) * len(kept)
     averaged = combine(models, weights, base)
     write_weights(averaged, config.output, "clip-jax")
     card.write(config.output, config.output, averaged, TARGETS["clip-jax"].use)
-    return {"output": str(config.output), "rows": rows}
+    return result | {"rows": rows}
 
 
 def combine(
@@ -127,17 +135,17 @@ def combine(
     start, sums = {} if base is None else arrays(base), {}
     for name in trees[0][1]:
         terms = [w * (tree[name] - start[name] if start else tree[name]) for w, tree in trees]
-        first = [start[name]] if start else []
-        sums[name] = np.asarray(functools.reduce(np.add, [*first, *terms]))
+        sums[name] = np.asarray(
+            sum(terms, start[name]) if start else functools.reduce(np.add, terms)
+        )
     head = models[0].head and replace(models[0].head, kernel=sums.pop("classifier"))
     return replace(models[0], params=unflatten(sums), head=head, adapters=None)
 
 
 def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights]:
     """Return models that can be averaged: if one has a classifier, those without get the zero-shot
-    one of its classes. Raises InputError that names what differs, or for BatchNorm.
-    """
-    head = next((x.head for x in models if x.head is not None), None)
+    one of its classes. Raises InputError that names what differs, or for BatchNorm."""
+    head = next((x.head for x in models if x.head), None)
 
     def facts(x: Weights) -> dict[str, Any]:
         shapes = {name: array.shape for name, array in flatten(x.params).items()}
@@ -156,46 +164,26 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
         check_same(*tokenizers, str(path), "Average models of one tokenizer.")
         if "batch_stats" in x.params:
             raise InputError(f"{path} has BatchNorm, whose statistics cannot be averaged.")
-    return [
-        replace(x, head=prompt_head(model_of(x), head.classes, head.templates))
-        if head and not x.head
-        else x
-        for x in models
-    ]
+    if head is None:
+        return [*models]
+    own = (x.head or prompt_head(model_of(x), head.classes, head.templates) for x in models)
+    return [replace(x, head=head) for x, head in zip(models, own, strict=True)]
 
 
-# ------------------------------------------------------------------ with results
-
-
-def _results(config: AverageConfig, evaluator: SuiteEvaluator, x: Weights) -> dict[str, float]:
-    """Return a model's results, DATASET/METRIC, first the one to choose by."""
+def _measure(
+    metric: str | None, evaluator: SuiteEvaluator, x: Weights
+) -> tuple[str, dict[str, float]]:
+    """Return the name of the result to choose by, and all results by name."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    values = dict(evaluator.run(encoder_of(on_mesh(x, mesh), mesh, "average")))
+    values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
     kind = "/classifier/acc1" if x.head else "/acc1"
-    metric = config.metric or next((name for name in values if name.endswith(kind)), "acc1")
-    if metric not in values or metric.endswith(_LOWER_IS_BETTER):
+    metric = metric or next((name for name in values if name.endswith(kind)), "acc1")
+    if metric not in values or metric.endswith(("median_rank", "templates/spread", "lambda")):
         raise InputError(
             f"metric={metric!r} is no result of which a higher one is better; set --metric to one "
-            f"of {', '.join(name for name in values if not name.endswith(_LOWER_IS_BETTER))}."
+            f"of {', '.join(values)}."
         )
-    return {metric: values[metric]} | values
-
-
-def _greedy(
-    config: AverageConfig, models: Sequence[Weights], measure: Measure
-) -> tuple[list[Weights], list[dict[str, Any]]]:
-    """Return the models of the soup, and what each of all that were tried made of it."""
-    alone = [next(iter(measure(model).items())) for model in models]
-    kept, best, rows = [], -math.inf, []
-    for i in sorted(range(len(models)), key=lambda i: -alone[i][1]):
-        soup, (metric, value) = [*kept, models[i]], alone[i]
-        if kept:
-            value = measure(combine(soup, [1.0] * len(soup)))[metric]
-        row = {"model": str(config.models[i]), metric: alone[i][1], "of the soup": value}
-        rows.append(row | {"kept": value >= best})
-        if value >= best:
-            kept, best = soup, value
-    return kept, rows
+    return metric, values
 
 
 def _curve(config: AverageConfig, models: Sequence[Weights], measure: Measure) -> dict[str, Any]:
@@ -203,23 +191,21 @@ def _curve(config: AverageConfig, models: Sequence[Weights], measure: Measure) -
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows: list[dict[str, float]] = []
+    rows, metric = [], ""
     for alpha in sorted(set(config.curve)):
-        rows.append({"alpha": alpha} | measure(combine(models, (1 - alpha, alpha))))
+        metric, values = measure(combine(models, (1 - alpha, alpha)))
+        rows.append({"alpha": alpha} | values)
         files.write_whole(config.output / "curve.json", json.dumps(rows, indent=1))
-    metric = [*rows[0]][1]
-    kind = metric.partition("/")[2]
-    names = [name for name in rows[0] if name.partition("/")[2] == kind]
+    best = max(rows, key=lambda row: row[metric])["alpha"]
+    names = [x for x in rows[0] if x.partition("/")[2] == metric.partition("/")[2]]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.5), layout="constrained")
         axes, alphas = figure.subplots(), [row["alpha"] for row in rows]
         for name in names:
-            label = plain(name.partition("/")[0])
-            axes.plot(alphas, [row[name] for row in rows], "o-", label=label)
+            axes.plot(alphas, [row[name] for row in rows], "o-", label=plain(name))
         first, second = (plain(path.name) for path in config.models)
-        axes.set(xlabel=f"α (0: {first}, 1: {second})", ylabel=kind)
+        axes.set(xlabel=f"α (0: {first}, 1: {second})", ylabel=plain(metric.partition("/")[2]))
         axes.legend()
         save(figure, config.output / "curve.png", dpi=150)
-    best = max(rows, key=lambda row: row[metric])["alpha"]
     rows = [{name: row[name] for name in ("alpha", *names)} for row in rows]
-    return {"output": str(config.output), "metric": metric, "best alpha": best, "rows": rows}
+    return {"output": str(config.output), "metric": metric, "best_alpha": best, "rows": rows}

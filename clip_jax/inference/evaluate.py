@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from jax.sharding import Mesh
-
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config, of_run
@@ -17,7 +15,7 @@ from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.evaluator import Encoder, Evaluator, length_of, say
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
-from clip_jax.inference.loading import Model, load_on_mesh
+from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -42,8 +40,8 @@ class EvaluateConfig(SuiteConfig):
     tokens: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
-    # Another model to evaluate alike, such as the one before fine-tuning. Its results are named
-    # original/NAME, and the difference change/NAME.
+    # Another model to evaluate alike, such as the one before fine-tuning: its results are named
+    # original/NAME, and what this model adds to them change/NAME. None: none.
     beside: AnyPath | None = None
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
@@ -67,14 +65,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
     run = config_of_run(config.model)
     evaluators, output = Evaluators(config, run), config.output
     values = evaluators.run(open_encoder(config, run), output)
-    if config.beside is None:
-        return values
-    encoder = open_encoder(replace(config, model=config.beside), run)
-    other = evaluators.run(encoder, output and output / "original")
-    changes = {f"change/{name}": values[name] - x for name, x in other.items() if name in values}
-    values |= {f"original/{name}": x for name, x in other.items()} | changes
-    if output and processes.is_lead():
-        files.write_whole(output / "result.json", json.dumps(values, indent=1))
+    if config.beside is not None:
+        encoder = open_encoder(replace(config, model=config.beside), run)
+        other = evaluators.run(encoder, output and output / "original")
+        change = {f"change/{name}": values[name] - x for name, x in other.items() if name in values}
+        values |= {f"original/{name}": x for name, x in other.items()} | change
+        if output and processes.is_lead():
+            files.write_whole(output / "result.json", json.dumps(values, indent=1))
     return values
 
 
@@ -139,15 +136,7 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
     model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens)
-    return encoder_of(model, mesh, config.model.name)
-
-
-def encoder_of(model: Model, mesh: Mesh, name: str) -> Encoder:
-    """Return what evaluators measure, for a model on a mesh."""
-    return Encoder(
-        model.clip, model.params, mesh, model.image_preprocess,
-        lambda texts: model.tokenize(texts, True), name, model.head,
-    )  # fmt: skip
+    return model.encoder(mesh, config.model.name)
 
 
 def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:

@@ -24,7 +24,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.captioning import write
-from clip_jax.evals.evaluator import compiled, embed_images, embed_texts
+from clip_jax.evals.evaluator import Encoder, compiled, embed_images, embed_texts
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
@@ -104,6 +104,13 @@ class Model:
         if "logit_bias" in self.params:
             return special.expit(logits + float(self.params["logit_bias"]))
         return special.softmax(logits, axis=1)
+
+    def encoder(self, mesh: Mesh, name: str) -> Encoder:
+        """Return what evaluators measure; the parameters must be on the mesh."""
+        return Encoder(
+            self.clip, self.params, mesh, self.image_preprocess,
+            lambda texts: self.tokenize(texts, True), name, self.head,
+        )  # fmt: skip
 
     def class_probabilities(self, images: Float[Any, "B E"]) -> Float[np.ndarray, "B classes"]:
         """Return the probability of each of `head.classes` for outputs of `encode_image`."""
