@@ -4,6 +4,7 @@ import dataclasses
 import math
 import types
 import typing
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.export import ExportConfig
-from clip_jax.inference import embed, evaluate, predict, search
+from clip_jax.inference import average, embed, evaluate, predict, search
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
@@ -32,9 +33,11 @@ COMMANDS = (
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
     run_table.CollectConfig, fit.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
+    average.AverageConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),
+    "AverageConfig.models": (Path("a"), Path("b")),
     "SearchConfig.text": "a cat",
     "ConvertConfig.to": "openai",
     "ExportConfig.format": "onnx",
@@ -66,6 +69,7 @@ ZERO = names(
     TokenizerConfig="begin_id end_id pad_id", SuiteEvalConfig="seed memory_mib", Config="seed",
     DataConfig="seed workers threads max_bad_share synthetic_ratio", DigitsConfig="split_seed",
     MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
+    AverageConfig="seed curve", ClassifierConfig="weight label_smoothing",
     LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
     "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",

@@ -1,10 +1,16 @@
 """The paper's other metrics against scikit-learn and against their definitions."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from clip_jax.convert.weights import Head
 from clip_jax.evals import zero_shot
+from clip_jax.evals.datasets import Labelled
+from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.reader import Embedded
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +73,20 @@ def test_many_labels_leave_out_what_is_too_difficult(task):
     plain, eleven = np.mean(expected, axis=0)
     assert values["mean_average_precision_11"] == pytest.approx(eleven)
     assert values["mean_average_precision"] == pytest.approx(plain)
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy"),
+    [(("cat", "dog"), 0.75), (("owl", "dog", "cat"), 0.25), (("cat", "owl"), None)],
+)
+def test_a_classifier_is_measured_on_classes_that_it_has_by_name(classes, accuracy):
+    """In any order and among others; its first row is nearest to three of four images."""
+    images = np.float32([[1, 0], [1, 0], [1, 0], [0, 1]])
+    kernel = np.float32([[1, 0], [0, 1]] if len(classes) == 2 else [[2, 2], [1, 0], [0, 1]])
+    encoder = mock.Mock(spec=Encoder, head=Head(classes, ("{}",), kernel), logit_scale=1.0)
+    encoder.classes.return_value = np.eye(2, dtype=np.float32)[None]
+    data = mock.Mock(spec=Labelled, names=["cat", "dog"], templates=["{}"])
+    embedded = Embedded(images, np.arange(4), [0, 0, 1, 1], [])
+    values = zero_shot.classify(data, embedded, encoder).values
+    assert values["acc1"] == 0.75
+    assert values.get("classifier/acc1") == accuracy

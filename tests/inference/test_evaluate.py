@@ -23,7 +23,7 @@ from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.prompts import ensemble
 from clip_jax.evals.reader import Outcome, Splits
-from clip_jax.evals.results import to_markdown
+from clip_jax.evals.results import to_markdown, to_table
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.evals.zero_shot import classify, multi_label, zero_shot
 from clip_jax.inference.evaluate import (
@@ -223,6 +223,29 @@ def test_a_suite_runs_what_is_there_and_names_the_rest(evaluate, data, tmp_path)
     assert "left out: cifar10 is not in" in errors
     assert "left out: mnist: none of 1 images can be read" in errors
     assert "tensorflow_datasets build cifar10" in errors
+
+
+def test_a_model_is_evaluated_beside_the_original(evaluate, model, data, tmp_path, capsys):
+    """Results of both and the difference, in one table and in one file."""
+    own = Weights(config=SMALL, params=drawn(scale=0.4), preprocess=default_preprocess(SMALL))
+    write_model(own, tmp_path / "original")
+    args = ["--dataset", f"folder:{data / 'mine'}", "--output", tmp_path / "out"]
+    values, _ = evaluate(*args, "--beside", tmp_path / "original")
+    assert json.loads((tmp_path / "out/result.json").read_text()) == values
+    other = json.loads((tmp_path / "out/original/result.json").read_text())
+    assert main(["evaluate", str(tmp_path / "original"), *map(str, args[:2]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == other
+    for name, value in other.items():
+        assert values[f"original/{name}"] == value
+        assert values[f"change/{name}"] == values[name] - value
+    assert len(values) == 3 * len(other)
+    lines = [line.split() for line in to_table(values).splitlines()]
+    assert lines[0] == ["metric", "model", "original", "change"]
+    cells = (values["mine/acc1"], other["mine/acc1"], values["change/mine/acc1"])
+    assert lines[1] == ["mine/acc1", *(f"{x:.4f}" for x in cells)]
+    assert len(lines) == 1 + len(other)
+    with pytest.raises(InputError, match="omit --beside"):
+        EvaluateConfig(model=model, watch=True, beside=model)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from clip_jax.cli.commands import main
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.weights import Head
 from clip_jax.inference.loading import Model, load
 from tests.conftest import COCA, write_tiny_model
 from tests.data.conftest import write_tar
@@ -112,6 +114,24 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(folder, run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert all("cat" in line and "%" in line for line in lines)
+
+
+def test_without_labels_the_classes_are_those_of_the_models_classifier(folder, tmp_path, run):
+    """Labels that are given take its place."""
+    weights = read_weights(folder / "model")
+    kernel = np.random.default_rng(0).normal(size=(3, weights.config.embed_dim))
+    head = Head(("cat", "dog", "owl"), ("a {}",), kernel.astype(np.float32))
+    write_weights(dataclasses.replace(weights, head=head), tmp_path / "model", "clip-jax")
+    image, model = folder / "photos/000.png", tmp_path / "model"
+    (result,), _ = run("predict", model, "--images", image)
+    loaded = load(model)
+    embedded = unit(loaded.encode_image(loaded.preprocess(image)))
+    expected = np.asarray(jax.nn.softmax(embedded @ head.kernel.T / 0.07))[0]
+    found = {x["label"]: x["probability"] for x in result["labels"]}
+    np.testing.assert_allclose([found[x] for x in head.classes], expected, rtol=1e-3)
+    results = [run("predict", x, "--images", image, "--labels", "a", "b") for x in
+               (model, folder / "model")]  # fmt: skip
+    assert results[0] == results[1]
 
 
 def test_with_a_bias_every_label_has_a_probability_of_its_own():
