@@ -138,7 +138,7 @@ def combine(
         sums[name] = np.asarray(
             sum(terms, start[name]) if start else functools.reduce(np.add, terms)
         )
-    head = models[0].head and replace(models[0].head, kernel=sums.pop("classifier"))
+    head = models[0].head and models[0].head._replace(kernel=sums.pop("classifier"))
     return replace(models[0], params=unflatten(sums), head=head, adapters=None)
 
 

@@ -271,7 +271,7 @@ def changed(name: str) -> Weights:
             return replace(own, preprocess=replace(own.preprocess, resize_mode="squash"))
         case "classes":
             assert own.head is not None
-            return replace(own, head=replace(own.head, classes=("bright", "cat", "grey")))
+            return replace(own, head=own.head._replace(classes=("bright", "cat", "grey")))
         case "nan":
             return replace(
                 own, params=own.params | {"logit_scale": np.full((), np.nan, np.float32)}
