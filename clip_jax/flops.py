@@ -21,15 +21,17 @@ CoCa decodes the last token and projects its queries for each image. `training`,
 only what is needed, and computed here.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
+from clip_jax.models.lora import adapted
 from clip_jax.models.vit import ViTConfig
+from clip_jax.optim.wrappers import TOWERS, Tower
 
 Convention = Literal["matmul", "laion", "fvcore"]
-Tower = Literal["image", "text"]
 
 BACKWARD = 2  # a gradient for the input and one for the weights, each as large as the forward
 
@@ -52,13 +54,16 @@ class Flops(NamedTuple):
 
 
 def of_step(run: Any) -> Flops:
-    """Count one training step of a Config or Recipe, with dropped patches and locked towers."""
-    locked = run.optim.locked
+    """Count one step of a Config or Recipe, with dropped patches, locked towers and adapters."""
+    locked, lora = run.optim.locked, run.lora
+    if lora is not None:  # no gradient passes a tower without adapters
+        has = {each.kernel.split("/")[0] for each in adapted(run.model, lora)}
+        locked += tuple(tower for tower, name in TOWERS.items() if name not in has)
     macs = sum(term.macs(run.model, run.batch_size, locked) for term in run.objective)
     teachers = [model for term in run.objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
-    own = training(run.model, run.batch_size, locked=locked)
+    own = training(run.model, run.batch_size, locked, has_adapters=lora is not None)
     needs = {name for term in run.objective for name in term.needs}
     images, texts = (1 + sum(x.startswith(f"{y}:") for x in needs) for y in ("image", "text"))
     towers = own._replace(image=own.image * images, text=own.text * texts)
@@ -76,21 +81,32 @@ def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:
     return Flops(*(_weigh(counts, convention) for counts in (image, text, written)))
 
 
-def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()) -> Flops:
+def training(
+    config: CLIPConfig, batch_size: int, locked: Sequence[Tower] = (), has_adapters: bool = False
+) -> Flops:
     """Count one step by `matmul`: 3 × forward; a locked tower (LiT) 1 ×; nothing recomputed.
+
+    With low-rank adapters (LoRA), frozen weights have no gradient, which leaves 2 × forward, and
+    3 × in attention's own products. The adapters' share, about rank / width, is not counted.
 
     Patches that the config drops (FLIP) cost their projection alone; a locked tower drops none.
 
     The loss is the global `[batch_size, batch_size]` similarity, computed once: whatever its form
     (dense, blocked, ring), every pair of the global batch meets once.
     """
-    image, text, written = map(_weigh, _count(config, training=True, locked=locked))
+    image, text, written = _count(config, training=True, locked=locked)
     similarity = 2 * batch_size * batch_size * config.embed_dim
+
+    def trained(of: Operations, tower: str = "") -> int:
+        if tower in locked:
+            return _weigh(of)
+        return _weigh((1 + BACKWARD) * of) - has_adapters * 2 * (of.macs - of.attention)
+
     # Each locked tower spares the loss one of its two gradients.
     return Flops(
-        image=batch_size * image * (1 if "image" in locked else 1 + BACKWARD),
-        text=batch_size * text * (1 if "text" in locked else 1 + BACKWARD),
-        decoder=batch_size * written * (1 + BACKWARD),
+        image=batch_size * trained(image, "image"),
+        text=batch_size * trained(text, "text"),
+        decoder=batch_size * trained(written),
         loss=similarity * (1 + BACKWARD - len(set(locked))),
     )
 
@@ -102,7 +118,7 @@ def _weigh(counts: Operations, convention: Convention = "matmul") -> int:
 
 
 def _count(
-    config: CLIPConfig, training: bool = False, locked: tuple[Tower, ...] = ()
+    config: CLIPConfig, training: bool = False, locked: Sequence[Tower] = ()
 ) -> tuple[Operations, Operations, Operations]:
     """Count the image tower, the text tower and the decoder, in training without the last token."""
     vision, text, decoder = config.vision, config.text, config.decoder

@@ -40,8 +40,8 @@ from clip_jax.models.clip import (
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import TOWERS, OptimConfig, Tower, make_optimizer, schedule
-from clip_jax.optim.wrappers import GuardState
+from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
+from clip_jax.optim.wrappers import TOWERS, GuardState
 from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
@@ -80,15 +80,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         terms.check(self.objective, self.model)
-        if len({*self.optim.locked}) > 1 and not any(
-            term.parameters(self.model) for term in self.objective
-        ):
+        locked = {TOWERS[tower] for tower in self.optim.locked}
+        if {path.split("/")[0] for path in self.dimensions() if "/" in path} <= locked:
             raise InputError(
-                "optim.locked names both towers, so that only the logit scale would train; lock "
-                "one tower at most, or add a term with parameters, such as a ClassifierConfig."
+                f"optim.locked={self.optim.locked} leaves nothing to train but the logit scale: "
+                "lock one tower at most, add a term with parameters (ClassifierConfig), or choose "
+                "other lora.targets."
             )
-        if self.lora is not None:
-            adapters.adapted(self.model, self.lora)  # raises InputError
+        if self.lora is not None and isinstance(self.optim.optimizer, Muon):
+            raise InputError(
+                "Muon does not train low-rank adapters: set optim.optimizer to AdamW, LAMB or "
+                "Adafactor, or lora to None."
+            )
 
     def dimensions(self) -> dict[str, str]:
         """Return path → dimension names of everything that is trained."""

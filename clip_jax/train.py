@@ -42,10 +42,10 @@ from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the run directory: fingerprints of the training data
-# What frozen weights are called, and the setting that says where they are.
-_FROZEN = {
-    "teachers": ("teachers", "teachers.weights"), "base": ("initial weights", "init_from")
-}  # fmt: skip
+_FROZEN = {  # what frozen weights are called, and the setting that says where they are
+    "teachers": ("teachers", "teachers.weights"),
+    "base": ("initial weights", "init_from (of a run that has trained on since: RUN@STEP)"),
+}
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
 
@@ -338,8 +338,8 @@ def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored
         if begun.position.get(name, found) != found:
             what, where = _FROZEN[name]
             raise InputError(
-                f"the checkpoint of step {begun.step} was trained with other {what}: their weights "
-                f"have changed. Restore them at {where}, or start a new run in another --workdir."
+                f"the checkpoint of step {begun.step} was trained with other {what}, or they have "
+                f"changed. Restore them at {where}, or start a new run in another --workdir."
             )
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(

@@ -38,7 +38,8 @@ from clip_jax.errors import InputError
 from clip_jax.models import lora
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
-from clip_jax.optim import TOWERS, Tower
+from clip_jax.optim import Tower
+from clip_jax.optim.wrappers import TOWERS
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 

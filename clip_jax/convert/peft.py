@@ -6,6 +6,7 @@ adapters of that attention are refused.
 """
 
 import functools
+import itertools
 import math
 import re
 import tempfile
@@ -52,7 +53,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     rows = {row.ours: row for row in hugging_face.rows(weights.config)}
     flat, tensors, rank = flatten(own.params), {}, own.lora.rank
     for each in lora.adapted(weights.config, own.lora):
-        row, blocks, parts = rows[each.kernel], math.prod(each.depth), len(each.chosen)
+        row, blocks, parts = rows[each.kernel], math.prod(each.depth), sum(each.chosen)
         if row.names[0].startswith(_POOLING) or each.kernel == "visual/conv1/kernel":
             raise InputError(
                 f"PEFT cannot have adapters of {', '.join(each.names)}: leave it out of "
@@ -61,11 +62,10 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         a, b = (np.asarray(flat[f"{each.prefix}lora_{name}"]) for name in "ab")
         a, b = a.reshape(blocks, -1, parts, rank), b.reshape(blocks, parts, rank, -1)
         for block in range(blocks):
-            for part, name in enumerate(row.names_of(block)):
-                if each.chosen[part]:
-                    module = _PREFIX + name.removesuffix(".weight")
-                    tensors[f"{module}.lora_A.weight"] = cast(a[block, :, part].T, dtype)
-                    tensors[f"{module}.lora_B.weight"] = cast(b[block, part].T, dtype)
+            for part, name in enumerate(itertools.compress(row.names_of(block), each.chosen)):
+                module = _PREFIX + name.removesuffix(".weight")
+                tensors[f"{module}.lora_A.weight"] = cast(a[block, :, part].T, dtype)
+                tensors[f"{module}.lora_B.weight"] = cast(b[block, part].T, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})

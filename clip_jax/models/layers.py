@@ -237,8 +237,8 @@ def adapt(module: nn.Module, x: Float[Array, "..."], y: Float[Array, "..."], nam
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(*b.shape[:2], -1)
     contracted = next(i for i in range(1, x.ndim) if math.prod(x.shape[-i:]) == len(a))
     rows = x.reshape(*x.shape[:-contracted], -1)
-    low = jnp.einsum("...D,DSR->...SR", rows, a) * scale[:, None]
-    return y + jnp.einsum("...SR,SRF->...SF", low, b).reshape(y.shape)
+    low, b = jnp.einsum("...D,DSR->...SR", rows, a), jnp.einsum("SRF,ST->SRTF", b, scale)
+    return y + jnp.einsum("...SR,SRTF->...TF", low, b).reshape(y.shape)
 
 
 class Attention(nn.Module):

@@ -2,8 +2,7 @@
 
 A linear map x·W becomes x·W + scale · (x·A)·B. A and B are stored beside the kernel: `X/kernel` has
 `X/lora_a` and `X/lora_b`, a bare matrix `X` has `X_lora_a` and `X_lora_b`. A map fused of several
-(queries, keys and values) has one adapter for each part, along the axis S; a part that is not a
-target has the scale 0, so that it adds nothing and gets no gradient.
+(queries, keys and values) has one adapter for each part that is a target, along the axis S.
 """
 
 import fnmatch
@@ -60,11 +59,7 @@ class Adapted(NamedTuple):
     @property
     def prefix(self) -> str:
         """What the adapters' paths begin with."""
-        return (
-            self.kernel.removesuffix("kernel")
-            if self.kernel.endswith("/kernel")
-            else f"{self.kernel}_"
-        )
+        return f"{self.kernel}_".replace("/kernel_", "/")
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,13 +94,16 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
 
 def adapted(model: CLIPConfig, lora: LoRAConfig) -> list[Adapted]:
     """Return the kernels with adapters. Raises InputError for a target that matches no map."""
-    maps = linear_maps(model)
-    known = sorted({name for each in maps for name in each.names})
+    maps, folders = linear_maps(model), dict[str, list[str]]()
+    known = [name for each in maps for name in each.names]
+    for folder, _, name in (name.rpartition("/") for name in known):
+        folders.setdefault(folder, []).append(name)
     for target in lora.targets:
         if not fnmatch.filter(known, target):
             raise InputError(
-                f"lora.targets: {target!r} matches no linear map of the model; these are "
-                f"{', '.join(known)}."
+                f"lora.targets: {target!r} matches no linear map of the model, which has\n"
+                + "\n".join(f"  {folder}/ {', '.join(x)}" for folder, x in folders.items())
+                + "\nA target is one of these paths, or a pattern such as */attn/q."
             )
 
     def is_chosen(name: str) -> bool:
@@ -119,7 +117,7 @@ def shapes(model: CLIPConfig, lora: LoRAConfig) -> dict[str, tuple[tuple[int, ..
     """Return path → shape and names of dimensions of every trained array."""
     found = {}
     for each in adapted(model, lora):
-        parts, (stack, inputs, outputs) = len(each.chosen), each.dims
+        parts, (stack, inputs, outputs) = sum(each.chosen), each.dims
         a = (*each.depth, *each.inputs, parts, lora.rank), f"{stack} {inputs} - -"
         b = (*each.depth, parts, lora.rank, *each.outputs), f"{stack} - - {outputs}"
         for name, (shape, dims) in (("a", a), ("b", b)):
@@ -129,21 +127,24 @@ def shapes(model: CLIPConfig, lora: LoRAConfig) -> dict[str, tuple[tuple[int, ..
 
 def draw(model: CLIPConfig, lora: LoRAConfig, key: Array) -> Params:
     """Draw adapters that change nothing yet: A from U(±1/√inputs), as in PEFT, and B = 0."""
-    drawn = {}
+    drawn, sizes = {}, shapes(model, lora)
     for number, each in enumerate(adapted(model, lora)):
         limit, own = math.prod(each.inputs) ** -0.5, jax.random.fold_in(key, number)
-        a, b = (shapes(model, lora)[f"{each.prefix}lora_{name}"][0] for name in "ab")
-        drawn[f"{each.prefix}lora_a"] = jax.random.uniform(own, a, jnp.float32, -limit, limit)
-        drawn[f"{each.prefix}lora_b"] = jnp.zeros(b)
+        a, b = (f"{each.prefix}lora_{name}" for name in "ab")
+        drawn[a] = jax.random.uniform(own, sizes[a][0], jnp.float32, -limit, limit)
+        drawn[b] = jnp.zeros(sizes[b][0])
     return unflatten_dict(drawn, sep="/")
 
 
 def join(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) -> Params:
-    """Return the parameters of the adapted model, for the model's own functions."""
+    """Return the parameters of the adapted model, for the model's own functions.
+
+    They have `lora_scale` [depth, S, T]: the scale where adapter S is of part T, and 0 elsewhere.
+    """
     flat = flatten_dict(base, sep="/") | flatten_dict(adapters, sep="/")
     for each in adapted(model, lora):
-        scale = jnp.asarray(each.chosen, jnp.float32) * lora.scale
-        flat[f"{each.prefix}lora_scale"] = jnp.broadcast_to(scale, (*each.depth, len(scale)))
+        scale = lora.scale * jnp.eye(len(each.chosen))[np.array(each.chosen)]
+        flat[f"{each.prefix}lora_scale"] = jnp.broadcast_to(scale, (*each.depth, *scale.shape))
     return unflatten_dict(flat, sep="/")
 
 
@@ -154,8 +155,9 @@ def merge(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) -
         a, b = (np.asarray(own[f"{each.prefix}lora_{name}"], np.float32) for name in "ab")
         a = a.reshape(*each.depth, -1, *a.shape[-2:])
         b = b.reshape(*each.depth, *b.shape[len(each.depth) :][:2], -1)
-        scale = np.asarray(each.chosen, np.float32)[:, None] * np.float32(lora.scale)
-        kernel = np.asarray(flat[each.kernel], np.float32)
-        change = np.einsum("...DSR,...SRF->...DSF", a, b) * scale
-        flat[each.kernel] = kernel + change.reshape(kernel.shape)
+        kernel = np.array(flat[each.kernel], np.float32)
+        parts = kernel.reshape(*a.shape[:-2], len(each.chosen), -1)  # of the same memory
+        change = np.einsum("...DSR,...SRF->...DSF", a, b, optimize=True)
+        parts[..., np.array(each.chosen), :] += np.float32(lora.scale) * change
+        flat[each.kernel] = kernel
     return unflatten_dict(flat, sep="/")

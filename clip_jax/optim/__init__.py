@@ -18,9 +18,6 @@ from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
 from clip_jax.optim.matrices import Rows
 from clip_jax.optim.muon import Muon, scale_by_muon, split
 from clip_jax.optim.wrappers import (
-    TOWERS as TOWERS,
-)
-from clip_jax.optim.wrappers import (
     Tower,
     average,
     descend,

@@ -36,7 +36,7 @@ from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
-from clip_jax.step import Program, Recipe, State, context, encode
+from clip_jax.step import Program, Recipe, State, base_of, context, encode
 
 # Distributions that compile for TPUs and for GPUs.
 TPU_COMPILER = ("libtpu",)
@@ -205,11 +205,13 @@ def compile_loss(program: Program) -> Any:
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
     inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
-    scalars = {name: x for name, x in state.params.items() if not isinstance(x, dict)}
+    known = base_of(state) | state.params
+    scalars = {name: x for name, x in known.items() if not isinstance(x, dict)}
     carried = State(None, None, None, state.carried, state.frozen)
 
     def encoded(state: State, inputs: Any) -> Any:
-        return encode(context(model, mesh, state, state.params, inputs, {}), objective)[0]
+        params = program.recipe.complete(state, state.params)
+        return encode(context(model, mesh, state, params, inputs, {}), objective)[0]
 
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),

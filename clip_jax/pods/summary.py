@@ -135,7 +135,7 @@ def _memory(plan: Plan) -> str:
         if table := plan.token_embedding_bytes.get(name):
             rows.append(("  of it, the token embedding", HOW[name], _mib(table)))
         if name == "terms" and plan.frozen_bytes:
-            rows.append(("  of it, frozen models", HOW[name], _mib(plan.frozen_bytes)))
+            rows.append(("  of it, frozen weights", HOW[name], _mib(plan.frozen_bytes)))
     return _table(("memory per device", "source", "MiB"), rows, left=2)
 
 

@@ -140,7 +140,7 @@ def test_a_frozen_teachers_memory_flops_and_price():
     assert each["hours_without_teacher"] == pytest.approx((1 - share) * each["hours"])
     assert each["price_without_teacher"] == pytest.approx((1 - share) * each["price"])
     text = describe(planned)
-    assert re.findall(r"frozen models .* ([\d.]+)", text) == ["4.0"]
+    assert re.findall(r"frozen weights .* ([\d.]+)", text) == ["4.0"]
     assert "of these, teacher:" in text
     assert re.search(r"1B pairs without teacher: [\d.]+ hours, price \d+", text)
     assert "teacher" not in describe(alone)
