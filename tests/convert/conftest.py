@@ -31,6 +31,7 @@ from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import shapes
+from clip_jax.storage.files import AnyPath
 from tests.conftest import COCA, MAMMUT
 
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
@@ -114,7 +115,7 @@ def cast(weights: Weights, dtype: DType) -> Weights:
     return replace(weights, params=params)
 
 
-def write_lora_run(workdir: Path, base: Path, own: LoRAConfig, head: Head | None = None) -> Path:
+def write_lora_run(workdir: Path, base: AnyPath, own: LoRAConfig, head: Head | None = None) -> Path:
     """Write a run of adapters of a base, and of a classifier, as `train` leaves it at step 1."""
     objective = (SoftmaxConfig(),)
     if head is not None:

@@ -13,13 +13,21 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
-from clip_jax.convert.formats import TARGETS, Format, read_weights, write_weights
+from clip_jax.convert.formats import (
+    TARGETS,
+    Format,
+    read_weights,
+    starting_params,
+    write_weights,
+)
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.errors import InputError
 from clip_jax.models import zoo
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.text import TokenizerConfig
 from tests import vocabularies
-from tests.convert.conftest import assert_same, cast, make_weights
+from tests.convert.conftest import assert_same, cast, make_weights, write_lora_run
 
 
 def test_each_format_has_its_target():
@@ -365,3 +373,46 @@ def test_laions_configuration_is_read(tmp_path):
     settings["text_cfg"] |= {"layers": 1 << 21, "cross_attn_ratio": 1 << 21}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
     assert_refused(tmp_path, "decoder.cross_every=2097152 must be at least 1 and at most 200")
+
+
+# ------------------------------------------------------------------ to begin training with
+
+
+def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
+    """A run's step and its newest are read; another base, or none, is one message."""
+    weights, base = make_weights("vit"), tmp_path / "base"
+    write_weights(weights, base, "clip-jax")
+    own = LoRAConfig(rank=2, alpha=1.0, targets=("visual/proj",))
+    run = write_lora_run(tmp_path / "run", base, own)
+    for name in ("run", "run@1"):
+        params = read_weights(tmp_path / name).params
+        assert set(params) == set(weights.params)
+        assert not np.array_equal(params["visual"]["proj"], weights.params["visual"]["proj"])
+        np.testing.assert_array_equal(params["text"]["ln_final"]["scale"],
+                                      weights.params["text"]["ln_final"]["scale"])  # fmt: skip
+    changed = {**weights.params, "logit_scale": weights.params["logit_scale"] + np.float32(1)}
+    write_weights(replace(weights, params=changed), base, "clip-jax")
+    message = rf"run has low-rank adapters of the weights in {base}, which have changed. Restore"
+    with pytest.raises(InputError, match=message):
+        read_weights(run)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"cannot be read \(there is no .*set init_from in .*json"):
+        read_weights(run)
+    write_weights(weights, tmp_path / "moved", "clip-jax")
+    content = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(content | {"init_from": str(tmp_path / "moved")}))
+    assert read_weights(run).adapters is not None
+
+
+def test_a_tower_that_pools_the_last_position_keeps_its_length(tmp_path, siglip, capsys):
+    """The logit bias is left out with a message if the model has none."""
+    write_weights(siglip, tmp_path, "clip-jax")
+    config = replace(siglip.config, init_logit_bias=None)
+    assert "logit_bias" not in starting_params(tmp_path, config)
+    assert "its logit bias is left out, since the model has none" in capsys.readouterr().err
+    assert "logit_bias" in starting_params(tmp_path, siglip.config)
+    assert capsys.readouterr().err == ""
+    shorter = replace(config, text=replace(config.text, context_length=5))
+    with pytest.raises(InputError, match=r"context_length=5 does not fit .* last of 6 positions"):
+        starting_params(tmp_path, shorter)
+    assert set(starting_params(tmp_path, shorter, ["image"])) == {"visual"}

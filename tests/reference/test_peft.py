@@ -56,6 +56,16 @@ def test_peft_loads_our_adapters(folders, tmp_path, name, dtype):
         assert np.abs(unit(start[key]) - unit(theirs[key])).max() > 1e-3
 
 
+@pytest.mark.parametrize("to", ["openai", "open-clip", "hugging-face"])
+def test_merged_adapters_load_everywhere(folders, tmp_path, to):
+    own = LoRAConfig(rank=4, targets=("*/attn/*", "*/mlp/*", "*proj*", "visual/conv1"))
+    run = write_lora_run(tmp_path / "run", folders / "vit", own)
+    settings = {"source": run, "destination": tmp_path / "out", "to": to, "verify": True}
+    verification = convert(ConvertConfig(**settings)).verification
+    assert verification is not None
+    assert verification.passed
+
+
 def their_adapters(folder, out, base, **settings):
     """Save adapters of PEFT at random numbers, with settings of its own; return the model."""
     torch.manual_seed(0)
