@@ -205,8 +205,10 @@ def average(args: Sequence[str]) -> int:
     kind, verb = AverageConfig, "average MODEL ... OUTPUT"
     config, as_json = arguments.read(kind, [*named, *args[len(paths) :]], (), average, verb)
     result = run_average(config)
+    rows = result["rows"]
     lines = [f"{name}: {x}" for name, x in result.items() if name != "rows"]
-    return _print(result, as_json, "\n".join([to_columns(result["rows"]), *lines]))
+    table = to_columns([[*rows[0]], *(row.values() for row in rows)])
+    return _print(result, as_json, "\n".join([table, *lines]))
 
 
 def export(args: Sequence[str]) -> int:

@@ -71,13 +71,11 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
 
 def to_table(values: Mapping[str, float | int]) -> str:
     """Format names and numbers for a terminal, those of `evaluate --beside` in columns."""
-    beside = ("original/", "change/")
-    if any(name.startswith(beside) for name in values):
-        own = {name: x for name, x in values.items() if not name.startswith(beside)}
-        return to_columns(
-            [{"metric": name, "model": x, **{p[:-1]: values.get(p + name, "") for p in beside}}
-             for name, x in own.items()]
-        )  # fmt: skip
+    sides = ("", "original/", "change/")
+    names = [name for name in values if not name.startswith(sides[1:])]
+    if len(names) < len(values):
+        rows = ([name, *(values.get(side + name, "") for side in sides)] for name in names)
+        return to_columns([("metric", "model", "original", "change"), *rows])
     width = max(map(len, values), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:{'10' if isinstance(value, int) else '10.4f'}}"
@@ -85,13 +83,11 @@ def to_table(values: Mapping[str, float | int]) -> str:
     )
 
 
-def to_columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows with the same names, the columns' titles, as a table for a terminal."""
-    cells = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
-    cells = [list(rows[0]), *cells]
+def to_columns(rows: Sequence[Iterable[Any]]) -> str:
+    """Format rows, the first of which are the titles, as a table for a terminal."""
+    cells = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [[f"{x:>{n}}" for x, n in zip(row, widths, strict=True)] for row in cells]
-    lines = ["  ".join([f"{row[0].strip():<{widths[0]}}", *row[1:]]) for row in lines]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
 
 

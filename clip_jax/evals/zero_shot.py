@@ -38,8 +38,8 @@ def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
 def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     """Classify every image by class names × templates, averaged in embedding space.
 
-    With several templates, also measure each alone: mean, spread and the ensemble's gain. If the
-    model has a classifier with all of these classes, also measure it on them: `classifier/acc1`.
+    With several templates, also measure each alone: mean, spread and the ensemble's gain. A model's
+    own classifier is measured, too, if it has all of these classes: `classifier/acc1`.
     """
     labels = images.labels
     texts = encoder.classes(data.templates, data.names)

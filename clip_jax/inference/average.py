@@ -17,7 +17,7 @@ from clip_jax.convert.formats import TARGETS, read_weights, write_weights
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers.vocabulary import check_same
-from clip_jax.display import STYLE, plain
+from clip_jax.display import plain
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.pictures import save
@@ -33,18 +33,14 @@ _FREE = (
     *("init_logit_scale", "init_logit_bias", "image_mean", "image_std", "rules"),
 )
 
-Measure = Callable[[Weights], tuple[str, dict[str, float]]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig(SuiteConfig):
     """Average the weights of models of one architecture, or evaluate a curve between two."""
 
-    # Models to average: run directories (RUN@STEP, RUN@best), model folders or weight files.
-    models: tuple[AnyPath, ...]
+    models: tuple[AnyPath, ...]  # Runs (RUN@STEP, RUN@best), model folders or weight files.
     output: AnyPath  # Folder for the averaged model, or for curve.json and curve.png of --curve.
-    # Weight of each model; they are divided by their sum. Empty: equal weights.
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()  # Weight of each model, divided by their sum. Empty: equal.
     # Task arithmetic (arXiv:2212.04089): add to this model the differences of the others from it,
     # times --weights, by default 1 and possibly negative. None: an average.
     base: AnyPath | None = None
@@ -54,11 +50,9 @@ class AverageConfig(SuiteConfig):
     # WiSE-FT (arXiv:2109.01903): evaluate (1 − α)·first + α·second on --dataset, such as the target
     # and shifted test sets, for these α. No model is written.
     curve: tuple[float, ...] = ()
-    # Result to choose by, DATASET/METRIC. None: the first data set's acc1, by the classifier if
-    # there is one.
+    # Result to choose by, DATASET/METRIC. None: acc1 of the first data set, by a classifier if any.
     metric: str | None = None
-    # Of runs with optim.ema_decay, take the moving average of the weights, not the last weights.
-    ema: bool = True
+    ema: bool = True  # Of runs with optim.ema_decay, take the moving average of the weights.
     overwrite: bool = False  # Replace an existing output.
 
     def __post_init__(self) -> None:
@@ -75,8 +69,7 @@ class AverageConfig(SuiteConfig):
             raise InputError(f"curve joins two models, not {count}; omit others and --greedy.")
         if (self.curve or self.greedy) and (self.base or self.weights or not self.dataset):
             raise InputError(
-                "curve and greedy choose weights by results on data sets: omit --weights and "
-                "--base, and set --dataset, such as folder:PATH."
+                "curve and greedy need --dataset, such as folder:PATH, and no --weights or --base."
             )
 
 
@@ -135,9 +128,8 @@ def combine(
     start, sums = {} if base is None else arrays(base), {}
     for name in trees[0][1]:
         terms = [w * (tree[name] - start[name] if start else tree[name]) for w, tree in trees]
-        sums[name] = np.asarray(
-            sum(terms, start[name]) if start else functools.reduce(np.add, terms)
-        )
+        first = [start[name]] if start else []
+        sums[name] = np.asarray(functools.reduce(np.add, [*first, *terms]))
     head = models[0].head and models[0].head._replace(kernel=sums.pop("classifier"))
     return replace(models[0], params=unflatten(sums), head=head, adapters=None)
 
@@ -160,19 +152,14 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
                     f"{paths[0]} and {path} cannot be averaged: {what} is {a} and {b}. Choose "
                     "models of one architecture, tokenizer, preprocessing and set of classes."
                 )
-        tokenizers = models[0].config.text.tokenizer, x.config.text.tokenizer
-        check_same(*tokenizers, str(path), "Average models of one tokenizer.")
+        check_same(models[0].config.text.tokenizer, x.config.text.tokenizer, str(path))
         if "batch_stats" in x.params:
             raise InputError(f"{path} has BatchNorm, whose statistics cannot be averaged.")
-    if head is None:
-        return [*models]
-    own = (x.head or prompt_head(model_of(x), head.classes, head.templates) for x in models)
-    return [replace(x, head=head) for x, head in zip(models, own, strict=True)]
+    heads = [head and (x.head or prompt_head(model_of(x), *head[:2])) for x in models]
+    return [replace(x, head=own) for x, own in zip(models, heads, strict=True)]
 
 
-def _measure(
-    metric: str | None, evaluator: SuiteEvaluator, x: Weights
-) -> tuple[str, dict[str, float]]:
+def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple[str, dict]:
     """Return the name of the result to choose by, and all results by name."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
     values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
@@ -180,15 +167,13 @@ def _measure(
     metric = metric or next((name for name in values if name.endswith(kind)), "acc1")
     if metric not in values or metric.endswith(("median_rank", "templates/spread", "lambda")):
         raise InputError(
-            f"metric={metric!r} is no result of which a higher one is better; set --metric to one "
-            f"of {', '.join(values)}."
+            f"metric={metric!r} must be a result that is better if higher, of {', '.join(values)}."
         )
     return metric, values
 
 
-def _curve(config: AverageConfig, models: Sequence[Weights], measure: Measure) -> dict[str, Any]:
+def _curve(config: AverageConfig, models: Sequence[Weights], measure: Callable) -> dict[str, Any]:
     """Evaluate the models between two; write `curve.json` and `curve.png`."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     rows, metric = [], ""
@@ -198,14 +183,13 @@ def _curve(config: AverageConfig, models: Sequence[Weights], measure: Measure) -
         files.write_whole(config.output / "curve.json", json.dumps(rows, indent=1))
     best = max(rows, key=lambda row: row[metric])["alpha"]
     names = [x for x in rows[0] if x.partition("/")[2] == metric.partition("/")[2]]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
-        axes, alphas = figure.subplots(), [row["alpha"] for row in rows]
-        for name in names:
-            axes.plot(alphas, [row[name] for row in rows], "o-", label=plain(name))
-        first, second = (plain(path.name) for path in config.models)
-        axes.set(xlabel=f"α (0: {first}, 1: {second})", ylabel=plain(metric.partition("/")[2]))
-        axes.legend()
-        save(figure, config.output / "curve.png", dpi=150)
-    rows = [{name: row[name] for name in ("alpha", *names)} for row in rows]
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes, rows = figure.subplots(), [{x: row[x] for x in ("alpha", *names)} for row in rows]
+    for name in names:
+        values = [row[name] for row in rows]
+        axes.plot([row["alpha"] for row in rows], values, "o-", label=plain(name))
+    first, second = (plain(path.name) for path in config.models)
+    axes.set(xlabel=f"α (0: {first}, 1: {second})", ylabel=metric.partition("/")[2])
+    axes.legend()
+    save(figure, config.output / "curve.png", dpi=150)
     return {"output": str(config.output), "metric": metric, "best_alpha": best, "rows": rows}

@@ -26,8 +26,7 @@ class PredictConfig:
 
     model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
     images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
-    # Labels to choose from. Empty: the classes of the model's classifier, or captions (--caption).
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # Labels to choose from. Empty: those of the model's classifier.
     template: str = "a photo of a {}."  # Prompt template; {} is the label.
     caption: bool = False  # Write a caption of each image; needs a CoCa or MaMMUT model.
     generation: GenerationConfig = GenerationConfig()

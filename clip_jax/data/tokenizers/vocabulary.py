@@ -64,10 +64,7 @@ def digest(config: TokenizerConfig) -> str:
     return hashlib.sha256(read_vocabulary(config.file)).hexdigest()[:16]
 
 
-def check_same(
-    ours: TokenizerConfig, theirs: TokenizerConfig, source: str,
-    advice: str = "Use the same tokenizer, or only its image tower with --init-towers image.",
-) -> None:  # fmt: skip
+def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> None:
     """Raise InputError, naming the difference, if weights were trained with other ids than `ours`.
 
     Weights without a vocabulary cannot be checked.
@@ -80,5 +77,5 @@ def check_same(
             raise InputError(
                 f"{source} was trained with other token ids: its text.tokenizer.{field.name} is "
                 f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
-                f"{advice}"
+                "Use the same tokenizer, or only its image tower with --init-towers image."
             )
