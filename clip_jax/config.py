@@ -127,10 +127,7 @@ class Config:
         if self.init_architecture and not self.init_from:
             raise InputError("init_architecture needs weights to read it from: set --init-from.")
         if self.lora is not None and (not self.init_from or len(self.init_towers) < 2):
-            raise InputError(
-                "lora adapts trained weights: set --init-from to a run, a model folder or a weight "
-                "file, and leave --init-towers at both towers."
-            )
+            raise InputError("lora adapts trained weights: set --init-from, for both towers.")
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
@@ -233,9 +230,9 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
 
 
 def with_weights(config: AnyConfig) -> AnyConfig:
-    """Return the config with what it leaves to files: a classifier's classes, the architectures of
-    teachers and, with `init_architecture`, of the model, which keeps dtype, remat, unroll,
-    attention and patch dropout; a bias is left to sigmoid losses."""
+    """Return the config with what it leaves to files: a classifier's classes, and architectures of
+    teachers and, with `init_architecture`, of the model, without a bias if all losses are softmax.
+    """
 
     def architecture(weights: str, setting: str) -> CLIPConfig:
         with naming(f"{setting}={weights!r}"):
@@ -262,9 +259,8 @@ def with_weights(config: AnyConfig) -> AnyConfig:
         if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
             dropout = config.model.vision.patch_dropout
             model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
-        losses = [x for x in config.objective if isinstance(x, Pairwise)]
-        if losses and not any(x.needs_bias for x in losses):
-            model = replace(model, init_logit_bias=None)  # begins without it, and says so
+        if {x.needs_bias for x in config.objective if isinstance(x, Pairwise)} == {False}:
+            model = replace(model, init_logit_bias=None)
     return replace(config, model=model, objective=tuple(map(complete, config.objective)))
 
 

@@ -131,5 +131,5 @@ def test_a_classifier_takes_the_classes_of_the_data_once(tmp_path):
     with pytest.raises(InputError, match="pets is not a folder"):
         with_weights(config)
     plain = FolderConfig(path=str(tmp_path / "moved"))
-    with pytest.raises(InputError, match="has no classes"):
+    with pytest.raises(InputError, match="source has none"):
         with_weights(dataclasses.replace(config, data=DataConfig(source=plain)))

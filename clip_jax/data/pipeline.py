@@ -415,8 +415,7 @@ def classes_of(source: Any, expected: tuple[str, ...] = ()) -> tuple[str, ...]:
     if not classes or expected not in ((), classes):
         raise InputError(
             f"the objective needs labels of {listed(expected) or 'classes'}, but data.source has "
-            f"{listed(classes) or 'no classes'}: set --data.source.path to the folder with these "
-            "class folders, and --data.source.templates"
+            f"{listed(classes) or 'none'}: set it to class folders, with --data.source.templates"
         )
     return classes
 

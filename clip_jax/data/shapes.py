@@ -68,7 +68,9 @@ def write(config: SampleDataConfig) -> dict[str, int | str]:
                     image.save(path := folder / f"{number:03d}.png")
                     if split == "train":
                         pairs.append((path, caption))
-        _write_table(partial, pairs)
+        with (partial / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = ((path.relative_to(partial).as_posix(), caption) for path, caption in pairs)
+            csv.writer(file).writerows([("image", "caption"), *rows])
         order = rng.permutation(len(pairs))
         _write_tars(partial / "tars", [pairs[i] for i in order])
     classes = len(_COLORS) * len(_SHAPES)
@@ -104,13 +106,6 @@ def draw(
     where = "on the left" if x < 0.42 else "on the right" if x > 0.58 else "in the middle"
     caption = f"a {'small' if radius < 0.32 else 'large'} {color} {shape} {where}"
     return large.resize(tuple(canvas), Image.Resampling.BOX), caption
-
-
-def _write_table(folder: Path, pairs: list[tuple[Path, str]]) -> None:
-    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "caption"))
-        writer.writerows((path.relative_to(folder).as_posix(), caption) for path, caption in pairs)
 
 
 def _write_tars(folder: Path, pairs: list[tuple[Path, str]]) -> None:

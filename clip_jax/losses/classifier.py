@@ -30,10 +30,8 @@ class ClassifierConfig(Term):
 
     def __post_init__(self) -> None:
         check_ranges(self, "ClassifierConfig.", weight="[0, inf)", label_smoothing="[0, 1)")
-        if not self.templates or not all("{}" in template for template in self.templates):
-            raise InputError(
-                f"ClassifierConfig.templates={self.templates}: each needs {{}} for the class name."
-            )
+        if not all("{}" in template for template in self.templates or [""]):
+            raise InputError(f"ClassifierConfig.templates={self.templates}: each needs a {{}}.")
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
         """Return the label of each image."""

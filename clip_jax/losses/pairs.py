@@ -81,8 +81,7 @@ class Pairwise(Term):
     precision: Precision = "highest"  # Matmul precision of similarities; TPUs' default is bfloat16.
     # Exclude pairs with the same caption from the negatives, and from the teachers' targets.
     mask_same_caption: bool = False
-    # Exclude pairs of the same class, whatever their captions. Needs a source with classes.
-    mask_same_class: bool = False
+    mask_same_class: bool = False  # Exclude pairs of one class instead; needs class folders.
 
     def __post_init__(self) -> None:
         check_ranges(

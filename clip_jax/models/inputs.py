@@ -38,9 +38,9 @@ class StoredInput(NamedTuple):
 
 
 class LabelInput(NamedTuple):
-    """The number of the sample's class, int32 [B], in `classes`. Empty: in any numbering."""
+    """The number of the sample's class, int32 [B]."""
 
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # in this order; empty: any
 
 
 Input = ImageInput | TextInput | StoredInput | LabelInput

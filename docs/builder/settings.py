@@ -37,8 +37,9 @@ PAGES = {
     ),
     "objective": (
         "Objective and optimizer",
-        "The losses that a run minimises, the optimizer and the learning-rate schedule.",
-        ("losses", "optim"),
+        "The losses that a run minimises, low-rank adapters, the optimizer and the learning-rate "
+        "schedule.",
+        ("losses", "models.lora", "optim"),
     ),
     "evaluation": (
         "Evaluation",

@@ -370,8 +370,8 @@ def test_labels_need_the_classes_of_the_objective(tmp_path):
     for data, classes, message in (
         (source, ("ant", "bee", "cow"), "labels of ant, bee, cow, but data.source has ant, bee"),
         (source, ("bee", "ant"), "labels of bee, ant, but"),
-        (plain, (), "labels of classes, but data.source has no classes"),
-        (mixed, (), "has no classes: set --data.source.path"),
+        (plain, (), "labels of classes, but data.source has none"),
+        (mixed, (), "has none: set it to class folders"),
     ):
         with pytest.raises(InputError, match=message):
             take(DataConfig(source=data), 1, batch_size=2, inputs={"label": LabelInput(classes)})

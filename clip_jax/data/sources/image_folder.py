@@ -74,7 +74,6 @@ class FolderSource(StoredSource):
         if not self._names:
             raise InputError(f"{self._folder} has no images, which end in {', '.join(SUFFIXES)}")
         self._templates = config.templates
-        # The names of the classes, and the numbers of their folders; none without templates.
         self.classes, self._labels = self._read_classes() if config.templates else ((), {})
 
     def __len__(self) -> int:
@@ -97,8 +96,7 @@ class FolderSource(StoredSource):
         return StoredRecord(self.key(index), 0, image, text)
 
     def _read_classes(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Return the classes, and each folder's number among them. Raises InputError unless all
-        images are in such folders."""
+        """Return the classes and their folders' numbers; all images must be in such folders."""
         if loose := next((name for name in self._names if "/" not in name), None):
             raise InputError(f"{self._folder}/{loose} is in no class folder; templates need one")
         folders = sorted({name.split("/")[0] for name in self._names})
