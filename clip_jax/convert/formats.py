@@ -39,7 +39,6 @@ from clip_jax.models import lora
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.optim import Tower
-from clip_jax.optim.wrappers import TOWERS
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -264,10 +263,9 @@ def starting_params(
         positions = np.concatenate([positions[:length], positions[-1:]])
     text = text | {"positional_embedding": positions[: config.text.num_positions]}
     params = weights.params | {"text": text}
-    if set(towers) != set(TOWERS):
-        names = [TOWERS[tower] for tower in towers]
-        names += ["batch_stats"] if "image" in towers else []
-        params = {name: x for name, x in params.items() if name in names}
+    if len(set(towers)) < 2:
+        tower_of = {"visual": "image", "batch_stats": "image", "text": "text"}
+        params = {name: x for name, x in params.items() if tower_of.get(name) in towers}
     if config.init_logit_bias is None and params.pop("logit_bias", None) is not None:
         warn(
             f"{where}: its logit bias is left out, since the model has none. A softmax loss "

@@ -6,7 +6,6 @@ CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolutio
 """
 
 import typing
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,7 +340,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 
 def outputs(
-    weights: Weights, path: Path, inputs: verify.Inputs, adapt: Callable[[Any], Any] = lambda x: x
+    weights: Weights, path: Path, inputs: verify.Inputs, adapt: Any = lambda model: model
 ) -> verify.Outputs:
     """Return the outputs of the model in a folder, as `adapt` changes it."""
     with verify.library("transformers", "transformers"):

@@ -56,7 +56,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         row, blocks, parts = rows[each.kernel], math.prod(each.depth), sum(each.chosen)
         if row.names[0].startswith(_POOLING) or each.kernel == "visual/conv1/kernel":
             raise InputError(
-                f"PEFT cannot have adapters of {', '.join(each.names)}: leave it out of "
+                f"PEFT cannot have adapters of {each.kernel}: leave it out of "
                 "lora.targets, or convert to hugging-face, which merges them."
             )
         a, b = (np.asarray(flat[f"{each.prefix}lora_{name}"]) for name in "ab")

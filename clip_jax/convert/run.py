@@ -32,7 +32,7 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     only these are read: see `formats.merged`.
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
-    own, heads = lora_of(workdir), heads_of(workdir)
+    own, heads = extras(workdir)
     draw = CLIP(config).init if own is None else functools.partial(lora.draw, config, own)
     shapes = jax.eval_shape(lambda: draw(key) | terms.draw(heads, config, key))
     params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes, ema=ema))
@@ -46,19 +46,13 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     return Weights(config=config, params=params, preprocess=how, head=head, adapters=adapters)
 
 
-def heads_of(workdir: AnyPath) -> tuple[ClassifierConfig, ...]:
-    """Return the settings of the classifier that a run trains, one at most."""
-    return tuple(
-        from_dict(ClassifierConfig, term, f"{workdir}: objective")
-        for term in read_run_config(workdir).get("objective", ())
-        if term.pop("type", "") == ClassifierConfig.__name__
-    )
-
-
-def lora_of(workdir: AnyPath) -> LoRAConfig | None:
-    """Return the adapters' settings of a run that trains them instead of the model's weights."""
-    content = read_run_config(workdir).get("lora")
-    return None if content is None else from_dict(LoRAConfig, content, f"{workdir}: lora")
+def extras(workdir: AnyPath) -> tuple[LoRAConfig | None, tuple[ClassifierConfig, ...]]:
+    """Return the settings of a run's adapters and of its classifier, one at most."""
+    content, kind = read_run_config(workdir), ClassifierConfig.__name__
+    terms = [term for term in content.get("objective", ()) if term.pop("type", "") == kind]
+    heads = tuple(from_dict(ClassifierConfig, x, f"{workdir}: objective") for x in terms)
+    own = content.get("lora")
+    return own and from_dict(LoRAConfig, own, f"{workdir}: lora"), heads
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:

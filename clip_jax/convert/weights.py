@@ -187,8 +187,8 @@ def with_input(
         grid = np.asarray(grid).astype(before.dtype)
         flat[vision.positions_path] = np.concatenate([before[:extra], grid])
     config = replace(weights.config, vision=vision)
-    params = unflatten(flat)
-    return replace(weights, config=config, preprocess=preprocess, params=params, adapters=None)
+    params, head = unflatten(flat), weights.head
+    return Weights(config=config, preprocess=preprocess, params=params, head=head)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:

@@ -207,7 +207,7 @@ def load_on_mesh(
         step = processes.together(lambda: named_step(workdir, which), Unusable)
         step = processes.gather(step)[0]  # the same everywhere, while the run goes on
         path = f"{workdir}@{step}"
-    if run.is_run(workdir) and not run.lora_of(workdir) and not run.heads_of(workdir):
+    if run.is_run(workdir) and not any(run.extras(workdir)):
         config = replace(run.read_config(workdir), dtype=dtype)
         weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
         weights = at_length(weights, tokens, path)

@@ -390,7 +390,7 @@ def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
         assert not np.array_equal(params["visual"]["proj"], weights.params["visual"]["proj"])
         np.testing.assert_array_equal(params["text"]["ln_final"]["scale"],
                                       weights.params["text"]["ln_final"]["scale"])  # fmt: skip
-    changed = {**weights.params, "logit_scale": weights.params["logit_scale"] + np.float32(1)}
+    changed = {**weights.params, "logit_scale": np.asarray(1, np.float32)}
     write_weights(replace(weights, params=changed), base, "clip-jax")
     message = rf"run has low-rank adapters of the weights in {base}, which have changed. Restore"
     with pytest.raises(InputError, match=message):
