@@ -187,7 +187,7 @@ def _curve(config: AverageConfig, models: Sequence[Weights], measure: Callable) 
     axes, rows = figure.subplots(), [{x: row[x] for x in ("alpha", *names)} for row in rows]
     for name in names:
         values = [row[name] for row in rows]
-        axes.plot([row["alpha"] for row in rows], values, "o-", label=plain(name))
+        axes.plot([row["alpha"] for row in rows], values, "o-", label=plain(name.partition("/")[0]))
     first, second = (plain(path.name) for path in config.models)
     axes.set(xlabel=f"α (0: {first}, 1: {second})", ylabel=metric.partition("/")[2])
     axes.legend()
