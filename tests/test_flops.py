@@ -15,6 +15,7 @@ from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
+from clip_jax.models.lora import LoRAConfig, draw, join
 from clip_jax.models.vit import ViTConfig, drop_patches
 from clip_jax.optim import OptimConfig
 from tests.conftest import COCA, MAMMUT, RESNET, TINY
@@ -144,6 +145,29 @@ def test_a_step_is_counted_as_its_config_says():
     assert 0.38 < step(flip).image / step(plain).image < 0.46
     assert step(flip, "image") == step(plain, "image")
     assert step(plain, "image").image == step(plain).image // 3
+
+
+def test_weights_that_adapters_change_have_no_gradient():
+    """But attention's products have both; and a tower without adapters has no backward pass."""
+    config, batch = wide(SIGLIP), 8
+    model, lora = CLIP(replace(config, unroll=6)), LoRAConfig(rank=1, targets=("visual/*",))
+    base = jax.eval_shape(model.init, jax.random.key(0))
+    adapters = jax.eval_shape(functools.partial(draw, config, lora), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((batch, 24), jnp.int32)
+
+    def loss(adapters, base, images, tokens):
+        params = join(base, adapters, config, lora)
+        images, texts = model.encode_image(params, images), model.encode_text(params, tokens)
+        contrast = images @ texts.T
+        return jnp.diag(jax.nn.log_softmax(contrast) + jax.nn.log_softmax(contrast, axis=0)).sum()
+
+    lowered = jax.jit(jax.grad(loss)).lower(adapters, base, images, tokens)
+    run = Config(model=config, batch_size=batch, lora=lora, init_from="x")
+    assert flops.of_step(run).total == pytest.approx(lowered.cost_analysis()["flops"], rel=0.03)
+    full = flops.of_step(replace(run, lora=None, init_from=None))
+    assert flops.of_step(run).text == full.text // 3
+    assert 2 / 3 < flops.of_step(run).image / full.image < 0.7
 
 
 def test_synthetic_captions_and_teachers_are_encoded_too():

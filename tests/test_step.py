@@ -14,12 +14,17 @@ import optax
 import pytest
 
 from clip_jax import sharding
-from clip_jax.losses import CaptionConfig, SigmoidConfig
+from clip_jax.errors import InputError
+from clip_jax.losses import CaptionConfig, ClassifierConfig, SigmoidConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIP
+from clip_jax.models.lora import LoRAConfig
+from clip_jax.optim import Muon, OptimConfig
+from clip_jax.optim.wrappers import averaged
 from clip_jax.pods.collectives import collectives
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context, encode
 from tests.conftest import (
+    COCA,
     GOLDEN_LOSS,
     MESHES,
     NAFLEX_COCA,
@@ -29,10 +34,13 @@ from tests.conftest import (
     TINY,
     assert_close,
     batch,
+    by_path,
     parameters,
     sums_of_step,
 )
 
+CLASSIFIER = ClassifierConfig(classes=("ant", "bee", "cat"))
+VISUAL = LoRAConfig(targets=("visual/*",))
 # A locked text tower has less to compile.
 GUARDED = dataclasses.replace(OPTIM, skip_norm_ratio=10.0, locked=("text",))
 
@@ -62,15 +70,24 @@ class Step:
         self.program = Program(recipe(config, **options), make_mesh(sizes, jax.devices()[:count]))
         self.compiled = self.program.step.lower(self.program.state, self.program.batch).compile()
 
-    def start(self, params=None, step=0):
+    def start(self, params=None, step=0, frozen=None):
         """A state with all moments zero."""
-        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.program.state)
+        shapes = dataclasses.replace(self.program.state, frozen={})
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         state = State(np.int32(step), params or parameters(self.config), state.opt_state)
-        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.program.state))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
+        return self.program.with_frozen(state, frozen)
+
+    def adapted(self, scale=0.1):
+        """A state whose arrays to train are random, and the others those of `parameters`."""
+        rng, shapes = np.random.default_rng(3), self.program.state.params
+        params = jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(x.dtype), shapes)
+        return self.start(params, frozen={"lora": {"base": parameters(self.config)}})
 
     def __call__(self, state=None):
         """State and metrics after one more step, on the host."""
-        inputs = self.program.put(batch(self.config, self.program.recipe.batch_size))
+        values = batch(self.config, self.program.recipe.batch_size)
+        inputs = self.program.put(values | {"label": np.arange(len(values["text"])) % 3})
         return jax.device_get(self.compiled(state or self.start(), inputs))
 
 
@@ -181,6 +198,69 @@ def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower
     assert metrics["grad_norm"] > 0
     moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["text"], before["text"])
     assert all(jax.tree.leaves(moved))
+
+
+def test_adapters_take_the_same_step_on_a_mesh_and_nothing_else_changes():
+    """Of a CoCa with a classifier and averaged weights, in a ring and accumulated."""
+    objective = (SoftmaxConfig(form="ring"), CaptionConfig(), CLASSIFIER)
+    lora = LoRAConfig(rank=2, targets=("visual/*/q", "*/v", "*/mlp/*", "*proj"))
+    optim = dataclasses.replace(OPTIM, ema_decay=0.9)
+    step = functools.partial(Step, COCA, objective=objective, optim=optim, lora=lora)
+    whole, parts = step(), step(mesh="2x2x2", accumulation=2)
+    before = jax.device_get(whole.adapted())
+    expected = whole(whole.adapted())
+    check_equal(expected, parts(parts.adapted()))
+    jax.tree.map(np.testing.assert_array_equal, expected[0].frozen, before.frozen)
+    assert expected[0].params.keys() == {"visual", "text", "decoder", "classifier"}
+    names = {path.rpartition("/")[2].rpartition("lora_")[2] for path in by_path(before.params)}
+    assert names == {"a", "b", "kernel"}
+    for tree in (expected[0].params, averaged(expected[0].opt_state, {})):
+        moved = jax.tree.map(lambda a, b: np.any(a != b), tree, before.params)
+        assert all(jax.tree.leaves(moved)), moved
+
+
+def test_a_resnet_with_adapters_keeps_its_running_statistics():
+    """It computes with them: adapters that add nothing leave the loss of a locked ResNet."""
+    lora = LoRAConfig(targets=("*/attn/*", "visual/attnpool/*"))
+    step = Step(GROUPS, lora=lora)
+    after, metrics = step(step.adapted(0.0))
+    _, locked = Step(GROUPS, optim=dataclasses.replace(OPTIM, locked=("image",)))()
+    assert_close(metrics["loss"], locked["loss"])
+    base = after.frozen["lora"]["base"]
+    jax.tree.map(np.testing.assert_array_equal, base, parameters(GROUPS))
+    assert "batch_stats" not in after.params
+
+
+def test_with_both_towers_locked_a_classifier_learns_and_no_tower_has_a_backward_pass():
+    optim = dataclasses.replace(OPTIM, locked=("image", "text"))
+    step = Step(TINY, objective=(CLASSIFIER,), optim=optim)
+    kernel = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    before = parameters(TINY) | {"classifier": {"kernel": kernel}}
+    after, metrics = step(step.start(before))
+    for name in ("visual", "text"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
+    assert np.all(np.any(after.params["classifier"]["kernel"] != kernel, axis=1))
+    assert metrics["grad_norm"] > 0
+
+    def products(program):
+        return str(jax.make_jaxpr(program.step)(program.state, program.batch)).count("dot_general")
+
+    free = Program(recipe(TINY, objective=(CLASSIFIER,)), step.program.mesh)
+    assert products(step.program) < 0.6 * products(free)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optim": OptimConfig(locked=("image", "text"))}, r"locked=\('image', 'text'\) leaves"),
+        ({"optim": OptimConfig(locked=("image",)), "lora": VISUAL}, "or choose other lora.targets"),
+        ({"optim": OptimConfig(optimizer=Muon()), "lora": VISUAL}, "Muon does not train low-rank"),
+    ],
+    ids=["both towers", "the tower with adapters", "Muon"],
+)
+def test_a_recipe_that_would_train_nothing_is_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        recipe(TINY, **options)
 
 
 def test_patch_dropout_drops_by_row_and_key_and_a_step_by_the_runs_seed():

@@ -23,6 +23,7 @@ from clip_jax.evals.evaluator import Evaluations
 from clip_jax.inference.loading import load
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.metrics import Reports
+from clip_jax.models.lora import LoRAConfig, merge
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
 from clip_jax.sharding import make_mesh
@@ -40,7 +41,7 @@ from clip_jax.train import (
     open_data,
     train,
 )
-from tests.conftest import larger, losses, rows, tiny_digits, write_states
+from tests.conftest import by_path, larger, losses, rows, tiny_digits, write_states
 from tests.data import conftest as made
 
 STEPS = 6
@@ -302,6 +303,38 @@ def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
     params, drawn = begin(config, program).params, program.init().params
     assert_identical(params["visual"], starting_params(tmp_path, config.model)["visual"])
     assert_identical(params["text"], drawn["text"])
+
+
+def test_a_run_of_adapters_resumes_on_the_weights_that_they_change(finished, tmp_path):
+    """Bit for bit, with averaged adapters; a checkpoint has nothing else."""
+
+    def adapted(weights=f"{finished}@{STEPS}", **changes):
+        options = {"optim": optim(ema_decay=0.5), "evals": (), "init_from": str(weights)}
+        return tiny(lora=LoRAConfig(rank=2), **options | changes)
+
+    train(adapted(), tmp_path / "whole")
+    train(adapted(stop_after=4), tmp_path / "run")
+    for other, says in (
+        (f"{finished}@4", r"trained with other initial weights, .* RUN@STEP"),
+        (tmp_path / "none", "none"),
+    ):
+        with pytest.raises(InputError, match=says):
+            train(adapted(other), tmp_path / "run")
+    train(adapted(finished), tmp_path / "run")  # the same weights by another name
+    state = final_state(tmp_path / "run")
+    assert_identical(state, final_state(tmp_path / "whole"))
+    names = {name.rpartition("/")[2] for name in by_path(state["params"])}
+    assert names == {"lora_a", "lora_b"}
+    model, base = load(tmp_path / "run"), load(finished)
+    ema = averaged_adapters(state)
+    merged = merge(base.params, ema, base.config, LoRAConfig(rank=2))
+    assert_identical(jax.device_get(model.params), merged)
+    assert np.any(by_path(ema)["visual/transformer/resblocks/mlp/c_fc/lora_b"])
+
+
+def averaged_adapters(state):
+    """The moving average in the optimizer's state as it is stored."""
+    return state["opt_state"]["ema"]
 
 
 def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_path):

@@ -9,8 +9,11 @@ import optax
 import pytest
 
 from clip_jax.errors import InputError
-from clip_jax.models import zoo
+from clip_jax.models import lora, zoo
 from clip_jax.optim import (
+    LAMB,
+    Adafactor,
+    AdamW,
     CoolDown,
     Cosine,
     InverseSqrt,
@@ -20,6 +23,7 @@ from clip_jax.optim import (
 )
 from clip_jax.optim.wrappers import averaged, scale_layers
 from clip_jax.sharding import path_name
+from tests.conftest import TINY, by_path
 from tests.optim.conftest import names_only
 
 SCHEDULED = OptimConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
@@ -136,6 +140,29 @@ def test_a_locked_tower_keeps_its_weights_and_takes_no_memory():
     assert not np.array_equal(after["text"]["kernel"], params["text"]["kernel"])
     arrays = jax.tree.leaves(state)
     assert sum(x.size for x in arrays if x.ndim) == 2 * 6  # the text tower's two moments
+
+
+@pytest.mark.parametrize("kind", [AdamW(), LAMB(), Adafactor()], ids=["AdamW", "LAMB", "Adafactor"])
+def test_adapters_have_the_learning_rates_of_their_layer_and_tower(kind):
+    own = lora.LoRAConfig(rank=2, targets=("text/*/q", "text/text_projection"))
+    rows = {name: dims for name, (_, dims) in lora.shapes(TINY, own).items()}
+    params = lora.draw(TINY, own, jax.random.key(0))
+
+    def updates(**options):
+        config = OptimConfig(**PLAIN | options, optimizer=kind)
+        optimizer = make_optimizer(config, rows)
+        grads = jax.tree.map(lambda x: x + 1, params)
+        result, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=0.1)
+        return by_path(result)
+
+    plain, scaled = updates(), updates(layer_decay=0.5, text_learning_rate_scale=0.1)
+    for name, x in plain.items():
+        factors = 0.1 * np.array([0.25, 0.5] if "resblocks" in name else [1.0])
+        expected = x * factors.reshape(-1, *[1] * (x.ndim - 1))
+        np.testing.assert_allclose(scaled[name], expected, rtol=1e-5, err_msg=name)
+        assert np.all(x < 0), name
+    decayed = updates(weight_decay=0.1)  # of A; B is 0
+    assert all(np.any(decayed[name] != x) == name.endswith("a") for name, x in plain.items())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 100.0])

@@ -17,6 +17,7 @@ from clip_jax.cli.commands import main
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.losses import Frozen, SoftmaxConfig, Term
 from clip_jax.models.images import NaFlex, fit_patches
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Adafactor, AdamW, OptimConfig
 from clip_jax.pods import compile as pod
@@ -144,6 +145,21 @@ def test_a_frozen_teachers_memory_flops_and_price():
     assert "of these, teacher:" in text
     assert re.search(r"1B pairs without teacher: [\d.]+ hours, price \d+", text)
     assert "teacher" not in describe(alone)
+
+
+def test_with_adapters_the_weights_are_frozen_and_only_adapters_have_moments():
+    mesh, lora = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), LoRAConfig(rank=1)
+    model = dataclasses.replace(TINY, dtype="bfloat16")
+    recipe = dataclasses.replace(CONFIG.recipe, model=model, lora=lora, batch_size=16)
+    full = pod.held_bytes(Program(dataclasses.replace(recipe, lora=None), mesh).state, {})
+    program = Program(recipe, mesh)
+    held = pod.held_bytes(program.state, {})
+    assert held["terms"] == held["frozen"]
+    # Kernels are bfloat16 on the device; tables and gains stay float32.
+    assert 0.6 * full["parameters"] < held["frozen"] < 0.9 * full["parameters"]
+    assert held["parameters"] < 0.1 * full["parameters"]
+    assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=16)
+    assert pod.peak(pod.compile_loss(program)) > 0  # with the frozen logit scale
 
 
 @pytest.mark.parametrize(
