@@ -213,6 +213,8 @@ def write_weights(
             texts = {name: json.dumps(getattr(weights.head, name)) for name in Head._fields[:2]}
             write_safetensors(partial / HEAD_NAME, {"kernel": weights.head.kernel}, texts)
         written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
+    if not target.names and weights.head is not None:
+        warn(f"{path} is a single file without the classifier; formats of folders keep it.")
     for name in _KNOWN - written:
         files.remove(path / name)
 

@@ -113,8 +113,6 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
 
 
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
-    if dtype in (None, "float32"):
-        return weights.params
     own = _adapters(weights)
     arrays = jax.tree.map(lambda x: cast(x, dtype), own.params)
     return lora.merge(own.weights, arrays, weights.config, own.lora)

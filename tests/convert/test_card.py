@@ -47,7 +47,7 @@ def test_what_a_run_was_is_carried_from_folder_to_folder(tmp_path):
     assert not (tmp_path / "lost/training.json").exists()
 
 
-def test_a_classifier_follows_the_weights(tmp_path):
+def test_a_classifier_follows_the_weights(tmp_path, capsys):
     """In folders of every format, with a line in the card; an older one is removed."""
     kernel = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
     head = Head(("a", "é"), ("{}", "a photo of {}"), kernel)
@@ -72,6 +72,8 @@ def test_a_classifier_follows_the_weights(tmp_path):
     np.testing.assert_allclose(model.class_probabilities(images), expected, rtol=1e-5)
     mesh = make_mesh(MeshConfig())
     np.testing.assert_array_equal(load_on_mesh(tmp_path / "run@1", mesh).head.kernel, kernel)
+    convert(ConvertConfig(source=last, destination=tmp_path / "out.pt", to="openai"))
+    assert "out.pt is a single file without the classifier" in capsys.readouterr().err
     settings = {"source": tmp_path / "plain", "destination": last, "overwrite": True}
     convert(ConvertConfig(to="open-clip", **settings))
     assert not (last / "classifier.safetensors").exists()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from clip_jax.convert import hub
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import flatten
@@ -58,6 +59,25 @@ def test_rounded_adapters(adapters, tmp_path):
     tensors = read_tensors(tmp_path / "out/adapter_model.safetensors")
     assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
     assert "--to hugging-face" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_base_on_the_hub(adapters, tmp_path, monkeypatch):
+    """PEFT names OWNER/NAME; without the hub the message names the adapters' file."""
+    content = json.loads((adapters / "peft/adapter_config.json").read_text())
+    content["base_model_name_or_path"] = "owner/name"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    tensors = (adapters / "peft/adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
+    monkeypatch.setattr(hub, "fetch", {"hf:owner/name": adapters / "base"}.__getitem__)
+    again, ours = (flatten(read_weights(x).params) for x in (tmp_path, adapters / "peft"))
+    for path, x in ours.items():
+        np.testing.assert_array_equal(again[path], x, err_msg=path)
+
+    def missing(name):
+        raise InputError(f"{name} could not be downloaded.")
+
+    monkeypatch.setattr(hub, "fetch", missing)
+    refuse(tmp_path, r"adapter_config.json: hf:owner/name could not be downloaded", read_weights)
 
 
 REFUSED = {
