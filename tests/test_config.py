@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from clip_jax.checkpoints.resume import check_resumable
 from clip_jax.cli.commands import main
 from clip_jax.config import Config, bundled_configs, load_config, with_weights
 from clip_jax.convert.formats import starting_params
@@ -15,6 +16,7 @@ from clip_jax.losses import ClassifierConfig, SigmoidConfig, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.serialize import to_dict
 from tests.conftest import RESNET, ROOT, TINY, write_run, write_tiny_model
 from tests.data.conftest import make_pairs
 
@@ -126,6 +128,11 @@ def test_a_classifier_takes_the_classes_of_the_data_once(tmp_path):
     config = Config(data=DataConfig(source=source), objective=(ClassifierConfig(),))
     filled = with_weights(config)
     assert filled.objective == (ClassifierConfig(classes=("ant", "tabby cat")),)
+    (tmp_path / "pets/bee").mkdir()
+    (tmp_path / "pets/bee/0.png").write_bytes(make_pairs(2)[1][1])
+    before, now = to_dict(filled), to_dict(with_weights(config))
+    with pytest.raises(InputError, match=r"objective\.0\.classes"):
+        check_resumable(tmp_path, before, now, config.samples_after)
     (tmp_path / "pets").rename(tmp_path / "moved")
     assert with_weights(filled) == filled  # needs no data any more
     with pytest.raises(InputError, match="pets is not a folder"):
