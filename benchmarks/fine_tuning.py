@@ -91,7 +91,7 @@ class Measure:
         head = weights.head or prompt_head(model, self.names, TEMPLATES)
         logits = unit(model.encode_image(self.pixels)) @ head.kernel.T
         right = logits.argmax(1) == self.labels
-        return [100 * right[part].mean() for part in self.parts]
+        return [100 * float(right[part].mean()) for part in self.parts]
 
 
 def of_seed(root: Path, seed: int, images: int) -> dict[str, list[float]]:
