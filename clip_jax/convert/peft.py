@@ -82,7 +82,7 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
     adapters, settings = read_tensors(file), Settings(read_json(path), str(path))
     advice = "merge the adapters in PEFT (merge_and_unload), and convert the result."
     for name, value in settings.values.items():
-        if name not in _KNOWN and value not in (None, False, 0, "", {}, [], _VALUES.get(name)):
+        if value and name not in _KNOWN and value not in ("gaussian", _VALUES.get(name)):
             raise InputError(f"{path}: {name}={value!r:.99} is not supported; {advice}")
     if not (base := settings.get("base_model_name_or_path", "", str)):
         raise InputError(f"{path}: set base_model_name_or_path to the path of the weights.")

@@ -64,7 +64,7 @@ def test_rounded_adapters(adapters, tmp_path):
 def test_a_base_on_the_hub(adapters, tmp_path, monkeypatch):
     """PEFT names OWNER/NAME; without the hub the message names the adapters' file."""
     content = json.loads((adapters / "peft/adapter_config.json").read_text())
-    content["base_model_name_or_path"] = "owner/name"
+    content |= {"base_model_name_or_path": "owner/name", "init_lora_weights": "gaussian"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     tensors = (adapters / "peft/adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
