@@ -84,14 +84,10 @@ class Recipe:
         if {path.split("/")[0] for path in self.dimensions() if "/" in path} <= locked:
             raise InputError(
                 f"optim.locked={self.optim.locked} leaves nothing to train but the logit scale: "
-                "lock one tower at most, add a term with parameters (ClassifierConfig), or choose "
-                "other lora.targets."
+                "lock fewer towers, add a ClassifierConfig, or choose other lora.targets."
             )
         if self.lora is not None and isinstance(self.optim.optimizer, Muon):
-            raise InputError(
-                "Muon does not train low-rank adapters: set optim.optimizer to AdamW, LAMB or "
-                "Adafactor, or lora to None."
-            )
+            raise InputError("Muon does not train adapters (lora): set another optim.optimizer.")
 
     def dimensions(self) -> dict[str, str]:
         """Return path → dimension names of everything that is trained."""
@@ -244,11 +240,8 @@ def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _frozen(config: CLIPConfig, mesh: AnyMesh, kernels_only: bool = False) -> Params:
-    """Return the shapes of frozen parameters, in the type of the model's matmuls.
-
-    Scalars and BatchNorm's statistics stay float32, and with `kernels_only` all but kernels, which
-    are rounded to that type before each matmul anyway.
-    """
+    """Return the shapes of frozen parameters, in the type of the model's matmuls: of kernels alone,
+    which matmuls round to it anyway, or of all but scalars and BatchNorm's statistics."""
     params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
 
     def typed(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -102,16 +102,15 @@ class Run:
         params = averaged(self.state.opt_state, self.state.params)
         params = program.recipe.complete(self.state, params)
         own = {term.name for term in self.config.objective}  # trained by a term for itself
-        head = None
-        for term in self.config.objective:
-            if isinstance(term, ClassifierConfig):
-                kernel = np.asarray(params[term.name]["kernel"])
-                head = Head(term.classes, term.templates, kernel)
+        heads = [
+            Head(x.classes, x.templates, np.asarray(params[x.name]["kernel"]))
+            for x in self.config.objective if isinstance(x, ClassifierConfig)
+        ]  # fmt: skip
         tokenizer, length = make_tokenizer(config.text), config.text.context_length
         return Encoder(
             program.model, {name: x for name, x in params.items() if name not in own}, program.mesh,
             default_preprocess(config), lambda texts: tokenizer(texts, length, True),
-            self.workdir.name, head,
+            self.workdir.name, *heads,
         )  # fmt: skip
 
 
@@ -334,8 +333,8 @@ def branch(
 def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored:
     """Raise InputError unless a checkpoint's samples match the config's batch sizes, and its
     frozen weights have these hashes."""
-    for name, found in hashes.items():
-        if begun.position.get(name, found) != found:
+    for name, digest in hashes.items():
+        if begun.position.get(name, digest) != digest:
             what, where = _FROZEN[name]
             raise InputError(
                 f"the checkpoint of step {begun.step} was trained with other {what}, or they have "

@@ -254,7 +254,7 @@ def test_with_both_towers_locked_a_classifier_learns_and_no_tower_has_a_backward
     [
         ({"optim": OptimConfig(locked=("image", "text"))}, r"locked=\('image', 'text'\) leaves"),
         ({"optim": OptimConfig(locked=("image",)), "lora": VISUAL}, "or choose other lora.targets"),
-        ({"optim": OptimConfig(optimizer=Muon()), "lora": VISUAL}, "Muon does not train low-rank"),
+        ({"optim": OptimConfig(optimizer=Muon()), "lora": VISUAL}, "Muon does not train adapters"),
     ],
     ids=["both towers", "the tower with adapters", "Muon"],
 )

@@ -65,74 +65,63 @@ class Adapted(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
     """Return every kernel of the model that can have adapters, none of them chosen."""
-    found = []
+    maps = []
     for path, box in parameters(model).items():
-        dims, sizes = list(box.names), list(box.value.shape)
-        is_matrix = path.endswith("/kernel") and {"D", "E", "F"} & {*dims}
-        is_convolution = "P" in dims and isinstance(model.vision, ResNetConfig)
-        if path not in _BARE and (not is_matrix or is_convolution):
+        axes = dict(zip(box.names, box.value.shape, strict=True))
+        is_convolution = "P" in axes and isinstance(model.vision, ResNetConfig)
+        if path not in _BARE and (not path.endswith("/kernel") or is_convolution):
             continue
-        stacked = dims[0] == "depth"
-        depth = (sizes.pop(0),) if stacked else ()
-        dims = dims[stacked:]
-        parts = 1
-        if "S" in dims:
-            at = dims.index("S")
-            parts, dims = sizes.pop(at), dims[:at] + dims[at + 1 :]
+        depth, parts = axes.pop("depth", None), axes.pop("S", 1)
+        dims, sizes = tuple(axes), tuple(axes.values())
         cut = 1 if dims[0] == "D" else len(dims) - 1
         name = path.removesuffix("/kernel")
         folder = name.rpartition("/")[0]
-        found.append(Adapted(
+        maps.append(Adapted(
             kernel=path,
             names=tuple(f"{folder}/{part}" if part else name for part in PARTS[parts]),
-            chosen=(False,) * parts, inputs=tuple(sizes[:cut]), outputs=tuple(sizes[cut:]),
-            depth=depth,
-            dims=("depth" * stacked, " ".join(dims[:cut]), " ".join(dims[cut:])),
+            chosen=(False,) * parts, inputs=sizes[:cut], outputs=sizes[cut:],
+            depth=(depth,) if depth else (),
+            dims=("depth " if depth else "", " ".join(dims[:cut]), " ".join(dims[cut:])),
         ))  # fmt: skip
-    return tuple(found)
+    return tuple(maps)
 
 
 def adapted(model: CLIPConfig, lora: LoRAConfig) -> list[Adapted]:
     """Return the kernels with adapters. Raises InputError for a target that matches no map."""
     maps, folders = linear_maps(model), dict[str, list[str]]()
-    known = [name for each in maps for name in each.names]
+    known, chosen = [name for each in maps for name in each.names], set[str]()
     for folder, _, name in (name.rpartition("/") for name in known):
         folders.setdefault(folder, []).append(name)
     for target in lora.targets:
-        if not fnmatch.filter(known, target):
+        if not (matched := fnmatch.filter(known, target)):
             raise InputError(
                 f"lora.targets: {target!r} matches no linear map of the model, which has\n"
                 + "\n".join(f"  {folder}/ {', '.join(x)}" for folder, x in folders.items())
                 + "\nA target is one of these paths, or a pattern such as */attn/q."
             )
-
-    def is_chosen(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, target) for target in lora.targets)
-
-    chosen = [each._replace(chosen=tuple(map(is_chosen, each.names))) for each in maps]
-    return [each for each in chosen if any(each.chosen)]
+        chosen.update(matched)
+    marked = (each._replace(chosen=tuple(name in chosen for name in each.names)) for each in maps)
+    return [each for each in marked if any(each.chosen)]
 
 
 def shapes(model: CLIPConfig, lora: LoRAConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return path → shape and names of dimensions of every trained array."""
-    found = {}
+    arrays = {}
     for each in adapted(model, lora):
-        parts, (stack, inputs, outputs) = sum(each.chosen), each.dims
-        a = (*each.depth, *each.inputs, parts, lora.rank), f"{stack} {inputs} - -"
-        b = (*each.depth, parts, lora.rank, *each.outputs), f"{stack} - - {outputs}"
-        for name, (shape, dims) in (("a", a), ("b", b)):
-            found[f"{each.prefix}lora_{name}"] = shape, dims.strip()
-    return found
+        own, (stack, inputs, outputs) = (sum(each.chosen), lora.rank), each.dims
+        a, b = (*each.depth, *each.inputs, *own), (*each.depth, *own, *each.outputs)
+        arrays[f"{each.prefix}lora_a"] = a, f"{stack}{inputs} - -"
+        arrays[f"{each.prefix}lora_b"] = b, f"{stack}- - {outputs}"
+    return arrays
 
 
 def draw(model: CLIPConfig, lora: LoRAConfig, key: Array) -> Params:
     """Draw adapters that change nothing yet: A from U(±1/√inputs), as in PEFT, and B = 0."""
-    drawn, sizes = {}, shapes(model, lora)
+    drawn = {path: jnp.zeros(shape) for path, (shape, _) in shapes(model, lora).items()}
     for number, each in enumerate(adapted(model, lora)):
-        limit, own = math.prod(each.inputs) ** -0.5, jax.random.fold_in(key, number)
-        a, b = (f"{each.prefix}lora_{name}" for name in "ab")
-        drawn[a] = jax.random.uniform(own, sizes[a][0], jnp.float32, -limit, limit)
-        drawn[b] = jnp.zeros(sizes[b][0])
+        path, limit = f"{each.prefix}lora_a", math.prod(each.inputs) ** -0.5
+        own = jax.random.fold_in(key, number)
+        drawn[path] = jax.random.uniform(own, drawn[path].shape, jnp.float32, -limit, limit)
     return unflatten_dict(drawn, sep="/")
 
 
