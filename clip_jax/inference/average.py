@@ -17,7 +17,7 @@ from clip_jax.convert.formats import TARGETS, read_weights, write_weights
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers.vocabulary import check_same
-from clip_jax.display import plain
+from clip_jax.display import plain, warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.pictures import save
@@ -106,6 +106,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
         models, weights = kept, (1.0,) * len(kept)
     averaged = combine(models, weights, base)
     write_weights(averaged, config.output, "clip-jax")
+    files.remove(config.output / card.FACTS_NAME)  # of a model that was there
     card.write(config.output, config.output, averaged, TARGETS["clip-jax"].use)
     return result | {"rows": rows}
 
@@ -136,8 +137,12 @@ def combine(
 
 def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights]:
     """Return models that can be averaged: if one has a classifier, those without get the zero-shot
-    one of its classes. Raises InputError that names what differs, or for BatchNorm."""
+    one of its classes; a logit bias that not all have is left out. Raises InputError that names
+    what differs, or for BatchNorm."""
     head = next((x.head for x in models if x.head), None)
+    if len({"logit_bias" in x.params for x in models}) == 2:
+        warn("a model has no logit bias, so it is left out of all; no similarity depends on it.")
+        models = [_without_bias(x) for x in models]
 
     def facts(x: Weights) -> dict[str, Any]:
         shapes = {name: array.shape for name, array in flatten(x.params).items()}
@@ -159,12 +164,17 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
     return [replace(x, head=own) for x, own in zip(models, heads, strict=True)]
 
 
+def _without_bias(x: Weights) -> Weights:
+    params = {name: array for name, array in x.params.items() if name != "logit_bias"}
+    return replace(x, config=replace(x.config, init_logit_bias=None), params=params)
+
+
 def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple[str, dict]:
     """Return the name of the result to choose by, and all results by name."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
     values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
-    kind = "/classifier/acc1" if x.head else "/acc1"
-    metric = metric or next((name for name in values if name.endswith(kind)), "acc1")
+    usual = (name for name in values if name.endswith("/acc1"))
+    metric = metric or max(usual, key=lambda x: x.endswith("/classifier/acc1"), default="acc1")
     if metric not in values or metric.endswith(("median_rank", "templates/spread", "lambda")):
         raise InputError(
             f"metric={metric!r} must be a result that is better if higher, of {', '.join(values)}."

@@ -212,6 +212,20 @@ def test_a_run_gives_its_moving_average_or_its_last_weights(tmp_path: Path):
         assert_same_bits(flatten(result.params), expected)
 
 
+def test_a_logit_bias_that_one_lacks_is_left_out_of_all(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As where a SigLIP was fine-tuned with a softmax loss."""
+    write_weights(drawn(5, SMALL), tmp_path / "tuned", "clip-jax")
+    command = ["average", str(folder / "a"), str(tmp_path / "tuned"), str(tmp_path / "out")]
+    assert main([*command, "--weights", "1", "0"]) == 0
+    assert "a model has no logit bias" in capsys.readouterr().err
+    result, expected = read_weights(tmp_path / "out"), flatten(drawn(0).params)
+    del expected["logit_bias"]
+    assert_same_bits(flatten(result.params), expected)
+    assert result.config.init_logit_bias is None
+
+
 # ------------------------------------------------------------------ wrong use
 
 
@@ -265,7 +279,8 @@ def changed(name: str) -> Weights:
             text = replace(SMALL.text, depth=2)
             return drawn(0, replace(SIGLIP, text=text))
         case "shape":
-            return drawn(0, SMALL)
+            vision = replace(SMALL.vision, mlp_ratio=2.0)
+            return drawn(0, replace(SIGLIP, vision=vision))
         case "tokenizer":
             tokenizer = replace(SMALL.text.tokenizer, clean="lower")
             text = replace(SMALL.text, tokenizer=tokenizer)
@@ -286,7 +301,7 @@ def changed(name: str) -> Weights:
     ("name", "says"),
     [
         ("depth", "model.text.depth is 1 and 2"),
-        ("shape", "shape.logit_bias is () and None"),
+        ("shape", "mlp/c_fc/bias is (1, 128) and (1, 64)"),
         ("tokenizer", "model.text.tokenizer.clean is clip and lower"),
         ("preprocess", "preprocess.resize_mode is shortest and squash"),
         ("classes", "class.1 is dark and cat"),
