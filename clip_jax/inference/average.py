@@ -74,10 +74,7 @@ class AverageConfig(SuiteConfig):
 
 
 def average(config: AverageConfig) -> dict[str, Any]:
-    """Write the averaged model as a model folder, or evaluate a curve; return what was done.
-
-    Raises InputError for models that do not fit each other, and says in what.
-    """
+    """Write the averaged model as a model folder, or evaluate a curve; return what was done."""
     paths = (*config.models, *([config.base] if config.base else []))
     for path in paths:
         check_free(path, config.output, config.overwrite)
@@ -99,7 +96,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
         for i in sorted(range(len(models)), key=lambda i: -alone[i][1][metric]):
             soup, own = [*kept, models[i]], alone[i][1][metric]
             value = measure(combine(soup, [1.0] * len(soup)))[1][metric]
-            row = {"alone": own, "in the soup": value, "kept": value >= best}
+            row = {"alone": own, "soup": value, "kept": value >= best}
             rows.append({"model": str(config.models[i])} | row)
             if value >= best:
                 kept, best = soup, value
@@ -115,10 +112,8 @@ def combine(
     models: Sequence[Weights], weights: Sequence[float], base: Weights | None = None
 ) -> Weights:
     """Return Σ wᵢ·θᵢ in float32, from left to right, with wᵢ divided by their sum in float64; with
-    a base, base + Σ wᵢ·(θᵢ − base), with wᵢ as they are. A weight of 0 leaves a model out.
-
-    The logit scale is averaged as it is stored, as a logarithm, and a classifier like the rest.
-    """
+    a base, base + Σ wᵢ·(θᵢ − base), with wᵢ as they are. A weight of 0 leaves a model out. The
+    logit scale is averaged as it is stored, as a logarithm, and a classifier like the rest."""
 
     def arrays(x: Weights) -> dict[str, np.ndarray]:
         head = {} if x.head is None else {"classifier": x.head.kernel}
@@ -189,7 +184,7 @@ def _curve(config: AverageConfig, models: Sequence[Weights], measure: Callable) 
     rows, metric = [], ""
     for alpha in sorted(set(config.curve)):
         metric, values = measure(combine(models, (1 - alpha, alpha)))
-        rows.append({"alpha": alpha} | values)
+        rows.append({"alpha": alpha, **values})
         files.write_whole(config.output / "curve.json", json.dumps(rows, indent=1))
     best = max(rows, key=lambda row: row[metric])["alpha"]
     names = [x for x in rows[0] if x.partition("/")[2] == metric.partition("/")[2]]

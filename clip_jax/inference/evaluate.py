@@ -40,8 +40,7 @@ class EvaluateConfig(SuiteConfig):
     tokens: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
-    # Another model to evaluate alike, such as the one before fine-tuning: its results are named
-    # original/NAME, and what this model adds to them change/NAME. None: none.
+    # Model before fine-tuning: its results are original/NAME, differences change/NAME. None: none.
     beside: AnyPath | None = None
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 

@@ -185,7 +185,7 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_metric(tmp_path: Path):
         mock.patch.multiple(
             average, _measure=measure, combine=soup, data_sets=mock.Mock(return_value={}),
             read_weights=lambda path, ema: int(path.name), fitting=lambda models, paths: models,
-            card=mock.Mock(),
+            card=mock.Mock(FACTS_NAME="training.json"),
         ),
         mock.patch.object(average, "write_weights") as write,
     ):  # fmt: skip
