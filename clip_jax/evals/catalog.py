@@ -89,8 +89,8 @@ def data_sets(
         kind, _, path = text.partition(":")
         if path and kind in _KINDS:
             own = files.as_path(path)
-            whole = Path(str(own)).absolute()
-            name = whole.name if own_names[whole.name] == 1 else whole.parent.name
+            full = Path(str(own)).absolute()
+            name = full.name if own_names[full.name] == 1 else full.parent.name
             open_split = functools.partial(_open_own, kind, own, name, codes)
         elif text in _NAMES:
             name = text
