@@ -29,7 +29,7 @@ from clip_jax.convert.formats import read_weights
 from clip_jax.convert.weights import Weights
 from clip_jax.data.shapes import SampleDataConfig, write
 from clip_jax.evals.datasets import open_folder
-from clip_jax.inference.average import combine, with_heads
+from clip_jax.inference.average import combine, fitting
 from clip_jax.inference.loading import model_of, prompt_head, unit
 from clip_jax.train import train
 
@@ -123,7 +123,7 @@ def of_seed(root: Path, seed: int, images: int) -> dict[str, list[float]]:
     flyp = [weights[name] for name in RUNS if RUNS[name][0] == "fine_tune_flyp"]
     rows["soup of the three FLYP models"] = measure(combine(flyp, [1.0] * 3))
     for name, alpha in itertools.product(CURVES, ALPHAS):
-        ends = with_heads([weights["base"], weights[name]])
+        ends = fitting([weights["base"], weights[name]], [root / "base", root / folder(name)])
         rows[f"{name}@{alpha}"] = measure(combine(ends, (1 - alpha, alpha)))
         if alpha == 0.5:
             rows[f"{name}, WiSE-FT α = 0.5"] = rows[f"{name}@{alpha}"]

@@ -10,8 +10,8 @@ Hardware: two CPU cores, about one minute; an accelerator for models of publishe
 Recipe: Hu et al. 2021 (LoRA, arXiv:2106.09685), rank 8 on all attention and MLP maps; the loss of
 `fine_tune_flyp`. The learning rate is four times as high, as adapters begin at zero.
 Expected: @lora@
-Notes: Only adapters are in optimizer and checkpoints; export merges them. `clip-jax plan` shows the
-memory that this saves.
+Notes: Only adapters are in optimizer and checkpoints; export merges them. `clip-jax plan` of this
+config and of `fine_tune_flyp` shows the memory that this saves.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig
