@@ -25,6 +25,7 @@ from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.convert.formats import read_weights
 from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
+from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import DataConfig, classes_of, open_source
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
@@ -66,7 +67,9 @@ class Config:
     branch_from: str | None = None
     init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
-    init_architecture: bool = False  # Take the architecture of init_from instead of model's.
+    init_architecture: bool = False  # Take architecture and preprocessing of init_from.
+    # Resizing of images for evaluation, in the model's size. None: OpenAI's.
+    preprocess: Preprocess | None = None
     lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
     data: DataConfig = field(default_factory=DataConfig)
     objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
@@ -234,16 +237,16 @@ def with_weights(config: AnyConfig) -> AnyConfig:
     teachers and, with `init_architecture`, of the model, without a bias if all losses are softmax.
     """
 
-    def architecture(weights: str, setting: str) -> CLIPConfig:
+    def read(weights: str, setting: str) -> tuple[CLIPConfig, Preprocess]:
         with naming(f"{setting}={weights!r}"):
-            read = read_weights(files.as_path(weights))
-        how = read.preprocess
-        return replace(read.config, image_mean=how.mean, image_std=how.std)
+            file = read_weights(files.as_path(weights))
+        how = file.preprocess
+        return replace(file.config, image_mean=how.mean, image_std=how.std), how
 
     def known(teacher: Any) -> Any:
         if getattr(teacher, "model", teacher) is not None:
             return teacher
-        return replace(teacher, model=architecture(teacher.weights, "teachers.weights"))
+        return replace(teacher, model=read(teacher.weights, "teachers.weights")[0])
 
     def complete(term: Any) -> Any:
         if isinstance(term, ClassifierConfig) and not term.classes:
@@ -252,16 +255,18 @@ def with_weights(config: AnyConfig) -> AnyConfig:
         distils = isinstance(term, DistillationConfig)
         return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
 
-    model = config.model
+    model, preprocess = config.model, config.preprocess
     if config.init_architecture and config.init_from:
         own = {name: getattr(model, name) for name in ("dtype", "remat", "unroll", "attention")}
-        model = replace(architecture(config.init_from, "init_from"), **own)
+        initial, preprocess = read(config.init_from, "init_from")
+        model = replace(initial, **own)
         if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
             dropout = config.model.vision.patch_dropout
             model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
         if {x.needs_bias for x in config.objective if isinstance(x, Pairwise)} == {False}:
             model = replace(model, init_logit_bias=None)
-    return replace(config, model=model, objective=tuple(map(complete, config.objective)))
+    objective = tuple(map(complete, config.objective))
+    return replace(config, model=model, preprocess=preprocess, objective=objective)
 
 
 def bundled_configs() -> dict[str, Path]:

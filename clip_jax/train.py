@@ -98,20 +98,15 @@ class Run:
     @property
     def encoder(self) -> Encoder:
         """The model to evaluate, with averaged weights if the optimizer keeps them."""
-        config, program = self.config.model, self.program
+        config, terms = self.config, {term.name: term for term in self.config.objective}
         params = averaged(self.state.opt_state, self.state.params)
-        params = program.recipe.complete(self.state, params)
-        own = {term.name for term in self.config.objective}  # trained by a term for itself
-        heads = [
-            Head(x.classes, x.templates, np.asarray(params[x.name]["kernel"]))
-            for x in self.config.objective if isinstance(x, ClassifierConfig)
-        ]  # fmt: skip
-        tokenizer, length = make_tokenizer(config.text), config.text.context_length
-        return Encoder(
-            program.model, {name: x for name, x in params.items() if name not in own}, program.mesh,
-            default_preprocess(config), lambda texts: tokenizer(texts, length, True),
-            self.workdir.name, *heads,
-        )  # fmt: skip
+        params = self.program.recipe.complete(self.state, params)
+        head = None
+        if isinstance(own := terms.get(ClassifierConfig.name), ClassifierConfig):
+            head = Head(own.classes, own.templates, np.asarray(params[own.name]["kernel"]))
+        params = {name: x for name, x in params.items() if name not in terms}
+        how = default_preprocess(config.model, config.preprocess)
+        return Model(config.model, params, how, head).encoder(self.program.mesh, self.workdir.name)
 
 
 def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:

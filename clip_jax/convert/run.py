@@ -10,6 +10,7 @@ from clip_jax.checkpoints.manager import position_of, restore_params
 from clip_jax.checkpoints.retention import named_step
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.weights import Adapters, Head, Weights, default_preprocess, with_vocabulary
+from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.losses import ClassifierConfig
 from clip_jax.losses import objective as terms
@@ -42,8 +43,15 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     if own is not None:
         base, digest = read_run_config(workdir)["init_from"], position_of(workdir, step)["base"]
         adapters = Adapters(own, params, base, digest, {})
-    how = default_preprocess(config)
+    how = preprocess_of(workdir, config)
     return Weights(config=config, params=params, preprocess=how, head=head, adapters=adapters)
+
+
+def preprocess_of(workdir: AnyPath, config: CLIPConfig) -> Preprocess:
+    """Return the preprocessing of a run's images for evaluation."""
+    own = read_run_config(workdir).get("preprocess")
+    where = f"{workdir}: preprocess"
+    return default_preprocess(config, own and from_dict(Preprocess, own, where))
 
 
 def extras(workdir: AnyPath) -> tuple[LoRAConfig | None, tuple[ClassifierConfig, ...]]:

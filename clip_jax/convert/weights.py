@@ -51,12 +51,12 @@ class Weights:
     adapters: Adapters | None = None  # those merged into `params`
 
 
-def default_preprocess(config: CLIPConfig) -> Preprocess:
-    """Return OpenAI's preprocessing, or NaFlex's, with a model's sizes, mean and std."""
+def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Preprocess:
+    """Return preprocessing as in `like`, by default OpenAI's or NaFlex's, with a model's sizes,
+    mean and std."""
     vision = config.vision
-    preprocess = Preprocess(
-        image_size=vision.image_size, mean=config.image_mean, std=config.image_std
-    )
+    size, mean, std = vision.image_size, config.image_mean, config.image_std
+    preprocess = replace(like or Preprocess(), image_size=size, mean=mean, std=std)
     if not isinstance(vision, ViTConfig) or vision.max_patches is None:
         return preprocess
     return replace(

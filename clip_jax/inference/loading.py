@@ -18,7 +18,7 @@ from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
 from clip_jax.convert.formats import at_length, read_weights
-from clip_jax.convert.weights import Head, Weights, cast, default_preprocess
+from clip_jax.convert.weights import Head, Weights, cast
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
@@ -209,7 +209,7 @@ def load_on_mesh(
         path = f"{workdir}@{step}"
     if run.is_run(workdir) and not any(run.extras(workdir)):
         config = replace(run.read_config(workdir), dtype=dtype)
-        weights = Weights(config=config, params={}, preprocess=default_preprocess(config))
+        weights = Weights(config=config, params={}, preprocess=run.preprocess_of(workdir, config))
         weights = at_length(weights, tokens, path)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)
