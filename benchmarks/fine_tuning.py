@@ -125,8 +125,8 @@ def of_seed(root: Path, seed: int, images: int) -> dict[str, list[float]]:
     for name, alpha in itertools.product(CURVES, ALPHAS):
         ends = fitting([weights["base"], weights[name]], [root / "base", root / folder(name)])
         rows[f"{name}@{alpha}"] = measure(combine(ends, (1 - alpha, alpha)))
-        if alpha == 0.5:
-            rows[f"{name}, WiSE-FT α = 0.5"] = rows[f"{name}@{alpha}"]
+        if alpha in (0.5, 0.7):
+            rows[f"{name}, WiSE-FT α = {alpha}"] = rows[f"{name}@{alpha}"]
     return rows
 
 
