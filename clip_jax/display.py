@@ -1,10 +1,12 @@
 """Output for people: warnings, progress bars, and the style of all plots."""
 
+import io
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -51,6 +54,18 @@ def results(step: int, values: Mapping[str, float | int]) -> str:
     text = "  ".join(f"{name}\xa0{value:.4g}" for name, value in values.items())
     lines = textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"step {step}  {line}".replace("\xa0", " ") for line in lines)
+
+
+def table(names: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> str:
+    """Draw a table whose first columns are aligned to the left; "" without rows."""
+    drawn = Table(*names, box=box.SIMPLE_HEAD)
+    for column in drawn.columns[left:]:
+        column.justify = "right"
+    for row in rows:
+        drawn.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row))
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(drawn)
+    return stream.getvalue().rstrip() if drawn.rows else ""
 
 
 def warn(line: str) -> None:

@@ -85,7 +85,6 @@ def training(
     config: CLIPConfig, batch_size: int, locked: Sequence[Tower] = (), has_adapters: bool = False
 ) -> Flops:
     """Count one step by `matmul`: 3 × forward; a locked tower (LiT) 1 ×; nothing recomputed.
-
     With low-rank adapters (LoRA), frozen weights have no gradient, which leaves 2 × forward, and
     3 × in attention's own products. The adapters' share, about rank / width, is not counted.
 

@@ -42,10 +42,9 @@ from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the run directory: fingerprints of the training data
-_FROZEN = {  # what frozen weights are called, and the setting that says where they are
-    "teachers": ("teachers", "teachers.weights"),
-    "base": ("initial weights", "init_from (of a run that has trained on since: RUN@STEP)"),
-}
+_FROZEN = {  # where frozen weights are
+    "teachers": "teachers.weights", "base": "init_from (of a run that has trained on: RUN@STEP)"
+}  # fmt: skip
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
 
@@ -330,10 +329,9 @@ def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored
     frozen weights have these hashes."""
     for name, digest in hashes.items():
         if begun.position.get(name, digest) != digest:
-            what, where = _FROZEN[name]
             raise InputError(
-                f"the checkpoint of step {begun.step} was trained with other {what}, or they have "
-                f"changed. Restore them at {where}, or start a new run in another --workdir."
+                f"the checkpoint of step {begun.step} was trained with other frozen weights, or "
+                f"they have changed. Restore those of {_FROZEN[name]}, or choose a new --workdir."
             )
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(

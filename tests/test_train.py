@@ -315,7 +315,7 @@ def test_a_run_of_adapters_resumes_on_the_weights_that_they_change(finished, tmp
     train(adapted(), tmp_path / "whole")
     train(adapted(stop_after=4), tmp_path / "run")
     for other, says in (
-        (f"{finished}@4", r"trained with other initial weights, .* RUN@STEP"),
+        (f"{finished}@4", r"trained with other frozen weights, .* RUN@STEP"),
         (tmp_path / "none", "none"),
     ):
         with pytest.raises(InputError, match=says):
@@ -346,7 +346,7 @@ def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_p
     train(distilled(finished, stop_after=4), tmp_path / "run")
     objective = json.loads((tmp_path / "run/config.json").read_text())["objective"]
     assert objective[1]["teachers"][0]["model"]["embed_dim"] == tiny().model.embed_dim
-    with pytest.raises(InputError, match=r"trained with other teachers: .* or start a new run"):
+    with pytest.raises(InputError, match=r"with other frozen weights, .* of teachers.weights"):
         train(distilled(f"{finished}@4"), tmp_path / "run")
     train(distilled(f"{finished}@{STEPS}"), tmp_path / "run")  # the same weights by another name
     state = final_state(tmp_path / "run")

@@ -196,7 +196,7 @@ def convert(args: Sequence[str]) -> int:
 
 def average(args: Sequence[str]) -> int:
     """Average models, or evaluate a curve between two: clip-jax average A B OUT --weights 1 1"""
-    from clip_jax.evals.results import to_columns
+    from clip_jax.display import table
     from clip_jax.inference.average import AverageConfig
     from clip_jax.inference.average import average as run_average
 
@@ -207,8 +207,8 @@ def average(args: Sequence[str]) -> int:
     result = run_average(config)
     rows = result["rows"]
     lines = [f"{name}: {x}" for name, x in result.items() if name != "rows"]
-    table = to_columns([[*rows[0]], *(row.values() for row in rows)])
-    return _print(result, as_json, "\n".join([table, *lines]))
+    text = "\n".join([table([*rows[0]], (row.values() for row in rows)), *lines])
+    return _print(result, as_json, text)
 
 
 def export(args: Sequence[str]) -> int:
@@ -231,25 +231,17 @@ def scale(args: Sequence[str]) -> int:
         return _ladder(rest)
     from clip_jax.scaling import choose, downstream, fit, html_report, planning, run_table
 
-    if verb == "plan":
-        kind = planning.ScalePlanConfig
-        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale plan")
-        result = planning.plan(config)
-        return _print(result, as_json, planning.describe(result))
-    if verb == "fit":
-        config, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
-        result = fit.fit_file(config)
-        return _print(result, as_json, fit.describe(result))
-    if verb == "choose":
-        kind = choose.ChooseConfig
-        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale choose")
-        result = choose.choose(config)
-        return _print(result, as_json, choose.describe(result))
-    if verb == "relate":
-        kind = downstream.RelateConfig
-        config, as_json = arguments.read(kind, rest, ("table",), scale, "scale relate")
-        result = downstream.relate(config)
-        return _print(result, as_json, downstream.describe(result))
+    of_table = {
+        "plan": (planning.ScalePlanConfig, planning.plan, planning.describe),
+        "fit": (fit.FitCommand, fit.fit_file, fit.describe),
+        "choose": (choose.ChooseConfig, choose.choose, choose.describe),
+        "relate": (downstream.RelateConfig, downstream.relate, downstream.describe),
+    }
+    if verb in of_table:
+        kind, run, describe = of_table[verb]
+        config, as_json = arguments.read(kind, rest, ("table",), scale, f"scale {verb}")
+        result = run(config)
+        return _print(result, as_json, describe(result))
     paths = arguments.leading(rest)
     rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
     if verb == "collect":

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from clip_jax.checkpoints.manager import digest_of
+from clip_jax.checkpoints.resume import differences
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
@@ -297,11 +298,9 @@ def merged(weights: Weights, own: Adapters, workdir: AnyPath) -> Weights:
 
 def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) -> None:
     """Raise InputError unless these subtrees of a model's parameters are those of `config`."""
-    has = {name: x.shape for name, x in flatten(params).items()}
-    needs = {name: x for name, x in param_shapes(config).items() if name.split("/")[0] in params}
-    for name in sorted(has.keys() | needs.keys()):
-        if has.get(name) != needs.get(name):
-            raise InputError(
-                f"{where} has {name} {has.get(name, 'not at all')}, and the model needs "
-                f"{needs.get(name, 'none')}; {advice}."
-            )
+    shapes = param_shapes(config).items()
+    needs = {name: x for name, x in shapes if name.split("/")[0] in params}
+    has = {name: x.shape for name, x in sorted(flatten(params).items())}
+    for name, got, needed in differences(has, needs)[:1]:
+        got, needed = ("none" if x is None else x for x in (got, needed))
+        raise InputError(f"{where} has {name} {got}, and the model needs {needed}; {advice}.")

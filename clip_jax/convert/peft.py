@@ -1,8 +1,7 @@
 """PEFT's format of low-rank adapters, beside a folder of Hugging Face's CLIP or SigLIP model.
 
-Facts are from huggingface/peft: `tuners/lora`, `utils/save_and_load.py`. SigLIP's pooling head is
-an `nn.MultiheadAttention` there, in which PEFT ignores an adapter of `out_proj` until it is merged:
-adapters of that attention are refused.
+Facts are from huggingface/peft: `tuners/lora`, `utils/save_and_load.py`. Of `out_proj` in SigLIP's
+pooling head, PEFT ignores an adapter until it is merged: adapters of that attention are refused.
 """
 
 import functools

@@ -33,7 +33,7 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     only these are read: see `formats.merged`.
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
-    own, heads = extras(workdir)
+    own, heads, how = extras(workdir)
     draw = CLIP(config).init if own is None else functools.partial(lora.draw, config, own)
     shapes = jax.eval_shape(lambda: draw(key) | terms.draw(heads, config, key))
     params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes, ema=ema))
@@ -43,24 +43,20 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     if own is not None:
         base, digest = read_run_config(workdir)["init_from"], position_of(workdir, step)["base"]
         adapters = Adapters(own, params, base, digest, {})
-    how = preprocess_of(workdir, config)
+    how = default_preprocess(config, how)
     return Weights(config=config, params=params, preprocess=how, head=head, adapters=adapters)
 
 
-def preprocess_of(workdir: AnyPath, config: CLIPConfig) -> Preprocess:
-    """Return the preprocessing of a run's images for evaluation."""
-    own = read_run_config(workdir).get("preprocess")
-    where = f"{workdir}: preprocess"
-    return default_preprocess(config, own and from_dict(Preprocess, own, where))
-
-
-def extras(workdir: AnyPath) -> tuple[LoRAConfig | None, tuple[ClassifierConfig, ...]]:
-    """Return the settings of a run's adapters and of its classifier, one at most."""
+def extras(
+    workdir: AnyPath,
+) -> tuple[LoRAConfig | None, tuple[ClassifierConfig, ...], Preprocess | None]:
+    """Return the settings of a run's adapters, of its classifier, one at most, and of images."""
     content, kind = read_run_config(workdir), ClassifierConfig.__name__
     terms = [term for term in content.get("objective", ()) if term.pop("type", "") == kind]
     heads = tuple(from_dict(ClassifierConfig, x, f"{workdir}: objective") for x in terms)
-    own = content.get("lora")
-    return own and from_dict(LoRAConfig, own, f"{workdir}: lora"), heads
+    own, how = content.get("lora"), content.get("preprocess")
+    how = how and from_dict(Preprocess, how, f"{workdir}: preprocess")
+    return own and from_dict(LoRAConfig, own, f"{workdir}: lora"), heads, how
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.data.images import center_crop, decode
-from clip_jax.display import plain
+from clip_jax.display import plain, table
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
 from clip_jax.evals.pictures import contact_sheet, save, with_probabilities
@@ -75,20 +75,12 @@ def to_table(values: Mapping[str, float | int]) -> str:
     names = [name for name in values if not name.startswith(sides[1:])]
     if len(names) < len(values):
         rows = ([name, *(values.get(side + name, "") for side in sides)] for name in names)
-        return to_columns([("metric", "model", "original", "change"), *rows])
+        return table(("metric", "model", "original", "change"), rows)
     width = max(map(len, values), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:{'10' if isinstance(value, int) else '10.4f'}}"
         for name, value in values.items()
     )
-
-
-def to_columns(rows: Sequence[Iterable[Any]]) -> str:
-    """Format rows, the first of which are the titles, as a table for a terminal."""
-    cells = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None = None) -> None:

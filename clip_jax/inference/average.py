@@ -44,11 +44,10 @@ class AverageConfig(SuiteConfig):
     # Task arithmetic (arXiv:2212.04089): add to this model the differences of the others from it,
     # times --weights, by default 1 and possibly negative. None: an average.
     base: AnyPath | None = None
-    # Greedy soup (arXiv:2203.05482): try the models from the best --metric on --dataset, a
-    # validation set, to the worst; keep each that does not lower the metric of the average.
+    # Greedy soup (arXiv:2203.05482): from the best --metric on --dataset, a validation set, to the
+    # worst, keep each model that does not lower the metric of the average.
     greedy: bool = False
-    # WiSE-FT (arXiv:2109.01903): evaluate (1 − α)·first + α·second on --dataset, such as the target
-    # and shifted test sets, for these α. No model is written.
+    # WiSE-FT (arXiv:2109.01903): α for which (1 − α)·first + α·second is evaluated on --dataset.
     curve: tuple[float, ...] = ()
     # Result to choose by, DATASET/METRIC. None: acc1 of the first data set, by a classifier if any.
     metric: str | None = None
@@ -137,7 +136,13 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
     head = next((x.head for x in models if x.head), None)
     if len({"logit_bias" in x.params for x in models}) == 2:
         warn("a model has no logit bias, so it is left out of all; no similarity depends on it.")
-        models = [_without_bias(x) for x in models]
+        models = [
+            replace(
+                x, config=replace(x.config, init_logit_bias=None),
+                params={name: each for name, each in x.params.items() if name != "logit_bias"},
+            )
+            for x in models
+        ]  # fmt: skip
 
     def facts(x: Weights) -> dict[str, Any]:
         shapes = {name: array.shape for name, array in flatten(x.params).items()}
@@ -157,11 +162,6 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
             raise InputError(f"{path} has BatchNorm, whose statistics cannot be averaged.")
     heads = [head and (x.head or prompt_head(model_of(x), *head[:2])) for x in models]
     return [replace(x, head=own) for x, own in zip(models, heads, strict=True)]
-
-
-def _without_bias(x: Weights) -> Weights:
-    params = {name: array for name, array in x.params.items() if name != "logit_bias"}
-    return replace(x, config=replace(x.config, init_logit_bias=None), params=params)
 
 
 def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple[str, dict]:

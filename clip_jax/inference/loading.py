@@ -18,7 +18,7 @@ from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
 from clip_jax.convert.formats import at_length, read_weights
-from clip_jax.convert.weights import Head, Weights, cast
+from clip_jax.convert.weights import Head, Weights, cast, default_preprocess
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
@@ -207,9 +207,11 @@ def load_on_mesh(
         step = processes.together(lambda: named_step(workdir, which), Unusable)
         step = processes.gather(step)[0]  # the same everywhere, while the run goes on
         path = f"{workdir}@{step}"
-    if run.is_run(workdir) and not any(run.extras(workdir)):
+    if run.is_run(workdir) and not any((extras := run.extras(workdir))[:2]):
         config = replace(run.read_config(workdir), dtype=dtype)
-        weights = Weights(config=config, params={}, preprocess=run.preprocess_of(workdir, config))
+        weights = Weights(
+            config=config, params={}, preprocess=default_preprocess(config, extras[2])
+        )
         weights = at_length(weights, tokens, path)
         shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
         places = sharding.param_shardings(config, shapes, mesh)

@@ -88,16 +88,13 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
 
 def adapted(model: CLIPConfig, lora: LoRAConfig) -> list[Adapted]:
     """Return the kernels with adapters. Raises InputError for a target that matches no map."""
-    maps, folders = linear_maps(model), dict[str, list[str]]()
-    known, chosen = [name for each in maps for name in each.names], set[str]()
-    for folder, _, name in (name.rpartition("/") for name in known):
-        folders.setdefault(folder, []).append(name)
+    maps, chosen = linear_maps(model), set[str]()
+    known = [name for each in maps for name in each.names]
     for target in lora.targets:
         if not (matched := fnmatch.filter(known, target)):
             raise InputError(
-                f"lora.targets: {target!r} matches no linear map of the model, which has\n"
-                + "\n".join(f"  {folder}/ {', '.join(x)}" for folder, x in folders.items())
-                + "\nA target is one of these paths, or a pattern such as */attn/q."
+                f"lora.targets: {target!r} matches no linear map of the model. Choose from these, "
+                "or a pattern such as */attn/q:\n  " + "\n  ".join(known)
             )
         chosen.update(matched)
     marked = (each._replace(chosen=tuple(name in chosen for name in each.names)) for each in maps)

@@ -1,13 +1,10 @@
 """Format plans as tables for a terminal."""
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from clip_jax.display import table
 from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Plan
 
@@ -43,7 +40,7 @@ def describe(plan: Plan) -> str:
             f"Best setting ({plan.fit_compiles} compiles): --model.remat {plan.remat} "
             f"--batch-size {plan.batch_size}"
         )
-    calls = _table(("kernel or library", "calls per step"), plan.calls.items())
+    calls = table(("kernel or library", "calls per step"), plan.calls.items())
     if plan.attention:
         lines.append(f"attention of the image tower, {plan.tokens:,} patches: {plan.attention}")
     lines += [_memory(plan), _collectives(plan), calls, _seconds(plan), _lengths(plan)]
@@ -102,7 +99,7 @@ def compare(plans: Sequence[Plan]) -> str:
             "" if x.price is None else f"{x.price:,.0f}",
         ))  # fmt: skip
     names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", MFU, "limit", "hours", "price")
-    return _table(names, rows, left=3)
+    return table(names, rows, left=3)
 
 
 def _lengths(plan: Plan) -> str:
@@ -120,7 +117,7 @@ def _lengths(plan: Plan) -> str:
         "tokens", "padded", "batch", "steps", "attention", "fits: GB", "s/step ≥", "MFU",
         "valid", "compile, s",
     )  # fmt: skip
-    return _table(names, rows, left=0)
+    return table(names, rows, left=0)
 
 
 def _percent(mfus: dict[str, float | None], share: float = 1.0) -> str:
@@ -132,11 +129,11 @@ def _memory(plan: Plan) -> str:
     for name, size in plan.bytes_per_device.items():
         label = f"optimizer, {plan.optimizer}" if name == "optimizer" else name
         rows.append((label, HOW[name], _mib(size)))
-        if table := plan.token_embedding_bytes.get(name):
-            rows.append(("  of it, the token embedding", HOW[name], _mib(table)))
+        if size := plan.token_embedding_bytes.get(name):
+            rows.append(("  of it, the token embedding", HOW[name], _mib(size)))
         if name == "terms" and plan.frozen_bytes:
             rows.append(("  of it, frozen weights", HOW[name], _mib(plan.frozen_bytes)))
-    return _table(("memory per device", "source", "MiB"), rows, left=2)
+    return table(("memory per device", "source", "MiB"), rows, left=2)
 
 
 def _collectives(plan: Plan) -> str:
@@ -153,7 +150,7 @@ def _collectives(plan: Plan) -> str:
         rows.append((("others", "", ""), np.sum(small, axis=0)))
     names = ("collective", "axis", "part of the step", "times", "MiB", "MiB received")
     texts = [(*key, times, _mib(size), _mib(received)) for key, (times, size, received) in rows]
-    return _table(names, texts, left=3)
+    return table(names, texts, left=3)
 
 
 def _seconds(plan: Plan) -> str:
@@ -166,20 +163,8 @@ def _seconds(plan: Plan) -> str:
     rows = [
         (part, *(x.get(name, "") for name in SECONDS)) for part, x in zip(parts, texts, strict=True)
     ]
-    return _table(("seconds at the peaks", *SECONDS.values()), rows)
+    return table(("seconds at the peaks", *SECONDS.values()), rows)
 
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
-    """Draw a table whose first columns are aligned to the left; "" without rows."""
-    table = Table(*names, box=box.SIMPLE_HEAD)
-    for column in table.columns[left:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*map(str, row))
-    stream = io.StringIO()
-    Console(file=stream, width=120).print(table)
-    return stream.getvalue().rstrip() if table.rows else ""
