@@ -123,7 +123,7 @@ def test_the_command_writes_a_model_that_predicts_its_classes(
     command = ["average", *paths, str(tmp_path / "soup")]
     assert main([*command, "--weights", "3", "1", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:4]] == [
+    assert [line.split() for line in lines[3:6]] == [
         [paths[0], "3.0000"], [paths[1], "1.0000"], [paths[2], "2.0000"]
     ]  # fmt: skip
     models = [read_weights(folder / name) for name in "abc"]
