@@ -12,7 +12,7 @@ each sample draws one of the prompts. Images of one class are negatives of each 
 `--objective.0.mask-same-class` leaves them out.
 Expected: 91% top-1 on the dark test images (zero-shot: 35%) and 85% on the bright ones of classes
 that pre-training has seen (before: 99%), mean of 3 seeds.
-Notes: A model with a logit bias, such as SigLIP, needs `fine_tune_siglip`.
+Notes: This loss leaves out the logit bias of SigLIP; `fine_tune_siglip` keeps it.
 """
 
 from clip_jax.checkpoints.manager import CheckpointConfig
