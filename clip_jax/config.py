@@ -127,10 +127,10 @@ class Config:
                 )
             if self.init_from:
                 raise InputError("branch_from and init_from both set the weights; set only one.")
-        if self.init_architecture and not self.init_from:
-            raise InputError("init_architecture needs weights to read it from: set --init-from.")
-        if self.lora is not None and (not self.init_from or len(self.init_towers) < 2):
-            raise InputError("lora adapts trained weights: set --init-from, for both towers.")
+        if (self.init_architecture or self.lora) and not self.init_from:
+            raise InputError("init_architecture and lora need trained weights: set --init-from.")
+        if self.lora is not None and len(self.init_towers) < 2:
+            raise InputError("lora needs the weights of both towers: omit --init-towers.")
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
@@ -233,9 +233,8 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
 
 
 def with_weights(config: AnyConfig) -> AnyConfig:
-    """Return the config with what it leaves to files: a classifier's classes, and architectures of
-    teachers and, with `init_architecture`, of the model, without a bias if all losses are softmax.
-    """
+    """Return the config with what it leaves to files: classes, and architectures of teachers and,
+    with `init_architecture`, of the model, without a bias if all losses are softmax."""
 
     def read(weights: str, setting: str) -> tuple[CLIPConfig, Preprocess]:
         with naming(f"{setting}={weights!r}"):

@@ -21,7 +21,6 @@ CoCa decodes the last token and projects its queries for each image. `training`,
 only what is needed, and computed here.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from clip_jax.models.clip import CLIPConfig
@@ -82,7 +81,7 @@ def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:
 
 
 def training(
-    config: CLIPConfig, batch_size: int, locked: Sequence[Tower] = (), has_adapters: bool = False
+    config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = (), has_adapters: bool = False
 ) -> Flops:
     """Count one step by `matmul`: 3 × forward; a locked tower (LiT) 1 ×; nothing recomputed.
     With low-rank adapters (LoRA), frozen weights have no gradient, which leaves 2 × forward, and
@@ -117,7 +116,7 @@ def _weigh(counts: Operations, convention: Convention = "matmul") -> int:
 
 
 def _count(
-    config: CLIPConfig, training: bool = False, locked: Sequence[Tower] = ()
+    config: CLIPConfig, training: bool = False, locked: tuple[Tower, ...] = ()
 ) -> tuple[Operations, Operations, Operations]:
     """Count the image tower, the text tower and the decoder, in training without the last token."""
     vision, text, decoder = config.vision, config.text, config.decoder

@@ -41,8 +41,7 @@ def check_resumable(
     is_longer = before.get("steps", math.inf) <= now["steps"]
     is_endless = now["optim"]["schedule"]["type"] in _ENDLESS
     allowed = (*RESUMABLE, "steps") if is_longer and is_endless else RESUMABLE
-    if now.get("lora"):  # a checkpoint has the hash of the frozen weights
-        allowed = (*allowed, "init_from")
+    allowed += ("init_from",) if now.get("lora") else ()  # checkpoints have the weights' hash
     samples = samples_after(max(steps_in(workdir / "checkpoints"), default=0))
     if before and (lines := _differing(workdir, before, now, allowed, samples)):
         raise InputError(

@@ -358,8 +358,8 @@ def sample_data(args: Sequence[str]) -> int:
     """Write drawn shapes to try things with: clip-jax sample-data FOLDER"""
     from clip_jax.data.shapes import SampleDataConfig, write
 
-    kind = SampleDataConfig
-    config, as_json = arguments.read(kind, args, ("output",), sample_data, "sample-data")
+    verb = "sample-data"
+    config, as_json = arguments.read(SampleDataConfig, args, ("output",), sample_data, verb)
     result = write(config)
     text = "{output}: {train} training and {test} test images of {classes} classes"
     return _print(result, as_json, text.format(**result))

@@ -83,10 +83,8 @@ def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) ->
         **model_folder.manifest(weights),
     }
     if weights.head is not None:
-        use += (
-            "\n\n`classifier.safetensors` has a row of `kernel` for each class that its metadata "
-            "names. Logits of an image are exp(logit_scale) · unit embedding · kernelᵀ."
-        )
+        use += "\n\n`classifier.safetensors` has a row of `kernel` for each class in its metadata. "
+        use += "Logits of an image are exp(logit_scale) · unit embedding · kernelᵀ."
     facts = facts or {}
     settings = flatten(facts.get("config", {}))
     training = {key: x for key, x in settings.items() if key.startswith(_TRAINING)}

@@ -182,13 +182,11 @@ def _read_head(folder: Path, width: int) -> Head | None:
             kernel, texts = file.get_tensor("kernel"), file.metadata() or {}
         classes, templates = (tuple(json.loads(texts[name])) for name in Head._fields[:2])
         if kernel.shape != (len(classes), width) or not np.isfinite(kernel).all():
-            raise ValueError(kernel.shape)
+            raise ValueError(f"kernel {kernel.shape}")
         return Head(classes, templates, kernel)
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{path} needs a finite kernel [classes, {width}], and the names of classes and "
-            f"templates as metadata ({error!r}); write it again, or remove it."
-        ) from error
+        advice = f"write it again for embeddings of width {width}, or remove it."
+        raise InputError(f"{path} is damaged ({error!r}); {advice}") from error
 
 
 def _is_hugging_face(path: Path) -> bool:

@@ -41,8 +41,7 @@ class AverageConfig(SuiteConfig):
     models: tuple[AnyPath, ...]  # Runs (RUN@STEP, RUN@best), model folders or weight files.
     output: AnyPath  # Folder for the averaged model, or for curve.json and curve.png of --curve.
     weights: tuple[float, ...] = ()  # Weight of each model, divided by their sum. Empty: equal.
-    # Task arithmetic (arXiv:2212.04089): add to this model the differences of the others from it,
-    # times --weights, by default 1 and possibly negative. None: an average.
+    # Task arithmetic (arXiv:2212.04089): add the differences from this model to it, × --weights.
     base: AnyPath | None = None
     # Greedy soup (arXiv:2203.05482): from the best --metric on --dataset, a validation set, to the
     # worst, keep each model that does not lower the metric of the average.

@@ -214,13 +214,11 @@ class Einsum(nn.Module):
             names = " ".join(name for name in right if name not in left).replace("D", "-")
             bias_init = named(names, self.bias_init)
             bias = self.param("bias", bias_init, self.bias_shape).astype(x.dtype)
-        if not self.flat:
-            y = self.einsum(self.equation, x, kernel)
-            y = y if bias is None else y + bias
-        else:
-            matrix = kernel.reshape(x.shape[-1], -1)
-            y = x @ matrix if bias is None else affine(x, kernel, bias)
-        return adapt(self, x, y)
+        if self.flat and bias is not None:
+            return adapt(self, x, affine(x, kernel, bias))
+        matrix = kernel.reshape(x.shape[-1], -1) if self.flat else kernel
+        y = x @ matrix if self.flat else self.einsum(self.equation, x, kernel)
+        return adapt(self, x, y if bias is None else y + bias)
 
 
 def adapt(module: nn.Module, x: Float[Array, "..."], y: Float[Array, "..."], name: str = "") -> Any:

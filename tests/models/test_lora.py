@@ -150,5 +150,4 @@ def test_a_target_that_matches_nothing_is_named_beside_those_that_exist():
         lora.adapted(NAFLEX_SIGLIP, LoRAConfig(targets=("*/mlp/*", "q_proj")))
     assert str(error.value).startswith("lora.targets: 'q_proj' matches no linear map")
     assert "\n  visual/transformer/resblocks/attn/q\n" in str(error.value)
-    assert "\n  visual/attn_pool/ k, v, proj, q\n" in str(error.value)
-    assert len(str(error.value).splitlines()) < 12
+    assert "\n  visual/attn_pool/k\n" in str(error.value)
