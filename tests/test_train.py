@@ -14,13 +14,14 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
-from clip_jax.convert.formats import starting_params
+from clip_jax.convert.formats import read_weights, starting_params, write_weights
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations
-from clip_jax.inference.loading import load
+from clip_jax.inference.average import fitting
+from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.metrics import Reports
 from clip_jax.models.lora import LoRAConfig, merge
@@ -41,7 +42,15 @@ from clip_jax.train import (
     open_data,
     train,
 )
-from tests.conftest import by_path, larger, losses, rows, tiny_digits, write_states
+from tests.conftest import (
+    by_path,
+    larger,
+    losses,
+    rows,
+    tiny_digits,
+    write_states,
+    write_tiny_model,
+)
 from tests.data import conftest as made
 
 STEPS = 6
@@ -294,6 +303,21 @@ def test_a_run_is_loaded_and_evaluated_with_its_averaged_weights(changes, tmp_pa
     program = Program(config.recipe, make_mesh(config.mesh))
     run = mock.Mock(spec=Run, config=config, program=program, state=state, workdir=tmp_path)
     assert_identical(Run.encoder.fget(run).params, optimizer.ema)
+
+
+def test_a_run_prepares_images_as_the_model_that_it_continues(tmp_path):
+    """And so evaluation, export and averages with that model do."""
+    write_tiny_model(tmp_path / "base", config=tiny().model)
+    base = read_weights(tmp_path / "base")
+    squash = dataclasses.replace(base.preprocess, resize_mode="squash", interpolation="bilinear")
+    write_weights(dataclasses.replace(base, preprocess=squash), tmp_path / "squash", "clip-jax")
+    config = tiny(init_from=str(tmp_path / "squash"), init_architecture=True, steps=1, evals=())
+    train(config, tmp_path / "run")
+    mesh = make_mesh(config.mesh)
+    for model in (load(tmp_path / "run"), load_on_mesh(tmp_path / "run", mesh)):
+        assert model.image_preprocess == squash
+    weights = [read_weights(tmp_path / name) for name in ("squash", "run")]
+    assert len(fitting(weights, [tmp_path / "squash", tmp_path / "run"])) == 2
 
 
 def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
