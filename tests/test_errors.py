@@ -59,7 +59,7 @@ def names(**fields: str) -> set[str]:
 
 # What zero, a negative number or infinity stands for is said beside the field.
 NEGATIVE = names(
-    MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean",
+    MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean", Preprocess="mean",
     ViTConfig="layer_scale", PrepareConfig="min_score max_score",
     RulesConfig="batch_exponent width_exponent", LiveTeacher="logit_bias",
     StoredTeacher="logit_bias",
@@ -75,7 +75,7 @@ ZERO = names(
     "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",
     InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
     SigLIP2Lengths="fixed_share",
-    GenerationConfig="seed length_penalty", CaptionConfig="weight",
+    GenerationConfig="seed length_penalty", Preprocess="fill", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
     SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",
     OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 "

@@ -149,7 +149,7 @@ def test_a_curve_ends_at_its_models(
     command = ["average", str(folder / "a"), str(folder / "b"), str(tmp_path / "curve")]
     assert main([*command, *data, "--curve", "1", "0.25", "0"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["alpha", "set/classifier/acc1"]
+    assert printed[1].split() == ["alpha", "set/classifier/acc1"]
     rows = json.loads((tmp_path / "curve/curve.json").read_text())
     assert [row.pop("alpha") for row in rows] == [0, 0.25, 1]
     for name, row in (("a", rows[0]), ("b", rows[2])):

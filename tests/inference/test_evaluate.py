@@ -239,11 +239,11 @@ def test_a_model_is_evaluated_beside_the_original(evaluate, model, data, tmp_pat
         assert values[f"original/{name}"] == value
         assert values[f"change/{name}"] == values[name] - value
     assert len(values) == 3 * len(other)
-    lines = [line.split() for line in to_table(values).splitlines()]
+    lines = [line.split() for line in to_table(values).splitlines()[1:]]
     assert lines[0] == ["metric", "model", "original", "change"]
     cells = (values["mine/acc1"], other["mine/acc1"], values["change/mine/acc1"])
-    assert lines[1] == ["mine/acc1", *(f"{x:.4f}" for x in cells)]
-    assert len(lines) == 1 + len(other)
+    assert lines[2] == ["mine/acc1", *(f"{x:.4f}" for x in cells)]
+    assert len(lines) == 2 + len(other)
     with pytest.raises(InputError, match="omit --beside"):
         EvaluateConfig(model=model, watch=True, beside=model)
 
