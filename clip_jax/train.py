@@ -43,7 +43,7 @@ from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the run directory: fingerprints of the training data
 _FROZEN = {  # where frozen weights are
-    "teachers": "teachers.weights", "base": "init_from (of a run that has trained on: RUN@STEP)"
+    "teachers": "teachers.weights", "base": "init_from (RUN@STEP, if that run has trained on)"
 }  # fmt: skip
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
@@ -331,7 +331,7 @@ def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored
         if begun.position.get(name, digest) != digest:
             raise InputError(
                 f"the checkpoint of step {begun.step} was trained with other frozen weights, or "
-                f"they have changed. Restore those of {_FROZEN[name]}, or choose a new --workdir."
+                f"they have changed. Restore them at {_FROZEN[name]}, or choose a new --workdir."
             )
     if begun.position["samples"] != config.samples_after(begun.step):
         raise InputError(

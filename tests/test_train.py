@@ -370,7 +370,7 @@ def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_p
     train(distilled(finished, stop_after=4), tmp_path / "run")
     objective = json.loads((tmp_path / "run/config.json").read_text())["objective"]
     assert objective[1]["teachers"][0]["model"]["embed_dim"] == tiny().model.embed_dim
-    with pytest.raises(InputError, match=r"with other frozen weights, .* of teachers.weights"):
+    with pytest.raises(InputError, match=r"with other frozen weights, .* at teachers.weights"):
         train(distilled(f"{finished}@4"), tmp_path / "run")
     train(distilled(f"{finished}@{STEPS}"), tmp_path / "run")  # the same weights by another name
     state = final_state(tmp_path / "run")
