@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.config import with_weights
 from clip_jax.convert.formats import read_weights, starting_params, write_weights
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
@@ -311,9 +312,12 @@ def test_a_run_prepares_images_as_the_model_that_it_continues(tmp_path):
     base = read_weights(tmp_path / "base")
     squash = dataclasses.replace(base.preprocess, resize_mode="squash", interpolation="bilinear")
     write_weights(dataclasses.replace(base, preprocess=squash), tmp_path / "squash", "clip-jax")
-    config = tiny(init_from=str(tmp_path / "squash"), init_architecture=True, steps=1, evals=())
-    train(config, tmp_path / "run")
-    mesh = make_mesh(config.mesh)
+    config = with_weights(tiny(init_from=str(tmp_path / "squash"), init_architecture=True, steps=1))
+    (tmp_path / "run").mkdir()
+    state, mesh = write_states(config, tmp_path / "run"), make_mesh(config.mesh)
+    program = Program(config.recipe, mesh)
+    run = mock.Mock(spec=Run, config=config, program=program, state=state, workdir=tmp_path)
+    assert Run.encoder.fget(run).preprocess == squash
     for model in (load(tmp_path / "run"), load_on_mesh(tmp_path / "run", mesh)):
         assert model.image_preprocess == squash
     weights = [read_weights(tmp_path / name) for name in ("squash", "run")]
