@@ -343,7 +343,7 @@ def test_a_run_of_adapters_resumes_on_the_weights_that_they_change(finished, tmp
     train(adapted(), tmp_path / "whole")
     train(adapted(stop_after=4), tmp_path / "run")
     for other, says in (
-        (f"{finished}@4", r"trained with other frozen weights, .* RUN@STEP"),
+        (f"{finished}@4", r"trained with other frozen weights, .* at init_from .RUN@STEP"),
         (tmp_path / "none", "none"),
     ):
         with pytest.raises(InputError, match=says):
