@@ -57,30 +57,6 @@ def scores(workdir):
     }  # fmt: skip
 
 
-def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path, start):
-    two = start(*training(tmp_path), TROUBLE="1:6:notice")
-    two.until("trouble: notice")
-    os.kill(two.pid(1), signal.SIGTERM)
-    lines = [line for line in two.end(code=3) if "stopped by SIGTERM" in line]
-    assert {line[:3] for line in lines} >= {"[0]", "[1]"}, lines  # both say so
-    (stopped,) = {int(line.split("at step ")[1].split(",")[0]) for line in lines}
-    assert stopped == max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert 6 <= stopped < STEPS
-    report = next(row for row in rows(tmp_path) if row["step"] == stopped and "loss" in row)
-    assert report["slowest_host"] == socket.gethostname()
-    assert report.keys() >= {"slowest_process", "slowest_input_wait", "busy_seconds_per_step"}
-    assert "[1] step" not in two.output  # one process speaks
-
-    # With half as many devices, which hold no parameter whole.
-    again = start(*training(tmp_path, "--mesh.fsdp", 2, "--mesh.tensor", 2, processes=1))
-    assert f"resuming from step {stopped}" in "".join(again.end())
-    assert_same_run(tmp_path, one)
-    assert samples(tmp_path) == samples(one)
-    assert samples(one)[2] == list(range(16, 32))
-    assert len(scores(one)) == 6 * 3
-    assert scores(tmp_path) == pytest.approx(scores(one), abs=1e-6)
-
-
 def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blocks(
     one, tmp_path, start
 ):
@@ -124,6 +100,30 @@ def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blo
     assert {len(batch) for batch in read[0].values()} == {24, 8}
     epochs = [key for batch in read[0].values() for _, key in batch]
     assert {epochs[i : i + 80].count(key) for i in (0, 80) for key in epochs} == {1}
+
+
+def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path, start):
+    two = start(*training(tmp_path), TROUBLE="1:6:notice")
+    two.until("trouble: notice")
+    os.kill(two.pid(1), signal.SIGTERM)
+    lines = [line for line in two.end(code=3) if "stopped by SIGTERM" in line]
+    assert {line[:3] for line in lines} >= {"[0]", "[1]"}, lines  # both say so
+    (stopped,) = {int(line.split("at step ")[1].split(",")[0]) for line in lines}
+    assert stopped == max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert 6 <= stopped < STEPS
+    report = next(row for row in rows(tmp_path) if row["step"] == stopped and "loss" in row)
+    assert report["slowest_host"] == socket.gethostname()
+    assert report.keys() >= {"slowest_process", "slowest_input_wait", "busy_seconds_per_step"}
+    assert "[1] step" not in two.output  # one process speaks
+
+    # With half as many devices, which hold no parameter whole.
+    again = start(*training(tmp_path, "--mesh.fsdp", 2, "--mesh.tensor", 2, processes=1))
+    assert f"resuming from step {stopped}" in "".join(again.end())
+    assert_same_run(tmp_path, one)
+    assert samples(tmp_path) == samples(one)
+    assert samples(one)[2] == list(range(16, 32))
+    assert len(scores(one)) == 6 * 3
+    assert scores(tmp_path) == pytest.approx(scores(one), abs=1e-6)
 
 
 def test_an_exception_and_a_hang_in_one_process_end_all_and_are_shown(tmp_path, start):
