@@ -16,40 +16,17 @@ Notes: `--init-from runs/linear_probe` begins with a trained classifier (LP-FT, 
 arXiv:2202.10054). `clip-jax average BASE RUN OUT --curve 0 0.5 1` joins both models.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
-from clip_jax.config import Config
-from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.sources.image_folder import FolderConfig
-from clip_jax.evals.suite import SuiteEvalConfig
+import dataclasses
+
+from clip_jax.config import Config, load_config
 from clip_jax.losses import ClassifierConfig
-from clip_jax.optim import OptimConfig
 
 
 def get_config() -> Config:
-    templates = ("a photo of a {}", "a drawing of a {}", "a {}")
-    return Config(
-        steps=100,
-        batch_size=64,
-        init_from="runs/class_folders",
-        init_architecture=True,
-        data=DataConfig(
-            source=FolderConfig(path="dark/folders/train", templates=templates),
-            crop_scale=(0.8, 1.0),
-            threads=1,
-        ),
+    config = load_config("fine_tune_flyp")
+    templates = config.data.source.templates
+    return dataclasses.replace(
+        config,
         objective=(ClassifierConfig(templates=templates, label_smoothing=0.1),),
-        optim=OptimConfig(
-            learning_rate=5e-4,
-            warmup_steps=10,
-            weight_decay=0.1,
-            layer_decay=0.75,
-            locked=("text",),
-        ),
-        checkpoint=CheckpointConfig(every_steps=100),
-        evals=(
-            SuiteEvalConfig(
-                dataset=("folder:dark/folders", "folder:shapes/folders"), every_steps=100
-            ),
-        ),
-        report_every=20,
+        optim=dataclasses.replace(config.optim, layer_decay=0.75, locked=("text",)),
     )

@@ -15,36 +15,13 @@ Notes: Only adapters are in optimizer and checkpoints; export merges them. `clip
 config and of `fine_tune_flyp` shows the memory that this saves.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
-from clip_jax.config import Config
-from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.sources.image_folder import FolderConfig
-from clip_jax.evals.suite import SuiteEvalConfig
-from clip_jax.losses import SoftmaxConfig
+import dataclasses
+
+from clip_jax.config import Config, load_config
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.optim import OptimConfig
 
 
 def get_config() -> Config:
-    templates = ("a photo of a {}", "a drawing of a {}", "a {}")
-    return Config(
-        steps=100,
-        batch_size=64,
-        init_from="runs/class_folders",
-        init_architecture=True,
-        lora=LoRAConfig(rank=8),
-        data=DataConfig(
-            source=FolderConfig(path="dark/folders/train", templates=templates),
-            crop_scale=(0.8, 1.0),
-            threads=1,
-        ),
-        objective=(SoftmaxConfig(mask_same_class=False),),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=10, weight_decay=0.0),
-        checkpoint=CheckpointConfig(every_steps=100),
-        evals=(
-            SuiteEvalConfig(
-                dataset=("folder:dark/folders", "folder:shapes/folders"), every_steps=100
-            ),
-        ),
-        report_every=20,
-    )
+    config = load_config("fine_tune_flyp")
+    optim = dataclasses.replace(config.optim, learning_rate=2e-3, weight_decay=0.0)
+    return dataclasses.replace(config, lora=LoRAConfig(rank=8), optim=optim)
