@@ -67,7 +67,7 @@ class Config:
     branch_from: str | None = None
     init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
-    init_architecture: bool = False  # Take architecture and preprocessing of init_from.
+    init_architecture: bool = False  # Take the architecture and preprocessing of init_from.
     # Resizing of images for evaluation, in the model's size. None: OpenAI's.
     preprocess: Preprocess | None = None
     lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.

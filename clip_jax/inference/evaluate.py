@@ -40,7 +40,7 @@ class EvaluateConfig(SuiteConfig):
     tokens: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
-    # Model before fine-tuning: its results are original/NAME, differences change/NAME. None: none.
+    # Model to compare with: adds its results, original/NAME, and differences, change/NAME.
     beside: AnyPath | None = None
     watch: bool = False  # Evaluate each checkpoint of a run once saved, to evals/watch.jsonl.
 
