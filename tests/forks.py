@@ -2,8 +2,15 @@
 
 `python forks.py SOCKET` serves until it is ended; `python forks.py SOCKET ARGUMENT ...` stands for
 `clip-jax ARGUMENT ...`: working directory, standard streams and exit code are the child's.
+
+One child remains, and runs those of IN_TURN one after another: what JAX has traced and compiled for
+one command serves the next, which halves the time. While it is busy, commands have children of
+their own.
 """
 
+import contextlib
+import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -13,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 MODULES = (
@@ -21,6 +29,7 @@ MODULES = (
     *("scaling.ladder", "scaling.fit", "scaling.plots"),
 )
 OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
+IN_TURN = ("train", "evaluate", "predict", "convert", "average", "export", "embed", "search")
 
 
 class Child:
@@ -50,7 +59,9 @@ class Forks:
         root = Path(__file__).parent.parent
         values = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)} | environment
         values["FORKS_MODULES"] = " ".join(modules)
-        self._process = subprocess.Popen([sys.executable, __file__, self.path], env=values)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, self.path], env=values, start_new_session=True
+        )
         while not os.path.exists(self.path):
             assert self._process.poll() is None
             time.sleep(0.01)
@@ -59,7 +70,7 @@ class Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait()
 
     def start(self, *arguments: object) -> Child:
@@ -75,7 +86,7 @@ class Forks:
         return done
 
 
-def serve(listener: socket.socket) -> None:
+def serve(path: str) -> None:
     """Answer each request by a process of its own: it starts the command, and says how it ended."""
     os.environ["GLIBC_TUNABLES"] = ""  # or the command starts itself again, to set it
     from clip_jax.__main__ import main
@@ -85,6 +96,9 @@ def serve(listener: socket.socket) -> None:
         importlib.import_module(name)
     gc.freeze()  # as in conftest.py: passing over the modules took a tenth of a command's time
     gc.set_threshold(100_000, 50, 50)
+    listener, in_turn = _listen(path), _listen(f"{path}.in_turn")
+    if not os.fork():
+        run_in_turn(in_turn)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those processes are nobody's concern
     while True:
         connection, _ = listener.accept()
@@ -96,11 +110,7 @@ def serve(listener: socket.socket) -> None:
         child = os.fork()
         if not child:
             connection.close()
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-            folder, *arguments = json.loads(request)
-            os.chdir(folder)
-            sys.argv = ["clip-jax", *arguments]
+            _begin(request, streams)
             sys.exit(main())
         connection.send(str(child).encode())
         _, status = os.waitpid(child, 0)
@@ -108,11 +118,64 @@ def serve(listener: socket.socket) -> None:
         os._exit(0)
 
 
+def run_in_turn(listener: socket.socket) -> None:
+    """Run one command after another in this process."""
+    from clip_jax.__main__ import main
+
+    environment, null = dict(os.environ), os.open(os.devnull, os.O_RDWR)
+    while True:
+        connection, _ = listener.accept()
+        request, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        _begin(request, streams)
+        connection.send(str(os.getpid()).encode())
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()  # as Python does, when one ends it
+            code = 1
+        sys.stdout.flush()
+        for number, stream in enumerate(streams):
+            os.dup2(null, number)  # or its reader waits for more
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(environment)
+        for name, module in [*sys.modules.items()]:  # which know files by names without folders
+            if name.startswith(("clip_jax.data", "clip_jax.storage", "clip_jax.inference")):
+                for value in vars(module).values():
+                    if isinstance(value, functools._lru_cache_wrapper):
+                        value.cache_clear()
+        connection.send(str(code).encode())
+        connection.close()
+
+
+def _begin(request: bytes, streams: list[int]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    folder, *arguments = json.loads(request)
+    os.chdir(folder)
+    sys.argv = ["clip-jax", *arguments]
+
+
+def _listen(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{path}.new")
+    listener.listen()
+    os.rename(f"{path}.new", path)  # who sees it can connect
+    return listener
+
+
+def _command(path: str, arguments: list[str]) -> int:
+    with open(f"{path}.lock", "w") as lock:
+        if arguments[:1] and arguments[0] in IN_TURN:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path += ".in_turn"
+        return Child(path, arguments, [0, 1, 2]).wait()
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        sys.exit(Child(sys.argv[1], sys.argv[2:], [0, 1, 2]).wait())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"{sys.argv[1]}.new")
-        listener.listen()
-        os.rename(f"{sys.argv[1]}.new", sys.argv[1])  # who sees it can connect
-        serve(listener)
+        sys.exit(_command(sys.argv[1], sys.argv[2:]))
+    serve(sys.argv[1])
