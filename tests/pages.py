@@ -5,9 +5,9 @@ after one of them shows its output, which must match in form: numbers are free, 
 come in any order, and "..." stands for any lines, or in a line for any words. Blocks of `sh` need a
 cloud, a cluster, a hub or large data, and do not run.
 
-`quick` cuts training: a bundled config without `--steps` takes a few steps, the digits' ladder is
-a dry run whose table is the stored one, fits of laws take 100 draws, and `pip`, `pytest` and the
-web demo do nothing.
+`quick` cuts training: a bundled config without `--steps` takes a few steps, the digits' runs are
+evaluated on one image of each number, the digits' ladder is a dry run whose table is the stored
+one, fits of laws take 100 draws, and `pip`, `pytest` and the web demo do nothing.
 """
 
 import contextlib
@@ -44,6 +44,8 @@ clip-jax() {
     *" serve "*) "$PYTHON" -m clip_jax "$@" ;;
     *" demo "*) ;;
     "1 train "*) run "$@" $SHORT $(tiny "$2") ;;
+    *" train digits"*)
+      if [[ "$*" == *per-number* ]]; then run "$@"; else run "$@" --evals.0.per-number 1; fi ;;
     *" scale ladder "*ladder_digits*) run "${@:1:3}" --dry-run ;;
     *" scale fit "*) run "$@" --draws 100 ;;
     *" scale collect "*) if [ -e "$3" ]; then run "$@"; else cp "$TABLE" "${@: -1}"; fi ;;
