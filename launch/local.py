@@ -88,25 +88,35 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    failed, deadline = None, float("inf")
+    ended: list[int] = []  # that failed, in the order in which this was seen
+    deadline = float("inf")
+
+    def failures() -> list[int]:
+        return [i for i, process in enumerate(processes) if process.poll() and i not in ended]
+
     while any(process.poll() is None for process in processes):
-        bad = [i for i, process in enumerate(processes) if process.poll()]
-        if bad and failed is None:
-            # A process that JAX aborted because another died is not the cause.
-            failed = min(bad, key=lambda i: processes[i].returncode == -signal.SIGABRT)
-            deadline = clock.now() + options.grace
-        if clock.now() > deadline and processes[failed].returncode != PREEMPTED:
+        if clock.now() <= deadline:  # later ones were killed below
+            ended += failures()
+        elif processes[ended[0]].returncode != PREEMPTED:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
+        if ended:
+            deadline = min(deadline, clock.now() + options.grace)
         clock.sleep(0.05)
+    if clock.now() <= deadline:
+        ended += failures()
     for thread in copies:
         thread.join()
     codes = [process.returncode for process in processes]
-    if failed is None and any(codes):  # all ended at once
-        failed = min(range(len(codes)), key=lambda i: (not codes[i], codes[i] == -signal.SIGABRT))
-    if failed is None:
+    if not ended:
         return DONE, ""
+
+    def is_consequence(index: int) -> bool:
+        """Say whether JAX aborted it because another died, or its collective lost the other."""
+        return codes[index] == -signal.SIGABRT or "by peer" in last_words[index]
+
+    failed = min(ended, key=is_consequence)
     code = codes[failed]
     if code < 0:
         return 128 - code, f"process {failed} was killed by {signal.Signals(-code).name}"

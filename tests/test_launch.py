@@ -21,6 +21,7 @@ local = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(local)
 
 NEVER, GRACE = float("inf"), 20.0
+LOST = "JaxRuntimeError: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:26289"
 OPTIONS = argparse.Namespace(
     processes=2, devices=4, grace=GRACE, module="clip_jax", command=["train", "x.py"]
 )
@@ -30,12 +31,13 @@ class Fake:
     """A process that ends at a time of the clock, or at a signal with the code `at_signal`."""
 
     def __init__(
-        self, clock: HandClock, end: float, code: int, *, at_signal: int = 0,
+        self, clock: HandClock, end: float, code: int, words: str = "no such file", *,
+        at_signal: int = 0,
         during: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self._clock, self._end, self._code = clock, clock.now() + end, code
         self._at_signal, self._during, self._begun = at_signal, during, clock.now()
-        self.pid, self.stdout, self.returncode = 7, ["reading\n", "\n", "no such file"], None
+        self.pid, self.stdout, self.returncode = 7, ["reading\n", "\n", words], None
         self.signals: list[int] = []
         self.killed: float | None = None  # how many seconds after the start
 
@@ -74,6 +76,13 @@ def started(*fakes: Fake):
         # JAX aborts those whom another leaves: they are no cause, whoever is seen first.
         ([(5, -6), (5, -9)], (137, "process 1 was killed by SIGKILL"), None),
         ([(5, -6), (5, -9), (NEVER, 0)], (137, "process 1 was killed by SIGKILL"), 2),
+        # A collective says that it lost the other, who may be seen to end later.
+        (
+            [(5, 1, LOST), (5.5, 1)],
+            (1, "process 1 ended first, with exit code 1: no such file"),
+            None,
+        ),
+        ([(5, 1, LOST), (NEVER, 0)], (1, f"process 0 ended first, with exit code 1: {LOST}"), 1),
         ([(5, 0), (5, 2)], (2, "process 1 ended first, with exit code 2: no such file"), None),
         # One that was told to stop has saved with the others: they have all the time they need.
         ([(5, 3), (90, 3)], (3, "process 0 ended first, with exit code 3: no such file"), None),
