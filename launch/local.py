@@ -4,8 +4,9 @@
 
 Everything after the options is a clip-jax command line. Each line of output begins with the number
 of its process. When a process fails, the others have `--grace` seconds to end, then they are
-killed; the last line is the cause. SIGTERM and Ctrl-C are forwarded to all processes. The exit code
-is that of the process that failed first (128 + the signal's number if a signal killed it).
+killed. The last line names the cause: the process that failed first, unless it only lost another
+that failed, too. The exit code is that of the cause (128 + the signal's number if a signal killed
+it). SIGTERM and Ctrl-C are forwarded to all processes.
 `--restarts N` starts all processes again, at most N times, except after exit code 0 (done), 2
 (wrong use or input), 3 (SIGTERM) or 130 (Ctrl-C).
 """

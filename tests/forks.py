@@ -136,12 +136,13 @@ def run_in_turn(listener: socket.socket) -> None:
             traceback.print_exc()  # as Python does, when one ends it
             code = 1
         sys.stdout.flush()
+        sys.stderr.flush()
         for number, stream in enumerate(streams):
             os.dup2(null, number)  # or its reader waits for more
             os.close(stream)
         os.environ.clear()
         os.environ.update(environment)
-        for name, module in [*sys.modules.items()]:  # which know files by names without folders
+        for name, module in [*sys.modules.items()]:  # which may know files by relative paths
             if name.startswith(("clip_jax.data", "clip_jax.storage", "clip_jax.inference")):
                 for value in vars(module).values():
                     if isinstance(value, functools._lru_cache_wrapper):
@@ -168,7 +169,7 @@ def _listen(path: str) -> socket.socket:
 
 def _command(path: str, arguments: list[str]) -> int:
     with open(f"{path}.lock", "w") as lock:
-        if arguments[:1] and arguments[0] in IN_TURN:
+        if arguments[0] in IN_TURN:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path += ".in_turn"
