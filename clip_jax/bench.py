@@ -10,6 +10,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,15 +24,18 @@ from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
-from clip_jax.display import warn
+from clip_jax.display import table, warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import reads
 from clip_jax.metrics import bucket_rates, peak_memory
-from clip_jax.metrics.chips import peak_flops
+from clip_jax.metrics.chips import find, peak_flops
 from clip_jax.models.images import NaFlex, valid_patches
 from clip_jax.pods import compile as pod
+from clip_jax.pods.plan import BOUNDS
+from clip_jax.pods.topology import Topology
 from clip_jax.step import Inputs, Program
 from clip_jax.storage import bucket
+from clip_jax.storage.json_files import read_json
 
 _WARM = 64  # samples before the stages are timed
 _MOST_BAD = 1000  # samples in a row
@@ -223,6 +227,8 @@ class StepBench(Config):
     warmup: int = 3  # Number of untimed steps before the timed ones.
     rounds: int = 7  # Number of timed rounds; the median round is reported.
     calls: int = 3  # Steps per round, enqueued so that the device never waits for the host.
+    # Output of `clip-jax plan CONFIG --json` for as many devices, to print beside the measurement.
+    against_plan: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,8 +239,17 @@ def measure_step(config: StepBench) -> dict[str, Any]:
     """Measure training steps: samples/s, MFU (None on a CPU) and memory.
 
     `peak_bytes` is the peak that the device reports, if it does, else the compiler's estimate.
+    With `against_plan`, each estimate of the plan is paired with the measurement. Raises InputError
+    if the plan is of another step.
     """
     mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
+    device, work = jax.devices()[0].device_kind, flops.of_step(config).total
+    step = {
+        "batch_size": config.batch_size, "devices": mesh.size, "mesh": dict(mesh.shape),
+        "remat": config.model.remat, "model_flops_per_step": work,
+        **({"chip": chip.name} if (chip := find(device)) else {}),
+    }  # fmt: skip
+    plan = _read_plan(config.against_plan, step) if config.against_plan else {}
     program = Program(config.recipe, mesh)
     rest = {name: x for name, x in program.batch.items() if name not in ("row", "learning_rate")}
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (program.state.frozen, rest))
@@ -254,10 +269,9 @@ def measure_step(config: StepBench) -> dict[str, Any]:
             state, _ = compiled(state, batch)
         jax.block_until_ready(state)
         times.append((CLOCK.now() - start) / config.calls)
-    seconds, device = statistics.median(times), jax.devices()[0].device_kind
-    work, peak = flops.of_step(config).total, peak_flops(device)
+    seconds, peak = statistics.median(times), peak_flops(device)
     spec = config.model.vision.image_spec
-    return {
+    result = {
         "samples_per_second": config.batch_size / seconds,
         "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
         "seconds": seconds, "seconds_fastest": min(times),
@@ -267,6 +281,45 @@ def measure_step(config: StepBench) -> dict[str, Any]:
         **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}), "devices": mesh.size,
         "device_kind": device, "mesh": dict(mesh.shape), "compile_seconds": compiling,
     }  # fmt: skip
+    return result | ({"plan": plan["name"], "against_plan": _beside(plan, result)} if plan else {})
+
+
+def _read_plan(path: Path, step: dict[str, Any]) -> dict[str, Any]:
+    """Read the plan of a step, which may be one of several batch sizes, lengths or pods."""
+    advice = "Write it with: clip-jax plan CONFIG --topology NAME:SIZE --json > FILE."
+    names = {*step, "name", "fits", "bytes_per_device", "lengths"} - {"chip"}
+    first = read_json(path, *sorted(names), advice=advice)
+    if not first:
+        raise InputError(f"--against-plan {path} does not exist. {advice}")
+    differs = []
+    for plan in (*first["lengths"], first, *first.get("compared", ())):
+        plan["chip"] = Topology.parse(plan["name"]).chip.name
+        differs.append([f"{k}={plan[k]} (here {x})" for k, x in step.items() if plan[k] != x])
+        if not differs[-1] and plan["fits"]:
+            return plan
+    if [] in differs:
+        raise InputError(
+            f"--against-plan {path} has no times, since the step does not fit into memory by this "
+            "plan; reduce --batch-size or change --model.remat, and plan again."
+        )
+    raise InputError(
+        f"--against-plan {path} is the plan of another step: {', '.join(min(differs, key=len))}. "
+        "Plan and measure with the same config and flags, for the chips and devices at hand."
+    )
+
+
+def _beside(plan: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Pair each estimate of a plan, None if it has none, with the measurement."""
+    rows: list[tuple[str, str, Any, Any]] = []
+    for prefix, key, quantity in (("step_seconds_", "seconds", "step, s"), ("mfu_", "mfu", "MFU")):
+        for name in (x.removeprefix(prefix) for x in plan if x.startswith(prefix)):
+            label = BOUNDS.get(name, (name,))[0]
+            rows.append((quantity, label, plan[prefix + name], result[key]))
+    memory = plan["bytes_per_device"]["total"] / 1e9, result["peak_bytes"] / 1e9
+    rows.append(("peak memory per device, GB", "compiled step", *memory))
+    names = ("quantity", "estimate", "planned", "measured", "ratio")
+    ratios = (row[3] / row[2] if row[2] and row[3] else None for row in rows)
+    return [dict(zip(names, (*row, x), strict=True)) for row, x in zip(rows, ratios, strict=True)]
 
 
 def _made_up(config: Config) -> Inputs:
@@ -282,9 +335,11 @@ def _made_up(config: Config) -> Inputs:
 
 
 def describe_step(result: dict[str, Any]) -> str:
-    """Return lines about the device, speed and memory."""
+    """Return lines about the device, speed and memory, and a table beside a plan."""
     share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
     tokens = f" at {result['tokens']:,} tokens" if "tokens" in result else ""
+    beside = result.get("against_plan", ())
+    cells = [["–" if x is None else x for x in row.values()] for row in beside]
     return (
         f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
         f"batch {result['batch_size']:,}{tokens}\n"
@@ -293,6 +348,7 @@ def describe_step(result: dict[str, Any]) -> str:
         f"{result['samples_per_second_per_device']:,.1f} per device{share}\n"
         f"{result['model_flops'] / result['seconds'] / 1e12:.3g} model TFLOP/s\n"
         f"memory {result['peak_bytes'] / 2**20:,.0f} MiB per device"
+        + (f"\nplan for {result['plan']}:\n{table([*beside[0]], cells, left=2)}" if cells else "")
     )
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,11 +13,18 @@ from PIL import Image
 
 from clip_jax import bench
 from clip_jax.bench import InputBench, describe_input, describe_step, measure_input
+from clip_jax.cli import commands
 from clip_jax.cli.commands import main
 from clip_jax.clock import Clock
 from clip_jax.data.images import read_crops
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.text_table import TableConfig
+from clip_jax.errors import InputError
+from clip_jax.metrics.chips import chips
+from clip_jax.pods import compile as pod
+from clip_jax.pods.compile import Facts
+from clip_jax.pods.plan import BOUNDS
+from clip_jax.pods.work import Work
 from tests.conftest import DIGITS, FLAGS, ROOT
 
 QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]
@@ -80,6 +89,85 @@ def test_a_step_is_timed(capsys):
     assert "MFU" in describe_step(result)
     assert "MFU" not in describe_step(result | {"mfu": None})  # no peak of a CPU is known
     assert "tokens" not in result
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch, capsys):
+    """Write what `plan --json` prints of the digits' step on eight chips, with other values."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    work = Work(name="x", part="MLP", times=2, flops=1e9, bytes=4_000_000, cycles=3_000_000)
+    facts = Facts(
+        mesh=(8, 1, 1), form="dense", versions="none", compile_seconds=1.0, parameters=10,
+        optimizer=20, batch=10, loss=20, fits=True, peak_bytes=2_000_000, works=(work,),
+    )  # fmt: skip
+    with mock.patch.object(pod, "compile_step", autospec=True, return_value=facts):
+        assert main(["plan", str(DIGITS), *FLAGS, "--topology", "v5e:2x4", "--json"]) == 0
+    values, path = json.loads(capsys.readouterr().out), tmp_path / "plan.json"
+
+    def write(**changes: Any) -> str:
+        path.write_text(json.dumps(values | changes))
+        return str(path)
+
+    return write
+
+
+QUICK_STEP = [str(DIGITS), *FLAGS, "--warmup", "0", "--rounds", "1", "--calls", "1"]
+
+
+def test_a_step_is_measured_beside_its_plan(written, capsys):
+    planned = json.loads(Path(written(step_seconds_of_tomorrow=None)).read_text())
+    path = written(batch_size=32, step_seconds_bound=9.0, lengths=[planned])  # one of two
+    with mock.patch.object(bench, "peak_flops", autospec=True, return_value=1e12):
+        assert main(["bench", "step", *QUICK_STEP, "--against-plan", path, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    beside = {(x["quantity"], x["estimate"]): x for x in result["against_plan"]}
+    memory = beside["peak memory per device, GB", "compiled step"]
+    assert memory["planned"] == planned["bytes_per_device"]["total"] / 1e9
+    assert memory["measured"] == result["peak_bytes"] / 1e9
+    for name, (label, _) in BOUNDS.items():
+        seconds, mfu = beside["step, s", label], beside["MFU", label]
+        assert (seconds["planned"], seconds["measured"]) == (
+            planned[f"step_seconds_{name}"], result["seconds"]
+        )  # fmt: skip
+        assert (mfu["planned"], mfu["measured"]) == (planned[f"mfu_{name}"], result["mfu"])
+    assert len(beside) == 1 + 2 * len(BOUNDS) + 1
+    for x in beside.values():
+        assert x["ratio"] == (x["planned"] and x["measured"] / x["planned"])
+    table = describe_step(result)
+    assert "plan for v5e:2x4:" in table
+    assert re.search(rf"step, s +overlapped bound +\d\S+ +{result['seconds']:.4f} +\d", table)
+    assert re.search(rf"step, s +of_tomorrow +– +{result['seconds']:.4f} +–", table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 32}, r"the plan of another step: batch_size=32 \(here 16\)\. Plan and"),
+        ({"devices": 4}, r"step: devices=4 \(here 8\)\."),
+        ({"remat": "full"}, r"step: remat=full \(here \w+\)\."),
+        ({"model_flops_per_step": 1}, r"model_flops_per_step=1 \(here \d+\)"),
+        ({"name": "v6e:2x4"}, r"chip=TPU v6e \(here TPU v5e\)"),
+        ({"fits": False}, "the step does not fit into memory"),
+    ],
+)
+def test_a_plan_of_another_step_is_refused(changes, message, written):
+    command = ["bench", "step", *QUICK_STEP, "--against-plan", written(**changes)]
+    with (
+        mock.patch.object(bench, "find", autospec=True, return_value=chips()["TPU v5e"]),
+        pytest.raises(InputError, match=message),
+    ):
+        commands._run(command)
+
+
+def test_a_file_that_is_no_plan_is_refused(written, tmp_path):
+    command = ["bench", "step", *QUICK_STEP, "--against-plan"]
+    with pytest.raises(
+        InputError, match=r"gone\.json does not exist. Write it with: clip-jax plan"
+    ):
+        commands._run([*command, str(tmp_path / "gone.json")])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match=r"not a JSON object with .*lengths.*Write it with"):
+        commands._run([*command, str(tmp_path / "list.json")])
 
 
 def test_a_step_of_naflex_has_no_padding_and_its_input_says_how_much(tmp_path, capsys):

@@ -40,8 +40,8 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     "train": _RUN,
     "plan": (*_PLAN, "batch-size", "accumulation", "mesh.fsdp", "mesh.tensor"),
     "bench": (
-        "seconds", "warmup", "rounds", "calls", "data.source.path", "data.workers", "data.threads",
-        "batch-size", "accumulation", "model.remat", "mesh.fsdp",
+        "seconds", "warmup", "rounds", "calls", "against-plan", "data.source.path", "data.workers",
+        "data.threads", "batch-size", "accumulation", "model.remat", "mesh.fsdp",
     ),
     "evaluate": (
         "dataset", "suite", "data-dir", "tasks", "templates", "languages", "output", "watch",

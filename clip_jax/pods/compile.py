@@ -254,6 +254,8 @@ def _devices(topology: Topology) -> list[jax.Device]:
             platform="cuda", target_config=target(topology), topology=shape
         ).devices
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.dims in ((1, 1), (1, 1, 1)):  # libtpu knows hosts of four chips else
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.family == "v4":  # one JAX device per chip, as on real ones
         options["chip_config_name"] = "megacore"
     name = str(dataclasses.replace(topology, slices=1))
