@@ -14,7 +14,7 @@
   float32.
 - step: Compile a training step with one layer in each tower. Print the cycles of the kernels.
 - layers: Compile value and gradient of two layers (projections and attention, recomputed) for 32
-  rows with lengths. Print HBM traffic in GB, the sequential bound and the compiler estimate in ms.
+  rows with lengths. Print HBM traffic in GB, the sequential bound and the schedule estimate in ms.
 
 No TPU is needed. All but `exact` need the extra `tpu`.
 """
@@ -171,9 +171,9 @@ def layers(topology: str, *shapes: str) -> None:
         folder = Path(DUMPED.name)
         function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
         text = function.lower(x, kernels, x, array(rows, dtype=jnp.int32)).compile().as_text()
-        works = read(text, functools.partial(schedule.cycles, folder))
-        seconds = step_seconds(bounds(where.chip, works, 0, 0))
-        times = (seconds[name] for name in ("sequential_bound", "compiler_estimate"))
+        works = read(text, schedule.read(folder))
+        seconds = step_seconds(bounds(where.chip, works, ()))
+        times = (seconds[name] for name in ("sequential_bound", "schedule_estimate"))
         gigabytes = sum(x.times * x.bytes for x in works) / 1e9
         print(shape, f"{gigabytes:.1f}", *(x and f"{1e3 * x:.1f}" for x in times), flush=True)
         for path in folder.iterdir():

@@ -1,5 +1,6 @@
 """Read the collectives of a compiled step from its HLO: their devices and their bytes."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ class Collective:
     bytes: int  # size of the arrays times executions
     received: int  # lower bound of bytes received within a slice or node
     received_from_slices: int  # the same from other slices or nodes, if devices share the work
+    overlapped: bool = False  # asynchronous, with other operations between its start and its end
 
 
 def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Collective]:
@@ -46,7 +48,8 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
                 # From the same chip of every other slice, over the network along the data axis.
                 if x.opcode == "recv":
                     kind, arrays = between.lower().replace("_", "-"), (x.shapes[0][:2],)
-                    result[key] = _collective(kind, arrays, ("data",), slices, slices, times, "")
+                    sides = (("data",), slices, slices, times, "", _is_overlapped(x, visit))
+                    result[key] = _collective(kind, arrays, *sides)
                 continue
             kind = x.opcode.removesuffix("-start")
             if kind not in KINDS:
@@ -64,14 +67,16 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             coordinates = zip(mesh, np.unravel_index(groups, tuple(mesh.values())), strict=True)
             axes = tuple(axis for axis, c in coordinates if (c != c[:, :1]).any())
             spread = len(np.unique(groups[0] * slices // devices))
-            source = x.source or visit.source
-            result[key] = _collective(kind, arrays, axes, members, spread, times, source)
+            result[key] = _collective(
+                kind, arrays, axes, members, spread, times, x.source or visit.source,
+                _is_overlapped(x, visit),
+            )  # fmt: skip
     return sorted(result.values(), key=lambda x: (-x.received, x.kind, x.source))
 
 
 def _collective(
     kind: str, arrays: Arrays, axes: tuple[str, ...], members: int, slices: int, times: int,
-    source: str,
+    source: str, overlapped: bool,
 ) -> Collective:  # fmt: skip
     """Count the bytes of a group of `members` devices that spans `slices` slices."""
     size = times * sum(hlo.Shape(*array).bytes for array in arrays)
@@ -85,8 +90,22 @@ def _collective(
     return Collective(
         kind=kind, axes=axes, part=_part(source), source=source, arrays=arrays, times=times,
         bytes=size, received=received(members // slices),
-        received_from_slices=received(slices) * slices // members,
+        received_from_slices=received(slices) * slices // members, overlapped=overlapped,
     )  # fmt: skip
+
+
+def _is_overlapped(x: hlo.Instruction, visit: hlo.Visit) -> bool:
+    """Return whether other operations run between the start and the end of a collective."""
+    if visit.fused:  # TPUs fuse the steps of an asynchronous collective with such operations
+        return not visit.name.startswith("all-reduce-scatter")
+    if not x.opcode.endswith(("-start", "recv")):
+        return False
+    for y in itertools.dropwhile(lambda y: y.name != x.name, visit.computation.values()):
+        if y.opcode in ("fusion", "custom-call", "while", "convolution", "dot"):
+            return True
+        if y.opcode.endswith("-done") and x.name in y.operands:
+            break
+    return False
 
 
 def _part(source: str) -> str:

@@ -29,6 +29,7 @@ from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, path_name
+from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import schedule
 from clip_jax.pods.collectives import Collective, collectives
@@ -70,7 +71,7 @@ class Facts:
     loss: int  # peak of the loss, compiled alone
     token_embedding: int = 0  # its part of the parameters
     token_embedding_optimizer: int = 0  # its part of the optimizer's state
-    attention: str = ""  # backend of the image tower's attention, if it is a ViT
+    attention: tuple[tuple[str, str], ...] = ()  # tower and backend
     fits: bool  # the compiler accepts it; else there are no works and collectives
     peak_bytes: int
     works: tuple[Work, ...] = ()
@@ -125,7 +126,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     """Compile the step, and the loss alone, and read memory, collectives and work.
 
     If the step does not fit, the TPU compiler reports only the memory needed; the GPU compiler
-    compiles it anyway. `folder` has the schedules of kernels that the compiler wrote.
+    compiles it anyway. `folder` has the schedules that the compiler wrote.
     """
     recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
     program = Program(recipe, mesh)
@@ -133,37 +134,44 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     held, shards = held_bytes(program.state, program.batch), sharding.batch_shards(mesh)
     forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
     compiler = TPU_COMPILER if request.topology.is_tpu else GPU_COMPILER
-    result = Facts(
-        mesh=tuple(mesh.shape.values()), form=", ".join(filter(None, forms)),
-        versions=", ".join(installed("jax", *compiler)), compile_seconds=0.0,
-        attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
-        loss=peak(compile_loss(program)), fits=False, peak_bytes=0, **held,
-    )  # fmt: skip
     try:
         options = WITHOUT_A_CARD if devices[0].platform in ("gpu", "cuda") else {}
         lowered = program.step.lower(program.state, program.batch)
         compiled = lowered.compile(compiler_options=options)
+        text = compiled.as_text()
+        known = {
+            "fits": True, "peak_bytes": peak(compiled),
+            "works": tuple(read(text, schedule.read(folder) if folder else None)),
+            "collectives": tuple(collectives(text, mesh.shape, request.topology.islands)),
+        }  # fmt: skip
     except jax.errors.JaxRuntimeError as error:
         arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
         if (needed := needed_bytes(str(error), arguments)) is None:
             raise
-        seconds = CLOCK.now() - start
-        return dataclasses.replace(result, peak_bytes=needed, compile_seconds=seconds)
-    seconds, text = CLOCK.now() - start, compiled.as_text()
-    return dataclasses.replace(
-        result, fits=True, peak_bytes=peak(compiled), compile_seconds=seconds,
-        works=tuple(read(text, lambda name: schedule.cycles(folder, name) if folder else None)),
-        collectives=tuple(collectives(text, mesh.shape, request.topology.islands)),
+        known = {"fits": False, "peak_bytes": needed}
+    loss = peak(compile_loss(program))  # last: its schedules have names of the step's
+    return Facts(
+        mesh=tuple(mesh.shape.values()), form=", ".join(filter(None, forms)),
+        versions=", ".join(installed("jax", *compiler)), compile_seconds=CLOCK.now() - start,
+        attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
+        loss=loss, **held, **known,
     )  # fmt: skip
 
 
-def attention_of(model: CLIPConfig, device: Any, tensor: int) -> str:
-    """Return the backend of the image tower's attention in training; "" without a ViT."""
-    vision = model.vision
-    if not isinstance(vision, ViTConfig) or model.attention != "auto":
-        return model.attention if isinstance(vision, ViTConfig) else ""
-    tokens, heads = vision.kept_patches + vision.extra_tokens, vision.num_heads // tensor
-    return attention.choose(device, tokens, heads, vision.head_width, model.dtype)
+def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str, str], ...]:
+    """Return the backend of each tower's attention in training; a ResNet has none."""
+    sizes: dict[str, tuple[int, ViTConfig | TextConfig]] = {}
+    if isinstance(model.vision, ViTConfig):
+        sizes["image"] = model.vision.kept_patches + model.vision.extra_tokens, model.vision
+    sizes["text"] = model.text.num_positions, model.text
+
+    def backend(tokens: int, tower: ViTConfig | TextConfig) -> str:
+        if model.attention != "auto":
+            return model.attention
+        heads = tower.num_heads // tensor
+        return attention.choose(device, tokens, heads, tower.head_width, model.dtype)
+
+    return tuple((name, backend(*size)) for name, size in sizes.items())
 
 
 def needed_bytes(message: str, held: int) -> int | None:

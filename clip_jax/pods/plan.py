@@ -1,7 +1,8 @@
 """`clip-jax plan CONFIG --topology v5e:16x16`: memory, time and cost of a run on a pod.
 
 The training step is compiled for the pod, which need not be at hand (`compile.py`). Memory and
-collectives are read from the result; times are bounds at the chips' peaks (`bounds.py`).
+collectives are read from the result; times are bounds at the chips' peaks, and sums of schedules
+(`bounds.py`).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from clip_jax.models.images import NaFlex
 from clip_jax.models.layers import Remat
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import compile as pod
-from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds
+from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds, unscheduled
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
 from clip_jax.pods.topology import NODE, Topology
@@ -35,11 +36,12 @@ from clip_jax.storage import files
 COMPILES = 8  # maximum number of compilations of --fit
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
 V5E = Topology.parse("v5e:16x16")
-# Bounds and estimate of the step time: name in `--json`, label, and relation of the MFU to it.
+# Bounds and estimates of the step time: name in `--json`, label, and relation of the MFU to it.
 BOUNDS = {
     "bound": ("overlapped bound", "≤"),
     "sequential_bound": ("sequential bound", "≤"),
-    "compiler_estimate": ("compiler estimate", "≈"),
+    "schedule_estimate": ("schedule estimate", "≈"),
+    "cost_model": ("XLA's cost model", "≈"),
 }
 GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default: share of a card that JAX takes
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
@@ -58,7 +60,8 @@ class PlanConfig(Config):
     # slices, joined along the data axis by the network between slices.
     topology: Annotated[Topology, AsText] = V5E
     chip_hour_price: float | None = None  # Price of one chip-hour, in any currency. None: no price.
-    mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price, unless its bound is lower.
+    # Assumed MFU (0 to 1) for hours and price, unless a bound or the schedule estimate is lower.
+    mfu: float = 0.4
     fit: bool = False  # Find the cheapest remat and the largest batch that fit into memory.
     # Share of a NaFlex model's patches that are not padding (0 to 1), for the MFU of valid tokens.
     # None: of images whose aspect ratios are log-uniform from 1:2 to 2:1.
@@ -97,7 +100,8 @@ class Plan:
     step_seconds: Seconds  # by name in `BOUNDS`; None: not known
     mfus: dict[str, float | None]  # MFU at each of these
     steps: int
-    mfu: float  # assumed for hours and price
+    mfu: float  # for hours and price
+    mfu_source: str  # what this MFU is: assumed, or the label of the lowest bound or estimate
     hours: float
     images_per_second_per_host: float  # to read and decode
     price: float | None
@@ -105,7 +109,8 @@ class Plan:
     compile_seconds: float
     fit_compiles: int = 0  # compilations that --fit needed
     tokens: int | None = None  # patches of an image, padding included; None: no ViT
-    attention: str = ""  # backend of the image tower's attention
+    attention: dict[str, str] = dataclasses.field(default_factory=dict)  # backend by tower
+    unscheduled: dict[str, float] = dataclasses.field(default_factory=dict)  # see `bounds`
     valid_share: float = 1.0  # share of patches that are not padding
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
     teacher_flops_per_step: int = 0  # forward passes of frozen models
@@ -235,17 +240,17 @@ def assess(
     model_flops = counts.total
     peak_flops = topology.devices * chip.peak_flops / chip.devices
     entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
-    known = {name: getattr(facts, name) for name in entries}
-    rest = facts.peak_bytes - sum(known.values())
+    sizes = {name: getattr(facts, name) for name in entries}
+    rest = facts.peak_bytes - sum(sizes.values())
     seconds, parts, times = {}, {}, dict.fromkeys(BOUNDS)
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
-        received = sum(x.received for x in facts.collectives)
-        from_slices = sum(x.received_from_slices for x in facts.collectives)
-        seconds = bounds(chip, facts.works, received, from_slices)
-        parts = by_part(chip, facts.works)
+        seconds = bounds(chip, facts.works, facts.collectives)
+        parts = by_part(chip, facts.works, facts.collectives)
         times = step_seconds(seconds)
     mfus = {name: x and model_flops / (peak_flops * x) for name, x in times.items()}
-    mfu = min(config.mfu, *(mfus[name] or 1.0 for name in ("bound", "sequential_bound")))
+    # XLA's cost model is left out: it is too high by far for operations of the vector unit.
+    known = {BOUNDS[name][0]: x for name, x in mfus.items() if x and name != "cost_model"}
+    mfu, mfu_source = min((x, name) for name, x in ({"assumed": config.mfu} | known).items())
     hours = steps * model_flops / (peak_flops * mfu) / 3600
     devices_of_host = 4 * chip.devices if topology.is_tpu else NODE
     hosts = max(1, topology.devices / devices_of_host)
@@ -260,7 +265,7 @@ def assess(
         optimizer=type(config.optim.optimizer).__name__,
         hbm_bytes=usable_bytes(topology),
         is_gpu=not topology.is_tpu,
-        bytes_per_device=known | {"activations and workspace": rest, "total": facts.peak_bytes},
+        bytes_per_device=sizes | {"activations and workspace": rest, "total": facts.peak_bytes},
         token_embedding_bytes={
             "parameters": facts.token_embedding, "optimizer": facts.token_embedding_optimizer
         },
@@ -274,6 +279,7 @@ def assess(
         mfus=mfus,
         steps=steps,
         mfu=mfu,
+        mfu_source=mfu_source,
         hours=hours,
         images_per_second_per_host=steps * recipe.batch_size / (hours * 3600) / hosts,
         price=config.chip_hour_price
@@ -281,7 +287,8 @@ def assess(
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
         tokens=getattr(vision, "num_patches", None),
-        attention=facts.attention,
+        attention=dict(facts.attention),
+        unscheduled=unscheduled(chip, facts.works) if is_fitting else {},
         valid_share=share,
         teacher_flops_per_step=counts.teacher,
         teacher_hours=hours * counts.teacher / model_flops,

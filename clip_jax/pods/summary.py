@@ -9,10 +9,11 @@ from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Plan
 
 # Columns of the table of seconds. `network` is the one between slices or nodes.
-SECONDS = {name: name for name in (*LIMITS, "operations", "compiler")}
+SECONDS = {name: name for name in (*LIMITS, "operations", "schedule", "cost model")}
 SECONDS |= {"memory": "HBM with padding", "operations": "sequential"}
 SHARE = ", the part of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-MFU = "MFU: overlapped bound / sequential bound / compiler estimate"
+MFU = f"MFU: {' / '.join(label for label, _ in BOUNDS.values())}"
+SLOW = ", which stores the scores: `short` needs heads of at least 64 channels and more VMEM"
 IMAGE_BYTES = 70e3  # typical JPEG of 640 x 480 pixels
 BLOCK_BYTES = 4 << 20  # bytes per request with shuffle blocks
 
@@ -41,8 +42,10 @@ def describe(plan: Plan) -> str:
             f"--batch-size {plan.batch_size}"
         )
     calls = table(("kernel or library", "calls per step"), plan.calls.items())
-    if plan.attention:
-        lines.append(f"attention of the image tower, {plan.tokens:,} patches: {plan.attention}")
+    for tower, backend in plan.attention.items():
+        tokens = f", {plan.tokens:,} patches" if tower == "image" else ""
+        slow = "" if plan.is_gpu or backend != "xla" else SLOW
+        lines.append(f"attention of the {tower} tower{tokens}: {backend}{slow}")
     lines += [_memory(plan), _collectives(plan), calls, _seconds(plan), _lengths(plan)]
     lines.append(
         f"model FLOPs: {plan.model_flops_per_step:.4g} per step, "
@@ -59,13 +62,19 @@ def describe(plan: Plan) -> str:
         seconds, mfu = plan.step_seconds[bound], plan.mfus[bound]
         value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
         lines.append(f"{label}: {value}")
+    if total := plan.seconds.get("schedule"):
+        shares = [f"{name} {x / total:.1%}" for name, x in plan.unscheduled.items()]
+        lines.append(
+            "of the schedule estimate, from XLA's cost model for want of a schedule: "
+            + (", ".join(shares) or "nothing")
+        )
     if plan.seconds and plan.valid_share < 1:
         valid = _percent(plan.mfus, plan.valid_share)
         lines.append(f"MFU of valid patches ({plan.valid_share:.1%} of all): {valid}")
     cost = "" if plan.price is None else f", price {plan.price:,.0f}"
     lines.append(
         f"{plan.steps:,} steps, {plan.steps * plan.batch_size / 1e9:.3g}B pairs, "
-        f"at {plan.mfu:.0%} MFU: {plan.hours:,.1f} hours{cost}"
+        f"at {plan.mfu:.0%} MFU ({plan.mfu_source}): {plan.hours:,.1f} hours{cost}"
     )
     each = plan.per_billion_pairs()
     for name in ("", "_without_teacher") if plan.teacher_flops_per_step else ("",):
@@ -108,7 +117,8 @@ def _lengths(plan: Plan) -> str:
     for x in plan.lengths:
         seconds, bound = x.step_seconds["bound"], {"bound": x.mfus["bound"]}
         rows.append((
-            x.tokens, f"{1 - x.valid_share:.1%}", f"{x.batch_size:,}", f"{x.steps:,}", x.attention,
+            x.tokens, f"{1 - x.valid_share:.1%}", f"{x.batch_size:,}", f"{x.steps:,}",
+            x.attention.get("image", ""),
             f"{'yes' if x.fits else 'no'}: {x.bytes_per_device['total'] / 1e9:.2f}",
             "" if seconds is None else f"{seconds:.4f}",
             _percent(x.mfus), _percent(bound, x.valid_share), f"{x.compile_seconds:.0f}",
@@ -141,15 +151,18 @@ def _collectives(plan: Plan) -> str:
     sums: dict[tuple[str, str, str], np.ndarray] = {}
     for x in plan.collectives:
         key = (x.kind, " × ".join(x.axes), x.part)
-        counts = (x.times, x.bytes, x.received + x.received_from_slices)
+        received = x.received + x.received_from_slices
+        counts = (x.times, x.bytes, received, 0 if x.overlapped else received)
         sums[key] = sums.get(key, 0) + np.array(counts)
     least = sum(counts[2] for counts in sums.values()) / 200
     large = {key: counts for key, counts in sums.items() if counts[2] >= least}
     rows = sorted(large.items(), key=lambda item: -item[1][2])
     if small := [counts for key, counts in sums.items() if key not in large]:
         rows.append((("others", "", ""), np.sum(small, axis=0)))
-    names = ("collective", "axis", "part of the step", "times", "MiB", "MiB received")
-    texts = [(*key, times, _mib(size), _mib(received)) for key, (times, size, received) in rows]
+    names = (
+        "collective", "axis", "part of the step", "times", "MiB", "MiB received", "not overlapped"
+    )  # fmt: skip
+    texts = [(*key, times, *map(_mib, sizes)) for key, (times, *sizes) in rows]
     return table(names, texts, left=3)
 
 

@@ -1,13 +1,13 @@
 """Read the FLOPs, memory traffic and cycles of every operation of a compiled step from its HLO.
 
 FLOPs are those of matmuls and convolutions, in bf16 passes of the matrix unit. Bytes are what an
-operation reads from and writes to HBM, arrays padded to complete tiles. Cycles are the compiler's
-estimate or, for a kernel, the length of its schedule.
+operation reads from and writes to HBM, arrays padded to complete tiles. Cycles are counted twice:
+by XLA's cost model, and in the final schedules of a TPU.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from clip_jax.pods import hlo
 from clip_jax.pods.collectives import KINDS
 from clip_jax.pods.hlo import Computation, Instruction, Shape, numbers, search
+from clip_jax.pods.schedule import Schedule
 
 # Opcodes that cost nothing, or whose work is counted elsewhere. All others are counted.
 FREE = {
@@ -41,21 +42,25 @@ class Work:
     """One instruction of a step, with its cost per execution."""
 
     name: str
+    opcode: str
     part: str  # part of the step: see `part_of`
     times: int  # executions per step
     flops: float | None  # None: a kernel without a cost estimate
     bytes: int  # HBM traffic
-    cycles: int | None  # None: a kernel without a schedule
+    cycles: int | None  # by XLA's cost model, of a kernel by its schedule; None: not known
+    schedule: int | None = None  # cycles of the final schedule; None: not known
+    matrix: int = 0  # of these, cycles of the matrix units, in complete tiles
     target: str = ""  # name of a called kernel or library
     hidden: bool = False  # asynchronous: its bytes move while other operations compute
 
 
-def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -> list[Work]:
+def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Work]:
     """List the operations of a step.
 
     Args:
       text: optimised HLO, `compiled.as_text()`.
-      schedule: returns the cycles of a kernel by its instruction's name.
+      schedules: by name of the instruction. The compiler compiles equal operations once; those
+        of the same kind, arrays and estimate are taken as equal.
     """
     computations, entry = hlo.parse(text)
     pieces = [
@@ -65,23 +70,28 @@ def read(text: str, schedule: Callable[[str], int | None] = lambda name: None) -
         for x in visit.computation.values()
         if not (x.opcode in FREE or x.opcode.endswith("-done") or _target(x) in MARKS)
     ]
-    kernels: dict[str, int] = {}  # by program: the compiler compiles equal ones once
-    for _, x in pieces:
-        if _target(x) == KERNEL and (cycles := schedule(x.name)) is not None:
-            kernels[_program(x)] = cycles
-    return [
-        Work(
+    equal = {
+        _program(x, visit.computation): schedules[x.name]
+        for visit, x in pieces
+        if schedules and x.name in schedules
+    }
+    works = []
+    for visit, x in pieces:
+        schedule = equal.get(_program(x, visit.computation))
+        works.append(Work(
             name=x.name,
+            opcode=x.opcode,
             part=part_of(x, visit.source),
             times=visit.times,
             flops=count_flops(x, visit.computation, computations),
             bytes=_traffic(x, visit.computation, computations),
-            cycles=kernels.get(_program(x)) if _target(x) == KERNEL else _estimate(x),
+            cycles=schedule and schedule.cycles if _target(x) == KERNEL else _estimate(x),
+            schedule=schedule and schedule.cycles,
+            matrix=schedule.matrix if schedule else 0,
             target=_target(x),
             hidden=x.opcode.endswith("-start"),
-        )
-        for visit, x in pieces
-    ]
+        ))  # fmt: skip
+    return works
 
 
 def part_of(x: Instruction, caller: str = "") -> str:
@@ -115,8 +125,12 @@ def _target(x: Instruction) -> str:
     return search(r'custom_call_target="([^"]*)"', x.attributes) if is_call else ""
 
 
-def _program(kernel: Instruction) -> str:
-    return search(r'"body":"([^"]*)"', kernel.attributes) or kernel.name
+def _program(x: Instruction, computation: Computation) -> Hashable:
+    """Return a key that is the same for equal operations."""
+    if _target(x) == KERNEL:
+        return search(r'"body":"([^"]*)"', x.attributes) or x.name
+    operands = [computation[name].shapes for name in x.operands if name in computation]
+    return x.opcode, x.shapes, tuple(operands), _estimate(x)
 
 
 def _estimate(x: Instruction) -> int:

@@ -38,3 +38,36 @@ metadata={op_name="jit(step)/transpose(jvp(visual))/c_fc"}
     assert (total.kind, shard.kind) == ("all-reduce", "reduce-scatter")
     assert shard.source == "jit(step)/transpose(jvp(visual))/c_fc"
     assert total.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4
+
+
+ASYNC = """HloModule step
+%begin (p: f32[64]) -> (f32[64], f32[256]) {
+  %p = f32[64]{0} parameter(0)
+  %g = f32[256]{0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %c = (f32[64], f32[256]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.1 (p: f32[64]) -> f32[256] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %g = f32[256]{0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  %s = (f32[64], f32[256]) fusion(%a), kind=kCustom, calls=%begin
+  %f = f32[256]{0} fusion(%s), kind=kOutput, calls=%async_collective_fusion.1
+  %plain = f32[64]{0} all-reduce(%a), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %idle = (f32[64], f32[64]) all-reduce-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %idle-done = f32[64]{0} all-reduce-done(%idle)
+  %busy = (f32[64], f32[64]) all-reduce-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %work = f32[64]{0} fusion(%a), kind=kLoop, calls=%none
+  ROOT %busy-done = f32[64]{0} all-reduce-done(%busy)
+}
+%none (p: f32[64]) -> f32[64] {
+  ROOT %p = f32[64]{0} parameter(0)
+}"""
+
+
+def test_a_collective_overlaps_if_work_runs_between_its_start_and_its_end():
+    """Fused with work, or with work between its two instructions; a plain one does not."""
+    every = collectives(ASYNC, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert sorted(x.kind for x in every) == ["all-gather"] + ["all-reduce"] * 3
+    assert sorted(x.kind for x in every if x.overlapped) == ["all-gather", "all-reduce"]

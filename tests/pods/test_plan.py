@@ -53,7 +53,10 @@ def facts(request: Request, fixed: int = GIB, pair: int = 2**28) -> Facts:
         kind="all-gather", axes=("fsdp",), part="image tower, forward", times=3, bytes=9,
         source="", arrays=(), received=2 * 10**9, received_from_slices=0,
     )  # fmt: skip
-    work = Work(name="x", part="MLP", times=2, flops=1e9, bytes=4_095_000_000, cycles=3_000_000)
+    work = Work(
+        name="x", opcode="fusion", part="MLP", times=2, flops=1e9, bytes=4_095_000_000,
+        cycles=3_000_000,
+    )  # fmt: skip
     return dataclasses.replace(result, fits=True, works=(work,), collectives=(moved,))
 
 
@@ -96,10 +99,16 @@ def test_times_bound_the_step_and_price_the_run():
     assert planned.seconds["interconnect"] == pytest.approx(2e9 / 200e9)  # 400 GB/s, half inwards
     steps = planned.step_seconds
     assert steps["bound"] == steps["sequential_bound"] == planned.seconds["memory"]
-    assert steps["compiler_estimate"] == pytest.approx(2 * 3e6 / 1.5e9)
+    assert steps["cost_model"] == pytest.approx(2 * 3e6 / 1.5e9)
+    assert steps["schedule_estimate"] == pytest.approx(0.01 + 0.01)  # nothing overlaps the gathers
+    assert planned.unscheduled == pytest.approx({"fusion": 0.01})
     total = flops.training(TINY, CONFIG.batch_size).total
-    seconds = planned.to_json()["step_seconds_bound"]
-    assert planned.to_json()["mfu_bound"] == pytest.approx(total / (256 * 197e12 * seconds))
+    seconds = planned.to_json()["step_seconds_schedule_estimate"]
+    mfu = planned.to_json()["mfu_schedule_estimate"]
+    assert mfu == planned.mfu == pytest.approx(total / (256 * 197e12 * seconds))
+    assert planned.mfu_source == "schedule estimate"
+    assumed = assess(dataclasses.replace(CONFIG, mfu=1e-9), facts(planning.request(CONFIG)))
+    assert (assumed.mfu, assumed.mfu_source) == (1e-9, "assumed")
     assert planned.hours == pytest.approx(1_000 * seconds / 3600)
     assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
     assert sum(planned.bytes_per_device.values()) == 2 * planned.bytes_per_device["total"]
@@ -107,6 +116,8 @@ def test_times_bound_the_step_and_price_the_run():
     average = dataclasses.replace(facts(planning.request(CONFIG)), terms=3 << 20)
     assert re.findall(r"terms .* ([\d.]+)", describe(assess(CONFIG, average))) == ["3.0"]
     text = describe(planned)
+    assert "MFU (schedule estimate): " in text
+    assert "for want of a schedule: fusion 50.0%" in text
     assert re.findall(r"token embedding .* ([\d.]+)", text) == ["7.0", "14.0"]
     for words in ("fits", "optimizer, AdamW", "the loss compiled alone", "minus the above"):
         assert words in text
@@ -211,8 +222,9 @@ def test_a_run_of_several_lengths_is_planned_at_each():
     assert planned.tokens == 784  # eight pairs per device; the longest come by four
     assert planned.hours == pytest.approx(sum(x.hours for x in planned.lengths))
     assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
-    assert {x.attention for x in planned.lengths if x.tokens != 1_024} == {"short"}
-    assert rows[1_024, 1_024].attention == "splash"  # with the class token 1,025 tokens
+    shorter = {x.attention["image"] for x in planned.lengths if x.tokens != 1_024}
+    assert shorter == {"short"}
+    assert rows[1_024, 1_024].attention["image"] == "splash"  # with the class token 1,025 tokens
     for x in planned.lengths:
         is_fixed = x.valid_share == 1
         tower = dataclasses.replace(WIDE, max_patches=None if is_fixed else x.tokens)
@@ -334,5 +346,5 @@ def test_the_command_prints_one_object(tmp_path, capsys):
     assert len(printed["compared"]) == 1
     assert not {"source", "arrays"} & printed["collectives"][0].keys()
     assert printed["seconds_by_part"]["MLP"].keys() == {
-        "compute", "memory", "operations", "compiler"
+        "compute", "memory", "operations", "schedule", "cost model"
     }  # fmt: skip

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from clip_jax.pods import work
+from clip_jax.pods.schedule import Schedule
 from tests.pods.conftest import compiled_scan, module
 
 FULL = 128 * 128 * 4  # bytes of f32[128,128]
@@ -69,12 +70,15 @@ def test_flops_of_splash_attention(kernel, products):
 
 
 def test_nested_loops_and_kernels():
-    works = {x.name: x for x in work.read(NESTED, {"k": 90}.get)}
+    schedules = {"k": Schedule(90), "m": Schedule(60, 50), "unknown": Schedule(7)}
+    works = {x.name: x for x in work.read(NESTED, schedules)}
     assert set(works) == {"m", "k", "u"}
     m, k, u = works["m"], works["k"], works["u"]
     assert (m.times, m.flops, m.bytes, m.cycles) == (15, 2 * 128**3, 2 * FULL, 700)  # x times x
     assert (k.times, k.flops, k.bytes, k.cycles) == (3, 1000, 2 * FULL, 90)  # x once; 100 take 128
-    assert (u.times, u.flops, u.cycles) == (1, None, None)
+    assert (u.times, u.flops, u.cycles, u.schedule) == (1, None, None, None)
+    assert (m.schedule, m.matrix, k.schedule) == (60, 50, 90)
+    assert (m.opcode, k.opcode) == ("convolution", "custom-call")
     assert (m.part, k.part) == ("MLP", "attention")
 
 
@@ -86,8 +90,24 @@ def test_equal_kernels_have_one_schedule():
         for name, body in (("forward.1", "QUJD"), ("again.2", "QUJD"), ("backward.3", "REVG"))
     ]
     text = module(*parameters(a="f32[16,128]{1,0:T(8,128)}"), *lines)
-    cycles = {x.name: x.cycles for x in work.read(text, {"again.2": 90}.get)}
-    assert cycles == {"forward.1": 90, "again.2": 90, "backward.3": None}
+    schedules = {"again.2": Schedule(90, 80)}
+    cycles = {x.name: (x.cycles, x.schedule, x.matrix) for x in work.read(text, schedules)}
+    ours = (90, 90, 80)
+    assert cycles == {"forward.1": ours, "again.2": ours, "backward.3": (None, None, 0)}
+
+
+def test_equal_operations_have_one_schedule():
+    """They have the same kind, arrays and estimate; one of other arrays is another."""
+    lines = [
+        f'  %{name} = {x} negate(%{of}), backend_config={{"estimated_cycles":"{cycles}"}}'
+        for name, x, of, cycles in (
+            ("first", X, "a", 9), ("again", X, "b", 9), ("other", X, "a", 8),
+            ("small", "f32[8,128]{1,0:T(8,128)}", "c", 9),
+        )
+    ]  # fmt: skip
+    text = module(*parameters(a=X, b=X, c="f32[8,128]{1,0:T(8,128)}"), *lines)
+    schedules = {x.name: x.schedule for x in work.read(text, {"again": Schedule(5)})}
+    assert schedules == {"first": 5, "again": 5, "other": None, "small": None}
 
 
 FUSED = """HloModule step
