@@ -21,7 +21,6 @@ No TPU is needed. All but `exact` need the extra `tpu`.
 
 import argparse
 import dataclasses
-import functools
 import os
 import re
 import tempfile
