@@ -3,13 +3,14 @@
     python benchmarks/plan.py [CONFIG ...]
 
 The TPU compiler (extra `tpu`) compiles each config's training step. The script prints four tables:
-cost and step time (in BENCHMARKS.md), what bounds the step, the compiler estimate, and memory (in
+cost and step time (in BENCHMARKS.md), what bounds the step, both estimates, and memory (in
 docs/explanation/performance.md). Compiled steps are cached, so that configs can be compiled one at
 a time; all of them take about two hours on one or two cores.
 """
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,18 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("datacomp_medium", V5E_8, {}),
 ]
 COST = (
-    "config", "slice", "batch, pairs", "memory, GB per chip", "step time, ms (sequential bound)",
-    "MFU, % (sequential bound)", "training time, h", "cost, $",
+    "config", "slice", "batch, pairs", "memory, GB per chip", "step time, ms (schedule estimate)",
+    "MFU, % (schedule estimate)", "training time, h", "cost, $",
 )  # fmt: skip
 BOUNDS = (
-    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)"
+    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)",
+    "step time, ms (sequential bound)", "MFU, % (sequential bound)",
 )  # fmt: skip
 ESTIMATE = (
-    "config", "compiler estimate, ms", "MFU, % (compiler estimate)",
-    "model TFLOP per chip and step", "compile time, s",
+    "config", "schedule estimate, ms", "MFU, % (schedule estimate)",
+    "of it, collectives without overlap, %", "of it, without a schedule, %",
+    "XLA's cost model, ms", "MFU, % (XLA's cost model)", "model TFLOP per chip and step",
+    "compile time, s",
 )  # fmt: skip
 MEMORY = (
     "config", "mesh, data × fsdp × tensor", "remat", "peak, GB per chip", "parameters, GB",
@@ -98,15 +102,21 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
     steps = {name: milliseconds(value) for name, value in x.step_seconds.items()}
     mfus = {name: percent(value) for name, value in x.mfus.items()}
     limits = [milliseconds(x.seconds.get(part)) for part in ("compute", "memory", "interconnect")]
+    parts = [x.seconds_by_part.get("collectives", {}).get("schedule"), sum(x.unscheduled.values())]
+    shares = [f"{100 * (y or 0) / (x.seconds.get('schedule') or math.inf):.1f}" for y in parts]
     return (
         (
-            label, x.name, f"{x.batch_size:,}", memory, steps["sequential_bound"],
-            mfus["sequential_bound"], f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
+            label, x.name, f"{x.batch_size:,}", memory, steps["schedule_estimate"],
+            mfus["schedule_estimate"], f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
             f"{x.price or 0:,.0f}",
         ),
-        (label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"]),
         (
-            label, steps["compiler_estimate"], mfus["compiler_estimate"],
+            label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"], steps["sequential_bound"],
+            mfus["sequential_bound"],
+        ),
+        (
+            label, steps["schedule_estimate"], mfus["schedule_estimate"], *shares,
+            steps["cost_model"], mfus["cost_model"],
             f"{x.model_flops_per_step / x.devices / 1e12:.1f}", f"{x.compile_seconds:.0f}",
         ),
         (

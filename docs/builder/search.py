@@ -9,7 +9,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "Bundled digits": ("what ships inside", "bundled data", "sample data"),
     "Checkpoint": ("what is kept", "save", "restore"),
     "Collective": ("exchanges", "communication", "all-gather"),
-    "Compiler estimate": ("compiler ≈", "estimated step time"),
+    "Schedule estimate": ("compiler estimate", "compiler ≈", "estimated step time"),
     "Cool-down branch": ("trunk", "branch-from", "own cosine"),
     "Dense, blocked, ring": ("all-gather of texts", "chunked loss", "local loss"),
     "Embedding": ("features of unit length", "features", "vectors"),
