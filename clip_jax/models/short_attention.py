@@ -5,14 +5,14 @@ projection reads. Scores never reach HBM; only queries, keys and values are save
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 MAX_LENGTH = 1024  # tokens
 
@@ -20,11 +20,19 @@ _LANES = 128  # lanes of a vector register
 _ROWS = 8  # rows per program: the sublanes of a register
 _ROOM = 64 << 20  # most bytes of VMEM for eight rows; with more, single rows are faster
 _HIDDEN = -1e30  # score of a masked key
+_FEW = 8  # most queries past full registers that do not fill one of their own
+_GROUP = 4  # heads of one row that are computed together if they fill no registers
+_TOGETHER = 320_000  # most scores of one head of the rows that are computed together
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
 Split = Callable[
     [Callable[..., Array], int], Callable[..., Array]
 ]  # of a kernel and its output's rank
+Part = tuple[int, int] | None  # the lanes of one of several heads
+# Queries, keys, values and, for the gradient, the output's gradient; and the number of real tokens.
+Row = tuple[Sequence[Float[Array, "L W"]], Int[Array, ""] | None]
+# Of each output the transpose of the tokens in full registers, and the other tokens.
+Output = tuple[Float[Array, "W T"], Float[Array, "R W"] | None]
 
 
 def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
@@ -35,11 +43,11 @@ def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
 def _vmem(length: int, width: int, itemsize: int, is_by_token: bool) -> int:
     width, scores = _up(width, _LANES), _up(length, 16) * _up(length, _LANES) * 4
     if is_by_token:
-        tokens = length * _ROWS
-        blocks, spread = tokens * (4 * _LANES + 3 * width) * itemsize, 7 * tokens * _LANES * 4
+        tokens = length * _ROWS * itemsize
+        blocks = tokens * (2 * (4 * _LANES + 3 * width) + 7 * _LANES)  # double buffering, scratch
     else:
-        blocks, spread = _up(length, 16) * 7 * width * itemsize, 0
-    return 2 * blocks + spread + 8 * scores + (4 << 20)  # double buffering
+        blocks = 2 * _up(length, 16) * 7 * width * itemsize
+    return blocks + 8 * scores + (4 << 20)
 
 
 def _is_by_token(length: int, heads: int, dim: int, itemsize: int) -> bool:
@@ -98,7 +106,7 @@ def _call(
     products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
     result = run(
-        functools.partial(kernel, dim=dim), lengths, wide, out_width, heads, causal,
+        functools.partial(kernel, dim=dim, causal=causal), lengths, wide, out_width, heads,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize),
@@ -123,61 +131,91 @@ def _fills_registers(heads: int, dim: int) -> bool:
 
 def _by_token(
     kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
-    causal: bool, **options: Any,
+    **options: Any,
 ) -> Array:  # fmt: skip
     """Run over [L, B, W], XLA's layout of such arrays: a register holds one token of eight rows.
 
-    A program computes 128 channels of eight rows. It converts its input to float32, so that the
-    tokens of one row can be read at a stride; 16-bit numbers are packed in pairs of rows.
+    A program computes 128 channels of eight rows. Numbers of 16 bits are packed in pairs of rows,
+    so the tokens of two rows are read at a stride as words of 32 bits.
     """
     batch, length, width3 = wide[0].shape
-    rows, groups = min(batch, _ROWS), width3 // 3 // _LANES
-    more = -batch % rows
+    dtype, groups = wide[0].dtype, width3 // 3 // _LANES
+    packed = 4 // dtype.itemsize  # rows in a word
+    rows = min(_up(batch, packed), _ROWS)
+    more, words = -batch % rows, rows // packed
     lengths = [jnp.pad(x, (0, more)) for x in lengths]
     wide = [jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, more), (0, 0))) for x in wide]
     inputs, outputs = 2 + len(wide), out_width * 3 // width3
+    together = _together(length, packed, words)
 
     def body(*refs: Any) -> None:
         refs, scratch = refs[: -inputs - outputs], refs[-inputs - outputs :]
         *known, out_ref = refs
         ins, first = known[len(lengths) :], pl.program_id(0) * rows
         for ref, spread in zip(ins, scratch[:inputs], strict=True):
-            spread[...] = ref[...].astype(jnp.float32).reshape(spread.shape)
+            spread[...] = pltpu.bitcast(ref[...].reshape(length * rows, _LANES), jnp.int32)
 
-        def row(i: Any, _: Any) -> Any:
-            seen = _seen(length, causal, *(ref[first + i] for ref in known[: len(lengths)]))
-            at = pl.ds(i, length, stride=rows)
-            values = [x[at, :].astype(out_ref.dtype) for x in scratch[:inputs]]
-            for spread, x in zip(scratch[inputs:], kernel(*values, seen=seen), strict=True):
-                spread[at, :] = x
+        def compute(turn: Any, _: Any) -> Any:
+            at = [turn * together + i for i in range(together)]
+            given: list[Row] = []
+            for i in at:
+                read = [x[pl.ds(i, length, stride=words), :] for x in scratch[:inputs]]
+                for j, values in enumerate(zip(*(_unpack(x, dtype) for x in read), strict=True)):
+                    given.append((values, known[0][first + i * packed + j] if lengths else None))
+            results = kernel(given)
+            for n, i in enumerate(at):
+                own = zip(*results[n * packed : (n + 1) * packed], strict=True)
+                for spread, x in zip(scratch[inputs:], own, strict=True):
+                    tiled, rest = zip(*x, strict=True)
+                    count = tiled[0].shape[1]
+                    spread[pl.ds(i, count, stride=words), :] = _pack(tiled, dtype).T
+                    if count < length:
+                        after = pl.ds(count * words + i, length - count, stride=words)
+                        spread[after, :] = _pack(rest, dtype)
             return 0
 
-        jax.lax.fori_loop(0, rows, row, 0, unroll=_unrolled(length, rows))
+        jax.lax.fori_loop(0, words // together, compute, 0)
         for third, spread in enumerate(scratch[inputs:]):
             at = pl.multiple_of((third * groups + pl.program_id(1)) * _LANES, _LANES)
-            block = spread[...].reshape(length, rows, _LANES)
-            out_ref[:, :, pl.ds(at, _LANES)] = block.astype(out_ref.dtype)
+            block = pltpu.bitcast(spread[...], dtype).reshape(length, rows, _LANES)
+            out_ref[:, :, pl.ds(at, _LANES)] = block
 
     def read(third: int) -> pl.BlockSpec:  # q, k and v are `groups` blocks apart
         return pl.BlockSpec((length, rows, _LANES), lambda i, g: (0, i, third * groups + g))
 
     result = pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((length, batch + more, out_width), wide[0].dtype),
+        out_shape=jax.ShapeDtypeStruct((length, batch + more, out_width), dtype),
         grid=((batch + more) // rows, groups),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths)
         + [read(third) for third in (0, 1, 2, 0)[:inputs]],
         # All channels: the gradients of q, k and v are far apart. Written after the last group.
         out_specs=pl.BlockSpec((length, rows, out_width), lambda i, g: (0, i, 0)),
-        scratch_shapes=[pltpu.VMEM((length * rows, _LANES), jnp.float32)] * (inputs + outputs),
+        scratch_shapes=[pltpu.VMEM((length * words, _LANES), jnp.int32)] * (inputs + outputs),
         **options,
     )(*lengths, wide[0], wide[0], *wide)
     return result.swapaxes(0, 1)[:batch]
 
 
+def _unpack(words: Int[Array, "L W"], dtype: Any) -> list[Array]:
+    if dtype.itemsize == 4:
+        return [jax.lax.bitcast_convert_type(words, dtype)]
+    halves = words.astype(jnp.int16), (words >> 16).astype(jnp.int16)
+    return [jax.lax.bitcast_convert_type(x, dtype) for x in halves]
+
+
+def _pack(rows: Sequence[Array], dtype: Any) -> Int[Array, "L W"]:
+    if dtype.itemsize == 4:
+        return jax.lax.bitcast_convert_type(rows[0], jnp.int32)
+    low, high = (
+        jax.lax.bitcast_convert_type(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in rows
+    )
+    return low & 0xFFFF | high << 16
+
+
 def _by_row(
     kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
-    causal: bool, **options: Any,
+    **options: Any,
 ) -> Array:  # fmt: skip
     """Run over [B, L, W], all heads of one row at a time; heads may have any size.
 
@@ -189,25 +227,31 @@ def _by_row(
 
     def body(*refs: Any) -> None:
         *known, out_ref = refs
-        qkv_ref, *rest = known[len(lengths) :]
-        row = pl.program_id(0)
-        seen = _seen(length, causal, *(ref[row] for ref in known[: len(lengths)]))
+        qkv_ref, *more = known[len(lengths) :]
+        real = known[0][pl.program_id(0)] if lengths else None
 
-        def compute(first: Any, size: int) -> None:
-            at = [pl.ds(third * width + first, size) for third in range(3)]
-            values = [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in rest]
-            for lanes, x in zip(at, kernel(*values, seen=seen), strict=False):
-                out_ref[0, :, lanes] = x.astype(out_ref.dtype)
+        def compute(firsts: Sequence[Any], size: int) -> None:
+            lanes = [[pl.ds(n * width + first, size) for n in range(3)] for first in firsts]
+            read = [
+                [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in more] for at in lanes
+            ]
+            for at, result in zip(lanes, kernel([(x, real) for x in read]), strict=True):
+                for own, (tiled, rest) in zip(at, result, strict=False):
+                    count = tiled.shape[1]
+                    out_ref[0, :count, own] = tiled.astype(out_ref.dtype).T
+                    if rest is not None:
+                        out_ref[0, count:, own] = rest.astype(out_ref.dtype)
 
         def register(i: Any, _: Any) -> Any:
-            compute(pl.multiple_of(i * _LANES, _LANES), _LANES)
+            compute([pl.multiple_of(i * _LANES, _LANES)], _LANES)
             return 0
 
         if _fills_registers(heads, dim):
             jax.lax.fori_loop(0, width // _LANES, register, 0)
         else:
-            for head in range(heads):
-                compute(head * dim, dim)
+            size = _GROUP * dim
+            for first in range(0, width, size):
+                compute(range(first, min(first + size, width), dim), dim)
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, length, size), lambda i, _: (i, 0, 0))
@@ -223,9 +267,9 @@ def _by_row(
     )(*lengths, *wide)
 
 
-def _unrolled(length: int, rows: int) -> int:
-    """Return the rows per loop iteration: too few scores would leave the matrix unit idle."""
-    fitting = [n for n in (1, 2, 4, 8) if rows % n == 0 and n * length * length <= 160_000]
+def _together(length: int, packed: int, words: int) -> int:
+    """Return the words per loop iteration: with few rows, units wait for each other at its ends."""
+    fitting = [n for n in (1, 2, 4) if words % n == 0 and n * packed * length**2 <= _TOGETHER]
     return max(fitting, default=1)
 
 
@@ -233,32 +277,132 @@ def _up(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _forward(q: Array, k: Array, v: Array, *, dim: int, seen: Array | None) -> list[Array]:
-    """Compute attention of adjacent heads in [L, W]."""
-    parts, heads = [], _heads(q, dim)
-    for own in heads:
-        weights = _weights(_only(q, own), k, dim, seen)
-        parts.append(_dot(weights.astype(v.dtype), v, 0, 0))
-    return [_join(parts, heads)]
+def _tiled(length: int) -> int:
+    """Return the number of queries that are lanes; the few that follow, of all heads, are rows."""
+    few = length % _LANES
+    return length - few if few <= _FEW and length > _LANES else length
 
 
-def _backward(
-    q: Array, k: Array, v: Array, do: Array, *, dim: int, seen: Array | None
-) -> list[Array]:
+def _staggered(units: Sequence[Generator]) -> list[Any]:
+    """Take units through three steps, each a step behind the unit before; return the last results.
+
+    The compiler mostly keeps the order of the operations, so one head's products are computed in
+    the matrix unit while the vector unit computes another's softmax.
+    """
+    results = [None] * len(units)
+    for newest in range(len(units) + 2):
+        for i in range(newest, newest - 3, -1):
+            if 0 <= i < len(units):
+                results[i] = next(units[i])
+    return results
+
+
+def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
+    """Compute attention of adjacent heads.
+
+    The products of weights are transposed: the matrix unit then takes the weights as they are, and
+    as many steps as a head has channels.
+    """
+    length, heads = rows[0][0][0].shape[0], _heads(rows[0][0][0], dim)
+    tiled = _tiled(length)
+    turned = [v.T for (_, _, v), _ in rows]
+
+    def head(row: int, own: Part) -> Generator:
+        (q, k, v), real = rows[row]
+        scores = _dot(k, _only(q[:tiled], own), 1, 1)
+        yield
+        e, total = _softmax(scores, dim, causal, real, 0)
+        yield
+        vt = _rows(turned[row], own)
+        out = _dot(vt[:, :tiled], e[:tiled].astype(v.dtype), 1, 0)
+        yield (out + _outer(vt[:, tiled:], e[tiled:])) * (1 / total)
+
+    def last(row: int) -> Generator:
+        (q, k, v), real = rows[row]
+        scores = _dot(_stack(q[tiled:], heads), k, 1, 1)
+        yield
+        e, total = _softmax(scores, dim, causal, real, 1)
+        yield
+        yield _unstack(_dot(e.astype(v.dtype), v, 1, 0) * (1 / total), heads)
+
+    units = [head(row, own) for row in range(len(rows)) for own in heads]
+    rests = [last(row) for row in range(len(rows)) if tiled < length]
+    parts = _staggered(units + rests)
+    rests = parts[len(units) :] or [None] * len(rows)
+    outs = [jnp.concatenate(parts[i : i + len(heads)]) for i in range(0, len(units), len(heads))]
+    return [[x] for x in zip(outs, rests, strict=True)]
+
+
+def _backward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
     """Compute the gradients of q, k and v from the output's."""
-    parts, heads = [], _heads(q, dim)
-    for own in heads:
-        weights = _weights(_only(q, own), k, dim, seen)
-        dweights = _dot(v, _only(do, own), 1, 1)
-        inner = (weights * dweights).sum(0, keepdims=True)
-        dscores = (weights * (dweights - inner) * dim**-0.5).astype(q.dtype)
-        # Of all orders, the compiler's schedule of this one keeps the matrix unit busiest.
-        dv, dk = _dot(weights.astype(do.dtype), do, 1, 0), _dot(dscores, q, 1, 0)
-        parts.append((_dot(dscores, k, 0, 0), dk, dv))
-    return [_join(x, heads) for x in zip(*parts, strict=True)]
+    length, heads, scale = rows[0][0][0].shape[0], _heads(rows[0][0][0], dim), dim**-0.5
+    tiled = _tiled(length)
+    few = length - tiled
+    turned = [[x.T for x in (q, k, do)] for (q, k, _, do), _ in rows]
+
+    def last(row: int) -> Generator:
+        (q, k, v, do), real = rows[row]
+        q_few, do_few = _stack(q[tiled:], heads), _stack(do[tiled:], heads)
+        scores, dweights = _dot(q_few, k, 1, 1), _dot(do_few, v, 1, 1)
+        yield
+        weights, dscores = _dsoftmax(scores, dweights, dim, causal, real, 1)
+        yield
+        dq = _unstack(_dot(dscores.astype(q.dtype), k, 1, 0), heads)
+        dk, dv = _corner(dscores[:, tiled:], q_few), _corner(weights[:, tiled:], do_few)
+        yield weights, dscores, dq, dk, dv
+
+    def head(row: int, own: Part) -> Generator:
+        (q, k, v, do), real = rows[row]
+        scores = _dot(k, _only(q[:tiled], own), 1, 1)
+        dweights = _dot(v, _only(do[:tiled], own), 1, 1)
+        yield
+        weights, dscores = _dsoftmax(scores, dweights, dim, causal, real, 0)
+        w, ds = (x[:tiled].astype(q.dtype) for x in (weights, dscores))
+        yield
+        qt, kt, dot = (_rows(x, own) for x in turned[row])
+        dv = _dot(dot[:, :tiled], w, 1, 1)
+        dk = _dot(qt[:, :tiled], ds, 1, 1)
+        dq = _dot(kt[:, :tiled], ds, 1, 0) + _outer(kt[:, tiled:], dscores[tiled:])
+        yield dq, dk, dv, weights[tiled:], dscores[tiled:]
+
+    units = [head(row, own) for row in range(len(rows)) for own in heads]
+    parts = _staggered(units + [last(row) for row in range(len(rows)) if few])
+    results: list[list[Output]] = []
+    for row, ((q, _, _, do), _) in enumerate(rows):
+        dq, dk, dv, weights, dscores = map(
+            list, zip(*parts[row * len(heads) : (row + 1) * len(heads)], strict=True)
+        )
+        rests = [None] * 3
+        if few:
+            w, ds, dq_few, dk_few, dv_few = parts[len(units) + row]
+            qt, _, dot = turned[row]
+            for i, own in enumerate(heads):
+                at = slice(i * few, (i + 1) * few)
+                dk[i] += _outer(_rows(qt, own)[:, tiled:], ds[at, :tiled])
+                dv[i] += _outer(_rows(dot, own)[:, tiled:], w[at, :tiled])
+            w, ds = (jnp.concatenate(x).astype(q.dtype) for x in (weights, dscores))
+            dk_few += _unstack(_dot(ds, q[:tiled], 1, 0), heads)
+            dv_few += _unstack(_dot(w, do[:tiled], 1, 0), heads)
+            rests = [dq_few * scale, dk_few * scale, dv_few]
+        outs = [jnp.concatenate(x) for x in (dq, dk, dv)]
+        outs = [outs[0] * scale, outs[1] * scale, outs[2]]
+        results.append(list(zip(outs, rests, strict=True)))
+    return results
 
 
-def _heads(x: Array, dim: int) -> list[tuple[int, int] | None]:
+def _outer(columns: Float[Array, "K R"], rows: Float[Array, "R L"]) -> Array:
+    """Multiply matrices with a few columns and rows, in the vector unit."""
+    wide = columns.astype(jnp.float32)
+    return sum((wide[:, i : i + 1] * rows[i : i + 1] for i in range(len(rows))), jnp.float32(0))
+
+
+def _corner(weights: Float[Array, "R N"], x: Float[Array, "R W"]) -> Float[Array, "N W"]:
+    """Multiply the transpose of a small matrix by another."""
+    columns = [weights[:, i : i + 1] for i in range(weights.shape[1])]
+    return jnp.concatenate([(y * x.astype(jnp.float32)).sum(0, keepdims=True) for y in columns])
+
+
+def _heads(x: Array, dim: int) -> list[Part]:
     """List the lanes of each head in [L, W]; None: there is only one head.
 
     A product with the other heads' lanes set to zero takes the matrix unit no longer than a narrow
@@ -268,39 +412,53 @@ def _heads(x: Array, dim: int) -> list[tuple[int, int] | None]:
     return [None] if width == dim else [(at, at + dim) for at in range(0, width, dim)]
 
 
-def _only(x: Array, own: tuple[int, int] | None, others: Array | float = 0) -> Array:
-    """Keep a head's own lanes and replace the others."""
+def _only(x: Array, own: Part) -> Array:
+    """Set the lanes of other heads to zero."""
     if own is None:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((lane >= own[0]) & (lane < own[1]), x, jnp.asarray(others, x.dtype))
+    return jnp.where((lane >= own[0]) & (lane < own[1]), x, jnp.zeros((), x.dtype))
 
 
-def _join(parts: Sequence[Array], heads: list[tuple[int, int] | None]) -> Array:
-    """Combine the lanes that each head's product has for itself."""
-    out, *rest = parts
-    for x, own in zip(rest, heads[1:], strict=True):
-        out = _only(x, own, out)
-    return out
+def _rows(x: Float[Array, "W L"], own: Part) -> Float[Array, "K L"]:
+    return x if own is None else x[slice(*own)]
 
 
-def _seen(length: int, causal: bool, real: Array | None = None) -> Bool[Array, "K Q"] | None:
-    """Return the mask of keys that each query attends to; None: all."""
-    shape = (length, length)
-    key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    seen = key <= jax.lax.broadcasted_iota(jnp.int32, shape, 1) if causal else None
-    if real is None:
-        return seen
-    return key < real if seen is None else seen & (key < real)
+def _stack(x: Float[Array, "R W"], heads: list[Part]) -> Float[Array, "N_R W"]:
+    """Repeat a few rows for each head, with its own lanes."""
+    return jnp.concatenate([_only(x, own) for own in heads])
 
 
-def _weights(q: Array, k: Array, dim: int, seen: Array | None) -> Float[Array, "K Q"]:
-    """Return the softmax of one head's scores in float32; keys first, so sums are over rows."""
-    scores = _dot(k, q, 1, 1)
-    if seen is not None:
-        scores = jnp.where(seen, scores, _HIDDEN)
-    weights = jnp.exp((scores - scores.max(0, keepdims=True)) * dim**-0.5)
-    return weights * (1 / weights.sum(0, keepdims=True))
+def _unstack(x: Float[Array, "N_R W"], heads: list[Part]) -> Float[Array, "R W"]:
+    """Combine the lanes that each head's rows have for itself."""
+    parts = jnp.split(x, len(heads))
+    return sum((_only(y, own) for y, own in zip(parts, heads, strict=True)), jnp.float32(0))
+
+
+def _softmax(
+    scores: Array, dim: int, causal: bool, real: Array | None, axis: int
+) -> tuple[Array, Array]:
+    """Return the exponentials of scores in float32, and their sums over the keys, along `axis`."""
+    key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    if causal:
+        query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - axis)
+        if axis == 1:
+            tiled = _tiled(scores.shape[1])
+            query = tiled + query % (scores.shape[1] - tiled)
+        scores = jnp.where(key <= query, scores, _HIDDEN)
+    if real is not None:
+        scores = jnp.where(key < real, scores, _HIDDEN)
+    e = jnp.exp((scores - scores.max(axis, keepdims=True)) * dim**-0.5)
+    return e, e.sum(axis, keepdims=True)
+
+
+def _dsoftmax(
+    scores: Array, dweights: Array, dim: int, causal: bool, real: Array | None, axis: int
+) -> tuple[Array, Array]:
+    """Return the softmax of scores, and their gradient without its factor `dim**-0.5`."""
+    e, total = _softmax(scores, dim, causal, real, axis)
+    weights = e * (1 / total)
+    return weights, weights * (dweights - (weights * dweights).sum(axis, keepdims=True))
 
 
 def _dot(a: Array, b: Array, axis: int, other: int) -> Array:
