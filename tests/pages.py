@@ -5,9 +5,10 @@ after one of them shows its output, which must match in form: numbers are free, 
 come in any order, and "..." stands for any lines, or in a line for any words. Blocks of `sh` need a
 cloud, a cluster, a hub or large data, and do not run.
 
-`quick` cuts training: a bundled config without `--steps` takes a few steps, the digits' runs are
-evaluated on one image of each number, the digits' ladder is a dry run whose table is the stored
-one, fits of laws take 100 draws, and `pip`, `pytest` and the web demo do nothing.
+`quick` cuts training: a bundled config without `--steps`, and cc12m, takes a few steps, the model
+of class folders is tiny, the digits' runs are evaluated on one image of each number, the digits'
+ladder is a dry run whose table is the stored one, fits of laws take 100 draws, and `pip`, `pytest`
+and the web demo do nothing.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ clip-jax() {
   if [ -z "$QUICK" ]; then "$PYTHON" -m clip_jax "$@"; return; fi
   case "$short $1 ${2-} ${3-}:$#" in
     "1 train digits :2" | "1 train digits_coca :2" | "1 train class_folders :2") cached "$@" ;;
+    *" train cc12m "*) run "$@" $SHORT --evals.0.every-steps 3 ;;
     *" serve "*) "$PYTHON" -m clip_jax "$@" ;;
     *" demo "*) ;;
     "1 train "*) run "$@" $SHORT $(tiny "$2") ;;
@@ -54,7 +56,8 @@ clip-jax() {
   esac
 }
 run() { "$PYTHON" -IS "$FORKS" "$SOCKET" "$@"; }
-tiny() { case "$1" in *digits*) echo "$TINY_DIGITS" ;; *pairs*) echo "$TINY_PAIRS" ;; esac; }
+tiny() { case "$1" in *digits*) echo "$TINY_DIGITS" ;; *pairs*) echo "$TINY_PAIRS" ;;
+  class_folders) echo "$TINY_FOLDERS" ;; esac; }
 cached() {  # a run that several pages begin with
   (
     flock 9
@@ -73,6 +76,8 @@ _TINY = {
     "pairs": "--model.vision.image-size 32 --model.vision.patch-size 8 --model.vision.width 32 "
     "--model.vision.num-heads 2 --model.vision.depth 1 --model.text.width 32 "
     "--model.text.num-heads 2 --model.text.depth 1",
+    "folders": "--model.vision.width 32 --model.vision.num-heads 2 --model.vision.depth 1 "
+    "--model.text.width 32 --model.text.num-heads 2 --model.text.depth 1",
 }
 _INTERPRETER = """
 import contextlib, io, json, sys, traceback
@@ -155,6 +160,7 @@ def run(page: Path, folder: Path, *, quick: bool, **environment: str) -> list[st
         "TABLE": str(ROOT / "notebooks/ladder_digits.csv"),
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "QUICK": "1" if quick else "",
         "SHORT": _SHORT, "TINY_DIGITS": _TINY["digits"], "TINY_PAIRS": _TINY["pairs"],
+        "TINY_FOLDERS": _TINY["folders"],
         "PYTHONUNBUFFERED": "1", "COLUMNS": "100", **environment,
     }  # fmt: skip
     if page.name == "README.md":  # whose reader is in a checkout
