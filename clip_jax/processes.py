@@ -33,8 +33,9 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     # The tensor core goes on while a collective is under way.
     "xla_tpu_overlap_compute_collective_tc": "true",
-    # Under `data`, also between slices, gradients of one layer are summed while the backward pass
-    # of the next runs, whatever their sizes.
+    # Meant to sum gradients of one layer, whatever their sizes, while the backward pass of the next
+    # runs. In steps compiled for v5e (libtpu 0.0.42), all-reduces and reduce-scatters still stop
+    # the compute, with these options or with those for asynchronous ones; `fsdp` shortens them.
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }

@@ -1,14 +1,12 @@
 """The dense form of the losses, and the last step of every form."""
 
-from typing import Any
-
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from clip_jax.losses.objective import Result
-from clip_jax.losses.pairs import Pairwise, Side, Statistics, accuracy, compare, summarise
+from clip_jax.losses.pairs import Pairs, Pairwise, Side, Statistics, accuracy, compare, summarise
 
 
 def conclude(
@@ -27,15 +25,24 @@ def dense(
     mesh: Mesh | None, axes: tuple[str, ...],
 ) -> Result:  # fmt: skip
     """Compute each device's rows of the logits, [B / devices, B], at once; JAX differentiates."""
-    if mesh is not None:
 
-        def constrain(x: Any, spec: P) -> Any:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    def gather(x: Float[Array, "b E"]) -> Float[Array, "B E"]:
+        # The derivative is a reduce-scatter to the texts' own devices, which receive half of what
+        # an all-reduce sends. TPUs have it along one axis of a mesh, not along two at once.
+        for dim, axis in enumerate(axes):
+            x = jax.lax.all_gather(x, axis, axis=dim)
+        return x.reshape(-1, x.shape[-1])
 
-        image, text = constrain(image, P(axes)), constrain(text, P())
-    pairs = compare(image, text, config.precision)
-    if mesh is not None:
-        pairs = constrain(pairs, P(axes, None))
+    def local(image: Side, text: Side) -> Pairs:
+        features, teachers = jax.tree.map(gather, (text.features, text.teachers))
+        return compare(image, text._replace(features=features, teachers=teachers), config.precision)
+
+    if mesh is None:
+        pairs = compare(image, text, config.precision)
+    else:
+        rows = P(axes)
+        sides = rows, Side(rows, P(), P(), rows)
+        pairs = jax.shard_map(local, mesh=mesh, in_specs=sides, out_specs=rows)(image, text)
     summands = config.summand(pairs, scale, bias)
     rows, columns = summarise(pairs, summands, scale, 1), summarise(pairs, summands, scale, 0)
     return conclude(config, rows, columns, scale)

@@ -95,8 +95,13 @@ def test_only_embeddings_and_vectors_are_gathered_and_memory_is_linear(
     assert text
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text))
     allowed = {f"f32[{batch},16]", f"s32[{batch}]", f"f32[{batch}]", f"f32[1,{batch}]"}
-    assert gathered <= allowed, gathered
-    assert (f"f32[{batch},16]" in gathered) == (form != "ring")
+    by_axis = {"f32[4,256,16]", "f32[4,2,256,16]"}  # along data, then along fsdp
+    assert gathered <= (allowed | by_axis if form == "dense" else allowed), gathered
+    assert bool(gathered & {f"f32[{batch},16]", *by_axis}) == (form != "ring")
+    # The gradient returns by a reduce-scatter, half of an all-reduce's traffic.
+    reduced = re.findall(r"= \(?([^)]*?)\)? all-reduce(?:-start)?\(", text)
+    assert not any(",16]" in shapes for shapes in reduced)
+    assert ("reduce-scatter(" in text) == (form != "ring")
     assert ("collective-permute(" in text) == (form == "ring")
     logits = batch**2 // 8 * 4  # bytes of a device's rows
     memory = compiled.memory_analysis().temp_size_in_bytes
