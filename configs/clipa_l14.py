@@ -9,8 +9,8 @@ batch size 65,536, learning rate 2.048e-3 (8e-6 · batch size / 256), β2 0.95, 
 weight decay 0.2, crops of 40% to 100%; 12.8B samples are 195,312 steps. In the paper, a short
 second phase at 224 pixels and 32 tokens follows, with resized position embeddings.
 Expected: 79% ImageNet zero-shot top-1 after both phases on DataComp-1B (the paper's L/14).
-Notes: The mesh shards parameters and optimizer state over groups of 16 chips, which shortens the sums
-of gradients. On fewer than 16 devices, set `--mesh.fsdp 1`.
+Notes: The mesh shards parameters and optimizer state over 16 chips, which shortens all-reduces.
+On fewer devices, set `--mesh.fsdp 1`.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ Recipe: Zhai et al. 2023 (SigLIP), section 4. Batch size 32,768, learning rate 1
 1e-4, β2 0.95 (more stable at large batches), initial logit scale 10 and bias −10, 64 text tokens,
 gradients clipped at norm 1; 9B samples are 274,658 steps.
 Expected: 73% ImageNet zero-shot top-1 after 9B samples of WebLI at 224 pixels (the paper's).
-Notes: The mesh shards parameters and optimizer state over groups of 16 chips, which shortens the sums
-of gradients. On fewer than 16 devices, set `--mesh.fsdp 1`.
+Notes: The mesh shards parameters and optimizer state over 16 chips, which shortens all-reduces.
+On fewer devices, set `--mesh.fsdp 1`.
 """
 
 import dataclasses

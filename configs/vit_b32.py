@@ -9,8 +9,8 @@ steps, cosine decay to zero, logit scale capped at 100, only random square crops
 pairs are 390,625 steps of 32,768.
 Expected: 63.3% ImageNet zero-shot top-1 with OpenAI's data (open_clip's evaluation of the released
 weights); 62.5% with as many samples of LAION-2B (Cherti et al. 2023).
-Notes: The mesh shards parameters and optimizer state over groups of 16 chips, which shortens the sums
-of gradients. On fewer than 16 devices, set `--mesh.fsdp 1`.
+Notes: The mesh shards parameters and optimizer state over 16 chips, which shortens all-reduces.
+On fewer devices, set `--mesh.fsdp 1`.
 """
 
 import dataclasses
