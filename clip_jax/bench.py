@@ -311,10 +311,11 @@ def _read_plan(path: Path, step: dict[str, Any]) -> dict[str, Any]:
 def _beside(plan: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
     """Pair each estimate of a plan, None if it has none, with the measurement."""
     rows: list[tuple[str, str, Any, Any]] = []
+    estimates = [x.removeprefix("step_seconds_") for x in plan if x.startswith("step_seconds_")]
     for prefix, key, quantity in (("step_seconds_", "seconds", "step, s"), ("mfu_", "mfu", "MFU")):
-        for name in (x.removeprefix(prefix) for x in plan if x.startswith(prefix)):
+        for name in estimates:
             label = BOUNDS.get(name, (name,))[0]
-            rows.append((quantity, label, plan[prefix + name], result[key]))
+            rows.append((quantity, label, plan.get(prefix + name), result[key]))
     memory = plan["bytes_per_device"]["total"] / 1e9, result["peak_bytes"] / 1e9
     rows.append(("peak memory per device, GB", "compiled step", *memory))
     names = ("quantity", "estimate", "planned", "measured", "ratio")

@@ -95,7 +95,10 @@ def test_a_step_is_timed(capsys):
 def written(tmp_path, monkeypatch, capsys):
     """Write what `plan --json` prints of the digits' step on eight chips, with other values."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    work = Work(name="x", part="MLP", times=2, flops=1e9, bytes=4_000_000, cycles=3_000_000)
+    work = Work(
+        name="x", opcode="fusion", part="MLP", times=2, flops=1e9, bytes=4_000_000,
+        cycles=3_000_000, schedule=1_000_000,
+    )  # fmt: skip
     facts = Facts(
         mesh=(8, 1, 1), form="dense", versions="none", compile_seconds=1.0, parameters=10,
         optimizer=20, batch=10, loss=20, fits=True, peak_bytes=2_000_000, works=(work,),
@@ -130,7 +133,7 @@ def test_a_step_is_measured_beside_its_plan(written, capsys):
             planned[f"step_seconds_{name}"], result["seconds"]
         )  # fmt: skip
         assert (mfu["planned"], mfu["measured"]) == (planned[f"mfu_{name}"], result["mfu"])
-    assert len(beside) == 1 + 2 * len(BOUNDS) + 1
+    assert len(beside) == 1 + 2 * (len(BOUNDS) + 1)
     for x in beside.values():
         assert x["ratio"] == (x["planned"] and x["measured"] / x["planned"])
     table = describe_step(result)
