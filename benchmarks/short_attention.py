@@ -3,6 +3,7 @@
     export PYTHONPATH=.
     python benchmarks/short_attention.py exact
     python benchmarks/short_attention.py short|xla TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
+    python benchmarks/short_attention.py cycles TOPOLOGY [LENGTH,HEADS,DIM,CAUSAL ...]
     python benchmarks/short_attention.py step [ARCHITECTURE ...]
     python benchmarks/short_attention.py layers TOPOLOGY BACKEND,LENGTH,HEADS,DIM ...
 
@@ -12,6 +13,8 @@
 - short, xla: Compile value and gradient of one attention, by default for the shapes of all configs.
   Print for each the number of kernels, and the precision of each product of an [L, L] matrix in
   float32.
+- cycles: Compile value and gradient for 128 rows, by default of the towers of ViT-L/14 and B/16.
+  Print the cycles of the forward and the backward kernel by their schedules, and both in ms.
 - step: Compile a training step with one layer in each tower. Print the cycles of the kernels.
 - layers: Compile value and gradient of two layers (projections and attention, recomputed) for 32
   rows with lengths. Print HBM traffic in GB, the sequential bound and the schedule estimate in ms.
@@ -100,14 +103,16 @@ def products_of_scores(text: str, length: int) -> list[str]:
 
 
 def compiled(backend: str, topology: str, *shapes: str) -> None:
-    single = SingleDeviceSharding(pod._devices(Topology.parse(topology))[0])
+    device = pod._devices(Topology.parse(topology))[0]
+    single = SingleDeviceSharding(device)
     for shape in shapes or shapes_of_the_configs(topology):
         length, heads, dim, causal = map(int, shape.split(","))
 
         def attend(qkv, heads=heads, causal=bool(causal)):
             if backend == "xla":
                 return attention.xla(qkv, heads, causal)
-            return short(qkv, None, heads, causal, lambda kernel, _: kernel, False)
+            room = attention.vmem(device)
+            return short(qkv, None, heads, causal, lambda kernel, _: kernel, False, room)
 
         def total(qkv, weight, attend=attend):
             return (attend(qkv).astype(jnp.float32) * weight).sum()
@@ -117,6 +122,33 @@ def compiled(backend: str, topology: str, *shapes: str) -> None:
         text = jax.jit(jax.value_and_grad(total)).lower(qkv, weight).compile().as_text()
         kernels = text.count('custom_call_target="tpu_custom_call"')
         print(shape, kernels, *products_of_scores(text, length), flush=True)
+
+
+def cycles(topology: str, *shapes: str) -> None:
+    where, folder = Topology.parse(topology), Path(DUMPED.name)
+    device = pod._devices(where)[0]
+    single, room = SingleDeviceSharding(device), attention.vmem(device)
+    for shape in shapes or ("257,16,64,0", "197,12,64,0", "77,12,64,1"):
+        length, heads, dim, causal = map(int, shape.split(","))
+
+        def both(qkv, weight, heads=heads, causal=bool(causal)):
+            options = None, heads, causal, lambda kernel, _: kernel, False, room
+            out, back = jax.vjp(lambda qkv: short(qkv, *options), qkv)
+            return out, back(weight)
+
+        sizes = ((8 * ROWS, length, n * heads * dim) for n in (3, 1))
+        jax.jit(both).lower(
+            *(jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=single) for x in sizes)
+        ).compile()
+        read = schedule.read(folder)
+        counts = [
+            sum(x.cycles for name, x in read.items() if f"attention_{part}" in name)
+            for part in ("forward", "backward")
+        ]
+        times = [f"{1e3 * x / where.chip.clock:.3f}" for x in counts]
+        print(shape, *counts, *times, flush=True)
+        for path in folder.iterdir():
+            path.unlink()
 
 
 def step(*names: str) -> None:
@@ -184,15 +216,15 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=("exact", "short", "xla", "step", "layers"), help="see above"
+        "what", choices=("exact", "short", "xla", "cycles", "step", "layers"), help="see above"
     )
     parser.add_argument("rest", nargs="*", help="topology and shapes, or architectures")
     args = parser.parse_args()
     what, rest = args.what, args.rest
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    if what == "layers":
+    if what in ("layers", "cycles"):
         os.environ["LIBTPU_INIT_ARGS"] = schedule.dump(DUMPED.name)
     jax.config.update("jax_platforms", "cpu")
-    {"exact": exact, "step": step, "layers": layers}.get(what, lambda *args: compiled(what, *args))(
-        *rest
-    )
+    {"exact": exact, "cycles": cycles, "step": step, "layers": layers}.get(
+        what, lambda *args: compiled(what, *args)
+    )(*rest)

@@ -262,7 +262,9 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
             chosen = attention.choose(device, qkv.shape[1], own, dim, qkv.dtype)
         match chosen:
             case "short":
-                return short(qkv, lengths, own, causal, split, interpret)
+                attention.check_short(device, qkv.shape[1], own, dim, qkv.dtype)
+                vmem = attention.vmem(device)
+                return short(qkv, lengths, own, causal, split, interpret, vmem)
             case "splash":
 
                 def kernel(qkv: Array, lengths: attention.Lengths = None) -> Array:

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import InputError
-from clip_jax.models.short_attention import MAX_LENGTH, vmem_bytes
+from clip_jax.models.short_attention import MAX_LENGTH, VMEM, vmem_bytes
 
 Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
 # Queries, keys and values: [B, L, S·N·K], the output of the projection's matmul, or [B, L, S, N, K]
@@ -42,8 +42,8 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
     """
     platform = getattr(device, "platform", "cpu")  # a mesh of plain numbers, for planning, has none
     if platform == "tpu":
-        room = VMEM_MIB.get(device.device_kind, 16) * 2**20
-        fits = length <= MAX_LENGTH and vmem_bytes(length, heads, dim) <= room
+        size = vmem_bytes(length, heads, dim, jnp.dtype(dtype).itemsize, vmem(device))
+        fits = length <= MAX_LENGTH and size <= vmem(device)
         if fits and dim % 8 == 0 and dim >= 64:  # true of every published model
             return "short"
         return "splash" if length >= SPLASH_LENGTH else "xla"
@@ -51,6 +51,23 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
     if is_new and jnp.dtype(dtype).itemsize == 2 and dim % 8 == 0 and dim <= 128:
         return "cudnn"
     return "xla"
+
+
+def vmem(device: Any) -> int:
+    """Return the bytes of VMEM of a core; a device that interprets kernels has none to fill."""
+    is_tpu = getattr(device, "platform", "cpu") == "tpu"
+    return VMEM_MIB.get(device.device_kind, 16) << 20 if is_tpu else VMEM
+
+
+def check_short(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> None:
+    """Raise InputError if a TPU has less VMEM than `short` needs."""
+    size = vmem_bytes(length, heads, dim, jnp.dtype(dtype).itemsize, vmem(device))
+    if getattr(device, "platform", "cpu") == "tpu" and size > vmem(device):
+        raise InputError(
+            f"model.attention='short' needs {size >> 20} MiB of VMEM for {length} tokens of "
+            f"{heads} heads of {dim} channels, but {device.device_kind} has {vmem(device) >> 20}; "
+            "set --model.attention auto."
+        )
 
 
 def xla(

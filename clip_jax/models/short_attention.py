@@ -5,6 +5,7 @@ projection reads. Scores never reach HBM; only queries, keys and values are save
 """
 
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -15,29 +16,29 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 MAX_LENGTH = 1024  # tokens
+VMEM = 128 << 20  # bytes; of a v5e or v6e
 
 _LANES = 128  # lanes of a vector register
 _ROWS = 8  # rows per program: the sublanes of a register
 _ROOM = 64 << 20  # most bytes of VMEM for eight rows; with more, single rows are faster
 _HIDDEN = -1e30  # score of a masked key
 _FEW = 8  # most queries past full registers that do not fill one of their own
-_GROUP = 4  # heads of one row that are computed together if they fill no registers
-_TOGETHER = 320_000  # most scores of one head of the rows that are computed together
+_TOGETHER = 320_000  # most scores of one head each of what a loop's iteration computes
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
 Split = Callable[
     [Callable[..., Array], int], Callable[..., Array]
 ]  # of a kernel and its output's rank
 Part = tuple[int, int] | None  # the lanes of one of several heads
-# Queries, keys, values and, for the gradient, the output's gradient; and the number of real tokens.
+# Queries, keys, values and, for gradients, the output's gradient; and the number of real tokens.
 Row = tuple[Sequence[Float[Array, "L W"]], Int[Array, ""] | None]
-# Of each output the transpose of the tokens in full registers, and the other tokens.
+# The transpose of the tokens in full registers, and the other tokens.
 Output = tuple[Float[Array, "W T"], Float[Array, "R W"] | None]
 
 
-def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2) -> int:
+def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2, room: int = VMEM) -> int:
     """Estimate the VMEM in bytes of the backward pass, which needs more than the forward pass."""
-    return _vmem(length, heads * dim, itemsize, _is_by_token(length, heads, dim, itemsize))
+    return _vmem(length, heads * dim, itemsize, _is_by_token(length, heads, dim, itemsize, room))
 
 
 def _vmem(length: int, width: int, itemsize: int, is_by_token: bool) -> int:
@@ -50,39 +51,42 @@ def _vmem(length: int, width: int, itemsize: int, is_by_token: bool) -> int:
     return blocks + 8 * scores + (4 << 20)
 
 
-def _is_by_token(length: int, heads: int, dim: int, itemsize: int) -> bool:
+def _is_by_token(length: int, heads: int, dim: int, itemsize: int, room: int) -> bool:
     """Return whether heads fill registers, and VMEM is sufficient for eight rows at a time."""
-    return _fills_registers(heads, dim) and _vmem(length, heads * dim, itemsize, True) <= _ROOM
+    return _fills_registers(heads, dim) and _vmem(length, heads * dim, itemsize, True) <= min(
+        room, _ROOM
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def short(
     qkv: Float[Array, "B L *SNK"], lengths: Lengths, heads: int, causal: bool, split: Split,
-    interpret: bool,
+    interpret: bool, room: int = VMEM,
 ) -> Float[Array, "B L *NK"]:  # fmt: skip
     """Compute attention with `heads` heads per device; `split` maps a kernel over the devices.
 
     The channels of qkv are one axis, the projection's matmul's output, or three; the output has the
-    same form. Output past a row's length is undefined. `split` is applied to the forward and the
-    backward kernel separately, so that no custom gradient is inside a map over devices.
+    same form. Output past a row's length is undefined. `room` is the size of VMEM in bytes.
+    `split` is applied to the forward and the backward kernel separately, so that no custom gradient
+    is inside a map over devices.
     """
-    return _short_forward(qkv, lengths, heads, causal, split, interpret)[0]
+    return _short_forward(qkv, lengths, heads, causal, split, interpret, room)[0]
 
 
 def _short_forward(
-    qkv: Array, lengths: Lengths, heads: int, causal: bool, split: Split, interpret: bool
+    qkv: Array, lengths: Lengths, heads: int, causal: bool, split: Split, interpret: bool, room: int
 ) -> tuple[Array, tuple[Array, Lengths]]:
-    call = functools.partial(_call, _forward, heads=heads, causal=causal, interpret=interpret)
+    call = functools.partial(_call, _forward, heads, causal, interpret, room)
     ndim = {3: 3, 5: 4}[qkv.ndim]
     return split(call, ndim)(qkv, *_known(lengths)), (qkv, lengths)
 
 
 def _short_backward(
-    heads: int, causal: bool, split: Split, interpret: bool, kept: tuple[Array, Lengths],
-    gradient: Array,
+    heads: int, causal: bool, split: Split, interpret: bool, room: int,
+    kept: tuple[Array, Lengths], gradient: Array,
 ) -> tuple[Array, None]:  # fmt: skip
     qkv, lengths = kept
-    call = functools.partial(_call, _backward, heads=heads, causal=causal, interpret=interpret)
+    call = functools.partial(_call, _backward, heads, causal, interpret, room)
     return split(call, qkv.ndim)(qkv, gradient, *_known(lengths)), None
 
 
@@ -94,22 +98,22 @@ def _known(lengths: Lengths) -> tuple[Array, ...]:
 
 
 def _call(
-    kernel: Callable, qkv: Array, *rest: Array, heads: int, causal: bool, interpret: bool
+    kernel: Callable, heads: int, causal: bool, interpret: bool, room: int, qkv: Array, *rest: Array
 ) -> Array:
     """Run a kernel over the arrays of one device: qkv, and in `rest` gradients and lengths."""
     batch, length = qkv.shape[:2]
     lengths = [x for x in rest if x.ndim == 1]
-    wide = [x.reshape(batch, length, -1) for x in (qkv, *rest) if x.ndim > 1]
+    wide = [x.reshape(*x.shape[:2], math.prod(x.shape[2:])) for x in (qkv, *rest) if x.ndim > 1]
     width = wide[0].shape[2] // 3
     dim, backward = width // heads, len(wide) > 1
-    run = _by_token if _is_by_token(length, heads, dim, qkv.dtype.itemsize) else _by_row
+    run = _by_token if _is_by_token(length, heads, dim, qkv.dtype.itemsize, room) else _by_row
     products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
-    result = run(
+    result = jnp.zeros((0, length, out_width), qkv.dtype) if not batch else run(
         functools.partial(kernel, dim=dim, causal=causal), lengths, wide, out_width, heads,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize),
+            vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize, room),
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * batch * length * length * width,
@@ -157,12 +161,12 @@ def _by_token(
 
         def compute(turn: Any, _: Any) -> Any:
             at = [turn * together + i for i in range(together)]
-            given: list[Row] = []
+            pending: list[Row] = []
             for i in at:
                 read = [x[pl.ds(i, length, stride=words), :] for x in scratch[:inputs]]
                 for j, values in enumerate(zip(*(_unpack(x, dtype) for x in read), strict=True)):
-                    given.append((values, known[0][first + i * packed + j] if lengths else None))
-            results = kernel(given)
+                    pending.append((values, known[0][first + i * packed + j] if lengths else None))
+            results = kernel(pending)
             for n, i in enumerate(at):
                 own = zip(*results[n * packed : (n + 1) * packed], strict=True)
                 for spread, x in zip(scratch[inputs:], own, strict=True):
@@ -249,9 +253,9 @@ def _by_row(
         if _fills_registers(heads, dim):
             jax.lax.fori_loop(0, width // _LANES, register, 0)
         else:
-            size = _GROUP * dim
+            size = _together(length, 1, heads) * dim
             for first in range(0, width, size):
-                compute(range(first, min(first + size, width), dim), dim)
+                compute(range(first, first + size, dim), dim)
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, length, size), lambda i, _: (i, 0, 0))
@@ -267,9 +271,9 @@ def _by_row(
     )(*lengths, *wide)
 
 
-def _together(length: int, packed: int, words: int) -> int:
-    """Return the words per loop iteration: with few rows, units wait for each other at its ends."""
-    fitting = [n for n in (1, 2, 4) if words % n == 0 and n * packed * length**2 <= _TOGETHER]
+def _together(length: int, rows: int, units: int) -> int:
+    """Return how many words of rows, or heads, to compute at once: more would not fit into VMEM."""
+    fitting = [n for n in (1, 2, 4) if units % n == 0 and n * rows * length**2 <= _TOGETHER]
     return max(fitting, default=1)
 
 
@@ -283,18 +287,26 @@ def _tiled(length: int) -> int:
     return length - few if few <= _FEW and length > _LANES else length
 
 
-def _staggered(units: Sequence[Generator]) -> list[Any]:
-    """Take units through three steps, each a step behind the unit before; return the last results.
+def _staggered(
+    rows: Sequence[Row], heads: Sequence[Part], last: Callable, head: Callable
+) -> list[tuple[Any, list[Any]]]:
+    """Take the queries of each head through three steps, each a step behind those before.
 
     The compiler mostly keeps the order of the operations, so one head's products are computed in
-    the matrix unit while the vector unit computes another's softmax.
+    the matrix unit while the vector unit computes another's softmax. Returns for each row the
+    results of the few last queries and of each head.
     """
-    results = [None] * len(units)
+    length = rows[0][0][0].shape[0]
+    units = [last(i) for i in range(len(rows)) if _tiled(length) < length]
+    first = len(units)
+    units += [head(i, n) for i in range(len(rows)) for n in range(len(heads))]
+    results: list[Any] = [None] * len(units)
     for newest in range(len(units) + 2):
         for i in range(newest, newest - 3, -1):
             if 0 <= i < len(units):
                 results[i] = next(units[i])
-    return results
+    starts = enumerate(range(first, len(units), len(heads)))
+    return [(results[i] if first else None, results[at : at + len(heads)]) for i, at in starts]
 
 
 def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
@@ -303,19 +315,8 @@ def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output
     The products of weights are transposed: the matrix unit then takes the weights as they are, and
     as many steps as a head has channels.
     """
-    length, heads = rows[0][0][0].shape[0], _heads(rows[0][0][0], dim)
-    tiled = _tiled(length)
+    heads, tiled = _heads(rows[0][0][0], dim), _tiled(rows[0][0][0].shape[0])
     turned = [v.T for (_, _, v), _ in rows]
-
-    def head(row: int, own: Part) -> Generator:
-        (q, k, v), real = rows[row]
-        scores = _dot(k, _only(q[:tiled], own), 1, 1)
-        yield
-        e, total = _softmax(scores, dim, causal, real, 0)
-        yield
-        vt = _rows(turned[row], own)
-        out = _dot(vt[:, :tiled], e[:tiled].astype(v.dtype), 1, 0)
-        yield (out + _outer(vt[:, tiled:], e[tiled:])) * (1 / total)
 
     def last(row: int) -> Generator:
         (q, k, v), real = rows[row]
@@ -325,68 +326,64 @@ def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output
         yield
         yield _unstack(_dot(e.astype(v.dtype), v, 1, 0) * (1 / total), heads)
 
-    units = [head(row, own) for row in range(len(rows)) for own in heads]
-    rests = [last(row) for row in range(len(rows)) if tiled < length]
-    parts = _staggered(units + rests)
-    rests = parts[len(units) :] or [None] * len(rows)
-    outs = [jnp.concatenate(parts[i : i + len(heads)]) for i in range(0, len(units), len(heads))]
-    return [[x] for x in zip(outs, rests, strict=True)]
+    def head(row: int, n: int) -> Generator:
+        (q, k, v), real = rows[row]
+        scores = _dot(k, _only(q[:tiled], heads[n]), 1, 1)
+        yield
+        e, total = _softmax(scores, dim, causal, real, 0)
+        yield
+        vt = _rows(turned[row], heads[n])
+        out = _dot(vt[:, :tiled], e[:tiled].astype(v.dtype), 1, 0)
+        yield (out + _outer(vt[:, tiled:], e[tiled:])) * (1 / total)
+
+    parts = _staggered(rows, heads, last, head)
+    return [[(jnp.concatenate(outs), rest)] for rest, outs in parts]
 
 
 def _backward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
     """Compute the gradients of q, k and v from the output's."""
-    length, heads, scale = rows[0][0][0].shape[0], _heads(rows[0][0][0], dim), dim**-0.5
-    tiled = _tiled(length)
-    few = length - tiled
+    heads, tiled = _heads(rows[0][0][0], dim), _tiled(rows[0][0][0].shape[0])
+    few = rows[0][0][0].shape[0] - tiled
     turned = [[x.T for x in (q, k, do)] for (q, k, _, do), _ in rows]
+    of_last: list[Any] = [None] * len(rows)
 
     def last(row: int) -> Generator:
         (q, k, v, do), real = rows[row]
         q_few, do_few = _stack(q[tiled:], heads), _stack(do[tiled:], heads)
         scores, dweights = _dot(q_few, k, 1, 1), _dot(do_few, v, 1, 1)
         yield
-        weights, dscores = _dsoftmax(scores, dweights, dim, causal, real, 1)
+        dscores, weights = of_last[row] = _dsoftmax(scores, dweights, dim, causal, real, 1)
         yield
-        dq = _unstack(_dot(dscores.astype(q.dtype), k, 1, 0), heads)
-        dk, dv = _corner(dscores[:, tiled:], q_few), _corner(weights[:, tiled:], do_few)
-        yield weights, dscores, dq, dk, dv
+        ds, w = dscores.astype(q.dtype), weights[:, tiled:].astype(q.dtype)
+        dq = _unstack(_dot(ds, k, 1, 0), heads)
+        yield [dq, _dot(ds[:, tiled:], q_few, 0, 0), _dot(w, do_few, 0, 0)]
 
-    def head(row: int, own: Part) -> Generator:
+    def head(row: int, n: int) -> Generator:
         (q, k, v, do), real = rows[row]
-        scores = _dot(k, _only(q[:tiled], own), 1, 1)
-        dweights = _dot(v, _only(do[:tiled], own), 1, 1)
+        scores = _dot(k, _only(q[:tiled], heads[n]), 1, 1)
+        dweights = _dot(v, _only(do[:tiled], heads[n]), 1, 1)
         yield
-        weights, dscores = _dsoftmax(scores, dweights, dim, causal, real, 0)
-        w, ds = (x[:tiled].astype(q.dtype) for x in (weights, dscores))
+        dscores, weights = _dsoftmax(scores, dweights, dim, causal, real, 0)
+        ds, w = dscores.astype(q.dtype), weights.astype(q.dtype)
         yield
-        qt, kt, dot = (_rows(x, own) for x in turned[row])
-        dv = _dot(dot[:, :tiled], w, 1, 1)
-        dk = _dot(qt[:, :tiled], ds, 1, 1)
-        dq = _dot(kt[:, :tiled], ds, 1, 0) + _outer(kt[:, tiled:], dscores[tiled:])
-        yield dq, dk, dv, weights[tiled:], dscores[tiled:]
-
-    units = [head(row, own) for row in range(len(rows)) for own in heads]
-    parts = _staggered(units + [last(row) for row in range(len(rows)) if few])
-    results: list[list[Output]] = []
-    for row, ((q, _, _, do), _) in enumerate(rows):
-        dq, dk, dv, weights, dscores = map(
-            list, zip(*parts[row * len(heads) : (row + 1) * len(heads)], strict=True)
-        )
-        rests = [None] * 3
+        qt, kt, dot = (_rows(x, heads[n]) for x in turned[row])
+        dq = _dot(kt[:, :tiled], ds[:tiled], 1, 0) + _outer(kt[:, tiled:], dscores[tiled:])
+        dk = _dot(qt[:, :tiled], ds[:tiled], 1, 1)
+        dv = _dot(dot[:, :tiled], w[:tiled], 1, 1)
         if few:
-            w, ds, dq_few, dk_few, dv_few = parts[len(units) + row]
-            qt, _, dot = turned[row]
-            for i, own in enumerate(heads):
-                at = slice(i * few, (i + 1) * few)
-                dk[i] += _outer(_rows(qt, own)[:, tiled:], ds[at, :tiled])
-                dv[i] += _outer(_rows(dot, own)[:, tiled:], w[at, :tiled])
-            w, ds = (jnp.concatenate(x).astype(q.dtype) for x in (weights, dscores))
-            dk_few += _unstack(_dot(ds, q[:tiled], 1, 0), heads)
-            dv_few += _unstack(_dot(w, do[:tiled], 1, 0), heads)
-            rests = [dq_few * scale, dk_few * scale, dv_few]
-        outs = [jnp.concatenate(x) for x in (dq, dk, dv)]
-        outs = [outs[0] * scale, outs[1] * scale, outs[2]]
-        results.append(list(zip(outs, rests, strict=True)))
+            by_few = [x[n * few : (n + 1) * few, :tiled] for x in of_last[row]]
+            dk += _outer(qt[:, tiled:], by_few[0])
+            dv += _outer(dot[:, tiled:], by_few[1])
+        yield dq, dk, dv, ds[tiled:], w[tiled:]
+
+    results: list[list[Output]] = []
+    parts = _staggered(rows, heads, last, head)
+    for ((q, _, _, do), _), (rests, own) in zip(rows, parts, strict=True):
+        *outs, ds, w = map(list, zip(*own, strict=True))
+        if few:
+            rests[1] += _unstack(_dot(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
+            rests[2] += _unstack(_dot(jnp.concatenate(w), do[:tiled], 1, 0), heads)
+        results.append(list(zip(map(jnp.concatenate, outs), rests or [None] * 3, strict=True)))
     return results
 
 
@@ -394,12 +391,6 @@ def _outer(columns: Float[Array, "K R"], rows: Float[Array, "R L"]) -> Array:
     """Multiply matrices with a few columns and rows, in the vector unit."""
     wide = columns.astype(jnp.float32)
     return sum((wide[:, i : i + 1] * rows[i : i + 1] for i in range(len(rows))), jnp.float32(0))
-
-
-def _corner(weights: Float[Array, "R N"], x: Float[Array, "R W"]) -> Float[Array, "N W"]:
-    """Multiply the transpose of a small matrix by another."""
-    columns = [weights[:, i : i + 1] for i in range(weights.shape[1])]
-    return jnp.concatenate([(y * x.astype(jnp.float32)).sum(0, keepdims=True) for y in columns])
 
 
 def _heads(x: Array, dim: int) -> list[Part]:
@@ -455,10 +446,11 @@ def _softmax(
 def _dsoftmax(
     scores: Array, dweights: Array, dim: int, causal: bool, real: Array | None, axis: int
 ) -> tuple[Array, Array]:
-    """Return the softmax of scores, and their gradient without its factor `dim**-0.5`."""
+    """Return the gradient of scores, and their softmax."""
     e, total = _softmax(scores, dim, causal, real, axis)
     weights = e * (1 / total)
-    return weights, weights * (dweights - (weights * dweights).sum(axis, keepdims=True))
+    inner = (weights * dweights).sum(axis, keepdims=True)
+    return weights * (dweights - inner) * dim**-0.5, weights
 
 
 def _dot(a: Array, b: Array, axis: int, other: int) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.short_attention import short
+from clip_jax.models.short_attention import VMEM, short
 
 
 def exact(qkv: np.ndarray, weight: np.ndarray, causal: bool, lengths: Any) -> list[np.ndarray]:
@@ -40,9 +40,9 @@ def both(attend: Callable, qkv: Any, weight: Any, causal: bool, lengths: Any) ->
     return out.reshape(weight.shape), gradient.reshape(qkv.shape)
 
 
-def interpreted(qkv: Any, heads: int, causal: bool, lengths: Any) -> Any:
+def interpreted(qkv: Any, heads: int, causal: bool, lengths: Any, room: int = VMEM) -> Any:
     """The short kernel, interpreted, without a mesh."""
-    return short(qkv, lengths, heads, causal, lambda kernel, _: kernel, True)
+    return short(qkv, lengths, heads, causal, lambda kernel, _: kernel, True, room)
 
 
 @jax.custom_vjp

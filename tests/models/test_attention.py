@@ -34,6 +34,8 @@ def test_the_short_kernel_is_as_exact_as_xla(dtype, xla, factor):
     [
         (9, 19, 4, 64, False, (19, 1, 2, 3, 18, 19, 7, 19, 5)),  # two blocks of rows, of lanes
         (2, 257, 2, 64, False, None),
+        (2, 131, 4, 64, True, (131, 129)),  # three tokens past a full register, two of padding
+        (1, 130, 1, 80, False, (130,)),
         (2, 12, 2, 80, False, (1, 12)),
         (3, 17, 1, 128, True, (17, 4, 9)),  # a head fills a register
         (2, 33, 8, 16, True, None),  # many share one
@@ -49,12 +51,10 @@ def test_the_short_kernel_for_any_shape(batch, length, heads, dim, causal, lengt
     ("batch", "length", "heads", "dim", "causal", "lengths"),
     [(3, 19, 4, 64, False, (19, 1, 7)), (2, 33, 8, 16, True, None), (1, 17, 2, 128, True, (9,))],
 )
-def test_the_short_kernel_without_vmem_for_eight_rows(
-    batch, length, heads, dim, causal, lengths, monkeypatch
-):
-    monkeypatch.setattr(short_attention, "_ROOM", 0)
+def test_the_short_kernel_without_vmem_for_eight_rows(batch, length, heads, dim, causal, lengths):
+    by_row = functools.partial(interpreted, room=0)
     with mock.patch.object(short_attention, "_by_token", autospec=True, side_effect=AssertionError):
-        most, _ = errors(interpreted, length, heads, dim, causal, lengths, batch=batch)
+        most, _ = errors(by_row, length, heads, dim, causal, lengths, batch=batch)
     assert max(most) <= 3e-6
 
 
@@ -157,6 +157,8 @@ GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
         (TPU(device_kind="TPU v5"), 257, 16, 20, "bfloat16", "xla"),
         (TPU(device_kind="TPU v5 lite"), 1025, 12, 64, "bfloat16", "splash"),
         (TPU(device_kind="TPU v4"), 577, 16, 64, "bfloat16", "splash"),  # 16 MiB of VMEM
+        (TPU(device_kind="TPU v4"), 257, 16, 64, "bfloat16", "short"),  # one row at a time
+        (TPU(device_kind="TPU v4"), 257, 16, 64, "float32", "xla"),
         (TPU(device_kind="TPU v5"), 730, 16, 72, "bfloat16", "short"),
         (TPU(device_kind="TPU v5"), 1024, 16, 72, "bfloat16", "splash"),  # 64 MiB
         (TPU(device_kind="TPU v5"), 576, 12, 64, "bfloat16", "short"),
@@ -170,3 +172,17 @@ GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
 )
 def test_auto_chooses_by_device_and_length(device, length, heads, dim, dtype, expected):
     assert attention.choose(device, length, heads, dim, dtype) == expected
+
+
+@pytest.mark.parametrize("room", [0, short_attention.VMEM])
+def test_a_batch_of_no_rows(room):
+    qkv, weight = jnp.zeros((0, 5, 3 * 128)), jnp.zeros((0, 5, 128))
+    out, back = jax.vjp(lambda x: interpreted(x, 2, False, None, room), qkv)
+    assert (out.shape, back(weight)[0].shape) == (weight.shape, qkv.shape)
+
+
+def test_a_sequence_that_does_not_fit_is_refused():
+    v4 = TPU(device_kind="TPU v4")
+    attention.check_short(v4, 257, 16, 64, "bfloat16")
+    with pytest.raises(ValueError, match=r"577 tokens .* TPU v4 has 16; set --model.attention"):
+        attention.check_short(v4, 577, 16, 64, "bfloat16")
