@@ -1,27 +1,21 @@
 """Compile training steps for many kinds of TPUs and GPUs, and check the results.
 
     python benchmarks/compile.py [tpu] [gpu] [cudnn] [tables]
-    taskset -c 0 python benchmarks/compile.py seconds
 
 - tpu: a small step for v4 to tpu7x; the gradients are summed over the data axis.
 - gpu: a small step for A100 to B200; only steps on several nodes use the network.
 - cudnn: attention over 197 and 257 patches and over 77 tokens is cuDNN's.
 - tables: large token embedding tables are never gathered.
-- seconds: CPU seconds to compile the steps of RN50 and ViT-L/14 for v5e:16x16, with and without the
-  analysis of gaps that the compiler adds to schedules by default. Only runs if it is named.
 
-`tpu`, `tables` and `seconds` need the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. The checks
-take minutes and end with an assertion error where a step does not compile as it should. No device
-is needed.
+`tpu` and `tables` need the extra `tpu`; `gpu` and `cudnn` need `plan-gpu`. The checks take minutes
+and end with an assertion error where a step does not compile as it should. No device is needed.
 The quick checks are in tests/programs/test_tpu_plan.py.
 """
 
 import argparse
 import dataclasses
-import resource
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from clip_jax.config import load_config
 from clip_jax.losses import SoftmaxConfig
@@ -30,7 +24,6 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
-from clip_jax.pods import schedule
 from clip_jax.pods.compile import Request, compile_step
 from clip_jax.pods.topology import Topology
 from clip_jax.sharding import MeshConfig
@@ -118,30 +111,11 @@ def tables() -> None:
         print(f"{architecture}: {facts.peak_bytes=} {table=} {sent=}", flush=True)
 
 
-def seconds(names: tuple[str, ...] = ("vit_l14", "rn50")) -> None:
-    """Print the CPU seconds of compiling steps, with and without the analysis of gaps, in turn."""
-    flags = schedule.dump
-    for name in names:
-        config = load_config(ROOT / f"configs/{name}.py")
-        request = Request(
-            recipe=config.recipe, mesh=config.mesh, topology=Topology.parse("v5e:16x16")
-        )
-        works = []
-        for more in (" --xla_jf_dump_llo_static_gaps=true", ""):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            with mock.patch.object(schedule, "dump", lambda folder, x=more: flags(folder) + x):
-                facts = compile_step(request)
-            used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-            works.append(facts.works)
-            print(f"{name}:{more or ' as planned'}: {used:.0f} CPU seconds", flush=True)
-        assert works[0] == works[1]
-
-
 if __name__ == "__main__":
     checks = {"tpu": tpu, "gpu": gpu, "cudnn": cudnn, "tables": tables}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checks", nargs="*", help="checks to run; by default all but `seconds`")
+    parser.add_argument("checks", nargs="*", help="checks to run; by default all of them")
     for name in parser.parse_args().checks or checks:
-        (checks | {"seconds": seconds})[name]()
+        checks[name]()

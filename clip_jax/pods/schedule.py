@@ -27,13 +27,10 @@ class Schedule(NamedTuple):
 
 
 def dump(folder: str) -> str:
-    """Return the flags that make the TPU compiler write the schedules to a folder.
-
-    It would also explain why each bundle is not issued earlier, which takes longer than compiling.
-    """
+    """Return the flags that make the TPU compiler write the schedules to a folder."""
     return (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final_bundles --xla_jf_dump_llo_static_gaps=false"
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles"
     )
 
 
