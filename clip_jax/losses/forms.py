@@ -41,7 +41,7 @@ def dense(
         pairs = compare(image, text, config.precision)
     else:
         rows = P(axes)
-        sides = rows, Side(rows, P(), P(), rows)
+        sides = rows, Side._make((rows, P(), P(), rows))
         pairs = jax.shard_map(local, mesh=mesh, in_specs=sides, out_specs=rows)(image, text)
     summands = config.summand(pairs, scale, bias)
     rows, columns = summarise(pairs, summands, scale, 1), summarise(pairs, summands, scale, 0)
