@@ -33,9 +33,10 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     # The tensor core goes on while a collective is under way.
     "xla_tpu_overlap_compute_collective_tc": "true",
-    # Meant to sum gradients of one layer, whatever their sizes, while the backward pass of the next
-    # runs. In steps compiled for v5e (libtpu 0.0.42), all-reduces and reduce-scatters still stop
-    # the compute, with these options or with those for asynchronous ones; `fsdp` shortens them.
+    # Meant to sum the gradients of one layer, whatever their sizes, while the backward pass of the
+    # next runs. In steps compiled for v5e (libtpu 0.0.42), all-reduces and reduce-scatters stop the
+    # compute: `fsdp` shortens them. The options for asynchronous all-reduces need those of a layer
+    # to stay apart (xla_jf_crs_combiner_threshold_in_bytes), and exceed the VMEM of a v4.
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
