@@ -63,10 +63,11 @@ def describe(plan: Plan) -> str:
         value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
         lines.append(f"{label}: {value}")
     if total := plan.seconds.get("schedule"):
-        shares = [f"{name} {x / total:.1%}" for name, x in plan.unscheduled.items()]
+        known = sorted(plan.unscheduled.items(), key=lambda item: -item[1])
+        shares = [f"{name} {x / total:.1%}" for name, x in known if x >= 0.0005 * total]
         lines.append(
             "of the schedule estimate, from XLA's cost model for want of a schedule: "
-            + (", ".join(shares) or "nothing")
+            + (", ".join(shares) or "less than 0.1%")
         )
     if plan.seconds and plan.valid_share < 1:
         valid = _percent(plan.mfus, plan.valid_share)
