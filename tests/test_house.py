@@ -39,7 +39,7 @@ def test_ci_runs_every_folder_that_the_readmes_command_leaves_out():
     assert sorted(folders) == sorted(guard.ELSEWHERE)
     lines = [x.split("#")[0] for x in (ROOT / ".ci/run").read_text().splitlines()]
     for folder in folders:
-        called = re.compile(rf"\bpytest\b.* tests/{folder}( |;|$)")
+        called = re.compile(rf"\b(pytest|workflow)\b.* tests/{folder}( |;|$)")
         assert any(called.search(line) for line in lines), f"no stage runs tests/{folder}"
     # By a marker of our own, every stage could leave a test out.
     assert "--strict-markers" in ini["addopts"]

@@ -70,7 +70,9 @@ def faults(text: str, sizes: Sizes) -> list[str]:
             for i in range(len(dims)):
                 mixed = (*dims[:i], parts[i], *dims[i + 1 :])
                 (split if is_split else replicated).add(_dims(mixed))
-    features = {_dims((BATCH, MODEL.embed_dim)), _dims((BATCH,))}
+    features = {_dims((BATCH,))}
+    for gathered in (BATCH, BATCH // mesh.shape["fsdp"], BATCH // mesh.shape["data"]):
+        features.add(_dims((gathered, MODEL.embed_dim)))
     length, width = MODEL.text.context_length, MODEL.text.width
     ids = ("s32", (BATCH // mesh.shape["data"], length))
     words = (BATCH // sharding.batch_shards(mesh), length, width)
@@ -81,7 +83,7 @@ def faults(text: str, sizes: Sizes) -> list[str]:
             batch_axes = set(x.axes) <= set(sharding.BATCH_AXES)
             if x.kind == "all-gather" and not (
                 (dims in split and x.axes == ("fsdp",))
-                or (dims in features and batch_axes)
+                or (_dims((math.prod(array[1][:-1]), *array[1][-1:])) in features and batch_axes)
                 or (array == ids and x.axes == ("fsdp",))
                 or (array[1] == words and x.axes == ("tensor",))
             ):
