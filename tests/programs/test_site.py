@@ -329,7 +329,7 @@ EARLIER = {
     "trunk": "parent-run",
     "one by one ≤": "sequential-bound",
     "hard ≤": "overlapped-bound",
-    "compiler ≈": "compiler-estimate",
+    "compiler ≈": "schedule-estimate",
     "slices ms": "network-between-slices",
     "features of unit length": "embedding",
     "lies whole": "replicated",
