@@ -3,9 +3,9 @@
     python benchmarks/plan.py [CONFIG ...]
 
 The TPU compiler (extra `tpu`) compiles each config's training step. The script prints four tables:
-cost and step time (in BENCHMARKS.md), what bounds the step, both estimates, and memory (in
-docs/explanation/performance.md). Compiled steps are cached, so that configs can be compiled one at
-a time; all of them take about two hours on one or two cores.
+cost and step time (in BENCHMARKS.md), what bounds the step, what the estimate leaves out, and
+memory (in docs/explanation/performance.md). Compiled steps are cached, so that configs can be
+compiled one at a time; all of them take about two hours on one or two cores.
 """
 
 import argparse
@@ -49,18 +49,16 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("datacomp_medium", V5E_8, {}),
 ]
 COST = (
-    "config", "slice", "batch, pairs", "memory, GB per chip", "step time, ms (schedule estimate)",
-    "MFU, % (schedule estimate)", "training time, h", "cost, $",
+    "config", "slice", "batch, pairs", "memory, GB per chip", "sequential bound, ms (MFU, %)",
+    "schedule estimate, ms (MFU, %)", "XLA's cost model, ms (MFU, %)", "training time, h",
+    "cost, $",
 )  # fmt: skip
 BOUNDS = (
-    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)",
-    "step time, ms (sequential bound)", "MFU, % (sequential bound)",
+    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)"
 )  # fmt: skip
 ESTIMATE = (
-    "config", "schedule estimate, ms", "MFU, % (schedule estimate)",
-    "of it, collectives without overlap, %", "of it, without a schedule, %",
-    "XLA's cost model, ms", "MFU, % (XLA's cost model)", "model TFLOP per chip and step",
-    "compile time, s",
+    "config", "collectives without overlap, % of the schedule estimate",
+    "operations without a schedule, %", "model TFLOP per chip and step", "compile time, s",
 )  # fmt: skip
 MEMORY = (
     "config", "mesh, data × fsdp × tensor", "remat", "peak, GB per chip", "parameters, GB",
@@ -85,12 +83,8 @@ def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan]:
     return label, plan(PlanConfig(**values, topology=where, chip_hour_price=price))[0]
 
 
-def percent(x: float | None) -> str:
-    return "" if x is None else f"{100 * x:.0f}"
-
-
 def milliseconds(x: float | None) -> str:
-    return f"{1e3 * x:.0f}" if x else ""
+    return f"{1e3 * x:,.0f}" if x else ""
 
 
 def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
@@ -99,25 +93,23 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
         x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")
     )
     memory = f"{peak:.1f} of {x.hbm_bytes / 1e9:.0f}" + " (too much)" * (not x.fits)
-    steps = {name: milliseconds(value) for name, value in x.step_seconds.items()}
-    mfus = {name: percent(value) for name, value in x.mfus.items()}
+    times = {
+        name: f"{milliseconds(value)} ({100 * (x.mfus[name] or 0):.0f})" if value else ""
+        for name, value in x.step_seconds.items()
+    }
     limits = [milliseconds(x.seconds.get(part)) for part in ("compute", "memory", "interconnect")]
     parts = [x.seconds_by_part.get("collectives", {}).get("schedule"), sum(x.unscheduled.values())]
     shares = [f"{100 * (y or 0) / (x.seconds.get('schedule') or math.inf):.1f}" for y in parts]
     return (
         (
-            label, x.name, f"{x.batch_size:,}", memory, steps["schedule_estimate"],
-            mfus["schedule_estimate"], f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
-            f"{x.price or 0:,.0f}",
+            label, x.name, f"{x.batch_size:,}", memory, times["sequential_bound"],
+            times["schedule_estimate"], times["cost_model"],
+            f"{x.hours:,.{0 if x.hours >= 5 else 2}f}", f"{x.price or 0:,.0f}",
         ),
+        (label, f"{x.gigabytes:,.0f}", *limits, f"{100 * (x.mfus['bound'] or 0):.0f}"),
         (
-            label, f"{x.gigabytes:,.0f}", *limits, mfus["bound"], steps["sequential_bound"],
-            mfus["sequential_bound"],
-        ),
-        (
-            label, steps["schedule_estimate"], mfus["schedule_estimate"], *shares,
-            steps["cost_model"], mfus["cost_model"],
-            f"{x.model_flops_per_step / x.devices / 1e12:.1f}", f"{x.compile_seconds:.0f}",
+            label, *shares, f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
+            f"{x.compile_seconds:.0f}",
         ),
         (
             label, "×".join(map(str, x.mesh.values())), x.remat, memory, f"{parameters:.2f}",
