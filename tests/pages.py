@@ -76,7 +76,7 @@ _TINY = {
     "pairs": "--model.vision.image-size 32 --model.vision.patch-size 8 --model.vision.width 32 "
     "--model.vision.num-heads 2 --model.vision.depth 1 --model.text.width 32 "
     "--model.text.num-heads 2 --model.text.depth 1",
-    "folders": "--model.vision.width 32 --model.vision.num-heads 2 --model.vision.depth 1 "
+    "folders": "--model.vision.width 32 --model.vision.num-heads 2 --model.vision.depth 2 "
     "--model.text.width 32 --model.text.num-heads 2 --model.text.depth 1",
 }
 _INTERPRETER = """

@@ -58,7 +58,7 @@ def typed():
             if block.language != "sh":
                 continue
             for line in block.text.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
+                words = shlex.split(line.split(" > ")[0], comments=True)
                 if any(word == "clip-jax" or "launch/" in word for word in words):
                     first = (i for i, word in enumerate(words) if word in commands.COMMANDS)
                     if (start := next(first, None)) is not None:
