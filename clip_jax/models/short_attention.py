@@ -26,6 +26,7 @@ _FEW = 8  # most queries past full registers that do not fill one of their own
 _TOGETHER = 320_000  # most scores of one head each of what a loop's iteration computes
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
+Product = Callable[[Array, Array, int, int], Array]  # see `_dot`
 Split = Callable[
     [Callable[..., Array], int], Callable[..., Array]
 ]  # of a kernel and its output's rank
@@ -109,8 +110,10 @@ def _call(
     run = _by_token if _is_by_token(length, heads, dim, qkv.dtype.itemsize, room) else _by_row
     products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
+    product = functools.partial(_dot, exact=interpret)
     result = jnp.zeros((0, length, out_width), qkv.dtype) if not batch else run(
-        functools.partial(kernel, dim=dim, causal=causal), lengths, wide, out_width, heads,
+        functools.partial(kernel, dim=dim, causal=causal, product=product), lengths, wide,
+        out_width, heads,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize, room),
@@ -309,7 +312,9 @@ def _staggered(
     return [(results[i] if first else None, results[at : at + len(heads)]) for i, at in starts]
 
 
-def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
+def _forward(
+    rows: Sequence[Row], *, dim: int, causal: bool, product: Product
+) -> list[list[Output]]:
     """Compute attention of adjacent heads.
 
     The products of weights are transposed: the matrix unit then takes the weights as they are, and
@@ -320,27 +325,29 @@ def _forward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output
 
     def last(row: int) -> Generator:
         (q, k, v), real = rows[row]
-        scores = _dot(_stack(q[tiled:], heads), k, 1, 1)
+        scores = product(_stack(q[tiled:], heads), k, 1, 1)
         yield
         e, total = _softmax(scores, dim, causal, real, 1)
         yield
-        yield _unstack(_dot(e.astype(v.dtype), v, 1, 0) * (1 / total), heads)
+        yield _unstack(product(e.astype(v.dtype), v, 1, 0) * (1 / total), heads)
 
     def head(row: int, n: int) -> Generator:
         (q, k, v), real = rows[row]
-        scores = _dot(k, _only(q[:tiled], heads[n]), 1, 1)
+        scores = product(k, _only(q[:tiled], heads[n]), 1, 1)
         yield
         e, total = _softmax(scores, dim, causal, real, 0)
         yield
         vt = _rows(turned[row], heads[n])
-        out = _dot(vt[:, :tiled], e[:tiled].astype(v.dtype), 1, 0)
+        out = product(vt[:, :tiled], e[:tiled].astype(v.dtype), 1, 0)
         yield (out + _outer(vt[:, tiled:], e[tiled:])) * (1 / total)
 
     parts = _staggered(rows, heads, last, head)
     return [[(jnp.concatenate(outs), rest)] for rest, outs in parts]
 
 
-def _backward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Output]]:
+def _backward(
+    rows: Sequence[Row], *, dim: int, causal: bool, product: Product
+) -> list[list[Output]]:
     """Compute the gradients of q, k and v from the output's."""
     heads, tiled = _heads(rows[0][0][0], dim), _tiled(rows[0][0][0].shape[0])
     few = rows[0][0][0].shape[0] - tiled
@@ -350,26 +357,26 @@ def _backward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Outpu
     def last(row: int) -> Generator:
         (q, k, v, do), real = rows[row]
         q_few, do_few = _stack(q[tiled:], heads), _stack(do[tiled:], heads)
-        scores, dweights = _dot(q_few, k, 1, 1), _dot(do_few, v, 1, 1)
+        scores, dweights = product(q_few, k, 1, 1), product(do_few, v, 1, 1)
         yield
         dscores, weights = of_last[row] = _dsoftmax(scores, dweights, dim, causal, real, 1)
         yield
         ds, w = dscores.astype(q.dtype), weights[:, tiled:].astype(q.dtype)
-        dq = _unstack(_dot(ds, k, 1, 0), heads)
-        yield [dq, _dot(ds[:, tiled:], q_few, 0, 0), _dot(w, do_few, 0, 0)]
+        dq = _unstack(product(ds, k, 1, 0), heads)
+        yield [dq, product(ds[:, tiled:], q_few, 0, 0), product(w, do_few, 0, 0)]
 
     def head(row: int, n: int) -> Generator:
         (q, k, v, do), real = rows[row]
-        scores = _dot(k, _only(q[:tiled], heads[n]), 1, 1)
-        dweights = _dot(v, _only(do[:tiled], heads[n]), 1, 1)
+        scores = product(k, _only(q[:tiled], heads[n]), 1, 1)
+        dweights = product(v, _only(do[:tiled], heads[n]), 1, 1)
         yield
         dscores, weights = _dsoftmax(scores, dweights, dim, causal, real, 0)
         ds, w = dscores.astype(q.dtype), weights.astype(q.dtype)
         yield
         qt, kt, dot = (_rows(x, heads[n]) for x in turned[row])
-        dq = _dot(kt[:, :tiled], ds[:tiled], 1, 0) + _outer(kt[:, tiled:], dscores[tiled:])
-        dk = _dot(qt[:, :tiled], ds[:tiled], 1, 1)
-        dv = _dot(dot[:, :tiled], w[:tiled], 1, 1)
+        dq = product(kt[:, :tiled], ds[:tiled], 1, 0) + _outer(kt[:, tiled:], dscores[tiled:])
+        dk = product(qt[:, :tiled], ds[:tiled], 1, 1)
+        dv = product(dot[:, :tiled], w[:tiled], 1, 1)
         if few:
             by_few = [x[n * few : (n + 1) * few, :tiled] for x in of_last[row]]
             dk += _outer(qt[:, tiled:], by_few[0])
@@ -381,8 +388,8 @@ def _backward(rows: Sequence[Row], *, dim: int, causal: bool) -> list[list[Outpu
     for ((q, _, _, do), _), (rests, own) in zip(rows, parts, strict=True):
         *outs, ds, w = map(list, zip(*own, strict=True))
         if few:
-            rests[1] += _unstack(_dot(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
-            rests[2] += _unstack(_dot(jnp.concatenate(w), do[:tiled], 1, 0), heads)
+            rests[1] += _unstack(product(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
+            rests[2] += _unstack(product(jnp.concatenate(w), do[:tiled], 1, 0), heads)
         results.append(list(zip(map(jnp.concatenate, outs), rests or [None] * 3, strict=True)))
     return results
 
@@ -453,8 +460,13 @@ def _dsoftmax(
     return weights * (dweights - inner) * dim**-0.5, weights
 
 
-def _dot(a: Array, b: Array, axis: int, other: int) -> Array:
-    """Multiply matrices, contracting one axis of each, in float32."""
+def _dot(a: Array, b: Array, axis: int, other: int, exact: bool = False) -> Array:
+    """Multiply matrices, contracting one axis of each, in float32.
+
+    `exact` converts first, for CPUs: with jax 0.12 they lack some products of 16 bits.
+    """
+    if exact:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((axis,), (other,)), ((), ())),
