@@ -6,7 +6,7 @@ r"""DataComp's medium scale: ViT-B/32 on 128M pairs, a benchmark of data filters
     clip-jax plan datacomp_medium --topology v5e:2x4
 
 Hardware: one v5e-8 slice; 2.5 hours at an assumed 40% MFU, $24 at $1.20 per chip-hour. `plan`
-reports 12.6 of 16 GB per chip, an MFU of at most 69%, and 33% by the compiler estimate.
+reports 12.6 of 16 GB per chip and an MFU of at most 69%.
 Recipe: DataComp (Gadre et al. 2023, arXiv:2304.14108), table of scale configurations. Batch size
 4,096, learning rate 5e-4, 500 warm-up steps. The run sees as many pairs as the unfiltered pool
 has, whatever the filter keeps.
