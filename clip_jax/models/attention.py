@@ -33,7 +33,7 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
     """Return the backend that `auto` selects on a device that holds `heads` heads of each row.
 
     TPUs: `short`, compiled for v5e but not run, moves 50 GB of HBM in a step of ViT-B/16 where
-    XLA's attention moves 118, and 137 instead of 429 for ViT-L/14 (docs/explanation/performance.md).
+    XLA's attention moves 118, and 137 instead of 429 for ViT-L/14.
     All lengths of NaFlex models use `short`, of So400m on v5p and 7x up to 784 patches. If VMEM is
     too small for a sequence, splash is faster than XLA from about 577 tokens. GPUs of compute
     capability 8.0 or later: cuDNN's kernel, which does not store the scores; compiled for H100 but
