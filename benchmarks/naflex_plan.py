@@ -73,7 +73,7 @@ def main() -> None:
             f"{name}, {patches}", f"{x.batch_size:,}",
             f"{x.bytes_per_device['total'] / 1e9:.1f} of {x.hbm_bytes / 1e9:.0f}"
             + (" (too much)" * (not x.fits)),
-            x.attention, bound(x, "bound"), bound(x, "sequential_bound"),
+            x.attention.get("image", ""), bound(x, "bound"), bound(x, "sequential_bound"),
             f"{100 * mfu * x.valid_share:.1f}" if mfu else "", f"{x.compile_seconds:.0f}",
         )  # fmt: skip
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -2,7 +2,7 @@
 
 A schedule lists the bundles of instructions that a core issues, one bundle per cycle, with loops
 marked. It is what runs. XLA's own `estimated_cycles` come from a cost model that the compiler uses
-to choose between programs; for operations of the vector unit they are up to 30 times as long.
+to choose between programs; for operations of the vector unit they are often ten times as long.
 """
 
 import math
@@ -37,7 +37,7 @@ def dump(folder: str) -> str:
 def read(folder: Path) -> dict[str, Schedule]:
     """Return the schedules in a folder by the names of their HLO instructions.
 
-    A schedule with a loop of unknown length, which depends on the data, is left out.
+    A schedule with a loop whose length it does not state is left out.
     """
     counted = {
         match[1]: count(path.read_text())
