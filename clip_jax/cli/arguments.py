@@ -35,7 +35,7 @@ _RUN = (
     "workdir", "data.source.path", "steps", "batch-size", "optim.learning-rate",
     "optim.warmup-steps", "init-from", "accumulation", "mesh.fsdp", "seed",
 )  # fmt: skip
-_PLAN = ("topology", "chip-hour-price", "fit", "compare", "mfu", "model.remat")
+_PLAN = ("topology", "chip-hour-price", "fit", "compare", "mfu", "schedules", "model.remat")
 _MOST_USED: dict[str, tuple[str, ...]] = {
     "train": _RUN,
     "plan": (*_PLAN, "batch-size", "accumulation", "mesh.fsdp", "mesh.tensor"),

@@ -68,6 +68,8 @@ class PlanConfig(Config):
     valid_share: float | None = None
     # Other pods or meshes to compare with, such as v5p:4x4x8 or v5e:16x16/fsdp=8,slices=2.
     compare: tuple[str, ...] = ()
+    # Estimate the time by the compiler's schedules too. On TPUs it doubles the compile time.
+    schedules: bool = True
     cache: Path | None = None  # Cache folder. None: clip_jax/plan in $XDG_CACHE_HOME or ~/.cache.
 
     def __post_init__(self) -> None:
@@ -196,7 +198,8 @@ def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:
             f"batch_size={recipe.batch_size} cannot be split over {data * fsdp} batch shards of "
             f"{config.topology} (mesh data={data} × fsdp={fsdp}); change --batch-size or --mesh."
         )
-    return Request(recipe=recipe, mesh=config.mesh, topology=config.topology)
+    schedules = config.schedules and config.topology.is_tpu
+    return Request(recipe=recipe, mesh=config.mesh, topology=config.topology, schedules=schedules)
 
 
 def _variant(config: PlanConfig, text: str) -> PlanConfig:
@@ -246,6 +249,8 @@ def assess(
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
         seconds = bounds(chip, facts.works, facts.collectives)
         parts = by_part(chip, facts.works, facts.collectives)
+        for values in (seconds, *parts.values()) if not config.schedules else ():
+            values["schedule"] = None
         times = step_seconds(seconds)
     mfus = {name: x and model_flops / (peak_flops * x) for name, x in times.items()}
     # XLA's cost model is left out: it is too high by far for operations of the vector unit.
@@ -288,7 +293,7 @@ def assess(
         compile_seconds=facts.compile_seconds,
         tokens=getattr(vision, "num_patches", None),
         attention=dict(facts.attention),
-        unscheduled=unscheduled(chip, facts.works) if is_fitting else {},
+        unscheduled=unscheduled(chip, facts.works) if is_fitting and config.schedules else {},
         valid_share=share,
         teacher_flops_per_step=counts.teacher,
         teacher_hours=hours * counts.teacher / model_flops,
@@ -310,6 +315,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
 
     Bisects in steps of 8 pairs per device, guided by the memory of the batches before, with at
     most COMPILES compilations. If the config's batch fits with no policy, the search goes down.
+    Only the result is compiled with schedules, once more.
     """
     left = COMPILES
     devices = config.topology.devices
@@ -320,7 +326,9 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         nonlocal left
         left -= 1
         model = dataclasses.replace(config.model, remat=remat)
-        tried = dataclasses.replace(config, model=model, batch_size=per_device * shards)
+        tried = dataclasses.replace(
+            config, model=model, batch_size=per_device * shards, schedules=False
+        )
         warn(f"fit: remat {remat}, {per_device} pairs per device ({left} compiles left)")
         return assess(tried, compile_(request(tried)))
 
@@ -346,7 +354,13 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
             low, best = guess, assessed
         else:
             high = guess
-    return dataclasses.replace(best, fit_compiles=COMPILES - left) if best else assessed
+    if best is None:
+        return assessed
+    if config.schedules:
+        model = dataclasses.replace(config.model, remat=remat)
+        chosen = dataclasses.replace(config, model=model, batch_size=best.batch_size)
+        best = assess(chosen, compile_(request(chosen)))
+    return dataclasses.replace(best, fit_compiles=COMPILES - left)
 
 
 def compiling(config: PlanConfig) -> Compile:

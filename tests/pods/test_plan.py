@@ -107,6 +107,11 @@ def test_times_bound_the_step_and_price_the_run():
     mfu = planned.to_json()["mfu_schedule_estimate"]
     assert mfu == planned.mfu == pytest.approx(total / (256 * 197e12 * seconds))
     assert planned.mfu_source == "schedule estimate"
+    quick: Any = assess(
+        dataclasses.replace(CONFIG, schedules=False), facts(planning.request(CONFIG))
+    )
+    assert (quick.step_seconds["schedule_estimate"], quick.unscheduled) == (None, {})
+    assert "schedule estimate: not known" in describe(quick)
     assumed = assess(dataclasses.replace(CONFIG, mfu=1e-9), facts(planning.request(CONFIG)))
     assert (assumed.mfu, assumed.mfu_source) == (1e-9, "assumed")
     assert planned.hours == pytest.approx(1_000 * seconds / 3600)
@@ -186,7 +191,12 @@ def test_with_adapters_the_weights_are_frozen_and_only_adapters_have_moments():
 def test_fit_finds_the_cheapest_remat_and_the_largest_batch(batch, pair, remat, largest):
     compile_ = mock.create_autospec(facts, side_effect=functools.partial(facts, pair=pair))
     plan = fit(dataclasses.replace(CONFIG, batch_size=batch * 256), compile_)
-    assert compile_.call_count <= COMPILES
+    requests = [call.args[0] for call in compile_.call_args_list]
+    tried = [x for x in requests if not x.schedules]
+    assert len(tried) <= COMPILES
+    if largest is not None:
+        assert plan.fit_compiles == len(tried)
+        assert len(requests) == len(tried) + 1  # only the result is compiled with schedules
     assert plan.remat == remat
     assert plan.fits == (largest is not None)
     assert largest is None or plan.batch_size // 256 == pytest.approx(largest, rel=0.07)

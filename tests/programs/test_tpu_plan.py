@@ -10,8 +10,13 @@ from clip_jax.sharding import MeshConfig
 from tests.pods.conftest import MODEL, recipe
 
 
-def request(topology: str, model: CLIPConfig = MODEL, **mesh: int) -> Request:
-    return Request(recipe=recipe(model), mesh=MeshConfig(**mesh), topology=Topology.parse(topology))
+def request(
+    topology: str, model: CLIPConfig = MODEL, *, schedules: bool = False, **mesh: int
+) -> Request:
+    return Request(
+        recipe=recipe(model), mesh=MeshConfig(**mesh), topology=Topology.parse(topology),
+        schedules=schedules,
+    )  # fmt: skip
 
 
 def test_the_sums_of_gradients_are_found():
@@ -22,9 +27,12 @@ def test_the_sums_of_gradients_are_found():
 
 
 def test_between_slices_there_is_the_network():
-    facts = compile_step(request("v4:2x2x1/slices=2", fsdp=2))
+    facts = compile_step(request("v4:2x2x1/slices=2", schedules=True, fsdp=2))
     assert (facts.fits, facts.mesh) == (True, (4, 2, 1))
     assert sum(x.received_from_slices for x in facts.collectives) > 0
+    timed = [x for x in facts.works if x.flops and x.part != "collectives" and not x.hidden]
+    assert timed
+    assert all(x.schedule for x in timed)
 
 
 def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split():
@@ -34,6 +42,7 @@ def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split
     assert facts.fits
     assert sum(x.received_from_slices for x in facts.collectives) == 0
     assert any(work.cycles for work in facts.works if work.flops)
+    assert all(work.schedule is None for work in facts.works)
     ours = [x for x in facts.collectives if x.part.startswith("image tower")]
     assert {x.axes for x in ours if x.kind == "all-gather"} == {("fsdp",)}
     split = [x.bytes for x in ours if x.kind == "reduce-scatter" and x.axes == ("fsdp",)]
