@@ -78,9 +78,44 @@ def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Compute x·Φ(x), with Φ of the normal distribution: by `lax.erfc` in float32, by `fast_gelu`
+    in bfloat16, where `erfc` takes a TPU longer than the matmul that follows."""
+    return nn.gelu(x, approximate=False) if x.dtype.itemsize >= 4 else fast_gelu(x)
+
+
+# Fitted to log Φ(x)/Φ(−x) = 2xp(x²) up to |x| = 5; coefficients of p, highest power first.
+_LOG_ODDS = (4.5165e-6, -4.93366e-4, 3.7914015e-2, 0.7963037)
+
+
+def _error_function(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Return 2Φ(x) − 1, to 2e-4."""
+    square, (odds, *others) = jnp.minimum(x * x, 25), _LOG_ODDS
+    for coefficient in others:
+        odds = odds * square + coefficient
+    return jnp.tanh(x * odds)
+
+
+@jax.custom_jvp
+def fast_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Compute x·Φ(x) in float32 with an error of at most 2e-4, and round it to the type of x."""
+    x32 = x.astype(jnp.float32)
+    half = 0.5 * x32
+    return (half + half * _error_function(x32)).astype(x.dtype)
+
+
+@fast_gelu.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32 - 0.5 * math.log(2 * math.pi))
+    slope = 0.5 + 0.5 * _error_function(x32) + x32 * density
+    return fast_gelu(x), (slope * dx.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
 }
 
