@@ -39,22 +39,24 @@ Output = tuple[Float[Array, "W T"], Float[Array, "R W"] | None]
 
 def vmem_bytes(length: int, heads: int, dim: int, itemsize: int = 2, room: int = VMEM) -> int:
     """Estimate the VMEM in bytes of the backward pass, which needs more than the forward pass."""
-    return _vmem(length, heads * dim, itemsize, _is_by_token(length, heads, dim, itemsize, room))
+    return _vmem(length, heads, dim, itemsize, _is_by_token(length, heads, dim, itemsize, room))
 
 
-def _vmem(length: int, width: int, itemsize: int, is_by_token: bool) -> int:
-    width, scores = _up(width, _LANES), _up(length, 16) * _up(length, _LANES) * 4
+def _vmem(length: int, heads: int, dim: int, itemsize: int, is_by_token: bool) -> int:
+    width, scores = _up(heads * dim, _LANES), _up(length, 16) * _up(length, _LANES) * 4
     if is_by_token:
         tokens = length * _ROWS * itemsize
         blocks = tokens * (2 * (4 * _LANES + 3 * width) + 7 * _LANES)  # double buffering, scratch
     else:
+        # Double buffering, and of each group the transposes and the results.
         blocks = 2 * _up(length, 16) * 7 * width * itemsize
+        blocks += _up(length, 16) * _group(heads, dim) * 3 * (itemsize + 4)
     return blocks + 8 * scores + (4 << 20)
 
 
 def _is_by_token(length: int, heads: int, dim: int, itemsize: int, room: int) -> bool:
     """Return whether heads fill registers, and VMEM is sufficient for eight rows at a time."""
-    return _fills_registers(heads, dim) and _vmem(length, heads * dim, itemsize, True) <= min(
+    return _fills_registers(heads, dim) and _vmem(length, heads, dim, itemsize, True) <= min(
         room, _ROOM
     )
 
@@ -134,6 +136,12 @@ def _call(
 
 def _fills_registers(heads: int, dim: int) -> bool:
     return _LANES % dim == 0 and heads * dim % _LANES == 0
+
+
+def _group(heads: int, dim: int) -> int:
+    """Return the channels of the fewest heads that fill registers, or of all heads."""
+    size = math.lcm(dim, _LANES)
+    return size if heads * dim % size == 0 else heads * dim
 
 
 def _by_token(
@@ -237,28 +245,25 @@ def _by_row(
         qkv_ref, *more = known[len(lengths) :]
         real = known[0][pl.program_id(0)] if lengths else None
 
-        def compute(firsts: Sequence[Any], size: int) -> None:
-            lanes = [[pl.ds(n * width + first, size) for n in range(3)] for first in firsts]
-            read = [
-                [qkv_ref[0, :, x] for x in at] + [ref[0, :, at[0]] for ref in more] for at in lanes
-            ]
-            for at, result in zip(lanes, kernel([(x, real) for x in read]), strict=True):
-                for own, (tiled, rest) in zip(at, result, strict=False):
-                    count = tiled.shape[1]
-                    out_ref[0, :count, own] = tiled.astype(out_ref.dtype).T
-                    if rest is not None:
-                        out_ref[0, count:, own] = rest.astype(out_ref.dtype)
+        def compute(first: Any, size: int) -> None:
+            lanes = [pl.ds(n * width + first, size) for n in range(3)]
+            read = [qkv_ref[0, :, x] for x in lanes] + [ref[0, :, lanes[0]] for ref in more]
+            [result] = kernel([(read, real)])
+            for own, (tiled, rest) in zip(lanes, result, strict=False):
+                count = tiled.shape[1]
+                out_ref[0, :count, own] = tiled.astype(out_ref.dtype).T
+                if rest is not None:
+                    out_ref[0, count:, own] = rest.astype(out_ref.dtype)
 
         def register(i: Any, _: Any) -> Any:
-            compute([pl.multiple_of(i * _LANES, _LANES)], _LANES)
+            compute(pl.multiple_of(i * _LANES, _LANES), _LANES)
             return 0
 
         if _fills_registers(heads, dim):
             jax.lax.fori_loop(0, width // _LANES, register, 0)
         else:
-            size = _together(length, 1, heads) * dim
-            for first in range(0, width, size):
-                compute(range(first, first + size, dim), dim)
+            for first in range(0, width, _group(heads, dim)):
+                compute(first, _group(heads, dim))
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, length, size), lambda i, _: (i, 0, 0))
@@ -333,7 +338,7 @@ def _forward(
 
     def head(row: int, n: int) -> Generator:
         (q, k, v), real = rows[row]
-        scores = product(k, _only(q[:tiled], heads[n]), 1, 1)
+        scores = product(_near(k, heads[n]), _own(q[:tiled], heads[n]), 1, 1)
         yield
         e, total = _softmax(scores, dim, causal, real, 0)
         yield
@@ -367,8 +372,8 @@ def _backward(
 
     def head(row: int, n: int) -> Generator:
         (q, k, v, do), real = rows[row]
-        scores = product(k, _only(q[:tiled], heads[n]), 1, 1)
-        dweights = product(v, _only(do[:tiled], heads[n]), 1, 1)
+        scores = product(_near(k, heads[n]), _own(q[:tiled], heads[n]), 1, 1)
+        dweights = product(_near(v, heads[n]), _own(do[:tiled], heads[n]), 1, 1)
         yield
         dscores, weights = _dsoftmax(scores, dweights, dim, causal, real, 0)
         ds, w = dscores.astype(q.dtype), weights.astype(q.dtype)
@@ -416,6 +421,19 @@ def _only(x: Array, own: Part) -> Array:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where((lane >= own[0]) & (lane < own[1]), x, jnp.zeros((), x.dtype))
+
+
+def _near(x: Float[Array, "L W"], own: Part) -> Array:
+    """Return the registers that have lanes of a head."""
+    return x if own is None else x[:, own[0] // _LANES * _LANES : _up(own[1], _LANES)]
+
+
+def _own(x: Float[Array, "L W"], own: Part) -> Array:
+    """Return the registers that have lanes of a head, with the lanes of others set to zero."""
+    if own is None:
+        return x
+    before = own[0] // _LANES * _LANES
+    return _only(_near(x, own), (own[0] - before, own[1] - before))
 
 
 def _rows(x: Float[Array, "W L"], own: Part) -> Float[Array, "K L"]:
