@@ -26,7 +26,6 @@ PRICES = {"v5e": 1.2, "v5p": 4.2}  # $ per chip-hour
 V5E, V5P, V5P_512, V5E_8 = "v5e:16x16", "v5p:4x4x8", "v5p:8x8x8", "v5e:2x4"
 PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what differs
     ("vit_b32", V5E, {}),
-    ("vit_b32", V5E, {"fsdp": 1}),
     ("vit_b16", V5E, {}),
     ("vit_b16", V5E, {"fsdp": 1}),
     ("vit_l14", V5E, {}),
@@ -38,10 +37,8 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("vit_h14", V5P, {"architecture": "ViT-H-14-quickgelu-worldwide"}),  # MetaCLIP 2
     ("vit_bigg14", V5P_512, {}),
     ("siglip_b16", V5E, {}),
-    ("siglip_b16", V5E, {"fsdp": 1}),
     ("siglip2_b16", V5E, {}),
     ("clipa_l14", V5E, {}),
-    ("clipa_l14", V5E, {"fsdp": 1}),
     ("coca_b32", V5E, {}),
     ("coca_l14", V5E, {}),
     ("mammut_l14", V5E, {}),

@@ -36,6 +36,8 @@ def test_the_short_kernel_is_as_exact_as_xla(dtype, xla, factor):
         (2, 257, 2, 64, False, None),
         (2, 131, 4, 64, True, (131, 129)),  # three tokens past a full register, two of padding
         (1, 130, 1, 80, False, (130,)),
+        (1, 130, 16, 80, True, (129,)),  # twice eight heads in five registers
+        (1, 17, 4, 96, False, None),  # four in three
         (2, 12, 2, 80, False, (1, 12)),
         (3, 17, 1, 128, True, (17, 4, 9)),  # a head fills a register
         (2, 33, 8, 16, True, None),  # many share one

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from flax import linen as nn
 
 from clip_jax.models import layers
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
@@ -79,6 +81,26 @@ def test_gradients_of_a_linear_map_are_exact(dtype, bound, sums, monkeypatch):
     for a, b in zip(got, (x @ kernel + bias.ravel(), dy @ kernel.T, *weights), strict=True):
         assert a.dtype == dtype
         assert np.abs(np.float64(a).reshape(b.shape) - b).max() <= bound * np.abs(b).max()
+
+
+def test_gelu_in_bfloat16_errs_no_more_than_rounding():
+    """Its value and its slope, against float64; float32 keeps the error function."""
+    drawn = 2 * np.random.default_rng(0).standard_normal(20_000)
+    x = jnp.asarray([*drawn, -1e38, -40, -5, 0, 5, 40, 1e38], jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    area, density = scipy.stats.norm.cdf(wide), scipy.stats.norm.pdf(wide)
+    for ours, exact in zip(
+        jax.jit(jax.vmap(jax.value_and_grad(layers.gelu)))(x),
+        (wide * area, area + wide * density),
+        strict=True,
+    ):
+        rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
+        got = np.asarray(ours, np.float64)
+        errors = [np.linalg.norm(y[:-7] - exact[:-7]) for y in (got, rounded)]
+        assert errors[0] <= 1.01 * errors[1]
+        np.testing.assert_allclose(got[-7:], exact[-7:], rtol=4e-3, atol=1e-5)
+    single = jnp.asarray(drawn, jnp.float32)
+    np.testing.assert_array_equal(layers.gelu(single), nn.gelu(single, approximate=False))
 
 
 def test_the_trees_of_parameters_are_the_public_format():
