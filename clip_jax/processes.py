@@ -39,6 +39,8 @@ TPU_OPTIONS = {
     # to stay apart (xla_jf_crs_combiner_threshold_in_bytes), and exceed the VMEM of a v4.
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+    # A 7x may keep 16 rows of bfloat16 in a tile; blocks of the short attention kernel have eight.
+    "xla_tpu_control_large_2nd_minor_layout_for_x16": "false",
 }
 GPU_OPTIONS = {  # booleans, where the TPU's options take strings
     # Schedules collectives early and waits for them late. Off by default.
@@ -101,7 +103,7 @@ def start(config: ProcessesConfig) -> None:
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Return the compiler options of the training step on a platform, for jax.jit."""
+    """Return the compiler options of training steps and evaluations on a platform, for jax.jit."""
     options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cuda": GPU_OPTIONS}.get(platform, {})
     flags = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in flags}

@@ -87,7 +87,8 @@ def compiled(
     training; its result is replicated."""
     model = replace(model, layout=sharding.layout(mesh, model.config.attention))
     bound = functools.partial(function, model, **options)
-    return jax.jit(bound, out_shardings=sharding.replicated(mesh))
+    compiler = processes.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(bound, out_shardings=sharding.replicated(mesh), compiler_options=compiler)
 
 
 def embed_images(
