@@ -19,9 +19,16 @@ def request(
     )  # fmt: skip
 
 
-def test_the_sums_of_gradients_are_found():
-    """Two bytes of each parameter at least cross the links, and not much more than four."""
-    facts, kinds = compile_step(request("tpu7x:2x2x1")), ("all-reduce", "reduce-scatter")
+def test_a_7x_runs_the_kernel_and_sums_gradients():
+    """A tile of a 7x may have 16 rows of bfloat16, where a block of the kernel has eight. Two bytes
+    of each parameter at least cross the links, and not much more than four."""
+    vision = dataclasses.replace(MODEL.vision, width=128)
+    model = dataclasses.replace(MODEL, vision=vision, dtype="bfloat16")
+    asked = request("tpu7x:2x2x1", model)
+    asked = dataclasses.replace(asked, recipe=dataclasses.replace(asked.recipe, batch_size=256))
+    facts, kinds = compile_step(asked), ("all-reduce", "reduce-scatter")
+    assert ("image", "short") in facts.attention
+    assert facts.calls()["tpu_custom_call"] == 2 * vision.depth
     summed = sum(x.bytes for x in facts.collectives if x.kind in kinds and "data" in x.axes)
     assert 0.5 <= summed / facts.parameters < 1.5
 
