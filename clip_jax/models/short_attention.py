@@ -48,9 +48,9 @@ def _vmem(length: int, heads: int, dim: int, itemsize: int, is_by_token: bool) -
         tokens = length * _ROWS * itemsize
         blocks = tokens * (2 * (4 * _LANES + 3 * width) + 7 * _LANES)  # double buffering, scratch
     else:
-        # Double buffering, and of each group the transposes and the results.
+        # Double buffering, and the transposes and results of all heads of a group but one.
         blocks = 2 * _up(length, 16) * 7 * width * itemsize
-        blocks += _up(length, 16) * _group(heads, dim) * 3 * (itemsize + 4)
+        blocks += _up(length, 16) * (_group(length, heads, dim) - dim) * 3 * (itemsize + 4)
     return blocks + 8 * scores + (4 << 20)
 
 
@@ -138,8 +138,11 @@ def _fills_registers(heads: int, dim: int) -> bool:
     return _LANES % dim == 0 and heads * dim % _LANES == 0
 
 
-def _group(heads: int, dim: int) -> int:
-    """Return the channels of the fewest heads that fill registers, or of all heads."""
+def _group(length: int, heads: int, dim: int) -> int:
+    """Return the channels of the fewest heads that fill registers, or of all heads; of one if they
+    share registers and the sequence is long."""
+    if not _fills_registers(heads, dim) and length**2 > _TOGETHER:
+        return dim
     size = math.lcm(dim, _LANES)
     return size if heads * dim % size == 0 else heads * dim
 
@@ -262,8 +265,9 @@ def _by_row(
         if _fills_registers(heads, dim):
             jax.lax.fori_loop(0, width // _LANES, register, 0)
         else:
-            for first in range(0, width, _group(heads, dim)):
-                compute(first, _group(heads, dim))
+            size = _group(length, heads, dim)
+            for first in range(0, width, size):
+                compute(first, size)
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, length, size), lambda i, _: (i, 0, 0))
