@@ -284,7 +284,7 @@ def _by_row(
 
 
 def _together(length: int, rows: int, units: int) -> int:
-    """Return how many words of rows, or heads, to compute at once: more would not fit into VMEM."""
+    """Return how many words of rows to compute at once: more would not fit into VMEM."""
     fitting = [n for n in (1, 2, 4) if units % n == 0 and n * rows * length**2 <= _TOGETHER]
     return max(fitting, default=1)
 
